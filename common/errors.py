@@ -1,0 +1,19 @@
+"""Errors that are meant to be read by people: one sentence saying what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class PsError(Exception):
+    """Base of every error this project raises on purpose; its text is a whole sentence for a person."""
+
+
+class UsageError(PsError):
+    """Something the user asked for cannot be: a bad flag, a missing file, a model that does not fit."""
+
+
+class WireError(PsError):
+    """A message that is foreign, stale or malformed. It is refused and counted; it never crashes a process."""
+
+
+class ClusterError(PsError):
+    """The run cannot go on: a process is gone, or a deadline passed. Names who was waited for."""

@@ -1,0 +1,182 @@
+"""How a model's parameters and buffers are cut into chunks and placed on servers.
+
+A pure function of (names, shapes, dtypes, groups, number of servers): every process computes it and compares digests.
+Where a tensor is cut never depends on the number of servers, so neither do the bits of anything computed on chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import msgspec
+
+from common.errors import UsageError
+
+#: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
+CHUNK_BYTES = 4 << 20
+#: Small tensors are packed together at least up to this many bytes.
+_PACK_BYTES = 64 << 10
+
+Kind = Literal["param", "mean", "max"]
+
+#: dtype name -> (bytes an element has on the wire, dtype that gradients are summed and masters kept in)
+_DTYPES = {
+    "float32": (4, "float32"),
+    "float64": (8, "float64"),
+    "bfloat16": (2, "float32"),
+    "float16": (2, "float32"),
+    "int64": (8, "int64"),
+    "int32": (4, "int32"),
+    "uint8": (1, "uint8"),
+    "bool": (1, "bool"),
+}
+_BYTES = {name: size for name, (size, _) in _DTYPES.items()}
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    group: int
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def kind(self) -> Kind:
+        """How contributions are merged: gradients through the optimizer, float buffers by mean, others by maximum."""
+        if self.group >= 0:
+            return "param"
+        return "mean" if "float" in self.dtype else "max"
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk."""
+
+    tensor: int
+    start: int
+    length: int
+    offset: int
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """The unit of sending, summing and updating. All pieces have one kind, dtype and group.
+
+    Ids follow the order in which the model registers its tensors, which for most is the order of the forward pass:
+    the lower an id, the sooner the next forward needs it.
+    """
+
+    id: int
+    server: int
+    kind: Kind
+    group: int
+    dtype: str
+    pieces: list[Piece]
+
+    @property
+    def numel(self) -> int:
+        last = self.pieces[-1]
+        return last.offset + last.length
+
+    @property
+    def sum_dtype(self) -> str:
+        """dtype of contributions, of their sum, and of the master copy on the server."""
+        return _DTYPES[self.dtype][1]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.numel * _BYTES[self.dtype]
+
+    @property
+    def sum_bytes(self) -> int:
+        return self.numel * _BYTES[self.sum_dtype]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Every tensor of a model and the chunks they are cut into."""
+
+    tensors: list[TensorSpec]
+    chunks: list[Chunk]
+    servers: int
+
+    def on(self, server: int) -> list[Chunk]:
+        """The chunks placed on `server`, by id."""
+        return [chunk for chunk in self.chunks if chunk.server == server]
+
+    def owners(self) -> list[int]:
+        """Servers that take part in rounds: 0, which keeps the metrics, and every one with a chunk."""
+        return sorted({0} | {chunk.server for chunk in self.chunks})
+
+    def digest(self) -> str:
+        """SHA-256 over everything above, as hexadecimal digits."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+def make_layout(tensors: Sequence[TensorSpec], servers: int) -> Layout:
+    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first.
+
+    A tensor above CHUNK_BYTES is cut into several chunks; small ones of one kind, dtype and group share one.
+    Raises UsageError for a dtype that cannot be trained or sent.
+    """
+    for spec in tensors:
+        if spec.dtype not in _DTYPES or (spec.group >= 0 and "float" not in spec.dtype):
+            raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
+    total = sum(spec.numel * _BYTES[spec.dtype] for spec in tensors)
+    pack_bytes = min(CHUNK_BYTES, max(_PACK_BYTES, total // 16))
+    cuts: list[list[Piece]] = []
+    open_cut: dict[tuple[str, str, int], int] = {}
+    for index, spec in enumerate(tensors):
+        if spec.numel == 0:
+            continue
+        size = _BYTES[_DTYPES[spec.dtype][1]]
+        if spec.numel * size > CHUNK_BYTES:
+            step = CHUNK_BYTES // size
+            for start in range(0, spec.numel, step):
+                cuts.append([Piece(index, start, min(step, spec.numel - start), 0)])
+            continue
+        key = (spec.kind, spec.dtype, spec.group)
+        at = open_cut.get(key)
+        if at is not None and (_end(cuts[at]) + spec.numel) * size <= pack_bytes:
+            cuts[at].append(Piece(index, 0, spec.numel, _end(cuts[at])))
+        else:
+            open_cut[key] = len(cuts)
+            cuts.append([Piece(index, 0, spec.numel, 0)])
+    chunks = []
+    for number, pieces in enumerate(cuts):
+        spec = tensors[pieces[0].tensor]
+        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.dtype, pieces))
+    return Layout(list(tensors), _place(chunks, servers), servers)
+
+
+def _end(pieces: list[Piece]) -> int:
+    return pieces[-1].offset + pieces[-1].length
+
+
+def _place(chunks: list[Chunk], servers: int) -> list[Chunk]:
+    load = [0] * servers
+    server_of: dict[int, int] = {}
+    for chunk in sorted(chunks, key=lambda c: (-c.sum_bytes, c.id)):
+        server_of[chunk.id] = load.index(min(load))
+        load[server_of[chunk.id]] += chunk.sum_bytes
+    return [msgspec.structs.replace(chunk, server=server_of[chunk.id]) for chunk in chunks]
+
+
+def message_batches(ids: Iterable[int], size: Callable[[int], int]) -> list[list[int]]:
+    """Cut chunk ids into lists whose bytes, as `size` gives them, fill one message: a chunk's worth, or one chunk."""
+    out: list[list[int]] = []
+    room = 0
+    for i in ids:
+        if not out or size(i) > room:
+            out.append([])
+            room = CHUNK_BYTES
+        out[-1].append(i)
+        room -= size(i)
+    return out

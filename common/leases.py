@@ -1,0 +1,52 @@
+"""How the micro-batches of a round are divided among the workers: the same function everywhere, so that a quiet
+cluster needs no message to assign work.
+
+A table is what one membership epoch says about shares. Exceptions to it (a worker that takes over what another has
+not done) are messages, and are the coordinator's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import msgspec
+
+
+class Table(msgspec.Struct, frozen=True):
+    """Shares of the workers from round `from_round` on. `weights` are whole numbers, one for each of `workers`."""
+
+    epoch: int
+    from_round: int
+    workers: list[str]
+    weights: list[int]
+
+    def run(self, worker: str, count: int) -> range:
+        """The contiguous micro-batches, out of `count`, that `worker` computes; empty for a stranger."""
+        if worker not in self.workers:
+            return range(0)
+        return shares(count, self.weights)[self.workers.index(worker)]
+
+    def owner(self, k: int, count: int) -> str:
+        """Whose run micro-batch `k` of `count` is in."""
+        return next(w for w, run in zip(self.workers, shares(count, self.weights), strict=True) if k in run)
+
+
+def shares(count: int, weights: Sequence[int]) -> list[range]:
+    """Cut 0..count-1 into contiguous runs as near to `weights` as whole numbers get (cumulative rounding).
+
+    More workers than micro-batches leave some with an empty run. Raises ValueError unless some weight is above 0.
+    """
+    total = sum(weights)
+    if total <= 0 or min(weights) < 0:
+        raise ValueError("shares need weights of 0 or more, and one above 0")
+    borders, done = [0], 0
+    for weight in weights:
+        done += weight
+        borders.append((2 * count * done + total) // (2 * total))
+    return [range(lo, hi) for lo, hi in pairwise(borders)]
+
+
+def in_force(tables: Sequence[Table], round_: int) -> Table:
+    """The newest of `tables` (oldest first) that holds for `round_`."""
+    return next(table for table in reversed(tables) if table.from_round <= round_)

@@ -1,0 +1,342 @@
+"""Every message there is, and its header: MessagePack, decoded into these typed structs or refused.
+
+Tensors never travel inside a header: they follow as raw frames, in the order the header lists them, and their dtype and
+shape come from the agreed layout. What waits for an answer asks again until it comes, so every request here is idempotent
+and every message may be lost, repeated or late. docs/design.md says who sends what when.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from common.layout import TensorSpec
+from common.leases import Table
+from common.plan import Segment
+from common.settings import Settings
+
+
+class Body(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+# ---- joining (server or worker <-> coordinator)
+
+
+class Hello(Body, frozen=True):
+    """May I take part? `address` is where workers reach a server. `arithmetic` is what equal bits need to be equal."""
+
+    role: Literal["server", "worker"]
+    index: int | None = None
+    address: str = ""
+    host: str = ""
+    pid: int = 0
+    arithmetic: dict[str, str] = {}
+
+
+class Welcome(Body, frozen=True):
+    """You are `process` of run `run`. Sent when all expected processes are there."""
+
+    process: str
+    run: str
+    settings: Settings
+    servers: list[str]
+    tables: list[Table]
+
+
+class Refused(Body, frozen=True):
+    """No, and why, in a sentence. `about` is the type of the refused message."""
+
+    about: str
+    reason: str
+
+
+# ---- staying in touch
+
+
+class Beat(Body, frozen=True):
+    """I am alive. A worker tells where it is; the coordinator's answer is a Beat as well.
+
+    `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and
+    not begun, `seconds` how long a micro-batch takes, `rate` samples per second while computing.
+    """
+
+    state: Literal["", "starting", "computing", "waiting", "done"] = ""
+    round: int = -1
+    at: int = -1
+    left: list[int] = []
+    seconds: float = 0.0
+    rate: float = 0.0
+
+
+class Tables(Body, frozen=True):
+    """The shares in force from some rounds on, oldest first; a new one opens a membership epoch."""
+
+    tables: list[Table]
+
+
+class Waiting(Body, frozen=True):
+    """My micro-batches of `round` are done and it is not complete: is there one that I can take over?"""
+
+    round: int
+
+
+class Lease(Body, frozen=True):
+    """Micro-batch `k` of `round` is now `to`'s; `owner`, who had it, leaves it out unless it is being computed."""
+
+    round: int
+    k: int
+    to: str
+    owner: str
+
+
+class Stop(Body, frozen=True):
+    """The run is over. `ok`: finished and saved. Else `reason` is a sentence."""
+
+    ok: bool
+    reason: str = ""
+
+
+# ---- setting up (worker -> coordinator and servers)
+
+
+class Update(msgspec.Struct, frozen=True):
+    """How servers turn a merged contribution into new weights.
+
+    `optimizer` names a class of torch.optim; None replaces the weights by the contribution. `groups` are its parameter
+    groups' arguments. `clip_norm` bounds the gradient's norm over all servers.
+    """
+
+    optimizer: str | None
+    groups: list[dict[str, Any]]
+    clip_norm: float | None = None
+
+
+class Setup(Body, frozen=True):
+    """This is the model and its optimizer. The first one defines them; every other must be the same."""
+
+    tensors: list[TensorSpec]
+    update: Update
+
+
+class Plan(Body, frozen=True):
+    """The next rounds are these. The first one defines them; every other must be the same."""
+
+    segment: Segment
+
+
+class Ready(Body, frozen=True):
+    """Setup, Plan or Init number `id` is known here."""
+
+    about: str
+    id: int = 0
+
+
+class Init(Body, frozen=True):
+    """Weights to start from: one frame of weights (in their own dtype) for each of `chunks`. Only the first copy counts."""
+
+    chunks: list[int]
+
+
+# ---- rounds (worker <-> server)
+
+
+class Push(Body, frozen=True):
+    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples), one frame for each of `chunks`.
+
+    Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
+    piece p of chunks[i] had a gradient. `metrics` (only to server 0, once per span) maps names to [sum x samples, samples].
+    `base` is the version of the weights it was computed from, and `hypers` the parameter groups' settings for the round.
+    """
+
+    round: int
+    lo: int
+    hi: int
+    samples: int
+    micro_batches: int
+    chunks: list[int]
+    present: list[int]
+    base: int = 0
+    metrics: dict[str, tuple[float, float]] | None = None
+    hypers: list[dict[str, Any]] = []
+
+
+class Ack(Body, frozen=True):
+    """That push (`chunks`, and the metrics if it had any) needs not be sent again, whatever became of it."""
+
+    round: int
+    lo: int
+    hi: int
+    chunks: list[int]
+    metrics: bool = False
+
+
+class Pull(Body, frozen=True):
+    """Send me the weights to start round `clock` from: all chunks but `have`. `settled`: only when all before is applied."""
+
+    clock: int
+    have: list[int] = []
+    settled: bool = False
+
+
+class Weights(Body, frozen=True):
+    """Weights to start round `clock` from, one frame for each of `chunks`. `metrics` are the means of the round before."""
+
+    clock: int
+    version: int
+    chunks: list[int]
+    metrics: dict[str, float] | None = None
+
+
+class Gone(Body, frozen=True):
+    """Round `clock` is over and its weights are gone; the newest are those of round `newest`."""
+
+    clock: int
+    newest: int
+
+
+# ---- rounds (server <-> coordinator)
+
+
+class Contribution(msgspec.Struct, frozen=True):
+    """What became of one push, as the ledger has it."""
+
+    round: int
+    lo: int
+    hi: int
+    worker: str
+    samples: int
+    micro_batches: int
+    outcome: Literal["committed", "duplicate", "dropped"]
+    staleness: int | None = None
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """A round applied on server 0: its samples, micro-batches and mean metrics."""
+
+    round: int
+    samples: int
+    micro_batches: int
+    dropped: int
+    metrics: dict[str, float]
+
+
+class Report(Body, frozen=True):
+    """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions."""
+
+    seq: int
+    version: int
+    rounds: list[Committed] = []
+    contributions: list[Contribution] = []
+
+
+class ReportAck(Body, frozen=True):
+    """Reports up to `seq` are in the ledger."""
+
+    seq: int
+
+
+class Arrived(Body, frozen=True):
+    """`backup`: these micro-batches of the round have fully arrived here. May the round be closed?"""
+
+    round: int
+    ks: list[int]
+
+
+class Close(Body, frozen=True):
+    """`backup`: apply the round with exactly these micro-batches."""
+
+    round: int
+    ks: list[int]
+
+
+class Norms(Body, frozen=True):
+    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm)."""
+
+    round: int
+    norms: list[tuple[int, int, float]]
+
+
+class AllNorms(Body, frozen=True):
+    """Gradient norms of all servers' pieces, sorted."""
+
+    round: int
+    norms: list[tuple[int, int, float]]
+
+
+# ---- reporting and leaving (worker -> coordinator)
+
+
+class Metrics(Body, frozen=True):
+    """Values the script logged outside a micro-batch, after `round` rounds."""
+
+    id: int
+    round: int
+    values: dict[str, float]
+
+
+class Goodbye(Body, frozen=True):
+    """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload."""
+
+    reason: str = ""
+
+
+class Upload(Body, frozen=True):
+    """You are to hand in the trained model."""
+
+
+class ModelPart(Body, frozen=True):
+    """Part `part` of `parts` of the model's safetensors file, in the one frame that follows."""
+
+    part: int
+    parts: int
+    weights_sha256: str
+
+
+# ---- key-value store (worker <-> server)
+
+
+class KvPush(Body, frozen=True):
+    """Add to, or set, element block `block` of `key`. `id` makes it count once, however often it is sent."""
+
+    id: int
+    key: str
+    block: int
+    dtype: str
+    op: Literal["add", "set"]
+
+
+class KvPull(Body, frozen=True):
+    """Send block `block` of `key`."""
+
+    id: int
+    key: str
+    block: int
+
+
+class KvReply(Body, frozen=True):
+    """Done; for a pull a frame with the block's bytes follows. `version` counts the pushes applied to the block."""
+
+    id: int
+    version: int
+    dtype: str = ""
+
+
+Message = (
+    Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
+    | Setup | Plan | Ready | Init | Push | Ack | Pull | Weights | Gone
+    | Report | ReportAck | Arrived | Close | Norms | AllNorms
+    | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
+)  # fmt: skip
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """What every header carries. `run` is empty and `epoch` 0 until the coordinator's Welcome has told them."""
+
+    protocol: int
+    run: str
+    sender: str
+    incarnation: int
+    epoch: int
+    body: Message

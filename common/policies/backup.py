@@ -1,0 +1,23 @@
+"""Synchronous rounds that close without their last few micro-batches.
+
+Chen, Pan, Monga, Bengio and Jozefowicz, "Revisiting distributed synchronous SGD" (2016): with b backup workers, the update
+takes the first N gradients of N + b. Here a round of K micro-batches closes when K - b have fully arrived at every server;
+the coordinator fixes which ones, so all servers apply the same set. The rest are dropped, counted and reported.
+"""
+
+from typing import ClassVar
+
+from common.policies import Policy
+
+
+class Backup(Policy):
+    """First K - b in. Micro-batches are pushed one by one, for a sum could not be taken apart again."""
+
+    combines: ClassVar[bool] = False
+
+    @property
+    def may_leave_out(self) -> int:
+        return self.settings.backup
+
+
+POLICY = Backup

@@ -1,0 +1,33 @@
+"""Stale-synchronous parallel: each push is applied at once, and nobody runs too far ahead.
+
+Ho et al., "More effective distributed ML via a stale synchronous parallel parameter server" (NIPS 2013): a worker may be
+at most s clocks ahead of the slowest. A clock here is a round of micro-batches, so the slowest clock is the earliest round
+with a micro-batch outstanding. Optionally the step is divided by the staleness: Zhang, Gupta, Lian and Liu,
+"Staleness-aware async-SGD for distributed deep learning" (IJCAI 2016); and optionally the gradient is corrected for the
+delay: Zheng et al., "Asynchronous stochastic gradient descent with delay compensation" (ICML 2017).
+"""
+
+from typing import Any, ClassVar, Literal
+
+from common.policies import Policy
+
+
+class Ssp(Policy):
+    """Own clock <= slowest clock + s."""
+
+    applies: ClassVar[Literal["round", "push"]] = "push"
+    combines: ClassVar[bool] = False
+
+    def may_start(self, clock: int, slowest: int) -> bool:
+        return clock <= slowest + self.settings.staleness
+
+    def lr_scale(self, staleness: int) -> float:
+        return 1.0 / max(1, staleness) if self.settings.staleness_lr else 1.0
+
+    def compensate(self, gradient: Any, now: Any, then: Any) -> Any:
+        """g + lambda * g*g*(now - then): the diagonal of the outer product stands in for the Hessian (Zheng et al., eq. 10)."""
+        weight = self.settings.delay_compensation
+        return gradient + weight * gradient * gradient * (now - then) if weight else gradient
+
+
+POLICY = Ssp

@@ -1,0 +1,183 @@
+"""The run's event log: one SQLite file that the coordinator writes and everybody else reads.
+
+Printing, reports, experiments and tests are its readers; there is no second way to report.
+
+- `rounds`: one row per committed round: when, how many samples and micro-batches, what was dropped, mean metrics.
+- `contributions`: one row per contribution a server filed, ignored or dropped, in the order of filing.
+- `metrics`: what scripts logged outside a micro-batch (evaluation).
+- `status`: one row per process, overwritten: what it is doing and whom it waits for.
+- `events`: everything else worth telling, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "events.sqlite"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, process TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY, at REAL NOT NULL, epoch INTEGER NOT NULL, samples INTEGER NOT NULL,
+    micro_batches INTEGER NOT NULL, dropped INTEGER NOT NULL, metrics TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS contributions (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, lo INTEGER NOT NULL, hi INTEGER NOT NULL,
+    worker TEXT NOT NULL, samples INTEGER NOT NULL, outcome TEXT NOT NULL, staleness INTEGER);
+CREATE TABLE IF NOT EXISTS metrics (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, worker TEXT NOT NULL,
+    name TEXT NOT NULL, value REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS status (
+    process TEXT PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, round INTEGER NOT NULL,
+    waits_for TEXT NOT NULL, samples_per_second REAL NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened once. `kind` is a short word such as 'joined', 'leases', 'failed'."""
+
+    kind: str
+    process: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A committed round. `metrics` are means over its samples; `samples` excludes the dropped ones."""
+
+    round: int
+    epoch: int
+    samples: int
+    micro_batches: int
+    dropped: int
+    metrics: dict[str, float]
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class ContributionRow:
+    """Micro-batches lo..hi-1 of `round`, sent by `worker`. `outcome` is committed, duplicate or dropped;
+    `staleness` counts updates between pull and push where the policy lets it be other than 0."""
+
+    round: int
+    lo: int
+    hi: int
+    worker: str
+    samples: int
+    outcome: str
+    staleness: int | None = None
+
+
+@dataclass(frozen=True)
+class StatusRow:
+    """What a process is doing now: `state` is a word, `waits_for` names processes or is empty."""
+
+    process: str
+    state: str
+    round: int
+    waits_for: str
+    samples_per_second: float = 0.0
+    at: float = 0.0
+
+
+class RunLog:
+    """The writing end; one per run, in the coordinator. Rows are buffered until `flush`.
+
+    An operating-system or SQLite error in `flush` is the caller's to handle; buffered rows are kept for the next try.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+        self._pending: list[tuple[str, tuple[Any, ...]]] = []
+
+    def event(self, event: Event) -> None:
+        self._add("INSERT INTO events VALUES (NULL,?,?,?,?)", event.kind, event.process, json.dumps(event.data))
+
+    def round(self, row: RoundRow) -> None:
+        self._pending.append(
+            (
+                "INSERT OR IGNORE INTO rounds VALUES (?,?,?,?,?,?,?)",
+                (row.round, time.time(), row.epoch, row.samples, row.micro_batches, row.dropped, json.dumps(row.metrics)),
+            )
+        )
+
+    def contribution(self, row: ContributionRow) -> None:
+        self._add(
+            "INSERT INTO contributions VALUES (NULL,?,?,?,?,?,?,?,?)",
+            row.round, row.lo, row.hi, row.worker, row.samples, row.outcome, row.staleness,
+        )  # fmt: skip
+
+    def metric(self, round_: int, worker: str, name: str, value: float) -> None:
+        self._add("INSERT INTO metrics VALUES (NULL,?,?,?,?,?)", round_, worker, name, value)
+
+    def status(self, row: StatusRow) -> None:
+        self._pending.append(
+            (
+                "INSERT OR REPLACE INTO status VALUES (?,?,?,?,?,?)",
+                (row.process, time.time(), row.state, row.round, row.waits_for, row.samples_per_second),
+            )
+        )
+
+    def _add(self, statement: str, *values: Any) -> None:
+        self._pending.append((statement, (time.time(), *values)))
+
+    def flush(self) -> None:
+        """Write what is buffered, in one transaction."""
+        if not self._pending:
+            return
+        self._db.execute("BEGIN")
+        try:
+            for statement, values in self._pending:
+                self._db.execute(statement, values)
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+        self._pending.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._db.execute("PRAGMA journal_mode=DELETE")
+        self._db.close()
+
+
+class RunLogReader:
+    """The reading end, safe to use while the run goes on. Every method reads afresh."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0, isolation_level=None)
+
+    def rounds(self, after: int = -1) -> list[RoundRow]:
+        rows = self._db.execute("SELECT * FROM rounds WHERE round > ? ORDER BY round", (after,))
+        return [RoundRow(r, epoch, n, k, dropped, json.loads(m), at) for r, at, epoch, n, k, dropped, m in rows]
+
+    def contributions(self) -> list[ContributionRow]:
+        rows = self._db.execute("SELECT round, lo, hi, worker, samples, outcome, staleness FROM contributions ORDER BY seq")
+        return [ContributionRow(*row) for row in rows]
+
+    def metrics(self, name: str) -> list[tuple[float, int, str, float]]:
+        """(unix seconds, round, worker, value) of each time a script logged `name`."""
+        query = "SELECT at, round, worker, value FROM metrics WHERE name = ? ORDER BY seq"
+        return list(self._db.execute(query, (name,)))
+
+    def statuses(self) -> list[StatusRow]:
+        rows: Iterable[tuple[Any, ...]] = self._db.execute("SELECT * FROM status ORDER BY process")
+        return [StatusRow(p, state, r, waits, speed, at) for p, at, state, r, waits, speed in rows]
+
+    def events(self, after: int = 0) -> list[tuple[int, float, Event]]:
+        """(sequence number, unix seconds, event), oldest first."""
+        rows = self._db.execute("SELECT * FROM events WHERE seq > ? ORDER BY seq", (after,))
+        return [(seq, at, Event(kind, process, json.loads(data))) for seq, at, kind, process, data in rows]
+
+    def close(self) -> None:
+        self._db.close()

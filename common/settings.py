@@ -1,0 +1,138 @@
+"""The one definition of what can be set about a run.
+
+Flags, TOML keys, the coordinator's WELCOME and the summary are all made from `Settings`; nothing else names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+from msgspec import Meta
+
+from common.errors import UsageError
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
+
+
+def _help(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a run that its processes must agree on. Field descriptions are the flags' help texts."""
+
+    workers: Annotated[Positive, _help("Worker processes, each with a replica of the model.")] = 2
+    servers: Annotated[Positive, _help("Parameter servers, among which the parameters are divided.")] = 2
+    policy: Annotated[PolicyName, _help("When updates are applied and when a worker may go on.")] = "sync"
+    global_batch: Annotated[Positive, _help("Samples per round, over all workers.")] = 64
+    micro_batch: Annotated[Positive, _help("Samples per micro-batch, the unit of work that is leased to workers.")] = 16
+    epochs: Annotated[Positive, _help("Passes over the training data.")] = 10
+    rounds: Annotated[Positive | None, _help("Stop after this many rounds, even in the middle of an epoch.")] = None
+    seed: Annotated[NonNegative, _help("Seed of weights, data order, augmentation and dropout.")] = 0
+    threads: Annotated[Positive, _help("Torch threads per worker; the bits of the result depend on it.")] = 1
+
+    staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
+    backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
+    local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
+    outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
+    outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.9
+    staleness_lr: Annotated[bool, _help("ssp, async: divide the learning rate by the staleness of the push.")] = False
+    delay_compensation: Annotated[
+        float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
+    ] = 0.0
+
+    model: Annotated[str, _help("Built-in example: the network: lenet, mlp, cnn or alexnet.")] = "lenet"
+    data: Annotated[
+        str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
+    ] = "mnist-5k"
+    data_dir: Annotated[str | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
+    optimizer: Annotated[str, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
+    lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
+    momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9
+    weight_decay: Annotated[float, Meta(ge=0), _help("Built-in example: weight decay.")] = 0.0
+    clip_norm: Annotated[PositiveFloat | None, _help("Built-in example: clip the gradient to this global norm.")] = None
+    schedule: Annotated[
+        str | None, _help("Built-in example: a class of torch.optim.lr_scheduler: CosineAnnealingLR, OneCycleLR or LinearLR.")
+    ] = None
+    loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
+
+    timeout: Annotated[
+        float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
+    ] = 300.0
+
+    def __post_init__(self) -> None:
+        if self.micro_batch > self.global_batch:
+            raise UsageError(
+                f"micro_batch is {self.micro_batch} but global_batch is only {self.global_batch}: "
+                "a micro-batch is a part of the global batch, so make it no larger."
+            )
+        micro_batches = -(-self.global_batch // self.micro_batch)
+        if self.policy == "backup" and self.backup >= micro_batches:
+            raise UsageError(
+                f"backup is {self.backup} but a round has only {micro_batches} micro-batches: leave at least one to apply."
+            )
+
+
+FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Settings)}
+
+
+def unknown_key(key: str, known: list[str], where: str) -> UsageError:
+    """The error for a key nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1)
+    return UsageError(f"{where}: there is no setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "."))
+
+
+def make_settings(values: dict[str, Any], where: str) -> Settings:
+    """Check `values` and build Settings from them; `where` (a file, 'the command line') is named in errors.
+
+    Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
+    """
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in values:
+        if key not in FIELDS:
+            raise unknown_key(key, sorted(FIELDS), where)
+    for key, value in values.items():
+        try:
+            msgspec.convert(value, FIELDS[key].type)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"{where}: {key} = {value!r} cannot be: {_plain(error, key)}") from None
+    return msgspec.convert(values, Settings)
+
+
+def _plain(error: msgspec.ValidationError, key: str) -> str:
+    choices = _choices(key)
+    if choices:
+        return f"it must be one of {', '.join(choices)}."
+    text = str(error)
+    return text[0].lower() + text[1:].replace("`", "") + "."
+
+
+def _choices(key: str) -> tuple[str, ...]:
+    """The values a Literal setting may take, or ()."""
+    annotated: Any = FIELDS[key].type
+    inner = get_args(annotated)[0] if get_args(annotated) else annotated
+    return tuple(v for v in get_args(inner) if isinstance(v, str))
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The values that setting `key` may take where they are a fixed list of words, else ()."""
+    return _choices(key)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises UsageError where there is none or it does not parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}; --config takes the path of a TOML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from None

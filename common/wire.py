@@ -1,0 +1,159 @@
+"""Sockets: every option, limit and address rule of the project is in this file.
+
+A message is one MessagePack header frame (`common.messages.Envelope`) and any number of raw tensor frames. Workers and
+servers connect with DEALER; servers and the coordinator listen with ROUTER. One socket belongs to one thread. Nothing here
+blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket as stdlib_socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from common.errors import ClusterError, UsageError, WireError
+from common.messages import Body, Envelope
+
+PROTOCOL = 1
+
+#: Largest frame accepted, bytes: a chunk, and some room for a long layout in a header.
+MAX_FRAME_BYTES = 16 << 20
+#: Frames a message may have at most.
+MAX_FRAMES = 4096
+#: Seconds between two signs of life, and of silence after which a process counts as gone.
+BEAT_S = 0.5
+GONE_S = 20.0
+#: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
+ASK_AGAIN_S = 1.0
+SEND_AGAIN_S = 5.0
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(Envelope)
+
+Frames = Sequence[Any]
+
+
+@dataclass
+class Stamp:
+    """What a process writes on its messages, and checks on others'."""
+
+    sender: str = ""
+    run: str = ""
+    epoch: int = 0
+    incarnation: int = 0
+
+    def encode(self, body: Body) -> bytes:
+        return _ENCODER.encode(Envelope(PROTOCOL, self.run, self.sender, self.incarnation, self.epoch, body))  # type: ignore[arg-type]
+
+    def decode(self, header: Any) -> Envelope:
+        """The envelope in a header frame. Raises WireError if it is malformed, foreign or of another version."""
+        try:
+            envelope = _DECODER.decode(header)
+        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, UsageError) as error:
+            raise WireError(f"a header could not be read: {error}") from None
+        if envelope.protocol != PROTOCOL:
+            raise WireError(f"{envelope.sender or 'a peer'} speaks protocol {envelope.protocol}, not {PROTOCOL}")
+        if self.run and envelope.run and envelope.run != self.run:
+            raise WireError(f"{envelope.sender or 'a peer'} belongs to run {envelope.run}, not {self.run}")
+        return envelope
+
+
+def new_incarnation() -> int:
+    """A number that tells this process from an earlier one of the same name."""
+    return int.from_bytes(os.urandom(6), "little")
+
+
+def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str]:
+    """A listening ROUTER and the address it really has. Raises UsageError where `bind` cannot be had."""
+    sock = _socket(context, zmq.ROUTER, bind)
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # without it, what cannot be routed vanishes silently
+    try:
+        sock.bind(bind)
+    except zmq.ZMQError as error:
+        sock.close()
+        if error.errno == zmq.EADDRINUSE:
+            raise UsageError(f"{bind} is in use by another program: choose another port, or 0 for any free one.") from None
+        raise UsageError(f"cannot listen at {bind}: {error}.") from None
+    return sock, sock.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def dealer(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
+    """A DEALER connected to `address`. Raises UsageError where that is no address."""
+    sock = _socket(context, zmq.DEALER, address)
+    try:
+        sock.connect(address)
+    except zmq.ZMQError as error:
+        sock.close()
+        raise UsageError(f"'{address}' is no address to connect to: {error}. It looks like tcp://HOST:PORT.") from None
+    return sock
+
+
+def _socket(context: zmq.Context[Any], kind: int, address: str) -> zmq.Socket[bytes]:
+    sock: zmq.Socket[bytes] = context.socket(kind)
+    sock.setsockopt(zmq.LINGER, 1000)
+    sock.setsockopt(zmq.IMMEDIATE, 0)  # queue while connecting: what is stale by then is refused by its header
+    sock.setsockopt(zmq.RECONNECT_IVL, 50)
+    sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, 10000)
+    sock.setsockopt(zmq.IPV6, int("[" in address))
+    sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    sock.setsockopt(zmq.SNDHWM, 10000)
+    sock.setsockopt(zmq.RCVHWM, 10000)
+    return sock
+
+
+def send(sock: zmq.Socket[bytes], header: bytes, frames: Frames = (), to: bytes | None = None, copy: bool = False) -> bool:
+    """Send without blocking, and unless `copy` without copying. False if it could not go out now; then nothing was sent."""
+    parts = [header, *frames] if to is None else [to, header, *frames]
+    try:
+        sock.send_multipart(parts, zmq.NOBLOCK, copy=copy)
+    except (zmq.Again, zmq.ZMQError) as error:
+        if isinstance(error, zmq.Again) or error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
+    """The next message's frames without copying, or None if there is none now. Raises WireError for one with too many."""
+    try:
+        frames: list[zmq.Frame] = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    if len(frames) > MAX_FRAMES:
+        raise WireError(f"a message has {len(frames)} frames; {MAX_FRAMES} are allowed")
+    return frames
+
+
+def bytes_of(frame: Any) -> memoryview:
+    """The bytes of a frame, whether ZeroMQ's own or any buffer."""
+    return frame.buffer if isinstance(frame, zmq.Frame) else memoryview(frame)
+
+
+def advertised(bound: str, towards: str) -> str:
+    """The address others reach the listener `bound` at: a wildcard host becomes this host's address towards `towards`."""
+    host, _, port = bound.removeprefix("tcp://").rpartition(":")
+    if host.strip("[]") not in ("0.0.0.0", "::", "*", ""):
+        return bound
+    peer, _, peer_port = towards.removeprefix("tcp://").rpartition(":")
+    try:
+        family, _, _, _, target = stdlib_socket.getaddrinfo(peer.strip("[]"), int(peer_port), type=stdlib_socket.SOCK_DGRAM)[0]
+        with stdlib_socket.socket(family, stdlib_socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing; picks the route
+            own = probe.getsockname()[0]
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"the coordinator's address {towards} cannot be resolved: {error}.") from None
+    return f"tcp://[{own}]:{port}" if ":" in own else f"tcp://{own}:{port}"
+
+
+def write_address(path: Path, address: str) -> None:
+    """Put `address` into the file `path`, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(address + "\n", encoding="utf-8")
+    temporary.rename(path)

@@ -1,0 +1,1 @@
+"""Server and coordinator: the processes that hold what matters."""

@@ -1,0 +1,375 @@
+"""The coordinator process: a loop that moves messages between its socket and its state machines. It needs no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from common.errors import ClusterError, PsError, UsageError, WireError
+from common.messages import (
+    Arrived,
+    Beat,
+    Body,
+    Envelope,
+    Goodbye,
+    Hello,
+    Metrics,
+    ModelPart,
+    Norms,
+    Plan,
+    Ready,
+    Refused,
+    Report,
+    Setup,
+    Stop,
+    Upload,
+    Waiting,
+)
+from common.policies import load
+from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow
+from common.settings import Settings
+from common.wire import ASK_AGAIN_S, BEAT_S, Frames, Stamp, new_incarnation, receive, router, send, write_address
+from ps.archive import MODEL_FILE, ModelFile, write_summary
+from ps.ledger import Ledger
+from ps.membership import Member, Membership, number_of
+from ps.takeover import Takeover
+
+log = logging.getLogger("ps.coordinator")
+
+_TICK_MS = 50
+_FLUSH_S = 0.25
+#: Seconds in which the others are told that the run is over, before the coordinator leaves.
+_FAREWELL_S = 1.0
+
+
+def serve(settings: Settings, bind: str, run_dir: Path) -> None:
+    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`.
+
+    Writes the address it listens at to run_dir/address. Returns when the run has finished and its results are written.
+    Raises UsageError where it cannot listen or write, ClusterError where the run failed, naming who and why.
+    """
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        sock, bound = router(context, bind)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            coordinator = Coordinator(sock, settings, run_dir)
+            address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
+            write_address(run_dir / "address", address)
+        except OSError as error:
+            raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
+        log.info("listening at %s", bound)
+        coordinator.run()
+    finally:
+        context.destroy(linger=1000)
+
+
+class Coordinator:
+    """One run's coordinator. `run` is the loop; everything else handles one kind of message."""
+
+    def __init__(self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path) -> None:
+        now = time.monotonic()
+        self._sock = sock
+        self._settings = settings
+        self._run_dir = run_dir
+        run = secrets.token_hex(4)
+        self._stamp = Stamp(sender="coordinator", run=run, incarnation=new_incarnation())
+        policy = load(settings)
+        self._policy = policy
+        self._membership = Membership(settings, policy, run, now)
+        self._ledger = Ledger(settings, policy)
+        self._takeover = Takeover()
+        self._model = ModelFile()
+        self._log = RunLog(run_dir / FILE_NAME)
+        self._routes: dict[str, bytes] = {}
+        self._seen_metrics: dict[str, int] = {}
+        self._accuracy: float | None = None
+        self._uploader: str | None = None
+        self._flushed_at = now
+        self._progressed_at = now
+        self._planned = 0
+        self._training_since: float | None = None
+        self._committed_at = now
+        self._log.event(Event("started", "coordinator", {"run": run, "pid": os.getpid()}))
+
+    # ---- the loop
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._sock, zmq.POLLIN)
+        try:
+            while not self._finished():
+                poller.poll(_TICK_MS)
+                self._drain()
+                self._tick(time.monotonic())
+            self._write_results()
+        except PsError as error:
+            self._log.event(Event("failed", "coordinator", {"reason": str(error)}))
+            self._farewell(Stop(False, str(error)))
+            raise
+        self._log.event(Event("finished", "coordinator", {}))
+        self._farewell(Stop(True))
+
+    def _drain(self) -> None:
+        until = time.monotonic() + BEAT_S
+        while time.monotonic() < until:
+            try:
+                frames = receive(self._sock)
+                if frames is None:
+                    return
+                if len(frames) < 2:
+                    raise WireError("a message has no header")
+                envelope = self._stamp.decode(frames[1].buffer)
+                self._handle(frames[0].bytes, envelope, frames[2:])
+            except WireError as error:
+                log.warning("refused: %s", error)
+
+    def _tick(self, now: float) -> None:
+        for name, body in self._membership.tick(now):
+            self._send(name, body)
+        for row in self._ledger.new_rounds:
+            metrics = {name: value for name, value in row.metrics.items()}
+            self._log.round(
+                RoundRow(row.round, self._ledger.epoch_of(row.round), row.samples, row.micro_batches, row.dropped, metrics)
+            )
+            self._progressed_at = self._committed_at = now
+        self._ledger.new_rounds.clear()
+        for c in self._ledger.new_contributions:
+            self._log.contribution(ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness))
+        self._ledger.new_contributions.clear()
+        if now >= self._flushed_at + _FLUSH_S:
+            self._flushed_at = now
+            self._write_status()
+            self._flush()
+        self._check_deadline(now)
+
+    def _flush(self) -> None:
+        try:
+            self._log.flush()
+        except Exception as error:  # a full disk must not stop the run; the rows are kept for the next try
+            log.warning("the event log could not be written: %s", error)
+
+    def _check_deadline(self, now: float) -> None:
+        """Give up where nothing has moved for the whole time-out."""
+        if not self._membership.started or now - self._progressed_at <= self._settings.timeout:
+            return
+        waiting = self._whom_all_wait_for() or "every process"
+        raise ClusterError(
+            f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}."
+        )
+
+    # ---- messages
+
+    def _handle(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
+        now = time.monotonic()
+        body = envelope.body
+        if isinstance(body, Hello):
+            self._hello(route, body, envelope.incarnation, now)
+            return
+        member = self._membership.members.get(envelope.sender)
+        if member is None or member.incarnation != envelope.incarnation:
+            self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._stamp.run}."))
+            return
+        member.heard_at = now
+        self._routes[member.name] = route
+        match body:
+            case Beat():
+                self._beat(member, body, now)
+            case Report():
+                self._reply(route, self._ledger.report(number_of(member.name), body))
+            case Arrived():
+                self._to_servers(self._ledger.arrived(number_of(member.name), body))
+            case Norms():
+                self._to_servers(self._ledger.norms(number_of(member.name), body))
+            case Setup():
+                self._reply(route, self._ledger.set_up(body))
+            case Plan():
+                self._plan(route, body, now)
+            case Waiting():
+                self._waiting(member, body, now)
+            case Metrics():
+                self._metrics(route, member.name, body, now)
+            case ModelPart():
+                self._progressed_at = now
+                self._model.add(body, frames)
+                self._reply(route, Ready("ModelPart", body.part))
+            case Goodbye():
+                self._goodbye(route, member, body, now)
+            case _:
+                raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
+
+    def _hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
+        known = set(self._membership.members)
+        started = self._membership.started
+        member, answers = self._membership.hello(hello, incarnation, now)
+        if member is not None:
+            self._routes[member.name] = route
+            if member.name not in known:
+                data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
+                self._log.event(Event("joined", member.name, data))
+                self._progressed_at = now
+        for name, body in answers:
+            if name:
+                self._send(name, body)
+            else:
+                self._reply(route, body)
+        if self._membership.started and not started:
+            self._warn_of_unequal_arithmetic()
+
+    def _warn_of_unequal_arithmetic(self) -> None:
+        """Equal bits need equal arithmetic: say so where workers differ."""
+        workers = self._membership.names("worker")
+        kinds = {tuple(sorted(self._membership.members[w].hello.arithmetic.items())) for w in workers}
+        if len(kinds) > 1:
+            text = "workers differ in torch's build or processor: the result is valid, but its bits depend on who computed what"
+            log.warning(text)
+            self._log.event(Event("warning", "coordinator", {"text": text, "kinds": [dict(kind) for kind in kinds]}))
+
+    def _beat(self, member: Member, beat: Beat, now: float) -> None:
+        if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
+            self._progressed_at = now
+        self._membership.beat(member.name, beat, now)
+        self._send(member.name, Beat())
+
+    def _plan(self, route: bytes, plan: Plan, now: float) -> None:
+        self._reply(route, self._ledger.plan(plan.segment))
+        if self._ledger.planned != self._planned:
+            self._planned = self._ledger.planned
+            self._training_since = self._training_since or now
+            self._log.event(Event("plan", "coordinator", {"rounds": self._planned}))
+
+    def _waiting(self, member: Member, waiting: Waiting, now: float) -> None:
+        if self._policy.is_local or not self._ledger.segments:
+            return
+        first = self._ledger.committed if self._policy.applies == "push" else waiting.round
+        last = min(waiting.round, self._ledger.segments[-1].end - 1)
+        lease = self._takeover.lease(
+            member.name,
+            range(first, last + 1),
+            self._ledger.micro_batches,
+            self._membership.tables,
+            {name: m for name, m in self._membership.members.items() if m.hello.role == "worker"},
+            now,
+        )
+        if lease is not None:
+            self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
+            self._send(lease.to, lease)
+            self._send(lease.owner, lease)
+
+    def _metrics(self, route: bytes, worker: str, metrics: Metrics, now: float) -> None:
+        self._reply(route, Ready("Metrics", metrics.id))
+        if metrics.id <= self._seen_metrics.get(worker, -1):
+            return
+        self._seen_metrics[worker] = metrics.id
+        self._progressed_at = now
+        for name, value in metrics.values.items():
+            self._log.metric(metrics.round, worker, name, value)
+            if name == "accuracy":
+                self._accuracy = value
+
+    def _goodbye(self, route: bytes, member: Member, goodbye: Goodbye, now: float) -> None:
+        if goodbye.reason:
+            raise ClusterError(f"{member.name} failed: {goodbye.reason}")
+        if not member.left:
+            self._log.event(Event("left", member.name, {}))
+            self._progressed_at = now
+        member.left = True
+        if self._uploader is None or not self._membership.members[self._uploader].left:
+            self._uploader = member.name
+        if self._ledger.layout is not None and not self._model.complete and member.name == self._uploader:
+            self._reply(route, Upload())
+
+    # ---- sending
+
+    def _send(self, name: str, body: Body) -> None:
+        if name in self._routes:
+            self._reply(self._routes[name], body)
+
+    def _reply(self, route: bytes, body: Body) -> None:
+        send(self._sock, self._stamp.encode(body), to=route)
+
+    def _to_servers(self, answers: Sequence[tuple[int, Body]]) -> None:
+        for server, body in answers:
+            self._send(f"server-{server}", body)
+
+    def _farewell(self, stop: Stop) -> None:
+        """Tell everybody, a few times as messages may be lost, and close the books."""
+        self._log.event(Event("stopped", "coordinator", {"ok": stop.ok, "reason": stop.reason}))
+        self._flush()
+        until = time.monotonic() + _FAREWELL_S
+        while (now := time.monotonic()) < until:
+            for route in self._routes.values():
+                self._reply(route, stop)
+            time.sleep(min(ASK_AGAIN_S / 4, max(0.0, until - now)))
+        self._log.close()
+
+    # ---- telling
+
+    def _whom_all_wait_for(self) -> str:
+        """Workers that have something left to do in the open round, else servers that have not applied it."""
+        members = self._membership.members
+        round_ = self._ledger.committed
+        busy = [n for n in self._membership.names("worker") if members[n].beat.state != "waiting"]
+        if busy:
+            return ", ".join(busy)
+        return ", ".join(n for n in self._membership.names("server") if members[n].beat.round <= round_)
+
+    def _write_status(self) -> None:
+        waits_for = self._whom_all_wait_for() if self._membership.started else ""
+        for member in self._membership.members.values():
+            beat = member.beat
+            state = "lost" if member.lost else "done" if member.left else beat.state or "starting"
+            waits = waits_for if state == "waiting" and member.hello.role == "worker" else ""
+            self._log.status(StatusRow(member.name, state, beat.round, waits, beat.rate))
+
+    def _finished(self) -> bool:
+        """All workers have left, the books are complete, and the model has been handed in."""
+        workers = [m for m in self._membership.members.values() if m.hello.role == "worker"]
+        if not self._membership.started or any(m.active for m in workers) or not any(m.left for m in workers):
+            return False
+        if self._ledger.layout is None:
+            return True
+        return self._ledger.committed >= self._ledger.planned and self._model.complete
+
+    def _write_results(self) -> None:
+        try:
+            if self._model.complete:
+                self._model.write(self._run_dir)
+            write_summary(self._run_dir, self._summary())
+        except OSError as error:
+            raise ClusterError(f"the results could not be written to {self._run_dir}: {error.strerror or error}.") from None
+        log.info("the model is in %s", self._run_dir / MODEL_FILE)
+
+    def _summary(self) -> dict[str, Any]:
+        totals = self._ledger.totals
+        seconds = self._committed_at - (self._training_since or self._committed_at)
+        accuracy = self._accuracy if self._accuracy is not None else self._ledger.recent("accuracy")
+        summary: dict[str, Any] = {
+            "run": self._stamp.run,
+            "policy": self._settings.policy,
+            "workers": self._settings.workers,
+            "servers": self._settings.servers,
+            "rounds": totals.rounds,
+            "epochs": self._ledger.epochs,
+            "samples": totals.samples,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(totals.samples / seconds, 1) if seconds else None,
+            "loss": self._ledger.recent("loss"),
+            "accuracy": accuracy,
+            "weights_sha256": self._model.weights_sha256,
+            "micro_batches_committed": totals.micro_batches_committed,
+            "micro_batches_recomputed": totals.micro_batches_recomputed,
+            "duplicates_ignored": totals.duplicates_ignored,
+            "dropped": totals.dropped,
+            "samples_dropped": totals.samples_dropped,
+        }
+        if totals.staleness:
+            summary["staleness"] = {str(k): n for k, n in sorted(totals.staleness.items())}
+        return summary

@@ -1,0 +1,221 @@
+"""The books of a run: which rounds are applied everywhere, of which micro-batches, and what all servers must decide alike.
+
+A state machine without a socket or a clock: it is told what servers and workers report and answers with messages and rows
+for the event log. Invariants:
+
+- a round is committed when every server that takes part has applied it, once, in order;
+- in every committed round each micro-batch is in exactly one committed contribution, or dropped;
+- the decision on a round (which micro-batches, which norms) never changes once it is given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.layout import Layout, make_layout
+from common.messages import (
+    AllNorms,
+    Arrived,
+    Body,
+    Close,
+    Committed,
+    Contribution,
+    Norms,
+    Ready,
+    Refused,
+    Report,
+    ReportAck,
+    Setup,
+)
+from common.plan import Segment
+from common.policies import Policy
+from common.settings import Settings
+
+#: Decisions of how many rounds are kept for servers that ask again.
+_REMEMBERED = 16
+
+
+@dataclass
+class Totals:
+    """Counts over the run, as the summary has them."""
+
+    rounds: int = 0
+    samples: int = 0
+    dropped: int = 0
+    samples_dropped: int = 0
+    micro_batches_committed: int = 0
+    micro_batches_recomputed: int = 0
+    duplicates_ignored: int = 0
+    staleness: Counter[int] = field(default_factory=Counter)
+
+
+class Ledger:
+    """Takes reports; `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
+
+    def __init__(self, settings: Settings, policy: Policy) -> None:
+        self.settings = settings
+        self.layout: Layout | None = None
+        self.segments: list[Segment] = []
+        self.totals = Totals()
+        #: Rounds below are applied on every server that takes part.
+        self.committed = 0
+        self.new_rounds: list[Committed] = []
+        self.new_contributions: list[Contribution] = []
+        #: Sample-weighted sums of each metric over the newest epoch, and the samples they are over.
+        self._epoch_metrics: dict[str, tuple[float, int]] = {}
+        self._epoch = -1
+        self._policy = policy
+        self._setup: Setup | None = None
+        self._versions: dict[int, int] = {}
+        self._seqs: dict[int, int] = {}
+        #: Applied on server 0, not yet everywhere.
+        self._pending: list[Committed] = []
+        self._arrived: dict[int, dict[int, list[int]]] = {}
+        self._closed: dict[int, list[int]] = {}
+        self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
+
+    # ---- what the run is
+
+    def set_up(self, setup: Setup) -> Body:
+        """A worker's model. Servers say what differs; here only the layout matters."""
+        if self._setup is None:
+            self._setup = setup
+            self.layout = make_layout(setup.tensors, self.settings.servers)
+        elif setup != self._setup:
+            return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
+        return Ready("Setup")
+
+    def plan(self, segment: Segment) -> Body:
+        if segment.index == len(self.segments):
+            self.segments.append(segment)
+        elif segment.index > len(self.segments) or self.segments[segment.index] != segment:
+            return Refused("Plan", "this worker's data or batch sizes are not the other workers'.")
+        return Ready("Plan", segment.index)
+
+    @property
+    def planned(self) -> int:
+        """Updates that the plans known so far come to."""
+        return sum(self._policy.updates(segment) for segment in self.segments)
+
+    @property
+    def epochs(self) -> int:
+        return sum(segment.epochs for segment in self.segments)
+
+    def segment_of(self, update: int) -> Segment | None:
+        """The segment that update number `update` belongs to."""
+        first = 0
+        for segment in self.segments:
+            if first <= update < first + self._policy.updates(segment):
+                return segment
+            first += self._policy.updates(segment)
+        return None
+
+    def epoch_of(self, update: int) -> int:
+        """The epoch in which the data of an update begin."""
+        segment = self.segment_of(update)
+        if segment is None:
+            return 0
+        if not self._policy.is_local:
+            return segment.round(update).epoch
+        earlier = sum(self._policy.updates(s) for s in self.segments[: segment.index])
+        step = (update - earlier) * (self._policy.merge_every or segment.rounds)
+        return segment.round(segment.first_round + step).epoch
+
+    def micro_batches(self, round_: int) -> int:
+        """K of a round; 0 where no plan knows it."""
+        for segment in self.segments:
+            if segment.first_round <= round_ < segment.end:
+                return segment.round(round_).micro_batches
+        return 0
+
+    # ---- what servers report
+
+    def report(self, server: int, report: Report) -> Body:
+        """News of a server, counted once however often it is sent."""
+        if report.seq > self._seqs.get(server, -1):
+            self._seqs[server] = report.seq
+            self._versions[server] = max(report.version, self._versions.get(server, 0))
+            self._pending += report.rounds
+            self.new_contributions += report.contributions
+            for row in report.contributions:
+                self._count(row)
+            self._commit()
+        return ReportAck(report.seq)
+
+    def _count(self, row: Contribution) -> None:
+        if row.outcome == "committed":
+            self.totals.micro_batches_committed += row.micro_batches
+            if row.staleness is not None:
+                self.totals.staleness[row.staleness] += 1
+        elif row.outcome == "duplicate":
+            self.totals.duplicates_ignored += 1
+            self.totals.micro_batches_recomputed += row.micro_batches
+
+    def _commit(self) -> None:
+        owners = self.layout.owners() if self.layout else [0]
+        everywhere = min(self._versions.get(owner, 0) for owner in owners)
+        while self._pending and self._pending[0].round < everywhere:
+            row = self._pending.pop(0)
+            self.committed = row.round + 1
+            self.totals.rounds += 1
+            self.totals.samples += row.samples
+            self.totals.dropped += row.dropped
+            if row.dropped:
+                segment = self.segment_of(row.round)
+                assert segment is not None
+                self.totals.samples_dropped += segment.round(row.round).samples - row.samples
+            self._average(row)
+            self.new_rounds.append(row)
+
+    def _average(self, row: Committed) -> None:
+        epoch = self.epoch_of(row.round)
+        if epoch != self._epoch:
+            self._epoch, self._epoch_metrics = epoch, {}
+        for name, value in row.metrics.items():
+            total, samples = self._epoch_metrics.get(name, (0.0, 0))
+            self._epoch_metrics[name] = total + value * row.samples, samples + row.samples
+
+    def recent(self, name: str) -> float | None:
+        """Mean of a metric over the samples of the newest epoch that has committed rounds."""
+        total, samples = self._epoch_metrics.get(name, (0.0, 0))
+        return total / samples if samples else None
+
+    # ---- what all servers must decide alike
+
+    def arrived(self, server: int, message: Arrived) -> list[tuple[int, Body]]:
+        """`backup`: close the round when enough micro-batches are in everywhere. Answers are (server, message)."""
+        if message.round in self._closed:
+            return [(server, Close(message.round, self._closed[message.round]))]
+        if self.layout is None:
+            return []
+        sets = self._arrived.setdefault(message.round, {})
+        sets[server] = message.ks
+        owners = self.layout.owners()
+        everywhere = set.intersection(*(set(sets.get(owner, ())) for owner in owners))
+        count = self.micro_batches(message.round)
+        if not count or len(everywhere) < max(1, count - self._policy.may_leave_out):
+            return []
+        self._closed[message.round] = sorted(everywhere)
+        self._arrived.pop(message.round)
+        _forget(self._closed)
+        return [(owner, Close(message.round, self._closed[message.round])) for owner in owners]
+
+    def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
+        """Clipping: hand out all norms of a round when every server that holds chunks has sent its own."""
+        if self.layout is None:
+            return []
+        parts = self._norms.setdefault(message.round, {})
+        parts.setdefault(server, message.norms)
+        _forget(self._norms)
+        owners = sorted({chunk.server for chunk in self.layout.chunks})
+        if any(owner not in parts for owner in owners):
+            return []
+        answer = AllNorms(message.round, sorted(norm for part in parts.values() for norm in part))
+        return [(owner, answer) for owner in owners]
+
+
+def _forget(decisions: dict[int, Any]) -> None:
+    for round_ in sorted(decisions)[:-_REMEMBERED]:
+        del decisions[round_]

@@ -1,0 +1,176 @@
+"""Who takes part: rendezvous, signs of life, and the table of shares that each membership epoch has.
+
+A state machine without a socket or a clock. Invariants:
+
+- a name belongs to one incarnation at a time;
+- nobody is welcomed before every expected process is there;
+- tables have growing epochs, and a new one holds only from a round on that nobody has begun.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from common.errors import ClusterError
+from common.leases import Table, shares
+from common.messages import Beat, Body, Hello, Refused, Tables, Welcome
+from common.policies import Policy
+from common.settings import Settings
+from common.wire import GONE_S
+
+#: Seconds that processes have to join before the run is given up.
+JOIN_S = 120.0
+#: Seconds between two looks at whether shares should follow the measured speeds.
+RESHARE_S = 2.0
+#: Rounds from the newest one known until a new table holds, for the news to get everywhere first.
+_LEAD_ROUNDS = 2
+
+
+@dataclass
+class Member:
+    """A process that has joined. `left` is set when it said goodbye, `lost` when it fell silent."""
+
+    name: str
+    hello: Hello
+    incarnation: int
+    heard_at: float
+    beat: Beat = field(default_factory=Beat)
+    #: Since when it has been computing the micro-batch of `beat.at`.
+    since: float = 0.0
+    left: bool = False
+    lost: bool = False
+
+    @property
+    def active(self) -> bool:
+        return not self.left and not self.lost
+
+
+class Membership:
+    """All members of a run, by name."""
+
+    def __init__(self, settings: Settings, policy: Policy, run: str, now: float) -> None:
+        self.settings = settings
+        self.run = run
+        self.members: dict[str, Member] = {}
+        self.started = False
+        self.tables: list[Table] = []
+        self._policy = policy
+        self._began_at = now
+        self._reshared_at = now
+
+    def names(self, role: str) -> list[str]:
+        """Members of `role` that are still part of the run, by number."""
+        found = [m for m in self.members.values() if m.hello.role == role and m.active]
+        return [m.name for m in sorted(found, key=lambda m: number_of(m.name))]
+
+    def hello(self, hello: Hello, incarnation: int, now: float) -> tuple[Member | None, list[tuple[str, Body]]]:
+        """A process asks to join: the member it is (None if refused), and what to answer to whom ('' is the asker)."""
+        for member in self.members.values():
+            if member.incarnation == incarnation:
+                member.heard_at = now
+                return member, [("", self._answer(member))]
+        expected = self.settings.servers if hello.role == "server" else self.settings.workers
+        taken = {number_of(m.name) for m in self.members.values() if m.hello.role == hello.role}
+        if hello.index is not None and hello.index in taken:
+            return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self.run} already."))]
+        if hello.role == "server" and len(taken) >= expected:
+            return None, [("", Refused("Hello", f"run {self.run} has all of its {expected} servers already."))]
+        if hello.role == "worker" and len(taken) >= expected and self._policy.is_local:
+            reason = f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
+            return None, [("", Refused("Hello", reason))]
+        number = hello.index if hello.index is not None else next(n for n in range(len(taken) + 1) if n not in taken)
+        if hello.role == "server" and number >= expected:
+            return None, [
+                ("", Refused("Hello", f"server {number} is one too many: run {self.run} has {expected} servers, from 0."))
+            ]
+        member = Member(f"{hello.role}-{number}", hello, incarnation, now)
+        self.members[member.name] = member
+        if self.started:
+            self._new_table()
+            return member, [("", self._answer(member)), *self._to_workers(Tables(self.tables))]
+        if len(self.names("server")) < self.settings.servers or len(self.names("worker")) < self.settings.workers:
+            return member, [("", Beat())]
+        self.started = True
+        workers = self.names("worker")
+        self.tables = [Table(1, 0, workers, [1] * len(workers))]
+        return member, [(m.name, self._answer(m)) for m in self.members.values()]
+
+    def _answer(self, member: Member) -> Body:
+        if not self.started:
+            return Beat()
+        servers = [self.members[name].hello.address for name in self.names("server")]
+        return Welcome(member.name, self.run, self.settings, servers, self.tables)
+
+    def beat(self, name: str, beat: Beat, now: float) -> None:
+        member = self.members[name]
+        member.heard_at = now
+        if (beat.round, beat.at) != (member.beat.round, member.beat.at):
+            member.since = now
+        member.beat = beat
+
+    def tick(self, now: float) -> list[tuple[str, Body]]:
+        """Messages that are due: new tables. Marks silent members as lost; those that were not before are in `newly_lost`.
+
+        Raises ClusterError where the run cannot start or go on.
+        """
+        if not self.started:
+            if now - self._began_at > JOIN_S:
+                raise ClusterError(f"{self._missing()} did not join within {JOIN_S:.0f} s.")
+            return []
+        lost = [m for m in self.members.values() if m.active and now - m.heard_at > GONE_S]
+        for member in lost:
+            if member.hello.role == "server" or self._policy.is_local:
+                raise ClusterError(
+                    f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
+                )
+            member.lost = True
+        if lost and not self.names("worker") and not any(m.left for m in self.members.values()):
+            raise ClusterError(f"no worker is left: {', '.join(m.name for m in lost)} fell silent for {GONE_S:.0f} s.")
+        if lost and self.names("worker"):
+            self._new_table()
+            return self._to_workers(Tables(self.tables))
+        if now - self._reshared_at > RESHARE_S and not self._policy.is_local:
+            self._reshared_at = now
+            if self._speeds_changed():
+                self._new_table()
+                return self._to_workers(Tables(self.tables))
+        return []
+
+    def _to_workers(self, body: Body) -> list[tuple[str, Body]]:
+        return [(name, body) for name in self.names("worker")]
+
+    def _missing(self) -> str:
+        roles = [("server", self.settings.servers), ("worker", self.settings.workers)]
+        parts = [f"{n - len(self.names(role))} of {n} {role}s" for role, n in roles if len(self.names(role)) < n]
+        return " and ".join(parts)
+
+    # ---- shares
+
+    def _weights(self, workers: list[str]) -> list[int]:
+        """Measured samples per second, relative to the fastest, in hundredths; unmeasured ones count as the mean."""
+        rates = [self.members[w].beat.rate for w in workers]
+        known = [rate for rate in rates if rate > 0]
+        if not known:
+            return [1] * len(workers)
+        mean = sum(known) / len(known)
+        return [max(1, round(100 * (rate or mean) / max(known))) for rate in rates]
+
+    def _speeds_changed(self) -> bool:
+        """Whether shares by the speeds measured now would move a micro-batch."""
+        workers = self.names("worker")
+        table = self.tables[-1]
+        if workers != table.workers or any(self.members[w].beat.rate <= 0 for w in workers):
+            return False
+        count = -(-self.settings.global_batch // self.settings.micro_batch)
+        return shares(count, self._weights(workers)) != shares(count, table.weights)
+
+    def _new_table(self) -> None:
+        newest = max([m.beat.round for m in self.members.values() if m.hello.role == "worker"], default=0)
+        workers = self.names("worker")
+        first = max(newest + _LEAD_ROUNDS, self.tables[-1].from_round + 1)
+        self.tables = [*self.tables[-7:], Table(self.tables[-1].epoch + 1, first, workers, self._weights(workers))]
+
+
+def number_of(name: str) -> int:
+    """3 for 'worker-3'."""
+    return int(name.rpartition("-")[2])

@@ -1,0 +1,104 @@
+"""A server that applies each push at once: `ssp`, `async`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.errors import WireError
+from common.messages import Ack, Committed, Push
+from common.policies import Policy
+from common.settings import Settings
+from common.tree import fold
+from common.wire import Frames
+from ps.shard import METRICS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
+
+
+class PushShard(Shard):
+    """A worker's clock is the round it works on; the slowest clock is the earliest round with something outstanding here."""
+
+    def __init__(self, index: int, settings: Settings, policy: Policy) -> None:
+        super().__init__(index, settings, policy)
+        self._slowest = 0
+        #: For rounds not complete: (chunk, micro-batch) pairs that were applied. METRICS counts as a chunk on server 0.
+        self._applied: dict[int, set[tuple[int, int]]] = {}
+        self._metrics: dict[int, dict[int, Metrics]] = {}
+        #: Distinct micro-batches seen, which is what staleness is counted in.
+        self._seen = 0
+        #: Weights as bytes, by chunk, until the next update; and those each worker was last sent, for delay compensation.
+        self._published: dict[int, Any] = {}
+        self._sent: dict[str, dict[int, Any]] = {}
+
+    @property
+    def version(self) -> int:
+        return self._slowest
+
+    def _opened(self) -> None:
+        pass
+
+    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+        if push.hi != push.lo + 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
+        plan = self.round_plan(push.round)
+        values = self._check(sender, push, frames, plan.micro_batches, plan.samples_in(push.lo, push.hi))
+        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None))
+        accounts = push.metrics is not None and self.index == 0
+        if push.round < self._slowest:
+            if accounts:
+                self._news.append(contribution(sender, push, "duplicate"))
+            return [ack]
+        assert self.store is not None
+        applied = self._applied.setdefault(push.round, set())
+        if all(k != push.lo for _, k in applied):
+            self._seen += 1
+        staleness = max(0, self._seen - 1 - push.base)
+        hypers = push.hypers
+        for chunk, value in zip(push.chunks, values, strict=True):
+            if (chunk, push.lo) in applied:
+                continue
+            applied.add((chunk, push.lo))
+            self.store.apply(
+                chunk,
+                self.store.mean(chunk, value, push.samples),
+                hypers[self.chunks[chunk].group] if 0 <= self.chunks[chunk].group < len(hypers) else {},
+                staleness=staleness,
+                base=self._sent.get(sender, {}).get(chunk),
+            )
+            self._published.pop(chunk, None)
+        if accounts and push.metrics is not None:
+            counted = (METRICS, push.lo) not in applied
+            self._news.append(contribution(sender, push, "committed" if counted else "duplicate", staleness))
+            if counted:
+                applied.add((METRICS, push.lo))
+                self._metrics.setdefault(push.round, {})[push.lo] = push.metrics
+        return [ack, *self._advance()]
+
+    def _advance(self) -> list[Send]:
+        """Close rounds of which nothing is outstanding, and serve who may go on now."""
+        before = self._slowest
+        end = self.segments[-1].end if self.segments else 0
+        while self._slowest < end:
+            plan = self.round_plan(self._slowest)
+            parts = len(self.chunks) + (self.index == 0)
+            if len(self._applied.get(self._slowest, ())) < plan.micro_batches * parts:
+                break
+            if self.index == 0:
+                total = fold(self._metrics.pop(self._slowest), plan.micro_batches, add_metrics)
+                self._rounds.append(Committed(self._slowest, plan.samples, plan.micro_batches, 0, mean_metrics(total)))
+            self._applied.pop(self._slowest, None)
+            self._slowest += 1
+        return self._serve_all() if self._slowest > before else []
+
+    def _serve(self, worker: str) -> list[Send]:
+        pull, unsent = self.waiters[worker]
+        may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
+        if not self._open or not may:
+            return []
+        del self.waiters[worker]
+        assert self.store is not None
+        for chunk in unsent:
+            if chunk not in self._published:
+                self._published[chunk] = self.store.publish(chunk)
+        frames = {chunk: self._published[chunk] for chunk in unsent}
+        if self.settings.delay_compensation:
+            self._sent[worker] = {**self._sent.get(worker, {}), **frames}
+        return self._weights(worker, pull, self._seen, frames, {} if self.index == 0 else None)

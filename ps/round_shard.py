@@ -1,0 +1,237 @@
+"""A server that applies once per round: `sync`, `backup`, `local`, `average`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.errors import WireError
+from common.layout import Chunk
+from common.messages import (
+    Ack,
+    AllNorms,
+    Arrived,
+    Body,
+    Close,
+    Committed,
+    Contribution,
+    Gone,
+    Norms,
+    Push,
+)  # fmt: skip
+from common.policies import Policy
+from common.settings import Settings
+from common.sums import Sum
+from common.tree import Span, TreeSum, fold
+from common.wire import ASK_AGAIN_S, Frames
+from ps.shard import COORDINATOR, METRICS, Send, Shard, add_metrics, contribution, mean_metrics
+from ps.store import Norm
+
+
+class RoundShard(Shard):
+    """Round t is open while the version is t. Each chunk is applied as soon as its sum is final, and handed out at once to
+    who waits for W(t+1); the round closes when all are. W(t) stays whole for those who still need it, and so does W(t-1)."""
+
+    def __init__(self, index: int, settings: Settings, policy: Policy) -> None:
+        super().__init__(index, settings, policy)
+        self._version = 0
+        #: Weights of this version and of the one before, by chunk.
+        self._current: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
+        #: Mean metrics of the round before this version.
+        self._metrics: dict[str, float] = {}
+        self._open_round()
+
+    def _open_round(self) -> None:
+        #: Contributions by chunk (METRICS included): summed as they come, or kept apart where some may be left out.
+        self._sums: dict[int, TreeSum[Any]] = {}
+        self._leaves: dict[int, dict[int, Any]] = {}
+        #: Spans that count in this round, as the ledger will have them.
+        self._filed: dict[Span, Contribution] = {}
+        #: Samples behind each leaf, where workers step locally and the plan cannot tell.
+        self._leaf_samples: dict[int, int] = {}
+        #: Chunks whose mean contribution is final but not applied, and the next weights of those that are.
+        self._means: dict[int, Sum] = {}
+        self._next: dict[int, Any] = {}
+        self._hypers: list[dict[str, Any]] = []
+        #: `backup`: the micro-batches to apply, once decided. Clipping: own norms, and everybody's, once known.
+        self._closed: list[int] | None = None
+        self._own_norms: list[Norm] | None = None
+        self._norms: list[Norm] | None = None
+        self._asked: Body | None = None
+        self._asked_at = float("-inf")
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def _opened(self) -> None:
+        assert self.store is not None
+        self._current = {chunk: self.store.publish(chunk) for chunk in self.chunks}
+
+    @property
+    def _count(self) -> int:
+        """Leaves of this round's tree: micro-batches, or workers where they step locally."""
+        return self.settings.workers if self.policy.is_local else self.round_plan(self._version).micro_batches
+
+    @property
+    def _ids(self) -> list[int]:
+        """All that a contribution consists of here."""
+        return [*([METRICS] if self.index == 0 else []), *self.chunks]
+
+    # ---- contributions
+
+    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+        if push.round > self._version:
+            raise WireError(f"{sender} pushed for round {push.round} while round {self._version} is open")
+        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None))
+        accounts = push.metrics is not None and self.index == 0
+        if push.round < self._version:
+            if accounts:
+                self._news.append(contribution(sender, push, "duplicate" if self.policy.combines else "dropped"))
+            return [ack]
+        samples = None if self.policy.is_local else self.round_plan(push.round).samples_in(push.lo, push.hi)
+        values: dict[int, Any] = dict(zip(push.chunks, self._check(sender, push, frames, self._count, samples), strict=True))
+        if not self.policy.combines and push.hi - push.lo > 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        for chunk, value in values.items():
+            self._file(chunk, (push.lo, push.hi), value)
+        if accounts:
+            self._account(sender, push, self._file(METRICS, (push.lo, push.hi), push.metrics))
+        self._leaf_samples.setdefault(push.lo, push.samples)
+        self._hypers = self._hypers or push.hypers
+        return [ack, *self._advance(now)]
+
+    def _file(self, chunk: int, span: Span, value: Any) -> bool:
+        if not self.policy.combines:
+            return self._leaves.setdefault(chunk, {}).setdefault(span[0], value) is value
+        if chunk not in self._sums:
+            self._sums[chunk] = TreeSum(self._count, self._adder(chunk))
+        return self._sums[chunk].file(span, value)
+
+    def _adder(self, chunk: int) -> Any:
+        assert self.store is not None
+        return add_metrics if chunk == METRICS else self.store.adder(chunk)
+
+    def _account(self, sender: str, push: Push, counted: bool) -> None:
+        """Keep the ledger's rows such that each micro-batch is in exactly one committed row."""
+        if not counted:
+            self._news.append(contribution(sender, push, "duplicate"))
+            return
+        for span in [s for s in self._filed if push.lo <= s[0] and s[1] <= push.hi]:
+            part = self._filed.pop(span)
+            self._news.append(_with_outcome(part, "duplicate"))
+        self._filed[push.lo, push.hi] = contribution(sender, push, "committed")
+
+    # ---- what only all servers together can decide
+
+    def _from_coordinator(self, body: Body, now: float) -> list[Send]:
+        match body:
+            case Close() if body.round == self._version:
+                self._closed = body.ks
+            case AllNorms() if body.round == self._version:
+                self._norms = body.norms
+            case Close() | AllNorms():
+                return []
+            case _:
+                return super()._from_coordinator(body, now)
+        return self._advance(now)
+
+    def tick(self, now: float) -> list[Send]:
+        return super().tick(now) + self._ask(now)
+
+    def _ask(self, now: float) -> list[Send]:
+        """Ask the coordinator what is needed to go on; again if that was long ago."""
+        question = self._question()
+        if question is None or (question == self._asked and now < self._asked_at + ASK_AGAIN_S):
+            return []
+        self._asked, self._asked_at = question, now
+        return [Send(COORDINATOR, question)]
+
+    def _question(self) -> Body | None:
+        if not self.policy.combines and self._closed is None:
+            arrived = self._arrived()
+            return Arrived(self._version, arrived) if arrived else None
+        if self._own_norms is not None and self._norms is None:
+            return Norms(self._version, self._own_norms)
+        return None
+
+    def _arrived(self) -> list[int]:
+        """Micro-batches that are in, in every chunk here."""
+        return sorted(set.intersection(*(set(self._leaves.get(chunk, ())) for chunk in self._ids)))
+
+    # ---- applying
+
+    def _advance(self, now: float) -> list[Send]:
+        """Apply what can be applied, close the round if all is, and serve who waits."""
+        assert self.store is not None and self._setup is not None
+        for chunk in self.chunks:
+            if chunk not in self._means and chunk not in self._next and (total := self._total(chunk)) is not None:
+                self._means[chunk] = self.store.mean(chunk, total, self._samples())
+        clips = self._setup[0].update.clip_norm is not None
+        if clips and self._own_norms is None and len(self._means) == len(self.chunks) > 0:
+            self._own_norms = [norm for chunk in self.chunks for norm in self.store.norms(chunk, self._means[chunk])]
+        if not clips or self._norms is not None:
+            factor = self.store.clip_factor(self._norms) if self._norms is not None else None
+            for chunk in list(self._means):
+                self.store.apply(chunk, self._means.pop(chunk), self._group_hypers(self.chunks[chunk]), factor)
+                self._next[chunk] = self.store.publish(chunk)
+        metrics = self._total(METRICS) if self.index == 0 else {}
+        if len(self._next) == len(self.chunks) and metrics is not None:
+            self._commit(mean_metrics(metrics))
+        return self._ask(now) + self._serve_all()
+
+    def _total(self, chunk: int) -> Any | None:
+        """The round's sum in `chunk` once it is final, else None."""
+        if self.policy.combines:
+            sums = self._sums.get(chunk)
+            return sums.total if sums is not None and sums.complete else None
+        if self._closed is None:
+            return None
+        leaves = self._leaves.get(chunk, {})
+        return fold({k: leaves[k] for k in self._closed}, self._count, self._adder(chunk))
+
+    def _samples(self) -> int:
+        """Samples that this round's update is the mean over, once that is final."""
+        if self.policy.is_local:
+            return sum(self._leaf_samples.values())
+        plan = self.round_plan(self._version)
+        ks = range(plan.micro_batches) if self._closed is None else self._closed
+        return sum(plan.samples_in(k, k + 1) for k in ks)
+
+    def _group_hypers(self, chunk: Chunk) -> dict[str, Any]:
+        return self._hypers[chunk.group] if 0 <= chunk.group < len(self._hypers) else {}
+
+    def _commit(self, metrics: dict[str, float]) -> None:
+        self._metrics = metrics
+        if self.index == 0:
+            rows = list(self._filed.values())
+            if self._closed is not None:
+                rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
+            self._news += rows
+            committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
+            dropped = 0 if self._closed is None else self._count - len(self._closed)
+            self._rounds.append(Committed(self._version, self._samples(), committed, dropped, metrics))
+        self._previous, self._current = self._current, self._next
+        self._version += 1
+        self._open_round()
+
+    # ---- weights
+
+    def _serve(self, worker: str) -> list[Send]:
+        pull, unsent = self.waiters[worker]
+        if not self._open:
+            return []
+        if pull.clock < self._version - 1 or (pull.clock == self._version - 1 and not self._previous):
+            del self.waiters[worker]
+            return [Send(worker, Gone(pull.clock, self._version))]
+        if pull.clock > self._version:
+            ready = {i: self._next[i] for i in unsent if i in self._next} if pull.clock == self._version + 1 else {}
+            unsent -= set(ready)
+            return self._weights(worker, pull, pull.clock, ready, None)
+        del self.waiters[worker]
+        source, metrics = (self._current, self._metrics) if pull.clock == self._version else (self._previous, {})
+        return self._weights(worker, pull, pull.clock, {i: source[i] for i in unsent}, metrics if self.index == 0 else None)
+
+
+def _with_outcome(row: Contribution, outcome: Any) -> Contribution:
+    return Contribution(row.round, row.lo, row.hi, row.worker, row.samples, row.micro_batches, outcome, row.staleness)

@@ -1,0 +1,139 @@
+"""The server process: a loop that moves messages between sockets and its state machines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from typing import Any
+
+import torch
+import zmq
+
+from common.attendance import Attendance
+from common.errors import ClusterError, WireError
+from common.messages import Beat, Body, Hello, KvPull, KvPush, Refused
+from common.policies import load
+from common.wire import BEAT_S, Frames, Stamp, advertised, dealer, new_incarnation, receive, router, send
+from ps.kv import KvStore
+from ps.push_shard import PushShard
+from ps.round_shard import RoundShard
+from ps.shard import COORDINATOR, Send, Shard
+
+log = logging.getLogger("ps.server")
+
+#: Milliseconds between two looks at the clock when no message comes.
+_TICK_MS = 20
+
+
+def serve(coordinator: str, bind: str, index: int | None) -> None:
+    """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends.
+
+    Raises UsageError if it cannot listen or is refused, ClusterError if the run fails or the coordinator falls silent.
+    """
+    torch.set_num_threads(1)
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        _Server(context, coordinator, bind, index).run()
+    finally:
+        context.destroy(linger=1000)
+
+
+class _Server:
+    def __init__(self, context: zmq.Context[Any], coordinator: str, bind: str, index: int | None) -> None:
+        self._workers, bound = router(context, bind)
+        self._coordinator = dealer(context, coordinator)
+        address = advertised(bound, coordinator)
+        hello = Hello("server", index, address, platform.node(), os.getpid())
+        self._attendance = Attendance(hello, coordinator, time.monotonic())
+        self._stamp = Stamp(sender="server", incarnation=new_incarnation())
+        self._shard: Shard | None = None
+        self._kv = KvStore()
+        #: Where to send what is for a worker: the routing id of its connection.
+        self._routes: dict[str, bytes] = {}
+        self._complained_at = float("-inf")
+        log.info("listening at %s", address)
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._workers, zmq.POLLIN)
+        poller.register(self._coordinator, zmq.POLLIN)
+        while self._attendance.stop is None:
+            ready = dict(poller.poll(_TICK_MS))
+            if self._coordinator in ready:
+                self._drain(self._coordinator)
+            if self._workers in ready and self._shard is not None:
+                self._drain(self._workers)
+            now = time.monotonic()
+            beat = Beat("waiting", self._shard.version if self._shard else 0)
+            for body in self._attendance.tick(now, beat):
+                send(self._coordinator, self._stamp.encode(body))
+            if self._shard is not None:
+                self._do(self._shard.tick(now))
+        if not self._attendance.stop.ok:
+            raise ClusterError(f"stopped because {self._attendance.stop.reason}")
+
+    def _drain(self, sock: zmq.Socket[bytes]) -> None:
+        """Handle what has come in at `sock`, for about as long as a beat at most."""
+        until = time.monotonic() + BEAT_S
+        while time.monotonic() < until:
+            try:
+                frames = receive(sock)
+                if frames is None:
+                    return
+                route = frames.pop(0).bytes if sock is self._workers else None
+                if not frames:
+                    raise WireError("a message has no header")
+                envelope = self._stamp.decode(frames[0].buffer)
+            except WireError as error:
+                self._complain(str(error))
+                continue
+            if route is None:
+                self._from_coordinator(envelope.body, frames[1:])
+            else:
+                self._routes[envelope.sender] = route
+                self._from_worker(envelope.sender, envelope.incarnation, envelope.body, frames[1:])
+
+    def _from_coordinator(self, body: Body, frames: Frames) -> None:
+        now = time.monotonic()
+        self._attendance.handle(body, now)
+        welcome = self._attendance.welcome
+        if self._shard is None:
+            if welcome is not None:
+                self._stamp.sender = welcome.process
+                self._stamp.run = welcome.run
+                policy = load(welcome.settings)
+                kind = RoundShard if policy.applies == "round" else PushShard
+                self._shard = kind(int(welcome.process.rpartition("-")[2]), welcome.settings, policy)
+                log.info("this is %s of run %s", welcome.process, welcome.run)
+        elif type(body).__name__ in ("ReportAck", "Close", "AllNorms"):
+            self._do(self._shard.handle(COORDINATOR, body, frames, now))
+
+    def _from_worker(self, sender: str, incarnation: int, body: Body, frames: Frames) -> None:
+        assert self._shard is not None
+        try:
+            if isinstance(body, KvPush | KvPull):
+                reply, out = self._kv.handle(sender, incarnation, body, frames)
+                self._do([Send(sender, reply, out)])
+            else:
+                self._do(self._shard.handle(sender, body, frames, time.monotonic()))
+        except WireError as error:
+            self._complain(str(error))
+            about = type(body).__name__ + (f":{body.id}" if isinstance(body, KvPush | KvPull) else "")
+            self._do([Send(sender, Refused(about, f"{self._stamp.sender} refused: {error}."))])
+
+    def _do(self, effects: list[Send]) -> None:
+        for effect in effects:
+            header = self._stamp.encode(effect.body)
+            if effect.to == COORDINATOR:
+                send(self._coordinator, header, effect.frames)
+            elif effect.to in self._routes:
+                send(self._workers, header, effect.frames, to=self._routes[effect.to])
+
+    def _complain(self, text: str) -> None:
+        """Log what was refused, at most once a second."""
+        now = time.monotonic()
+        if now > self._complained_at + 1.0:
+            self._complained_at = now
+            log.warning("refused: %s", text)

@@ -1,0 +1,77 @@
+"""Backup tasks: a worker that waits takes over a micro-batch that another has not done.
+
+Dean and Ghemawat, "MapReduce" (OSDI 2004), section 3.6. Contributions are idempotent, so a wrong guess costs a little work
+and never a wrong sum: nothing here is needed for the result, only for speed, and for workers that are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from common.leases import Table, in_force
+from common.messages import Lease
+from ps.membership import Member
+
+#: A micro-batch being computed is done a second time when it has taken this many times what the waiting worker needs for one.
+_PATIENCE = 2.0
+
+
+class Takeover:
+    """Remembers which micro-batches were leased away from the table's run, and to whom."""
+
+    def __init__(self) -> None:
+        #: (round, k) -> the worker it was leased to as an exception.
+        self.leased: dict[tuple[int, int], str] = {}
+
+    def lease(
+        self,
+        waiting: str,
+        rounds: range,
+        count: Callable[[int], int],
+        tables: list[Table],
+        members: Mapping[str, Member],
+        now: float,
+    ) -> Lease | None:
+        """A micro-batch of the earliest of `rounds` that has one for `waiting` to take over.
+
+        `count(round)` is the number of its micro-batches.
+        """
+        for key in [key for key in self.leased if key[0] < rounds.start]:
+            del self.leased[key]
+        for round_ in rounds:
+            runs = self._not_begun(round_, count(round_), in_force(tables, round_), waiting, members)
+            owner = max(runs, key=lambda w: (len(runs[w]), w), default=None)
+            if owner is not None and runs[owner]:
+                return self._give(round_, runs[owner][-1], waiting, owner)
+            mine = members[waiting]
+            for name, other in members.items():
+                busy = other.beat.round == round_ and other.beat.at >= 0 and other.active and name != waiting
+                late = now - other.since > _PATIENCE * max(mine.beat.seconds, 0.05)
+                if busy and late and (round_, other.beat.at) not in self.leased:
+                    return self._give(round_, other.beat.at, waiting, name)
+        return None
+
+    def _give(self, round_: int, k: int, to: str, owner: str) -> Lease:
+        self.leased[round_, k] = to
+        return Lease(round_, k, to, owner)
+
+    def _not_begun(
+        self, round_: int, count: int, table: Table, waiting: str, members: Mapping[str, Member]
+    ) -> dict[str, list[int]]:
+        """What other workers have of `round_` and have not begun, as far as is known."""
+        out: dict[str, list[int]] = {}
+        for name in {*table.workers, *members}:
+            member = members.get(name)
+            if name == waiting or (member is not None and member.hello.role != "worker"):
+                continue
+            gone = member is None or not member.active
+            if member is not None and not gone and member.beat.round == round_:
+                ks = member.beat.left
+            elif gone or (member is not None and member.beat.round < round_):
+                ks = list(table.run(name, count))
+            else:
+                continue
+            out[name] = [k for k in ks if self.leased.get((round_, k), name) == name]
+            if gone:  # what it was leased as an exception is open again as well
+                out[name] += [k for (r, k), to in self.leased.items() if r == round_ and to == name and k not in out[name]]
+        return out

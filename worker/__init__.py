@@ -1,0 +1,58 @@
+"""The library that a training script uses: `run = worker.join()`, then see `worker.run.Run`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.run import Run
+
+#: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
+ADDRESS_VARIABLE = "PS_COORDINATOR"
+INDEX_VARIABLE = "PS_WORKER_INDEX"
+
+#: Seconds to wait for all processes of a run to be there.
+_START_S = 180.0
+
+
+def join() -> Run:
+    """Join the cluster that the environment names, or, alone, one that this process starts for itself.
+
+    Seeds torch, numpy and Python by the run's seed, so that every worker builds the same model afterwards; sets torch's
+    number of threads, which the bits of the result depend on. When the script ends, the worker leaves the run by itself.
+
+    Raises UsageError where the coordinator refuses this worker, ClusterError where it cannot be reached.
+    """
+    import torch
+
+    from common.messages import Hello
+    from worker.link import Link
+    from worker.run import Run, describe_failure
+
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if address is None:
+        from cluster.alone import start_companions
+
+        address = start_companions(sys.argv[0])
+    arithmetic = {
+        "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+    }
+    index = os.environ.get(INDEX_VARIABLE)
+    hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic)
+    run = Run(Link(address, hello), _START_S)
+    before = sys.excepthook
+
+    def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        run.failure = describe_failure(error, sys.argv[0])
+        before(kind, error, traceback)
+
+    sys.excepthook = failed
+    atexit.register(run.finish)
+    return run

@@ -1,0 +1,101 @@
+"""The built-in training script: a network of `worker.models` on images of `worker.data`, as the run's settings say.
+
+It is a user's script like any other, and a model of one: nothing here is out of reach of yours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+import worker
+from common.errors import UsageError
+from common.settings import Settings
+from worker import data, models
+
+Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
+
+
+def main() -> None:
+    """Train until the settings' epochs or rounds are over, measuring on the held-out images once an epoch and at the end."""
+    run = worker.join()
+    settings = run.settings
+    images = data.load(settings.data, settings.data_dir, settings.seed)
+    rounds = settings.rounds or settings.epochs * math.ceil(len(images.train) / settings.global_batch)
+
+    model = run.replicate(models.build(settings.model, images.shape, images.classes))
+    optimizer = optimizer_class(settings.optimizer)
+    opt = run.optimizer(
+        optimizer,
+        **optimizer_arguments(optimizer, settings),
+        clip_norm=settings.clip_norm,
+        schedule=schedule(settings, rounds),
+        schedule_per="round",
+    )
+    run.before_merge(lambda: run.log(part_accuracy=accuracy(model, images.test)))
+
+    measured = run.epoch
+    for x, y in run.batches(images.train, num_workers=settings.loader_workers):
+        logits = model(x)
+        loss = cross_entropy(logits, y)
+        loss.backward()
+        run.log(loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean())
+        opt.step()
+        if run.is_chief and run.epoch != measured:
+            measured = run.epoch
+            run.log(accuracy=accuracy(model, images.test))
+    if run.is_chief:
+        run.log(accuracy=accuracy(model, images.test))
+
+
+def accuracy(model: nn.Module, samples: data.Samples) -> float:
+    """The share of `samples`, 0 to 1, whose label gets the largest logit. Leaves the mode and torch's generator as they were."""
+    training = model.training
+    model.eval()
+    loader = DataLoader(samples, batch_size=250, generator=torch.Generator())
+    with torch.no_grad():
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
+    model.train(training)
+    return right / len(samples)
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class of torch.optim with that name. Raises UsageError where there is none."""
+    found = getattr(torch.optim, name, None)
+    if not inspect.isclass(found) or not issubclass(found, torch.optim.Optimizer) or found is torch.optim.Optimizer:
+        raise UsageError(f"torch.optim has no optimizer '{name}'; --optimizer takes a class of it, such as SGD or AdamW.")
+    return found
+
+
+def optimizer_arguments(optimizer: type[torch.optim.Optimizer], settings: Settings) -> dict[str, Any]:
+    """Of lr, momentum and weight_decay, those that the class takes."""
+    takes = inspect.signature(optimizer).parameters
+    asked = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+    return {key: value for key, value in asked.items() if key in takes}
+
+
+def schedule(settings: Settings, rounds: int) -> Schedule | None:
+    """The learning rate's course over that many rounds, or None for a constant one. Raises UsageError for an unknown name."""
+    courses: dict[str, Schedule] = {
+        "CosineAnnealingLR": partial(lr_scheduler.CosineAnnealingLR, T_max=rounds),
+        "LinearLR": partial(lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=rounds),
+        "OneCycleLR": partial(lr_scheduler.OneCycleLR, max_lr=settings.lr, total_steps=rounds, cycle_momentum=False),
+    }
+    if settings.schedule is None:
+        return None
+    if settings.schedule not in courses:
+        raise UsageError(f"there is no schedule '{settings.schedule}' here; --schedule takes one of {', '.join(courses)}.")
+    return courses[settings.schedule]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The thread that owns a worker's sockets, and how the training thread talks to it.
+
+The training thread never touches a socket and never blocks in one: it hands over messages, and waits on one condition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import zmq
+
+from common.attendance import Attendance
+from common.errors import ClusterError, PsError, UsageError, WireError
+from common.messages import Beat, Body, Hello, Refused, Welcome
+from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, new_incarnation, receive, send
+from worker.exchange import Send
+
+log = logging.getLogger("worker.link")
+
+T = TypeVar("T")
+COORDINATOR = "coordinator"
+_TICK_MS = 20
+
+
+class Link:
+    """Sockets to the coordinator and all servers, served by a thread of its own.
+
+    `lock` guards everything that both threads touch, the state machines of the worker included. Callbacks are called by the
+    thread with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `beat() -> Beat`.
+    """
+
+    def __init__(self, coordinator: str, hello: Hello) -> None:
+        self.lock = threading.Condition()
+        self.on_message: Callable[[str, Body, Frames], None] = lambda sender, body, frames: None
+        self.on_tick: Callable[[float], list[Send]] = lambda now: []
+        self.beat: Callable[[], Beat] = lambda: Beat("starting")
+        #: Whether to copy frames: necessary once the interpreter shuts down, when zero-copy buffers are no longer tracked.
+        self.copies = False
+        self._address = coordinator
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {COORDINATOR: dealer(self._context, coordinator)}
+        self._names: dict[Any, str] = {}
+        self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
+        self._attendance = Attendance(hello, coordinator, time.monotonic())
+        self._outbox: deque[Send] = deque()
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
+        self._woken.setblocking(False)
+        #: Why the thread ended, if it did.
+        self._error: PsError | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="link", daemon=True)
+        self._thread.start()
+
+    # ---- for the training thread
+
+    def send(self, *messages: Send) -> None:
+        """Hand over messages; they go out at once, in order."""
+        with self.lock:
+            self._outbox.extend(messages)
+        self._notify()
+
+    def wait(
+        self, ready: Callable[[], T | None], timeout: float, what: Callable[[], str], every: float | None = None
+    ) -> T | None:
+        """Block until `ready()`, called with the lock held, is neither None nor False, and return that.
+
+        With `every`, return None after so many seconds. Raises the error that ended the link, or ClusterError after
+        `timeout` seconds, saying `what()` was waited for.
+        """
+        start = time.monotonic()
+        limit = timeout if every is None else min(every, timeout)
+        with self.lock:
+            while True:
+                if (value := ready()) is not None and value is not False:
+                    return value
+                self.check()
+                rest = start + limit - time.monotonic()
+                if rest <= 0:
+                    if limit < timeout:
+                        return None
+                    raise ClusterError(f"waited {timeout:.0f} s for {what()}.")
+                self.lock.wait(min(rest, 1.0))
+
+    def request(self, to: str, body: Body, answer: Callable[[Body], bool], timeout: float, frames: Frames = ()) -> Body:
+        """Send until a message for which `answer` is true comes back, and return it.
+
+        Raises UsageError with the reason where the other side refuses.
+        """
+        replies: list[Body] = []
+        before = self.on_message
+
+        def listen(sender: str, reply: Body, reply_frames: Frames) -> None:
+            if sender == to and (answer(reply) or isinstance(reply, Refused)):
+                replies.append(reply)
+            else:
+                before(sender, reply, reply_frames)
+
+        again = SEND_AGAIN_S if frames else ASK_AGAIN_S
+        with self.lock:
+            self.on_message = listen
+        name = f"{to} to answer {type(body).__name__}"
+        deadline = time.monotonic() + timeout
+        try:
+            while not replies:
+                self.send(Send(to, body, frames))
+                self.wait(lambda: bool(replies), timeout, lambda: name, every=again)
+                if not replies and time.monotonic() >= deadline:
+                    raise ClusterError(f"waited {timeout:.0f} s for {name}.")
+        finally:
+            with self.lock:
+                self.on_message = before
+        if isinstance(replies[0], Refused):
+            raise UsageError(replies[0].reason)
+        return replies[0]
+
+    def check(self) -> None:
+        """Raise the error that ended the link, if any."""
+        if self._error is not None:
+            raise self._error
+        stop = self._attendance.stop
+        if stop is not None and not stop.ok:
+            raise ClusterError(f"stopped because {stop.reason}")
+
+    def joined(self, timeout: float) -> Welcome:
+        """Block until the run starts."""
+        welcome = self.wait(lambda: self._attendance.welcome, timeout, lambda: f"the run of {self._address} to start")
+        assert welcome is not None
+        return welcome
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the coordinator has said that the run is over and saved."""
+        return self._attendance.stop is not None
+
+    def beat_now(self) -> None:
+        """Tell the coordinator at once where this worker is."""
+        with self.lock:
+            self._attendance.beat_now()
+        self._notify()
+
+    def close(self) -> None:
+        """Send what is left to send and end the thread."""
+        with self.lock:
+            self._closing = True
+        self._notify()
+        self._thread.join(timeout=5.0)
+        self._wake.close()
+
+    def _notify(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):  # it is awake already, or gone
+            self._wake.send(b"\0")
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._woken.fileno(), zmq.POLLIN)
+        poller.register(self._sockets[COORDINATOR], zmq.POLLIN)
+        self._names[self._sockets[COORDINATOR]] = COORDINATOR
+        try:
+            while not self._closing:
+                for ready, _ in poller.poll(_TICK_MS):
+                    if ready == self._woken.fileno():
+                        self._woken.recv(65536)
+                    else:
+                        self._receive(ready, poller)
+                self._send_all()
+        except PsError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the link failed")
+            self._fail(ClusterError(f"the connection's thread failed: {type(error).__name__}: {error}."))
+        finally:
+            self._context.destroy(linger=1000)
+            self._woken.close()
+
+    def _fail(self, error: PsError) -> None:
+        with self.lock:
+            self._error = error
+            self.lock.notify_all()
+
+    def _receive(self, sock: Any, poller: zmq.Poller) -> None:
+        name = self._names[sock]
+        with self.lock:
+            while (frames := receive(sock)) is not None:
+                try:
+                    body: Body = self._stamp.decode(frames[0].buffer).body
+                    if name == COORDINATOR:
+                        self._attendance.handle(body, time.monotonic())
+                    if isinstance(body, Welcome):
+                        self._connect(body, poller)
+                    self.on_message(name, body, frames[1:])
+                except WireError as error:
+                    log.warning("refused from %s: %s", name, error)
+            self.lock.notify_all()
+
+    def _connect(self, welcome: Welcome, poller: zmq.Poller) -> None:
+        if len(self._sockets) > 1:
+            return
+        self._stamp.sender, self._stamp.run = welcome.process, welcome.run
+        for number, address in enumerate(welcome.servers):
+            sock = dealer(self._context, address)
+            self._sockets[f"server-{number}"] = sock
+            self._names[sock] = f"server-{number}"
+            poller.register(sock, zmq.POLLIN)
+
+    def _send_all(self) -> None:
+        now = time.monotonic()
+        with self.lock:
+            messages = list(self._outbox)
+            self._outbox.clear()
+            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self.beat())]
+            messages += self.on_tick(now)
+        for message in messages:
+            send(self._sockets[message.to], self._stamp.encode(message.body), message.frames, copy=self.copies)

@@ -1,0 +1,189 @@
+"""Stepping locally, for policies that merge replicas now and then: `local`, `average`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from common.errors import UsageError
+from common.messages import Beat, Push
+from common.plan import Segment, derive_seed
+from common.tensors import to_frame
+from worker.loader import Loader, seed_everything
+from worker.optimizer import Schedule, make_schedule
+from worker.replica import Replica
+from worker.rounds import STEP_MISSING, STEP_TOO_MUCH, Meter
+from worker.tasks import Task
+
+if TYPE_CHECKING:
+    from worker.run import Run
+
+
+@dataclass
+class Inner:
+    """The user's own optimizer, stepping on this worker's replica."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule | None
+    schedule_per: Literal["round", "epoch"]
+    clip_norm: float | None
+
+
+class LocalWork:
+    """One worker's loop: in each round a step on its own run of micro-batches; every H rounds, and at the end of the data,
+    a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
+
+    def __init__(self, run: Run, replica: Replica, inner: Inner, before_merge: list[Callable[[], None]]) -> None:
+        self.replica = replica
+        self.round = 0
+        self._run = run
+        self._link = run._link
+        self._exchange = run._exchange
+        self._policy = run._policy
+        self._inner = inner
+        self._scheduler = make_schedule(inner.optimizer, inner.schedule)
+        self._before_merge = before_merge
+        self._segment: Segment | None = None
+        #: Merges done, which is the version of the weights.
+        self._merges = 0
+        self._start: dict[int, torch.Tensor] = {}
+        #: Since the last merge: samples and micro-batches computed, and sums of metrics.
+        self._samples = 0
+        self._micro_batches = 0
+        self._means: dict[str, tuple[float, float]] = {}
+        #: In this round: the sum of gradients x samples, by parameter, and the samples.
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._weight = 0
+        self._current: Task | None = None
+        self._metrics: dict[str, float] = {}
+        self._begun_at = 0.0
+        self._meter = Meter()
+        self._load(0)
+
+    @property
+    def epoch(self) -> int:
+        if self._segment is None:
+            return 0
+        if self.round >= self._segment.end:
+            return self._segment.first_epoch + self._segment.epochs
+        return self._segment.round(self.round).epoch
+
+    def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
+        self._segment = segment
+        table = self._run._tasks.tables[0]
+        seed = self._run.settings.seed
+        for index in range(segment.first_round, segment.end):
+            self.round = index
+            plan = segment.round(index)
+            for k in table.run(self._run.name, plan.micro_batches):
+                batch = loader.load(Task(index, k))
+                seed_everything(derive_seed(seed, "micro-batch", index, k))
+                self._current, self._metrics, self._begun_at = Task(index, k), {}, time.monotonic()
+                yield batch
+                if self._current is not None:
+                    raise UsageError(STEP_MISSING)
+            self._step_inner()
+            if self._scheduler is not None and (
+                self._inner.schedule_per == "round" or index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch
+            ):
+                self._scheduler.step()
+            self.round = index + 1
+            done = self.round - segment.first_round
+            if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
+                self._merge()
+
+    def log(self, numbers: dict[str, float]) -> bool:
+        if self._current is not None:
+            self._metrics.update(numbers)
+        return self._current is not None
+
+    def step(self) -> None:
+        """Keep the gradients of this micro-batch; the inner optimizer steps when the round's last one is in."""
+        if self._current is None or self._segment is None:
+            raise UsageError(STEP_TOO_MUCH)
+        task, self._current = self._current, None
+        samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
+        for parameter in self.replica.tensors:
+            if parameter.grad is not None:
+                gradient = parameter.grad.mul_(samples)
+                known = self._sums.get(parameter)
+                self._sums[parameter] = gradient if known is None else known.add_(gradient)
+                parameter.grad = None
+        self._weight += samples
+        self._samples += samples
+        self._micro_batches += 1
+        for name, value in self._metrics.items():
+            total, weight = self._means.get(name, (0.0, 0.0))
+            self._means[name] = total + value * samples, weight + samples
+        self._meter.measured(time.monotonic() - self._begun_at, samples)
+
+    def _step_inner(self) -> None:
+        if not self._weight:
+            return
+        for parameter, total in self._sums.items():
+            parameter.grad = total.div_(self._weight)
+        if self._inner.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(self._sums), self._inner.clip_norm)
+        try:
+            self._inner.optimizer.step()
+        except TypeError as error:
+            name = type(self._inner.optimizer).__name__
+            raise UsageError(f"{name} cannot be used: its step() needs more than gradients ({error}).") from None
+        for parameter in self._sums:
+            parameter.grad = None
+        self._sums, self._weight = {}, 0
+
+    def _merge(self) -> None:
+        """Contribute this replica, and go on from the merged one."""
+        assert self._exchange is not None
+        for callback in self._before_merge:
+            callback()
+        values = self.replica.weights()
+        for chunk in self.replica.layout.chunks:
+            if chunk.kind == "param" and self._policy.contributes == "delta":
+                torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
+            if chunk.kind != "max":
+                values[chunk.id].mul_(self._samples)
+        me = self._run.index
+        push = Push(self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._means)
+        parts = {chunk.id: (to_frame(values[chunk.id]), (1 << len(chunk.pieces)) - 1) for chunk in self.replica.layout.chunks}
+        with self._link.lock:
+            messages = self._exchange.push(push, parts, {}, time.monotonic())
+        self._link.send(*messages)
+        self._samples, self._micro_batches, self._means = 0, 0, {}
+        self._merges += 1
+        self._load(self._merges)
+
+    def _load(self, version: int) -> None:
+        """Wait for the merged weights number `version` and go on from them."""
+        assert self._exchange is not None
+        with self._link.lock:
+            messages = self._exchange.pull(version, False, time.monotonic())
+        self._link.send(*messages)
+        self._run._wait(lambda: self._exchange is not None and self._exchange.complete, self._waited_for)
+        with self._link.lock:
+            frames, _, _ = self._exchange.take()
+        self.replica.load(frames)
+        if self._policy.contributes == "delta":
+            self._start = self.replica.weights()
+
+    def _waited_for(self) -> str:
+        assert self._exchange is not None
+        return f"the merged weights from {' and '.join(server for server, _ in self._exchange.missing())}"
+
+    def beat(self) -> Beat:
+        """Where this worker is. Called by the link's thread, with the lock held."""
+        waiting = self._exchange is not None and self._exchange.clock is not None
+        current = self._current
+        return Beat(
+            "waiting" if waiting else "computing",
+            self.round,
+            current.k if current is not None else -1,
+            [],
+            self._meter.seconds,
+            self._meter.rate,
+        )

@@ -1,0 +1,243 @@
+"""Computing gradients for policies whose servers apply them: `sync`, `backup`, `ssp`, `async`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from common.errors import ClusterError, UsageError
+from common.messages import Beat, Push, Waiting
+from common.plan import Segment, derive_seed
+from common.sums import Sum, adder
+from common.tensors import to_frame
+from common.tree import TreeSum
+from worker.exchange import Send
+from worker.link import COORDINATOR
+from worker.loader import Loader, seed_everything
+from worker.optimizer import Hypers
+from worker.replica import Replica
+from worker.tasks import Task
+
+if TYPE_CHECKING:
+    from worker.run import Run
+
+#: A waiting worker asks for more work after this long, seconds, or half a micro-batch's time if that is longer.
+_PATIENCE_S = 0.05
+#: Weight of the newest micro-batch in the moving averages of speed.
+_NEWEST = 0.2
+
+STEP_MISSING = "opt.step() was not called for a batch: every batch of run.batches() needs backward() and step()."
+STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each batch of run.batches()."
+
+Contribution = dict[int, Sum]
+
+
+class Meter:
+    """How fast this worker computes: moving averages over micro-batches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.rate = 0.0
+
+    def measured(self, seconds: float, samples: int) -> None:
+        weight = _NEWEST if self.seconds else 1.0
+        self.seconds += weight * (seconds - self.seconds)
+        self.rate += weight * (samples / max(seconds, 1e-9) - self.rate)
+
+
+class GradientWork:
+    """One worker's loop: take a micro-batch, contribute its gradient, go on when the policy lets it."""
+
+    def __init__(self, run: Run, replica: Replica, hypers: Hypers, clip_norm: float | None) -> None:
+        self.replica = replica
+        self.round = 0
+        self._run = run
+        self._link = run._link
+        self._tasks = run._tasks
+        self._policy = run._policy
+        self._exchange = run._exchange
+        self._hypers = hypers
+        self._clip_norm = clip_norm
+        self._per_round = self._policy.applies == "round"
+        self._segment: Segment | None = None
+        self._current: Task | None = None
+        self._metrics: dict[str, float] = {}
+        self._sums: TreeSum[tuple[Contribution, dict[str, tuple[float, float]]]] | None = None
+        #: Versions, by server, of the weights in the model, and whether something was contributed since they came.
+        self._versions: dict[int, int] = {}
+        self._stale = False
+        self._begun_at = 0.0
+        self._meter = Meter()
+        self._add = {chunk.id: adder(chunk.kind) for chunk in replica.layout.chunks}
+        self._go_to(0, fresh=True)
+
+    @property
+    def epoch(self) -> int:
+        if self._segment is None:
+            return 0
+        if self.round >= self._segment.end:
+            return self._segment.first_epoch + self._segment.epochs
+        return self._segment.round(max(self.round, self._segment.first_round)).epoch
+
+    # ---- the loop
+
+    def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
+        self._segment = segment
+        with self._link.lock:
+            if self.round < segment.end:
+                self._tasks.open(self.round, segment.round(self.round).micro_batches)
+        seed = self._run.settings.seed
+        while (task := self._next_task()) is not None:
+            batch = loader.load(task)
+            self.replica.reset_buffers()
+            seed_everything(derive_seed(seed, "micro-batch", task.round, task.k))
+            self._metrics = {}
+            yield batch
+            if self._current is not None:
+                raise UsageError(STEP_MISSING)
+
+    def log(self, numbers: dict[str, float]) -> bool:
+        if self._current is not None:
+            self._metrics.update(numbers)
+        return self._current is not None
+
+    def step(self) -> None:
+        """Contribute the gradients that the model holds now, and wait as the policy says."""
+        if self._current is None or self._segment is None:
+            raise UsageError(STEP_TOO_MUCH)
+        task, self._current = self._current, None
+        plan = self._segment.round(task.round)
+        samples = plan.samples_in(task.k, task.k + 1)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_([t for t in self.replica.tensors if t.grad is not None], self._clip_norm)
+        contribution = self.replica.gradient(samples)
+        self._meter.measured(time.monotonic() - self._begun_at, samples)
+        metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
+        if not self._policy.combines:
+            self._push(task.round, task.k, task.k + 1, contribution, metrics)
+        else:
+            if self._sums is None:
+                self._sums = TreeSum(plan.micro_batches, self._add_up)
+            self._sums.file((task.k, task.k + 1), (contribution, metrics))
+            if self._tasks.run_done:
+                for (lo, hi), (total, means) in sorted(self._sums.held.items()):
+                    self._push(task.round, lo, hi, total, means)
+                self._sums = None
+        self._advance()
+
+    def _add_up(self, left: Any, right: Any) -> Any:
+        total = {chunk: self._add[chunk](left[0][chunk], right[0][chunk]) for chunk in left[0]}
+        metrics = dict(left[1])
+        for name, (value, samples) in right[1].items():
+            before = metrics.get(name, (0.0, 0.0))
+            metrics[name] = before[0] + value, before[1] + samples
+        return total, metrics
+
+    def _push(self, round_: int, lo: int, hi: int, contribution: Contribution, metrics: dict[str, tuple[float, float]]) -> None:
+        assert self._segment is not None and self._exchange is not None
+        plan = self._segment.round(round_)
+        push = Push(
+            round_, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [],
+            metrics=metrics, hypers=self._hypers.at(round_, plan.epoch),
+        )  # fmt: skip
+        parts = {chunk: (to_frame(part.values), part.present) for chunk, part in contribution.items()}
+        with self._link.lock:
+            messages = self._exchange.push(push, parts, self._versions, time.monotonic())
+        self._link.send(*messages)
+
+    # ---- going on
+
+    def _next_task(self) -> Task | None:
+        """The next micro-batch, with the weights to compute it from in the model; None at the segment's end."""
+        self._advance()
+        with self._link.lock:
+            task = self._tasks.next()
+        if task is None:
+            return None
+        if not self._per_round and self._stale:
+            self._fetch(task.round, settled=False)
+        self._current, self._begun_at = task, time.monotonic()
+        self._stale = True
+        if self._meter.seconds > _PATIENCE_S or not self._meter.seconds:
+            self._link.beat_now()
+        return task
+
+    def _advance(self) -> None:
+        """Go from round to round until there is a micro-batch to compute, or the segment is over."""
+        assert self._segment is not None
+        end = self._segment.end
+        while self.round < end:
+            with self._link.lock:
+                if self._per_round:
+                    self._tasks.drop_taken(self.round)
+                if self._tasks.any:
+                    return
+            target = self.round + 1
+            reached = self._fetch(target, settled=not self._per_round and target == end, unless_leased=True)
+            if reached is not None:
+                self._go_to(reached)
+
+    def _go_to(self, round_: int, fresh: bool = False) -> None:
+        """Be in `round_`, whose weights the model has (or, `fresh`, gets now)."""
+        if fresh:
+            reached = self._fetch(round_, settled=False)
+            round_ = round_ if reached is None else reached
+        self.round = round_
+        if self._segment is not None and round_ < self._segment.end:
+            with self._link.lock:
+                self._tasks.open(round_, self._segment.round(round_).micro_batches)
+
+    def _fetch(self, clock: int, settled: bool, unless_leased: bool = False) -> int | None:
+        """Pull the weights to start round `clock` from and put them into the model; the round they really are for.
+
+        None if there was something to compute first (`unless_leased`). A waiting worker asks for something to take over.
+        """
+        assert self._exchange is not None
+        if self._exchange.clock != clock:
+            with self._link.lock:
+                messages = self._exchange.pull(clock, settled, time.monotonic())
+            self._link.send(*messages)
+        began = time.monotonic()
+
+        def ready() -> str | None:
+            assert self._exchange is not None
+            if self._exchange.gone is not None:
+                return "gone"
+            if self._exchange.complete:
+                return "complete"
+            return "leased" if unless_leased and self._tasks.any else None
+
+        while True:
+            patience = max(_PATIENCE_S, self._meter.seconds / 2)
+            state = self._link.wait(ready, self._run.settings.timeout + 20.0, self._waited_for, every=patience)
+            if state is not None:
+                break
+            if unless_leased:
+                self._link.send(Send(COORDINATOR, Waiting(self.round)))
+                self._link.beat_now()
+            if time.monotonic() - began > self._run.settings.timeout + 20.0:
+                raise ClusterError(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
+        if state == "leased":
+            return None
+        if state == "gone":
+            return self._fetch(self._exchange.gone or 0, settled, unless_leased)
+        with self._link.lock:
+            frames, self._versions, _ = self._exchange.take()
+        self.replica.load(frames)
+        self._stale = False
+        return clock
+
+    def _waited_for(self) -> str:
+        assert self._exchange is not None
+        parts = [f"{server} (chunks {', '.join(map(str, chunks))})" for server, chunks in self._exchange.missing()]
+        return f"the weights of round {self._exchange.clock} from {' and '.join(parts)}"
+
+    def beat(self) -> Beat:
+        """Where this worker is. Called by the link's thread, with the lock held."""
+        now, left = self._current, self._tasks.left
+        if now is None:
+            return Beat("waiting", self.round, -1, left, self._meter.seconds, self._meter.rate)
+        return Beat("computing", now.round, now.k, left, self._meter.seconds, self._meter.rate)

@@ -1,0 +1,343 @@
+"""`Run`: what a training script holds. It joins the cluster, keeps a replica up to date and hands in its contributions.
+
+Everything here happens on the script's own thread; sockets are served by `worker.link`, and what to compute next and what
+to send again is decided by the state machines in `worker.tasks` and `worker.exchange`, which both threads use under one lock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from common.errors import ClusterError, UsageError
+from common.layout import message_batches
+from common.messages import Beat, Body, Goodbye, Init, Lease, Metrics, Plan, Ready, Refused, Setup, Stop, Tables, Update, Upload
+from common.plan import Segment, derive_seed, make_segment
+from common.policies import load
+from common.settings import Settings
+from common.wire import Frames
+from worker import local, saving
+from worker.exchange import Exchange, Send
+from worker.kv import KvClient
+from worker.link import COORDINATOR, Link
+from worker.loader import Loader, dataset_size, seed_everything
+from worker.optimizer import (
+    Hypers,
+    Optimizer,
+    Schedule,
+    check_elementwise,
+    check_sendable,
+    example_optimizer,
+    parameter_groups,
+    plain_settings,
+    silence_scheduler_warnings,
+)
+from worker.replica import Replica
+from worker.rounds import GradientWork
+from worker.tasks import Task, Tasks
+
+log = logging.getLogger("worker.run")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Run:
+    """A script's part in a run. Made by `worker.join`."""
+
+    def __init__(self, link: Link, timeout: float) -> None:
+        self._link = link
+        welcome = link.joined(timeout)
+        #: What was set about the run, by flags or file.
+        self.settings: Settings = welcome.settings
+        #: This worker's number, from 0.
+        self.index = int(welcome.process.rpartition("-")[2])
+        self.name = welcome.process
+        #: The device that tensors of the training loop belong on.
+        self.device = (
+            torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self._policy = load(self.settings)
+        self._tasks = Tasks(self.name, welcome.tables)
+        self._servers = len(welcome.servers)
+        self._model: nn.Module | None = None
+        self._work: GradientWork | local.LocalWork | None = None
+        self._exchange: Exchange | None = None
+        self._segments: list[Segment] = []
+        self._callbacks: list[Callable[[], None]] = []
+        self._metrics_sent = 0
+        self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
+        self._upload_wanted = False
+        self._finished = False
+        #: Why the script failed, if it did: told to the coordinator in `finish`.
+        self.failure = ""
+        with link.lock:
+            link.on_message = self._on_message
+            link.on_tick = self._on_tick
+            link.beat = self._beat
+        torch.set_num_threads(self.settings.threads)
+        seed_everything(derive_seed(self.settings.seed, "model"))
+        silence_scheduler_warnings()
+
+    # ---- what a script may ask
+
+    @property
+    def is_chief(self) -> bool:
+        """True on one worker, the one with the lowest number: for what needs doing once, such as evaluation."""
+        return self.name == self._tasks.tables[-1].workers[0]
+
+    @property
+    def workers(self) -> int:
+        """Workers that take part now."""
+        return len(self._tasks.tables[-1].workers)
+
+    @property
+    def round(self) -> int:
+        """Rounds before this one are in the weights of the model."""
+        return self._work.round if self._work is not None else 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the current round belongs to; after the last round, the number of epochs done."""
+        return self._work.epoch if self._work is not None else 0
+
+    # ---- setting up
+
+    def replicate(self, model: M) -> M:
+        """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end."""
+        if self._model is not None:
+            raise UsageError("replicate() was called twice; a run trains one model.")
+        self._model = model
+        return model
+
+    def optimizer(
+        self,
+        cls: type[torch.optim.Optimizer],
+        params: Iterable[Any] | None = None,
+        *,
+        schedule: Schedule | None = None,
+        schedule_per: Literal["round", "epoch"] = "round",
+        clip_norm: float | None = None,
+        **hyper: Any,
+    ) -> Optimizer:
+        """Say how the weights are updated; the update runs on the servers (under `local` and `average`, here).
+
+        `cls` is a class of torch.optim and `hyper` its arguments; `params` are parameters or groups as torch.optim takes
+        them, all of the model's by default. `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer it is
+        given, which is stepped by itself every round or epoch: `schedule=lambda o: StepLR(o, 30)`. `clip_norm` bounds the
+        2-norm of the whole gradient as torch.nn.utils.clip_grad_norm_ does.
+
+        Raises UsageError for a class, settings or parameters that cannot be trained this way, saying why.
+        """
+        if self._model is None:
+            raise UsageError("optimizer() needs a model: call run.replicate(model) before it.")
+        if self._work is not None:
+            raise UsageError("optimizer() was called twice; a run has one optimizer, which may have several groups.")
+        if clip_norm is not None and clip_norm <= 0:
+            raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
+        groups = parameter_groups(self._model, params)
+        example = example_optimizer(cls, groups, hyper)
+        replica = Replica(self._model, {id(p): number for number, g in enumerate(groups) for p in g["params"]}, self._servers)
+        if self._policy.is_local:
+            outer = self._policy.outer_optimizer
+            update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
+            inner = local.Inner(cls(groups, **hyper), schedule, schedule_per, clip_norm)
+        else:
+            check_sendable(cls)
+            check_elementwise(cls, hyper)
+            server_clips = clip_norm if self._policy.applies == "round" else None
+            update = Update(cls.__name__, plain_settings(example), server_clips)
+        self._set_up(replica, update)
+        if self._policy.is_local:
+            self._work = local.LocalWork(self, replica, inner, self._callbacks)
+        else:
+            own_clip = clip_norm if self._policy.applies == "push" else None
+            self._work = GradientWork(self, replica, Hypers(example, schedule, schedule_per), own_clip)
+        return Optimizer(self._work.step, groups)
+
+    def _set_up(self, replica: Replica, update: Update) -> None:
+        """Agree on the model with everybody; the chief's weights are the first ones."""
+        setup = Setup(replica.specs, update)
+        everyone = [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]
+        for name in everyone:
+            self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
+        if self.index == 0:
+            first = replica.first_weights()
+            for server in range(self._servers):
+                ids = [chunk.id for chunk in replica.layout.on(server)]
+                for batch in message_batches(ids, lambda i: len(first[i])):
+                    self._request(
+                        f"server-{server}",
+                        Init(batch),
+                        lambda body, i=batch[0]: isinstance(body, Ready) and (body.about, body.id) == ("Init", i),  # type: ignore[misc]
+                        [first[i] for i in batch],
+                    )
+        with self._link.lock:
+            self._exchange = Exchange(replica.layout)
+
+    def _request(self, to: str, body: Body, answer: Callable[[Body], bool], frames: Frames = ()) -> Body:
+        return self._link.request(to, body, answer, self.settings.timeout, frames)
+
+    # ---- training
+
+    def batches(
+        self,
+        dataset: Dataset[Any],
+        *,
+        micro_batch: int | None = None,
+        global_batch: int | None = None,
+        epochs: int | None = None,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Iterator[Any]:
+        """Yield this worker's micro-batches of `epochs` passes over a map-style dataset, until all rounds are complete.
+
+        What is not given comes from the run's settings. Every worker must pass the same dataset and sizes. After each batch
+        call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. May be called again, for example
+        once an epoch: rounds and epochs go on counting. `num_workers` processes load samples ahead.
+
+        Raises UsageError where the dataset is not map-style, or `step` was not called for a batch.
+        """
+        if self._work is None:
+            raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
+        settings = self.settings
+        micro, whole = micro_batch or settings.micro_batch, global_batch or settings.global_batch
+        if micro > whole:
+            raise UsageError(f"micro_batch is {micro} but global_batch is only {whole}: make it no larger.")
+        segment = make_segment(
+            before=self._segments[-1] if self._segments else None,
+            samples=dataset_size(dataset),
+            global_batch=whole,
+            micro_batch=micro,
+            epochs=epochs or settings.epochs,
+            round_limit=settings.rounds,
+        )
+        self._segments.append(segment)
+        for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
+            self._request(name, Plan(segment), lambda b: isinstance(b, Ready) and (b.about, b.id) == ("Plan", segment.index))
+        loader = Loader(
+            dataset,
+            segment,
+            settings.seed,
+            shuffle=shuffle,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            forecast=lambda: self._forecast(segment),
+        )
+        yield from self._work.batches(segment, loader)
+
+    def _forecast(self, segment: Segment) -> Iterator[Task]:
+        round_ = segment.first_round
+        while round_ < segment.end:
+            round_ = max(round_, self.round)
+            if round_ >= segment.end:
+                return
+            with self._link.lock:
+                tasks = self._tasks.expected(round_, segment.round(round_).micro_batches)
+            yield from tasks
+            round_ += 1
+
+    def log(self, **values: Any) -> None:
+        """Report metrics, numbers or one-element tensors. Between a batch and its `step` they join the round's means;
+        elsewhere (after an evaluation, say) each call is recorded on its own."""
+        numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in values.items()}
+        if self._work is not None and self._work.log(numbers):
+            return
+        metrics = Metrics(self._metrics_sent, self.round, numbers)
+        self._metrics_sent += 1
+        with self._link.lock:
+            self._unsent_metrics[metrics.id] = metrics, 0.0
+        self._link.beat_now()
+
+    def before_merge(self, callback: Callable[[], None]) -> None:
+        """Call `callback` just before replicas that were trained apart are merged (`local`, `average`)."""
+        self._callbacks.append(callback)
+
+    def kv(self) -> KvClient:
+        """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop."""
+        return KvClient(self._link, self._servers, self.settings.timeout)
+
+    # ---- the end
+
+    def finish(self) -> None:
+        """Leave the run: report what is left, hand in the model if asked to, and wait until the results are saved.
+
+        Called by itself when the script ends. Raises ClusterError if the run failed elsewhere.
+        """
+        if self._finished:
+            return
+        self._finished = self._link.copies = True
+        try:
+            if self.failure:
+                self._link.send(Send(COORDINATOR, Goodbye(self.failure)))
+                self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
+                return
+            self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
+            while not self._link.stopped:
+                self._link.send(Send(COORDINATOR, Goodbye()))
+                self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: "", every=1.0)
+                if self._upload_wanted and self._model is not None and not self._link.stopped:
+                    self._upload_wanted = False
+                    for part, frames in saving.model_parts(self._model):
+                        self._request(
+                            COORDINATOR,
+                            part,
+                            lambda b, i=part.part: (
+                                isinstance(b, Stop) or (isinstance(b, Ready) and (b.about, b.id) == ("ModelPart", i))
+                            ),  # type: ignore[misc]
+                            frames,
+                        )
+        finally:
+            self._link.close()
+
+    # ---- for the parts of this package
+
+    def _wait(self, ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> Any:
+        return self._link.wait(ready, self.settings.timeout + 20.0, what, every)
+
+    def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
+        """Called by the link's thread, with the lock held."""
+        match body:
+            case Tables():
+                self._tasks.tables = body.tables
+            case Lease():
+                self._tasks.leased(body)
+            case Ready(about="Metrics"):
+                self._unsent_metrics.pop(body.id, None)
+            case Upload():
+                self._upload_wanted = True
+            case Refused():
+                raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
+            case _:
+                if sender != COORDINATOR and self._exchange is not None:
+                    self._exchange.handle(sender, body, frames)
+
+    def _on_tick(self, now: float) -> list[Send]:
+        out = self._exchange.tick(now) if self._exchange is not None else []
+        for number, (metrics, sent_at) in self._unsent_metrics.items():
+            if now > sent_at + 1.0:
+                self._unsent_metrics[number] = metrics, now
+                out.append(Send(COORDINATOR, metrics))
+        return out
+
+    def _beat(self) -> Beat:
+        if self._finished:
+            return Beat("done", self.round)
+        return self._work.beat() if self._work is not None else Beat("starting")
+
+
+def describe_failure(error: BaseException, script: str) -> str:
+    """One sentence on an exception that ended a script: its type, text, and the script's own line."""
+    line = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == script:
+            line = f" ({script.rpartition('/')[2]} line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' + text[0] if text else ''}{line}"

@@ -1,0 +1,90 @@
+"""Which micro-batch a worker computes next: its run of each round by the table in force, minus what others took over,
+plus what it takes over itself.
+
+A state machine without a socket or a clock. Invariant: a micro-batch is handed out at most once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from common.leases import Table, in_force
+from common.messages import Lease
+
+
+@dataclass(frozen=True)
+class Task:
+    """Micro-batch `k` of `round`."""
+
+    round: int
+    k: int
+
+
+class Tasks:
+    """One worker's work list. `round` is the round it is in; -1 before the first."""
+
+    def __init__(self, worker: str, tables: list[Table]) -> None:
+        self.worker = worker
+        self.tables = tables
+        self.round = -1
+        #: Own micro-batches of this round not begun, in order.
+        self._run: deque[Task] = deque()
+        #: Micro-batches taken over, in order; they come after the own run.
+        self._taken: deque[Task] = deque()
+        #: Micro-batches of rounds to come that others took over.
+        self._given: set[Task] = set()
+        #: Handed out in this round or later ones.
+        self._begun: set[Task] = set()
+
+    def open(self, round_: int, count: int) -> None:
+        """Start round `round_` of `count` micro-batches; what is left of earlier rounds is dropped."""
+        self.round = round_
+        run = in_force(self.tables, round_).run(self.worker, count)
+        self._run = deque(task for k in run if (task := Task(round_, k)) not in self._given)
+        self._given = {task for task in self._given if task.round > round_}
+        self._begun = {task for task in self._begun if task.round >= round_}
+
+    def leased(self, lease: Lease) -> None:
+        """A micro-batch changes hands. Leases may come twice, late, or for rounds not open yet."""
+        task = Task(lease.round, lease.k)
+        if lease.to == self.worker:
+            if task not in self._begun and task not in self._taken and task not in self._run:
+                self._taken.append(task)
+        elif lease.owner == self.worker:
+            if task in self._run:
+                self._run.remove(task)
+            elif lease.round > self.round:
+                self._given.add(task)
+
+    def next(self) -> Task | None:
+        """The next micro-batch to compute, or None while there is nothing to do."""
+        queue = self._run or self._taken
+        if not queue:
+            return None
+        task = queue.popleft()
+        self._begun.add(task)
+        return task
+
+    def drop_taken(self, before: int) -> None:
+        """Forget what was taken over of rounds that are closed."""
+        self._taken = deque(task for task in self._taken if task.round >= before)
+
+    @property
+    def left(self) -> list[int]:
+        """Micro-batches of this round that are this worker's and not begun."""
+        return [task.k for task in [*self._run, *self._taken] if task.round == self.round]
+
+    @property
+    def any(self) -> bool:
+        return bool(self._run or self._taken)
+
+    @property
+    def run_done(self) -> bool:
+        """Whether nothing of the own run of this round is left."""
+        return not self._run
+
+    def expected(self, round_: int, count: int) -> list[Task]:
+        """What this worker will probably be given in a round to come, for loading ahead."""
+        run = in_force(self.tables, round_).run(self.worker, count)
+        return [task for k in run if (task := Task(round_, k)) not in self._given]
