@@ -157,7 +157,8 @@ class RoundShard(Shard):
 
     def _arrived(self) -> list[int]:
         """Micro-batches that are in, in every chunk here."""
-        return sorted(set.intersection(*(set(self._leaves.get(chunk, ())) for chunk in self._ids)))
+        each = [set(self._leaves.get(chunk, ())) for chunk in self._ids]
+        return sorted(set.intersection(*each)) if each else []
 
     # ---- applying
 

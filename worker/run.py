@@ -309,6 +309,8 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
+            case Ready():
+                pass  # the second answer to something asked twice
             case Upload():
                 self._upload_wanted = True
             case Refused():
