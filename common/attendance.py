@@ -5,12 +5,16 @@ A state machine: `handle` takes what the coordinator sent, `tick` returns what t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
 from common.wire import ASK_AGAIN_S, BEAT_S, GONE_S
 
 #: Seconds to wait for the first answer of a coordinator, which may start later than the others.
 FIRST_ANSWER_S = 60.0
+#: Seconds between two beats at least, however much news there is.
+NEWS_S = 0.05
 
 
 class Attendance:
@@ -38,16 +42,18 @@ class Attendance:
             case Refused(about="Hello"):
                 raise UsageError(body.reason)
 
-    def tick(self, now: float, beat: Beat) -> list[Body]:
+    def tick(self, now: float, beat: Callable[[], Beat]) -> list[Body]:
         """Raises ClusterError if the coordinator has been silent for too long."""
         if now - self._heard_at > self._silence_s:
             raise ClusterError(f"the coordinator at {self._address} has not answered for {self._silence_s:.0f} s.")
         if now - self._sent_at < (BEAT_S if self.welcome else ASK_AGAIN_S):
             return []
         self._sent_at = now
-        return [beat if self.welcome else self._hello]
+        return [beat() if self.welcome else self._hello]
 
-    def beat_now(self) -> None:
-        """Send the next beat at the next tick, for there is news in it."""
-        if self.welcome:
-            self._sent_at = float("-inf")
+    def beat_soon(self, now: float) -> bool:
+        """Let the next tick send a beat, for there is news in it, unless one has just gone out. Whether it will."""
+        if self.welcome is None or now - self._sent_at < NEWS_S:
+            return False
+        self._sent_at = float("-inf")
+        return True

@@ -59,7 +59,8 @@ class Beat(Body, frozen=True):
     """I am alive. A worker tells where it is; the coordinator's answer is a Beat as well.
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and
-    not begun, `seconds` how long a micro-batch takes, `rate` samples per second while computing.
+    not begun, `seconds` how long a micro-batch takes, `rate` samples per second while computing. Of a server, `round` is
+    the one that is open, and `left` its micro-batches that have not arrived.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""

@@ -94,6 +94,11 @@ def make_settings(values: dict[str, Any], where: str) -> Settings:
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
+    return msgspec.convert(check_values(values, where), Settings)
+
+
+def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` with underscores in their keys, each checked by itself, as part of what `make_settings` will get."""
     values = {key.replace("-", "_"): value for key, value in values.items()}
     for key in values:
         if key not in FIELDS:
@@ -103,7 +108,7 @@ def make_settings(values: dict[str, Any], where: str) -> Settings:
             msgspec.convert(value, FIELDS[key].type)
         except msgspec.ValidationError as error:
             raise UsageError(f"{where}: {key} = {value!r} cannot be: {_plain(error, key)}") from None
-    return msgspec.convert(values, Settings)
+    return values
 
 
 def _plain(error: msgspec.ValidationError, key: str) -> str:

@@ -250,14 +250,16 @@ class Coordinator:
             return
         first = self._ledger.committed if self._policy.applies == "push" else waiting.round
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
-        lease = self._takeover.lease(
-            member.name,
-            range(first, last + 1),
-            self._ledger.micro_batches,
-            self._membership.tables,
-            {name: m for name, m in self._membership.members.items() if m.hello.role == "worker"},
-            now,
-        )
+        workers = {name: m for name, m in self._membership.members.items() if m.hello.role == "worker"}
+        tables = self._membership.tables
+        lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
+        if lease is None:
+            owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
+            servers = [self._membership.members[f"server-{owner}"].beat for owner in owners]
+            open_round = min(beat.round for beat in servers)
+            missing = sorted({k for beat in servers if beat.round == open_round for k in beat.left})
+            count = self._ledger.micro_batches(open_round)
+            lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
         if lease is not None:
             self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
             self._send(lease.to, lease)

@@ -32,6 +32,13 @@ class PushShard(Shard):
     def version(self) -> int:
         return self._slowest
 
+    def missing(self) -> list[int]:
+        if not any(s.first_round <= self._slowest < s.end for s in self.segments):
+            return []
+        applied = self._applied.get(self._slowest, set())
+        ids = [*([METRICS] if self.index == 0 else []), *self.chunks]
+        return [k for k in range(self.round_plan(self._slowest).micro_batches) if any((i, k) not in applied for i in ids)]
+
     def _opened(self) -> None:
         pass
 

@@ -64,6 +64,18 @@ class RoundShard(Shard):
     def version(self) -> int:
         return self._version
 
+    def missing(self) -> list[int]:
+        if self.policy.is_local or not self._open or not any(s.first_round <= self._version < s.end for s in self.segments):
+            return []
+        everything = set(range(self._count))
+        absent: set[int] = set()
+        for chunk in self._ids:
+            if not self.policy.combines:
+                absent |= everything - set(self._leaves.get(chunk, ()))
+            elif chunk not in self._next and chunk not in self._means:
+                absent |= set(self._sums[chunk].missing()) if chunk in self._sums else everything
+        return sorted(absent)
+
     def _opened(self) -> None:
         assert self.store is not None
         self._current = {chunk: self.store.publish(chunk) for chunk in self.chunks}

@@ -66,13 +66,15 @@ class _Server:
             if self._workers in ready and self._shard is not None:
                 self._drain(self._workers)
             now = time.monotonic()
-            beat = Beat("waiting", self._shard.version if self._shard else 0)
-            for body in self._attendance.tick(now, beat):
+            for body in self._attendance.tick(now, self._beat):
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
         if not self._attendance.stop.ok:
             raise ClusterError(f"stopped because {self._attendance.stop.reason}")
+
+    def _beat(self) -> Beat:
+        return Beat("waiting", self._shard.version, left=self._shard.missing()) if self._shard is not None else Beat("starting")
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""

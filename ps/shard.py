@@ -102,6 +102,10 @@ class Shard(ABC):
         """Every round below is applied."""
 
     @abstractmethod
+    def missing(self) -> list[int]:
+        """Micro-batches of round `version` that are not all in here: what the coordinator may lease again."""
+
+    @abstractmethod
     def _opened(self) -> None:
         """The first weights are complete."""
 

@@ -6,7 +6,7 @@ and never a wrong sum: nothing here is needed for the result, only for speed, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from common.leases import Table, in_force
 from common.messages import Lease
@@ -14,14 +14,17 @@ from ps.membership import Member
 
 #: A micro-batch being computed is done a second time when it has taken this many times what the waiting worker needs for one.
 _PATIENCE = 2.0
+#: Seconds after which a lease that came to nothing is given again.
+_AGAIN_S = 2.0
 
 
 class Takeover:
     """Remembers which micro-batches were leased away from the table's run, and to whom."""
 
     def __init__(self) -> None:
-        #: (round, k) -> the worker it was leased to as an exception.
+        #: (round, k) -> the worker it was leased to as an exception, and when.
         self.leased: dict[tuple[int, int], str] = {}
+        self._leased_at: dict[tuple[int, int], float] = {}
 
     def lease(
         self,
@@ -37,22 +40,39 @@ class Takeover:
         `count(round)` is the number of its micro-batches.
         """
         for key in [key for key in self.leased if key[0] < rounds.start]:
-            del self.leased[key]
+            del self.leased[key], self._leased_at[key]
         for round_ in rounds:
             runs = self._not_begun(round_, count(round_), in_force(tables, round_), waiting, members)
             owner = max(runs, key=lambda w: (len(runs[w]), w), default=None)
             if owner is not None and runs[owner]:
-                return self._give(round_, runs[owner][-1], waiting, owner)
+                return self._give(round_, runs[owner][-1], waiting, owner, now)
             mine = members[waiting]
             for name, other in members.items():
                 busy = other.beat.round == round_ and other.beat.at >= 0 and other.active and name != waiting
                 late = now - other.since > _PATIENCE * max(mine.beat.seconds, 0.05)
                 if busy and late and (round_, other.beat.at) not in self.leased:
-                    return self._give(round_, other.beat.at, waiting, name)
+                    return self._give(round_, other.beat.at, waiting, name, now)
         return None
 
-    def _give(self, round_: int, k: int, to: str, owner: str) -> Lease:
+    def lease_missing(
+        self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[Table],
+        members: Mapping[str, Member], now: float,
+    ) -> Lease | None:  # fmt: skip
+        """One of the micro-batches that servers say are missing from their open round and that nobody seems to have.
+
+        So it is with what a worker had that is gone, and where two workers used different tables for a round.
+        """
+        runs = self._not_begun(round_, count, in_force(tables, round_), waiting, members)
+        held = {k for name, ks in runs.items() if name in members and members[name].active for k in ks}
+        held |= {m.beat.at for m in members.values() if m.active and m.beat.round == round_}
+        for k in missing:
+            if k not in held and now - self._leased_at.get((round_, k), float("-inf")) > _AGAIN_S:
+                return self._give(round_, k, waiting, "", now)
+        return None
+
+    def _give(self, round_: int, k: int, to: str, owner: str, now: float) -> Lease:
         self.leased[round_, k] = to
+        self._leased_at[round_, k] = now
         return Lease(round_, k, to, owner)
 
     def _not_begun(

@@ -140,11 +140,12 @@ class Link:
         """Whether the coordinator has said that the run is over and saved."""
         return self._attendance.stop is not None
 
-    def beat_now(self) -> None:
-        """Tell the coordinator at once where this worker is."""
+    def beat_soon(self) -> None:
+        """Tell the coordinator where this worker is, unless it was told just now."""
         with self.lock:
-            self._attendance.beat_now()
-        self._notify()
+            due = self._attendance.beat_soon(time.monotonic())
+        if due:
+            self._notify()
 
     def close(self) -> None:
         """Send what is left to send and end the thread."""
@@ -217,7 +218,7 @@ class Link:
         with self.lock:
             messages = list(self._outbox)
             self._outbox.clear()
-            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self.beat())]
+            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self.beat)]
             messages += self.on_tick(now)
         for message in messages:
             send(self._sockets[message.to], self._stamp.encode(message.body), message.frames, copy=self.copies)

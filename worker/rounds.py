@@ -161,8 +161,7 @@ class GradientWork:
             self._fetch(task.round, settled=False)
         self._current, self._begun_at = task, time.monotonic()
         self._stale = True
-        if self._meter.seconds > _PATIENCE_S or not self._meter.seconds:
-            self._link.beat_now()
+        self._link.beat_soon()
         return task
 
     def _advance(self) -> None:
@@ -217,7 +216,7 @@ class GradientWork:
                 break
             if unless_leased:
                 self._link.send(Send(COORDINATOR, Waiting(self.round)))
-                self._link.beat_now()
+                self._link.beat_soon()
             if time.monotonic() - began > self._run.settings.timeout + 20.0:
                 raise ClusterError(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
         if state == "leased":

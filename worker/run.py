@@ -252,7 +252,7 @@ class Run:
         self._metrics_sent += 1
         with self._link.lock:
             self._unsent_metrics[metrics.id] = metrics, 0.0
-        self._link.beat_now()
+        self._link.beat_soon()
 
     def before_merge(self, callback: Callable[[], None]) -> None:
         """Call `callback` just before replicas that were trained apart are merged (`local`, `average`)."""

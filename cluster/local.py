@@ -1,0 +1,205 @@
+"""A run on this machine: its coordinator, servers and workers are started, watched, and stopped together."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.processes import TICK_S, Processes, root_cause
+from cluster.rundir import ADDRESS_FILE, LOGS, SETTINGS_FILE, read_summary, tidy_log, write_settings
+from cluster.screen import Screen, summary_lines
+from cluster.signals import StopSignals
+from common.errors import ClusterError, UsageError
+from common.settings import Settings
+
+#: Seconds for the coordinator to listen.
+_ADDRESS_S = 30.0
+#: Seconds in which, after one process has failed, the others may say why they did.
+_GATHER_S = 2.0
+#: Seconds for the servers to end after the coordinator.
+_SERVERS_END_S = 10.0
+#: Seconds for the coordinator to notice that workers joined, after they have all ended.
+_JOIN_S = 2.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to run: `script` with `args`, or the built-in example where it is None; `port` 0 is any free one."""
+
+    settings: Settings
+    run_dir: Path
+    script: str | None = None
+    args: tuple[str, ...] = ()
+    port: int = 0
+
+
+def check_order(settings: Settings, script: str | None, port: int) -> None:
+    """Find out what cannot work before anything is started or written. Raises UsageError."""
+    if script is not None:
+        path = Path(script)
+        if not path.is_file():
+            raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
+    elif settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+        raise UsageError(f"there is no folder {settings.data_dir}; --data-dir takes one that holds the images.")
+    if port:
+        _check_port(port)
+
+
+def _check_port(port: int) -> None:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UsageError(f"port {port} is in use: give another --port, or leave it out to take a free one.") from None
+            raise UsageError(f"port {port} cannot be used: {error.strerror}.") from None
+
+
+def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], screen: Screen) -> dict[str, Any]:
+    """Run `order` to its end and return its summary, having shown it on `screen`.
+
+    `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
+    Raises ClusterError, naming the process and its log, when one fails; KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP.
+    However it ends, no process is left.
+    """
+    folder = order.run_dir
+    try:
+        with StopSignals() as signals:
+            try:
+                with screen, Processes(folder / LOGS, env) as processes:
+                    _Local(order, program, processes, signals, screen).run()
+            except _Stopped as stopped:
+                screen.say(f"stopped by {stopped}; the run in {folder} is not finished.")
+                raise KeyboardInterrupt from None
+    finally:
+        tidy_log(folder)
+    summary = read_summary(folder)
+    if summary is None:
+        raise ClusterError(f"the coordinator ended without a summary; its log is {folder / LOGS / 'coordinator.log'}.")
+    for line in summary_lines(summary, folder):
+        screen.say(line)
+    return summary
+
+
+class _Stopped(Exception):
+    """A signal asked us to stop; the text is its name."""
+
+
+class _Local:
+    """The loop that starts and watches one run's processes. Whoever runs it stops them afterwards."""
+
+    def __init__(
+        self, order: Order, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen
+    ) -> None:
+        self._order = order
+        self._program = list(program)
+        self._processes = processes
+        self._signals = signals
+        self._screen = screen
+
+    def run(self) -> None:
+        """Returns when every process has ended well."""
+        order, settings = self._order, self._order.settings
+        what = order.script or f"{settings.model} on {settings.data}"
+        self._screen.say(
+            f"{order.run_dir}: {what}, policy {settings.policy}, "
+            f"{_count(settings.workers, 'worker')}, {_count(settings.servers, 'server')}"
+        )
+        try:
+            write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
+            address = self._start_coordinator()
+            self._start_others(address)
+        except OSError as error:
+            raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
+        while self._processes.running():
+            self._tick()
+            self._check_workers_joined()
+            self._check_end()
+
+    def _start_coordinator(self) -> str:
+        """Start the coordinator and return its address once it listens."""
+        order, file = self._order, self._order.run_dir / ADDRESS_FILE
+        command = ["coordinator", "--prepared", "--config", str(order.run_dir / SETTINGS_FILE), "--run-dir", str(order.run_dir)]
+        self._processes.start("coordinator", [*self._program, *command, "--bind", f"tcp://127.0.0.1:{order.port}"], **_threads(1))
+        deadline = time.monotonic() + _ADDRESS_S
+        while not file.exists():
+            self._tick()
+            if not self._processes.running():
+                raise ClusterError(f"the coordinator ended at once; its log is {order.run_dir / LOGS / 'coordinator.log'}.")
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the coordinator does not listen after {_ADDRESS_S:.0f} s; see {order.run_dir / LOGS}.")
+        return file.read_text(encoding="utf-8").strip()
+
+    def _start_others(self, address: str) -> None:
+        settings = self._order.settings
+        for index in range(settings.servers):
+            command = ["server", "--coordinator", address, "--bind", "tcp://127.0.0.1:0", "--index", str(index)]
+            self._processes.start(f"server-{index}", [*self._program, *command], **_threads(1))
+        script = [self._order.script, "--", *self._order.args] if self._order.script is not None else []
+        for index in range(settings.workers):
+            command = ["worker", "--coordinator", address, "--index", str(index), *script]
+            self._processes.start(f"worker-{index}", [*self._program, *command], **_threads(settings.threads))
+
+    def _tick(self) -> None:
+        """Wait a moment, and look at everything. Raises what ends the run."""
+        time.sleep(TICK_S)
+        self._processes.poll()
+        if self._signals.name:
+            raise _Stopped(self._signals.name)
+        if self._processes.failures():
+            self._fail()
+        self._screen.update()
+
+    def _fail(self) -> None:
+        """Give the others a moment to fail too, then raise for the one that failed first."""
+        deadline = time.monotonic() + _GATHER_S
+        while time.monotonic() < deadline and self._processes.running() and not self._signals.name:
+            cause = root_cause(self._processes.failures())
+            if cause.code is not None and cause.code < 0:
+                break  # nothing can explain this one
+            time.sleep(TICK_S)
+            self._processes.poll()
+        raise ClusterError(root_cause(self._processes.failures()).describe_end())
+
+    def _check_workers_joined(self) -> None:
+        """Workers that have all ended well without having joined will keep everybody waiting."""
+        workers = [child for child in self._processes.children if child.name.startswith("worker")]
+        if self._processes.running("worker") or not self._processes.running("coordinator"):
+            return
+        if time.monotonic() < max(child.ended_at for child in workers) + _JOIN_S:
+            return
+        if not any(row.process.startswith("worker") for row in self._screen.progress.processes):
+            what = self._order.script or "the example"
+            raise ClusterError(f"no worker joined the run: {what} ended without calling worker.join(); see {workers[0].log}.")
+
+    def _check_end(self) -> None:
+        """Raise for a process that goes on for too long after the coordinator has ended."""
+        coordinator = self._processes.children[0]
+        if coordinator.code is None:
+            return
+        for role, patience_s in (("server", _SERVERS_END_S), ("worker", self._order.settings.timeout)):
+            late = self._processes.running(role)
+            if late and time.monotonic() > coordinator.ended_at + patience_s:
+                raise ClusterError(
+                    f"{late[0].name} still runs {patience_s:.0f} s after the run has ended, and was stopped; "
+                    f"its log is {late[0].log}."
+                )
+
+
+def _threads(count: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

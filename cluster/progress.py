@@ -1,0 +1,95 @@
+"""How far a run is, read from its event log while it goes on."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.runlog import RoundRow, RunLogReader, StatusRow
+
+#: Speed and loss are means over so many seconds.
+_WINDOW_S = 5.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known at one moment. `total` is None while nobody has said how many rounds there will be."""
+
+    rounds: int = 0
+    total: int | None = None
+    samples: int = 0
+    samples_per_second: float = 0.0
+    loss: float | None = None
+    accuracy: float | None = None
+    processes: Sequence[StatusRow] = ()
+
+
+class Tracker:
+    """Reads what is new in the event log at `path`, which need not exist yet.
+
+    It opens the file for each look and keeps off once the run is over, for the coordinator closes its log better alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = Progress()
+        self._last_round = -1
+        self._last_event = 0
+        self._window: deque[RoundRow] = deque()
+        self._first_at: float | None = None
+        self._over = False
+
+    def look(self, now: float | None = None) -> Progress:
+        """The state of the run at the unix time `now`."""
+        if self._over or not self._path.exists():
+            return self._last
+        try:
+            with closing(RunLogReader(self._path)) as reader:
+                self._last = self._read(reader, time.time() if now is None else now)
+        except sqlite3.Error:
+            pass  # not written to yet, or just being closed: the next look will tell
+        return self._last
+
+    def _read(self, reader: RunLogReader, now: float) -> Progress:
+        last = self._last
+        total, over = last.total, False
+        for number, at, event in reader.events(after=self._last_event):
+            self._last_event = number
+            if event.kind == "plan":
+                total = int(event.data["rounds"])
+                self._first_at = self._first_at or at
+            over = over or event.kind == "stopped"
+        rows = reader.rounds(after=self._last_round)
+        if rows:
+            self._last_round = rows[-1].round
+            self._window.extend(rows)
+        while len(self._window) > 1 and self._window[0].at < now - _WINDOW_S:
+            self._window.popleft()
+        accuracies = reader.metrics("accuracy")
+        self._over = over
+        return Progress(
+            rounds=last.rounds + len(rows),
+            total=total,
+            samples=last.samples + sum(row.samples for row in rows),
+            samples_per_second=self._speed(now),
+            loss=mean_metric(self._window, "loss"),
+            accuracy=accuracies[-1][3] if accuracies else None,
+            processes=reader.statuses(),
+        )
+
+    def _speed(self, now: float) -> float:
+        recent = [row for row in self._window if row.at >= now - _WINDOW_S]
+        start = max(self._first_at or (self._window[0].at if self._window else now), now - _WINDOW_S)
+        return sum(row.samples for row in recent) / (now - start) if now > start else 0.0
+
+
+def mean_metric(rows: Sequence[RoundRow] | deque[RoundRow], name: str) -> float | None:
+    """The mean of a metric over the samples of `rows`; None where no round has it."""
+    having = [row for row in rows if name in row.metrics and row.samples > 0]
+    samples = sum(row.samples for row in having)
+    return sum(row.metrics[name] * row.samples for row in having) / samples if samples else None

@@ -1,0 +1,160 @@
+"""The run directory: which folder a run gets, that no two runs share one, and what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.errors import UsageError
+from common.runlog import FILE_NAME, RunLog
+from common.settings import Settings
+
+SETTINGS_FILE = "settings.toml"
+SUMMARY_FILE = "summary.json"
+MODEL_FILE = "model.safetensors"
+ADDRESS_FILE = "address"
+LOGS = "logs"
+RUNS = Path("runs")
+
+_HEADER = "# The settings of this run; give this file to --config to repeat it.\n"
+_FILES = (SETTINGS_FILE, SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, FILE_NAME)
+_SUFFIXES = ("", ".tmp", "-wal", "-shm", "-journal")
+
+
+@contextlib.contextmanager
+def claim(path: Path | None, default: str, overwrite: bool) -> Iterator[Path]:
+    """The folder for a new run, empty of other runs' files, locked against other launchers for the time of the context.
+
+    `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free.
+    Raises UsageError where the folder holds a finished run and not `overwrite`, is in use, or is no run's folder; then
+    nothing was removed.
+    """
+    if path is None and not overwrite:
+        folder, lock = _next_free(default)
+    else:
+        folder = path or RUNS / default
+        lock = _lock(folder)
+        if lock is None:
+            raise UsageError(f"{folder} is in use by another run: wait for its end, or give another --run-dir or --name.")
+    try:
+        _make_room(folder, overwrite)
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def _next_free(default: str) -> tuple[Path, int]:
+    for number in itertools.count(1):
+        folder = RUNS / (default if number == 1 else f"{default}-{number}")
+        if folder.is_dir() and _contents(folder):
+            continue
+        lock = _lock(folder)
+        if lock is not None and not _contents(folder):
+            return folder, lock
+        if lock is not None:
+            os.close(lock)
+    raise AssertionError("counting does not end")
+
+
+def _lock(folder: Path) -> int | None:
+    """Make `folder` if need be and lock it, which leaves no file behind; None if another process has it locked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(None, "Permission denied")
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileExistsError:
+        raise UsageError(f"{folder} is a file; a run directory must be a folder.") from None
+    except OSError as error:
+        raise UsageError(f"the run directory {folder} cannot be written: {error.strerror}.") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        pass  # a file system without locks: then there is none
+    return handle
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Remove what an earlier run left in `folder`, file by file: never anything that a run has not written."""
+    if not _contents(folder):
+        return
+    if not is_run(folder):
+        raise UsageError(f"{folder} is not empty and holds no run: give an empty or new folder as --run-dir.")
+    if (folder / SUMMARY_FILE).exists() and not overwrite:
+        raise UsageError(f"{folder} holds a finished run: give --overwrite to replace it, or another --run-dir or --name.")
+    try:
+        for name, suffix in itertools.product(_FILES, _SUFFIXES):
+            (folder / (name + suffix)).unlink(missing_ok=True)
+        for log in (folder / LOGS).glob("*.log"):
+            log.unlink()
+    except OSError as error:
+        raise UsageError(f"the earlier run in {folder} cannot be removed: {error.strerror}.") from None
+
+
+def _contents(folder: Path) -> list[str]:
+    """Names in `folder` without those of hidden files."""
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith(".") and name != "lost+found"]
+    except OSError as error:
+        raise UsageError(f"the run directory {folder} cannot be read: {error.strerror}.") from None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run, finished or not, has written to `folder`."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (folder / FILE_NAME).read_bytes()[:15] == b"SQLite format 3":
+            return True
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / SETTINGS_FILE).read_text(encoding="utf-8").startswith(_HEADER)
+    return False
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What the coordinator wrote at the end of the run in `folder`; None if it has not finished."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / SUMMARY_FILE} cannot be read: {error}.") from None
+    return summary
+
+
+def write_settings(path: Path, settings: Settings, script: str | None = None, args: Sequence[str] = ()) -> None:
+    """Write all that --config needs to repeat a run. OSError where that cannot be."""
+    values: dict[str, Any] = dict(msgspec.structs.asdict(settings))
+    if script is not None:
+        values |= {"script": script, "args": list(args)}
+    path.write_text(_HEADER + to_toml(values), encoding="utf-8")
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A flat TOML table; what is None is left out, for TOML has no such value."""
+
+    def literal(value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ", ".join(map(literal, value)) + "]"
+        if isinstance(value, float):
+            return repr(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    return "".join(f"{key} = {literal(value)}\n" for key, value in values.items() if value is not None)
+
+
+def tidy_log(folder: Path) -> None:
+    """Fold the side files, which a killed coordinator leaves, into the event log."""
+    path = folder / FILE_NAME
+    if path.with_name(FILE_NAME + "-wal").exists() or path.with_name(FILE_NAME + "-shm").exists():
+        with contextlib.suppress(Exception):  # the log is as readable as before
+            RunLog(path).close()

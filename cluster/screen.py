@@ -1,0 +1,130 @@
+"""What the user sees of a run: live on a terminal, a plain line now and then elsewhere, and a summary at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.progress import Progress, Tracker
+from cluster.rundir import MODEL_FILE
+
+_LIVE_S = 0.5
+_PLAIN_S = 5.0
+_SHORT_SHA = 12
+
+
+class Screen:
+    """Shows a run's progress; a context, at whose end the terminal is as before. Call `update` as often as you like."""
+
+    def __init__(self, console: Console, log: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """`log` is the run's event log; it need not exist yet."""
+        self._console = console
+        self._tracker = Tracker(log)
+        self._clock = clock
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._every_s = _LIVE_S if self._live else _PLAIN_S
+        self._looked_at = float("-inf")
+        self._told_at = clock()
+        self.progress = Progress()
+
+    def __enter__(self) -> Screen:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the live part if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self) -> None:
+        """Look at the run and show it, if the last time is long enough ago."""
+        now = self._clock()
+        if now < self._looked_at + _LIVE_S:
+            return
+        self._looked_at = now
+        self.progress = self._tracker.look()
+        if self._live:
+            self._live.update(picture(self.progress), refresh=True)
+        elif now >= self._told_at + self._every_s:
+            self._told_at = now
+            self.say(line(self.progress))
+
+
+def line(progress: Progress) -> str:
+    """Progress in one line without control characters."""
+    parts = [_rounds(progress), *_numbers(progress)]
+    waits = [f"{row.process} waits for {row.waits_for}" for row in progress.processes if row.waits_for]
+    if len(waits) > 2:
+        waits = [*waits[:2], f"{len(waits) - 2} more wait"]
+    return ", ".join([*parts, *waits])
+
+
+def picture(progress: Progress) -> Group:
+    """Progress as a bar, a line of numbers, and a line for each process."""
+    head = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=progress.total or 1, completed=progress.rounds if progress.total else 0, width=32)
+    head.add_row(bar, Text(_rounds(progress)))
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("process", "state", "round", "samples/s", "waits for"):
+        table.add_column(title, justify="right" if title in ("round", "samples/s") else "left")
+    for row in progress.processes:
+        speed = f"{row.samples_per_second:.0f}" if row.samples_per_second else ""
+        table.add_row(Text(row.process), Text(row.state), str(row.round), speed, Text(row.waits_for))
+    return Group(head, Text("  ".join(_numbers(progress))), table)
+
+
+def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """The end of a run in a few lines: what came out, and where it is."""
+    results = []
+    if summary.get("accuracy") is not None:
+        results.append(f"accuracy {summary['accuracy']:.1%}")
+    if summary.get("loss") is not None:
+        results.append(f"loss {summary['loss']:.4f}")
+    amounts = f"{summary['rounds']} rounds, {summary['samples']} samples in {summary['seconds']:.1f} s"
+    if summary.get("samples_per_second") is not None:
+        amounts += f" ({summary['samples_per_second']:.0f} samples/s)"
+    lines = ["done: " + ", ".join([*results, amounts])]
+    extra = {"micro_batches_recomputed": "micro-batches computed twice", "dropped": "micro-batches dropped"}
+    told = [f"{summary[key]} {text}" for key, text in extra.items() if summary.get(key)]
+    if told:
+        lines.append(", ".join(told))
+    if summary.get("weights_sha256"):
+        lines.append(f"weights_sha256 {summary['weights_sha256'][:_SHORT_SHA]}")
+    if (folder / MODEL_FILE).exists():
+        lines.append(f"the model is in {folder / MODEL_FILE}")
+    return lines
+
+
+def _rounds(progress: Progress) -> str:
+    if progress.total is not None:
+        return f"round {progress.rounds}/{progress.total}"
+    if progress.rounds:
+        return f"round {progress.rounds}"
+    there = len(progress.processes)
+    return f"starting, {there} {'process has' if there == 1 else 'processes have'} joined"
+
+
+def _numbers(progress: Progress) -> list[str]:
+    parts = []
+    if progress.rounds:
+        parts.append(f"{progress.samples_per_second:.0f} samples/s")
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.4f}")
+    if progress.accuracy is not None:
+        parts.append(f"accuracy {progress.accuracy:.1%}")
+    return parts

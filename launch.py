@@ -1,0 +1,153 @@
+"""The command line. Every command is a few lines that call into a package; run `python launch.py --help`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.exits import run_command
+from cluster.flags import Choice, Command, Option, choose, given, run_options, settings_options
+from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Train PyTorch models data-parallel through parameter servers.
+
+    `local` does all on this machine; `coordinator`, `server` and `worker` are its parts, to be started one by one.
+    """
+
+
+@cli.command(cls=Command)
+@click.argument("script", required=False)
+@settings_options
+@click.option("--port", cls=Option, section="Cluster", type=click.IntRange(0, 65535), default=0, metavar="N",
+              help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
+@run_options
+@click.pass_context
+def local(ctx: click.Context, config: Path | None, script: str | None, **_: Any) -> None:
+    """Train on this machine.
+
+    Starts and watches a coordinator, servers and workers, which run SCRIPT with ARGS, or without one the built-in example.
+    """
+    from rich.console import Console
+
+    from cluster.local import Order, check_order, run_local
+    from cluster.rundir import claim
+    from cluster.screen import Screen
+    from common.runlog import FILE_NAME
+
+    choice = choose(given(ctx), config, script, ctx.meta["args"])
+    check_order(choice.settings, choice.script, choice.port)
+    with claim(choice.run_dir, choice.default_name, choice.overwrite) as folder:
+        order = Order(choice.settings, folder, choice.script, choice.args, choice.port)
+        run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
+
+
+@cli.command(cls=Command)
+@click.option("--bind", cls=Option, section="Cluster", metavar="ADDRESS", default="tcp://*:5555", show_default=True,
+              help="Where to listen.")  # fmt: skip
+@settings_options
+@run_options
+@click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
+@click.pass_context
+def coordinator(ctx: click.Context, bind: str, config: Path | None, prepared: bool, **_: Any) -> None:
+    """Coordinate one run.
+
+    Waits for as many servers and workers as the settings say, and writes the run directory.
+    """
+    from cluster.rundir import SETTINGS_FILE, claim, write_settings
+    from ps.coordinator import serve
+
+    _log_to_stderr()
+    choice = choose(given(ctx), config)
+    if prepared:
+        serve(choice.settings, bind, _folder(choice))
+        return
+    with claim(choice.run_dir, choice.default_name, choice.overwrite) as folder:
+        write_settings(folder / SETTINGS_FILE, choice.settings)
+        serve(choice.settings, bind, folder)
+
+
+@cli.command(cls=Command)
+@click.option("--coordinator", metavar="ADDRESS", required=True, envvar="PS_COORDINATOR",
+              help="The coordinator's address, tcp://HOST:PORT; without it the environment's PS_COORDINATOR.")  # fmt: skip
+@click.option("--bind", metavar="ADDRESS", default="tcp://*:0", show_default=True, help="Where to listen; port 0 is any free one.")
+@click.option("--index", type=click.IntRange(min=0), metavar="N", help="This server's number; the coordinator picks one without it.")
+def server(coordinator: str, bind: str, index: int | None) -> None:
+    """Be one of a run's servers.
+
+    Holds a part of the parameters and updates them, until the run ends.
+    """
+    from ps.server import serve
+
+    _log_to_stderr()
+    serve(coordinator, bind, index)
+
+
+@cli.command(cls=Command)
+@click.argument("script", required=False)
+@click.option("--coordinator", metavar="ADDRESS", required=True, envvar="PS_COORDINATOR",
+              help="The coordinator's address, tcp://HOST:PORT; without it the environment's PS_COORDINATOR.")  # fmt: skip
+@click.option("--index", type=click.IntRange(min=0), metavar="N", help="This worker's number; the coordinator picks one without it.")
+@click.pass_context
+def worker(ctx: click.Context, script: str | None, coordinator: str, index: int | None) -> None:
+    """Be one of a run's workers.
+
+    Runs SCRIPT with ARGS, or without one the built-in example.
+    """
+    from worker.script import run_script
+
+    _log_to_stderr()
+    run_script(coordinator, script, list(ctx.meta["args"]), index)
+
+
+@cli.command(cls=Command)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Run again what has finished before.")
+def experiment(file: Path, overwrite: bool) -> None:
+    """Run many settings and compare them.
+
+    FILE is TOML: [settings] for all runs, a [matrix] of lists of settings to combine, [[case]] tables with a name and settings
+    of their own. The runs go one after another; what has finished before is not run again. A table (CSV and Markdown) and a
+    plot of loss and accuracy over time are written to its `out` folder, by default runs/experiments/FILE.
+    """
+    from cluster.experiment import read_experiment, run_experiment
+
+    run_experiment(read_experiment(file), _program(), os.environ, click.echo, overwrite)
+
+
+def main() -> int:
+    """Run the command line and return the exit code."""
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is not None:
+        die_with_parent(int(parent))
+    return run_command(cli, sys.argv[1:], Path(sys.argv[0]).name)
+
+
+def _program() -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve())]
+
+
+def _folder(choice: Choice) -> Path:
+    return choice.run_dir or Path("runs") / choice.default_name
+
+
+def _log_to_stderr() -> None:
+    """Show what our packages log; a script's own logging is left alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("common", "ps", "worker"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""What whole-system tests share: running the command line as a user does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch.py"
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`launch(*flags, name="run")` runs `launch.py local` into tmp_path/name and returns its summary; a failure fails."""
+
+    def run(*flags: object, name: str = "run") -> dict[str, Any]:
+        command = [sys.executable, str(LAUNCH), "local", "--run-dir", str(tmp_path / name), *map(str, flags)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+        logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (tmp_path / name).glob("logs/*"))
+        assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-2000:]}{logs}"
+        return dict(json.loads((tmp_path / name / "summary.json").read_text()))
+
+    return run

@@ -1,0 +1,102 @@
+"""In synchronous mode the weights do not depend on how many workers and servers there are, or how fast: they are those of a
+plain loop in one process that adds up micro-batch gradients along the tree."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, dataset, network
+
+EPOCHS = 3
+
+
+def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The design's tree: pairs of neighbours, level by level; an odd one out goes up as it is."""
+    while len(terms) > 1:
+        paired = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(terms[::2], terms[1::2], strict=False)]
+        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
+    return terms[0]
+
+
+def plain_loop(recipe: str, whole_batches: bool = False) -> nn.Module:
+    """Train in this process with torch alone. `whole_batches`: an ordinary step on the mean loss of the global batch."""
+    x, y = dataset().tensors
+    model = network()
+    parameters = list(model.parameters())
+    cls, hyper, schedule, clip_norm = RECIPES[recipe]
+    opt = cls(parameters, **hyper)
+    scheduler = schedule(opt) if schedule else None
+    for _ in range(EPOCHS):
+        for bx, by in zip(x.split(GLOBAL_BATCH), y.split(GLOBAL_BATCH), strict=True):
+            terms = []
+            size = len(bx) if whole_batches else MICRO_BATCH
+            for mx, my in zip(bx.split(size), by.split(size), strict=True):
+                gradients = torch.autograd.grad(nn.functional.cross_entropy(model(mx), my), parameters)
+                terms.append([g * len(mx) for g in gradients])
+            for parameter, total in zip(parameters, tree_sum(terms), strict=True):
+                parameter.grad = total / len(bx)
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
+            opt.step()
+            if scheduler:
+                scheduler.step()
+    return model
+
+
+def sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for _, parameter in sorted(model.named_parameters()):
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -> None:
+    expected = sha256(plain_loop(recipe))
+    clusters = [(1, 1, -1), (2, 2, -1), (3, 1, -1), (4, 3, -1), (2, 2, -1), (3, 2, 1)]
+    found = {}
+    for number, (workers, servers, slow) in enumerate(clusters):
+        summary = launch(
+            "--workers", workers, "--servers", servers, Path(__file__).with_name("train_exact.py"),
+            "--", recipe, "--epochs", EPOCHS, "--slow", slow, name=f"run-{number}",
+        )  # fmt: skip
+        assert summary["samples"] == 1000 * EPOCHS and summary["rounds"] == 9 * EPOCHS
+        assert summary["micro_batches_committed"] == (8 * 8 + 3) * EPOCHS
+        found[number, workers, servers, slow] = summary["weights_sha256"]
+    assert set(found.values()) == {expected}, found
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_ordinary_large_batch_step_gives_the_same_weights_to_rounding(recipe: str) -> None:
+    for a, b in zip(plain_loop(recipe).parameters(), plain_loop(recipe, whole_batches=True).parameters(), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() * (10 if recipe == "adamw" else 1)
+
+
+def test_alone_a_script_trains_to_the_same_weights(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("train_exact.py")
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, script, "momentum", "--epochs", str(EPOCHS)],
+        cwd=tmp_path, env={"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    import json
+
+    (summary,) = tmp_path.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["weights_sha256"] == sha256(plain_loop("momentum"))
