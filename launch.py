@@ -14,6 +14,17 @@ from cluster.exits import run_command
 from cluster.flags import Choice, Command, Option, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
 
+_COORDINATOR = click.option(
+    "--coordinator",
+    metavar="ADDRESS",
+    required=True,
+    envvar="PS_COORDINATOR",
+    help="The coordinator's address, tcp://HOST:PORT; by default that in the environment's PS_COORDINATOR.",
+)
+_INDEX = click.option(
+    "--index", type=click.IntRange(min=0), metavar="N", help="The number this process is to have; by default one that is free."
+)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def cli() -> None:
@@ -30,7 +41,7 @@ def cli() -> None:
               help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
 @run_options
 @click.pass_context
-def local(ctx: click.Context, config: Path | None, script: str | None, **_: Any) -> None:
+def local(ctx: click.Context, /, config: str | None, script: str | None, **_: Any) -> None:
     """Train on this machine.
 
     Starts and watches a coordinator, servers and workers, which run SCRIPT with ARGS, or without one the built-in example.
@@ -56,7 +67,7 @@ def local(ctx: click.Context, config: Path | None, script: str | None, **_: Any)
 @run_options
 @click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
 @click.pass_context
-def coordinator(ctx: click.Context, bind: str, config: Path | None, prepared: bool, **_: Any) -> None:
+def coordinator(ctx: click.Context, /, bind: str, config: str | None, prepared: bool, **_: Any) -> None:
     """Coordinate one run.
 
     Waits for as many servers and workers as the settings say, and writes the run directory.
@@ -75,10 +86,9 @@ def coordinator(ctx: click.Context, bind: str, config: Path | None, prepared: bo
 
 
 @cli.command(cls=Command)
-@click.option("--coordinator", metavar="ADDRESS", required=True, envvar="PS_COORDINATOR",
-              help="The coordinator's address, tcp://HOST:PORT; without it the environment's PS_COORDINATOR.")  # fmt: skip
-@click.option("--bind", metavar="ADDRESS", default="tcp://*:0", show_default=True, help="Where to listen; port 0 is any free one.")
-@click.option("--index", type=click.IntRange(min=0), metavar="N", help="This server's number; the coordinator picks one without it.")
+@_COORDINATOR
+@click.option("--bind", metavar="ADDRESS", default="tcp://*:0", show_default=True, help="Where to listen; 0 is any free port.")
+@_INDEX
 def server(coordinator: str, bind: str, index: int | None) -> None:
     """Be one of a run's servers.
 
@@ -92,9 +102,8 @@ def server(coordinator: str, bind: str, index: int | None) -> None:
 
 @cli.command(cls=Command)
 @click.argument("script", required=False)
-@click.option("--coordinator", metavar="ADDRESS", required=True, envvar="PS_COORDINATOR",
-              help="The coordinator's address, tcp://HOST:PORT; without it the environment's PS_COORDINATOR.")  # fmt: skip
-@click.option("--index", type=click.IntRange(min=0), metavar="N", help="This worker's number; the coordinator picks one without it.")
+@_COORDINATOR
+@_INDEX
 @click.pass_context
 def worker(ctx: click.Context, script: str | None, coordinator: str, index: int | None) -> None:
     """Be one of a run's workers.

@@ -103,7 +103,7 @@ def describe(error: BaseException) -> str:
 def _place(trace: TracebackType | None) -> traceback.FrameSummary | None:
     """The innermost frame of the user's code; without one that of ours, and without that any."""
     frames = traceback.extract_tb(trace)[::-1]
-    user = [f for f in frames if not _in(f.filename, _OURS) and not _in(f.filename, _LIBRARIES) and not f.filename.startswith("<")]
+    user = [f for f in frames if not f.filename.startswith("<") and not _in(f.filename, (*_OURS, *_LIBRARIES))]
     ours = [f for f in frames if _in(f.filename, _OURS)]
     return next(iter([*user, *ours, *frames]), None)
 

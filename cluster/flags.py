@@ -13,6 +13,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from cluster.rundir import RUNS
 from common.errors import UsageError
 from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
 
@@ -50,13 +51,13 @@ class Choice:
         return f"{self.settings.model}-{self.settings.data}".replace("/", "-")
 
 
-def choose(flags: Mapping[str, Any], config: Path | None, script: str | None = None, args: tuple[str, ...] = ()) -> Choice:
+def choose(flags: Mapping[str, Any], config: str | None, script: str | None = None, args: tuple[str, ...] = ()) -> Choice:
     """Join the flags that were given with the table in the file `config`; a flag beats the file.
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
-    source, line = str(config), "the command line"
-    from_file, launch_file = _checked(read_toml(config), source) if config else ({}, {})
+    source, line = config or "", "the command line"
+    from_file, launch_file = _checked(read_toml(Path(source)), source) if config is not None else ({}, {})
     from_flags, launch_flags = _checked(flags, line)
     where = f"{source} and {line}" if from_file and from_flags else source if from_file else line
     settings = make_settings({**from_file, **from_flags}, where)
@@ -94,7 +95,7 @@ def _run_dir(launch: Mapping[str, Any], where: str) -> Path | None:
     if name is not None:
         if name != Path(name).name:
             raise UsageError(f"{where}: name = {name!r} cannot be: a name is one folder's name; use run_dir for a path.")
-        return Path("runs") / name
+        return RUNS / str(name)
     if folder == "":
         raise UsageError(f"{where}: run_dir is empty; give a folder's path.")
     return Path(folder) if folder is not None else None
@@ -154,14 +155,13 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command function the options that say where a run is kept."""
-    options = (
-        ("--config", "FILE", "TOML file with the same names as the flags; a flag beats the file.", {"type": click.Path(path_type=Path)}),
-        ("--run-dir", "DIR", "Folder for the model, the summary, the event log and the logs.", {}),
-        ("--name", "NAME", "Short for --run-dir runs/NAME.", {}),
-        ("--overwrite", None, "Replace a finished run in that folder.", {"is_flag": True}),
-    )
-    for flag, metavar, text, extra in reversed(options):
-        command = click.option(flag, cls=Option, section="Run", metavar=metavar, help=text, **extra)(command)
+    for flag, text, extra in (
+        ("--overwrite", "Replace a finished run in that folder.", {"is_flag": True}),
+        ("--name", "Short for --run-dir runs/NAME.", {"metavar": "NAME"}),
+        ("--run-dir", "Folder for the model, the summary, the event log and the logs.", {"metavar": "DIR"}),
+        ("--config", "TOML file with the same names as the flags; a flag beats the file.", {"metavar": "FILE"}),
+    ):
+        command = click.option(flag, cls=Option, section="Run", help=text, **extra)(command)
     return command
 
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,30 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
     return summary
 
 
+def start_coordinator(processes: Processes, program: Sequence[str], folder: Path, port: int, tick: Callable[[], None]) -> str:
+    """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens.
+
+    Calls `tick`, which waits a moment, and raises if need be. Raises ClusterError where the coordinator does not get so far.
+    """
+    command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
+    processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1))
+    deadline = time.monotonic() + _ADDRESS_S
+    log = folder / LOGS / "coordinator.log"
+    while not (folder / ADDRESS_FILE).exists():
+        tick()
+        if not processes.running("coordinator"):
+            raise ClusterError(f"the coordinator ended at once; its log is {log}.")
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the coordinator does not listen after {_ADDRESS_S:.0f} s; its log is {log}.")
+    return (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
+
+
+def start_server(processes: Processes, program: Sequence[str], address: str, index: int) -> None:
+    """Start a server of the run whose coordinator is at `address`."""
+    command = ["server", "--coordinator", address, "--bind", "tcp://127.0.0.1:0", "--index", str(index)]
+    processes.start(f"server-{index}", [*program, *command], **_threads(1))
+
+
 class _Stopped(Exception):
     """A signal asked us to stop; the text is its name."""
 
@@ -99,9 +123,7 @@ class _Stopped(Exception):
 class _Local:
     """The loop that starts and watches one run's processes. Whoever runs it stops them afterwards."""
 
-    def __init__(
-        self, order: Order, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen
-    ) -> None:
+    def __init__(self, order: Order, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen) -> None:
         self._order = order
         self._program = list(program)
         self._processes = processes
@@ -118,7 +140,7 @@ class _Local:
         )
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
-            address = self._start_coordinator()
+            address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick)
             self._start_others(address)
         except OSError as error:
             raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
@@ -127,25 +149,10 @@ class _Local:
             self._check_workers_joined()
             self._check_end()
 
-    def _start_coordinator(self) -> str:
-        """Start the coordinator and return its address once it listens."""
-        order, file = self._order, self._order.run_dir / ADDRESS_FILE
-        command = ["coordinator", "--prepared", "--config", str(order.run_dir / SETTINGS_FILE), "--run-dir", str(order.run_dir)]
-        self._processes.start("coordinator", [*self._program, *command, "--bind", f"tcp://127.0.0.1:{order.port}"], **_threads(1))
-        deadline = time.monotonic() + _ADDRESS_S
-        while not file.exists():
-            self._tick()
-            if not self._processes.running():
-                raise ClusterError(f"the coordinator ended at once; its log is {order.run_dir / LOGS / 'coordinator.log'}.")
-            if time.monotonic() > deadline:
-                raise ClusterError(f"the coordinator does not listen after {_ADDRESS_S:.0f} s; see {order.run_dir / LOGS}.")
-        return file.read_text(encoding="utf-8").strip()
-
     def _start_others(self, address: str) -> None:
         settings = self._order.settings
         for index in range(settings.servers):
-            command = ["server", "--coordinator", address, "--bind", "tcp://127.0.0.1:0", "--index", str(index)]
-            self._processes.start(f"server-{index}", [*self._program, *command], **_threads(1))
+            start_server(self._processes, self._program, address, index)
         script = [self._order.script, "--", *self._order.args] if self._order.script is not None else []
         for index in range(settings.workers):
             command = ["worker", "--coordinator", address, "--index", str(index), *script]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-import psutil
+import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from cluster.lifeline import PARENT_VARIABLE
 

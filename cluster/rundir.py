@@ -41,9 +41,10 @@ def claim(path: Path | None, default: str, overwrite: bool) -> Iterator[Path]:
         folder, lock = _next_free(default)
     else:
         folder = path or RUNS / default
-        lock = _lock(folder)
-        if lock is None:
+        wanted = _lock(folder)
+        if wanted is None:
             raise UsageError(f"{folder} is in use by another run: wait for its end, or give another --run-dir or --name.")
+        lock = wanted
     try:
         _make_room(folder, overwrite)
         yield folder
@@ -105,7 +106,7 @@ def _make_room(folder: Path, overwrite: bool) -> None:
 def _contents(folder: Path) -> list[str]:
     """Names in `folder` without those of hidden files."""
     try:
-        return [name for name in os.listdir(folder) if not name.startswith(".") and name != "lost+found"]
+        return [path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != "lost+found"]
     except OSError as error:
         raise UsageError(f"the run directory {folder} cannot be read: {error.strerror}.") from None
 

@@ -1,0 +1,65 @@
+"""The cluster of one: a script that was started by itself gets a coordinator and a server of its own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from cluster.local import start_coordinator, start_server
+from cluster.processes import TICK_S, Processes
+from cluster.rundir import LOGS, SETTINGS_FILE, claim, read_summary, tidy_log, write_settings
+from cluster.screen import summary_lines
+from common.errors import ClusterError
+from common.settings import Settings
+
+#: Seconds for the companions to end after the worker has.
+_END_S = 10.0
+_LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
+
+
+def start_companions(script: str) -> str:
+    """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
+
+    The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr.
+    Raises UsageError where the run directory cannot be had, ClusterError where they do not start.
+    """
+    cleanup = ExitStack()
+    try:
+        folder = cleanup.enter_context(claim(None, Path(script).stem or "run", overwrite=False))
+        write_settings(folder / SETTINGS_FILE, Settings(workers=1, servers=1))
+        cleanup.callback(tidy_log, folder)
+        processes = cleanup.enter_context(Processes(folder / LOGS, os.environ))
+        program = [sys.executable, str(_LAUNCH)]
+
+        def tick() -> None:
+            time.sleep(TICK_S)
+            processes.poll()
+            for child in processes.failures():
+                raise ClusterError(child.describe_end())
+
+        address = start_coordinator(processes, program, folder, 0, tick)
+        start_server(processes, program, address, 0)
+    except OSError as error:
+        cleanup.close()
+        raise ClusterError(f"the coordinator and server of this script cannot be started: {error.strerror or error}.") from None
+    except BaseException:
+        cleanup.close()
+        raise
+    atexit.register(_end, cleanup, processes, folder)
+    return address
+
+
+def _end(cleanup: ExitStack, processes: Processes, folder: Path) -> None:
+    """Called when the script has ended and the worker has left the run."""
+    with cleanup:
+        deadline = time.monotonic() + _END_S
+        while processes.running() and not processes.failures() and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+            processes.poll()
+    summary = read_summary(folder)
+    lines = summary_lines(summary, folder) if summary else [f"the run is not finished; its logs are in {folder / LOGS}."]
+    print("\n".join(lines), file=sys.stderr)
