@@ -269,6 +269,15 @@ class AllNorms(Body, frozen=True):
 # ---- reporting and leaving (worker -> coordinator)
 
 
+class Mean(Body, frozen=True):
+    """What is the mean of metric `name` over `epoch`? Answered by the same with `value`, final once `complete`."""
+
+    epoch: int
+    name: str
+    value: float | None = None
+    complete: bool = False
+
+
 class Metrics(Body, frozen=True):
     """Values the script logged outside a micro-batch, after `round` rounds."""
 
@@ -328,7 +337,7 @@ Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
     | Setup | Plan | Ready | Init | Push | Ack | Pull | Weights | Gone
     | Report | ReportAck | Arrived | Close | Norms | AllNorms
-    | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
+    | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 
 

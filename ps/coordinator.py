@@ -20,6 +20,7 @@ from common.messages import (
     Envelope,
     Goodbye,
     Hello,
+    Mean,
     Metrics,
     ModelPart,
     Norms,
@@ -194,6 +195,8 @@ class Coordinator:
                 self._plan(route, body, now)
             case Waiting():
                 self._waiting(member, body, now)
+            case Mean():
+                self._reply(route, self._ledger.mean(body))
             case Metrics():
                 self._metrics(route, member.name, body, now)
             case ModelPart():

@@ -22,6 +22,7 @@ from common.messages import (
     Close,
     Committed,
     Contribution,
+    Mean,
     Norms,
     Ready,
     Refused,
@@ -63,9 +64,8 @@ class Ledger:
         self.committed = 0
         self.new_rounds: list[Committed] = []
         self.new_contributions: list[Contribution] = []
-        #: Sample-weighted sums of each metric over the newest epoch, and the samples they are over.
-        self._epoch_metrics: dict[str, tuple[float, int]] = {}
-        self._epoch = -1
+        #: Sample-weighted sums of each metric by epoch, and the samples they are over.
+        self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
         self._policy = policy
         self._setup: Setup | None = None
         self._versions: dict[int, int] = {}
@@ -170,17 +170,20 @@ class Ledger:
             self.new_rounds.append(row)
 
     def _average(self, row: Committed) -> None:
-        epoch = self.epoch_of(row.round)
-        if epoch != self._epoch:
-            self._epoch, self._epoch_metrics = epoch, {}
+        metrics = self._epoch_metrics.setdefault(self.epoch_of(row.round), {})
         for name, value in row.metrics.items():
-            total, samples = self._epoch_metrics.get(name, (0.0, 0))
-            self._epoch_metrics[name] = total + value * row.samples, samples + row.samples
+            total, samples = metrics.get(name, (0.0, 0))
+            metrics[name] = total + value * row.samples, samples + row.samples
+
+    def mean(self, ask: Mean) -> Mean:
+        """The mean of a metric over the samples of an epoch, as far as its rounds are committed."""
+        total, samples = self._epoch_metrics.get(ask.epoch, {}).get(ask.name, (0.0, 0))
+        complete = self.committed >= self.planned or self.epoch_of(self.committed) > ask.epoch
+        return Mean(ask.epoch, ask.name, total / samples if samples else None, complete)
 
     def recent(self, name: str) -> float | None:
-        """Mean of a metric over the samples of the newest epoch that has committed rounds."""
-        total, samples = self._epoch_metrics.get(name, (0.0, 0))
-        return total / samples if samples else None
+        """Mean of a metric over the newest epoch that has committed rounds."""
+        return self.mean(Mean(max(self._epoch_metrics, default=0), name)).value
 
     # ---- what all servers must decide alike
 

@@ -59,6 +59,7 @@ class PushShard(Shard):
             self._seen += 1
         staleness = max(0, self._seen - 1 - push.base)
         hypers = push.hypers
+        lr_scale = self.policy.lr_scale(staleness) * push.samples / plan.samples
         for chunk, value in zip(push.chunks, values, strict=True):
             if (chunk, push.lo) in applied:
                 continue
@@ -67,7 +68,7 @@ class PushShard(Shard):
                 chunk,
                 self.store.mean(chunk, value, push.samples),
                 hypers[self.chunks[chunk].group] if 0 <= self.chunks[chunk].group < len(hypers) else {},
-                staleness=staleness,
+                lr_scale=lr_scale,
                 base=self._sent.get(sender, {}).get(chunk),
             )
             self._published.pop(chunk, None)

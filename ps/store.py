@@ -93,13 +93,14 @@ class Store:
         mean: Sum,
         hypers: Mapping[str, Any],
         factor: torch.Tensor | None = None,
-        staleness: int = 0,
+        lr_scale: float = 1.0,
         base: Any = None,
     ) -> None:
         """Make new weights from the mean contribution.
 
-        `hypers` overrides settings of the parameter group; `factor` is the clipping; `base` holds the weights (a frame of
-        `publish`) that a contribution of `staleness` updates ago was computed from, for policies that correct for it.
+        `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
+        `base` holds the weights (a frame of `publish`) that the contribution was computed from, for policies that correct for
+        what has happened since.
         """
         part = self._parts[chunk]
         if part.optimizer is None:
@@ -115,9 +116,8 @@ class Store:
             view.grad = gradient[piece.offset : piece.offset + piece.length] if mean.present >> bit & 1 else None
         group = part.optimizer.param_groups[0]
         group.update(_tuples(hypers))
-        scale = self._policy.lr_scale(staleness)
         rate = group["lr"]
-        group["lr"] = rate * scale
+        group["lr"] = rate * lr_scale
         part.optimizer.step()
         group["lr"] = rate
         for view in part.pieces:

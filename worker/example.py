@@ -41,7 +41,8 @@ def main() -> None:
         schedule=schedule(settings, rounds),
         schedule_per="round",
     )
-    run.before_merge(lambda: run.log(part_accuracy=accuracy(model, images.test)))
+    if settings.policy == "average":
+        run.before_merge(lambda: run.log(part_accuracy=accuracy(model, images.test)))
 
     measured = run.epoch
     for x, y in run.batches(images.train, num_workers=settings.loader_workers):

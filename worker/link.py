@@ -89,8 +89,16 @@ class Link:
                     raise ClusterError(f"waited {timeout:.0f} s for {what()}.")
                 self.lock.wait(min(rest, 1.0))
 
-    def request(self, to: str, body: Body, answer: Callable[[Body], bool], timeout: float, frames: Frames = ()) -> Body:
-        """Send until a message for which `answer` is true comes back, and return it.
+    def request(
+        self,
+        to: str,
+        body: Body,
+        answer: Callable[[Body], bool],
+        timeout: float,
+        frames: Frames = (),
+        again: float | None = None,
+    ) -> Body:
+        """Send, every `again` seconds, until a message for which `answer` is true comes back, and return it.
 
         Raises UsageError with the reason where the other side refuses.
         """
@@ -103,7 +111,7 @@ class Link:
             else:
                 before(sender, reply, reply_frames)
 
-        again = SEND_AGAIN_S if frames else ASK_AGAIN_S
+        again = again or (SEND_AGAIN_S if frames else ASK_AGAIN_S)
         with self.lock:
             self.on_message = listen
         name = f"{to} to answer {type(body).__name__}"

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from common.errors import UsageError
 from common.messages import Beat, Push
 from common.plan import Segment, derive_seed
 from common.tensors import to_frame
 from worker.loader import Loader, seed_everything
-from worker.optimizer import Schedule, make_schedule
+from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from worker.replica import Replica
 from worker.rounds import STEP_MISSING, STEP_TOO_MUCH, Meter
 from worker.tasks import Task
@@ -29,7 +30,7 @@ class Inner:
 
     optimizer: torch.optim.Optimizer
     schedule: Schedule | None
-    schedule_per: Literal["round", "epoch"]
+    schedule_per: Per
     clip_norm: float | None
 
 
@@ -45,7 +46,7 @@ class LocalWork:
         self._exchange = run._exchange
         self._policy = run._policy
         self._inner = inner
-        self._scheduler = make_schedule(inner.optimizer, inner.schedule)
+        self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
         self._before_merge = before_merge
         self._segment: Segment | None = None
         #: Merges done, which is the version of the weights.
@@ -55,6 +56,8 @@ class LocalWork:
         self._samples = 0
         self._micro_batches = 0
         self._means: dict[str, tuple[float, float]] = {}
+        #: Of this epoch, the sum of this worker's losses x samples, and the samples.
+        self._epoch_loss = (0.0, 0)
         #: In this round: the sum of gradients x samples, by parameter, and the samples.
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._weight = 0
@@ -87,10 +90,7 @@ class LocalWork:
                 if self._current is not None:
                     raise UsageError(STEP_MISSING)
             self._step_inner()
-            if self._scheduler is not None and (
-                self._inner.schedule_per == "round" or index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch
-            ):
-                self._scheduler.step()
+            self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
             self.round = index + 1
             done = self.round - segment.first_round
             if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
@@ -119,6 +119,8 @@ class LocalWork:
         for name, value in self._metrics.items():
             total, weight = self._means.get(name, (0.0, 0.0))
             self._means[name] = total + value * samples, weight + samples
+        if "loss" in self._metrics:
+            self._epoch_loss = self._epoch_loss[0] + self._metrics["loss"] * samples, self._epoch_loss[1] + samples
         self._meter.measured(time.monotonic() - self._begun_at, samples)
 
     def _step_inner(self) -> None:
@@ -136,6 +138,17 @@ class LocalWork:
         for parameter in self._sums:
             parameter.grad = None
         self._sums, self._weight = {}, 0
+
+    def _step_schedule(self, epoch_ends: bool) -> None:
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            if epoch_ends:
+                total, weight = self._epoch_loss
+                if not weight:
+                    raise UsageError(NO_LOSS)
+                self._scheduler.step(total / weight)
+                self._epoch_loss = 0.0, 0
+        elif self._scheduler is not None and (epoch_ends or self._inner.schedule_per == "round"):
+            self._scheduler.step()
 
     def _merge(self) -> None:
         """Contribute this replica, and go on from the merged one."""

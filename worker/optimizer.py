@@ -18,6 +18,9 @@ from common.errors import UsageError
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 Groups = list[dict[str, Any]]
+NO_LOSS = "ReduceLROnPlateau looks at the mean loss of an epoch, but none was logged: call run.log(loss=loss) for every batch."
+
+Per = Literal["round", "epoch"]
 
 
 def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
@@ -104,13 +107,22 @@ class Hypers:
     The scheduler is torch's own, stepped over a dummy optimizer once per round or epoch.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule | None, per: Literal["round", "epoch"]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule | None,
+        per: Per,
+        epoch_loss: Callable[[int], float | None],
+    ) -> None:
+        """`epoch_loss(epoch)` is what ReduceLROnPlateau looks at: the mean loss of an epoch, None if it is not known yet."""
         self._optimizer = optimizer
         self._per = per
+        self._epoch_loss = epoch_loss
         self._steps = 0
         self._changed: set[str] = set()
         self._first = [dict(group) for group in optimizer.param_groups]
-        self._scheduler = make_schedule(optimizer, schedule)
+        self._scheduler = make_schedule(optimizer, schedule, per)
+        self._note_changes()
         self._optimizer.step()  # a scheduler warns if it is stepped before its optimizer; without gradients this does nothing
 
     def at(self, round_: int, epoch: int) -> list[dict[str, Any]]:
@@ -120,24 +132,34 @@ class Hypers:
         """
         if self._scheduler is None:
             return []
-        while self._steps < (round_ if self._per == "round" else epoch):
-            self._scheduler.step()
+        while self._steps < (round_ if self._per == "round" else epoch) and self._step():
             self._steps += 1
-        groups = self._optimizer.param_groups
-        for first, group in zip(self._first, groups, strict=True):
+        return [{key: group[key] for key in sorted(self._changed)} for group in self._optimizer.param_groups]
+
+    def _step(self) -> bool:
+        """Step the scheduler; False if what it looks at is not known yet."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            loss = self._epoch_loss(self._steps)
+            if loss is None:
+                return False
+            self._scheduler.step(loss)
+        elif self._scheduler is not None:
+            self._scheduler.step()
+        self._note_changes()
+        return True
+
+    def _note_changes(self) -> None:
+        for first, group in zip(self._first, self._optimizer.param_groups, strict=True):
             self._changed |= {key for key in first if key != "params" and group[key] != first[key]}
-        return [{key: group[key] for key in sorted(self._changed)} for group in groups]
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None) -> LRScheduler | None:
-    """The scheduler that the user's function makes. Raises UsageError for what is none or looks at a metric."""
+def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None, per: Per) -> LRScheduler | None:
+    """The scheduler that the user's function makes. Raises UsageError for what is none, or cannot step once a round."""
     if schedule is None:
         return None
     scheduler = schedule(optimizer)
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise UsageError(
-            "ReduceLROnPlateau looks at a metric, so its rate is no function of the round; choose another scheduler."
-        )
+    if isinstance(scheduler, ReduceLROnPlateau) and per != "epoch":
+        raise UsageError("ReduceLROnPlateau looks at the mean loss of an epoch: give schedule_per='epoch' with it.")
     if not isinstance(scheduler, LRScheduler):
         raise UsageError(f"schedule must return one of torch.optim.lr_scheduler, not a {type(scheduler).__name__}.")
     return scheduler

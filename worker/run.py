@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,23 @@ from torch.utils.data import Dataset
 
 from common.errors import ClusterError, UsageError
 from common.layout import message_batches
-from common.messages import Beat, Body, Goodbye, Init, Lease, Metrics, Plan, Ready, Refused, Setup, Stop, Tables, Update, Upload
+from common.messages import (
+    Beat,
+    Body,
+    Goodbye,
+    Init,
+    Lease,
+    Mean,
+    Metrics,
+    Plan,
+    Ready,
+    Refused,
+    Setup,
+    Stop,
+    Tables,
+    Update,
+    Upload,
+)
 from common.plan import Segment, derive_seed, make_segment
 from common.policies import load
 from common.settings import Settings
@@ -27,8 +43,10 @@ from worker.kv import KvClient
 from worker.link import COORDINATOR, Link
 from worker.loader import Loader, dataset_size, seed_everything
 from worker.optimizer import (
+    NO_LOSS,
     Hypers,
     Optimizer,
+    Per,
     Schedule,
     check_elementwise,
     check_sendable,
@@ -42,6 +60,9 @@ from worker.rounds import GradientWork
 from worker.tasks import Task, Tasks
 
 log = logging.getLogger("worker.run")
+
+#: Seconds after which the mean loss of an epoch is asked for again.
+_MEAN_AGAIN_S = 0.1
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -120,7 +141,7 @@ class Run:
         params: Iterable[Any] | None = None,
         *,
         schedule: Schedule | None = None,
-        schedule_per: Literal["round", "epoch"] = "round",
+        schedule_per: Per = "round",
         clip_norm: float | None = None,
         **hyper: Any,
     ) -> Optimizer:
@@ -128,8 +149,9 @@ class Run:
 
         `cls` is a class of torch.optim and `hyper` its arguments; `params` are parameters or groups as torch.optim takes
         them, all of the model's by default. `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer it is
-        given, which is stepped by itself every round or epoch: `schedule=lambda o: StepLR(o, 30)`. `clip_norm` bounds the
-        2-norm of the whole gradient as torch.nn.utils.clip_grad_norm_ does.
+        given, which is stepped by itself every round or epoch: `schedule=lambda o: StepLR(o, 30)`. ReduceLROnPlateau, once an
+        epoch, gets the epoch's mean of the `loss` that was logged for each batch. `clip_norm` bounds the 2-norm of the whole
+        gradient as torch.nn.utils.clip_grad_norm_ does.
 
         Raises UsageError for a class, settings or parameters that cannot be trained this way, saying why.
         """
@@ -156,7 +178,7 @@ class Run:
             self._work = local.LocalWork(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
-            self._work = GradientWork(self, replica, Hypers(example, schedule, schedule_per), own_clip)
+            self._work = GradientWork(self, replica, Hypers(example, schedule, schedule_per, self._epoch_loss), own_clip)
         return Optimizer(self._work.step, groups)
 
     def _set_up(self, replica: Replica, update: Update) -> None:
@@ -178,6 +200,21 @@ class Run:
                     )
         with self._link.lock:
             self._exchange = Exchange(replica.layout)
+
+    def _epoch_loss(self, epoch: int) -> float | None:
+        """The mean of the logged loss over an epoch; None where pushes are applied at once and it is not over everywhere."""
+        waits = self._policy.applies == "round"
+        answer = self._link.request(
+            COORDINATOR,
+            Mean(epoch, "loss"),
+            lambda body: isinstance(body, Mean) and body.epoch == epoch and (body.complete or not waits),
+            self.settings.timeout,
+            again=_MEAN_AGAIN_S,
+        )
+        assert isinstance(answer, Mean)
+        if answer.complete and answer.value is None:
+            raise UsageError(NO_LOSS)
+        return answer.value if answer.complete else None
 
     def _request(self, to: str, body: Body, answer: Callable[[Body], bool], frames: Frames = ()) -> Body:
         return self._link.request(to, body, answer, self.settings.timeout, frames)
