@@ -122,13 +122,18 @@ def worker(ctx: click.Context, script: str | None, coordinator: str, index: int 
 def experiment(file: Path, overwrite: bool) -> None:
     """Run many settings and compare them.
 
-    FILE is TOML: [settings] for all runs, a [matrix] of lists of settings to combine, [[case]] tables with a name and settings
-    of their own. The runs go one after another; what has finished before is not run again. A table (CSV and Markdown) and a
-    plot of loss and accuracy over time are written to its `out` folder, by default runs/experiments/FILE.
+    FILE is TOML: [settings] for all runs; a [matrix] of lists of settings, of which every combination is a run; [[case]] tables
+    with a name and settings of their own, each run with every combination of the matrix; optional are script, args, name, and
+    out, the folder for the runs and results, which by default is runs/experiments/NAME.
+
+    The runs go one after another; what has finished before with the same settings is not run again. A table (CSV and Markdown)
+    and a plot of loss and accuracy over time are written.
     """
+    from rich.console import Console
+
     from cluster.experiment import read_experiment, run_experiment
 
-    run_experiment(read_experiment(file), _program(), os.environ, click.echo, overwrite)
+    run_experiment(read_experiment(file), _program(), os.environ, Console(force_terminal=False), overwrite)
 
 
 def main() -> int:

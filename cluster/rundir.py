@@ -134,14 +134,19 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def write_settings(path: Path, settings: Settings, script: str | None = None, args: Sequence[str] = ()) -> None:
     """Write all that --config needs to repeat a run. OSError where that cannot be."""
-    values: dict[str, Any] = dict(msgspec.structs.asdict(settings))
+    path.write_text(_HEADER + to_toml(run_values(settings, script, args)), encoding="utf-8")
+
+
+def run_values(settings: Settings, script: str | None, args: Sequence[str]) -> dict[str, Any]:
+    """What the settings file of such a run holds: all that is not None."""
+    values = msgspec.structs.asdict(settings)
     if script is not None:
         values |= {"script": script, "args": list(args)}
-    path.write_text(_HEADER + to_toml(values), encoding="utf-8")
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """A flat TOML table; what is None is left out, for TOML has no such value."""
+    """A flat TOML table. TOML has no None."""
 
     def literal(value: Any) -> str:
         if isinstance(value, list):
@@ -150,7 +155,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
             return repr(value)
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    return "".join(f"{key} = {literal(value)}\n" for key, value in values.items() if value is not None)
+    return "".join(f"{key} = {literal(value)}\n" for key, value in values.items())
 
 
 def tidy_log(folder: Path) -> None:

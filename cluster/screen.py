@@ -49,7 +49,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """Print a line, above the live part if there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, line)
 
     def update(self) -> None:
         """Look at the run and show it, if the last time is long enough ago."""
@@ -63,6 +63,11 @@ class Screen:
         elif now >= self._told_at + self._every_s:
             self._told_at = now
             self.say(line(self.progress))
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def line(progress: Progress) -> str:
@@ -88,8 +93,8 @@ def picture(progress: Progress) -> Group:
     return Group(head, Text("  ".join(_numbers(progress))), table)
 
 
-def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    """The end of a run in a few lines: what came out, and where it is."""
+def results_line(summary: Mapping[str, Any]) -> str:
+    """What came out of a run, in one line."""
     results = []
     if summary.get("accuracy") is not None:
         results.append(f"accuracy {summary['accuracy']:.1%}")
@@ -98,7 +103,12 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     amounts = f"{summary['rounds']} rounds, {summary['samples']} samples in {summary['seconds']:.1f} s"
     if summary.get("samples_per_second") is not None:
         amounts += f" ({summary['samples_per_second']:.0f} samples/s)"
-    lines = ["done: " + ", ".join([*results, amounts])]
+    return ", ".join([*results, amounts])
+
+
+def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """The end of a run in a few lines: what came out, and where it is."""
+    lines = [f"done: {results_line(summary)}"]
     extra = {"micro_batches_recomputed": "micro-batches computed twice", "dropped": "micro-batches dropped"}
     told = [f"{summary[key]} {text}" for key, text in extra.items() if summary.get(key)]
     if told:

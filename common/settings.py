@@ -42,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
     outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
-    outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.9
+    outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
     staleness_lr: Annotated[bool, _help("ssp, async: divide the learning rate by the staleness of the push.")] = False
     delay_compensation: Annotated[
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
@@ -59,8 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weight_decay: Annotated[float, Meta(ge=0), _help("Built-in example: weight decay.")] = 0.0
     clip_norm: Annotated[PositiveFloat | None, _help("Built-in example: clip the gradient to this global norm.")] = None
     schedule: Annotated[
-        str | None, _help("Built-in example: a class of torch.optim.lr_scheduler: CosineAnnealingLR, OneCycleLR or LinearLR.")
-    ] = None
+        str, _help("Built-in example: course of the learning rate: CosineAnnealingLR, OneCycleLR, LinearLR or none.")
+    ] = "CosineAnnealingLR"
     loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
 
     timeout: Annotated[

@@ -91,10 +91,10 @@ def schedule(settings: Settings, rounds: int) -> Schedule | None:
         "LinearLR": partial(lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=rounds),
         "OneCycleLR": partial(lr_scheduler.OneCycleLR, max_lr=settings.lr, total_steps=rounds, cycle_momentum=False),
     }
-    if settings.schedule is None:
+    if settings.schedule == "none":
         return None
     if settings.schedule not in courses:
-        raise UsageError(f"there is no schedule '{settings.schedule}' here; --schedule takes one of {', '.join(courses)}.")
+        raise UsageError(f"there is no schedule '{settings.schedule}' here; --schedule takes {', '.join(courses)} or none.")
     return courses[settings.schedule]
 
 
