@@ -48,5 +48,5 @@ def shares(count: int, weights: Sequence[int]) -> list[range]:
 
 
 def in_force(tables: Sequence[Table], round_: int) -> Table:
-    """The newest of `tables` (oldest first) that holds for `round_`."""
-    return next(table for table in reversed(tables) if table.from_round <= round_)
+    """The newest of `tables` (oldest first) that holds for `round_`; the oldest known where that has been forgotten."""
+    return next((table for table in reversed(tables) if table.from_round <= round_), tables[0])

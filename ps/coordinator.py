@@ -262,7 +262,8 @@ class Coordinator:
             open_round = min(beat.round for beat in servers)
             missing = sorted({k for beat in servers if beat.round == open_round for k in beat.left})
             count = self._ledger.micro_batches(open_round)
-            lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
+            if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
+                lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
         if lease is not None:
             self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
             self._send(lease.to, lease)

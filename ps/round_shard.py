@@ -39,6 +39,8 @@ class RoundShard(Shard):
         self._previous: dict[int, Any] = {}
         #: Mean metrics of the round before this version.
         self._metrics: dict[str, float] = {}
+        #: `backup`: (round, micro-batch) left out of closed rounds, of which the ledger has had no row yet.
+        self._left_out: set[tuple[int, int]] = set()
         self._open_round()
 
     def _open_round(self) -> None:
@@ -99,7 +101,9 @@ class RoundShard(Shard):
         accounts = push.metrics is not None and self.index == 0
         if push.round < self._version:
             if accounts:
-                self._news.append(contribution(sender, push, "duplicate" if self.policy.combines else "dropped"))
+                late = (push.round, push.lo) in self._left_out
+                self._left_out.discard((push.round, push.lo))
+                self._news.append(contribution(sender, push, "dropped" if late else "duplicate"))
             return [ack]
         samples = None if self.policy.is_local else self.round_plan(push.round).samples_in(push.lo, push.hi)
         values: dict[int, Any] = dict(zip(push.chunks, self._check(sender, push, frames, self._count, samples), strict=True))
@@ -219,6 +223,8 @@ class RoundShard(Shard):
         if self.index == 0:
             rows = list(self._filed.values())
             if self._closed is not None:
+                absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
+                self._left_out |= {(self._version, k) for k in absent}
                 rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
             self._news += rows
             committed = sum(row.micro_batches for row in rows if row.outcome == "committed")

@@ -65,7 +65,9 @@ class GradientWork:
         self._segment: Segment | None = None
         self._current: Task | None = None
         self._metrics: dict[str, float] = {}
+        #: What was computed of the own run and is not pushed yet, and the round it belongs to.
         self._sums: TreeSum[tuple[Contribution, dict[str, tuple[float, float]]]] | None = None
+        self._sums_round = -1
         #: Versions, by server, of the weights in the model, and whether something was contributed since they came.
         self._versions: dict[int, int] = {}
         self._stale = False
@@ -85,10 +87,7 @@ class GradientWork:
     # ---- the loop
 
     def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
-        self._segment = segment
-        with self._link.lock:
-            if self.round < segment.end:
-                self._tasks.open(self.round, segment.round(self.round).micro_batches)
+        self._begin(segment)
         seed = self._run.settings.seed
         while (task := self._next_task()) is not None:
             batch = loader.load(task)
@@ -98,6 +97,12 @@ class GradientWork:
             yield batch
             if self._current is not None:
                 raise UsageError(STEP_MISSING)
+
+    def _begin(self, segment: Segment) -> None:
+        self._segment = segment
+        with self._link.lock:
+            if self.round < segment.end:
+                self._tasks.open(self.round, segment.round(self.round).micro_batches)
 
     def log(self, numbers: dict[str, float]) -> bool:
         if self._current is not None:
@@ -120,13 +125,15 @@ class GradientWork:
             self._push(task.round, task.k, task.k + 1, contribution, metrics)
         else:
             if self._sums is None:
-                self._sums = TreeSum(plan.micro_batches, self._add_up)
+                self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((task.k, task.k + 1), (contribution, metrics))
-            if self._tasks.run_done:
-                for (lo, hi), (total, means) in sorted(self._sums.held.items()):
-                    self._push(task.round, lo, hi, total, means)
-                self._sums = None
         self._advance()
+
+    def _push_sums(self) -> None:
+        if self._sums is not None:
+            for (lo, hi), (total, means) in sorted(self._sums.held.items()):
+                self._push(self._sums_round, lo, hi, total, means)
+            self._sums = None
 
     def _add_up(self, left: Any, right: Any) -> Any:
         total = {chunk: self._add[chunk](left[0][chunk], right[0][chunk]) for chunk in left[0]}
@@ -152,11 +159,14 @@ class GradientWork:
 
     def _next_task(self) -> Task | None:
         """The next micro-batch, with the weights to compute it from in the model; None at the segment's end."""
-        self._advance()
-        with self._link.lock:
-            task = self._tasks.next()
-        if task is None:
-            return None
+        while True:
+            self._advance()
+            if self._segment is None or self.round >= self._segment.end:
+                return None
+            with self._link.lock:
+                task = self._tasks.next()
+            if task is not None:  # else others have taken over what there was just now
+                break
         if not self._per_round and self._stale:
             self._fetch(task.round, settled=False)
         self._current, self._begun_at = task, time.monotonic()
@@ -169,15 +179,23 @@ class GradientWork:
         assert self._segment is not None
         end = self._segment.end
         while self.round < end:
-            with self._link.lock:
-                if self._per_round:
-                    self._tasks.drop_taken(self.round)
-                if self._tasks.any:
-                    return
+            if self._has_task():
+                return
             target = self.round + 1
             reached = self._fetch(target, settled=not self._per_round and target == end, unless_leased=True)
             if reached is not None:
                 self._go_to(reached)
+
+    def _has_task(self) -> bool:
+        """Whether there is a micro-batch to compute. Where nothing is left of the own run, what was computed of it is pushed:
+        not only after a step, for others may have taken over the rest meanwhile."""
+        assert self._segment is not None
+        with self._link.lock:
+            self._tasks.drop_taken(self.round if self._per_round else self._segment.first_round)
+            run_done, has_task = self._tasks.run_done, self._tasks.any
+        if run_done:
+            self._push_sums()
+        return has_task
 
     def _go_to(self, round_: int, fresh: bool = False) -> None:
         """Be in `round_`, whose weights the model has (or, `fresh`, gets now)."""

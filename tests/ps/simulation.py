@@ -1,0 +1,792 @@
+"""A whole cluster in one thread: a network that loses, repeats, delays and reorders messages, and a clock that is a number.
+
+Coordinator, servers and the workers' link are the real ones over sockets that only look like ZeroMQ's. A worker's loop blocks,
+so only one worker can be the real one (`real=True`: worker 0, which runs the world while it waits); the others run
+`SteppedWork` and `SteppedLocalWork`, where every blocking method of worker/rounds.py and worker/local.py is a generator of
+`Wait` that does the same, line by line.
+
+The model is such that its weights tell on the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the
+run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
+order, so they show a wrong order of summing, or weights of the wrong round.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import zmq
+from torch import nn
+from torch.utils.data import Dataset
+
+from common.layout import message_batches
+from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, Setup, Update, Waiting
+from common.plan import Segment, make_segment
+from common.policies import load
+from common.settings import Settings
+from common.tree import fold
+from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
+from ps.coordinator import Coordinator
+from ps.server import _Server
+from ps.shard import Shard
+from worker import local
+from worker.exchange import Exchange, Send
+from worker.link import COORDINATOR, Link
+from worker.optimizer import Hypers, example_optimizer, plain_settings
+from worker.replica import Replica
+from worker.rounds import _PATIENCE_S, GradientWork
+from worker.run import Run
+from worker.tasks import Task
+
+_TICK_S = 0.1
+_COORDINATOR = "tcp://coordinator:1"
+#: The most that a run may take, in its own seconds: what is not over by then hangs.
+_LIMIT_S = 5000.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """What happens to a message: each is a probability but `delay_s`, the longest time it may be under way."""
+
+    loss: float = 0.0
+    twice: float = 0.0
+    delay_s: float = 0.01
+
+
+@dataclass(frozen=True)
+class Pace:
+    """One worker. Seconds for a micro-batch, and of the user's own between two of them; when it starts; when it dies or hangs."""
+
+    compute_s: float = 0.1
+    pause_s: float = 0.0
+    starts_s: float = 0.0
+    #: From then on it is silent.
+    dies_s: float = float("inf")
+    #: From then on it computes for ever, but gives signs of life.
+    hangs_s: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a run depends on."""
+
+    settings: Settings
+    paces: Sequence[Pace]
+    #: (samples, epochs) of each call of `batches`.
+    segments: Sequence[tuple[int, int]] = ((24, 2),)
+    network: Network = Network()
+    seed: int = 0
+    clip_norm: float | None = None
+    chunk_bytes: int = 48
+    real: bool = False
+    momentum: float = 0.9
+    lr: float = 0.125
+
+    def plans(self) -> list[Segment]:
+        out: list[Segment] = []
+        for samples, epochs in self.segments:
+            out.append(
+                make_segment(
+                    before=out[-1] if out else None,
+                    samples=samples,
+                    global_batch=self.settings.global_batch,
+                    micro_batch=self.settings.micro_batch,
+                    epochs=epochs,
+                    round_limit=self.settings.rounds,
+                )
+            )
+        return out
+
+    def micro_batches(self) -> list[Task]:
+        """All of the run, in order."""
+        rounds = [segment.round(r) for segment in self.plans() for r in range(segment.first_round, segment.end)]
+        return [Task(plan.index, k) for plan in rounds for k in range(plan.micro_batches)]
+
+    def round(self, index: int) -> Any:
+        return next(segment.round(index) for segment in self.plans() if segment.first_round <= index < segment.end)
+
+
+# ---- the model
+
+
+class Model(nn.Module):
+    """See the top. `rare` has a gradient in even rounds only; `mean` and `most` are buffers of both kinds."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.number = {task: n for n, task in enumerate(case.micro_batches())}
+        self.account = nn.Parameter(torch.zeros(len(self.number)))
+        self.a = nn.Parameter(torch.linspace(-1, 1, 3))
+        self.b = nn.Parameter(torch.linspace(0, 1, 7) ** 2)
+        self.c = nn.Parameter(torch.full((2, 2), 0.3))
+        self.rare = nn.Parameter(torch.ones(2))
+        self.mean: torch.Tensor
+        self.most: torch.Tensor
+        self.register_buffer("mean", torch.full((3,), 0.7))
+        self.register_buffer("most", torch.zeros(2, dtype=torch.int64))
+
+    @torch.no_grad()
+    def compute(self, task: Task) -> None:
+        """Stand in for forward and backward of a micro-batch: leaves gradients, changes buffers."""
+        generator = torch.Generator().manual_seed(1000 * task.round + task.k)
+        self.account.grad = torch.zeros_like(self.account)
+        self.account.grad[self.number[task]] = 1.0
+        for parameter in (self.a, self.b, self.c):
+            parameter.grad = torch.randn(parameter.shape, generator=generator) + parameter.sin() + self.mean.sum()
+        self.rare.grad = torch.randn(2, generator=generator) + self.rare if task.round % 2 == 0 else None
+        self.mean.mul_(0.9).add_(torch.randn(3, generator=generator))
+        self.most[task.k % 2] += task.k
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all its numbers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether all bits are equal, but for the sign of zeros."""
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def sequential(case: Case) -> list[dict[str, torch.Tensor]]:
+    """Weights by round, and the final ones, of a plain loop in one process that sums along the tree."""
+    model = Model(case)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(parameters.values(), lr=case.lr, momentum=case.momentum)
+    out = [state(model)]
+    for index in sorted({task.round for task in case.micro_batches()}):
+        plan = case.round(index)
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        sums: dict[str, dict[int, torch.Tensor]] = {name: {} for name in [*parameters, *buffers]}
+        for k in range(plan.micro_batches):
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+            model.compute(Task(index, k))
+            samples = plan.samples_in(k, k + 1)
+            for name, parameter in parameters.items():
+                sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
+            sums["mean"][k] = model.mean.clone() * samples
+            sums["most"][k] = model.most.clone()
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / plan.samples
+        if case.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters.values(), case.clip_norm)
+        optimizer.step()
+        model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / plan.samples)
+        model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
+        out.append(state(model))
+    return out
+
+
+# ---- the world
+
+
+class Port:
+    """A process's socket, as far as the real code uses one. Without `peer` it is a ROUTER."""
+
+    def __init__(self, process: Process, peer: str | None) -> None:
+        self.inbox: deque[list[zmq.Frame]] = deque()
+        self._process = process
+        self._peer = peer
+
+    def send_multipart(self, parts: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
+        data = [bytes(part) for part in parts]
+        to = self._peer or data.pop(0).decode()
+        self._process.world.post(self._process.key, to, data)
+
+    def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[zmq.Frame]:
+        if not self.inbox:
+            raise zmq.Again
+        return self.inbox.popleft()
+
+    def close(self) -> None:
+        pass
+
+
+class World:
+    """Clock, network and processes of one run."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.now = 100.0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.random = random.Random(case.seed)
+        self.processes: dict[str, Process] = {}
+        #: Who computed what, and the weights that were computed from by round.
+        self.computed: list[tuple[str, Task]] = []
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.starting: Process | None = None
+        self._count = 0
+
+    def at(self, when: float, what: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self.events, (when, self._count, what))
+
+    def post(self, sender: str, to: str, data: list[bytes]) -> None:
+        network = self.case.network
+        for _ in range(1 + (self.random.random() < network.twice)):
+            if self.random.random() >= network.loss:
+                self.at(self.now + self.random.uniform(0.0005, network.delay_s), lambda: self._deliver(sender, to, data))
+
+    def _deliver(self, sender: str, to: str, data: list[bytes]) -> None:
+        process = self.processes.get(to)
+        if process is not None and process.alive:
+            process.deliver(sender, [zmq.Frame(part) for part in data])
+
+    def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
+        """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
+        while not (value := ready()):
+            if not self.events or self.events[0][0] > min(until, 100.0 + _LIMIT_S):
+                if until < 100.0 + _LIMIT_S:
+                    self.now = until
+                    return None
+                raise AssertionError(f"the run hangs: {self.describe()}")
+            self.now, _, what = heapq.heappop(self.events)
+            what()
+        return value
+
+    def describe(self) -> str:
+        return "; ".join(process.describe() for process in self.processes.values())
+
+    def start(self, process: Process) -> None:
+        self.processes[process.key] = process
+        self.starting = process
+        process.begin()
+        self._tick(process)
+
+    def _tick(self, process: Process) -> None:
+        if process.alive:
+            process.tick()
+            self.at(self.now + _TICK_S * self.random.uniform(0.8, 1.2), lambda: self._tick(process))
+
+
+class Process:
+    """Something that gets messages and looks at the clock."""
+
+    def __init__(self, world: World, key: str) -> None:
+        self.world = world
+        self.key = key
+        self.alive = True
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
+        raise NotImplementedError
+
+    def tick(self) -> None:
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        return self.key
+
+
+class CoordinatorProcess(Process):
+    def begin(self) -> None:
+        self.port = Port(self, None)
+        self.coordinator = Coordinator(self.port, self.world.case.settings, Path("nowhere"))  # type: ignore[arg-type]
+        self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
+
+    @property
+    def ledger(self) -> Any:
+        return self.coordinator._ledger
+
+    def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
+        self.port.inbox.append([zmq.Frame(sender.encode()), *frames])
+        self.coordinator._drain()
+
+    def tick(self) -> None:
+        self.coordinator._tick(self.world.now)
+
+    def describe(self) -> str:
+        return f"{self.ledger.committed} rounds committed of {self.ledger.planned}"
+
+
+class ServerProcess(Process):
+    def begin(self) -> None:
+        self.server = _Server(self, _COORDINATOR, f"tcp://{self.key}:1", int(self.key.rpartition("-")[2]))  # type: ignore[arg-type]
+
+    @property
+    def shard(self) -> Shard:
+        assert self.server._shard is not None
+        return self.server._shard
+
+    def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
+        if sender == "coordinator":
+            self.server._coordinator.inbox.append(frames)  # type: ignore[attr-defined]
+            self.server._drain(self.server._coordinator)
+        else:
+            self.server._workers.inbox.append([zmq.Frame(sender.encode()), *frames])  # type: ignore[attr-defined]
+        if self.server._shard is not None:
+            self.server._drain(self.server._workers)
+
+    def tick(self) -> None:
+        now = self.world.now
+        for body in self.server._attendance.tick(now, self.server._beat):
+            self.server._coordinator.send_multipart([self.server._stamp.encode(body)])
+        if self.server._shard is not None:
+            self.server._do(self.server._shard.tick(now))
+
+    def describe(self) -> str:
+        shard = self.server._shard
+        return f"{self.key} at {shard.version} misses {shard.missing()}" if shard is not None else self.key
+
+
+# ---- workers
+
+
+@dataclass(frozen=True)
+class Wait:
+    """A script goes on when `ready()` is neither None nor False, or at the time `until`."""
+
+    ready: Callable[[], Any] | None
+    until: float
+
+
+Script = Generator[Wait, Any, Any]
+
+
+class SimulatedLink(Link):
+    """The real link without its thread: messages go out at once, and `wait` lets the world go on."""
+
+    def __init__(self, process: WorkerProcess, hello: Hello) -> None:
+        self.process = process
+        super().__init__(_COORDINATOR, hello)
+        self._names[self._sockets[COORDINATOR]] = COORDINATOR
+
+    def wait(self, ready: Any, timeout: float, what: Callable[[], str], every: float | None = None) -> Any:
+        world = self.process.world
+        if not self.process.real:
+            value = ready()
+            assert value is not None and value is not False, f"{what()} would block"
+            return value
+        limit = timeout if every is None else min(every, timeout)
+        # a value such as an empty list is an answer too, so it is wrapped
+        found = world.run(lambda: [v] if (v := ready()) is not None and v is not False else None, world.now + limit)
+        assert found or limit < timeout, f"waited {timeout} s for {what()}: {world.describe()}"
+        return found[0] if found else None
+
+    def _notify(self) -> None:
+        if self.process.alive:
+            self._send_all()
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerProcess(Process):
+    def __init__(self, world: World, key: str, pace: Pace, real: bool) -> None:
+        super().__init__(world, key)
+        self.pace = pace
+        self.real = real
+        self.done = False
+        self.model = Model(world.case)
+        self._waits: Wait | None = None
+
+    @property
+    def useful(self) -> bool:
+        """Whether its script will come to an end."""
+        return self.alive and self.pace.hangs_s == float("inf")
+
+    def begin(self) -> None:
+        index = int(self.key.rpartition("-")[2])
+        self.link = SimulatedLink(self, Hello("worker", index))
+        if not self.real:
+            self._script = self._run()
+            self._go_on(None)
+        if self.pace.dies_s < float("inf"):
+            self.world.at(100.0 + self.pace.dies_s, self._die)
+
+    def _die(self) -> None:
+        self.alive = False
+
+    def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
+        port: Any = self.link._sockets.get(sender)
+        if port is not None:
+            port.inbox.append(frames)
+            self.link._receive(port, mock.Mock())
+            self._look()
+
+    def tick(self) -> None:
+        self.link._send_all()
+        self._look()
+
+    def describe(self) -> str:
+        if self._waits is None or not self.alive or self.done:
+            return f"{self.key} {'done' if self.done else 'alive' if self.alive else 'dead'}"
+        work = self.run._work
+        return f"{self.key} at {work.beat() if work is not None else 'start'}"
+
+    def _look(self) -> None:
+        while self._waits is not None and self.alive:
+            value = self._waits.ready() if self._waits.ready is not None else None
+            if (value is None or value is False) and self.world.now < self._waits.until:
+                return
+            self._go_on(None if value is False else value)
+
+    def _go_on(self, value: Any) -> None:
+        self._waits = None
+        try:
+            self._waits = self._script.send(value)
+        except StopIteration:
+            return
+        if self._waits.until < float("inf"):
+            self.world.at(self._waits.until, self._look)
+
+    # ---- what a script does
+
+    def begins(self, task: Task) -> float:
+        """It has the weights for `task` and computes: check what must hold then. Seconds it takes."""
+        world, case = self.world, self.world.case
+        world.computed.append((self.key, task))
+        policy = load(case.settings)
+        versions = [p.shard.version for p in world.processes.values() if isinstance(p, ServerProcess) and p.shard.chunks]
+        if not policy.is_local:
+            lead = task.round - min(versions)
+            assert policy.may_start(task.round, min(versions)), f"{self.key} leads by {lead} rounds"
+        if not policy.is_local and policy.applies == "round" and lead == 0:
+            first = world.weights.setdefault(task.round, state(self.model))
+            assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
+        if world.now >= 100.0 + self.pace.hangs_s:
+            return float("inf")
+        return self.pace.compute_s * world.random.uniform(0.7, 1.3)
+
+    def script(self) -> None:
+        """What a user writes; only for the real worker."""
+        case, world = self.world.case, self.world
+        run = self.run = Run(self.link, 180.0)
+        model = run.replicate(self.model)
+        opt = run.optimizer(torch.optim.SGD, lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
+        for samples, epochs in case.segments:
+            for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
+                task = run._work._current if run._work is not None else None
+                assert task is not None
+                world.run(lambda: False, world.now + self.begins(task))
+                model.compute(task)
+                run.log(loss=float(task.k))
+                opt.step()
+                world.run(lambda: False, world.now + self.pace.pause_s * world.random.random())
+        self.done = True
+
+    def _run(self) -> Script:
+        case = self.world.case
+        yield Wait(lambda: self.link._attendance.welcome, float("inf"))
+        run = self.run = Run(self.link, 180.0)
+        run.replicate(self.model)
+        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
+        replica = Replica(self.model, {id(p): 0 for p in groups[0]["params"]}, case.settings.servers)
+        hyper = {"lr": case.lr, "momentum": case.momentum}
+        example = example_optimizer(torch.optim.SGD, groups, hyper)
+        work: SteppedWork | SteppedLocalWork
+        if run._policy.is_local:
+            outer = run._policy.outer_optimizer
+            update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {}])
+        else:
+            clips = case.clip_norm if run._policy.applies == "round" else None
+            update = Update("SGD", plain_settings(example), clips)
+        yield from self._set_up(replica, update)
+        if run._policy.is_local:
+            inner = local.Inner(torch.optim.SGD(groups, **hyper), None, "round", case.clip_norm)  # type: ignore[arg-type]
+            work = SteppedLocalWork(run, replica, inner, [])
+        else:
+            clips = case.clip_norm if run._policy.applies == "push" else None
+            work = SteppedWork(run, replica, Hypers(example, None, "round", lambda epoch: None), clips)
+        run._work = work
+        work.process = self
+        yield from work.join()
+        for segment in case.plans():
+            for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
+                yield from self._request(name, Plan(segment), "Plan", segment.index)
+            yield from work.train(segment)
+        self.done = True
+        while True:
+            self.link.send(Send(COORDINATOR, Goodbye()))
+            yield Wait(None, self.world.now + 1.0)
+
+    def _set_up(self, replica: Replica, update: Update) -> Script:
+        setup = Setup(replica.specs, update)
+        for name in [COORDINATOR, *(f"server-{number}" for number in range(self.world.case.settings.servers))]:
+            yield from self._request(name, setup, "Setup", 0)
+        if self.run.index == 0:
+            first = replica.first_weights()
+            for server in range(self.world.case.settings.servers):
+                ids = [chunk.id for chunk in replica.layout.on(server)]
+                for batch in message_batches(ids, lambda i: len(first[i])):
+                    frames = [first[i] for i in batch]
+                    yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
+        self.run._exchange = Exchange(replica.layout)
+
+    def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
+        replies: list[Body] = []
+        before = self.link.on_message
+
+        def listen(sender: str, reply: Body, reply_frames: Any) -> None:
+            if sender == to and reply == Ready(about, id_):
+                replies.append(reply)
+            else:
+                before(sender, reply, reply_frames)
+
+        self.link.on_message = listen
+        while not replies:
+            self.link.send(Send(to, body, frames))
+            yield Wait(lambda: bool(replies), self.world.now + (SEND_AGAIN_S if frames else ASK_AGAIN_S))
+        self.link.on_message = before
+
+
+class SteppedWork(GradientWork):
+    """`GradientWork` where what blocks is a generator; see there for the reasons."""
+
+    process: WorkerProcess
+
+    def join(self) -> Script:
+        yield from self._go_to(0, fresh=True)
+
+    def train(self, segment: Segment) -> Script:
+        world, pace = self.process.world, self.process.pace
+        self._begin(segment)
+        while (task := (yield from self._next_task())) is not None:
+            self.replica.reset_buffers()
+            self._metrics = {}
+            yield Wait(None, world.now + self.process.begins(task))
+            self.process.model.compute(task)
+            self.log({"loss": float(task.k)})
+            self.step()  # its last call, _advance, only makes a generator
+            yield from self._advance()
+            if pace.pause_s:
+                yield Wait(None, world.now + pace.pause_s * world.random.random())
+
+    def _next_task(self) -> Script:  # type: ignore[override]
+        while True:
+            yield from self._advance()
+            if self._segment is None or self.round >= self._segment.end:
+                return None
+            task = self._tasks.next()
+            if task is not None:
+                break
+        if not self._per_round and self._stale:
+            yield from self._fetch(task.round, settled=False)
+        self._current, self._begun_at = task, self.process.world.now
+        self._stale = True
+        self._link.beat_soon()
+        return task
+
+    def _advance(self) -> Script:  # type: ignore[override]
+        assert self._segment is not None
+        end = self._segment.end
+        while self.round < end:
+            if self._has_task():
+                return
+            target = self.round + 1
+            reached = yield from self._fetch(target, settled=not self._per_round and target == end, unless_leased=True)
+            if reached is not None:
+                yield from self._go_to(reached)
+
+    def _go_to(self, round_: int, fresh: bool = False) -> Script:  # type: ignore[override]
+        if fresh:
+            reached = yield from self._fetch(round_, settled=False)
+            round_ = round_ if reached is None else reached
+        self.round = round_
+        if self._segment is not None and round_ < self._segment.end:
+            self._tasks.open(round_, self._segment.round(round_).micro_batches)
+
+    def _fetch(self, clock: int, settled: bool, unless_leased: bool = False) -> Script:  # type: ignore[override]
+        exchange = self._exchange
+        assert exchange is not None
+        if exchange.clock != clock:
+            self._link.send(*exchange.pull(clock, settled, self.process.world.now))
+
+        def ready() -> str | None:
+            if exchange.gone is not None:
+                return "gone"
+            if exchange.complete:
+                return "complete"
+            return "leased" if unless_leased and self._tasks.any else None
+
+        while True:
+            found = yield Wait(ready, self.process.world.now + max(_PATIENCE_S, self._meter.seconds / 2))
+            if found is not None:
+                break
+            if unless_leased:
+                self._link.send(Send(COORDINATOR, Waiting(self.round)))
+                self._link.beat_soon()
+        if found == "leased":
+            return None
+        if found == "gone":
+            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased))
+        frames, self._versions, _ = exchange.take()
+        self.replica.load(frames)
+        self._stale = False
+        return clock
+
+
+class SteppedLocalWork(local.LocalWork):
+    """`LocalWork` where what blocks is a generator; see there for the reasons."""
+
+    process: WorkerProcess
+
+    def join(self) -> Script:
+        yield from self._load(0)
+
+    def train(self, segment: Segment) -> Script:
+        self._segment = segment
+        table = self._run._tasks.tables[0]
+        for index in range(segment.first_round, segment.end):
+            self.round = index
+            plan = segment.round(index)
+            for k in table.run(self._run.name, plan.micro_batches):
+                self._current, self._metrics, self._begun_at = Task(index, k), {}, self.process.world.now
+                yield Wait(None, self.process.world.now + self.process.begins(self._current))
+                self.process.model.compute(self._current)
+                self.log({"loss": float(k)})
+                self.step()
+            self._step_inner()
+            self.round = index + 1
+            done = self.round - segment.first_round
+            if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
+                self._merge()  # its last call, _load, only makes a generator
+                yield from self._load(self._merges)
+
+    def _load(self, version: int) -> Script:  # type: ignore[override]
+        exchange = self._exchange
+        assert exchange is not None
+        self._link.send(*exchange.pull(version, False, self.process.world.now))
+        yield Wait(lambda: exchange.complete, float("inf"))
+        frames, _, _ = exchange.take()
+        self.replica.load(frames)
+        if self._policy.contributes == "delta":
+            self._start = self.replica.weights()
+
+
+class Numbers(Dataset[int]):
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+# ---- a run
+
+
+class RecordedLog:
+    """Stands in for the run's event log."""
+
+    def __init__(self, path: Path) -> None:
+        self.rounds: list[Any] = []
+        self.contributions: list[Any] = []
+        self.events: list[Any] = []
+
+    def event(self, event: Any) -> None:
+        self.events.append(event)
+
+    def round(self, row: Any) -> None:
+        self.rounds.append(row)
+
+    def contribution(self, row: Any) -> None:
+        self.contributions.append(row)
+
+    def metric(self, *values: Any) -> None:
+        pass
+
+    def status(self, row: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+@dataclass
+class Outcome:
+    """What is left of a run."""
+
+    case: Case
+    world: World
+    #: The final weights of every worker that came to the end, and what the servers hold.
+    models: dict[str, dict[str, torch.Tensor]]
+    ledger: Any
+    log: RecordedLog
+    shards: list[Shard] = field(default_factory=list)
+
+    def counted(self) -> list[float]:
+        """How often each micro-batch was counted, for runs with lr=1 and no momentum, by what the weights say.
+
+        A share of a round counts by its samples: a micro-batch of s samples of S moves its element by s/S.
+        """
+        account = next(iter(self.models.values()))["account"]
+        out = []
+        for n, task in enumerate(self.case.micro_batches()):
+            samples = self.case.round(task.round).samples_in(task.k, task.k + 1)
+            committed = next(row.samples for row in self.log.rounds if row.round == task.round)
+            out.append(-float(account[n]) * committed / samples)
+        return out
+
+
+@contextmanager
+def _stand_ins(world: World) -> Iterator[None]:
+    """Clock, sockets and the like of this world in place of the real ones."""
+    clock = SimpleNamespace(monotonic=lambda: world.now, sleep=lambda s: None, time=lambda: world.now)
+    null = SimpleNamespace(setblocking=lambda flag: None, send=lambda data: None, close=lambda: None)
+
+    def port(process: Process, address: str) -> Port:
+        return Port(process, address.removeprefix("tcp://").removesuffix(":1"))
+
+    with ExitStack() as stack:
+        for module in ("ps.coordinator", "ps.server", "worker.link", "worker.rounds", "worker.local"):
+            stack.enter_context(mock.patch(f"{module}.time", clock))
+        replacements: dict[str, Any] = {
+            "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
+            "ps.coordinator.RunLog": RecordedLog,
+            "ps.server.router": lambda process, bind: (Port(process, None), bind),
+            "ps.server.dealer": port,
+            "worker.link.dealer": port,
+            "worker.link.socket": SimpleNamespace(socketpair=lambda: (null, null)),
+            "worker.link.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
+            "worker.link.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
+        }
+        for name, value in replacements.items():
+            stack.enter_context(mock.patch(name, value))
+        yield
+
+
+def simulate(case: Case) -> Outcome:
+    """Run it to the end. Raises AssertionError where it hangs or a promise is broken on the way."""
+    world = World(case)
+    threads = torch.get_num_threads()
+    with _stand_ins(world):
+        coordinator = CoordinatorProcess(world, "coordinator")
+        world.start(coordinator)
+        servers = [ServerProcess(world, f"server-{n}") for n in range(case.settings.servers)]
+        workers = [WorkerProcess(world, f"worker-{n}", p, case.real and n == 0) for n, p in enumerate(case.paces)]
+        for server in servers:
+            world.start(server)
+        for worker in workers:
+            world.at(100.0 + worker.pace.starts_s, lambda w=worker: world.start(w))  # type: ignore[misc]
+        planned = sum(load(case.settings).updates(segment) for segment in case.plans())
+
+        def over() -> bool:
+            return all(w.done or not w.useful for w in workers) and coordinator.ledger.committed >= planned
+
+        try:
+            if case.real:
+                world.run(lambda: world.processes.get("worker-0"))
+                workers[0].script()
+            world.run(over)
+            world.run(lambda: False, world.now + 8.0)  # what was under way arrives; what was lost is sent again, and reported
+        finally:
+            torch.set_num_threads(threads)
+        models = {w.key: state(w.model) for w in workers if w.done and w.useful}
+        return Outcome(case, world, models, coordinator.ledger, coordinator.log, [s.shard for s in servers])

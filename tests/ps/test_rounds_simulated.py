@@ -1,0 +1,274 @@
+"""Whole runs over a bad network, by hypothesis: every policy keeps its promises, and none hangs.
+
+Promises: every micro-batch counts once in every chunk (`backup`: or is dropped, b a round at most, the same on all servers and
+in the books); weights computed from in a round hold every update before it and none later; `sync` gives the bits of a plain
+loop; nobody leads by more than the policy admits; a worker that dies stops nobody; the books agree with the plan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
+
+from common.settings import Settings
+
+profile = settings(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
+few, some = settings(profile, max_examples=6), settings(profile, max_examples=12)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    return Network(
+        draw(st.sampled_from([0, 0.1, 0.3])), draw(st.sampled_from([0, 0.3])), draw(st.sampled_from([0.002, 0.05, 0.6]))
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, policy: str, **more: Any) -> Case:
+    """A run of few rounds: K not always a power of two, a short last round, more workers than micro-batches, a late one."""
+    workers = draw(st.integers(1, 4))
+    micro_batch = draw(st.integers(1, 3))
+    count = draw(st.integers(2, 6))
+    global_batch = count * micro_batch - draw(st.integers(0, micro_batch - 1))
+    per_epoch = draw(st.integers(1, 3))
+    samples = per_epoch * global_batch - draw(st.integers(0, global_batch - 1))
+    paces = [
+        Pace(
+            compute_s=draw(st.sampled_from([0.02, 0.1, 0.7])),
+            pause_s=draw(st.sampled_from([0, 0.3])),
+            starts_s=draw(st.sampled_from([0, 0, 0.5])),
+        )
+        for _ in range(workers)
+    ]
+    late = draw(st.booleans()) and policy not in ("local", "average")
+    if late:
+        paces.append(Pace(0.05, starts_s=draw(st.sampled_from([3.0, 6.0]))))
+    return Case(
+        Settings(
+            workers=workers,
+            servers=draw(st.integers(1, 3)),
+            policy=policy,  # type: ignore[arg-type]
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            staleness=draw(st.integers(0, 2)),
+            backup=draw(st.integers(1, count - 1)),
+            local_steps=draw(st.integers(1, 3)),
+            outer_lr=1.0,
+            outer_momentum=0.0,
+        ),
+        paces,
+        segments=[(samples, draw(st.integers(1, 2))), (global_batch, draw(st.integers(1, 2)))][: draw(st.integers(1, 2))],
+        network=draw(networks()),
+        seed=draw(st.integers(0, 1 << 32)),
+        real=draw(st.booleans()),
+        **more,
+    )
+
+
+PLAIN = {"momentum": 0.0, "lr": 1.0}
+
+
+def check_books(outcome: Outcome) -> None:
+    """The ledger agrees with the plan and with the rows of the log; every micro-batch is in one committed row, or dropped."""
+    case, totals = outcome.case, outcome.ledger.totals
+    planned = case.micro_batches()
+    assert totals.micro_batches_committed + totals.dropped == len(planned)
+    assert totals.samples + totals.samples_dropped == sum(segment.total_samples for segment in case.plans())
+    assert [row.round for row in outcome.log.rounds] == list(range(totals.rounds))
+    assert totals.rounds == outcome.ledger.planned == outcome.ledger.committed
+    rows = outcome.log.contributions
+    assert totals.duplicates_ignored == sum(row.outcome == "duplicate" for row in rows)
+    if case.settings.policy in ("local", "average"):
+        return
+    counted = Counter((row.round, k) for row in rows if row.outcome == "committed" for k in range(row.lo, row.hi))
+    dropped = Counter((row.round, k) for row in rows if row.outcome == "dropped" for k in range(row.lo, row.hi))
+    assert set(counted.values()) <= {1} and set(dropped.values()) <= {1}
+    assert not set(counted) & set(dropped)
+    assert len(counted) == totals.micro_batches_committed
+    assert len(dropped) <= totals.dropped
+    # on every server too: what is left there is nothing but the end
+    assert {shard.version for shard in outcome.shards if shard.chunks} == {totals.rounds}
+
+
+def check_same_everywhere(outcome: Outcome) -> None:
+    """All workers end with the weights that the servers hold."""
+    first, *others = outcome.models.values()
+    assert all(same(first, other) for other in others)
+    for shard in outcome.shards:
+        for chunk in shard.chunks.values():
+            assert shard.store is not None and shard.layout is not None
+            held = torch.frombuffer(bytearray(shard.store.publish(chunk.id)), dtype=getattr(torch, chunk.dtype))
+            for piece in chunk.pieces:
+                tensor = first[shard.layout.tensors[piece.tensor].name].reshape(-1)
+                assert torch.equal(
+                    tensor[piece.start : piece.start + piece.length], held[piece.offset : piece.offset + piece.length]
+                )
+
+
+def check_counted_once(outcome: Outcome) -> None:
+    assert outcome.counted() == pytest.approx([1.0] * len(outcome.case.micro_batches()), abs=1e-3)
+
+
+def check_exact(outcome: Outcome) -> None:
+    """The weights of every round, and at the end, are the plain loop's."""
+    expected = sequential(outcome.case)
+    assert all(same(expected[t], found) for t, found in outcome.world.weights.items())
+    assert all(same(expected[-1], model) for model in outcome.models.values())
+
+
+# ---- sync
+
+
+@some
+@given(cases("sync"))
+def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
+    outcome = simulate(case)
+    check_exact(outcome)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+
+
+@few
+@given(cases("sync", chunk_bytes=400, clip_norm=0.5))
+def test_sync_clips_by_the_norm_over_all_servers(case: Case) -> None:
+    outcome = simulate(case)
+    check_exact(outcome)
+    check_books(outcome)
+
+
+# ---- backup
+
+
+@some
+@given(cases("backup", **PLAIN))
+def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(case: Case) -> None:
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    for task, times in zip(case.micro_batches(), outcome.counted(), strict=True):
+        row = next(
+            (r for r in outcome.log.contributions if r.outcome == "committed" and (r.round, r.lo) == (task.round, task.k)), None
+        )
+        assert times == pytest.approx(1.0 if row is not None else 0.0, abs=1e-3)
+    for row in outcome.log.rounds:
+        plan = case.round(row.round)
+        assert row.micro_batches + row.dropped == plan.micro_batches
+        assert row.dropped <= min(case.settings.backup, plan.micro_batches - 1)
+
+
+# ---- ssp and async
+
+
+@some
+@given(cases("ssp", **PLAIN))
+def test_ssp_counts_every_micro_batch_once_and_nobody_leads_too_far(case: Case) -> None:
+    outcome = simulate(case)  # how far each leads is checked in `begins`
+    check_books(outcome)
+    check_counted_once(outcome)
+    check_same_everywhere(outcome)
+    assert all(
+        row.staleness is not None and row.staleness >= 0 for row in outcome.log.contributions if row.outcome == "committed"
+    )
+
+
+@few
+@given(cases("async", **PLAIN))
+def test_async_counts_every_micro_batch_once(case: Case) -> None:
+    outcome = simulate(case)
+    check_books(outcome)
+    check_counted_once(outcome)
+    check_same_everywhere(outcome)
+
+
+# ---- local and average
+
+
+@few
+@given(st.sampled_from(["local", "average"]).flatmap(lambda policy: cases(policy)))
+def test_merges_do_not_depend_on_the_network(case: Case) -> None:
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    quiet = simulate(Case(**{**vars(case), "network": Network(), "real": not case.real}))
+    first, second = next(iter(outcome.models.values())), next(iter(quiet.models.values()))
+    assert same(first, second)
+
+
+@few
+@given(cases("local", **PLAIN))
+def test_local_steps_count_every_micro_batch_by_its_samples(case: Case) -> None:
+    """A step of a replica moves the element of a micro-batch of s samples by s / its own samples of the round; a merge weighs the
+    replica by its samples since the last one."""
+    outcome = simulate(case)
+    table = outcome.world.processes["coordinator"].coordinator._membership.tables[0]  # type: ignore[attr-defined]
+    expected = []
+    for segment in case.plans():
+        for index in range(segment.first_round, segment.end):
+            plan = segment.round(index)
+            step = (index - segment.first_round) // case.settings.local_steps
+            first = segment.first_round + step * case.settings.local_steps
+            merged = range(first, min(first + case.settings.local_steps, segment.end))
+            total = sum(segment.round(r).samples for r in merged)
+            for k in range(plan.micro_batches):
+                owner = table.owner(k, plan.micro_batches)
+                own = {
+                    r: segment.round(r).samples_in(run.start, run.stop)
+                    if (run := table.run(owner, segment.round(r).micro_batches))
+                    else 0
+                    for r in merged
+                }
+                expected.append(-plan.samples_in(k, k + 1) / own[index] * sum(own.values()) / total)
+    assert next(iter(outcome.models.values()))["account"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+# ---- workers that are slow, late, hang or die
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@settings(profile, max_examples=4)
+@given(data=st.data())
+def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObject) -> None:
+    when = data.draw(st.sampled_from([1.5, 2.5, 4.0]))
+    bad = data.draw(st.sampled_from([Pace(0.2, dies_s=when), Pace(0.2, hangs_s=when)]))
+    paces = [Pace(0.1), bad, Pace(0.3)]
+    case = Case(
+        Settings(workers=3, servers=2, policy=policy, global_batch=10, micro_batch=2),  # type: ignore[arg-type]
+        paces,
+        segments=[(28, 2), (20, 1)],
+        network=data.draw(networks()),
+        seed=data.draw(st.integers(0, 1 << 32)),
+        real=data.draw(st.booleans()),
+        **({} if policy == "sync" else PLAIN),  # type: ignore[arg-type]
+    )
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    if policy == "sync":
+        check_exact(outcome)
+    elif policy != "backup":
+        check_counted_once(outcome)
+
+
+def test_a_slow_workers_micro_batches_are_taken_over_by_those_that_wait() -> None:
+    case = Case(
+        Settings(workers=2, servers=2, global_batch=16, micro_batch=2), [Pace(0.1), Pace(2.0)], segments=[(64, 1)], real=True
+    )
+    outcome = simulate(case)
+    check_exact(outcome)
+    done = Counter(worker for worker, _ in outcome.world.computed)
+    assert done["worker-0"] > 0.75 * len(case.micro_batches())
+    assert outcome.world.now - 100.0 < 4 * 8 / 2 * 2.0 / 2  # half of what the slow one's equal shares would take
+
+
+def test_speeds_move_the_shares_and_the_bits_stay() -> None:
+    case = Case(Settings(workers=2, servers=1, global_batch=16, micro_batch=2), [Pace(0.05), Pace(0.2)], segments=[(256, 1)])
+    outcome = simulate(case)
+    tables = outcome.world.processes["coordinator"].coordinator._membership.tables  # type: ignore[attr-defined]
+    assert len(tables) > 1 and tables[-1].weights[0] > 2 * tables[-1].weights[1]
+    check_exact(outcome)
