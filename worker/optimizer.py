@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,14 @@ def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
     """Groups as torch.optim takes them: dicts whose 'params' are lists of parameters that require gradients."""
     given = list(model.parameters()) if params is None else list(params)
     groups = [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
+    seen: set[int] = set()
     for group in groups:
-        found = group["params"]
-        group["params"] = [p for p in ([found] if isinstance(found, torch.Tensor) else found) if p.requires_grad]
+        found = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
+        tensors = [p[1] if isinstance(p, tuple) else p for p in found]  # torch.optim takes (name, parameter) as well
+        group["params"] = [p for p in tensors if p.requires_grad]
+        if len({id(p) for p in tensors} - seen) < len(tensors):
+            raise UsageError("a parameter is given to the optimizer twice; it can be in one group only, once.")
+        seen |= {id(p) for p in tensors}
     if not any(group["params"] for group in groups):
         raise UsageError("the model has no parameter that requires a gradient, so there is nothing to train.")
     return groups
@@ -41,24 +47,33 @@ def example_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: d
 
     Raises UsageError where torch.optim refuses the settings.
     """
-    dummies = [{**group, "params": [torch.zeros(1, requires_grad=True)]} for group in groups]
+    return make_optimizer(cls, [{**group, "params": [torch.zeros(1, 1, requires_grad=True)]} for group in groups], hyper)
+
+
+def make_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict[str, Any]) -> torch.optim.Optimizer:
+    """Raises UsageError where torch.optim refuses the settings or the parameters."""
     try:
-        return cls(dummies, **hyper)
+        return cls(groups, **hyper)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{cls.__name__} cannot be made with {hyper}: {error}.") from None
 
 
 def plain_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Every group's settings, which must be plain values to be sent to servers. Raises UsageError for others."""
-    out = []
-    for group in optimizer.param_groups:
-        settings = {key: value for key, value in group.items() if key != "params"}
-        for key, value in settings.items():
-            items = value if isinstance(value, list | tuple) else [value]
-            if not all(item is None or isinstance(item, bool | int | float | str) for item in items):
-                raise UsageError(f"the optimizer's {key} is a {type(value).__name__}; servers can only be sent plain numbers.")
-        out.append(settings)
-    return out
+    return [{key: _plain(key, group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A setting as what messages can carry; numpy's numbers are taken for what they are."""
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(key, item) for item in value)
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    raise UsageError(f"the optimizer's {key} is a {type(value).__name__}; servers can only be sent plain numbers.")
 
 
 def check_sendable(cls: type[torch.optim.Optimizer]) -> None:
@@ -92,7 +107,7 @@ def check_elementwise(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -
             on_cut.step()
     except Exception as error:  # whatever the class objects to, it objects to slices
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{why}{text}. Choose one with an elementwise update, such as SGD or AdamW.") from None
+        raise UsageError(f"{why}{text.rstrip('.')}. Choose one with an elementwise update, such as SGD or AdamW.") from None
     if not torch.equal(whole.reshape(-1), torch.cat(cut)):
         raise UsageError(
             f"{why}its update of one element depends on others of the tensor. Choose one with an elementwise update, "
@@ -134,7 +149,7 @@ class Hypers:
             return []
         while self._steps < (round_ if self._per == "round" else epoch) and self._step():
             self._steps += 1
-        return [{key: group[key] for key in sorted(self._changed)} for group in self._optimizer.param_groups]
+        return [{key: _plain(key, group[key]) for key in sorted(self._changed)} for group in self._optimizer.param_groups]
 
     def _step(self) -> bool:
         """Step the scheduler; False if what it looks at is not known yet."""

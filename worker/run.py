@@ -51,6 +51,7 @@ from worker.optimizer import (
     check_elementwise,
     check_sendable,
     example_optimizer,
+    make_optimizer,
     parameter_groups,
     plain_settings,
     silence_scheduler_warnings,
@@ -162,14 +163,14 @@ class Run:
         if clip_norm is not None and clip_norm <= 0:
             raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
         groups = parameter_groups(self._model, params)
-        example = example_optimizer(cls, groups, hyper)
         replica = Replica(self._model, {id(p): number for number, g in enumerate(groups) for p in g["params"]}, self._servers)
         if self._policy.is_local:
             outer = self._policy.outer_optimizer
             update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
-            inner = local.Inner(cls(groups, **hyper), schedule, schedule_per, clip_norm)
+            inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
         else:
             check_sendable(cls)
+            example = example_optimizer(cls, groups, hyper)
             check_elementwise(cls, hyper)
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
