@@ -141,7 +141,7 @@ def main() -> int:
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
         die_with_parent(int(parent))
-    return run_command(cli, sys.argv[1:], Path(sys.argv[0]).name)
+    return run_command(cli, sys.argv[1:] or ["--help"], Path(sys.argv[0]).name)
 
 
 def _program() -> list[str]:

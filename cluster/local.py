@@ -24,7 +24,7 @@ _ADDRESS_S = 30.0
 _GATHER_S = 2.0
 #: Seconds for the servers to end after the coordinator.
 _SERVERS_END_S = 10.0
-#: Seconds for the coordinator to notice that workers joined, after they have all ended.
+#: Seconds after a worker's end for its joining to be seen in the event log.
 _JOIN_S = 2.0
 
 
@@ -180,15 +180,17 @@ class _Local:
         raise ClusterError(root_cause(self._processes.failures()).describe_end())
 
     def _check_workers_joined(self) -> None:
-        """Workers that have all ended well without having joined will keep everybody waiting."""
-        workers = [child for child in self._processes.children if child.name.startswith("worker")]
-        if self._processes.running("worker") or not self._processes.running("coordinator"):
+        """A worker that has ended well without having joined will keep everybody waiting."""
+        if not self._processes.running("coordinator"):
             return
-        if time.monotonic() < max(child.ended_at for child in workers) + _JOIN_S:
-            return
-        if not any(row.process.startswith("worker") for row in self._screen.progress.processes):
-            what = self._order.script or "the example"
-            raise ClusterError(f"no worker joined the run: {what} ended without calling worker.join(); see {workers[0].log}.")
+        joined = {row.process for row in self._screen.progress.processes}
+        for child in self._processes.children:
+            ended = child.code is not None and time.monotonic() > child.ended_at + _JOIN_S
+            if ended and child.name.startswith("worker") and child.name not in joined:
+                what = self._order.script or "the example"
+                raise ClusterError(
+                    f"{child.name} did not join the run: {what} ended without calling worker.join(); see {child.log}."
+                )
 
     def _check_end(self) -> None:
         """Raise for a process that goes on for too long after the coordinator has ended."""

@@ -48,6 +48,8 @@ _TICK_MS = 50
 _FLUSH_S = 0.25
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
 _FAREWELL_S = 1.0
+#: Seconds for the servers' last reports to come in after all workers have left.
+_LEFT_S = 3.0
 
 
 def serve(settings: Settings, bind: str, run_dir: Path) -> None:
@@ -158,8 +160,16 @@ class Coordinator:
             log.warning("the event log could not be written: %s", error)
 
     def _check_deadline(self, now: float) -> None:
-        """Give up where nothing has moved for the whole time-out."""
-        if not self._membership.started or now - self._progressed_at <= self._settings.timeout:
+        """Give up where nothing has moved for the whole time-out, or nobody is left to move anything."""
+        idle_s, rounds = now - self._progressed_at, self._ledger
+        if not self._membership.started:
+            return
+        if idle_s > _LEFT_S and not self._membership.names("worker") and rounds.committed < rounds.planned:
+            raise ClusterError(
+                f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
+                "a script must go on until run.batches() ends; --rounds sets where that is."
+            )
+        if idle_s <= self._settings.timeout:
             return
         waiting = self._whom_all_wait_for() or "every process"
         raise ClusterError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ class _Part:
         self.optimizer: torch.optim.Optimizer | None = None
         if chunk.kind == "param" and update.optimizer is not None:
             optimizer_class = getattr(torch.optim, update.optimizer)
-            self.optimizer = optimizer_class([{"params": self.pieces, **_tuples(update.groups[chunk.group])}])
+            settings = _tuples(update.groups[chunk.group])
+            # what the constructor takes is given to it, for some classes (Adagrad) make their first state there
+            known = inspect.signature(optimizer_class).parameters
+            self.optimizer = optimizer_class([{"params": self.pieces, **settings}], **_only(settings, known))
 
 
 class Store:
@@ -36,6 +40,8 @@ class Store:
     def __init__(self, layout: Layout, server: int, update: Update, policy: Policy) -> None:
         self._parts = {chunk.id: _Part(chunk, update) for chunk in layout.on(server)}
         self._clip_norm = update.clip_norm
+        double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
+        self._norm_dtype = torch.float64 if double else torch.float32
         self._policy = policy
 
     def receive(self, chunk: int, frame: Any, present: int) -> Sum:
@@ -84,7 +90,7 @@ class Store:
         """
         if self._clip_norm is None or not norms:
             return None
-        total = torch.linalg.vector_norm(torch.tensor([norm for _, _, norm in norms]))
+        total = torch.linalg.vector_norm(torch.tensor([norm for _, _, norm in norms], dtype=self._norm_dtype))
         return torch.clamp(self._clip_norm / (total + 1e-6), max=1.0)
 
     def apply(
@@ -122,6 +128,10 @@ class Store:
         group["lr"] = rate
         for view in part.pieces:
             view.grad = None
+
+
+def _only(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key in names}
 
 
 def _tuples(hypers: Mapping[str, Any]) -> dict[str, Any]:

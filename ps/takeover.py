@@ -46,25 +46,24 @@ class Takeover:
             owner = max(runs, key=lambda w: (len(runs[w]), w), default=None)
             if owner is not None and runs[owner]:
                 return self._give(round_, runs[owner][-1], waiting, owner, now)
-            mine = members[waiting]
             for name, other in members.items():
-                busy = other.beat.round == round_ and other.beat.at >= 0 and other.active and name != waiting
-                late = now - other.since > _PATIENCE * max(mine.beat.seconds, 0.05)
-                if busy and late and (round_, other.beat.at) not in self.leased:
-                    return self._give(round_, other.beat.at, waiting, name, now)
+                if name != waiting and (round_, other.beat.at) not in self.leased:
+                    if _computes(other, round_) and _is_late(other, members[waiting], now):
+                        return self._give(round_, other.beat.at, waiting, name, now)
         return None
 
     def lease_missing(
         self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[Table],
         members: Mapping[str, Member], now: float,
     ) -> Lease | None:  # fmt: skip
-        """One of the micro-batches that servers say are missing from their open round and that nobody seems to have.
+        """One of the micro-batches that servers say are missing from their open round and that nobody seems to get done.
 
-        So it is with what a worker had that is gone, and where two workers used different tables for a round.
+        So it is with what a worker had that is gone, where two workers used different tables for a round, and where a lease of
+        what a late one computes was lost on the way.
         """
         runs = self._not_begun(round_, count, in_force(tables, round_), waiting, members)
         held = {k for name, ks in runs.items() if name in members and members[name].active for k in ks}
-        held |= {m.beat.at for m in members.values() if m.active and m.beat.round == round_}
+        held |= {m.beat.at for m in members.values() if _computes(m, round_) and not _is_late(m, members[waiting], now)}
         for k in missing:
             if k not in held and now - self._leased_at.get((round_, k), float("-inf")) > _AGAIN_S:
                 return self._give(round_, k, waiting, "", now)
@@ -95,3 +94,13 @@ class Takeover:
             if gone:  # what it was leased as an exception is open again as well
                 out[name] += [k for (r, k), to in self.leased.items() if r == round_ and to == name and k not in out[name]]
         return out
+
+
+def _computes(member: Member, round_: int) -> bool:
+    """Whether `member` is at a micro-batch of `round_`, which is `member.beat.at`."""
+    return member.active and member.beat.round == round_ and member.beat.at >= 0
+
+
+def _is_late(member: Member, waiting: Member, now: float) -> bool:
+    """Whether `member` has been at its micro-batch for so long that `waiting` had better do it too."""
+    return now - member.since > _PATIENCE * max(waiting.beat.seconds, 0.05)

@@ -2,8 +2,9 @@
 
 McMahan et al., "Communication-efficient learning of deep networks from decentralized data" (AISTATS 2017); Stich, "Local SGD
 converges fast and communicates little" (ICLR 2019); Douillard et al., "DiLoCo" (2023), from which the outer Nesterov step:
-the mean change of the replicas since the last merge, negated, is the gradient that the servers' optimizer sees. By default its rate over one minus its momentum is 1, so that in
-the long run the weights move as far as the replicas do, and the user's learning rate means what it does under `sync`.
+the mean change of the replicas since the last merge, negated, is the gradient that the servers' optimizer sees. By default
+its rate over one minus its momentum is 1, so that in the long run the weights move as far as the replicas do, and the user's
+learning rate means what it does under `sync`.
 """
 
 from typing import Any, ClassVar, Literal

@@ -51,9 +51,7 @@ def main() -> None:
     cls, hyper, schedule, clip_norm = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=clip_norm, **hyper)
     begun = time.monotonic()
-    for x, y in run.batches(
-        dataset(), global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, epochs=args.epochs, shuffle=False
-    ):
+    for x, y in run.batches(dataset(), global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, epochs=args.epochs, shuffle=False):
         begun = time.monotonic()
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()

@@ -1,0 +1,110 @@
+"""Attendance: ask until welcomed, then beat; notice silence; be refused in the coordinator's words."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.attendance import FIRST_ANSWER_S, NEWS_S, Attendance
+from common.errors import ClusterError, UsageError
+from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from common.settings import Settings
+from common.wire import ASK_AGAIN_S, BEAT_S, GONE_S
+
+HELLO = Hello("worker", 3)
+WELCOME = Welcome("worker-3", "run", Settings(), [], [])
+
+
+def beat() -> Beat:
+    return Beat("computing", 7)
+
+
+def sent(attendance: Attendance, until: float, step: float = 0.05, since: float = 0.0) -> list[tuple[float, Body]]:
+    """What goes out between two times, with when."""
+    out: list[tuple[float, Body]] = []
+    now = since
+    while now <= until:
+        out += [(now, body) for body in attendance.tick(now, beat)]
+        now += step
+    return out
+
+
+def test_it_asks_to_join_until_it_is_welcomed_and_then_beats() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    before = sent(attendance, 3.0)
+    assert [body for _, body in before] == [HELLO] * len(before)
+    assert len(before) == pytest.approx(1 + 3.0 / ASK_AGAIN_S, abs=1)
+    attendance.handle(WELCOME, 3.0)
+    assert attendance.welcome == WELCOME
+    after = sent(attendance, 6.0, since=3.05)
+    assert [body for _, body in after] == [beat()] * len(after)
+    assert len(after) == pytest.approx(3.0 / BEAT_S, abs=1)
+
+
+def test_only_the_first_welcome_counts() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    attendance.handle(WELCOME, 1.0)
+    attendance.handle(Welcome("worker-9", "other", Settings(), [], []), 2.0)
+    assert attendance.welcome == WELCOME
+
+
+def test_a_refusal_to_join_is_raised_with_its_reason_and_another_is_not() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    attendance.handle(Refused("Beat", "no member"), 1.0)
+    with pytest.raises(UsageError, match="there is a worker-3"):
+        attendance.handle(Refused("Hello", "there is a worker-3 already."), 2.0)
+
+
+def test_a_coordinator_that_never_answers_is_named() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 10.0)
+    attendance.tick(10.0 + FIRST_ANSWER_S, beat)
+    with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {FIRST_ANSWER_S:.0f} s"):
+        attendance.tick(10.1 + FIRST_ANSWER_S, beat)
+
+
+@given(st.lists(st.floats(0.01, GONE_S - 0.01), max_size=10))
+def test_only_silence_longer_than_the_limit_is_an_error(gaps: list[float]) -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    attendance.handle(WELCOME, now := 0.0)
+    for gap in gaps:
+        now += gap
+        attendance.tick(now, beat)
+        attendance.handle(Beat(), now)
+    attendance.tick(now + GONE_S - 0.01, beat)
+    with pytest.raises(ClusterError, match=f"{GONE_S:.0f} s"):
+        attendance.tick(now + GONE_S + 0.01, beat)
+
+
+def test_news_makes_the_next_tick_beat_but_not_more_often_than_allowed() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    assert not attendance.beat_soon(0.0)  # nobody to tell yet
+    attendance.handle(WELCOME, 1.0)
+    assert attendance.tick(1.0, beat) == [beat()]
+    assert not attendance.beat_soon(1.0 + 0.9 * NEWS_S)
+    assert attendance.tick(1.0 + 0.9 * NEWS_S, beat) == []
+    assert attendance.beat_soon(1.0 + 1.1 * NEWS_S)
+    assert attendance.tick(1.0 + 1.1 * NEWS_S, beat) == [beat()]
+    assert attendance.tick(1.0 + 1.2 * NEWS_S, beat) == []
+
+
+@given(st.lists(st.floats(0.0, 0.2), max_size=60), st.data())
+def test_however_much_news_there_is_beats_keep_their_distance(gaps: list[float], data: st.DataObject) -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    attendance.handle(WELCOME, now := 0.0)
+    beats = []
+    for gap in gaps:
+        now += gap
+        if data.draw(st.booleans()):
+            attendance.beat_soon(now)
+        beats += [now] * len(attendance.tick(now, beat))
+    assert all(b - a >= NEWS_S for a, b in itertools.pairwise(beats))
+    assert len(beats) >= now // (BEAT_S + 0.2)
+
+
+def test_the_end_of_the_run_is_kept() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    attendance.handle(Stop(False, "worker-1 failed."), 1.0)
+    assert attendance.stop == Stop(False, "worker-1 failed.")

@@ -1,0 +1,113 @@
+"""The event log: what is written is what is read, while the run goes on; nothing is lost where writing fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from common.runlog import ContributionRow, Event, RoundRow, RunLog, RunLogReader, StatusRow
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "events.sqlite"
+
+
+def test_everything_that_is_written_is_read_back(path: Path) -> None:
+    log = RunLog(path)
+    reader = RunLogReader(path)
+    events = [Event("joined", "worker-0", {"host": "h", "pid": 3}), Event("lease", "worker-1", {"round": 2, "k": [1]})]
+    rounds = [RoundRow(0, 0, 64, 4, 0, {"loss": 1.5}), RoundRow(1, 0, 48, 3, 1, {})]
+    contributions = [
+        ContributionRow(0, 0, 4, "worker-0", 64, "committed"),
+        ContributionRow(1, 2, 3, "worker-1", 16, "duplicate", 3),
+    ]
+    for event in events:
+        log.event(event)
+    for row in rounds:
+        log.round(row)
+    for contribution in contributions:
+        log.contribution(contribution)
+    log.metric(7, "worker-0", "accuracy", 0.5)
+    log.metric(8, "worker-0", "loss", 2.0)
+    log.flush()
+    assert [(seq, event) for seq, _, event in reader.events()] == [(1, events[0]), (2, events[1])]
+    assert [event for _, _, event in reader.events(after=1)] == events[1:]
+    found = reader.rounds()
+    assert [dataclasses.replace(row, at=0.0) for row in found] == rounds and all(row.at > 0 for row in found)
+    assert [row.round for row in reader.rounds(after=0)] == [1]
+    assert reader.contributions() == contributions
+    assert [row[1:] for row in reader.metrics("accuracy")] == [(7, "worker-0", 0.5)]
+
+
+def test_nothing_is_visible_before_flush_and_a_reader_sees_each_flush(path: Path) -> None:
+    log = RunLog(path)
+    reader = RunLogReader(path)
+    for number in range(3):
+        log.event(Event("warning", "coordinator", {"n": number}))
+        assert len(reader.events()) == number
+        log.flush()
+        assert [event.data["n"] for _, _, event in reader.events()] == list(range(number + 1))
+
+
+def test_a_round_is_recorded_once_and_a_status_is_overwritten(path: Path) -> None:
+    log = RunLog(path)
+    log.round(RoundRow(0, 0, 64, 4, 0, {}))
+    log.round(RoundRow(0, 0, 1, 1, 0, {}))
+    log.status(StatusRow("worker-1", "computing", 3, ""))
+    log.status(StatusRow("worker-0", "waiting", 3, "worker-1", 10.0))
+    log.status(StatusRow("worker-1", "waiting", 4, "worker-0", 20.0))
+    log.flush()
+    reader = RunLogReader(path)
+    assert [row.samples for row in reader.rounds()] == [64]
+    rows = [dataclasses.replace(row, at=0.0) for row in reader.statuses()]
+    assert rows == [StatusRow("worker-0", "waiting", 3, "worker-1", 10.0), StatusRow("worker-1", "waiting", 4, "worker-0", 20.0)]
+
+
+def test_what_could_not_be_written_is_kept_for_the_next_try(path: Path) -> None:
+    log = RunLog(path)
+    log.event(Event("started", "coordinator", {}))
+    log.metric(0, "worker-0", "loss", 1.0)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("ALTER TABLE metrics RENAME TO gone")  # stands for any error in the middle of a flush
+    with pytest.raises(sqlite3.OperationalError):
+        log.flush()
+    reader = RunLogReader(path)
+    assert reader.events() == []  # all or nothing
+    other.execute("ALTER TABLE gone RENAME TO metrics")
+    log.event(Event("finished", "coordinator", {}))
+    log.flush()
+    assert [event.kind for _, _, event in reader.events()] == ["started", "finished"]
+    assert len(reader.metrics("loss")) == 1
+    log.flush()
+    assert len(reader.events()) == 2
+
+
+def test_a_lock_that_is_held_by_another_loses_nothing(path: Path) -> None:
+    log = RunLog(path)
+    log._db.execute("PRAGMA busy_timeout=1")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    log.event(Event("started", "coordinator", {}))
+    with pytest.raises(sqlite3.OperationalError):
+        log.flush()
+    other.execute("ROLLBACK")
+    log.flush()
+    assert len(RunLogReader(path).events()) == 1
+
+
+def test_a_closed_log_is_one_file_that_holds_everything(path: Path) -> None:
+    log = RunLog(path)
+    log.event(Event("started", "coordinator", {}))
+    log.close()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert len(RunLogReader(path).events()) == 1
+
+
+def test_a_reader_cannot_write(path: Path) -> None:
+    RunLog(path).close()
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        RunLogReader(path)._db.execute("DELETE FROM events")

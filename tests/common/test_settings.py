@@ -1,0 +1,110 @@
+"""Settings: what is wrong is refused in one sentence that names the place, the key and a way out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import UsageError
+from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml
+
+
+def refusal(values: dict[str, Any]) -> str:
+    """Why `values` cannot be: checked to be one line that ends like a sentence."""
+    with pytest.raises(UsageError) as caught:
+        make_settings(values, "run.toml")
+    text = str(caught.value)
+    assert "\n" not in text and re.search(r"[.?]$", text) and "msgspec" not in text, text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("polcy", "policy"), ("worker", "workers"), ("microbatch", "micro_batch"), ("learning-rate", None)]
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(key: str, meant: str | None) -> None:
+    text = refusal({key: 1})
+    assert text.startswith(f"run.toml: there is no setting '{key.replace('-', '_')}'")
+    assert text.endswith(f"did you mean '{meant}'?") if meant else "did you mean" not in text
+
+
+WRONG = [
+    ("workers", 0), ("workers", "two"), ("workers", 2.5), ("workers", None), ("servers", -1), ("policy", "bsp"), ("policy", 3),
+    ("global_batch", 0), ("rounds", 0), ("seed", -1), ("staleness", -1), ("outer_momentum", 1.0), ("outer_lr", 0),
+    ("lr", 0), ("lr", "fast"), ("momentum", 1), ("clip_norm", 0), ("staleness_lr", "yes"), ("delay_compensation", -0.1),
+    ("timeout", 0), ("data_dir", 7), ("loader_workers", -1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_value_that_cannot_be_is_refused_with_file_key_and_value(key: str, value: Any) -> None:
+    assert refusal({key: value}).startswith(f"run.toml: {key} = {value!r} cannot be: ")
+
+
+def test_a_word_that_is_no_choice_is_answered_with_the_choices() -> None:
+    assert refusal({"policy": "bsp"}).endswith("it must be one of sync, backup, ssp, async, local, average.")
+    assert choices("policy") == ("sync", "backup", "ssp", "async", "local", "average")
+    assert choices("workers") == choices("model") == ()
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_a_micro_batch_is_no_larger_than_the_global_batch(global_batch: int, micro_batch: int) -> None:
+    values = {"global_batch": global_batch, "micro_batch": micro_batch}
+    if micro_batch <= global_batch:
+        assert make_settings(values, "").micro_batch == micro_batch
+    else:
+        text = refusal(values)
+        assert f"micro_batch is {micro_batch}" in text and f"global_batch is only {global_batch}" in text
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 60))
+def test_backup_leaves_at_least_one_micro_batch_to_apply(a: int, b: int, backup: int) -> None:
+    values = {"policy": "backup", "global_batch": max(a, b), "micro_batch": min(a, b), "backup": backup}
+    count = -(-max(a, b) // min(a, b))
+    if backup < count:
+        assert make_settings(values, "").backup == backup
+    else:
+        assert f"a round has only {count} micro-batches" in refusal(values)
+    assert make_settings({**values, "policy": "sync"}, "").backup == backup  # elsewhere it means nothing
+
+
+def test_keys_may_be_written_with_dashes() -> None:
+    assert make_settings({"global-batch": 128, "micro-batch": 32}, "").global_batch == 128
+    assert check_values({"outer-lr": 0.5}, "") == {"outer_lr": 0.5}
+
+
+def test_every_field_has_a_default_and_a_help_text() -> None:
+    assert make_settings({}, "") == Settings()
+    for name, info in FIELDS.items():
+        assert info.default is not msgspec.NODEFAULT, name
+        assert "_help(" not in name and re.search(r"\w+\.$", _description(info.type)), name
+
+
+def _description(annotated: Any) -> str:
+    return next(meta.description for meta in annotated.__metadata__ if getattr(meta, "description", None))
+
+
+@given(st.fixed_dictionaries({}, optional={"workers": st.integers(1, 9), "policy": st.sampled_from(choices("policy")), "rounds": st.none() | st.integers(1, 9), "lr": st.floats(0.001, 9), "staleness_lr": st.booleans()}))  # fmt: skip  # noqa: E501
+def test_settings_come_over_the_wire_as_they_were(values: dict[str, Any]) -> None:
+    settings = make_settings(values, "")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=Settings) == settings
+    assert {key: getattr(settings, key) for key in values} == values
+
+
+def test_a_toml_file_is_read_or_refused_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    with pytest.raises(UsageError, match=f"no file {path}"):
+        read_toml(path)
+    path.write_text("workers = 3\npolicy = 'ssp'\n")
+    assert read_toml(path) == {"workers": 3, "policy": "ssp"}
+    path.write_text("workers = \n")
+    with pytest.raises(UsageError, match=f"{path} is not valid TOML"):
+        read_toml(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=f"{path} cannot be read"):
+        read_toml(path)

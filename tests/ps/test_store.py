@@ -1,0 +1,369 @@
+"""torch.optim on the servers' slices gives the bits of the same torch.optim on whole tensors in plain PyTorch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import UsageError, WireError
+from common.layout import CHUNK_BYTES, TensorSpec, make_layout
+from common.messages import Update
+from common.policies import load
+from common.settings import Settings
+from common.sums import Sum
+from common.tensors import dtype_name, to_frame
+from common.tree import fold
+from ps.store import Store
+from worker.optimizer import check_elementwise, example_optimizer, plain_settings
+
+#: Shape and parameter group of each of the model's tensors; the second is larger than a chunk.
+MODEL: list[tuple[tuple[int, ...], int]] = [((3, 5), 0), ((1100, 1000), 0), ((7,), 1), ((), 1), ((2, 33), 0), ((5, 5), 1)]
+#: For each step, the tensors that get no gradient: never the last, not at first the first, and others in between.
+ABSENT = [{0, 5}, {0, 2, 5}, {1, 5}, {0, 3, 4, 5}]
+STEPS = len(ABSENT)
+#: A power of two, so that multiplying a gradient by it and dividing the sum by it again changes no bit.
+SAMPLES = 4
+
+Tensors = list[torch.Tensor]
+Gradients = Sequence[torch.Tensor | None]
+
+
+class Cluster:
+    """The stores of all servers, fed and read as whole tensors."""
+
+    def __init__(self, tensors: Tensors, groups: list[int], update: Update, servers: int, **settings: Any) -> None:
+        specs = [
+            TensorSpec(str(i), list(t.shape), dtype_name(t.dtype), group)
+            for i, (t, group) in enumerate(zip(tensors, groups, strict=True))
+        ]
+        self.layout = make_layout(specs, servers)
+        policy = load(Settings(**settings))
+        self.stores = [Store(self.layout, number, update, policy) for number in range(servers)]
+        self.clips = update.clip_norm is not None
+        for chunk in self.layout.chunks:
+            parts = [tensors[p.tensor].detach().reshape(-1)[p.start : p.start + p.length] for p in chunk.pieces]
+            self.stores[chunk.server].load(chunk.id, to_frame(torch.cat(parts)))
+
+    def receive(self, gradients: Gradients, samples: int) -> dict[int, Sum]:
+        """One micro-batch's contribution, by chunk, as it comes in over the wire."""
+        out = {}
+        for chunk in self.layout.chunks:
+            flat = torch.zeros(chunk.numel, dtype=getattr(torch, chunk.sum_dtype))
+            present = 0
+            for bit, p in enumerate(chunk.pieces):
+                gradient = gradients[p.tensor]
+                if gradient is not None:
+                    weighted = gradient.to(flat.dtype) * (1 if chunk.kind == "max" else samples)
+                    flat[p.offset : p.offset + p.length] = weighted.reshape(-1)[p.start : p.start + p.length]
+                    present |= 1 << bit
+            out[chunk.id] = self.stores[chunk.server].receive(chunk.id, bytes(to_frame(flat)), present)
+        return out
+
+    def step(self, gradients: Gradients, hypers: Sequence[dict[str, Any]] = ({}, {}), **how: Any) -> None:
+        """One round of one micro-batch."""
+        self.apply(self.receive(gradients, SAMPLES), SAMPLES, hypers, **how)
+
+    def apply(self, totals: dict[int, Sum], samples: int, hypers: Sequence[dict[str, Any]] = ({}, {}), **how: Any) -> None:
+        stores = {chunk.id: self.stores[chunk.server] for chunk in self.layout.chunks}
+        means = {i: stores[i].mean(i, total, samples) for i, total in totals.items()}
+        norms = sorted(norm for i, mean in means.items() for norm in stores[i].norms(i, mean)) if self.clips else []
+        for chunk in self.layout.chunks:
+            factor = stores[chunk.id].clip_factor(norms)
+            stores[chunk.id].apply(chunk.id, means[chunk.id], hypers[chunk.group] if chunk.group >= 0 else {}, factor, **how)
+
+    def weights(self) -> Tensors:
+        """All tensors, from the bytes that workers would be sent."""
+        out = [torch.zeros(spec.numel, dtype=getattr(torch, spec.dtype)) for spec in self.layout.tensors]
+        for chunk in self.layout.chunks:
+            flat = torch.frombuffer(bytearray(self.stores[chunk.server].publish(chunk.id)), dtype=getattr(torch, chunk.dtype))
+            for p in chunk.pieces:
+                out[p.tensor][p.start : p.start + p.length] = flat[p.offset : p.offset + p.length]
+        return [flat.view(spec.shape) for flat, spec in zip(out, self.layout.tensors, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape, _ in MODEL]
+
+
+def gradients_of(step: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(100 + step)
+    values = [torch.randn(shape, generator=generator).to(dtype) * scale for shape, _ in MODEL]
+    return [None if i in ABSENT[step] else value for i, value in enumerate(values)]
+
+
+def group_dicts(params: Sequence[torch.Tensor], second: dict[str, Any]) -> list[dict[str, Any]]:
+    """The model's two parameter groups, the second with settings of its own."""
+    first, other = ([p for p, (_, group) in zip(params, MODEL, strict=True) if group == number] for number in (0, 1))
+    return [{"params": first}, {"params": other, **second}]
+
+
+def make(
+    cls: Any, hyper: dict[str, Any], second: dict[str, Any], servers: int, dtype: torch.dtype = torch.float32, **how: Any
+) -> tuple[list[nn.Parameter], torch.optim.Optimizer, Cluster]:
+    """The same model twice: plain parameters with their optimizer, and a cluster's stores."""
+    plain = parameters(dtype)
+    update = Update(cls.__name__, plain_settings(example_optimizer(cls, group_dicts(plain, second), hyper)), **how)
+    cluster = Cluster([p.detach() for p in plain], [group for _, group in MODEL], update, servers)
+    return plain, cls(group_dicts(plain, second), **hyper), cluster
+
+
+def plain_step(params: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = None if gradient is None else gradient.clone()
+    optimizer.step()
+
+
+def same(ours: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> list[bool]:
+    return [torch.equal(a, b) for a, b in zip(ours, plain, strict=True)]
+
+
+# ---- every optimizer
+
+
+def elementwise() -> Iterator[Any]:
+    for cls in vars(torch.optim).values():
+        if inspect.isclass(cls) and cls is not torch.optim.Optimizer:
+            try:
+                check_elementwise(cls, {})
+            except UsageError:
+                continue
+            yield cls
+
+
+#: Settings that change what a class computes, and so are tried beside its defaults.
+SPECIAL: dict[str, list[dict[str, Any]]] = {
+    "SGD": [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.1},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    ],
+    "Adam": [{"amsgrad": True}, {"betas": (0.5, 0.9), "eps": 1e-3}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "AdamW": [{"amsgrad": True, "weight_decay": 0.3}],
+    "RMSprop": [{"centered": True}, {"momentum": 0.9, "centered": True}],
+    "Rprop": [{"etas": (0.3, 1.5), "step_sizes": (1e-5, 0.1)}],
+    "Adagrad": [{"lr_decay": 0.1, "initial_accumulator_value": 0.1}],
+    "Adadelta": [{"rho": 0.8}],
+    "ASGD": [{"t0": 1.0, "lambd": 0.1}],
+    "NAdam": [{"momentum_decay": 0.1}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "RAdam": [{"betas": (0.5, 0.6)}, {"decoupled_weight_decay": True, "weight_decay": 0.1}],
+}
+GENERAL: list[dict[str, Any]] = [{"weight_decay": 0.05}, {"maximize": True}, {"foreach": True}, {"fused": True}]
+
+
+def recipes() -> Iterator[Any]:
+    for cls in elementwise():
+        known = inspect.signature(cls).parameters
+        general = [hyper for hyper in GENERAL if all(key in known for key in hyper)]
+        for hyper in [{}, *general, *SPECIAL.get(cls.__name__, [])]:
+            yield pytest.param(cls, hyper, id=f"{cls.__name__}-{'-'.join(hyper) or 'defaults'}")
+
+
+def test_the_optimizers_that_are_tested_include_all_that_are_well_known() -> None:
+    names = {cls.__name__ for cls in elementwise()}
+    assert names >= {"SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"}
+    assert names >= set(SPECIAL)
+
+
+@pytest.mark.parametrize(("cls", "hyper"), [*recipes()])
+def test_weights_are_those_of_plain_torch_bit_for_bit(cls: Any, hyper: dict[str, Any]) -> None:
+    plain, optimizer, cluster = make(cls, {"lr": 0.02, **hyper}, {"lr": 0.005}, servers=3)
+    assert len([chunk for chunk in cluster.layout.chunks if any(p.tensor == 1 for p in chunk.pieces)]) == 2
+    before = [p.detach().clone() for p in plain]
+    for step in range(STEPS):
+        plain_step(plain, optimizer, gradients_of(step))
+        cluster.step(gradients_of(step))
+        assert all(same(cluster.weights(), plain)), f"after step {step}"
+    assert same(plain, before) == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("servers", [1, 2, 7])
+def test_weights_do_not_depend_on_the_number_of_servers(servers: int) -> None:
+    plain, optimizer, cluster = make(torch.optim.AdamW, {"lr": 0.02}, {"weight_decay": 0.5}, servers)
+    for step in range(STEPS):
+        plain_step(plain, optimizer, gradients_of(step))
+        cluster.step(gradients_of(step))
+    assert all(same(cluster.weights(), plain))
+
+
+def test_a_tensor_without_a_gradient_gets_no_state_no_decay_and_no_momentum() -> None:
+    hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+    plain, optimizer, cluster = make(torch.optim.SGD, hyper, {}, servers=1)
+    for step, moves in ((0, [False, True]), (1, [False, True]), (2, [True, False])):
+        before = cluster.weights()
+        plain_step(plain, optimizer, gradients_of(step))
+        cluster.step(gradients_of(step))
+        assert [not torch.equal(before[i], cluster.weights()[i]) for i in (0, 1)] == moves
+    states = [part.optimizer.state for part in cluster.stores[0]._parts.values() if part.optimizer is not None]
+    assert sum(len(state) for state in states) == len(optimizer.state) + 1  # the large tensor is in two pieces
+
+
+# ---- settings of a round
+
+
+def test_settings_sent_with_a_round_override_the_groups_and_stay() -> None:
+    plain, optimizer, cluster = make(torch.optim.AdamW, {"lr": 0.02}, {"lr": 0.005}, servers=2)
+    for step, sent in enumerate([[{}, {}], [{"lr": 0.1, "betas": [0.5, 0.6]}, {"lr": 0.2}], [{}, {"lr": 0.3}]]):
+        for group, hyper in zip(optimizer.param_groups, sent, strict=True):
+            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in hyper.items()})
+        plain_step(plain, optimizer, gradients_of(step))
+        cluster.step(gradients_of(step), sent)
+        assert all(same(cluster.weights(), plain))
+
+
+def test_the_learning_rate_can_be_scaled_for_one_push() -> None:
+    plain, optimizer, cluster = make(torch.optim.SGD, {"lr": 0.02, "momentum": 0.9}, {"lr": 0.005}, servers=2)
+    for step, scale in enumerate([1.0, 0.25, 1.0]):
+        for group, rate in zip(optimizer.param_groups, (0.02, 0.005), strict=True):
+            group["lr"] = rate * scale
+        plain_step(plain, optimizer, gradients_of(step))
+        cluster.step(gradients_of(step), lr_scale=scale)
+        assert all(same(cluster.weights(), plain))
+
+
+def test_a_late_gradient_is_compensated_for_what_the_weights_have_done_since() -> None:
+    update = Update("SGD", [{"lr": 0.5}])
+    start, gradient = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -1.0])
+    cluster = Cluster([start], [0], update, 1, policy="async", delay_compensation=0.5)
+    then = cluster.stores[0].publish(0)
+    cluster.step([gradient])
+    now = cluster.weights()[0]
+    cluster.step([gradient], base=then)
+    assert torch.equal(cluster.weights()[0], now - 0.5 * (gradient + 0.5 * gradient * gradient * (now - start)))
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_rounded_from_masters_in_single_precision(dtype: torch.dtype, cls: Any) -> None:
+    _, _, cluster = make(cls, {"lr": 1e-4}, {"lr": 1e-5}, servers=3, dtype=dtype)
+    masters = [p.detach().float() for p in parameters(dtype)]
+    optimizer = cls(group_dicts(masters, {"lr": 1e-5}), lr=1e-4)
+    for step in range(STEPS):
+        gradients = gradients_of(step, dtype)
+        plain_step(masters, optimizer, [None if g is None else g.float() for g in gradients])
+        cluster.step(gradients)
+        assert all(same(cluster.weights(), [master.to(dtype) for master in masters]))
+    coarse = parameters(dtype)
+    without_masters = cls(group_dicts(coarse, {"lr": 1e-5}), lr=1e-4)
+    for step in range(STEPS):
+        plain_step(coarse, without_masters, gradients_of(step, dtype))
+    assert not all(same(cluster.weights(), coarse))
+
+
+def test_double_precision_is_kept() -> None:
+    plain, optimizer, cluster = make(torch.optim.Adam, {"lr": 0.02}, {}, servers=2, dtype=torch.float64)
+    for step in range(STEPS):
+        plain_step(plain, optimizer, gradients_of(step, torch.float64))
+        cluster.step(gradients_of(step, torch.float64))
+    assert all(same(cluster.weights(), plain))
+
+
+# ---- clipping
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip_norm", [0.01, 3.0, 1e6])
+def test_clipping_over_several_servers_has_the_bits_of_clip_grad_norm(clip_norm: float, dtype: torch.dtype) -> None:
+    plain, optimizer, cluster = make(torch.optim.SGD, {"lr": 0.1}, {}, servers=3, dtype=dtype, clip_norm=clip_norm)
+    for step in range(STEPS):
+        gradients = [None if i == 1 else g for i, g in enumerate(gradients_of(step, dtype))]  # without the cut tensor
+        for p, gradient in zip(plain, gradients, strict=True):
+            p.grad = None if gradient is None else gradient.clone()
+        nn.utils.clip_grad_norm_(plain, clip_norm)
+        optimizer.step()
+        cluster.step(gradients)
+        assert all(same(cluster.weights(), plain))
+
+
+def test_clipping_with_a_tensor_that_is_cut_is_right_to_rounding() -> None:
+    plain, optimizer, cluster = make(torch.optim.SGD, {"lr": 1.0}, {}, servers=3, clip_norm=1.0)
+    for p, gradient in zip(plain, gradients_of(0), strict=True):
+        p.grad = gradient
+    nn.utils.clip_grad_norm_(plain, 1.0)
+    optimizer.step()
+    before = [p.detach() for p in parameters()]
+    cluster.step(gradients_of(0))
+    moved = torch.cat([(a - b).reshape(-1) for a, b in zip(cluster.weights(), before, strict=True)])
+    assert abs(float(moved.double().norm()) - 1.0) < 1e-5
+    for ours, theirs in zip(cluster.weights(), plain, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_round_in_which_nothing_has_a_gradient_is_not_clipped_and_changes_nothing() -> None:
+    plain, _, cluster = make(torch.optim.AdamW, {"lr": 0.1}, {}, servers=2, clip_norm=1.0)
+    cluster.step([None] * len(MODEL))
+    assert all(same(cluster.weights(), plain))
+
+
+# ---- buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_floating_point_buffers_become_their_sample_weighted_mean(dtype: torch.dtype) -> None:
+    start = torch.zeros(5, dtype=dtype)
+    cluster = Cluster([start], [-1], Update("SGD", []), 1)
+    values = [torch.tensor([1.0, -2.0, 0.5, 8.0, 3.0], dtype=dtype) * n for n in (1, 2, 3)]
+    leaves = {k: cluster.receive([value], samples) for k, (value, samples) in enumerate(zip(values, (2, 3, 5), strict=True))}
+    add = cluster.stores[0].adder(0)
+    cluster.apply({0: fold({k: leaf[0] for k, leaf in leaves.items()}, 3, add)}, 10)
+    wide = [value.double() for value in values]
+    assert torch.equal(cluster.weights()[0], ((wide[0] * 2 + wide[1] * 3 + wide[2] * 5) / 10).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_other_buffers_become_their_maximum_whatever_the_samples(dtype: torch.dtype) -> None:
+    high = (1 << 62) + 1 if dtype == torch.int64 else 1
+    values = [torch.tensor([high, 0, 0, 1]).to(dtype), torch.tensor([0, 0, 1, 1]).to(dtype)]
+    cluster = Cluster([torch.zeros(4).to(dtype)], [-1], Update("SGD", []), 1)
+    left, right = (cluster.receive([value], samples)[0] for value, samples in zip(values, (7, 3), strict=True))
+    cluster.apply({0: cluster.stores[0].adder(0)(left, right)}, 10)
+    assert cluster.weights()[0].tolist() == torch.tensor([high, 0, 1, 1]).to(dtype).tolist()
+
+
+def test_without_an_optimizer_the_mean_replaces_the_weights() -> None:
+    cluster = Cluster([torch.zeros(3)], [0], Update(None, [{}]), 1)
+    cluster.step([torch.tensor([1.0, 2.0, 3.0])])
+    assert cluster.weights()[0].tolist() == [1.0, 2.0, 3.0]
+
+
+# ---- frames
+
+
+def test_weights_that_were_handed_out_are_not_touched_by_later_updates() -> None:
+    cluster = Cluster([torch.ones(3)], [0], Update("SGD", [{"lr": 0.5}]), 1)
+    frame = cluster.stores[0].publish(0)
+    before = bytes(frame)
+    cluster.step([torch.ones(3)])
+    assert bytes(frame) == before != bytes(cluster.stores[0].publish(0))
+
+
+@pytest.mark.parametrize("present", [-1, 4, 1 << 70])
+def test_a_contribution_that_names_pieces_the_chunk_lacks_is_refused(present: int) -> None:
+    cluster = Cluster([torch.ones(3), torch.ones(2)], [0, 0], Update("SGD", [{"lr": 0.5}]), 1)
+    with pytest.raises(WireError, match="2 pieces"):
+        cluster.stores[0].receive(0, bytes(20), present)
+
+
+@pytest.mark.parametrize("size", [0, 19, 21, CHUNK_BYTES])
+def test_frames_of_another_size_are_refused_and_change_nothing(size: int) -> None:
+    cluster = Cluster([torch.ones(3), torch.ones(2)], [0, 0], Update("SGD", [{"lr": 0.5}]), 1)
+    for call in (lambda: cluster.stores[0].receive(0, bytes(size), 1), lambda: cluster.stores[0].load(0, bytes(size))):
+        with pytest.raises(WireError, match=f"chunk 0 has {size} bytes where 20 belong"):
+            call()
+    assert torch.equal(cluster.weights()[0], torch.ones(3))
