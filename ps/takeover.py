@@ -47,9 +47,9 @@ class Takeover:
             if owner is not None and runs[owner]:
                 return self._give(round_, runs[owner][-1], waiting, owner, now)
             for name, other in members.items():
-                if name != waiting and (round_, other.beat.at) not in self.leased:
-                    if _computes(other, round_) and _is_late(other, members[waiting], now):
-                        return self._give(round_, other.beat.at, waiting, name, now)
+                late = _computes(other, round_) and _is_late(other, members[waiting], now)
+                if late and name != waiting and (round_, other.beat.at) not in self.leased:
+                    return self._give(round_, other.beat.at, waiting, name, now)
         return None
 
     def lease_missing(
