@@ -19,7 +19,7 @@ from common.settings import FIELDS, Settings, check_values, choices, make_settin
 
 _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
-_CLUSTER = ("workers", "servers", "threads", "timeout")
+_CLUSTER = ("workers", "servers", "threads", "lane", "timeout")
 _POLICIES = choices("policy")
 
 #: What a file given with --config may hold besides settings.

@@ -169,6 +169,37 @@ def _place(chunks: list[Chunk], servers: int) -> list[Chunk]:
     return [msgspec.structs.replace(chunk, server=server_of[chunk.id]) for chunk in chunks]
 
 
+#: Chunks in memory begin at multiples of this many bytes, so that each can be mapped by itself: a page everywhere.
+ALIGN_BYTES = 4096
+
+
+def gradient_offsets(layout: Layout) -> tuple[dict[int, int], int]:
+    """Byte offsets of the contributions to all chunks in one memory, by chunk, and the bytes of it all.
+
+    A tensor that is cut into several chunks lies there in one piece.
+    """
+    offsets, end = {}, 0
+    for chunk in layout.chunks:
+        if chunk.pieces[0].start == 0:
+            end = _aligned(end)
+        offsets[chunk.id] = end
+        end += chunk.sum_bytes
+    return offsets, _aligned(end)
+
+
+def weight_offsets(chunks: Iterable[Chunk]) -> tuple[dict[int, int], int]:
+    """Byte offsets of the weights of a server's chunks in one memory, by chunk, and the bytes of it all."""
+    offsets, end = {}, 0
+    for chunk in chunks:
+        offsets[chunk.id] = end
+        end = _aligned(end + chunk.weight_bytes)
+    return offsets, end
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN_BYTES) * ALIGN_BYTES
+
+
 def message_batches(ids: Iterable[int], size: Callable[[int], int]) -> list[list[int]]:
     """Cut chunk ids into lists whose bytes, as `size` gives them, fill one message: a chunk's worth, or one chunk."""
     out: list[list[int]] = []

@@ -15,6 +15,7 @@ from common.layout import TensorSpec
 from common.leases import Table
 from common.plan import Segment
 from common.settings import Settings
+from common.shared import Handle
 
 
 class Body(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -140,12 +141,27 @@ class Init(Body, frozen=True):
     chunks: list[int]
 
 
+class Share(Body, frozen=True):
+    """My gradients lie in this memory, if any: can you read it?"""
+
+    gradients: Handle | None
+
+
+class Shared(Body, frozen=True):
+    """Whether the worker's gradients can be read here, and the memory in which weights are laid out, if any."""
+
+    reads: bool
+    weights: Handle | None
+
+
 # ---- rounds (worker <-> server)
 
 
 class Push(Body, frozen=True):
     """The sum over micro-batches lo..hi-1 of `round` (gradient x samples), one frame for each of `chunks`.
 
+    Where worker and server share memory there are no frames: the values are in `slot` of the worker's region, and stay there
+    until the round is applied. They are still to be multiplied by `scale`, a power of two.
     Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
     piece p of chunks[i] had a gradient. `metrics` (only to server 0, once per span) maps names to [sum x samples, samples].
     `base` is the version of the weights it was computed from, and `hypers` the parameter groups' settings for the round.
@@ -161,6 +177,8 @@ class Push(Body, frozen=True):
     base: int = 0
     metrics: dict[str, tuple[float, float]] | None = None
     hypers: list[dict[str, Any]] = []
+    slot: int = -1
+    scale: float = 1.0
 
 
 class Ack(Body, frozen=True):
@@ -174,20 +192,29 @@ class Ack(Body, frozen=True):
 
 
 class Pull(Body, frozen=True):
-    """Send me the weights to start round `clock` from: all chunks but `have`. `settled`: only when all before is applied."""
+    """Send me the weights to start round `clock` from: all chunks but `have`. `settled`: only when all before is applied.
+
+    `shared`: tell me where they are in the server's memory instead; `plane` is the one that the model's weights are in now.
+    `number` counts a worker's pulls: it is the same when one is sent again.
+    """
 
     clock: int
+    number: int = 0
     have: list[int] = []
     settled: bool = False
+    shared: bool = False
+    plane: int = -1
 
 
 class Weights(Body, frozen=True):
-    """Weights to start round `clock` from, one frame for each of `chunks`. `metrics` are the means of the round before."""
+    """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
+    that they lie in. `metrics` are the means of the round before."""
 
     clock: int
     version: int
     chunks: list[int]
     metrics: dict[str, float] | None = None
+    plane: int = -1
 
 
 class Gone(Body, frozen=True):
@@ -335,7 +362,7 @@ class KvReply(Body, frozen=True):
 
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
-    | Setup | Plan | Ready | Init | Push | Ack | Pull | Weights | Gone
+    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Gone
     | Report | ReportAck | Arrived | Close | Norms | AllNorms
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip

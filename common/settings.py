@@ -38,6 +38,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: Annotated[NonNegative, _help("Seed of weights, data order, augmentation and dropout.")] = 0
     threads: Annotated[Positive, _help("Torch threads per worker; the bits of the result depend on it.")] = 1
 
+    lane: Annotated[
+        Literal["auto", "socket"],
+        _help("How tensors travel: through shared memory where a worker and a server can both reach it (auto), or never."),
+    ] = "auto"
+
     staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8

@@ -75,12 +75,14 @@ class TreeSum(Generic[T]):
     """Adds up nodes of one tree as they come, in any order, each micro-batch once.
 
     Invariants: the spans held are disjoint nodes of the tree; no two of them are halves of one node (they would have
-    been added); each leaf has been counted at most once.
+    been added); each leaf has been counted at most once. Without `joins_root` the two halves of the whole tree are kept
+    apart, for who takes the sum to add up on the way.
     """
 
-    def __init__(self, count: int, add: Callable[[T, T], T]) -> None:
+    def __init__(self, count: int, add: Callable[[T, T], T], joins_root: bool = True) -> None:
         """`add(left, right)` returns the sum and may reuse either operand's memory."""
         self.count = count
+        self._joins_root = joins_root
         #: Nodes held now, and their sums.
         self.held: dict[Span, T] = {}
         self._add = add
@@ -101,23 +103,32 @@ class TreeSum(Generic[T]):
         while span != (0, self.count):
             span = parent(span, self.count)
             left, right = halves(span)
-            if left not in self.held or right not in self.held:
+            if left not in self.held or right not in self.held or (span == (0, self.count) and not self._joins_root):
                 break
             self.held[span] = self._add(self.held.pop(left), self.held.pop(right))
         return True
 
     def covers(self, span: Span) -> bool:
         """Whether every micro-batch of the node `span` has been counted."""
-        return any(s[0] <= span[0] and span[1] <= s[1] for s in self.held)
+        if any(s[0] <= span[0] and span[1] <= s[1] for s in self.held):
+            return True
+        return span == (0, self.count) and self.complete
 
     @property
     def complete(self) -> bool:
-        return (0, self.count) in self.held
+        whole = (0, self.count)
+        return whole in self.held or (self.count > 1 and all(half in self.held for half in halves(whole)))
 
     @property
     def total(self) -> T:
         """The sum over all leaves; KeyError before it is complete."""
-        return self.held[0, self.count]
+        return self._add(*self.parts) if len(self.parts) == 2 else self.parts[0]
+
+    @property
+    def parts(self) -> list[T]:
+        """The sum over all leaves, alone or as the two halves to be added; KeyError before it is complete."""
+        whole = (0, self.count)
+        return [self.held[whole]] if whole in self.held else [self.held[half] for half in halves(whole)]
 
     def missing(self) -> list[int]:
         """The micro-batches not counted yet, in order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import torch
 
 from common.errors import WireError
 from common.messages import Ack, Committed, Push
@@ -11,6 +11,9 @@ from common.settings import Settings
 from common.tree import fold
 from common.wire import Frames
 from ps.shard import METRICS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
+
+#: Workers that can have planes to read their weights from; the others are sent them.
+_PAIRS = 64
 
 
 class PushShard(Shard):
@@ -24,9 +27,11 @@ class PushShard(Shard):
         self._metrics: dict[int, dict[int, Metrics]] = {}
         #: Distinct micro-batches seen, which is what staleness is counted in.
         self._seen = 0
-        #: Weights as bytes, by chunk, until the next update; and those each worker was last sent, for delay compensation.
-        self._published: dict[int, Any] = {}
-        self._sent: dict[str, dict[int, Any]] = {}
+        #: Copies of weights, by chunk, until the next update; and those each worker was last sent, for delay compensation.
+        self._published: dict[int, torch.Tensor] = {}
+        self._sent: dict[str, dict[int, torch.Tensor]] = {}
+        #: The two planes of each worker, by turns: it may read one while the other is written.
+        self._pairs: dict[str, int] = {}
 
     @property
     def version(self) -> int:
@@ -41,6 +46,10 @@ class PushShard(Shard):
 
     def _opened(self) -> None:
         pass
+
+    @property
+    def _plane_count(self) -> int:
+        return 2 * _PAIRS
 
     def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
         if push.hi != push.lo + 1:
@@ -66,10 +75,11 @@ class PushShard(Shard):
             applied.add((chunk, push.lo))
             self.store.apply(
                 chunk,
-                self.store.mean(chunk, value, push.samples),
+                [value],
+                push.samples,
                 hypers[self.chunks[chunk].group] if 0 <= self.chunks[chunk].group < len(hypers) else {},
                 lr_scale=lr_scale,
-                base=self._sent.get(sender, {}).get(chunk),
+                then=self._sent.get(sender, {}).get(chunk),
             )
             self._published.pop(chunk, None)
         if accounts and push.metrics is not None:
@@ -102,11 +112,18 @@ class PushShard(Shard):
         if not self._open or not may:
             return []
         del self.waiters[worker]
-        assert self.store is not None
-        for chunk in unsent:
-            if chunk not in self._published:
+        assert self.store is not None and self.planes is not None
+        pair = self._pairs.setdefault(worker, len(self._pairs)) if pull.shared else _PAIRS
+        plane = 2 * pair + (pull.plane + 1) % 2 if pair < _PAIRS else -1
+        if plane >= 0:
+            held = {chunk: self.planes[plane][chunk] for chunk in unsent}
+            for chunk, into in held.items():
+                self.store.publish(chunk, into)
+        else:
+            for chunk in unsent - self._published.keys():
                 self._published[chunk] = self.store.publish(chunk)
-        frames = {chunk: self._published[chunk] for chunk in unsent}
+            held = {chunk: self._published[chunk] for chunk in unsent}
         if self.settings.delay_compensation:
-            self._sent[worker] = {**self._sent.get(worker, {}), **frames}
-        return self._weights(worker, pull, self._seen, frames, {} if self.index == 0 else None)
+            then = held if plane < 0 else {chunk: values.clone() for chunk, values in held.items()}
+            self._sent[worker] = {**self._sent.get(worker, {}), **then}
+        return self._weights(worker, pull, self._seen, plane, held, {} if self.index == 0 else None)

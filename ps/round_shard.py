@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from common.errors import WireError
 from common.layout import Chunk
 from common.messages import (
@@ -26,17 +28,20 @@ from common.wire import ASK_AGAIN_S, Frames
 from ps.shard import COORDINATOR, METRICS, Send, Shard, add_metrics, contribution, mean_metrics
 from ps.store import Norm
 
+#: Planes for weights: the current version's, the next one's, and two for those who lag behind.
+_PLANES = 4
+
 
 class RoundShard(Shard):
-    """Round t is open while the version is t. Each chunk is applied as soon as its sum is final, and handed out at once to
-    who waits for W(t+1); the round closes when all are. W(t) stays whole for those who still need it, and so does W(t-1)."""
+    """Round t is open while the version is t. Each chunk is applied as soon as its sum is final, into another plane, and
+    handed out at once to who waits for W(t+1); the round closes when all are. W(t) stays whole for those who still need it,
+    and as long as somebody reads it and there is room, so do earlier ones."""
 
     def __init__(self, index: int, settings: Settings, policy: Policy) -> None:
         super().__init__(index, settings, policy)
         self._version = 0
-        #: Weights of this version and of the one before, by chunk.
-        self._current: dict[int, Any] = {}
-        self._previous: dict[int, Any] = {}
+        #: The version in each plane; that of this version is always among them.
+        self._contents: dict[int, int] = {0: 0}
         #: Mean metrics of the round before this version.
         self._metrics: dict[str, float] = {}
         #: `backup`: (round, micro-batch) left out of closed rounds, of which the ledger has had no row yet.
@@ -51,9 +56,11 @@ class RoundShard(Shard):
         self._filed: dict[Span, Contribution] = {}
         #: Samples behind each leaf, where workers step locally and the plan cannot tell.
         self._leaf_samples: dict[int, int] = {}
-        #: Chunks whose mean contribution is final but not applied, and the next weights of those that are.
+        #: Where clipping waits for all norms: mean contributions that are final. Chunks that are applied, and the plane that
+        #: their next weights are in.
         self._means: dict[int, Sum] = {}
-        self._next: dict[int, Any] = {}
+        self._next: set[int] = set()
+        self._target: int | None = None
         self._hypers: list[dict[str, Any]] = []
         #: `backup`: the micro-batches to apply, once decided. Clipping: own norms, and everybody's, once known.
         self._closed: list[int] | None = None
@@ -79,8 +86,26 @@ class RoundShard(Shard):
         return sorted(absent)
 
     def _opened(self) -> None:
-        assert self.store is not None
-        self._current = {chunk: self.store.publish(chunk) for chunk in self.chunks}
+        assert self.store is not None and self.planes is not None
+        for chunk, into in self.planes[self._plane_of(self._version)].items():
+            self.store.settle(chunk, into)
+
+    @property
+    def _plane_count(self) -> int:
+        return _PLANES
+
+    def _plane_of(self, version: int) -> int:
+        """The plane with the weights of `version`; -1 where there is none any more."""
+        return next((plane for plane, found in self._contents.items() if found == version), -1)
+
+    def _take_plane(self) -> int:
+        """The plane for the next version: one that nobody reads, else that of who lags most."""
+        current, read = self._plane_of(self._version), self.readers.planes
+        free = [plane for plane in range(_PLANES) if plane != current and plane not in read]
+        others = [plane for plane in range(_PLANES) if plane != current]
+        plane = free[0] if free else min(others, key=lambda other: self._contents.get(other, -1))
+        self._contents.pop(plane, None)
+        return plane
 
     @property
     def _count(self) -> int:
@@ -114,6 +139,8 @@ class RoundShard(Shard):
         if accounts:
             self._account(sender, push, self._file(METRICS, (push.lo, push.hi), push.metrics))
         self._leaf_samples.setdefault(push.lo, push.samples)
+        if not self.policy.is_local and push.slot >= 0:
+            self.readers.uses(sender, self._plane_of(self._version))
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
@@ -121,7 +148,7 @@ class RoundShard(Shard):
         if not self.policy.combines:
             return self._leaves.setdefault(chunk, {}).setdefault(span[0], value) is value
         if chunk not in self._sums:
-            self._sums[chunk] = TreeSum(self._count, self._adder(chunk))
+            self._sums[chunk] = TreeSum(self._count, self._adder(chunk), joins_root=chunk == METRICS)
         return self._sums[chunk].file(span, value)
 
     def _adder(self, chunk: int) -> Any:
@@ -181,31 +208,43 @@ class RoundShard(Shard):
     def _advance(self, now: float) -> list[Send]:
         """Apply what can be applied, close the round if all is, and serve who waits."""
         assert self.store is not None and self._setup is not None
-        for chunk in self.chunks:
-            if chunk not in self._means and chunk not in self._next and (total := self._total(chunk)) is not None:
-                self._means[chunk] = self.store.mean(chunk, total, self._samples())
         clips = self._setup[0].update.clip_norm is not None
+        for chunk in self.chunks:
+            if chunk in self._next or chunk in self._means or (total := self._total(chunk)) is None:
+                continue
+            if clips:
+                self._means[chunk] = self.store.mean(chunk, total, self._samples())
+            else:
+                self._apply(chunk, total, self._samples())
         if clips and self._own_norms is None and len(self._means) == len(self.chunks) > 0:
             self._own_norms = [norm for chunk in self.chunks for norm in self.store.norms(chunk, self._means[chunk])]
-        if not clips or self._norms is not None:
-            factor = self.store.clip_factor(self._norms) if self._norms is not None else None
+        if clips and self._norms is not None:
+            factor = self.store.clip_factor(self._norms)
             for chunk in list(self._means):
-                self.store.apply(chunk, self._means.pop(chunk), self._group_hypers(self.chunks[chunk]), factor)
-                self._next[chunk] = self.store.publish(chunk)
-        metrics = self._total(METRICS) if self.index == 0 else {}
+                self._apply(chunk, [self._means.pop(chunk)], 1, factor)
+        metrics = self._total(METRICS) if self.index == 0 else [{}]
         if len(self._next) == len(self.chunks) and metrics is not None:
-            self._commit(mean_metrics(metrics))
+            self._commit(mean_metrics(metrics[0]))
         return self._ask(now) + self._serve_all()
 
-    def _total(self, chunk: int) -> Any | None:
-        """The round's sum in `chunk` once it is final, else None."""
+    def _apply(self, chunk: int, total: list[Sum], samples: int, factor: torch.Tensor | None = None) -> None:
+        """Write the weights after this round to the next version's plane."""
+        assert self.store is not None and self.planes is not None
+        if self._target is None:
+            self._target = self._take_plane()
+        into = self.planes[self._target][chunk]
+        self.store.apply(chunk, total, samples, self._group_hypers(self.chunks[chunk]), factor, into=into)
+        self._next.add(chunk)
+
+    def _total(self, chunk: int) -> list[Any] | None:
+        """The round's sum in `chunk`, or the two halves of it, once that is final, else None."""
         if self.policy.combines:
             sums = self._sums.get(chunk)
-            return sums.total if sums is not None and sums.complete else None
+            return sums.parts if sums is not None and sums.complete else None
         if self._closed is None:
             return None
         leaves = self._leaves.get(chunk, {})
-        return fold({k: leaves[k] for k in self._closed}, self._count, self._adder(chunk))
+        return [fold({k: leaves[k] for k in self._closed}, self._count, self._adder(chunk))]
 
     def _samples(self) -> int:
         """Samples that this round's update is the mean over, once that is final."""
@@ -230,8 +269,11 @@ class RoundShard(Shard):
             committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
             dropped = 0 if self._closed is None else self._count - len(self._closed)
             self._rounds.append(Committed(self._version, self._samples(), committed, dropped, metrics))
-        self._previous, self._current = self._current, self._next
         self._version += 1
+        if self._target is not None:
+            self._contents[self._target] = self._version
+        else:  # a server without chunks
+            self._contents = {0: self._version}
         self._open_round()
 
     # ---- weights
@@ -240,16 +282,26 @@ class RoundShard(Shard):
         pull, unsent = self.waiters[worker]
         if not self._open:
             return []
-        if pull.clock < self._version - 1 or (pull.clock == self._version - 1 and not self._previous):
-            del self.waiters[worker]
-            return [Send(worker, Gone(pull.clock, self._version))]
         if pull.clock > self._version:
-            ready = {i: self._next[i] for i in unsent if i in self._next} if pull.clock == self._version + 1 else {}
-            unsent -= set(ready)
-            return self._weights(worker, pull, pull.clock, ready, None)
+            if pull.clock > self._version + 1 or pull.shared or self._target is None:
+                return []
+            ready = unsent & self._next
+            unsent -= ready
+            if not ready:
+                return []
+            return self._weights(worker, pull, pull.clock, self._target, self._in_plane(self._target, ready), None)
         del self.waiters[worker]
-        source, metrics = (self._current, self._metrics) if pull.clock == self._version else (self._previous, {})
-        return self._weights(worker, pull, pull.clock, {i: source[i] for i in unsent}, metrics if self.index == 0 else None)
+        plane = self._plane_of(pull.clock)
+        if plane < 0:
+            return [Send(worker, Gone(pull.clock, self._version))]
+        metrics = self._metrics if pull.clock == self._version else {}
+        weights = self._in_plane(plane, unsent)
+        return self._weights(worker, pull, pull.clock, plane, weights, metrics if self.index == 0 else None)
+
+    def _in_plane(self, plane: int, chunks: set[int]) -> dict[int, torch.Tensor]:
+        assert self.planes is not None
+        held = self.planes[plane]
+        return {chunk: held[chunk] for chunk in chunks}
 
 
 def _with_outcome(row: Contribution, outcome: Any) -> Contribution:

@@ -11,9 +11,14 @@ store's. Invariants, which the tests check over random schedules:
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+import torch
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, make_layout, message_batches
@@ -30,15 +35,23 @@ from common.messages import (
     Report,
     ReportAck,
     Setup,
+    Share,
+    Shared,
     Weights,
 )  # fmt: skip
 from common.plan import Round, Segment
 from common.policies import Policy
 from common.settings import Settings
+from common.shared import NotShared, Region, attach
+from common.slots import memory_of, views
 from common.sums import Sum
+from common.tensors import to_frame
 from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames
+from ps.planes import Planes, Readers
 from ps.store import Store
+
+log = logging.getLogger("ps.shard")
 
 COORDINATOR = "coordinator"
 #: Seconds between two reports to the coordinator while there is news.
@@ -81,6 +94,12 @@ class Shard(ABC):
         self.layout: Layout | None = None
         self.chunks: dict[int, Chunk] = {}
         self.store: Store | None = None
+        #: Memory that weights are laid out in, and who may be reading which plane of it.
+        self.planes: Planes | None = None
+        self.readers = Readers()
+        #: Workers' regions that can be read here, and the chunks in each of their slots.
+        self._regions: dict[str, Region] = {}
+        self._slots: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
         self.segments: list[Segment] = []
         #: The Setup that defined the model, and who sent it.
         self._setup: tuple[Setup, str] | None = None
@@ -88,6 +107,8 @@ class Shard(ABC):
         self._uninitialised: set[int] = set()
         #: Who waits for which round's weights, and which chunks of them were not sent yet.
         self.waiters: dict[str, tuple[Pull, set[int]]] = {}
+        #: The number of each worker's newest pull.
+        self._asked_for: dict[str, int] = {}
         self._news: list[Contribution] = []
         self._rounds: list[Committed] = []
         self._report: Report | None = None
@@ -95,6 +116,11 @@ class Shard(ABC):
         self._reported_version = -1
 
     # ---- what differs
+
+    @property
+    @abstractmethod
+    def _plane_count(self) -> int:
+        """How many planes there are to be."""
 
     @property
     @abstractmethod
@@ -134,6 +160,8 @@ class Shard(ABC):
                 return self._plan(sender, body.segment)
             case Init():
                 return self._init(sender, body, frames)
+            case Share():
+                return self._share(sender, body)
             case ReportAck():
                 self._acknowledged(body.seq)
                 return []
@@ -172,6 +200,9 @@ class Shard(ABC):
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._uninitialised = set(self.chunks)
+            self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
+            if self.planes.refused:
+                log.warning("%s Workers get their weights through sockets.", self.planes.refused)
             self._setup = setup, sender
             if not self._uninitialised:
                 self._opened()
@@ -204,6 +235,20 @@ class Shard(ABC):
                     effects += self._serve_all()
         return effects
 
+    def _share(self, sender: str, share: Share) -> list[Send]:
+        """See whether there is memory that this worker and this server both reach."""
+        if self.planes is None:
+            raise WireError(f"{sender} offers memory before the model is agreed on")
+        self._slots = {key: views for key, views in self._slots.items() if key[0] != sender}
+        if sender in self._regions:
+            self._regions.pop(sender).close()
+        if share.gradients is not None and self.settings.lane == "auto":
+            try:
+                self._regions[sender] = attach(share.gradients)
+            except NotShared as error:
+                log.info("%s sends its gradients: %s", sender, error)
+        return [Send(sender, Shared(sender in self._regions, self.planes.handle))]
+
     @property
     def _open(self) -> bool:
         return self._setup is not None and not self._uninitialised
@@ -219,33 +264,72 @@ class Shard(ABC):
         """The push's tensors. Raises WireError unless all of it fits the layout and the plan."""
         if self.store is None or not self._open:
             raise WireError(f"{sender} pushed before the first weights were set")
-        if not len(push.chunks) == len(push.present) == len(frames) or not set(push.chunks) <= set(self.chunks):
+        count_of_frames = len(push.chunks) if push.slot < 0 else 0
+        if len(push.chunks) != len(push.present) or len(frames) != count_of_frames or not set(push.chunks) <= set(self.chunks):
             raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
+        if not push.scale > 0 or math.frexp(push.scale)[0] != 0.5:
+            raise WireError(f"a push of {sender} is to be multiplied by {push.scale}, which is no power of two")
         if not is_node((push.lo, push.hi), count):
             raise WireError(f"a push of {sender} is for micro-batches {push.lo}..{push.hi - 1} of {count}")
         if push.samples < 0 or (samples is not None and push.samples != samples):
             raise WireError(f"a push of {sender} counts {push.samples} samples where the plan has {samples}")
-        return [self.store.receive(*item) for item in zip(push.chunks, frames, push.present, strict=True)]
+        if push.slot >= 0:
+            slot = self._slot(sender, push.slot)
+            return [self.store.view(i, slot[i], bits, push.scale) for i, bits in zip(push.chunks, push.present, strict=True)]
+        parts = zip(push.chunks, frames, push.present, strict=True)
+        return [self.store.receive(chunk, frame, present, push.scale) for chunk, frame, present in parts]
+
+    def _slot(self, sender: str, slot: int) -> dict[int, torch.Tensor]:
+        if (sender, slot) not in self._slots:
+            region = self._regions.get(sender)
+            if region is None or self.layout is None:
+                raise WireError(f"{sender} has shared no memory with this server")
+            try:
+                self._slots[sender, slot] = views(self.layout, memory_of(self.layout, region, slot))
+            except IndexError as error:
+                raise WireError(f"a push of {sender}: {error}") from None
+        return self._slots[sender, slot]
 
     # ---- weights
 
     def _pull(self, sender: str, pull: Pull) -> list[Send]:
+        if pull.number < self._asked_for.get(sender, 0):
+            return []  # it was under way for long, and its sender has gone on since
+        self._asked_for[sender] = pull.number
         self.waiters[sender] = pull, set(self.chunks) - set(pull.have)
+        self.readers.asks(sender, pull.plane)
         return self._serve(sender)
 
     def _serve_all(self) -> list[Send]:
         return [effect for worker in list(self.waiters) for effect in self._serve(worker)]
 
-    def _weights(self, to: str, pull: Pull, version: int, frames: dict[int, Any], metrics: dict[str, float] | None) -> list[Send]:
-        """Messages of up to a chunk's size each; the metrics go with the last."""
-        effects: list[Send] = []
-        for ids in message_batches(sorted(frames), lambda i: self.chunks[i].weight_bytes):
-            effects.append(Send(to, Weights(pull.clock, version, ids), [frames[i] for i in ids]))
-        if metrics is not None:
-            last = effects.pop() if effects else Send(to, Weights(pull.clock, version, []))
-            ids = last.body.chunks if isinstance(last.body, Weights) else []
-            effects.append(Send(to, Weights(pull.clock, version, ids, metrics), last.frames))
-        return effects
+    def _weights(
+        self,
+        to: str,
+        pull: Pull,
+        version: int,
+        plane: int,
+        weights: Mapping[int, torch.Tensor],
+        metrics: dict[str, float] | None,
+    ) -> list[Send]:
+        """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each.
+
+        The metrics go with the last."""
+        if plane >= 0:
+            self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
+        if pull.shared and plane >= 0:
+            return [Send(to, Weights(pull.clock, version, sorted(weights), metrics, plane))]
+        batches = message_batches(sorted(weights), lambda i: self.chunks[i].weight_bytes)
+        if not batches and metrics is not None:
+            batches = [[]]
+        return [
+            Send(
+                to,
+                Weights(pull.clock, version, ids, metrics if ids is batches[-1] else None),
+                [to_frame(weights[i]) for i in ids],
+            )
+            for ids in batches
+        ]
 
 
 def contribution(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +13,73 @@ from common.errors import WireError
 from common.layout import Chunk, Layout
 from common.messages import Update
 from common.policies import Policy
-from common.sums import Sum, adder
-from common.tensors import dtype_of, from_frame, to_frame
+from common.sums import Sum, add_values, adder, part
+from common.tensors import dtype_of, from_frame
 
 Norm = tuple[int, int, float]
 
+#: Elements that are summed and updated at a time: few enough to stay in a core's cache on their way through all steps.
+#: A fused kernel is one step; without one there are many, with memory of their own in between.
+_BLOCK, _FUSED_BLOCK = 64 << 10, 256 << 10
+#: A fused kernel gives the same bits where there are only whole vectors, of whatever processor.
+_WHOLE_VECTORS = 64
+
+
+@dataclass
+class _Block:
+    """Elements start .. start+length-1 of a chunk, all of piece number `bit`, as a parameter of the chunk's optimizer."""
+
+    start: int
+    length: int
+    bit: int
+    parameter: torch.Tensor
+
 
 class _Part:
-    """One chunk: master values (flat, `sum_dtype`) and the optimizer over its pieces."""
+    """One chunk: master values (flat, `sum_dtype`) and the optimizer over its blocks."""
 
     def __init__(self, chunk: Chunk, update: Update) -> None:
         self.chunk = chunk
-        self.master = torch.zeros(chunk.numel, dtype=dtype_of(chunk.sum_dtype))
-        self.pieces = [self.master[p.offset : p.offset + p.length] for p in chunk.pieces]
+        self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
+        self.master = torch.zeros(chunk.numel, dtype=self.sum_dtype)
+        settings = _tuples(update.groups[chunk.group]) if chunk.kind == "param" else {}
+        fuses = update.optimizer == "SGD" and not any(settings.get(key) is not None for key in ("fused", "foreach"))
+        size = _FUSED_BLOCK if fuses or settings.get("fused") else _BLOCK
+        self.blocks = [
+            _Block(start, (end := min(start + size, p.offset + p.length)) - start, bit, self.master[start:end])
+            for bit, p in enumerate(chunk.pieces)
+            for start in range(p.offset, p.offset + p.length, size)
+        ]
         self.optimizer: torch.optim.Optimizer | None = None
         if chunk.kind == "param" and update.optimizer is not None:
             optimizer_class = getattr(torch.optim, update.optimizer)
-            settings = _tuples(update.groups[chunk.group])
+            whole = [block.parameter for block in self.blocks if fuses and block.length % _WHOLE_VECTORS == 0]
+            rest = [block.parameter for block in self.blocks if not fuses or block.length % _WHOLE_VECTORS]
+            groups = [{"params": whole, **settings, "fused": True}, {"params": rest, **settings}]
             # what the constructor takes is given to it, for some classes (Adagrad) make their first state there
-            known = inspect.signature(optimizer_class).parameters
-            self.optimizer = optimizer_class([{"params": self.pieces, **settings}], **_only(settings, known))
+            known = _only(settings, inspect.signature(optimizer_class).parameters)
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **known)
+
+    def move(self, block: _Block, into: torch.Tensor) -> None:
+        """Have the block's master values in `into` from now on."""
+        target = into[block.start : block.start + block.length]
+        target.copy_(block.parameter)
+        block.parameter.data = target
+
+    @property
+    def moves(self) -> bool:
+        """Whether what workers get are the master values themselves, and not a copy of another dtype."""
+        return self.dtype == self.sum_dtype
+
+    def settle(self, into: torch.Tensor) -> None:
+        """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
+        if not self.moves:
+            into.copy_(self.master)
+            return
+        for block in self.blocks:
+            if block.parameter.data_ptr() != into[block.start :].data_ptr():
+                self.move(block, into)
+        self.master = into
 
 
 class Store:
@@ -43,13 +91,19 @@ class Store:
         double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
         self._norm_dtype = torch.float64 if double else torch.float32
         self._policy = policy
+        self._scratch = {dtype: torch.empty(_FUSED_BLOCK, dtype=dtype) for dtype in {p.sum_dtype for p in self._parts.values()}}
 
-    def receive(self, chunk: int, frame: Any, present: int) -> Sum:
+    def receive(self, chunk: int, frame: Any, present: int, scale: float = 1.0) -> Sum:
         """A contribution out of a frame. Raises WireError if it has not the chunk's size or names pieces it lacks."""
+        part = self._parts[chunk].chunk
+        return self.view(chunk, from_frame(frame, part.sum_dtype, part.numel, f"chunk {chunk}"), present, scale)
+
+    def view(self, chunk: int, values: torch.Tensor, present: int, scale: float) -> Sum:
+        """A contribution that lies in memory which this server can read. Raises WireError if it names pieces the chunk lacks."""
         part = self._parts[chunk].chunk
         if not 0 <= present < 1 << len(part.pieces):
             raise WireError(f"chunk {chunk} has {len(part.pieces)} pieces, not those of mask {present:#x}")
-        return Sum(from_frame(frame, part.sum_dtype, part.numel, f"chunk {chunk}"), present)
+        return Sum(values, present, scale=1.0 if part.kind == "max" else scale)
 
     def adder(self, chunk: int) -> Callable[[Sum, Sum], Sum]:
         """The function that adds two sums of `chunk`, left first."""
@@ -60,17 +114,34 @@ class Store:
         part = self._parts[chunk]
         part.master.copy_(from_frame(frame, part.chunk.dtype, part.chunk.numel, f"chunk {chunk}"))
 
-    def publish(self, chunk: int) -> memoryview:
-        """The weights now, in the chunk's own dtype, as bytes that no later update touches."""
-        part = self._parts[chunk]
-        return to_frame(part.master.to(dtype_of(part.chunk.dtype), copy=True))
+    def settle(self, chunk: int, into: torch.Tensor) -> None:
+        """Have the weights in `into`, as `apply` does."""
+        self._parts[chunk].settle(into)
 
-    def mean(self, chunk: int, total: Sum, samples: int) -> Sum:
-        """The sample-weighted mean whose sum is `total` (which is used up)."""
-        if self._parts[chunk].chunk.kind == "max":
-            return total
-        out = total.values if total.owned else torch.empty_like(total.values)
-        return Sum(torch.div(total.values, samples, out=out), total.present, owned=True)
+    def publish(self, chunk: int, into: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights now, flat and in the chunk's own dtype, in memory that no later update touches: in `into` if given."""
+        part = self._parts[chunk]
+        return part.master.to(part.dtype, copy=True) if into is None else into.copy_(part.master)
+
+    def mean(self, chunk: int, total: Sequence[Sum], samples: int) -> Sum:
+        """The sample-weighted mean whose sum `total` is, alone or in two halves, in memory of its own."""
+        part = self._parts[chunk]
+        out = torch.empty(part.chunk.numel, dtype=part.sum_dtype)
+        present = 0
+        for half in total:
+            present |= half.present
+        for block in part.blocks:
+            self._mean(part, block, total, samples, out[block.start : block.start + block.length])
+        return Sum(out, present, owned=True)
+
+    def _mean(self, of: _Part, block: _Block, total: Sequence[Sum], samples: int, out: torch.Tensor) -> torch.Tensor:
+        """Write the mean of a block to `out`; in this order, whatever the block and wherever the values lie."""
+        halves = [part(half, block.start, block.length) for half in total]
+        if of.chunk.kind == "max":
+            return out.copy_(halves[0].values) if len(halves) == 1 else torch.maximum(halves[0].values, halves[1].values, out=out)
+        if len(halves) == 1:
+            return torch.div(halves[0].values, samples / halves[0].scale, out=out)
+        return out.div_(samples / add_values(of.chunk.kind, halves[0], halves[1], out))
 
     def norms(self, chunk: int, mean: Sum) -> list[Norm]:
         """2-norm of the gradient of each piece that has one."""
@@ -96,38 +167,50 @@ class Store:
     def apply(
         self,
         chunk: int,
-        mean: Sum,
+        total: Sequence[Sum],
+        samples: int,
         hypers: Mapping[str, Any],
         factor: torch.Tensor | None = None,
         lr_scale: float = 1.0,
-        base: Any = None,
+        then: torch.Tensor | None = None,
+        into: torch.Tensor | None = None,
     ) -> None:
-        """Make new weights from the mean contribution.
+        """Make new weights from the mean contribution, whose sum `total` is, alone or in two halves.
 
         `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
-        `base` holds the weights (a frame of `publish`) that the contribution was computed from, for policies that correct for
-        what has happened since.
+        `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
+        happened since. The new weights are written to `into`, flat and of the chunk's own dtype, and the old ones
+        left alone; without it they take the old ones' place.
         """
         part = self._parts[chunk]
-        if part.optimizer is None:
-            part.master.copy_(mean.values)
-            return
-        gradient = mean.values
-        if factor is not None:
-            gradient.mul_(factor)
-        if base is not None:
-            then = from_frame(base, part.chunk.dtype, part.chunk.numel, f"chunk {chunk}").to(part.master.dtype)
-            gradient = self._policy.compensate(gradient, part.master, then)
-        for bit, (piece, view) in enumerate(zip(part.chunk.pieces, part.pieces, strict=True)):
-            view.grad = gradient[piece.offset : piece.offset + piece.length] if mean.present >> bit & 1 else None
-        group = part.optimizer.param_groups[0]
-        group.update(_tuples(hypers))
-        rate = group["lr"]
-        group["lr"] = rate * lr_scale
-        part.optimizer.step()
-        group["lr"] = rate
-        for view in part.pieces:
-            view.grad = None
+        present = 0
+        for half in total:
+            present |= half.present
+        groups = part.optimizer.param_groups if part.optimizer is not None else []
+        for group in groups:
+            group.update(_tuples(hypers))
+        rates = [group["lr"] for group in groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * lr_scale
+        for block in part.blocks:
+            if into is not None and part.moves:
+                part.move(block, into)  # just before its update, for then it is in the cache
+            if part.optimizer is None:
+                self._mean(part, block, total, samples, block.parameter)
+            elif present >> block.bit & 1:
+                gradient = self._mean(part, block, total, samples, self._scratch[part.sum_dtype][: block.length])
+                if factor is not None:
+                    gradient.mul_(factor)
+                if then is not None:
+                    old = then[block.start : block.start + block.length].to(part.sum_dtype)
+                    gradient = self._policy.compensate(gradient, block.parameter, old)
+                block.parameter.grad = gradient
+                part.optimizer.step()
+                block.parameter.grad = None
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        if into is not None:
+            part.settle(into)
 
 
 def _only(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

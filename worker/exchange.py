@@ -6,13 +6,20 @@ acknowledged; staged weights all belong to the round last pulled; nothing receiv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, message_batches
 from common.messages import Ack, Body, Gone, Pull, Push, Weights
+from common.sums import Sum
+from common.tensors import to_frame
 from common.wire import SEND_AGAIN_S, Frames
+from worker.mapped import InPlane
+from worker.slots import Slot
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class _Outstanding:
     push: Push
     frames: Frames
     sent_at: float
+    slot: Slot | None
 
 
 class Exchange:
@@ -41,7 +49,8 @@ class Exchange:
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.clock: int | None = None
         self._settled = False
-        #: Frames of weights by chunk, as they came, and the version of each server's.
+        self._pulls = 0
+        #: Weights by chunk, as frames or where they are, and the version of each server's.
         self._staged: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
         #: Mean metrics of the round before, with which server 0 ends its answer.
@@ -49,28 +58,46 @@ class Exchange:
         #: Set when a server says that the round wanted is over: the newest round it knows.
         self.gone: int | None = None
         self._pulled_at = float("-inf")
+        #: Servers that read this worker's slots, and those whose planes it reads; and the planes that the model is in.
+        self.readers: set[int] = set()
+        self.read: set[int] = set()
+        self._planes: dict[int, int] = {}
 
     # ---- pushing
 
-    def push(self, push: Push, parts: dict[int, tuple[Any, int]], bases: dict[int, int], now: float) -> list[Send]:
-        """Send a contribution: `parts` maps each chunk to its frame and the mask of pieces present.
+    def push(
+        self,
+        push: Push,
+        sums: Mapping[int, Sum],
+        now: float,
+        bases: Mapping[int, int] | None = None,
+        slot: Slot | None = None,
+    ) -> list[Send]:
+        """Send a contribution, `sums` by chunk; to servers that can read `slot`, in which they lie, only word of it.
 
         `push` holds what all messages of it share; its metrics go to server 0 alone. `bases` are the versions, by server,
         of the weights it was computed from.
         """
         effects: list[Send] = []
         for server, chunks in self._chunks.items():
+            reads = slot is not None and slot.index >= 0 and server in self.readers
+            ids = [chunk.id for chunk in chunks]
             metrics = push.metrics if server == 0 else None
-            for ids in message_batches([c.id for c in chunks], lambda i: len(parts[i][0])) or [[]]:
-                message = Push(
-                    push.round, push.lo, push.hi, push.samples, push.micro_batches, ids, [parts[i][1] for i in ids],
-                    bases.get(server, 0), metrics, push.hypers,
+            for batch in [ids] if reads else message_batches(ids, lambda i: sums[i].values.nbytes) or [[]]:
+                message = msgspec.structs.replace(
+                    push, chunks=batch, present=[sums[i].present for i in batch], base=(bases or {}).get(server, 0),
+                    metrics=metrics, slot=slot.index if reads and slot is not None else -1,
+                    scale=max((sums[i].scale for i in batch), default=1.0),
                 )  # fmt: skip
                 metrics = None
-                frames = [parts[i][0] for i in ids]
-                self._outstanding.append(_Outstanding(f"server-{server}", message, frames, now))
+                frames = [] if reads else [to_frame(sums[i].values) for i in batch]
+                self._outstanding.append(_Outstanding(f"server-{server}", message, frames, now, slot))
                 effects.append(Send(f"server-{server}", message, frames))
         return effects
+
+    def needs(self, slot: Slot) -> bool:
+        """Whether a push of what is in `slot` is not acknowledged yet."""
+        return any(outstanding.slot is slot for outstanding in self._outstanding)
 
     @property
     def unacknowledged(self) -> int:
@@ -81,6 +108,7 @@ class Exchange:
     def pull(self, clock: int, settled: bool, now: float) -> list[Send]:
         """Ask for the weights to start round `clock` from; what was staged for another round is let go."""
         self.clock, self._settled, self.gone = clock, settled, None
+        self._pulls += 1
         self._staged, self._versions, self._metrics = {}, {}, None
         return self._ask(now)
 
@@ -88,10 +116,14 @@ class Exchange:
         assert self.clock is not None
         self._pulled_at = now
         return [
-            Send(f"server-{server}", Pull(self.clock, [c.id for c in chunks if c.id in self._staged], self._settled))
+            Send(f"server-{server}", self._pull(server, [c.id for c in chunks if c.id in self._staged]))
             for server, chunks in self._chunks.items()
             if not self._done(server)
         ]
+
+    def _pull(self, server: int, have: list[int]) -> Pull:
+        assert self.clock is not None
+        return Pull(self.clock, self._pulls, have, self._settled, server in self.read, self._planes.get(server, -1))
 
     def _done(self, server: int) -> bool:
         return all(c.id in self._staged for c in self._chunks[server]) and (server != 0 or self._metrics is not None)
@@ -114,6 +146,9 @@ class Exchange:
         assert self.complete and self._metrics is not None
         staged, versions, metrics = self._staged, self._versions, self._metrics
         self.clock, self._staged = None, {}
+        for found in staged.values():
+            if isinstance(found, InPlane):
+                self._planes[found.server] = found.plane
         return staged, versions, metrics
 
     # ---- events
@@ -124,11 +159,13 @@ class Exchange:
             case Ack():
                 self._outstanding = [o for o in self._outstanding if not _acknowledges(server, body, o)]
             case Weights() if body.clock == self.clock:
-                if len(frames) != len(body.chunks):
+                number = int(server.rpartition("-")[2])
+                found = frames if body.plane < 0 else [InPlane(number, body.plane)] * len(body.chunks)
+                if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
-                for chunk, frame in zip(body.chunks, frames, strict=True):
-                    self._staged.setdefault(chunk, frame)
-                self._versions.setdefault(int(server.rpartition("-")[2]), body.version)
+                for chunk, place in zip(body.chunks, found, strict=True):
+                    self._staged.setdefault(chunk, place)
+                self._versions.setdefault(number, body.version)
                 if body.metrics is not None:
                     self._metrics = body.metrics
             case Gone() if body.clock == self.clock:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from common.errors import UsageError
 from common.messages import Beat, Push
 from common.plan import Segment, derive_seed
-from common.tensors import to_frame
+from common.sums import Sum
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from worker.replica import Replica
@@ -163,9 +163,9 @@ class LocalWork:
                 values[chunk.id].mul_(self._samples)
         me = self._run.index
         push = Push(self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._means)
-        parts = {chunk.id: (to_frame(values[chunk.id]), (1 << len(chunk.pieces)) - 1) for chunk in self.replica.layout.chunks}
+        sums = {chunk.id: Sum(values[chunk.id], (1 << len(chunk.pieces)) - 1) for chunk in self.replica.layout.chunks}
         with self._link.lock:
-            messages = self._exchange.push(push, parts, {}, time.monotonic())
+            messages = self._exchange.push(push, sums, time.monotonic())
         self._link.send(*messages)
         self._samples, self._micro_batches, self._means = 0, 0, {}
         self._merges += 1

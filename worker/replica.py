@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from common.errors import UsageError
-from common.layout import Chunk, Layout, Piece, TensorSpec, make_layout
-from common.sums import Sum
+from common.layout import Chunk, Layout, Piece, TensorSpec, gradient_offsets, make_layout
+from common.sums import Sum, weighted
 from common.tensors import dtype_name, dtype_of, from_frame, to_frame
+from worker import direct
+from worker.mapped import InPlane, MappedWeights
+from worker.slots import Slot
 
 
 class Replica:
@@ -31,34 +34,97 @@ class Replica:
         self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *buffers]]
         self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in [*named, *buffers]]
         self.layout: Layout = make_layout(self.specs, servers)
+        #: The memory of servers on this host, which parameters then lie in.
+        self.mapped = MappedWeights(self.layout)
+        self._chunks_of: dict[int, list[Chunk]] = {}
+        for chunk in self.layout.chunks:
+            for piece in chunk.pieces:
+                self._chunks_of.setdefault(piece.tensor, []).append(chunk)
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
+        #: Parameters that lie in servers' memory, and the count of writes to each when it was put there.
+        self._in_memory: dict[int, int] = {}
+        #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and those whose
+        #: place has been given away already.
+        self._slot: Slot | None = None
+        self._places: dict[Slot, dict[int, torch.Tensor]] = {}
+        self._given: set[int] = set()
 
     # ---- out of the model
 
+    def catch_gradients(self) -> None:
+        """From now on have backward leave each gradient in the slot given to `contribute_to`."""
+        for tensor in self.tensors:
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(self._catch)
+        direct.install(self.model, self._give_place)
+
+    def contribute_to(self, slot: Slot) -> None:
+        """The next gradients go to `slot`."""
+        self._slot, self._given = slot, set()
+        if slot not in self._places:
+            offsets, _ = gradient_offsets(self.layout)
+            self._places[slot] = {
+                id(tensor): self._place(slot, offsets, tensor, self._chunks_of[index])
+                for index, tensor in enumerate(self.tensors)
+                if tensor.requires_grad and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
+            }
+
+    def _is_plain(self, tensor: torch.Tensor, chunk: Chunk) -> bool:
+        """Whether its gradient and its elements in chunks are one and the same memory, on the CPU."""
+        return tensor.device.type == "cpu" and tensor.is_contiguous() and chunk.dtype == chunk.sum_dtype
+
+    def _place(self, slot: Slot, offsets: Mapping[int, int], tensor: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+        first = next(piece for piece in chunks[0].pieces if self.tensors[piece.tensor] is tensor)
+        start = offsets[chunks[0].id] + first.offset * tensor.element_size()
+        return slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+
+    def _give_place(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Where the gradient of `weight` is to be computed; None where that is not for this backward to decide."""
+        if self._slot is None or weight.grad is not None or id(weight) in self._given:
+            return None
+        place = self._places[self._slot].get(id(weight))
+        if place is None:
+            return None
+        self._given.add(id(weight))
+        return place.view(place.shape)  # a new tensor, for autograd keeps it only if nobody else does
+
+    @torch.no_grad()
+    def _catch(self, parameter: torch.Tensor) -> None:
+        """Called by autograd when the gradient of a parameter has been accumulated."""
+        gradient = parameter.grad
+        if self._slot is None or gradient is None or gradient.requires_grad:
+            return
+        place = self._places[self._slot].get(id(parameter))
+        if place is not None and gradient.data_ptr() != place.data_ptr() and gradient.layout == torch.strided:
+            parameter.grad = place.copy_(gradient)
+
+    @torch.no_grad()
     def gradient(self, samples: int) -> dict[int, Sum]:
-        """The contribution of one micro-batch by chunk: gradient x samples, buffers x samples. Takes the gradients away."""
-        out = {chunk.id: self._gather(chunk, samples) for chunk in self.layout.chunks}
+        """The contribution of one micro-batch by chunk: gradient x samples, buffers x samples. It is in the slot; the
+        model's gradients are taken away."""
+        assert self._slot is not None
+        slot, self._slot = self._slot, None
+        places = self._places[slot]
+        out = {}
+        for chunk in self.layout.chunks:
+            values, present = slot.chunks[chunk.id], 0
+            for bit, piece in enumerate(chunk.pieces):
+                tensor = self.tensors[piece.tensor]
+                source = tensor.grad if chunk.kind == "param" else tensor
+                part = values[piece.offset : piece.offset + piece.length]
+                if source is None:
+                    part.zero_()
+                    continue
+                present |= 1 << bit
+                place = places.get(id(tensor)) if chunk.kind == "param" else None
+                if place is None or source.data_ptr() != place.data_ptr():
+                    part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
+            out[chunk.id] = weighted(values, present, samples, chunk.kind)
         for tensor in self.tensors:
             tensor.grad = None
         return out
-
-    def _gather(self, chunk: Chunk, samples: int) -> Sum:
-        values = torch.empty(chunk.numel, dtype=dtype_of(chunk.sum_dtype))
-        present = 0
-        for bit, piece in enumerate(chunk.pieces):
-            tensor = self.tensors[piece.tensor]
-            source = tensor.grad if chunk.kind == "param" else tensor
-            out = values[piece.offset : piece.offset + piece.length]
-            if source is None:
-                out.zero_()
-                continue
-            present |= 1 << bit
-            out.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
-            if chunk.kind != "max":
-                out.mul_(samples)
-        return Sum(values, present, owned=True)
 
     def weights(self) -> dict[int, torch.Tensor]:
         """A copy of all tensors by chunk, flat, in the dtype that servers keep."""
@@ -78,13 +144,43 @@ class Replica:
     # ---- into the model
 
     @torch.no_grad()
-    def load(self, frames: Mapping[int, Any]) -> None:
-        """Take over new weights and buffers, a frame for each chunk. Raises WireError for a frame of the wrong size."""
-        values = {c.id: from_frame(frames[c.id], c.dtype, c.numel, f"chunk {c.id}") for c in self.layout.chunks}
-        for chunk in self.layout.chunks:
-            for piece in chunk.pieces:
-                self._write(piece, values[chunk.id])
+    def load(self, weights: Mapping[int, Any], copy: bool = True) -> None:
+        """Take over new weights and buffers: for each chunk a frame, or where it is in a server's memory.
+
+        Without `copy` parameters that are in servers' memory lie there from then on. Raises WireError for a frame of the
+        wrong size.
+        """
+        values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in self.layout.chunks}
+        for index, chunks in self._chunks_of.items():
+            if copy or not self._adopt(index, chunks, [weights[chunk.id] for chunk in chunks]):
+                for chunk in chunks:
+                    for piece in chunk.pieces:
+                        if piece.tensor == index:
+                            self._write(piece, values[chunk.id])
         self._buffers = {chunk.id: values[chunk.id].clone() for chunk in self._buffer_chunks}
+
+    def _values(self, chunk: Chunk, found: Any) -> torch.Tensor:
+        if isinstance(found, InPlane):
+            return self.mapped.chunk(chunk, found)
+        return from_frame(found, chunk.dtype, chunk.numel, f"chunk {chunk.id}")
+
+    def _adopt(self, index: int, chunks: list[Chunk], found: list[Any]) -> bool:
+        """Have a parameter lie where its weights are. False if they must be copied."""
+        tensor = self.tensors[index]
+        if chunks[0].kind != "param" or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return False
+        if self._in_memory.get(index, tensor._version) != tensor._version:
+            self.mapped.forget_writes(index, chunks)  # else the script's own writes would hide the new weights
+        places = [place for place in found if isinstance(place, InPlane)]
+        flat = self.mapped.tensor(index, chunks, places) if len(places) == len(found) else None
+        if flat is None:
+            if index in self._in_memory:  # a place of its own again
+                tensor.data = torch.empty_like(tensor)
+                del self._in_memory[index]
+            return False
+        tensor.data = flat.view(tensor.shape)
+        self._in_memory[index] = tensor._version
+        return True
 
     @torch.no_grad()
     def reset_buffers(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,13 @@ from common.errors import ClusterError, UsageError
 from common.messages import Beat, Push, Waiting
 from common.plan import Segment, derive_seed
 from common.sums import Sum, adder
-from common.tensors import to_frame
 from common.tree import TreeSum
 from worker.exchange import Send
 from worker.link import COORDINATOR
 from worker.loader import Loader, seed_everything
 from worker.optimizer import Hypers
 from worker.replica import Replica
+from worker.slots import Slot, Slots
 from worker.tasks import Task
 
 if TYPE_CHECKING:
@@ -32,7 +33,14 @@ _NEWEST = 0.2
 STEP_MISSING = "opt.step() was not called for a batch: every batch of run.batches() needs backward() and step()."
 STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each batch of run.batches()."
 
-Contribution = dict[int, Sum]
+
+@dataclass
+class Contribution:
+    """The sum over some micro-batches by chunk, in a slot; and of the metrics, sums x samples, and the samples."""
+
+    slot: Slot
+    sums: dict[int, Sum]
+    metrics: dict[str, tuple[float, float]]
 
 
 class Meter:
@@ -51,7 +59,7 @@ class Meter:
 class GradientWork:
     """One worker's loop: take a micro-batch, contribute its gradient, go on when the policy lets it."""
 
-    def __init__(self, run: Run, replica: Replica, hypers: Hypers, clip_norm: float | None) -> None:
+    def __init__(self, run: Run, replica: Replica, slots: Slots, hypers: Hypers, clip_norm: float | None) -> None:
         self.replica = replica
         self.round = 0
         self._run = run
@@ -65,8 +73,10 @@ class GradientWork:
         self._segment: Segment | None = None
         self._current: Task | None = None
         self._metrics: dict[str, float] = {}
+        #: Where the gradients of the current micro-batch are made.
+        self._slot: Slot | None = None
         #: What was computed of the own run and is not pushed yet, and the round it belongs to.
-        self._sums: TreeSum[tuple[Contribution, dict[str, tuple[float, float]]]] | None = None
+        self._sums: TreeSum[Contribution] | None = None
         self._sums_round = -1
         #: Versions, by server, of the weights in the model, and whether something was contributed since they came.
         self._versions: dict[int, int] = {}
@@ -74,6 +84,8 @@ class GradientWork:
         self._begun_at = 0.0
         self._meter = Meter()
         self._add = {chunk.id: adder(chunk.kind) for chunk in replica.layout.chunks}
+        self._slots = slots
+        replica.catch_gradients()
         self._go_to(0, fresh=True)
 
     @property
@@ -92,6 +104,7 @@ class GradientWork:
         while (task := self._next_task()) is not None:
             batch = loader.load(task)
             self.replica.reset_buffers()
+            self._take_slot()
             seed_everything(derive_seed(seed, "micro-batch", task.round, task.k))
             self._metrics = {}
             yield batch
@@ -118,41 +131,57 @@ class GradientWork:
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_([t for t in self.replica.tensors if t.grad is not None], self._clip_norm)
-        contribution = self.replica.gradient(samples)
-        self._meter.measured(time.monotonic() - self._begun_at, samples)
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
+        assert self._slot is not None
+        contribution = Contribution(self._slot, self.replica.gradient(samples), metrics)
+        self._meter.measured(time.monotonic() - self._begun_at, samples)
         if not self._policy.combines:
-            self._push(task.round, task.k, task.k + 1, contribution, metrics)
+            self._push(task.round, task.k, task.k + 1, contribution)
         else:
             if self._sums is None:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
-            self._sums.file((task.k, task.k + 1), (contribution, metrics))
+            self._sums.file((task.k, task.k + 1), contribution)
         self._advance()
+
+    def _take_slot(self) -> None:
+        """Have the next gradients made in a slot that no server needs any more.
+
+        Servers that apply once a round read a slot until they have applied it, as the weights after it show.
+        """
+        with self._link.lock:
+            self._slot = self._slots.take(self._is_needed)
+        self.replica.contribute_to(self._slot)
+
+    def _is_needed(self, slot: Slot) -> bool:
+        assert self._exchange is not None
+        return self._exchange.needs(slot) or (self._per_round and slot.pushed >= self.round)
 
     def _push_sums(self) -> None:
         if self._sums is not None:
-            for (lo, hi), (total, means) in sorted(self._sums.held.items()):
-                self._push(self._sums_round, lo, hi, total, means)
+            for (lo, hi), total in sorted(self._sums.held.items()):
+                self._push(self._sums_round, lo, hi, total)
             self._sums = None
 
-    def _add_up(self, left: Any, right: Any) -> Any:
-        total = {chunk: self._add[chunk](left[0][chunk], right[0][chunk]) for chunk in left[0]}
-        metrics = dict(left[1])
-        for name, (value, samples) in right[1].items():
+    def _add_up(self, left: Contribution, right: Contribution) -> Contribution:
+        sums = {chunk: self._add[chunk](left.sums[chunk], right.sums[chunk]) for chunk in left.sums}
+        metrics = dict(left.metrics)
+        for name, (value, samples) in right.metrics.items():
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + samples
-        return total, metrics
+        right.slot.taken = False  # both are owned, so the sum is where the left one was
+        return Contribution(left.slot, sums, metrics)
 
-    def _push(self, round_: int, lo: int, hi: int, contribution: Contribution, metrics: dict[str, tuple[float, float]]) -> None:
+    def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
         assert self._segment is not None and self._exchange is not None
         plan = self._segment.round(round_)
         push = Push(
             round_, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [],
-            metrics=metrics, hypers=self._hypers.at(round_, plan.epoch),
+            metrics=contribution.metrics, hypers=self._hypers.at(round_, plan.epoch),
         )  # fmt: skip
-        parts = {chunk: (to_frame(part.values), part.present) for chunk, part in contribution.items()}
+        slot = contribution.slot
         with self._link.lock:
-            messages = self._exchange.push(push, parts, self._versions, time.monotonic())
+            messages = self._exchange.push(push, contribution.sums, time.monotonic(), self._versions, slot)
+            slot.taken, slot.pushed = False, round_
         self._link.send(*messages)
 
     # ---- going on
@@ -243,7 +272,7 @@ class GradientWork:
             return self._fetch(self._exchange.gone or 0, settled, unless_leased)
         with self._link.lock:
             frames, self._versions, _ = self._exchange.take()
-        self.replica.load(frames)
+        self.replica.load(frames, copy=False)
         self._stale = False
         return clock
 

@@ -28,6 +28,8 @@ from common.messages import (
     Ready,
     Refused,
     Setup,
+    Share,
+    Shared,
     Stop,
     Tables,
     Update,
@@ -36,6 +38,7 @@ from common.messages import (
 from common.plan import Segment, derive_seed, make_segment
 from common.policies import load
 from common.settings import Settings
+from common.shared import Handle, NotShared
 from common.wire import Frames
 from worker import local, saving
 from worker.exchange import Exchange, Send
@@ -58,6 +61,7 @@ from worker.optimizer import (
 )
 from worker.replica import Replica
 from worker.rounds import GradientWork
+from worker.slots import Slots
 from worker.tasks import Task, Tasks
 
 log = logging.getLogger("worker.run")
@@ -176,10 +180,14 @@ class Run:
             update = Update(cls.__name__, plain_settings(example), server_clips)
         self._set_up(replica, update)
         if self._policy.is_local:
+            self._share(replica, None)
             self._work = local.LocalWork(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
-            self._work = GradientWork(self, replica, Hypers(example, schedule, schedule_per, self._epoch_loss), own_clip)
+            hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
+            slots = Slots(replica.layout, shared=self.settings.lane == "auto")
+            self._share(replica, slots.handle)
+            self._work = GradientWork(self, replica, slots, hypers, own_clip)
         return Optimizer(self._work.step, groups)
 
     def _set_up(self, replica: Replica, update: Update) -> None:
@@ -201,6 +209,23 @@ class Run:
                     )
         with self._link.lock:
             self._exchange = Exchange(replica.layout)
+
+    def _share(self, replica: Replica, gradients: Handle | None) -> None:
+        """Find out with which servers this worker shares memory: only those that touch the same do."""
+        assert self._exchange is not None
+        if self.settings.lane != "auto":
+            return
+        for server in replica.layout.owners():
+            answer = self._request(f"server-{server}", Share(gradients), lambda body: isinstance(body, Shared))
+            assert isinstance(answer, Shared)
+            if answer.reads:
+                self._exchange.readers.add(server)
+            if answer.weights is not None:
+                try:
+                    replica.mapped.attach(server, answer.weights)
+                    self._exchange.read.add(server)
+                except NotShared as error:
+                    log.info("server-%d sends its weights: %s", server, error)
 
     def _epoch_loss(self, epoch: int) -> float | None:
         """The mean of the logged loss over an epoch; None where pushes are applied at once and it is not over everywhere."""
@@ -347,7 +372,7 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
-            case Ready():
+            case Ready() | Shared():
                 pass  # the second answer to something asked twice
             case Upload():
                 self._upload_wanted = True

@@ -46,6 +46,7 @@ from worker.optimizer import Hypers, example_optimizer, plain_settings
 from worker.replica import Replica
 from worker.rounds import _PATIENCE_S, GradientWork
 from worker.run import Run
+from worker.slots import Slots
 from worker.tasks import Task
 
 _TICK_S = 0.1
@@ -501,7 +502,8 @@ class WorkerProcess(Process):
             work = SteppedLocalWork(run, replica, inner, [])
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
-            work = SteppedWork(run, replica, Hypers(example, None, "round", lambda epoch: None), clips)
+            slots = Slots(replica.layout, shared=False)
+            work = SteppedWork(run, replica, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work
         work.process = self
         yield from work.join()
@@ -557,6 +559,7 @@ class SteppedWork(GradientWork):
         self._begin(segment)
         while (task := (yield from self._next_task())) is not None:
             self.replica.reset_buffers()
+            self._take_slot()
             self._metrics = {}
             yield Wait(None, world.now + self.process.begins(task))
             self.process.model.compute(task)
@@ -625,7 +628,7 @@ class SteppedWork(GradientWork):
         if found == "gone":
             return (yield from self._fetch(exchange.gone or 0, settled, unless_leased))
         frames, self._versions, _ = exchange.take()
-        self.replica.load(frames)
+        self.replica.load(frames, copy=False)
         self._stale = False
         return clock
 
@@ -786,6 +789,7 @@ def simulate(case: Case) -> Outcome:
                 workers[0].script()
             world.run(over)
             world.run(lambda: False, world.now + 8.0)  # what was under way arrives; what was lost is sent again, and reported
+            coordinator.tick()  # what came in last is written down
         finally:
             torch.set_num_threads(threads)
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}

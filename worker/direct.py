@@ -1,0 +1,81 @@
+"""Gradients of linear layers' weights, computed right where they are contributed from.
+
+Left to itself, autograd allocates each gradient anew, and for a large one touching new memory takes longer than computing it.
+So the backward of `torch.nn.Linear` is given a place to write to. The arithmetic, and so each bit, is autograd's own.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+#: Given a weight: where its gradient is to be written, a tensor of its shape; None to have it allocated.
+Place = Callable[[torch.Tensor], torch.Tensor | None]
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b, with dW = (dy)^T x written to its place where it is what backward will accumulate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, place: Place) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.place = place
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy = gradients[0].reshape(-1, weight.shape[0])
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dx = dy.mm(weight).view(x.shape) if needs_x else None
+        dw = None
+        if needs_weight:
+            flat = x.reshape(-1, weight.shape[1])
+            out = ctx.place(weight) if _accumulates(ctx.next_functions[1][0]) else None
+            dw = dy.t().mm(flat) if out is None else torch.mm(dy.t(), flat, out=out)
+        return dx, dw, dy.sum(0) if needs_bias else None, None
+
+
+def _accumulates(node: Any) -> bool:
+    """Whether this backward adds to the `grad` of the leaf behind `node`, and is not itself to be differentiated."""
+    if torch.is_grad_enabled():
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+    except RuntimeError:  # torch.autograd.grad: the gradient is the caller's
+        return False
+
+
+def install(model: nn.Module, place: Place) -> None:
+    """Have all plain linear layers of `model` ask `place` where to write their weights' gradients."""
+
+    def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if not _is_usual(module, x):
+            return nn.Linear.forward(module, x)
+        y: torch.Tensor = _Linear.apply(x, module.weight, module.bias, place)  # type: ignore[no-untyped-call]
+        return y
+
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            # a copy of the model takes this along, and one read back from a file has torch's own again
+            module.forward = types.MethodType(forward, module)
+
+
+def _is_usual(module: nn.Linear, x: torch.Tensor) -> bool:
+    """Whether nothing is going on that only torch's own forward knows about."""
+    return (
+        torch.is_grad_enabled()
+        and type(x) is torch.Tensor
+        and (x.dim() == 2 or (x.dim() == 3 and x.is_contiguous()))
+        and type(module.weight) is nn.Parameter
+        and module.weight.requires_grad
+        and x.dtype == module.weight.dtype
+        and x.device.type == module.weight.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )

@@ -1,0 +1,110 @@
+"""Weights that are not copied: tensors over the memory in which a server of this host lays them out.
+
+The mapping is private: what a script writes into a weight stays in this process, and is gone with the next version, as it
+is where weights are sent. A tensor whose chunks lie on several servers is pieced together by mapping them side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from common.layout import ALIGN_BYTES, Chunk, Layout, weight_offsets
+from common.shared import HEADER_BYTES, Handle, Region, attach
+from common.tensors import dtype_of
+
+#: Combinations of planes of several servers that one tensor is mapped for; more are copied.
+_COMBINATIONS = 32
+
+
+@dataclass(frozen=True)
+class InPlane:
+    """Where a chunk's weights are: `plane` of the memory of server `server`."""
+
+    server: int
+    plane: int
+
+
+class MappedWeights:
+    """The memory of all servers that share theirs with this worker."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._regions: dict[int, Region] = {}
+        self._offsets = {server: weight_offsets(layout.on(server)) for server in range(layout.servers)}
+        self._tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._chunks: dict[tuple[int, int], torch.Tensor] = {}
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+
+    def attach(self, server: int, handle: Handle) -> None:
+        """Raises NotShared where the memory cannot be reached."""
+        self._regions[server] = attach(handle, private=True)
+
+    def chunk(self, chunk: Chunk, at: InPlane) -> torch.Tensor:
+        """The flat weights of a chunk in its own dtype."""
+        key = chunk.id, at.plane
+        if key not in self._chunks:
+            memory, dtype = self._regions[at.server].memory, dtype_of(chunk.dtype)
+            self._chunks[key] = torch.frombuffer(memory, dtype=dtype, count=chunk.numel, offset=self._offset(chunk, at))
+        return self._chunks[key]
+
+    def _offset(self, chunk: Chunk, at: InPlane) -> int:
+        offsets, size = self._offsets[at.server]
+        return HEADER_BYTES + at.plane * size + offsets[chunk.id]
+
+    def tensor(self, index: int, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor | None:
+        """Tensor number `index`, which all of `chunks` in order make up and `at` places: flat; None where it must be copied."""
+        key = index, tuple(place.plane for place in at)
+        if key not in self._tensors:
+            if len(chunks) == 1:
+                piece = next(piece for piece in chunks[0].pieces if piece.tensor == index)
+                self._tensors[key] = self.chunk(chunks[0], at[0])[piece.offset : piece.offset + piece.length]
+            else:
+                known = sum(other == index for other, _ in self._tensors)
+                whole = all(chunk.weight_bytes % ALIGN_BYTES == 0 for chunk in chunks[:-1])
+                if not whole or known >= _COMBINATIONS or ALIGN_BYTES % mmap.PAGESIZE:
+                    return None
+                self._tensors[key] = self._join(index, chunks, at)
+        return self._tensors[key]
+
+    def _join(self, index: int, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor:
+        size = sum(chunk.weight_bytes for chunk in chunks)
+        start = end = _map(None, size, -1, 0)
+        for chunk, place in zip(chunks, at, strict=True):
+            _map(end, chunk.weight_bytes, self._regions[place.server].fd, self._offset(chunk, place))
+            end += chunk.weight_bytes
+        self._spans.setdefault(index, []).append((start, size))
+        buffer = (ctypes.c_char * size).from_address(start)
+        return torch.frombuffer(buffer, dtype=dtype_of(chunks[0].dtype))
+
+    def forget_writes(self, index: int, chunks: Sequence[Chunk]) -> None:
+        """Undo what this process wrote into tensor `index`, in any plane."""
+        for start, size in self._spans.get(index, []):
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        if len(chunks) == 1:
+            self._regions[chunks[0].server].memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _map(at: int | None, size: int, fd: int, offset: int) -> int:
+    """Map `size` bytes of a file from `offset` on to the address `at`; without a file reserve them somewhere."""
+    libc = _libc()
+    fixed = 0x10  # MAP_FIXED, which the module mmap does not name
+    flags = mmap.MAP_PRIVATE | (fixed if at is not None else mmap.MAP_ANONYMOUS)
+    access = mmap.PROT_READ | mmap.PROT_WRITE if at is not None else 0
+    address: int | None = libc.mmap(at, size, access, flags, fd, offset)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"{size} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
+    return address
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc

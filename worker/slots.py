@@ -1,0 +1,63 @@
+"""The memory that this worker's contributions lie in, from backward until nobody needs them any more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from common.layout import Layout
+from common.shared import Handle, NotShared, Region, create
+from common.slots import SLOTS, memory_of, slot_bytes, views
+
+log = logging.getLogger("worker.slots")
+
+
+@dataclass(eq=False)
+class Slot:
+    """Room for one contribution. `index` is its place in the shared region; -1: it is this process's own."""
+
+    index: int
+    #: Flat tensors of each chunk's `sum_dtype`.
+    chunks: dict[int, torch.Tensor]
+    #: All its bytes, for tensors that reach over several chunks.
+    memory: torch.Tensor
+    #: Whether a contribution is being made in it, or waits to be summed up.
+    taken: bool = False
+    #: The last round that it was pushed for.
+    pushed: int = field(default=-1)
+
+
+class Slots:
+    """Slots as they are needed, in shared memory as long as there is room, reused when they are free."""
+
+    def __init__(self, layout: Layout, shared: bool) -> None:
+        self._layout = layout
+        self._slots: list[Slot] = []
+        self._region: Region | None = None
+        if shared and layout.chunks:
+            try:
+                self._region = create(SLOTS * slot_bytes(layout))
+            except NotShared as error:
+                log.warning("%s Gradients are sent through sockets.", error)
+
+    @property
+    def handle(self) -> Handle | None:
+        """What servers need to read the slots; None where they are not shared."""
+        return self._region.handle if self._region is not None else None
+
+    def take(self, in_use: Callable[[Slot], bool]) -> Slot:
+        """A slot that is not taken and, as `in_use` tells, not read by anybody."""
+        slot = next((slot for slot in self._slots if not slot.taken and not in_use(slot)), None)
+        if slot is None:
+            index = len(self._slots)
+            if self._region is None or index >= SLOTS:
+                index, memory = -1, torch.empty(slot_bytes(self._layout), dtype=torch.uint8)
+            else:
+                memory = memory_of(self._layout, self._region, index)
+            slot = Slot(index, views(self._layout, memory), memory)
+            self._slots.append(slot)
+        slot.taken = True
+        return slot
