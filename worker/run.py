@@ -33,6 +33,7 @@ from common.messages import (
     Update,
     Upload,
 )
+from common.no_compiler import no_compiler
 from common.plan import Segment, derive_seed, make_segment
 from common.policies import load
 from common.settings import Settings
@@ -170,8 +171,9 @@ class Run:
             inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
         else:
             check_sendable(cls)
-            example = example_optimizer(cls, groups, hyper)
-            check_elementwise(cls, hyper)
+            with no_compiler():
+                example = example_optimizer(cls, groups, hyper)
+                check_elementwise(cls, hyper)
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
         self._set_up(replica, update)
@@ -179,7 +181,9 @@ class Run:
             self._work = local.LocalWork(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
-            self._work = GradientWork(self, replica, Hypers(example, schedule, schedule_per, self._epoch_loss), own_clip)
+            with no_compiler():
+                hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
+            self._work = GradientWork(self, replica, hypers, own_clip)
         return Optimizer(self._work.step, groups)
 
     def _set_up(self, replica: Replica, update: Update) -> None:
