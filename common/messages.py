@@ -147,8 +147,9 @@ class Push(Body, frozen=True):
     """The sum over micro-batches lo..hi-1 of `round` (gradient x samples), one frame for each of `chunks`.
 
     Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
-    piece p of chunks[i] had a gradient. `metrics` (only to server 0, once per span) maps names to [sum x samples, samples].
-    `base` is the version of the weights it was computed from, and `hypers` the parameter groups' settings for the round.
+    piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
+    names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
+    groups' settings for the round.
     """
 
     round: int

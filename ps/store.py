@@ -110,7 +110,9 @@ class Store:
         """
         part = self._parts[chunk]
         if part.optimizer is None:
-            part.master.copy_(mean.values)
+            for bit, (piece, view) in enumerate(zip(part.chunk.pieces, part.pieces, strict=True)):
+                if mean.present >> bit & 1:
+                    view.copy_(mean.values[piece.offset : piece.offset + piece.length])
             return
         gradient = mean.values
         if factor is not None:

@@ -54,11 +54,28 @@ class Replica:
             if source is None:
                 out.zero_()
                 continue
-            present |= 1 << bit
+            if source.is_sparse:
+                source = source.to_dense()
             out.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
+            present |= (chunk.kind == "param" or self._changed(chunk, piece, out)) << bit
             if chunk.kind != "max":
                 out.mul_(samples)
         return Sum(values, present, owned=True)
+
+    def _changed(self, chunk: Chunk, piece: Piece, now: torch.Tensor) -> bool:
+        """Whether a buffer is not what it was when the round began. Else servers keep it: a mean would differ by rounding."""
+        then = self._buffers[chunk.id][piece.offset : piece.offset + piece.length]
+        return not torch.equal(now.to(then.dtype), then)
+
+    def present(self, values: Mapping[int, torch.Tensor]) -> dict[int, int]:
+        """The mask of pieces to take over from `values`, which hold all tensors: parameters and changed buffers."""
+        return {
+            chunk.id: sum(
+                (chunk.kind == "param" or self._changed(chunk, p, values[chunk.id][p.offset : p.offset + p.length])) << bit
+                for bit, p in enumerate(chunk.pieces)
+            )
+            for chunk in self.layout.chunks
+        }
 
     def weights(self) -> dict[int, torch.Tensor]:
         """A copy of all tensors by chunk, flat, in the dtype that servers keep."""
