@@ -60,7 +60,8 @@ class Beat(Body, frozen=True):
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and
     not begun, `seconds` how long a micro-batch takes, `rate` samples per second while computing. Of a server, `round` is
-    the one that is open, and `left` its micro-batches that have not arrived.
+    the one that is open, and `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers
+    of the key-value store.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -309,21 +310,24 @@ class ModelPart(Body, frozen=True):
 
 
 class KvPush(Body, frozen=True):
-    """Add to, or set, element block `block` of `key`. `id` makes it count once, however often it is sent."""
+    """Add to, or set, element block `block` of `key`, which has `numel` elements in all its blocks. `id` makes it count once,
+    however often it is sent."""
 
     id: int
     key: str
     block: int
+    numel: int
     dtype: str
     op: Literal["add", "set"]
 
 
 class KvPull(Body, frozen=True):
-    """Send block `block` of `key`."""
+    """Send block `block` of `key`, which has `numel` elements in all its blocks."""
 
     id: int
     key: str
     block: int
+    numel: int
 
 
 class KvReply(Body, frozen=True):

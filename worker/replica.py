@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from common.errors import UsageError
 from common.layout import Chunk, Layout, Piece, TensorSpec, make_layout
@@ -23,6 +24,9 @@ class Replica:
         Raises UsageError where a trained parameter has a dtype that servers cannot keep.
         """
         self.model = model
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if is_lazy(tensor):
+                raise UsageError(f"'{name}' has no shape yet: pass one batch through the model before run.optimizer().")
         named = [(name, p, groups[id(p)]) for name, p in model.named_parameters() if id(p) in groups]
         strangers = len(groups) - len(named)
         if strangers:

@@ -90,6 +90,7 @@ class Run:
         self._model: nn.Module | None = None
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
+        self._kv: KvClient | None = None
         self._segments: list[Segment] = []
         self._callbacks: list[Callable[[], None]] = []
         self._metrics_sent = 0
@@ -247,6 +248,11 @@ class Run:
         """
         if self._work is None:
             raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
+        if self._segments and self.round < self._segments[-1].end:
+            raise UsageError(
+                f"the last loop over batches() was left in round {self.round} of {self._segments[-1].end}: it must go on to its "
+                "end, which epochs and --rounds set."
+            )
         settings = self.settings
         micro, whole = micro_batch or settings.micro_batch, global_batch or settings.global_batch
         if micro > whole:
@@ -302,7 +308,9 @@ class Run:
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop."""
-        return KvClient(self._link, self._servers, self.settings.timeout)
+        if self._kv is None:
+            self._kv = KvClient(self._link, self._servers, self.settings.timeout)
+        return self._kv
 
     # ---- the end
 
@@ -372,7 +380,9 @@ class Run:
     def _beat(self) -> Beat:
         if self._finished:
             return Beat("done", self.round)
-        return self._work.beat() if self._work is not None else Beat("starting")
+        if self._work is not None:
+            return self._work.beat()
+        return Beat("starting") if self._kv is None else Beat("computing", at=self._kv.answered)
 
 
 def describe_failure(error: BaseException, script: str) -> str:
