@@ -12,7 +12,6 @@ Printing, reports, experiments and tests are its readers; there is no second way
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import json
 import math
 import sqlite3

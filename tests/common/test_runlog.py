@@ -117,6 +117,15 @@ def test_a_value_that_is_no_number_is_kept_as_such_and_stops_no_other_row(path: 
     assert math.isnan(reader.metrics("accuracy")[0][3]) and math.isnan(reader.rounds()[0].metrics["loss"])
 
 
+def test_a_log_that_somebody_reads_can_be_closed(path: Path) -> None:
+    log = RunLog(path)
+    reader = RunLogReader(path)
+    assert reader.events() == []
+    log.event(Event("started", "coordinator", {}))
+    log.close()
+    assert len(reader.events()) == 1
+
+
 def test_a_reader_cannot_write(path: Path) -> None:
     RunLog(path).close()
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
