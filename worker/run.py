@@ -277,7 +277,10 @@ class Run:
             collate_fn=collate_fn,
             forecast=lambda: self._forecast(segment),
         )
-        yield from self._work.batches(segment, loader)
+        try:
+            yield from self._work.batches(segment, loader)
+        finally:
+            loader.close()
 
     def _forecast(self, segment: Segment) -> Iterator[Task]:
         round_ = segment.first_round
