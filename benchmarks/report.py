@@ -19,7 +19,7 @@ PLOT_FILE = "results.png"
 #: The systems that others are compared with.
 BASELINE, BOUND = "ddp", "independent"
 #: Losses are equal to rounding if they differ by less than this part of what training has changed them by.
-ROUNDING = 1e-3
+ROUNDING = 1e-2
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -78,6 +78,6 @@ WORKLOADS: Mapping[str, Workload] = {
     for w in (
         Workload("mlp", _mlp, (1024,), 1000, 64, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
         Workload("alexnet", _alexnet, (3, 64, 64), 1000, 32, torch.optim.Adam, {"lr": 1e-4}),
-        Workload("cnn", _cnn, (3, 32, 32), 10, 64, torch.optim.SGD, {"lr": 0.1}),
+        Workload("cnn", _cnn, (3, 32, 32), 10, 64, torch.optim.SGD, {"lr": 0.01}),
     )
 }

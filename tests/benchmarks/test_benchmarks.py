@@ -56,8 +56,8 @@ def test_ratios_compare_repeat_by_repeat() -> None:
 
 def test_a_loss_is_judged_by_how_far_it_moved() -> None:
     ddp = {0: measurement(1, loss=2.9)}  # from 3.0
-    assert report.same_loss({0: measurement(1, loss=2.90005)}, ddp) is True
-    assert report.same_loss({0: measurement(1, loss=2.9), 1: measurement(1, loss=2.901)}, ddp) is False
+    assert report.same_loss({0: measurement(1, loss=2.9005)}, ddp) is True
+    assert report.same_loss({0: measurement(1, loss=2.9), 1: measurement(1, loss=2.902)}, ddp) is False
     assert report.same_loss({0: measurement(1)}, {}) is None
 
 
