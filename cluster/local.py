@@ -115,7 +115,7 @@ def start_coordinator(processes: Processes, program: Sequence[str], folder: Path
     log = folder / LOGS / "coordinator.log"
     while not (folder / ADDRESS_FILE).exists():
         tick()
-        if not processes.running("coordinator"):
+        if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
             raise ClusterError(f"the coordinator ended at once; its log is {log}.")
         if time.monotonic() > deadline:
             raise ClusterError(f"the coordinator does not listen after {_ADDRESS_S:.0f} s; its log is {log}.")
