@@ -33,6 +33,10 @@ class Replica:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
         buffers = [(name, b, -1) for name, b in model.named_buffers() if b.numel()]
         self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *buffers]]
+        places: dict[int, str] = {}
+        for name, tensor, _ in [*named, *buffers]:
+            if tensor.numel() and (other := places.setdefault(tensor.data_ptr(), name)) != name:
+                raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
         self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in [*named, *buffers]]
         self.layout: Layout = make_layout(self.specs, servers)
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]

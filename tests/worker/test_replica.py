@@ -179,14 +179,24 @@ def test_a_double_precision_model_keeps_its_precision() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 
 
+def test_updates_too_small_for_half_precision_add_up() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    cluster = Cluster(model, 1, torch.optim.SGD, lr=1.0)
+    for _ in range(16):
+        cluster.round([lambda: model(torch.tensor([2.0**-12]).bfloat16()).sum()], [4])
+    assert torch.ones((), dtype=torch.bfloat16) - 2**-12 == 1.0 and model.weight.item() == 1.0 - 2**-8
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), "'0' has dtype complex64"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), "'1.weight' has no shape yet"),
+        (lambda: nn.ParameterList([square := torch.randn(2, 2), nn.Parameter(square.t())]), "'1' and '0' are two tensors in"),
         (lambda: nn.Linear(2, 2).to(torch.float8_e4m3fn), "'weight' has dtype float8_e4m3fn"),
     ],
-    ids=["complex", "lazy", "float8"],
+    ids=["complex", "lazy", "views of one memory", "float8"],
 )
 def test_what_cannot_be_trained_is_refused_in_a_sentence(make: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(UsageError) as caught:
