@@ -1,17 +1,28 @@
-FROM python:3.11-slim
+# One image for coordinator, servers and workers; docker-compose.yml says how it is used.
+#
+# The package index gives Linux a torch with gigabytes of CUDA; give the build another one that has the CPU builds (the address is
+# on pytorch.org under "Get started") and pip takes that:
+#
+#   PIP_EXTRA_INDEX_URL=ADDRESS docker-compose build
 
+# What has to be installed, on its own: the layers below depend on this list and not on the rest of pyproject.toml.
+FROM python:3.11-slim AS requirements
+COPY pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /requirements.txt
+
+FROM python:3.11-slim
+RUN useradd --create-home trainer && mkdir /runs && chown trainer /runs
 WORKDIR /app
-COPY constraints.txt pyproject.toml ./
-# the dependencies have a layer of their own, so that a change of the code does not fetch them again
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
-    && pip install --no-cache-dir -c constraints.txt -r requirements.txt
+ARG PIP_EXTRA_INDEX_URL
+COPY --from=requirements /requirements.txt ./
+COPY constraints.txt ./
+RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -r requirements.txt
 
 COPY launch.py ./
 COPY common common
 COPY ps ps
 COPY worker worker
 COPY cluster cluster
-RUN useradd --create-home trainer && mkdir /runs && chown trainer /runs
 USER trainer
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 ENTRYPOINT ["python", "launch.py"]

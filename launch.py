@@ -11,11 +11,12 @@ from typing import Any
 import click
 
 from cluster.exits import run_command
-from cluster.flags import Choice, Command, Option, choose, given, run_options, settings_options
+from cluster.flags import Choice, Command, Option, check_address, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
 
 _COORDINATOR = click.option(
     "--coordinator",
+    callback=check_address,
     metavar="ADDRESS",
     required=True,
     envvar="PS_COORDINATOR",
@@ -31,6 +32,11 @@ def cli() -> None:
     """Train PyTorch models data-parallel through parameter servers.
 
     `local` does all on this machine; `coordinator`, `server` and `worker` are its parts, to be started one by one.
+
+    \b
+    launch.py local                               the built-in example
+    launch.py local --workers 4 train.py -- ARGS  your own script
+    launch.py COMMAND --help                      what can be set
     """
 
 
@@ -61,8 +67,8 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, **_: An
 
 
 @cli.command(cls=Command)
-@click.option("--bind", cls=Option, section="Cluster", metavar="ADDRESS", default="tcp://*:5555", show_default=True,
-              help="Where to listen.")  # fmt: skip
+@click.option("--bind", cls=Option, section="Cluster", callback=check_address, metavar="ADDRESS", default="tcp://*:5555",
+              show_default=True, help="Where to listen.")  # fmt: skip
 @settings_options
 @run_options
 @click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
@@ -87,7 +93,8 @@ def coordinator(ctx: click.Context, /, bind: str, config: str | None, prepared: 
 
 @cli.command(cls=Command)
 @_COORDINATOR
-@click.option("--bind", metavar="ADDRESS", default="tcp://*:0", show_default=True, help="Where to listen; 0 is any free port.")
+@click.option("--bind", callback=check_address, metavar="ADDRESS", default="tcp://*:0", show_default=True,
+              help="Where to listen; port 0 is any free one.")  # fmt: skip
 @_INDEX
 def server(coordinator: str, bind: str, index: int | None) -> None:
     """Be one of a run's servers.

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from cluster.local import Order, check_order, run_local
 from cluster.report import TABLE_FILE, Outcome, write_report
-from cluster.rundir import RUNS, SETTINGS_FILE, claim, read_summary, run_values
+from cluster.rundir import RUNS, SETTINGS_FILE, claim, is_folder_name, read_summary, run_values
 from cluster.screen import Screen, results_line, say
 from common.errors import ClusterError, PsError, UsageError
 from common.runlog import FILE_NAME
@@ -91,7 +91,7 @@ def _text(values: Mapping[str, Any], key: str, file: Path) -> str | None:
 
 
 def _check_name(name: str, where: str) -> None:
-    if not name or name != Path(name).name or name.startswith("."):
+    if not is_folder_name(name):
         raise UsageError(f"{where} = {name!r} cannot be: it is to be a folder's name.")
 
 
@@ -123,8 +123,16 @@ def _cases(values: Mapping[str, Any], file: Path) -> tuple[Case, ...]:
             label = "-".join([*parts, *(_label(key, value) for key, value in chosen.items())])
             if label in cases:
                 raise UsageError(f"{file}: two runs are called '{label}'; each needs a name of its own.")
-            cases[label] = Case(label, make_settings({**common, **own, **chosen}, f"{file}: {label}"))
+            _check_name(label, f"{file}: a run's name")
+            cases[label] = Case(label, _settings({**common, **own, **chosen}, f"{file}: {label}"))
     return tuple(cases.values())
+
+
+def _settings(values: dict[str, Any], where: str) -> Settings:
+    try:
+        return make_settings(values, where)
+    except UsageError as error:  # each value has been checked, so it is their combination, which does not say where it is from
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _table(values: Any, where: str) -> dict[str, Any]:
@@ -145,6 +153,8 @@ def _matrix(values: Any, file: Path) -> dict[str, list[Any]]:
             raise UsageError(f"{where}: {key} = {choices!r} cannot be: it must be a list of the values to try, and not empty.")
         for choice in choices:
             check_values({key: choice}, where)
+        if key.replace("-", "_") in matrix:
+            raise UsageError(f"{where}: {key} is there twice, once with - and once with _.")
         matrix[key.replace("-", "_")] = choices
     return matrix
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from cluster.rundir import RUNS
+from cluster.rundir import RUNS, is_folder_name
 from common.errors import UsageError
 from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
 
@@ -21,6 +22,7 @@ _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
 _CLUSTER = ("workers", "servers", "threads", "lane", "timeout")
 _POLICIES = choices("policy")
+_ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
 #: What a file given with --config may hold besides settings.
 _LAUNCH_KEYS: Mapping[str, Any] = {
@@ -83,6 +85,8 @@ def _checked(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
                 raise UsageError(f"{where}: {key} = {value!r} cannot be: {text[0].lower()}{text[1:]}.") from None
         elif key in FIELDS:
             settings[key] = value
+        elif isinstance(value, dict):
+            raise UsageError(f"{where}: [{key}] cannot be: settings stand at the top of the file and not in tables.")
         else:
             raise unknown_key(key, sorted([*FIELDS, *_LAUNCH_KEYS]), where)
     return check_values(settings, where), launch
@@ -93,7 +97,7 @@ def _run_dir(launch: Mapping[str, Any], where: str) -> Path | None:
     if folder is not None and name is not None:
         raise UsageError(f"{where}: give run_dir or name, not both; a name stands for the folder runs/NAME.")
     if name is not None:
-        if name != Path(name).name:
+        if not is_folder_name(name):
             raise UsageError(f"{where}: name = {name!r} cannot be: a name is one folder's name; use run_dir for a path.")
         return RUNS / str(name)
     if folder == "":
@@ -106,6 +110,16 @@ def given(ctx: click.Context) -> dict[str, Any]:
     names = (FIELDS.keys() | _LAUNCH_KEYS.keys()) - {"script"}
     source = ctx.get_parameter_source
     return {key: value for key, value in ctx.params.items() if key in names and source(key) == ParameterSource.COMMANDLINE}
+
+
+def check_address(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    """The callback of an option that takes tcp://HOST:PORT: ZeroMQ itself would take port 100000 for 34464."""
+    found = _ADDRESS.fullmatch(value)
+    if found is None:
+        raise click.BadParameter(f"'{value}' is no address; it looks like tcp://HOST:PORT.")
+    if int(found[1]) > 65535:
+        raise click.BadParameter(f"'{value}' is no address: a port is at most 65535.")
+    return value
 
 
 class Option(click.Option):
@@ -140,9 +154,11 @@ class Command(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 rows[getattr(parameter, "section", "Other")].append(record)
+        only = sum(map(bool, rows.values())) == 1
         for section, records in rows.items():
             if records:
-                with formatter.section(section if section != _EXAMPLE else f"{_EXAMPLE} (without SCRIPT)"):
+                title = f"{_EXAMPLE} (without SCRIPT)" if section == _EXAMPLE else "Options" if only else section
+                with formatter.section(title):
                     formatter.write_dl(records, col_max=24)
 
 

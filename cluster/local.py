@@ -49,10 +49,22 @@ def check_order(settings: Settings, script: str | None, port: int) -> None:
             path.open("rb").close()
         except OSError as error:
             raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
-    elif settings.data_dir is not None and not Path(settings.data_dir).is_dir():
-        raise UsageError(f"there is no folder {settings.data_dir}; --data-dir takes one that holds the images.")
+    else:
+        _check_example(settings)
     if port:
         _check_port(port)
+
+
+def _check_example(settings: Settings) -> None:
+    """What only holds for the built-in example: a script may bring its own batch sizes and data."""
+    micro_batches = -(-settings.global_batch // settings.micro_batch)
+    if settings.policy in ("local", "average") and settings.workers > micro_batches:
+        raise UsageError(
+            f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
+            f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
+        )
+    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
+        raise UsageError(f"there is no folder {settings.data_dir}; --data-dir takes one that holds the images.")
 
 
 def _check_port(port: int) -> None:
@@ -103,7 +115,7 @@ def start_coordinator(processes: Processes, program: Sequence[str], folder: Path
     log = folder / LOGS / "coordinator.log"
     while not (folder / ADDRESS_FILE).exists():
         tick()
-        if not processes.running("coordinator"):
+        if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
             raise ClusterError(f"the coordinator ended at once; its log is {log}.")
         if time.monotonic() > deadline:
             raise ClusterError(f"the coordinator does not listen after {_ADDRESS_S:.0f} s; its log is {log}.")

@@ -1,7 +1,8 @@
 """Child processes that are watched together and leave nothing behind.
 
-Each child has its own session, hence process group, and its own log file. A child's group holds what the child starts in
-turn, such as processes that load data, so stopping the group stops those too, even after the child itself has died.
+Each child has its own session, hence process group, and its own log file. What a child starts in turn, such as processes
+that load data, is known by that group and by an environment variable, and is stopped too, even after the child has died. If
+this process is killed, the kernel ends the children (`cluster.lifeline`) and a guard all else (`cluster.guard`).
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
-
+from cluster import guard
 from cluster.lifeline import PARENT_VARIABLE
 
 #: Seconds that a child has to end by itself after SIGTERM, before SIGKILL.
-TERM_S = 2.0
+TERM_S = 1.5
+#: Seconds for the dead of SIGKILL to be gone.
+_KILL_S = 1.0
 #: How often waiting loops look.
 TICK_S = 0.05
 
@@ -71,8 +75,11 @@ class Processes:
         """`env` is the environment that children get, with what `start` adds."""
         self.children: list[Child] = []
         self._log_dir = log_dir
-        self._env = {**env, PARENT_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        self._family = secrets.token_hex(8)
+        ours = {PARENT_VARIABLE: str(os.getpid()), guard.FAMILY_VARIABLE: self._family}
+        self._env = {**env, **ours, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self._term_s = term_s
+        self._guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Processes:
         return self
@@ -83,6 +90,7 @@ class Processes:
     def start(self, name: str, argv: Sequence[str], **env: str) -> Child:
         """Start a child; all it prints goes to `<name>.log`. OSError if it cannot be started."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._guard = self._guard or _start_guard(self._family)
         log = self._log_dir / f"{name}.log"
         with log.open("wb") as file:
             popen = subprocess.Popen(
@@ -95,6 +103,9 @@ class Processes:
             )
         child = Child(name, log, popen)
         self.children.append(child)
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard; the run does not need it
+            self._guard.stdin.write(b"%d\n" % popen.pid)
         return child
 
     def poll(self) -> None:
@@ -103,7 +114,7 @@ class Processes:
             code = child.popen.poll()
             if code is not None:
                 child.code, child.ended_at = code, time.monotonic()
-                child.gone = not group_members({child.popen.pid})
+                child.gone = not guard.relatives({child.popen.pid}, "")
 
     def running(self, role: str = "") -> list[Child]:
         """Children not known to have ended whose name begins with `role`."""
@@ -114,31 +125,46 @@ class Processes:
         return [child for child in self.children if child.failed]
 
     def stop(self) -> None:
-        """End every child and all that is left of its group: SIGTERM, and after `term_s` seconds SIGKILL."""
+        """End every child and all that these have started: SIGTERM, and after `term_s` seconds SIGKILL."""
         self.poll()
         groups = {child.popen.pid for child in self.children if not child.gone}
-        for child in self.running():
-            groups |= _groups_of(_descendants(child.popen.pid)) - {os.getpgrp()}
-        if not groups:
-            return
-        for number, patience_s in ((signal.SIGTERM, self._term_s), (signal.SIGKILL, 1.0)):
-            for group in groups:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, number)
+        seen = {child.popen.pid for child in self.children}
+        for number, patience_s in ((signal.SIGTERM, self._term_s), (signal.SIGKILL, _KILL_S)):
+            told: set[int] = set()
             deadline = time.monotonic() + patience_s
-            while True:
-                self.poll()
-                left = {child.popen.pid for child in self.running()} | _groups_of(group_members(groups))
-                if not left:
-                    break
-                groups = left
+            while left := guard.relatives(groups, self._family):
+                for pid in left - told:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, number)
+                told |= left
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(TICK_S)
-            if not left:
-                break
+                self.poll()
+            seen |= told
+        for child in self.running():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.popen.wait(_KILL_S)
+        self.poll()
         for child in self.children:
             child.gone = True
+        guard.remove_shared_memory(seen)
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
+
+
+def _start_guard(family: str) -> subprocess.Popen[bytes]:
+    """See cluster.guard. It is out of reach of the terminal's signals, and starts fast, without site packages."""
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", guard.__file__, family],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        start_new_session=True,
+    )
 
 
 def root_cause(failures: Sequence[Child]) -> Child:
@@ -154,30 +180,6 @@ def root_cause(failures: Sequence[Child]) -> Child:
         return kind, child.ended_at, bool(reason), child.name == "coordinator"
 
     return min(failures, key=rank)
-
-
-def group_members(groups: set[int]) -> list[int]:
-    """Process ids of all that live in one of these process groups; the dead that nobody has collected do not count."""
-    found = []
-    for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getpgid(pid) in groups and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-                found.append(pid)
-    return found
-
-
-def _descendants(pid: int) -> list[int]:
-    with contextlib.suppress(psutil.Error):
-        return [process.pid for process in psutil.Process(pid).children(recursive=True)]
-    return []
-
-
-def _groups_of(pids: Sequence[int]) -> set[int]:
-    groups = set()
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            groups.add(os.getpgid(pid))
-    return groups
 
 
 def error_in(log: Path) -> str | None:

@@ -29,6 +29,11 @@ _FILES = (SETTINGS_FILE, SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, FILE_NAME)
 _SUFFIXES = ("", ".tmp", "-wal", "-shm", "-journal")
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether `name` can be that of a folder inside another, and is not hidden."""
+    return name == Path(name).name and not name.startswith(".") and "\0" not in name and bool(name)
+
+
 @contextlib.contextmanager
 def claim(path: Path | None, default: str, overwrite: bool) -> Iterator[Path]:
     """The folder for a new run, empty of other runs' files, locked against other launchers for the time of the context.

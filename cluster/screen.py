@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,11 +72,21 @@ def say(console: Console, line: str) -> None:
 
 def line(progress: Progress) -> str:
     """Progress in one line without control characters."""
-    parts = [_rounds(progress), *_numbers(progress)]
-    waits = [f"{row.process} waits for {row.waits_for}" for row in progress.processes if row.waits_for]
-    if len(waits) > 2:
-        waits = [*waits[:2], f"{len(waits) - 2} more wait"]
-    return ", ".join([*parts, *waits])
+    waiting: dict[str, list[str]] = {}
+    for row in progress.processes:
+        if row.waits_for:
+            waiting.setdefault(row.waits_for, []).append(row.process)
+    waits = [
+        f"{_some(who)} {'waits' if len(who) == 1 else 'wait'} for {_some(whom.split(', '))}" for whom, who in waiting.items()
+    ]
+    return "; ".join([", ".join([_rounds(progress), *_numbers(progress)]), *waits])
+
+
+def _some(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and 3 more'."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def picture(progress: Progress) -> Group:
@@ -89,7 +99,7 @@ def picture(progress: Progress) -> Group:
         table.add_column(title, justify="right" if title in ("round", "samples/s") else "left")
     for row in progress.processes:
         speed = f"{row.samples_per_second:.0f}" if row.samples_per_second else ""
-        table.add_row(Text(row.process), Text(row.state), str(row.round), speed, Text(row.waits_for))
+        table.add_row(Text(row.process), Text(row.state), str(row.round) if row.round >= 0 else "", speed, Text(row.waits_for))
     return Group(head, Text("  ".join(_numbers(progress))), table)
 
 

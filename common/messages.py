@@ -61,7 +61,8 @@ class Beat(Body, frozen=True):
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and
     not begun, `seconds` how long a micro-batch takes, `rate` samples per second while computing. Of a server, `round` is
-    the one that is open, and `left` its micro-batches that have not arrived.
+    the one that is open, and `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers
+    of the key-value store.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -163,8 +164,9 @@ class Push(Body, frozen=True):
     Where worker and server share memory there are no frames: the values are in `slot` of the worker's region, and stay there
     until the round is applied. They are still to be multiplied by `scale`, a power of two.
     Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
-    piece p of chunks[i] had a gradient. `metrics` (only to server 0, once per span) maps names to [sum x samples, samples].
-    `base` is the version of the weights it was computed from, and `hypers` the parameter groups' settings for the round.
+    piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
+    names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
+    groups' settings for the round.
     """
 
     round: int
@@ -335,21 +337,24 @@ class ModelPart(Body, frozen=True):
 
 
 class KvPush(Body, frozen=True):
-    """Add to, or set, element block `block` of `key`. `id` makes it count once, however often it is sent."""
+    """Add to, or set, element block `block` of `key`, which has `numel` elements in all its blocks. `id` makes it count once,
+    however often it is sent."""
 
     id: int
     key: str
     block: int
+    numel: int
     dtype: str
     op: Literal["add", "set"]
 
 
 class KvPull(Body, frozen=True):
-    """Send block `block` of `key`."""
+    """Send block `block` of `key`, which has `numel` elements in all its blocks."""
 
     id: int
     key: str
     block: int
+    numel: int
 
 
 class KvReply(Body, frozen=True):

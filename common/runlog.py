@@ -4,14 +4,16 @@ Printing, reports, experiments and tests are its readers; there is no second way
 
 - `rounds`: one row per committed round: when, how many samples and micro-batches, what was dropped, mean metrics.
 - `contributions`: one row per contribution a server filed, ignored or dropped, in the order of filing.
-- `metrics`: what scripts logged outside a micro-batch (evaluation).
+- `metrics`: what scripts logged outside a micro-batch (evaluation); a NULL is what was not a number.
 - `status`: one row per process, overwritten: what it is doing and whom it waits for.
 - `events`: everything else worth telling, in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -32,7 +34,7 @@ CREATE TABLE IF NOT EXISTS contributions (
     worker TEXT NOT NULL, samples INTEGER NOT NULL, outcome TEXT NOT NULL, staleness INTEGER);
 CREATE TABLE IF NOT EXISTS metrics (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, worker TEXT NOT NULL,
-    name TEXT NOT NULL, value REAL NOT NULL);
+    name TEXT NOT NULL, value REAL);
 CREATE TABLE IF NOT EXISTS status (
     process TEXT PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, round INTEGER NOT NULL,
     waits_for TEXT NOT NULL, samples_per_second REAL NOT NULL);
@@ -147,7 +149,8 @@ class RunLog:
 
     def close(self) -> None:
         self.flush()
-        self._db.execute("PRAGMA journal_mode=DELETE")
+        with contextlib.suppress(sqlite3.OperationalError):  # somebody is reading: then the side files stay until they end
+            self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()
 
 
@@ -168,7 +171,8 @@ class RunLogReader:
     def metrics(self, name: str) -> list[tuple[float, int, str, float]]:
         """(unix seconds, round, worker, value) of each time a script logged `name`."""
         query = "SELECT at, round, worker, value FROM metrics WHERE name = ? ORDER BY seq"
-        return list(self._db.execute(query, (name,)))
+        rows = self._db.execute(query, (name,))
+        return [(at, round_, worker, math.nan if value is None else value) for at, round_, worker, value in rows]
 
     def statuses(self) -> list[StatusRow]:
         rows: Iterable[tuple[Any, ...]] = self._db.execute("SELECT * FROM status ORDER BY process")

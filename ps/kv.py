@@ -23,6 +23,8 @@ _REMEMBERED = 4096
 @dataclass
 class _Block:
     values: torch.Tensor
+    #: Elements of the whole key.
+    numel: int
     version: int = 0
 
 
@@ -47,6 +49,9 @@ class KvStore:
             block = self._blocks.get((body.key, body.block))
             if block is None:
                 return Refused(f"KvPull:{body.id}", f"nothing was pushed to key '{body.key}' yet."), []
+            if block.numel != body.numel:
+                reason = f"key '{body.key}' holds {block.numel} elements, but was pulled into {body.numel}."
+                return Refused(f"KvPull:{body.id}", reason), []
             return KvReply(body.id, block.version, dtype_name(block.values.dtype)), [to_frame(block.values.clone())]
         client = self._clients.setdefault((sender, incarnation), _Client())
         if body.id not in client.applied:
@@ -63,12 +68,12 @@ class KvStore:
         values = from_frame(buffer, push.dtype, len(buffer) // dtype_of(push.dtype).itemsize, f"key '{push.key}'")
         block = self._blocks.get((push.key, push.block))
         if block is None or push.op == "set":
-            block = _Block(values.clone(), block.version if block else 0)
+            block = _Block(values.clone(), push.numel, block.version if block else 0)
             self._blocks[push.key, push.block] = block
-        elif block.values.dtype != values.dtype or block.values.shape != values.shape:
+        elif (block.numel, block.values.dtype, block.values.shape) != (push.numel, values.dtype, values.shape):
             raise WireError(
-                f"key '{push.key}' holds {block.values.numel()} x {dtype_name(block.values.dtype)} in block {push.block}; "
-                f"{sender} pushed {values.numel()} x {push.dtype}"
+                f"key '{push.key}' holds {block.numel} x {dtype_name(block.values.dtype)}; "
+                f"{sender} added {push.numel} x {push.dtype}"
             )
         else:
             block.values.add_(values)

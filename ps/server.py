@@ -14,6 +14,7 @@ import zmq
 from common.attendance import Attendance
 from common.errors import ClusterError, WireError
 from common.messages import Beat, Body, Hello, KvPull, KvPush, Refused
+from common.no_compiler import no_compiler
 from common.policies import load
 from common.wire import BEAT_S, Frames, Stamp, advertised, dealer, new_incarnation, receive, router, send
 from ps.kv import KvStore
@@ -35,7 +36,8 @@ def serve(coordinator: str, bind: str, index: int | None) -> None:
     torch.set_num_threads(1)
     context: zmq.Context[Any] = zmq.Context()
     try:
-        _Server(context, coordinator, bind, index).run()
+        with no_compiler():
+            _Server(context, coordinator, bind, index).run()
     finally:
         context.destroy(linger=1000)
 

@@ -195,9 +195,11 @@ class Store:
         for block in part.blocks:
             if into is not None and part.moves:
                 part.move(block, into)  # just before its update, for then it is in the cache
+            if not present >> block.bit & 1:
+                continue
             if part.optimizer is None:
                 self._mean(part, block, total, samples, block.parameter)
-            elif present >> block.bit & 1:
+            else:
                 gradient = self._mean(part, block, total, samples, self._scratch[part.sum_dtype][: block.length])
                 if factor is not None:
                     gradient.mul_(factor)

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how fast a busy machine is, is no property of the code
+settings.load_profile("untimed")
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 

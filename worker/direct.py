@@ -46,7 +46,7 @@ def _accumulates(node: Any) -> bool:
     if torch.is_grad_enabled():
         return False
     try:
-        return bool(torch._C._will_engine_execute_node(node))  # type: ignore[attr-defined]
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # torch.autograd.grad: the gradient is the caller's
         return False
 
@@ -63,7 +63,7 @@ def install(model: nn.Module, place: Place) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
             # a copy of the model takes this along, and one read back from a file has torch's own again
-            module.forward = types.MethodType(forward, module)
+            module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def _is_usual(module: nn.Linear, x: torch.Tensor) -> bool:

@@ -58,6 +58,8 @@ class KvClient:
         self._requests: dict[int, _Request] = {}
         self._timestamps: dict[int, _Timestamp] = {}
         self._owner: dict[int, int] = {}
+        #: Answers so far, by which the coordinator sees that something moves.
+        self.answered = 0
         with link.lock:
             self._before_message: Callable[[str, Body, Frames], None] = link.on_message
             self._before_tick: Callable[[float], list[Send]] = link.on_tick
@@ -72,7 +74,7 @@ class KvClient:
         step = CHUNK_BYTES // values.element_size()
         timestamp = self._new()
         for block, part in enumerate(values.split(step)):
-            body = KvPush(self._take_id(), key, block, dtype_name(values.dtype), op)
+            body = KvPush(self._take_id(), key, block, values.numel(), dtype_name(values.dtype), op)
             self._submit(timestamp, self._server(key, block), body, [to_frame(part)], None)
         return timestamp
 
@@ -84,7 +86,8 @@ class KvClient:
         flat = out.detach().view(-1)
         timestamp = self._new()
         for block, part in enumerate(flat.split(CHUNK_BYTES // flat.element_size())):
-            self._submit(timestamp, self._server(key, block), KvPull(self._take_id(), key, block), [], part)
+            body = KvPull(self._take_id(), key, block, flat.numel())
+            self._submit(timestamp, self._server(key, block), body, [], part)
         return timestamp
 
     def wait(self, timestamp: int) -> None:
@@ -141,6 +144,7 @@ class KvClient:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
+        self.answered += 1
         state = self._timestamps.get(self._owner.pop(request_id))
         if not error and request.out is not None:
             key = request.body.key

@@ -104,6 +104,11 @@ class Loader:
             return self._ready.pop(task)
         return self._collate([self._samples[key] for key in self._keys(task)])
 
+    def close(self) -> None:
+        """End the loading processes. Left to the garbage collector they would be waited for in vain, for it takes them and the
+        queues that tell them to end, which refer to each other through here, in any order."""
+        self._batches = None
+
     def _keys(self, task: Task) -> list[tuple[int, int]]:
         """(epoch, sample) of each of the micro-batch's samples."""
         plan: Round = self._segment.round(task.round)

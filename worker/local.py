@@ -156,6 +156,7 @@ class LocalWork:
         for callback in self._before_merge:
             callback()
         values = self.replica.weights()
+        present = self.replica.present(values)
         for chunk in self.replica.layout.chunks:
             if chunk.kind == "param" and self._policy.contributes == "delta":
                 torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
@@ -163,7 +164,7 @@ class LocalWork:
                 values[chunk.id].mul_(self._samples)
         me = self._run.index
         push = Push(self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._means)
-        sums = {chunk.id: Sum(values[chunk.id], (1 << len(chunk.pieces)) - 1) for chunk in self.replica.layout.chunks}
+        sums = {chunk.id: Sum(values[chunk.id], present[chunk.id]) for chunk in self.replica.layout.chunks}
         with self._link.lock:
             messages = self._exchange.push(push, sums, time.monotonic())
         self._link.send(*messages)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from common.errors import UsageError
 from common.layout import Chunk, Layout, Piece, TensorSpec, gradient_offsets, make_layout
@@ -26,12 +27,19 @@ class Replica:
         Raises UsageError where a trained parameter has a dtype that servers cannot keep.
         """
         self.model = model
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if is_lazy(tensor):
+                raise UsageError(f"'{name}' has no shape yet: pass one batch through the model before run.optimizer().")
         named = [(name, p, groups[id(p)]) for name, p in model.named_parameters() if id(p) in groups]
         strangers = len(groups) - len(named)
         if strangers:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
         buffers = [(name, b, -1) for name, b in model.named_buffers() if b.numel()]
         self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *buffers]]
+        places: dict[int, str] = {}
+        for name, tensor, _ in [*named, *buffers]:
+            if tensor.numel() and (other := places.setdefault(tensor.data_ptr(), name)) != name:
+                raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
         self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in [*named, *buffers]]
         self.layout: Layout = make_layout(self.specs, servers)
         #: The memory of servers on this host, which parameters then lie in.
@@ -117,14 +125,31 @@ class Replica:
                 if source is None:
                     part.zero_()
                     continue
-                present |= 1 << bit
                 place = places.get(id(tensor)) if chunk.kind == "param" else None
+                if source.is_sparse:
+                    source = source.to_dense()
                 if place is None or source.data_ptr() != place.data_ptr():
                     part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
+                present |= (chunk.kind == "param" or self._changed(chunk, piece, part)) << bit
             out[chunk.id] = weighted(values, present, samples, chunk.kind)
         for tensor in self.tensors:
             tensor.grad = None
         return out
+
+    def _changed(self, chunk: Chunk, piece: Piece, now: torch.Tensor) -> bool:
+        """Whether a buffer is not what it was when the round began. Else servers keep it: a mean would differ by rounding."""
+        then = self._buffers[chunk.id][piece.offset : piece.offset + piece.length]
+        return not torch.equal(now.to(then.dtype), then)
+
+    def present(self, values: Mapping[int, torch.Tensor]) -> dict[int, int]:
+        """The mask of pieces to take over from `values`, which hold all tensors: parameters and changed buffers."""
+        return {
+            chunk.id: sum(
+                (chunk.kind == "param" or self._changed(chunk, p, values[chunk.id][p.offset : p.offset + p.length])) << bit
+                for bit, p in enumerate(chunk.pieces)
+            )
+            for chunk in self.layout.chunks
+        }
 
     def weights(self) -> dict[int, torch.Tensor]:
         """A copy of all tensors by chunk, flat, in the dtype that servers keep."""

@@ -35,6 +35,7 @@ from common.messages import (
     Update,
     Upload,
 )
+from common.no_compiler import no_compiler
 from common.plan import Segment, derive_seed, make_segment
 from common.policies import load
 from common.settings import Settings
@@ -93,6 +94,7 @@ class Run:
         self._model: nn.Module | None = None
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
+        self._kv: KvClient | None = None
         self._segments: list[Segment] = []
         self._callbacks: list[Callable[[], None]] = []
         self._metrics_sent = 0
@@ -174,8 +176,9 @@ class Run:
             inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
         else:
             check_sendable(cls)
-            example = example_optimizer(cls, groups, hyper)
-            check_elementwise(cls, hyper)
+            with no_compiler():
+                example = example_optimizer(cls, groups, hyper)
+                check_elementwise(cls, hyper)
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
         self._set_up(replica, update)
@@ -184,7 +187,8 @@ class Run:
             self._work = local.LocalWork(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
-            hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
+            with no_compiler():
+                hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
             slots = Slots(replica.layout, shared=self.settings.lane == "auto")
             self._share(replica, slots.handle)
             self._work = GradientWork(self, replica, slots, hypers, own_clip)
@@ -268,6 +272,11 @@ class Run:
         """
         if self._work is None:
             raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
+        if self._segments and self.round < self._segments[-1].end:
+            raise UsageError(
+                f"the last loop over batches() was left in round {self.round} of {self._segments[-1].end}: it must go on to its "
+                "end, which epochs and --rounds set."
+            )
         settings = self.settings
         micro, whole = micro_batch or settings.micro_batch, global_batch or settings.global_batch
         if micro > whole:
@@ -292,7 +301,10 @@ class Run:
             collate_fn=collate_fn,
             forecast=lambda: self._forecast(segment),
         )
-        yield from self._work.batches(segment, loader)
+        try:
+            yield from self._work.batches(segment, loader)
+        finally:
+            loader.close()
 
     def _forecast(self, segment: Segment) -> Iterator[Task]:
         round_ = segment.first_round
@@ -323,7 +335,9 @@ class Run:
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop."""
-        return KvClient(self._link, self._servers, self.settings.timeout)
+        if self._kv is None:
+            self._kv = KvClient(self._link, self._servers, self.settings.timeout)
+        return self._kv
 
     # ---- the end
 
@@ -393,7 +407,9 @@ class Run:
     def _beat(self) -> Beat:
         if self._finished:
             return Beat("done", self.round)
-        return self._work.beat() if self._work is not None else Beat("starting")
+        if self._work is not None:
+            return self._work.beat()
+        return Beat("starting") if self._kv is None else Beat("computing", at=self._kv.answered)
 
 
 def describe_failure(error: BaseException, script: str) -> str:

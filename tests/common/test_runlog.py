@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sqlite3
 from pathlib import Path
 
@@ -105,6 +106,24 @@ def test_a_closed_log_is_one_file_that_holds_everything(path: Path) -> None:
     log.close()
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     assert len(RunLogReader(path).events()) == 1
+
+
+def test_a_value_that_is_no_number_is_kept_as_such_and_stops_no_other_row(path: Path) -> None:
+    log = RunLog(path)
+    log.metric(1, "worker-0", "accuracy", math.nan)
+    log.round(RoundRow(0, 0, 4, 1, 0, {"loss": math.nan}))
+    log.close()
+    reader = RunLogReader(path)
+    assert math.isnan(reader.metrics("accuracy")[0][3]) and math.isnan(reader.rounds()[0].metrics["loss"])
+
+
+def test_a_log_that_somebody_reads_can_be_closed(path: Path) -> None:
+    log = RunLog(path)
+    reader = RunLogReader(path)
+    assert reader.events() == []
+    log.event(Event("started", "coordinator", {}))
+    log.close()
+    assert len(reader.events()) == 1
 
 
 def test_a_reader_cannot_write(path: Path) -> None:

@@ -1,0 +1,135 @@
+"""The command line of the benchmarks: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks import measure, network
+from benchmarks.report import Result, Results, read_results, to_markdown, write_report, write_results
+from benchmarks.systems import Entry, Job, names, parse_entry
+from benchmarks.training import WORKERS
+from benchmarks.workloads import WORKLOADS
+from cluster.exits import run_command
+from cluster.signals import StopSignals
+from common.errors import ClusterError, UsageError
+
+#: What is compared by default.
+SYSTEMS = ("independent", "ddp", "ddp-view=ddp --view", "ddp-fp16=ddp --fp16", "zero", "rpc", "ours")
+_QUICK = {"steps": 3, "warmup": 1, "repeats": 1}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--model", "models", multiple=True, type=click.Choice(list(WORKLOADS)), help="What to train; by default all.")
+@click.option("--system", "systems", multiple=True, metavar="'[NAME=]SYSTEM [FLAGS]'",
+              help="Who is to train it: ddp, 'view=ddp --view', 'async=ours --policy async --servers 1'; FLAGS of ours are "
+              f"settings of the run. Systems are {', '.join(names())}; by default all, and variants of ddp.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps.")
+@click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Steps before those.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True,
+              help="Runs of each system, in fresh processes; the systems take turns.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="A few steps only, to see whether it works.")
+@click.option("--network", "network_name", type=click.Choice([network.LOOPBACK, *network.RATES]), show_default=True,
+              default=network.LOOPBACK, help="What is between workers; a rate makes network namespaces (as root).")  # fmt: skip
+@click.option("--slow-worker", type=click.FloatRange(min=1.0), default=1.0, metavar="FACTOR",
+              help="Have the last worker compute this many times slower; ours then has 8 micro-batches a round.")  # fmt: skip
+@click.option("--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for one run.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/benchmarks"), show_default=True,
+              help="Folder for results and logs; what is in it of an earlier benchmark is replaced.")  # fmt: skip
+@click.option("--report-only", is_flag=True, help="Make table and plot again from the results in --out.")
+@click.pass_context
+def cli(
+    ctx: click.Context,
+    models: Sequence[str],
+    systems: Sequence[str],
+    steps: int,
+    warmup: int,
+    repeats: int,
+    quick: bool,
+    network_name: str,
+    slow_worker: float,
+    timeout: float,
+    out: Path,
+    report_only: bool,
+) -> None:
+    """Train the same models with several systems in turn, and compare time, processor time, memory and loss.
+
+    Two workers with a torch thread each train from the same weights on the same batches. Results are written to --out as a
+    table (results.md), a plot (results.png) and JSON (results.json).
+    """
+    if report_only:
+        _report(read_results(out), out)
+        return
+    if quick:
+        steps, warmup, repeats = (_QUICK[k] if _is_default(ctx, k) else ctx.params[k] for k in ("steps", "warmup", "repeats"))
+    entries = [parse_entry(text) for text in systems or SYSTEMS]
+    twice = {entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}
+    if twice:
+        raise UsageError(f"--system '{twice.pop()}' was given twice; give them names, as in --system 'NAME=ours'.")
+    about = {
+        "run": f"{WORKERS} workers, 1 torch thread each; {warmup} + {steps} steps, {repeats} repeats",
+        "network": network_name,
+        "machine": f"{os.cpu_count()} processors, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
+    }
+    if slow_worker > 1:
+        about["slow worker"] = f"worker {WORKERS - 1} sleeps for {slow_worker - 1:g} times the time that it computes"
+    about |= {f"`{e.name}`": " ".join((e.system, *e.flags)) for e in entries if e.name.split()[0] != e.system}
+    _prepare(out)
+    results = Results(about, [])
+    with StopSignals() as signals, network.hosts(network_name) as hosts:
+        for model in models or WORKLOADS:
+            for repeat in range(repeats):
+                for number, entry in enumerate(entries):
+                    folder = out / "jobs" / f"{model}-{repeat}-{number}-{entry.system}"
+                    job = Job(WORKLOADS[model], warmup + steps, slow_worker, hosts, folder, entry.flags)
+                    result = _run(entry, job, repeat, signals, warmup, timeout)
+                    results.runs.append(result)
+                    write_results(results, out)
+    _report(results, out)
+    failed = sum(run.measured is None for run in results.runs)
+    if failed:
+        raise ClusterError(f"{failed} of {len(results.runs)} runs failed; their logs are in {out / 'jobs'}.")
+
+
+def _is_default(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) == click.core.ParameterSource.DEFAULT
+
+
+def _prepare(out: Path) -> None:
+    try:
+        shutil.rmtree(out / "jobs", ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {out} cannot be made: {error.strerror}.") from None
+
+
+def _run(entry: Entry, job: Job, repeat: int, signals: StopSignals, warmup: int, timeout: float) -> Result:
+    """Run and show one job; one that fails is a result too."""
+    model = job.workload.name
+    try:
+        measured = measure.run(entry.commands(job), job, signals, warmup, timeout)
+    except ClusterError as error:
+        print(f"{model} {entry.name} #{repeat + 1}: failed: {error}", flush=True)
+        return Result(model, entry.name, repeat, None, str(error))
+    print(
+        f"{model} {entry.name} #{repeat + 1}: {measured.step_ms:.1f} ms/step, {measured.cpu_s:.3f} CPU s/step, "
+        f"{measured.memory_mb:.0f} MB, loss {measured.loss:.5f}",
+        flush=True,
+    )
+    return Result(model, entry.name, repeat, measured)
+
+
+def _report(results: Results, out: Path) -> None:
+    paths = write_report(results, out)
+    print(f"\n{to_markdown(results)}\nwritten: {', '.join(map(str, paths))}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(cli, sys.argv[1:], "python -m benchmarks"))

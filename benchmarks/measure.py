@@ -1,0 +1,162 @@
+"""Running one job: start its processes, watch their processor time and memory, and read the steps they have logged."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil  # type: ignore[import-untyped,unused-ignore]
+
+from benchmarks.systems import ROOT, Command, Job
+from benchmarks.training import STEPS_VARIABLE, WORKERS
+from cluster.processes import TICK_S, Processes, root_cause
+from cluster.signals import StopSignals
+from common.errors import ClusterError
+
+#: Seconds between two looks at processor time, and at memory, which costs more to ask for.
+_CPU_EVERY_S = 0.2
+_MEMORY_EVERY_S = 1.0
+_GATHER_S = 2.0
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """What one run of one system took."""
+
+    #: Of each timed step, on worker 0.
+    step_s: list[float]
+    #: Processor seconds, user and system, of all processes in the timed steps, by step.
+    cpu_s: float
+    #: Largest sum of the processes' proportional set sizes, from start to end.
+    memory_mb: float
+    #: Of the last global batch after the last step, mean over workers; and what it was before the first.
+    loss: float
+    loss_before: float
+    #: How many processors others used meanwhile: above a tenth or so, times are disturbed.
+    others: float
+
+    @property
+    def step_ms(self) -> float:
+        """The median step."""
+        return statistics.median(self.step_s) * 1000.0
+
+
+class _Usage:
+    """Samples of what a process tree uses."""
+
+    def __init__(self) -> None:
+        self._cpu: dict[tuple[int, float], float] = {}
+        #: (time, processor seconds of the tree until then, and of the whole machine)
+        self.samples: list[tuple[float, float, float]] = []
+        self.memory = 0
+        self._cpu_at = self._memory_at = float("-inf")
+
+    def look(self, roots: Sequence[int]) -> None:
+        """Take samples that are due."""
+        now = time.monotonic()
+        if now < self._cpu_at + _CPU_EVERY_S:
+            return
+        self._cpu_at = now
+        tree = []
+        for pid in roots:
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(pid)
+                tree += [root, *root.children(recursive=True)]
+        for process in tree:
+            with contextlib.suppress(psutil.Error):
+                used = process.cpu_times()
+                self._cpu[process.pid, process.create_time()] = used.user + used.system
+        whole = psutil.cpu_times()
+        busy = whole.user + whole.nice + whole.system + whole.irq + whole.softirq
+        self.samples.append((now, sum(self._cpu.values()), busy))
+        if now >= self._memory_at + _MEMORY_EVERY_S:
+            self._memory_at = now
+            total = 0
+            for process in tree:
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            self.memory = max(self.memory, total)
+
+    def between(self, start: float, end: float) -> tuple[float, float]:
+        """Processor seconds of the tree, and of the whole machine, in this time."""
+        at, tree, whole = zip(*self.samples, strict=True)
+        return tuple(float(np.interp(end, at, used) - np.interp(start, at, used)) for used in (tree, whole))  # type: ignore[return-value]
+
+
+def run(commands: Sequence[Command], job: Job, signals: StopSignals, warmup: int, timeout: float) -> Measurement:
+    """Run a job's processes to their end and measure the steps after `warmup`. However it ends, no process is left.
+
+    Raises ClusterError, naming the process and its log, where one fails or time is over; KeyboardInterrupt on a signal.
+    """
+    steps = job.folder / "steps"
+    steps.mkdir(parents=True)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        STEPS_VARIABLE: str(steps.resolve()),
+    }
+    usage = _Usage()
+    with Processes(job.folder / "logs", env) as processes:
+        for command in commands:
+            processes.start(command.name, [*job.hosts[command.host].prefix, *command.argv], **command.env)
+        watch(processes, signals, timeout, usage)
+    return _evaluate(steps, usage, job.steps, warmup)
+
+
+def watch(processes: Processes, signals: StopSignals, timeout: float, usage: _Usage | None = None) -> None:
+    """Return when all processes have ended well. Raises as `run` does."""
+    deadline = time.monotonic() + timeout
+    failed_at = float("inf")
+    while processes.running():
+        time.sleep(TICK_S)
+        if usage is not None:
+            usage.look([child.popen.pid for child in processes.running()])
+        processes.poll()
+        if signals.name:
+            raise KeyboardInterrupt
+        if processes.failures():
+            failed_at = min(failed_at, time.monotonic())
+        if time.monotonic() > failed_at + _GATHER_S:
+            break
+        if time.monotonic() > deadline:
+            late = processes.running()[0]
+            raise ClusterError(f"{late.name} has not ended after {timeout:.0f} s; its log is {late.log}.")
+    if processes.failures():
+        raise ClusterError(root_cause(processes.failures()).describe_end())
+
+
+def _evaluate(steps: Path, usage: _Usage, count: int, warmup: int) -> Measurement:
+    losses, before, step_s, start, end = [], 0.0, [], 0.0, 0.0
+    for rank in range(WORKERS):
+        path = steps / f"rank-{rank}.jsonl"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if not lines or "loss" not in lines[-1]:
+            raise ClusterError(f"worker {rank} ended without logging its loss; {path} is not whole.")
+        losses.append(float(lines[-1]["loss"]))
+        if rank == 0:
+            before = float(lines[-1]["loss_before"])
+            marks = [(line["done"], line["at"]) for line in lines[:-1] if line["done"] >= warmup]
+            if marks[-1][0] != count:
+                raise ClusterError(f"worker 0 logged {marks[-1][0]} steps, not {count}.")
+            step_s = step_durations(marks)
+            start, end = marks[0][1], marks[-1][1]
+    cpu, whole = usage.between(start, end)
+    others = max(0.0, whole - cpu) / (end - start)
+    return Measurement(step_s, cpu / len(step_s), usage.memory / 1e6, statistics.fmean(losses), before, others)
+
+
+def step_durations(marks: Sequence[tuple[int, float]]) -> list[float]:
+    """How long each step took, from (steps done, time) in order; steps that were over at once share their time alike."""
+    out: list[float] = []
+    for (done, at), (next_done, next_at) in itertools.pairwise(marks):
+        out += [(next_at - at) / (next_done - done)] * (next_done - done)
+    return out

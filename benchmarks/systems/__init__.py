@@ -1,0 +1,109 @@
+"""The systems that are compared: one module each, found by its name.
+
+A module has `commands(job)`, which says what processes to start for one run, and `FLAGS`, the switches it knows (None: it
+passes any on). Its workers write their steps as `benchmarks.training` says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+from benchmarks.network import Host
+from benchmarks.workloads import Workload
+from common.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process to start: `argv` on host number `host` of the job's."""
+
+    name: str
+    host: int
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one system. `steps` counts those of the warm-up too; `folder` is empty and the job's own."""
+
+    workload: Workload
+    steps: int
+    slow: float
+    hosts: Sequence[Host]
+    folder: Path
+    flags: Sequence[str] = ()
+
+    @property
+    def networked(self) -> bool:
+        """Whether the hosts have a network between them."""
+        return bool(self.hosts[0].prefix)
+
+    def worker_arguments(self) -> list[str]:
+        """The command line of a worker script, but for its rank."""
+        return ["--model", self.workload.name, "--steps", str(self.steps), "--slow", str(self.slow)]
+
+
+class System(Protocol):
+    """What a module of this package has."""
+
+    FLAGS: Sequence[str] | None
+
+    def commands(self, job: Job) -> list[Command]: ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A system with flags, under the name it has in tables."""
+
+    name: str
+    system: str
+    flags: tuple[str, ...]
+
+    def commands(self, job: Job) -> list[Command]:
+        return _load(self.system).commands(job)
+
+
+def names() -> list[str]:
+    """All systems there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def parse_entry(text: str) -> Entry:
+    """Read `[NAME=]SYSTEM [FLAGS]`, such as 'ddp', 'view=ddp --view' or 'ours --servers 1'; without NAME it is the whole text.
+
+    Raises UsageError for a system or flag that there is not.
+    """
+    name, equals, rest = text.partition("=")
+    if not equals or " " in name.strip():
+        name, rest = text, text
+    try:
+        system, *flags = shlex.split(rest) or [""]
+    except ValueError as error:
+        raise UsageError(f"--system '{text}' cannot be read: {str(error).lower()}.") from None
+    if system not in names():
+        raise UsageError(f"--system '{text}': there is no system '{system}'; there are {', '.join(names())}.")
+    known = _load(system).FLAGS
+    for flag in flags:
+        if known is not None and flag.removeprefix("--") not in known:
+            has = f"it has {', '.join(f'--{k}' for k in known)}" if known else "it has none"
+            raise UsageError(f"--system '{text}': {system} has no flag {flag}; {has}.")
+    return Entry(" ".join(name.split()), system, tuple(flags))
+
+
+def module_command(module: str, *args: str) -> list[str]:
+    """The command line that runs a module of ours as a script."""
+    return [sys.executable, "-m", module, *args]
+
+
+def _load(system: str) -> System:
+    return cast(System, importlib.import_module(f"{__name__}.{system}"))

@@ -1,0 +1,27 @@
+"""Two processes that train on their own parts of the data and never talk: what communication costs is what is above this."""
+
+from __future__ import annotations
+
+from benchmarks.systems import Command, Job, module_command
+from benchmarks.training import WORKERS, parse_task, train_with
+
+FLAGS: tuple[str, ...] = ()
+
+
+def commands(job: Job) -> list[Command]:
+    """One process for each worker."""
+    return [
+        Command(f"worker-{rank}", rank, module_command(__name__, "--rank", str(rank), *job.worker_arguments(), *job.flags))
+        for rank in range(WORKERS)
+    ]
+
+
+def main() -> None:
+    """Be one of the workers."""
+    task = parse_task(*FLAGS)
+    model = task.workload.model()
+    train_with(task, model, task.workload.optimizer(model.parameters(), **task.workload.hyper))
+
+
+if __name__ == "__main__":
+    main()

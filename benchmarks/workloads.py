@@ -1,0 +1,83 @@
+"""What all systems train: models and synthetic data in plain torch, the same numbers in every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+#: Global batches in the data set; longer runs go over them again, in the same order.
+BATCHES = 8
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, its data and its optimizer. `batch` is what one worker computes in a step."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int
+    batch: int
+    optimizer: type[torch.optim.Optimizer]
+    hyper: Mapping[str, Any]
+
+    def model(self) -> nn.Module:
+        """The network with its initial weights, which are always the same."""
+        torch.manual_seed(_SEED)
+        return self.network()
+
+    def dataset(self, workers: int) -> TensorDataset:
+        """Synthetic samples for that many workers, always the same; global batch i is the i-th slice of them."""
+        generator = torch.Generator().manual_seed(_SEED)
+        size = BATCHES * workers * self.batch
+        x = torch.randn(size, *self.shape, generator=generator)
+        return TensorDataset(x, torch.randint(self.classes, (size,), generator=generator))
+
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The mean loss of a batch."""
+        return nn.functional.cross_entropy(model(x), y)
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 3072), nn.ReLU(), nn.Linear(3072, 1000)
+    )  # fmt: skip
+
+
+def _alexnet() -> nn.Module:
+    """The single-tower AlexNet of torchvision, without dropout; pooled to 6x6 so that small images fit its dense layers."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+        nn.AdaptiveAvgPool2d((6, 6)), nn.Flatten(),
+        nn.Linear(256 * 6 * 6, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000),
+    )  # fmt: skip
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(128 * 4 * 4, 176), nn.ReLU(), nn.Linear(176, 10),
+    )  # fmt: skip
+
+
+WORKLOADS: Mapping[str, Workload] = {
+    w.name: w
+    for w in (
+        Workload("mlp", _mlp, (1024,), 1000, 64, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+        Workload("alexnet", _alexnet, (3, 64, 64), 1000, 32, torch.optim.Adam, {"lr": 1e-4}),
+        Workload("cnn", _cnn, (3, 32, 32), 10, 64, torch.optim.SGD, {"lr": 0.01}),
+    )
+}

@@ -1,0 +1,54 @@
+"""torch.optim without torch's compiler.
+
+The first optimizer that a process makes imports the compiler, only to tell it to keep out. That takes as long as importing
+torch itself, 2 s of CPU and 60 MiB, in every process of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_NAME = "torch._dynamo"
+
+
+@contextlib.contextmanager
+def no_compiler() -> Iterator[None]:
+    """Inside, optimizers can be made and stepped without the compiler being imported; afterwards all is as it was.
+
+    Where it is imported already, nothing is done; where more of it is asked for than to keep out, it is imported after all.
+    """
+    if _NAME in sys.modules:
+        yield
+        return
+    told: list[Any] = []
+
+    def disable(function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        told.append(function)
+        return function
+
+    def import_it(name: str) -> Any:
+        if name.startswith("__"):  # whoever looks through all modules asks for these
+            raise AttributeError(name)
+        if sys.modules.get(_NAME) is idle:
+            del sys.modules[_NAME]
+        return getattr(importlib.import_module(_NAME), name)
+
+    idle = ModuleType(_NAME)
+    idle.__dict__.update(disable=disable, graph_break=lambda: None, __getattr__=import_it)
+    sys.modules[_NAME] = idle
+    torch._dynamo = idle
+    try:
+        yield
+    finally:
+        if sys.modules.get(_NAME) is idle:
+            del sys.modules[_NAME]
+            delattr(torch, "_dynamo")
+        for function in told:
+            vars(function).pop("__dynamo_disable", None)

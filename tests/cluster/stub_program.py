@@ -1,0 +1,81 @@
+"""Stands for launch.py where a test is about starting and watching: processes that need no torch and do as they are told.
+
+`stub_program.py local RUN_DIR` is a launcher whose children are stubs too. STUB_<NAME> says what the child NAME does once it
+runs: pause (what all do by default), finish, exit N, fail TEXT, or stubborn, which ignores signals and has started two
+others that ignore them too, one of them in a session of its own. STUB_READY names a FIFO that each writes a line to by then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+
+DEAF = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]; print(flush=True); signal.pause()"
+
+
+def main() -> int:
+    if sys.argv[1] == "local":
+        return launcher(Path(sys.argv[2]))
+    die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
+    return child(sys.argv[1])
+
+
+def launcher(folder: Path) -> int:
+    import click
+    from rich.console import Console
+
+    from cluster.exits import run_command
+    from cluster.local import Order, run_local
+    from cluster.screen import Screen
+    from common.settings import Settings
+
+    @click.command()
+    def local() -> None:
+        order = Order(Settings(workers=2, servers=1), folder)
+        run_local(order, [sys.executable, __file__], os.environ, Screen(Console(), folder / "events.sqlite"))
+
+    return run_command(local, [], "stub")
+
+
+def child(role: str) -> int:
+    name = role if role == "coordinator" else f"{role}-{argument('--index')}"
+    action, _, rest = os.environ.get(f"STUB_{name.upper().replace('-', '_')}", "pause").partition(" ")
+    if action == "stubborn":
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        for own_session in (False, True):
+            deaf = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, start_new_session=own_session)
+            assert deaf.stdout is not None
+            deaf.stdout.readline()
+    if role == "coordinator":
+        folder = Path(argument("--run-dir"))
+        (folder / "events.sqlite").touch()
+        if action == "finish":
+            (folder / "summary.json").write_text(json.dumps({"rounds": 3, "samples": 30, "seconds": 1.0}))
+        (folder / "address.tmp").write_text("tcp://127.0.0.1:1\n")
+        (folder / "address.tmp").rename(folder / "address")
+    if "STUB_READY" in os.environ:
+        with Path(os.environ["STUB_READY"]).open("w") as ready:
+            ready.write(f"{name} {os.getpid()}\n")
+    if action in ("pause", "stubborn"):
+        while True:
+            signal.pause()
+    if action == "fail":
+        print(f"error: {rest}")
+    return {"finish": 0, "fail": 1}.get(action, int(rest or 0) if action == "exit" else 1)
+
+
+def argument(flag: str) -> str:
+    return sys.argv[sys.argv.index(flag) + 1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""However a run on one machine ends, nothing is left of it, and the last line on the screen says why. Children are stubs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Launched, wait_for_ends
+
+ALL = 4
+Stub = Callable[..., Launched]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("whom", ["launcher", "group"])
+def test_a_signal_to_the_launcher_or_its_group_stops_everything(stub: Stub, number: signal.Signals, whom: str) -> None:
+    run = stub()
+    run.ready(ALL)
+    (os.kill if whom == "launcher" else os.killpg)(run.popen.pid, number)
+    code, lines = run.end()
+    assert code == 130
+    assert lines[-1].endswith(f"stopped by {number.name}; the run in {lines[0].partition(': ')[0]} is not finished.")
+    run.leaves_nothing(set())
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_stopping(stub: Stub) -> None:
+    run = stub(worker_0="stubborn")
+    run.ready(ALL)
+    for _ in range(3):
+        os.kill(run.popen.pid, signal.SIGINT)
+    code, lines = run.end()
+    assert (code, "SIGINT" in lines[-1], "Traceback" in "".join(lines)) == (130, True, False)
+    run.leaves_nothing(set())
+
+
+@pytest.mark.parametrize("victim", ["coordinator", "server-0", "worker-1"])
+def test_a_child_killed_with_9_ends_the_run_and_is_named_last(stub: Stub, victim: str) -> None:
+    run = stub()
+    os.kill(run.ready(ALL)[victim], signal.SIGKILL)
+    code, lines = run.end()
+    assert code == 1
+    assert lines[-1].startswith(f"error: {victim} was killed by signal 9 (SIGKILL); its log is ")
+    assert lines[-1].endswith(f"/run/logs/{victim}.log.")
+    run.leaves_nothing(set())
+
+
+@pytest.mark.parametrize("end", ["signal", "kill of a child", "kill of the launcher"])
+def test_what_ignores_signals_or_has_left_for_a_session_of_its_own_is_stopped_too(stub: Stub, end: str) -> None:
+    run = stub(worker_0="stubborn")
+    pids = run.ready(ALL)
+    everybody = run.members()
+    assert len(everybody) == 1 + ALL + 2 + 1  # the launcher, its children, what the stubborn one has started, the guard
+    if end == "signal":
+        os.kill(run.popen.pid, signal.SIGTERM)
+    elif end == "kill of a child":
+        os.kill(pids["worker-0"], signal.SIGKILL)
+    else:
+        os.kill(run.popen.pid, signal.SIGKILL)
+        wait_for_ends(everybody - {run.popen.pid})
+    run.end()
+    run.leaves_nothing(set())
+
+
+def test_nothing_outlives_a_launcher_that_was_killed_with_9(stub: Stub) -> None:
+    run = stub()
+    run.ready(ALL)
+    everybody = run.members()
+    os.kill(run.popen.pid, signal.SIGKILL)
+    wait_for_ends(everybody - {run.popen.pid})
+    assert run.end()[0] == -signal.SIGKILL
+    run.leaves_nothing(set())
+
+
+def test_a_run_goes_on_without_its_guard_and_ends_well(stub: Stub) -> None:
+    run = stub()
+    pids = run.ready(ALL)
+    (guard,) = run.members() - set(pids.values()) - {run.popen.pid}
+    os.kill(guard, signal.SIGKILL)
+    os.kill(run.popen.pid, signal.SIGTERM)
+    assert run.end()[0] == 130
+    run.leaves_nothing(set())
+
+
+@pytest.mark.parametrize(
+    ("action", "sentence"),
+    [
+        ("exit 3", "worker-1 failed with exit code 3 and no word"),
+        ("fail ValueError: no (train.py line 7)", "worker-1 failed: ValueError: no (train.py line 7)"),
+    ],
+)
+def test_a_worker_that_fails_ends_the_run_with_its_own_word(stub: Stub, action: str, sentence: str) -> None:
+    run = stub(worker_1=action)
+    code, lines = run.end(60)
+    assert code == 1
+    assert lines[-1].startswith(f"error: {sentence}; its log is ")
+    run.leaves_nothing(set())
+
+
+def test_a_worker_that_ends_well_without_joining_ends_the_run(stub: Stub) -> None:
+    run = stub(worker_0="exit 0")
+    code, lines = run.end(60)
+    assert code == 1
+    assert "worker-0 did not join the run: the example ended without calling worker.join()" in lines[-1]
+    run.leaves_nothing(set())
+
+
+def test_a_coordinator_that_ends_at_once_is_told(stub: Stub) -> None:
+    run = stub(coordinator="fail tcp://127.0.0.1:1 is in use by another program: choose another port")
+    code, lines = run.end(60)
+    assert code == 1
+    assert lines[-1].startswith("error: coordinator failed: tcp://127.0.0.1:1 is in use by another program")
+    run.leaves_nothing(set())
+
+
+def test_a_run_whose_children_end_well_succeeds_and_leaves_nothing(stub: Stub, tmp_path: Path) -> None:
+    run = stub(coordinator="finish", server_0="exit 0", worker_0="exit 0", worker_1="exit 0")
+    code, lines = run.end(60)
+    assert (code, lines[-1]) == (0, "done: 3 rounds, 30 samples in 1.0 s")
+    run.leaves_nothing(set())
+    assert sorted(log.name for log in (tmp_path / "run" / "logs").iterdir()) == [
+        "coordinator.log", "server-0.log", "worker-0.log", "worker-1.log",
+    ]  # fmt: skip
+
+
+def test_a_reader_that_goes_away_stops_the_run(stub: Stub) -> None:
+    run = stub()
+    run.ready(ALL)
+    everybody = run.members()
+    assert run.popen.stdout is not None
+    run.popen.stdout.close()
+    run.popen.stdout = None
+    wait_for_ends(everybody, timeout=20.0)  # it notices at its next line, which comes every few seconds
+    run.leaves_nothing(set())
