@@ -164,7 +164,8 @@ class Coordinator:
         idle_s, rounds = now - self._progressed_at, self._ledger
         if not self._membership.started:
             return
-        if idle_s > _LEFT_S and not self._membership.names("worker") and rounds.committed < rounds.planned:
+        applied = min((beat.round for beat in self._owners()), default=0)
+        if idle_s > _LEFT_S and not self._membership.names("worker") and max(applied, rounds.committed) < rounds.planned:
             raise ClusterError(
                 f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
                 "a script must go on until run.batches() ends; --rounds sets where that is."
@@ -267,8 +268,7 @@ class Coordinator:
         tables = self._membership.tables
         lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
         if lease is None:
-            owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
-            servers = [self._membership.members[f"server-{owner}"].beat for owner in owners]
+            servers = self._owners()
             open_round = min(beat.round for beat in servers)
             missing = sorted({k for beat in servers if beat.round == open_round for k in beat.left})
             count = self._ledger.micro_batches(open_round)
@@ -278,6 +278,11 @@ class Coordinator:
             self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
             self._send(lease.to, lease)
             self._send(lease.owner, lease)
+
+    def _owners(self) -> list[Beat]:
+        """The newest word of each server that takes part in rounds."""
+        owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
+        return [self._membership.members[f"server-{owner}"].beat for owner in owners]
 
     def _metrics(self, route: bytes, worker: str, metrics: Metrics, now: float) -> None:
         self._reply(route, Ready("Metrics", metrics.id))

@@ -18,6 +18,10 @@ from worker.mapped import InPlane, MappedWeights
 from worker.slots import Slot
 
 
+#: Bytes to whose multiples torch aligns what it allocates. Elsewhere some matrix products come out with other bits.
+_ALIGNED = 64
+
+
 class Replica:
     """One worker's copy of the model. Buffers are as much part of it as parameters: both have a version."""
 
@@ -73,11 +77,12 @@ class Replica:
         self._slot, self._given = slot, set()
         if slot not in self._places:
             offsets, _ = gradient_offsets(self.layout)
-            self._places[slot] = {
+            places = {
                 id(tensor): self._place(slot, offsets, tensor, self._chunks_of[index])
                 for index, tensor in enumerate(self.tensors)
                 if tensor.requires_grad and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
             }
+            self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % _ALIGNED == 0}
 
     def _is_plain(self, tensor: torch.Tensor, chunk: Chunk) -> bool:
         """Whether its gradient and its elements in chunks are one and the same memory, on the CPU."""
@@ -102,10 +107,10 @@ class Replica:
     def _catch(self, parameter: torch.Tensor) -> None:
         """Called by autograd when the gradient of a parameter has been accumulated."""
         gradient = parameter.grad
-        if self._slot is None or gradient is None or gradient.requires_grad:
+        if self._slot is None or gradient is None or gradient.requires_grad or gradient.is_sparse:
             return
         place = self._places[self._slot].get(id(parameter))
-        if place is not None and gradient.data_ptr() != place.data_ptr() and gradient.layout == torch.strided:
+        if place is not None and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
 
     @torch.no_grad()
@@ -125,9 +130,9 @@ class Replica:
                 if source is None:
                     part.zero_()
                     continue
-                place = places.get(id(tensor)) if chunk.kind == "param" else None
                 if source.is_sparse:
                     source = source.to_dense()
+                place = places.get(id(tensor)) if chunk.kind == "param" else None
                 if place is None or source.data_ptr() != place.data_ptr():
                     part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
                 present |= (chunk.kind == "param" or self._changed(chunk, piece, part)) << bit
@@ -198,7 +203,7 @@ class Replica:
             self.mapped.forget_writes(index, chunks)  # else the script's own writes would hide the new weights
         places = [place for place in found if isinstance(place, InPlane)]
         flat = self.mapped.tensor(index, chunks, places) if len(places) == len(found) else None
-        if flat is None:
+        if flat is None or flat.data_ptr() % _ALIGNED:
             if index in self._in_memory:  # a place of its own again
                 tensor.data = torch.empty_like(tensor)
                 del self._in_memory[index]

@@ -108,7 +108,9 @@ class Run:
             link.on_tick = self._on_tick
             link.beat = self._beat
         torch.set_num_threads(self.settings.threads)
-        seed_everything(derive_seed(self.settings.seed, "model"))
+        seed = derive_seed(self.settings.seed, "model")
+        torch.manual_seed(seed)  # also what is not in use yet
+        seed_everything(seed)
         silence_scheduler_warnings()
 
     # ---- what a script may ask

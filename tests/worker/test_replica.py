@@ -21,6 +21,7 @@ from common.tree import fold
 from ps.store import Store
 from worker.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings
 from worker.replica import Replica
+from worker.slots import Slots
 
 Forward = Callable[[nn.Module, int], torch.Tensor]
 
@@ -33,6 +34,8 @@ class Cluster:
         check_elementwise(cls, hyper)
         update = Update(cls.__name__, plain_settings(example_optimizer(cls, groups, hyper)))
         self.replica = Replica(model, {id(p): i for i, group in enumerate(groups) for p in group["params"]}, servers)
+        self.slots = Slots(self.replica.layout, shared=False)
+        self.replica.catch_gradients()
         self.stores = [Store(self.replica.layout, number, update, load(Settings())) for number in range(servers)]
         for chunk, frame in self.replica.first_weights().items():
             self.store(chunk).load(chunk, bytes(frame))
@@ -42,21 +45,22 @@ class Cluster:
         return self.stores[self.replica.layout.chunks[chunk].server]
 
     def pull(self) -> None:
-        self.replica.load({c.id: bytes(self.store(c.id).publish(c.id)) for c in self.replica.layout.chunks})
+        self.replica.load({c.id: to_frame(self.store(c.id).publish(c.id)) for c in self.replica.layout.chunks})
 
     def round(self, losses: list[Callable[[], torch.Tensor]], samples: list[int]) -> None:
         """One round: the loss of each micro-batch is computed, and its gradient contributed as coming over the wire."""
         terms = []
         for loss, count in zip(losses, samples, strict=True):
             self.replica.reset_buffers()
+            self.replica.contribute_to(self.slots.take(lambda slot: False))
             value = loss()
             if value.requires_grad:
                 value.backward()
             sums = self.replica.gradient(count)
-            terms.append({i: self.store(i).receive(i, bytes(to_frame(s.values)), s.present) for i, s in sums.items()})
+            terms.append({i: self.store(i).receive(i, bytes(to_frame(s.values)), s.present, s.scale) for i, s in sums.items()})
         for chunk in self.replica.layout.chunks:
             total = fold({k: term[chunk.id] for k, term in enumerate(terms)}, len(terms), adder(chunk.kind))
-            self.store(chunk.id).apply(chunk.id, self.store(chunk.id).mean(chunk.id, total, sum(samples)), {})
+            self.store(chunk.id).apply(chunk.id, [total], sum(samples), {})
         self.pull()
 
 
