@@ -64,7 +64,10 @@ class Child:
             last = last_line(self.log)
             return f"{self.name} failed with exit code {self.code}" + (f": {last}; {where}" if last else f" and no word; {where}")
         if other := _OTHERS_FAILURE.match(reason):
-            return f"{reason.rstrip('.')}; its log is {self.log.with_name(f'{other[1]}.log')}."
+            log = self.log.with_name(f"{other[1]}.log")  # has that one's own word, even if it has not ended yet
+            own = error_in(log)
+            told = f"{other[1]} failed: {own}" if own else reason
+            return f"{told.rstrip('.')}; its log is {log}."
         return f"{self.name} failed: {reason.rstrip('.')}; {where}"
 
 

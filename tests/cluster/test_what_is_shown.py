@@ -103,10 +103,13 @@ def test_the_end_of_a_child_is_one_sentence(tmp_path: Path, code: int, log: str,
     assert one.describe_end() == f"{sentence}; its log is {one.log}."
 
 
-def test_what_the_coordinator_says_of_another_names_the_log_of_that_one(tmp_path: Path) -> None:
-    one = child(tmp_path, "coordinator", 1, "error: worker-1 failed: ValueError\n")
+def test_of_a_worker_that_the_coordinator_tells_of_the_own_word_and_log_are_told(tmp_path: Path) -> None:
+    one = child(tmp_path, "coordinator", 1, "error: worker-1 failed: UsageError: no\n")
     one.popen.wait()
-    assert one.describe_end() == f"worker-1 failed: ValueError; its log is {tmp_path / 'worker-1.log'}."
+    log = tmp_path / "worker-1.log"
+    assert one.describe_end() == f"worker-1 failed: UsageError: no; its log is {log}."
+    log.write_text("error: no such data.\n")
+    assert one.describe_end() == f"worker-1 failed: no such data; its log is {log}."
 
 
 def test_the_failure_that_brought_about_the_others_is_told(tmp_path: Path) -> None:
