@@ -36,8 +36,8 @@ class Measurement(msgspec.Struct, frozen=True):
     cpu_s: float
     #: Largest sum of the processes' proportional set sizes, from start to end.
     memory_mb: float
-    #: Of the last global batch after the last step, mean over workers; and what it was before the first.
-    loss: float
+    #: Of the last global batch after the last step, for each worker's weights; and what it was before the first.
+    losses: list[float]
     loss_before: float
     #: How many processors others used meanwhile: above a tenth or so, times are disturbed.
     others: float
@@ -46,6 +46,11 @@ class Measurement(msgspec.Struct, frozen=True):
     def step_ms(self) -> float:
         """The median step."""
         return statistics.median(self.step_s) * 1000.0
+
+    @property
+    def loss(self) -> float:
+        """The mean over workers."""
+        return statistics.fmean(self.losses)
 
 
 class _Usage:
@@ -151,7 +156,7 @@ def _evaluate(steps: Path, usage: _Usage, count: int, warmup: int) -> Measuremen
             start, end = marks[0][1], marks[-1][1]
     cpu, whole = usage.between(start, end)
     others = max(0.0, whole - cpu) / (end - start)
-    return Measurement(step_s, cpu / len(step_s), usage.memory / 1e6, statistics.fmean(losses), before, others)
+    return Measurement(step_s, cpu / len(step_s), usage.memory / 1e6, losses, before, others)
 
 
 def step_durations(marks: Sequence[tuple[int, float]]) -> list[float]:

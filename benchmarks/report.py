@@ -74,15 +74,16 @@ def ratios(
 
 
 def same_loss(of: dict[int, Measurement], to: dict[int, Measurement]) -> bool | None:
-    """Whether all losses of a system are those of another to rounding; None where one of them has none.
+    """Whether the loss of every worker in every run is that of another system to rounding; None where one of them has none.
 
-    Measured by how far the loss has moved, for a loss that has hardly moved is nearly the same whatever was done wrong.
+    Each worker's and not the mean, for that of workers that never talked is nearly the same after a few steps. Measured by
+    how far the loss has moved, for a loss that has hardly moved is nearly the same whatever was done wrong.
     """
     if not of or not to:
         return None
     right = statistics.median(m.loss for m in to.values())
     moved = statistics.median(abs(m.loss - m.loss_before) for m in to.values())
-    return all(abs(m.loss - right) <= ROUNDING * moved for m in of.values())
+    return all(abs(loss - right) <= ROUNDING * moved for m in of.values() for loss in m.losses)
 
 
 def to_markdown(results: Results) -> str:
@@ -127,7 +128,7 @@ def to_markdown(results: Results) -> str:
 _LEGEND = f"""\
 - ms/step: median of worker 0's timed steps, then of the repeats (least..largest repeat); ratios are taken repeat by repeat
 - CPU: user and system time of all the system's processes in the timed steps; memory: peak sum of their proportional set sizes
-- loss: of the last global batch after the last step, mean over workers; as {BASELINE}: equal to {ROUNDING:g} of what it moved
+- loss: of the last global batch after the last step, mean over workers; as {BASELINE}: each within {ROUNDING:g} of what it moved
 - others: processors that were busy with something else during the timed steps; times with much of that are disturbed
 """
 

@@ -32,7 +32,7 @@ TICK_S = 0.05
 
 _TAIL_BYTES = 16 << 10
 _ERROR_LINE = re.compile(r"^(?:\S+: )?error: (.+)$")
-_OTHERS_FAILURE = re.compile(r"^(?:worker|server)-\d+ failed: ")
+_OTHERS_FAILURE = re.compile(r"^((?:worker|server)-\d+) failed: ")
 _TOLD_TO_STOP = re.compile(r"\b(?:stopped because|told to stop)\b")
 
 
@@ -63,8 +63,11 @@ class Child:
         if reason is None:
             last = last_line(self.log)
             return f"{self.name} failed with exit code {self.code}" + (f": {last}; {where}" if last else f" and no word; {where}")
-        if _OTHERS_FAILURE.match(reason):
-            return f"{reason.rstrip('.')}; {where}"
+        if other := _OTHERS_FAILURE.match(reason):
+            log = self.log.with_name(f"{other[1]}.log")  # has that one's own word, even if it has not ended yet
+            own = error_in(log)
+            told = f"{other[1]} failed: {own}" if own else reason
+            return f"{told.rstrip('.')}; its log is {log}."
         return f"{self.name} failed: {reason.rstrip('.')}; {where}"
 
 

@@ -139,8 +139,11 @@ class RunLog:
             return
         self._db.execute("BEGIN")
         try:
+            by_statement: dict[str, list[tuple[Any, ...]]] = {}
             for statement, values in self._pending:
-                self._db.execute(statement, values)
+                by_statement.setdefault(statement, []).append(values)
+            for statement, rows in by_statement.items():
+                self._db.executemany(statement, rows)
         except BaseException:
             self._db.execute("ROLLBACK")
             raise

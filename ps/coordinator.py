@@ -92,6 +92,8 @@ class Coordinator:
         self._model = ModelFile()
         self._log = RunLog(run_dir / FILE_NAME)
         self._routes: dict[str, bytes] = {}
+        #: When each process's beat was last answered.
+        self._answered_at: dict[str, float] = {}
         self._seen_metrics: dict[str, int] = {}
         self._accuracy: float | None = None
         self._uploader: str | None = None
@@ -250,7 +252,9 @@ class Coordinator:
         if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
             self._progressed_at = now
         self._membership.beat(member.name, beat, now)
-        self._send(member.name, Beat())
+        if now >= self._answered_at.get(member.name, 0.0) + BEAT_S / 2:  # beats with news come much more often
+            self._answered_at[member.name] = now
+            self._send(member.name, Beat())
 
     def _plan(self, route: bytes, plan: Plan, now: float) -> None:
         self._reply(route, self._ledger.plan(plan.segment))

@@ -103,7 +103,7 @@ class KvClient:
             servers = sorted({self._requests[i].server for i in state.outstanding})
             return f"{' and '.join(servers)} to answer push or pull {timestamp}"
 
-        self._link.wait(lambda: not state.outstanding or bool(state.error), self._timeout, what)
+        self._link.wait(lambda: not state.outstanding, self._timeout, what)
         del self._timestamps[timestamp]
         if state.error:
             raise UsageError(state.error)
@@ -157,7 +157,8 @@ class KvClient:
                     error = f"key '{key}' does not fit: {wrong}."
         if state is not None:
             state.outstanding.discard(request_id)
-            state.error = state.error or error
+            if error and (not state.error or request.body.block == 0):  # the first block is there if the key is
+                state.error = error
 
     def _on_tick(self, now: float) -> list[Send]:
         again = [r for r in self._requests.values() if now >= r.sent_at + SEND_AGAIN_S]

@@ -21,8 +21,9 @@ from common.errors import UsageError
 ROOT = Path(__file__).parents[2]
 
 
-def measurement(ms: float, loss: float = 2.0) -> Measurement:
-    return Measurement([ms / 1000] * 3, 0.5, 100.0, loss, 3.0, 0.0)
+def measurement(ms: float, loss: float = 2.0, other: float | None = None) -> Measurement:
+    losses = [loss, loss if other is None else other]
+    return Measurement([ms / 1000] * 3, 0.5, 100.0, losses, 3.0, 0.0)
 
 
 def results(*runs: tuple[str, int, Measurement | None]) -> Results:
@@ -58,6 +59,7 @@ def test_a_loss_is_judged_by_how_far_it_moved() -> None:
     ddp = {0: measurement(1, loss=2.9)}  # from 3.0
     assert report.same_loss({0: measurement(1, loss=2.9005)}, ddp) is True
     assert report.same_loss({0: measurement(1, loss=2.9), 1: measurement(1, loss=2.902)}, ddp) is False
+    assert report.same_loss({0: measurement(1, loss=2.8, other=3.0)}, ddp) is False  # though the mean is right
     assert report.same_loss({0: measurement(1)}, {}) is None
 
 

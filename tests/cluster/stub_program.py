@@ -1,8 +1,9 @@
 """Stands for launch.py where a test is about starting and watching: processes that need no torch and do as they are told.
 
 `stub_program.py local RUN_DIR` is a launcher whose children are stubs too. STUB_<NAME> says what the child NAME does once it
-runs: pause (what all do by default), finish, exit N, fail TEXT, or stubborn, which ignores signals and has started two
-others that ignore them too, one of them in a session of its own. STUB_READY names a FIFO that each writes a line to by then.
+runs: pause, as all do by default; finish; seed: finish if the run's seed is 0, else exit with it; exit N; fail TEXT; stubborn:
+ignore signals, having started two others that ignore them too, one of them in a session of its own. STUB_READY names a FIFO
+that each writes a line to by then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -57,6 +59,9 @@ def child(role: str) -> int:
             deaf.stdout.readline()
     if role == "coordinator":
         folder = Path(argument("--run-dir"))
+        if action == "seed":
+            seed = tomllib.loads(Path(argument("--config")).read_text())["seed"]
+            action, rest = ("exit", str(seed)) if seed else ("finish", "")
         (folder / "events.sqlite").touch()
         if action == "finish":
             (folder / "summary.json").write_text(json.dumps({"rounds": 3, "samples": 30, "seconds": 1.0}))

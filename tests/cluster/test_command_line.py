@@ -1,0 +1,177 @@
+"""Flags and files say the same; whatever cannot be is told in one sentence, before anything is started or written."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+
+import launch
+from cluster.exits import run_command
+from cluster.flags import Choice, choose
+from cluster.local import check_order
+from cluster.rundir import run_values, to_toml, write_settings
+from common.errors import UsageError
+from common.settings import FIELDS, Settings
+
+Fail = Callable[..., str]
+
+
+@pytest.fixture
+def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fail:
+    """`fail("local", "--lr", "x", toml="...")` runs the command line in an empty folder and returns the sentence it ends with."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str, toml: str | None = None) -> str:
+        if toml is not None:
+            (tmp_path / "f.toml").write_text(toml)
+        before = sorted(tmp_path.rglob("*"))
+        assert run_command(launch.cli, argv, "launch.py") == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        ("locall", "Did you mean 'local'?"),
+        ("local --workrs 3", "--workers"),
+        ("local --workers 0", "workers = 0 cannot be"),
+        ("local --workers x", "'x' is not a valid integer"),
+        ("local --policy snyc", "'snyc' is not one of 'sync', 'backup'"),
+        ("local --micro-batch 128", "micro_batch is 128 but global_batch is only 64"),
+        ("local --policy backup --backup 4", "backup is 4 but a round has only 4 micro-batches"),
+        ("local --policy local --workers 5", "5 workers are too many"),
+        ("local --policy average --workers 5", "5 workers are too many"),
+        ("local --lr nan", "lr = nan cannot be"),
+        ("local train.py", "there is no script train.py"),
+        ("local .", ". is not a file"),
+        ("local -- --lr 3", "no SCRIPT was given before the --"),
+        ("local --config no.toml", "there is no file no.toml"),
+        ("local --data-dir no", "there is no folder no"),
+        ("local --name a/b", "name = 'a/b' cannot be"),
+        ("local --name ..", "name = '..' cannot be"),
+        ("local --name=", "name = '' cannot be"),
+        ("local --run-dir=", "run_dir is empty"),
+        ("local --run-dir a --name b", "give run_dir or name, not both"),
+        ("local --port 70000", "70000 is not in the range"),
+        ("coordinator --bind 5555", "'5555' is no address; it looks like tcp://HOST:PORT"),
+        ("coordinator --bind tcp://*:70000", "a port is at most 65535"),
+        ("server", "--coordinator"),
+        ("server --coordinator localhost:5555", "'localhost:5555' is no address"),
+        ("worker --coordinator tcp://127.0.0.1:5555 no.py", "there is no script no.py"),
+        ("experiment", "FILE"),
+        ("experiment no.toml", "there is no file no.toml"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(fail: Fail, argv: str, part: str) -> None:
+    assert part in fail(*argv.split())
+
+
+@pytest.mark.parametrize(
+    ("toml", "part"),
+    [
+        ("workrs = 3", "f.toml: there is no setting 'workrs'; did you mean 'workers'?"),
+        ("run_dri = 'x'", "did you mean 'run_dir'?"),
+        ("workers = '3'", "f.toml: workers = '3' cannot be"),
+        ("workers = 0", "f.toml: workers = 0 cannot be"),
+        ("workers =", "f.toml is not valid TOML"),
+        ("[training]\nlr = 1.0", "[training] cannot be: settings stand at the top"),
+        ("run-dir = 3", "run_dir = 3 cannot be"),
+        ("overwrite = 'yes'", "overwrite = 'yes' cannot be"),
+        ("port = -1", "port = -1 cannot be"),
+        ("args = ['x']", "no SCRIPT was given"),
+        ("micro_batch = 65", "micro_batch is 65 but global_batch is only 64"),
+        ("script = 'no.py'", "there is no script no.py"),
+    ],
+)
+def test_what_cannot_be_in_a_file_is_one_sentence(fail: Fail, toml: str, part: str) -> None:
+    assert part in fail("local", "--config", "f.toml", toml=toml)
+
+
+def test_a_port_in_use_is_told(fail: Fail) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert f"port {port} is in use" in fail("local", "--port", str(port))
+        assert "is in use by another program" in fail_of_coordinator(port)
+
+
+def fail_of_coordinator(port: int) -> str:
+    from ps.coordinator import serve
+
+    with pytest.raises(UsageError) as caught:
+        serve(Settings(), f"tcp://127.0.0.1:{port}", Path("never"))
+    return str(caught.value)
+
+
+def test_every_setting_is_a_flag_of_the_same_name_with_a_description() -> None:
+    options = {p.name: p for p in launch.local.params if isinstance(p, click.Option)}
+    for name in [*FIELDS, "config", "run_dir", "name", "overwrite", "port"]:
+        assert options[name].help and options[name].opts[0] == "--" + name.replace("_", "-")
+
+
+@pytest.mark.parametrize("command", ["", "local", "coordinator", "server", "worker", "experiment"])
+def test_help_of_every_command_fits_a_terminal_and_says_what_it_is_for(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(launch.cli, [*command.split(), "--help"], "launch.py") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: launch.py {command}".strip()) and "--help" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text("workers = 3\nmicro-batch = 8\nlr = 1\nname = 'there'\n")
+    choice = choose({"workers": 5, "run_dir": "here"}, str(file))
+    assert (choice.settings.workers, choice.settings.micro_batch, choice.settings.lr) == (5, 8, 1.0)
+    assert choice.settings.servers == Settings().servers
+    assert choice.run_dir == Path("here")
+
+
+def test_a_value_of_the_file_that_a_flag_makes_right_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text("micro_batch = 128\n")
+    assert choose({"global_batch": 256}, str(file)).settings.micro_batch == 128
+
+
+def test_script_and_arguments_come_from_the_line_or_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text("script = 'train.py'\nargs = ['a', '--b']\n")
+    config = str(file)
+    assert scripted(choose({}, config)) == ("train.py", ("a", "--b"))
+    assert scripted(choose({}, config, None, ("c",))) == ("train.py", ("c",))
+    assert scripted(choose({}, config, "other.py", ())) == ("other.py", ())
+    assert choose({}, config).default_name == "train"
+
+
+def scripted(choice: Choice) -> tuple[str | None, tuple[str, ...]]:
+    return choice.script, choice.args
+
+
+def test_what_follows_two_dashes_is_the_scripts_even_if_it_looks_like_ours() -> None:
+    with launch.local.make_context("local", ["--workers", "3", "train.py", "--", "--workers", "9", "--", "x"]) as ctx:
+        assert (ctx.params["workers"], ctx.params["script"]) == (3, "train.py")
+        assert ctx.meta["args"] == ("--workers", "9", "--", "x")
+
+
+def test_the_settings_file_of_a_run_repeats_it(tmp_path: Path) -> None:
+    settings = Settings(workers=3, lr=1e-7, clip_norm=0.5, policy="ssp", staleness_lr=True, data_dir='a "b" \\ \x7f é')
+    write_settings(tmp_path / "settings.toml", settings, "train.py", ["--x", "a\nb"])
+    choice = choose({}, str(tmp_path / "settings.toml"))
+    assert (choice.settings, *scripted(choice)) == (settings, "train.py", ("--x", "a\nb"))
+
+
+def test_what_is_not_set_is_not_in_the_settings_file() -> None:
+    assert "rounds" not in to_toml(run_values(Settings(), None, ()))
+
+
+def test_a_script_may_have_more_workers_than_the_settings_have_micro_batches(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.touch()
+    check_order(Settings(policy="local", workers=9), str(script), 0)

@@ -1,0 +1,89 @@
+"""One folder, one run: nothing is overwritten unasked, nothing foreign is removed, no two runs share a folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.rundir import LOGS, SETTINGS_FILE, SUMMARY_FILE, claim, is_run, write_settings
+from common.errors import UsageError
+from common.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def make_run(folder: Path, finished: bool) -> None:
+    (folder / LOGS).mkdir(parents=True)
+    write_settings(folder / SETTINGS_FILE, Settings())
+    (folder / LOGS / "worker-0.log").touch()
+    if finished:
+        (folder / SUMMARY_FILE).write_text("{}")
+
+
+def test_a_finished_run_is_kept_unless_told_otherwise() -> None:
+    folder = Path("r")
+    make_run(folder, finished=True)
+    with pytest.raises(UsageError, match="holds a finished run: give --overwrite"), claim(folder, "x", overwrite=False):
+        pass
+    assert (folder / SUMMARY_FILE).exists()
+    with claim(folder, "x", overwrite=True) as claimed:
+        assert claimed == folder
+        assert [path.name for path in folder.rglob("*")] == [LOGS]
+
+
+def test_a_run_that_was_broken_off_is_replaced() -> None:
+    make_run(Path("r"), finished=False)
+    with claim(Path("r"), "x", overwrite=False):
+        assert not is_run(Path("r"))
+
+
+def test_files_that_are_no_runs_are_never_touched() -> None:
+    Path("r").mkdir()
+    Path("r/thesis.tex").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is not empty and holds no run"), claim(Path("r"), "x", overwrite):
+            pass
+    make_run(Path("q"), finished=True)
+    Path("q/notes.txt").touch()
+    with claim(Path("q"), "x", overwrite=True):
+        assert Path("q/notes.txt").exists()
+
+
+def test_without_a_name_each_run_gets_the_next_free_folder() -> None:
+    make_run(Path("runs/x"), finished=True)
+    make_run(Path("runs/x-2"), finished=False)
+    with claim(None, "x", overwrite=False) as third, claim(None, "x", overwrite=False) as fourth:
+        assert (third, fourth) == (Path("runs/x-3"), Path("runs/x-4"))
+
+
+def test_a_folder_in_use_is_refused_to_another_process_until_the_first_ends() -> None:
+    code = "from pathlib import Path; from cluster.rundir import claim\nwith claim(Path('r'), 'x', True): print('had')"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with claim(Path("r"), "x", overwrite=True):
+        second = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert "r is in use by another run" in second.stderr.splitlines()[-1]
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "had\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [("file", "is a file"), ("file/r", "cannot be written: Not a directory"), ("/proc/r", "cannot be written")],
+)
+def test_a_folder_that_cannot_be_had_is_told(path: str, part: str) -> None:
+    Path("file").touch()
+    with pytest.raises(UsageError, match=part), claim(Path(path), "x", overwrite=False):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_told() -> None:
+    Path("r").mkdir(mode=0o500)
+    with pytest.raises(UsageError, match="cannot be written: Permission denied"), claim(Path("r"), "x", overwrite=False):
+        pass

@@ -1,0 +1,124 @@
+"""Progress in lines and pictures, and the sentence about a child that failed."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.processes import Child, root_cause
+from cluster.progress import Progress, Tracker
+from cluster.screen import Screen, line, picture, summary_lines
+from common.runlog import Event, RoundRow, RunLog, StatusRow
+
+ROWS = [
+    StatusRow("server-0", "waiting", 4, ""),
+    StatusRow("worker-0", "waiting", 4, "worker-2, worker-3, worker-4", 80.0),
+    StatusRow("worker-1", "waiting", 4, "worker-2, worker-3, worker-4", 70.0),
+    StatusRow("worker-2", "starting", -1, ""),
+]
+PROGRESS = Progress(4, 10, 256, 123.4, 0.98765, 0.5, ROWS)
+
+
+def test_a_line_of_progress_has_rounds_speed_loss_accuracy_and_who_waits_for_whom() -> None:
+    waits = "worker-0 and worker-1 wait for worker-2, worker-3 and 1 more"
+    assert line(PROGRESS) == f"round 4/10, 123 samples/s, loss 0.9877, accuracy 50.0%; {waits}"
+    assert line(Progress(processes=ROWS)).startswith("starting, 4 processes have joined")
+
+
+def test_a_picture_of_progress_has_a_line_for_each_process() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    with console.capture() as capture:
+        console.print(picture(PROGRESS))
+    text = capture.get()
+    assert "round 4/10" in text and "123 samples/s  loss 0.9877  accuracy 50.0%" in text
+    assert re.search(r"worker-0 +waiting +4 +80 +worker-2, worker-3, worker-4", text)
+    assert re.search(r"worker-2 +starting *$", text, re.MULTILINE)
+
+
+def test_progress_is_read_from_the_log_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    tracker = Tracker(path)
+    assert tracker.look() == Progress()
+    log = RunLog(path)
+    log.event(Event("plan", "coordinator", {"rounds": 3}))
+    log.round(RoundRow(0, 0, 64, 4, 0, {"loss": 2.0}))
+    log.flush()
+    first = tracker.look()
+    assert (first.rounds, first.total, first.samples, first.loss) == (1, 3, 64, 2.0)
+    log.round(RoundRow(1, 0, 192, 4, 0, {"loss": 1.0}))
+    log.metric(1, "worker-0", "accuracy", 0.75)
+    log.status(ROWS[1])
+    log.close()
+    second = tracker.look()
+    assert (second.rounds, second.samples, second.loss, second.accuracy) == (2, 256, 1.25, 0.75)
+    assert [row.process for row in second.processes] == ["worker-0"]
+
+
+def test_where_there_is_no_terminal_a_line_comes_every_few_seconds_without_control_characters(tmp_path: Path) -> None:
+    out, now = io.StringIO(), [0.0]
+    with Screen(Console(file=out), tmp_path / "none", lambda: now[0]) as screen:
+        for _ in range(100):
+            now[0] += 0.25
+            screen.update()
+    lines = out.getvalue().splitlines()
+    assert 4 <= len(lines) <= 5 and set(lines) == {"starting, 0 processes have joined"}
+
+
+def test_a_summary_tells_results_and_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    summary = {"rounds": 5, "samples": 320, "seconds": 2.0, "samples_per_second": 160.0, "loss": 0.5, "accuracy": 0.25,
+               "dropped": 3, "weights_sha256": "0123456789abcdef"}  # fmt: skip
+    assert summary_lines(summary, tmp_path) == [
+        "done: accuracy 25.0%, loss 0.5000, 5 rounds, 320 samples in 2.0 s (160 samples/s)",
+        "3 micro-batches dropped",
+        "weights_sha256 0123456789ab",
+        f"the model is in {tmp_path / 'model.safetensors'}",
+    ]
+
+
+def child(folder: Path, name: str, code: int, log: str, ended_at: float = 0.0) -> Child:
+    path = folder / f"{name}.log"
+    path.write_text(log)
+    return Child(name, path, subprocess.Popen(["true"]), code, ended_at)
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "sentence"),
+    [
+        (-9, "error: not this\n", "worker-0 was killed by signal 9 (SIGKILL)"),
+        (-11, "", "worker-0 was killed by signal 11 (SIGSEGV)"),
+        (1, "Traceback\nerror: ValueError: no.\nbye\n", "worker-0 failed: ValueError: no"),
+        (2, "usage\n\n", "worker-0 failed with exit code 2: usage"),
+        (3, "", "worker-0 failed with exit code 3 and no word"),
+    ],
+)
+def test_the_end_of_a_child_is_one_sentence(tmp_path: Path, code: int, log: str, sentence: str) -> None:
+    one = child(tmp_path, "worker-0", code, log)
+    one.popen.wait()
+    assert one.describe_end() == f"{sentence}; its log is {one.log}."
+
+
+def test_of_a_worker_that_the_coordinator_tells_of_the_own_word_and_log_are_told(tmp_path: Path) -> None:
+    one = child(tmp_path, "coordinator", 1, "error: worker-1 failed: UsageError: no\n")
+    one.popen.wait()
+    log = tmp_path / "worker-1.log"
+    assert one.describe_end() == f"worker-1 failed: UsageError: no; its log is {log}."
+    log.write_text("error: no such data.\n")
+    assert one.describe_end() == f"worker-1 failed: no such data; its log is {log}."
+
+
+def test_the_failure_that_brought_about_the_others_is_told(tmp_path: Path) -> None:
+    told = child(tmp_path, "worker-1", 1, "error: stopped because worker-0 failed\n", 1.0)
+    reported = child(tmp_path, "coordinator", 1, "error: worker-0 failed: ValueError\n", 2.0)
+    own = child(tmp_path, "worker-0", 1, "error: ValueError: no\n", 3.0)
+    killed = child(tmp_path, "server-0", -9, "", 3.0)
+    for one in (told, reported, own, killed):
+        one.popen.wait()
+    assert root_cause([told, reported]) is reported
+    assert root_cause([told, reported, own]) is own
+    assert root_cause([told, reported, own, killed]) is killed

@@ -1,0 +1,57 @@
+"""What a script may ask of its run, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from common.errors import UsageError
+from common.plan import make_segment
+from common.settings import Settings
+from worker.run import Run
+
+DATA = TensorDataset(torch.zeros(8))
+
+
+def run(**attributes: Any) -> Run:
+    """The attributes of a run that the calls tested here look at."""
+    defaults = {
+        "_model": None,
+        "_work": None,
+        "_kv": None,
+        "_segments": [],
+        "_finished": False,
+        "settings": Settings(),
+        "round": 0,
+    }
+    return cast(Run, SimpleNamespace(**{**defaults, **attributes}))
+
+
+def refusal(of: Run, **arguments: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        next(Run.batches(of, DATA, **arguments))
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_batches_come_after_the_optimizer_and_a_micro_batch_is_no_larger_than_the_global_batch() -> None:
+    assert "run.optimizer" in refusal(run())
+    assert "micro_batch is 9" in refusal(run(_work=object()), micro_batch=9, global_batch=8)
+
+
+def test_a_loop_that_was_left_early_cannot_be_followed_by_another() -> None:
+    first = make_segment(before=None, samples=8, global_batch=4, micro_batch=2, epochs=3, round_limit=None)
+    assert "was left in round 5 of 6" in refusal(run(_work=object(), _segments=[first], round=5))
+
+
+def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> None:
+    kv = SimpleNamespace(answered=0)
+    script = run(_kv=kv)
+    before = Run._beat(script)
+    kv.answered += 1
+    assert Run._beat(script) != before
+    assert Run._beat(run()).state == "starting"
