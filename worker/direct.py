@@ -74,6 +74,7 @@ def _is_usual(module: nn.Linear, x: torch.Tensor) -> bool:
         and (x.dim() == 2 or (x.dim() == 3 and x.is_contiguous()))
         and type(module.weight) is nn.Parameter
         and module.weight.requires_grad
+        and module.weight.is_contiguous()
         and x.dtype == module.weight.dtype
         and x.device.type == module.weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
