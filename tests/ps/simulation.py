@@ -66,7 +66,8 @@ class Network:
 
 @dataclass(frozen=True)
 class Pace:
-    """One worker. Seconds for a micro-batch, and of the user's own between two of them; when it starts; when it dies or hangs."""
+    """One worker. Seconds for a micro-batch, and of the user's own between two of them; when it starts; and, counted from the
+    moment when it was welcomed, when it dies or hangs."""
 
     compute_s: float = 0.1
     pause_s: float = 0.0
@@ -393,6 +394,7 @@ class WorkerProcess(Process):
         self.real = real
         self.done = False
         self.model = Model(world.case)
+        self._welcomed_at = 0.0
         self._waits: Wait | None = None
 
     @property
@@ -406,8 +408,6 @@ class WorkerProcess(Process):
         if not self.real:
             self._script = self._run()
             self._go_on(None)
-        if self.pace.dies_s < float("inf"):
-            self.world.at(100.0 + self.pace.dies_s, self._die)
 
     def _die(self) -> None:
         self.alive = False
@@ -459,7 +459,7 @@ class WorkerProcess(Process):
         if not policy.is_local and policy.applies == "round" and lead == 0:
             first = world.weights.setdefault(task.round, state(self.model))
             assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
-        if world.now >= 100.0 + self.pace.hangs_s:
+        if world.now >= self._welcomed_at + self.pace.hangs_s:
             return float("inf")
         return self.pace.compute_s * world.random.uniform(0.7, 1.3)
 
@@ -467,6 +467,7 @@ class WorkerProcess(Process):
         """What a user writes; only for the real worker."""
         case, world = self.world.case, self.world
         run = self.run = Run(self.link, 180.0)
+        self._welcomed_at = world.now
         model = run.replicate(self.model)
         opt = run.optimizer(torch.optim.SGD, lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
@@ -483,6 +484,9 @@ class WorkerProcess(Process):
     def _run(self) -> Script:
         case = self.world.case
         yield Wait(lambda: self.link._attendance.welcome, float("inf"))
+        self._welcomed_at = self.world.now
+        if self.pace.dies_s < float("inf"):
+            self.world.at(self.world.now + self.pace.dies_s, self._die)
         run = self.run = Run(self.link, 180.0)
         run.replicate(self.model)
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
