@@ -232,6 +232,9 @@ class Run:
                     self._exchange.read.add(server)
                 except NotShared as error:
                     log.info("server-%d sends its weights: %s", server, error)
+        names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
+        if names:
+            log.info("memory is shared with %s", ", ".join(names))
 
     def _epoch_loss(self, epoch: int) -> float | None:
         """The mean of the logged loss over an epoch; None where pushes are applied at once and it is not over everywhere."""

@@ -72,13 +72,14 @@ def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -
     clusters = [(1, 1, -1), (2, 2, -1), (3, 1, -1), (4, 3, -1), (2, 2, -1), (3, 2, 1)]
     found = {}
     for number, (workers, servers, slow) in enumerate(clusters):
+        lane = "socket" if number == 1 else "auto"
         summary = launch(
-            "--workers", workers, "--servers", servers, Path(__file__).with_name("train_exact.py"),
+            "--workers", workers, "--servers", servers, "--lane", lane, Path(__file__).with_name("train_exact.py"),
             "--", recipe, "--epochs", EPOCHS, "--slow", slow, name=f"run-{number}",
         )  # fmt: skip
         assert summary["samples"] == 1000 * EPOCHS and summary["rounds"] == 9 * EPOCHS
         assert summary["micro_batches_committed"] == (8 * 8 + 3) * EPOCHS
-        found[number, workers, servers, slow] = summary["weights_sha256"]
+        found[number, workers, servers, lane, slow] = summary["weights_sha256"]
     assert set(found.values()) == {expected}, found
 
 

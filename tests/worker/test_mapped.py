@@ -1,0 +1,107 @@
+"""Weights that lie in servers' memory: pieced together over servers, private to the script, and new with each version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from common.layout import CHUNK_BYTES
+from common.tensors import to_frame
+from ps.planes import Planes
+from worker.mapped import InPlane
+from worker.replica import Replica
+
+SERVERS = 2
+
+
+class Cluster:
+    """A replica and the planes of two servers, which hold version v as the number v in every weight."""
+
+    def __init__(self, model: nn.Module, shared: tuple[bool, ...] = (True, True)) -> None:
+        self.replica = Replica(model, {id(p): 0 for p in model.parameters()}, SERVERS)
+        self.planes = [Planes(self.replica.layout.on(server), 4, shared[server]) for server in range(SERVERS)]
+        for server, planes in enumerate(self.planes):
+            if planes.handle is not None:
+                self.replica.mapped.attach(server, planes.handle)
+
+    def publish(self, version: int, planes: tuple[int, int]) -> None:
+        for server, plane in enumerate(planes):
+            for chunk, values in self.planes[server][plane].items():
+                values.copy_(torch.arange(values.numel()) % 97 + version + 1000 * chunk)
+
+    def take(self, planes: tuple[int, int]) -> None:
+        found = {}
+        for chunk in self.replica.layout.chunks:
+            plane = planes[chunk.server]
+            if self.planes[chunk.server].handle is not None:
+                found[chunk.id] = InPlane(chunk.server, plane)
+            else:
+                found[chunk.id] = to_frame(self.planes[chunk.server][plane][chunk.id].clone())
+        self.replica.load(found, copy=False)
+
+    def check(self, version: int) -> None:
+        for chunk in self.replica.layout.chunks:
+            values = torch.arange(chunk.numel, dtype=torch.float32) % 97 + version + 1000 * chunk.id
+            for piece in chunk.pieces:
+                tensor = self.replica.tensors[piece.tensor].detach().reshape(-1)
+                part = tensor[piece.start : piece.start + piece.length]
+                assert torch.equal(part, values[piece.offset : piece.offset + piece.length].to(part.dtype))
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """One tensor in three chunks on two servers, one in one chunk, and small ones."""
+    return nn.Sequential(nn.Linear(1100, 2500), nn.Linear(2500, 300), nn.Linear(300, 2))
+
+
+def test_a_tensor_over_several_servers_is_one_piece_that_nobody_copied(model: nn.Module) -> None:
+    cluster = Cluster(model)
+    assert model[0].weight.nbytes > 2 * CHUNK_BYTES
+    assert {c.server for c in cluster.replica._chunks_of[0]} == {0, 1}
+    for version, planes in enumerate([(0, 0), (1, 1), (0, 2), (3, 1), (0, 0)]):
+        cluster.publish(version, planes)
+        cluster.take(planes)
+        cluster.check(version)
+    cluster.publish(7, (0, 0))  # written by the servers: the model shows it, for it is the same memory
+    large = model[0].weight.detach().reshape(-1)
+    assert float(large[1]) == 1 + 7 + 1000 * cluster.replica._chunks_of[0][0].id
+    assert model[0].weight.data_ptr() % 64 == 0
+
+
+def test_what_a_script_writes_into_weights_is_its_own_and_gone_with_the_next_version(model: nn.Module) -> None:
+    one, other = Cluster(model), nn.Sequential(*(nn.Linear(m.in_features, m.out_features) for m in model))
+    second = Replica(other, {id(p): 0 for p in other.parameters()}, SERVERS)
+    for server, planes in enumerate(one.planes):
+        assert planes.handle is not None
+        second.mapped.attach(server, planes.handle)
+    one.publish(1, (0, 0))
+    one.take((0, 0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(-1.0)
+    second.load({c.id: InPlane(c.server, 0) for c in second.layout.chunks}, copy=False)
+    assert all(bool((p != -1).all()) for p in other.parameters())
+    for version, planes in [(2, (1, 1)), (3, (0, 0))]:  # also where it wrote to
+        one.publish(version, planes)
+        one.take(planes)
+        one.check(version)
+
+
+@pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True)])
+def test_where_a_server_shares_nothing_its_weights_are_copied(shared: tuple[bool, bool], model: nn.Module) -> None:
+    cluster = Cluster(model, shared)
+    for version, planes in enumerate([(0, 0), (1, 1), (0, 0)]):
+        cluster.publish(version, planes)
+        cluster.take(planes)
+        cluster.check(version)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
