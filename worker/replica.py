@@ -17,7 +17,6 @@ from worker import direct
 from worker.mapped import InPlane, MappedWeights
 from worker.slots import Slot
 
-
 #: Bytes to whose multiples torch aligns what it allocates. Elsewhere some matrix products come out with other bits.
 _ALIGNED = 64
 

@@ -22,7 +22,8 @@ def commands(job: Job) -> list[Command]:
     whole = WORKERS * job.workload.batch
     micro = whole // _UNEVEN_MICRO_BATCHES if job.slow > 1.0 else job.workload.batch
     settings = ["--workers", str(WORKERS), "--threads", "1", "--rounds", str(job.steps)]
-    settings += ["--global-batch", str(whole), "--micro-batch", str(micro), *job.flags]
+    lane = ["--lane", "socket"] if job.networked else []  # hosts that are one machine do share its memory
+    settings += ["--global-batch", str(whole), "--micro-batch", str(micro), *lane, *job.flags]
     run = ["--run-dir", str(job.folder / "run")]
     script = [_SCRIPT, "--", *job.worker_arguments()]
     if not job.networked:

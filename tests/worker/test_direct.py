@@ -110,7 +110,7 @@ def test_a_gradient_of_a_gradient_is_autograds_to_rounding() -> None:
 
 
 def test_large_gradients_are_where_they_are_contributed_from_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, replica, _, slot = setting()
+    model, _replica, _, slot = setting()
     copied: list[tuple[int, ...]] = []
     real = torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: copied.append(tuple(self.shape)) or real(self, other))
