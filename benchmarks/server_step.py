@@ -1,0 +1,71 @@
+"""How near a server's step, summing contributions and updating, comes to what the memory can move.
+
+`python -m benchmarks.server_step` measures it in one process on one core, beside copying memory, and counts the bytes that have
+to be moved at least: each contribution, the old weights and the optimizer's state once in, new weights and state once out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+
+from common.layout import TensorSpec, make_layout
+from common.messages import Update
+from common.policies import load
+from common.settings import Settings
+from common.sums import Sum
+from ps.planes import Planes
+from ps.store import Store
+
+#: Name -> class of torch.optim, its settings, and the tensors of state that it reads and writes for each weight.
+_OPTIMIZERS = {
+    "SGD": ("SGD", {"lr": 1e-3}, 0),
+    "SGD-momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}, 1),
+    "Adam": ("Adam", {"lr": 1e-3}, 2),
+    "Adam-fused": ("Adam", {"lr": 1e-3, "fused": True}, 2),
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--values", type=click.IntRange(min=1), default=20_000_000, show_default=True, help="float32 weights.")
+@click.option("--contributions", type=click.IntRange(1, 2), default=2, show_default=True, help="Sums that come in a round.")
+@click.option("--times", type=click.IntRange(min=1), default=9, show_default=True, help="Steps; the median counts.")
+def cli(values: int, contributions: int, times: int) -> None:
+    """Measure a server's step beside memcpy."""
+    torch.set_num_threads(1)
+    source, target = torch.ones(values), torch.ones(values)
+    copied = 2 * source.nbytes / _median_s(lambda: target.copy_(source), times)
+    print(f"memcpy: {copied / 1e9:.1f} GB/s, read and written")
+    for name, (optimizer, settings, states) in _OPTIMIZERS.items():
+        layout = make_layout([TensorSpec("w", [values], "float32", 0)], 1)
+        store = Store(layout, 0, Update(optimizer, [settings]), load(Settings()))
+        planes, turn = Planes(layout.on(0), 2, shared=True), [0]
+        total = {c.id: [Sum(torch.randn(c.numel), 1, scale=64.0) for _ in range(contributions)] for c in layout.on(0)}
+
+        def step(store: Store = store, planes: Planes = planes, turn: list[int] = turn, total: dict[int, list[Sum]] = total) -> None:
+            turn[0] ^= 1
+            for chunk, sums in total.items():
+                store.apply(chunk, sums, 64 * contributions, {}, into=planes[turn[0]][chunk])
+
+        for _ in range(3):
+            step()
+        seconds = _median_s(step, times)
+        moved = (contributions + 2 + 2 * states) * 4 * values / seconds
+        print(f"{name}: {seconds * 1e3:.1f} ms, {moved / 1e9:.1f} GB/s, {moved / copied:.0%} of memcpy")
+
+
+def _median_s(what: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        began = time.perf_counter()
+        what()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    cli()
