@@ -1,0 +1,46 @@
+"""On real images, held-out ones among them: what each policy trains to, next to a single process.
+
+A small network, for the mean of weights that were trained apart is better than those only while these lie close together:
+with `lenet` on the same images, `average` comes out below its parts. Even here it does for one seed in seven, so it is
+judged over several. An accuracy is a count among 360 images: one of them is 0.28 points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from common.runlog import FILE_NAME, RunLogReader
+
+pytestmark = pytest.mark.timeout(600)
+
+Launch = Callable[..., dict[str, Any]]
+
+TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 8, "--lr", 0.05)
+CLUSTER = ("--workers", 3, "--servers", 2)
+POINT = 0.01
+
+
+def test_every_policy_comes_within_a_point_of_a_single_process(launch: Launch) -> None:
+    alone = launch("--workers", 1, "--servers", 1, *TRAINING, name="alone")["accuracy"]
+    policies = ("sync", "backup", "ssp", "async", "local", "average")
+    found = {policy: launch(*CLUSTER, "--policy", policy, *TRAINING, name=policy)["accuracy"] for policy in policies}
+    assert alone > 0.95
+    assert min(found.values()) >= alone - POINT, (alone, found)
+
+
+def test_the_average_of_replicas_is_better_than_the_mean_of_its_parts(launch: Launch, tmp_path: Path) -> None:
+    found = []
+    for seed in range(3):
+        name = f"seed-{seed}"
+        summary = launch(*CLUSTER, "--policy", "average", "--seed", seed, *TRAINING, name=name)
+        with contextlib.closing(RunLogReader(tmp_path / name / FILE_NAME)) as log:
+            parts = [value for *_, value in log.metrics("part_accuracy")]
+        assert len(parts) == 3
+        found.append((summary["accuracy"], mean(parts)))
+    assert mean(merged for merged, _ in found) > mean(parts for _, parts in found), found
