@@ -46,7 +46,9 @@ def cli(values: int, contributions: int, times: int) -> None:
         planes, turn = Planes(layout.on(0), 2, shared=True), [0]
         total = {c.id: [Sum(torch.randn(c.numel), 1, scale=64.0) for _ in range(contributions)] for c in layout.on(0)}
 
-        def step(store: Store = store, planes: Planes = planes, turn: list[int] = turn, total: dict[int, list[Sum]] = total) -> None:
+        def step(
+            store: Store = store, planes: Planes = planes, turn: list[int] = turn, total: dict[int, list[Sum]] = total
+        ) -> None:
             turn[0] ^= 1
             for chunk, sums in total.items():
                 store.apply(chunk, sums, 64 * contributions, {}, into=planes[turn[0]][chunk])
