@@ -6,6 +6,7 @@ Flags, TOML keys, the coordinator's WELCOME and the summary are all made from `S
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -73,6 +74,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 300.0
 
     def __post_init__(self) -> None:
+        for key in self.__struct_fields__:
+            value = getattr(self, key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{key} is {value}: it must be a number that is not infinite.")
         if self.micro_batch > self.global_batch:
             raise UsageError(
                 f"micro_batch is {self.micro_batch} but global_batch is only {self.global_batch}: "

@@ -119,6 +119,9 @@ class Coordinator:
             self._log.event(Event("failed", "coordinator", {"reason": str(error)}))
             self._farewell(Stop(False, str(error)))
             raise
+        except KeyboardInterrupt:
+            self._farewell(Stop(False, "the coordinator was interrupted."))
+            raise
         self._log.event(Event("finished", "coordinator", {}))
         self._farewell(Stop(True))
 

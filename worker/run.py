@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.errors import ClusterError, UsageError
+from common.errors import ClusterError, PsError, UsageError
 from common.layout import message_batches
 from common.messages import (
     Beat,
@@ -426,4 +426,6 @@ def describe_failure(error: BaseException, script: str) -> str:
             line = f" ({script.rpartition('/')[2]} line {traceback.tb_lineno})"
         traceback = traceback.tb_next
     text = str(error).strip().splitlines()
+    if isinstance(error, PsError) and text:  # a sentence already
+        return text[0]
     return f"{type(error).__name__}{': ' + text[0] if text else ''}{line}"

@@ -52,6 +52,11 @@ def test_a_word_that_is_no_choice_is_answered_with_the_choices() -> None:
     assert choices("workers") == choices("model") == ()
 
 
+def test_numbers_are_finite() -> None:
+    with pytest.raises(UsageError, match="lr is inf"):
+        make_settings({"lr": float("inf")}, "")
+
+
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_a_micro_batch_is_no_larger_than_the_global_batch(global_batch: int, micro_batch: int) -> None:
     values = {"global_batch": global_batch, "micro_batch": micro_batch}
