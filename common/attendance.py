@@ -30,6 +30,8 @@ class Attendance:
         self._heard_at = now
         self._silence_s = FIRST_ANSWER_S
         self._sent_at = float("-inf")
+        #: Whether something has happened that the last beat did not tell.
+        self._news = False
 
     def handle(self, body: Body, now: float) -> None:
         """Raises UsageError where the coordinator refuses this process."""
@@ -46,14 +48,13 @@ class Attendance:
         """Raises ClusterError if the coordinator has been silent for too long."""
         if now - self._heard_at > self._silence_s:
             raise ClusterError(f"the coordinator at {self._address} has not answered for {self._silence_s:.0f} s.")
-        if now - self._sent_at < (BEAT_S if self.welcome else ASK_AGAIN_S):
+        every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else BEAT_S
+        if now - self._sent_at < every_s:
             return []
-        self._sent_at = now
+        self._sent_at, self._news = now, False
         return [beat() if self.welcome else self._hello]
 
     def beat_soon(self, now: float) -> bool:
-        """Let the next tick send a beat, for there is news in it, unless one has just gone out. Whether it will."""
-        if self.welcome is None or now - self._sent_at < NEWS_S:
-            return False
-        self._sent_at = float("-inf")
-        return True
+        """Have a beat sent as soon as may be, for there is news in it. Whether the next tick will."""
+        self._news = self.welcome is not None
+        return self._news and now - self._sent_at >= NEWS_S

@@ -59,16 +59,17 @@ class Refused(Body, frozen=True):
 class Beat(Body, frozen=True):
     """I am alive. A worker tells where it is; the coordinator's answer is a Beat as well.
 
-    `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and
-    not begun, `seconds` how long a micro-batch takes, `rate` samples per second while computing. Of a server, `round` is
-    the one that is open, and `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers
-    of the key-value store.
+    `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
+    begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
+    second while computing. Of a server, `round` is the one that is open, and `left` its micro-batches that have not arrived.
+    Of a script without rounds, `at` counts answers of the key-value store.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
     round: int = -1
     at: int = -1
     left: list[int] = []
+    sent: list[int] = []
     seconds: float = 0.0
     rate: float = 0.0
 

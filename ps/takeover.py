@@ -6,6 +6,7 @@ and never a wrong sum: nothing here is needed for the result, only for speed, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 from common.leases import Table, in_force
@@ -16,6 +17,12 @@ from ps.membership import Member
 _PATIENCE = 2.0
 #: Seconds after which a lease that came to nothing is given again.
 _AGAIN_S = 2.0
+#: Seconds for which a micro-batch must be nowhere before it is leased: what servers say of themselves is as old as a beat.
+_MISSING_S = 1.0
+#: Seconds for which it is believed that what a worker has sent is still on its way.
+_SENT_S = 15.0
+#: Seconds that a worker's news may take until they are known.
+_NEWS_S = 0.1
 
 
 class Takeover:
@@ -25,6 +32,8 @@ class Takeover:
         #: (round, k) -> the worker it was leased to as an exception, and when.
         self.leased: dict[tuple[int, int], str] = {}
         self._leased_at: dict[tuple[int, int], float] = {}
+        #: Since when micro-batches have been missing without anybody having them.
+        self._missing_since: dict[tuple[int, int], float] = {}
 
     def lease(
         self,
@@ -43,6 +52,7 @@ class Takeover:
             del self.leased[key], self._leased_at[key]
         for round_ in rounds:
             runs = self._not_begun(round_, count(round_), in_force(tables, round_), waiting, members)
+            runs = {w: ks[_may_begin(members.get(w), now) :] for w, ks in runs.items()}
             owner = max(runs, key=lambda w: (len(runs[w]), w), default=None)
             if owner is not None and runs[owner]:
                 return self._give(round_, runs[owner][-1], waiting, owner, now)
@@ -63,10 +73,17 @@ class Takeover:
         """
         runs = self._not_begun(round_, count, in_force(tables, round_), waiting, members)
         held = {k for name, ks in runs.items() if name in members and members[name].active for k in ks}
-        held |= {m.beat.at for m in members.values() if _computes(m, round_) and not _is_late(m, members[waiting], now)}
-        for k in missing:
-            if k not in held and now - self._leased_at.get((round_, k), float("-inf")) > _AGAIN_S:
-                return self._give(round_, k, waiting, "", now)
+        for member in members.values():
+            if member.active and member.beat.round == round_:
+                if now - member.since < _SENT_S:
+                    held |= set(member.beat.sent)
+                if not _is_late(member, members[waiting], now):
+                    held.add(member.beat.at)
+        nowhere = {(round_, k) for k in missing if k not in held}
+        self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
+        for key, since in sorted(self._missing_since.items()):
+            if now - since > _MISSING_S and now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
+                return self._give(*key, waiting, "", now)
         return None
 
     def _give(self, round_: int, k: int, to: str, owner: str, now: float) -> Lease:
@@ -99,6 +116,14 @@ class Takeover:
 def _computes(member: Member, round_: int) -> bool:
     """Whether `member` is at a micro-batch of `round_`, which is `member.beat.at`."""
     return member.active and member.beat.round == round_ and member.beat.at >= 0
+
+
+def _may_begin(member: Member | None, now: float) -> int:
+    """How many of a worker's micro-batches it may have begun without its word of it having come."""
+    if member is None or not member.active or member.beat.seconds <= 0:
+        return 0
+    moves = now - member.since <= _NEWS_S + _PATIENCE * member.beat.seconds
+    return math.ceil(_NEWS_S / member.beat.seconds) if moves else 0
 
 
 def _is_late(member: Member, waiting: Member, now: float) -> bool:

@@ -99,9 +99,10 @@ class Exchange:
         """Whether a push of what is in `slot` is not acknowledged yet."""
         return any(outstanding.slot is slot for outstanding in self._outstanding)
 
-    @property
-    def unacknowledged(self) -> int:
-        return len(self._outstanding)
+    def unacknowledged(self, round_: int) -> list[int]:
+        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        pushes = (outstanding.push for outstanding in self._outstanding)
+        return sorted({k for push in pushes if push.round == round_ for k in range(push.lo, push.hi)})
 
     # ---- pulling
 

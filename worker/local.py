@@ -197,7 +197,6 @@ class LocalWork:
             "waiting" if waiting else "computing",
             self.round,
             current.k if current is not None else -1,
-            [],
-            self._meter.seconds,
-            self._meter.rate,
+            seconds=self._meter.seconds,
+            rate=self._meter.rate,
         )

@@ -247,6 +247,7 @@ class GradientWork:
                 messages = self._exchange.pull(clock, settled, time.monotonic())
             self._link.send(*messages)
         began = time.monotonic()
+        self._link.beat_soon()
 
         def ready() -> str | None:
             assert self._exchange is not None
@@ -284,6 +285,7 @@ class GradientWork:
     def beat(self) -> Beat:
         """Where this worker is. Called by the link's thread, with the lock held."""
         now, left = self._current, self._tasks.left
-        if now is None:
-            return Beat("waiting", self.round, -1, left, self._meter.seconds, self._meter.rate)
-        return Beat("computing", now.round, now.k, left, self._meter.seconds, self._meter.rate)
+        round_ = now.round if now is not None else self.round
+        sent = self._exchange.unacknowledged(round_) if self._exchange is not None else []
+        at, state = (now.k, "computing") if now is not None else (-1, "waiting")
+        return Beat(state, round_, at, left, sent, self._meter.seconds, self._meter.rate)  # type: ignore[arg-type]
