@@ -18,29 +18,38 @@ SUMMARY_FILE = "summary.json"
 
 
 class ModelFile:
-    """Collects the parts of the model's file that a worker hands in, in any order."""
+    """Writes down the parts of the model's file that a worker hands in, in any order, and gives it its name at the end."""
 
-    def __init__(self) -> None:
-        self._parts: dict[int, bytes] = {}
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / MODEL_FILE
+        self._temporary = folder / (MODEL_FILE + ".tmp")
+        self._there: set[int] = set()
         self._count = 0
         #: SHA-256 over the trained parameters' bytes in name order.
         self.weights_sha256: str | None = None
 
     def add(self, part: ModelPart, frames: Frames) -> None:
-        """Raises WireError for a part that is not what it says."""
-        data = bytes(bytes_of(frames[0])) if len(frames) == 1 else b""
-        if not 0 < len(data) <= CHUNK_BYTES or not 0 <= part.part < part.parts or (self._count or part.parts) != part.parts:
+        """Raises WireError for a part that is not what it says, OSError where it cannot be written."""
+        data = bytes_of(frames[0]) if len(frames) == 1 else memoryview(b"")
+        size_fits = len(data) == CHUNK_BYTES or (part.part == part.parts - 1 and 0 < len(data) < CHUNK_BYTES)
+        if not size_fits or not 0 <= part.part < part.parts or (self._count or part.parts) != part.parts:
             raise WireError(f"part {part.part} of {part.parts} of the model is not what it says")
+        with self._temporary.open("r+b" if self._there else "wb") as file:
+            file.seek(part.part * CHUNK_BYTES)
+            file.write(data)
         self._count = part.parts
         self.weights_sha256 = part.weights_sha256
-        self._parts[part.part] = data
+        self._there.add(part.part)
 
     @property
     def complete(self) -> bool:
-        return 0 < len(self._parts) == self._count
+        return 0 < len(self._there) == self._count
 
-    def write(self, folder: Path) -> None:
-        write_whole(folder / MODEL_FILE, (self._parts[i] for i in range(self._count)))
+    def finish(self) -> None:
+        """Have the file under its name, on the disk."""
+        with self._temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        _rename(self._temporary, self._path)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -54,6 +63,10 @@ def write_whole(path: Path, data: Iterable[bytes]) -> None:
         file.writelines(data)
         file.flush()
         os.fsync(file.fileno())
+    _rename(temporary, path)
+
+
+def _rename(temporary: Path, path: Path) -> None:
     temporary.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

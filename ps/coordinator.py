@@ -89,7 +89,7 @@ class Coordinator:
         self._membership = Membership(settings, policy, run, now)
         self._ledger = Ledger(settings, policy)
         self._takeover = Takeover()
-        self._model = ModelFile()
+        self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
         self._routes: dict[str, bytes] = {}
         #: When each process's beat was last answered.
@@ -217,7 +217,10 @@ class Coordinator:
                 self._metrics(route, member.name, body, now)
             case ModelPart():
                 self._progressed_at = now
-                self._model.add(body, frames)
+                try:
+                    self._model.add(body, frames)
+                except OSError as error:
+                    raise self._unwritten(error) from None
                 self._reply(route, Ready("ModelPart", body.part))
             case Goodbye():
                 self._goodbye(route, member, body, now)
@@ -369,11 +372,14 @@ class Coordinator:
     def _write_results(self) -> None:
         try:
             if self._model.complete:
-                self._model.write(self._run_dir)
+                self._model.finish()
             write_summary(self._run_dir, self._summary())
         except OSError as error:
-            raise ClusterError(f"the results could not be written to {self._run_dir}: {error.strerror or error}.") from None
+            raise self._unwritten(error) from None
         log.info("the model is in %s", self._run_dir / MODEL_FILE)
+
+    def _unwritten(self, error: OSError) -> ClusterError:
+        return ClusterError(f"the results could not be written to {self._run_dir}: {error.strerror or error}.")
 
     def _summary(self) -> dict[str, Any]:
         totals = self._ledger.totals

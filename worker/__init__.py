@@ -31,11 +31,9 @@ def join() -> Run:
     import torch
 
     from common.messages import Hello
-    from worker.allocator import keep_memory
     from worker.link import Link
     from worker.run import Run, describe_failure
 
-    keep_memory()
     address = os.environ.get(ADDRESS_VARIABLE)
     if address is None:
         from cluster.alone import start_companions

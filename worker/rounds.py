@@ -14,6 +14,7 @@ from common.messages import Beat, Push, Waiting
 from common.plan import Segment, derive_seed
 from common.sums import Sum, adder
 from common.tree import TreeSum
+from worker.allocator import keep_memory
 from worker.exchange import Send
 from worker.link import COORDINATOR
 from worker.loader import Loader, seed_everything
@@ -87,6 +88,7 @@ class GradientWork:
         self._slots = slots
         replica.catch_gradients()
         self._go_to(0, fresh=True)
+        keep_memory()  # not before, for what the model was made in is given back now
 
     @property
     def epoch(self) -> int:
