@@ -41,7 +41,9 @@ def test_parts_in_any_order_and_twice_make_a_file_that_safetensors_reads(tmp_pat
     file.finish()
     read = load_file(tmp_path / MODEL_FILE)
     assert read.keys() == model.state_dict().keys()
-    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in model.state_dict().items()
+    )
     with safe_open(tmp_path / MODEL_FILE, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "weights_sha256": weights_sha256(model)}
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
