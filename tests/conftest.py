@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,17 @@ settings.register_profile("untimed", deadline=None)  # how fast a busy machine i
 settings.load_profile("untimed")
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes as a worker does by default: its bits depend on the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, dataset, network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPOCHS = 3
 
 
@@ -56,14 +58,6 @@ def sha256(model: nn.Module) -> str:
     for _, parameter in sorted(model.named_parameters()):
         digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,11 @@ from common.runlog import RunLogReader
 sys.path.insert(0, str(Path(__file__).parent))
 from train_features import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, SAMPLES, Images, Net, collate, groups
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = Path(__file__).with_name("train_features.py")
 ROUNDS = EPOCHS * 3
 Terms = list[dict[int, torch.Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seed(*place: Any) -> None:

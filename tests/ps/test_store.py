@@ -21,6 +21,8 @@ from common.tree import fold
 from ps.store import Store
 from worker.optimizer import check_elementwise, example_optimizer, plain_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Shape and parameter group of each of the model's tensors; the second is larger than a chunk.
 MODEL: list[tuple[tuple[int, ...], int]] = [((3, 5), 0), ((1100, 1000), 0), ((7,), 1), ((), 1), ((2, 33), 0), ((5, 5), 1)]
 #: For each step, the tensors that get no gradient: never the last, not at first the first, and others in between.
@@ -86,14 +88,6 @@ class Cluster:
             for p in chunk.pieces:
                 out[p.tensor][p.start : p.start + p.length] = flat[p.offset : p.offset + p.length]
         return [flat.view(spec.shape) for flat, spec in zip(out, self.layout.tensors, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

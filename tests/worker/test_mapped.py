@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -13,6 +11,8 @@ from common.tensors import to_frame
 from ps.planes import Planes
 from worker.mapped import InPlane
 from worker.replica import Replica
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SERVERS = 2
 
@@ -97,11 +97,3 @@ def test_where_a_server_shares_nothing_its_weights_are_copied(shared: tuple[bool
         cluster.publish(version, planes)
         cluster.take(planes)
         cluster.check(version)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
