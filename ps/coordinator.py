@@ -46,6 +46,8 @@ log = logging.getLogger("ps.coordinator")
 
 _TICK_MS = 50
 _FLUSH_S = 0.25
+#: Seconds between two lines on progress in its own log, for those who have no other screen.
+_TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
 _FAREWELL_S = 1.0
 #: Seconds for the servers' last reports to come in after all workers have left.
@@ -97,7 +99,7 @@ class Coordinator:
         self._seen_metrics: dict[str, int] = {}
         self._accuracy: float | None = None
         self._uploader: str | None = None
-        self._flushed_at = now
+        self._flushed_at = self._told_at = now
         self._progressed_at = now
         self._planned = 0
         self._training_since: float | None = None
@@ -142,6 +144,10 @@ class Coordinator:
     def _tick(self, now: float) -> None:
         for name, body in self._membership.tick(now):
             self._send(name, body)
+        for name in self._membership.newly_lost:
+            log.warning("%s has fallen silent; the others do what it has not done", name)
+            self._log.event(Event("lost", name, {}))
+        self._membership.newly_lost.clear()
         for row in self._ledger.new_rounds:
             metrics = {name: value for name, value in row.metrics.items()}
             self._log.round(
@@ -156,7 +162,14 @@ class Coordinator:
             self._flushed_at = now
             self._write_status()
             self._flush()
+        if self._ledger.planned and now >= self._told_at + _TELL_S:
+            self._told_at = now
+            log.info("round %d of %d, loss %s", self._ledger.committed, self._ledger.planned, self._loss())
         self._check_deadline(now)
+
+    def _loss(self) -> str:
+        loss = self._ledger.recent("loss")
+        return "not logged" if loss is None else f"{loss:.4f}"
 
     def _flush(self) -> None:
         try:

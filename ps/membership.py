@@ -56,6 +56,8 @@ class Membership:
         self.members: dict[str, Member] = {}
         self.started = False
         self.tables: list[Table] = []
+        #: Workers that fell silent, until whoever tells of it has taken note.
+        self.newly_lost: list[str] = []
         self._policy = policy
         self._began_at = now
         self._reshared_at = now
@@ -114,7 +116,7 @@ class Membership:
         member.beat = beat
 
     def tick(self, now: float) -> list[tuple[str, Body]]:
-        """Messages that are due: new tables. Marks silent members as lost; those that were not before are in `newly_lost`.
+        """Messages that are due: new tables. Marks silent members as lost, and notes them in `newly_lost`.
 
         Raises ClusterError where the run cannot start or go on.
         """
@@ -129,6 +131,7 @@ class Membership:
                     f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
                 )
             member.lost = True
+            self.newly_lost.append(member.name)
         if lost and not self.names("worker") and not any(m.left for m in self.members.values()):
             raise ClusterError(f"no worker is left: {', '.join(m.name for m in lost)} fell silent for {GONE_S:.0f} s.")
         if lost and self.names("worker"):
