@@ -14,7 +14,7 @@ from common.wire import ASK_AGAIN_S, BEAT_S, GONE_S
 #: Seconds to wait for the first answer of a coordinator, which may start later than the others.
 FIRST_ANSWER_S = 60.0
 #: Seconds between two beats at least, however much news there is.
-NEWS_S = 0.05
+NEWS_S = 0.1
 
 
 class Attendance:

@@ -44,7 +44,7 @@ from ps.takeover import Takeover
 
 log = logging.getLogger("ps.coordinator")
 
-_TICK_MS = 50
+_TICK_MS = 100
 _FLUSH_S = 0.25
 #: Seconds between two lines on progress in its own log, for those who have no other screen.
 _TELL_S = 10.0

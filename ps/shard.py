@@ -55,7 +55,7 @@ log = logging.getLogger("ps.shard")
 
 COORDINATOR = "coordinator"
 #: Seconds between two reports to the coordinator while there is news.
-REPORT_S = 0.1
+REPORT_S = 0.2
 #: Id under which server 0 files the metrics of a contribution, beside its chunks.
 METRICS = -1
 

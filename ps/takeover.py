@@ -22,7 +22,7 @@ _MISSING_S = 1.0
 #: Seconds for which it is believed that what a worker has sent is still on its way.
 _SENT_S = 15.0
 #: Seconds that a worker's news may take until they are known.
-_NEWS_S = 0.1
+_NEWS_S = 0.2
 
 
 class Takeover:
@@ -119,13 +119,18 @@ def _computes(member: Member, round_: int) -> bool:
 
 
 def _may_begin(member: Member | None, now: float) -> int:
-    """How many of a worker's micro-batches it may have begun without its word of it having come."""
+    """How many of a worker's micro-batches it may have begun without its word of it having come.
+
+    It begins the next one about when it has been at this one for as long as one takes; word of that is soon here.
+    """
     if member is None or not member.active or member.beat.seconds <= 0:
         return 0
-    moves = now - member.since <= _NEWS_S + _PATIENCE * member.beat.seconds
-    return math.ceil(_NEWS_S / member.beat.seconds) if moves else 0
+    seconds, elapsed = member.beat.seconds, now - member.since
+    if seconds < _NEWS_S:
+        return math.ceil(_NEWS_S / seconds) if elapsed < 2 * _NEWS_S else 0
+    return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
 
 
 def _is_late(member: Member, waiting: Member, now: float) -> bool:
     """Whether `member` has been at its micro-batch for so long that `waiting` had better do it too."""
-    return now - member.since > _PATIENCE * max(waiting.beat.seconds, 0.05)
+    return now - member.since > _PATIENCE * max(waiting.beat.seconds, _NEWS_S / 2)
