@@ -20,7 +20,7 @@ Norm = tuple[int, int, float]
 
 #: Elements that are summed and updated at a time: few enough to stay in a core's cache on their way through all steps.
 #: A fused kernel is one step; without one there are many, with memory of their own in between.
-_BLOCK, _FUSED_BLOCK = 64 << 10, 256 << 10
+_BLOCK, _FUSED_BLOCK = 64 << 10, 1 << 20
 #: A fused kernel gives the same bits where there are only whole vectors, of whatever processor.
 _WHOLE_VECTORS = 64
 
