@@ -12,12 +12,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from common.layout import ALIGN_BYTES, Chunk, Layout, weight_offsets
-from common.shared import HEADER_BYTES, Handle, Region, attach
+from common.shared import HEADER_BYTES, Handle, NotShared, Region, attach
 from common.tensors import dtype_of
 
+#: Bits of an entry of the kernel's pagemap: the page is in memory, on disk; and it is a file's, not this process's own.
+_PRESENT, _SWAPPED, _SHARED = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 #: Combinations of planes of several servers that one tensor is mapped for; more are copied.
 _COMBINATIONS = 32
 
@@ -39,10 +42,15 @@ class MappedWeights:
         self._offsets = {server: weight_offsets(layout.on(server)) for server in range(layout.servers)}
         self._tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self._chunks: dict[tuple[int, int], torch.Tensor] = {}
-        self._spans: dict[int, list[tuple[int, int]]] = {}
+        self._pagemap = -1
 
     def attach(self, server: int, handle: Handle) -> None:
         """Raises NotShared where the memory cannot be reached."""
+        if self._pagemap < 0:
+            try:
+                self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise NotShared(f"what a script writes into weights could not be told apart ({error.strerror}).") from None
         self._regions[server] = attach(handle, private=True)
 
     def chunk(self, chunk: Chunk, at: InPlane) -> torch.Tensor:
@@ -69,25 +77,30 @@ class MappedWeights:
                 whole = all(chunk.weight_bytes % ALIGN_BYTES == 0 for chunk in chunks[:-1])
                 if not whole or known >= _COMBINATIONS or ALIGN_BYTES % mmap.PAGESIZE:
                     return None
-                self._tensors[key] = self._join(index, chunks, at)
+                self._tensors[key] = self._join(chunks, at)
         return self._tensors[key]
 
-    def _join(self, index: int, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor:
+    def _join(self, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor:
         size = sum(chunk.weight_bytes for chunk in chunks)
         start = end = _map(None, size, -1, 0)
         for chunk, place in zip(chunks, at, strict=True):
             _map(end, chunk.weight_bytes, self._regions[place.server].fd, self._offset(chunk, place))
             end += chunk.weight_bytes
-        self._spans.setdefault(index, []).append((start, size))
         buffer = (ctypes.c_char * size).from_address(start)
         return torch.frombuffer(buffer, dtype=dtype_of(chunks[0].dtype))
 
-    def forget_writes(self, index: int, chunks: Sequence[Chunk]) -> None:
-        """Undo what this process wrote into tensor `index`, in any plane."""
-        for start, size in self._spans.get(index, []):
-            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-        if len(chunks) == 1:
-            self._regions[chunks[0].server].memory.madvise(mmap.MADV_DONTNEED)
+    def forget_writes(self, flat: torch.Tensor) -> None:
+        """Undo what this process wrote into a tensor of `tensor`, which would hide what its server has written since.
+
+        The kernel is asked, for a script can write in ways that torch does not count (`weight.data.clamp_()`).
+        """
+        first, last = flat.data_ptr() // mmap.PAGESIZE, (flat.data_ptr() + flat.nbytes - 1) // mmap.PAGESIZE
+        entries = np.frombuffer(os.pread(self._pagemap, 8 * (last + 1 - first), 8 * first), dtype=np.uint64)
+        own = (entries & _SWAPPED) | ((entries & _PRESENT) & ~((entries & _SHARED) << np.uint64(2)))
+        if own.any():
+            size = (last + 1 - first) * mmap.PAGESIZE
+            if _libc().madvise(first * mmap.PAGESIZE, size, mmap.MADV_DONTNEED):
+                raise OSError(ctypes.get_errno(), "weights written by the script cannot be given up")
 
 
 def _map(at: int | None, size: int, fd: int, offset: int) -> int:

@@ -54,8 +54,8 @@ class Replica:
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
-        #: Parameters that lie in servers' memory, and the count of writes to each when it was put there.
-        self._in_memory: dict[int, int] = {}
+        #: Parameters that lie in servers' memory.
+        self._in_memory: set[int] = set()
         #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and those whose
         #: place has been given away already.
         self._slot: Slot | None = None
@@ -198,17 +198,16 @@ class Replica:
         tensor = self.tensors[index]
         if chunks[0].kind != "param" or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return False
-        if self._in_memory.get(index, tensor._version) != tensor._version:
-            self.mapped.forget_writes(index, chunks)  # else the script's own writes would hide the new weights
         places = [place for place in found if isinstance(place, InPlane)]
         flat = self.mapped.tensor(index, chunks, places) if len(places) == len(found) else None
         if flat is None or flat.data_ptr() % _ALIGNED:
             if index in self._in_memory:  # a place of its own again
                 tensor.data = torch.empty_like(tensor)
-                del self._in_memory[index]
+                self._in_memory.remove(index)
             return False
+        self.mapped.forget_writes(flat)
         tensor.data = flat.view(tensor.shape)
-        self._in_memory[index] = tensor._version
+        self._in_memory.add(index)
         return True
 
     @torch.no_grad()
