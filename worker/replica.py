@@ -180,12 +180,13 @@ class Replica:
         wrong size.
         """
         values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in self.layout.chunks}
-        for index, chunks in self._chunks_of.items():
-            if copy or not self._adopt(index, chunks, [weights[chunk.id] for chunk in chunks]):
-                for chunk in chunks:
-                    for piece in chunk.pieces:
-                        if piece.tensor == index:
-                            self._write(piece, values[chunk.id])
+        found = {index: [weights[chunk.id] for chunk in chunks] for index, chunks in self._chunks_of.items()}
+        adopted = {index for index, chunks in self._chunks_of.items() if not copy and self._adopt(index, chunks, found[index])}
+        # only now, for what a script wrote into one of those may have hidden others on the same page
+        for chunk in self.layout.chunks:
+            for piece in chunk.pieces:
+                if piece.tensor not in adopted:
+                    self._write(piece, values[chunk.id])
         self._buffers = {chunk.id: values[chunk.id].clone() for chunk in self._buffer_chunks}
 
     def _values(self, chunk: Chunk, found: Any) -> torch.Tensor:

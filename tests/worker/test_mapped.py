@@ -101,6 +101,19 @@ def test_what_a_script_writes_into_weights_is_its_own_and_gone_with_the_next_ver
         one.check(version)
 
 
+def test_what_a_script_writes_does_not_hide_new_weights_beside_it() -> None:
+    model = nn.Module()
+    model.copied = nn.Parameter(torch.randn(4, 4).t())
+    model.mapped = nn.Parameter(torch.randn(16))
+    cluster = Cluster(model)
+    cluster.publish(1, (0, 0))
+    cluster.take((0, 0))
+    model.mapped.data.fill_(-1.0)
+    cluster.publish(2, (0, 0))
+    cluster.take((0, 0))
+    cluster.check(2)
+
+
 @pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True)])
 def test_where_a_server_shares_nothing_its_weights_are_copied(shared: tuple[bool, bool], model: nn.Module) -> None:
     cluster = Cluster(model, shared)
