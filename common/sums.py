@@ -24,6 +24,10 @@ class Sum:
     owned: bool = False
     scale: float = 1.0
 
+    def section(self, start: int, length: int) -> Sum:
+        """Elements start .. start+length-1, in the same memory."""
+        return Sum(self.values[start : start + length], self.present, self.owned, self.scale)
+
 
 def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:
     """The contribution of a micro-batch with gradient `values`, which may be written to: times its samples."""
@@ -57,8 +61,3 @@ def add_values(kind: Kind, left: Sum, right: Sum, out: torch.Tensor) -> float:
     a, b = left.values * left.scale, right.values * right.scale
     torch.add(a, b, out=out)
     return 1.0
-
-
-def part(whole: Sum, start: int, length: int) -> Sum:
-    """Elements start .. start+length-1 of a contribution, in the same memory."""
-    return Sum(whole.values[start : start + length], whole.present, whole.owned, whole.scale)

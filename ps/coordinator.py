@@ -182,8 +182,7 @@ class Coordinator:
         idle_s, rounds = now - self._progressed_at, self._ledger
         if not self._membership.started:
             return
-        applied = min((beat.round for beat in self._owners()), default=0)
-        if idle_s > _LEFT_S and not self._membership.names("worker") and max(applied, rounds.committed) < rounds.planned:
+        if idle_s > _LEFT_S and not self._membership.names("worker") and not self._all_applied():
             raise ClusterError(
                 f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
                 "a script must go on until run.batches() ends; --rounds sets where that is."
@@ -301,6 +300,11 @@ class Coordinator:
             self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
             self._send(lease.to, lease)
             self._send(lease.owner, lease)
+
+    def _all_applied(self) -> bool:
+        """Whether every planned round is applied, be it only by what servers say of themselves."""
+        applied = min(beat.round for beat in self._owners())
+        return max(applied, self._ledger.committed) >= self._ledger.planned
 
     def _owners(self) -> list[Beat]:
         """The newest word of each server that takes part in rounds."""

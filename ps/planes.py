@@ -22,7 +22,6 @@ class Planes:
 
     def __init__(self, chunks: Sequence[Chunk], count: int, shared: bool) -> None:
         """Raises nothing where shared memory cannot be had: `refused` then says why."""
-        self.count = count
         self.refused = ""
         self._chunks = chunks
         self._offsets, self._bytes = weight_offsets(chunks)

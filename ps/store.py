@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from common.errors import WireError
 from common.layout import Chunk, Layout
 from common.messages import Update
 from common.policies import Policy
-from common.sums import Sum, add_values, adder, part
+from common.sums import Sum, add_values, adder
 from common.tensors import dtype_of, from_frame
 
 Norm = tuple[int, int, float]
@@ -127,16 +129,14 @@ class Store:
         """The sample-weighted mean whose sum `total` is, alone or in two halves, in memory of its own."""
         part = self._parts[chunk]
         out = torch.empty(part.chunk.numel, dtype=part.sum_dtype)
-        present = 0
-        for half in total:
-            present |= half.present
+        present = _present(total)
         for block in part.blocks:
             self._mean(part, block, total, samples, out[block.start : block.start + block.length])
         return Sum(out, present, owned=True)
 
     def _mean(self, of: _Part, block: _Block, total: Sequence[Sum], samples: int, out: torch.Tensor) -> torch.Tensor:
         """Write the mean of a block to `out`; in this order, whatever the block and wherever the values lie."""
-        halves = [part(half, block.start, block.length) for half in total]
+        halves = [half.section(block.start, block.length) for half in total]
         if of.chunk.kind == "max":
             return out.copy_(halves[0].values) if len(halves) == 1 else torch.maximum(halves[0].values, halves[1].values, out=out)
         if len(halves) == 1:
@@ -183,9 +183,7 @@ class Store:
         left alone; without it they take the old ones' place.
         """
         part = self._parts[chunk]
-        present = 0
-        for half in total:
-            present |= half.present
+        present = _present(total)
         groups = part.optimizer.param_groups if part.optimizer is not None else []
         for group in groups:
             group.update(_tuples(hypers))
@@ -213,6 +211,11 @@ class Store:
             group["lr"] = rate
         if into is not None:
             part.settle(into)
+
+
+def _present(total: Sequence[Sum]) -> int:
+    """Pieces that any of these contributions has a gradient for."""
+    return functools.reduce(operator.or_, (half.present for half in total))
 
 
 def _only(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
