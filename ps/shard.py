@@ -15,14 +15,15 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, make_layout, message_batches
 from common.messages import (
+    Ack,
     Body,
     Committed,
     Contribution,
@@ -71,6 +72,24 @@ class Send:
     frames: Frames = ()
 
 
+@dataclass
+class _Early:
+    """Frames by chunk of the one contribution (round, lo, hi) that a worker is making."""
+
+    of: tuple[int, int, int]
+    frames: dict[int, Any] = field(default_factory=dict)
+
+    def covers(self, push: Push) -> bool:
+        return self.of == _span_of(push) and set(push.chunks) <= set(self.frames)
+
+    def frames_of(self, push: Push) -> Frames:
+        return [self.frames.pop(chunk) for chunk in push.chunks]
+
+
+def _span_of(push: Push) -> tuple[int, int, int]:
+    return push.round, push.lo, push.hi
+
+
 def add_metrics(left: Metrics, right: Metrics) -> Metrics:
     """Sums by name; names only one side has are kept."""
     out = dict(left)
@@ -100,6 +119,8 @@ class Shard(ABC):
         #: Workers' regions that can be read here, and the chunks in each of their slots.
         self._regions: dict[str, Region] = {}
         self._slots: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+        #: What workers have sent of contributions that they are still making.
+        self._early: dict[str, _Early] = {}
         self.segments: list[Segment] = []
         #: The Setup that defined the model, and who sent it.
         self._setup: tuple[Setup, str] | None = None
@@ -150,6 +171,12 @@ class Shard(ABC):
     def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:
         """One message. Raises WireError if it cannot be meant; then nothing has changed."""
         match body:
+            case Push(stage="early"):
+                return self._keep(sender, body, frames)
+            case Push(stage="confirm"):
+                kept = self._early.get(sender)
+                known = kept is not None and kept.covers(body)
+                return self._push(sender, body, kept.frames_of(body), now) if kept is not None and known else []
             case Push():
                 return self._push(sender, body, frames, now)
             case Pull():
@@ -190,6 +217,16 @@ class Shard(ABC):
         if self._report is not None and self._report.seq == seq:
             self._reported_version = self._report.version
             self._report = None
+
+    def _keep(self, sender: str, push: Push, frames: Frames) -> list[Send]:
+        """Keep what was sent early until it is confirmed, or its sender is at another contribution."""
+        if len(frames) != len(push.chunks) or not set(push.chunks) <= set(self.chunks):
+            raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
+        kept = self._early.get(sender)
+        if kept is None or kept.of != _span_of(push):
+            kept = self._early[sender] = _Early(_span_of(push))
+        kept.frames.update(zip(push.chunks, frames, strict=True))
+        return [Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, early=True))]
 
     # ---- setting up
 
