@@ -216,13 +216,22 @@ class Pull(Body, frozen=True):
 
 class Weights(Body, frozen=True):
     """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
-    that they lie in. `metrics` are the means of the round before."""
+    that they lie in. `closed`: the server has got and applied all there is to earlier rounds, and `metrics` are the means of the
+    round before, of which server 0 knows; weights that are still missing then follow by themselves."""
 
     clock: int
     version: int
     chunks: list[int]
-    metrics: dict[str, float] | None = None
+    closed: bool = False
+    metrics: dict[str, float] = {}
     plane: int = -1
+
+
+class Got(Body, frozen=True):
+    """The frames of these chunks of the weights for round `clock` are here: there is room for more."""
+
+    clock: int
+    chunks: list[int]
 
 
 class Gone(Body, frozen=True):
@@ -373,7 +382,7 @@ class KvReply(Body, frozen=True):
 
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
-    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Gone
+    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | Report | ReportAck | Arrived | Close | Norms | AllNorms
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip

@@ -27,6 +27,7 @@ from common.messages import (
     Body,
     Committed,
     Contribution,
+    Got,
     Init,
     Plan,
     Pull,
@@ -60,6 +61,9 @@ REPORT_S = 0.2
 #: Id under which server 0 files the metrics of a contribution, beside its chunks.
 METRICS = -1
 
+#: Bytes of weights that may be on their way to a worker: words of what has arrived wait behind them.
+CREDIT_BYTES = 8 << 20
+
 Metrics = dict[str, tuple[float, float]]
 
 
@@ -84,6 +88,20 @@ class _Early:
 
     def frames_of(self, push: Push) -> Frames:
         return [self.frames.pop(chunk) for chunk in push.chunks]
+
+
+@dataclass
+class Waiter:
+    """One who waits for weights: the chunks that were not sent yet, whether it was told that the round before is closed, and
+    the bytes that are on their way to it."""
+
+    pull: Pull
+    unsent: set[int]
+    closed: bool = False
+    bytes_under_way: int = 0
+    #: Where each push is applied at once: the weights as they were when it was its turn.
+    weights: Mapping[int, torch.Tensor] | None = None
+    version: int = -1
 
 
 def _span_of(push: Push) -> tuple[int, int, int]:
@@ -126,8 +144,7 @@ class Shard(ABC):
         self._setup: tuple[Setup, str] | None = None
         #: Chunks whose first weights are still to come.
         self._uninitialised: set[int] = set()
-        #: Who waits for which round's weights, and which chunks of them were not sent yet.
-        self.waiters: dict[str, tuple[Pull, set[int]]] = {}
+        self.waiters: dict[str, Waiter] = {}
         #: The number of each worker's newest pull.
         self._asked_for: dict[str, int] = {}
         self._news: list[Contribution] = []
@@ -181,6 +198,8 @@ class Shard(ABC):
                 return self._push(sender, body, frames, now)
             case Pull():
                 return self._pull(sender, body)
+            case Got():
+                return self._got(sender, body)
             case Setup():
                 return self._set_up(sender, body)
             case Plan():
@@ -333,40 +352,46 @@ class Shard(ABC):
         if pull.number < self._asked_for.get(sender, 0):
             return []  # it was under way for long, and its sender has gone on since
         self._asked_for[sender] = pull.number
-        self.waiters[sender] = pull, set(self.chunks) - set(pull.have)
+        self.waiters[sender] = Waiter(pull, set(self.chunks) - set(pull.have))
         self.readers.asks(sender, pull.plane)
+        return self._serve(sender)
+
+    def _got(self, sender: str, got: Got) -> list[Send]:
+        waiter = self.waiters.get(sender)
+        if waiter is None or waiter.pull.clock != got.clock or not set(got.chunks) <= set(self.chunks):
+            return []
+        waiter.bytes_under_way -= sum(self.chunks[chunk].weight_bytes for chunk in got.chunks)
         return self._serve(sender)
 
     def _serve_all(self) -> list[Send]:
         return [effect for worker in list(self.waiters) for effect in self._serve(worker)]
 
     def _weights(
-        self,
-        to: str,
-        pull: Pull,
-        version: int,
-        plane: int,
-        weights: Mapping[int, torch.Tensor],
-        metrics: dict[str, float] | None,
+        self, to: str, version: int, plane: int, weights: Mapping[int, torch.Tensor], closed: bool, metrics: dict[str, float]
     ) -> list[Send]:
-        """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each.
-
-        The metrics go with the last."""
+        """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each, as many
+        as may be on their way; those which the forward pass needs first go first. Ends the wait when all is sent."""
+        waiter = self.waiters[to]
+        clock = waiter.pull.clock
         if plane >= 0:
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
-        if pull.shared and plane >= 0:
-            return [Send(to, Weights(pull.clock, version, sorted(weights), metrics, plane))]
-        batches = message_batches(sorted(weights), lambda i: self.chunks[i].weight_bytes)
-        if not batches and metrics is not None:
-            batches = [[]]
-        return [
-            Send(
-                to,
-                Weights(pull.clock, version, ids, metrics if ids is batches[-1] else None),
-                [to_frame(weights[i]) for i in ids],
-            )
-            for ids in batches
-        ]
+        if waiter.pull.shared and plane >= 0:
+            del self.waiters[to]
+            return [Send(to, Weights(clock, version, sorted(weights), closed, metrics, plane))]
+        effects = []
+        if closed and not waiter.closed:
+            waiter.closed = True
+            effects.append(Send(to, Weights(clock, version, [], closed, metrics)))
+        for ids in message_batches(sorted(weights), lambda i: self.chunks[i].weight_bytes):
+            size = sum(self.chunks[i].weight_bytes for i in ids)
+            if waiter.bytes_under_way > 0 and waiter.bytes_under_way + size > CREDIT_BYTES:
+                break
+            waiter.bytes_under_way += size
+            waiter.unsent -= set(ids)
+            effects.append(Send(to, Weights(clock, version, ids), [to_frame(weights[i]) for i in ids]))
+        if waiter.closed and not waiter.unsent:
+            del self.waiters[to]
+        return effects
 
 
 def contribution(

@@ -15,7 +15,7 @@ import msgspec
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, message_batches
-from common.messages import Ack, Body, Gone, Pull, Push, Weights
+from common.messages import Ack, Body, Gone, Got, Pull, Push, Weights
 from common.sums import Sum
 from common.tensors import to_frame
 from common.wire import SEND_AGAIN_S, Frames
@@ -32,9 +32,9 @@ class Send:
     frames: Frames = ()
 
 
-#: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
-#: needed sooner does not wait for long behind them.
-CREDIT_BYTES = 8 << 20
+#: Bytes of pushes that may be on their way to a server. What is needed sooner waits behind them, so they are few; but more than
+#: the weights that may be on their way back, behind which the word that they have arrived waits.
+CREDIT_BYTES = 16 << 20
 
 
 @dataclass
@@ -73,8 +73,11 @@ class Exchange:
         #: Weights by chunk, as frames or where they are, and the version of each server's.
         self._staged: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
-        #: Mean metrics of the round before, with which server 0 ends its answer.
-        self._metrics: dict[str, float] | None = None
+        #: Servers on which the round before is closed, and mean metrics of the last of them.
+        self._closed_on: set[int] = set()
+        self._metrics: dict[str, float] = {}
+        #: Frames that have come and of which servers are still to be told.
+        self._got: list[Send] = []
         #: Set when a server says that the round wanted is over: the newest round it knows.
         self.gone: int | None = None
         #: When each server was last asked for weights, and when it was last heard of; those heard of since the last tick.
@@ -174,7 +177,7 @@ class Exchange:
         """Ask for the weights to start round `clock` from; what was staged for another round is let go."""
         self.clock, self._settled, self.gone = clock, settled, None
         self._pulls += 1
-        self._staged, self._versions, self._metrics = {}, {}, None
+        self._staged, self._versions, self._metrics, self._closed_on = {}, {}, {}, set()
         return self._ask(list(self._chunks), now)
 
     def _ask(self, servers: list[int], now: float) -> list[Send]:
@@ -189,7 +192,7 @@ class Exchange:
         return Pull(self.clock, self._pulls, have, self._settled, server in self.read, self._planes.get(server, -1))
 
     def _done(self, server: int) -> bool:
-        return all(c.id in self._staged for c in self._chunks[server]) and (server != 0 or self._metrics is not None)
+        return server in self._closed_on and all(c.id in self._staged for c in self._chunks[server])
 
     @property
     def complete(self) -> bool:
@@ -206,7 +209,7 @@ class Exchange:
 
     def take(self) -> tuple[dict[int, Any], dict[int, int], dict[str, float]]:
         """The staged weights by chunk, their versions by server, and the metrics of the round before. Ends the pull."""
-        assert self.complete and self._metrics is not None
+        assert self.complete
         staged, versions, metrics = self._staged, self._versions, self._metrics
         self.clock, self._staged = None, {}
         for found in staged.values():
@@ -230,8 +233,11 @@ class Exchange:
                 for chunk, place in zip(body.chunks, found, strict=True):
                     self._staged.setdefault(chunk, place)
                 self._versions.setdefault(number, body.version)
-                if body.metrics is not None:
-                    self._metrics = body.metrics
+                if frames:
+                    self._got.append(Send(server, Got(body.clock, body.chunks)))
+                if body.closed:
+                    self._closed_on.add(number)
+                    self._metrics = body.metrics or self._metrics
             case Gone() if body.clock == self.clock:
                 self.gone = max(body.newest, self.gone or 0)
             case Weights() | Gone():
@@ -243,7 +249,7 @@ class Exchange:
         """What was not answered for too long is sent again, and what there is credit for is sent."""
         self._heard_at.update(dict.fromkeys(self._heard, now))
         self._heard.clear()
-        effects = []
+        effects, self._got = self._got, []
         for o in self._outstanding:
             if o.sent_at is not None and not o.early and self._is_silent(o.server, o.sent_at, now):
                 o.sent_at = now

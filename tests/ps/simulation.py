@@ -773,6 +773,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
+            "ps.shard.CREDIT_BYTES": world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "ps.coordinator.RunLog": RecordedLog,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
