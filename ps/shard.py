@@ -58,10 +58,12 @@ log = logging.getLogger("ps.shard")
 COORDINATOR = "coordinator"
 #: Seconds between two reports to the coordinator while there is news.
 REPORT_S = 0.2
+#: Contributions of one worker of which parts that came early are kept.
+_EARLY = 2
 #: Id under which server 0 files the metrics of a contribution, beside its chunks.
 METRICS = -1
 
-#: Bytes of weights that may be on their way to a worker: words of what has arrived wait behind them.
+#: Bytes of weights that may be on their way to a worker, so that what is needed sooner does not wait for long behind others.
 CREDIT_BYTES = 8 << 20
 
 Metrics = dict[str, tuple[float, float]]
@@ -78,16 +80,10 @@ class Send:
 
 @dataclass
 class _Early:
-    """Frames by chunk of the one contribution (round, lo, hi) that a worker is making."""
+    """Of a contribution that a worker is making: frames that have come, by chunk, and the chunks that count."""
 
-    of: tuple[int, int, int]
     frames: dict[int, Any] = field(default_factory=dict)
-
-    def covers(self, push: Push) -> bool:
-        return self.of == _span_of(push) and set(push.chunks) <= set(self.frames)
-
-    def frames_of(self, push: Push) -> Frames:
-        return [self.frames.pop(chunk) for chunk in push.chunks]
+    confirmed: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -102,10 +98,6 @@ class Waiter:
     #: Where each push is applied at once: the weights as they were when it was its turn.
     weights: Mapping[int, torch.Tensor] | None = None
     version: int = -1
-
-
-def _span_of(push: Push) -> tuple[int, int, int]:
-    return push.round, push.lo, push.hi
 
 
 def add_metrics(left: Metrics, right: Metrics) -> Metrics:
@@ -137,8 +129,8 @@ class Shard(ABC):
         #: Workers' regions that can be read here, and the chunks in each of their slots.
         self._regions: dict[str, Region] = {}
         self._slots: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
-        #: What workers have sent of contributions that they are still making.
-        self._early: dict[str, _Early] = {}
+        #: What workers have sent early, by worker and (round, lo, hi).
+        self._early: dict[str, dict[tuple[int, int, int], _Early]] = {}
         self.segments: list[Segment] = []
         #: The Setup that defined the model, and who sent it.
         self._setup: tuple[Setup, str] | None = None
@@ -189,11 +181,9 @@ class Shard(ABC):
         """One message. Raises WireError if it cannot be meant; then nothing has changed."""
         match body:
             case Push(stage="early"):
-                return self._keep(sender, body, frames)
+                return self._keep(sender, body, frames, now)
             case Push(stage="confirm"):
-                kept = self._early.get(sender)
-                known = kept is not None and kept.covers(body)
-                return self._push(sender, body, kept.frames_of(body), now) if kept is not None and known else []
+                return self._confirm(sender, body, now)
             case Push():
                 return self._push(sender, body, frames, now)
             case Pull():
@@ -237,15 +227,31 @@ class Shard(ABC):
             self._reported_version = self._report.version
             self._report = None
 
-    def _keep(self, sender: str, push: Push, frames: Frames) -> list[Send]:
-        """Keep what was sent early until it is confirmed, or its sender is at another contribution."""
+    def _keep(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+        """Keep what was sent early until it is confirmed, or its sender is at other contributions."""
         if len(frames) != len(push.chunks) or not set(push.chunks) <= set(self.chunks):
             raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
-        kept = self._early.get(sender)
-        if kept is None or kept.of != _span_of(push):
-            kept = self._early[sender] = _Early(_span_of(push))
-        kept.frames.update(zip(push.chunks, frames, strict=True))
-        return [Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, early=True))]
+        early = self._early_of(sender, push)
+        early.frames.update(zip(push.chunks, frames, strict=True))
+        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, early=True))
+        return [ack, *(self._confirm(sender, push, now) if early.confirmed.issuperset(push.chunks) else ())]
+
+    def _confirm(self, sender: str, push: Push, now: float) -> list[Send]:
+        """What was sent early counts: at once, or as soon as it is here."""
+        early = self._early_of(sender, push)
+        early.confirmed.update(push.chunks)
+        if not set(push.chunks) <= set(early.frames):
+            return []
+        return self._push(sender, push, [early.frames.pop(chunk) for chunk in push.chunks], now)
+
+    def _early_of(self, sender: str, push: Push) -> _Early:
+        held = self._early.setdefault(sender, {})
+        key = push.round, push.lo, push.hi
+        if key not in held:
+            for old in list(held)[: 1 - _EARLY]:
+                del held[old]
+            held[key] = _Early()
+        return held[key]
 
     # ---- setting up
 

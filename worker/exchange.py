@@ -32,9 +32,9 @@ class Send:
     frames: Frames = ()
 
 
-#: Bytes of pushes that may be on their way to a server. What is needed sooner waits behind them, so they are few; but more than
-#: the weights that may be on their way back, behind which the word that they have arrived waits.
-CREDIT_BYTES = 16 << 20
+#: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
+#: needed sooner does not wait for long behind them.
+CREDIT_BYTES = 8 << 20
 
 
 @dataclass
@@ -62,7 +62,9 @@ class _Outstanding:
 class Exchange:
     """One worker's pushes and pulls, for all servers that take part in rounds."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, pulls_follow: bool) -> None:
+        """`pulls_follow`: weights are asked for only when the server has all that was pushed to it, for they are to show it."""
+        self._pulls_follow = pulls_follow
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
@@ -80,7 +82,8 @@ class Exchange:
         self._got: list[Send] = []
         #: Set when a server says that the round wanted is over: the newest round it knows.
         self.gone: int | None = None
-        #: When each server was last asked for weights, and when it was last heard of; those heard of since the last tick.
+        #: When each server was last asked for weights (-inf: it is still to be), and when it was last heard of; those heard of
+        #: since the last tick.
         self._asked_at: dict[int, float] = {}
         self._heard_at: dict[int, float] = {}
         self._heard: set[int] = set()
@@ -178,9 +181,15 @@ class Exchange:
         self.clock, self._settled, self.gone = clock, settled, None
         self._pulls += 1
         self._staged, self._versions, self._metrics, self._closed_on = {}, {}, {}, set()
-        return self._ask(list(self._chunks), now)
+        self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
+        return self._ask(now)
 
-    def _ask(self, servers: list[int], now: float) -> list[Send]:
+    def _ask(self, now: float) -> list[Send]:
+        """Ask the servers that were not asked yet or seem not to have heard it."""
+        servers = [s for s, at in self._asked_at.items() if not self._done(s) and self._is_silent(s, at, now)]
+        if self._pulls_follow:
+            busy = {outstanding.server for outstanding in self._outstanding}
+            servers = [server for server in servers if server not in busy]
         self._asked_at.update(dict.fromkeys(servers, now))
         return [
             Send(f"server-{server}", self._pull(server, [c.id for c in self._chunks[server] if c.id in self._staged]))
@@ -255,12 +264,12 @@ class Exchange:
                 o.sent_at = now
                 effects.append(self._send(o, o.push, o.frames))
         if self.clock is not None:
-            effects += self._ask([s for s, at in self._asked_at.items() if not self._done(s) and self._is_silent(s, at, now)], now)
+            effects += self._ask(now)
         return effects + self._flow(now)
 
     def _is_silent(self, server: int, since: float, now: float) -> bool:
         """Whether a server has answered nothing for so long that what it was sent at `since` may be lost."""
-        return now >= max(since, self._heard_at.get(server, since)) + SEND_AGAIN_S
+        return since == float("-inf") or now >= max(since, self._heard_at.get(server, since)) + SEND_AGAIN_S
 
     def _acknowledged(self, server: int, ack: Ack) -> None:
         for o in [o for o in self._outstanding if o.server == server and _is_meant(ack, o.push)]:
