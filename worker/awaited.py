@@ -43,7 +43,7 @@ _HARMLESS = {
     getattr(getattr(torch.Tensor, name), access)
     for name in ("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse")
     for access in ("__get__", "__set__")
-}
+} | {getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")}
 
 
 def _awaited_in(thing: Any) -> Iterator[Awaited]:

@@ -199,6 +199,10 @@ class Replica:
         Without `copy` parameters that are in servers' memory lie there from then on. Raises WireError for a frame of the
         wrong size.
         """
+        with torch._C.DisableTorchFunctionSubclass():  # parameters that are awaited are to come here
+            self._load(weights, copy)
+
+    def _load(self, weights: Mapping[int, Any], copy: bool) -> None:
         chunks = [self.layout.chunks[chunk] for chunk in sorted(weights)]
         values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in chunks}
         tensors = {piece.tensor: [weights.get(c.id) for c in self._chunks_of[piece.tensor]] for c in chunks for piece in c.pieces}

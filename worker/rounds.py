@@ -284,6 +284,7 @@ class GradientWork:
         while self.round < end:
             if not self._spoilt and self._has_task():
                 return
+            self._await_all()  # for it may yet be asked to compute something from these
             target = self.round + 1
             settled = not self._per_round and target == end
             reached = self._fetch(target, settled, unless_leased=not self._spoilt, lazy=target < end)
@@ -350,6 +351,7 @@ class GradientWork:
         if state == "gone":
             return self._fetch(self._exchange.gone or 0, settled, unless_leased, lazy)
         came = self._load()
+        self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
         self._stale = False
         return clock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -111,14 +112,20 @@ def test_what_says_nothing_of_values_does_not_wait() -> None:
         parameter.grad = None
         assert parameter.requires_grad
         assert parameter.grad is None
-        assert parameter.shape is not None
+        assert parameter.shape == parameter.size()
+        assert parameter.numel() > 0
+        assert parameter.is_contiguous()
         assert isinstance(parameter, nn.Parameter)
     assert sum(1 for _ in waiting.model.named_parameters()) == 11
     assert waiting.came == []
 
 
-def test_buffers_are_never_awaited() -> None:
+def test_buffers_are_never_awaited_and_nothing_is_where_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = Waiting()
-    buffers = {chunk.id for chunk in waiting.replica.layout.chunks if chunk.kind != "param"}
+    everything = {chunk.id for chunk in waiting.replica.layout.chunks}
+    buffers = everything - set(waiting.chunks)
     assert buffers
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     assert waiting.awaited.needed_first == buffers
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    assert waiting.awaited.needed_first == everything
