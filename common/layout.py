@@ -100,6 +100,11 @@ class Chunk(msgspec.Struct, frozen=True):
         return self.numel * _BYTES[self.sum_dtype]
 
 
+def urgency(chunk: Chunk) -> tuple[bool, int]:
+    """Sorts chunks by how soon the next round needs them: buffers before it begins, parameters as the forward pass goes."""
+    return chunk.kind == "param", chunk.id
+
+
 class Layout(msgspec.Struct, frozen=True):
     """Every tensor of a model and the chunks they are cut into."""
 

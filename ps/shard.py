@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from common.errors import WireError
-from common.layout import Chunk, Layout, make_layout, message_batches
+from common.layout import Chunk, Layout, make_layout, message_batches, urgency
 from common.messages import (
     Ack,
     Body,
@@ -388,7 +388,8 @@ class Shard(ABC):
         if closed and not waiter.closed:
             waiter.closed = True
             effects.append(Send(to, Weights(clock, version, [], closed, metrics)))
-        for ids in message_batches(sorted(weights), lambda i: self.chunks[i].weight_bytes):
+        soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
+        for ids in message_batches(soonest, lambda i: self.chunks[i].weight_bytes):
             size = sum(self.chunks[i].weight_bytes for i in ids)
             if waiter.bytes_under_way > 0 and waiter.bytes_under_way + size > CREDIT_BYTES:
                 break

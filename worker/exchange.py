@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from common.errors import WireError
-from common.layout import Chunk, Layout, message_batches
+from common.layout import Chunk, Layout, message_batches, urgency
 from common.messages import Ack, Body, Gone, Got, Pull, Push, Weights
 from common.sums import Sum
 from common.tensors import to_frame
@@ -67,6 +67,7 @@ class Exchange:
         self._pulls_follow = pulls_follow
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
+        self._urgencies = {chunk.id: urgency(chunk) for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.clock: int | None = None
@@ -154,13 +155,18 @@ class Exchange:
         under_way: dict[int, int] = dict.fromkeys(self._chunks, 0)
         for outstanding in self._outstanding:
             under_way[outstanding.server] += outstanding.bytes_under_way
-        for outstanding in sorted((o for o in self._outstanding if o.sent_at is None), key=_urgency):
+        for outstanding in sorted((o for o in self._outstanding if o.sent_at is None), key=self._urgency):
             before = under_way[outstanding.server]
             if not outstanding.frames or not before or before + sum(f.nbytes for f in outstanding.frames) <= CREDIT_BYTES:
                 outstanding.sent_at = now
                 under_way[outstanding.server] += outstanding.bytes_under_way
                 effects.append(self._send(outstanding, outstanding.push, outstanding.frames))
         return effects
+
+    def _urgency(self, outstanding: _Outstanding) -> tuple[int, bool, int]:
+        """Word of where things are goes first, then what the next round needs first."""
+        push = outstanding.push
+        return push.round, *(self._urgencies[push.chunks[0]] if outstanding.frames else (False, -1))
 
     def _send(self, outstanding: _Outstanding, push: Push, frames: Frames) -> Send:
         return Send(f"server-{outstanding.server}", push, frames)
@@ -297,8 +303,3 @@ class Exchange:
 def _is_meant(ack: Ack, push: Push) -> bool:
     whose = push.round, push.lo, push.hi, push.chunks, push.metrics is not None
     return whose == (ack.round, ack.lo, ack.hi, ack.chunks, ack.metrics)
-
-
-def _urgency(outstanding: _Outstanding) -> tuple[int, int]:
-    """Word of where things are goes first, then chunks in the order of the forward pass."""
-    return outstanding.push.round, outstanding.push.chunks[0] if outstanding.frames else -1

@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.layout import message_batches
-from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, Setup, Update, Waiting
+from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, Setup, Update, Waiting, Weights
 from common.plan import Segment, make_segment
 from common.policies import load
 from common.settings import Settings
@@ -76,6 +76,8 @@ class Pace:
     dies_s: float = float("inf")
     #: From then on it computes for ever, but gives signs of life.
     hangs_s: float = float("inf")
+    #: Seconds of the run in which weights of the first chunk do not reach it.
+    deaf_s: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,9 @@ class Case:
     seed: int = 0
     clip_norm: float | None = None
     chunk_bytes: int = 48
+    #: Chunks of weights that may be on their way to a worker; and versions that a server has room for.
+    credit: int = 1
+    planes: int = 4
     real: bool = False
     momentum: float = 0.9
     lr: float = 0.125
@@ -225,6 +230,8 @@ class World:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.random = random.Random(case.seed)
         self.processes: dict[str, Process] = {}
+        #: How often a micro-batch was given up because its weights were gone.
+        self.given_up = 0
         #: Who computed what, and the weights that were computed from by round.
         self.computed: list[tuple[str, Task]] = []
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
@@ -243,7 +250,7 @@ class World:
 
     def _deliver(self, sender: str, to: str, data: list[bytes]) -> None:
         process = self.processes.get(to)
-        if process is not None and process.alive:
+        if process is not None and process.alive and not process.is_deaf_to(data[0]):
             process.deliver(sender, [zmq.Frame(part) for part in data])
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
@@ -280,6 +287,9 @@ class Process:
         self.world = world
         self.key = key
         self.alive = True
+
+    def is_deaf_to(self, header: bytes) -> bool:
+        return False
 
     def begin(self) -> None:
         raise NotImplementedError
@@ -396,6 +406,12 @@ class WorkerProcess(Process):
         self.model = Model(world.case)
         self._welcomed_at = 0.0
         self._waits: Wait | None = None
+
+    def is_deaf_to(self, header: bytes) -> bool:
+        if not self.pace.deaf_s[0] <= self.world.now - 100.0 < self.pace.deaf_s[1]:
+            return False
+        body = self.link._stamp.decode(header).body
+        return isinstance(body, Weights) and 0 in body.chunks
 
     @property
     def useful(self) -> bool:
@@ -585,6 +601,10 @@ class SteppedWork(GradientWork):
             yield from self._advance()
             if pace.pause_s:
                 yield Wait(None, world.now + pace.pause_s * world.random.random())
+
+    def _give_up(self) -> None:
+        self.process.world.given_up += 1
+        super()._give_up()
 
     def _await_weights(self) -> Script:
         exchange = self._exchange
@@ -799,11 +819,10 @@ def _stand_ins(world: World) -> Iterator[None]:
         for module in ("ps.coordinator", "ps.server", "worker.link", "worker.rounds", "worker.local"):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
-            "worker.awaited.sys": SimpleNamespace(
-                modules={}
-            ),  # tests have torch's compiler loaded, with which nothing is awaited
+            "worker.awaited.sys": SimpleNamespace(modules={}),  # tests have torch's compiler, with which nothing is awaited
+            "ps.round_shard._PLANES": world.case.planes,
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.shard.CREDIT_BYTES": world.case.chunk_bytes,
+            "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "ps.coordinator.RunLog": RecordedLog,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),

@@ -67,6 +67,8 @@ def cases(draw: st.DrawFn, policy: str, **more: Any) -> Case:
         network=draw(networks()),
         seed=draw(st.integers(0, 1 << 32)),
         real=draw(st.booleans()),
+        planes=draw(st.sampled_from([2, 4])),
+        credit=draw(st.sampled_from([1, 3])),
         **more,
     )
 
@@ -129,6 +131,18 @@ def check_exact(outcome: Outcome) -> None:
 @given(cases("sync"))
 def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
     outcome = simulate(case)
+    check_exact(outcome)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+
+
+def test_a_worker_whose_weights_are_gone_before_they_are_all_there_gives_its_micro_batch_up() -> None:
+    paces = [Pace(0.05), Pace(0.05), Pace(0.05, deaf_s=(1.0, 9.0))]
+    settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
+    case = Case(settings, paces, segments=[(560, 1)], seed=3, planes=2, credit=100)
+    outcome = simulate(case)
+    assert outcome.world.given_up > 0
+    assert len(outcome.models) == 3
     check_exact(outcome)
     check_books(outcome)
     check_same_everywhere(outcome)
