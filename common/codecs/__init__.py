@@ -50,7 +50,8 @@ class Codec:
     def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
         """The frame for `values` (flat, float32, finite), and the state after it; None is the state before the first frame.
 
-        Writes neither to `values` nor to `state`.
+        `seed` (not negative) settles what is random; a new frame should have a new one. Writes neither to `values` nor to
+        `state`.
         """
         raise NotImplementedError
 

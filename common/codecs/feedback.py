@@ -61,8 +61,10 @@ class Feedback:
                 at = 0
                 for piece in self._pieces[chunk]:
                     spec = self._layout.tensors[piece.tensor]
-                    whole = out.setdefault(f"{name}/{spec.name}", torch.zeros(spec.numel))
-                    whole[piece.start : piece.start + piece.length] = values[at : at + piece.length]
+                    key = f"{name}/{spec.name}"
+                    if key not in out:
+                        out[key] = torch.zeros(spec.numel)
+                    out[key][piece.start : piece.start + piece.length] = values[at : at + piece.length]
                     at += piece.length
         return out
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.codecs import Codec, Coded, CodecSettings, State
+from common.codecs import Codec, CodecSettings, Coded, State
 from common.codecs.spans import SPAN, spans
 from common.errors import WireError
 from common.tensors import from_frame

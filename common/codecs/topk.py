@@ -62,11 +62,7 @@ class TopK(Codec):
         end = len(frame) - 4 * count
         if end < 1 or end != 1 + (_bitmap_bytes(numel) if frame[0] == _BITMAP else 4 * count) or frame[0] > _INDICES:
             raise WireError(f"a frame of {len(frame)} bytes is none for {count} of {numel} values")
-        where = np.frombuffer(frame[1:end], np.uint8)
-        if frame[0] == _BITMAP:
-            at = np.flatnonzero(np.unpackbits(where).view(bool))
-        else:
-            at = where.view(np.uint32).astype(np.int64)
+        at = _unpack(frame[0], np.frombuffer(frame[1:end], np.uint8))
         if len(at) != count or at[-1] >= numel or (np.diff(at) <= 0).any():
             raise WireError(f"a frame does not give {count} positions among {numel}")
         out = torch.zeros(numel)
@@ -81,6 +77,13 @@ def _pack(at: Positions, numel: int) -> npt.NDArray[np.uint8]:
     mask = np.zeros(numel, bool)
     mask[at] = True
     return np.concatenate([np.array([_BITMAP], np.uint8), np.packbits(mask)])
+
+
+def _unpack(kind: int, where: npt.NDArray[np.uint8]) -> Positions:
+    """What `_pack` packed, or anything else of the same length."""
+    if kind == _INDICES:
+        return where.view(np.uint32).astype(np.int64)
+    return np.flatnonzero(np.unpackbits(where).view(bool))
 
 
 def _bitmap_bytes(numel: int) -> int:
