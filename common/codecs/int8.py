@@ -5,7 +5,7 @@ Alistarh, Grubic, Li, Tomioka and Vojnovic, "QSGD: communication-efficient SGD v
 [0, 1): the mean over u is x / s.
 
 A random number for each element would cost more than all else. Instead u is read from a table in which each of the numbers
-(i + 1/2) / 65536 stands once, in random order, from a place drawn from the seed for every 65,536 elements. Over all places
+(i + 1/2) / 65536 stands once, in random order, over and over, from a place drawn from the seed for each span. Over all places
 each element meets each number equally often, so what it decodes to is right in the mean over rounds (to 2^-17 of a
 step, about float32's own precision of m), whatever the order in the table; within a round, neighbours meet unrelated numbers.
 """
@@ -80,7 +80,7 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 
 def _uniform_table() -> torch.Tensor:
-    """The numbers (i + 1/2) / 65536 in an order that is the same everywhere, and again as many as a span may read on."""
+    """The numbers (i + 1/2) / 65536 in an order that is the same everywhere, repeated for as far as a span may read."""
     order = np.argsort(np.random.PCG64(0).random_raw(_PERIOD), kind="stable")
     once = torch.from_numpy(((order + 0.5) / _PERIOD).astype(np.float32))
     return once.repeat(1 + -(-SPAN // _PERIOD))
