@@ -164,6 +164,8 @@ class Push(Body, frozen=True):
 
     Where worker and server share memory there are no frames: the values are in `slot` of the worker's region, and stay there
     until the round is applied. They are still to be multiplied by `scale`, a power of two.
+    What is sent `early`, while the rest of it is being computed, is only kept: it counts when the same without frames says
+    `confirm`.
     Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
     piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
     names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
@@ -182,16 +184,19 @@ class Push(Body, frozen=True):
     hypers: list[dict[str, Any]] = []
     slot: int = -1
     scale: float = 1.0
+    stage: Literal["whole", "early", "confirm"] = "whole"
 
 
 class Ack(Body, frozen=True):
-    """That push (`chunks`, and the metrics if it had any) needs not be sent again, whatever became of it."""
+    """That push (`chunks`, and the metrics if it had any) needs not be sent again, whatever became of it. `early`: it is here,
+    and does not count yet."""
 
     round: int
     lo: int
     hi: int
     chunks: list[int]
     metrics: bool = False
+    early: bool = False
 
 
 class Pull(Body, frozen=True):
@@ -211,13 +216,22 @@ class Pull(Body, frozen=True):
 
 class Weights(Body, frozen=True):
     """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
-    that they lie in. `metrics` are the means of the round before."""
+    that they lie in. `closed`: the server has got and applied all there is to earlier rounds, and `metrics` are the means of the
+    round before, of which server 0 knows; weights that are still missing then follow by themselves."""
 
     clock: int
     version: int
     chunks: list[int]
-    metrics: dict[str, float] | None = None
+    closed: bool = False
+    metrics: dict[str, float] = {}
     plane: int = -1
+
+
+class Got(Body, frozen=True):
+    """The frames of these chunks of the weights for round `clock` are here: there is room for more."""
+
+    clock: int
+    chunks: list[int]
 
 
 class Gone(Body, frozen=True):
@@ -368,7 +382,7 @@ class KvReply(Body, frozen=True):
 
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
-    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Gone
+    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | Report | ReportAck | Arrived | Close | Norms | AllNorms
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip

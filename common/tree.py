@@ -100,13 +100,21 @@ class TreeSum(Generic[T]):
         for other in [s for s in self.held if span[0] <= s[0] and s[1] <= span[1]]:
             del self.held[other]
         self.held[span] = value
-        while span != (0, self.count):
-            span = parent(span, self.count)
-            left, right = halves(span)
-            if left not in self.held or right not in self.held or (span == (0, self.count) and not self._joins_root):
-                break
-            self.held[span] = self._add(self.held.pop(left), self.held.pop(right))
+        for left, right in self.joins(span):
+            self.held[left[0], right[1]] = self._add(self.held.pop(left), self.held.pop(right))
         return True
+
+    def joins(self, span: Span) -> list[tuple[Span, Span]]:
+        """The pairs of nodes, each left and right, that are added one after the other when the node `span` is filed now."""
+        out = []
+        while span != (0, self.count):
+            left, right = halves(parent(span, self.count))
+            other = right if span == left else left
+            span = parent(span, self.count)
+            if other not in self.held or (span == (0, self.count) and not self._joins_root):
+                break
+            out.append((left, right))
+        return out
 
     def covers(self, span: Span) -> bool:
         """Whether every micro-batch of the node `span` has been counted."""

@@ -1,8 +1,8 @@
 """Sockets: every option, limit and address rule of the project is in this file.
 
 A message is one MessagePack header frame (`common.messages.Envelope`) and any number of raw tensor frames. Workers and
-servers connect with DEALER; servers and the coordinator listen with ROUTER. One socket belongs to one thread. Nothing here
-blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
+servers connect with DEALER; servers and the coordinator listen with ROUTER. Between a worker and a server tensors have a
+connection of their own, so that small messages do not wait behind them. One socket belongs to one thread. Nothing here blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from common.errors import ClusterError, UsageError, WireError
-from common.messages import Body, Envelope
+from common.messages import Body, Envelope, KvPull
 
 PROTOCOL = 1
 
@@ -129,6 +129,11 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
     if len(frames) > MAX_FRAMES:
         raise WireError(f"a message has {len(frames)} frames; {MAX_FRAMES} are allowed")
     return frames
+
+
+def is_bulk(body: Body, frames: Frames) -> bool:
+    """Whether a message goes by the connection for tensors: those that have some, and pulls that must not overtake pushes."""
+    return bool(frames) or isinstance(body, KvPull)
 
 
 def bytes_of(frame: Any) -> memoryview:

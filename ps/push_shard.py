@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.errors import WireError
-from common.messages import Ack, Committed, Push
+from common.messages import Ack, Committed, Pull, Push
 from common.policies import Policy
 from common.settings import Settings
 from common.tree import fold
@@ -107,23 +107,35 @@ class PushShard(Shard):
         return self._serve_all() if self._slowest > before else []
 
     def _serve(self, worker: str) -> list[Send]:
-        pull, unsent = self.waiters[worker]
-        may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
-        if not self._open or not may:
-            return []
-        del self.waiters[worker]
-        assert self.store is not None and self.planes is not None
+        waiter = self.waiters[worker]
+        pull = waiter.pull
+        if waiter.weights is None:
+            may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
+            if not self._open or not may:
+                return []
+            waiter.version = self._seen
+            waiter.weights = self._as_now(worker, pull, waiter.unsent)
+        weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}
+        return self._weights(worker, waiter.version, self._plane(worker, pull), weights, True, {})
+
+    def _plane(self, worker: str, pull: Pull) -> int:
+        """The plane to write a worker's weights to: of its two the one that it does not read. -1: it has none."""
         pair = self._pairs.setdefault(worker, len(self._pairs)) if pull.shared else _PAIRS
-        plane = 2 * pair + (pull.plane + 1) % 2 if pair < _PAIRS else -1
+        return 2 * pair + (pull.plane + 1) % 2 if pair < _PAIRS else -1
+
+    def _as_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:
+        """The weights as they are, in memory that no later update touches."""
+        assert self.store is not None and self.planes is not None
+        plane = self._plane(worker, pull)
         if plane >= 0:
-            held = {chunk: self.planes[plane][chunk] for chunk in unsent}
+            held = {chunk: self.planes[plane][chunk] for chunk in chunks}
             for chunk, into in held.items():
                 self.store.publish(chunk, into)
         else:
-            for chunk in unsent - self._published.keys():
+            for chunk in chunks - self._published.keys():
                 self._published[chunk] = self.store.publish(chunk)
-            held = {chunk: self._published[chunk] for chunk in unsent}
+            held = {chunk: self._published[chunk] for chunk in chunks}
         if self.settings.delay_compensation:
             then = held if plane < 0 else {chunk: values.clone() for chunk, values in held.items()}
             self._sent[worker] = {**self._sent.get(worker, {}), **then}
-        return self._weights(worker, pull, self._seen, plane, held, {} if self.index == 0 else None)
+        return held

@@ -279,24 +279,21 @@ class RoundShard(Shard):
     # ---- weights
 
     def _serve(self, worker: str) -> list[Send]:
-        pull, unsent = self.waiters[worker]
-        if not self._open:
+        waiter = self.waiters[worker]
+        clock = waiter.pull.clock
+        if not self._open or clock > self._version + 1:
             return []
-        if pull.clock > self._version:
-            if pull.clock > self._version + 1 or pull.shared or self._target is None:
+        if clock == self._version + 1:
+            ready = waiter.unsent & self._next
+            if waiter.pull.shared or self._target is None or not ready:
                 return []
-            ready = unsent & self._next
-            unsent -= ready
-            if not ready:
-                return []
-            return self._weights(worker, pull, pull.clock, self._target, self._in_plane(self._target, ready), None)
-        del self.waiters[worker]
-        plane = self._plane_of(pull.clock)
+            return self._weights(worker, clock, self._target, self._in_plane(self._target, ready), False, {})
+        plane = self._plane_of(clock)
         if plane < 0:
-            return [Send(worker, Gone(pull.clock, self._version))]
-        metrics = self._metrics if pull.clock == self._version else {}
-        weights = self._in_plane(plane, unsent)
-        return self._weights(worker, pull, pull.clock, plane, weights, metrics if self.index == 0 else None)
+            del self.waiters[worker]
+            return [Send(worker, Gone(clock, self._version))]
+        metrics = self._metrics if clock == self._version else {}
+        return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, metrics)
 
     def _in_plane(self, plane: int, chunks: set[int]) -> dict[int, torch.Tensor]:
         assert self.planes is not None

@@ -16,7 +16,7 @@ from common.errors import ClusterError, WireError
 from common.messages import Beat, Body, Hello, KvPull, KvPush, Refused
 from common.no_compiler import no_compiler
 from common.policies import load
-from common.wire import BEAT_S, Frames, Stamp, advertised, dealer, new_incarnation, receive, router, send
+from common.wire import BEAT_S, Frames, Stamp, advertised, dealer, is_bulk, new_incarnation, receive, router, send
 from ps.kv import KvStore
 from ps.push_shard import PushShard
 from ps.round_shard import RoundShard
@@ -52,8 +52,8 @@ class _Server:
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         self._shard: Shard | None = None
         self._kv = KvStore()
-        #: Where to send what is for a worker: the routing id of its connection.
-        self._routes: dict[str, bytes] = {}
+        #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
+        self._routes: dict[tuple[str, bool], bytes] = {}
         self._complained_at = float("-inf")
         log.info("listening at %s", address)
 
@@ -96,7 +96,7 @@ class _Server:
             if route is None:
                 self._from_coordinator(envelope.body, frames[1:])
             else:
-                self._routes[envelope.sender] = route
+                self._routes[envelope.sender, is_bulk(envelope.body, frames[1:])] = route
                 self._from_worker(envelope.sender, envelope.incarnation, envelope.body, frames[1:])
 
     def _from_coordinator(self, body: Body, frames: Frames) -> None:
@@ -132,8 +132,11 @@ class _Server:
             header = self._stamp.encode(effect.body)
             if effect.to == COORDINATOR:
                 send(self._coordinator, header, effect.frames)
-            elif effect.to in self._routes:
-                send(self._workers, header, effect.frames, to=self._routes[effect.to])
+            else:
+                bulk = is_bulk(effect.body, effect.frames)
+                route = self._routes.get((effect.to, bulk)) or self._routes.get((effect.to, not bulk))
+                if route is not None:
+                    send(self._workers, header, effect.frames, to=route)
 
     def _complain(self, text: str) -> None:
         """Log what was refused, at most once a second."""

@@ -15,17 +15,19 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, make_layout, message_batches
 from common.messages import (
+    Ack,
     Body,
     Committed,
     Contribution,
+    Got,
     Init,
     Plan,
     Pull,
@@ -56,8 +58,13 @@ log = logging.getLogger("ps.shard")
 COORDINATOR = "coordinator"
 #: Seconds between two reports to the coordinator while there is news.
 REPORT_S = 0.2
+#: Contributions of one worker of which parts that came early are kept.
+_EARLY = 2
 #: Id under which server 0 files the metrics of a contribution, beside its chunks.
 METRICS = -1
+
+#: Bytes of weights that may be on their way to a worker, so that what is needed sooner does not wait for long behind others.
+CREDIT_BYTES = 8 << 20
 
 Metrics = dict[str, tuple[float, float]]
 
@@ -69,6 +76,28 @@ class Send:
     to: str
     body: Body
     frames: Frames = ()
+
+
+@dataclass
+class _Early:
+    """Of a contribution that a worker is making: frames that have come, by chunk, and the chunks that count."""
+
+    frames: dict[int, Any] = field(default_factory=dict)
+    confirmed: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Waiter:
+    """One who waits for weights: the chunks that were not sent yet, whether it was told that the round before is closed, and
+    the bytes that are on their way to it."""
+
+    pull: Pull
+    unsent: set[int]
+    closed: bool = False
+    bytes_under_way: int = 0
+    #: Where each push is applied at once: the weights as they were when it was its turn.
+    weights: Mapping[int, torch.Tensor] | None = None
+    version: int = -1
 
 
 def add_metrics(left: Metrics, right: Metrics) -> Metrics:
@@ -100,13 +129,14 @@ class Shard(ABC):
         #: Workers' regions that can be read here, and the chunks in each of their slots.
         self._regions: dict[str, Region] = {}
         self._slots: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+        #: What workers have sent early, by worker and (round, lo, hi).
+        self._early: dict[str, dict[tuple[int, int, int], _Early]] = {}
         self.segments: list[Segment] = []
         #: The Setup that defined the model, and who sent it.
         self._setup: tuple[Setup, str] | None = None
         #: Chunks whose first weights are still to come.
         self._uninitialised: set[int] = set()
-        #: Who waits for which round's weights, and which chunks of them were not sent yet.
-        self.waiters: dict[str, tuple[Pull, set[int]]] = {}
+        self.waiters: dict[str, Waiter] = {}
         #: The number of each worker's newest pull.
         self._asked_for: dict[str, int] = {}
         self._news: list[Contribution] = []
@@ -150,10 +180,16 @@ class Shard(ABC):
     def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:
         """One message. Raises WireError if it cannot be meant; then nothing has changed."""
         match body:
+            case Push(stage="early"):
+                return self._keep(sender, body, frames, now)
+            case Push(stage="confirm"):
+                return self._confirm(sender, body, now)
             case Push():
                 return self._push(sender, body, frames, now)
             case Pull():
                 return self._pull(sender, body)
+            case Got():
+                return self._got(sender, body)
             case Setup():
                 return self._set_up(sender, body)
             case Plan():
@@ -190,6 +226,32 @@ class Shard(ABC):
         if self._report is not None and self._report.seq == seq:
             self._reported_version = self._report.version
             self._report = None
+
+    def _keep(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+        """Keep what was sent early until it is confirmed, or its sender is at other contributions."""
+        if len(frames) != len(push.chunks) or not set(push.chunks) <= set(self.chunks):
+            raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
+        early = self._early_of(sender, push)
+        early.frames.update(zip(push.chunks, frames, strict=True))
+        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, early=True))
+        return [ack, *(self._confirm(sender, push, now) if early.confirmed.issuperset(push.chunks) else ())]
+
+    def _confirm(self, sender: str, push: Push, now: float) -> list[Send]:
+        """What was sent early counts: at once, or as soon as it is here."""
+        early = self._early_of(sender, push)
+        early.confirmed.update(push.chunks)
+        if not set(push.chunks) <= set(early.frames):
+            return []
+        return self._push(sender, push, [early.frames.pop(chunk) for chunk in push.chunks], now)
+
+    def _early_of(self, sender: str, push: Push) -> _Early:
+        held = self._early.setdefault(sender, {})
+        key = push.round, push.lo, push.hi
+        if key not in held:
+            for old in list(held)[: 1 - _EARLY]:
+                del held[old]
+            held[key] = _Early()
+        return held[key]
 
     # ---- setting up
 
@@ -296,40 +358,46 @@ class Shard(ABC):
         if pull.number < self._asked_for.get(sender, 0):
             return []  # it was under way for long, and its sender has gone on since
         self._asked_for[sender] = pull.number
-        self.waiters[sender] = pull, set(self.chunks) - set(pull.have)
+        self.waiters[sender] = Waiter(pull, set(self.chunks) - set(pull.have))
         self.readers.asks(sender, pull.plane)
+        return self._serve(sender)
+
+    def _got(self, sender: str, got: Got) -> list[Send]:
+        waiter = self.waiters.get(sender)
+        if waiter is None or waiter.pull.clock != got.clock or not set(got.chunks) <= set(self.chunks):
+            return []
+        waiter.bytes_under_way -= sum(self.chunks[chunk].weight_bytes for chunk in got.chunks)
         return self._serve(sender)
 
     def _serve_all(self) -> list[Send]:
         return [effect for worker in list(self.waiters) for effect in self._serve(worker)]
 
     def _weights(
-        self,
-        to: str,
-        pull: Pull,
-        version: int,
-        plane: int,
-        weights: Mapping[int, torch.Tensor],
-        metrics: dict[str, float] | None,
+        self, to: str, version: int, plane: int, weights: Mapping[int, torch.Tensor], closed: bool, metrics: dict[str, float]
     ) -> list[Send]:
-        """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each.
-
-        The metrics go with the last."""
+        """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each, as many
+        as may be on their way; those which the forward pass needs first go first. Ends the wait when all is sent."""
+        waiter = self.waiters[to]
+        clock = waiter.pull.clock
         if plane >= 0:
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
-        if pull.shared and plane >= 0:
-            return [Send(to, Weights(pull.clock, version, sorted(weights), metrics, plane))]
-        batches = message_batches(sorted(weights), lambda i: self.chunks[i].weight_bytes)
-        if not batches and metrics is not None:
-            batches = [[]]
-        return [
-            Send(
-                to,
-                Weights(pull.clock, version, ids, metrics if ids is batches[-1] else None),
-                [to_frame(weights[i]) for i in ids],
-            )
-            for ids in batches
-        ]
+        if waiter.pull.shared and plane >= 0:
+            del self.waiters[to]
+            return [Send(to, Weights(clock, version, sorted(weights), closed, metrics, plane))]
+        effects = []
+        if closed and not waiter.closed:
+            waiter.closed = True
+            effects.append(Send(to, Weights(clock, version, [], closed, metrics)))
+        for ids in message_batches(sorted(weights), lambda i: self.chunks[i].weight_bytes):
+            size = sum(self.chunks[i].weight_bytes for i in ids)
+            if waiter.bytes_under_way > 0 and waiter.bytes_under_way + size > CREDIT_BYTES:
+                break
+            waiter.bytes_under_way += size
+            waiter.unsent -= set(ids)
+            effects.append(Send(to, Weights(clock, version, ids), [to_frame(weights[i]) for i in ids]))
+        if waiter.closed and not waiter.unsent:
+            del self.waiters[to]
+        return effects
 
 
 def contribution(

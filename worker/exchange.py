@@ -1,12 +1,13 @@
 """A worker's dealings with the servers: pushes until they are acknowledged, and the pull of the next weights.
 
 A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when every part of it is
-acknowledged; staged weights all belong to the round last pulled; nothing received touches the model.
+acknowledged; no server has more than CREDIT_BYTES of pushes on their way to it, or one message; of what waits, the chunks that
+the next forward needs first go first; staged weights all belong to the round last pulled; nothing received touches the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, message_batches
-from common.messages import Ack, Body, Gone, Pull, Push, Weights
+from common.messages import Ack, Body, Gone, Got, Pull, Push, Weights
 from common.sums import Sum
 from common.tensors import to_frame
 from common.wire import SEND_AGAIN_S, Frames
@@ -31,20 +32,41 @@ class Send:
     frames: Frames = ()
 
 
+#: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
+#: needed sooner does not wait for long behind them.
+CREDIT_BYTES = 8 << 20
+
+
 @dataclass
 class _Outstanding:
-    server: str
+    """A message until it is acknowledged. `early`: it does not count yet, so it is not sent again either."""
+
+    server: int
     push: Push
     frames: Frames
-    sent_at: float
     slot: Slot | None
+    #: None while it waits for its turn.
+    sent_at: float | None = None
+    #: Whether the server has said that the frames are there.
+    arrived: bool = False
+
+    @property
+    def early(self) -> bool:
+        return self.push.stage == "early"
+
+    @property
+    def bytes_under_way(self) -> int:
+        return 0 if self.sent_at is None or self.arrived else sum(frame.nbytes for frame in self.frames)
 
 
 class Exchange:
     """One worker's pushes and pulls, for all servers that take part in rounds."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, pulls_follow: bool) -> None:
+        """`pulls_follow`: weights are asked for only when the server has all that was pushed to it, for they are to show it."""
+        self._pulls_follow = pulls_follow
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
+        self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.clock: int | None = None
@@ -53,11 +75,18 @@ class Exchange:
         #: Weights by chunk, as frames or where they are, and the version of each server's.
         self._staged: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
-        #: Mean metrics of the round before, with which server 0 ends its answer.
-        self._metrics: dict[str, float] | None = None
+        #: Servers on which the round before is closed, and mean metrics of the last of them.
+        self._closed_on: set[int] = set()
+        self._metrics: dict[str, float] = {}
+        #: Frames that have come and of which servers are still to be told.
+        self._got: list[Send] = []
         #: Set when a server says that the round wanted is over: the newest round it knows.
         self.gone: int | None = None
-        self._pulled_at = float("-inf")
+        #: When each server was last asked for weights (-inf: it is still to be), and when it was last heard of; those heard of
+        #: since the last tick.
+        self._asked_at: dict[int, float] = {}
+        self._heard_at: dict[int, float] = {}
+        self._heard: set[int] = set()
         #: Servers that read this worker's slots, and those whose planes it reads; and the planes that the model is in.
         self.readers: set[int] = set()
         self.read: set[int] = set()
@@ -78,11 +107,12 @@ class Exchange:
         `push` holds what all messages of it share; its metrics go to server 0 alone. `bases` are the versions, by server,
         of the weights it was computed from.
         """
-        effects: list[Send] = []
         for server, chunks in self._chunks.items():
             reads = slot is not None and slot.index >= 0 and server in self.readers
-            ids = [chunk.id for chunk in chunks]
+            ids = [chunk.id for chunk in chunks if chunk.id in sums]
             metrics = push.metrics if server == 0 else None
+            if not ids and metrics is None:
+                continue
             for batch in [ids] if reads else message_batches(ids, lambda i: sums[i].values.nbytes) or [[]]:
                 message = msgspec.structs.replace(
                     push, chunks=batch, present=[sums[i].present for i in batch], base=(bases or {}).get(server, 0),
@@ -91,9 +121,49 @@ class Exchange:
                 )  # fmt: skip
                 metrics = None
                 frames = [] if reads else [to_frame(sums[i].values) for i in batch]
-                self._outstanding.append(_Outstanding(f"server-{server}", message, frames, now, slot))
-                effects.append(Send(f"server-{server}", message, frames))
+                self._outstanding.append(_Outstanding(server, message, frames, slot))
+        return self._flow(now)
+
+    def sends(self, chunk: int) -> bool:
+        """Whether contributions to a chunk are sent, and not read from this worker's memory."""
+        return self._server_of[chunk] not in self.readers
+
+    def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
+        """Send a contribution to one chunk, which is to count only when `settle` has said so."""
+        server = self._server_of[chunk]
+        message = msgspec.structs.replace(
+            push, stage="early", chunks=[chunk], present=[value.present], base=bases.get(server, 0), scale=value.scale
+        )
+        self._outstanding.append(_Outstanding(server, message, [to_frame(value.values)], slot))
+        return self._flow(now)
+
+    def settle(self, good: Collection[int], now: float) -> list[Send]:
+        """Of all chunks that were sent early, those in `good` count; the others are not to."""
+        self._outstanding = [o for o in self._outstanding if not o.early or o.push.chunks[0] in good]
+        effects = []
+        for outstanding in (o for o in self._outstanding if o.early):
+            outstanding.push = msgspec.structs.replace(outstanding.push, stage="whole")
+            if outstanding.sent_at is not None:
+                outstanding.sent_at = now
+                effects.append(self._send(outstanding, msgspec.structs.replace(outstanding.push, stage="confirm"), ()))
+        return effects + self._flow(now)
+
+    def _flow(self, now: float) -> list[Send]:
+        """Send what there is credit for."""
+        effects = []
+        under_way: dict[int, int] = dict.fromkeys(self._chunks, 0)
+        for outstanding in self._outstanding:
+            under_way[outstanding.server] += outstanding.bytes_under_way
+        for outstanding in sorted((o for o in self._outstanding if o.sent_at is None), key=_urgency):
+            before = under_way[outstanding.server]
+            if not outstanding.frames or not before or before + sum(f.nbytes for f in outstanding.frames) <= CREDIT_BYTES:
+                outstanding.sent_at = now
+                under_way[outstanding.server] += outstanding.bytes_under_way
+                effects.append(self._send(outstanding, outstanding.push, outstanding.frames))
         return effects
+
+    def _send(self, outstanding: _Outstanding, push: Push, frames: Frames) -> Send:
+        return Send(f"server-{outstanding.server}", push, frames)
 
     def needs(self, slot: Slot) -> bool:
         """Whether a push of what is in `slot` is not acknowledged yet."""
@@ -101,7 +171,7 @@ class Exchange:
 
     def unacknowledged(self, round_: int) -> list[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
-        pushes = (outstanding.push for outstanding in self._outstanding)
+        pushes = (outstanding.push for outstanding in self._outstanding if not outstanding.early)
         return sorted({k for push in pushes if push.round == round_ for k in range(push.lo, push.hi)})
 
     # ---- pulling
@@ -110,16 +180,20 @@ class Exchange:
         """Ask for the weights to start round `clock` from; what was staged for another round is let go."""
         self.clock, self._settled, self.gone = clock, settled, None
         self._pulls += 1
-        self._staged, self._versions, self._metrics = {}, {}, None
+        self._staged, self._versions, self._metrics, self._closed_on = {}, {}, {}, set()
+        self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
         return self._ask(now)
 
     def _ask(self, now: float) -> list[Send]:
-        assert self.clock is not None
-        self._pulled_at = now
+        """Ask the servers that were not asked yet or seem not to have heard it."""
+        servers = [s for s, at in self._asked_at.items() if not self._done(s) and self._is_silent(s, at, now)]
+        if self._pulls_follow:
+            busy = {outstanding.server for outstanding in self._outstanding}
+            servers = [server for server in servers if server not in busy]
+        self._asked_at.update(dict.fromkeys(servers, now))
         return [
-            Send(f"server-{server}", self._pull(server, [c.id for c in chunks if c.id in self._staged]))
-            for server, chunks in self._chunks.items()
-            if not self._done(server)
+            Send(f"server-{server}", self._pull(server, [c.id for c in self._chunks[server] if c.id in self._staged]))
+            for server in servers
         ]
 
     def _pull(self, server: int, have: list[int]) -> Pull:
@@ -127,7 +201,7 @@ class Exchange:
         return Pull(self.clock, self._pulls, have, self._settled, server in self.read, self._planes.get(server, -1))
 
     def _done(self, server: int) -> bool:
-        return all(c.id in self._staged for c in self._chunks[server]) and (server != 0 or self._metrics is not None)
+        return server in self._closed_on and all(c.id in self._staged for c in self._chunks[server])
 
     @property
     def complete(self) -> bool:
@@ -144,7 +218,7 @@ class Exchange:
 
     def take(self) -> tuple[dict[int, Any], dict[int, int], dict[str, float]]:
         """The staged weights by chunk, their versions by server, and the metrics of the round before. Ends the pull."""
-        assert self.complete and self._metrics is not None
+        assert self.complete
         staged, versions, metrics = self._staged, self._versions, self._metrics
         self.clock, self._staged = None, {}
         for found in staged.values():
@@ -156,19 +230,23 @@ class Exchange:
 
     def handle(self, server: str, body: Body, frames: Frames) -> None:
         """One message of a server. Raises WireError where it does not fit."""
+        number = int(server.rpartition("-")[2])
+        self._heard.add(number)
         match body:
             case Ack():
-                self._outstanding = [o for o in self._outstanding if not _acknowledges(server, body, o)]
+                self._acknowledged(number, body)
             case Weights() if body.clock == self.clock:
-                number = int(server.rpartition("-")[2])
                 found = frames if body.plane < 0 else [InPlane(number, body.plane)] * len(body.chunks)
                 if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
                 for chunk, place in zip(body.chunks, found, strict=True):
                     self._staged.setdefault(chunk, place)
                 self._versions.setdefault(number, body.version)
-                if body.metrics is not None:
-                    self._metrics = body.metrics
+                if frames:
+                    self._got.append(Send(server, Got(body.clock, body.chunks)))
+                if body.closed:
+                    self._closed_on.add(number)
+                    self._metrics = body.metrics or self._metrics
             case Gone() if body.clock == self.clock:
                 self.gone = max(body.newest, self.gone or 0)
             case Weights() | Gone():
@@ -177,21 +255,35 @@ class Exchange:
                 raise WireError(f"a worker has no use for {type(body).__name__}")
 
     def tick(self, now: float) -> list[Send]:
-        """What was not answered for too long is sent again."""
-        effects = []
-        for outstanding in self._outstanding:
-            if now >= outstanding.sent_at + SEND_AGAIN_S:
-                outstanding.sent_at = now
-                effects.append(Send(outstanding.server, outstanding.push, outstanding.frames))
-        if self.clock is not None and not self.complete and now >= self._pulled_at + SEND_AGAIN_S:
+        """What was not answered for too long is sent again, and what there is credit for is sent."""
+        self._heard_at.update(dict.fromkeys(self._heard, now))
+        self._heard.clear()
+        effects, self._got = self._got, []
+        for o in self._outstanding:
+            if o.sent_at is not None and not o.early and self._is_silent(o.server, o.sent_at, now):
+                o.sent_at = now
+                effects.append(self._send(o, o.push, o.frames))
+        if self.clock is not None:
             effects += self._ask(now)
-        return effects
+        return effects + self._flow(now)
+
+    def _is_silent(self, server: int, since: float, now: float) -> bool:
+        """Whether a server has answered nothing for so long that what it was sent at `since` may be lost."""
+        return since == float("-inf") or now >= max(since, self._heard_at.get(server, since)) + SEND_AGAIN_S
+
+    def _acknowledged(self, server: int, ack: Ack) -> None:
+        for o in [o for o in self._outstanding if o.server == server and _is_meant(ack, o.push)]:
+            if ack.early:
+                o.arrived = True
+            elif not o.early:
+                self._outstanding.remove(o)
 
 
-def _acknowledges(server: str, ack: Ack, outstanding: _Outstanding) -> bool:
-    push = outstanding.push
-    return (
-        outstanding.server == server
-        and (ack.round, ack.lo, ack.hi, ack.chunks) == (push.round, push.lo, push.hi, push.chunks)
-        and ack.metrics == (push.metrics is not None)
-    )
+def _is_meant(ack: Ack, push: Push) -> bool:
+    whose = push.round, push.lo, push.hi, push.chunks, push.metrics is not None
+    return whose == (ack.round, ack.lo, ack.hi, ack.chunks, ack.metrics)
+
+
+def _urgency(outstanding: _Outstanding) -> tuple[int, int]:
+    """Word of where things are goes first, then chunks in the order of the forward pass."""
+    return outstanding.push.round, outstanding.push.chunks[0] if outstanding.frames else -1

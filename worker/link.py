@@ -19,13 +19,15 @@ import zmq
 from common.attendance import Attendance
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.messages import Beat, Body, Hello, Refused, Welcome
-from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, new_incarnation, receive, send
+from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
 from worker.exchange import Send
 
 log = logging.getLogger("worker.link")
 
 T = TypeVar("T")
 COORDINATOR = "coordinator"
+#: Ending of the name of a server's second socket, which tensors go by.
+_BULK = "/bulk"
 _TICK_MS = 20
 
 
@@ -216,10 +218,10 @@ class Link:
             return
         self._stamp.sender, self._stamp.run = welcome.process, welcome.run
         for number, address in enumerate(welcome.servers):
-            sock = dealer(self._context, address)
-            self._sockets[f"server-{number}"] = sock
-            self._names[sock] = f"server-{number}"
-            poller.register(sock, zmq.POLLIN)
+            for key in (f"server-{number}", f"server-{number}{_BULK}"):
+                sock = self._sockets[key] = dealer(self._context, address)
+                self._names[sock] = f"server-{number}"
+                poller.register(sock, zmq.POLLIN)
 
     def _send_all(self) -> None:
         now = time.monotonic()
@@ -229,4 +231,5 @@ class Link:
             messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self.beat)]
             messages += self.on_tick(now)
         for message in messages:
-            send(self._sockets[message.to], self._stamp.encode(message.body), message.frames, copy=self.copies)
+            bulk = message.to != COORDINATOR and is_bulk(message.body, message.frames)
+            send(self._sockets[message.to + _BULK * bulk], self._stamp.encode(message.body), message.frames, copy=self.copies)

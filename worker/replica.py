@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -61,14 +62,20 @@ class Replica:
         self._slot: Slot | None = None
         self._places: dict[Slot, dict[int, torch.Tensor]] = {}
         self._given: set[int] = set()
+        #: Called with a tensor's number when backward has made its gradient.
+        self.on_gradient: Callable[[int], None] | None = None
+
+    def chunks_of(self, index: int) -> list[Chunk]:
+        """The chunks that tensor number `index` is cut into or packed in."""
+        return self._chunks_of[index]
 
     # ---- out of the model
 
     def catch_gradients(self) -> None:
         """From now on have backward leave each gradient in the slot given to `contribute_to`."""
-        for tensor in self.tensors:
-            if tensor.requires_grad:
-                tensor.register_post_accumulate_grad_hook(self._catch)
+        for index, tensor in enumerate(self.tensors):
+            if tensor.requires_grad and tensor.numel():
+                tensor.register_post_accumulate_grad_hook(functools.partial(self._catch, index))
         direct.install(self.model, self._give_place)
 
     def contribute_to(self, slot: Slot) -> None:
@@ -90,7 +97,8 @@ class Replica:
     def _place(self, slot: Slot, offsets: Mapping[int, int], tensor: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
         first = next(piece for piece in chunks[0].pieces if self.tensors[piece.tensor] is tensor)
         start = offsets[chunks[0].id] + first.offset * tensor.element_size()
-        return slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        place = slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        return place.data  # with a count of its own of how often it is written to
 
     def _give_place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient of `weight` is to be computed; None where that is not for this backward to decide."""
@@ -103,7 +111,7 @@ class Replica:
         return place.view(place.shape)  # a new tensor, for autograd keeps it only if nobody else does
 
     @torch.no_grad()
-    def _catch(self, parameter: torch.Tensor) -> None:
+    def _catch(self, index: int, parameter: torch.Tensor) -> None:
         """Called by autograd when the gradient of a parameter has been accumulated."""
         gradient = parameter.grad
         if self._slot is None or gradient is None or gradient.requires_grad or gradient.is_sparse:
@@ -111,34 +119,42 @@ class Replica:
         place = self._places[self._slot].get(id(parameter))
         if place is not None and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
+        if self.on_gradient is not None:
+            self.on_gradient(index)
 
     @torch.no_grad()
-    def gradient(self, samples: int) -> dict[int, Sum]:
-        """The contribution of one micro-batch by chunk: gradient x samples, buffers x samples. It is in the slot; the
-        model's gradients are taken away."""
+    def gradient(self, samples: int, without: Collection[int] = ()) -> dict[int, Sum]:
+        """The contribution of one micro-batch by chunk, but for those in `without`: gradient x samples, buffers x samples. It
+        is in the slot; the model's gradients are taken away."""
         assert self._slot is not None
         slot, self._slot = self._slot, None
-        places = self._places[slot]
         out = {}
         for chunk in self.layout.chunks:
-            values, present = slot.chunks[chunk.id], 0
-            for bit, piece in enumerate(chunk.pieces):
-                tensor = self.tensors[piece.tensor]
-                source = tensor.grad if chunk.kind == "param" else tensor
-                part = values[piece.offset : piece.offset + piece.length]
-                if source is None:
-                    part.zero_()
-                    continue
-                if source.is_sparse:
-                    source = source.to_dense()
-                place = places.get(id(tensor)) if chunk.kind == "param" else None
-                if place is None or source.data_ptr() != place.data_ptr():
-                    part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
-                present |= (chunk.kind == "param" or self._changed(chunk, piece, part)) << bit
-            out[chunk.id] = weighted(values, present, samples, chunk.kind)
+            if chunk.id not in without:
+                out[chunk.id] = weighted(slot.chunks[chunk.id], self.collect(chunk, slot), samples, chunk.kind)
         for tensor in self.tensors:
             tensor.grad = None
         return out
+
+    @torch.no_grad()
+    def collect(self, chunk: Chunk, slot: Slot) -> int:
+        """Have what the model contributes to a chunk in the slot, as far as it is not there already; the mask of its pieces."""
+        places = self._places[slot]
+        values, present = slot.chunks[chunk.id], 0
+        for bit, piece in enumerate(chunk.pieces):
+            tensor = self.tensors[piece.tensor]
+            source = tensor.grad if chunk.kind == "param" else tensor
+            part = values[piece.offset : piece.offset + piece.length]
+            if source is None:
+                part.zero_()
+                continue
+            if source.is_sparse:
+                source = source.to_dense()
+            place = places.get(id(tensor)) if chunk.kind == "param" else None
+            if place is None or source.data_ptr() != place.data_ptr():
+                part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
+            present |= (chunk.kind == "param" or self._changed(chunk, piece, part)) << bit
+        return present
 
     def _changed(self, chunk: Chunk, piece: Piece, now: torch.Tensor) -> bool:
         """Whether a buffer is not what it was when the round began. Else servers keep it: a mean would differ by rounding."""

@@ -15,6 +15,7 @@ from common.plan import Segment, derive_seed
 from common.sums import Sum, adder
 from common.tree import TreeSum
 from worker.allocator import keep_memory
+from worker.early import Early, Join
 from worker.exchange import Send
 from worker.link import COORDINATOR
 from worker.loader import Loader, seed_everything
@@ -82,6 +83,8 @@ class GradientWork:
         #: Versions, by server, of the weights in the model, and whether something was contributed since they came.
         self._versions: dict[int, int] = {}
         self._stale = False
+        #: The contribution being made, where it is pushed as it comes.
+        self._early: Early | None = None
         self._begun_at = 0.0
         self._meter = Meter()
         self._add = {chunk.id: adder(chunk.kind) for chunk in replica.layout.chunks}
@@ -107,6 +110,7 @@ class GradientWork:
             batch = loader.load(task)
             self.replica.reset_buffers()
             self._take_slot()
+            self._push_early()
             seed_everything(derive_seed(seed, "micro-batch", task.round, task.k))
             self._metrics = {}
             yield batch
@@ -135,7 +139,8 @@ class GradientWork:
             torch.nn.utils.clip_grad_norm_([t for t in self.replica.tensors if t.grad is not None], self._clip_norm)
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         assert self._slot is not None
-        contribution = Contribution(self._slot, self.replica.gradient(samples), metrics)
+        early = self._settle()
+        contribution = Contribution(self._slot, self.replica.gradient(samples, without=early), metrics)
         self._meter.measured(time.monotonic() - self._begun_at, samples)
         if not self._policy.combines:
             self._push(task.round, task.k, task.k + 1, contribution)
@@ -154,6 +159,53 @@ class GradientWork:
             self._slot = self._slots.take(self._is_needed)
         self.replica.contribute_to(self._slot)
 
+    def _push_early(self) -> None:
+        """Have what backward makes now pushed at once where it is sent, unless more is to be added to it."""
+        task = self._current
+        assert task is not None and self._segment is not None and self._exchange is not None and self._slot is not None
+        if self._clip_norm is not None or not any(self._exchange.sends(chunk.id) for chunk in self.replica.layout.chunks):
+            return
+        with self._link.lock:
+            if self._policy.combines and not self._tasks.run_done:
+                return
+        plan = self._segment.round(task.round)
+        (lo, hi), joins = (task.k, task.k + 1), []
+        held = self._sums.held if self._sums is not None else {}
+        for left, right in self._sums.joins((lo, hi)) if self._sums is not None else ():
+            on_left = left[0] < lo
+            joins.append(Join(held[left if on_left else right].sums, on_left))
+            lo, hi = left[0], right[1]
+        push = self._make_push(task.round, lo, hi, None)
+        exchange, link = self._exchange, self._link
+
+        def send(chunk: int, value: Sum, slot: Slot) -> None:
+            with link.lock:
+                messages = exchange.push_early(push, chunk, value, time.monotonic(), self._versions, slot)
+            link.send(*messages)
+
+        self._early = Early(
+            self.replica, self._slot, plan.samples_in(task.k, task.k + 1), joins, self._spare_slot, send, exchange.sends
+        )
+        self.replica.on_gradient = self._early.made
+
+    def _settle(self) -> set[int]:
+        """Chunks that were pushed early and now count."""
+        early, self._early, self.replica.on_gradient = self._early, None, None
+        if early is None:
+            return set()
+        assert self._exchange is not None
+        good = early.unchanged()
+        with self._link.lock:
+            messages = self._exchange.settle(good, time.monotonic())
+            if early.spare is not None:
+                early.spare.taken = False
+        self._link.send(*messages)
+        return good
+
+    def _spare_slot(self) -> Slot:
+        with self._link.lock:
+            return self._slots.take(self._is_needed)
+
     def _is_needed(self, slot: Slot) -> bool:
         assert self._exchange is not None
         return self._exchange.needs(slot) or (self._per_round and slot.pushed >= self.round)
@@ -165,7 +217,8 @@ class GradientWork:
             self._sums = None
 
     def _add_up(self, left: Contribution, right: Contribution) -> Contribution:
-        sums = {chunk: self._add[chunk](left.sums[chunk], right.sums[chunk]) for chunk in left.sums}
+        both = left.sums.keys() & right.sums.keys()  # but for chunks that were pushed early
+        sums = {chunk: self._add[chunk](left.sums[chunk], right.sums[chunk]) for chunk in both}
         metrics = dict(left.metrics)
         for name, (value, samples) in right.metrics.items():
             before = metrics.get(name, (0.0, 0.0))
@@ -174,17 +227,19 @@ class GradientWork:
         return Contribution(left.slot, sums, metrics)
 
     def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
-        assert self._segment is not None and self._exchange is not None
-        plan = self._segment.round(round_)
-        push = Push(
-            round_, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [],
-            metrics=contribution.metrics, hypers=self._hypers.at(round_, plan.epoch),
-        )  # fmt: skip
+        assert self._exchange is not None
+        push = self._make_push(round_, lo, hi, contribution.metrics)
         slot = contribution.slot
         with self._link.lock:
             messages = self._exchange.push(push, contribution.sums, time.monotonic(), self._versions, slot)
             slot.taken, slot.pushed = False, round_
         self._link.send(*messages)
+
+    def _make_push(self, round_: int, lo: int, hi: int, metrics: dict[str, tuple[float, float]] | None) -> Push:
+        assert self._segment is not None
+        plan = self._segment.round(round_)
+        hypers = self._hypers.at(round_, plan.epoch)
+        return Push(round_, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [], metrics=metrics, hypers=hypers)
 
     # ---- going on
 

@@ -214,7 +214,7 @@ class Run:
                         [first[i] for i in batch],
                     )
         with self._link.lock:
-            self._exchange = Exchange(replica.layout)
+            self._exchange = Exchange(replica.layout, pulls_follow=self._policy.applies == "push")
 
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
         """Find out with which servers this worker shares memory: only those that touch the same do."""

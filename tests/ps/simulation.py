@@ -417,6 +417,7 @@ class WorkerProcess(Process):
         if port is not None:
             port.inbox.append(frames)
             self.link._receive(port, mock.Mock())
+            self.link._send_all()
             self._look()
 
     def tick(self) -> None:
@@ -531,7 +532,7 @@ class WorkerProcess(Process):
                 for batch in message_batches(ids, lambda i: len(first[i])):
                     frames = [first[i] for i in batch]
                     yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
-        self.run._exchange = Exchange(replica.layout)
+        self.run._exchange = Exchange(replica.layout, self.run._policy.applies == "push")
 
     def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
         replies: list[Body] = []
@@ -564,14 +565,30 @@ class SteppedWork(GradientWork):
         while (task := (yield from self._next_task())) is not None:
             self.replica.reset_buffers()
             self._take_slot()
+            self._push_early()
             self._metrics = {}
             yield Wait(None, world.now + self.process.begins(task))
             self.process.model.compute(task)
+            yield from self._backward()
             self.log({"loss": float(task.k)})
             self.step()  # its last call, _advance, only makes a generator
             yield from self._advance()
             if pace.pause_s:
                 yield Wait(None, world.now + pace.pause_s * world.random.random())
+
+    def _backward(self) -> Script:
+        """Some gradients are known early, and of those some change again."""
+        chance = self.process.world.random
+        for index, tensor in enumerate(self.replica.tensors):
+            if tensor.grad is not None and chance.random() < 0.7:
+                changes = chance.random() < 0.3
+                if changes:
+                    tensor.grad.mul_(2)
+                self.replica._catch(index, tensor)
+                if chance.random() < 0.3:
+                    yield Wait(None, self.process.world.now + 0.02)
+                if changes:
+                    tensor.grad.data.mul_(0.5)
 
     def _next_task(self) -> Script:  # type: ignore[override]
         while True:
@@ -756,6 +773,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
+            "ps.shard.CREDIT_BYTES": world.case.chunk_bytes,
+            "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "ps.coordinator.RunLog": RecordedLog,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
