@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -32,6 +33,7 @@ from common.messages import (
     Shared,
     Stop,
     Tables,
+    Traffic,
     Update,
     Upload,
 )
@@ -214,7 +216,7 @@ class Run:
                         [first[i] for i in batch],
                     )
         with self._link.lock:
-            self._exchange = Exchange(replica.layout, pulls_follow=self._policy.applies == "push")
+            self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
 
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
         """Find out with which servers this worker shares memory: only those that touch the same do."""
@@ -410,10 +412,11 @@ class Run:
         return out
 
     def _beat(self) -> Beat:
+        traffic = self._exchange.traffic if self._exchange is not None else Traffic()
         if self._finished:
-            return Beat("done", self.round)
+            return Beat("done", self.round, traffic=traffic)
         if self._work is not None:
-            return self._work.beat()
+            return msgspec.structs.replace(self._work.beat(), traffic=traffic)
         return Beat("starting") if self._kv is None else Beat("computing", at=self._kv.answered)
 
 

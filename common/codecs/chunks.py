@@ -6,6 +6,7 @@ Biases, norms and small tensors are a small share of the bytes and matter most t
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,13 @@ class ChunkCodec:
     def __init__(self, codec: Codec, layout: Layout) -> None:
         self.codec = codec
         self._cuts = [_cut(chunk.numel, coded_runs(layout, chunk)) for chunk in layout.chunks]
+        #: Time spent so far.
+        self.encode_seconds = 0.0
+        self.decode_seconds = 0.0
+
+    def covers(self, chunk_id: int) -> bool:
+        """Whether something in the chunk is compressed."""
+        return bool(self._cuts[chunk_id].runs)
 
     def encode(self, chunk_id: int, values: torch.Tensor, seed: int, state: State | None) -> Coded | None:
         """The frame for a chunk's `values` (flat, float32) and the state after it; see Codec.encode. The state is of the runs.
@@ -72,7 +80,13 @@ class ChunkCodec:
         None: the chunk is to be sent as it is, and no state changes. Nothing in it is compressed, or something that would be
         is NaN, infinite or beyond 1e30.
         """
-        cut = self._cuts[chunk_id]
+        began = time.perf_counter()
+        try:
+            return self._encode(self._cuts[chunk_id], values, seed, state)
+        finally:
+            self.encode_seconds += time.perf_counter() - began
+
+    def _encode(self, cut: _Cut, values: torch.Tensor, seed: int, state: State | None) -> Coded | None:
         if not cut.runs:
             return None
         inside = _gather(values, cut.runs)
@@ -91,7 +105,13 @@ class ChunkCodec:
         """
         if not 0 <= chunk_id < len(self._cuts) or not self._cuts[chunk_id].runs:
             raise WireError(f"chunk {chunk_id} is not one that is compressed")
-        cut = self._cuts[chunk_id]
+        began = time.perf_counter()
+        try:
+            return self._decode(self._cuts[chunk_id], frame, seed)
+        finally:
+            self.decode_seconds += time.perf_counter() - began
+
+    def _decode(self, cut: _Cut, frame: memoryview, seed: int) -> torch.Tensor:
         outside = cut.numel - cut.coded
         inside = self.codec.decode(frame[4 * outside :], cut.coded, seed)
         if not cut.gaps:

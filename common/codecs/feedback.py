@@ -1,7 +1,9 @@
 """What a worker remembers for its codec: per chunk while it runs, per parameter where it must outlive the layout.
 
-A frame that was sent may never be counted: it is lost, refused, or another worker's copy came first. So the state after it
-is pending until the server says that it counted, and the next try starts from the state before.
+A frame that was sent may never be counted: it is lost, refused, or another worker's copy came first. So the state that it was
+made from goes with it, and the server says what comes back: the state before it, or the one after it. A second frame of the
+chunk that is made meanwhile starts from nothing, for what the first one has with it must not be sent twice; states that
+come back are added up, which is right for all there are: sums of what was not sent, and velocities.
 """
 
 from __future__ import annotations
@@ -19,44 +21,53 @@ from common.layout import Layout
 class Feedback:
     """The state of each chunk's encoder. What is given to it and got from it is never written to.
 
-    A chunk's state covers its runs (`coded_runs`), one after the other. At most one state per chunk is pending.
+    A chunk's state covers its runs (`coded_runs`), one after the other.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._pieces = {chunk.id: coded_pieces(layout, chunk) for chunk in layout.chunks}
         self._states: dict[int, State] = {}
-        self._pending: dict[int, tuple[Hashable, State]] = {}
+        #: By chunk and key of a frame under way: the state before it and the state after it.
+        self._pending: dict[tuple[int, Hashable], tuple[State | None, State]] = {}
 
     def state(self, chunk: int) -> State | None:
-        """What to encode the chunk's next frame from; None: nothing of it was counted yet. Not copied."""
+        """What to encode the chunk's next frame from; None: nothing was counted yet, or it is with a frame. Not copied."""
         return self._states.get(chunk)
 
     def sent(self, chunk: int, key: Hashable, state: State | None) -> None:
-        """The frame called `key` was sent, and leads to `state`. Forgets the chunk's pending state, if any."""
-        self._pending.pop(chunk, None)
+        """A frame called `key` was made from `state(chunk)` and is sent; it leads to `state`, if to any."""
+        assert (chunk, key) not in self._pending
         if state is not None:
-            self._pending[chunk] = (key, state)
+            self._pending[chunk, key] = self._states.pop(chunk, None), state
 
     def commit(self, chunk: int, key: Hashable) -> bool:
-        """The frame called `key` was counted: its state is the chunk's now. Whether it was pending; if not, nothing changes."""
-        if chunk not in self._pending or self._pending[chunk][0] != key:
+        """The frame called `key` was counted: what it left out is to be sent now. Whether it was pending."""
+        if (chunk, key) not in self._pending:
             return False
-        self._states[chunk] = self._pending.pop(chunk)[1]
+        self._give_back(chunk, self._pending.pop((chunk, key))[1])
         return True
 
     def drop(self, chunk: int, key: Hashable) -> None:
         """The frame called `key` will not be counted. Does nothing if it is not pending."""
-        if chunk in self._pending and self._pending[chunk][0] == key:
-            del self._pending[chunk]
+        before, _ = self._pending.pop((chunk, key), (None, None))
+        if before is not None:
+            self._give_back(chunk, before)
+
+    def _give_back(self, chunk: int, state: State) -> None:
+        self._states[chunk] = _added(self._states.get(chunk, {}), state)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What was committed, as copies: "<name of the state>/<name of the parameter>" -> flat float32 tensor.
+        """What is to be sent as long as no frame under way counts, as copies: "<name of the state>/<name of the parameter>" ->
+        flat float32 tensor.
 
         Elements of a parameter in chunks without a state are zero.
         """
         out: dict[str, torch.Tensor] = {}
-        for chunk, states in self._states.items():
+        committed = dict(self._states)
+        for (chunk, _), (before, _) in self._pending.items():
+            committed[chunk] = _added(committed.get(chunk, {}), before or {})
+        for chunk, states in committed.items():
             for name, values in states.items():
                 at = 0
                 for piece in self._pieces[chunk]:
@@ -100,3 +111,8 @@ class Feedback:
             if found:
                 state[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return state
+
+
+def _added(a: State, b: State) -> State:
+    """The sum by name; where only one has a name, that one."""
+    return {**a, **{name: a[name] + values if name in a else values for name, values in b.items()}}

@@ -1,17 +1,15 @@
-"""A worker's codec state: committed when counted, and kept by parameter over any layout."""
+"""A worker's codec state: what is not counted is sent later, once; and kept by parameter over any layout."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.codecs import State
 from common.codecs.chunks import coded_runs
 from common.codecs.feedback import Feedback
 from common.errors import UsageError
@@ -44,55 +42,63 @@ def filled(layout: Layout, leave_out: frozenset[int] = frozenset()) -> Feedback:
     return feedback
 
 
-class Commits(RuleBasedStateMachine):
-    """Two chunks; a model that keeps what was committed and what is pending as plain values."""
+class Mass(RuleBasedStateMachine):
+    """A sender that sends some of what it has; whatever becomes of its frames, nothing is lost and nothing sent twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.feedback = Feedback(layout_of([[40, 30], [40, 30]], chunk_bytes=4800))
-        self.committed: dict[int, State] = {}
-        self.pending: dict[int, tuple[Hashable, State]] = {}
+        self.feedback = Feedback(layout_of([[40, 30]]))
+        self.given = 0
+        self.counted = 0
+        self.under_way: dict[int, tuple[int, int]] = {}
+        self.frames = 0
 
-    @rule(chunk=st.integers(0, 1), key=st.integers(0, 3), value=st.floats(-1, 1, width=32))
-    def send(self, chunk: int, key: int, value: float) -> None:
-        state = {"residual": torch.full((1200,), value)}
-        self.feedback.sent(chunk, key, state)
-        self.pending[chunk] = (key, state)
+    @rule(gradient=st.integers(-9, 9), sent=st.integers(-9, 9))
+    def send(self, gradient: int, sent: int) -> None:
+        state = self.feedback.state(0)
+        total = (0 if state is None else state["residual"]) + torch.full((1200,), float(gradient))
+        self.feedback.sent(0, self.frames, {"residual": total - sent})
+        self.under_way[self.frames] = gradient, sent
+        self.frames += 1
 
-    @rule(chunk=st.integers(0, 1), key=st.integers(0, 3))
-    def send_without_a_state(self, chunk: int, key: int) -> None:
-        self.feedback.sent(chunk, key, None)
-        self.pending.pop(chunk, None)
+    @rule(gradient=st.integers(-9, 9))
+    def send_without_a_state(self, gradient: int) -> None:
+        self.feedback.sent(0, "raw", None)
+        self.given, self.counted = self.given + gradient, self.counted + gradient
+        assert not self.feedback.commit(0, "raw")
 
-    @rule(chunk=st.integers(0, 1), key=st.integers(0, 3))
-    def count(self, chunk: int, key: int) -> None:
-        due = chunk in self.pending and self.pending[chunk][0] == key
-        assert self.feedback.commit(chunk, key) == due
-        if due:
-            self.committed[chunk] = self.pending.pop(chunk)[1]
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def count(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.under_way)))
+        gradient, sent = self.under_way.pop(key)
+        assert self.feedback.commit(0, key) and not self.feedback.commit(0, key)
+        self.given, self.counted = self.given + gradient, self.counted + sent
 
-    @rule(chunk=st.integers(0, 1), key=st.integers(0, 3))
-    def refuse(self, chunk: int, key: int) -> None:
-        self.feedback.drop(chunk, key)
-        if chunk in self.pending and self.pending[chunk][0] == key:
-            del self.pending[chunk]
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.under_way)))
+        del self.under_way[key]
+        self.feedback.drop(0, key)
+        self.feedback.drop(0, key)
 
-    @rule(chunk=st.integers(0, 1))
-    def look(self, chunk: int) -> None:
-        assert self.feedback.state(chunk) is self.committed.get(chunk)
+    @invariant()
+    def what_was_given_is_counted_or_kept(self) -> None:
+        kept = self.feedback.state_dict().get("residual/layer.0/w", torch.zeros(1200))
+        assert torch.equal(kept, torch.full((1200,), float(self.given - self.counted)))
 
 
-TestCommits = Commits.TestCase
+TestMass = Mass.TestCase
 
 
-def test_a_newer_frame_of_a_chunk_replaces_the_pending_one() -> None:
-    feedback = Feedback(layout_of([[32, 32]]))
-    old, new = ({"residual": torch.full((1024,), value)} for value in (1.0, 2.0))
-    feedback.sent(0, (5, 0), old)
-    feedback.sent(0, (5, 1), new)
-    assert not feedback.commit(0, (5, 0)) and feedback.state(0) is None
-    assert feedback.commit(0, (5, 1)) and feedback.state(0) is new
-    assert not feedback.commit(0, (5, 1))
+def test_a_second_frame_of_a_chunk_does_not_send_again_what_the_first_has_with_it() -> None:
+    feedback = filled(layout_of([[32, 32]]))
+    before = feedback.state(0)
+    feedback.sent(0, "first", {"residual": torch.zeros(1024)})
+    assert feedback.state(0) is None
+    feedback.drop(0, "first")
+    assert feedback.state(0) == before
 
 
 @given(models, st.integers(1, 3), st.integers(1, 3), chunk_sizes, chunk_sizes, st.frozensets(st.integers(0, 3)))

@@ -532,7 +532,7 @@ class WorkerProcess(Process):
                 for batch in message_batches(ids, lambda i: len(first[i])):
                     frames = [first[i] for i in batch]
                     yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
-        self.run._exchange = Exchange(replica.layout, self.run._policy.applies == "push")
+        self.run._exchange = Exchange(replica.layout, self.run.settings, self.run._policy.applies == "push")
 
     def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
         replies: list[Body] = []
