@@ -71,7 +71,7 @@ class WeightDecoder:
         return self._versions.get(server, -1)
 
     def decode(self, version: int, chunk: int, frame: Any) -> memoryview:
-        """The chunk's weights of `version`, float32. Raises WireError for what is no frame of it, or no change of what is held."""
+        """The chunk's weights of `version`, float32. Raises WireError for what is no frame of it or no change of what is held."""
         if self._codec is None or chunk not in self._server_of:
             raise WireError(f"chunk {chunk} is not one that is compressed")
         values = self._codec.decode(chunk, bytes_of(frame), WEIGHT_SEED)
