@@ -147,22 +147,23 @@ class Store:
         return self._round(part, into, before)
 
     def _round(self, part: _Part, into: torch.Tensor, before: torch.Tensor | None) -> memoryview | None:
-        assert self._weight_codec is not None
-        values = part.master
-        if self._sends_changes:
-            if before is None or not (values := part.master - before).isfinite().all():
-                into.copy_(part.master)
-                return None
-        coded = self._weight_codec.encode(part.chunk.id, values, WEIGHT_SEED, None)
+        """`settle` where there is a codec. Changes have nothing to start from at first, and none of them may be infinite."""
+        codec, coded = self._weight_codec, None
+        assert codec is not None
+        if not self._sends_changes:
+            before = None
+            coded = codec.encode(part.chunk.id, part.master, WEIGHT_SEED, None)
+        elif before is not None and (change := part.master - before).isfinite().all():
+            coded = codec.encode(part.chunk.id, change, WEIGHT_SEED, None)
         if coded is None:
             into.copy_(part.master)
             return None
         frame = to_frame(coded.frame)
-        decoded = self._weight_codec.decode(part.chunk.id, frame, WEIGHT_SEED)
-        if self._sends_changes and before is not None:
-            torch.add(before, decoded, out=into)
-        else:
+        decoded = codec.decode(part.chunk.id, frame, WEIGHT_SEED)
+        if before is None:
             into.copy_(decoded)
+        else:
+            torch.add(before, decoded, out=into)  # as workers do
         return frame
 
     def publish(self, chunk: int, into: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from common.codecs.chosen import WEIGHT_SEED, for_pushes, for_weights, push_seed, sends_changes
+from common.codecs.chunks import coded_pieces
 from common.codecs.feedback import Feedback
 from common.errors import WireError
 from common.layout import Layout
@@ -26,11 +27,17 @@ class PushCoder:
         self._settings = settings
         self._codec = for_pushes(settings, layout)
         self._feedback = Feedback(layout)
+        #: By chunk, the pieces that are compressed, as bits.
+        self._pieces = {
+            chunk.id: sum(1 << chunk.pieces.index(piece) for piece in coded_pieces(layout, chunk)) for chunk in layout.chunks
+        }
 
     def encode(self, push: Push, chunk: int, value: Sum) -> memoryview | None:
         """The frame of a chunk in `push`, with the value's scale in it, in memory of its own; None: it is sent as it is."""
         if self._codec is None or not self._codec.covers(chunk):
             return None
+        if self._codec.codec.keeps_state and ~value.present & self._pieces[chunk]:
+            return None  # what waits of a piece without a gradient would be sent and not be applied
         values = value.values if value.scale == 1.0 else value.values * value.scale
         seed = push_seed(self._settings, push.round, push.lo, push.hi, chunk)
         coded = self._codec.encode(chunk, values, seed, self._feedback.state(chunk))

@@ -1,4 +1,10 @@
-"""The codecs that a run's settings choose, and their seeds: the same on workers and servers."""
+"""The codecs that a run's settings choose, and their seeds: the same on workers and servers.
+
+Weights are the same on all workers under every codec. What is pushed is a function of the sum and of the micro-batches it is
+over under bf16, fp16 and int8, so that only how these were divided among workers tells on the result; with error feedback
+(onebit, topk, randomk) it also matters what each worker has left out before. Where a sum takes the place of parts of it that
+had come from others, or `backup` leaves a contribution out, what those carried of earlier rounds is lost with them.
+"""
 
 from __future__ import annotations
 

@@ -114,6 +114,19 @@ def test_gradients_that_are_not_finite_are_sent_as_they_are() -> None:
     assert whole(message).coded == [] and torch.equal(from_frame(message.frames[0], "float32", NUMEL, ""), values)
 
 
+def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() -> None:
+    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    values = torch.arange(1.0, NUMEL + 1)
+    first = worker.push(worker.slot(values))
+    worker.ack(whole(first), [])
+    slot = worker.slot(0.0)
+    (absent,) = worker.exchange.push(Push(4, 0, 2, 8, 2, [], []), {0: Sum(slot.chunks[0], 0)}, 0.0, slot=slot)
+    assert whole(absent).coded == []
+    worker.ack(whole(absent), [])
+    third = worker.push(worker.slot(0.0), Push(5, 0, 2, 8, 2, [], []))
+    assert torch.equal(worker.sent(third), values - worker.sent(first))
+
+
 def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
     worker = Worker(push_codec="topk")
     worker.exchange.readers.add(0)
@@ -155,7 +168,7 @@ def test_an_early_push_that_does_not_count_is_as_if_it_had_never_been_sent() -> 
     for worker in workers:
         worker.ack(whole(worker.push(worker.slot(values))), [])
     later = Push(4, 0, 2, 8, 2, [], [])
-    early, plain = workers
+    early = workers[0]
     slot = early.slot(values)
     (message,) = early.exchange.push_early(later, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
     early.ack(whole(message), [], early=True)
