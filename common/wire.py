@@ -2,7 +2,8 @@
 
 A message is one MessagePack header frame (`common.messages.Envelope`) and any number of raw tensor frames. Workers and
 servers connect with DEALER; servers and the coordinator listen with ROUTER. Between a worker and a server tensors have a
-connection of their own, so that small messages do not wait behind them. One socket belongs to one thread. Nothing here blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
+connection of their own, so that small messages do not wait behind them. One socket belongs to one thread. Nothing here
+blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
 """
 
 from __future__ import annotations

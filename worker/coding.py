@@ -70,15 +70,30 @@ class WeightDecoder:
         self._codec = for_weights(settings, layout)
         self._keeps = self._codec is not None and sends_changes(settings)
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
+        #: The last weights that came whole, by chunk, and their versions by server; and those that are coming.
         self._kept: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
+        self._coming: dict[int, Any] = {}
 
     def holds(self, server: int) -> int:
         """The version of the server's weights that changes can be added to; -1: none."""
         return self._versions.get(server, -1)
 
-    def decode(self, version: int, chunk: int, frame: Any) -> memoryview:
-        """The chunk's weights of `version`, float32. Raises WireError for what is no frame of it or no change of what is held."""
+    def begin(self) -> None:
+        """Other weights are asked for."""
+        self._coming = {}
+
+    def weights(self, version: int, chunk: int, found: Any, is_coded: bool) -> Any:
+        """The chunk's weights of `version`, which came as `found`: decoded, float32, if they are coded.
+
+        Raises WireError for what is no frame of it or no change of what is held.
+        """
+        weights = self._decoded(version, chunk, found) if is_coded else found
+        if self._keeps and self._codec is not None and self._codec.covers(chunk):
+            self._coming[chunk] = weights
+        return weights
+
+    def _decoded(self, version: int, chunk: int, frame: Any) -> memoryview:
         if self._codec is None or chunk not in self._server_of:
             raise WireError(f"chunk {chunk} is not one that is compressed")
         values = self._codec.decode(chunk, bytes_of(frame), WEIGHT_SEED)
@@ -88,12 +103,10 @@ class WeightDecoder:
             torch.add(from_frame(self._kept[chunk], "float32", values.numel(), f"chunk {chunk}"), values, out=values)
         return to_frame(values)
 
-    def took(self, weights: Mapping[int, Any], versions: Mapping[int, int]) -> None:
-        """These weights, by chunk, are the worker's now: all of each server's, in `versions` by server."""
-        if self._codec is None or not self._keeps:
-            return
-        self._kept = {chunk: found for chunk, found in weights.items() if self._codec.covers(chunk)}
-        mapped = {found.server for found in weights.values() if isinstance(found, InPlane)}
+    def got_all(self, versions: Mapping[int, int]) -> None:
+        """All that was asked for is here, in `versions` by server."""
+        mapped = {found.server for found in self._coming.values() if isinstance(found, InPlane)}
+        self._kept, self._coming = self._coming, {}
         self._versions = {server: version for server, version in versions.items() if server not in mapped}
 
     @property

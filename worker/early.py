@@ -3,8 +3,8 @@
 Horovod, DDP and others overlap communication with backward in this way; Hashemi et al., "TicTac" (MLSys 2019), Jayarajan et al.,
 "Priority-based parameter propagation" (P3, MLSys 2019) and Peng et al., "ByteScheduler" (SOSP 2019) add that what the next
 forward needs first goes first, with few bytes under way. What a script does with gradients between backward and `step` is not
-known when they are sent: it may clip them, or call backward again. So what is sent early does not count until `unchanged` has found
-that the gradients are still those that were sent.
+known when they are sent: it may clip them, or call backward again. So what is sent early does not count until `unchanged` has
+found that the gradients are still those that were sent.
 """
 
 from __future__ import annotations

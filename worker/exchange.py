@@ -80,7 +80,7 @@ class Exchange:
         self._settled = False
         self._masters = False
         self._pulls = 0
-        #: Weights by chunk, as frames or where they are, and the version of each server's.
+        #: Weights by chunk, as frames or where they are (None: taken already), and the version of each server's.
         self._staged: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
         #: Servers on which the round before is closed, and mean metrics of the last of them.
@@ -198,6 +198,7 @@ class Exchange:
         another round is let go."""
         self.clock, self._settled, self._masters, self.gone = clock, settled, masters, None
         self._pulls += 1
+        self._decoder.begin()
         self._staged, self._versions, self._metrics, self._closed_on = {}, {}, {}, set()
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
         return self._ask(now)
@@ -228,6 +229,19 @@ class Exchange:
         """Whether all weights asked for are here."""
         return self.clock is not None and all(self._done(server) for server in self._chunks)
 
+    @property
+    def receives(self) -> bool:
+        """Whether there are weights that are sent here, and not read from a server's memory."""
+        return any(chunks and server not in self.read for server, chunks in self._chunks.items())
+
+    def usable(self, needed: Collection[int]) -> bool:
+        """Whether the round can be begun, as nobody can be asked for anything of the one before and `needed` chunks are here."""
+        return self.clock is not None and self._closed_on >= self._chunks.keys() and self._staged.keys() >= set(needed)
+
+    def has(self, chunks: Collection[int]) -> bool:
+        """Whether these chunks, which were to come, are here or were taken already."""
+        return self.clock is None or self._staged.keys() >= set(chunks)
+
     def missing(self) -> list[tuple[str, list[int]]]:
         """Servers whose answer is not complete, and the chunks still to come."""
         return [
@@ -236,17 +250,19 @@ class Exchange:
             if not self._done(server)
         ]
 
-    def take(self) -> tuple[dict[int, Any], dict[int, int], dict[str, float]]:
-        """The staged weights by chunk, their versions by server, and the metrics of the round before. Ends the pull."""
-        assert self.complete
-        staged, versions, metrics = self._staged, self._versions, self._metrics
-        self.clock, self._staged = None, {}
-        if not self._masters:
-            self._decoder.took(staged, versions)
+    def take(self) -> tuple[dict[int, Any], dict[int, int]]:
+        """The weights that have come since the last call, by chunk, and their versions by server. Ends the pull when all are."""
+        staged = {chunk: found for chunk, found in self._staged.items() if found is not None}
         for found in staged.values():
             if isinstance(found, InPlane):
                 self._planes[found.server] = found.plane
-        return staged, versions, metrics
+        if self.complete:
+            if not self._masters:
+                self._decoder.got_all(self._versions)
+            self.clock, self._staged = None, {}
+        else:
+            self._staged.update(dict.fromkeys(staged))
+        return staged, self._versions
 
     # ---- events
 
@@ -264,8 +280,7 @@ class Exchange:
                 self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
                 for chunk, place in zip(body.chunks, found, strict=True):
                     if chunk not in self._staged:
-                        is_coded = chunk in body.coded
-                        self._staged[chunk] = self._decoder.decode(body.version, chunk, place) if is_coded else place
+                        self._staged[chunk] = self._decoder.weights(body.version, chunk, place, chunk in body.coded)
                 self._versions.setdefault(number, body.version)
                 if frames:
                     self._got.append(Send(server, Got(body.clock, body.chunks)))

@@ -180,7 +180,7 @@ class LocalWork:
         self._link.send(*messages)
         self._run._wait(lambda: self._exchange is not None and self._exchange.complete, self._waited_for)
         with self._link.lock:
-            frames, _, _ = self._exchange.take()
+            frames, _ = self._exchange.take()
         self.replica.load(frames)
         if self._policy.contributes == "delta":
             self._start = self.replica.weights()

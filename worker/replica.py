@@ -127,14 +127,18 @@ class Replica:
         """The contribution of one micro-batch by chunk, but for those in `without`: gradient x samples, buffers x samples. It
         is in the slot; the model's gradients are taken away."""
         assert self._slot is not None
-        slot, self._slot = self._slot, None
-        out = {}
+        slot, out = self._slot, {}
         for chunk in self.layout.chunks:
             if chunk.id not in without:
                 out[chunk.id] = weighted(slot.chunks[chunk.id], self.collect(chunk, slot), samples, chunk.kind)
+        self.discard()
+        return out
+
+    def discard(self) -> None:
+        """Take away the model's gradients and contribute nothing."""
+        self._slot = None
         for tensor in self.tensors:
             tensor.grad = None
-        return out
 
     @torch.no_grad()
     def collect(self, chunk: Chunk, slot: Slot) -> int:
@@ -190,20 +194,26 @@ class Replica:
 
     @torch.no_grad()
     def load(self, weights: Mapping[int, Any], copy: bool = True) -> None:
-        """Take over new weights and buffers: for each chunk a frame, or where it is in a server's memory.
+        """Take over new weights and buffers: for each chunk that has come a frame, or where it is in a server's memory.
 
         Without `copy` parameters that are in servers' memory lie there from then on. Raises WireError for a frame of the
         wrong size.
         """
-        values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in self.layout.chunks}
-        found = {index: [weights[chunk.id] for chunk in chunks] for index, chunks in self._chunks_of.items()}
-        adopted = {index for index, chunks in self._chunks_of.items() if not copy and self._adopt(index, chunks, found[index])}
+        with torch._C.DisableTorchFunctionSubclass():  # parameters that are awaited are to come here
+            self._load(weights, copy)
+
+    def _load(self, weights: Mapping[int, Any], copy: bool) -> None:
+        chunks = [self.layout.chunks[chunk] for chunk in sorted(weights)]
+        values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in chunks}
+        tensors = {piece.tensor: [weights.get(c.id) for c in self._chunks_of[piece.tensor]] for c in chunks for piece in c.pieces}
+        adopted = {index for index, found in tensors.items() if not copy and self._adopt(index, self._chunks_of[index], found)}
         # only now, for what a script wrote into one of those may have hidden others on the same page
-        for chunk in self.layout.chunks:
+        for chunk in chunks:
             for piece in chunk.pieces:
                 if piece.tensor not in adopted:
                     self._write(piece, values[chunk.id])
-        self._buffers = {chunk.id: values[chunk.id].clone() for chunk in self._buffer_chunks}
+            if chunk.kind != "param":
+                self._buffers[chunk.id] = values[chunk.id].clone()
 
     def _values(self, chunk: Chunk, found: Any) -> torch.Tensor:
         if isinstance(found, InPlane):
@@ -235,7 +245,7 @@ class Replica:
                 self._write(piece, self._buffers[chunk.id])
 
     def _write(self, piece: Piece, values: torch.Tensor) -> None:
-        tensor = self.tensors[piece.tensor].detach()
+        tensor = self.tensors[piece.tensor].data  # a graph that has kept it already is to see what comes now
         part = values[piece.offset : piece.offset + piece.length]
         if piece.length == tensor.numel():
             tensor.copy_(part.view(tensor.shape))

@@ -15,6 +15,7 @@ from common.plan import Segment, derive_seed
 from common.sums import Sum, adder
 from common.tree import TreeSum
 from worker.allocator import keep_memory
+from worker.awaited import AwaitedWeights
 from worker.early import Early, Join
 from worker.exchange import Send
 from worker.link import COORDINATOR
@@ -83,6 +84,9 @@ class GradientWork:
         #: Versions, by server, of the weights in the model, and whether something was contributed since they came.
         self._versions: dict[int, int] = {}
         self._stale = False
+        #: Which weights are not here yet; and whether they will never be, so that nothing computed in this round is of use.
+        self._awaited = AwaitedWeights(replica, self._await)
+        self._spoilt = False
         #: The contribution being made, where it is pushed as it comes.
         self._early: Early | None = None
         self._begun_at = 0.0
@@ -132,7 +136,11 @@ class GradientWork:
         """Contribute the gradients that the model holds now, and wait as the policy says."""
         if self._current is None or self._segment is None:
             raise UsageError(STEP_TOO_MUCH)
+        self._await_all()
         task, self._current = self._current, None
+        if self._spoilt:
+            self._give_up()
+            return
         plan = self._segment.round(task.round)
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
@@ -148,6 +156,15 @@ class GradientWork:
             if self._sums is None:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((task.k, task.k + 1), contribution)
+        self._advance()
+
+    def _give_up(self) -> None:
+        """Contribute nothing of this micro-batch: its round was closed before its weights were all here."""
+        assert self._slot is not None
+        self._settle()
+        with self._link.lock:
+            self._slot.taken = False
+        self.replica.discard()
         self._advance()
 
     def _take_slot(self) -> None:
@@ -194,7 +211,7 @@ class GradientWork:
         if early is None:
             return set()
         assert self._exchange is not None
-        good = early.unchanged()
+        good = early.unchanged() if not self._spoilt else set()
         with self._link.lock:
             messages = self._exchange.settle(good, time.monotonic())
             if early.spare is not None:
@@ -254,7 +271,7 @@ class GradientWork:
             if task is not None:  # else others have taken over what there was just now
                 break
         if not self._per_round and self._stale:
-            self._fetch(task.round, settled=False)
+            self._fetch(task.round, settled=False, lazy=True)
         self._current, self._begun_at = task, time.monotonic()
         self._stale = True
         self._link.beat_soon()
@@ -265,10 +282,12 @@ class GradientWork:
         assert self._segment is not None
         end = self._segment.end
         while self.round < end:
-            if self._has_task():
+            if not self._spoilt and self._has_task():
                 return
+            self._await_all()  # for it may yet be asked to compute something from these
             target = self.round + 1
-            reached = self._fetch(target, settled=not self._per_round and target == end, unless_leased=True)
+            settled = not self._per_round and target == end
+            reached = self._fetch(target, settled, unless_leased=not self._spoilt, lazy=target < end)
             if reached is not None:
                 self._go_to(reached)
 
@@ -288,15 +307,16 @@ class GradientWork:
         if fresh:
             reached = self._fetch(round_, settled=False)
             round_ = round_ if reached is None else reached
-        self.round = round_
+        self.round, self._spoilt = round_, False
         if self._segment is not None and round_ < self._segment.end:
             with self._link.lock:
                 self._tasks.open(round_, self._segment.round(round_).micro_batches)
 
-    def _fetch(self, clock: int, settled: bool, unless_leased: bool = False) -> int | None:
+    def _fetch(self, clock: int, settled: bool, unless_leased: bool = False, lazy: bool = False) -> int | None:
         """Pull the weights to start round `clock` from and put them into the model; the round they really are for.
 
         None if there was something to compute first (`unless_leased`). A waiting worker asks for something to take over.
+        `lazy`: some may still be on their way when this returns, but none that anybody waits for elsewhere.
         """
         assert self._exchange is not None
         if self._exchange.clock != clock:
@@ -304,14 +324,16 @@ class GradientWork:
                 messages = self._exchange.pull(clock, settled, time.monotonic())
             self._link.send(*messages)
         began = time.monotonic()
+        lazy = lazy and self._exchange.receives
+        needed = self._awaited.needed_first if lazy else set()
         self._link.beat_soon()
 
         def ready() -> str | None:
             assert self._exchange is not None
             if self._exchange.gone is not None:
                 return "gone"
-            if self._exchange.complete:
-                return "complete"
+            if self._exchange.complete or (lazy and self._exchange.usable(needed)):
+                return "here"
             return "leased" if unless_leased and self._tasks.any else None
 
         while True:
@@ -327,12 +349,43 @@ class GradientWork:
         if state == "leased":
             return None
         if state == "gone":
-            return self._fetch(self._exchange.gone or 0, settled, unless_leased)
-        with self._link.lock:
-            frames, self._versions, _ = self._exchange.take()
-        self.replica.load(frames, copy=False)
+            return self._fetch(self._exchange.gone or 0, settled, unless_leased, lazy)
+        came = self._load()
+        self._awaited.came(came)
+        self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
         self._stale = False
         return clock
+
+    def _load(self) -> set[int]:
+        """Put into the model what has come; the chunks."""
+        assert self._exchange is not None
+        with self._link.lock:
+            found, self._versions = self._exchange.take()
+        self.replica.load(found, copy=False)
+        return set(found)
+
+    def _await(self, index: int) -> None:
+        """Wait for the weights of tensor number `index`: something wants to use them."""
+        chunks = {chunk.id for chunk in self.replica.chunks_of(index)}
+        self._await_chunks(chunks)
+
+    def _await_all(self) -> None:
+        self._await_chunks({chunk.id for chunk in self.replica.layout.chunks})
+
+    def _await_chunks(self, chunks: set[int]) -> None:
+        exchange = self._exchange
+        assert exchange is not None
+        if not self._awaited.any:
+            return
+        began = time.monotonic()
+        timeout = self._run.settings.timeout + 20.0
+        self._link.wait(lambda: exchange.gone is not None or exchange.has(chunks), timeout, self._waited_for)
+        if not exchange.has(chunks):
+            self._spoilt = True  # whatever the model holds will do, for nothing comes of it
+            self._awaited.came(chunk.id for chunk in self.replica.layout.chunks)
+        else:
+            self._awaited.came(self._load())
+        self._begun_at += time.monotonic() - began  # waiting is not computing
 
     def _waited_for(self) -> str:
         assert self._exchange is not None

@@ -393,7 +393,7 @@ class Run:
             lambda: self._exchange is not None and self._exchange.complete, lambda: "the servers to send the trained weights"
         )
         with self._link.lock:
-            weights, _, _ = self._exchange.take()
+            weights, _ = self._exchange.take()
         self._work.replica.load(weights)
 
     # ---- for the parts of this package

@@ -451,7 +451,7 @@ class WorkerProcess(Process):
     # ---- what a script does
 
     def begins(self, task: Task) -> float:
-        """It has the weights for `task` and computes: check what must hold then. Seconds it takes."""
+        """It goes about `task`: check what must hold then. Seconds it takes."""
         world, case = self.world, self.world.case
         world.computed.append((self.key, task))
         policy = load(case.settings)
@@ -459,12 +459,17 @@ class WorkerProcess(Process):
         if not policy.is_local:
             lead = task.round - min(versions)
             assert policy.may_start(task.round, min(versions)), f"{self.key} leads by {lead} rounds"
-        if not policy.is_local and policy.applies == "round" and lead == 0:
-            first = world.weights.setdefault(task.round, state(self.model))
-            assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
         if world.now >= self._welcomed_at + self.pace.hangs_s:
             return float("inf")
         return self.pace.compute_s * world.random.uniform(0.7, 1.3)
+
+    def has_weights(self, task: Task) -> None:
+        """It has all weights for `task`: they are everybody's."""
+        world, policy = self.world, load(self.world.case.settings)
+        versions = [p.shard.version for p in world.processes.values() if isinstance(p, ServerProcess) and p.shard.chunks]
+        if not policy.is_local and policy.applies == "round" and task.round == min(versions):
+            first = world.weights.setdefault(task.round, state(self.model))
+            assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
 
     def script(self) -> None:
         """What a user writes; only for the real worker."""
@@ -478,6 +483,8 @@ class WorkerProcess(Process):
                 task = run._work._current if run._work is not None else None
                 assert task is not None
                 world.run(lambda: False, world.now + self.begins(task))
+                model.a.sum()
+                self.has_weights(task)
                 model.compute(task)
                 run.log(loss=float(task.k))
                 opt.step()
@@ -570,6 +577,9 @@ class SteppedWork(GradientWork):
             self._push_early()
             self._metrics = {}
             yield Wait(None, world.now + self.process.begins(task))
+            yield from self._await_weights()
+            if not self._spoilt:
+                self.process.has_weights(task)
             self.process.model.compute(task)
             yield from self._backward()
             self.log({"loss": float(task.k)})
@@ -577,6 +587,16 @@ class SteppedWork(GradientWork):
             yield from self._advance()
             if pace.pause_s:
                 yield Wait(None, world.now + pace.pause_s * world.random.random())
+
+    def _await_weights(self) -> Script:
+        exchange = self._exchange
+        assert exchange is not None
+        if self._awaited.any:
+            yield Wait(
+                lambda: exchange.gone is not None or exchange.has([chunk.id for chunk in self.replica.layout.chunks]),
+                float("inf"),
+            )
+        self._await_all()
 
     def _backward(self) -> Script:
         """Some gradients are known early, and of those some change again."""
@@ -601,7 +621,7 @@ class SteppedWork(GradientWork):
             if task is not None:
                 break
         if not self._per_round and self._stale:
-            yield from self._fetch(task.round, settled=False)
+            yield from self._fetch(task.round, settled=False, lazy=True)
         self._current, self._begun_at = task, self.process.world.now
         self._stale = True
         self._link.beat_soon()
@@ -611,10 +631,12 @@ class SteppedWork(GradientWork):
         assert self._segment is not None
         end = self._segment.end
         while self.round < end:
-            if self._has_task():
+            if not self._spoilt and self._has_task():
                 return
+            yield from self._await_weights()
             target = self.round + 1
-            reached = yield from self._fetch(target, settled=not self._per_round and target == end, unless_leased=True)
+            settled = not self._per_round and target == end
+            reached = yield from self._fetch(target, settled, unless_leased=not self._spoilt, lazy=target < end)
             if reached is not None:
                 yield from self._go_to(reached)
 
@@ -622,21 +644,25 @@ class SteppedWork(GradientWork):
         if fresh:
             reached = yield from self._fetch(round_, settled=False)
             round_ = round_ if reached is None else reached
-        self.round = round_
+        self.round, self._spoilt = round_, False
         if self._segment is not None and round_ < self._segment.end:
             self._tasks.open(round_, self._segment.round(round_).micro_batches)
 
-    def _fetch(self, clock: int, settled: bool, unless_leased: bool = False) -> Script:  # type: ignore[override]
+    def _fetch(  # type: ignore[override]
+        self, clock: int, settled: bool, unless_leased: bool = False, lazy: bool = False
+    ) -> Script:
         exchange = self._exchange
         assert exchange is not None
         if exchange.clock != clock:
             self._link.send(*exchange.pull(clock, settled, self.process.world.now))
+        lazy = lazy and exchange.receives
+        needed = self._awaited.needed_first if lazy else set()
 
         def ready() -> str | None:
             if exchange.gone is not None:
                 return "gone"
-            if exchange.complete:
-                return "complete"
+            if exchange.complete or (lazy and exchange.usable(needed)):
+                return "here"
             return "leased" if unless_leased and self._tasks.any else None
 
         while True:
@@ -649,9 +675,10 @@ class SteppedWork(GradientWork):
         if found == "leased":
             return None
         if found == "gone":
-            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased))
-        frames, self._versions, _ = exchange.take()
-        self.replica.load(frames, copy=False)
+            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased, lazy))
+        came = self._load()
+        self._awaited.came(came)
+        self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
         self._stale = False
         return clock
 
@@ -688,7 +715,7 @@ class SteppedLocalWork(local.LocalWork):
         assert exchange is not None
         self._link.send(*exchange.pull(version, False, self.process.world.now))
         yield Wait(lambda: exchange.complete, float("inf"))
-        frames, _, _ = exchange.take()
+        frames, _ = exchange.take()
         self.replica.load(frames)
         if self._policy.contributes == "delta":
             self._start = self.replica.weights()
@@ -777,6 +804,9 @@ def _stand_ins(world: World) -> Iterator[None]:
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
             "common.codecs.chunks.MIN_NUMEL": 1,
+            "worker.awaited.sys": SimpleNamespace(
+                modules={}
+            ),  # tests have torch's compiler loaded, with which nothing is awaited
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.shard.CREDIT_BYTES": world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,

@@ -401,8 +401,10 @@ class Coded:
 
     def _send(self, frame: memoryview | None) -> None:
         self.frame = frame
-        weights = to_frame(self.handed_out) if frame is None else self.worker.decode(self.version, 0, frame)
-        self.worker.took({0: bytes(weights)}, {0: self.version})
+        self.worker.begin()
+        found = bytes(to_frame(self.handed_out) if frame is None else frame)
+        weights = self.worker.weights(self.version, 0, found, is_coded=frame is not None)
+        self.worker.got_all({0: self.version})
         self.held = torch.frombuffer(bytearray(weights), dtype=torch.float32)
 
     @property

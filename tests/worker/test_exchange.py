@@ -240,6 +240,17 @@ def test_changes_of_weights_that_are_not_held_are_refused() -> None:
     assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).holds == -1
 
 
+def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_before_still_are() -> None:
+    worker = Worker(weight_codec="int8")
+    pulled(worker, 0, to_frame(torch.ones(NUMEL)), coded=False)
+    taken(worker)
+    worker.exchange.pull(1, False, 0.0)
+    worker.exchange.handle("server-0", Weights(1, 1, [0]), [to_frame(torch.zeros(NUMEL))])
+    assert not taken(worker).any() and not worker.exchange.complete
+    (ask,) = worker.exchange.pull(3, False, 0.0)
+    assert isinstance(ask.body, Pull) and ask.body.holds == 0
+
+
 def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
     with pytest.raises(WireError, match="chunk 0 is not one that is compressed"):
         pulled(Worker(), 0, bytes(2 * NUMEL), coded=True)

@@ -1,0 +1,131 @@
+"""Whatever touches a weight that is still to come waits for it; what says nothing of its values does not."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from worker.awaited import AwaitedWeights
+from worker.replica import Replica
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.last = nn.Linear(5, 4)
+        self.recurrent = nn.LSTM(4, 4)
+        self.own = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last(self.norm(self.first(x)))
+        return self.recurrent(y)[0] + self.own + nn.functional.linear(y, self.first.weight[:4])
+
+
+class Waiting:
+    """A model all of whose parameters are awaited; `came` lists those that something has waited for."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = Net()
+        self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=1)
+        self.names = [spec.name for spec in self.replica.specs]
+        self.right = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.came: list[str] = []
+        # each tensor as if it were a chunk of its own
+        self.awaited = AwaitedWeights(self.replica, self._arrive)
+        self.chunks = [chunk.id for chunk in self.replica.layout.chunks if chunk.kind == "param"]
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(float("nan"))
+        self.awaited.expect(self.chunks)
+
+    def _arrive(self, index: int) -> None:
+        self.came.append(self.names[index])
+        self.awaited.came(self.chunks)
+        for name, tensor in zip(self.names, self.replica.tensors, strict=True):
+            if isinstance(tensor, nn.Parameter):
+                tensor.data.copy_(self.right[name])
+
+
+class Kept(torch.autograd.Function):
+    """Saves the weight before it is used."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return weight * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] * 2 * weight
+
+
+USES: dict[str, Callable[[Net], Any]] = {
+    "forward": lambda m: m(torch.ones(3, 4)).sum(),
+    "a layer": lambda m: m.first(torch.ones(3, 4)),
+    "a penalty": lambda m: sum(p.norm() for p in m.parameters()),
+    "a list": lambda m: torch.stack(torch._foreach_norm(list(m.parameters()))),
+    "an expression": lambda m: 1 + m.own,
+    "an element": lambda m: m.own[2],
+    "data": lambda m: m.own.data.sum(),
+    "numpy": lambda m: m.own.detach().numpy().sum(),
+    "state": lambda m: m.state_dict()["own"],
+    "a copy": lambda m: copy.deepcopy(m).own,
+    "a vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
+    "another's forward": lambda m: nn.functional.linear(torch.ones(1, 4), m.first.weight),
+    "a function of one's own": lambda m: Kept.apply(m.own),
+    "recurrence": lambda m: m.recurrent(torch.ones(2, 4))[0],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_use_waits_and_then_finds_the_weights(use: str) -> None:
+    waiting = Waiting()
+    torch.manual_seed(0)
+    value = torch.as_tensor(USES[use](waiting.model))
+    torch.manual_seed(0)
+    assert waiting.came
+    assert torch.isfinite(value).all()
+    assert torch.equal(value, torch.as_tensor(USES[use](Net())))
+    assert not waiting.awaited.any
+    assert all(type(p) is nn.Parameter for p in waiting.model.parameters())
+
+
+def test_backward_goes_through_weights_that_came_in_mid_forward() -> None:
+    waiting = Waiting()
+    (Kept.apply(waiting.model.own).sum() + waiting.model(torch.ones(3, 4)).sum()).backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in waiting.model.parameters())
+
+
+def test_what_says_nothing_of_values_does_not_wait() -> None:
+    waiting = Waiting()
+    for parameter in waiting.model.parameters():
+        parameter.grad = None
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert parameter.shape == parameter.size()
+        assert parameter.numel() > 0
+        assert parameter.is_contiguous()
+        assert isinstance(parameter, nn.Parameter)
+    assert sum(1 for _ in waiting.model.named_parameters()) == 11
+    assert waiting.came == []
+
+
+def test_buffers_are_never_awaited_and_nothing_is_where_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting()
+    everything = {chunk.id for chunk in waiting.replica.layout.chunks}
+    buffers = everything - set(waiting.chunks)
+    assert buffers
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    assert waiting.awaited.needed_first == buffers
+    monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
+    assert waiting.awaited.needed_first == everything

@@ -1,0 +1,118 @@
+"""Weights that a forward pass may begin without: whatever touches one waits until it is here.
+
+So the first layers compute while the weights of later ones are still on their way. A parameter whose weights are missing is
+made an `Awaited` for the time being, which torch asks before it does anything with it, wherever that is: in its module's
+forward, in another's that shares it, in a penalty on all weights, in an evaluation. Code that torch knows nothing of is met at
+the door of the module that the parameter belongs to.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.replica import Replica
+
+
+class Awaited(nn.Parameter):
+    """A parameter whose weights are still to come."""
+
+    arrive: Callable[[], None]
+
+    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
+        return nn.Parameter(data, requires_grad)  # a copy of one, which has what it copied
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for parameter in _awaited_in((args, kwargs)):
+            parameter.arrive()
+        return func(*args, **kwargs)
+
+
+#: What says nothing of a parameter's values.
+_HARMLESS = {
+    getattr(getattr(torch.Tensor, name), access)
+    for name in ("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse")
+    for access in ("__get__", "__set__")
+} | {getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")}
+
+
+def _awaited_in(thing: Any) -> Iterator[Awaited]:
+    if type(thing) is Awaited:
+        yield thing
+    elif isinstance(thing, dict):
+        yield from _awaited_in(list(thing.values()))
+    elif isinstance(thing, list | tuple):
+        for item in thing:
+            yield from _awaited_in(item)
+
+
+class AwaitedWeights:
+    """Which of a replica's parameters are awaited."""
+
+    def __init__(self, replica: Replica, arrive: Callable[[int], None]) -> None:
+        """`arrive(index)` is to come back when all weights of tensor number `index` were told to `came`."""
+        self._replica = replica
+        self._arrive = arrive
+        #: Chunks still to come, by tensor.
+        self._missing: dict[int, set[int]] = {}
+        numbers = {id(tensor): index for index, tensor in enumerate(replica.tensors)}
+        for module in replica.model.modules():
+            own = [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
+            if own:
+                module.register_forward_pre_hook(functools.partial(self._before_forward, own))
+        self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in replica.model.modules())
+
+    @property
+    def needed_first(self) -> set[int]:
+        """Chunks without which nothing can begin: those with buffers, and parameters of a kind of their own. All of them where
+        the model is compiled, for then torch does not ask."""
+        whole = self._scripted or "torch._dynamo" in sys.modules
+        return {
+            chunk.id
+            for chunk in self._replica.layout.chunks
+            if whole or any(not self._can_wait(piece.tensor) for piece in chunk.pieces)
+        }
+
+    def _can_wait(self, index: int) -> bool:
+        return type(self._replica.tensors[index]) in (nn.Parameter, Awaited)
+
+    @property
+    def any(self) -> bool:
+        """Whether weights that the model is to have now are still to come."""
+        return bool(self._missing)
+
+    def expect(self, chunks: Iterable[int]) -> None:
+        """The weights of these chunks are still to come."""
+        for chunk in chunks:
+            for piece in self._replica.layout.chunks[chunk].pieces:
+                self._missing.setdefault(piece.tensor, set()).add(chunk)
+        for index in self._missing:
+            parameter: Any = self._replica.tensors[index]
+            parameter.__class__ = Awaited
+            parameter.arrive = functools.partial(self._arrive, index)
+
+    def came(self, chunks: Iterable[int]) -> None:
+        """These chunks are in the model, or nobody needs to wait for them any more."""
+        found = set(chunks)
+        for index in list(self._missing):
+            self._missing[index] -= found
+            if not self._missing[index]:
+                del self._missing[index]
+                parameter: Any = self._replica.tensors[index]
+                parameter.__class__ = nn.Parameter
+                del parameter.arrive
+
+    def _before_forward(self, own: list[int], module: nn.Module, inputs: Any) -> None:
+        for index in own if self._missing else ():
+            if index in self._missing:
+                self._arrive(index)
