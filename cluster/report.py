@@ -24,7 +24,7 @@ PLOT_FILE = "results.png"
 #: Columns taken from a run's summary, after those of the settings that differ.
 RESULTS = (
     "rounds", "samples", "seconds", "samples_per_second", "loss", "accuracy", "micro_batches_recomputed", "dropped",
-    "weights_sha256",
+    "pushed_bytes", "pulled_bytes", "weights_sha256",
 )  # fmt: skip
 
 _SHORT_SHA = 12
@@ -73,6 +73,7 @@ def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict[str, Any
         row: dict[str, Any] = {"name": outcome.name} | {key: settings[key] for key in keys}
         # settings and results share no name; a result that a run did not measure is an empty cell
         row |= {key: summary.get(key) for key in RESULTS}
+        row |= {key: summary.get("wire", {}).get(key) or None for key in ("pushed_bytes", "pulled_bytes")}
         row["weights_sha256"] = (summary.get("weights_sha256") or "")[:_SHORT_SHA] or None
         table.append(row | {"error": outcome.error or None})
     return table

@@ -56,6 +56,16 @@ class Refused(Body, frozen=True):
 # ---- staying in touch
 
 
+class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a process has had to do with tensors in frames so far: bytes that a worker has sent and received, repetitions
+    included, and seconds that codecs took."""
+
+    pushed_bytes: int = 0
+    pulled_bytes: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
 class Beat(Body, frozen=True):
     """I am alive. A worker tells where it is; the coordinator's answer is a Beat as well.
 
@@ -72,6 +82,7 @@ class Beat(Body, frozen=True):
     sent: list[int] = []
     seconds: float = 0.0
     rate: float = 0.0
+    traffic: Traffic = Traffic()
 
 
 class Tables(Body, frozen=True):
@@ -169,7 +180,8 @@ class Push(Body, frozen=True):
     Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
     piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
     names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
-    groups' settings for the round.
+    groups' settings for the round. The frames of `coded`, some of `chunks`, are the push codec's (`common/codecs/chosen.py`);
+    `scale` is in them already.
     """
 
     round: int
@@ -185,11 +197,12 @@ class Push(Body, frozen=True):
     slot: int = -1
     scale: float = 1.0
     stage: Literal["whole", "early", "confirm"] = "whole"
+    coded: list[int] = []
 
 
 class Ack(Body, frozen=True):
-    """That push (`chunks`, and the metrics if it had any) needs not be sent again, whatever became of it. `early`: it is here,
-    and does not count yet."""
+    """That push (`chunks`, and the metrics if it had any) needs not be sent again. No copy of it has counted in the chunks
+    `ignored`: others did that before, or the round is over. `early`: it is here, and does not count yet."""
 
     round: int
     lo: int
@@ -197,13 +210,15 @@ class Ack(Body, frozen=True):
     chunks: list[int]
     metrics: bool = False
     early: bool = False
+    ignored: list[int] = []
 
 
 class Pull(Body, frozen=True):
     """Send me the weights to start round `clock` from: all chunks but `have`. `settled`: only when all before is applied.
 
     `shared`: tell me where they are in the server's memory instead; `plane` is the one that the model's weights are in now.
-    `number` counts a worker's pulls: it is the same when one is sent again.
+    `number` counts a worker's pulls: it is the same when one is sent again. `holds` is the version that the worker has got whole
+    from this server in frames (-1: none), and changes can be added to. `masters`: send the weights that no codec has rounded.
     """
 
     clock: int
@@ -212,12 +227,15 @@ class Pull(Body, frozen=True):
     settled: bool = False
     shared: bool = False
     plane: int = -1
+    holds: int = -1
+    masters: bool = False
 
 
 class Weights(Body, frozen=True):
     """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
     that they lie in. `closed`: the server has got and applied all there is to earlier rounds, and `metrics` are the means of the
-    round before, of which server 0 knows; weights that are still missing then follow by themselves."""
+    round before, of which server 0 knows; weights that are still missing then follow by themselves. The frames of `coded`, some
+    of `chunks`, are the weight codec's: of the weights, or of their change since the version before."""
 
     clock: int
     version: int
@@ -225,6 +243,7 @@ class Weights(Body, frozen=True):
     closed: bool = False
     metrics: dict[str, float] = {}
     plane: int = -1
+    coded: list[int] = []
 
 
 class Got(Body, frozen=True):

@@ -20,6 +20,8 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
+PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk", "randomk"]
+WeightCodec = Literal["none", "bf16", "fp16", "int8", "onebit"]
 
 
 def _help(text: str) -> Meta:
@@ -43,6 +45,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["auto", "socket"],
         _help("How tensors travel: through shared memory where a worker and a server can both reach it (auto), or never."),
     ] = "auto"
+    push_codec: Annotated[
+        PushCodec, _help("How what workers send is compressed; memory that is shared needs none, so on one host see --lane.")
+    ] = "none"
+    weight_codec: Annotated[
+        WeightCodec, _help("How weights are compressed, those read from shared memory too; int8 and onebit send their changes.")
+    ] = "none"
+    codec_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk, randomk: share of the elements that is sent.")] = 0.01
+    codec_momentum: Annotated[
+        float, Meta(ge=0, lt=1), _help("topk: momentum on the workers (DGC), instead of the optimizer's own; 0 is none.")
+    ] = 0.0
 
     staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
@@ -87,6 +99,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.policy == "backup" and self.backup >= micro_batches:
             raise UsageError(
                 f"backup is {self.backup} but a round has only {micro_batches} micro-batches: leave at least one to apply."
+            )
+        self._check_codecs()
+
+    def _check_codecs(self) -> None:
+        push, weights = self.push_codec, self.weight_codec
+        if self.codec_momentum and push != "topk":
+            raise UsageError(f"codec_momentum is {self.codec_momentum} but push_codec is {push}: only topk has a momentum.")
+        if self.policy == "average" and push != "none":
+            raise UsageError(f"push_codec is {push} but policy average sends whole weights, not changes: set push_codec to none.")
+        if self.policy in ("local", "average") and weights != "none":
+            raise UsageError(f"weight_codec is {weights} but policy {self.policy} takes none: set weight_codec to none.")
+        if self.policy in ("ssp", "async") and weights in ("int8", "onebit"):
+            raise UsageError(
+                f"weight_codec is {weights}, which sends changes from one round to the next, but policy {self.policy} has no "
+                "rounds that all workers share: choose bf16 or fp16, or policy sync or backup."
             )
 
 

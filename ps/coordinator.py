@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from common.errors import ClusterError, PsError, UsageError, WireError
@@ -30,6 +31,7 @@ from common.messages import (
     Report,
     Setup,
     Stop,
+    Traffic,
     Upload,
     Waiting,
 )
@@ -420,7 +422,13 @@ class Coordinator:
             "duplicates_ignored": totals.duplicates_ignored,
             "dropped": totals.dropped,
             "samples_dropped": totals.samples_dropped,
+            "wire": self._wire(),
         }
         if totals.staleness:
             summary["staleness"] = {str(k): n for k, n in sorted(totals.staleness.items())}
         return summary
+
+    def _wire(self) -> dict[str, float]:
+        """What all processes have told of tensors in frames: bytes of workers, seconds of workers and servers."""
+        told = [msgspec.structs.asdict(member.beat.traffic) for member in self._membership.members.values()]
+        return {key: round(sum(traffic[key] for traffic in told), 3) for key in Traffic.__struct_fields__}

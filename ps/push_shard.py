@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.errors import WireError
-from common.messages import Ack, Committed, Pull, Push
+from common.messages import Committed, Pull, Push
 from common.policies import Policy
 from common.settings import Settings
 from common.tree import fold
@@ -27,8 +27,10 @@ class PushShard(Shard):
         self._metrics: dict[int, dict[int, Metrics]] = {}
         #: Distinct micro-batches seen, which is what staleness is counted in.
         self._seen = 0
-        #: Copies of weights, by chunk, until the next update; and those each worker was last sent, for delay compensation.
+        #: Copies of weights, by chunk, until the next update, and frames of the weight codec with the same; and those each worker
+        #: was last sent, for delay compensation.
         self._published: dict[int, torch.Tensor] = {}
+        self._coded: dict[int, memoryview] = {}
         self._sent: dict[str, dict[int, torch.Tensor]] = {}
         #: The two planes of each worker, by turns: it may read one while the other is written.
         self._pairs: dict[str, int] = {}
@@ -56,12 +58,11 @@ class PushShard(Shard):
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
         plan = self.round_plan(push.round)
         values = self._check(sender, push, frames, plan.micro_batches, plan.samples_in(push.lo, push.hi))
-        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None))
         accounts = push.metrics is not None and self.index == 0
         if push.round < self._slowest:
             if accounts:
                 self._news.append(contribution(sender, push, "duplicate"))
-            return [ack]
+            return [self._ack(sender, push)]
         assert self.store is not None
         applied = self._applied.setdefault(push.round, set())
         if all(k != push.lo for _, k in applied):
@@ -73,6 +74,7 @@ class PushShard(Shard):
             if (chunk, push.lo) in applied:
                 continue
             applied.add((chunk, push.lo))
+            self._counts(sender, push, chunk)
             self.store.apply(
                 chunk,
                 [value],
@@ -82,13 +84,14 @@ class PushShard(Shard):
                 then=self._sent.get(sender, {}).get(chunk),
             )
             self._published.pop(chunk, None)
+            self._coded.pop(chunk, None)
         if accounts and push.metrics is not None:
             counted = (METRICS, push.lo) not in applied
             self._news.append(contribution(sender, push, "committed" if counted else "duplicate", staleness))
             if counted:
                 applied.add((METRICS, push.lo))
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics
-        return [ack, *self._advance()]
+        return [self._ack(sender, push), *self._advance()]
 
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""
@@ -115,8 +118,9 @@ class PushShard(Shard):
                 return []
             waiter.version = self._seen
             waiter.weights = self._as_now(worker, pull, waiter.unsent)
+            waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.masters}
         weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}
-        return self._weights(worker, waiter.version, self._plane(worker, pull), weights, True, {})
+        return self._weights(worker, waiter.version, self._plane(worker, pull), weights, True, {}, waiter.coded)
 
     def _plane(self, worker: str, pull: Pull) -> int:
         """The plane to write a worker's weights to: of its two the one that it does not read. -1: it has none."""
@@ -126,6 +130,8 @@ class PushShard(Shard):
     def _as_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:
         """The weights as they are, in memory that no later update touches."""
         assert self.store is not None and self.planes is not None
+        if pull.masters:
+            return {chunk: self.store.master(chunk) for chunk in chunks}
         plane = self._plane(worker, pull)
         if plane >= 0:
             held = {chunk: self.planes[plane][chunk] for chunk in chunks}
@@ -133,7 +139,9 @@ class PushShard(Shard):
                 self.store.publish(chunk, into)
         else:
             for chunk in chunks - self._published.keys():
-                self._published[chunk] = self.store.publish(chunk)
+                self._published[chunk] = weights = self.store.publish(chunk)
+                if (frame := self.store.frame(chunk, weights)) is not None:
+                    self._coded[chunk] = frame
             held = {chunk: self._published[chunk] for chunk in chunks}
         if self.settings.delay_compensation:
             then = held if plane < 0 else {chunk: values.clone() for chunk, values in held.items()}

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from common.codecs.chosen import sends_changes
 from common.errors import WireError
 from common.layout import Chunk
 from common.messages import (
-    Ack,
     AllNorms,
     Arrived,
     Body,
@@ -18,6 +18,7 @@ from common.messages import (
     Contribution,
     Gone,
     Norms,
+    Pull,
     Push,
 )  # fmt: skip
 from common.policies import Policy
@@ -42,6 +43,8 @@ class RoundShard(Shard):
         self._version = 0
         #: The version in each plane; that of this version is always among them.
         self._contents: dict[int, int] = {0: 0}
+        #: By plane and chunk: frames of the weight codec.
+        self._coded: dict[int, dict[int, memoryview]] = {}
         #: Mean metrics of the round before this version.
         self._metrics: dict[str, float] = {}
         #: `backup`: (round, micro-batch) left out of closed rounds, of which the ledger has had no row yet.
@@ -87,8 +90,13 @@ class RoundShard(Shard):
 
     def _opened(self) -> None:
         assert self.store is not None and self.planes is not None
-        for chunk, into in self.planes[self._plane_of(self._version)].items():
-            self.store.settle(chunk, into)
+        plane = self._plane_of(self._version)
+        for chunk, into in self.planes[plane].items():
+            self._keep_frame(plane, chunk, self.store.settle(chunk, into))
+
+    def _keep_frame(self, plane: int, chunk: int, frame: memoryview | None) -> None:
+        if frame is not None:
+            self._coded.setdefault(plane, {})[chunk] = frame
 
     @property
     def _plane_count(self) -> int:
@@ -105,6 +113,7 @@ class RoundShard(Shard):
         others = [plane for plane in range(_PLANES) if plane != current]
         plane = free[0] if free else min(others, key=lambda other: self._contents.get(other, -1))
         self._contents.pop(plane, None)
+        self._coded.pop(plane, None)
         return plane
 
     @property
@@ -122,27 +131,27 @@ class RoundShard(Shard):
     def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
         if push.round > self._version:
             raise WireError(f"{sender} pushed for round {push.round} while round {self._version} is open")
-        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None))
         accounts = push.metrics is not None and self.index == 0
         if push.round < self._version:
             if accounts:
                 late = (push.round, push.lo) in self._left_out
                 self._left_out.discard((push.round, push.lo))
                 self._news.append(contribution(sender, push, "dropped" if late else "duplicate"))
-            return [ack]
+            return [self._ack(sender, push)]
         samples = None if self.policy.is_local else self.round_plan(push.round).samples_in(push.lo, push.hi)
         values: dict[int, Any] = dict(zip(push.chunks, self._check(sender, push, frames, self._count, samples), strict=True))
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
         for chunk, value in values.items():
-            self._file(chunk, (push.lo, push.hi), value)
+            if self._file(chunk, (push.lo, push.hi), value):
+                self._counts(sender, push, chunk)
         if accounts:
             self._account(sender, push, self._file(METRICS, (push.lo, push.hi), push.metrics))
         self._leaf_samples.setdefault(push.lo, push.samples)
         if not self.policy.is_local and push.slot >= 0:
             self.readers.uses(sender, self._plane_of(self._version))
         self._hypers = self._hypers or push.hypers
-        return [ack, *self._advance(now)]
+        return [self._ack(sender, push), *self._advance(now)]
 
     def _file(self, chunk: int, span: Span, value: Any) -> bool:
         if not self.policy.combines:
@@ -232,8 +241,10 @@ class RoundShard(Shard):
         assert self.store is not None and self.planes is not None
         if self._target is None:
             self._target = self._take_plane()
-        into = self.planes[self._target][chunk]
-        self.store.apply(chunk, total, samples, self._group_hypers(self.chunks[chunk]), factor, into=into)
+        into, before = self.planes[self._target][chunk], self.planes[self._plane_of(self._version)][chunk]
+        hypers = self._group_hypers(self.chunks[chunk])
+        frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
+        self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
 
     def _total(self, chunk: int) -> list[Any] | None:
@@ -285,15 +296,27 @@ class RoundShard(Shard):
             return []
         if clock == self._version + 1:
             ready = waiter.unsent & self._next
-            if waiter.pull.shared or self._target is None or not ready:
+            if waiter.pull.shared or waiter.pull.masters or self._target is None or not ready:
                 return []
-            return self._weights(worker, clock, self._target, self._in_plane(self._target, ready), False, {})
+            coded = self._frames_for(waiter.pull, self._target)
+            return self._weights(worker, clock, self._target, self._in_plane(self._target, ready), False, {}, coded)
         plane = self._plane_of(clock)
         if plane < 0:
             del self.waiters[worker]
             return [Send(worker, Gone(clock, self._version))]
         metrics = self._metrics if clock == self._version else {}
-        return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, metrics)
+        if waiter.pull.masters and clock == self._version:
+            assert self.store is not None
+            masters = {chunk: self.store.master(chunk) for chunk in waiter.unsent}
+            return self._weights(worker, clock, -1, masters, True, metrics, {})
+        coded = self._frames_for(waiter.pull, plane)
+        return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, metrics, coded)
+
+    def _frames_for(self, pull: Pull, plane: int) -> dict[int, memoryview]:
+        """What to send instead of weights in `plane`, those of round `pull.clock`: changes only to who holds what they change."""
+        if sends_changes(self.settings) and pull.holds != pull.clock - 1:
+            return {}
+        return self._coded.get(plane, {})
 
     def _in_plane(self, plane: int, chunks: set[int]) -> dict[int, torch.Tensor]:
         assert self.planes is not None

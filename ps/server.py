@@ -76,7 +76,9 @@ class _Server:
             raise ClusterError(f"stopped because {self._attendance.stop.reason}")
 
     def _beat(self) -> Beat:
-        return Beat("waiting", self._shard.version, left=self._shard.missing()) if self._shard is not None else Beat("starting")
+        if self._shard is None:
+            return Beat("starting")
+        return Beat("waiting", self._shard.version, left=self._shard.missing(), traffic=self._shard.traffic)
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from common.codecs.chosen import push_seed
 from common.errors import WireError
 from common.layout import Chunk, Layout, make_layout, message_batches, urgency
 from common.messages import (
@@ -39,6 +40,7 @@ from common.messages import (
     Setup,
     Share,
     Shared,
+    Traffic,
     Weights,
 )  # fmt: skip
 from common.plan import Round, Segment
@@ -60,6 +62,8 @@ COORDINATOR = "coordinator"
 REPORT_S = 0.2
 #: Contributions of one worker of which parts that came early are kept.
 _EARLY = 2
+#: Rounds for which it is known whose contributions counted, for workers that have not got word of it.
+_REMEMBERED = 64
 #: Id under which server 0 files the metrics of a contribution, beside its chunks.
 METRICS = -1
 
@@ -89,14 +93,15 @@ class _Early:
 @dataclass
 class Waiter:
     """One who waits for weights: the chunks that were not sent yet, whether it was told that the round before is closed, and
-    the bytes that are on their way to it."""
+    the bytes that are on their way to it, by chunk."""
 
     pull: Pull
     unsent: set[int]
     closed: bool = False
-    bytes_under_way: int = 0
-    #: Where each push is applied at once: the weights as they were when it was its turn.
+    bytes_under_way: dict[int, int] = field(default_factory=dict)
+    #: Where each push is applied at once: the weights as they were when it was its turn, and the frames that some are sent in.
     weights: Mapping[int, torch.Tensor] | None = None
+    coded: Mapping[int, memoryview] = field(default_factory=dict)
     version: int = -1
 
 
@@ -131,6 +136,8 @@ class Shard(ABC):
         self._slots: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
         #: What workers have sent early, by worker and (round, lo, hi).
         self._early: dict[str, dict[tuple[int, int, int], _Early]] = {}
+        #: By round and (worker, lo, hi): the chunks in which that worker's contribution counted when it came.
+        self._counted: dict[int, dict[tuple[str, int, int], set[int]]] = {}
         self.segments: list[Segment] = []
         #: The Setup that defined the model, and who sent it.
         self._setup: tuple[Setup, str] | None = None
@@ -253,6 +260,19 @@ class Shard(ABC):
             held[key] = _Early()
         return held[key]
 
+    def _counts(self, sender: str, push: Push, chunk: int) -> None:
+        """Remember that `push` counts in `chunk`."""
+        if push.round not in self._counted:
+            for old in [round_ for round_ in self._counted if round_ < push.round - _REMEMBERED]:
+                del self._counted[old]
+        self._counted.setdefault(push.round, {}).setdefault((sender, push.lo, push.hi), set()).add(chunk)
+
+    def _ack(self, sender: str, push: Push) -> Send:
+        """What became of `push`, or of an earlier copy of it."""
+        counted = self._counted.get(push.round, {}).get((sender, push.lo, push.hi), set())
+        ignored = [chunk for chunk in push.chunks if chunk not in counted]
+        return Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None, ignored=ignored))
+
     # ---- setting up
 
     def _set_up(self, sender: str, setup: Setup) -> list[Send]:
@@ -312,6 +332,10 @@ class Shard(ABC):
         return [Send(sender, Shared(sender in self._regions, self.planes.handle))]
 
     @property
+    def traffic(self) -> Traffic:
+        return self.store.traffic if self.store is not None else Traffic()
+
+    @property
     def _open(self) -> bool:
         return self._setup is not None and not self._uninitialised
 
@@ -339,7 +363,14 @@ class Shard(ABC):
             slot = self._slot(sender, push.slot)
             return [self.store.view(i, slot[i], bits, push.scale) for i, bits in zip(push.chunks, push.present, strict=True)]
         parts = zip(push.chunks, frames, push.present, strict=True)
-        return [self.store.receive(chunk, frame, present, push.scale) for chunk, frame, present in parts]
+        return [self._received(push, chunk, frame, present) for chunk, frame, present in parts]
+
+    def _received(self, push: Push, chunk: int, frame: Any, present: int) -> Sum:
+        assert self.store is not None
+        if chunk in push.coded:
+            seed = push_seed(self.settings, push.round, push.lo, push.hi, chunk)
+            return self.store.decode(chunk, frame, present, seed)
+        return self.store.receive(chunk, frame, present, push.scale)
 
     def _slot(self, sender: str, slot: int) -> dict[int, torch.Tensor]:
         if (sender, slot) not in self._slots:
@@ -366,17 +397,26 @@ class Shard(ABC):
         waiter = self.waiters.get(sender)
         if waiter is None or waiter.pull.clock != got.clock or not set(got.chunks) <= set(self.chunks):
             return []
-        waiter.bytes_under_way -= sum(self.chunks[chunk].weight_bytes for chunk in got.chunks)
+        for chunk in got.chunks:
+            waiter.bytes_under_way.pop(chunk, None)
         return self._serve(sender)
 
     def _serve_all(self) -> list[Send]:
         return [effect for worker in list(self.waiters) for effect in self._serve(worker)]
 
     def _weights(
-        self, to: str, version: int, plane: int, weights: Mapping[int, torch.Tensor], closed: bool, metrics: dict[str, float]
+        self,
+        to: str,
+        version: int,
+        plane: int,
+        weights: Mapping[int, torch.Tensor],
+        closed: bool,
+        metrics: dict[str, float],
+        coded: Mapping[int, memoryview],
     ) -> list[Send]:
         """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each, as many
-        as may be on their way; those which the forward pass needs first go first. Ends the wait when all is sent."""
+        as may be on their way; those which the forward pass needs first go first. Those in `coded` are sent as these frames.
+        Ends the wait when all is sent."""
         waiter = self.waiters[to]
         clock = waiter.pull.clock
         if plane >= 0:
@@ -388,14 +428,16 @@ class Shard(ABC):
         if closed and not waiter.closed:
             waiter.closed = True
             effects.append(Send(to, Weights(clock, version, [], closed, metrics)))
+        frames = {i: coded[i] if i in coded else to_frame(weights[i]) for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
-        for ids in message_batches(soonest, lambda i: self.chunks[i].weight_bytes):
-            size = sum(self.chunks[i].weight_bytes for i in ids)
-            if waiter.bytes_under_way > 0 and waiter.bytes_under_way + size > CREDIT_BYTES:
+        for ids in message_batches(soonest, lambda i: frames[i].nbytes):
+            under_way = sum(waiter.bytes_under_way.values())
+            if under_way and under_way + sum(frames[i].nbytes for i in ids) > CREDIT_BYTES:
                 break
-            waiter.bytes_under_way += size
+            waiter.bytes_under_way |= {i: frames[i].nbytes for i in ids}
             waiter.unsent -= set(ids)
-            effects.append(Send(to, Weights(clock, version, ids), [to_frame(weights[i]) for i in ids]))
+            message = Weights(clock, version, ids, coded=[i for i in ids if i in coded])
+            effects.append(Send(to, message, [frames[i] for i in ids]))
         if waiter.closed and not waiter.unsent:
             del self.waiters[to]
         return effects

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from common.codecs.chosen import WEIGHT_SEED, for_pushes, for_weights, sends_changes
 from common.errors import WireError
 from common.layout import Chunk, Layout
-from common.messages import Update
+from common.messages import Traffic, Update
 from common.policies import Policy
 from common.sums import Sum, add_values, adder
-from common.tensors import dtype_of, from_frame
+from common.tensors import dtype_of, from_frame, to_frame
+from common.wire import bytes_of
 
 Norm = tuple[int, int, float]
 
@@ -38,10 +40,12 @@ class _Block:
 
 
 class _Part:
-    """One chunk: master values (flat, `sum_dtype`) and the optimizer over its blocks."""
+    """One chunk: master values (flat, `sum_dtype`) and the optimizer over its blocks. `rounds`: workers get its weights by way of
+    a codec."""
 
-    def __init__(self, chunk: Chunk, update: Update) -> None:
+    def __init__(self, chunk: Chunk, update: Update, rounds: bool) -> None:
         self.chunk = chunk
+        self.rounds = rounds
         self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
         self.master = torch.zeros(chunk.numel, dtype=self.sum_dtype)
         settings = _tuples(update.groups[chunk.group]) if chunk.kind == "param" else {}
@@ -70,8 +74,8 @@ class _Part:
 
     @property
     def moves(self) -> bool:
-        """Whether what workers get are the master values themselves, and not a copy of another dtype."""
-        return self.dtype == self.sum_dtype
+        """Whether what workers get are the master values themselves, and not a copy of another dtype or precision."""
+        return self.dtype == self.sum_dtype and not self.rounds
 
     def settle(self, into: torch.Tensor) -> None:
         """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
@@ -88,7 +92,12 @@ class Store:
     """The chunks of one server. Knows arithmetic only: when to do what is the shard's business."""
 
     def __init__(self, layout: Layout, server: int, update: Update, policy: Policy) -> None:
-        self._parts = {chunk.id: _Part(chunk, update) for chunk in layout.on(server)}
+        self._push_codec = for_pushes(policy.settings, layout)
+        self._weight_codec = codec = for_weights(policy.settings, layout)
+        self._sends_changes = sends_changes(policy.settings)
+        self._parts = {
+            chunk.id: _Part(chunk, update, codec is not None and codec.covers(chunk.id)) for chunk in layout.on(server)
+        }
         self._clip_norm = update.clip_norm
         double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
         self._norm_dtype = torch.float64 if double else torch.float32
@@ -99,6 +108,15 @@ class Store:
         """A contribution out of a frame. Raises WireError if it has not the chunk's size or names pieces it lacks."""
         part = self._parts[chunk].chunk
         return self.view(chunk, from_frame(frame, part.sum_dtype, part.numel, f"chunk {chunk}"), present, scale)
+
+    def decode(self, chunk: int, frame: Any, present: int, seed: int) -> Sum:
+        """A contribution out of a frame of the push codec. Raises WireError for what is none, or names pieces the chunk lacks."""
+        if self._push_codec is None:
+            raise WireError(f"chunk {chunk} is coded in a run without a codec")
+        values = self._push_codec.decode(chunk, bytes_of(frame), seed)
+        contribution = self.view(chunk, values, present, 1.0)
+        contribution.owned = True
+        return contribution
 
     def view(self, chunk: int, values: torch.Tensor, present: int, scale: float) -> Sum:
         """A contribution that lies in memory which this server can read. Raises WireError if it names pieces the chunk lacks."""
@@ -116,14 +134,68 @@ class Store:
         part = self._parts[chunk]
         part.master.copy_(from_frame(frame, part.chunk.dtype, part.chunk.numel, f"chunk {chunk}"))
 
-    def settle(self, chunk: int, into: torch.Tensor) -> None:
-        """Have the weights in `into`, as `apply` does."""
-        self._parts[chunk].settle(into)
+    def settle(self, chunk: int, into: torch.Tensor, before: torch.Tensor | None = None) -> memoryview | None:
+        """Have the weights in `into`, as `apply` does, where workers had them `before` in memory that `into` is not.
+
+        With a weight codec these are what its frame decodes to, and the masters stay what they are. Returned is that frame: of
+        the weights, or of their change since `before`; None where they are sent as they are.
+        """
+        part = self._parts[chunk]
+        if not part.rounds:
+            part.settle(into)
+            return None
+        return self._round(part, into, before)
+
+    def _round(self, part: _Part, into: torch.Tensor, before: torch.Tensor | None) -> memoryview | None:
+        """`settle` where there is a codec. Changes have nothing to start from at first, and none of them may be infinite."""
+        codec, coded = self._weight_codec, None
+        assert codec is not None
+        if not self._sends_changes:
+            before = None
+            coded = codec.encode(part.chunk.id, part.master, WEIGHT_SEED, None)
+        elif before is not None and (change := part.master - before).isfinite().all():
+            coded = codec.encode(part.chunk.id, change, WEIGHT_SEED, None)
+        if coded is None:
+            into.copy_(part.master)
+            return None
+        frame = to_frame(coded.frame)
+        decoded = codec.decode(part.chunk.id, frame, WEIGHT_SEED)
+        if before is None:
+            into.copy_(decoded)
+        else:
+            torch.add(before, decoded, out=into)  # as workers do
+        return frame
 
     def publish(self, chunk: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The weights now, flat and in the chunk's own dtype, in memory that no later update touches: in `into` if given."""
+        """The weights now, flat and in the chunk's own dtype, in memory that no later update touches: in `into` if given. A codec
+        that sends weights, not changes, has rounded them, and `frame` tells how they are sent."""
         part = self._parts[chunk]
-        return part.master.to(part.dtype, copy=True) if into is None else into.copy_(part.master)
+        into = torch.empty(part.chunk.numel, dtype=part.dtype) if into is None else into
+        if part.rounds and not self._sends_changes:
+            self._round(part, into, None)
+            return into
+        return into.copy_(part.master)
+
+    def frame(self, chunk: int, weights: torch.Tensor) -> memoryview | None:
+        """What to send instead of weights that `publish` gave; None if they are sent as they are."""
+        if not self._parts[chunk].rounds or self._weight_codec is None:
+            return None
+        coded = self._weight_codec.encode(chunk, weights, WEIGHT_SEED, None)
+        return to_frame(coded.frame) if coded is not None else None
+
+    def master(self, chunk: int) -> torch.Tensor:
+        """A copy of the weights that no weight codec has rounded, in the chunk's own dtype."""
+        part = self._parts[chunk]
+        return part.master.to(part.dtype, copy=True)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Seconds that codecs took here."""
+        codecs = [codec for codec in (self._push_codec, self._weight_codec) if codec is not None]
+        return Traffic(
+            encode_seconds=sum(codec.encode_seconds for codec in codecs),
+            decode_seconds=sum(codec.decode_seconds for codec in codecs),
+        )
 
     def mean(self, chunk: int, total: Sequence[Sum], samples: int) -> Sum:
         """The sample-weighted mean whose sum `total` is, alone or in two halves, in memory of its own."""
@@ -174,13 +246,14 @@ class Store:
         lr_scale: float = 1.0,
         then: torch.Tensor | None = None,
         into: torch.Tensor | None = None,
-    ) -> None:
+        before: torch.Tensor | None = None,
+    ) -> memoryview | None:
         """Make new weights from the mean contribution, whose sum `total` is, alone or in two halves.
 
         `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
         `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
-        happened since. The new weights are written to `into`, flat and of the chunk's own dtype, and the old ones
-        left alone; without it they take the old ones' place.
+        happened since. The new weights are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in
+        `before`, left alone; without it they take the old ones' place. Returns what `settle` does.
         """
         part = self._parts[chunk]
         present = _present(total)
@@ -209,8 +282,7 @@ class Store:
                 block.parameter.grad = None
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-        if into is not None:
-            part.settle(into)
+        return self.settle(chunk, into, before) if into is not None else None
 
 
 def _present(total: Sequence[Sum]) -> int:

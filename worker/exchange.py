@@ -1,8 +1,9 @@
 """A worker's dealings with the servers: pushes until they are acknowledged, and the pull of the next weights.
 
 A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when every part of it is
-acknowledged; no server has more than CREDIT_BYTES of pushes on their way to it, or one message; of what waits, the chunks that
-the next forward needs first go first; staged weights all belong to the round last pulled; nothing received touches the model.
+acknowledged, and what is sent again has the same bytes; no server has more than CREDIT_BYTES of pushes on their way to it, or one
+message; of what waits, the chunks that the next forward needs first go first; staged weights all belong to the round last pulled;
+nothing received touches the model.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import msgspec
 
 from common.errors import WireError
 from common.layout import Chunk, Layout, message_batches, urgency
-from common.messages import Ack, Body, Gone, Got, Pull, Push, Weights
+from common.messages import Ack, Body, Gone, Got, Pull, Push, Traffic, Weights
+from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
-from common.wire import SEND_AGAIN_S, Frames
+from common.wire import SEND_AGAIN_S, Frames, bytes_of
+from worker.coding import PushCoder, WeightDecoder
 from worker.mapped import InPlane
 from worker.slots import Slot
 
@@ -39,7 +42,8 @@ CREDIT_BYTES = 8 << 20
 
 @dataclass
 class _Outstanding:
-    """A message until it is acknowledged. `early`: it does not count yet, so it is not sent again either."""
+    """A message until it is acknowledged, and the slot that its frames lie in. `early`: it does not count yet, so it is not sent
+    again either."""
 
     server: int
     push: Push
@@ -62,9 +66,12 @@ class _Outstanding:
 class Exchange:
     """One worker's pushes and pulls, for all servers that take part in rounds."""
 
-    def __init__(self, layout: Layout, pulls_follow: bool) -> None:
+    def __init__(self, layout: Layout, settings: Settings, pulls_follow: bool) -> None:
         """`pulls_follow`: weights are asked for only when the server has all that was pushed to it, for they are to show it."""
         self._pulls_follow = pulls_follow
+        self._coder = PushCoder(settings, layout)
+        self._decoder = WeightDecoder(settings, layout)
+        self._pushed_bytes = self._pulled_bytes = 0
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
         self._urgencies = {chunk.id: urgency(chunk) for chunk in layout.chunks}
@@ -72,6 +79,7 @@ class Exchange:
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.clock: int | None = None
         self._settled = False
+        self._masters = False
         self._pulls = 0
         #: Weights by chunk, as frames or where they are (None: taken already), and the version of each server's.
         self._staged: dict[int, Any] = {}
@@ -114,15 +122,18 @@ class Exchange:
             metrics = push.metrics if server == 0 else None
             if not ids and metrics is None:
                 continue
-            for batch in [ids] if reads else message_batches(ids, lambda i: sums[i].values.nbytes) or [[]]:
+            coded = {} if reads else {i: frame for i in ids if (frame := self._coder.encode(push, i, sums[i])) is not None}
+            frames = {} if reads else {i: coded[i] if i in coded else to_frame(sums[i].values) for i in ids}
+            size = {i: frame.nbytes for i, frame in frames.items()}.__getitem__
+            for batch in [ids] if reads else message_batches(ids, size) or [[]]:
                 message = msgspec.structs.replace(
                     push, chunks=batch, present=[sums[i].present for i in batch], base=(bases or {}).get(server, 0),
                     metrics=metrics, slot=slot.index if reads and slot is not None else -1,
-                    scale=max((sums[i].scale for i in batch), default=1.0),
+                    scale=max((sums[i].scale for i in batch), default=1.0), coded=[i for i in batch if i in coded],
                 )  # fmt: skip
                 metrics = None
-                frames = [] if reads else [to_frame(sums[i].values) for i in batch]
-                self._outstanding.append(_Outstanding(server, message, frames, slot))
+                lies_in = None if batch and len(message.coded) == len(batch) else slot
+                self._outstanding.append(_Outstanding(server, message, [frames[i] for i in batch if not reads], lies_in))
         return self._flow(now)
 
     def sends(self, chunk: int) -> bool:
@@ -132,15 +143,20 @@ class Exchange:
     def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
         """Send a contribution to one chunk, which is to count only when `settle` has said so."""
         server = self._server_of[chunk]
+        coded = self._coder.encode(push, chunk, value)
         message = msgspec.structs.replace(
-            push, stage="early", chunks=[chunk], present=[value.present], base=bases.get(server, 0), scale=value.scale
-        )
-        self._outstanding.append(_Outstanding(server, message, [to_frame(value.values)], slot))
+            push, stage="early", chunks=[chunk], present=[value.present], base=bases.get(server, 0), scale=value.scale,
+            coded=[] if coded is None else [chunk],
+        )  # fmt: skip
+        frame, lies_in = (to_frame(value.values), slot) if coded is None else (coded, None)
+        self._outstanding.append(_Outstanding(server, message, [frame], lies_in))
         return self._flow(now)
 
     def settle(self, good: Collection[int], now: float) -> list[Send]:
         """Of all chunks that were sent early, those in `good` count; the others are not to."""
-        self._outstanding = [o for o in self._outstanding if not o.early or o.push.chunks[0] in good]
+        for refused in [o for o in self._outstanding if o.early and o.push.chunks[0] not in good]:
+            self._outstanding.remove(refused)
+            self._coder.settled(refused.push, ignored=refused.push.chunks)
         effects = []
         for outstanding in (o for o in self._outstanding if o.early):
             outstanding.push = msgspec.structs.replace(outstanding.push, stage="whole")
@@ -169,6 +185,7 @@ class Exchange:
         return push.round, *(self._urgencies[push.chunks[0]] if outstanding.frames else (False, -1))
 
     def _send(self, outstanding: _Outstanding, push: Push, frames: Frames) -> Send:
+        self._pushed_bytes += sum(frame.nbytes for frame in frames)
         return Send(f"server-{outstanding.server}", push, frames)
 
     def needs(self, slot: Slot) -> bool:
@@ -182,10 +199,12 @@ class Exchange:
 
     # ---- pulling
 
-    def pull(self, clock: int, settled: bool, now: float) -> list[Send]:
-        """Ask for the weights to start round `clock` from; what was staged for another round is let go."""
-        self.clock, self._settled, self.gone = clock, settled, None
+    def pull(self, clock: int, settled: bool, now: float, masters: bool = False) -> list[Send]:
+        """Ask for the weights to start round `clock` from, `masters`: for those that no codec has rounded; what was staged for
+        another round is let go."""
+        self.clock, self._settled, self._masters, self.gone = clock, settled, masters, None
         self._pulls += 1
+        self._decoder.begin()
         self._staged, self._versions, self._metrics, self._closed_on = {}, {}, {}, set()
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
         return self._ask(now)
@@ -204,7 +223,9 @@ class Exchange:
 
     def _pull(self, server: int, have: list[int]) -> Pull:
         assert self.clock is not None
-        return Pull(self.clock, self._pulls, have, self._settled, server in self.read, self._planes.get(server, -1))
+        shared, plane = server in self.read and not self._masters, self._planes.get(server, -1)
+        holds = self._decoder.holds(server)
+        return Pull(self.clock, self._pulls, have, self._settled, shared, plane, holds, self._masters)
 
     def _done(self, server: int) -> bool:
         return server in self._closed_on and all(c.id in self._staged for c in self._chunks[server])
@@ -242,6 +263,8 @@ class Exchange:
             if isinstance(found, InPlane):
                 self._planes[found.server] = found.plane
         if self.complete:
+            if not self._masters:
+                self._decoder.got_all(self._versions)
             self.clock, self._staged = None, {}
         else:
             self._staged.update(dict.fromkeys(staged))
@@ -260,8 +283,10 @@ class Exchange:
                 found = frames if body.plane < 0 else [InPlane(number, body.plane)] * len(body.chunks)
                 if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
+                self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
                 for chunk, place in zip(body.chunks, found, strict=True):
-                    self._staged.setdefault(chunk, place)
+                    if chunk not in self._staged:
+                        self._staged[chunk] = self._decoder.weights(body.version, chunk, place, chunk in body.coded)
                 self._versions.setdefault(number, body.version)
                 if frames:
                     self._got.append(Send(server, Got(body.clock, body.chunks)))
@@ -298,6 +323,12 @@ class Exchange:
                 o.arrived = True
             elif not o.early:
                 self._outstanding.remove(o)
+                self._coder.settled(o.push, ack.ignored)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of this worker so far."""
+        return Traffic(self._pushed_bytes, self._pulled_bytes, self._coder.seconds, self._decoder.seconds)
 
 
 def _is_meant(ack: Ack, push: Push) -> bool:

@@ -7,9 +7,11 @@ to send again is decided by the state machines in `worker.tasks` and `worker.exc
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -32,6 +34,7 @@ from common.messages import (
     Shared,
     Stop,
     Tables,
+    Traffic,
     Update,
     Upload,
 )
@@ -214,7 +217,7 @@ class Run:
                         [first[i] for i in batch],
                     )
         with self._link.lock:
-            self._exchange = Exchange(replica.layout, pulls_follow=self._policy.applies == "push")
+            self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
 
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
         """Find out with which servers this worker shares memory: only those that touch the same do."""
@@ -360,11 +363,13 @@ class Run:
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
+            self._link.send(Send(COORDINATOR, self._beat()))  # the last word on what was sent
             while not self._link.stopped:
                 self._link.send(Send(COORDINATOR, Goodbye()))
                 self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: "", every=1.0)
                 if self._upload_wanted and self._model is not None and not self._link.stopped:
                     self._upload_wanted = False
+                    self._fetch_masters()
                     for part, frames in saving.model_parts(self._model):
                         self._request(
                             COORDINATOR,
@@ -376,6 +381,20 @@ class Run:
                         )
         finally:
             self._link.close()
+
+    def _fetch_masters(self) -> None:
+        """Have the servers' own weights in the model where a codec has rounded those that it was trained with."""
+        if self.settings.weight_codec == "none" or self._exchange is None or self._work is None:
+            return
+        with self._link.lock:
+            messages = self._exchange.pull(self.round, True, time.monotonic(), masters=True)
+        self._link.send(*messages)
+        self._wait(
+            lambda: self._exchange is not None and self._exchange.complete, lambda: "the servers to send the trained weights"
+        )
+        with self._link.lock:
+            weights, _ = self._exchange.take()
+        self._work.replica.load(weights)
 
     # ---- for the parts of this package
 
@@ -410,10 +429,11 @@ class Run:
         return out
 
     def _beat(self) -> Beat:
+        traffic = self._exchange.traffic if self._exchange is not None else Traffic()
         if self._finished:
-            return Beat("done", self.round)
+            return Beat("done", self.round, traffic=traffic)
         if self._work is not None:
-            return self._work.beat()
+            return msgspec.structs.replace(self._work.beat(), traffic=traffic)
         return Beat("starting") if self._kv is None else Beat("computing", at=self._kv.answered)
 
 

@@ -38,6 +38,7 @@ WRONG = [
     ("global_batch", 0), ("rounds", 0), ("seed", -1), ("staleness", -1), ("outer_momentum", 1.0), ("outer_lr", 0),
     ("lr", 0), ("lr", "fast"), ("momentum", 1), ("clip_norm", 0), ("staleness_lr", "yes"), ("delay_compensation", -0.1),
     ("timeout", 0), ("data_dir", 7), ("loader_workers", -1),
+    ("push_codec", "zip"), ("weight_codec", "topk"), ("codec_ratio", 0), ("codec_ratio", 1.1), ("codec_momentum", 1),
 ]  # fmt: skip
 
 
@@ -76,6 +77,33 @@ def test_backup_leaves_at_least_one_micro_batch_to_apply(a: int, b: int, backup:
     else:
         assert f"a round has only {count} micro-batches" in refusal(values)
     assert make_settings({**values, "policy": "sync"}, "").backup == backup  # elsewhere it means nothing
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"policy": "ssp", "weight_codec": "int8"}, "weight_codec is int8, which sends changes"),
+        ({"policy": "async", "weight_codec": "onebit"}, "choose bf16 or fp16, or policy sync or backup"),
+        ({"policy": "average", "push_codec": "bf16"}, "set push_codec to none"),
+        ({"policy": "average", "weight_codec": "bf16"}, "policy average takes none"),
+        ({"policy": "local", "weight_codec": "fp16"}, "policy local takes none"),
+        ({"push_codec": "randomk", "codec_momentum": 0.9}, "push_codec is randomk: only topk has a momentum"),
+    ],
+)
+def test_codecs_that_do_not_go_with_the_rest_are_refused(values: dict[str, Any], text: str) -> None:
+    assert text in refusal(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"policy": "local", "push_codec": "topk", "codec_momentum": 0.5},
+        {"policy": "backup", "push_codec": "onebit", "weight_codec": "onebit"},
+        {"policy": "async", "push_codec": "randomk", "weight_codec": "fp16", "codec_ratio": 1},
+    ],
+)
+def test_codecs_that_go_with_the_rest_are_taken(values: dict[str, Any]) -> None:
+    assert make_settings(values, "").push_codec == values["push_codec"]
 
 
 def test_keys_may_be_written_with_dashes() -> None:

@@ -77,6 +77,18 @@ def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -
     assert set(found.values()) == {expected}, found
 
 
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_compressed_weights_are_the_same_through_memory_and_sockets(codec: str, launch) -> None:
+    found = {}
+    for number, (workers, servers, lane) in enumerate([(1, 1, "auto"), (3, 2, "auto"), (2, 3, "socket")]):
+        summary = launch(
+            "--workers", workers, "--servers", servers, "--lane", lane, "--weight-codec", codec,
+            Path(__file__).with_name("train_exact.py"), "--", "momentum", "--epochs", EPOCHS, name=f"run-{number}",
+        )  # fmt: skip
+        found[workers, servers, lane] = summary["weights_sha256"]
+    assert len(set(found.values())) == 1 and found[1, 1, "auto"] != sha256(plain_loop("momentum")), found
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_ordinary_large_batch_step_gives_the_same_weights_to_rounding(recipe: str) -> None:
     ours, ordinary = (plain_loop(recipe, epochs=6, whole_batches=whole) for whole in (False, True))  # 54 rounds

@@ -34,6 +34,22 @@ def test_every_policy_comes_within_a_point_of_a_single_process(launch: Launch) -
     assert min(found.values()) >= alone - POINT, (alone, found)
 
 
+def test_codecs_come_within_a_point_of_plain_training_with_a_fraction_of_the_bytes(launch: Launch) -> None:
+    flags = {
+        "plain": "--lane socket",
+        "int8-bf16": "--lane socket --push-codec int8 --weight-codec bf16",
+        "topk-int8": "--lane socket --push-codec topk --codec-ratio 0.1 --weight-codec int8",
+        "memory": "--weight-codec onebit",
+    }
+    found = {name: launch(*CLUSTER, *flags[name].split(), *TRAINING, name=name) for name in flags}
+    plain = found["plain"]
+    assert min(summary["accuracy"] for summary in found.values()) >= plain["accuracy"] - POINT, found
+    most = {"int8-bf16": (0.3, 0.55), "topk-int8": (0.25, 0.3), "memory": (0.0, 0.001)}  # in the end masters are sent once
+    for name, (pushed, pulled) in most.items():
+        assert found[name]["wire"]["pushed_bytes"] <= pushed * plain["wire"]["pushed_bytes"], found
+        assert found[name]["wire"]["pulled_bytes"] <= pulled * plain["wire"]["pulled_bytes"], found
+
+
 def test_the_average_of_replicas_is_better_than_the_mean_of_its_parts(launch: Launch, tmp_path: Path) -> None:
     found = []
     for seed in range(3):

@@ -7,7 +7,8 @@ so only one worker can be the real one (`real=True`: worker 0, which runs the wo
 
 The model is such that its weights tell on the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the
 run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
-order, so they show a wrong order of summing, or weights of the wrong round.
+order, so they show a wrong order of summing, or weights of the wrong round. With a codec for pushes, `account` and `c`
+are what it compresses.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ class Model(nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
         self.number = {task: n for n, task in enumerate(case.micro_batches())}
-        self.account = nn.Parameter(torch.zeros(len(self.number)))
+        is_coded = case.settings.push_codec != "none"
+        self.account = nn.Parameter(torch.zeros(len(self.number), 1) if is_coded else torch.zeros(len(self.number)))
         self.a = nn.Parameter(torch.linspace(-1, 1, 3))
         self.b = nn.Parameter(torch.linspace(0, 1, 7) ** 2)
         self.c = nn.Parameter(torch.full((2, 2), 0.3))
@@ -555,7 +557,7 @@ class WorkerProcess(Process):
                 for batch in message_batches(ids, lambda i: len(first[i])):
                     frames = [first[i] for i in batch]
                     yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
-        self.run._exchange = Exchange(replica.layout, self.run._policy.applies == "push")
+        self.run._exchange = Exchange(replica.layout, self.run.settings, self.run._policy.applies == "push")
 
     def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
         replies: list[Body] = []
@@ -791,6 +793,8 @@ class Outcome:
     ledger: Any
     log: RecordedLog
     shards: list[Shard] = field(default_factory=list)
+    #: By parameter, what all workers together have computed and their codec has not sent: gradients x samples.
+    unsent: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def counted(self) -> list[float]:
         """How often each micro-batch was counted, for runs with lr=1 and no momentum, by what the weights say.
@@ -819,6 +823,7 @@ def _stand_ins(world: World) -> Iterator[None]:
         for module in ("ps.coordinator", "ps.server", "worker.link", "worker.rounds", "worker.local"):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
+            "common.codecs.chunks.MIN_NUMEL": 1,
             "worker.awaited.sys": SimpleNamespace(modules={}),  # tests have torch's compiler, with which nothing is awaited
             "ps.round_shard._PLANES": world.case.planes,
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
@@ -864,5 +869,11 @@ def simulate(case: Case) -> Outcome:
             coordinator.tick()  # what came in last is written down
         finally:
             torch.set_num_threads(threads)
+        unsent: dict[str, torch.Tensor] = {}
+        for worker in workers:
+            exchange = worker.run._exchange if worker.alive and worker.done else None
+            for key, values in exchange._coder._feedback.state_dict().items() if exchange is not None else ():
+                name = key.removeprefix("residual/")
+                unsent[name] = unsent.get(name, torch.zeros_like(values)) + values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
-        return Outcome(case, world, models, coordinator.ledger, coordinator.log, [s.shard for s in servers])
+        return Outcome(case, world, models, coordinator.ledger, coordinator.log, [s.shard for s in servers], unsent)

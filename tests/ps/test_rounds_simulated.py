@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
 
 from common.settings import Settings
+from ps.round_shard import RoundShard
+from ps.shard import Shard
 
 profile = settings(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
 few, some = settings(profile, max_examples=6), settings(profile, max_examples=12)
@@ -30,14 +32,15 @@ def networks(draw: st.DrawFn) -> Network:
 
 
 @st.composite
-def cases(draw: st.DrawFn, policy: str, **more: Any) -> Case:
-    """A run of few rounds: K not always a power of two, a short last round, more workers than micro-batches, a late one."""
+def cases(draw: st.DrawFn, policy: str, codecs: dict[str, Any] | None = None, whole: bool = False, **more: Any) -> Case:
+    """A run of few rounds: K not always a power of two, a short last round, more workers than micro-batches, a late one.
+    `whole`: all rounds and micro-batches are of one size."""
     workers = draw(st.integers(1, 4))
     micro_batch = draw(st.integers(1, 3))
     count = draw(st.integers(2, 6))
-    global_batch = count * micro_batch - draw(st.integers(0, micro_batch - 1))
+    global_batch = count * micro_batch - (0 if whole else draw(st.integers(0, micro_batch - 1)))
     per_epoch = draw(st.integers(1, 3))
-    samples = per_epoch * global_batch - draw(st.integers(0, global_batch - 1))
+    samples = per_epoch * global_batch - (0 if whole else draw(st.integers(0, global_batch - 1)))
     paces = [
         Pace(
             compute_s=draw(st.sampled_from([0.02, 0.1, 0.7])),
@@ -61,6 +64,7 @@ def cases(draw: st.DrawFn, policy: str, **more: Any) -> Case:
             local_steps=draw(st.integers(1, 3)),
             outer_lr=1.0,
             outer_momentum=0.0,
+            **(codecs or {}),
         ),
         paces,
         segments=[(samples, draw(st.integers(1, 2))), (global_batch, draw(st.integers(1, 2)))][: draw(st.integers(1, 2))],
@@ -105,12 +109,28 @@ def check_same_everywhere(outcome: Outcome) -> None:
     for shard in outcome.shards:
         for chunk in shard.chunks.values():
             assert shard.store is not None and shard.layout is not None
-            held = shard.store.publish(chunk.id)
+            held = weights_of(shard, chunk.id)
             for piece in chunk.pieces:
                 tensor = first[shard.layout.tensors[piece.tensor].name].reshape(-1)
                 assert torch.equal(
                     tensor[piece.start : piece.start + piece.length], held[piece.offset : piece.offset + piece.length]
                 )
+
+
+def weights_of(shard: Shard, chunk: int) -> torch.Tensor:
+    """A chunk's newest weights as workers get them."""
+    assert shard.store is not None and shard.planes is not None
+    if isinstance(shard, RoundShard):
+        return shard.planes[shard._plane_of(shard.version)][chunk]
+    return shard.store.publish(chunk)
+
+
+def check_close_to_masters(outcome: Outcome, at_most: float) -> None:
+    """The weights that workers have are those that the servers keep, but for rounding."""
+    for shard in outcome.shards:
+        assert shard.store is not None
+        for chunk in shard.chunks:
+            torch.testing.assert_close(weights_of(shard, chunk), shard.store.master(chunk), rtol=at_most, atol=at_most)
 
 
 def check_counted_once(outcome: Outcome) -> None:
@@ -239,6 +259,70 @@ def test_local_steps_count_every_micro_batch_by_its_samples(case: Case) -> None:
                 }
                 expected.append(-plan.samples_in(k, k + 1) / own[index] * sum(own.values()) / total)
     assert next(iter(outcome.models.values()))["account"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+# ---- codecs
+
+WEIGHTS = ["none", "bf16", "fp16", "int8", "onebit"]
+
+
+def coded(policy: str, push: str, weights: str = "none", **more: Any) -> st.SearchStrategy[Case]:
+    ratio = {"codec_ratio": more.pop("ratio", 0.3)}
+    return cases(policy, {"push_codec": push, "weight_codec": weights, **ratio}, **more)
+
+
+@few
+@given(st.sampled_from(["topk", "randomk"]).flatmap(lambda push: coded("sync", push, ratio=1.0)))
+def test_codecs_that_send_all_there_is_change_no_bit(case: Case) -> None:
+    outcome = simulate(case)
+    check_exact(outcome)
+    check_books(outcome)
+
+
+@some
+@given(
+    st.tuples(st.sampled_from(["ssp", "async", "sync"]), st.sampled_from(["topk", "randomk"])).flatmap(
+        lambda drawn: coded(*drawn, whole=True, **PLAIN)
+    )
+)
+def test_what_error_feedback_holds_back_is_sent_once_whatever_the_network_does(case: Case) -> None:
+    """All values are whole numbers here, and these codecs send them as they are: what was counted and what workers still hold
+    back is what was computed."""
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    if case.settings.policy == "sync" and any(event.kind == "lease" for event in outcome.log.events):
+        return  # a sum that takes the place of its parts loses what these had sent beside their own gradients
+    model = next(iter(outcome.models.values()))
+    total = -model["account"].view(-1) * case.settings.global_batch + outcome.unsent.get("account", torch.zeros(1))
+    assert total.tolist() == pytest.approx([case.settings.micro_batch] * len(total), abs=1e-3)
+
+
+@some
+@given(
+    st.tuples(
+        st.sampled_from(["sync", "backup"]), st.sampled_from(["none", "bf16", "int8", "onebit"]), st.sampled_from(WEIGHTS)
+    ).flatmap(lambda drawn: coded(*drawn))
+)
+def test_all_replicas_hold_the_weights_that_the_servers_hand_out(case: Case) -> None:
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    rounding = {"none": 0.0, "bf16": 1 / 256, "fp16": 1 / 2048, "int8": 0.1, "onebit": 10.0}
+    check_close_to_masters(outcome, rounding[case.settings.weight_codec])
+
+
+@few
+@given(
+    st.tuples(
+        st.sampled_from(["ssp", "async"]), st.sampled_from(["none", "int8", "onebit"]), st.sampled_from(["bf16", "fp16"])
+    ).flatmap(lambda drawn: coded(*drawn))
+)
+def test_rounded_weights_are_the_same_on_all_workers_in_the_end(case: Case) -> None:
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_close_to_masters(outcome, 1 / 256)
 
 
 # ---- workers that are slow, late, hang or die

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.codecs.chosen import for_pushes
 from common.errors import UsageError, WireError
 from common.layout import CHUNK_BYTES, TensorSpec, make_layout
 from common.messages import Update
@@ -19,6 +20,7 @@ from common.sums import Sum
 from common.tensors import dtype_name, to_frame
 from common.tree import fold
 from ps.store import Store
+from worker.coding import WeightDecoder
 from worker.optimizer import check_elementwise, example_optimizer, plain_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -364,3 +366,123 @@ def test_frames_of_another_size_are_refused_and_change_nothing(size: int) -> Non
         with pytest.raises(WireError, match=f"chunk 0 has {size} bytes where 20 belong"):
             call()
     assert torch.equal(cluster.weights()[0], torch.ones(3))
+
+
+# ---- codecs
+
+
+class Coded:
+    """A server with one layer, its weights in two planes by turns, and a worker that gets them in frames."""
+
+    def __init__(self, codec: str, lr: float = 0.1) -> None:
+        settings = Settings(weight_codec=codec)  # type: ignore[arg-type]
+        specs = [TensorSpec("weight", [300, 40], "float32", 0), TensorSpec("bias", [300], "float32", 0)]
+        self.layout = make_layout(specs, 1)
+        self.numel = self.layout.chunks[0].numel
+        self.store = Store(self.layout, 0, Update("SGD", [{"lr": lr, "momentum": 0.9}]), load(settings))
+        self.worker = WeightDecoder(settings, self.layout)
+        self.planes = [torch.empty(self.numel) for _ in range(2)]
+        self.version = 0
+
+    def start(self, weights: torch.Tensor) -> None:
+        self.store.load(0, to_frame(weights))
+        self._send(self.store.settle(0, self.planes[0]))
+
+    def step(self, gradient: torch.Tensor) -> None:
+        before = self.handed_out
+        self.version += 1
+        self._send(self.store.apply(0, [Sum(gradient, 0b11)], 1, {}, into=self.handed_out, before=before))
+
+    def stand_still(self) -> None:
+        """A round in which the masters do not move."""
+        before = self.handed_out
+        self.version += 1
+        self._send(self.store.settle(0, self.handed_out, before))
+
+    def _send(self, frame: memoryview | None) -> None:
+        self.frame = frame
+        self.worker.begin()
+        found = bytes(to_frame(self.handed_out) if frame is None else frame)
+        weights = self.worker.weights(self.version, 0, found, is_coded=frame is not None)
+        self.worker.got_all({0: self.version})
+        self.held = torch.frombuffer(bytearray(weights), dtype=torch.float32)
+
+    @property
+    def handed_out(self) -> torch.Tensor:
+        """What workers that share memory compute from."""
+        return self.planes[self.version % 2]
+
+
+def gradient(step: int, numel: int) -> torch.Tensor:
+    return torch.randn(numel, generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "onebit"])
+def test_what_workers_are_sent_is_to_the_bit_what_they_would_read_and_the_masters_do_not_drift(codec: str) -> None:
+    coded, plain = Coded(codec), Coded("none")
+    first = gradient(-1, coded.numel)
+    coded.start(first)
+    plain.start(first)
+    for step in range(40):
+        coded.step(gradient(step, coded.numel))
+        plain.step(gradient(step, coded.numel))
+        assert coded.frame is not None and len(coded.frame) < 2.2 * coded.numel
+        assert torch.equal(coded.held, coded.handed_out)
+        assert torch.equal(coded.store.master(0), plain.handed_out)
+        assert not torch.equal(coded.handed_out, plain.handed_out)
+
+
+@pytest.mark.parametrize(("codec", "rounds", "at_most"), [("int8", 3, 1e-6), ("onebit", 100, 0.05)])
+def test_weights_sent_as_changes_come_to_the_masters_when_these_stand_still(codec: str, rounds: int, at_most: float) -> None:
+    coded = Coded(codec)
+    coded.start(torch.zeros(coded.numel))
+    for step in range(5):
+        coded.step(gradient(step, coded.numel))
+    for _ in range(rounds):
+        coded.stand_still()
+    assert torch.equal(coded.held, coded.handed_out)
+    assert (coded.handed_out - coded.store.master(0)).norm() < at_most * coded.store.master(0).norm()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_weights_that_are_not_finite_are_sent_as_they_are_and_do_not_stay(codec: str, place: int) -> None:
+    """The last elements are a bias, which a codec leaves alone."""
+    coded = Coded(codec, lr=1.0)
+    coded.start(torch.ones(coded.numel))
+    bad = torch.zeros(coded.numel)
+    bad[place] = -float("inf")
+    coded.step(bad)
+    assert torch.equal(coded.held, coded.store.master(0)) and coded.held[place] == float("inf")
+    coded.store.load(0, to_frame(torch.ones(coded.numel)))
+    coded.stand_still()
+    coded.stand_still()
+    assert torch.equal(coded.held, torch.ones(coded.numel))
+
+
+def test_first_weights_are_rounded_too() -> None:
+    coded = Coded("bf16")
+    weights = gradient(0, coded.numel)
+    coded.start(weights)
+    assert torch.equal(coded.handed_out[:12000], weights[:12000].bfloat16().float())
+    assert torch.equal(coded.handed_out[12000:], weights[12000:])
+    assert torch.equal(coded.store.publish(0), coded.handed_out) and torch.equal(coded.store.master(0), weights)
+
+
+def test_a_coded_contribution_is_decoded_into_memory_that_sums_may_use() -> None:
+    settings = Settings(push_codec="int8")
+    layout = Coded("none").layout
+    store = Store(layout, 0, Update("SGD", [{"lr": 0.1}]), load(settings))
+    codec = for_pushes(settings, layout)
+    assert codec is not None
+    values = gradient(0, layout.chunks[0].numel)
+    coded = codec.encode(0, values, 5, None)
+    assert coded is not None
+    found = store.decode(0, bytes(to_frame(coded.frame)), 0b11, 5)
+    assert found.owned and found.scale == 1.0 and found.present == 0b11
+    torch.testing.assert_close(found.values, values, rtol=0, atol=0.05)
+    for frame, present in ((bytes(7), 1), (bytes(to_frame(coded.frame)), 4)):
+        with pytest.raises(WireError):
+            store.decode(0, frame, present, 5)
+    with pytest.raises(WireError, match="coded in a run without a codec"):
+        Coded("none").store.decode(0, bytes(to_frame(coded.frame)), 1, 5)

@@ -23,6 +23,7 @@ def run(**attributes: Any) -> Run:
         "_model": None,
         "_work": None,
         "_kv": None,
+        "_exchange": None,
         "_segments": [],
         "_finished": False,
         "settings": Settings(),

@@ -1,0 +1,89 @@
+"""A byte a value and a scale per block, with stochastic rounding: QSGD with a maximum norm per block.
+
+Alistarh, Grubic, Li, Tomioka and Vojnovic, "QSGD: communication-efficient SGD via gradient quantization and encoding"
+(NIPS 2017). A value x in a block with largest magnitude m becomes floor(x / s + u) steps of s = m / 127, with u uniform in
+[0, 1): the mean over u is x / s.
+
+A random number for each element would cost more than all else. Instead u is read from a table in which each of the numbers
+(i + 1/2) / 65536 stands once, in random order, over and over, from a place drawn from the seed for each span. Over all places
+each element meets each number equally often, so what it decodes to is right in the mean over rounds (to 2^-17 of a
+step, about float32's own precision of m), whatever the order in the table; within a round, neighbours meet unrelated numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from common.codecs import Codec, CodecSettings, Coded, State
+from common.codecs.spans import SPAN, spans
+from common.errors import WireError
+from common.tensors import from_frame
+
+BLOCK = 256
+#: Steps to the largest magnitude: a touch below 127, so that rounding in x / s never makes 128 of it.
+_STEPS = 126.9999
+#: Blocks without a magnitude above this are sent as zeros: the reciprocal of their step may be infinite.
+_TINY = 1e-30
+#: Random numbers in the table before it repeats.
+_PERIOD = 1 << 16
+
+
+class Int8(Codec):
+    """Frame: a float32 scale for each block of 256, then an int8 for each value. No state.
+
+    `stochastic`: off by less than a step and unbiased; if not, rounded to nearest, off by half a step, whatever the seed.
+    """
+
+    def __init__(self, settings: CodecSettings, stochastic: bool = True) -> None:
+        super().__init__(settings)
+        self._places = _PERIOD if stochastic else 1
+        self._uniform = _uniform_table() if stochastic else torch.full((SPAN,), 0.5)
+
+    def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
+        numel = values.numel()
+        scale_bytes = 4 * -(-numel // BLOCK)
+        frame = torch.empty(scale_bytes + numel, dtype=torch.uint8)
+        scales, steps = frame[:scale_bytes].view(torch.float32), frame[scale_bytes:].view(torch.int8)
+        largest = _largest(values)
+        largest.masked_fill_(largest <= _TINY, 0.0)
+        torch.div(largest, _STEPS, out=scales)
+        per_step = scales.reciprocal().masked_fill_(largest == 0, 0.0).view(-1, 1)
+        scratch = torch.empty(min(SPAN, numel))
+        places = np.random.PCG64(seed).random_raw(numel // SPAN + 2) % self._places
+        for span, place in zip(spans(numel, BLOCK), places.tolist(), strict=False):
+            uniform, out = self._uniform[place : place + span.length], scratch[: span.length]
+            x = span.blocks(span.of(values))
+            torch.addcmul(span.blocks(uniform), x, per_step[span.first : span.last], out=span.blocks(out))
+            span.of(steps).copy_(out.floor_())
+        return Coded(frame, None)
+
+    def decode(self, frame: memoryview, numel: int, seed: int) -> torch.Tensor:
+        count = -(-numel // BLOCK)
+        scales = from_frame(frame[: 4 * count], "float32", count, "the scales")
+        steps = from_frame(frame[4 * count :], "int8", numel, "the values")
+        if not scales.isfinite().all():
+            raise WireError("a scale is not finite")
+        out = torch.empty(numel)
+        for span in spans(numel, BLOCK):
+            x = span.blocks(span.of(out).copy_(span.of(steps)))
+            x.mul_(scales[span.first : span.last].view(-1, 1))
+        return out
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each block."""
+    whole = values.numel() // BLOCK * BLOCK
+    blocks, rest = values[:whole].view(-1, BLOCK), values[whole:]
+    largest = torch.maximum(blocks.amax(1), -blocks.amin(1))  # half the time that abs takes first
+    return torch.cat([largest, rest.abs().amax().view(1)]) if len(rest) else largest
+
+
+def _uniform_table() -> torch.Tensor:
+    """The numbers (i + 1/2) / 65536 in an order that is the same everywhere, repeated for as far as a span may read."""
+    order = np.argsort(np.random.PCG64(0).random_raw(_PERIOD), kind="stable")
+    once = torch.from_numpy(((order + 0.5) / _PERIOD).astype(np.float32))
+    return once.repeat(1 + -(-SPAN // _PERIOD))
+
+
+CODEC = Int8

@@ -1,0 +1,21 @@
+"""No compression: four bytes a value."""
+
+from __future__ import annotations
+
+import torch
+
+from common.codecs import Codec, Coded, State
+from common.tensors import from_frame
+
+
+class Uncompressed(Codec):
+    """The values as they are, in the memory they are in."""
+
+    def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
+        return Coded(values.view(torch.uint8), None)
+
+    def decode(self, frame: memoryview, numel: int, seed: int) -> torch.Tensor:
+        return from_frame(frame, "float32", numel, "a frame").clone()
+
+
+CODEC = Uncompressed

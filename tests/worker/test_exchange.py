@@ -1,0 +1,256 @@
+"""Contributions and weights in frames of a codec: what is sent again is the same, and what did not count is not forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from common.codecs import CodecSettings, load
+from common.codecs.chosen import for_pushes, for_weights, push_seed
+from common.errors import WireError
+from common.layout import Layout, TensorSpec, make_layout
+from common.messages import Ack, Pull, Push, Weights
+from common.settings import Settings
+from common.sums import Sum
+from common.tensors import from_frame, to_frame
+from common.wire import SEND_AGAIN_S
+from worker.exchange import Exchange, Send
+from worker.mapped import InPlane
+from worker.slots import Slot, Slots
+
+ROWS, COLUMNS = 40, 30
+NUMEL = ROWS * COLUMNS
+PUSH = Push(3, 0, 2, 8, 2, [], [])
+
+
+def layout_of() -> Layout:
+    """Chunk 0 is compressed; chunk 1, of another group, is not."""
+    return make_layout([TensorSpec("weight", [ROWS, COLUMNS], "float32", 0), TensorSpec("bias", [5], "float32", 1)], 1)
+
+
+class Worker:
+    def __init__(self, **settings: Any) -> None:
+        self.layout = layout_of()
+        self.settings = Settings(**settings)
+        self.exchange = Exchange(self.layout, self.settings, pulls_follow=False)
+        self.slots = Slots(self.layout, shared=False)
+
+    def slot(self, value: float | torch.Tensor) -> Slot:
+        slot = self.slots.take(self.exchange.needs)
+        slot.chunks[0][:] = value
+        slot.chunks[1][:] = 1.0
+        return slot
+
+    def push(self, slot: Slot, push: Push = PUSH, now: float = 0.0, scale: float = 1.0, chunks: tuple[int, ...] = (0, 1)) -> Send:
+        sums = {chunk: Sum(slot.chunks[chunk], 1, scale=scale) for chunk in chunks}
+        (message,) = self.exchange.push(push, sums, now, slot=slot)
+        slot.taken = False
+        return message
+
+    def ack(self, push: Push, ignored: list[int], early: bool = False) -> None:
+        self.exchange.handle("server-0", Ack(push.round, push.lo, push.hi, push.chunks, early=early, ignored=ignored), ())
+
+    def sent(self, message: Send) -> torch.Tensor:
+        """Chunk 0 of a push as a server decodes it."""
+        codec = for_pushes(self.settings, self.layout)
+        assert codec is not None and isinstance(message.body, Push)
+        push = message.body
+        seed = push_seed(self.settings, push.round, push.lo, push.hi, 0)
+        return codec.decode(0, memoryview(message.frames[push.chunks.index(0)]), seed)
+
+
+def whole(message: Send) -> Push:
+    assert isinstance(message.body, Push)
+    return message.body
+
+
+# ---- pushes
+
+
+def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it() -> None:
+    worker = Worker(push_codec="bf16")
+    message = worker.push(worker.slot(0.75), scale=4.0)
+    assert (whole(message).chunks, whole(message).coded) == ([0, 1], [0])
+    assert [frame.nbytes for frame in message.frames] == [2 * NUMEL, 20]
+    assert torch.equal(worker.sent(message), torch.full((NUMEL,), 3.0))
+    assert whole(message).scale == 4.0  # of the chunk that is not coded
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk", "randomk", "onebit"])
+def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_else(codec: str) -> None:
+    worker = Worker(push_codec=codec)
+    slot = worker.slot(torch.randn(NUMEL))
+    message = worker.push(slot, chunks=(0,))
+    before = [bytes(frame) for frame in message.frames]
+    assert not worker.exchange.needs(slot)
+    slot.chunks[0].zero_()
+    (again,) = worker.exchange.tick(SEND_AGAIN_S + 1)
+    assert again.body == message.body and [bytes(frame) for frame in again.frames] == before
+
+
+def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
+    worker = Worker(push_codec="topk")
+    slot = worker.slot(1.0)
+    message = worker.push(slot)
+    assert worker.exchange.needs(slot)
+    worker.ack(whole(message), [])
+    assert not worker.exchange.needs(slot)
+
+
+def test_two_workers_send_the_same_bytes_for_the_same_sum() -> None:
+    values = torch.randn(NUMEL)
+    workers = [Worker(push_codec="int8") for _ in range(2)]
+    first, second = ([bytes(frame) for frame in worker.push(worker.slot(values)).frames] for worker in workers)
+    assert first == second
+
+
+def test_gradients_that_are_not_finite_are_sent_as_they_are() -> None:
+    worker = Worker(push_codec="topk")
+    values = torch.randn(NUMEL)
+    values[7] = float("inf")
+    message = worker.push(worker.slot(values))
+    assert whole(message).coded == [] and torch.equal(from_frame(message.frames[0], "float32", NUMEL, ""), values)
+
+
+def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() -> None:
+    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    values = torch.arange(1.0, NUMEL + 1)
+    first = worker.push(worker.slot(values))
+    worker.ack(whole(first), [])
+    slot = worker.slot(0.0)
+    (absent,) = worker.exchange.push(Push(4, 0, 2, 8, 2, [], []), {0: Sum(slot.chunks[0], 0)}, 0.0, slot=slot)
+    assert whole(absent).coded == []
+    worker.ack(whole(absent), [])
+    third = worker.push(worker.slot(0.0), Push(5, 0, 2, 8, 2, [], []))
+    assert torch.equal(worker.sent(third), values - worker.sent(first))
+
+
+def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
+    worker = Worker(push_codec="topk")
+    worker.exchange.readers.add(0)
+    slot = worker.slot(1.0)
+    slot.index = 0
+    message = worker.push(slot)
+    assert not message.frames and whole(message).slot == 0 and not whole(message).coded
+    assert worker.exchange.traffic.pushed_bytes == 0
+
+
+@pytest.mark.parametrize("ignored", [[], [0], [0, 1]])
+def test_what_a_frame_left_out_is_sent_later_if_the_frame_counted_and_not_otherwise(ignored: list[int]) -> None:
+    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    values = torch.arange(1.0, NUMEL + 1)
+    first = worker.push(worker.slot(values))
+    worker.ack(whole(first), ignored)
+    second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    left_out = values - worker.sent(first)
+    assert torch.equal(worker.sent(second), left_out if 0 not in ignored else torch.zeros(NUMEL))
+
+
+def test_the_second_of_two_sums_under_way_has_nothing_of_what_the_first_carries() -> None:
+    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    values = torch.arange(1.0, NUMEL + 1)
+    first = worker.push(worker.slot(values), Push(3, 0, 2, 8, 2, [], []))
+    worker.ack(whole(first), [])
+    second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    third = worker.push(worker.slot(0.0), Push(4, 2, 3, 4, 1, [], []))
+    assert worker.sent(second).any() and not worker.sent(third).any()
+    worker.ack(whole(third), [])
+    worker.ack(whole(second), [0])
+    fourth = worker.push(worker.slot(0.0), Push(5, 0, 2, 8, 2, [], []))
+    assert torch.equal(worker.sent(fourth), worker.sent(second))
+
+
+def test_an_early_push_that_does_not_count_is_as_if_it_had_never_been_sent() -> None:
+    workers = [Worker(push_codec="topk", codec_ratio=0.1) for _ in range(2)]
+    values = torch.randn(NUMEL)
+    for worker in workers:
+        worker.ack(whole(worker.push(worker.slot(values))), [])
+    later = Push(4, 0, 2, 8, 2, [], [])
+    early = workers[0]
+    slot = early.slot(values)
+    (message,) = early.exchange.push_early(later, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
+    early.ack(whole(message), [], early=True)
+    slot.chunks[0][:] = -values
+    assert early.exchange.settle((), 0.0) == []
+    sent = [w.push(w.slot(-values), later, chunks=(0,)) for w in workers]
+    assert bytes(sent[0].frames[0]) == bytes(sent[1].frames[0])
+
+
+def test_an_early_push_that_is_confirmed_commits_what_it_left_out() -> None:
+    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    values = torch.arange(1.0, NUMEL + 1)
+    slot = worker.slot(values)
+    (message,) = worker.exchange.push_early(PUSH, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
+    assert not worker.exchange.needs(slot)
+    (confirm,) = worker.exchange.settle({0}, 0.0)
+    assert whole(confirm).stage == "confirm" and whole(confirm).coded == [0] and not confirm.frames
+    worker.ack(whole(confirm), [])
+    second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    assert torch.equal(worker.sent(second), values - worker.sent(message))
+
+
+# ---- weights
+
+
+def pulled(worker: Worker, clock: int, frame: Any, coded: bool, plane: int = -1) -> Pull:
+    """Pull round `clock`, of which the server hands out `frame` for chunk 0; the Pull that it got."""
+    (ask,) = worker.exchange.pull(clock, False, 0.0)
+    frames = [] if plane >= 0 else [frame, to_frame(torch.zeros(5))]
+    worker.exchange.handle("server-0", Weights(clock, clock, [0, 1], True, {}, plane, [0] if coded else []), frames)
+    assert isinstance(ask.body, Pull)
+    return ask.body
+
+
+def taken(worker: Worker) -> torch.Tensor:
+    return from_frame(worker.exchange.take()[0][0], "float32", NUMEL, "")
+
+
+def test_rounded_weights_come_out_as_single_precision() -> None:
+    worker = Worker(weight_codec="bf16")
+    values = torch.randn(NUMEL).bfloat16()
+    pulled(worker, 0, to_frame(values), coded=True)
+    assert torch.equal(taken(worker), values.float())
+    assert worker.exchange.traffic.pulled_bytes == 2 * NUMEL + 20
+
+
+def test_changes_are_added_to_what_came_before_whatever_a_script_writes_into_its_model() -> None:
+    worker = Worker(weight_codec="int8")
+    codec = for_weights(worker.settings, worker.layout)
+    assert codec is not None
+    weights, change = torch.randn(NUMEL), torch.randn(NUMEL)
+    assert pulled(worker, 0, to_frame(weights), coded=False).holds == -1
+    model = taken(worker).clone()
+    model.zero_()
+    coded = codec.encode(0, change, 0, None)
+    assert coded is not None
+    assert pulled(worker, 1, to_frame(coded.frame), coded=True).holds == 0
+    assert torch.equal(taken(worker), weights + codec.decode(0, memoryview(to_frame(coded.frame)), 0))
+
+
+def test_changes_of_weights_that_are_not_held_are_refused() -> None:
+    worker = Worker(weight_codec="onebit")
+    frame = load("onebit", CodecSettings()).encode(torch.randn(NUMEL), 0, None).frame
+    with pytest.raises(WireError, match="its change since version 1, which is not held"):
+        pulled(worker, 2, to_frame(frame), coded=True)
+    worker = Worker(weight_codec="onebit")
+    pulled(worker, 0, None, coded=False, plane=2)
+    assert worker.exchange.take()[0][0] == InPlane(0, 2)
+    assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).holds == -1
+
+
+def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_before_still_are() -> None:
+    worker = Worker(weight_codec="int8")
+    pulled(worker, 0, to_frame(torch.ones(NUMEL)), coded=False)
+    taken(worker)
+    worker.exchange.pull(1, False, 0.0)
+    worker.exchange.handle("server-0", Weights(1, 1, [0]), [to_frame(torch.zeros(NUMEL))])
+    assert not taken(worker).any() and not worker.exchange.complete
+    (ask,) = worker.exchange.pull(3, False, 0.0)
+    assert isinstance(ask.body, Pull) and ask.body.holds == 0
+
+
+def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
+    with pytest.raises(WireError, match="chunk 0 is not one that is compressed"):
+        pulled(Worker(), 0, bytes(2 * NUMEL), coded=True)

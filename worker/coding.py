@@ -1,0 +1,114 @@
+"""A worker's side of the codecs: what it pushes becomes frames, and frames of weights become weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from common.codecs.chosen import WEIGHT_SEED, for_pushes, for_weights, push_seed, sends_changes
+from common.codecs.chunks import coded_pieces
+from common.codecs.feedback import Feedback
+from common.errors import WireError
+from common.layout import Layout
+from common.messages import Push
+from common.settings import Settings
+from common.sums import Sum
+from common.tensors import from_frame, to_frame
+from common.wire import bytes_of
+from worker.mapped import InPlane
+
+
+class PushCoder:
+    """Encodes contributions. What a codec with error feedback leaves out is sent later: once, and only if the rest counted."""
+
+    def __init__(self, settings: Settings, layout: Layout) -> None:
+        self._settings = settings
+        self._codec = for_pushes(settings, layout)
+        self._feedback = Feedback(layout)
+        #: By chunk, the pieces that are compressed, as bits.
+        self._pieces = {
+            chunk.id: sum(1 << chunk.pieces.index(piece) for piece in coded_pieces(layout, chunk)) for chunk in layout.chunks
+        }
+
+    def encode(self, push: Push, chunk: int, value: Sum) -> memoryview | None:
+        """The frame of a chunk in `push`, with the value's scale in it, in memory of its own; None: it is sent as it is."""
+        if self._codec is None or not self._codec.covers(chunk):
+            return None
+        if self._codec.codec.keeps_state and ~value.present & self._pieces[chunk]:
+            return None  # what waits of a piece without a gradient would be sent and not be applied
+        values = value.values if value.scale == 1.0 else value.values * value.scale
+        seed = push_seed(self._settings, push.round, push.lo, push.hi, chunk)
+        coded = self._codec.encode(chunk, values, seed, self._feedback.state(chunk))
+        if coded is None:
+            return None
+        self._feedback.sent(chunk, _key(push), coded.state)
+        return to_frame(coded.frame)
+
+    def settled(self, push: Push, ignored: Collection[int]) -> None:
+        """The frames of `push` have counted, but for the chunks `ignored`."""
+        for chunk in push.coded:
+            if chunk in ignored:
+                self._feedback.drop(chunk, _key(push))
+            else:
+                self._feedback.commit(chunk, _key(push))
+
+    @property
+    def seconds(self) -> float:
+        return self._codec.encode_seconds if self._codec is not None else 0.0
+
+
+def _key(push: Push) -> tuple[int, int, int]:
+    return push.round, push.lo, push.hi
+
+
+class WeightDecoder:
+    """Decodes weights. Where their changes are sent it keeps the last ones, as they came: a script may write into its model."""
+
+    def __init__(self, settings: Settings, layout: Layout) -> None:
+        self._codec = for_weights(settings, layout)
+        self._keeps = self._codec is not None and sends_changes(settings)
+        self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
+        #: The last weights that came whole, by chunk, and their versions by server; and those that are coming.
+        self._kept: dict[int, Any] = {}
+        self._versions: dict[int, int] = {}
+        self._coming: dict[int, Any] = {}
+
+    def holds(self, server: int) -> int:
+        """The version of the server's weights that changes can be added to; -1: none."""
+        return self._versions.get(server, -1)
+
+    def begin(self) -> None:
+        """Other weights are asked for."""
+        self._coming = {}
+
+    def weights(self, version: int, chunk: int, found: Any, is_coded: bool) -> Any:
+        """The chunk's weights of `version`, which came as `found`: decoded, float32, if they are coded.
+
+        Raises WireError for what is no frame of it or no change of what is held.
+        """
+        weights = self._decoded(version, chunk, found) if is_coded else found
+        if self._keeps and self._codec is not None and self._codec.covers(chunk):
+            self._coming[chunk] = weights
+        return weights
+
+    def _decoded(self, version: int, chunk: int, frame: Any) -> memoryview:
+        if self._codec is None or chunk not in self._server_of:
+            raise WireError(f"chunk {chunk} is not one that is compressed")
+        values = self._codec.decode(chunk, bytes_of(frame), WEIGHT_SEED)
+        if self._keeps:
+            if chunk not in self._kept or self.holds(self._server_of[chunk]) != version - 1:
+                raise WireError(f"chunk {chunk} came as its change since version {version - 1}, which is not held")
+            torch.add(from_frame(self._kept[chunk], "float32", values.numel(), f"chunk {chunk}"), values, out=values)
+        return to_frame(values)
+
+    def got_all(self, versions: Mapping[int, int]) -> None:
+        """All that was asked for is here, in `versions` by server."""
+        mapped = {found.server for found in self._coming.values() if isinstance(found, InPlane)}
+        self._kept, self._coming = self._coming, {}
+        self._versions = {server: version for server, version in versions.items() if server not in mapped}
+
+    @property
+    def seconds(self) -> float:
+        return self._codec.decode_seconds if self._codec is not None else 0.0
