@@ -54,6 +54,8 @@ class Membership:
         self.settings = settings
         self.run = run
         self.members: dict[str, Member] = {}
+        #: Those of them that are workers.
+        self.workers: dict[str, Member] = {}
         self.started = False
         self.tables: list[Table] = []
         #: Workers that fell silent, until whoever tells of it has taken note.
@@ -92,6 +94,8 @@ class Membership:
             ]
         member = Member(f"{hello.role}-{number}", hello, incarnation, now)
         self.members[member.name] = member
+        if hello.role == "worker":
+            self.workers[member.name] = member
         if self.started:
             self._new_table()
             return member, [("", self._answer(member)), *self._to_workers(Tables(self.tables))]
@@ -175,7 +179,7 @@ class Membership:
         return shares(count, self._weights(workers)) != shares(count, table.weights)
 
     def _newest_round(self) -> int:
-        return max([m.beat.round for m in self.members.values() if m.hello.role == "worker"], default=0)
+        return max([member.beat.round for member in self.workers.values()], default=0)
 
     def _new_table(self) -> None:
         workers = self.names("worker")

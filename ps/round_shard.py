@@ -208,6 +208,7 @@ class RoundShard(Shard):
     def _advance(self, now: float) -> list[Send]:
         """Apply what can be applied, close the round if all is, and serve who waits."""
         assert self.store is not None and self._setup is not None
+        before = self._version, len(self._next)
         clips = self._setup[0].update.clip_norm is not None
         for chunk in self.chunks:
             if chunk in self._next or chunk in self._means or (total := self._total(chunk)) is None:
@@ -225,7 +226,8 @@ class RoundShard(Shard):
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if len(self._next) == len(self.chunks) and metrics is not None:
             self._commit(mean_metrics(metrics[0]))
-        return self._ask(now) + self._serve_all()
+        news = before != (self._version, len(self._next))
+        return self._ask(now) + (self._serve_all() if news else [])
 
     def _apply(self, chunk: int, total: list[Sum], samples: int, factor: torch.Tensor | None = None) -> None:
         """Write the weights after this round to the next version's plane."""
