@@ -19,7 +19,6 @@ from pathlib import Path
 
 import click
 import msgspec
-import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from benchmarks.measure import Usage, watch
 from benchmarks.report import markdown_table
@@ -29,7 +28,6 @@ from cluster.local import start_coordinator, start_server
 from cluster.processes import TICK_S, Processes
 from cluster.rundir import LOGS, SETTINGS_FILE, write_settings
 from cluster.signals import StopSignals
-from common.errors import ClusterError, UsageError
 from common.layout import CHUNK_BYTES
 from common.settings import Settings
 from common.wire import allow_files
@@ -76,9 +74,7 @@ def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path
 
     Raises ClusterError, naming the process and its log, where one fails or time is over; KeyboardInterrupt on a signal.
     """
-    settings = Settings(
-        workers=workers, servers=1, global_batch=workers, micro_batch=1, epochs=1, lane="socket", timeout=timeout
-    )
+    settings = Settings(workers=workers, servers=1, global_batch=workers, micro_batch=1, epochs=1, lane="socket", timeout=timeout)
     write_settings(folder / SETTINGS_FILE, settings)
     program = [sys.executable, str(ROOT / "launch.py")]
     usage = {name: Usage() for name in _MEASURED}
@@ -99,7 +95,12 @@ def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path
                 job = Job(address, first, end - first, workers, rounds, values, timeout, str(outs[-1]))
                 processes.start(f"workers-{first}", module_command("benchmarks.simulated", msgspec.json.encode(job).decode()))
         pids = {child.name: child.popen.pid for child in processes.children}
-        watch(processes, signals, timeout, lambda: [usage[name].look([pids[name]]) for name in _MEASURED])
+
+        def look() -> None:
+            for name in _MEASURED:
+                usage[name].look([pids[name]])
+
+        watch(processes, signals, timeout, look)
     return _evaluate(workers, [json.loads(out.read_text(encoding="utf-8")) for out in outs], usage)
 
 

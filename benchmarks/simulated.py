@@ -7,6 +7,7 @@ round sends a gradient of random numbers for every micro-batch that is its own o
 from __future__ import annotations
 
 import array
+import itertools
 import json
 import random
 import select
@@ -26,6 +27,7 @@ from common.messages import (
     Ack,
     Beat,
     Body,
+    Gone,
     Goodbye,
     Hello,
     Init,
@@ -45,11 +47,22 @@ from common.messages import (
     Weights,
 )
 from common.plan import Segment, make_segment
-from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, allow_files, dealer, new_incarnation, receive, send
+from common.wire import (
+    ASK_AGAIN_S,
+    PATIENCE_BY_WORKER_S,
+    SEND_AGAIN_S,
+    Frames,
+    Stamp,
+    allow_files,
+    dealer,
+    new_incarnation,
+    receive,
+    send,
+)
 from worker.tasks import Tasks
 
 COORDINATOR, SERVER = "coordinator", "server-0"
-#: As long as a real worker waits for weights before it asks for more to do, and between two looks at the clock.
+#: As long as a real worker waits at least for weights before it asks for more to do, and between two looks at the clock.
 _PATIENCE_S = 0.05
 _TICK_S = 0.02
 #: What a worker says of its speed; all say the same, so that shares stay as they are.
@@ -95,11 +108,12 @@ class _Worker:
         self.index = index
         self.sockets = {COORDINATOR: dealer(context, job.coordinator)}
         self.attendance = Attendance(Hello("worker", index), job.coordinator, now)
-        #: When the weights after each round were here, by round.
-        self.done_at: list[float] = []
+        #: When the weights to start each round from were here.
+        self.done_at: dict[int, float] = {}
         self._context = context
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
         self._gradient = gradient
+        self._patience_s = max(_PATIENCE_S, PATIENCE_BY_WORKER_S * job.workers)
         self._tasks = Tasks("", [])
         self._life = self._live()
         self._question: _Question | None = None
@@ -107,7 +121,7 @@ class _Worker:
         #: Pushes that are not acknowledged, by round and micro-batch, and when they were sent.
         self._outstanding: dict[tuple[int, int], tuple[Push, float]] = {}
 
-    def _live(self) -> Generator[_Question, None, None]:
+    def _live(self) -> Generator[_Question, Body | None, None]:
         """Asks what a worker asks, in its order; goes on when that is answered."""
         job, segment = self.job, self.job.segment
         setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]))
@@ -118,12 +132,18 @@ class _Worker:
             yield _Question(SERVER, Init(chunks), _ready("Init"), [self._gradient])
         for to in (COORDINATOR, SERVER):
             yield _Question(to, Plan(segment), _ready("Plan"))
-        for round_ in range(job.rounds + 1):
-            yield _Question(SERVER, Pull(round_, round_ + 1), _weights(round_), again_s=SEND_AGAIN_S)
-            self.done_at.append(time.monotonic())
-            if round_ < job.rounds:
-                self._tasks.open(round_, segment.round(round_).micro_batches)
-                self._compute()
+        round_ = 0
+        for number in itertools.count(1):
+            answer = yield _Question(SERVER, Pull(round_, number), _weights(round_), again_s=SEND_AGAIN_S)
+            if isinstance(answer, Gone):  # others have done its part meanwhile
+                round_ = answer.newest
+                continue
+            self.done_at[round_] = time.monotonic()
+            if round_ == job.rounds:
+                break
+            self._tasks.open(round_, segment.round(round_).micro_batches)
+            self._compute()
+            round_ += 1
         while True:
             yield _Question(COORDINATOR, Goodbye(), lambda body: isinstance(body, Upload))
             yield _Question(COORDINATOR, ModelPart(0, 1, ""), _ready("ModelPart"), [self._gradient])
@@ -149,7 +169,7 @@ class _Worker:
         if self._question is not None and now >= self._asked_at + self._question.again_s:
             self._ask(now)
         if self._waits and now >= self._patient_until:
-            self._patient_until = now + _PATIENCE_S
+            self._patient_until = now + self._patience_s
             self._send(COORDINATOR, Waiting(self._tasks.round))
 
     @property
@@ -182,7 +202,7 @@ class _Worker:
         if self._question is None:
             self._begin(now)
         elif self._question.answers(body):
-            self._go_on(now)
+            self._go_on(body, now)
 
     def _begin(self, now: float) -> None:
         welcome = self.attendance.welcome
@@ -190,11 +210,11 @@ class _Worker:
             self._stamp.sender, self._stamp.run = welcome.process, welcome.run
             self._tasks = Tasks(welcome.process, welcome.tables)
             self.sockets[SERVER] = dealer(self._context, welcome.servers[0])
-            self._go_on(now)
+            self._go_on(None, now)
 
-    def _go_on(self, now: float) -> None:
-        self._question = next(self._life)
-        self._patient_until = now + _PATIENCE_S
+    def _go_on(self, answer: Body | None, now: float) -> None:
+        self._question = self._life.send(answer)
+        self._patient_until = now + self._patience_s
         self._ask(now)
         if self._waits and self.attendance.beat_soon(now):
             self.tick(now)
@@ -210,7 +230,7 @@ def _ready(about: str) -> Callable[[Body], bool]:
 
 
 def _weights(clock: int) -> Callable[[Body], bool]:
-    return lambda body: isinstance(body, Weights) and body.clock == clock
+    return lambda body: isinstance(body, Weights | Gone) and body.clock == clock
 
 
 def run(job: Job) -> None:
@@ -228,15 +248,15 @@ def run(job: Job) -> None:
         _loop(workers, start + job.timeout)
     finally:
         context.destroy(linger=0)
-    last = [max(times) for times in zip(*(worker.done_at for worker in workers), strict=True)]
+    last = [max(worker.done_at.get(round_, 0.0) for worker in workers) for round_ in range(job.rounds + 1)]
     Path(job.out).write_text(json.dumps(last), encoding="utf-8")
 
 
 def _loop(workers: list[_Worker], deadline: float) -> None:
     """Have the workers live until each was told to stop.
 
-    ZeroMQ's own poller looks at every socket each time; epoll tells of those with news alone. A socket's file shows only once that
-    there is news, so then it is read until nothing is left, and once more after it was used.
+    ZeroMQ's own poller looks at every socket each time; epoll tells of those with news alone. A socket's file shows only once
+    that there is news, so then it is read until nothing is left, and once more after it was used.
     """
     epoll = select.epoll()
     by_file: dict[int, tuple[_Worker, str]] = {}
@@ -253,7 +273,7 @@ def _loop(workers: list[_Worker], deadline: float) -> None:
             raise ClusterError(f"{len(going)} simulated workers have not ended in time.")
         for worker in going if len(by_file) < 2 * len(workers) else ():
             for name, sock in worker.sockets.items():
-                if (file := sock.getsockopt(zmq.FD)) not in by_file:
+                if (file := sock.fileno()) not in by_file:
                     by_file[file] = worker, name
                     epoll.register(file, select.EPOLLIN | select.EPOLLET)
         while files:
@@ -262,7 +282,7 @@ def _loop(workers: list[_Worker], deadline: float) -> None:
                 worker, name = by_file[file]
                 while (frames := receive(worker.sockets[name])) is not None:
                     worker.handle(name, frames[0].buffer)
-                    used.update(sock.getsockopt(zmq.FD) for sock in worker.sockets.values())
+                    used.update(sock.fileno() for sock in worker.sockets.values())
             files = used & by_file.keys()
 
 

@@ -35,6 +35,8 @@ GONE_S = 20.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0
 SEND_AGAIN_S = 5.0
+#: Seconds, for each worker of the run, that one waits before it asks for something to take over: 2000 questions a second in all.
+PATIENCE_BY_WORKER_S = 5e-4
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Envelope)

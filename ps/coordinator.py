@@ -34,9 +34,9 @@ from common.messages import (
     Waiting,
 )
 from common.policies import load
-from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow
+from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
-from common.wire import ASK_AGAIN_S, BEAT_S, Frames, Stamp, new_incarnation, receive, router, send, write_address
+from common.wire import ASK_AGAIN_S, BEAT_S, Frames, Stamp, allow_files, new_incarnation, receive, router, send, write_address
 from ps.archive import MODEL_FILE, ModelFile, write_summary
 from ps.ledger import Ledger
 from ps.membership import Member, Membership, number_of
@@ -60,6 +60,7 @@ def serve(settings: Settings, bind: str, run_dir: Path) -> None:
     Writes the address it listens at to run_dir/address. Returns when the run has finished and its results are written.
     Raises UsageError where it cannot listen or write, ClusterError where the run failed, naming who and why.
     """
+    allow_files(settings.workers + settings.servers)
     context: zmq.Context[Any] = zmq.Context()
     try:
         sock, bound = router(context, bind)
@@ -370,8 +371,8 @@ class Coordinator:
         round_ = self._ledger.committed
         busy = [n for n in self._membership.names("worker") if members[n].beat.state != "waiting"]
         if busy:
-            return ", ".join(busy)
-        return ", ".join(n for n in self._membership.names("server") if members[n].beat.round <= round_)
+            return some(busy)
+        return some([n for n in self._membership.names("server") if members[n].beat.round <= round_])
 
     def _write_status(self) -> None:
         waits_for = self._whom_all_wait_for() if self._membership.started else ""

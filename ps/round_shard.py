@@ -160,7 +160,8 @@ class RoundShard(Shard):
         if not counted:
             self._news.append(contribution(sender, push, "duplicate"))
             return
-        for span in [s for s in self._filed if push.lo <= s[0] and s[1] <= push.hi]:
+        inside = [s for s in self._filed if push.lo <= s[0] and s[1] <= push.hi] if push.hi - push.lo > 1 else []
+        for span in inside:
             part = self._filed.pop(span)
             self._news.append(_with_outcome(part, "duplicate"))
         self._filed[push.lo, push.hi] = contribution(sender, push, "committed")
@@ -199,9 +200,12 @@ class RoundShard(Shard):
         return None
 
     def _arrived(self) -> list[int]:
-        """Micro-batches that are in, in every chunk here."""
-        each = [set(self._leaves.get(chunk, ())) for chunk in self._ids]
-        return sorted(set.intersection(*each)) if each else []
+        """Micro-batches that are in, in every chunk here; none while they are too few to close the round with."""
+        each = [self._leaves.get(chunk, {}).keys() for chunk in self._ids]
+        fewest = min(map(len, each), default=0)
+        if not fewest or fewest < self._count - self.policy.may_leave_out:
+            return []
+        return sorted(set.intersection(*map(set, each)))
 
     # ---- applying
 
