@@ -58,7 +58,7 @@ class Measurement:
 @click.option("--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for one run.")
 def cli(workers: Sequence[int], pushes: int, values: int, timeout: float) -> None:
     """Measure a round and a connection of a coordinator and a server with many simulated workers, and print a table."""
-    allow_files(FILES_PER_WORKER * max(workers))  # those started here could not have more
+    allow_files(FILES_PER_WORKER * -(-max(workers) // _PROCESSES))  # or processes started here could not either
     measured = []
     with StopSignals() as signals:
         for count in workers:

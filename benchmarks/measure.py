@@ -17,14 +17,13 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from benchmarks.systems import ROOT, Command, Job
 from benchmarks.training import STEPS_VARIABLE, WORKERS
-from cluster.processes import TICK_S, Processes, root_cause
+from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
 from cluster.signals import StopSignals
 from common.errors import ClusterError
 
 #: Seconds between two looks at processor time, and at memory, which costs more to ask for.
 _CPU_EVERY_S = 0.2
 _MEMORY_EVERY_S = 1.0
-_GATHER_S = 2.0
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -130,7 +129,7 @@ def watch(processes: Processes, signals: StopSignals, timeout: float, look: Call
             raise KeyboardInterrupt
         if processes.failures():
             failed_at = min(failed_at, time.monotonic())
-        if time.monotonic() > failed_at + _GATHER_S:
+        if time.monotonic() > failed_at + GATHER_S:
             break
         if time.monotonic() > deadline:
             late = processes.running()[0]

@@ -87,7 +87,8 @@ class Membership:
         if f"{hello.role}-{hello.index}" in there:
             return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self.run} already."))]
         if hello.role == "server" and len(there) >= expected:
-            return None, [("", Refused("Hello", f"run {self.run} has all of its {expected} servers already."))]
+            reason = f"run {self.run} has all of its {expected} servers already; the coordinator's --servers says how many."
+            return None, [("", Refused("Hello", reason))]
         if hello.role == "worker" and len(there) >= expected and self._policy.is_local:
             reason = f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
             return None, [("", Refused("Hello", reason))]
