@@ -47,6 +47,8 @@ class Measurement:
     #: Of the coordinator and of the server: processor seconds in the timed rounds, by round, and largest proportional set size.
     cpu_s: tuple[float, float]
     memory: tuple[int, int]
+    #: How many processors others used meanwhile.
+    others: float
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,7 +79,7 @@ def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path
     settings = Settings(workers=workers, servers=1, global_batch=workers, micro_batch=1, epochs=1, lane="socket", timeout=timeout)
     write_settings(folder / SETTINGS_FILE, settings)
     program = [sys.executable, str(ROOT / "launch.py")]
-    usage = {name: Usage() for name in _MEASURED}
+    usage = {name: Usage() for name in (*_MEASURED, "all")}
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with Processes(folder / LOGS, env) as processes:
 
@@ -99,6 +101,7 @@ def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path
         def look() -> None:
             for name in _MEASURED:
                 usage[name].look([pids[name]])
+            usage["all"].look(list(pids.values()))
 
         watch(processes, signals, timeout, look)
     return _evaluate(workers, [json.loads(out.read_text(encoding="utf-8")) for out in outs], usage)
@@ -108,7 +111,9 @@ def _evaluate(workers: int, times: Sequence[Sequence[float]], usage: dict[str, U
     last = [max(of_round) for of_round in zip(*times, strict=True)][_WARMUP:]
     cpu = [usage[name].between(last[0], last[-1])[0] / (len(last) - 1) for name in _MEASURED]
     memory = [usage[name].memory for name in _MEASURED]
-    return Measurement(workers, [b - a for a, b in pairwise(last)], (cpu[0], cpu[1]), (memory[0], memory[1]))
+    ours, whole = usage["all"].between(last[0], last[-1])
+    others = max(0.0, whole - ours) / (last[-1] - last[0])
+    return Measurement(workers, [b - a for a, b in pairwise(last)], (cpu[0], cpu[1]), (memory[0], memory[1]), others)
 
 
 def to_markdown(measured: Sequence[Measurement]) -> str:
@@ -125,19 +130,21 @@ def to_markdown(measured: Sequence[Measurement]) -> str:
             *(f"{cpu * 1e6 / m.workers:.0f}" for cpu in m.cpu_s),
             *(f"{memory / 1e6:.0f}" for memory in m.memory),
             *(f"{(a - b) / 1e3 / more:.0f}" if more else "" for a, b in zip(m.memory, least.memory, strict=True)),
+            f"{m.others:.1f}",
         ])  # fmt: skip
     return markdown_table(cells, left=0)
 
 
 _HEADER = (
     "workers", "ms/round", "us/worker", "coordinator CPU us/worker", "server CPU us/worker",
-    "coordinator MB", "server MB", "coordinator kB/connection", "server kB/connection",
+    "coordinator MB", "server MB", "coordinator kB/connection", "server kB/connection", "others",
 )  # fmt: skip
 
 _LEGEND = f"""\
 - ms/round: until the last worker has the new weights; median (first..ninth tenth) of the rounds after the first {_WARMUP}
 - us/worker: of a round, by worker; CPU: user and system time in a round, by worker
-- MB: peak of the proportional set size; kB/connection: what it is more than with the fewest workers, by worker"""
+- MB: peak of the proportional set size; kB/connection: what it is more than with the fewest workers, by worker
+- others: processors that were busy with something else in the timed rounds; times with much of that are disturbed"""
 
 
 def _per_round(measured: Measurement) -> str:

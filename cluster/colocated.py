@@ -46,7 +46,7 @@ def server_beside(program: Sequence[str], coordinator: str, index: int | None, s
         with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
             processes = cleanup.enter_context(Processes(Path(folder), os.environ))
             server = start_server(processes, program, coordinator, index, bind="tcp://*:0")
-            log = cleanup.enter_context(server.log.open("rb"))
+            log = server.log.open("rb")
         server.log = Path(f"/proc/self/fd/{log.fileno()}")
     except OSError as error:
         cleanup.close()
@@ -97,3 +97,4 @@ def _end(cleanup: ExitStack, watch: _Watch) -> None:
     """Called when the script has ended and the worker has left the run."""
     with cleanup:
         watch.join(watch.patience_s)
+    watch.join(4 * TICK_S)  # for its last words
