@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,11 @@ def server(coordinator: str, bind: str, index: int | None) -> None:
 @click.argument("script", required=False)
 @_COORDINATOR
 @_INDEX
+@click.option("--colocate", is_flag=True,
+              help="Be one of its servers too, by a process beside this one that ends with it. Where all workers are, the "
+              "coordinator's --servers must be its --workers, and a host moves no more than in a ring all-reduce.")  # fmt: skip
 @click.pass_context
-def worker(ctx: click.Context, script: str | None, coordinator: str, index: int | None) -> None:
+def worker(ctx: click.Context, script: str | None, coordinator: str, index: int | None, colocate: bool) -> None:
     """Be one of a run's workers.
 
     Runs SCRIPT with ARGS, or without one the built-in example.
@@ -120,7 +124,12 @@ def worker(ctx: click.Context, script: str | None, coordinator: str, index: int 
     from worker.script import run_script
 
     _log_to_stderr()
-    run_script(coordinator, script, list(ctx.meta["args"]), index)
+    with ExitStack() as beside:
+        if colocate:
+            from cluster.colocated import server_beside
+
+            beside.enter_context(server_beside(_program(), coordinator, index, script))
+        run_script(coordinator, script, list(ctx.meta["args"]), index)
 
 
 @cli.command(cls=Command)

@@ -8,7 +8,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,14 +17,13 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from benchmarks.systems import ROOT, Command, Job
 from benchmarks.training import STEPS_VARIABLE, WORKERS
-from cluster.processes import TICK_S, Processes, root_cause
+from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
 from cluster.signals import StopSignals
 from common.errors import ClusterError
 
 #: Seconds between two looks at processor time, and at memory, which costs more to ask for.
 _CPU_EVERY_S = 0.2
 _MEMORY_EVERY_S = 1.0
-_GATHER_S = 2.0
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -53,7 +52,7 @@ class Measurement(msgspec.Struct, frozen=True):
         return statistics.fmean(self.losses)
 
 
-class _Usage:
+class Usage:
     """Samples of what a process tree uses."""
 
     def __init__(self) -> None:
@@ -109,28 +108,28 @@ def run(commands: Sequence[Command], job: Job, signals: StopSignals, warmup: int
         "MKL_NUM_THREADS": "1",
         STEPS_VARIABLE: str(steps.resolve()),
     }
-    usage = _Usage()
+    usage = Usage()
     with Processes(job.folder / "logs", env) as processes:
         for command in commands:
             processes.start(command.name, [*job.hosts[command.host].prefix, *command.argv], **command.env)
-        watch(processes, signals, timeout, usage)
+        watch(processes, signals, timeout, lambda: usage.look([child.popen.pid for child in processes.running()]))
     return _evaluate(steps, usage, job.steps, warmup)
 
 
-def watch(processes: Processes, signals: StopSignals, timeout: float, usage: _Usage | None = None) -> None:
-    """Return when all processes have ended well. Raises as `run` does."""
+def watch(processes: Processes, signals: StopSignals, timeout: float, look: Callable[[], object] | None = None) -> None:
+    """Return when all processes have ended well, having called `look` all the while. Raises as `run` does."""
     deadline = time.monotonic() + timeout
     failed_at = float("inf")
     while processes.running():
         time.sleep(TICK_S)
-        if usage is not None:
-            usage.look([child.popen.pid for child in processes.running()])
+        if look is not None:
+            look()
         processes.poll()
         if signals.name:
             raise KeyboardInterrupt
         if processes.failures():
             failed_at = min(failed_at, time.monotonic())
-        if time.monotonic() > failed_at + _GATHER_S:
+        if time.monotonic() > failed_at + GATHER_S:
             break
         if time.monotonic() > deadline:
             late = processes.running()[0]
@@ -139,7 +138,7 @@ def watch(processes: Processes, signals: StopSignals, timeout: float, usage: _Us
         raise ClusterError(root_cause(processes.failures()).describe_end())
 
 
-def _evaluate(steps: Path, usage: _Usage, count: int, warmup: int) -> Measurement:
+def _evaluate(steps: Path, usage: Usage, count: int, warmup: int) -> Measurement:
     losses, before, step_s, start, end = [], 0.0, [], 0.0, 0.0
     for rank in range(WORKERS):
         path = steps / f"rank-{rank}.jsonl"

@@ -113,16 +113,20 @@ def to_markdown(results: Results) -> str:
                 "" if same is None else "yes" if same else "**no**",
                 f"{statistics.median(m.others for m in everything):.1f}",
             ])  # fmt: skip
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    rule = ["-" * width if i < 2 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
-        for row in [cells[0], rule, *cells[1:]]
-    ]
     about = [f"- {key}: {value}" for key, value in results.about.items()]
     about += [f"- {run.model} {run.system}, repeat {run.repeat + 1}, failed: {run.error}" for run in results.runs if run.error]
-    return "\n".join([*lines, "", *about, "", _LEGEND])
+    return "\n".join([markdown_table(cells, left=2), "", *about, "", _LEGEND])
+
+
+def markdown_table(cells: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first row is the header, and whose first `left` columns hold words and not numbers."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
+        for row in [cells[0], rule, *cells[1:]]
+    )
 
 
 _LEGEND = f"""\

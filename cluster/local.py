@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.processes import TICK_S, Processes, root_cause
+from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
 from cluster.rundir import ADDRESS_FILE, LOGS, SETTINGS_FILE, read_summary, tidy_log, write_settings
 from cluster.screen import Screen, summary_lines
 from cluster.signals import StopSignals
@@ -20,8 +20,6 @@ from common.settings import Settings
 
 #: Seconds for the coordinator to listen.
 _ADDRESS_S = 30.0
-#: Seconds in which, after one process has failed, the others may say why they did.
-_GATHER_S = 2.0
 #: Seconds for the servers to end after the coordinator.
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
@@ -42,17 +40,22 @@ class Order:
 def check_order(settings: Settings, script: str | None, port: int) -> None:
     """Find out what cannot work before anything is started or written. Raises UsageError."""
     if script is not None:
-        path = Path(script)
-        if not path.is_file():
-            raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
+        check_script(script)
     else:
         _check_example(settings)
     if port:
         _check_port(port)
+
+
+def check_script(script: str) -> None:
+    """Raises UsageError where there is no such file to read."""
+    path = Path(script)
+    if not path.is_file():
+        raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
 
 
 def _check_example(settings: Settings) -> None:
@@ -122,10 +125,13 @@ def start_coordinator(processes: Processes, program: Sequence[str], folder: Path
     return (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
 
 
-def start_server(processes: Processes, program: Sequence[str], address: str, index: int) -> None:
-    """Start a server of the run whose coordinator is at `address`."""
-    command = ["server", "--coordinator", address, "--bind", "tcp://127.0.0.1:0", "--index", str(index)]
-    processes.start(f"server-{index}", [*program, *command], **_threads(1))
+def start_server(
+    processes: Processes, program: Sequence[str], address: str, index: int | None, bind: str = "tcp://127.0.0.1:0"
+) -> Child:
+    """Start a server of the run whose coordinator is at `address`, with this number or any that is free."""
+    number = [] if index is None else ["--index", str(index)]
+    command = ["server", "--coordinator", address, "--bind", bind, *number]
+    return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1))
 
 
 class _Stopped(Exception):
@@ -182,7 +188,7 @@ class _Local:
 
     def _fail(self) -> None:
         """Give the others a moment to fail too, then raise for the one that failed first."""
-        deadline = time.monotonic() + _GATHER_S
+        deadline = time.monotonic() + GATHER_S
         while time.monotonic() < deadline and self._processes.running() and not self._signals.name:
             cause = root_cause(self._processes.failures())
             if cause.code is not None and cause.code < 0:

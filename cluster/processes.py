@@ -27,6 +27,8 @@ from cluster.lifeline import PARENT_VARIABLE
 TERM_S = 1.5
 #: Seconds for the dead of SIGKILL to be gone.
 _KILL_S = 1.0
+#: Seconds in which, after one process has failed, the others may say why they did.
+GATHER_S = 2.0
 #: How often waiting loops look.
 TICK_S = 0.05
 
@@ -56,19 +58,23 @@ class Child:
     def describe_end(self) -> str:
         """One sentence on how and why it ended, for one that failed."""
         assert self.code is not None
-        where = f"its log is {self.log}."
-        if self.code < 0:
-            return f"{self.name} was killed by signal {-self.code} ({_signal_name(-self.code)}); {where}"
-        reason = error_in(self.log)
-        if reason is None:
-            last = last_line(self.log)
-            return f"{self.name} failed with exit code {self.code}" + (f": {last}; {where}" if last else f" and no word; {where}")
-        if other := _OTHERS_FAILURE.match(reason):
+        if self.code > 0 and (other := _OTHERS_FAILURE.match(error_in(self.log) or "")):
             log = self.log.with_name(f"{other[1]}.log")  # has that one's own word, even if it has not ended yet
             own = error_in(log)
-            told = f"{other[1]} failed: {own}" if own else reason
+            told = f"{other[1]} failed: {own}" if own else str(other.string)
             return f"{told.rstrip('.')}; its log is {log}."
-        return f"{self.name} failed: {reason.rstrip('.')}; {where}"
+        return f"{self.name} {self.end()}; its log is {self.log}."
+
+    def end(self) -> str:
+        """How and why it ended, for one that failed: 'was killed by ...', 'failed: ...'."""
+        assert self.code is not None
+        if self.code < 0:
+            return f"was killed by signal {-self.code} ({_signal_name(-self.code)})"
+        reason = error_in(self.log)
+        if reason is not None:
+            return f"failed: {reason.rstrip('.')}"
+        last = last_line(self.log)
+        return f"failed with exit code {self.code}" + (f": {last}" if last else " and no word")
 
 
 class Processes:

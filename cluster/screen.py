@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cluster.progress import Progress, Tracker
 from cluster.rundir import MODEL_FILE
+from common.runlog import some
 
 _LIVE_S = 0.5
 _PLAIN_S = 5.0
@@ -76,17 +77,8 @@ def line(progress: Progress) -> str:
     for row in progress.processes:
         if row.waits_for:
             waiting.setdefault(row.waits_for, []).append(row.process)
-    waits = [
-        f"{_some(who)} {'waits' if len(who) == 1 else 'wait'} for {_some(whom.split(', '))}" for whom, who in waiting.items()
-    ]
+    waits = [f"{some(who)} {'waits' if len(who) == 1 else 'wait'} for {whom}" for whom, who in waiting.items()]
     return "; ".join([", ".join([_rounds(progress), *_numbers(progress)]), *waits])
-
-
-def _some(names: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and 3 more'."""
-    if len(names) <= 2:
-        return " and ".join(names)
-    return f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def picture(progress: Progress) -> Group:

@@ -8,12 +8,13 @@ not done) are messages, and are the coordinator's business.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import msgspec
 
 
-class Table(msgspec.Struct, frozen=True):
+class Table(msgspec.Struct, frozen=True, dict=True):
     """Shares of the workers from round `from_round` on. `weights` are whole numbers, one for each of `workers`."""
 
     epoch: int
@@ -23,9 +24,14 @@ class Table(msgspec.Struct, frozen=True):
 
     def run(self, worker: str, count: int) -> range:
         """The contiguous micro-batches, out of `count`, that `worker` computes; empty for a stranger."""
-        if worker not in self.workers:
-            return range(0)
-        return shares(count, self.weights)[self.workers.index(worker)]
+        if count not in self._runs:
+            self._runs[count] = dict(zip(self.workers, shares(count, self.weights), strict=True))
+        return self._runs[count].get(worker, range(0))
+
+    @cached_property
+    def _runs(self) -> dict[int, dict[str, range]]:
+        """Everybody's runs, for each number of micro-batches that was asked for: there are few."""
+        return {}
 
     def owner(self, k: int, count: int) -> str:
         """Whose run micro-batch `k` of `count` is in."""

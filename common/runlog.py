@@ -16,7 +16,7 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class ContributionRow:
 
 @dataclass(frozen=True)
 class StatusRow:
-    """What a process is doing now: `state` is a word, `waits_for` names processes or is empty."""
+    """What a process is doing now: `state` is a word, `waits_for` names processes as `some` does or is empty."""
 
     process: str
     state: str
@@ -87,6 +87,13 @@ class StatusRow:
     waits_for: str
     samples_per_second: float = 0.0
     at: float = 0.0
+
+
+def some(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and 3 more': names as they are read, and no longer where there are thousands."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 class RunLog:

@@ -97,8 +97,7 @@ class TreeSum(Generic[T]):
             raise ValueError(f"micro-batches {span[0]}..{span[1] - 1} are no node of the tree over {self.count}")
         if self.covers(span):
             return False
-        for other in [s for s in self.held if span[0] <= s[0] and s[1] <= span[1]]:
-            del self.held[other]
+        self._drop(span)
         self.held[span] = value
         for left, right in self.joins(span):
             self.held[left[0], right[1]] = self._add(self.held.pop(left), self.held.pop(right))
@@ -118,9 +117,19 @@ class TreeSum(Generic[T]):
 
     def covers(self, span: Span) -> bool:
         """Whether every micro-batch of the node `span` has been counted."""
-        if any(s[0] <= span[0] and span[1] <= s[1] for s in self.held):
-            return True
-        return span == (0, self.count) and self.complete
+        while span not in self.held:
+            if span == (0, self.count):
+                return self.complete
+            span = parent(span, self.count)
+        return True
+
+    def _drop(self, span: Span) -> None:
+        """Let go of what is held of the node `span`."""
+        if span in self.held:
+            del self.held[span]
+        elif span[1] - span[0] > 1:
+            for half in halves(span):
+                self._drop(half)
 
     @property
     def complete(self) -> bool:
@@ -140,4 +149,5 @@ class TreeSum(Generic[T]):
 
     def missing(self) -> list[int]:
         """The micro-batches not counted yet, in order."""
-        return [k for k in range(self.count) if not self.covers((k, k + 1))]
+        counted = {k for lo, hi in self.held for k in range(lo, hi)}
+        return [k for k in range(self.count) if k not in counted]

@@ -9,6 +9,7 @@ blocks: a message that cannot go out now is dropped, because whoever waits for a
 from __future__ import annotations
 
 import os
+import resource
 import socket as stdlib_socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +28,16 @@ PROTOCOL = 1
 MAX_FRAME_BYTES = 16 << 20
 #: Frames a message may have at most.
 MAX_FRAMES = 4096
+#: Files that a process has open besides its connections, at most.
+_OTHER_FILES = 200
 #: Seconds between two signs of life, and of silence after which a process counts as gone.
 BEAT_S = 0.5
 GONE_S = 20.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0
 SEND_AGAIN_S = 5.0
+#: Seconds, for each worker of the run, that one waits before it asks for something to take over: 2000 questions a second in all.
+PATIENCE_BY_WORKER_S = 5e-4
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Envelope)
@@ -68,6 +73,21 @@ class Stamp:
 def new_incarnation() -> int:
     """A number that tells this process from an earlier one of the same name."""
     return int.from_bytes(os.urandom(6), "little")
+
+
+def allow_files(count: int) -> None:
+    """Have this process open `count` files, such as connections, and some more. Raises UsageError where the system forbids it."""
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard if hard == resource.RLIM_INFINITY else max(hard, needed)))
+    except (OSError, ValueError):
+        raise UsageError(
+            f"a process here needs {needed} open files for its connections, and the system allows {hard}: raise that limit "
+            f"(ulimit -Hn {needed}), or use fewer workers."
+        ) from None
 
 
 def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str]:

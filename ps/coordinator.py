@@ -36,9 +36,9 @@ from common.messages import (
     Waiting,
 )
 from common.policies import load
-from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow
+from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
-from common.wire import ASK_AGAIN_S, BEAT_S, Frames, Stamp, new_incarnation, receive, router, send, write_address
+from common.wire import ASK_AGAIN_S, BEAT_S, Frames, Stamp, allow_files, new_incarnation, receive, router, send, write_address
 from ps.archive import MODEL_FILE, ModelFile, write_summary
 from ps.ledger import Ledger
 from ps.membership import Member, Membership, number_of
@@ -46,7 +46,7 @@ from ps.takeover import Takeover
 
 log = logging.getLogger("ps.coordinator")
 
-_TICK_MS = 100
+_TICK_MS = 50
 _FLUSH_S = 0.25
 #: Seconds between two lines on progress in its own log, for those who have no other screen.
 _TELL_S = 10.0
@@ -62,6 +62,7 @@ def serve(settings: Settings, bind: str, run_dir: Path) -> None:
     Writes the address it listens at to run_dir/address. Returns when the run has finished and its results are written.
     Raises UsageError where it cannot listen or write, ClusterError where the run failed, naming who and why.
     """
+    allow_files(settings.workers + settings.servers)
     context: zmq.Context[Any] = zmq.Context()
     try:
         sock, bound = router(context, bind)
@@ -114,10 +115,15 @@ class Coordinator:
         poller = zmq.Poller()
         poller.register(self._sock, zmq.POLLIN)
         try:
-            while not self._finished():
+            ticked_at = time.monotonic()
+            while True:
                 poller.poll(_TICK_MS)
                 self._drain()
-                self._tick(time.monotonic())
+                if (now := time.monotonic()) >= ticked_at + _TICK_MS / 1000:
+                    ticked_at = now
+                    self._tick(now)
+                    if self._finished():
+                        break
             self._write_results()
         except PsError as error:
             self._log.event(Event("failed", "coordinator", {"reason": str(error)}))
@@ -288,13 +294,12 @@ class Coordinator:
             return
         first = self._ledger.committed if self._policy.applies == "push" else waiting.round
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
-        workers = {name: m for name, m in self._membership.members.items() if m.hello.role == "worker"}
-        tables = self._membership.tables
+        workers, tables = self._membership.workers, self._membership.tables
         lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
         if lease is None:
             servers = self._owners()
             open_round = min(beat.round for beat in servers)
-            missing = sorted({k for beat in servers if beat.round == open_round for k in beat.left})
+            missing = (k for beat in servers if beat.round == open_round for k in beat.left)
             count = self._ledger.micro_batches(open_round)
             if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
                 lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
@@ -368,8 +373,8 @@ class Coordinator:
         round_ = self._ledger.committed
         busy = [n for n in self._membership.names("worker") if members[n].beat.state != "waiting"]
         if busy:
-            return ", ".join(busy)
-        return ", ".join(n for n in self._membership.names("server") if members[n].beat.round <= round_)
+            return some(busy)
+        return some([n for n in self._membership.names("server") if members[n].beat.round <= round_])
 
     def _write_status(self) -> None:
         waits_for = self._whom_all_wait_for() if self._membership.started else ""
@@ -381,7 +386,7 @@ class Coordinator:
 
     def _finished(self) -> bool:
         """All workers have left, the books are complete, and the model has been handed in."""
-        workers = [m for m in self._membership.members.values() if m.hello.role == "worker"]
+        workers = self._membership.workers.values()
         if not self._membership.started or any(m.active for m in workers) or not any(m.left for m in workers):
             return False
         if self._ledger.layout is None:

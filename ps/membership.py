@@ -54,6 +54,10 @@ class Membership:
         self.settings = settings
         self.run = run
         self.members: dict[str, Member] = {}
+        #: Those of them that are servers, and those that are workers.
+        self.servers: dict[str, Member] = {}
+        self.workers: dict[str, Member] = {}
+        self._incarnations: dict[int, Member] = {}
         self.started = False
         self.tables: list[Table] = []
         #: Workers that fell silent, until whoever tells of it has taken note.
@@ -67,35 +71,40 @@ class Membership:
 
     def names(self, role: str) -> list[str]:
         """Members of `role` that are still part of the run, by number."""
-        found = [m for m in self.members.values() if m.hello.role == role and m.active]
-        return [m.name for m in sorted(found, key=lambda m: number_of(m.name))]
+        return sorted((name for name, member in self._of(role).items() if member.active), key=number_of)
+
+    def _of(self, role: str) -> dict[str, Member]:
+        return self.servers if role == "server" else self.workers
 
     def hello(self, hello: Hello, incarnation: int, now: float) -> tuple[Member | None, list[tuple[str, Body]]]:
         """A process asks to join: the member it is (None if refused), and what to answer to whom ('' is the asker)."""
-        for member in self.members.values():
-            if member.incarnation == incarnation:
-                member.heard_at = now
-                return member, [("", self._answer(member))]
+        member = self._incarnations.get(incarnation)
+        if member is not None:
+            member.heard_at = now
+            return member, [("", self._answer(member))]
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
-        taken = {number_of(m.name) for m in self.members.values() if m.hello.role == hello.role}
-        if hello.index is not None and hello.index in taken:
+        there = self._of(hello.role)
+        if f"{hello.role}-{hello.index}" in there:
             return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self.run} already."))]
-        if hello.role == "server" and len(taken) >= expected:
-            return None, [("", Refused("Hello", f"run {self.run} has all of its {expected} servers already."))]
-        if hello.role == "worker" and len(taken) >= expected and self._policy.is_local:
+        if hello.role == "server" and len(there) >= expected:
+            reason = f"run {self.run} has all of its {expected} servers already; the coordinator's --servers says how many."
+            return None, [("", Refused("Hello", reason))]
+        if hello.role == "worker" and len(there) >= expected and self._policy.is_local:
             reason = f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
             return None, [("", Refused("Hello", reason))]
-        number = hello.index if hello.index is not None else next(n for n in range(len(taken) + 1) if n not in taken)
+        number = hello.index
+        if number is None:
+            number = next(n for n in range(len(there) + 1) if f"{hello.role}-{n}" not in there)
         if hello.role == "server" and number >= expected:
             return None, [
                 ("", Refused("Hello", f"server {number} is one too many: run {self.run} has {expected} servers, from 0."))
             ]
         member = Member(f"{hello.role}-{number}", hello, incarnation, now)
-        self.members[member.name] = member
+        self.members[member.name] = there[member.name] = self._incarnations[incarnation] = member
         if self.started:
             self._new_table()
             return member, [("", self._answer(member)), *self._to_workers(Tables(self.tables))]
-        if len(self.names("server")) < self.settings.servers or len(self.names("worker")) < self.settings.workers:
+        if len(self.members) < self.settings.servers + self.settings.workers or self._missing():
             return member, [("", Beat())]
         self.started = True
         workers = self.names("worker")
@@ -175,7 +184,7 @@ class Membership:
         return shares(count, self._weights(workers)) != shares(count, table.weights)
 
     def _newest_round(self) -> int:
-        return max([m.beat.round for m in self.members.values() if m.hello.role == "worker"], default=0)
+        return max([member.beat.round for member in self.workers.values()], default=0)
 
     def _new_table(self) -> None:
         workers = self.names("worker")

@@ -65,7 +65,7 @@ class PushShard(Shard):
             return [self._ack(sender, push)]
         assert self.store is not None
         applied = self._applied.setdefault(push.round, set())
-        if all(k != push.lo for _, k in applied):
+        if not any((chunk, push.lo) in applied for chunk in (METRICS, *self.chunks)):
             self._seen += 1
         staleness = max(0, self._seen - 1 - push.base)
         hypers = push.hypers

@@ -169,7 +169,8 @@ class RoundShard(Shard):
         if not counted:
             self._news.append(contribution(sender, push, "duplicate"))
             return
-        for span in [s for s in self._filed if push.lo <= s[0] and s[1] <= push.hi]:
+        inside = [s for s in self._filed if push.lo <= s[0] and s[1] <= push.hi] if push.hi - push.lo > 1 else []
+        for span in inside:
             part = self._filed.pop(span)
             self._news.append(_with_outcome(part, "duplicate"))
         self._filed[push.lo, push.hi] = contribution(sender, push, "committed")
@@ -208,15 +209,19 @@ class RoundShard(Shard):
         return None
 
     def _arrived(self) -> list[int]:
-        """Micro-batches that are in, in every chunk here."""
-        each = [set(self._leaves.get(chunk, ())) for chunk in self._ids]
-        return sorted(set.intersection(*each)) if each else []
+        """Micro-batches that are in, in every chunk here; none while they are too few to close the round with."""
+        each = [self._leaves.get(chunk, {}).keys() for chunk in self._ids]
+        fewest = min(map(len, each), default=0)
+        if not fewest or fewest < self._count - self.policy.may_leave_out:
+            return []
+        return sorted(set.intersection(*map(set, each)))
 
     # ---- applying
 
     def _advance(self, now: float) -> list[Send]:
         """Apply what can be applied, close the round if all is, and serve who waits."""
         assert self.store is not None and self._setup is not None
+        before = self._version, len(self._next)
         clips = self._setup[0].update.clip_norm is not None
         for chunk in self.chunks:
             if chunk in self._next or chunk in self._means or (total := self._total(chunk)) is None:
@@ -234,7 +239,8 @@ class RoundShard(Shard):
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if len(self._next) == len(self.chunks) and metrics is not None:
             self._commit(mean_metrics(metrics[0]))
-        return self._ask(now) + self._serve_all()
+        news = before != (self._version, len(self._next))
+        return self._ask(now) + (self._serve_all() if news else [])
 
     def _apply(self, chunk: int, total: list[Sum], samples: int, factor: torch.Tensor | None = None) -> None:
         """Write the weights after this round to the next version's plane."""

@@ -16,7 +16,19 @@ from common.errors import ClusterError, WireError
 from common.messages import Beat, Body, Hello, KvPull, KvPush, Refused
 from common.no_compiler import no_compiler
 from common.policies import load
-from common.wire import BEAT_S, Frames, Stamp, advertised, dealer, is_bulk, new_incarnation, receive, router, send
+from common.wire import (
+    BEAT_S,
+    Frames,
+    Stamp,
+    advertised,
+    allow_files,
+    dealer,
+    is_bulk,
+    new_incarnation,
+    receive,
+    router,
+    send,
+)
 from ps.kv import KvStore
 from ps.push_shard import PushShard
 from ps.round_shard import RoundShard
@@ -109,6 +121,7 @@ class _Server:
             if welcome is not None:
                 self._stamp.sender = welcome.process
                 self._stamp.run = welcome.run
+                allow_files(welcome.settings.workers)
                 policy = load(welcome.settings)
                 kind = RoundShard if policy.applies == "round" else PushShard
                 self._shard = kind(int(welcome.process.rpartition("-")[2]), welcome.settings, policy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from common.leases import Table, in_force
 from common.messages import Lease
@@ -23,6 +24,19 @@ _MISSING_S = 1.0
 _SENT_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
+#: Seconds, by worker, for which what was seen of all of them is believed: looking at many takes time, and many ask at once.
+_LOOK_S = 5e-5
+
+
+@dataclass
+class _Look:
+    """What was seen of a round, for all who ask until then."""
+
+    until: float
+    #: Micro-batches that workers have not begun, of those that have any.
+    runs: dict[str, list[int]]
+    #: Who computes a micro-batch of the round, and since when, longest first.
+    computing: list[tuple[float, str]]
 
 
 class Takeover:
@@ -32,8 +46,13 @@ class Takeover:
         #: (round, k) -> the worker it was leased to as an exception, and when.
         self.leased: dict[tuple[int, int], str] = {}
         self._leased_at: dict[tuple[int, int], float] = {}
-        #: Since when micro-batches have been missing without anybody having them.
+        self._looks: dict[int, _Look] = {}
+        #: Since when micro-batches have been missing without anybody having them; for how long that look holds, and of which
+        #: round; and those that have been for too long.
         self._missing_since: dict[tuple[int, int], float] = {}
+        self._missing_until = float("-inf")
+        self._missing_round = -1
+        self._lacking: list[tuple[int, int]] = []
 
     def lease(
         self,
@@ -41,65 +60,90 @@ class Takeover:
         rounds: range,
         count: Callable[[int], int],
         tables: list[Table],
-        members: Mapping[str, Member],
+        workers: Mapping[str, Member],
         now: float,
     ) -> Lease | None:
         """A micro-batch of the earliest of `rounds` that has one for `waiting` to take over.
 
         `count(round)` is the number of its micro-batches.
         """
-        for key in [key for key in self.leased if key[0] < rounds.start]:
-            del self.leased[key], self._leased_at[key]
         for round_ in rounds:
-            runs = self._not_begun(round_, count(round_), in_force(tables, round_), waiting, members)
-            runs = {w: ks[_may_begin(members.get(w), now) :] for w, ks in runs.items()}
-            owner = max(runs, key=lambda w: (len(runs[w]), w), default=None)
-            if owner is not None and runs[owner]:
-                return self._give(round_, runs[owner][-1], waiting, owner, now)
-            for name, other in members.items():
-                late = _computes(other, round_) and _is_late(other, members[waiting], now)
-                if late and name != waiting and (round_, other.beat.at) not in self.leased:
+            look = self._looks.get(round_)
+            if look is None or now >= look.until:
+                self._forget(rounds.start)
+                look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now)
+            others = (w for w in look.runs if w != waiting)
+            owner = max(others, key=lambda w: (len(look.runs[w]), w), default=None)
+            if owner is not None:
+                k = look.runs[owner].pop()
+                if not look.runs[owner]:
+                    del look.runs[owner]
+                return self._give(round_, k, waiting, owner, now)
+            for since, name in look.computing:
+                if not _is_late(since, workers[waiting], now):
+                    break
+                other = workers[name]
+                still = _computes(other, round_) and other.since == since
+                if still and name != waiting and (round_, other.beat.at) not in self.leased:
                     return self._give(round_, other.beat.at, waiting, name, now)
         return None
 
     def lease_missing(
         self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[Table],
-        members: Mapping[str, Member], now: float,
+        workers: Mapping[str, Member], now: float,
     ) -> Lease | None:  # fmt: skip
         """One of the micro-batches that servers say are missing from their open round and that nobody seems to get done.
 
         So it is with what a worker had that is gone, where two workers used different tables for a round, and where a lease of
         what a late one computes was lost on the way.
         """
-        runs = self._not_begun(round_, count, in_force(tables, round_), waiting, members)
-        held = {k for name, ks in runs.items() if name in members and members[name].active for k in ks}
-        for member in members.values():
-            if member.active and member.beat.round == round_:
-                if now - member.since < _SENT_S:
-                    held |= set(member.beat.sent)
-                if not _is_late(member, members[waiting], now):
-                    held.add(member.beat.at)
-        nowhere = {(round_, k) for k in missing if k not in held}
-        self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
-        for key, since in sorted(self._missing_since.items()):
-            if now - since > _MISSING_S and now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
+        if now >= self._missing_until or round_ != self._missing_round:
+            self._missing_until, self._missing_round = now + _LOOK_S * len(workers), round_
+            held = self._held(round_, count, tables, workers[waiting], workers, now)
+            nowhere = {(round_, k) for k in missing if k not in held}
+            self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
+            self._lacking = sorted(key for key, since in self._missing_since.items() if now - since > _MISSING_S)
+        for key in self._lacking:
+            if now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
                 return self._give(*key, waiting, "", now)
         return None
+
+    def _forget(self, before: int) -> None:
+        """Let go of rounds that are over."""
+        for key in [key for key in self.leased if key[0] < before]:
+            del self.leased[key], self._leased_at[key]
+        self._looks = {round_: look for round_, look in self._looks.items() if round_ >= before}
 
     def _give(self, round_: int, k: int, to: str, owner: str, now: float) -> Lease:
         self.leased[round_, k] = to
         self._leased_at[round_, k] = now
         return Lease(round_, k, to, owner)
 
-    def _not_begun(
-        self, round_: int, count: int, table: Table, waiting: str, members: Mapping[str, Member]
-    ) -> dict[str, list[int]]:
-        """What other workers have of `round_` and have not begun, as far as is known."""
+    def _look(self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float) -> _Look:
+        runs = self._not_begun(round_, count, in_force(tables, round_), workers)
+        runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
+        computing = sorted((member.since, name) for name, member in workers.items() if _computes(member, round_))
+        return _Look(now + _LOOK_S * len(workers), runs, computing)
+
+    def _held(
+        self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
+    ) -> set[int]:
+        """Micro-batches of `round_` that somebody will do, does, or has just sent."""
+        runs = self._not_begun(round_, count, in_force(tables, round_), workers)
+        held = {k for name, ks in runs.items() if name in workers and workers[name].active for k in ks}
+        for member in workers.values():
+            if member.active and member.beat.round == round_:
+                if now - member.since < _SENT_S:
+                    held |= set(member.beat.sent)
+                if not _is_late(member.since, waiting, now):
+                    held.add(member.beat.at)
+        return held
+
+    def _not_begun(self, round_: int, count: int, table: Table, workers: Mapping[str, Member]) -> dict[str, list[int]]:
+        """What workers have of `round_` and have not begun, as far as is known."""
         out: dict[str, list[int]] = {}
-        for name in {*table.workers, *members}:
-            member = members.get(name)
-            if name == waiting or (member is not None and member.hello.role != "worker"):
-                continue
+        for name in {*table.workers, *workers}:
+            member = workers.get(name)
             gone = member is None or not member.active
             if member is not None and not gone and member.beat.round == round_:
                 ks = member.beat.left
@@ -131,6 +175,6 @@ def _may_begin(member: Member | None, now: float) -> int:
     return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
 
 
-def _is_late(member: Member, waiting: Member, now: float) -> bool:
-    """Whether `member` has been at its micro-batch for so long that `waiting` had better do it too."""
-    return now - member.since > _PATIENCE * max(waiting.beat.seconds, _NEWS_S / 2)
+def _is_late(since: float, waiting: Member, now: float) -> bool:
+    """Whether who has been at its micro-batch since then has been for so long that `waiting` had better do it too."""
+    return now - since > _PATIENCE * max(waiting.beat.seconds, _NEWS_S / 2)

@@ -14,6 +14,7 @@ from common.messages import Beat, Push, Waiting
 from common.plan import Segment, derive_seed
 from common.sums import Sum, adder
 from common.tree import TreeSum
+from common.wire import PATIENCE_BY_WORKER_S
 from worker.allocator import keep_memory
 from worker.awaited import AwaitedWeights
 from worker.early import Early, Join
@@ -337,7 +338,7 @@ class GradientWork:
             return "leased" if unless_leased and self._tasks.any else None
 
         while True:
-            patience = max(_PATIENCE_S, self._meter.seconds / 2)
+            patience = max(_PATIENCE_S, PATIENCE_BY_WORKER_S * self._run.settings.workers, self._meter.seconds / 2)
             state = self._link.wait(ready, self._run.settings.timeout + 20.0, self._waited_for, every=patience)
             if state is not None:
                 break

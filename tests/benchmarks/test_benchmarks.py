@@ -107,3 +107,13 @@ def test_models_have_their_sizes_and_data_are_always_the_same(name: str, least: 
     x, y = workload.dataset(2).tensors
     assert torch.equal(x, workload.dataset(2).tensors[0])
     assert workload.loss(a, x[:2], y[:2]).isfinite()
+
+
+def test_a_handful_of_simulated_workers_make_a_table_of_what_a_round_and_a_connection_cost() -> None:
+    command = [sys.executable, "-m", "benchmarks.connections", "--workers", "1", "--workers", "5", "--pushes", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["1", "5"]
+    assert all(float(row[1].split()[0]) > 0 and float(row[2]) > 0 and float(row[6]) > 0 for row in rows[2:])
+    assert rows[2][7:9] == ["", ""] and all(rows[3])

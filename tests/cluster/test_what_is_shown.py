@@ -17,8 +17,8 @@ from common.runlog import Event, RoundRow, RunLog, StatusRow
 
 ROWS = [
     StatusRow("server-0", "waiting", 4, ""),
-    StatusRow("worker-0", "waiting", 4, "worker-2, worker-3, worker-4", 80.0),
-    StatusRow("worker-1", "waiting", 4, "worker-2, worker-3, worker-4", 70.0),
+    StatusRow("worker-0", "waiting", 4, "worker-2, worker-3 and 1 more", 80.0),
+    StatusRow("worker-1", "waiting", 4, "worker-2, worker-3 and 1 more", 70.0),
     StatusRow("worker-2", "starting", -1, ""),
 ]
 PROGRESS = Progress(4, 10, 256, 123.4, 0.98765, 0.5, ROWS)
@@ -36,7 +36,7 @@ def test_a_picture_of_progress_has_a_line_for_each_process() -> None:
         console.print(picture(PROGRESS))
     text = capture.get()
     assert "round 4/10" in text and "123 samples/s  loss 0.9877  accuracy 50.0%" in text
-    assert re.search(r"worker-0 +waiting +4 +80 +worker-2, worker-3, worker-4", text)
+    assert re.search(r"worker-0 +waiting +4 +80 +worker-2, worker-3 and 1 more", text)
     assert re.search(r"worker-2 +starting *$", text, re.MULTILINE)
 
 

@@ -1,0 +1,296 @@
+"""Simulated workers: many in one process, each with sockets of its own, that speak the protocol of real ones and compute nothing.
+
+`python -m benchmarks.simulated JOB` is started by `benchmarks.connections`. Needs no torch. A worker joins, sets up, and for each
+round sends a gradient of random numbers for every micro-batch that is its own or leased to it; a waiting one asks for more.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import json
+import random
+import select
+import sys
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from common.attendance import Attendance
+from common.errors import ClusterError, PsError, WireError
+from common.layout import TensorSpec, make_layout
+from common.messages import (
+    Ack,
+    Beat,
+    Body,
+    Gone,
+    Goodbye,
+    Hello,
+    Init,
+    Lease,
+    ModelPart,
+    Plan,
+    Pull,
+    Push,
+    Ready,
+    Refused,
+    Setup,
+    Stop,
+    Tables,
+    Update,
+    Upload,
+    Waiting,
+    Weights,
+)
+from common.plan import Segment, make_segment
+from common.wire import (
+    ASK_AGAIN_S,
+    PATIENCE_BY_WORKER_S,
+    SEND_AGAIN_S,
+    Frames,
+    Stamp,
+    allow_files,
+    dealer,
+    new_incarnation,
+    receive,
+    send,
+)
+from worker.tasks import Tasks
+
+COORDINATOR, SERVER = "coordinator", "server-0"
+#: As long as a real worker waits at least for weights before it asks for more to do, and between two looks at the clock.
+_PATIENCE_S = 0.05
+_TICK_S = 0.02
+#: What a worker says of its speed; all say the same, so that shares stay as they are.
+_SECONDS, _RATE = 0.01, 100.0
+#: Files that a worker has open: its two sockets' connections, and what ZeroMQ wakes their readers by.
+FILES_PER_WORKER = 4
+
+
+class Job(msgspec.Struct, frozen=True):
+    """Workers `first` .. `first + count - 1` of a run of `workers`, for `rounds` rounds; `values` are the model's float32."""
+
+    coordinator: str
+    first: int
+    count: int
+    workers: int
+    rounds: int
+    values: int
+    timeout: float
+    out: str
+
+    @property
+    def segment(self) -> Segment:
+        """One micro-batch of one sample for each worker and round."""
+        samples, whole = self.workers * self.rounds, self.workers
+        return make_segment(before=None, samples=samples, global_batch=whole, micro_batch=1, epochs=1, round_limit=None)
+
+
+class _Question(msgspec.Struct, frozen=True):
+    """A request, sent every `again_s` seconds until a message for which `answers` is true has come."""
+
+    to: str
+    body: Body
+    answers: Callable[[Body], bool]
+    frames: Frames = ()
+    again_s: float = ASK_AGAIN_S
+
+
+class _Worker:
+    """One worker: `tick` what is due, `handle` what has come. Its life, `_live`, is a generator of questions."""
+
+    def __init__(self, context: zmq.Context[Any], job: Job, index: int, gradient: bytes, now: float) -> None:
+        self.job = job
+        self.index = index
+        self.sockets = {COORDINATOR: dealer(context, job.coordinator)}
+        self.attendance = Attendance(Hello("worker", index), job.coordinator, now)
+        #: When the weights to start each round from were here.
+        self.done_at: dict[int, float] = {}
+        self._context = context
+        self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
+        self._gradient = gradient
+        self._patience_s = max(_PATIENCE_S, PATIENCE_BY_WORKER_S * job.workers)
+        self._tasks = Tasks("", [])
+        self._life = self._live()
+        self._question: _Question | None = None
+        self._asked_at = self._patient_until = now
+        #: Pushes that are not acknowledged, by round and micro-batch, and when they were sent.
+        self._outstanding: dict[tuple[int, int], tuple[Push, float]] = {}
+
+    def _live(self) -> Generator[_Question, Body | None, None]:
+        """Asks what a worker asks, in its order; goes on when that is answered."""
+        job, segment = self.job, self.job.segment
+        setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]))
+        chunks = [chunk.id for chunk in make_layout(setup.tensors, 1).chunks]
+        for to in (COORDINATOR, SERVER):
+            yield _Question(to, setup, _ready("Setup"))
+        if self.index == 0:
+            yield _Question(SERVER, Init(chunks), _ready("Init"), [self._gradient])
+        for to in (COORDINATOR, SERVER):
+            yield _Question(to, Plan(segment), _ready("Plan"))
+        round_ = 0
+        for number in itertools.count(1):
+            answer = yield _Question(SERVER, Pull(round_, number), _weights(round_), again_s=SEND_AGAIN_S)
+            if isinstance(answer, Gone):  # others have done its part meanwhile
+                round_ = answer.newest
+                continue
+            self.done_at[round_] = time.monotonic()
+            if round_ == job.rounds:
+                break
+            self._tasks.open(round_, segment.round(round_).micro_batches)
+            self._compute()
+            round_ += 1
+        while True:
+            yield _Question(COORDINATOR, Goodbye(), lambda body: isinstance(body, Upload))
+            yield _Question(COORDINATOR, ModelPart(0, 1, ""), _ready("ModelPart"), [self._gradient])
+
+    def _compute(self) -> None:
+        """Push what there is to compute."""
+        while (task := self._tasks.next()) is not None:
+            metrics = {"loss": (random.random(), 1.0)}
+            push = Push(task.round, task.k, task.k + 1, 1, 1, [0], [1], metrics=metrics)
+            self._outstanding[task.round, task.k] = push, time.monotonic()
+            self._send(SERVER, push, [self._gradient])
+
+    def _send(self, to: str, body: Body, frames: Frames = ()) -> None:
+        send(self.sockets[to], self._stamp.encode(body), frames, copy=True)
+
+    def tick(self, now: float) -> None:
+        for body in self.attendance.tick(now, self._beat):
+            self._send(COORDINATOR, body)
+        for key, (push, sent_at) in self._outstanding.items():
+            if now >= sent_at + SEND_AGAIN_S:
+                self._outstanding[key] = push, now
+                self._send(SERVER, push, [self._gradient])
+        if self._question is not None and now >= self._asked_at + self._question.again_s:
+            self._ask(now)
+        if self._waits and now >= self._patient_until:
+            self._patient_until = now + self._patience_s
+            self._send(COORDINATOR, Waiting(self._tasks.round))
+
+    @property
+    def _waits(self) -> bool:
+        """Whether it waits for the weights after a round that it has done its part of."""
+        return self._question is not None and isinstance(self._question.body, Pull) and self._tasks.round >= 0
+
+    def _beat(self) -> Beat:
+        sent = [k for round_, k in self._outstanding if round_ == self._tasks.round]
+        return Beat("waiting", self._tasks.round, -1, self._tasks.left, sent, _SECONDS, _RATE)
+
+    def handle(self, name: str, header: Any) -> None:
+        """Raises PsError where the run has failed or this worker is refused."""
+        body = self._stamp.decode(header).body
+        now = time.monotonic()
+        if name == COORDINATOR:
+            self.attendance.handle(body, now)
+        match body:
+            case Ack():
+                self._outstanding.pop((body.round, body.lo), None)
+            case Tables():
+                self._tasks.tables = body.tables
+            case Lease():
+                self._tasks.leased(body)
+                self._compute()
+            case Refused():
+                raise ClusterError(f"{name}: {body.reason}")
+            case Stop() if not body.ok:
+                raise ClusterError(f"stopped because {body.reason}")
+        if self._question is None:
+            self._begin(now)
+        elif self._question.answers(body):
+            self._go_on(body, now)
+
+    def _begin(self, now: float) -> None:
+        welcome = self.attendance.welcome
+        if welcome is not None:
+            self._stamp.sender, self._stamp.run = welcome.process, welcome.run
+            self._tasks = Tasks(welcome.process, welcome.tables)
+            self.sockets[SERVER] = dealer(self._context, welcome.servers[0])
+            self._go_on(None, now)
+
+    def _go_on(self, answer: Body | None, now: float) -> None:
+        self._question = self._life.send(answer)
+        self._patient_until = now + self._patience_s
+        self._ask(now)
+        if self._waits and self.attendance.beat_soon(now):
+            self.tick(now)
+
+    def _ask(self, now: float) -> None:
+        assert self._question is not None
+        self._asked_at = now
+        self._send(self._question.to, self._question.body, self._question.frames)
+
+
+def _ready(about: str) -> Callable[[Body], bool]:
+    return lambda body: isinstance(body, Ready) and body.about == about
+
+
+def _weights(clock: int) -> Callable[[Body], bool]:
+    return lambda body: isinstance(body, Weights | Gone) and body.clock == clock
+
+
+def run(job: Job) -> None:
+    """Be these workers until the run ends, and write when the last of them had the weights after each round.
+
+    Raises PsError where the run fails, or lasts for longer than the job's time-out.
+    """
+    allow_files(FILES_PER_WORKER * job.count)
+    context: zmq.Context[Any] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, 2 * job.count + 1)
+    gradient = array.array("f", (random.gauss(0.0, 1.0) for _ in range(job.values))).tobytes()
+    start = time.monotonic()
+    workers = [_Worker(context, job, job.first + i, gradient, start) for i in range(job.count)]
+    try:
+        _loop(workers, start + job.timeout)
+    finally:
+        context.destroy(linger=0)
+    last = [max(worker.done_at.get(round_, 0.0) for worker in workers) for round_ in range(job.rounds + 1)]
+    Path(job.out).write_text(json.dumps(last), encoding="utf-8")
+
+
+def _loop(workers: list[_Worker], deadline: float) -> None:
+    """Have the workers live until each was told to stop.
+
+    ZeroMQ's own poller looks at every socket each time; epoll tells of those with news alone. A socket's file shows only once
+    that there is news, so then it is read until nothing is left, and once more after it was used.
+    """
+    epoll = select.epoll()
+    by_file: dict[int, tuple[_Worker, str]] = {}
+    ticked_at = float("-inf")
+    while going := [worker for worker in workers if worker.attendance.stop is None]:
+        files = {file for file, _ in epoll.poll(_TICK_S)}
+        now = time.monotonic()
+        if now >= ticked_at + _TICK_S:
+            ticked_at = now
+            for worker in going:
+                worker.tick(now)
+            files = set(by_file)
+        if now > deadline:
+            raise ClusterError(f"{len(going)} simulated workers have not ended in time.")
+        for worker in going if len(by_file) < 2 * len(workers) else ():
+            for name, sock in worker.sockets.items():
+                if (file := sock.fileno()) not in by_file:
+                    by_file[file] = worker, name
+                    epoll.register(file, select.EPOLLIN | select.EPOLLET)
+        while files:
+            used: set[int] = set()
+            for file in files:
+                worker, name = by_file[file]
+                while (frames := receive(worker.sockets[name])) is not None:
+                    worker.handle(name, frames[0].buffer)
+                    used.update(sock.fileno() for sock in worker.sockets.values())
+            files = used & by_file.keys()
+
+
+if __name__ == "__main__":
+    from cluster.exits import report
+
+    try:
+        run(msgspec.json.decode(sys.argv[1], type=Job))
+    except (PsError, WireError) as error:
+        report(type(error), error, error.__traceback__)
+        sys.exit(1)

@@ -1,0 +1,100 @@
+"""A server on the host of a worker: a child of the worker's process, watched by it, that ends with it.
+
+With one beside each of N workers, a server holds 1/N of the parameters. A worker reaches the one on its host through shared
+memory, so a host sends (N-1)/N of the gradients and of the weights, and receives as much: the traffic of a ring all-reduce
+(Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import BinaryIO
+
+from cluster.exits import exit_code
+from cluster.local import check_script, start_server
+from cluster.processes import GATHER_S, TICK_S, Child, Processes
+from common.errors import ClusterError, PsError, UsageError
+
+#: Seconds for the server to end after the worker has left the run.
+_END_S = 10.0
+#: Tells the main thread that the server has failed: nobody else uses it, and without a handler it does nothing.
+_SIGNAL = signal.SIGURG
+
+
+@contextlib.contextmanager
+def server_beside(program: Sequence[str], coordinator: str, index: int | None, script: str | None) -> Iterator[None]:
+    """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
+
+    What the server logs goes to stderr. Within the context, which is the main thread's, its failure is raised: UsageError where
+    it was refused, else ClusterError. After that it goes on until the run or this process ends.
+    """
+    if script is not None:
+        check_script(script)  # before there is a server that others would have to do without
+    cleanup = ExitStack()
+    try:
+        with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
+            processes = cleanup.enter_context(Processes(Path(folder), os.environ))
+            server = start_server(processes, program, coordinator, index, bind="tcp://*:0")
+            log = server.log.open("rb")
+        server.log = Path(f"/proc/self/fd/{log.fileno()}")
+    except OSError as error:
+        cleanup.close()
+        raise ClusterError(f"the server beside this worker cannot be started: {error.strerror or error}.") from None
+    watch = _Watch(processes, server, log)
+    atexit.register(_end, cleanup, watch)
+    before = signal.signal(_SIGNAL, watch.on_signal)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        watch.patience_s = 0.0 if exit_code(error) else _END_S
+        raise
+    finally:
+        signal.signal(_SIGNAL, before)
+
+
+class _Watch(threading.Thread):
+    """Copies the server's log to stderr, and has the main thread raise when the server has failed."""
+
+    def __init__(self, processes: Processes, server: Child, log: BinaryIO) -> None:
+        super().__init__(name="server", daemon=True)
+        #: Seconds for the server to end by itself: none where the worker has failed, which may not have been in the run yet.
+        self.patience_s = _END_S
+        self._processes = processes
+        self._server = server
+        self._log = log
+
+    def run(self) -> None:
+        while self._server.code is None:
+            time.sleep(TICK_S)
+            self._processes.poll()
+            with contextlib.suppress(OSError, ValueError):  # ours is closed
+                sys.stderr.buffer.write(self._log.read())
+                sys.stderr.flush()
+        if self._server.failed:
+            if self._server.code != -signal.SIGKILL:
+                time.sleep(GATHER_S)  # where the run has failed, the worker is told too, and says it better
+            signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._server.failed:
+            kind: type[PsError] = UsageError if self._server.code == 2 else ClusterError
+            raise kind(f"the server beside this worker {self._server.end()}.")
+
+
+def _end(cleanup: ExitStack, watch: _Watch) -> None:
+    """Called when the script has ended and the worker has left the run."""
+    with cleanup:
+        watch.join(watch.patience_s)
+    watch.join(4 * TICK_S)  # for its last words
