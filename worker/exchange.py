@@ -55,6 +55,9 @@ class Exchange:
         self._versions: dict[int, int] = {}
         #: Mean metrics of the round before, with which server 0 ends its answer.
         self._metrics: dict[str, float] | None = None
+        #: Servers without whose last word the worker must not go on, and those that have given it.
+        self._enders = set(layout.owners()) if layout.tables else {0}
+        self._ended: set[int] = set()
         #: Set when a server says that the round wanted is over: the newest round it knows.
         self.gone: int | None = None
         self._pulled_at = float("-inf")
@@ -110,7 +113,7 @@ class Exchange:
         """Ask for the weights to start round `clock` from; what was staged for another round is let go."""
         self.clock, self._settled, self.gone = clock, settled, None
         self._pulls += 1
-        self._staged, self._versions, self._metrics = {}, {}, None
+        self._staged, self._versions, self._metrics, self._ended = {}, {}, None, set()
         return self._ask(now)
 
     def _ask(self, now: float) -> list[Send]:
@@ -127,7 +130,7 @@ class Exchange:
         return Pull(self.clock, self._pulls, have, self._settled, server in self.read, self._planes.get(server, -1))
 
     def _done(self, server: int) -> bool:
-        return all(c.id in self._staged for c in self._chunks[server]) and (server != 0 or self._metrics is not None)
+        return all(c.id in self._staged for c in self._chunks[server]) and server not in self._enders - self._ended
 
     @property
     def complete(self) -> bool:
@@ -168,7 +171,8 @@ class Exchange:
                     self._staged.setdefault(chunk, place)
                 self._versions.setdefault(number, body.version)
                 if body.metrics is not None:
-                    self._metrics = body.metrics
+                    self._ended.add(number)
+                    self._metrics = body.metrics if number == 0 else self._metrics
             case Gone() if body.clock == self.clock:
                 self.gone = max(body.newest, self.gone or 0)
             case Weights() | Gone():
