@@ -111,7 +111,7 @@ class Chunk(msgspec.Struct, frozen=True):
         return self.numel * _BYTES[self.sum_dtype]
 
 
-class Layout(msgspec.Struct, frozen=True):
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
     """Every tensor of a model and the chunks they are cut into, and the tables that are not."""
 
     tensors: list[TensorSpec]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.errors import ClusterError, PsError, UsageError
-from common.layout import TableSpec, message_batches
+from common.layout import message_batches
 from common.messages import (
     Beat,
     Body,
@@ -193,7 +193,7 @@ class Run:
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
             check_training(tables, cls, update.groups, self._policy, clip_norm is not None)
-        self._set_up(replica, update, specs)
+        self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=self.index == 0)
         if self._policy.is_local:
@@ -208,9 +208,9 @@ class Run:
             self._work = GradientWork(self, replica, self._rows, slots, hypers, own_clip)
         return Optimizer(self._work.step, dense, self._rows.forget)
 
-    def _set_up(self, replica: Replica, update: Update, tables: list[TableSpec]) -> None:
+    def _set_up(self, replica: Replica, update: Update) -> None:
         """Agree on the model with everybody; the chief's weights are the first ones."""
-        setup = Setup(replica.specs, update, tables)
+        setup = Setup(replica.specs, update, replica.layout.tables)
         everyone = [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]
         for name in everyone:
             self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")

@@ -45,6 +45,7 @@ from worker.link import COORDINATOR, Link
 from worker.optimizer import Hypers, example_optimizer, plain_settings
 from worker.replica import Replica
 from worker.rounds import _PATIENCE_S, GradientWork
+from worker.rows import RowSparse
 from worker.run import Run
 from worker.slots import Slots
 from worker.tasks import Task
@@ -507,7 +508,8 @@ class WorkerProcess(Process):
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
             slots = Slots(replica.layout, shared=False)
-            work = SteppedWork(run, replica, slots, Hypers(example, None, "round", lambda epoch: None), clips)
+            rows = RowSparse(self.link, [], case.settings.servers, lambda: run.round, 180.0, sends_first=False)
+            work = SteppedWork(run, replica, rows, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work
         work.process = self
         yield from work.join()
