@@ -70,7 +70,8 @@ def _check_module(name: str, module: nn.Embedding, model: nn.Module) -> None:
     why = f"'{name}' cannot be row-sparse: "
     instead = "; without sparse=True it is trained as any other parameter."
     for argument, reason in _ARGUMENTS.items():
-        if getattr(module, argument) not in (None, False):
+        value = getattr(module, argument)
+        if value is not None and value is not False:
             raise UsageError(f"{why}{argument} is set, and {reason}{instead}")
     if type(module).forward is not nn.Embedding.forward or "forward" in vars(module):
         raise UsageError(f"{why}its layer has a forward of its own, which would need the whole table{instead}")
