@@ -17,11 +17,11 @@ CROSSES = [(0, 1), (0, 2), (1, 2), (3, 4)]  # pairs of fields whose combinations
 HELD_OUT = 20_000
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--rows", type=int, default=100_000, help="ids that each of the 8 fields may have")
+parser.add_argument("--rows", type=int, default=20_000, help="ids that each of the 8 fields may have")
 parser.add_argument("--dim", type=int, default=16, help="numbers for each id in the deep part")
-parser.add_argument("--samples", type=int, default=60_000, help="clicks and non-clicks to train on")
-parser.add_argument("--epochs", type=int, default=2, help="passes over them")
-parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
+parser.add_argument("--samples", type=int, default=300_000, help="clicks and non-clicks to train on")
+parser.add_argument("--epochs", type=int, default=1, help="passes over them")
+parser.add_argument("--lr", type=float, default=0.03, help="learning rate")
 args = parser.parse_args()
 
 

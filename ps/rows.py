@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import WireError
@@ -48,7 +49,7 @@ class RowTable:
     def __init__(self, spec: TableSpec, server: int, servers: int, update: Update, seed: int) -> None:
         self.spec = spec
         self._server, self._servers, self._seed = server, servers, seed
-        self._values = torch.zeros(rows_on(server, servers, spec.rows), spec.dim)
+        self._values = _zeros(rows_on(server, servers, spec.rows), spec.dim)
         #: Blocks of rows whose first values are there; None where a worker sends them.
         self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
         self._generator = torch.Generator()
@@ -60,8 +61,7 @@ class RowTable:
         self._common: dict[str, Any] = {}
         for name, first in _first_state(update, spec).items():
             if isinstance(first, torch.Tensor) and first.shape == (1, spec.dim):
-                # zeros take up no memory until they are written to
-                self._state[name] = torch.zeros_like(self._values) if not first.any() else first.repeat(len(self._values), 1)
+                self._state[name] = first.repeat(len(self._values), 1) if first.any() else _zeros(*self._values.shape)
             else:
                 self._common[name] = torch.zeros_like(first) if isinstance(first, torch.Tensor) else first
 
@@ -183,6 +183,11 @@ class RowTables:
         for part, table in zip(total, self._tables, strict=True):
             table.apply(part, samples, hypers[table.spec.group] if table.spec.group < len(hypers) else {}, lr_scale)
         self._version += 1
+
+
+def _zeros(rows: int, dim: int) -> torch.Tensor:
+    """Zeros that take up no memory until they are written to; those of torch do."""
+    return torch.from_numpy(np.zeros((rows, dim), dtype=np.float32))
 
 
 def _optimizer(update: Update, spec: TableSpec) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
