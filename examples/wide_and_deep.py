@@ -31,7 +31,7 @@ def noise(ids: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def clicks(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (samples, FIELDS) by Zipf's law, the k-th one about 1/k as often as the first; and whether there was a click, 0 or 1."""
+    """Ids (samples, FIELDS) by Zipf's law, the k-th about 1/k as often as the first; and whether there was a click, 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     ids = (args.rows ** torch.rand(samples, FIELDS, generator=generator, dtype=torch.float64)).long() - 1
     field = torch.arange(FIELDS)
@@ -47,9 +47,7 @@ class WideAndDeep(nn.Module):
         # like nn.Embedding(rows, dim, sparse=True), which will do as well, but never in this process's memory
         self.wide = worker.embedding((FIELDS + len(CROSSES)) * args.rows, 1, std=0.0)
         self.embedding = worker.embedding(FIELDS * args.rows, args.dim, std=0.05)
-        self.deep = nn.Sequential(
-            nn.Linear(FIELDS * args.dim, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1)
-        )
+        self.deep = nn.Sequential(nn.Linear(FIELDS * args.dim, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (B) of ids (B, FIELDS)."""
