@@ -122,6 +122,16 @@ def check_exact(outcome: Outcome) -> None:
     assert all(same(expected[-1], model) for model in outcome.models.values())
 
 
+def check_rows(outcome: Outcome) -> None:
+    """Rows count once, as chunks do; in sync they are the plain loop's."""
+    case = outcome.case
+    if case.settings.policy == "sync":
+        assert torch.equal(outcome.table(), sequential(case)[-1]["table.weight"])
+    else:
+        account = outcome.table()[case.rows :, 0]
+        assert outcome.counted(account) == pytest.approx(outcome.counted(), abs=1e-3)
+
+
 # ---- sync
 
 
@@ -186,6 +196,25 @@ def test_async_counts_every_micro_batch_once(case: Case) -> None:
     check_same_everywhere(outcome)
 
 
+# ---- rows of tables
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@settings(profile, max_examples=5)
+@given(data=st.data())
+def test_rows_of_tables_keep_all_those_promises(policy: str, data: st.DataObject) -> None:
+    plain: dict[str, Any] = {} if policy == "sync" else PLAIN
+    case = data.draw(cases(policy, rows=data.draw(st.sampled_from([10, 200])), **plain))
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_rows(outcome)
+    if policy == "sync":
+        check_exact(outcome)
+    elif policy != "backup":
+        check_counted_once(outcome)
+
+
 # ---- local and average
 
 
@@ -244,6 +273,7 @@ def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObje
         network=data.draw(networks()),
         seed=data.draw(st.integers(0, 1 << 32)),
         real=data.draw(st.booleans()),
+        rows=data.draw(st.sampled_from([0, 100])),
         **({} if policy == "sync" else PLAIN),  # type: ignore[arg-type]
     )
     outcome = simulate(case)
@@ -253,6 +283,8 @@ def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObje
         check_exact(outcome)
     elif policy != "backup":
         check_counted_once(outcome)
+    if case.rows:
+        check_rows(outcome)
 
 
 def test_a_slow_workers_micro_batches_are_taken_over_by_those_that_wait() -> None:
