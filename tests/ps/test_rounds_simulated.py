@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
+from simulation import Case, Network, Outcome, Pace, World, same, sequential, simulate
 
 from common.settings import Settings
 
@@ -213,6 +213,21 @@ def test_rows_of_tables_keep_all_those_promises(policy: str, data: st.DataObject
         check_exact(outcome)
     elif policy != "backup":
         check_counted_once(outcome)
+
+
+def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    post = World.post
+
+    def lossy(self: World, sender: str, to: str, data: list[bytes]) -> None:
+        if not (sender == "worker-1" and to == "server-1" and b"RowPush" in data[0]):
+            post(self, sender, to, data)
+
+    monkeypatch.setattr(World, "post", lossy)
+    paces = [Pace(0.1), Pace(0.1, dies_s=3.0)]
+    settings = Settings(workers=2, servers=2, global_batch=8, micro_batch=2)
+    outcome = simulate(Case(settings, paces, segments=[(32, 1)], rows=200))
+    check_exact(outcome)
+    check_rows(outcome)
 
 
 # ---- local and average
