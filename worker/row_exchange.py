@@ -37,12 +37,13 @@ class RowExchange:
         self._tables = tables
         self._servers = servers
         self._pushes: list[_Sent] = []
-        #: Questions that are not answered, and which of the rows asked for each is about, by number.
+        #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
         self._questions: dict[int, _Sent] = {}
         self._places: dict[int, torch.Tensor] = {}
+        self._answers: dict[int, torch.Tensor] = {}
         self._number = 0
-        #: The rows asked for: (N, dim).
-        self._rows = torch.empty(0, 0)
+        #: How many rows were asked for, and their length.
+        self._shape = 0, 0
 
     # ---- pulling
 
@@ -58,8 +59,8 @@ class RowExchange:
     def _ask(
         self, table: int, ids: torch.Tensor, question: Callable[[int, torch.Tensor], tuple[RowPull, Frames]], now: float
     ) -> list[Send]:
-        self._questions, self._places = {}, {}
-        self._rows = torch.empty(len(ids), self._tables[table].dim)
+        self._questions, self._places, self._answers = {}, {}, {}
+        self._shape = len(ids), self._tables[table].dim
         owners = owner_of(ids, self._servers)
         for server in range(self._servers):
             places = (owners == server).nonzero().flatten()
@@ -81,7 +82,10 @@ class RowExchange:
     def take(self) -> torch.Tensor:
         """The rows asked for, (N, dim), in the order of their ids."""
         assert self.complete
-        return self._rows
+        rows = torch.empty(self._shape)
+        for number, values in self._answers.items():
+            rows.index_copy_(0, self._places[number], values)
+        return rows
 
     # ---- pushing
 
@@ -108,11 +112,10 @@ class RowExchange:
         if isinstance(body, RowAck):
             self._pushes = [sent for sent in self._pushes if sent.server != server or not _acknowledges(body, sent.body)]
         elif body.number in self._questions:
-            places, dim = self._places[body.number], self._rows.shape[1]
-            if body.count != len(places):
-                raise WireError(f"{server} sent {body.count} rows where {len(places)} were asked for")
-            values = join(iter(frames), "float32", body.count * dim, f"an answer of {server}").view(body.count, dim)
-            self._rows.index_copy_(0, places, values)
+            count, dim = len(self._places[body.number]), self._shape[1]
+            if body.count != count:
+                raise WireError(f"{server} sent {body.count} rows where {count} were asked for")
+            self._answers[body.number] = join(iter(frames), "float32", count * dim, f"an answer of {server}").view(count, dim)
             del self._questions[body.number]
 
     def tick(self, now: float) -> list[Send]:

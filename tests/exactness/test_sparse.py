@@ -89,6 +89,13 @@ def test_adam_comes_to_the_same_bits_on_other_clusters_and_alone(launch: Any, tm
     assert alone["weights_sha256"] == many["weights_sha256"]
 
 
+def test_the_click_model_of_the_examples_learns(launch: Any, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "wide_and_deep.py"
+    launch(script, "--", "--rows", 200, "--samples", 20_000)
+    ((_, _, _, auc),) = RunLogReader(tmp_path / "run" / "events.sqlite").metrics("auc")
+    assert auc > 0.6
+
+
 @pytest.mark.parametrize("policy", ["backup", "async"])
 def test_other_policies_train_tables_too(policy: str, launch: Any, tmp_path: Path) -> None:
     summary = launch("--workers", 3, "--servers", 2, "--policy", policy, SCRIPT, "--", "adagrad")

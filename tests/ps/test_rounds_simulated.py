@@ -224,8 +224,8 @@ def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_wer
 
     monkeypatch.setattr(World, "post", lossy)
     paces = [Pace(0.1), Pace(0.1, dies_s=3.0)]
-    settings = Settings(workers=2, servers=2, global_batch=8, micro_batch=2)
-    outcome = simulate(Case(settings, paces, segments=[(32, 1)], rows=200))
+    case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], rows=200)
+    outcome = simulate(case)
     check_exact(outcome)
     check_rows(outcome)
 

@@ -135,9 +135,10 @@ def test_several_forwards_before_one_backward_and_several_backwards_are_all_cont
 
 
 def test_without_a_backward_or_with_zero_grad_nothing_is_contributed() -> None:
-    _, ours, rows, _ = pair()
-    with torch.no_grad():
-        assert not ours(ids(5)).requires_grad
+    plain, ours, rows, _ = pair()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(ours(ids(5)), plain(ids(5))) and not ours(ids(5)).requires_grad
     ours(ids(5))
     ours(ids(5)).sum().backward()
     rows.forget()
