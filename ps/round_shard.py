@@ -286,8 +286,8 @@ class RoundShard(Shard):
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version
-        else:  # a server without chunks
-            self._contents = {0: self._version}
+        else:  # a server without chunks, whose rows can be had one version back
+            self._contents = {self._version % 2: self._version, (self._version - 1) % 2: self._version - 1}
         self._open_round()
 
     # ---- weights

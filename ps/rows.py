@@ -85,7 +85,7 @@ class RowTable:
         self._values.index_copy_(0, at, values)
 
     def read(self, at: torch.Tensor, before: bool = False) -> torch.Tensor:
-        """A copy (N, dim) of the rows in these places, now or `before` the last update."""
+        """A copy (N, dim) of the rows in these places, which are sorted, now or `before` the last update."""
         self._draw(at)
         rows = self._values.index_select(0, at)
         touched, old = self._undo
@@ -123,7 +123,7 @@ class RowTable:
         """Have first values of the blocks with these places: a function of the run's seed, the table and the block alone."""
         if self._drawn is None or self.spec.std is None:
             return
-        blocks = at.div(BLOCK, rounding_mode="floor").unique()
+        blocks = at.div(BLOCK, rounding_mode="floor").unique_consecutive()
         for block in blocks[~self._drawn[blocks]].tolist():
             seed = derive_seed(self._seed, f"rows of {self.spec.name}", block * self._servers + self._server)
             rows = self._values[block * BLOCK : (block + 1) * BLOCK]

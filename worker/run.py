@@ -142,7 +142,12 @@ class Run:
     # ---- setting up
 
     def replicate(self, model: M) -> M:
-        """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end."""
+        """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end.
+
+        The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
+        that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
+        which there never was memory here.
+        """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
         self._model = model
