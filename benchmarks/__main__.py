@@ -87,6 +87,9 @@ def cli(
         for model in models or WORKLOADS:
             for repeat in range(repeats):
                 for number, entry in enumerate(entries):
+                    if why := entry.refuses(WORKLOADS[model]):
+                        print(f"{model} {entry.name} #{repeat + 1}: left out: {why}", flush=True)
+                        continue
                     folder = out / "jobs" / f"{model}-{repeat}-{number}-{entry.system}"
                     job = Job(WORKLOADS[model], warmup + steps, slow_worker, hosts, folder, entry.flags)
                     result = _run(entry, job, repeat, signals, warmup, timeout)

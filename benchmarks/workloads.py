@@ -27,6 +27,11 @@ class Workload:
     optimizer: type[torch.optim.Optimizer]
     hyper: Mapping[str, Any]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether most of the gradient is zero and left out."""
+        return False
+
     def model(self) -> nn.Module:
         """The network with its initial weights, which are always the same."""
         torch.manual_seed(_SEED)
@@ -42,6 +47,41 @@ class Workload:
     def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The mean loss of a batch."""
         return nn.functional.cross_entropy(model(x), y)
+
+
+@dataclass(frozen=True)
+class Clicks(Workload):
+    """Samples are ids, by Zipf's law out of `classes` for each place of `shape`; labels are 0 or 1. Gradients are sparse."""
+
+    @property
+    def sparse(self) -> bool:
+        return True
+
+    def dataset(self, workers: int) -> TensorDataset:
+        generator = torch.Generator().manual_seed(_SEED)
+        size = BATCHES * workers * self.batch
+        ids = (self.classes ** torch.rand(size, *self.shape, generator=generator, dtype=torch.float64)).long() - 1
+        return TensorDataset(ids, torch.rand(size, generator=generator).round())
+
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(model(x), y)
+
+
+class WideAndDeep(nn.Module):
+    """Cheng et al. 2016, without crosses: `fields` ids a sample, each out of `rows`; numbers of each id for both parts."""
+
+    def __init__(self, fields: int, rows: int, dim: int) -> None:
+        super().__init__()
+        self.wide = nn.Embedding(fields * rows, 1, sparse=True)
+        self.embedding = nn.Embedding(fields * rows, dim, sparse=True)
+        self.deep = nn.Sequential(nn.Linear(fields * dim, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.rows = rows
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B) of ids (B, fields)."""
+        rows = ids + self.rows * torch.arange(ids.shape[1])
+        logits: torch.Tensor = self.wide(rows).sum((1, 2)) + self.deep(self.embedding(rows).flatten(1)).squeeze(1)
+        return logits
 
 
 def _mlp() -> nn.Module:
@@ -79,5 +119,6 @@ WORKLOADS: Mapping[str, Workload] = {
         Workload("mlp", _mlp, (1024,), 1000, 64, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
         Workload("alexnet", _alexnet, (3, 64, 64), 1000, 32, torch.optim.Adam, {"lr": 1e-4}),
         Workload("cnn", _cnn, (3, 32, 32), 10, 64, torch.optim.SGD, {"lr": 0.01}),
+        Clicks("widedeep", lambda: WideAndDeep(26, 40_000, 32), (26,), 40_000, 256, torch.optim.Adagrad, {"lr": 0.01}),
     )
 }

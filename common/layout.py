@@ -58,6 +58,17 @@ class TensorSpec(msgspec.Struct, frozen=True):
         return "mean" if "float" in self.dtype else "max"
 
 
+class TableSpec(msgspec.Struct, frozen=True):
+    """A float32 parameter of which only rows are sent: `rows` x `dim`. It is in no chunk; `common/rows.py` says which server has
+    what of it. `std`: servers draw its first values, with that standard deviation; None: worker 0 sends them."""
+
+    name: str
+    rows: int
+    dim: int
+    group: int
+    std: float | None = None
+
+
 class Piece(msgspec.Struct, frozen=True):
     """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk."""
 
@@ -105,28 +116,29 @@ def urgency(chunk: Chunk) -> tuple[bool, int]:
     return chunk.kind == "param", chunk.id
 
 
-class Layout(msgspec.Struct, frozen=True):
-    """Every tensor of a model and the chunks they are cut into."""
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Every tensor of a model and the chunks they are cut into, and the tables that are not."""
 
     tensors: list[TensorSpec]
     chunks: list[Chunk]
     servers: int
+    tables: list[TableSpec] = []
 
     def on(self, server: int) -> list[Chunk]:
         """The chunks placed on `server`, by id."""
         return [chunk for chunk in self.chunks if chunk.server == server]
 
     def owners(self) -> list[int]:
-        """Servers that take part in rounds: 0, which keeps the metrics, and every one with a chunk."""
-        return sorted({0} | {chunk.server for chunk in self.chunks})
+        """Servers that take part in rounds: 0, which keeps the metrics, and every one with a chunk; with tables all."""
+        return list(range(self.servers)) if self.tables else sorted({0} | {chunk.server for chunk in self.chunks})
 
     def digest(self) -> str:
         """SHA-256 over everything above, as hexadecimal digits."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
-def make_layout(tensors: Sequence[TensorSpec], servers: int) -> Layout:
-    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first.
+def make_layout(tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = ()) -> Layout:
+    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first. `tables` are left as they are.
 
     A tensor above CHUNK_BYTES is cut into several chunks; small ones of one kind, dtype and group share one.
     Raises UsageError for a dtype that cannot be trained or sent.
@@ -158,7 +170,7 @@ def make_layout(tensors: Sequence[TensorSpec], servers: int) -> Layout:
     for number, pieces in enumerate(cuts):
         spec = tensors[pieces[0].tensor]
         chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.dtype, pieces))
-    return Layout(list(tensors), _place(chunks, servers), servers)
+    return Layout(list(tensors), _place(chunks, servers), servers, list(tables))
 
 
 def _end(pieces: list[Piece]) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from common.layout import TensorSpec
+from common.layout import TableSpec, TensorSpec
 from common.leases import Table
 from common.plan import Segment
 from common.settings import Settings
@@ -133,6 +133,7 @@ class Setup(Body, frozen=True):
 
     tensors: list[TensorSpec]
     update: Update
+    tables: list[TableSpec] = []
 
 
 class Plan(Body, frozen=True):
@@ -260,6 +261,61 @@ class Gone(Body, frozen=True):
     newest: int
 
 
+# ---- rows of tables (worker <-> server; frames are cut as common/rows.py says)
+
+
+class RowInit(Body, frozen=True):
+    """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by Ready
+    with the same `id`."""
+
+    id: int
+    table: int
+    page: int
+
+
+class RowPull(Body, frozen=True):
+    """Send me rows as they are at the beginning of round `version`: those whose ids follow, which are sorted and all on this
+    server, or those of page `page` that are.
+
+    Where each push is applied at once, and where that version is gone, they are sent as they are now. `number` tells which
+    question an answer is for.
+    """
+
+    number: int
+    table: int
+    version: int
+    count: int = 0
+    page: int = -1
+
+
+class Rows(Body, frozen=True):
+    """Answer to RowPull `number`: `count` rows."""
+
+    number: int
+    count: int
+
+
+class RowPush(Body, frozen=True):
+    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples) for the rows of all tables that are on this server:
+    of each table, sorted ids and then values. `counts` are the numbers of rows, which may be none."""
+
+    round: int
+    lo: int
+    hi: int
+    samples: int
+    counts: list[int]
+    base: int = 0
+    hypers: list[dict[str, Any]] = []
+
+
+class RowAck(Body, frozen=True):
+    """That RowPush needs not be sent again, whatever became of it."""
+
+    round: int
+    lo: int
+    hi: int
+
+
 # ---- rounds (server <-> coordinator)
 
 
@@ -360,11 +416,11 @@ class Upload(Body, frozen=True):
 
 
 class ModelPart(Body, frozen=True):
-    """Part `part` of `parts` of the model's safetensors file, in the one frame that follows."""
+    """Part `part` of `parts` of the model's safetensors file, in the one frame that follows. The last one sent has the hash."""
 
     part: int
     parts: int
-    weights_sha256: str
+    weights_sha256: str = ""
 
 
 # ---- key-value store (worker <-> server)
@@ -402,6 +458,7 @@ class KvReply(Body, frozen=True):
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
+    | RowInit | RowPull | Rows | RowPush | RowAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip

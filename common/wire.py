@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from common.errors import ClusterError, UsageError, WireError
-from common.messages import Body, Envelope, KvPull
+from common.messages import Body, Envelope, KvPull, RowPull, Rows
 
 PROTOCOL = 1
 
@@ -153,8 +153,9 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 def is_bulk(body: Body, frames: Frames) -> bool:
-    """Whether a message goes by the connection for tensors: those that have some, and pulls that must not overtake pushes."""
-    return bool(frames) or isinstance(body, KvPull)
+    """Whether a message goes by the connection for tensors: those that have some, but for rows, which somebody waits for in
+    mid-forward; and pulls that must not overtake pushes."""
+    return isinstance(body, KvPull) or (bool(frames) and not isinstance(body, RowPull | Rows))
 
 
 def bytes_of(frame: Any) -> memoryview:

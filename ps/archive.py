@@ -38,7 +38,7 @@ class ModelFile:
             file.seek(part.part * CHUNK_BYTES)
             file.write(data)
         self._count = part.parts
-        self.weights_sha256 = part.weights_sha256
+        self.weights_sha256 = part.weights_sha256 or self.weights_sha256
         self._there.add(part.part)
 
     @property

@@ -82,7 +82,7 @@ class Ledger:
         """A worker's model. Servers say what differs; here only the layout matters."""
         if self._setup is None:
             self._setup = setup
-            self.layout = make_layout(setup.tensors, self.settings.servers)
+            self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
         elif setup != self._setup:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")

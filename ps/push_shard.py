@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from common.errors import WireError
-from common.messages import Committed, Pull, Push
+from common.messages import Committed, Pull, Push, RowAck, RowPush
+from common.plan import Round
 from common.policies import Policy
 from common.settings import Settings
 from common.tree import fold
 from common.wire import Frames
-from ps.shard import METRICS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
+from ps.shard import METRICS, ROWS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
 
 #: Workers that can have planes to read their weights from; the others are sent them.
 _PAIRS = 64
@@ -43,8 +44,8 @@ class PushShard(Shard):
         if not any(s.first_round <= self._slowest < s.end for s in self.segments):
             return []
         applied = self._applied.get(self._slowest, set())
-        ids = [*([METRICS] if self.index == 0 else []), *self.chunks]
-        return [k for k in range(self.round_plan(self._slowest).micro_batches) if any((i, k) not in applied for i in ids)]
+        count = self.round_plan(self._slowest).micro_batches
+        return [k for k in range(count) if any((i, k) not in applied for i in self._ids)]
 
     def _opened(self) -> None:
         pass
@@ -64,12 +65,8 @@ class PushShard(Shard):
                 self._news.append(contribution(sender, push, "duplicate"))
             return [self._ack(sender, push)]
         assert self.store is not None
-        applied = self._applied.setdefault(push.round, set())
-        if not any((chunk, push.lo) in applied for chunk in (METRICS, *self.chunks)):
-            self._seen += 1
-        staleness = max(0, self._seen - 1 - push.base)
+        applied, staleness, lr_scale = self._arrives(push, plan)
         hypers = push.hypers
-        lr_scale = self.policy.lr_scale(staleness) * push.samples / plan.samples
         for chunk, value in zip(push.chunks, values, strict=True):
             if (chunk, push.lo) in applied:
                 continue
@@ -93,14 +90,36 @@ class PushShard(Shard):
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics
         return [self._ack(sender, push), *self._advance()]
 
+    def _arrives(self, push: Push | RowPush, plan: Round) -> tuple[set[tuple[int, int]], int, float]:
+        """What is applied of the push's round, its staleness, and what to multiply the learning rate by."""
+        applied = self._applied.setdefault(push.round, set())
+        if not any((chunk, push.lo) in applied for chunk in self._ids):
+            self._seen += 1
+        staleness = max(0, self._seen - 1 - push.base)
+        return applied, staleness, self.policy.lr_scale(staleness) * push.samples / plan.samples
+
+    def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]:
+        if push.hi != push.lo + 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
+        plan = self.round_plan(push.round)
+        rows = self._check_rows(sender, push, frames, plan)
+        ack = Send(sender, RowAck(push.round, push.lo, push.hi))
+        if push.round < self._slowest:
+            return [ack]
+        assert self.tables is not None
+        applied, _, lr_scale = self._arrives(push, plan)
+        if (ROWS, push.lo) not in applied:
+            applied.add((ROWS, push.lo))
+            self.tables.apply(rows, push.samples, push.hypers, lr_scale)
+        return [ack, *self._advance()]
+
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""
         before = self._slowest
         end = self.segments[-1].end if self.segments else 0
         while self._slowest < end:
             plan = self.round_plan(self._slowest)
-            parts = len(self.chunks) + (self.index == 0)
-            if len(self._applied.get(self._slowest, ())) < plan.micro_batches * parts:
+            if len(self._applied.get(self._slowest, ())) < plan.micro_batches * len(self._ids):
                 break
             if self.index == 0:
                 total = fold(self._metrics.pop(self._slowest), plan.micro_batches, add_metrics)

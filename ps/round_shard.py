@@ -20,13 +20,16 @@ from common.messages import (
     Norms,
     Pull,
     Push,
+    RowAck,
+    RowPush,
 )  # fmt: skip
 from common.policies import Policy
+from common.rows import add_tables
 from common.settings import Settings
 from common.sums import Sum
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
-from ps.shard import COORDINATOR, METRICS, Send, Shard, add_metrics, contribution, mean_metrics
+from ps.shard import COORDINATOR, METRICS, ROWS, Send, Shard, add_metrics, contribution, mean_metrics
 from ps.store import Norm
 
 #: Planes for weights: the current version's, the next one's, and two for those who lag behind.
@@ -121,11 +124,6 @@ class RoundShard(Shard):
         """Leaves of this round's tree: micro-batches, or workers where they step locally."""
         return self.settings.workers if self.policy.is_local else self.round_plan(self._version).micro_batches
 
-    @property
-    def _ids(self) -> list[int]:
-        """All that a contribution consists of here."""
-        return [*([METRICS] if self.index == 0 else []), *self.chunks]
-
     # ---- contributions
 
     def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
@@ -153,16 +151,29 @@ class RoundShard(Shard):
         self._hypers = self._hypers or push.hypers
         return [self._ack(sender, push), *self._advance(now)]
 
+    def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]:
+        if push.round > self._version:
+            raise WireError(f"{sender} pushed rows for round {push.round} while round {self._version} is open")
+        ack = Send(sender, RowAck(push.round, push.lo, push.hi))
+        if push.round < self._version:
+            return [ack]
+        rows = self._check_rows(sender, push, frames, self.round_plan(push.round))
+        if not self.policy.combines and push.hi - push.lo > 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        self._file(ROWS, (push.lo, push.hi), rows)
+        self._hypers = self._hypers or push.hypers
+        return [ack, *self._advance(now)]
+
     def _file(self, chunk: int, span: Span, value: Any) -> bool:
         if not self.policy.combines:
             return self._leaves.setdefault(chunk, {}).setdefault(span[0], value) is value
         if chunk not in self._sums:
-            self._sums[chunk] = TreeSum(self._count, self._adder(chunk), joins_root=chunk == METRICS)
+            self._sums[chunk] = TreeSum(self._count, self._adder(chunk), joins_root=chunk < 0)
         return self._sums[chunk].file(span, value)
 
     def _adder(self, chunk: int) -> Any:
         assert self.store is not None
-        return add_metrics if chunk == METRICS else self.store.adder(chunk)
+        return {METRICS: add_metrics, ROWS: add_tables}.get(chunk) or self.store.adder(chunk)
 
     def _account(self, sender: str, push: Push, counted: bool) -> None:
         """Keep the ledger's rows such that each micro-batch is in exactly one committed row."""
@@ -236,8 +247,11 @@ class RoundShard(Shard):
             factor = self.store.clip_factor(self._norms)
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, factor)
+        if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None:
+            self.tables.apply(rows[0], self._samples(), self._hypers)
+            self._next.add(ROWS)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
-        if len(self._next) == len(self.chunks) and metrics is not None:
+        if self._next >= set(self._ids) - {METRICS} and metrics is not None:
             self._commit(mean_metrics(metrics[0]))
         news = before != (self._version, len(self._next))
         return self._ask(now) + (self._serve_all() if news else [])
@@ -289,8 +303,8 @@ class RoundShard(Shard):
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version
-        else:  # a server without chunks
-            self._contents = {0: self._version}
+        else:  # a server without chunks, whose rows can be had one version back
+            self._contents = {self._version % 2: self._version, (self._version - 1) % 2: self._version - 1}
         self._open_round()
 
     # ---- weights

@@ -37,6 +37,10 @@ from common.messages import (
     Refused,
     Report,
     ReportAck,
+    RowInit,
+    RowPull,
+    RowPush,
+    Rows,
     Setup,
     Share,
     Shared,
@@ -45,6 +49,7 @@ from common.messages import (
 )  # fmt: skip
 from common.plan import Round, Segment
 from common.policies import Policy
+from common.rows import RowSums
 from common.settings import Settings
 from common.shared import NotShared, Region, attach
 from common.slots import memory_of, views
@@ -53,6 +58,7 @@ from common.tensors import to_frame
 from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames
 from ps.planes import Planes, Readers
+from ps.rows import RowTables
 from ps.store import Store
 
 log = logging.getLogger("ps.shard")
@@ -66,6 +72,8 @@ _EARLY = 2
 _REMEMBERED = 64
 #: Id under which server 0 files the metrics of a contribution, beside its chunks.
 METRICS = -1
+#: Id under which a server files what a contribution has for its rows of all tables, where there are any.
+ROWS = -2
 
 #: Bytes of weights that may be on their way to a worker, so that what is needed sooner does not wait for long behind others.
 CREDIT_BYTES = 8 << 20
@@ -128,6 +136,7 @@ class Shard(ABC):
         self.layout: Layout | None = None
         self.chunks: dict[int, Chunk] = {}
         self.store: Store | None = None
+        self.tables: RowTables | None = None
         #: Memory that weights are laid out in, and who may be reading which plane of it.
         self.planes: Planes | None = None
         self.readers = Readers()
@@ -141,8 +150,8 @@ class Shard(ABC):
         self.segments: list[Segment] = []
         #: The Setup that defined the model, and who sent it.
         self._setup: tuple[Setup, str] | None = None
-        #: Chunks whose first weights are still to come.
-        self._uninitialised: set[int] = set()
+        #: Chunks, and pages of tables, whose first weights are still to come.
+        self._uninitialised: set[int | tuple[int, int]] = set()
         self.waiters: dict[str, Waiter] = {}
         #: The number of each worker's newest pull.
         self._asked_for: dict[str, int] = {}
@@ -176,6 +185,9 @@ class Shard(ABC):
     def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]: ...
 
     @abstractmethod
+    def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]: ...
+
+    @abstractmethod
     def _serve(self, worker: str) -> list[Send]:
         """Send a waiting worker what there is for it."""
 
@@ -197,6 +209,12 @@ class Shard(ABC):
                 return self._pull(sender, body)
             case Got():
                 return self._got(sender, body)
+            case RowPush():
+                return self._push_rows(sender, body, frames, now)
+            case RowPull():
+                return self._pull_rows(sender, body, frames)
+            case RowInit():
+                return self._init_rows(sender, body, frames)
             case Setup():
                 return self._set_up(sender, body)
             case Plan():
@@ -277,11 +295,13 @@ class Shard(ABC):
 
     def _set_up(self, sender: str, setup: Setup) -> list[Send]:
         if self._setup is None:
-            layout = make_layout(setup.tensors, self.settings.servers)
+            layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
             self.store = Store(layout, self.index, setup.update, self.policy)
+            keeps = self.policy.applies == "round"
+            self.tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
-            self._uninitialised = set(self.chunks)
+            self._uninitialised = {*self.chunks, *self.tables.awaited()}
             self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
             if self.planes.refused:
                 log.warning("%s Workers get their weights through sockets.", self.planes.refused)
@@ -315,6 +335,19 @@ class Shard(ABC):
                 if not self._uninitialised:
                     self._opened()
                     effects += self._serve_all()
+        return effects
+
+    def _init_rows(self, sender: str, init: RowInit, frames: Frames) -> list[Send]:
+        effects = [Send(sender, Ready("RowInit", init.id))]
+        key = init.table, init.page
+        if self.tables is None or key not in self.tables.awaited():
+            raise WireError(f"first rows from {sender} do not fit the model agreed on")
+        if key in self._uninitialised:
+            self.tables.load(init.table, init.page, frames)
+            self._uninitialised.discard(key)
+            if not self._uninitialised:
+                self._opened()
+                effects += self._serve_all()
         return effects
 
     def _share(self, sender: str, share: Share) -> list[Send]:
@@ -372,6 +405,14 @@ class Shard(ABC):
             return self.store.decode(chunk, frame, present, seed)
         return self.store.receive(chunk, frame, present, push.scale)
 
+    def _check_rows(self, sender: str, push: RowPush, frames: Frames, plan: Round) -> RowSums:
+        """The push's rows. Raises WireError unless all of it fits the tables and the plan."""
+        if self.tables is None or not self._open:
+            raise WireError(f"{sender} pushed before the first weights were set")
+        if not is_node((push.lo, push.hi), plan.micro_batches) or push.samples != plan.samples_in(push.lo, push.hi):
+            raise WireError(f"rows from {sender} are for micro-batches {push.lo}..{push.hi - 1} of {plan.micro_batches}")
+        return self.tables.receive(push, frames, f"a push of {sender}")
+
     def _slot(self, sender: str, slot: int) -> dict[int, torch.Tensor]:
         if (sender, slot) not in self._slots:
             region = self._regions.get(sender)
@@ -384,6 +425,15 @@ class Shard(ABC):
         return self._slots[sender, slot]
 
     # ---- weights
+
+    @property
+    def _ids(self) -> list[int]:
+        """All that a contribution consists of here."""
+        return [*([METRICS] if self.index == 0 else []), *([ROWS] if self.tables else []), *self.chunks]
+
+    def _pull_rows(self, sender: str, pull: RowPull, frames: Frames) -> list[Send]:
+        found = self.tables.read(pull, frames) if self.tables is not None and self._open else None
+        return [] if found is None else [Send(sender, Rows(pull.number, found[0]), found[1])]
 
     def _pull(self, sender: str, pull: Pull) -> list[Send]:
         if pull.number < self._asked_for.get(sender, 0):
@@ -460,4 +510,6 @@ def _difference(known: Setup, owner: str, other: Setup, sender: str) -> str:
             )
     if len(known.tensors) != len(other.tensors):
         return f"{sender}'s model has {len(other.tensors)} parameters and buffers where {owner}'s has {len(known.tensors)}."
+    if known.tables != other.tables:
+        return f"{sender}'s row-sparse tables are not {owner}'s: {other.tables} instead of {known.tables}."
     return f"{sender} asks for another optimizer than {owner}: {other.update} instead of {known.update}."

@@ -48,7 +48,7 @@ class _Part:
         self.rounds = rounds
         self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
         self.master = torch.zeros(chunk.numel, dtype=self.sum_dtype)
-        settings = _tuples(update.groups[chunk.group]) if chunk.kind == "param" else {}
+        settings = with_tuples(update.groups[chunk.group]) if chunk.kind == "param" else {}
         fuses = update.optimizer == "SGD" and not any(settings.get(key) is not None for key in ("fused", "foreach"))
         size = _FUSED_BLOCK if fuses or settings.get("fused") else _BLOCK
         self.blocks = [
@@ -259,7 +259,7 @@ class Store:
         present = _present(total)
         groups = part.optimizer.param_groups if part.optimizer is not None else []
         for group in groups:
-            group.update(_tuples(hypers))
+            group.update(with_tuples(hypers))
         rates = [group["lr"] for group in groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * lr_scale
@@ -294,6 +294,6 @@ def _only(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]
     return {key: value for key, value in settings.items() if key in names}
 
 
-def _tuples(hypers: Mapping[str, Any]) -> dict[str, Any]:
+def with_tuples(hypers: Mapping[str, Any]) -> dict[str, Any]:
     """MessagePack has no tuples; torch.optim expects them (betas)."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in hypers.items()}

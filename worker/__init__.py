@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from worker.run import Run
 
 #: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
@@ -56,3 +58,14 @@ def join() -> Run:
     sys.excepthook = failed
     atexit.register(run.finish)
     return run
+
+
+def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:
+    """An `nn.Embedding(rows, dim, sparse=True)` that takes up no memory here: servers draw its rows from N(0, std^2).
+
+    What is drawn is a function of the run's seed, the table's name and the row. The layer can be used once the model that it is
+    in is replicated and has an optimizer.
+    """
+    from worker.rows import make_embedding
+
+    return make_embedding(rows, dim, std)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from common.errors import ClusterError, UsageError
-from common.messages import Beat, Push, Waiting
+from common.messages import Beat, Push, RowPush, Waiting
 from common.plan import Segment, derive_seed
+from common.rows import RowSums
 from common.sums import Sum, adder
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
@@ -23,6 +24,7 @@ from worker.link import COORDINATOR
 from worker.loader import Loader, seed_everything
 from worker.optimizer import Hypers
 from worker.replica import Replica
+from worker.rows import RowSparse
 from worker.slots import Slot, Slots
 from worker.tasks import Task
 
@@ -40,10 +42,12 @@ STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each ba
 
 @dataclass
 class Contribution:
-    """The sum over some micro-batches by chunk, in a slot; and of the metrics, sums x samples, and the samples."""
+    """The sum over some micro-batches by chunk, in a slot, and of rows of tables; and of the metrics, sums x samples, and the
+    samples."""
 
     slot: Slot
     sums: dict[int, Sum]
+    rows: RowSums
     metrics: dict[str, tuple[float, float]]
 
 
@@ -63,8 +67,11 @@ class Meter:
 class GradientWork:
     """One worker's loop: take a micro-batch, contribute its gradient, go on when the policy lets it."""
 
-    def __init__(self, run: Run, replica: Replica, slots: Slots, hypers: Hypers, clip_norm: float | None) -> None:
+    def __init__(
+        self, run: Run, replica: Replica, rows: RowSparse, slots: Slots, hypers: Hypers, clip_norm: float | None
+    ) -> None:
         self.replica = replica
+        self._rows = rows
         self.round = 0
         self._run = run
         self._link = run._link
@@ -149,7 +156,9 @@ class GradientWork:
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         assert self._slot is not None
         early = self._settle()
-        contribution = Contribution(self._slot, self.replica.gradient(samples, without=early), metrics)
+        contribution = Contribution(
+            self._slot, self.replica.gradient(samples, without=early), self._rows.contribution(samples), metrics
+        )
         self._meter.measured(time.monotonic() - self._begun_at, samples)
         if not self._policy.combines:
             self._push(task.round, task.k, task.k + 1, contribution)
@@ -166,6 +175,7 @@ class GradientWork:
         with self._link.lock:
             self._slot.taken = False
         self.replica.discard()
+        self._rows.forget()
         self._advance()
 
     def _take_slot(self) -> None:
@@ -242,7 +252,7 @@ class GradientWork:
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + samples
         right.slot.taken = False  # both are owned, so the sum is where the left one was
-        return Contribution(left.slot, sums, metrics)
+        return Contribution(left.slot, sums, self._rows.add(left.rows, right.rows), metrics)
 
     def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
         assert self._exchange is not None
@@ -252,6 +262,8 @@ class GradientWork:
             messages = self._exchange.push(push, contribution.sums, time.monotonic(), self._versions, slot)
             slot.taken, slot.pushed = False, round_
         self._link.send(*messages)
+        rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers)
+        self._rows.push(rows, contribution.rows, self._versions)
 
     def _make_push(self, round_: int, lo: int, hi: int, metrics: dict[str, tuple[float, float]] | None) -> Push:
         assert self._segment is not None
@@ -398,5 +410,6 @@ class GradientWork:
         now, left = self._current, self._tasks.left
         round_ = now.round if now is not None else self.round
         sent = self._exchange.unacknowledged(round_) if self._exchange is not None else []
+        sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         return Beat(state, round_, at, left, sent, self._meter.seconds, self._meter.rate)  # type: ignore[arg-type]

@@ -29,6 +29,8 @@ from common.messages import (
     Plan,
     Ready,
     Refused,
+    RowAck,
+    Rows,
     Setup,
     Share,
     Shared,
@@ -65,6 +67,7 @@ from worker.optimizer import (
 )
 from worker.replica import Replica
 from worker.rounds import GradientWork
+from worker.rows import RowSparse, check_training, find_tables
 from worker.slots import Slots
 from worker.tasks import Task, Tasks
 
@@ -97,6 +100,7 @@ class Run:
         self._model: nn.Module | None = None
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
+        self._rows: RowSparse | None = None
         self._kv: KvClient | None = None
         self._segments: list[Segment] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -141,7 +145,12 @@ class Run:
     # ---- setting up
 
     def replicate(self, model: M) -> M:
-        """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end."""
+        """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end.
+
+        The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
+        that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
+        which there never was memory here.
+        """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
         self._model = model
@@ -174,8 +183,13 @@ class Run:
         if clip_norm is not None and clip_norm <= 0:
             raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
         groups = parameter_groups(self._model, params)
-        replica = Replica(self._model, {id(p): number for number, g in enumerate(groups) for p in g["params"]}, self._servers)
+        tables = find_tables(self._model, groups)
+        specs, weights = [table.spec for table in tables], {id(table.module.weight) for table in tables}
+        dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
+        group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
+        replica = Replica(self._model, group_of, self._servers, specs)
         if self._policy.is_local:
+            check_training(tables, cls, [dict(hyper)] * len(groups), self._policy, False)
             outer = self._policy.outer_optimizer
             update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
             inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
@@ -186,7 +200,10 @@ class Run:
                 check_elementwise(cls, hyper)
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
+            check_training(tables, cls, update.groups, self._policy, clip_norm is not None)
         self._set_up(replica, update)
+        timeout = self.settings.timeout + 20.0
+        self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=self.index == 0)
         if self._policy.is_local:
             self._share(replica, None)
             self._work = local.LocalWork(self, replica, inner, self._callbacks)
@@ -196,12 +213,12 @@ class Run:
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
             slots = Slots(replica.layout, shared=self.settings.lane == "auto")
             self._share(replica, slots.handle)
-            self._work = GradientWork(self, replica, slots, hypers, own_clip)
-        return Optimizer(self._work.step, groups)
+            self._work = GradientWork(self, replica, self._rows, slots, hypers, own_clip)
+        return Optimizer(self._work.step, dense, self._rows.forget)
 
     def _set_up(self, replica: Replica, update: Update) -> None:
         """Agree on the model with everybody; the chief's weights are the first ones."""
-        setup = Setup(replica.specs, update)
+        setup = Setup(replica.specs, update, replica.layout.tables)
         everyone = [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]
         for name in everyone:
             self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
@@ -370,7 +387,8 @@ class Run:
                 if self._upload_wanted and self._model is not None and not self._link.stopped:
                     self._upload_wanted = False
                     self._fetch_masters()
-                    for part, frames in saving.model_parts(self._model):
+                    read = self._rows.contents if self._rows is not None else saving.nothing
+                    for part, frames in saving.model_parts(self._model, read):
                         self._request(
                             COORDINATOR,
                             part,
@@ -417,11 +435,15 @@ class Run:
             case Refused():
                 raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
             case _:
-                if sender != COORDINATOR and self._exchange is not None:
+                if sender != COORDINATOR and isinstance(body, Rows | RowAck):
+                    if self._rows is not None:
+                        self._rows.exchange.handle(sender, body, frames)
+                elif sender != COORDINATOR and self._exchange is not None:
                     self._exchange.handle(sender, body, frames)
 
     def _on_tick(self, now: float) -> list[Send]:
         out = self._exchange.tick(now) if self._exchange is not None else []
+        out += self._rows.exchange.tick(now) if self._rows is not None else []
         for number, (metrics, sent_at) in self._unsent_metrics.items():
             if now > sent_at + 1.0:
                 self._unsent_metrics[number] = metrics, now

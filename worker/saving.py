@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from safetensors.torch import save
@@ -17,18 +17,43 @@ from common.layout import CHUNK_BYTES
 from common.messages import ModelPart
 from common.tensors import to_frame
 
+#: Given a tensor of the model: its bytes in order where they are elsewhere, else None.
+Read = Callable[[torch.Tensor], Iterator[memoryview] | None]
 
-def model_parts(model: nn.Module) -> Iterator[tuple[ModelPart, list[bytearray]]]:
+
+def nothing(tensor: torch.Tensor) -> None:
+    """All tensors are in the model itself."""
+
+
+def model_parts(model: nn.Module, read: Read = nothing) -> Iterator[tuple[ModelPart, list[bytearray]]]:
     """The state of `model`, by the names of its state_dict, as messages and their frame of up to a chunk's bytes.
 
-    Tied weights are stored once for each of their names.
+    Tied weights are stored once for each of their names. Parameters come first, in the order of their names: their SHA-256 is
+    made on the way, so it is in the part that is sent last, which is the file's first.
     """
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    digest = weights_sha256(model)
-    header = _header(state, {"format": "pt", "weights_sha256": digest})
-    parts = -(-(len(header) + sum(tensor.nbytes for tensor in state.values())) // CHUNK_BYTES)
-    for part, data in enumerate(_cut(_contents(header, state))):
-        yield ModelPart(part, parts, digest), [data]
+    state = dict(model.state_dict(keep_vars=True))
+    trained = dict(sorted(model.named_parameters()))
+    state = {name: state[name] for name in [*(n for n in trained if n in state), *(n for n in state if n not in trained)]}
+    digest = hashlib.sha256()
+    header = _header(state, {"format": "pt", "weights_sha256": digest.hexdigest()})
+    count = -(-(len(header) + sum(tensor.nbytes for tensor in state.values())) // CHUNK_BYTES)
+
+    def contents() -> Iterator[memoryview]:
+        yield memoryview(header)
+        for name, tensor in {**trained, **state}.items():
+            for data in read(tensor) or [to_frame(tensor.detach().cpu().contiguous())]:
+                if name in trained:
+                    digest.update(data)
+                if name in state:
+                    yield data
+
+    parts = _cut(contents())
+    first = next(parts)
+    for part, data in enumerate(parts, 1):
+        yield ModelPart(part, count), [data]
+    header = _header(state, {"format": "pt", "weights_sha256": digest.hexdigest()})
+    first[: len(header)] = header[: len(first)]
+    yield ModelPart(0, count, digest.hexdigest()), [first]
 
 
 def _header(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -50,12 +75,6 @@ def _dtype(dtype: torch.dtype) -> str:
     return name
 
 
-def _contents(header: bytes, state: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
-    yield memoryview(header)
-    for tensor in state.values():
-        yield to_frame(tensor.cpu().contiguous())
-
-
 def _cut(contents: Iterator[memoryview]) -> Iterator[bytearray]:
     """The same bytes in pieces of CHUNK_BYTES, the last one shorter."""
     part = bytearray()
@@ -69,11 +88,3 @@ def _cut(contents: Iterator[memoryview]) -> Iterator[bytearray]:
                 part = bytearray()
     if part:
         yield part
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over the bytes of all parameters in the order of their names, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for _, parameter in sorted(model.named_parameters()):
-        digest.update(to_frame(parameter.detach().cpu().contiguous()))
-    return digest.hexdigest()

@@ -1,7 +1,8 @@
 """The systems that are compared: one module each, found by its name.
 
 A module has `commands(job)`, which says what processes to start for one run, and `FLAGS`, the switches it knows (None: it
-passes any on). Its workers write their steps as `benchmarks.training` says.
+passes any on). Where it cannot do with sparse gradients, `not_sparse(flags)` says why. Its workers write their steps as
+`benchmarks.training` says.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ class Entry:
 
     def commands(self, job: Job) -> list[Command]:
         return _load(self.system).commands(job)
+
+    def refuses(self, workload: Workload) -> str:
+        """Why it is not to train this, in a sentence; empty if it is."""
+        why = getattr(_load(self.system), "not_sparse", None)
+        return str(why(self.flags)) if why is not None and workload.sparse else ""
 
 
 def names() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from benchmarks.systems import Command, Job, module_command
 from benchmarks.training import STEPS_VARIABLE, WORKERS, Task, parse_task, train_with
 
 FLAGS: tuple[str, ...] = ("view", "fp16")
+
+
+def not_sparse(flags: Sequence[str]) -> str:
+    return "torch's fp16 hook takes no sparse gradients." if "--fp16" in flags else ""
 
 
 def commands(job: Job) -> list[Command]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ def run_trainer(ps_rref: Any, task: Task, rank: int) -> None:
         return model
 
     train(task, model, update, rank)
+
+
+def not_sparse(flags: Sequence[str]) -> str:
+    return "its server sends the whole model after every step, and so the whole table."
 
 
 def commands(job: Job) -> list[Command]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -9,6 +11,10 @@ from benchmarks.systems import Command, Job
 from benchmarks.systems.ddp import FLAGS as FLAGS
 from benchmarks.systems.ddp import gloo_commands, join_group, replicate
 from benchmarks.training import parse_task, train_with
+
+
+def not_sparse(flags: Sequence[str]) -> str:
+    return "it sends whole parameters after every step, and so the whole table."
 
 
 def commands(job: Job) -> list[Command]:

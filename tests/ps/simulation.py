@@ -8,7 +8,8 @@ so only one worker can be the real one (`real=True`: worker 0, which runs the wo
 The model is such that its weights tell on the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the
 run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
 order, so they show a wrong order of summing, or weights of the wrong round. With a codec for pushes, `account` and `c`
-are what it compresses.
+are what it compresses. With `Case.rows` there is a table too, of which only rows are sent: so many that are looked up at random,
+and behind them an account.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.layout import message_batches
-from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, Setup, Update, Waiting, Weights
+from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, RowInit, Setup, Update, Waiting, Weights
 from common.plan import Segment, make_segment
 from common.policies import load
+from common.rows import cut, owner_of, page_ids, pages
 from common.settings import Settings
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
@@ -46,6 +48,7 @@ from worker.link import COORDINATOR, Link
 from worker.optimizer import Hypers, example_optimizer, plain_settings
 from worker.replica import Replica
 from worker.rounds import _PATIENCE_S, GradientWork
+from worker.rows import RowSparse, find_tables
 from worker.run import Run
 from worker.slots import Slots
 from worker.tasks import Task
@@ -99,6 +102,7 @@ class Case:
     real: bool = False
     momentum: float = 0.9
     lr: float = 0.125
+    rows: int = 0
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -130,7 +134,7 @@ class Case:
 class Model(nn.Module):
     """See the top. `rare` has a gradient in even rounds only; `mean` and `most` are buffers of both kinds."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, sparse: bool = True) -> None:
         super().__init__()
         self.number = {task: n for n, task in enumerate(case.micro_batches())}
         is_coded = case.settings.push_codec != "none"
@@ -143,6 +147,25 @@ class Model(nn.Module):
         self.most: torch.Tensor
         self.register_buffer("mean", torch.full((3,), 0.7))
         self.register_buffer("most", torch.zeros(2, dtype=torch.int64))
+        self.rows = case.rows
+        if case.rows:
+            self.table = nn.Embedding(case.rows + len(self.number), 2, sparse=sparse)
+            with torch.no_grad():
+                self.table.weight.copy_(torch.linspace(-1, 1, 2 * len(self.table.weight)).view(-1, 2))
+                self.table.weight[case.rows :] = 0.0
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters as an optimizer takes them: tables do without momentum."""
+        table = [self.table.weight] if self.rows else []
+        return [
+            {"params": [p for p in self.parameters() if all(p is not t for t in table)]},
+            *({"params": [t], "momentum": 0.0} for t in table),
+        ]
+
+    def ids(self, task: Task) -> torch.Tensor:
+        """The rows that a micro-batch looks up; the last is its account's."""
+        generator = torch.Generator().manual_seed(2000 * task.round + task.k)
+        return torch.cat([torch.randint(self.rows, (5,), generator=generator), torch.tensor([self.rows + self.number[task]])])
 
     @torch.no_grad()
     def compute(self, task: Task) -> None:
@@ -155,23 +178,29 @@ class Model(nn.Module):
         self.rare.grad = torch.randn(2, generator=generator) + self.rare if task.round % 2 == 0 else None
         self.mean.mul_(0.9).add_(torch.randn(3, generator=generator))
         self.most[task.k % 2] += task.k
+        if self.rows:
+            factors = torch.randn(2, generator=generator)
+            with torch.enable_grad():
+                looked_up = self.table(self.ids(task))
+                # every row's gradient depends on all of them, wherever they are
+                ((looked_up[:5].sum(0).sin() * factors).sum() + looked_up[5:].sum()).backward()
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all its numbers."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+    """A copy of all its numbers that are here."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if not value.is_meta}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether all bits are equal, but for the sign of zeros."""
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
 
 
 def sequential(case: Case) -> list[dict[str, torch.Tensor]]:
     """Weights by round, and the final ones, of a plain loop in one process that sums along the tree."""
-    model = Model(case)
+    model = Model(case, sparse=False)
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.SGD(parameters.values(), lr=case.lr, momentum=case.momentum)
+    optimizer = torch.optim.SGD(model.groups(), lr=case.lr, momentum=case.momentum)
     out = [state(model)]
     for index in sorted({task.round for task in case.micro_batches()}):
         plan = case.round(index)
@@ -180,6 +209,7 @@ def sequential(case: Case) -> list[dict[str, torch.Tensor]]:
         for k in range(plan.micro_batches):
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+            model.zero_grad()
             model.compute(Task(index, k))
             samples = plan.samples_in(k, k + 1)
             for name, parameter in parameters.items():
@@ -493,7 +523,7 @@ class WorkerProcess(Process):
         run = self.run = Run(self.link, 180.0)
         self._welcomed_at = world.now
         model = run.replicate(self.model)
-        opt = run.optimizer(torch.optim.SGD, lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
+        opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
                 task = run._work._current if run._work is not None else None
@@ -515,8 +545,10 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
         run = self.run = Run(self.link, 180.0)
         run.replicate(self.model)
-        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
-        replica = Replica(self.model, {id(p): 0 for p in groups[0]["params"]}, case.settings.servers)
+        groups = self.model.groups()
+        tables = find_tables(self.model, groups)
+        specs = [table.spec for table in tables]
+        replica = Replica(self.model, {id(p): 0 for p in groups[0]["params"]}, case.settings.servers, specs)
         hyper = {"lr": case.lr, "momentum": case.momentum}
         example = example_optimizer(torch.optim.SGD, groups, hyper)
         work: SteppedWork | SteppedLocalWork
@@ -533,7 +565,9 @@ class WorkerProcess(Process):
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
             slots = Slots(replica.layout, shared=False)
-            work = SteppedWork(run, replica, slots, Hypers(example, None, "round", lambda epoch: None), clips)
+            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, sends_first=False)
+            run._rows = rows
+            work = SteppedWork(run, replica, rows, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work
         work.process = self
         yield from work.join()
@@ -547,16 +581,22 @@ class WorkerProcess(Process):
             yield Wait(None, self.world.now + 1.0)
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
-        setup = Setup(replica.specs, update)
-        for name in [COORDINATOR, *(f"server-{number}" for number in range(self.world.case.settings.servers))]:
+        setup = Setup(replica.specs, update, replica.layout.tables)
+        servers = self.world.case.settings.servers
+        for name in [COORDINATOR, *(f"server-{number}" for number in range(servers))]:
             yield from self._request(name, setup, "Setup", 0)
         if self.run.index == 0:
             first = replica.first_weights()
-            for server in range(self.world.case.settings.servers):
+            for server in range(servers):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
                 for batch in message_batches(ids, lambda i: len(first[i])):
                     frames = [first[i] for i in batch]
                     yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
+            for page in [page for spec in replica.layout.tables for page in pages(spec)]:
+                ids = page_ids(replica.layout.tables[0], page)
+                for server in range(servers):
+                    frames = cut(self.model.table.weight.detach()[ids[owner_of(ids, servers) == server]])
+                    yield from self._request(f"server-{server}", RowInit(page, 0, page), "RowInit", page, frames)
         self.run._exchange = Exchange(replica.layout, self.run.settings, self.run._policy.applies == "push")
 
     def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
@@ -596,6 +636,9 @@ class SteppedWork(GradientWork):
             yield from self._await_weights()
             if not self._spoilt:
                 self.process.has_weights(task)
+            if self.process.model.rows:
+                assert isinstance(self._rows, SteppedRows)
+                yield from self._rows.fetch(self.process.model.ids(task).unique(), world)
             self.process.model.compute(task)
             yield from self._backward()
             self.log({"loss": float(task.k)})
@@ -703,6 +746,17 @@ class SteppedWork(GradientWork):
         return clock
 
 
+class SteppedRows(RowSparse):
+    """`RowSparse` whose rows are fetched by a generator before they are looked up."""
+
+    def fetch(self, ids: torch.Tensor, world: World) -> Script:
+        self._link.send(*self.exchange.pull(0, ids, self._version(), world.now))
+        yield Wait(lambda: self.exchange.complete, float("inf"))
+
+    def _pull(self, table: int, ids: torch.Tensor) -> torch.Tensor:
+        return self.exchange.take()
+
+
 class SteppedLocalWork(local.LocalWork):
     """`LocalWork` where what blocks is a generator; see there for the reasons."""
 
@@ -796,12 +850,23 @@ class Outcome:
     #: By parameter, what all workers together have computed and their codec has not sent: gradients x samples.
     unsent: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def counted(self) -> list[float]:
+    def table(self) -> torch.Tensor:
+        """The rows that the servers hold."""
+        layout = self.shards[0].layout
+        assert layout is not None
+        out = torch.empty(layout.tables[0].rows, layout.tables[0].dim)
+        owners = owner_of(torch.arange(len(out)), len(self.shards))
+        for server, shard in enumerate(self.shards):
+            assert shard.tables is not None
+            out[owners == server] = shard.tables._tables[0]._values
+        return out
+
+    def counted(self, account: torch.Tensor | None = None) -> list[float]:
         """How often each micro-batch was counted, for runs with lr=1 and no momentum, by what the weights say.
 
         A share of a round counts by its samples: a micro-batch of s samples of S moves its element by s/S.
         """
-        account = next(iter(self.models.values()))["account"]
+        account = next(iter(self.models.values()))["account"] if account is None else account
         out = []
         for n, task in enumerate(self.case.micro_batches()):
             samples = self.case.round(task.round).samples_in(task.k, task.k + 1)
@@ -820,7 +885,7 @@ def _stand_ins(world: World) -> Iterator[None]:
         return Port(process, address.removeprefix("tcp://").removesuffix(":1"))
 
     with ExitStack() as stack:
-        for module in ("ps.coordinator", "ps.server", "worker.link", "worker.rounds", "worker.local"):
+        for module in ("ps.coordinator", "ps.server", "worker.link", "worker.rounds", "worker.rows", "worker.local"):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
             "common.codecs.chunks.MIN_NUMEL": 1,
@@ -829,6 +894,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.coordinator.RunLog": RecordedLog,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
+from simulation import Case, Network, Outcome, Pace, World, same, sequential, simulate
 
 from common.settings import Settings
 from ps.round_shard import RoundShard
@@ -144,6 +144,16 @@ def check_exact(outcome: Outcome) -> None:
     assert all(same(expected[-1], model) for model in outcome.models.values())
 
 
+def check_rows(outcome: Outcome) -> None:
+    """Rows count once, as chunks do; in sync they are the plain loop's."""
+    case = outcome.case
+    if case.settings.policy == "sync":
+        assert torch.equal(outcome.table(), sequential(case)[-1]["table.weight"])
+    else:
+        account = outcome.table()[case.rows :, 0]
+        assert outcome.counted(account) == pytest.approx(outcome.counted(), abs=1e-3)
+
+
 # ---- sync
 
 
@@ -218,6 +228,40 @@ def test_async_counts_every_micro_batch_once(case: Case) -> None:
     check_books(outcome)
     check_counted_once(outcome)
     check_same_everywhere(outcome)
+
+
+# ---- rows of tables
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@settings(profile, max_examples=5)
+@given(data=st.data())
+def test_rows_of_tables_keep_all_those_promises(policy: str, data: st.DataObject) -> None:
+    plain: dict[str, Any] = {} if policy == "sync" else PLAIN
+    case = data.draw(cases(policy, rows=data.draw(st.sampled_from([10, 200])), **plain))
+    outcome = simulate(case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_rows(outcome)
+    if policy == "sync":
+        check_exact(outcome)
+    elif policy != "backup":
+        check_counted_once(outcome)
+
+
+def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    post = World.post
+
+    def lossy(self: World, sender: str, to: str, data: list[bytes]) -> None:
+        if not (sender == "worker-1" and to == "server-1" and b"RowPush" in data[0]):
+            post(self, sender, to, data)
+
+    monkeypatch.setattr(World, "post", lossy)
+    paces = [Pace(0.1), Pace(0.1, dies_s=3.0)]
+    case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], rows=200)
+    outcome = simulate(case)
+    check_exact(outcome)
+    check_rows(outcome)
 
 
 # ---- local and average
@@ -342,6 +386,7 @@ def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObje
         network=data.draw(networks()),
         seed=data.draw(st.integers(0, 1 << 32)),
         real=data.draw(st.booleans()),
+        rows=data.draw(st.sampled_from([0, 100])),
         **({} if policy == "sync" else PLAIN),  # type: ignore[arg-type]
     )
     outcome = simulate(case)
@@ -351,6 +396,8 @@ def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObje
         check_exact(outcome)
     elif policy != "backup":
         check_counted_once(outcome)
+    if case.rows:
+        check_rows(outcome)
 
 
 def test_a_slow_workers_micro_batches_are_taken_over_by_those_that_wait() -> None:

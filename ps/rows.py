@@ -1,0 +1,208 @@
+"""The rows that a server has of each table, and torch.optim's own optimizers stepping on those that were touched.
+
+An update is "lazy" as torch.optim.SparseAdam's is: a row that no sample of the round looked up does not move, and neither does
+its state. Adam's bias correction counts the rounds in which the table had a gradient, as SparseAdam's does.
+
+First values that servers draw are drawn when a row of their block is first asked for, so that a table takes up memory and time
+as it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import WireError
+from common.layout import Layout, TableSpec
+from common.messages import RowPull, RowPush, Update
+from common.plan import derive_seed
+from common.rows import (
+    BLOCK,
+    RowSum,
+    RowSums,
+    cut,
+    join,
+    join_sums,
+    local_of,
+    owner_of,
+    page_ids,
+    pages,
+    rows_on,
+)
+from common.wire import Frames
+from ps.store import with_tuples
+
+#: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
+_HOW = ("foreach", "fused")
+
+
+class RowTable:
+    """One table's rows on one server, float32, and the optimizer's state of the same shape.
+
+    Invariant: `read` of the version before gives what `read` gave before the last `apply`.
+    """
+
+    def __init__(self, spec: TableSpec, server: int, servers: int, update: Update, seed: int) -> None:
+        self.spec = spec
+        self._server, self._servers, self._seed = server, servers, seed
+        self._values = _zeros(rows_on(server, servers, spec.rows), spec.dim)
+        #: Blocks of rows whose first values are there; None where a worker sends them.
+        self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
+        self._generator = torch.Generator()
+        #: Places of the rows that the last update touched, and what they were before it.
+        self._undo = torch.empty(0, dtype=torch.int64), torch.empty(0, spec.dim)
+        self._optimizer, self._parameter = _optimizer(update, spec)
+        #: The optimizer's state: what it has for each row, and the rest, such as the number of steps.
+        self._state: dict[str, torch.Tensor] = {}
+        self._common: dict[str, Any] = {}
+        for name, first in _first_state(update, spec).items():
+            if isinstance(first, torch.Tensor) and first.shape == (1, spec.dim):
+                self._state[name] = first.repeat(len(self._values), 1) if first.any() else _zeros(*self._values.shape)
+            else:
+                self._common[name] = torch.zeros_like(first) if isinstance(first, torch.Tensor) else first
+
+    def places(self, ids: torch.Tensor, what: str) -> torch.Tensor:
+        """Where rows are in this table. Raises WireError naming `what` unless they are sorted, distinct and all here."""
+        ordered = bool((ids[1:] > ids[:-1]).all())
+        if len(ids) and not (ordered and int(ids[0]) >= 0 and int(ids[-1]) < self.spec.rows and self._has(ids)):
+            raise WireError(f"{what} names rows of '{self.spec.name}' that are not sorted, or not on this server")
+        return local_of(ids, self._servers)
+
+    def _has(self, ids: torch.Tensor) -> bool:
+        return bool((owner_of(ids, self._servers) == self._server).all())
+
+    def on_page(self, page: int) -> torch.Tensor:
+        """The places of this server's rows of a page, in order."""
+        ids = page_ids(self.spec, page)
+        return local_of(ids[owner_of(ids, self._servers) == self._server], self._servers)
+
+    def load(self, at: torch.Tensor, values: torch.Tensor) -> None:
+        """Start from `values` (N, dim) in the places `at`."""
+        self._values.index_copy_(0, at, values)
+
+    def read(self, at: torch.Tensor, before: bool = False) -> torch.Tensor:
+        """A copy (N, dim) of the rows in these places, which are sorted, now or `before` the last update."""
+        self._draw(at)
+        rows = self._values.index_select(0, at)
+        touched, old = self._undo
+        if before and len(touched):
+            place = torch.searchsorted(touched, at).clamp_(max=len(touched) - 1)
+            same = touched[place] == at
+            rows[same] = old[place[same]]
+        return rows
+
+    def apply(self, total: RowSum, samples: int, hypers: Mapping[str, Any], lr_scale: float = 1.0) -> None:
+        """Step on the touched rows with the mean gradient whose sum over `samples` samples `total` is.
+
+        `hypers` overrides settings of the parameter group, `lr_scale` multiplies its learning rate.
+        """
+        at = local_of(total.ids, self._servers)
+        old = self.read(at)
+        self._undo = at, old
+        if not total.used:
+            return
+        group, parameter = self._optimizer.param_groups[0], self._parameter
+        group.update(with_tuples(hypers))
+        rate = group["lr"]
+        group["lr"] = rate * lr_scale
+        rows = {name: whole.index_select(0, at) for name, whole in self._state.items()}
+        parameter.data, parameter.grad = old.clone(), total.values / samples
+        self._optimizer.state[parameter] = {**self._common, **rows}
+        self._optimizer.step()
+        parameter.grad = None
+        group["lr"] = rate
+        self._values.index_copy_(0, at, parameter.data)
+        for name, whole in self._state.items():
+            whole.index_copy_(0, at, rows[name])
+
+    def _draw(self, at: torch.Tensor) -> None:
+        """Have first values of the blocks with these places: a function of the run's seed, the table and the block alone."""
+        if self._drawn is None or self.spec.std is None:
+            return
+        blocks = at.div(BLOCK, rounding_mode="floor").unique_consecutive()
+        for block in blocks[~self._drawn[blocks]].tolist():
+            seed = derive_seed(self._seed, f"rows of {self.spec.name}", block * self._servers + self._server)
+            rows = self._values[block * BLOCK : (block + 1) * BLOCK]
+            rows.normal_(0.0, self.spec.std, generator=self._generator.manual_seed(seed))
+        self._drawn[blocks] = True
+
+
+class RowTables:
+    """All tables on one server. With `keeps_versions` an update is a round's, and rows can be read as before the last one."""
+
+    def __init__(self, layout: Layout, server: int, update: Update, seed: int, keeps_versions: bool) -> None:
+        self._specs = layout.tables
+        self._tables = [RowTable(spec, server, layout.servers, update, seed) for spec in layout.tables]
+        self._keeps_versions = keeps_versions
+        #: Updates so far.
+        self._version = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._tables)
+
+    def awaited(self) -> set[tuple[int, int]]:
+        """(table, page) of first values that a worker is to send."""
+        return {(number, page) for number, spec in enumerate(self._specs) if spec.std is None for page in pages(spec)}
+
+    def load(self, table: int, page: int, frames: Frames) -> None:
+        """First values of a page. Raises WireError where they do not fit; the page must be one of `awaited`."""
+        one = self._tables[table]
+        at = one.on_page(page)
+        one.load(at, join(iter(frames), "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim))
+
+    def read(self, pull: RowPull, frames: Frames) -> tuple[int, list[memoryview]] | None:
+        """The rows asked for, how many, and their frames; None where that version is still to come.
+
+        Raises WireError where they cannot be meant.
+        """
+        if not 0 <= pull.table < len(self._tables):
+            raise WireError(f"there is no table {pull.table}")
+        if self._keeps_versions and pull.version > self._version:
+            return None
+        one = self._tables[pull.table]
+        if pull.page in pages(one.spec):
+            at = one.on_page(pull.page)
+        else:
+            at = one.places(join(iter(frames), "int64", pull.count, "a question"), "a question")
+        rows = one.read(at, before=self._keeps_versions and pull.version == self._version - 1)
+        return len(rows), cut(rows)
+
+    def receive(self, push: RowPush, frames: Frames, what: str) -> RowSums:
+        """A contribution to all tables. Raises WireError naming `what` where it does not fit."""
+        sums = join_sums(frames, push.counts, self._specs, what)
+        for part, table in zip(sums, self._tables, strict=True):
+            table.places(part.ids, what)
+        return sums
+
+    def apply(self, total: RowSums, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float = 1.0) -> None:
+        """Step on all rows that were touched; see RowTable.apply. `hypers` are those of each parameter group, or none."""
+        for part, table in zip(total, self._tables, strict=True):
+            table.apply(part, samples, hypers[table.spec.group] if table.spec.group < len(hypers) else {}, lr_scale)
+        self._version += 1
+
+
+def _zeros(rows: int, dim: int) -> torch.Tensor:
+    """Zeros that take up no memory until they are written to; those of torch do."""
+    return torch.from_numpy(np.zeros((rows, dim), dtype=np.float32))
+
+
+def _optimizer(update: Update, spec: TableSpec) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+    """The group's optimizer over a parameter whose memory is given to it for each step."""
+    assert update.optimizer is not None
+    cls = getattr(torch.optim, update.optimizer)
+    settings = {key: value for key, value in with_tuples(update.groups[spec.group]).items() if key not in _HOW}
+    parameter = torch.nn.Parameter(torch.zeros(1, spec.dim))
+    known = {key: value for key, value in settings.items() if key in inspect.signature(cls).parameters}
+    return cls([{"params": [parameter], **settings}], **known), parameter
+
+
+def _first_state(update: Update, spec: TableSpec) -> dict[str, Any]:
+    """The state of a row that has had a gradient of nothing but zeros, which is what a row begins with."""
+    optimizer, parameter = _optimizer(update, spec)
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return dict(optimizer.state[parameter])

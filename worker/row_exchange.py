@@ -1,0 +1,132 @@
+"""A worker's dealings with the servers about rows of tables: the one pull that it waits for, and pushes until acknowledged.
+
+A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when it is acknowledged; what is
+taken are the rows that were asked for last, and all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from common.errors import WireError
+from common.layout import TableSpec
+from common.messages import Body, RowAck, RowPull, RowPush, Rows
+from common.rows import RowSums, cut, cut_sums, join, owner_of, page_ids, split
+from common.wire import SEND_AGAIN_S, Frames
+from worker.exchange import Send
+
+
+@dataclass
+class _Sent:
+    """A message that is sent again until it is answered."""
+
+    server: str
+    body: Body
+    frames: Frames
+    sent_at: float
+
+
+class RowExchange:
+    """One worker's pulls and pushes of rows."""
+
+    def __init__(self, tables: Sequence[TableSpec], servers: int) -> None:
+        self._tables = tables
+        self._servers = servers
+        self._pushes: list[_Sent] = []
+        #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
+        self._questions: dict[int, _Sent] = {}
+        self._places: dict[int, torch.Tensor] = {}
+        self._answers: dict[int, torch.Tensor] = {}
+        self._number = 0
+        #: How many rows were asked for, and their length.
+        self._shape = 0, 0
+
+    # ---- pulling
+
+    def pull(self, table: int, ids: torch.Tensor, version: int, now: float) -> list[Send]:
+        """Ask for the rows with these sorted, distinct ids; whatever was asked for before is let go."""
+        return self._ask(table, ids, lambda number, part: (RowPull(number, table, version, len(part)), cut(part)), now)
+
+    def pull_page(self, table: int, page: int, version: int, now: float) -> list[Send]:
+        """Ask for the rows of a page, likewise."""
+        ids = page_ids(self._tables[table], page)
+        return self._ask(table, ids, lambda number, _: (RowPull(number, table, version, page=page), []), now)
+
+    def _ask(
+        self, table: int, ids: torch.Tensor, question: Callable[[int, torch.Tensor], tuple[RowPull, Frames]], now: float
+    ) -> list[Send]:
+        self._questions, self._places, self._answers = {}, {}, {}
+        self._shape = len(ids), self._tables[table].dim
+        owners = owner_of(ids, self._servers)
+        for server in range(self._servers):
+            places = (owners == server).nonzero().flatten()
+            if len(places):
+                self._number += 1
+                self._places[self._number] = places
+                self._questions[self._number] = _Sent(f"server-{server}", *question(self._number, ids[places]), now)
+        return [Send(sent.server, sent.body, sent.frames) for sent in self._questions.values()]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows asked for are here."""
+        return not self._questions
+
+    def missing(self) -> list[str]:
+        """Servers that have not answered."""
+        return [sent.server for sent in self._questions.values()]
+
+    def take(self) -> torch.Tensor:
+        """The rows asked for, (N, dim), in the order of their ids."""
+        assert self.complete
+        rows = torch.empty(self._shape)
+        for number, values in self._answers.items():
+            rows.index_copy_(0, self._places[number], values)
+        return rows
+
+    # ---- pushing
+
+    def push(self, push: RowPush, sums: RowSums, bases: Mapping[int, int], now: float) -> list[Send]:
+        """Send every server its part of a contribution. `push` holds what all messages of it share; `bases` are the versions,
+        by server, of the weights that it was computed from."""
+        effects = []
+        for server, part in enumerate(split(sums, self._servers)):
+            body = msgspec.structs.replace(push, counts=[one.count for one in part], base=bases.get(server, 0))
+            sent = _Sent(f"server-{server}", body, cut_sums(part), now)
+            self._pushes.append(sent)
+            effects.append(Send(sent.server, sent.body, sent.frames))
+        return effects
+
+    def unacknowledged(self, round_: int) -> set[int]:
+        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        bodies = [sent.body for sent in self._pushes]
+        return {k for b in bodies if isinstance(b, RowPush) and b.round == round_ for k in range(b.lo, b.hi)}
+
+    # ---- events
+
+    def handle(self, server: str, body: Rows | RowAck, frames: Frames) -> None:
+        """One message of a server. Raises WireError where it does not fit."""
+        if isinstance(body, RowAck):
+            self._pushes = [sent for sent in self._pushes if sent.server != server or not _acknowledges(body, sent.body)]
+        elif body.number in self._questions:
+            count, dim = len(self._places[body.number]), self._shape[1]
+            if body.count != count:
+                raise WireError(f"{server} sent {body.count} rows where {count} were asked for")
+            self._answers[body.number] = join(iter(frames), "float32", count * dim, f"an answer of {server}").view(count, dim)
+            del self._questions[body.number]
+
+    def tick(self, now: float) -> list[Send]:
+        """What was not answered for too long is sent again."""
+        effects = []
+        for sent in [*self._pushes, *self._questions.values()]:
+            if now >= sent.sent_at + SEND_AGAIN_S:
+                sent.sent_at = now
+                effects.append(Send(sent.server, sent.body, sent.frames))
+        return effects
+
+
+def _acknowledges(ack: RowAck, body: Body) -> bool:
+    return isinstance(body, RowPush) and (ack.round, ack.lo, ack.hi) == (body.round, body.lo, body.hi)
