@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -16,33 +15,18 @@ class Sum:
     """A contribution to one chunk, or a sum of several.
 
     `values` is flat, of the chunk's `sum_dtype`; bit p of `present` says that piece p had a gradient. `owned` memory may be
-    written to; other memory belongs to a received frame, or is `lasting`: it stays as it is until the round is over. What is
-    meant is `values` x `scale`, a power of two: multiplying by it changes no bit of what comes later, so it is put off until
-    values are touched anyway.
+    written to; other memory belongs to a received frame. What is meant is `values` x `scale`, a power of two: multiplying by
+    it changes no bit of what comes later, so it is put off until values are touched anyway.
     """
 
     values: torch.Tensor
     present: int
     owned: bool = False
     scale: float = 1.0
-    lasting: bool = False
 
     def section(self, start: int, length: int) -> Sum:
         """Elements start .. start+length-1, in the same memory."""
         return Sum(self.values[start : start + length], self.present, self.owned, self.scale)
-
-
-@dataclass
-class Pair:
-    """The sum of two contributions that last, left first, for who reads them to add up on the way."""
-
-    left: Sum | Pair
-    right: Sum | Pair
-    lasting: ClassVar[bool] = True
-
-    @property
-    def present(self) -> int:
-        return self.left.present | self.right.present
 
 
 def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:

@@ -16,12 +16,11 @@ from common.errors import WireError
 from common.layout import Chunk, Layout
 from common.messages import Traffic, Update
 from common.policies import Policy
-from common.sums import Pair, Sum, add_values, adder
+from common.sums import Sum, add_values, adder
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import bytes_of
 
 Norm = tuple[int, int, float]
-Total = Sum | Pair
 
 #: Elements that are summed and updated at a time: few enough to stay in a core's cache on their way through all steps.
 #: A fused kernel is one step; without one there are many, with memory of their own in between.
@@ -103,7 +102,7 @@ class Store:
         double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
         self._norm_dtype = torch.float64 if double else torch.float32
         self._policy = policy
-        self._scratch: dict[torch.dtype, list[torch.Tensor]] = {}
+        self._scratch = {dtype: torch.empty(_FUSED_BLOCK, dtype=dtype) for dtype in {p.sum_dtype for p in self._parts.values()}}
 
     def receive(self, chunk: int, frame: Any, present: int, scale: float = 1.0) -> Sum:
         """A contribution out of a frame. Raises WireError if it has not the chunk's size or names pieces it lacks."""
@@ -124,16 +123,11 @@ class Store:
         part = self._parts[chunk].chunk
         if not 0 <= present < 1 << len(part.pieces):
             raise WireError(f"chunk {chunk} has {len(part.pieces)} pieces, not those of mask {present:#x}")
-        return Sum(values, present, scale=1.0 if part.kind == "max" else scale, lasting=True)
+        return Sum(values, present, scale=1.0 if part.kind == "max" else scale)
 
-    def adder(self, chunk: int) -> Callable[[Total, Total], Total]:
-        """The function that adds two sums of `chunk`, left first. Those that last are added only when they are needed."""
-        add = adder(self._parts[chunk].chunk.kind)
-
-        def made(total: Total) -> Sum:
-            return total if isinstance(total, Sum) else add(made(total.left), made(total.right))
-
-        return lambda left, right: Pair(left, right) if left.lasting and right.lasting else add(made(left), made(right))
+    def adder(self, chunk: int) -> Callable[[Sum, Sum], Sum]:
+        """The function that adds two sums of `chunk`, left first."""
+        return adder(self._parts[chunk].chunk.kind)
 
     def load(self, chunk: int, frame: Any) -> None:
         """Start from the weights in `frame`, which have the chunk's own dtype."""
@@ -203,7 +197,7 @@ class Store:
             decode_seconds=sum(codec.decode_seconds for codec in codecs),
         )
 
-    def mean(self, chunk: int, total: Sequence[Total], samples: int) -> Sum:
+    def mean(self, chunk: int, total: Sequence[Sum], samples: int) -> Sum:
         """The sample-weighted mean whose sum `total` is, alone or in two halves, in memory of its own."""
         part = self._parts[chunk]
         out = torch.empty(part.chunk.numel, dtype=part.sum_dtype)
@@ -212,29 +206,14 @@ class Store:
             self._mean(part, block, total, samples, out[block.start : block.start + block.length])
         return Sum(out, present, owned=True)
 
-    def _mean(self, of: _Part, block: _Block, total: Sequence[Total], samples: int, out: torch.Tensor) -> torch.Tensor:
+    def _mean(self, of: _Part, block: _Block, total: Sequence[Sum], samples: int, out: torch.Tensor) -> torch.Tensor:
         """Write the mean of a block to `out`; in this order, whatever the block and wherever the values lie."""
-        halves = [self._sum(of, block, half, 1 + n) for n, half in enumerate(total)]
+        halves = [half.section(block.start, block.length) for half in total]
         if of.chunk.kind == "max":
             return out.copy_(halves[0].values) if len(halves) == 1 else torch.maximum(halves[0].values, halves[1].values, out=out)
         if len(halves) == 1:
             return torch.div(halves[0].values, samples / halves[0].scale, out=out)
         return out.div_(samples / add_values(of.chunk.kind, halves[0], halves[1], out))
-
-    def _sum(self, of: _Part, block: _Block, total: Total, memory: int) -> Sum:
-        """A block of `total`, made where need be in memory number `memory` and those after it."""
-        if isinstance(total, Sum):
-            return total.section(block.start, block.length)
-        left, right = self._sum(of, block, total.left, memory), self._sum(of, block, total.right, memory + 1)
-        out = self._memory(of, block, memory)
-        return Sum(out, total.present, scale=add_values(of.chunk.kind, left, right, out))
-
-    def _memory(self, of: _Part, block: _Block, number: int) -> torch.Tensor:
-        """Room for a block."""
-        rooms = self._scratch.setdefault(of.sum_dtype, [])
-        while number >= len(rooms):
-            rooms.append(torch.empty(_FUSED_BLOCK, dtype=of.sum_dtype))
-        return rooms[number][: block.length]
 
     def norms(self, chunk: int, mean: Sum) -> list[Norm]:
         """2-norm of the gradient of each piece that has one."""
@@ -260,7 +239,7 @@ class Store:
     def apply(
         self,
         chunk: int,
-        total: Sequence[Total],
+        total: Sequence[Sum],
         samples: int,
         hypers: Mapping[str, Any],
         factor: torch.Tensor | None = None,
@@ -292,7 +271,7 @@ class Store:
             if part.optimizer is None:
                 self._mean(part, block, total, samples, block.parameter)
             else:
-                gradient = self._mean(part, block, total, samples, self._memory(part, block, 0))
+                gradient = self._mean(part, block, total, samples, self._scratch[part.sum_dtype][: block.length])
                 if factor is not None:
                     gradient.mul_(factor)
                 if then is not None:
@@ -306,7 +285,7 @@ class Store:
         return self.settle(chunk, into, before) if into is not None else None
 
 
-def _present(total: Sequence[Total]) -> int:
+def _present(total: Sequence[Sum]) -> int:
     """Pieces that any of these contributions has a gradient for."""
     return functools.reduce(operator.or_, (half.present for half in total))
 

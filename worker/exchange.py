@@ -140,11 +140,6 @@ class Exchange:
         """Whether contributions to a chunk are sent, and not read from this worker's memory."""
         return self._server_of[chunk] not in self.readers
 
-    @property
-    def reads_all(self) -> bool:
-        """Whether contributions are read from this worker's memory by all servers."""
-        return all(server in self.readers for server, chunks in self._chunks.items() if chunks)
-
     def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
         """Send a contribution to one chunk, which is to count only when `settle` has said so."""
         server = self._server_of[chunk]

@@ -160,7 +160,7 @@ class GradientWork:
             self._slot, self.replica.gradient(samples, without=early), self._rows.contribution(samples), metrics
         )
         self._meter.measured(time.monotonic() - self._begun_at, samples)
-        if not self._policy.combines or self._servers_add_up():
+        if not self._policy.combines:
             self._push(task.round, task.k, task.k + 1, contribution)
         else:
             if self._sums is None:
@@ -237,12 +237,6 @@ class GradientWork:
     def _is_needed(self, slot: Slot) -> bool:
         assert self._exchange is not None
         return self._exchange.needs(slot) or (self._per_round and slot.pushed >= self.round)
-
-    def _servers_add_up(self) -> bool:
-        """Whether to leave sums to servers, as they read the slots anyway, as long as there are more."""
-        assert self._exchange is not None
-        with self._link.lock:
-            return self._exchange.reads_all and self._slots.spare(self._is_needed) > 0
 
     def _push_sums(self) -> None:
         if self._sums is not None:

@@ -57,20 +57,7 @@ class Slots:
                 index, memory = -1, torch.empty(slot_bytes(self._layout), dtype=torch.uint8)
             else:
                 memory = memory_of(self._layout, self._region, index)
-            _pin(memory)
             slot = Slot(index, views(self._layout, memory), memory)
             self._slots.append(slot)
         slot.taken = True
         return slot
-
-    def spare(self, in_use: Callable[[Slot], bool]) -> int:
-        """Shared slots that could be taken."""
-        if self._region is None:
-            return 0
-        return SLOTS - sum(slot.index >= 0 and (slot.taken or in_use(slot)) for slot in self._slots)
-
-
-def _pin(memory: torch.Tensor) -> None:
-    """Have GPUs copy gradients to this memory directly. Untested so far, as CUDA is."""
-    if torch.cuda.is_available() and memory.numel():
-        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)

@@ -486,23 +486,3 @@ def test_a_coded_contribution_is_decoded_into_memory_that_sums_may_use() -> None
             store.decode(0, frame, present, 5)
     with pytest.raises(WireError, match="coded in a run without a codec"):
         Coded("none").store.decode(0, bytes(to_frame(coded.frame)), 1, 5)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("sent", [(), (0,), (1, 2)])
-def test_contributions_that_last_are_added_on_the_way_and_to_the_same_bits(count: int, sent: tuple[int, ...]) -> None:
-    _, _, expected = make(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {}, servers=2)
-    _, _, cluster = make(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {}, servers=2)
-    for chunk in cluster.layout.chunks:
-        leaves = [torch.randn(chunk.numel, dtype=getattr(torch, chunk.sum_dtype)) for _ in range(count)]
-        scales = [4.0, 8.0, 4.0, 4.0, 1.0, 4.0, 2.0, 4.0][:count]
-        for stores, lasts in ((expected.stores, False), (cluster.stores, True)):
-            store = stores[chunk.server]
-            sums = {
-                k: store.view(chunk.id, leaf, 1, scale)
-                if lasts and k not in sent
-                else store.receive(chunk.id, bytes(to_frame(leaf)), 1, scale)
-                for k, (leaf, scale) in enumerate(zip(leaves, scales, strict=True))
-            }
-            store.apply(chunk.id, [fold(sums, count, store.adder(chunk.id))], 27, {})
-    assert all(same(cluster.weights(), expected.weights()))
