@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from common.codecs.chosen import sends_changes
 from common.errors import WireError
-from common.layout import Chunk
+from common.layout import Chunk, urgency
 from common.messages import (
     AllNorms,
     Arrived,
@@ -315,7 +316,7 @@ class RoundShard(Shard):
         if not self._open or clock > self._version + 1:
             return []
         if clock == self._version + 1:
-            ready = waiter.unsent & self._next
+            ready = self._ready(waiter.unsent)
             if waiter.pull.shared or waiter.pull.masters or self._target is None or not ready:
                 return []
             coded = self._frames_for(waiter.pull, self._target)
@@ -331,6 +332,12 @@ class RoundShard(Shard):
             return self._weights(worker, clock, -1, masters, True, metrics, {})
         coded = self._frames_for(waiter.pull, plane)
         return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, metrics, coded)
+
+    def _ready(self, unsent: set[int]) -> set[int]:
+        """Chunks of the next version to send now: none before those that are needed sooner, for gradients come in the opposite
+        order, and what comes last should be what the next forward can wait for."""
+        soonest = sorted(unsent, key=lambda chunk: urgency(self.chunks[chunk]))
+        return set(itertools.takewhile(self._next.__contains__, soonest))
 
     def _frames_for(self, pull: Pull, plane: int) -> dict[int, memoryview]:
         """What to send instead of weights in `plane`, those of round `pull.clock`: changes only to who holds what they change."""
