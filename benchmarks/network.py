@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cluster.lifeline import PARENT_VARIABLE
 from common.errors import UsageError
 
 HOSTS = 2
@@ -22,6 +23,9 @@ LOOPBACK = "loopback"
 RATES: Mapping[str, str] = {"1gbit": "1gbit", "100mbit": "100mbit"}
 
 _INTERFACE = "veth0"
+#: Each command line is a machine to itself: it sees no other's processes, nor the one that has started it, and so cannot reach
+#: their memory.
+_ALONE = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child", "env", "--unset", PARENT_VARIABLE)
 _OURS = re.compile(r"\bbench(\d+)h\d+\b")
 
 
@@ -72,7 +76,7 @@ def _make(number: int, rate: str) -> list[Host]:
         limit = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
         _run("tc", "qdisc", "add", "dev", port, *limit)  # what the host receives
         _run(*inside, "tc", "qdisc", "add", "dev", _INTERFACE, *limit)  # what it sends
-        made.append(Host(address, _INTERFACE, inside))
+        made.append(Host(address, _INTERFACE, (*inside, *_ALONE)))
     return made
 
 
