@@ -71,8 +71,8 @@ class Beat(Body, frozen=True):
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
     begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
-    second while computing. Of a server, `round` is the one that is open, and `left` its micro-batches that have not arrived.
-    Of a script without rounds, `at` counts answers of the key-value store.
+    second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, and
+    `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers of the key-value store.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -82,6 +82,7 @@ class Beat(Body, frozen=True):
     sent: list[int] = []
     seconds: float = 0.0
     rate: float = 0.0
+    transfer: float = 0.0
     traffic: Traffic = Traffic()
 
 

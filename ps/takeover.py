@@ -14,7 +14,7 @@ from common.leases import Table, in_force
 from common.messages import Lease
 from ps.membership import Member
 
-#: A micro-batch being computed is done a second time when it has taken this many times what the waiting worker needs for one.
+#: A micro-batch being computed is done a second time when it has taken this many times what that costs the waiting worker.
 _PATIENCE = 2.0
 #: Seconds after which a lease that came to nothing is given again.
 _AGAIN_S = 2.0
@@ -33,8 +33,9 @@ class _Look:
     """What was seen of a round, for all who ask until then."""
 
     until: float
-    #: Micro-batches that workers have not begun, of those that have any.
+    #: Micro-batches that workers have not begun, of those that have any; and those of them that are still in earlier rounds.
     runs: dict[str, list[int]]
+    behind: set[str]
     #: Who computes a micro-batch of the round, and since when, longest first.
     computing: list[tuple[float, str]]
 
@@ -72,7 +73,7 @@ class Takeover:
             if look is None or now >= look.until:
                 self._forget(rounds.start)
                 look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now)
-            others = (w for w in look.runs if w != waiting)
+            others = (w for w in look.runs if w != waiting and _is_worth_it(workers[waiting], workers.get(w), look, w, now))
             owner = max(others, key=lambda w: (len(look.runs[w]), w), default=None)
             if owner is not None:
                 k = look.runs[owner].pop()
@@ -123,7 +124,8 @@ class Takeover:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
         computing = sorted((member.since, name) for name, member in workers.items() if _computes(member, round_))
-        return _Look(now + _LOOK_S * len(workers), runs, computing)
+        behind = {w for w in runs if w in workers and workers[w].active and workers[w].beat.round < round_}
+        return _Look(now + _LOOK_S * len(workers), runs, behind, computing)
 
     def _held(
         self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
@@ -175,6 +177,21 @@ def _may_begin(member: Member | None, now: float) -> int:
     return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
 
 
+def _cost(worker: Member) -> float:
+    """Seconds until a micro-batch that a worker takes over has arrived."""
+    return worker.beat.seconds + worker.beat.transfer
+
+
+def _is_worth_it(waiting: Member, owner: Member | None, look: _Look, name: str, now: float) -> bool:
+    """Whether `waiting` should do what `owner` has not begun: not if that is sooner done by itself, as on a slow network, where
+    one that is behind may be about to get its weights, and a contribution more is one more to send."""
+    if owner is None or not owner.active:
+        return True
+    if name in look.behind:
+        return now - waiting.since >= waiting.beat.transfer
+    return len(look.runs[name]) * owner.beat.seconds >= waiting.beat.transfer
+
+
 def _is_late(since: float, waiting: Member, now: float) -> bool:
     """Whether who has been at its micro-batch since then has been for so long that `waiting` had better do it too."""
-    return now - since > _PATIENCE * max(waiting.beat.seconds, _NEWS_S / 2)
+    return now - since > _PATIENCE * max(_cost(waiting), _NEWS_S / 2)

@@ -40,6 +40,10 @@ class Send:
 CREDIT_BYTES = 8 << 20
 
 
+#: Weight of the newest transfer in the moving average.
+_NEWEST = 0.5
+
+
 @dataclass
 class _Outstanding:
     """A message until it is acknowledged, and the slot that its frames lie in. `early`: it does not count yet, so it is not sent
@@ -76,6 +80,9 @@ class Exchange:
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
         self._urgencies = {chunk.id: urgency(chunk) for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
+        #: Since when something has been outstanding; and how long that lasts, a moving average, seconds.
+        self._busy_since: float | None = None
+        self.transfer_s = 0.0
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.clock: int | None = None
         self._settled = False
@@ -304,6 +311,11 @@ class Exchange:
         """What was not answered for too long is sent again, and what there is credit for is sent."""
         self._heard_at.update(dict.fromkeys(self._heard, now))
         self._heard.clear()
+        if self._outstanding and self._busy_since is None:
+            self._busy_since = now
+        elif not self._outstanding and self._busy_since is not None:
+            self.transfer_s += _NEWEST * (now - self._busy_since - self.transfer_s)
+            self._busy_since = None
         effects, self._got = self._got, []
         for o in self._outstanding:
             if o.sent_at is not None and not o.early and self._is_silent(o.server, o.sent_at, now):

@@ -412,4 +412,5 @@ class GradientWork:
         sent = self._exchange.unacknowledged(round_) if self._exchange is not None else []
         sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
-        return Beat(state, round_, at, left, sent, self._meter.seconds, self._meter.rate)  # type: ignore[arg-type]
+        transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
+        return Beat(state, round_, at, left, sent, self._meter.seconds, self._meter.rate, transfer)  # type: ignore[arg-type]
