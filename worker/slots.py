@@ -57,7 +57,14 @@ class Slots:
                 index, memory = -1, torch.empty(slot_bytes(self._layout), dtype=torch.uint8)
             else:
                 memory = memory_of(self._layout, self._region, index)
+            _pin(memory)
             slot = Slot(index, views(self._layout, memory), memory)
             self._slots.append(slot)
         slot.taken = True
         return slot
+
+
+def _pin(memory: torch.Tensor) -> None:
+    """Have GPUs copy gradients to this memory directly. Untested so far, as CUDA is."""
+    if torch.cuda.is_available() and memory.numel():
+        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
