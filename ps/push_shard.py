@@ -139,7 +139,7 @@ class PushShard(Shard):
             waiter.weights = self._as_now(worker, pull, waiter.unsent)
             waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.masters}
         weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}
-        return self._weights(worker, waiter.version, self._plane(worker, pull), weights, True, {}, waiter.coded)
+        return self._weights(worker, waiter.version, self._plane(worker, pull), weights, True, waiter.coded)
 
     def _plane(self, worker: str, pull: Pull) -> int:
         """The plane to write a worker's weights to: of its two the one that it does not read. -1: it has none."""

@@ -49,8 +49,6 @@ class RoundShard(Shard):
         self._contents: dict[int, int] = {0: 0}
         #: By plane and chunk: frames of the weight codec.
         self._coded: dict[int, dict[int, memoryview]] = {}
-        #: Mean metrics of the round before this version.
-        self._metrics: dict[str, float] = {}
         #: `backup`: (round, micro-batch) left out of closed rounds, of which the ledger has had no row yet.
         self._left_out: set[tuple[int, int]] = set()
         self._open_round()
@@ -290,7 +288,6 @@ class RoundShard(Shard):
         return self._hypers[chunk.group] if 0 <= chunk.group < len(self._hypers) else {}
 
     def _commit(self, metrics: dict[str, float]) -> None:
-        self._metrics = metrics
         if self.index == 0:
             rows = list(self._filed.values())
             if self._closed is not None:
@@ -320,18 +317,17 @@ class RoundShard(Shard):
             if waiter.pull.shared or waiter.pull.masters or self._target is None or not ready:
                 return []
             coded = self._frames_for(waiter.pull, self._target)
-            return self._weights(worker, clock, self._target, self._in_plane(self._target, ready), False, {}, coded)
+            return self._weights(worker, clock, self._target, self._in_plane(self._target, ready), False, coded)
         plane = self._plane_of(clock)
         if plane < 0:
             del self.waiters[worker]
             return [Send(worker, Gone(clock, self._version))]
-        metrics = self._metrics if clock == self._version else {}
         if waiter.pull.masters and clock == self._version:
             assert self.store is not None
             masters = {chunk: self.store.master(chunk) for chunk in waiter.unsent}
-            return self._weights(worker, clock, -1, masters, True, metrics, {})
+            return self._weights(worker, clock, -1, masters, True, {})
         coded = self._frames_for(waiter.pull, plane)
-        return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, metrics, coded)
+        return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, coded)
 
     def _ready(self, unsent: set[int]) -> set[int]:
         """Chunks of the next version to send now: none before those that are needed sooner, for gradients come in the opposite

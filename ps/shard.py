@@ -461,7 +461,6 @@ class Shard(ABC):
         plane: int,
         weights: Mapping[int, torch.Tensor],
         closed: bool,
-        metrics: dict[str, float],
         coded: Mapping[int, memoryview],
     ) -> list[Send]:
         """Where to read the weights of some chunks, or if they are not shared, messages of up to a chunk's size each, as many
@@ -473,11 +472,11 @@ class Shard(ABC):
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
         if waiter.pull.shared and plane >= 0:
             del self.waiters[to]
-            return [Send(to, Weights(clock, version, sorted(weights), closed, metrics, plane))]
+            return [Send(to, Weights(clock, version, sorted(weights), closed, plane))]
         effects = []
         if closed and not waiter.closed:
             waiter.closed = True
-            effects.append(Send(to, Weights(clock, version, [], closed, metrics)))
+            effects.append(Send(to, Weights(clock, version, [], closed)))
         frames = {i: coded[i] if i in coded else to_frame(weights[i]) for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
         for ids in message_batches(soonest, lambda i: frames[i].nbytes):

@@ -91,9 +91,8 @@ class Exchange:
         #: Weights by chunk, as frames or where they are (None: taken already), and the version of each server's.
         self._staged: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
-        #: Servers on which the round before is closed, and mean metrics of the last of them.
+        #: Servers on which the round before is closed.
         self._closed_on: set[int] = set()
-        self._metrics: dict[str, float] = {}
         #: Frames that have come and of which servers are still to be told.
         self._got: list[Send] = []
         #: Set when a server says that the round wanted is over: the newest round it knows.
@@ -212,7 +211,7 @@ class Exchange:
         self.clock, self._settled, self._masters, self.gone = clock, settled, masters, None
         self._pulls += 1
         self._decoder.begin()
-        self._staged, self._versions, self._metrics, self._closed_on = {}, {}, {}, set()
+        self._staged, self._versions, self._closed_on = {}, {}, set()
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
         return self._ask(now)
 
@@ -299,7 +298,6 @@ class Exchange:
                     self._got.append(Send(server, Got(body.clock, body.chunks)))
                 if body.closed:
                     self._closed_on.add(number)
-                    self._metrics = body.metrics or self._metrics
             case Gone() if body.clock == self.clock:
                 self.gone = max(body.newest, self.gone or 0)
             case Weights() | Gone():

@@ -198,7 +198,7 @@ def pulled(worker: Worker, clock: int, frame: Any, coded: bool, plane: int = -1)
     """Pull round `clock`, of which the server hands out `frame` for chunk 0; the Pull that it got."""
     (ask,) = worker.exchange.pull(clock, False, 0.0)
     frames = [] if plane >= 0 else [frame, to_frame(torch.zeros(5))]
-    worker.exchange.handle("server-0", Weights(clock, clock, [0, 1], True, {}, plane, [0] if coded else []), frames)
+    worker.exchange.handle("server-0", Weights(clock, clock, [0, 1], True, plane, [0] if coded else []), frames)
     assert isinstance(ask.body, Pull)
     return ask.body
 
