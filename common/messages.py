@@ -235,8 +235,9 @@ class Pull(Body, frozen=True):
 
 class Weights(Body, frozen=True):
     """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
-    that they lie in. `closed`: the server has got and applied all there is to earlier rounds; weights that are still missing then follow by themselves. The frames of `coded`, some
-    of `chunks`, are the weight codec's: of the weights, or of their change since the version before."""
+    that they lie in. `closed`: the server has got and applied all there is to earlier rounds; weights that are still missing
+    then follow by themselves. The frames of `coded`, some of `chunks`, are the weight codec's: of the weights, or of their change
+    since the version before."""
 
     clock: int
     version: int

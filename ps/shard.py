@@ -477,16 +477,16 @@ class Shard(ABC):
         if closed and not waiter.closed:
             waiter.closed = True
             effects.append(Send(to, Weights(clock, version, [], closed)))
-        frames = {i: coded[i] if i in coded else to_frame(weights[i]) for i in weights}
+        sizes = {i: coded[i].nbytes if i in coded else self.chunks[i].weight_bytes for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
-        for ids in message_batches(soonest, lambda i: frames[i].nbytes):
+        for ids in message_batches(soonest, sizes.__getitem__):
             under_way = sum(waiter.bytes_under_way.values())
-            if under_way and under_way + sum(frames[i].nbytes for i in ids) > CREDIT_BYTES:
+            if under_way and under_way + sum(sizes[i] for i in ids) > CREDIT_BYTES:
                 break
-            waiter.bytes_under_way |= {i: frames[i].nbytes for i in ids}
+            waiter.bytes_under_way |= {i: sizes[i] for i in ids}
             waiter.unsent -= set(ids)
             message = Weights(clock, version, ids, coded=[i for i in ids if i in coded])
-            effects.append(Send(to, message, [frames[i] for i in ids]))
+            effects.append(Send(to, message, [coded[i] if i in coded else to_frame(weights[i]) for i in ids]))
         if waiter.closed and not waiter.unsent:
             del self.waiters[to]
         return effects

@@ -38,8 +38,6 @@ class Send:
 #: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
 #: needed sooner does not wait for long behind them.
 CREDIT_BYTES = 8 << 20
-
-
 #: Weight of the newest transfer in the moving average.
 _NEWEST = 0.5
 
@@ -173,11 +171,14 @@ class Exchange:
 
     def _flow(self, now: float) -> list[Send]:
         """Send what there is credit for."""
-        effects = []
+        effects: list[Send] = []
+        waiting = [outstanding for outstanding in self._outstanding if outstanding.sent_at is None]
+        if not waiting:
+            return effects
         under_way: dict[int, int] = dict.fromkeys(self._chunks, 0)
         for outstanding in self._outstanding:
             under_way[outstanding.server] += outstanding.bytes_under_way
-        for outstanding in sorted((o for o in self._outstanding if o.sent_at is None), key=self._urgency):
+        for outstanding in sorted(waiting, key=self._urgency):
             before = under_way[outstanding.server]
             if not outstanding.frames or not before or before + sum(f.nbytes for f in outstanding.frames) <= CREDIT_BYTES:
                 outstanding.sent_at = now
