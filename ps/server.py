@@ -121,7 +121,7 @@ class _Server:
             if welcome is not None:
                 self._stamp.sender = welcome.process
                 self._stamp.run = welcome.run
-                allow_files(welcome.settings.workers)
+                allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
                 policy = load(welcome.settings)
                 kind = RoundShard if policy.applies == "round" else PushShard
                 self._shard = kind(int(welcome.process.rpartition("-")[2]), welcome.settings, policy)
