@@ -179,7 +179,7 @@ class _Worker:
 
     def _beat(self) -> Beat:
         sent = [k for round_, k in self._outstanding if round_ == self._tasks.round]
-        return Beat("waiting", self._tasks.round, -1, self._tasks.left, sent, _SECONDS, _RATE)
+        return Beat("waiting", self._tasks.round, -1, self._tasks.left(self._tasks.round), sent, _SECONDS, _RATE)
 
     def handle(self, name: str, header: Any) -> None:
         """Raises PsError where the run has failed or this worker is refused."""

@@ -201,6 +201,11 @@ class Push(Body, frozen=True):
     stage: Literal["whole", "early", "confirm"] = "whole"
     coded: list[int] = []
 
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Which contribution it is, or is a part of."""
+        return self.round, self.lo, self.hi
+
 
 class Ack(Body, frozen=True):
     """That push (`chunks`, and the metrics if it had any) needs not be sent again. No copy of it has counted in the chunks

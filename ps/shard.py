@@ -271,12 +271,11 @@ class Shard(ABC):
 
     def _early_of(self, sender: str, push: Push) -> _Early:
         held = self._early.setdefault(sender, {})
-        key = push.round, push.lo, push.hi
-        if key not in held:
+        if push.key not in held:
             for old in list(held)[: 1 - _EARLY]:
                 del held[old]
-            held[key] = _Early()
-        return held[key]
+            held[push.key] = _Early()
+        return held[push.key]
 
     def _counts(self, sender: str, push: Push, chunk: int) -> None:
         """Remember that `push` counts in `chunk`."""

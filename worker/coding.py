@@ -43,24 +43,20 @@ class PushCoder:
         coded = self._codec.encode(chunk, values, seed, self._feedback.state(chunk))
         if coded is None:
             return None
-        self._feedback.sent(chunk, _key(push), coded.state)
+        self._feedback.sent(chunk, push.key, coded.state)
         return to_frame(coded.frame)
 
     def settled(self, push: Push, ignored: Collection[int]) -> None:
         """The frames of `push` have counted, but for the chunks `ignored`."""
         for chunk in push.coded:
             if chunk in ignored:
-                self._feedback.drop(chunk, _key(push))
+                self._feedback.drop(chunk, push.key)
             else:
-                self._feedback.commit(chunk, _key(push))
+                self._feedback.commit(chunk, push.key)
 
     @property
     def seconds(self) -> float:
         return self._codec.encode_seconds if self._codec is not None else 0.0
-
-
-def _key(push: Push) -> tuple[int, int, int]:
-    return push.round, push.lo, push.hi
 
 
 class WeightDecoder:

@@ -1,9 +1,9 @@
 """A worker's dealings with the servers: pushes until they are acknowledged, and the pull of the next weights.
 
 A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when every part of it is
-acknowledged, and what is sent again has the same bytes; no server has more than CREDIT_BYTES of pushes on their way to it, or one
-message; of what waits, the chunks that the next forward needs first go first; staged weights all belong to the round last pulled;
-nothing received touches the model.
+acknowledged, and what is sent again has the same bytes, even if it was computed again meanwhile; no server has more than
+CREDIT_BYTES of pushes on their way to it, or one message; of what waits, the chunks that the next forward needs first go first;
+staged weights all belong to the round last pulled; nothing received touches the model.
 """
 
 from __future__ import annotations
@@ -118,12 +118,15 @@ class Exchange:
         """Send a contribution, `sums` by chunk; to servers that can read `slot`, in which they lie, only word of it.
 
         `push` holds what all messages of it share; its metrics go to server 0 alone. `bases` are the versions, by server,
-        of the weights it was computed from.
+        of the weights it was computed from. What of it is outstanding from an earlier time is not sent anew.
         """
+        outstanding = [o.push for o in self._outstanding if o.push.key == push.key]
+        under_way = {chunk for known in outstanding for chunk in known.chunks}
+        tells = not any(known.metrics is not None for known in outstanding)
         for server, chunks in self._chunks.items():
             reads = slot is not None and slot.index >= 0 and server in self.readers
-            ids = [chunk.id for chunk in chunks if chunk.id in sums]
-            metrics = push.metrics if server == 0 else None
+            ids = [chunk.id for chunk in chunks if chunk.id in sums and chunk.id not in under_way]
+            metrics = push.metrics if server == 0 and tells else None
             if not ids and metrics is None:
                 continue
             coded = {} if reads else {i: frame for i in ids if (frame := self._coder.encode(push, i, sums[i])) is not None}
@@ -145,7 +148,9 @@ class Exchange:
         return self._server_of[chunk] not in self.readers
 
     def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
-        """Send a contribution to one chunk, which is to count only when `settle` has said so."""
+        """Send a contribution to one chunk, which is to count only when `settle` has said so; likewise."""
+        if any(o.push.key == push.key and chunk in o.push.chunks for o in self._outstanding):
+            return []
         server = self._server_of[chunk]
         coded = self._coder.encode(push, chunk, value)
         message = msgspec.structs.replace(
@@ -343,5 +348,5 @@ class Exchange:
 
 
 def _is_meant(ack: Ack, push: Push) -> bool:
-    whose = push.round, push.lo, push.hi, push.chunks, push.metrics is not None
+    whose = *push.key, push.chunks, push.metrics is not None
     return whose == (ack.round, ack.lo, ack.hi, ack.chunks, ack.metrics)

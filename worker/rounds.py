@@ -407,10 +407,10 @@ class GradientWork:
 
     def beat(self) -> Beat:
         """Where this worker is. Called by the link's thread, with the lock held."""
-        now, left = self._current, self._tasks.left
+        now = self._current
         round_ = now.round if now is not None else self.round
         sent = self._exchange.unacknowledged(round_) if self._exchange is not None else []
         sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
-        return Beat(state, round_, at, left, sent, self._meter.seconds, self._meter.rate, transfer)  # type: ignore[arg-type]
+        return Beat(state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer)  # type: ignore[arg-type]

@@ -81,10 +81,9 @@ class Tasks:
         self._floor = max(self._floor, before)
         self._taken = deque(task for task in self._taken if task.round >= before)
 
-    @property
-    def left(self) -> list[int]:
-        """Micro-batches of this round that are this worker's and not begun."""
-        return [task.k for task in [*self._run, *self._taken] if task.round == self.round]
+    def left(self, round_: int) -> list[int]:
+        """Micro-batches of a round that are this worker's and not begun."""
+        return [task.k for task in [*self._run, *self._taken] if task.round == round_]
 
     @property
     def any(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from common.codecs import CodecSettings, load
 from common.codecs.chosen import for_pushes, for_weights, push_seed
@@ -88,6 +89,23 @@ def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_e
     slot.chunks[0].zero_()
     (again,) = worker.exchange.tick(SEND_AGAIN_S + 1)
     assert again.body == message.body and [bytes(frame) for frame in again.frames] == before
+
+
+@pytest.mark.parametrize("codec", ["none", "topk", "randomk", "onebit"])
+def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec: str) -> None:
+    worker = Worker(push_codec=codec)
+    first = worker.push(worker.slot(torch.randn(NUMEL)), replace(PUSH, metrics={"loss": (1.0, 8.0)}))
+    before = [bytes(frame) for frame in first.frames]
+    again = worker.slot(torch.randn(NUMEL))
+    sums = {chunk: Sum(again.chunks[chunk], 1) for chunk in (0, 1)}
+    assert worker.exchange.push(replace(PUSH, metrics={"loss": (2.0, 8.0)}), sums, 0.1, slot=again) == []
+    assert worker.exchange.push_early(PUSH, 0, sums[0], 0.1, {}, again) == []
+    assert not worker.exchange.needs(again)
+    (retry,) = worker.exchange.tick(SEND_AGAIN_S + 1)
+    assert retry.body == first.body and [bytes(frame) for frame in retry.frames] == before
+    worker.exchange.handle("server-0", Ack(PUSH.round, PUSH.lo, PUSH.hi, [0, 1], metrics=True), ())
+    assert worker.exchange.unacknowledged(PUSH.round) == []
+    assert whole(worker.push(again)).chunks == [0, 1]  # that is another matter once it is over
 
 
 def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:

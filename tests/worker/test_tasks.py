@@ -1,0 +1,17 @@
+"""What a worker has left to do is told round by round."""
+
+from __future__ import annotations
+
+from common.leases import Table
+from common.messages import Lease
+from worker.tasks import Task, Tasks
+
+
+def test_what_is_left_of_a_round_is_of_no_other() -> None:
+    tasks = Tasks("worker-0", [Table(0, 0, ["worker-0", "worker-1"], [1, 1])])
+    tasks.open(3, 5)
+    tasks.leased(Lease(2, 1, "worker-0", "worker-1"))  # of a round that servers have not closed yet, and that is shorter
+    assert tasks.left(3) == [0, 1, 2]
+    assert tasks.left(2) == [1]
+    assert [tasks.next() for _ in range(4)] == [Task(3, 0), Task(3, 1), Task(3, 2), Task(2, 1)]
+    assert tasks.left(3) == tasks.left(2) == []
