@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import zmq
 
+from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.errors import ClusterError, WireError
 from common.messages import Beat, Body, Hello, KvPull, KvPush, Refused
@@ -46,6 +47,7 @@ def serve(coordinator: str, bind: str, index: int | None) -> None:
     Raises UsageError if it cannot listen or is refused, ClusterError if the run fails or the coordinator falls silent.
     """
     torch.set_num_threads(1)
+    keep_memory()
     context: zmq.Context[Any] = zmq.Context()
     try:
         with no_compiler():

@@ -16,7 +16,7 @@ from common.rows import RowSums
 from common.sums import Sum, adder
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
-from worker.allocator import keep_memory
+from common.allocator import keep_memory
 from worker.awaited import AwaitedWeights
 from worker.early import Early, Join
 from worker.exchange import Send
@@ -193,6 +193,8 @@ class GradientWork:
         assert task is not None and self._segment is not None and self._exchange is not None and self._slot is not None
         if self._clip_norm is not None or not any(self._exchange.sends(chunk.id) for chunk in self.replica.layout.chunks):
             return
+        if self._exchange.transfer_s < self._meter.seconds:
+            return  # the network is not what is waited for, and to overlap costs time on the processor
         with self._link.lock:
             if self._policy.combines and not self._tasks.run_done:
                 return

@@ -380,13 +380,13 @@ class Run:
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
-            self._link.send(Send(COORDINATOR, self._beat()))  # the last word on what was sent
             while not self._link.stopped:
-                self._link.send(Send(COORDINATOR, Goodbye()))
+                self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, Goodbye()))  # first, the last of what was sent
                 self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: "", every=1.0)
                 if self._upload_wanted and self._model is not None and not self._link.stopped:
                     self._upload_wanted = False
                     self._fetch_masters()
+                    self._link.send(Send(COORDINATOR, self._beat()))
                     read = self._rows.contents if self._rows is not None else saving.nothing
                     for part, frames in saving.model_parts(self._model, read):
                         self._request(
