@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from common.allocator import keep_memory
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Push, RowPush, Waiting
 from common.plan import Segment, derive_seed
@@ -16,7 +17,6 @@ from common.rows import RowSums
 from common.sums import Sum, adder
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
-from common.allocator import keep_memory
 from worker.awaited import AwaitedWeights
 from worker.early import Early, Join
 from worker.exchange import Send
