@@ -47,8 +47,11 @@ def cli() -> None:
 @click.option("--port", cls=Option, section="Cluster", type=click.IntRange(0, 65535), default=0, metavar="N",
               help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
 @run_options
+@click.option("--resume", cls=Option, section="Run", metavar="RUN",
+              help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers and "
+              "servers, or up to other --rounds or --epochs if you like.")  # fmt: skip
 @click.pass_context
-def local(ctx: click.Context, /, config: str | None, script: str | None, **_: Any) -> None:
+def local(ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, **_: Any) -> None:
     """Train on this machine.
 
     Starts and watches a coordinator, servers and workers, which run SCRIPT with ARGS, or without one the built-in example.
@@ -56,14 +59,18 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, **_: An
     from rich.console import Console
 
     from cluster.local import Order, check_order, run_local
-    from cluster.rundir import claim
+    from cluster.resume import resumed
+    from cluster.rundir import claim, find_run
     from cluster.screen import Screen
     from common.runlog import FILE_NAME
 
-    choice = choose(given(ctx), config, script, ctx.meta["args"])
+    if resume is None:
+        choice = choose(given(ctx), config, script, ctx.meta["args"])
+    else:
+        choice = resumed(find_run(resume), given(ctx), script, ctx.meta["args"])
     check_order(choice.settings, choice.script, choice.port)
-    with claim(choice.run_dir, choice.default_name, choice.overwrite) as folder:
-        order = Order(choice.settings, folder, choice.script, choice.args, choice.port)
+    with claim(choice.run_dir, choice.default_name, choice.overwrite, resume is not None) as folder:
+        order = Order(choice.settings, folder, choice.script, choice.args, choice.port, resume is not None)
         run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
 
 
@@ -73,8 +80,9 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, **_: An
 @settings_options
 @run_options
 @click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its newest snapshot.")
 @click.pass_context
-def coordinator(ctx: click.Context, /, bind: str, config: str | None, prepared: bool, **_: Any) -> None:
+def coordinator(ctx: click.Context, /, bind: str, config: str | None, prepared: bool, resume: bool, **_: Any) -> None:
     """Coordinate one run.
 
     Waits for as many servers and workers as the settings say, and writes the run directory.
@@ -85,11 +93,11 @@ def coordinator(ctx: click.Context, /, bind: str, config: str | None, prepared: 
     _log_to_stderr()
     choice = choose(given(ctx), config)
     if prepared:
-        serve(choice.settings, bind, _folder(choice))
+        serve(choice.settings, bind, _folder(choice), resume)
         return
-    with claim(choice.run_dir, choice.default_name, choice.overwrite) as folder:
+    with claim(choice.run_dir, choice.default_name, choice.overwrite, resume) as folder:
         write_settings(folder / SETTINGS_FILE, choice.settings)
-        serve(choice.settings, bind, folder)
+        serve(choice.settings, bind, folder, resume)
 
 
 @cli.command(cls=Command)
@@ -130,6 +138,46 @@ def worker(ctx: click.Context, script: str | None, coordinator: str, index: int 
 
             beside.enter_context(server_beside(_program(), coordinator, index, script))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
+
+
+@cli.group()
+def checkpoint() -> None:
+    """Look at the snapshots of a run, check them, and take the model out of one.
+
+    RUN is a run directory, or the name of one under runs/.
+    """
+
+
+@checkpoint.command("list")
+@click.argument("run")
+def list_checkpoints(run: str) -> None:
+    """List the snapshots of RUN."""
+    from cluster.checkpoints import list_snapshots
+
+    list_snapshots(run)
+
+
+@checkpoint.command()
+@click.argument("run")
+def verify(run: str) -> None:
+    """Compare all files of RUN's snapshots with their check sums.
+
+    The exit code is 1 where one is damaged.
+    """
+    from cluster.checkpoints import verify_snapshots
+
+    verify_snapshots(run)
+
+
+@checkpoint.command()
+@click.argument("run")
+@click.option("--round", "round_", type=click.IntRange(min=0), metavar="N", help="Of the snapshot of this round; else the newest.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
+def export(run: str, round_: int | None, out: Path) -> None:
+    """Write the model in a snapshot of RUN to a safetensors file, by the names of its state_dict."""
+    from cluster.checkpoints import export_model
+
+    export_model(run, round_, out)
 
 
 @cli.command(cls=Command)

@@ -24,6 +24,8 @@ _ADDRESS_S = 30.0
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
 _JOIN_S = 2.0
+#: How many times servers that were killed are started again.
+_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Order:
     script: str | None = None
     args: tuple[str, ...] = ()
     port: int = 0
+    #: Whether the run in `run_dir` goes on from its newest snapshot.
+    resume: bool = False
 
 
 def check_order(settings: Settings, script: str | None, port: int) -> None:
@@ -107,12 +111,15 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
     return summary
 
 
-def start_coordinator(processes: Processes, program: Sequence[str], folder: Path, port: int, tick: Callable[[], None]) -> str:
+def start_coordinator(
+    processes: Processes, program: Sequence[str], folder: Path, port: int, tick: Callable[[], None], resume: bool = False
+) -> str:
     """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens.
 
     Calls `tick`, which waits a moment, and raises if need be. Raises ClusterError where the coordinator does not get so far.
     """
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
+    command += ["--resume"] * resume
     processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1))
     deadline = time.monotonic() + _ADDRESS_S
     log = folder / LOGS / "coordinator.log"
@@ -147,6 +154,7 @@ class _Local:
         self._processes = processes
         self._signals = signals
         self._screen = screen
+        self._restarts = _RESTARTS
 
     def run(self) -> None:
         """Returns when every process has ended well."""
@@ -158,7 +166,7 @@ class _Local:
         )
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
-            address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick)
+            address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick, order.resume)
             self._start_others(address)
         except OSError as error:
             raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
@@ -182,9 +190,19 @@ class _Local:
         self._processes.poll()
         if self._signals.name:
             raise _Stopped(self._signals.name)
+        self._revive()
         if self._processes.failures():
             self._fail()
         self._screen.update()
+
+    def _revive(self) -> None:
+        """Start servers that were killed again: then all processes begin anew, from the newest snapshot."""
+        for child in self._processes.failures():
+            killed = child.code is not None and child.code < 0
+            if killed and child.name.startswith("server") and self._processes.running("coordinator") and self._restarts:
+                self._restarts -= 1
+                self._screen.say(f"{child.name} {child.end()}; it is started again, and the run goes on from its newest snapshot.")
+                self._processes.again(child)
 
     def _fail(self) -> None:
         """Give the others a moment to fail too, then raise for the one that failed first."""

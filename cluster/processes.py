@@ -50,6 +50,8 @@ class Child:
     ended_at: float = 0.0
     #: Whether nothing of its process group is left.
     gone: bool = field(default=False, repr=False)
+    command: Sequence[str] = field(default=(), repr=False)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def failed(self) -> bool:
@@ -101,7 +103,18 @@ class Processes:
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._guard = self._guard or _start_guard(self._family)
         log = self._log_dir / f"{name}.log"
-        with log.open("wb") as file:
+        log.unlink(missing_ok=True)
+        child = Child(name, log, self._spawn(argv, env, log), command=argv, env=env)
+        self.children.append(child)
+        return child
+
+    def again(self, child: Child) -> None:
+        """Start a child that has ended once more, with the same command; its log goes on. OSError if it cannot be started."""
+        child.popen = self._spawn(child.command, child.env, child.log)
+        child.code, child.ended_at, child.gone = None, 0.0, False
+
+    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("ab") as file:
             popen = subprocess.Popen(
                 list(argv),
                 env={**self._env, **env},
@@ -110,12 +123,10 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        child = Child(name, log, popen)
-        self.children.append(child)
-        assert self._guard.stdin is not None
+        assert self._guard is not None and self._guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard; the run does not need it
             self._guard.stdin.write(b"%d\n" % popen.pid)
-        return child
+        return popen
 
     def poll(self) -> None:
         """Note which children have ended."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from common import snapshots
 from common.errors import UsageError
 from common.runlog import FILE_NAME, RunLog
 from common.settings import Settings
@@ -35,8 +36,10 @@ def is_folder_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def claim(path: Path | None, default: str, overwrite: bool) -> Iterator[Path]:
+def claim(path: Path | None, default: str, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """The folder for a new run, empty of other runs' files, locked against other launchers for the time of the context.
+
+    With `resume`, the folder `path` of a run that is to go on, without what it left when it ended.
 
     `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free.
     Raises UsageError where the folder holds a finished run and not `overwrite`, is in use, or is no run's folder; then
@@ -51,7 +54,10 @@ def claim(path: Path | None, default: str, overwrite: bool) -> Iterator[Path]:
             raise UsageError(f"{folder} is in use by another run: wait for its end, or give another --run-dir or --name.")
         lock = wanted
     try:
-        _make_room(folder, overwrite)
+        if resume:
+            _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE))
+        else:
+            _make_room(folder, overwrite)
         yield folder
     finally:
         os.close(lock)
@@ -99,13 +105,29 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"{folder} is not empty and holds no run: give an empty or new folder as --run-dir.")
     if (folder / SUMMARY_FILE).exists() and not overwrite:
         raise UsageError(f"{folder} holds a finished run: give --overwrite to replace it, or another --run-dir or --name.")
+    _remove(folder, _FILES)
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """Remove files of an earlier run, and if its event log is among them all else that a run writes."""
     try:
-        for name, suffix in itertools.product(_FILES, _SUFFIXES):
+        for name, suffix in itertools.product(names, _SUFFIXES):
             (folder / (name + suffix)).unlink(missing_ok=True)
-        for log in (folder / LOGS).glob("*.log"):
-            log.unlink()
+        if FILE_NAME in names:
+            for log in (folder / LOGS).glob("*.log"):
+                log.unlink()
+            for snapshot in snapshots.folders(folder):
+                snapshots.remove(snapshot)
     except OSError as error:
         raise UsageError(f"the earlier run in {folder} cannot be removed: {error.strerror}.") from None
+
+
+def find_run(name: str) -> Path:
+    """The folder of the run that a user calls `name`: a run directory, or a name under runs/. Raises UsageError for none."""
+    for folder in (Path(name), RUNS / name):
+        if folder.is_dir() and is_run(folder):
+            return folder
+    raise UsageError(f"there is no run {name}: give a run directory, or the name of one under {RUNS}/.")
 
 
 def _contents(folder: Path) -> list[str]:

@@ -37,13 +37,16 @@ class Hello(Body, frozen=True):
 
 
 class Welcome(Body, frozen=True):
-    """You are `process` of run `run`. Sent when all expected processes are there."""
+    """You are `process` of run `run`. Sent when all expected processes are there. The run directory is `run_dir` where the
+    coordinator is; the run goes on from the snapshot of round `resume` in it (-1: it begins)."""
 
     process: str
     run: str
     settings: Settings
     servers: list[str]
     tables: list[Table]
+    run_dir: str = ""
+    resume: int = -1
 
 
 class Refused(Body, frozen=True):
@@ -108,10 +111,12 @@ class Lease(Body, frozen=True):
 
 
 class Stop(Body, frozen=True):
-    """The run is over. `ok`: finished and saved. Else `reason` is a sentence."""
+    """The run is over. `ok`: finished and saved. Else `reason` is a sentence; `again`: it goes on from its newest snapshot, so
+    begin anew."""
 
     ok: bool
     reason: str = ""
+    again: bool = False
 
 
 # ---- setting up (worker -> coordinator and servers)
@@ -390,6 +395,25 @@ class AllNorms(Body, frozen=True):
     norms: list[tuple[int, int, float]]
 
 
+class Cut(Body, frozen=True):
+    """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
+    file with `token`. Answered by Saved."""
+
+    round: int
+    token: str
+
+
+class Saved(Body, frozen=True):
+    """What has become of a Cut: it `waits` for the round, was `missed` as the round is over, is being or was `written`, or
+    `failed` for a reason."""
+
+    round: int
+    state: Literal["waits", "missed", "writing", "written", "failed"]
+    sha256: str = ""
+    bytes: int = 0
+    reason: str = ""
+
+
 # ---- reporting and leaving (worker -> coordinator)
 
 
@@ -464,7 +488,7 @@ Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck
-    | Report | ReportAck | Arrived | Close | Norms | AllNorms
+    | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 

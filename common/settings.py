@@ -56,6 +56,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(ge=0, lt=1), _help("topk: momentum on the workers (DGC), instead of the optimizer's own; 0 is none.")
     ] = 0.0
 
+    snapshot_every: Annotated[
+        float,
+        Meta(ge=0),
+        _help("Seconds between two snapshots of the whole run, to go on from after a crash; 0: none, not even at the end."),
+    ] = 60.0
+    snapshots_kept: Annotated[int, Meta(ge=2), _help("Snapshots that are kept, the newest ones.")] = 2
+
     staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8

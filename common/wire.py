@@ -45,6 +45,14 @@ _DECODER = msgspec.msgpack.Decoder(Envelope)
 Frames = Sequence[Any]
 
 
+class ForeignRun(WireError):
+    """A message of `run`, which is not the one here."""
+
+    def __init__(self, text: str, run: str) -> None:
+        super().__init__(text)
+        self.run = run
+
+
 @dataclass
 class Stamp:
     """What a process writes on its messages, and checks on others'."""
@@ -66,7 +74,7 @@ class Stamp:
         if envelope.protocol != PROTOCOL:
             raise WireError(f"{envelope.sender or 'a peer'} speaks protocol {envelope.protocol}, not {PROTOCOL}")
         if self.run and envelope.run and envelope.run != self.run:
-            raise WireError(f"{envelope.sender or 'a peer'} belongs to run {envelope.run}, not {self.run}")
+            raise ForeignRun(f"{envelope.sender or 'a peer'} belongs to run {envelope.run}, not {self.run}", envelope.run)
         return envelope
 
 

@@ -29,6 +29,7 @@ from common.messages import (
     Ready,
     Refused,
     Report,
+    Saved,
     Setup,
     Stop,
     Traffic,
@@ -37,9 +38,35 @@ from common.messages import (
 )
 from common.policies import load
 from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
+from common.restart import restart
 from common.settings import Settings
-from common.wire import ASK_AGAIN_S, BEAT_S, Frames, Stamp, allow_files, new_incarnation, receive, router, send, write_address
+from common.snapshots import (
+    TOKEN_FILE,
+    FileEntry,
+    Manifest,
+    Snapshot,
+    file_of,
+    folder_of,
+    folders,
+    newest,
+    remove,
+    write_manifest,
+)
+from common.wire import (
+    ASK_AGAIN_S,
+    BEAT_S,
+    ForeignRun,
+    Frames,
+    Stamp,
+    allow_files,
+    new_incarnation,
+    receive,
+    router,
+    send,
+    write_address,
+)
 from ps.archive import MODEL_FILE, ModelFile, write_summary
+from ps.cuts import Cuts, Under
 from ps.ledger import Ledger
 from ps.membership import Member, Membership, number_of
 from ps.takeover import Takeover
@@ -56,8 +83,9 @@ _FAREWELL_S = 1.0
 _LEFT_S = 3.0
 
 
-def serve(settings: Settings, bind: str, run_dir: Path) -> None:
-    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`.
+def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False) -> None:
+    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from its
+    newest snapshot on.
 
     Writes the address it listens at to run_dir/address. Returns when the run has finished and its results are written.
     Raises UsageError where it cannot listen or write, ClusterError where the run failed, naming who and why.
@@ -68,30 +96,41 @@ def serve(settings: Settings, bind: str, run_dir: Path) -> None:
         sock, bound = router(context, bind)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            coordinator = Coordinator(sock, settings, run_dir)
+            coordinator = Coordinator(sock, settings, run_dir, resume)
             address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
             write_address(run_dir / "address", address)
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
         log.info("listening at %s", bound)
         coordinator.run()
+    except BeginAnew:
+        context.destroy(linger=1000)
+        restart(["--resume", f"--bind={bound}"])
     finally:
         context.destroy(linger=1000)
+
+
+class BeginAnew(Exception):
+    """The run is to go on from its newest snapshot, with processes that begin anew, this one too."""
 
 
 class Coordinator:
     """One run's coordinator. `run` is the loop; everything else handles one kind of message."""
 
-    def __init__(self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, resume: bool = False) -> None:
         now = time.monotonic()
+        snapshot = self._go_on(run_dir) if resume else None
         self._sock = sock
         self._settings = settings
         self._run_dir = run_dir
-        run = secrets.token_hex(4)
+        self._run = snapshot.manifest.run if snapshot is not None else secrets.token_hex(4)
+        run = f"{self._run}.{secrets.token_hex(2)}"  # not the same after all have begun anew
         self._stamp = Stamp(sender="coordinator", run=run, incarnation=new_incarnation())
         policy = load(settings)
         self._policy = policy
-        self._membership = Membership(settings, policy, run, now)
+        resumed = snapshot.manifest.round if snapshot is not None else -1
+        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), resumed)
+        self._cuts = Cuts(settings.snapshot_every, now)
         self._ledger = Ledger(settings, policy)
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
@@ -125,6 +164,11 @@ class Coordinator:
                     if self._finished():
                         break
             self._write_results()
+        except BeginAnew as error:
+            self._log.event(Event("restarted", "coordinator", {"reason": str(error)}))
+            log.warning("all begin anew, from the newest snapshot: %s", error)
+            self._farewell(Stop(False, str(error), again=True))
+            raise
         except PsError as error:
             self._log.event(Event("failed", "coordinator", {"reason": str(error)}))
             self._farewell(Stop(False, str(error)))
@@ -146,12 +190,17 @@ class Coordinator:
                     raise WireError("a message has no header")
                 envelope = self._stamp.decode(frames[1].buffer)
                 self._handle(frames[0].bytes, envelope, frames[2:])
+            except ForeignRun as error:
+                if error.run.partition(".")[0] == self._run:  # it has not heard that all begin anew
+                    self._reply(frames[0].bytes, Stop(False, "the run has begun anew.", again=True))
             except WireError as error:
                 log.warning("refused: %s", error)
 
     def _tick(self, now: float) -> None:
         for name, body in self._membership.tick(now):
             self._send(name, body)
+        if self._membership.broken:
+            raise BeginAnew(self._membership.broken)
         for name in self._membership.newly_lost:
             log.warning("%s has fallen silent; the others do what it has not done", name)
             self._log.event(Event("lost", name, {}))
@@ -173,7 +222,67 @@ class Coordinator:
         if self._ledger.planned and now >= self._told_at + _TELL_S:
             self._told_at = now
             log.info("round %d of %d, loss %s", self._ledger.committed, self._ledger.planned, self._loss())
+        self._take_snapshots(now)
         self._check_deadline(now)
+
+    # ---- snapshots
+
+    def _take_snapshots(self, now: float) -> None:
+        """Begin a snapshot that is due, ask for what is missing of the one under way, and finish it."""
+        if self._ledger.layout is None or not self._membership.started:
+            return
+        servers = {owner: self._membership.servers[f"server-{owner}"].beat.round for owner in self._ledger.layout.owners()}
+        ended = not self._membership.names("worker") and self._ledger.committed >= self._ledger.planned
+        round_ = self._cuts.due(servers, self._ledger.planned, ended, now)
+        if round_ is not None:
+            self._begin_snapshot(round_, now)
+        for server, cut in self._cuts.ask(servers, now):
+            self._send(f"server-{server}", cut)
+        outcome = self._cuts.outcome(servers, now)
+        under = self._cuts.under
+        if not outcome or under is None or (outcome == "complete" and self._ledger.committed < under.round):
+            return  # what is in a snapshot is in the books
+        if outcome == "complete":
+            outcome = self._finish_snapshot(under)
+        if outcome:
+            remove(folder_of(self._run_dir, under.round))
+        self._cuts.end(outcome, now)
+        if self._cuts.failure:
+            self._tell_of_failure(outcome)
+
+    def _begin_snapshot(self, round_: int, now: float) -> None:
+        folder, token = folder_of(self._run_dir, round_), secrets.token_hex(8)
+        self._cuts.begin(round_, token, now)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TOKEN_FILE).write_text(token, encoding="utf-8")
+        except OSError as error:
+            self._cuts.end(f"{folder} cannot be written: {error.strerror or error}.", now)
+            self._tell_of_failure(self._cuts.failure)
+
+    def _finish_snapshot(self, under: Under) -> str:
+        """Write the manifest, when the books up to there are on the disk, and remove what is too old; why not, if that failed."""
+        assert self._ledger.setup is not None
+        files = {file_of(server): FileEntry(said.sha256, said.bytes) for server, said in under.said.items()}
+        manifest = Manifest(
+            run=self._run, round=under.round, servers=self._settings.servers, setup=self._ledger.setup,
+            settings=msgspec.structs.asdict(self._settings), files=files,
+        )  # fmt: skip
+        try:
+            self._log.flush()
+            write_manifest(folder_of(self._run_dir, under.round), manifest)
+        except Exception as error:  # a snapshot less must not end the run
+            return f"the snapshot of round {under.round} could not be finished: {error}."
+        for old in folders(self._run_dir)[: -self._settings.snapshots_kept]:
+            remove(old)
+        size = sum(entry.bytes for entry in files.values())
+        self._log.event(Event("snapshot", "coordinator", {"round": under.round, "bytes": size}))
+        log.info("snapshot of round %d: %.1f MB", under.round, size / 1e6)
+        return ""
+
+    def _tell_of_failure(self, reason: str) -> None:
+        log.warning("no snapshot: %s", reason)
+        self._log.event(Event("warning", "coordinator", {"text": f"no snapshot: {reason}"}))
 
     def _loss(self) -> str:
         loss = self._ledger.recent("loss")
@@ -231,6 +340,8 @@ class Coordinator:
                 self._plan(route, body, now)
             case Waiting():
                 self._waiting(member, body, now)
+            case Saved():
+                self._cuts.saved(number_of(member.name), body)
             case Mean():
                 self._reply(route, self._ledger.mean(body))
             case Metrics():
@@ -391,7 +502,9 @@ class Coordinator:
             return False
         if self._ledger.layout is None:
             return True
-        return self._ledger.committed >= self._ledger.planned and self._model.complete
+        if self._ledger.committed < self._ledger.planned or not self._model.complete:
+            return False
+        return self._cuts.ended(self._ledger.committed)
 
     def _write_results(self) -> None:
         try:
@@ -410,7 +523,7 @@ class Coordinator:
         seconds = self._committed_at - (self._training_since or self._committed_at)
         accuracy = self._accuracy if self._accuracy is not None else self._ledger.recent("accuracy")
         summary: dict[str, Any] = {
-            "run": self._stamp.run,
+            "run": self._run,
             "policy": self._settings.policy,
             "workers": self._settings.workers,
             "servers": self._settings.servers,

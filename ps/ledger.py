@@ -67,7 +67,7 @@ class Ledger:
         #: Sample-weighted sums of each metric by epoch, and the samples they are over.
         self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
         self._policy = policy
-        self._setup: Setup | None = None
+        self.setup: Setup | None = None
         self._versions: dict[int, int] = {}
         self._seqs: dict[int, int] = {}
         #: Applied on server 0, not yet everywhere.
@@ -80,10 +80,10 @@ class Ledger:
 
     def set_up(self, setup: Setup) -> Body:
         """A worker's model. Servers say what differs; here only the layout matters."""
-        if self._setup is None:
-            self._setup = setup
+        if self.setup is None:
+            self.setup = setup
             self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
-        elif setup != self._setup:
+        elif setup != self.setup:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")
 

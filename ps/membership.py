@@ -22,6 +22,10 @@ from common.wire import GONE_S
 JOIN_S = 120.0
 #: Seconds between two looks at whether shares should follow the measured speeds.
 RESHARE_S = 2.0
+#: A server that has been silent for so long has died, if one is there to take its place; else the newcomer is refused after so many
+#: seconds.
+_DEAD_S = 1.5
+_TAKEN_S = 6.0
 #: A new table holds from so many rounds after the newest one known, and so many seconds at the speed of the last ones, for
 #: the news to get everywhere first. Where it does not, micro-batches are missing or done twice, and are leased again.
 _LEAD_ROUNDS = 2
@@ -50,9 +54,16 @@ class Member:
 class Membership:
     """All members of a run, by name."""
 
-    def __init__(self, settings: Settings, policy: Policy, run: str, now: float) -> None:
+    def __init__(self, settings: Settings, policy: Policy, run: str, now: float, run_dir: str = "", resume: int = -1) -> None:
+        """The run directory is `run_dir`, and the run goes on from the snapshot of round `resume` in it, if that is not -1."""
         self.settings = settings
         self.run = run
+        self._run_dir = run_dir
+        self._resume = resume
+        #: Why the run must go on from its newest snapshot, once it must.
+        self.broken = ""
+        #: Since when new processes have been waiting for a place that seems to be taken.
+        self._newcomers: dict[int, float] = {}
         self.members: dict[str, Member] = {}
         #: Those of them that are servers, and those that are workers.
         self.servers: dict[str, Member] = {}
@@ -84,6 +95,11 @@ class Membership:
             return member, [("", self._answer(member))]
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
+        if hello.role == "server" and self.started and (old := self._place_of(hello)) is not None:
+            if now - old.heard_at > _DEAD_S:
+                self.broken = f"{old.name} (process {old.hello.pid} on {old.hello.host}) has died and begins anew."
+            if self.broken or now - self._newcomers.setdefault(incarnation, now) < _TAKEN_S:
+                return None, [("", Beat())]
         if f"{hello.role}-{hello.index}" in there:
             return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self.run} already."))]
         if hello.role == "server" and len(there) >= expected:
@@ -111,11 +127,17 @@ class Membership:
         self.tables = [Table(1, 0, workers, [1] * len(workers))]
         return member, [(m.name, self._answer(m)) for m in self.members.values()]
 
+    def _place_of(self, hello: Hello) -> Member | None:
+        """Whose place a new server would take: that of its number, else of the one that has been silent for longest."""
+        if hello.index is not None:
+            return self.servers.get(f"server-{hello.index}")
+        return min(self.servers.values(), key=lambda member: member.heard_at)
+
     def _answer(self, member: Member) -> Body:
         if not self.started:
             return Beat()
         servers = [self.members[name].hello.address for name in self.names("server")]
-        return Welcome(member.name, self.run, self.settings, servers, self.tables)
+        return Welcome(member.name, self.run, self.settings, servers, self.tables, self._run_dir, self._resume)
 
     def beat(self, name: str, beat: Beat, now: float) -> None:
         member = self.members[name]
@@ -136,9 +158,7 @@ class Membership:
         lost = [m for m in self.members.values() if m.active and now - m.heard_at > GONE_S]
         for member in lost:
             if member.hello.role == "server" or self._policy.is_local:
-                raise ClusterError(
-                    f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
-                )
+                self.broken = f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
             member.lost = True
             self.newly_lost.append(member.name)
         if lost and not self.names("worker") and not any(m.left for m in self.members.values()):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
 import torch
 
-from common.errors import WireError
-from common.messages import Committed, Pull, Push, RowAck, RowPush
+from common.errors import UsageError, WireError
+from common.messages import Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
 from common.plan import Round
 from common.policies import Policy
 from common.settings import Settings
 from common.tree import fold
 from common.wire import Frames
+from ps.saving import Source
 from ps.shard import METRICS, ROWS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
 
 #: Workers that can have planes to read their weights from; the others are sent them.
@@ -20,14 +24,18 @@ _PAIRS = 64
 class PushShard(Shard):
     """A worker's clock is the round it works on; the slowest clock is the earliest round with something outstanding here."""
 
-    def __init__(self, index: int, settings: Settings, policy: Policy) -> None:
-        super().__init__(index, settings, policy)
+    def __init__(self, index: int, settings: Settings, policy: Policy, source: Source | None = None) -> None:
+        super().__init__(index, settings, policy, source)
         self._slowest = 0
+        #: The round that this process began at.
+        self._first = 0
         #: For rounds not complete: (chunk, micro-batch) pairs that were applied. METRICS counts as a chunk on server 0.
         self._applied: dict[int, set[tuple[int, int]]] = {}
         self._metrics: dict[int, dict[int, Metrics]] = {}
         #: Distinct micro-batches seen, which is what staleness is counted in.
-        self._seen = 0
+        self._seen_count = 0
+        #: On server 0, contributions to rounds that are not complete, as the ledger has them.
+        self._ahead: dict[tuple[int, int], Contribution] = {}
         #: Copies of weights, by chunk, until the next update, and frames of the weight codec with the same; and those each worker
         #: was last sent, for delay compensation.
         self._published: dict[int, torch.Tensor] = {}
@@ -49,6 +57,37 @@ class PushShard(Shard):
 
     def _opened(self) -> None:
         pass
+
+    @property
+    def _at_border(self) -> bool:
+        return True  # what is applied of later rounds is known, and counts
+
+    def _extra(self) -> dict[str, Any]:
+        applied = [(round_, sorted(pairs)) for round_, pairs in self._applied.items()]
+        metrics = [(round_, k, values) for round_, found in self._metrics.items() for k, values in found.items()]
+        counted = [msgspec.to_builtins(row) for row in self._ahead.values()]
+        return {"seen": self._seen_count, "applied": applied, "metrics": metrics, "counted": counted}
+
+    def _resume(self, source: Source) -> None:
+        """What was applied of later rounds, by whichever server, is not to be applied again."""
+        self._slowest = self._first = source.round
+        self._seen_count = max(int(extra["seen"]) for extra in source.extra)
+        own = set(self._ids)
+        for number, extra in enumerate(source.extra):
+            for round_, pairs in extra["applied"]:
+                if source.servers != self.settings.servers and any(chunk == ROWS for chunk, _ in pairs):
+                    raise UsageError(
+                        f"the snapshot of round {source.round} has rows of later rounds, of which each of its {source.servers} servers "
+                        f"knows its own: go on with as many servers, or from a snapshot of the run's end."
+                    )
+                here = {(int(chunk), int(k)) for chunk, k in pairs if chunk in own and (chunk != ROWS or number == self.index)}
+                self._applied.setdefault(int(round_), set()).update(here)
+        if self.index == 0:
+            for round_, k, values in source.extra[0]["metrics"]:
+                self._metrics.setdefault(int(round_), {})[int(k)] = {name: (a, b) for name, (a, b) in values.items()}
+            for row in msgspec.convert(source.extra[0]["counted"], list[Contribution]):
+                self._ahead[row.round, row.lo] = row
+                self._news.append(row)
 
     @property
     def _plane_count(self) -> int:
@@ -84,8 +123,10 @@ class PushShard(Shard):
             self._coded.pop(chunk, None)
         if accounts and push.metrics is not None:
             counted = (METRICS, push.lo) not in applied
-            self._news.append(contribution(sender, push, "committed" if counted else "duplicate", staleness))
+            row = contribution(sender, push, "committed" if counted else "duplicate", staleness)
+            self._news.append(row)
             if counted:
+                self._ahead[push.round, push.lo] = row
                 applied.add((METRICS, push.lo))
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics
         return [self._ack(sender, push), *self._advance()]
@@ -94,8 +135,8 @@ class PushShard(Shard):
         """What is applied of the push's round, its staleness, and what to multiply the learning rate by."""
         applied = self._applied.setdefault(push.round, set())
         if not any((chunk, push.lo) in applied for chunk in self._ids):
-            self._seen += 1
-        staleness = max(0, self._seen - 1 - push.base)
+            self._seen_count += 1
+        staleness = max(0, self._seen_count - 1 - push.base)
         return applied, staleness, self.policy.lr_scale(staleness) * push.samples / plan.samples
 
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]:
@@ -125,17 +166,22 @@ class PushShard(Shard):
                 total = fold(self._metrics.pop(self._slowest), plan.micro_batches, add_metrics)
                 self._rounds.append(Committed(self._slowest, plan.samples, plan.micro_batches, 0, mean_metrics(total)))
             self._applied.pop(self._slowest, None)
+            self._ahead = {key: row for key, row in self._ahead.items() if key[0] > self._slowest}
             self._slowest += 1
+            self._try_cut()
         return self._serve_all() if self._slowest > before else []
 
     def _serve(self, worker: str) -> list[Send]:
         waiter = self.waiters[worker]
         pull = waiter.pull
+        if pull.clock < self._first and self._open:
+            del self.waiters[worker]
+            return [Send(worker, Gone(pull.clock, self._first))]
         if waiter.weights is None:
             may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
             if not self._open or not may:
                 return []
-            waiter.version = self._seen
+            waiter.version = self._seen_count
             waiter.weights = self._as_now(worker, pull, waiter.unsent)
             waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.masters}
         weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}

@@ -30,6 +30,7 @@ from common.settings import Settings
 from common.sums import Sum
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
+from ps.saving import Source
 from ps.shard import COORDINATOR, METRICS, ROWS, Send, Shard, add_metrics, contribution, mean_metrics
 from ps.store import Norm
 
@@ -42,8 +43,8 @@ class RoundShard(Shard):
     handed out at once to who waits for W(t+1); the round closes when all are. W(t) stays whole for those who still need it,
     and as long as somebody reads it and there is room, so do earlier ones."""
 
-    def __init__(self, index: int, settings: Settings, policy: Policy) -> None:
-        super().__init__(index, settings, policy)
+    def __init__(self, index: int, settings: Settings, policy: Policy, source: Source | None = None) -> None:
+        super().__init__(index, settings, policy, source)
         self._version = 0
         #: The version in each plane; that of this version is always among them.
         self._contents: dict[int, int] = {0: 0}
@@ -95,6 +96,20 @@ class RoundShard(Shard):
         plane = self._plane_of(self._version)
         for chunk, into in self.planes[plane].items():
             self._keep_frame(plane, chunk, self.store.settle(chunk, into))
+            if self._source is not None:
+                self.store.restore_seen(chunk, self._source.files, into)
+
+    @property
+    def _at_border(self) -> bool:
+        return not self._next
+
+    @property
+    def _seen(self) -> dict[int, torch.Tensor]:
+        assert self.planes is not None
+        return self.planes[self._plane_of(self._version)]
+
+    def _resume(self, source: Source) -> None:
+        self._version, self._contents = source.round, {0: source.round}
 
     def _keep_frame(self, plane: int, chunk: int, frame: memoryview | None) -> None:
         if frame is not None:
@@ -304,6 +319,7 @@ class RoundShard(Shard):
         else:  # a server without chunks, whose rows can be had one version back
             self._contents = {self._version % 2: self._version, (self._version - 1) % 2: self._version - 1}
         self._open_round()
+        self._try_cut()
 
     # ---- weights
 

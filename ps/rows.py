@@ -10,7 +10,8 @@ as it is used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from common.rows import (
     pages,
     rows_on,
 )
+from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.store import with_tuples
 
@@ -119,6 +121,43 @@ class RowTable:
         for name, whole in self._state.items():
             whole.index_copy_(0, at, rows[name])
 
+    def state(self) -> Iterator[Entry]:
+        """Everything, for a snapshot, as it is: no update may come before it is written. Drawing may, for what is drawn is the
+        same whenever it is."""
+        prefix = f"table-{self._server}-of-{self._servers}"
+        name = self.spec.name
+        yield Entry(f"{prefix}/values/{name}", self._values.shape, [self._values])
+        for key, whole in self._state.items():
+            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
+        for key, value in self._common.items():
+            tensor = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
+            yield Entry(f"{prefix}/common-{key}/{name}", tensor.shape, [tensor])
+        if self._drawn is not None:
+            yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
+
+    def restore(self, files: TensorFiles, servers: int) -> None:
+        """Go on from what `state` of the tables on `servers` servers gave. Raises KeyError where something is missing."""
+        name = self.spec.name
+        wholes = {"values": self._values} | {f"each-{key}": whole for key, whole in self._state.items()}
+        drawn = [files[f"table-{old}-of-{servers}/drawn/{name}"] for old in range(servers)] if self._drawn is not None else []
+        for page in pages(self.spec):
+            ids = page_ids(self.spec, page)
+            ids = ids[owner_of(ids, self._servers) == self._server]
+            for old in range(servers):
+                mine = ids[owner_of(ids, servers) == old]
+                if not len(mine):
+                    continue
+                here, there = local_of(mine, self._servers), local_of(mine, servers)
+                first, end = int(there[0]), int(there[-1]) + 1
+                for key, whole in wholes.items():
+                    rows = files.rows(f"table-{old}-of-{servers}/{key}/{name}", first, end)
+                    whole.index_copy_(0, here, rows.index_select(0, there - first))
+                if self._drawn is not None:
+                    self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
+        for key, known in self._common.items():
+            value = files[f"table-0-of-{servers}/common-{key}/{name}"]
+            self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
+
     def _draw(self, at: torch.Tensor) -> None:
         """Have first values of the blocks with these places: a function of the run's seed, the table and the block alone."""
         if self._drawn is None or self.spec.std is None:
@@ -138,11 +177,23 @@ class RowTables:
         self._specs = layout.tables
         self._tables = [RowTable(spec, server, layout.servers, update, seed) for spec in layout.tables]
         self._keeps_versions = keeps_versions
+        #: Called before an update: whoever reads what `state` gave is to be done with it then.
+        self.before_update: Callable[[], object] = lambda: None
         #: Updates so far.
         self._version = 0
 
     def __bool__(self) -> bool:
         return bool(self._tables)
+
+    def state(self) -> Iterator[Entry]:
+        """See RowTable.state."""
+        return itertools.chain.from_iterable(table.state() for table in self._tables)
+
+    def restore(self, files: TensorFiles, servers: int, version: int) -> None:
+        """Go on at round `version`; see RowTable.restore."""
+        self._version = version
+        for table in self._tables:
+            table.restore(files, servers)
 
     def awaited(self) -> set[tuple[int, int]]:
         """(table, page) of first values that a worker is to send."""
@@ -180,6 +231,7 @@ class RowTables:
 
     def apply(self, total: RowSums, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float = 1.0) -> None:
         """Step on all rows that were touched; see RowTable.apply. `hypers` are those of each parameter group, or none."""
+        self.before_update()
         for part, table in zip(total, self._tables, strict=True):
             table.apply(part, samples, hypers[table.spec.group] if table.spec.group < len(hypers) else {}, lr_scale)
         self._version += 1

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ import zmq
 from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.errors import ClusterError, WireError
-from common.messages import Beat, Body, Hello, KvPull, KvPush, Refused
+from common.messages import AllNorms, Beat, Body, Close, Cut, Hello, KvPull, KvPush, Refused, ReportAck
 from common.no_compiler import no_compiler
 from common.policies import load
+from common.restart import restart
 from common.wire import (
     BEAT_S,
     Frames,
@@ -33,6 +35,7 @@ from common.wire import (
 from ps.kv import KvStore
 from ps.push_shard import PushShard
 from ps.round_shard import RoundShard
+from ps.saving import Writer, open_source
 from ps.shard import COORDINATOR, Send, Shard
 
 log = logging.getLogger("ps.server")
@@ -65,6 +68,7 @@ class _Server:
         self._attendance = Attendance(hello, coordinator, time.monotonic())
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         self._shard: Shard | None = None
+        self._writer: Writer | None = None
         self._kv = KvStore()
         #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
         self._routes: dict[tuple[str, bool], bytes] = {}
@@ -86,8 +90,27 @@ class _Server:
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
+                self._save()
+        if self._attendance.stop.again:
+            log.warning("begins anew: %s", self._attendance.stop.reason)
+            restart()
         if not self._attendance.stop.ok:
             raise ClusterError(f"stopped because {self._attendance.stop.reason}")
+
+    def _save(self) -> None:
+        """Have a snapshot written that is due, and tell of one that is written."""
+        assert self._shard is not None and self._writer is not None
+        if self._shard.capture is not None:
+            self._writer.start(self._shard.capture)
+            self._shard.capture = None
+        if (saved := self._writer.poll()) is not None:
+            self._do(self._shard.saved(saved))
+
+    def _finish_saving(self) -> None:
+        """Called before tables change, for what a snapshot has of them is not a copy."""
+        self._save()
+        if self._writer is not None:
+            self._writer.wait()
 
     def _beat(self) -> Beat:
         if self._shard is None:
@@ -126,9 +149,13 @@ class _Server:
                 allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
                 policy = load(welcome.settings)
                 kind = RoundShard if policy.applies == "round" else PushShard
-                self._shard = kind(int(welcome.process.rpartition("-")[2]), welcome.settings, policy)
+                index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
+                source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
+                self._shard = kind(index, welcome.settings, policy, source)
+                self._shard.before_tables_change = self._finish_saving
+                self._writer = Writer(index, run_dir)
                 log.info("this is %s of run %s", welcome.process, welcome.run)
-        elif type(body).__name__ in ("ReportAck", "Close", "AllNorms"):
+        elif isinstance(body, ReportAck | Close | AllNorms | Cut):
             self._do(self._shard.handle(COORDINATOR, body, frames, now))
 
     def _from_worker(self, sender: str, incarnation: int, body: Body, frames: Frames) -> None:

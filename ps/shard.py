@@ -14,20 +14,21 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from common.codecs.chosen import push_seed
-from common.errors import WireError
+from common.errors import UsageError, WireError
 from common.layout import Chunk, Layout, make_layout, message_batches, urgency
 from common.messages import (
     Ack,
     Body,
     Committed,
     Contribution,
+    Cut,
     Got,
     Init,
     Plan,
@@ -41,6 +42,7 @@ from common.messages import (
     RowPull,
     RowPush,
     Rows,
+    Saved,
     Setup,
     Share,
     Shared,
@@ -59,6 +61,7 @@ from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
+from ps.saving import Capture, Source
 from ps.store import Store
 
 log = logging.getLogger("ps.shard")
@@ -129,7 +132,8 @@ def mean_metrics(total: Metrics) -> dict[str, float]:
 class Shard(ABC):
     """What both kinds of server do: setting up, plans, first weights, answering pulls, reporting."""
 
-    def __init__(self, index: int, settings: Settings, policy: Policy) -> None:
+    def __init__(self, index: int, settings: Settings, policy: Policy, source: Source | None = None) -> None:
+        """`source` is the snapshot to go on from, if any."""
         self.index = index
         self.settings = settings
         self.policy = policy
@@ -160,6 +164,13 @@ class Shard(ABC):
         self._report: Report | None = None
         self._report_at = 0.0
         self._reported_version = -1
+        self._source = source
+        #: The snapshot to be made, and what has become of it; and its contents until somebody takes them to be written.
+        self._cut: Cut | None = None
+        self._saved: Saved | None = None
+        self.capture: Capture | None = None
+        #: Called before tables change: what `capture` has of them must be written by then.
+        self.before_tables_change: Callable[[], None] = lambda: None
 
     # ---- what differs
 
@@ -191,7 +202,22 @@ class Shard(ABC):
     def _serve(self, worker: str) -> list[Send]:
         """Send a waiting worker what there is for it."""
 
+    @property
+    @abstractmethod
+    def _at_border(self) -> bool:
+        """Whether the weights are those of `version`, and nothing of later rounds is in them."""
+
+    def _extra(self) -> dict[str, Any]:
+        """What a snapshot must hold beside tensors."""
+        return {}
+
+    @abstractmethod
+    def _resume(self, source: Source) -> None:
+        """Be at the round of a snapshot, whose tensors are here."""
+
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
+        if isinstance(body, Cut):
+            return self._asked_to_cut(body)
         raise WireError(f"a server has no use for {type(body).__name__}")
 
     # ---- events
@@ -290,14 +316,61 @@ class Shard(ABC):
         ignored = [chunk for chunk in push.chunks if chunk not in counted]
         return Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None, ignored=ignored))
 
+    # ---- snapshots
+
+    def _asked_to_cut(self, cut: Cut) -> list[Send]:
+        if self._saved is None or self._saved.round != cut.round:
+            self._cut, self._saved = cut, Saved(cut.round, "waits")
+            self._try_cut()
+        return [Send(COORDINATOR, self._saved)]
+
+    def _try_cut(self) -> None:
+        """Take hold of what the snapshot is to have, if this is the moment. Called whenever a round is closed."""
+        if self._cut is None or self.version < self._cut.round:
+            return
+        cut, self._cut = self._cut, None
+        if self.version > cut.round or not self._at_border or not self._open:
+            self._saved = Saved(cut.round, "missed")
+            return
+        assert self.store is not None and self.tables is not None
+        entries = [*self.store.state(self._seen), *self.tables.state()]
+        self.capture = Capture(cut.round, cut.token, entries, self._extra())
+        self._saved = Saved(cut.round, "writing")
+
+    def saved(self, saved: Saved) -> list[Send]:
+        """`capture` is written, or could not be."""
+        if self._saved is None or self._saved.round != saved.round:
+            return []
+        self._saved = saved
+        return [Send(COORDINATOR, saved)]
+
+    @property
+    def _seen(self) -> Mapping[int, torch.Tensor]:
+        """The weights that workers compute from now, by chunk, where these may not be the master's."""
+        return {}
+
+    def _go_on(self, source: Source) -> None:
+        """Have the state of a snapshot, on however many servers it was taken."""
+        assert self.store is not None and self.tables is not None
+        try:
+            self.store.restore(source.files)
+            self.tables.restore(source.files, source.servers, source.round)
+        except KeyError as error:
+            raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
+        self._uninitialised.clear()
+        self._resume(source)
+
     # ---- setting up
 
     def _set_up(self, sender: str, setup: Setup) -> list[Send]:
         if self._setup is None:
+            if self._source is not None and setup != self._source.setup:
+                return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
             layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
             self.store = Store(layout, self.index, setup.update, self.policy)
             keeps = self.policy.applies == "round"
             self.tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
+            self.tables.before_update = self.before_tables_change
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._uninitialised = {*self.chunks, *self.tables.awaited()}
@@ -305,6 +378,8 @@ class Shard(ABC):
             if self.planes.refused:
                 log.warning("%s Workers get their weights through sockets.", self.planes.refused)
             self._setup = setup, sender
+            if self._source is not None:
+                self._go_on(self._source)
             if not self._uninitialised:
                 self._opened()
         elif setup != self._setup[0]:

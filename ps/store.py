@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 
 from common.codecs.chosen import WEIGHT_SEED, for_pushes, for_weights, sends_changes
 from common.errors import WireError
-from common.layout import Chunk, Layout
+from common.layout import Chunk, Layout, Piece
 from common.messages import Traffic, Update
 from common.policies import Policy
 from common.sums import Sum, add_values, adder
+from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import bytes_of
 
@@ -27,6 +28,8 @@ Norm = tuple[int, int, float]
 _BLOCK, _FUSED_BLOCK = 64 << 10, 1 << 20
 #: A fused kernel gives the same bits where there are only whole vectors, of whatever processor.
 _WHOLE_VECTORS = 64
+#: What an optimizer's state is called in snapshots: that of each element, and that of all of a tensor.
+_EACH, _COMMON = "optimizer", "optimizer-common"
 
 
 @dataclass
@@ -77,6 +80,44 @@ class _Part:
         """Whether what workers get are the master values themselves, and not a copy of another dtype or precision."""
         return self.dtype == self.sum_dtype and not self.rounds
 
+    def keys(self, layout: Layout) -> list[tuple[str, Sequence[int], Piece]]:
+        """What its pieces are called in snapshots, and their shapes: a whole tensor as in the model, others by where they start.
+
+        Neither depends on the number of servers, and nor do the places where tensors are cut.
+        """
+        out: list[tuple[str, Sequence[int], Piece]] = []
+        for piece in self.chunk.pieces:
+            spec = layout.tensors[piece.tensor]
+            whole = piece.length == spec.numel
+            out.append((spec.name if whole else f"{spec.name}#{piece.start}", spec.shape if whole else [piece.length], piece))
+        return out
+
+    def state(self, layout: Layout) -> Iterator[Entry]:
+        """A copy of the master values and of the optimizer's state, for a snapshot."""
+        for bit, (key, shape, piece) in enumerate(self.keys(layout)):
+            yield Entry(f"weights/{key}", shape, [self.master[piece.offset : piece.offset + piece.length].clone()])
+            blocks = [block for block in self.blocks if block.bit == bit]
+            states = [self.optimizer.state.get(b.parameter, {}) for b in blocks] if self.optimizer is not None else []
+            for name, first in states[0].items() if states else ():
+                if first is not None and first.shape == blocks[0].parameter.shape:
+                    yield Entry(f"{_EACH}/{name}/{key}", shape, [state[name].clone() for state in states])
+                elif first is not None:  # the same for all blocks, such as the number of steps
+                    yield Entry(f"{_COMMON}/{name}/{key}", first.shape, [first.clone()])
+
+    def restore(self, layout: Layout, files: TensorFiles) -> None:
+        """Go on from what `state` gave."""
+        for bit, (key, _, piece) in enumerate(self.keys(layout)):
+            self.master[piece.offset : piece.offset + piece.length].copy_(files[f"weights/{key}"].reshape(-1))
+            if self.optimizer is None:
+                continue
+            each = {name: files[f"{_EACH}/{name}/{key}"].reshape(-1) for name in files.below(_EACH, key)}
+            common = {name: files[f"{_COMMON}/{name}/{key}"] for name in files.below(_COMMON, key)}
+            for block in self.blocks:
+                if block.bit == bit and (each or common):
+                    start = block.start - piece.offset
+                    own = {name: value[start : start + block.length].clone() for name, value in each.items()}
+                    self.optimizer.state[block.parameter] = own | {name: value.clone() for name, value in common.items()}
+
     def settle(self, into: torch.Tensor) -> None:
         """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
         if not self.moves:
@@ -92,6 +133,7 @@ class Store:
     """The chunks of one server. Knows arithmetic only: when to do what is the shard's business."""
 
     def __init__(self, layout: Layout, server: int, update: Update, policy: Policy) -> None:
+        self._layout = layout
         self._push_codec = for_pushes(policy.settings, layout)
         self._weight_codec = codec = for_weights(policy.settings, layout)
         self._sends_changes = sends_changes(policy.settings)
@@ -182,6 +224,27 @@ class Store:
             return None
         coded = self._weight_codec.encode(chunk, weights, WEIGHT_SEED, None)
         return to_frame(coded.frame) if coded is not None else None
+
+    def state(self, seen: Mapping[int, torch.Tensor]) -> Iterator[Entry]:
+        """A copy of everything, for a snapshot. `seen` are the weights by chunk that workers compute from now: where these get
+        changes from one round to the next, they are not what the masters are."""
+        for number, part in self._parts.items():
+            yield from part.state(self._layout)
+            if part.rounds and self._sends_changes:
+                for key, shape, piece in part.keys(self._layout):
+                    yield Entry(f"seen/{key}", shape, [seen[number][piece.offset : piece.offset + piece.length].clone()])
+
+    def restore(self, files: TensorFiles) -> None:
+        """Go on from what `state` gave, on however many servers. Raises KeyError where something is missing."""
+        for part in self._parts.values():
+            part.restore(self._layout, files)
+
+    def restore_seen(self, chunk: int, files: TensorFiles, into: torch.Tensor) -> None:
+        """Have in `into` what workers computed from."""
+        part = self._parts[chunk]
+        if part.rounds and self._sends_changes:
+            for key, _, piece in part.keys(self._layout):
+                into[piece.offset : piece.offset + piece.length].copy_(files[f"seen/{key}"].reshape(-1))
 
     def master(self, chunk: int) -> torch.Tensor:
         """A copy of the weights that no weight codec has rounded, in the chunk's own dtype."""

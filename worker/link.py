@@ -18,7 +18,8 @@ import zmq
 
 from common.attendance import Attendance
 from common.errors import ClusterError, PsError, UsageError, WireError
-from common.messages import Beat, Body, Hello, Refused, Welcome
+from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from common.restart import restart
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
 from worker.exchange import Send
 
@@ -206,6 +207,9 @@ class Link:
                     body: Body = self._stamp.decode(frames[0].buffer).body
                     if name == COORDINATOR:
                         self._attendance.handle(body, time.monotonic())
+                        if isinstance(body, Stop) and body.again:
+                            log.warning("begins anew: %s", body.reason)
+                            restart()
                     if isinstance(body, Welcome):
                         self._connect(body, poller)
                     self.on_message(name, body, frames[1:])

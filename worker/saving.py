@@ -6,15 +6,14 @@ The parts are made one after another, so that no process ever has the file in me
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from common.layout import CHUNK_BYTES
 from common.messages import ModelPart
+from common.tensorfile import header
 from common.tensors import to_frame
 
 #: Given a tensor of the model: its bytes in order where they are elsewhere, else None.
@@ -35,11 +34,12 @@ def model_parts(model: nn.Module, read: Read = nothing) -> Iterator[tuple[ModelP
     trained = dict(sorted(model.named_parameters()))
     state = {name: state[name] for name in [*(n for n in trained if n in state), *(n for n in state if n not in trained)]}
     digest = hashlib.sha256()
-    header = _header(state, {"format": "pt", "weights_sha256": digest.hexdigest()})
-    count = -(-(len(header) + sum(tensor.nbytes for tensor in state.values())) // CHUNK_BYTES)
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+    head = header(kinds, {"format": "pt", "weights_sha256": digest.hexdigest()})
+    count = -(-(len(head) + sum(tensor.nbytes for tensor in state.values())) // CHUNK_BYTES)
 
     def contents() -> Iterator[memoryview]:
-        yield memoryview(header)
+        yield memoryview(head)
         for name, tensor in {**trained, **state}.items():
             for data in read(tensor) or [to_frame(tensor.detach().cpu().contiguous())]:
                 if name in trained:
@@ -51,28 +51,9 @@ def model_parts(model: nn.Module, read: Read = nothing) -> Iterator[tuple[ModelP
     first = next(parts)
     for part, data in enumerate(parts, 1):
         yield ModelPart(part, count), [data]
-    header = _header(state, {"format": "pt", "weights_sha256": digest.hexdigest()})
-    first[: len(header)] = header[: len(first)]
+    head = header(kinds, {"format": "pt", "weights_sha256": digest.hexdigest()})
+    first[: len(head)] = head[: len(first)]
     yield ModelPart(0, count, digest.hexdigest()), [first]
-
-
-def _header(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file whose tensors follow in the order of `state`."""
-    fields: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in state.items():
-        start, end = end, end + tensor.nbytes
-        fields[name] = {"dtype": _dtype(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(fields).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype, as it says itself."""
-    empty = save({"": torch.empty(0, dtype=dtype)})
-    name: str = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])[""]["dtype"]
-    return name
 
 
 def _cut(contents: Iterator[memoryview]) -> Iterator[bytearray]:

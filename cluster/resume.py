@@ -1,0 +1,44 @@
+"""Going on with a run that was stopped, has crashed or was to end early: what it may be given anew, and what must be as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.flags import Choice, choose
+from cluster.rundir import SETTINGS_FILE
+from common import snapshots
+from common.errors import UsageError
+from common.settings import FIELDS
+
+#: Settings that a run may go on with other values of: none changes what a round computes.
+_FREE = frozenset(
+    {"workers", "servers", "epochs", "rounds", "lane", "loader_workers", "snapshot_every", "snapshots_kept", "timeout"}
+)
+
+
+def resumed(folder: Path, flags: Mapping[str, Any], script: str | None, args: tuple[str, ...]) -> Choice:
+    """The settings of the run in `folder`, with `flags` instead of some.
+
+    Raises UsageError where they would make another run of it, or there is no snapshot to go on from.
+    """
+    config = str(folder / SETTINGS_FILE)
+    before = choose({}, config)
+    now = choose(flags, config, script, args)
+    for key in FIELDS:
+        old, new = getattr(before.settings, key), getattr(now.settings, key)
+        if old != new and key not in _FREE:
+            raise UsageError(
+                f"the run in {folder} has {key} = {old} and cannot go on with {new}: leave --{key.replace('_', '-')} out, or "
+                "begin a new run."
+            )
+    if (script is not None or args) and (before.script, before.args) != (now.script, now.args):
+        told = " ".join([before.script or "the built-in example", *before.args])
+        raise UsageError(f"the run in {folder} is one of {told}: leave the script and its arguments out, or begin a new run.")
+    found, problems = snapshots.newest(folder)
+    if found is None:
+        why = " ".join(problems) or "it ended before its first, or had --snapshot-every 0."
+        raise UsageError(f"the run in {folder} has no snapshot to go on from: {why}")
+    return replace(now, run_dir=folder)

@@ -1,0 +1,35 @@
+"""Beginning a process anew, from inside it: the same command under the same process id, with nothing of what it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+def restart(extra: Sequence[str] = ()) -> NoReturn:
+    """Replace this process by a new one of the same command line, with the arguments `extra` that it has not yet.
+
+    May be called on any thread. Processes that this one has started are killed: whoever is begun anew starts its own.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    for child in _children():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(child, signal.SIGKILL)
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(sys.executable, [*command, *(argument for argument in extra if argument not in command)])
+
+
+def _children() -> list[int]:
+    """Processes whose parent is this one; none where the system does not tell."""
+    found: list[int] = []
+    for task in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, task.read_text().split())
+    return found

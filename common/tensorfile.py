@@ -1,0 +1,106 @@
+"""safetensors files written and read piece by piece, so that no process has one in memory beside what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from common.errors import UsageError
+from common.tensors import to_frame
+
+#: Bytes that are hashed and written at a time.
+_PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its elements are those of `parts`, one after another."""
+
+    name: str
+    shape: Sequence[int]
+    parts: Sequence[torch.Tensor]
+
+
+def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow, contiguous and in this order."""
+    fields: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        fields[name] = {"dtype": _name_of(dtype), "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(fields).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype, as it says itself."""
+    empty = save({"": torch.empty(0, dtype=dtype)})
+    name: str = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])[""]["dtype"]
+    return name
+
+
+def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[str, int]:
+    """Write a file, down to the disk, and return its SHA-256 in hexadecimal digits and its size in bytes.
+
+    Raises OSError where that cannot be; what is there of the file then is not one.
+    """
+    entries = list(entries)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        head = header({e.name: (e.parts[0].dtype, e.shape) for e in entries}, metadata)
+        for data in (memoryview(head), *(to_frame(part) for entry in entries for part in entry.parts)):
+            for start in range(0, len(data), _PIECE_BYTES):
+                piece = bytes(data[start : start + _PIECE_BYTES])  # which nobody changes between here and there
+                digest.update(piece)
+                file.write(piece)
+            size += len(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest(), size
+
+
+class TensorFiles:
+    """The tensors of several files, by name; each is read when it is asked for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Raises UsageError where one cannot be read, or is no safetensors file."""
+        self.metadata: list[dict[str, str]] = []
+        self._files = {}
+        self._below: dict[tuple[str, str], list[str]] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from None
+            self.metadata.append(file.metadata() or {})
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                self._files[name] = file
+                first, _, rest = name.partition("/")
+                middle, _, last = rest.partition("/")
+                self._below.setdefault((first, last), []).append(middle)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def below(self, first: str, last: str) -> list[str]:
+        """All that stands for * in names like first/*/last; none of them has a slash."""
+        return self._below.get((first, last), [])
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Rows start..end-1 of a tensor."""
+        return self._files[name].get_slice(name)[start:end]

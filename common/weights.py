@@ -1,0 +1,77 @@
+"""A model's weights in files: out of snapshots, and out of whatever PyTorch wrote."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from common import tensorfile
+from common.errors import UsageError
+from common.layout import TableSpec, TensorSpec
+from common.rows import local_of, owner_of, page_ids, pages
+from common.snapshots import Snapshot
+from common.tensorfile import Entry, TensorFiles
+from common.tensors import dtype_of
+
+
+def write_model(snapshot: Snapshot, path: Path) -> None:
+    """Write all parameters and buffers in a snapshot to one safetensors file, in the model's own dtypes. OSError where that
+    cannot be; then there is no such file."""
+    setup, servers = snapshot.manifest.setup, snapshot.manifest.servers
+    files = TensorFiles(snapshot.paths)
+    entries = [Entry(spec.name, spec.shape, list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
+    entries += [Entry(spec.name, [spec.rows, spec.dim], list(_rows(files, spec, servers))) for spec in setup.tables]
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round)})
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _pieces(files: TensorFiles, spec: TensorSpec) -> Iterator[torch.Tensor]:
+    """The tensor's elements, flat, in pieces."""
+    done = 0
+    while done < spec.numel:
+        piece = files[f"weights/{spec.name}" if f"weights/{spec.name}" in files else f"weights/{spec.name}#{done}"].reshape(-1)
+        done += len(piece)
+        yield piece.to(dtype_of(spec.dtype))
+
+
+def _rows(files: TensorFiles, spec: TableSpec, servers: int) -> Iterator[torch.Tensor]:
+    """The table page by page. Rows that nobody has asked for yet are zeros where servers draw the first values."""
+    for page in pages(spec):
+        ids = page_ids(spec, page)
+        out = torch.empty(len(ids), spec.dim)
+        for server in range(servers):
+            here = owner_of(ids, servers) == server
+            if here.any():
+                at = local_of(ids[here], servers)
+                rows = files.rows(f"table-{server}-of-{servers}/values/{spec.name}", int(at[0]), int(at[-1]) + 1)
+                out[here] = rows.index_select(0, at - at[0])
+        yield out
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file, or a state_dict that torch.save wrote, on the CPU.
+
+    Raises UsageError for anything else. Nothing in the file is run.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path} with weights.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        files = TensorFiles([path])
+        return {name: files[name] for name in files}
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path} holds no weights that can be read: {text}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UsageError(f"{path} is no state_dict: it must map names to tensors.")
+    return found

@@ -1,0 +1,120 @@
+"""When snapshots are taken, and when one is complete: the coordinator's part of them.
+
+A state machine without a socket, a clock or a disk. A cut is a round that no server has reached yet, told to all of them ahead
+of time, so that each takes hold of its state at that very border while training goes on; as every state between two rounds is
+reached on every server, no messages need to be stopped or recorded (compare Chandy and Lamport, "Distributed snapshots", 1985).
+Invariants: at most one cut is under way; one is complete only when every server has written its file for the same round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from common.messages import Cut, Saved
+from common.wire import ASK_AGAIN_S
+
+#: A cut is so many rounds ahead of the newest one known, and so many seconds at the speed of the last ones.
+_LEAD_ROUNDS, _LEAD_S = 2, 0.5
+#: How many times as far ahead the next try is where a server had passed the round already, at most.
+_FURTHEST = 64
+#: Seconds after which a cut is given up that somebody has not answered.
+_PATIENCE_S = 120.0
+
+
+@dataclass
+class Under:
+    """The cut under way: what each server has said of it last, and when all were asked."""
+
+    round: int
+    token: str
+    began: float
+    asked_at: float = float("-inf")
+    said: dict[int, Saved] = field(default_factory=dict)
+
+
+class Cuts:
+    """Decides on cuts every `every_s` seconds (0: never), and at the end of the run."""
+
+    def __init__(self, every_s: float, now: float) -> None:
+        self._every_s = every_s
+        self._due_at = now + every_s
+        self._stretch = 1
+        #: The cut under way, if any.
+        self.under: Under | None = None
+        #: Round of the newest complete snapshot, and why the last try failed, '' if it did not.
+        self.newest = -1
+        self.failure = ""
+        self._pace_from = now, 0
+        self._pace = 0.0
+
+    def due(self, versions: Mapping[int, int], planned: int, ended: bool, now: float) -> int | None:
+        """The round to begin a cut for now. `versions` are the servers' newest, `planned` how many updates there will be as far as
+        is known; with `ended` no worker is left, so that nothing moves any more."""
+        if not self._every_s or self.under is not None or not versions:
+            return None
+        newest = max(versions.values())
+        then, before = self._pace_from
+        if now - then >= 1.0:
+            self._pace, self._pace_from = (newest - before) / (now - then), (now, newest)
+        if ended:
+            final = min(versions.values())
+            return final if newest == final != self.newest and not self.failure else None
+        if now < self._due_at or newest >= planned:
+            return None
+        return min(newest + self._stretch * (_LEAD_ROUNDS + math.ceil(_LEAD_S * self._pace)), planned)
+
+    def ended(self, round_: int) -> bool:
+        """Whether nothing is to come any more once the run is over after `round_` rounds."""
+        return self.under is None and (not self._every_s or self.newest == round_ or bool(self.failure))
+
+    def begin(self, round_: int, token: str, now: float) -> None:
+        """A cut for `round_`, whose folder is there."""
+        self.under, self.failure = Under(round_, token, now), ""
+
+    def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, Cut]]:
+        """What to tell which of `servers` now: those that have not written, again from time to time."""
+        under = self.under
+        if under is None or now < under.asked_at + ASK_AGAIN_S:
+            return []
+        under.asked_at = now
+        return [
+            (server, Cut(under.round, under.token))
+            for server in servers
+            if server not in under.said or under.said[server].state in ("waits", "writing")
+        ]
+
+    def saved(self, server: int, saved: Saved) -> None:
+        """A server tells of the cut."""
+        if self.under is not None and saved.round == self.under.round:
+            self.under.said[server] = saved
+
+    def outcome(self, servers: Mapping[int, int], now: float) -> str:
+        """'' while a cut goes on, 'complete' when all have written, else why it comes to nothing."""
+        under = self.under
+        if under is None:
+            return ""
+        states = {server: under.said[server].state if server in under.said else "" for server in servers}
+        for server, state in states.items():
+            if state == "failed":
+                return under.said[server].reason
+            if state == "missed":
+                return f"server-{server} was past round {under.round} already."
+        if all(state == "written" for state in states.values()):
+            return "complete"
+        if now > under.began + _PATIENCE_S:
+            late = ", ".join(f"server-{server}" for server, state in states.items() if state != "written")
+            return f"{late} did not write the snapshot of round {under.round} within {_PATIENCE_S:.0f} s."
+        return ""
+
+    def end(self, failure: str, now: float) -> None:
+        """The cut is over: complete, or not for the reason `failure`."""
+        assert self.under is not None
+        missed = any(said.state == "missed" for said in self.under.said.values())
+        if not failure:
+            self.newest = self.under.round
+        self._stretch = min(2 * self._stretch, _FURTHEST) if missed else 1
+        self._due_at = now if missed else now + self._every_s
+        self.failure = "" if missed else failure
+        self.under = None

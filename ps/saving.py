@@ -1,0 +1,99 @@
+"""A server's part in snapshots: its state as entries of a file, written by a thread, and read again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import tensorfile
+from common.errors import UsageError
+from common.messages import Saved, Setup
+from common.snapshots import TOKEN_FILE, file_of, folder_of
+from common.snapshots import read as read_snapshot
+from common.tensorfile import Entry, TensorFiles
+
+#: Key of a file's metadata under which a server keeps what is not tensors, as JSON.
+_EXTRA = "extra"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """State to be written for a Cut: what `entries` refer to stays as it is until it is written."""
+
+    round: int
+    token: str
+    entries: Sequence[Entry]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A snapshot to go on from: of `round`, taken on `servers` servers of a run whose model was `setup`. `extra` is what each
+    of them kept beside its tensors."""
+
+    round: int
+    servers: int
+    setup: Setup
+    files: TensorFiles
+    extra: Sequence[dict[str, Any]]
+
+
+def open_source(run_dir: Path, round_: int) -> Source:
+    """The snapshot of `round_` in a run directory. Raises UsageError where it cannot be read."""
+    found = read_snapshot(folder_of(run_dir, round_))
+    files = TensorFiles(found.folder / file_of(server) for server in range(found.manifest.servers))
+    extra = [json.loads(metadata.get(_EXTRA, "{}")) for metadata in files.metadata]
+    return Source(round_, found.manifest.servers, found.manifest.setup, files, extra)
+
+
+class Writer:
+    """Writes a server's file of one snapshot at a time, on a thread."""
+
+    def __init__(self, server: int, run_dir: Path) -> None:
+        self._server = server
+        self._run_dir = run_dir
+        self._thread: threading.Thread | None = None
+        self._result: Saved | None = None
+
+    def start(self, capture: Capture) -> None:
+        """Write `capture` once what was begun before is done."""
+        self.wait()
+        self._result = None
+        self._thread = threading.Thread(target=self._write, args=(capture,), name="snapshot", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def poll(self) -> Saved | None:
+        """What came of it, once, when it is done."""
+        result, self._result = self._result, None
+        return result
+
+    def _write(self, capture: Capture) -> None:
+        folder = folder_of(self._run_dir, capture.round)
+        path = folder / file_of(self._server)
+        try:
+            if (folder / TOKEN_FILE).read_text(encoding="utf-8") != capture.token:
+                raise FileNotFoundError
+            digest, size = tensorfile.write(path, capture.entries, {"format": "pt", _EXTRA: json.dumps(capture.extra)})
+            self._result = Saved(capture.round, "written", digest, size)
+        except FileNotFoundError:
+            reason = (
+                f"server-{self._server} does not reach the run directory {self._run_dir} of the coordinator: have the folder "
+                "on every host of a server, under the same path."
+            )
+            self._result = Saved(capture.round, "failed", reason=reason)
+        except (OSError, UsageError) as error:
+            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            self._result = Saved(capture.round, "failed", reason=f"server-{self._server} could not write {path}: {text}.")
+        except Exception as error:  # a snapshot less must not end the run
+            reason = f"server-{self._server} could not write {path}: {type(error).__name__}: {error}."
+            self._result = Saved(capture.round, "failed", reason=reason)
