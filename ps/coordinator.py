@@ -164,7 +164,9 @@ class Coordinator:
             self._progressed_at = self._committed_at = now
         self._ledger.new_rounds.clear()
         for c in self._ledger.new_contributions:
-            self._log.contribution(ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness))
+            self._log.contribution(
+                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
+            )
         self._ledger.new_contributions.clear()
         if now >= self._flushed_at + _FLUSH_S:
             self._flushed_at = now
