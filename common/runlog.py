@@ -7,6 +7,7 @@ Printing, reports, experiments and tests are its readers; there is no second way
 - `metrics`: what scripts logged outside a micro-batch (evaluation); a NULL is what was not a number.
 - `status`: one row per process, overwritten: what it is doing and whom it waits for.
 - `events`: everything else worth telling, in order.
+- `state`: what a coordinator that is started again goes on from besides, in MessagePack; `ps/books.py` says what there is.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ CREATE TABLE IF NOT EXISTS rounds (
     micro_batches INTEGER NOT NULL, dropped INTEGER NOT NULL, metrics TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS contributions (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, lo INTEGER NOT NULL, hi INTEGER NOT NULL,
-    worker TEXT NOT NULL, samples INTEGER NOT NULL, outcome TEXT NOT NULL, staleness INTEGER);
+    worker TEXT NOT NULL, samples INTEGER NOT NULL, outcome TEXT NOT NULL, staleness INTEGER,
+    micro_batches INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS metrics (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, worker TEXT NOT NULL,
-    name TEXT NOT NULL, value REAL);
+    name TEXT NOT NULL, value REAL, incarnation INTEGER NOT NULL, number INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS status (
     process TEXT PRIMARY KEY, at REAL NOT NULL, state TEXT NOT NULL, round INTEGER NOT NULL,
     waits_for TEXT NOT NULL, samples_per_second REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS state (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (kind, key));
 """
 
 
@@ -66,7 +69,8 @@ class RoundRow:
 @dataclass(frozen=True)
 class ContributionRow:
     """Micro-batches lo..hi-1 of `round`, sent by `worker`. `outcome` is committed, duplicate or dropped;
-    `staleness` counts updates between pull and push where the policy lets it be other than 0."""
+    `staleness` counts updates between pull and push where the policy lets it be other than 0. `micro_batches` is hi - lo, but
+    where workers step locally: there `lo` is a worker's number."""
 
     round: int
     lo: int
@@ -75,6 +79,7 @@ class ContributionRow:
     samples: int
     outcome: str
     staleness: int | None = None
+    micro_batches: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def some(names: Sequence[str]) -> str:
 
 
 class RunLog:
-    """The writing end; one per run, in the coordinator. Rows are buffered until `flush`.
+    """The writing end; one per run, in the coordinator. Rows are buffered until `flush`, after which they outlast a crash.
 
     An operating-system or SQLite error in `flush` is the caller's to handle; buffered rows are kept for the next try.
     """
@@ -105,7 +110,7 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
         self._pending: list[tuple[str, tuple[Any, ...]]] = []
 
@@ -122,12 +127,17 @@ class RunLog:
 
     def contribution(self, row: ContributionRow) -> None:
         self._add(
-            "INSERT INTO contributions VALUES (NULL,?,?,?,?,?,?,?,?)",
-            row.round, row.lo, row.hi, row.worker, row.samples, row.outcome, row.staleness,
+            "INSERT INTO contributions VALUES (NULL,?,?,?,?,?,?,?,?,?)",
+            row.round, row.lo, row.hi, row.worker, row.samples, row.outcome, row.staleness, row.micro_batches,
         )  # fmt: skip
 
-    def metric(self, round_: int, worker: str, name: str, value: float) -> None:
-        self._add("INSERT INTO metrics VALUES (NULL,?,?,?,?,?)", round_, worker, name, value)
+    def metric(self, round_: int, worker: str, name: str, value: float, incarnation: int = 0, number: int = 0) -> None:
+        """`number` tells the metrics of one incarnation of the worker apart."""
+        self._add("INSERT INTO metrics VALUES (NULL,?,?,?,?,?,?,?)", round_, worker, name, value, incarnation, number)
+
+    def state(self, kind: str, key: str, value: bytes) -> None:
+        """Overwrites what there was."""
+        self._pending.append(("INSERT OR REPLACE INTO state VALUES (?,?,?)", (kind, key, value)))
 
     def status(self, row: StatusRow) -> None:
         self._pending.append(
@@ -175,8 +185,8 @@ class RunLogReader:
         return [RoundRow(r, epoch, n, k, dropped, json.loads(m), at) for r, at, epoch, n, k, dropped, m in rows]
 
     def contributions(self) -> list[ContributionRow]:
-        rows = self._db.execute("SELECT round, lo, hi, worker, samples, outcome, staleness FROM contributions ORDER BY seq")
-        return [ContributionRow(*row) for row in rows]
+        query = "SELECT round, lo, hi, worker, samples, outcome, staleness, micro_batches FROM contributions ORDER BY seq"
+        return [ContributionRow(*row) for row in self._db.execute(query)]
 
     def metrics(self, name: str) -> list[tuple[float, int, str, float]]:
         """(unix seconds, round, worker, value) of each time a script logged `name`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import secrets
 import time
 from collections.abc import Sequence
@@ -44,7 +45,6 @@ from common.snapshots import (
     TOKEN_FILE,
     FileEntry,
     Manifest,
-    Snapshot,
     file_of,
     folder_of,
     folders,
@@ -66,6 +66,7 @@ from common.wire import (
     write_address,
 )
 from ps.archive import MODEL_FILE, ModelFile, write_summary
+from ps.books import Head, Keeper, restore
 from ps.cuts import Cuts, Under
 from ps.ledger import Ledger
 from ps.membership import Member, Membership, number_of
@@ -110,6 +111,17 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False) ->
         context.destroy(linger=1000)
 
 
+def _newest(run_dir: Path) -> int:
+    """The round of the newest snapshot that is whole; -1 without one."""
+    found, problems = newest(run_dir)
+    for problem in problems:
+        log.warning("a snapshot is not used: %s", problem)
+    for folder in folders(run_dir):
+        if found is None or folder > found.folder:
+            remove(folder)
+    return found.manifest.round if found is not None else -1
+
+
 class BeginAnew(Exception):
     """The run is to go on from its newest snapshot, with processes that begin anew, this one too."""
 
@@ -119,19 +131,25 @@ class Coordinator:
 
     def __init__(self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, resume: bool = False) -> None:
         now = time.monotonic()
-        snapshot = self._go_on(run_dir) if resume else None
         self._sock = sock
         self._settings = settings
         self._run_dir = run_dir
-        self._run = snapshot.manifest.run if snapshot is not None else secrets.token_hex(4)
+        resumed = _newest(run_dir) if resume else -1
+        books = restore(run_dir / FILE_NAME, upto=max(resumed, 0)) if resume else None
+        self._run = books.head.run.partition(".")[0] if books is not None else secrets.token_hex(4)
         run = f"{self._run}.{secrets.token_hex(2)}"  # not the same after all have begun anew
-        self._stamp = Stamp(sender="coordinator", run=run, incarnation=new_incarnation())
+        incarnation = new_incarnation()
+        self._stamp = Stamp(sender="coordinator", run=run, incarnation=incarnation)
+        self._head = Head(run, incarnation, platform.node(), settings)
+        self._keeper = Keeper()
         policy = load(settings)
         self._policy = policy
-        resumed = snapshot.manifest.round if snapshot is not None else -1
         self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), resumed)
         self._cuts = Cuts(settings.snapshot_every, now)
         self._ledger = Ledger(settings, policy)
+        if books is not None:
+            self._ledger = books.ledger
+            self._ledger.go_on(settings)
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
@@ -213,7 +231,9 @@ class Coordinator:
             self._progressed_at = self._committed_at = now
         self._ledger.new_rounds.clear()
         for c in self._ledger.new_contributions:
-            self._log.contribution(ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness))
+            self._log.contribution(
+                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
+            )
         self._ledger.new_contributions.clear()
         if now >= self._flushed_at + _FLUSH_S:
             self._flushed_at = now
@@ -269,6 +289,7 @@ class Coordinator:
             settings=msgspec.structs.asdict(self._settings), files=files,
         )  # fmt: skip
         try:
+            self._keeper.keep(self._log, self._head, self._membership, self._ledger)
             self._log.flush()
             write_manifest(folder_of(self._run_dir, under.round), manifest)
         except Exception as error:  # a snapshot less must not end the run
@@ -290,6 +311,7 @@ class Coordinator:
 
     def _flush(self) -> None:
         try:
+            self._keeper.keep(self._log, self._head, self._membership, self._ledger)
             self._log.flush()
         except Exception as error:  # a full disk must not stop the run; the rows are kept for the next try
             log.warning("the event log could not be written: %s", error)

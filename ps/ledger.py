@@ -14,6 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from common.layout import Layout, make_layout
 from common.messages import (
     AllNorms,
@@ -31,7 +33,7 @@ from common.messages import (
     Setup,
 )
 from common.plan import Segment
-from common.policies import Policy
+from common.policies import Policy, load
 from common.settings import Settings
 
 #: Decisions of how many rounds are kept for servers that ask again.
@@ -52,12 +54,20 @@ class Totals:
     staleness: Counter[int] = field(default_factory=Counter)
 
 
+class Reported(msgspec.Struct, frozen=True):
+    """What a server has reported so far: the number of its newest report, and the version that it told."""
+
+    seq: int
+    version: int
+
+
 class Ledger:
     """Takes reports; `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
 
     def __init__(self, settings: Settings, policy: Policy) -> None:
         self.settings = settings
         self.layout: Layout | None = None
+        self.setup: Setup | None = None
         self.segments: list[Segment] = []
         self.totals = Totals()
         #: Rounds below are applied on every server that takes part.
@@ -67,14 +77,19 @@ class Ledger:
         #: Sample-weighted sums of each metric by epoch, and the samples they are over.
         self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
         self._policy = policy
-        self.setup: Setup | None = None
-        self._versions: dict[int, int] = {}
-        self._seqs: dict[int, int] = {}
+        self.reported: dict[int, Reported] = {}
         #: Applied on server 0, not yet everywhere.
-        self._pending: list[Committed] = []
+        self.pending: list[Committed] = []
         self._arrived: dict[int, dict[int, list[int]]] = {}
         self._closed: dict[int, list[int]] = {}
         self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
+
+    def go_on(self, settings: Settings) -> None:
+        """Be the books of the same run with other settings, whose workers say anew what the model and the plan are."""
+        self.settings, self._policy = settings, load(settings)
+        self.layout = self.setup = None
+        self.segments = []
+        self.pending, self.reported = [], {}
 
     # ---- what the run is
 
@@ -134,40 +149,45 @@ class Ledger:
 
     def report(self, server: int, report: Report) -> Body:
         """News of a server, counted once however often it is sent."""
-        if report.seq > self._seqs.get(server, -1):
-            self._seqs[server] = report.seq
-            self._versions[server] = max(report.version, self._versions.get(server, 0))
-            self._pending += report.rounds
+        before = self.reported.get(server, Reported(-1, 0))
+        if report.seq > before.seq:
+            self.reported[server] = Reported(report.seq, max(report.version, before.version))
+            self.pending += report.rounds
             self.new_contributions += report.contributions
             for row in report.contributions:
-                self._count(row)
+                self.count(row.outcome, row.staleness, 1, row.micro_batches)
             self._commit()
         return ReportAck(report.seq)
 
-    def _count(self, row: Contribution) -> None:
-        if row.outcome == "committed":
-            self.totals.micro_batches_committed += row.micro_batches
-            if row.staleness is not None:
-                self.totals.staleness[row.staleness] += 1
-        elif row.outcome == "duplicate":
-            self.totals.duplicates_ignored += 1
-            self.totals.micro_batches_recomputed += row.micro_batches
+    def count(self, outcome: str, staleness: int | None, contributions: int, micro_batches: int) -> None:
+        """Count so many contributions with one outcome, of so many micro-batches altogether."""
+        if outcome == "committed":
+            self.totals.micro_batches_committed += micro_batches
+            if staleness is not None:
+                self.totals.staleness[staleness] += contributions
+        elif outcome == "duplicate":
+            self.totals.duplicates_ignored += contributions
+            self.totals.micro_batches_recomputed += micro_batches
 
     def _commit(self) -> None:
         owners = self.layout.owners() if self.layout else [0]
-        everywhere = min(self._versions.get(owner, 0) for owner in owners)
-        while self._pending and self._pending[0].round < everywhere:
-            row = self._pending.pop(0)
-            self.committed = row.round + 1
-            self.totals.rounds += 1
-            self.totals.samples += row.samples
-            self.totals.dropped += row.dropped
-            if row.dropped:
-                segment = self.segment_of(row.round)
-                assert segment is not None
-                self.totals.samples_dropped += segment.round(row.round).samples - row.samples
-            self._average(row)
+        everywhere = min(self.reported[owner].version if owner in self.reported else 0 for owner in owners)
+        while self.pending and self.pending[0].round < everywhere:
+            row = self.pending.pop(0)
+            self.book(row)
             self.new_rounds.append(row)
+
+    def book(self, row: Committed) -> None:
+        """Count a round that is applied everywhere, the next one after those before."""
+        self.committed = row.round + 1
+        self.totals.rounds += 1
+        self.totals.samples += row.samples
+        self.totals.dropped += row.dropped
+        if row.dropped:
+            segment = self.segment_of(row.round)
+            assert segment is not None
+            self.totals.samples_dropped += segment.round(row.round).samples - row.samples
+        self._average(row)
 
     def _average(self, row: Committed) -> None:
         metrics = self._epoch_metrics.setdefault(self.epoch_of(row.round), {})

@@ -9,6 +9,7 @@ A state machine without a socket or a clock. Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from common.errors import ClusterError
@@ -79,6 +80,12 @@ class Membership:
         #: The newest round that a worker was in at the last look, and rounds per second since the one before.
         self._newest = 0
         self._pace = 0.0
+
+    def restore(self, members: Iterable[Member], tables: list[Table]) -> None:
+        """Take over the members and tables of a coordinator that is gone. All are to tell anew where they are."""
+        for member in members:
+            self.members[member.name] = self._of(member.hello.role)[member.name] = self._incarnations[member.incarnation] = member
+        self.tables, self.started = tables, bool(tables)
 
     def names(self, role: str) -> list[str]:
         """Members of `role` that are still part of the run, by number."""

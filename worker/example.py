@@ -30,7 +30,7 @@ def main() -> None:
     run = worker.join()
     settings = run.settings
     images = data.load(settings.data, settings.data_dir, settings.seed)
-    rounds = settings.rounds or settings.epochs * math.ceil(len(images.train) / settings.global_batch)
+    rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
 
     model = run.replicate(models.build(settings.model, images.shape, images.classes))
     optimizer = optimizer_class(settings.optimizer)

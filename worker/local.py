@@ -79,7 +79,7 @@ class LocalWork:
         self._segment = segment
         table = self._run._tasks.tables[0]
         seed = self._run.settings.seed
-        for index in range(segment.first_round, segment.end):
+        for index in range(self._first(segment), segment.end):
             self.round = index
             plan = segment.round(index)
             for k in table.run(self._run.name, plan.micro_batches):
@@ -95,6 +95,17 @@ class LocalWork:
             done = self.round - segment.first_round
             if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
                 self._merge()
+
+    def _first(self, segment: Segment) -> int:
+        """The round of `segment` to begin at: the first that is not in the weights, which may be those of a run that goes on.
+
+        The inner optimizer's own state was in no snapshot, so it begins anew; its schedule does not.
+        """
+        merged = self._merges - sum(self._policy.updates(earlier) for earlier in self._run._segments[: segment.index])
+        first = min(segment.first_round + max(0, merged) * (self._policy.merge_every or segment.rounds), segment.end)
+        for index in range(segment.first_round, first):
+            self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
+        return first
 
     def log(self, numbers: dict[str, float]) -> bool:
         if self._current is not None:
@@ -174,13 +185,18 @@ class LocalWork:
 
     def _load(self, version: int) -> None:
         """Wait for the merged weights number `version` and go on from them."""
-        assert self._exchange is not None
+        exchange = self._exchange
+        assert exchange is not None
         with self._link.lock:
-            messages = self._exchange.pull(version, False, time.monotonic())
+            messages = exchange.pull(version, False, time.monotonic())
         self._link.send(*messages)
-        self._run._wait(lambda: self._exchange is not None and self._exchange.complete, self._waited_for)
+        self._run._wait(lambda: exchange.complete or exchange.gone is not None, self._waited_for)
+        if exchange.gone is not None:  # the run goes on from a snapshot
+            self._merges = exchange.gone
+            self._load(self._merges)
+            return
         with self._link.lock:
-            frames, _ = self._exchange.take()
+            frames, _ = exchange.take()
         self.replica.load(frames)
         if self._policy.contributes == "delta":
             self._start = self.replica.weights()

@@ -1,0 +1,201 @@
+"""A run's books as they are on the disk: what a coordinator that is started again goes on from.
+
+Everything is in the event log, `common/runlog.py`: rounds, contributions and metrics as rows, and the rest as `state`. What was
+promised to anybody (an acknowledged report, a name, a plan) is there before the promise is sent. Not there, because servers and
+workers tell it anew: where they are, what they wait for, and what was decided for the open round (`ps/ledger.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from common.errors import UsageError
+from common.leases import Table
+from common.messages import Committed, Hello, Setup, Stop
+from common.plan import Segment
+from common.policies import load
+from common.runlog import FILE_NAME, RunLog, RunLogReader
+from common.settings import Settings
+from ps.ledger import Ledger, Reported
+from ps.membership import Membership
+
+#: Seconds for which a run that has ended is told to be over when it is started again, rather than replaced: whoever starts a
+#: process again that has failed, such as a container engine, does so within them.
+_JUST_NOW_S = 10.0
+
+
+class Head(msgspec.Struct, frozen=True):
+    """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it."""
+
+    run: str
+    incarnation: int
+    host: str
+    settings: Settings
+
+
+class KeptMember(msgspec.Struct, frozen=True):
+    """What must be known of a member to know it again."""
+
+    hello: Hello
+    incarnation: int
+    left: bool
+    lost: bool
+
+
+@dataclass
+class Books:
+    """What `restore` found. Times are unix seconds."""
+
+    head: Head
+    ledger: Ledger
+    members: dict[str, KeptMember] = field(default_factory=dict)
+    #: Empty where the run has not started.
+    tables: list[Table] = field(default_factory=list)
+    #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy.
+    metrics: set[tuple[int, int]] = field(default_factory=set)
+    accuracy: float | None = None
+    #: When the first plan was made, and when the newest round was committed.
+    planned_at: float | None = None
+    committed_at: float | None = None
+    #: How the run has ended, if it has, and when.
+    stop: Stop | None = None
+    stopped_at: float = 0.0
+
+
+class Keeper:
+    """Puts down what has changed of a run's state since it was last put down."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    def keep(self, log: RunLog, head: Head, membership: Membership, ledger: Ledger) -> None:
+        """Hand `log` what is new; it is on the disk after its next flush."""
+        for kind, key, value in _state(head, membership, ledger):
+            if self._kept.get((kind, key)) != value:
+                self._kept[kind, key] = value
+                log.state(kind, key, msgspec.msgpack.encode(value))
+
+
+def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
+    yield "run", "", head
+    for name, member in membership.members.items():
+        yield "member", name, KeptMember(member.hello, member.incarnation, member.left, member.lost)
+    yield "tables", "", membership.tables
+    if ledger.setup is not None:
+        yield "setup", "", ledger.setup
+    for segment in ledger.segments:
+        yield "plan", str(segment.index), segment
+    for server, reported in ledger.reported.items():
+        yield "reported", str(server), reported
+    yield "pending", "", list(ledger.pending)
+
+
+def restore(path: Path, upto: int | None = None) -> Books | None:
+    """The books in the event log at `path`, or None where no coordinator has written any.
+
+    With `upto` they are put back to what they were when the rounds below were committed and no other: rows of that round and
+    later ones are deleted for good, as is what servers have reported of them, and counted as computed again. Who took part and
+    what was planned is forgotten too, for whoever goes on makes those rounds anew, as processes that tell all that themselves.
+
+    Raises UsageError where the file cannot be read, or rounds below `upto` are missing from it.
+    """
+    if not path.exists():
+        return None
+    try:
+        if upto is not None:
+            _put_back(path, upto)
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            books = _read(db, path)
+            if upto is not None:
+                db.execute("DELETE FROM state WHERE kind IN ('member', 'tables', 'setup', 'plan')")
+            return books
+    except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
+
+
+def _put_back(path: Path, upto: int) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")  # ends with the connection where an error is raised
+        (there,) = db.execute("SELECT count(*) FROM rounds WHERE round < ?", (upto,)).fetchone()
+        if there < upto:
+            raise UsageError(f"{path} has {there} rounds of the {upto} before the one to go on from.")
+        (rounds,) = db.execute("SELECT count(*) FROM rounds WHERE round >= ?", (upto,)).fetchone()
+        query = "SELECT coalesce(sum(micro_batches), 0) FROM contributions WHERE round >= ? AND outcome != 'dropped'"
+        (micro_batches,) = db.execute(query, (upto,)).fetchone()
+        for table in ("rounds", "contributions", "metrics"):
+            db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
+        db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending')")
+        db.execute("DELETE FROM events WHERE kind = 'stopped'")
+        data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
+        db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
+        db.execute("COMMIT")
+
+
+def _read(db: sqlite3.Connection, path: Path) -> Books | None:
+    def state(kind: str, type_: type[Any]) -> dict[str, Any]:
+        rows = db.execute("SELECT key, value FROM state WHERE kind = ?", (kind,))
+        return {key: msgspec.msgpack.decode(value, type=type_) for key, value in rows}
+
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone() or not (heads := state("run", Head)):
+        return None
+    head: Head = heads[""]
+    ledger = Ledger(head.settings, load(head.settings))
+    for setup in state("setup", Setup).values():
+        ledger.set_up(setup)
+    ledger.segments = sorted(state("plan", Segment).values(), key=lambda segment: segment.index)
+    ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
+    ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
+    books = Books(head, ledger, state("member", KeptMember))
+    books.tables = [table for tables in state("tables", list[Table]).values() for table in tables]
+    _count(db, books)
+    with closing(RunLogReader(path)) as reader:
+        for row in reader.rounds():
+            ledger.book(Committed(row.round, row.samples, row.micro_batches, row.dropped, row.metrics))
+            books.committed_at = row.at
+        for _, _, _, value in reader.metrics("accuracy")[-1:]:
+            books.accuracy = value
+        for _, at, event in reader.events():
+            match event.kind:
+                case "plan":
+                    books.planned_at = books.planned_at or at
+                case "rolled back":
+                    ledger.totals.micro_batches_recomputed += event.data["micro_batches"]
+                case "stopped":
+                    books.stop, books.stopped_at = Stop(event.data["ok"], event.data["reason"]), at
+    return books
+
+
+def _count(db: sqlite3.Connection, books: Books) -> None:
+    """Count what there are many rows of without reading each."""
+    counts = "SELECT outcome, staleness, count(*), sum(micro_batches) FROM contributions GROUP BY outcome, staleness"
+    for row in db.execute(counts):
+        books.ledger.count(*row)
+    books.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
+
+
+def goes_on(folder: Path, overwrite: bool) -> bool:
+    """Whether a coordinator that is started in `folder` to go on with what is there has something to go on with.
+
+    It has not where the run is over, unless it ended just now. Raises UsageError for the run of a coordinator on another host,
+    such as an earlier container, whose processes cannot be told to come here; not if that may be overwritten.
+    """
+    books = restore(folder / FILE_NAME)
+    if books is None or (books.stop is not None and time.time() > books.stopped_at + _JUST_NOW_S):
+        return False
+    if books.head.host == platform.node():
+        return True
+    if overwrite:
+        return False
+    raise UsageError(
+        f"the run in {folder} is coordinated on {books.head.host}: start it there, or give --overwrite to begin another here."
+    )

@@ -1,0 +1,181 @@
+"""The books on the disk: a ledger that is read back is the one that was kept, as of now or of an earlier round."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UsageError
+from common.layout import TensorSpec
+from common.messages import Committed, Contribution, Hello, Mean, Report, Setup, Stop, Update
+from common.plan import Segment, make_segment
+from common.policies import load
+from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, RunLogReader
+from common.settings import Settings
+from ps.books import Books, Head, Keeper, goes_on, restore
+from ps.ledger import Ledger
+from ps.membership import Membership
+
+SETTINGS = Settings(workers=2, servers=2, policy="backup", global_batch=8, micro_batch=2)
+HEAD = Head("run", 7, "here", SETTINGS)
+
+
+class Kept:
+    """A ledger and a membership, and what is put down of them in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        policy = load(SETTINGS)
+        self.membership = Membership(SETTINGS, policy, "run", 0.0)
+        self.ledger = Ledger(SETTINGS, policy)
+        self.log = RunLog(folder / FILE_NAME)
+        self.keeper = Keeper()
+        tensors = [TensorSpec("a", [3000], "float32", 0), TensorSpec("b", [7], "float32", 0)]
+        self.ledger.set_up(Setup(tensors, Update("SGD", [{"lr": 0.1}])))
+        before: Segment | None = None
+        for samples in (24, 14):
+            before = make_segment(before=before, samples=samples, global_batch=8, micro_batch=2, epochs=2, round_limit=None)
+            self.ledger.plan(before)
+        for number in range(2):
+            self.membership.hello(Hello("server", number, f"tcp://s:{number}"), 10 + number, 0.0)
+            self.membership.hello(Hello("worker", number), 20 + number, 0.0)
+
+    def flush(self) -> None:
+        for row in self.ledger.new_rounds:
+            epoch = self.ledger.epoch_of(row.round)
+            self.log.round(RoundRow(row.round, epoch, row.samples, row.micro_batches, row.dropped, row.metrics))
+        for c in self.ledger.new_contributions:
+            self.log.contribution(
+                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
+            )
+        self.ledger.new_rounds.clear()
+        self.ledger.new_contributions.clear()
+        self.keeper.keep(self.log, HEAD, self.membership, self.ledger)
+        self.log.flush()
+
+
+def report(kept: Kept, round_: int, dropped: int, loss: float) -> None:
+    """Round `round_` is applied on server 0, without its last micro-batch or with it."""
+    segment = kept.ledger.segment_of(round_)
+    assert segment is not None
+    plan = segment.round(round_)
+    ks = plan.micro_batches - dropped
+    rows = [Contribution(round_, k, k + 1, f"worker-{k % 2}", plan.samples_in(k, k + 1), 1, "committed") for k in range(ks)]
+    rows.append(Contribution(round_, 0, 1, "worker-1", 2, 1, "duplicate"))
+    row = Committed(round_, plan.samples_in(0, ks), ks, dropped, {"loss": loss})
+    kept.ledger.report(0, Report(round_, round_ + 1, [row], rows))
+
+
+def assert_same(books: Books, ledger: Ledger) -> None:
+    found = books.ledger
+    assert found.totals == ledger.totals
+    assert (found.committed, found.planned, found.epochs) == (ledger.committed, ledger.planned, ledger.epochs)
+    assert (found.reported, found.pending, found.setup) == (ledger.reported, ledger.pending, ledger.setup)
+    assert found.layout == ledger.layout and found.segments == ledger.segments
+    for epoch in range(ledger.epochs):
+        assert found.mean(Mean(epoch, "loss")) == ledger.mean(Mean(epoch, "loss"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.floats(0, 3)), min_size=1, max_size=10),
+    st.integers(0, 3),
+    st.sets(st.integers(0, 9)),
+)
+def test_what_is_read_back_is_what_was_kept(
+    tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[int, float]], behind: int, flushed: set[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    kept = Kept(folder)
+    for number, (dropped, loss) in enumerate(rounds):
+        report(kept, number, dropped, loss)
+        if number >= behind:
+            kept.ledger.report(1, Report(number, number + 1 - behind))
+        if number in flushed:
+            kept.flush()
+    kept.flush()
+    books = restore(folder / FILE_NAME)
+    assert books is not None and books.head == HEAD and books.stop is None
+    assert_same(books, kept.ledger)
+    assert books.tables == kept.membership.tables
+    assert {name: (m.hello, m.incarnation) for name, m in kept.membership.members.items()} == {
+        name: (m.hello, m.incarnation) for name, m in books.members.items()
+    }
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 3)), min_size=1, max_size=10), st.data())
+def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
+    tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[int, float]], data: st.DataObject
+) -> None:
+    upto = data.draw(st.integers(0, len(rounds)))
+    folders = [tmp_path_factory.mktemp("run") for _ in range(2)]
+    whole, part = map(Kept, folders)
+    for number, (dropped, loss) in enumerate(rounds):
+        for kept in (whole, part)[: 1 + (number < upto)]:
+            report(kept, number, dropped, loss)
+            kept.ledger.report(1, Report(number, number + 1))
+            kept.log.metric(number, "worker-0", "accuracy", number / 10, 20, number)
+    for kept in (whole, part):
+        kept.flush()
+    redone = whole.ledger.totals.micro_batches_committed - part.ledger.totals.micro_batches_committed + len(rounds) - upto
+    part.ledger.totals.micro_batches_recomputed += redone
+    part.ledger.reported.clear()
+    books = restore(folders[0] / FILE_NAME, upto)
+    assert books is not None
+    assert_same(books, part.ledger)
+    assert books.metrics == {(20, number) for number in range(upto)}
+    assert books.accuracy == ((upto - 1) / 10 if upto else None)
+    reader = RunLogReader(folders[0] / FILE_NAME)
+    assert [row.round for row in reader.rounds()] == list(range(upto))
+    assert reader.contributions() == RunLogReader(folders[1] / FILE_NAME).contributions()
+    with pytest.raises(UsageError, match=f"has {upto} rounds of the {upto + 1}"):
+        restore(folders[0] / FILE_NAME, upto + 1)
+
+
+def test_a_member_that_left_or_was_lost_is_known_as_such_and_all_others_again(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    kept.membership.members["worker-0"].left = True
+    kept.flush()
+    kept.membership.members["worker-1"].lost = True
+    kept.flush()
+    books = restore(tmp_path / FILE_NAME)
+    assert books is not None
+    assert {name: (m.left, m.lost) for name, m in books.members.items()} == {
+        "server-0": (False, False), "server-1": (False, False), "worker-0": (True, False), "worker-1": (False, True),
+    }  # fmt: skip
+
+
+def test_there_is_something_to_go_on_with_unless_the_run_is_over_or_another_hosts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.node", lambda: "here")
+    assert not goes_on(tmp_path, False)
+    kept = Kept(tmp_path)
+    kept.flush()
+    assert goes_on(tmp_path, False)
+    monkeypatch.setattr("platform.node", lambda: "there")
+    assert not goes_on(tmp_path, True)
+    with pytest.raises(UsageError, match="is coordinated on here: start it there"):
+        goes_on(tmp_path, False)
+    monkeypatch.setattr("platform.node", lambda: "here")
+    kept.log.event(Event("stopped", "coordinator", {"ok": False, "reason": "no."}))
+    kept.log.flush()
+    assert goes_on(tmp_path, False)  # who starts it again now does not know that it has failed
+    later = time.time() + 60.0
+    monkeypatch.setattr("time.time", lambda: later)
+    assert not goes_on(tmp_path, False)
+    books = restore(tmp_path / FILE_NAME)
+    assert books is not None and books.stop == Stop(False, "no.")
+
+
+def test_a_file_that_holds_something_else_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    assert restore(tmp_path / FILE_NAME) is None
+    RunLog(tmp_path / FILE_NAME).close()
+    assert restore(tmp_path / FILE_NAME) is None
+    (tmp_path / FILE_NAME).write_bytes(b"not a database, but long enough to look into" * 100)
+    with pytest.raises(UsageError, match="cannot be read"):
+        restore(tmp_path / FILE_NAME)
