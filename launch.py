@@ -48,8 +48,8 @@ def cli() -> None:
               help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
 @run_options
 @click.option("--resume", cls=Option, section="Run", metavar="RUN",
-              help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers and "
-              "servers, or up to other --rounds or --epochs if you like.")  # fmt: skip
+              help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers "
+              "and servers, or up to other --rounds or --epochs if you like.")  # fmt: skip
 @click.pass_context
 def local(ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, **_: Any) -> None:
     """Train on this machine.
@@ -171,7 +171,9 @@ def verify(run: str) -> None:
 
 @checkpoint.command()
 @click.argument("run")
-@click.option("--round", "round_", type=click.IntRange(min=0), metavar="N", help="Of the snapshot of this round; else the newest.")
+@click.option(
+    "--round", "round_", type=click.IntRange(min=0), metavar="N", help="Of the snapshot of this round; else the newest."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
 def export(run: str, round_: int | None, out: Path) -> None:
     """Write the model in a snapshot of RUN to a safetensors file, by the names of its state_dict."""

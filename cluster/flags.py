@@ -196,7 +196,7 @@ def _option_of(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return click.option(f"{flag}/--no-{flag[2:]}", **{**common, "show_default": FIELDS[key].default is True})
     if choices(key):
         return click.option(flag, type=click.Choice(choices(key)), **common)
-    metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else "NAME")
+    metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else "FILE" if key == "init" else "NAME")
     return click.option(flag, type=kind, metavar=metavar, **common)
 
 

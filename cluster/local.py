@@ -70,6 +70,8 @@ def _check_example(settings: Settings) -> None:
             f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
             f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
         )
+    if settings.init is not None and not Path(settings.init).is_file():
+        raise UsageError(f"there is no file {settings.init}; --init takes one with weights.")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
         raise UsageError(f"there is no folder {settings.data_dir}; --data-dir takes one that holds the images.")
 
@@ -201,7 +203,9 @@ class _Local:
             killed = child.code is not None and child.code < 0
             if killed and child.name.startswith("server") and self._processes.running("coordinator") and self._restarts:
                 self._restarts -= 1
-                self._screen.say(f"{child.name} {child.end()}; it is started again, and the run goes on from its newest snapshot.")
+                self._screen.say(
+                    f"{child.name} {child.end()}; it is started again, and the run goes on from its newest snapshot."
+                )
                 self._processes.again(child)
 
     def _fail(self) -> None:

@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped, has crashed or was to end early: what it may be given anew, and what must be as it was."""
+"""Going on with a run that was stopped, has crashed or was to end early: what may be given anew, and what must be as it was."""
 
 from __future__ import annotations
 

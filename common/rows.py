@@ -16,6 +16,7 @@ import torch
 
 from common.errors import WireError
 from common.layout import CHUNK_BYTES, TableSpec
+from common.plan import derive_seed
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import Frames
 
@@ -40,6 +41,13 @@ def rows_on(server: int, servers: int, rows: int) -> int:
     """How many of a table's rows `server` has."""
     rounds, rest = divmod(rows, BLOCK * servers)
     return rounds * BLOCK + min(max(rest - server * BLOCK, 0), BLOCK)
+
+
+def draw(spec: TableSpec, seed: int, block: int, rows: torch.Tensor) -> None:
+    """Write the first values of a block of rows to `rows`: a function of the run's seed, the table and the block alone."""
+    assert spec.std is not None
+    generator = torch.Generator().manual_seed(derive_seed(seed, f"rows of {spec.name}", block))
+    rows.normal_(0.0, spec.std, generator=generator)
 
 
 def page_rows(spec: TableSpec) -> int:

@@ -78,6 +78,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
     ] = "mnist-5k"
     data_dir: Annotated[str | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
+    init: Annotated[
+        str | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
+    ] = None
     optimizer: Annotated[str, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
     lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
     momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,11 +75,11 @@ class TensorFiles:
     def __init__(self, paths: Iterable[Path]) -> None:
         """Raises UsageError where one cannot be read, or is no safetensors file."""
         self.metadata: list[dict[str, str]] = []
-        self._files = {}
+        self._files: dict[str, Any] = {}
         self._below: dict[tuple[str, str], list[str]] = {}
         for path in paths:
             try:
-                file = safe_open(path, framework="pt")
+                file: Any = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from None
             self.metadata.append(file.metadata() or {})
@@ -99,8 +100,10 @@ class TensorFiles:
         return self._below.get((first, last), [])
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Rows start..end-1 of a tensor."""
-        return self._files[name].get_slice(name)[start:end]
+        tensor: torch.Tensor = self._files[name].get_slice(name)[start:end]
+        return tensor

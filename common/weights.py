@@ -11,7 +11,7 @@ import torch
 from common import tensorfile
 from common.errors import UsageError
 from common.layout import TableSpec, TensorSpec
-from common.rows import local_of, owner_of, page_ids, pages
+from common.rows import BLOCK, draw, local_of, owner_of, page_ids, pages
 from common.snapshots import Snapshot
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of
@@ -21,9 +21,9 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
     """Write all parameters and buffers in a snapshot to one safetensors file, in the model's own dtypes. OSError where that
     cannot be; then there is no such file."""
     setup, servers = snapshot.manifest.setup, snapshot.manifest.servers
-    files = TensorFiles(snapshot.paths)
+    files, seed = TensorFiles(snapshot.paths), int(snapshot.manifest.settings["seed"])
     entries = [Entry(spec.name, spec.shape, list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
-    entries += [Entry(spec.name, [spec.rows, spec.dim], list(_rows(files, spec, servers))) for spec in setup.tables]
+    entries += [Entry(spec.name, [spec.rows, spec.dim], list(_rows(files, spec, servers, seed))) for spec in setup.tables]
     temporary = path.with_name(path.name + ".tmp")
     try:
         tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round)})
@@ -41,8 +41,8 @@ def _pieces(files: TensorFiles, spec: TensorSpec) -> Iterator[torch.Tensor]:
         yield piece.to(dtype_of(spec.dtype))
 
 
-def _rows(files: TensorFiles, spec: TableSpec, servers: int) -> Iterator[torch.Tensor]:
-    """The table page by page. Rows that nobody has asked for yet are zeros where servers draw the first values."""
+def _rows(files: TensorFiles, spec: TableSpec, servers: int, seed: int) -> Iterator[torch.Tensor]:
+    """The table page by page. Rows that nobody has asked for yet are drawn here, as servers would."""
     for page in pages(spec):
         ids = page_ids(spec, page)
         out = torch.empty(len(ids), spec.dim)
@@ -52,7 +52,21 @@ def _rows(files: TensorFiles, spec: TableSpec, servers: int) -> Iterator[torch.T
                 at = local_of(ids[here], servers)
                 rows = files.rows(f"table-{server}-of-{servers}/values/{spec.name}", int(at[0]), int(at[-1]) + 1)
                 out[here] = rows.index_select(0, at - at[0])
+                _draw(files, spec, servers, server, seed, ids, out)
         yield out
+
+
+def _draw(
+    files: TensorFiles, spec: TableSpec, servers: int, server: int, seed: int, ids: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Draw the rows `out` of `ids`, which begin with a block, in blocks of `server` that it had not drawn."""
+    if spec.std is None:
+        return
+    drawn = files[f"table-{server}-of-{servers}/drawn/{spec.name}"]
+    for start in range(0, len(ids), BLOCK):
+        block = int(ids[start]) // BLOCK
+        if block % servers == server and not drawn[block // servers]:
+            draw(spec, seed, block, out[start : start + BLOCK])
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

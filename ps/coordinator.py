@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import secrets
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +40,8 @@ from common.messages import (
     Waiting,
 )
 from common.policies import load
-from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.restart import restart
+from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
 from common.snapshots import (
     TOKEN_FILE,
@@ -85,8 +87,8 @@ _LEFT_S = 3.0
 
 
 def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False) -> None:
-    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from its
-    newest snapshot on.
+    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
+    its newest snapshot on.
 
     Writes the address it listens at to run_dir/address. Returns when the run has finished and its results are written.
     Raises UsageError where it cannot listen or write, ClusterError where the run failed, naming who and why.
@@ -150,6 +152,8 @@ class Coordinator:
         if books is not None:
             self._ledger = books.ledger
             self._ledger.go_on(settings)
+        #: Samples of a run that goes on which were not trained on under this coordinator.
+        self._samples_before = self._ledger.totals.samples
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
@@ -163,7 +167,7 @@ class Coordinator:
         self._progressed_at = now
         self._planned = 0
         self._training_since: float | None = None
-        self._committed_at = now
+        self._committed_at: float | None = None
         self._log.event(Event("started", "coordinator", {"run": run, "pid": os.getpid()}))
 
     # ---- the loop
@@ -206,11 +210,13 @@ class Coordinator:
                     return
                 if len(frames) < 2:
                     raise WireError("a message has no header")
-                envelope = self._stamp.decode(frames[1].buffer)
+                try:
+                    envelope = self._stamp.decode(frames[1].buffer)
+                except ForeignRun as error:
+                    if error.run.partition(".")[0] == self._run:  # it has not heard that all begin anew
+                        self._reply(frames[0].bytes, Stop(False, "the run has begun anew.", again=True))
+                    raise
                 self._handle(frames[0].bytes, envelope, frames[2:])
-            except ForeignRun as error:
-                if error.run.partition(".")[0] == self._run:  # it has not heard that all begin anew
-                    self._reply(frames[0].bytes, Stop(False, "the run has begun anew.", again=True))
             except WireError as error:
                 log.warning("refused: %s", error)
 
@@ -218,6 +224,7 @@ class Coordinator:
         for name, body in self._membership.tick(now):
             self._send(name, body)
         if self._membership.broken:
+            self._end_silent_servers()
             raise BeginAnew(self._membership.broken)
         for name in self._membership.newly_lost:
             log.warning("%s has fallen silent; the others do what it has not done", name)
@@ -245,13 +252,23 @@ class Coordinator:
         self._take_snapshots(now)
         self._check_deadline(now)
 
+    def _end_silent_servers(self) -> None:
+        """Kill servers of this host that hang, so that whoever watches them starts them again."""
+        for member in self._membership.servers.values():
+            if member.lost and member.hello.host == platform.node():
+                with contextlib.suppress(OSError):
+                    if b"server" in Path(f"/proc/{member.hello.pid}/cmdline").read_bytes():
+                        os.kill(member.hello.pid, signal.SIGKILL)
+
     # ---- snapshots
 
     def _take_snapshots(self, now: float) -> None:
         """Begin a snapshot that is due, ask for what is missing of the one under way, and finish it."""
         if self._ledger.layout is None or not self._membership.started:
             return
-        servers = {owner: self._membership.servers[f"server-{owner}"].beat.round for owner in self._ledger.layout.owners()}
+        servers = {
+            owner: max(0, self._membership.servers[f"server-{owner}"].beat.round) for owner in self._ledger.layout.owners()
+        }
         ended = not self._membership.names("worker") and self._ledger.committed >= self._ledger.planned
         round_ = self._cuts.due(servers, self._ledger.planned, ended, now)
         if round_ is not None:
@@ -542,7 +559,8 @@ class Coordinator:
 
     def _summary(self) -> dict[str, Any]:
         totals = self._ledger.totals
-        seconds = self._committed_at - (self._training_since or self._committed_at)
+        began, ended = self._training_since, self._committed_at
+        seconds = ended - began if began is not None and ended is not None else 0.0
         accuracy = self._accuracy if self._accuracy is not None else self._ledger.recent("accuracy")
         summary: dict[str, Any] = {
             "run": self._run,
@@ -553,7 +571,7 @@ class Coordinator:
             "epochs": self._ledger.epochs,
             "samples": totals.samples,
             "seconds": round(seconds, 3),
-            "samples_per_second": round(totals.samples / seconds, 1) if seconds else None,
+            "samples_per_second": round((totals.samples - self._samples_before) / seconds, 1) if seconds else None,
             "loss": self._ledger.recent("loss"),
             "accuracy": accuracy,
             "weights_sha256": self._model.weights_sha256,

@@ -50,8 +50,8 @@ class Cuts:
         self._pace = 0.0
 
     def due(self, versions: Mapping[int, int], planned: int, ended: bool, now: float) -> int | None:
-        """The round to begin a cut for now. `versions` are the servers' newest, `planned` how many updates there will be as far as
-        is known; with `ended` no worker is left, so that nothing moves any more."""
+        """The round to begin a cut for now. `versions` are the servers' newest, `planned` how many updates there will be as far
+        as is known; with `ended` no worker is left, so that nothing moves any more."""
         if not self._every_s or self.under is not None or not versions:
             return None
         newest = max(versions.values())

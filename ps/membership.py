@@ -23,8 +23,8 @@ from common.wire import GONE_S
 JOIN_S = 120.0
 #: Seconds between two looks at whether shares should follow the measured speeds.
 RESHARE_S = 2.0
-#: A server that has been silent for so long has died, if one is there to take its place; else the newcomer is refused after so many
-#: seconds.
+#: A server that has been silent for so long has died, if one is there to take its place; else the newcomer is refused after
+#: so many seconds.
 _DEAD_S = 1.5
 _TAKEN_S = 6.0
 #: A new table holds from so many rounds after the newest one known, and so many seconds at the speed of the last ones, for
@@ -165,7 +165,9 @@ class Membership:
         lost = [m for m in self.members.values() if m.active and now - m.heard_at > GONE_S]
         for member in lost:
             if member.hello.role == "server" or self._policy.is_local:
-                self.broken = f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
+                self.broken = (
+                    f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
+                )
             member.lost = True
             self.newly_lost.append(member.name)
         if lost and not self.names("worker") and not any(m.left for m in self.members.values()):

@@ -77,8 +77,8 @@ class PushShard(Shard):
             for round_, pairs in extra["applied"]:
                 if source.servers != self.settings.servers and any(chunk == ROWS for chunk, _ in pairs):
                     raise UsageError(
-                        f"the snapshot of round {source.round} has rows of later rounds, of which each of its {source.servers} servers "
-                        f"knows its own: go on with as many servers, or from a snapshot of the run's end."
+                        f"the snapshot of round {source.round} has rows of later rounds, and each of {source.servers} servers "
+                        "knows its own: go on with as many servers, or from a snapshot of the run's end."
                     )
                 here = {(int(chunk), int(k)) for chunk, k in pairs if chunk in own and (chunk != ROWS or number == self.index)}
                 self._applied.setdefault(int(round_), set()).update(here)

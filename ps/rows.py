@@ -20,12 +20,12 @@ import torch
 from common.errors import WireError
 from common.layout import Layout, TableSpec
 from common.messages import RowPull, RowPush, Update
-from common.plan import derive_seed
 from common.rows import (
     BLOCK,
     RowSum,
     RowSums,
     cut,
+    draw,
     join,
     join_sums,
     local_of,
@@ -54,7 +54,6 @@ class RowTable:
         self._values = _zeros(rows_on(server, servers, spec.rows), spec.dim)
         #: Blocks of rows whose first values are there; None where a worker sends them.
         self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
-        self._generator = torch.Generator()
         #: Places of the rows that the last update touched, and what they were before it.
         self._undo = torch.empty(0, dtype=torch.int64), torch.empty(0, spec.dim)
         self._optimizer, self._parameter = _optimizer(update, spec)
@@ -159,14 +158,12 @@ class RowTable:
             self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
 
     def _draw(self, at: torch.Tensor) -> None:
-        """Have first values of the blocks with these places: a function of the run's seed, the table and the block alone."""
+        """Have first values of the blocks with these places."""
         if self._drawn is None or self.spec.std is None:
             return
         blocks = at.div(BLOCK, rounding_mode="floor").unique_consecutive()
         for block in blocks[~self._drawn[blocks]].tolist():
-            seed = derive_seed(self._seed, f"rows of {self.spec.name}", block * self._servers + self._server)
-            rows = self._values[block * BLOCK : (block + 1) * BLOCK]
-            rows.normal_(0.0, self.spec.std, generator=self._generator.manual_seed(seed))
+            draw(self.spec, self._seed, block * self._servers + self._server, self._values[block * BLOCK : (block + 1) * BLOCK])
         self._drawn[blocks] = True
 
 

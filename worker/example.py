@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 import worker
 from common.errors import UsageError
 from common.settings import Settings
+from common.weights import read_weights
 from worker import data, models
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
@@ -32,7 +34,10 @@ def main() -> None:
     images = data.load(settings.data, settings.data_dir, settings.seed)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
 
-    model = run.replicate(models.build(settings.model, images.shape, images.classes))
+    model = models.build(settings.model, images.shape, images.classes)
+    if settings.init is not None:
+        load_weights(model, Path(settings.init))
+    run.replicate(model)
     optimizer = optimizer_class(settings.optimizer)
     opt = run.optimizer(
         optimizer,
@@ -56,6 +61,21 @@ def main() -> None:
             run.log(accuracy=accuracy(model, images.test))
     if run.is_chief:
         run.log(accuracy=accuracy(model, images.test))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Have the weights in a file in `model`. Raises UsageError naming what does not fit."""
+    found, wanted = read_weights(path), model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise UsageError(f"{path} has no '{name}', which the model has: give the weights of the same model.")
+        if found[name].shape != tensor.shape:
+            shapes = f"{list(found[name].shape)} where the model has {list(tensor.shape)}"
+            raise UsageError(f"{path} has '{name}' of shape {shapes}: give the weights of the same model.")
+    strange = sorted(found.keys() - wanted.keys())
+    if strange:
+        raise UsageError(f"{path} has '{strange[0]}', which the model has not: give the weights of the same model.")
+    model.load_state_dict(found)
 
 
 def accuracy(model: nn.Module, samples: data.Samples) -> float:

@@ -6,7 +6,7 @@ The parts are made one after another, so that no process ever has the file in me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
