@@ -9,7 +9,7 @@ import torch
 
 from common.errors import UsageError, WireError
 from common.messages import Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
-from common.plan import Round
+from common.plan import Round, Segment
 from common.policies import Policy
 from common.settings import Settings
 from common.tree import fold
@@ -92,6 +92,9 @@ class PushShard(Shard):
     @property
     def _plane_count(self) -> int:
         return 2 * _PAIRS
+
+    def _plan(self, sender: str, segment: Segment) -> list[Send]:
+        return super()._plan(sender, segment) + self._advance()  # a snapshot may have had all of its first round
 
     def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
         if push.hi != push.lo + 1:

@@ -51,6 +51,8 @@ class LocalWork:
         self._segment: Segment | None = None
         #: Merges done, which is the version of the weights.
         self._merges = 0
+        #: Merges of all segments so far, when they are done.
+        self._planned = 0
         self._start: dict[int, torch.Tensor] = {}
         #: Since the last merge: samples and micro-batches computed, and sums of metrics.
         self._samples = 0
@@ -101,7 +103,7 @@ class LocalWork:
 
         The inner optimizer's own state was in no snapshot, so it begins anew; its schedule does not.
         """
-        merged = self._merges - sum(self._policy.updates(earlier) for earlier in self._run._segments[: segment.index])
+        merged, self._planned = self._merges - self._planned, self._planned + self._policy.updates(segment)
         first = min(segment.first_round + max(0, merged) * (self._policy.merge_every or segment.rounds), segment.end)
         for index in range(segment.first_round, first):
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)

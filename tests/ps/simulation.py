@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import msgspec
 import torch
 import zmq
 from torch import nn
@@ -40,6 +41,7 @@ from common.settings import Settings
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
 from ps.coordinator import Coordinator
+from ps.ledger import Ledger
 from ps.server import _Server
 from ps.shard import Shard
 from worker import local
@@ -103,6 +105,9 @@ class Case:
     momentum: float = 0.9
     lr: float = 0.125
     rows: int = 0
+    #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
+    folder: Path | None = None
+    resume: bool = False
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -339,7 +344,9 @@ class Process:
 class CoordinatorProcess(Process):
     def begin(self) -> None:
         self.port = Port(self, None)
-        self.coordinator = Coordinator(self.port, self.world.case.settings, Path("nowhere"))  # type: ignore[arg-type]
+        case = self.world.case
+        settings = msgspec.structs.replace(case.settings, snapshot_every=0.7 if case.folder is not None else 0.0)
+        self.coordinator = Coordinator(self.port, settings, case.folder or Path("nowhere"), case.resume)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
 
     @property
@@ -381,6 +388,8 @@ class ServerProcess(Process):
             self.server._coordinator.send_multipart([self.server._stamp.encode(body)])
         if self.server._shard is not None:
             self.server._do(self.server._shard.tick(now))
+            self.server._finish_saving()
+            self.server._save()
 
     def describe(self) -> str:
         shard = self.server._shard
@@ -768,7 +777,7 @@ class SteppedLocalWork(local.LocalWork):
     def train(self, segment: Segment) -> Script:
         self._segment = segment
         table = self._run._tasks.tables[0]
-        for index in range(segment.first_round, segment.end):
+        for index in range(self._first(segment), segment.end):
             self.round = index
             plan = segment.round(index)
             for k in table.run(self._run.name, plan.micro_batches):
@@ -788,7 +797,11 @@ class SteppedLocalWork(local.LocalWork):
         exchange = self._exchange
         assert exchange is not None
         self._link.send(*exchange.pull(version, False, self.process.world.now))
-        yield Wait(lambda: exchange.complete, float("inf"))
+        yield Wait(lambda: exchange.complete or exchange.gone is not None, float("inf"))
+        if exchange.gone is not None:
+            self._merges = exchange.gone
+            yield from self._load(self._merges)
+            return
         frames, _ = exchange.take()
         self.replica.load(frames)
         if self._policy.contributes == "delta":
@@ -830,6 +843,9 @@ class RecordedLog:
         pass
 
     def status(self, row: Any) -> None:
+        pass
+
+    def state(self, kind: str, key: str, value: bytes) -> None:
         pass
 
     def flush(self) -> None:
@@ -875,6 +891,13 @@ class Outcome:
         return out
 
 
+def _books(world: World, upto: int) -> Ledger:
+    """What the books of rounds below `upto` come to, as far as a coordinator that goes on needs it."""
+    ledger = Ledger(world.case.settings, load(world.case.settings))
+    ledger.committed = ledger.totals.rounds = upto
+    return ledger
+
+
 @contextmanager
 def _stand_ins(world: World) -> Iterator[None]:
     """Clock, sockets and the like of this world in place of the real ones."""
@@ -896,6 +919,9 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.coordinator.RunLog": RecordedLog,
+            "ps.coordinator.restore": lambda path, upto: SimpleNamespace(
+                head=SimpleNamespace(run="r.1"), ledger=_books(world, upto)
+            ),
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,
@@ -908,8 +934,11 @@ def _stand_ins(world: World) -> Iterator[None]:
         yield
 
 
-def simulate(case: Case) -> Outcome:
-    """Run it to the end. Raises AssertionError where it hangs or a promise is broken on the way."""
+def simulate(case: Case, snapshots: int | None = None) -> Outcome:
+    """Run it to the end, or until so many snapshots have been made.
+
+    Raises AssertionError where it hangs or a promise is broken on the way.
+    """
     world = World(case)
     threads = torch.get_num_threads()
     with _stand_ins(world):
@@ -924,6 +953,9 @@ def simulate(case: Case) -> Outcome:
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
 
         def over() -> bool:
+            made = sum(event.kind == "snapshot" for event in coordinator.log.events)
+            if snapshots is not None and made >= snapshots:
+                return True
             return all(w.done or not w.useful for w in workers) and coordinator.ledger.committed >= planned
 
         try:

@@ -1,0 +1,81 @@
+"""Whole runs over a bad network that end in the middle, by hypothesis, and go on from their newest snapshot on other machines."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from simulation import Case, Outcome, Pace, same, sequential, simulate
+from test_rounds_simulated import PLAIN, cases, check_same_everywhere, few
+
+from common import snapshots
+
+#: Other numbers of servers and workers to go on with.
+others = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+def go_on(case: Case, servers: int, workers: int, made: int = 1) -> Outcome:
+    """Run until `made` snapshots are there or the run is over, and then from the newest to the end with others."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        simulate(replace(case, folder=folder), snapshots=made)
+        found, problems = snapshots.newest(folder)
+        assert not problems
+        assert found is not None or not snapshots.folders(folder) or not (folder / snapshots.MANIFEST_FILE).exists()
+        settings = msgspec.structs.replace(case.settings, servers=servers, workers=workers)
+        paces = [Pace(0.1)] * workers
+        return simulate(replace(case, settings=settings, paces=paces, folder=folder, resume=True, seed=case.seed + 1))
+
+
+def counted(outcome: Outcome, account: torch.Tensor) -> list[float]:
+    """How often each micro-batch was counted, where no round is short of one."""
+    case = outcome.case
+    tasks = enumerate(case.micro_batches())
+    return [-float(account[n]) * (r := case.round(t.round)).samples / r.samples_in(t.k, t.k + 1) for n, t in tasks]
+
+
+@few
+@given(cases("sync"), others)
+def test_sync_gives_the_bits_of_a_plain_loop(case: Case, machines: tuple[int, int]) -> None:
+    outcome = go_on(case, *machines)
+    expected = sequential(case)[-1]
+    assert outcome.models and all(same(expected, model) for model in outcome.models.values())
+
+
+@few
+@given(cases("sync", rows=200), others)
+def test_rows_of_tables_are_where_the_others_look_for_them(case: Case, machines: tuple[int, int]) -> None:
+    outcome = go_on(case, *machines)
+    assert torch.equal(outcome.table(), sequential(case)[-1]["table.weight"])
+
+
+@few
+@given(st.sampled_from(["ssp", "async"]).flatmap(lambda policy: cases(policy, **PLAIN)), others)
+def test_what_was_applied_ahead_of_a_snapshot_counts_once(case: Case, machines: tuple[int, int]) -> None:
+    outcome = go_on(case, *machines)
+    found = counted(outcome, next(iter(outcome.models.values()))["account"])
+    assert found == pytest.approx([1.0] * len(found), abs=1e-3)
+    check_same_everywhere(outcome)
+
+
+@few
+@given(cases("local", **PLAIN))
+def test_merges_count_once(case: Case) -> None:
+    outcome = go_on(case, case.settings.servers, case.settings.workers)
+    found = counted(outcome, next(iter(outcome.models.values()))["account"])
+    assert found == pytest.approx([1.0] * len(found), abs=0.5)  # shares of a merge differ, but nothing is lost or twice there
+
+
+@few
+@given(cases("sync", {"weight_codec": "int8", "lane": "socket"}, chunk_bytes=64))
+def test_workers_go_on_from_the_rounded_weights_that_they_had(case: Case) -> None:
+    whole = simulate(case)
+    outcome = go_on(case, case.settings.servers, case.settings.workers)
+    expected = next(iter(whole.models.values()))
+    assert all(same(expected, model) for model in outcome.models.values())

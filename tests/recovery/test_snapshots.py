@@ -1,0 +1,116 @@
+"""Real runs whose servers are killed, or that end in the middle and go on: the weights are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAUNCH, TRAINING, Cluster
+from safetensors.torch import load_file
+
+from common import snapshots
+from common.runlog import RunLogReader
+
+pytestmark = pytest.mark.timeout(240)
+
+Start = Callable[..., Cluster]
+
+
+def has_snapshot(run: Cluster) -> bool:
+    return bool(run.events("snapshot"))
+
+
+def check_books(run: Cluster) -> None:
+    """Every micro-batch is in exactly one committed contribution."""
+    rows = run.read(RunLogReader.contributions)
+    counted = Counter((row.round, k) for row in rows if row.outcome == "committed" for k in range(row.lo, row.hi))
+    assert set(counted.values()) == {1}
+    per_round = Counter(round_ for round_, _ in counted)
+    planned = {row.round: row.micro_batches for row in run.read(RunLogReader.rounds)}
+    assert per_round == planned
+
+
+def launch(*arguments: object) -> tuple[int, str]:
+    result = subprocess.run([sys.executable, str(LAUNCH), *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("policy", ["sync", "async"])
+def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(cluster: Start, undisturbed: str, policy: str) -> None:
+    run = cluster(*TRAINING, "--policy", policy)
+    run.until(lambda: has_snapshot(run), "snapshot")
+    run.signal("server-1")
+    summary = run.summary()
+    assert len(run.events("restarted")) == 1
+    if policy == "sync":
+        assert summary["weights_sha256"] == undisturbed
+    assert summary["dropped"] == 0
+    check_books(run)
+
+
+def test_after_a_power_cut_a_run_goes_on_with_other_numbers(cluster: Start, resumed: Start, undisturbed: str) -> None:
+    run = cluster(*TRAINING)
+    run.until(lambda: has_snapshot(run), "snapshot")
+    run.cut_power()
+    summary = resumed("--workers", 1, "--servers", 3).summary()
+    assert (summary["weights_sha256"], summary["servers"]) == (undisturbed, 3)
+    check_books(run)
+
+
+def test_a_damaged_snapshot_is_told_of_and_the_one_before_it_used(
+    cluster: Start, resumed: Start, undisturbed: str, tmp_path: Path
+) -> None:
+    run = cluster(*TRAINING)
+    run.until(lambda: len(run.events("snapshot")) >= 2, "second snapshot")
+    run.cut_power()
+    first, second = [path for path in snapshots.folders(tmp_path / "run") if (path / snapshots.MANIFEST_FILE).exists()]
+    file = second / snapshots.file_of(0)
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    code, out = launch("checkpoint", "verify", tmp_path / "run")
+    assert code == 1 and str(file) in out and f"{first}: good" in out
+    assert resumed().summary()["weights_sha256"] == undisturbed
+    assert str(file) in (tmp_path / "run" / "logs" / "coordinator.log").read_text()
+
+
+def test_a_run_that_was_to_end_early_goes_on_and_its_snapshots_hold_its_model(
+    cluster: Start, resumed: Start, undisturbed: str, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "run", tmp_path / "model.safetensors"
+    cluster(*TRAINING, "--rounds", 30).summary()
+    for flags, words in (
+        (("--seed", 1), "has seed = 0"),
+        (("--model", "lenet"), "has model = mlp"),
+        (("x.py",), "one of the built-in"),
+    ):
+        code, text = launch("local", "--resume", folder, *flags)
+        assert code == 2 and words in text
+    summary = resumed("--rounds", 10_000).summary()
+    assert summary["weights_sha256"] == undisturbed
+    code, text = launch("checkpoint", "list", folder)
+    assert code == 0 and str(summary["rounds"]) in text
+    assert launch("checkpoint", "export", folder, "--out", out)[0] == 0
+    found, trained = load_file(out), load_file(folder / "model.safetensors")
+    assert found.keys() == trained.keys() and all(torch.equal(found[name], trained[name]) for name in found)
+    assert launch("checkpoint", "export", folder, "--round", 1, "--out", out)[0] == 2
+
+
+def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
+    cluster(*TRAINING, "--snapshot-every", 0, "--rounds", 5).summary()
+    code, text = launch("local", "--resume", tmp_path / "run")
+    assert code == 2 and "no snapshot to go on from" in text
+    code, text = launch("local", "--resume", tmp_path / "nothing")
+    assert code == 2 and "there is no run" in text
+
+
+def test_training_begins_from_weights_in_a_file(cluster: Start, tmp_path: Path) -> None:
+    first = cluster(*TRAINING, "--rounds", 5, name="first").summary()
+    flags = (*TRAINING, "--init", tmp_path / "first" / "model.safetensors", "--rounds", 1, "--lr", 1e-30, "--momentum", 0)
+    assert cluster(*flags, name="second").summary()["weights_sha256"] == first["weights_sha256"]
+    code, text = launch("local", "--run-dir", tmp_path / "third", *TRAINING, "--init", tmp_path / "none")
+    assert code == 2 and "there is no file" in text
