@@ -107,6 +107,7 @@ class LocalWork:
         first = min(segment.first_round + max(0, merged) * (self._policy.merge_every or segment.rounds), segment.end)
         for index in range(segment.first_round, first):
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
+        self.round = first
         return first
 
     def log(self, numbers: dict[str, float]) -> bool:
