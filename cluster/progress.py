@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.runlog import RoundRow, RunLogReader, StatusRow
+from common.runlog import Event, RoundRow, RunLogReader, StatusRow
 
 #: Speed and loss are means over so many seconds.
 _WINDOW_S = 5.0
@@ -27,6 +27,8 @@ class Progress:
     loss: float | None = None
     accuracy: float | None = None
     processes: Sequence[StatusRow] = ()
+    #: What has happened since the last look that somebody may have to do something about, a line each.
+    news: Sequence[str] = ()
 
 
 class Tracker:
@@ -47,23 +49,25 @@ class Tracker:
     def look(self, now: float | None = None) -> Progress:
         """The state of the run at the unix time `now`."""
         if self._over or not self._path.exists():
-            return self._last
+            return replace(self._last, news=())
         try:
             with closing(RunLogReader(self._path)) as reader:
                 self._last = self._read(reader, time.time() if now is None else now)
         except sqlite3.Error:
-            pass  # not written to yet, or just being closed: the next look will tell
+            return replace(self._last, news=())  # not written to yet, or just being closed: the next look will tell
         return self._last
 
     def _read(self, reader: RunLogReader, now: float) -> Progress:
         last = self._last
-        total, over = last.total, False
+        total, over, news = last.total, False, []
         for number, at, event in reader.events(after=self._last_event):
             self._last_event = number
             if event.kind == "plan":
                 total = int(event.data["rounds"])
                 self._first_at = self._first_at or at
             over = over or event.kind == "stopped"
+            if (line := _news(event)) is not None:
+                news.append(line)
         rows = reader.rounds(after=self._last_round)
         if rows:
             self._last_round = rows[-1].round
@@ -80,12 +84,27 @@ class Tracker:
             loss=mean_metric(self._window, "loss"),
             accuracy=accuracies[-1][3] if accuracies else None,
             processes=reader.statuses(),
+            news=news,
         )
 
     def _speed(self, now: float) -> float:
         recent = [row for row in self._window if row.at >= now - _WINDOW_S]
         start = max(self._first_at or (self._window[0].at if self._window else now), now - _WINDOW_S)
         return sum(row.samples for row in recent) / (now - start) if now > start else 0.0
+
+
+def _news(event: Event) -> str | None:
+    """An event as a line for the screen, for those kinds that are shown."""
+    match event.kind:
+        case "warning":
+            return f"warning: {event.data['text']}"
+        case "lost":
+            return f"{event.process} has fallen silent; the others do what it has not done."
+        case "restarted":
+            return f"all processes begin anew, from the newest snapshot: {event.data['reason']}"
+        case "rolled back":
+            return f"the run goes on from round {event.data['to']}; {event.data['rounds']} rounds are computed again."
+    return None
 
 
 def mean_metric(rows: Sequence[RoundRow] | deque[RoundRow], name: str) -> float | None:

@@ -59,6 +59,8 @@ class Screen:
             return
         self._looked_at = now
         self.progress = self._tracker.look()
+        for news in self.progress.news:
+            self.say(news)
         if self._live:
             self._live.update(picture(self.progress), refresh=True)
         elif now >= self._told_at + self._every_s:

@@ -294,6 +294,7 @@ class Coordinator:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TOKEN_FILE).write_text(token, encoding="utf-8")
         except OSError as error:
+            remove(folder)
             self._cuts.end(f"{folder} cannot be written: {error.strerror or error}.", now)
             self._tell_of_failure(self._cuts.failure)
 
@@ -360,7 +361,7 @@ class Coordinator:
             return
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:
-            self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._stamp.run}."))
+            self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._run}."))
             return
         member.heard_at = now
         self._routes[member.name] = route

@@ -59,6 +59,8 @@ class Membership:
         """The run directory is `run_dir`, and the run goes on from the snapshot of round `resume` in it, if that is not -1."""
         self.settings = settings
         self.run = run
+        #: The same, as people know it: without what tells it from itself before all began anew.
+        self._name = run.partition(".")[0]
         self._run_dir = run_dir
         self._resume = resume
         #: Why the run must go on from its newest snapshot, once it must.
@@ -108,9 +110,9 @@ class Membership:
             if self.broken or now - self._newcomers.setdefault(incarnation, now) < _TAKEN_S:
                 return None, [("", Beat())]
         if f"{hello.role}-{hello.index}" in there:
-            return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self.run} already."))]
+            return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self._name} already."))]
         if hello.role == "server" and len(there) >= expected:
-            reason = f"run {self.run} has all of its {expected} servers already; the coordinator's --servers says how many."
+            reason = f"run {self._name} has all of its {expected} servers already; the coordinator's --servers says how many."
             return None, [("", Refused("Hello", reason))]
         if hello.role == "worker" and len(there) >= expected and self._policy.is_local:
             reason = f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
@@ -120,7 +122,7 @@ class Membership:
             number = next(n for n in range(len(there) + 1) if f"{hello.role}-{n}" not in there)
         if hello.role == "server" and number >= expected:
             return None, [
-                ("", Refused("Hello", f"server {number} is one too many: run {self.run} has {expected} servers, from 0."))
+                ("", Refused("Hello", f"server {number} is one too many: run {self._name} has {expected} servers, from 0."))
             ]
         member = Member(f"{hello.role}-{number}", hello, incarnation, now)
         self.members[member.name] = there[member.name] = self._incarnations[incarnation] = member

@@ -36,7 +36,17 @@ def test_a_second_ctrl_c_does_not_disturb_the_stopping(stub: Stub) -> None:
     run.leaves_nothing(set())
 
 
-@pytest.mark.parametrize("victim", ["coordinator", "server-0", "worker-1"])
+def test_a_server_that_is_killed_again_and_again_ends_the_run(stub: Stub) -> None:
+    run = stub()
+    for count in range(4):
+        os.kill(run.ready(ALL + count)["server-0"], signal.SIGKILL)
+    code, lines = run.end()
+    assert (code, sum("it is started again" in line for line in lines)) == (1, 3)
+    assert lines[-1].startswith("error: server-0 was killed by signal 9 (SIGKILL); its log is ")
+    run.leaves_nothing(set())
+
+
+@pytest.mark.parametrize("victim", ["coordinator", "worker-1"])
 def test_a_child_killed_with_9_ends_the_run_and_is_named_last(stub: Stub, victim: str) -> None:
     run = stub()
     os.kill(run.ready(ALL)[victim], signal.SIGKILL)
