@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ from torch.nn.functional import cross_entropy
 from common.errors import UsageError
 from worker.columns import PAPER, TEXT, Convolution, ResponseNorm, Sizes, TwoColumns, alexnet, parse_devices
 from worker.models import build
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_replica import Cluster
 
 IMAGENET = (3, 224, 224)
 TEXT_PADDED = Sizes((replace(TEXT.convolutions[0], padding=2), *TEXT.convolutions[1:]))
@@ -167,6 +173,31 @@ def test_each_column_stays_on_its_device_with_cuda_too() -> None:
         assert len(seen) == 2 * 8 * 2 and all(first == second for first, second in seen)
         assert {first.index for first, _ in seen} == {0, 1}
         assert all(tensor.device.index == 0 for tensor in divided.state_dict().values())
+
+
+@pytest.mark.parametrize("servers", [1, 3])
+def test_both_columns_are_trained_through_the_servers_as_the_whole_is_in_plain_torch(servers: int) -> None:
+    whole, divided, images, labels = two_forms(torch.float32)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.5, momentum=0.9)
+    cluster = Cluster(divided, servers, torch.optim.SGD, lr=0.5, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_and_gradients(whole, images * (step + 1), labels)
+        optimizer.step()
+        torch.manual_seed(2)
+        cluster.round([lambda step=step: cross_entropy(divided(images * (step + 1)), labels)], [6])  # type: ignore[misc]
+    state = divided.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.allclose(state[name], tensor, rtol=1e-5, atol=1e-6), name
+
+
+def test_workers_of_two_columns_write_a_file_for_the_whole_network(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    flags = ["--model", "alexnet-text", "--data", "synthetic", "--image", "3x33x33", "--classes", 4, "--devices", "cpu,cpu"]
+    summary = launch(*flags, "--rounds", 2, "--global-batch", 8, "--micro-batch", 2, "--loss", "mse")
+    assert summary["rounds"] == 2 and 0 < summary["loss"] < 1  # of four outputs near 0 about 1/4, where cross-entropy is log 4
+    whole = build("alexnet-text", (3, 33, 33), 4)
+    whole.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    assert bool(torch.isfinite(whole(torch.zeros(1, 3, 33, 33))).all())
 
 
 def test_response_normalisation_is_the_paper_s() -> None:
