@@ -74,7 +74,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0
 
-    model: Annotated[str, _help("Built-in example: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = "lenet"
+    model: Annotated[str, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
+        "lenet"
+    )
     data: Annotated[
         str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
     ] = "mnist-5k"
