@@ -22,6 +22,8 @@ from worker.models import build
 sys.path.insert(0, str(Path(__file__).parent))
 from test_replica import Cluster
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMAGENET = (3, 224, 224)
 TEXT_PADDED = Sizes((replace(TEXT.convolutions[0], padding=2), *TEXT.convolutions[1:]))
 #: Everything that the real ones have, and fast.

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor, tensor
+from torch.utils.data import DataLoader
 
 from common.settings import choices
+from worker.data import load
+from worker.example import accuracy
+from worker.models import build
 from worker.parts import LOSSES, convolution, cross_entropy, max_pooling, mean_pooling, mse, side_after, sigmoid, softmax
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def a_map(*rows: list[float]) -> Tensor:
@@ -98,6 +105,20 @@ def test_sigmoid_and_its_gradient() -> None:
     y.sum().backward()
     assert torch.allclose(y, tensor([0.5, 1 / (1 + math.exp(-2))]))
     assert x.grad is not None and torch.allclose(x.grad, y.detach() * (1 - y.detach()))
+
+
+@pytest.mark.parametrize(("loss", "lr"), [("cross-entropy", 0.02), ("mse", 0.3)])
+def test_either_loss_trains_real_digits(loss: str, lr: float) -> None:
+    torch.manual_seed(0)
+    images = load("digits", None, seed=0)
+    model = build("mlp", images.shape, images.classes)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for _ in range(3):
+        for x, y in DataLoader(images.train, batch_size=32, shuffle=True):
+            optimizer.zero_grad()
+            LOSSES[loss](model(x), y).backward()
+            optimizer.step()
+    assert accuracy(model, images.test) > 0.9
 
 
 def test_every_choice_of_the_setting_loss_is_a_loss() -> None:
