@@ -19,14 +19,14 @@ parser.add_argument(
 )
 parser.add_argument("--side", type=int, default=224, help="height and width that images are stretched to")
 parser.add_argument("--epochs", type=int, default=10, help="passes over them")
-parser.add_argument("--lr", type=float, default=0.01, help="learning rate")
+parser.add_argument("--lr", type=float, default=3e-4, help="learning rate")
 args = parser.parse_args()
 
 images = load("folder", args.folder, seed=0, shape=(3, args.side, args.side))
 
 run = worker.join()
 model = run.replicate(build(args.model, images.shape, images.classes, args.devices))
-opt = run.optimizer(torch.optim.SGD, lr=args.lr, momentum=0.9, weight_decay=5e-4)
+opt = run.optimizer(torch.optim.AdamW, lr=args.lr)
 for x, y in run.batches(images.train, micro_batch=16, global_batch=64, epochs=args.epochs, num_workers=1):
     logits = model(x)  # on the first device, wherever x is
     loss = torch.nn.functional.cross_entropy(logits, y.to(logits.device))

@@ -108,7 +108,7 @@ def loss_and_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> tupl
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
 def test_whole_and_divided_give_the_same_loss_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
     whole, divided, images, labels = two_forms(dtype)
     loss, gradients = loss_and_gradients(whole, images, labels)
@@ -118,7 +118,7 @@ def test_whole_and_divided_give_the_same_loss_and_gradients(dtype: torch.dtype, 
         layer, _, tensor = name.rpartition(".")
         found = torch.cat([halves[f"layers.{layer}.{number}.{tensor}"] for number in (0, 1)])
         assert found.shape == gradient.shape
-        assert float((found - gradient).abs().max()) <= tolerance * float(gradient.abs().max()), name
+        assert float((found - gradient).norm()) <= tolerance * float(gradient.norm()), name
 
 
 def test_dividing_draws_no_random_numbers_and_evaluation_needs_none() -> None:
@@ -195,7 +195,7 @@ def test_both_columns_are_trained_through_the_servers_as_the_whole_is_in_plain_t
 
 def test_workers_of_two_columns_write_a_file_for_the_whole_network(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     flags = ["--model", "alexnet-text", "--data", "synthetic", "--image", "3x33x33", "--classes", 4, "--devices", "cpu,cpu"]
-    summary = launch(*flags, "--rounds", 2, "--global-batch", 8, "--micro-batch", 2, "--loss", "mse")
+    summary = launch(*flags, "--rounds", 2, "--global-batch", 8, "--micro-batch", 2, "--loss", "mse", "--servers", 1)
     assert summary["rounds"] == 2 and 0 < summary["loss"] < 1  # of four outputs near 0 about 1/4, where cross-entropy is log 4
     whole = build("alexnet-text", (3, 33, 33), 4)
     whole.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
