@@ -8,7 +8,9 @@ compute the same function, with the same random numbers, and have the same state
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,6 +230,17 @@ def _half(layer: nn.Conv2d | nn.Linear, number: int, device: torch.device) -> nn
         half = nn.Conv2d(inputs, outputs, layer.kernel_size, layer.stride, layer.padding, device="meta")  # type: ignore[arg-type]
     half.load_state_dict(state, assign=True)
     return half
+
+
+def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole network's tensors from those of the halves, by the names of `parameters()`: snapshots have them so. Others are
+    left as they are."""
+    whole: dict[str, Tensor] = {}
+    for name in sorted(state):  # the first half first
+        half = re.fullmatch(r"layers\.(\w+)\.[01]\.(\w+)", name)
+        key = f"{half[1]}.{half[2]}" if half is not None else name
+        whole[key] = torch.cat([whole[key], state[name]]) if key in whole else state[name]
+    return whole
 
 
 def _join_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

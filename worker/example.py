@@ -22,6 +22,7 @@ from common.errors import UsageError
 from common.settings import Settings
 from common.weights import read_weights
 from worker import data, models, parts
+from worker.columns import whole_state
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
@@ -65,7 +66,7 @@ def main() -> None:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Have the weights in a file in `model`. Raises UsageError naming what does not fit."""
-    found, wanted = read_weights(path), model.state_dict()
+    found, wanted = whole_state(read_weights(path)), model.state_dict()
     for name, tensor in wanted.items():
         if name not in found:
             raise UsageError(f"{path} has no '{name}', which the model has: give the weights of the same model.")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 from common.errors import UsageError
-from worker.columns import PAPER, TEXT, Convolution, ResponseNorm, Sizes, TwoColumns, alexnet, parse_devices
+from worker.columns import PAPER, TEXT, Convolution, ResponseNorm, Sizes, TwoColumns, alexnet, parse_devices, whole_state
 from worker.models import build
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -156,6 +156,14 @@ def test_a_file_of_one_form_is_a_file_of_the_other(classes: int, tmp_path: Path)
     assert torch.equal(fresh.eval()(images), divided(images))
     with pytest.raises(RuntimeError, match="conv1"):
         fresh.load_state_dict({})
+
+
+def test_a_snapshot_s_halves_make_up_the_whole_network() -> None:
+    _, divided, _, _ = two_forms(torch.float32)
+    halves = {name: parameter.detach() for name, parameter in reversed(list(divided.named_parameters()))}
+    found, state = whole_state(halves), divided.state_dict()
+    assert found.keys() == state.keys() == whole_state(state).keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
 
 
 def test_each_column_stays_on_its_device_with_cuda_too() -> None:
