@@ -202,6 +202,26 @@ def experiment(file: Path, overwrite: bool) -> None:
     run_experiment(read_experiment(file), _program(), os.environ, Console(force_terminal=False), overwrite)
 
 
+@cli.command(cls=Command)
+@click.argument("model")
+@click.option("--image", metavar="CxHxW", help="The size of an image; by default 3x224x224 for alexnets and 1x28x28 for others.")
+@click.option("--classes", type=click.IntRange(min=1), metavar="N", help="By default 1000 for alexnets and 10 for others.")
+@click.option("--data", metavar="NAME", help="Take both from these images, as for --data of local.")
+@click.option("--data-dir", metavar="DIR", help="Folder that holds them, where --data needs one.")
+def inspect(model: str, image: str | None, classes: int | None, data: str | None, data_dir: str | None) -> None:
+    """Show what a network costs, layer by layer.
+
+    MODEL is the name of a built-in network, or FILE.py:FACTORY, which is called without arguments and returns a torch.nn.Module.
+    Beside output, parameters and multiply-adds stand the weights that each layer has, would have if they were not shared, and
+    would have fully connected.
+    """
+    from rich.console import Console
+
+    from worker.costs import inspect as show
+
+    show(model, image, data, data_dir, classes, Console())
+
+
 def main() -> int:
     """Run the command line and return the exit code."""
     parent = os.environ.pop(PARENT_VARIABLE, None)

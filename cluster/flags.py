@@ -196,7 +196,8 @@ def _option_of(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return click.option(f"{flag}/--no-{flag[2:]}", **{**common, "show_default": FIELDS[key].default is True})
     if choices(key):
         return click.option(flag, type=click.Choice(choices(key)), **common)
-    metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else "FILE" if key == "init" else "NAME")
+    special = {"init": "FILE", "image": "CxHxW", "devices": "A,B"}
+    metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else special.get(key, "NAME"))
     return click.option(flag, type=kind, metavar=metavar, **common)
 
 

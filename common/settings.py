@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -73,7 +74,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0
 
-    model: Annotated[str, _help("Built-in example: the network: lenet, mlp, cnn or alexnet.")] = "lenet"
+    model: Annotated[str, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
+        "lenet"
+    )
     data: Annotated[
         str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
     ] = "mnist-5k"
@@ -81,6 +84,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     init: Annotated[
         str | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
     ] = None
+    image: Annotated[
+        str | None, _help("Built-in example: size of the images, where --data is synthetic or folder: 3x224x224, say.")
+    ] = None
+    classes: Annotated[Positive | None, _help("Built-in example: number of classes, where --data is synthetic.")] = None
+    devices: Annotated[
+        str | None, _help("Built-in example: devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
+    ] = None
+    loss: Annotated[Literal["cross-entropy", "mse"], _help("Built-in example: the loss; mse is against one-hot targets.")] = (
+        "cross-entropy"
+    )
     optimizer: Annotated[str, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
     lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
     momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9
@@ -111,6 +124,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"backup is {self.backup} but a round has only {micro_batches} micro-batches: leave at least one to apply."
             )
         self._check_codecs()
+        if self.image is not None:
+            parse_shape(self.image)
 
     def _check_codecs(self) -> None:
         push, weights = self.push_codec, self.weight_codec
@@ -125,6 +140,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"weight_codec is {weights}, which sends changes from one round to the next, but policy {self.policy} has no "
                 "rounds that all workers share: choose bf16 or fp16, or policy sync or backup."
             )
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """(channels, height, width) of "3x224x224". Raises UsageError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if found is None:
+        raise UsageError(f"image is '{text}': it must be channels x height x width, such as 3x224x224.")
+    return int(found[1]), int(found[2]), int(found[3])
 
 
 FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Settings)}

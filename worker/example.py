@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,8 @@ import worker
 from common.errors import UsageError
 from common.settings import Settings
 from common.weights import read_weights
-from worker import data, models
+from worker import data, models, parts
+from worker.columns import whole_state
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
@@ -31,10 +31,10 @@ def main() -> None:
     """Train until the settings' epochs or rounds are over, measuring on the held-out images once an epoch and at the end."""
     run = worker.join()
     settings = run.settings
-    images = data.load(settings.data, settings.data_dir, settings.seed)
+    images = data.chosen(settings)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
 
-    model = models.build(settings.model, images.shape, images.classes)
+    model = models.build(settings.model, images.shape, images.classes, settings.devices)
     if settings.init is not None:
         load_weights(model, Path(settings.init))
     run.replicate(model)
@@ -52,7 +52,8 @@ def main() -> None:
     measured = run.epoch
     for x, y in run.batches(images.train, num_workers=settings.loader_workers):
         logits = model(x)
-        loss = cross_entropy(logits, y)
+        y = y.to(logits.device, non_blocking=True)
+        loss = parts.LOSSES[settings.loss](logits, y)
         loss.backward()
         run.log(loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean())
         opt.step()
@@ -65,7 +66,7 @@ def main() -> None:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Have the weights in a file in `model`. Raises UsageError naming what does not fit."""
-    found, wanted = read_weights(path), model.state_dict()
+    found, wanted = whole_state(read_weights(path)), model.state_dict()
     for name, tensor in wanted.items():
         if name not in found:
             raise UsageError(f"{path} has no '{name}', which the model has: give the weights of the same model.")
@@ -84,7 +85,7 @@ def accuracy(model: nn.Module, samples: data.Samples) -> float:
     model.eval()
     loader = DataLoader(samples, batch_size=250, generator=torch.Generator())
     with torch.no_grad():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in loader)
+        right = sum(int((model(x).argmax(1).cpu() == y).sum()) for x, y in loader)
     model.train(training)
     return right / len(samples)
 

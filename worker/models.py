@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from common.errors import UsageError
+from worker import columns
 
 #: (channels, height, width) of an image, in pixels.
 Shape = tuple[int, int, int]
 
 
-def build(name: str, shape: Shape, classes: int) -> nn.Module:
+def build(name: str, shape: Shape, classes: int, devices: str | None = None) -> nn.Module:
     """A new network, float32 (B, *shape) in, logits (B, classes) out; its weights are drawn from torch's global generator.
 
-    Raises UsageError for an unknown name, and for images that are too small for the network.
+    With `devices`, such as "cuda:0,cuda:1", its two columns are on these (`worker.columns`), with the same weights.
+
+    Raises UsageError for an unknown name, for images that are too small for the network, and for devices that are not there or
+    not what it can be divided over.
     """
     if name not in MODELS:
         raise UsageError(f"there is no model '{name}'; there are {', '.join(sorted(MODELS))}.")
@@ -24,7 +29,12 @@ def build(name: str, shape: Shape, classes: int) -> nn.Module:
     _, height, width = shape
     if min(height, width) < smallest:
         raise UsageError(f"the model '{name}' needs images of {smallest}x{smallest} or more, but these are {height}x{width}.")
-    return make(shape, classes)
+    if devices is None:
+        return make(shape, classes)
+    pair = columns.parse_devices(devices)
+    if name not in TWO_COLUMNS:
+        raise UsageError(f"the model '{name}' has no two columns to be put on {devices}; {' and '.join(TWO_COLUMNS)} have.")
+    return columns.TwoColumns(TWO_COLUMNS[name](shape, classes), pair)
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
@@ -139,9 +149,16 @@ def _alexnet_side(side: int) -> int:
     return min(side, 6)
 
 
+#: Name → what makes a network that can be divided over two devices.
+TWO_COLUMNS: Mapping[str, Callable[[Shape, int], nn.Sequential]] = {
+    "alexnet-2012": partial(columns.alexnet, columns.PAPER),
+    "alexnet-text": partial(columns.alexnet, columns.TEXT),
+}
 #: Name → the smallest height and width that it takes, in pixels, and what makes it.
 MODELS: Mapping[str, tuple[int, Callable[[Shape, int], nn.Module]]] = {
     "alexnet": (64, AlexNet),
+    "alexnet-2012": (63, TWO_COLUMNS["alexnet-2012"]),
+    "alexnet-text": (33, TWO_COLUMNS["alexnet-text"]),
     "cnn": (4, cnn),
     "lenet": (4, lenet),
     "mlp": (1, mlp),

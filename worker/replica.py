@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -41,9 +42,9 @@ class Replica:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
         buffers = [(name, b, -1) for name, b in model.named_buffers() if b.numel()]
         self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *buffers]]
-        places: dict[int, str] = {}
+        places: dict[tuple[torch.device, int], str] = {}
         for name, tensor, _ in [*named, *buffers]:
-            if tensor.numel() and (other := places.setdefault(tensor.data_ptr(), name)) != name:
+            if tensor.numel() and (other := places.setdefault((tensor.device, tensor.data_ptr()), name)) != name:
                 raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
         self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in [*named, *buffers]]
         self.layout: Layout = make_layout(self.specs, servers, tables)
@@ -63,8 +64,10 @@ class Replica:
         self._slot: Slot | None = None
         self._places: dict[Slot, dict[int, torch.Tensor]] = {}
         self._given: set[int] = set()
-        #: Called with a tensor's number when backward has made its gradient.
+        #: Called with a tensor's number when backward has made its gradient: of one at a time, though backward has a thread for
+        #: each GPU.
         self.on_gradient: Callable[[int], None] | None = None
+        self._made = threading.Lock()
 
     def chunks_of(self, index: int) -> list[Chunk]:
         """The chunks that tensor number `index` is cut into or packed in."""
@@ -121,7 +124,8 @@ class Replica:
         if place is not None and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
         if self.on_gradient is not None:
-            self.on_gradient(index)
+            with self._made:
+                self.on_gradient(index)
 
     @torch.no_grad()
     def gradient(self, samples: int, without: Collection[int] = ()) -> dict[int, Sum]:

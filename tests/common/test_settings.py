@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UsageError
-from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml
+from common.settings import FIELDS, Settings, check_values, choices, make_settings, parse_shape, read_toml
 
 
 def refusal(values: dict[str, Any]) -> str:
@@ -51,6 +51,13 @@ def test_a_word_that_is_no_choice_is_answered_with_the_choices() -> None:
     assert refusal({"policy": "bsp"}).endswith("it must be one of sync, backup, ssp, async, local, average.")
     assert choices("policy") == ("sync", "backup", "ssp", "async", "local", "average")
     assert choices("workers") == choices("model") == ()
+
+
+@pytest.mark.parametrize("image", ["28", "28x28", "3x224x224x1", "3x0x4", "3X4X4", "axbxc"])
+def test_the_size_of_an_image_has_three_numbers(image: str) -> None:
+    with pytest.raises(UsageError, match=f"image is '{image}'.*3x224x224"):
+        make_settings({"image": image}, "")
+    assert parse_shape("3x224x16") == (3, 224, 16)
 
 
 def test_numbers_are_finite() -> None:

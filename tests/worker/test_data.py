@@ -480,3 +480,41 @@ def test_synthetic_images_can_be_told_apart_and_have_the_shape_asked_for() -> No
     centres = torch.stack([pixels[label::4].mean(0) for label in range(4)])
     nearest = [int((centres - images.test[index][0]).square().sum((1, 2, 3)).argmin()) for index in range(80)]
     assert sum(guess == images.test[index][1] for index, guess in enumerate(nearest)) > 72
+
+
+def test_synthetic_images_of_any_size_and_number_of_classes_are_drawn_one_by_one() -> None:
+    images, again = (load("synthetic", None, seed=1, shape=(3, 224, 224), classes=1000) for _ in range(2))
+    check(images, 2000, 500)
+    assert (images.shape, images.classes, images.train[1999][1]) == ((3, 224, 224), 1000, 999)
+    assert torch.equal(images.train[1999][0], again.train[1999][0])
+    assert not torch.equal(images.train[3][0], images.test[3][0]) and images.train[3][1] == images.test[3][1]
+    pixels = images.train[3][0]
+    assert abs(float(pixels.mean())) < 0.2 and abs(float(pixels.std()) - 1) < 0.2
+
+
+def test_drawn_images_can_be_told_apart() -> None:
+    images = load("synthetic", None, seed=0, shape=(1, 10, 14), classes=4)
+    pixels = torch.stack([images.train[index][0] for index in range(400)])
+    centres = torch.stack([pixels[label::4].mean(0) for label in range(4)])
+    nearest = [int((centres - images.test[index][0]).square().sum((1, 2, 3)).argmin()) for index in range(80)]
+    assert sum(guess == images.test[index][1] for index, guess in enumerate(nearest)) > 64
+
+
+def test_images_of_a_folder_are_stretched_to_the_shape_asked_for(tmp_path: Path) -> None:
+    for name in "ab":
+        for number in range(2):
+            paint(tmp_path / name / f"{number}.png")
+    images = load("folder", str(tmp_path), seed=0, shape=(3, 20, 30))
+    check(images, 2, 2)
+    assert images.shape == (3, 20, 30)
+    with pytest.raises(UsageError, match=r"3x20x30.*--image"):
+        load("folder", str(tmp_path), seed=0, shape=(1, 20, 30))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"), [({"shape": (3, 28, 28)}, r"1x28x28.*--image"), ({"classes": 11}, r"10.*--classes")]
+)
+def test_images_that_have_another_shape_or_other_classes_are_refused(asked: dict[str, Any], sentence: str) -> None:
+    assert load("mnist-5k", None, seed=0, shape=(1, 28, 28), classes=10).classes == 10
+    with pytest.raises(UsageError, match=sentence):
+        load("mnist-5k", None, seed=0, **asked)

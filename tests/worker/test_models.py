@@ -17,6 +17,8 @@ FITTING = [
     ("mlp", (1, 1, 1)),
     ("cnn", (1, 4, 7)),
     *(("alexnet", shape) for shape in ((3, 64, 64), (1, 96, 70))),
+    ("alexnet-2012", (1, 63, 70)),
+    ("alexnet-text", (1, 33, 40)),
 ]
 
 
@@ -58,11 +60,13 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 def test_an_unknown_model_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(UsageError, match=r"lenett.*alexnet, cnn, lenet, mlp"):
+    with pytest.raises(UsageError, match=r"lenett.*alexnet, alexnet-2012, alexnet-text, cnn, lenet, mlp"):
         build("lenett", (1, 28, 28), 10)
 
 
-@pytest.mark.parametrize(("name", "side"), [("alexnet", 63), ("lenet", 3), ("cnn", 3)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("alexnet", 63), ("alexnet-2012", 62), ("alexnet-text", 32), ("lenet", 3), ("cnn", 3)]
+)
 def test_images_that_are_too_small_for_a_model_are_refused(name: str, side: int) -> None:
     with pytest.raises(UsageError, match=rf"{name}.*{side}x{side}"):
         build(name, (1, side, side), 10)

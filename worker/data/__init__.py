@@ -10,9 +10,10 @@ import pkgutil
 from collections.abc import Callable
 
 from common.errors import UsageError
+from common.settings import Settings, parse_shape
 from worker.data._images import Images, Request, Sample, Samples
 
-__all__ = ["Images", "Sample", "Samples", "load", "names"]
+__all__ = ["Images", "Sample", "Samples", "chosen", "load", "names"]
 
 
 def names() -> list[str]:
@@ -21,18 +22,39 @@ def names() -> list[str]:
     return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
 
 
-def load(name: str, data_dir: str | None, seed: int, augment: bool = True) -> Images:
+def chosen(settings: Settings) -> Images:
+    """The images that a run's settings name, as `load` gives them."""
+    shape = parse_shape(settings.image) if settings.image is not None else None
+    return load(settings.data, settings.data_dir, settings.seed, shape=shape, classes=settings.classes)
+
+
+def load(
+    name: str,
+    data_dir: str | None,
+    seed: int,
+    augment: bool = True,
+    shape: tuple[int, int, int] | None = None,
+    classes: int | None = None,
+) -> Images:
     """The training and held-out images called `name`.
 
     `data_dir` is the folder that holds the files, for the sources that read any (the others ignore it). `seed` draws the
     images of `synthetic`; no other source depends on it, so held-out images stay held out from run to run. `augment`
     varies training images at random where the source has a recipe for that, which of these only `cifar-10` has; it draws
-    from torch's global generator.
+    from torch's global generator. `shape` (C, H, W) and `classes` are for the sources that can have any: `synthetic`, and as for
+    height and width `folder`.
 
-    Raises UsageError for an unknown name, and for files that are missing, damaged or not what they should be.
+    Raises UsageError for an unknown name, for files that are missing, damaged or not what they should be, and for a shape or a
+    number of classes that the source's images do not have.
     """
     if name not in names():
         raise UsageError(f"there is no data source '{name}'; there are {', '.join(names())}.")
     module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     source: Callable[[Request], Images] = module.load
-    return source(Request(name=name, data_dir=data_dir, seed=seed, augment=augment))
+    images = source(Request(name, data_dir, seed, augment, shape, classes))
+    if shape not in (None, images.shape):
+        channels, height, width = images.shape
+        raise UsageError(f"the images of '{name}' are {channels}x{height}x{width}: leave out --image, or use --data synthetic.")
+    if classes not in (None, images.classes):
+        raise UsageError(f"the images of '{name}' have {images.classes} classes: leave out --classes, or use --data synthetic.")
+    return images

@@ -44,6 +44,8 @@ class Request:
     data_dir: str | None
     seed: int
     augment: bool
+    shape: tuple[int, int, int] | None = None
+    classes: int | None = None
 
     def folder(self) -> Path:
         """The folder to read. Raises UsageError where none was given or there is no such folder."""

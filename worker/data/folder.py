@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 from common.errors import UsageError
 from worker.data._images import Images, Request, Sample, Samples
 
-#: Height and width, in pixels, that images are stretched to.
+#: Height and width, in pixels, that images are stretched to where no shape is asked for.
 SIDE = 64
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def load(request: Request) -> Images:
-    """3xSIDExSIDE; classes are the folders' names in alphabetical order.
+    """3xSIDExSIDE, or of the height and width asked for; classes are the folders' names in alphabetical order.
 
     Raises UsageError where there are no images, or held-out ones of a class that is not trained on.
     """
@@ -43,18 +43,20 @@ def load(request: Request) -> Images:
     if not any(test.values()):
         raise UsageError(f"there are no images to hold out in {apart or top}: add some.")
     classes = sorted(train)
-    return Images(request.name, FolderImages(train, classes), FolderImages(test, classes), len(classes), (3, SIDE, SIDE))
+    _, height, width = request.shape or (3, SIDE, SIDE)
+    samples, held_out = (FolderImages(files, classes, height, width) for files in (train, test))
+    return Images(request.name, samples, held_out, len(classes), (3, height, width))
 
 
 class FolderImages(Samples):
-    """Images that are read from their files one at a time, made RGB and stretched to `side`x`side`; pixels are -1 to 1.
+    """Images that are read from their files one at a time, made RGB and stretched to `height` x `width`; pixels are -1 to 1.
 
     Getting one raises UsageError naming the file where that can't be read as an image.
     """
 
-    def __init__(self, files: dict[str, list[Path]], classes: list[str], side: int = SIDE) -> None:
+    def __init__(self, files: dict[str, list[Path]], classes: list[str], height: int, width: int) -> None:
         self.files = [(path, label) for label, name in enumerate(classes) for path in files.get(name, [])]
-        self._side = side
+        self._size = width, height
 
     def __len__(self) -> int:
         return len(self.files)
@@ -64,7 +66,7 @@ class FolderImages(Samples):
         try:
             with Image.open(path) as opened:
                 upright = ImageOps.exif_transpose(opened)
-                image = upright.convert("RGB").resize((self._side, self._side), Image.Resampling.BILINEAR)
+                image = upright.convert("RGB").resize(self._size, Image.Resampling.BILINEAR)
         except Exception as error:  # of a damaged file, Pillow's decoders may raise nearly anything
             raise UsageError(f"{path} cannot be read as an image ({error}): replace or remove it.") from None
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
