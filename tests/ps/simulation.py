@@ -775,7 +775,7 @@ class SteppedLocalWork(local.LocalWork):
         yield from self._load(0)
 
     def train(self, segment: Segment) -> Script:
-        self._segment = segment
+        self._segment, before = segment, self._merges
         table = self._run._tasks.tables[0]
         for index in range(self._first(segment), segment.end):
             self.round = index
@@ -789,7 +789,7 @@ class SteppedLocalWork(local.LocalWork):
             self._step_inner()
             self.round = index + 1
             done = self.round - segment.first_round
-            if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
+            if done == self._policy.rounds_in(segment, self._merges - before + 1):
                 self._merge()  # its last call, _load, only makes a generator
                 yield from self._load(self._merges)
 
