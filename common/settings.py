@@ -76,8 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     merge: Annotated[
         MergeName,
         _help(
-            "average: how much each replica counts in the merge: as its samples, all the same, or those alone that make the mean "
-            "better on held-out data (greedy)."
+            "average: what replicas count with: their samples, all the same, or (greedy) only those that help on held-out data."
         ),
     ] = "samples"
     staleness_lr: Annotated[bool, _help("ssp, async: divide the learning rate by the staleness of the push.")] = False

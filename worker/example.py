@@ -104,8 +104,9 @@ def score(run: Run, model: nn.Module, train: data.Samples, held_out: Dataset[dat
 
 
 def halves(samples: data.Samples) -> tuple[Dataset[data.Sample], Dataset[data.Sample]]:
-    """The samples with even numbers and those with odd ones: some to choose a model by, and others to judge it by."""
-    return Subset(samples, range(0, len(samples), 2)), Subset(samples, range(1, len(samples), 2))
+    """Some of the samples to choose a model by, and the others to judge it by; always the same ones."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    return Subset(samples, order[::2]), Subset(samples, order[1::2])
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:

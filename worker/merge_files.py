@@ -53,8 +53,8 @@ def merge_files(
     """Write the mean of models to `out`, a safetensors file.
 
     `paths` are safetensors files, or state_dicts of torch.save, or run directories. `how` is `uniform`, `samples` (weighted by
-    those that the runs have trained on) or `greedy` (see `worker.merging.greedy`; for runs of the built-in example, on every
-    other of their held-out images); `weights`, one for each, are used instead. Where the runs are of the built-in example,
+    those that the runs have trained on) or `greedy` (see `worker.merging.greedy`; for runs of the built-in example, on half of
+    their held-out images); `weights`, one for each, are used instead. Where the runs are of the built-in example,
     statistics of batch normalisation are computed anew.
 
     Raises UsageError for files that are no models, or not of the same names, shapes and dtypes, and where something needed is
