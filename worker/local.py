@@ -24,7 +24,6 @@ from worker.tasks import Task
 if TYPE_CHECKING:
     from worker.run import Run
 
-
 UNJUDGED = "merge is greedy, but nothing says which of two models is better: call run.merge_by(evaluate) before run.batches()."
 
 
@@ -183,7 +182,7 @@ class LocalWork:
         for chunk in self.replica.layout.chunks:
             if chunk.kind == "param" and self._policy.contributes == "delta":
                 torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
-            if chunk.kind != "max":
+            if chunk.kind != "max":  # 0 times what is no number would be none
                 values[chunk.id] = values[chunk.id].mul_(weight) if weight else torch.zeros_like(values[chunk.id])
         me = self._run.index
         groups = len(self._inner.optimizer.param_groups)
@@ -200,8 +199,7 @@ class LocalWork:
         self._load(self._merges)
 
     def _weigh(self, values: dict[int, torch.Tensor]) -> int:
-        """What this replica, whose weights are `values`, counts with in the merge that is due. A mean of weights that are not a
-        number would be none, so that with 0 there are none of them in it."""
+        """What this replica, whose weights are `values`, counts with in the merge that is due."""
         if self._merge_by == "greedy":
             evaluate = self._run._evaluate
             assert evaluate is not None

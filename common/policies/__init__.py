@@ -64,7 +64,7 @@ class Policy:
         return None
 
     def outer_settings(self, rounds: int) -> dict[str, Any]:
-        """What of the outer optimizer's arguments is otherwise in the merge after round `rounds - 1`."""
+        """The outer optimizer's arguments in the merge after `rounds` rounds of the run, where they change."""
         return {}
 
 

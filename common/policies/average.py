@@ -2,9 +2,9 @@
 
 Zinkevich, Weimer, Li and Smola, "Parallelized stochastic gradient descent" (NIPS 2010); McDonald, Hall and Mann,
 "Distributed training strategies for the structured perceptron" (NAACL 2010). All parts start from the same weights. `merge`
-says how much each part counts: `samples` as many as it has seen (McMahan et al., AISTATS 2017), `uniform` all the same, and
-`greedy` those that help: Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
-increasing inference time" (ICML 2022), recipe 1, which `worker/greedy.py` agrees on.
+says what parts count with: `samples` with those they have seen, `uniform` all the same, and `greedy` only those that help, which
+is recipe 1 of Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
+inference time" (ICML 2022); `worker/greedy.py` agrees on them.
 """
 
 from typing import ClassVar, Literal
