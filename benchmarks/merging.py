@@ -6,6 +6,7 @@ with the same cases; each is a column. All is measured on those held-out images 
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import click
 from safetensors.torch import load_file
 
 from cluster.exits import run_command
+from cluster.report import TABLE_FILE
 from cluster.rundir import MODEL_FILE, SETTINGS_FILE
 from common.errors import UsageError
 from common.runlog import FILE_NAME, RunLogReader
@@ -32,12 +34,11 @@ def read_experiment(folder: Path) -> tuple[str, Column]:
     """A column's title, and accuracies of the runs in `folder`. Raises UsageError where there are none."""
     found: Column = defaultdict(list)
     title = ""
-    for file in sorted(folder.glob(f"*/{MODEL_FILE}")):
-        run = file.parent
+    for run in _runs(folder):
         settings = make_settings(read_toml(run / SETTINGS_FILE), str(run / SETTINGS_FILE))
         title = f"{settings.model}, {settings.data}"
         case = run.name.replace(f"-seed-{settings.seed}", "")
-        found[case].append(measure(file, settings))
+        found[case].append(measure(run / MODEL_FILE, settings))
         if settings.policy == "average" and settings.merge == "greedy":
             with closing(RunLogReader(run / FILE_NAME)) as log:
                 parts = [value for *_, value in log.metrics("part_accuracy")]
@@ -47,6 +48,16 @@ def read_experiment(folder: Path) -> tuple[str, Column]:
     if not found:
         raise UsageError(f"{folder} holds no finished runs: give the folder of an experiment.")
     return title, found
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Finished runs, in the order of the experiment."""
+    try:
+        with (folder / TABLE_FILE).open(newline="", encoding="utf-8") as file:
+            runs = [folder / row["name"] for row in csv.DictReader(file)]
+    except (OSError, KeyError):
+        raise UsageError(f"{folder} is not the folder of an experiment: it has no table of runs.") from None
+    return [run for run in runs if (run / MODEL_FILE).exists()]
 
 
 def measure(file: Path, settings: Settings) -> float:
