@@ -55,8 +55,8 @@ class LocalWork:
         self._segment: Segment | None = None
         #: Merges done, which is the version of the weights.
         self._merges = 0
-        #: Merges of all segments so far, when they are done.
-        self._planned = 0
+        #: Merges of all segments so far, when they are done, and of those before the newest.
+        self._planned = self._merged_before = 0
         self._start: dict[int, torch.Tensor] = {}
         #: Since the last merge: samples and micro-batches computed, and sums of metrics.
         self._samples = 0
@@ -85,7 +85,6 @@ class LocalWork:
         if self._merge_by == "greedy" and self._run._evaluate is None:
             raise UsageError(UNJUDGED)
         self._segment = segment
-        before = self._merges
         table = self._run._tasks.tables[0]
         seed = self._run.settings.seed
         for index in range(self._first(segment), segment.end):
@@ -101,8 +100,7 @@ class LocalWork:
             self._step_inner()
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
             self.round = index + 1
-            done = self.round - segment.first_round
-            if done == self._policy.rounds_in(segment, self._merges - before + 1):
+            if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()
 
     def _first(self, segment: Segment) -> int:
@@ -110,8 +108,8 @@ class LocalWork:
 
         The inner optimizer's own state was in no snapshot, so it begins anew; its schedule does not.
         """
-        merged, self._planned = self._merges - self._planned, self._planned + self._policy.updates(segment)
-        first = min(segment.first_round + max(0, merged) * (self._policy.merge_every or segment.rounds), segment.end)
+        self._merged_before, self._planned = self._planned, self._planned + self._policy.updates(segment)
+        first = segment.first_round + self._policy.rounds_in(segment, max(0, self._merges - self._merged_before))
         for index in range(segment.first_round, first):
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
         self.round = first

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from common.errors import UsageError
+from common.weights import read_weights
 from worker import batchnorm, data, models
 from worker.example import accuracy, halves
 from worker.merging import greedy, mean
 
 Tensors = Mapping[str, torch.Tensor]
 
-#: Settings of a run that its first weights depend on.
-_START = ("script", "model", "seed")
 #: Those that tell how to measure a model of the built-in example.
 _NEEDED = {"model", "data", "seed", "global_batch"}
 
@@ -91,19 +90,10 @@ def merge_files(
 
 
 def read_part(path: Path) -> Part:
-    """Raises UsageError where there is no model that can be read without running what is in the file."""
+    """Raises UsageError where there is no model."""
     path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UsageError(f"there is no model {path}.")
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read as a model: {str(error).splitlines()[0]}.") from None
-    except Exception as error:  # pickle's own, which name what they refuse
-        raise UsageError(f"{path} is no state_dict of torch.save: {type(error).__name__}.") from None
-    if not isinstance(found, Mapping) or not found or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise UsageError(f"{path} is no state_dict: save model.state_dict() with torch.save, or a safetensors file.")
-    return Part(path, dict(found), _beside(path, "settings.toml", tomllib.loads), _beside(path, "summary.json", json.loads))
+    found = read_weights(path)
+    return Part(path, found, _beside(path, "settings.toml", tomllib.loads), _beside(path, "summary.json", json.loads))
 
 
 def _beside(model: Path, name: str, parse: Callable[[str], Any]) -> Mapping[str, Any]:
@@ -137,7 +127,8 @@ def starts(parts: Sequence[Part]) -> list[str]:
     if unknown:
         names = ", ".join(unknown)
         return [f"it is not known whether all started from the same weights: there is no settings.toml next to {names}."]
-    for key in _START:
+    given = any(part.settings.get("init") for part in parts)
+    for key in ("script", "model", "init" if given else "seed"):  # which first weights depend on
         values = list(dict.fromkeys(str(part.settings.get(key)) for part in parts))
         if len(values) > 1:
             differ = f"{key} {' and '.join(values)}"

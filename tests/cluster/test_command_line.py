@@ -72,7 +72,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("merge a", "--out"),
         ("merge --out o", "MODELS"),
         ("merge a --out o", "one model alone cannot be merged"),
-        ("merge a b --out o", "there is no model a"),
+        ("merge a b --out o", "there is no file a"),
         ("merge a b --out o --weights 1,x", "--weights 1,x cannot be"),
         ("merge a b --out o --how best", "'best' is not one of 'uniform', 'samples', 'greedy'"),
         ("local --merge best", "'best' is not one of 'uniform', 'samples', 'greedy'"),

@@ -777,7 +777,7 @@ class SteppedLocalWork(local.LocalWork):
         yield from self._load(0)
 
     def train(self, segment: Segment) -> Script:
-        self._segment, before = segment, self._merges
+        self._segment = segment
         table = self._run._tasks.tables[0]
         for index in range(self._first(segment), segment.end):
             self.round = index
@@ -790,8 +790,7 @@ class SteppedLocalWork(local.LocalWork):
                 self.step()
             self._step_inner()
             self.round = index + 1
-            done = self.round - segment.first_round
-            if done == self._policy.rounds_in(segment, self._merges - before + 1):
+            if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()  # its last call, _load, only makes a generator
                 yield from self._load(self._merges)
 

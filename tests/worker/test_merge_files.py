@@ -40,7 +40,7 @@ def save(tmp_path: Path) -> Save:
 def refusal(*arguments: Any, **more: Any) -> str:
     with pytest.raises(UsageError) as caught:
         merge_files(*arguments, **more)
-    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_merged_is_named(save: Save, tmp_path: Path) -> None:
     kind = save("d", {"w": torch.zeros(2).half(), "v": torch.zeros(1)})
     assert "float16 [2]" in refusal([a, kind], out, "uniform")
     assert "one model alone" in refusal([a], out, "uniform")
-    assert "there is no model" in refusal([a, tmp_path / "no"], out, "uniform")
+    assert "there is no file" in refusal([a, tmp_path / "no"], out, "uniform")
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "bad.pt").write_bytes(b"x" * 100)
     torch.save({"model": {"w": torch.zeros(2)}}, tmp_path / "nested.pt")
@@ -91,6 +91,8 @@ def test_a_warning_says_that_starts_differed_or_that_nobody_knows(save: Save, tm
     a, b = save("a", tensors, "seed = 0\n"), save("b", tensors, "seed = 1\n")
     c = save("c", tensors)
     assert "started from different weights (seed 0 and 1)" in merge_files([a, b], out, "uniform").warnings[0]
+    d, e = (save(name, tensors, f'seed = {seed}\ninit = "w.pt"\n') for name, seed in (("d", 0), ("e", 1)))
+    assert merge_files([d, e], out, "uniform", overwrite=True).warnings == []
     unknown = merge_files([a, c], out, "uniform", overwrite=True).warnings[0]
     assert "not known" in unknown and str(c / "model.safetensors") in unknown
 
