@@ -69,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
     local_after: Annotated[
-        NonNegative, _help("local: rounds before those, in which each step is merged (post-local SGD); 0 is none.")
+        NonNegative, _help("local: rounds at the beginning in which every step is merged (post-local SGD); 0 is none.")
     ] = 0
     outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
     outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
