@@ -62,7 +62,7 @@ def _runs(folder: Path) -> list[Path]:
 
 def measure(file: Path, settings: Settings) -> float:
     """The accuracy of a model of the built-in example on the half of the held-out images that nothing was chosen by."""
-    images = data.load(settings.data, settings.data_dir, settings.seed)
+    images = data.chosen(settings)
     model = models.build(settings.model, images.shape, images.classes)
     model.load_state_dict(load_file(file))
     return accuracy(model, halves(images.test)[1])

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.errors import UsageError
+from common.settings import Settings, make_settings
 from common.weights import read_weights
 from worker import batchnorm, data, models
 from worker.example import accuracy, halves
@@ -21,8 +22,8 @@ from worker.merging import greedy, mean
 
 Tensors = Mapping[str, torch.Tensor]
 
-#: Those that tell how to measure a model of the built-in example.
-_NEEDED = {"model", "data", "seed", "global_batch"}
+#: Settings that the built-in example cannot be without.
+_NEEDED = {"model", "data"}
 
 
 @dataclass(frozen=True)
@@ -170,10 +171,10 @@ def _samples(part: Part) -> float:
 class _Judge:
     """Measures models of the built-in example: on some of its held-out images to choose by, on the others to judge by."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._images = data.load(settings["data"], settings.get("data_dir"), settings["seed"])
-        self._model = models.build(settings["model"], self._images.shape, self._images.classes)
+        self._images = data.chosen(settings)
+        self._model = models.build(settings.model, self._images.shape, self._images.classes)
         self._choosing, self._judging = halves(self._images.test)
 
     def contest(self, parts: Sequence[Tensors]) -> tuple[list[float], Callable[[Sequence[int]], float]]:
@@ -188,7 +189,7 @@ class _Judge:
     def settle(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """The same weights with statistics of batch normalisation that fit them."""
         self.load(tensors)
-        batchnorm.recompute(self._model, self._images.train, self._settings["global_batch"], self._settings["seed"])
+        batchnorm.recompute(self._model, self._images.train, self._settings.global_batch, self._settings.seed)
         return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
     def judge(self, tensors: Tensors) -> float:
@@ -200,14 +201,14 @@ class _Judge:
             self._model.load_state_dict(tensors)
         except RuntimeError as error:
             line = str(error).splitlines()[-1].strip()
-            raise UsageError(f"the weights do not fit the model '{self._settings['model']}': {line}") from None
+            raise UsageError(f"the weights do not fit the model '{self._settings.model}': {line}") from None
 
 
 def _judge(parts: Sequence[Part]) -> _Judge | None:
     """None where the parts are not of the built-in example. Raises UsageError where they are, but its data is not there."""
     if not all(part.settings.keys() >= _NEEDED and "script" not in part.settings for part in parts):
         return None
-    judge = _Judge(parts[0].settings)
+    judge = _Judge(make_settings(dict(parts[0].settings), str(parts[0].path.with_name("settings.toml"))))
     judge.load(parts[0].tensors)
     return judge
 
