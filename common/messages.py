@@ -188,7 +188,7 @@ class Push(Body, frozen=True):
     piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
     names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
     groups' settings for the round. The frames of `coded`, some of `chunks`, are the push codec's (`common/codecs/chosen.py`);
-    `scale` is in them already.
+    `scale` is in them already. Where workers step locally, values are multiplied by `weight`, and not by samples.
     """
 
     round: int
@@ -205,6 +205,7 @@ class Push(Body, frozen=True):
     scale: float = 1.0
     stage: Literal["whole", "early", "confirm"] = "whole"
     coded: list[int] = []
+    weight: int = 0
 
     @property
     def key(self) -> tuple[int, int, int]:

@@ -464,7 +464,7 @@ class Shard(ABC):
             raise WireError(f"a push of {sender} is to be multiplied by {push.scale}, which is no power of two")
         if not is_node((push.lo, push.hi), count):
             raise WireError(f"a push of {sender} is for micro-batches {push.lo}..{push.hi - 1} of {count}")
-        if push.samples < 0 or (samples is not None and push.samples != samples):
+        if min(push.samples, push.weight) < 0 or (samples is not None and push.samples != samples):
             raise WireError(f"a push of {sender} counts {push.samples} samples where the plan has {samples}")
         if push.slot >= 0:
             slot = self._slot(sender, push.slot)
