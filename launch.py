@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +81,33 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, resume:
               show_default=True, help="Where to listen.")  # fmt: skip
 @settings_options
 @run_options
+@click.option("--recover", cls=Option, section="Run", is_flag=True,
+              help="Go on with the run in the run directory in place of its coordinator, which has died; its servers and workers "
+              "have not. Where there is none that goes on, begin.")  # fmt: skip
 @click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its newest snapshot.")
 @click.pass_context
-def coordinator(ctx: click.Context, /, bind: str, config: str | None, prepared: bool, resume: bool, **_: Any) -> None:
+def coordinator(
+    ctx: click.Context, /, bind: str, config: str | None, recover: bool, prepared: bool, resume: bool, **_: Any
+) -> None:
     """Coordinate one run.
 
     Waits for as many servers and workers as the settings say, and writes the run directory.
     """
     from cluster.rundir import SETTINGS_FILE, claim, write_settings
+    from ps.books import goes_on
     from ps.coordinator import serve
 
     _log_to_stderr()
     choice = choose(given(ctx), config)
     if prepared:
-        serve(choice.settings, bind, _folder(choice), resume)
+        serve(choice.settings, bind, _folder(choice), resume, recover)
         return
-    with claim(choice.run_dir, choice.default_name, choice.overwrite, resume) as folder:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run is over then, and not to be recovered
+    keeps = partial(goes_on, overwrite=choice.overwrite) if recover else None
+    with claim(choice.run_dir, choice.default_name, choice.overwrite, resume, keeps) as folder:
         write_settings(folder / SETTINGS_FILE, choice.settings)
-        serve(choice.settings, bind, folder, resume)
+        serve(choice.settings, bind, folder, resume, recover)
 
 
 @cli.command(cls=Command)

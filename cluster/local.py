@@ -26,6 +26,8 @@ _SERVERS_END_S = 10.0
 _JOIN_S = 2.0
 #: How many times servers that were killed are started again.
 _RESTARTS = 3
+#: How often a coordinator that was killed is started again.
+_RECOVERIES = 5
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class _Local:
         self._signals = signals
         self._screen = screen
         self._restarts = _RESTARTS
+        self._recoveries = _RECOVERIES
 
     def run(self) -> None:
         """Returns when every process has ended well."""
@@ -192,6 +195,7 @@ class _Local:
         self._processes.poll()
         if self._signals.name:
             raise _Stopped(self._signals.name)
+        self._recover_coordinator()
         self._revive()
         if self._processes.failures():
             self._fail()
@@ -207,6 +211,16 @@ class _Local:
                     f"{child.name} {child.end()}; it is started again, and the run goes on from its newest snapshot."
                 )
                 self._processes.again(child)
+
+    def _recover_coordinator(self) -> None:
+        """Start a coordinator that was killed again; the others wait for it and lose nothing. One that failed says why."""
+        child = next((child for child in self._processes.failures() if child.name == "coordinator"), None)
+        if child is None or child.code is None or child.code > 0 or not self._recoveries:
+            return
+        self._recoveries -= 1
+        self._screen.say(f"the coordinator {child.end()}; it is started again and goes on with the run.")
+        child.command = [*(word for word in child.command if word not in ("--resume", "--recover")), "--recover"]
+        self._processes.again(child)
 
     def _fail(self) -> None:
         """Give the others a moment to fail too, then raise for the one that failed first."""

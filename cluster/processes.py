@@ -109,7 +109,7 @@ class Processes:
         return child
 
     def again(self, child: Child) -> None:
-        """Start a child that has ended once more, with the same command; its log goes on. OSError if it cannot be started."""
+        """Start a child that has ended once more, with its `command`; its log goes on. OSError if it cannot be started."""
         child.popen = self._spawn(child.command, child.env, child.log)
         child.code, child.ended_at, child.gone = None, 0.0, False
 

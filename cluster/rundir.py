@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,19 @@ def is_folder_name(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def claim(path: Path | None, default: str, overwrite: bool, resume: bool = False) -> Iterator[Path]:
+def claim(
+    path: Path | None, default: str, overwrite: bool, resume: bool = False, keeps: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """The folder for a new run, empty of other runs' files, locked against other launchers for the time of the context.
 
     With `resume`, the folder `path` of a run that is to go on, without what it left when it ended.
 
-    `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free.
+    `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free. With
+    `keeps` it is never another one, and where `keeps(folder)` it is as it was, for its run goes on.
     Raises UsageError where the folder holds a finished run and not `overwrite`, is in use, or is no run's folder; then
     nothing was removed.
     """
-    if path is None and not overwrite:
+    if path is None and not overwrite and keeps is None:
         folder, lock = _next_free(default)
     else:
         folder = path or RUNS / default
@@ -56,7 +59,7 @@ def claim(path: Path | None, default: str, overwrite: bool, resume: bool = False
     try:
         if resume:
             _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE))
-        else:
+        elif keeps is None or not keeps(folder):
             _make_room(folder, overwrite)
         yield folder
     finally:

@@ -1,5 +1,8 @@
 """How a server or worker joins the coordinator and stays in touch: ask until welcomed, then beat, and notice silence.
 
+While a coordinator is away, which may be started again, rounds go on without it: so its silence is endured for longer than that
+of others, the setting `away`.
+
 A state machine: `handle` takes what the coordinator sent, `tick` returns what to send it now.
 """
 
@@ -9,7 +12,7 @@ from collections.abc import Callable
 
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
-from common.wire import ASK_AGAIN_S, BEAT_S, GONE_S
+from common.wire import ASK_AGAIN_S, BEAT_S
 
 #: Seconds to wait for the first answer of a coordinator, which may start later than the others.
 FIRST_ANSWER_S = 60.0
@@ -27,18 +30,26 @@ class Attendance:
         self.welcome: Welcome | None = None
         #: None until the run is over.
         self.stop: Stop | None = None
+        #: The incarnation of the coordinator whose word counts: each that takes over the run has a higher one.
+        self.coordinator = 0
         self._heard_at = now
         self._silence_s = FIRST_ANSWER_S
         self._sent_at = float("-inf")
         #: Whether something has happened that the last beat did not tell.
         self._news = False
 
+    def is_current(self, incarnation: int) -> bool:
+        """Whether a message of this coordinator counts. An earlier one's, that was long on its way, does not."""
+        self.coordinator = incarnation if self.welcome is None else max(self.coordinator, incarnation)
+        return incarnation == self.coordinator
+
     def handle(self, body: Body, now: float) -> None:
         """Raises UsageError where the coordinator refuses this process."""
-        self._heard_at, self._silence_s = now, GONE_S
+        self._heard_at = now
         match body:
             case Welcome():
                 self.welcome = self.welcome or body
+                self._silence_s = body.settings.away
             case Stop():
                 self.stop = body
             case Refused(about="Hello"):

@@ -369,10 +369,15 @@ class ReportAck(Body, frozen=True):
 
 
 class Arrived(Body, frozen=True):
-    """`backup`: these micro-batches of the round have fully arrived here. May the round be closed?"""
+    """`backup`: these micro-batches of the round have fully arrived here. May the round be closed?
+
+    `coordinator` is the incarnation of the one that is asked: its asker takes no earlier one's word any more. A coordinator that
+    has taken over the run passes on to all servers what may have been decided before; who was told answers with just that.
+    """
 
     round: int
     ks: list[int]
+    coordinator: int = 0
 
 
 class Close(Body, frozen=True):
@@ -383,10 +388,12 @@ class Close(Body, frozen=True):
 
 
 class Norms(Body, frozen=True):
-    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm)."""
+    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm). Asked and passed on as `Arrived`
+    is."""
 
     round: int
     norms: list[tuple[int, int, float]]
+    coordinator: int = 0
 
 
 class AllNorms(Body, frozen=True):

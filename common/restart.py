@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 
-def restart(extra: Sequence[str] = ()) -> NoReturn:
-    """Replace this process by a new one of the same command line, with the arguments `extra` that it has not yet.
+def restart(extra: Sequence[str] = (), without: str = "") -> NoReturn:
+    """Replace this process by a new one of the same command line, with the arguments `extra` that it has not yet, less one.
 
     May be called on any thread. Processes that this one has started are killed: whoever is begun anew starts its own.
     """
@@ -22,7 +22,7 @@ def restart(extra: Sequence[str] = ()) -> NoReturn:
     for child in _children():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(child, signal.SIGKILL)
-    command = [sys.executable, *sys.orig_argv[1:]]
+    command = [sys.executable, *(argument for argument in sys.orig_argv[1:] if argument != without)]
     os.execv(sys.executable, [*command, *(argument for argument in extra if argument not in command)])
 
 

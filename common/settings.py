@@ -118,6 +118,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
     ] = 300.0
 
+    away: Annotated[
+        float,
+        Meta(gt=0),
+        _help("Seconds for which servers and workers go on without the coordinator, which can be started again meanwhile."),
+    ] = 60.0
+
     def __post_init__(self) -> None:
         for key in self.__struct_fields__:
             value = getattr(self, key)

@@ -56,6 +56,14 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_whole(folder / SUMMARY_FILE, [(json.dumps(summary, indent=2) + "\n").encode()])
 
 
+def summarized_run(folder: Path) -> str | None:
+    """The run whose summary is in `folder`, if any."""
+    try:
+        return str(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_whole(path: Path, data: Iterable[bytes]) -> None:
     """Write a file so that after a crash it is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")

@@ -8,7 +8,9 @@ workers tell it anew: where they are, what they wait for, and what was decided f
 from __future__ import annotations
 
 import json
+import math
 import platform
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from common.leases import Table
 from common.messages import Committed, Hello, Setup, Stop
 from common.plan import Segment
 from common.policies import load
-from common.runlog import FILE_NAME, RunLog, RunLogReader
+from common.runlog import FILE_NAME, RunLog
 from common.settings import Settings
 from ps.ledger import Ledger, Reported
 from ps.membership import Membership
@@ -35,12 +37,14 @@ _JUST_NOW_S = 10.0
 
 
 class Head(msgspec.Struct, frozen=True):
-    """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it."""
+    """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round
+    of the snapshot that its processes began from, -1 where they began from nothing."""
 
     run: str
     incarnation: int
     host: str
     settings: Settings
+    resume: int = -1
 
 
 class KeptMember(msgspec.Struct, frozen=True):
@@ -67,6 +71,8 @@ class Books:
     #: When the first plan was made, and when the newest round was committed.
     planned_at: float | None = None
     committed_at: float | None = None
+    #: Samples of the rounds before that of `head.resume`.
+    samples_before: int = 0
     #: How the run has ended, if it has, and when.
     stop: Stop | None = None
     stopped_at: float = 0.0
@@ -100,48 +106,58 @@ def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple
     yield "pending", "", list(ledger.pending)
 
 
+def new_run(before: str = "") -> str:
+    """A name for a run, or with `before` another one for that run, whose processes all begin anew."""
+    return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
+
+
 def restore(path: Path, upto: int | None = None) -> Books | None:
     """The books in the event log at `path`, or None where no coordinator has written any.
 
     With `upto` they are put back to what they were when the rounds below were committed and no other: rows of that round and
     later ones are deleted for good, as is what servers have reported of them, and counted as computed again. Who took part and
-    what was planned is forgotten too, for whoever goes on makes those rounds anew, as processes that tell all that themselves.
+    what was planned is forgotten too, and the run has another name, for whoever goes on makes those rounds anew, as processes
+    that tell all that themselves. A crash leaves all of that done or nothing.
 
     Raises UsageError where the file cannot be read, or rounds below `upto` are missing from it.
     """
     if not path.exists():
         return None
     try:
-        if upto is not None:
-            _put_back(path, upto)
         with closing(sqlite3.connect(path, isolation_level=None)) as db:
-            books = _read(db, path)
-            if upto is not None:
-                db.execute("DELETE FROM state WHERE kind IN ('member', 'tables', 'setup', 'plan')")
+            if upto is None:
+                return _read(db)
+            db.execute("BEGIN IMMEDIATE")  # undone with the connection where an error is raised
+            _put_back(db, path, upto)
+            books = _read(db)
+            if books is not None:
+                head = books.head
+                books.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
+                db.execute("DELETE FROM state")
+                db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(books.head),))
+                books.members, books.tables = {}, []
+            db.execute("COMMIT")
             return books
     except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
 
 
-def _put_back(path: Path, upto: int) -> None:
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
-        db.execute("BEGIN IMMEDIATE")  # ends with the connection where an error is raised
-        (there,) = db.execute("SELECT count(*) FROM rounds WHERE round < ?", (upto,)).fetchone()
-        if there < upto:
-            raise UsageError(f"{path} has {there} rounds of the {upto} before the one to go on from.")
-        (rounds,) = db.execute("SELECT count(*) FROM rounds WHERE round >= ?", (upto,)).fetchone()
-        query = "SELECT coalesce(sum(micro_batches), 0) FROM contributions WHERE round >= ? AND outcome != 'dropped'"
-        (micro_batches,) = db.execute(query, (upto,)).fetchone()
-        for table in ("rounds", "contributions", "metrics"):
-            db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
-        db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending')")
-        db.execute("DELETE FROM events WHERE kind = 'stopped'")
-        data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
-        db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
-        db.execute("COMMIT")
+def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
+    (there,) = db.execute("SELECT count(*) FROM rounds WHERE round < ?", (upto,)).fetchone()
+    if there < upto:
+        raise UsageError(f"{path} has {there} rounds of the {upto} before the one to go on from.")
+    (rounds,) = db.execute("SELECT count(*) FROM rounds WHERE round >= ?", (upto,)).fetchone()
+    query = "SELECT coalesce(sum(micro_batches), 0) FROM contributions WHERE round >= ? AND outcome != 'dropped'"
+    (micro_batches,) = db.execute(query, (upto,)).fetchone()
+    for table in ("rounds", "contributions", "metrics"):
+        db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
+    db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending')")
+    db.execute("DELETE FROM events WHERE kind = 'stopped'")
+    data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
+    db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
 
 
-def _read(db: sqlite3.Connection, path: Path) -> Books | None:
+def _read(db: sqlite3.Connection) -> Books | None:
     def state(kind: str, type_: type[Any]) -> dict[str, Any]:
         rows = db.execute("SELECT key, value FROM state WHERE kind = ?", (kind,))
         return {key: msgspec.msgpack.decode(value, type=type_) for key, value in rows}
@@ -158,20 +174,24 @@ def _read(db: sqlite3.Connection, path: Path) -> Books | None:
     books = Books(head, ledger, state("member", KeptMember))
     books.tables = [table for tables in state("tables", list[Table]).values() for table in tables]
     _count(db, books)
-    with closing(RunLogReader(path)) as reader:
-        for row in reader.rounds():
-            ledger.book(Committed(row.round, row.samples, row.micro_batches, row.dropped, row.metrics))
-            books.committed_at = row.at
-        for _, _, _, value in reader.metrics("accuracy")[-1:]:
-            books.accuracy = value
-        for _, at, event in reader.events():
-            match event.kind:
-                case "plan":
-                    books.planned_at = books.planned_at or at
-                case "rolled back":
-                    ledger.totals.micro_batches_recomputed += event.data["micro_batches"]
-                case "stopped":
-                    books.stop, books.stopped_at = Stop(event.data["ok"], event.data["reason"]), at
+    query = "SELECT round, samples, micro_batches, dropped, metrics, at FROM rounds ORDER BY round"
+    for round_, samples, micro_batches, dropped, metrics, at in db.execute(query):
+        ledger.book(Committed(round_, samples, micro_batches, dropped, json.loads(metrics)))
+        books.committed_at = at
+        books.samples_before += samples if round_ < head.resume else 0
+    for (value,) in db.execute("SELECT value FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"):
+        books.accuracy = math.nan if value is None else value
+    for at, kind, text in db.execute("SELECT at, kind, data FROM events ORDER BY seq"):
+        match kind:
+            case "started":
+                books.planned_at = None
+            case "plan":
+                books.planned_at = books.planned_at or at
+            case "rolled back":
+                ledger.totals.micro_batches_recomputed += json.loads(text)["micro_batches"]
+            case "stopped":
+                data = json.loads(text)
+                books.stop, books.stopped_at = Stop(data["ok"], data["reason"], data.get("again", False)), at
     return books
 
 
@@ -190,7 +210,9 @@ def goes_on(folder: Path, overwrite: bool) -> bool:
     such as an earlier container, whose processes cannot be told to come here; not if that may be overwritten.
     """
     books = restore(folder / FILE_NAME)
-    if books is None or (books.stop is not None and time.time() > books.stopped_at + _JUST_NOW_S):
+    if books is None:
+        return False
+    if books.stop is not None and not books.stop.again and time.time() > books.stopped_at + _JUST_NOW_S:
         return False
     if books.head.host == platform.node():
         return True

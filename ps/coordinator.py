@@ -18,9 +18,11 @@ import zmq
 
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.messages import (
+    AllNorms,
     Arrived,
     Beat,
     Body,
+    Close,
     Envelope,
     Goodbye,
     Hello,
@@ -35,15 +37,18 @@ from common.messages import (
     Saved,
     Setup,
     Stop,
+    Tables,
     Traffic,
     Upload,
     Waiting,
+    Welcome,
 )
 from common.policies import load
 from common.restart import restart
 from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
 from common.snapshots import (
+    MANIFEST_FILE,
     TOKEN_FILE,
     FileEntry,
     Manifest,
@@ -67,8 +72,8 @@ from common.wire import (
     send,
     write_address,
 )
-from ps.archive import MODEL_FILE, ModelFile, write_summary
-from ps.books import Head, Keeper, restore
+from ps.archive import MODEL_FILE, ModelFile, summarized_run, write_summary
+from ps.books import Books, Head, Keeper, new_run, restore
 from ps.cuts import Cuts, Under
 from ps.ledger import Ledger
 from ps.membership import Member, Membership, number_of
@@ -77,29 +82,48 @@ from ps.takeover import Takeover
 log = logging.getLogger("ps.coordinator")
 
 _TICK_MS = 50
+#: Seconds between two writings of the status of all processes, and of the books where somebody waits to hear that they are kept.
 _FLUSH_S = 0.25
+_PROMISE_S = 0.1
 #: Seconds between two lines on progress in its own log, for those who have no other screen.
 _TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
 _FAREWELL_S = 1.0
 #: Seconds for the servers' last reports to come in after all workers have left.
 _LEFT_S = 3.0
+#: Seconds for the others to connect to a coordinator that was started again, and for its old address to become free.
+_REJOIN_S = 5.0
+#: Seconds that the others may need at least to find it, for which their silence is not counted.
+_FIND_S = 2.0
 
 
-def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False) -> None:
+def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False) -> None:
     """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
     its newest snapshot on.
 
-    Writes the address it listens at to run_dir/address. Returns when the run has finished and its results are written.
-    Raises UsageError where it cannot listen or write, ClusterError where the run failed, naming who and why.
+    With `recover`, go on with the run whose books are there, if there is one, in place of its coordinator, which has died: at the
+    address where that was, if `bind` leaves the port open. Writes the address it listens at to run_dir/address. Returns when the
+    run has finished and its results are written.
+    Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
     """
     allow_files(settings.workers + settings.servers)
+    books = None
+    if resume:
+        books = restore(run_dir / FILE_NAME, upto=max(_newest(run_dir), 0))
+        if books is None:
+            raise UsageError(f"there is no run in {run_dir} to go on with.")
+    elif recover and (books := restore(run_dir / FILE_NAME)) is not None:
+        for folder in folders(run_dir):
+            if not (folder / MANIFEST_FILE).exists():  # under way when the coordinator died
+                remove(folder)
+        _check_same(settings, books, run_dir)
+        bind = _address_of_old(bind, run_dir / "address")
     context: zmq.Context[Any] = zmq.Context()
     try:
-        sock, bound = router(context, bind)
+        sock, bound = _listen(context, bind, 0.0 if books is None else _REJOIN_S)
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            coordinator = Coordinator(sock, settings, run_dir, resume)
+            coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
             address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
             write_address(run_dir / "address", address)
         except OSError as error:
@@ -108,13 +132,13 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False) ->
         coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)
-        restart(["--resume", f"--bind={bound}"])
+        restart(["--resume", f"--bind={bound}"], without="--recover")
     finally:
         context.destroy(linger=1000)
 
 
 def _newest(run_dir: Path) -> int:
-    """The round of the newest snapshot that is whole; -1 without one."""
+    """The round of the newest snapshot that is whole, -1 without one. What was begun after it is removed."""
     found, problems = newest(run_dir)
     for problem in problems:
         log.warning("a snapshot is not used: %s", problem)
@@ -128,53 +152,129 @@ class BeginAnew(Exception):
     """The run is to go on from its newest snapshot, with processes that begin anew, this one too."""
 
 
+def _check_same(settings: Settings, books: Books, run_dir: Path) -> None:
+    for name in Settings.__struct_fields__:
+        asked, was = getattr(settings, name), getattr(books.head.settings, name)
+        if asked != was and books.tables:
+            raise UsageError(f"the run in {run_dir} has {name} = {was} and not {asked}: it goes on with the same settings only.")
+
+
+def _address_of_old(bind: str, file: Path) -> str:
+    """`bind` with the port that the others know, if it names none."""
+    if not bind.endswith(":0") or not file.exists():
+        return bind
+    return f"{bind.removesuffix(':0')}:{file.read_text(encoding='utf-8').strip().rpartition(':')[2]}"
+
+
+def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zmq.Socket[bytes], str]:
+    """A socket at `bind`, which may be in use for a moment yet by a process that has just died."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return router(context, bind)
+        except UsageError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_TICK_MS / 1000)
+
+
 class Coordinator:
     """One run's coordinator. `run` is the loop; everything else handles one kind of message."""
 
-    def __init__(self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, resume: bool = False) -> None:
+    def __init__(
+        self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, books: Books | None = None, recovers: bool = False
+    ) -> None:
+        """With `books` it goes on with the run whose they are: with processes that begin anew, or if it `recovers`, in place of
+        the coordinator that has kept them."""
         now = time.monotonic()
         self._sock = sock
         self._settings = settings
         self._run_dir = run_dir
-        resumed = _newest(run_dir) if resume else -1
-        books = restore(run_dir / FILE_NAME, upto=max(resumed, 0)) if resume else None
-        self._run = books.head.run.partition(".")[0] if books is not None else secrets.token_hex(4)
-        run = f"{self._run}.{secrets.token_hex(2)}"  # not the same after all have begun anew
-        incarnation = new_incarnation()
-        self._stamp = Stamp(sender="coordinator", run=run, incarnation=incarnation)
-        self._head = Head(run, incarnation, platform.node(), settings)
-        self._keeper = Keeper()
+        self._head = Head(
+            run=new_run() if books is None else books.head.run,
+            incarnation=new_incarnation() if books is None else books.head.incarnation + 1,
+            host=platform.node(),
+            settings=settings,
+            resume=-1 if books is None else books.head.resume,
+        )
+        run = self._head.run
+        self._run = run.partition(".")[0]
+        self._stamp = Stamp(sender="coordinator", run=run, incarnation=self._head.incarnation)
         policy = load(settings)
         self._policy = policy
-        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), resumed)
+        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), self._head.resume)
         self._cuts = Cuts(settings.snapshot_every, now)
         self._ledger = Ledger(settings, policy)
         if books is not None:
             self._ledger = books.ledger
-            self._ledger.go_on(settings)
+            if not books.tables:  # who takes part says what the model and the plan are
+                self._ledger.go_on(settings)
         #: Samples of a run that goes on which were not trained on under this coordinator.
         self._samples_before = self._ledger.totals.samples
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
+        self._keeper = Keeper()
+        #: What is to be sent once the books are on the disk, and whether somebody cannot go on without it.
+        self._promises: list[tuple[bytes, Body]] = []
+        self._is_urgent = False
         self._routes: dict[str, bytes] = {}
         #: When each process's beat was last answered.
         self._answered_at: dict[str, float] = {}
-        self._seen_metrics: dict[str, int] = {}
+        #: By incarnation of the worker and number.
+        self._seen_metrics: set[tuple[int, int]] = set()
         self._accuracy: float | None = None
         self._uploader: str | None = None
-        self._flushed_at = self._told_at = now
+        self._flushed_at = self._status_at = self._told_at = now
         self._progressed_at = now
         self._planned = 0
         self._training_since: float | None = None
         self._committed_at: float | None = None
-        self._log.event(Event("started", "coordinator", {"run": run, "pid": os.getpid()}))
+        #: Of one that goes on: when it began, the newest round on which a coordinator before it can have decided, once that is
+        #: known, and how the run has ended, if it has.
+        self._recovered_at: float | None = None
+        self._inherits_to: int | None = None
+        self._stop: Stop | None = None
+        if books is not None and recovers:
+            self._take_over(books, now)
+        else:
+            self._log.event(Event("started", "coordinator", {"run": run, "pid": os.getpid()}))
+        self._flush()
+
+    def _take_over(self, books: Books, now: float) -> None:
+        committed, later = books.ledger.committed, now + _FIND_S
+        self._membership.restore(
+            [
+                Member(name, kept.hello, kept.incarnation, later, Beat(round=committed), left=kept.left, lost=kept.lost)
+                for name, kept in books.members.items()
+            ],
+            books.tables,
+        )
+        self._seen_metrics, self._accuracy = books.metrics, books.accuracy
+        self._planned, self._samples_before = self._ledger.planned, books.samples_before
+        earlier = now - time.time()  # from unix seconds
+        if books.planned_at is not None:
+            self._training_since = books.planned_at + earlier
+        if books.committed_at is not None:
+            self._committed_at = books.committed_at + earlier
+        self._recovered_at = now
+        self._stop = books.stop or (Stop(True) if summarized_run(self._run_dir) == self._run else None)
+        log.info("goes on with run %s after %d rounds", self._run, committed)
+        data = {"run": books.head.run, "pid": os.getpid(), "rounds": committed}
+        self._log.event(Event("recovered", "coordinator", data))
 
     # ---- the loop
 
     def run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._sock, zmq.POLLIN)
+        if self._stop is not None:  # the one before has ended the run, and may have died before all have heard of it
+            self._tell(self._stop)
+            if self._stop.again:
+                raise BeginAnew(self._stop.reason)
+            if not self._stop.ok:
+                raise ClusterError(self._stop.reason)
+            return
         try:
             ticked_at = time.monotonic()
             while True:
@@ -207,7 +307,7 @@ class Coordinator:
             try:
                 frames = receive(self._sock)
                 if frames is None:
-                    return
+                    break
                 if len(frames) < 2:
                     raise WireError("a message has no header")
                 try:
@@ -219,6 +319,8 @@ class Coordinator:
                 self._handle(frames[0].bytes, envelope, frames[2:])
             except WireError as error:
                 log.warning("refused: %s", error)
+        if self._is_urgent:
+            self._flush()
 
     def _tick(self, now: float) -> None:
         for name, body in self._membership.tick(now):
@@ -230,21 +332,12 @@ class Coordinator:
             log.warning("%s has fallen silent; the others do what it has not done", name)
             self._log.event(Event("lost", name, {}))
         self._membership.newly_lost.clear()
-        for row in self._ledger.new_rounds:
-            metrics = {name: value for name, value in row.metrics.items()}
-            self._log.round(
-                RoundRow(row.round, self._ledger.epoch_of(row.round), row.samples, row.micro_batches, row.dropped, metrics)
-            )
-            self._progressed_at = self._committed_at = now
-        self._ledger.new_rounds.clear()
-        for c in self._ledger.new_contributions:
-            self._log.contribution(
-                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
-            )
-        self._ledger.new_contributions.clear()
-        if now >= self._flushed_at + _FLUSH_S:
-            self._flushed_at = now
+        self._write_rows(now)
+        if now >= self._status_at + _FLUSH_S:
+            self._status_at = now
             self._write_status()
+            self._flush()
+        elif self._promises and now >= self._flushed_at + _PROMISE_S:
             self._flush()
         if self._ledger.planned and now >= self._told_at + _TELL_S:
             self._told_at = now
@@ -327,12 +420,31 @@ class Coordinator:
         loss = self._ledger.recent("loss")
         return "not logged" if loss is None else f"{loss:.4f}"
 
+    def _write_rows(self, now: float) -> None:
+        for row in self._ledger.new_rounds:
+            epoch = self._ledger.epoch_of(row.round)
+            self._log.round(RoundRow(row.round, epoch, row.samples, row.micro_batches, row.dropped, row.metrics))
+            self._progressed_at = self._committed_at = now
+        self._ledger.new_rounds.clear()
+        for c in self._ledger.new_contributions:
+            self._log.contribution(
+                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
+            )
+        self._ledger.new_contributions.clear()
+
     def _flush(self) -> None:
+        """Have the books on the disk, and keep what was promised for then."""
+        self._flushed_at = time.monotonic()
+        self._write_rows(self._flushed_at)
+        self._keeper.keep(self._log, self._head, self._membership, self._ledger)
+        promises, self._promises, self._is_urgent = self._promises, [], False
         try:
-            self._keeper.keep(self._log, self._head, self._membership, self._ledger)
             self._log.flush()
-        except Exception as error:  # a full disk must not stop the run; the rows are kept for the next try
+        except Exception as error:  # a full disk must not stop the run: rows are kept for the next try, and who waits asks again
             log.warning("the event log could not be written: %s", error)
+            return
+        for route, body in promises:
+            self._reply(route, body)
 
     def _check_deadline(self, now: float) -> None:
         """Give up where nothing has moved for the whole time-out, or nobody is left to move anything."""
@@ -357,25 +469,32 @@ class Coordinator:
         now = time.monotonic()
         body = envelope.body
         if isinstance(body, Hello):
-            self._hello(route, body, envelope.incarnation, now)
+            if self._stop is None:
+                self._hello(route, body, envelope.incarnation, now)
             return
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:
             self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._run}."))
             return
+        if self._stop is not None:
+            self._routes[member.name] = route
+            self._reply(route, self._stop)
+            return
+        if member.name not in self._routes:
+            self._know_again(route, member, now)
         member.heard_at = now
         self._routes[member.name] = route
         match body:
             case Beat():
                 self._beat(member, body, now)
             case Report():
-                self._reply(route, self._ledger.report(number_of(member.name), body))
-            case Arrived():
-                self._to_servers(self._ledger.arrived(number_of(member.name), body))
-            case Norms():
-                self._to_servers(self._ledger.norms(number_of(member.name), body))
+                self._promise(route, self._ledger.report(number_of(member.name), body))
+            case Arrived() | Norms():
+                self._decide(member, body)
+            case Close() | AllNorms() if member.hello.role == "server":
+                self._to_servers(self._ledger.decided(body))
             case Setup():
-                self._reply(route, self._ledger.set_up(body))
+                self._promise(route, self._ledger.set_up(body), urgent=True)
             case Plan():
                 self._plan(route, body, now)
             case Waiting():
@@ -385,7 +504,7 @@ class Coordinator:
             case Mean():
                 self._reply(route, self._ledger.mean(body))
             case Metrics():
-                self._metrics(route, member.name, body, now)
+                self._metrics(route, member, body, now)
             case ModelPart():
                 self._progressed_at = now
                 try:
@@ -409,12 +528,35 @@ class Coordinator:
                 self._log.event(Event("joined", member.name, data))
                 self._progressed_at = now
         for name, body in answers:
-            if name:
-                self._send(name, body)
-            else:
-                self._reply(route, body)
+            to = self._routes.get(name) if name else route
+            if to is not None and isinstance(body, Welcome):
+                self._promise(to, body, urgent=True)
+            elif to is not None:
+                self._reply(to, body)
         if self._membership.started and not started:
             self._warn_of_unequal_arithmetic()
+
+    def _know_again(self, route: bytes, member: Member, now: float) -> None:
+        """A member of old is here, having found this coordinator in place of the one before."""
+        self._progressed_at = now
+        if member.hello.role == "worker" and self._membership.started:  # what the one before told last may not be in the books
+            self._reply(route, Tables(self._membership.tables))
+
+    def _decide(self, server: Member, question: Arrived | Norms) -> None:
+        """Give the decision that all servers must take alike, if it is time. After another coordinator, the servers are asked for
+        one that it may have given: by then it can have decided on no later round than that which the first question is about."""
+        if question.coordinator != self._head.incarnation:
+            return  # asked of the one before, whose answer may have come since
+        number = number_of(server.name)
+        answers = (
+            self._ledger.arrived(number, question) if isinstance(question, Arrived) else self._ledger.norms(number, question)
+        )
+        self._to_servers(answers)
+        if self._recovered_at is not None and not answers:
+            self._inherits_to = question.round if self._inherits_to is None else self._inherits_to
+            if question.round <= self._inherits_to:
+                for name in set(self._membership.names("server")) - {server.name}:
+                    self._send(name, question)
 
     def _warn_of_unequal_arithmetic(self) -> None:
         """Equal bits need equal arithmetic: say so where workers differ."""
@@ -434,14 +576,14 @@ class Coordinator:
             self._send(member.name, Beat())
 
     def _plan(self, route: bytes, plan: Plan, now: float) -> None:
-        self._reply(route, self._ledger.plan(plan.segment))
+        self._promise(route, self._ledger.plan(plan.segment), urgent=True)
         if self._ledger.planned != self._planned:
             self._planned = self._ledger.planned
             self._training_since = self._training_since or now
             self._log.event(Event("plan", "coordinator", {"rounds": self._planned}))
 
     def _waiting(self, member: Member, waiting: Waiting, now: float) -> None:
-        if self._policy.is_local or not self._ledger.segments:
+        if self._policy.is_local or not self._ledger.segments or self._awaits_members(now):
             return
         first = self._ledger.committed if self._policy.applies == "push" else waiting.round
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
@@ -459,6 +601,12 @@ class Coordinator:
             self._send(lease.to, lease)
             self._send(lease.owner, lease)
 
+    def _awaits_members(self, now: float) -> bool:
+        """Whether this one has taken over just now and does not know yet what everybody does."""
+        if self._recovered_at is None or now > self._recovered_at + _REJOIN_S:
+            return False
+        return any(not member.lost and name not in self._routes for name, member in self._membership.members.items())
+
     def _all_applied(self) -> bool:
         """Whether every planned round is applied, be it only by what servers say of themselves."""
         applied = min(beat.round for beat in self._owners())
@@ -469,14 +617,14 @@ class Coordinator:
         owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
         return [self._membership.members[f"server-{owner}"].beat for owner in owners]
 
-    def _metrics(self, route: bytes, worker: str, metrics: Metrics, now: float) -> None:
-        self._reply(route, Ready("Metrics", metrics.id))
-        if metrics.id <= self._seen_metrics.get(worker, -1):
+    def _metrics(self, route: bytes, worker: Member, metrics: Metrics, now: float) -> None:
+        self._promise(route, Ready("Metrics", metrics.id))
+        if (worker.incarnation, metrics.id) in self._seen_metrics:
             return
-        self._seen_metrics[worker] = metrics.id
+        self._seen_metrics.add((worker.incarnation, metrics.id))
         self._progressed_at = now
         for name, value in metrics.values.items():
-            self._log.metric(metrics.round, worker, name, value)
+            self._log.metric(metrics.round, worker.name, name, value, worker.incarnation, metrics.id)
             if name == "accuracy":
                 self._accuracy = value
 
@@ -501,19 +649,32 @@ class Coordinator:
     def _reply(self, route: bytes, body: Body) -> None:
         send(self._sock, self._stamp.encode(body), to=route)
 
+    def _promise(self, route: bytes, body: Body, urgent: bool = False) -> None:
+        """Send `body` when what it says is in the books on the disk: soon, or `urgent` at once."""
+        self._promises.append((route, body))
+        self._is_urgent |= urgent
+
     def _to_servers(self, answers: Sequence[tuple[int, Body]]) -> None:
         for server, body in answers:
             self._send(f"server-{server}", body)
 
     def _farewell(self, stop: Stop) -> None:
-        """Tell everybody, a few times as messages may be lost, and close the books."""
-        self._log.event(Event("stopped", "coordinator", {"ok": stop.ok, "reason": stop.reason}))
+        self._log.event(Event("stopped", "coordinator", {"ok": stop.ok, "reason": stop.reason, "again": stop.again}))
         self._flush()
-        until = time.monotonic() + _FAREWELL_S
-        while (now := time.monotonic()) < until:
-            for route in self._routes.values():
-                self._reply(route, stop)
-            time.sleep(min(ASK_AGAIN_S / 4, max(0.0, until - now)))
+        self._tell(stop)
+
+    def _tell(self, stop: Stop) -> None:
+        """Tell everybody that the run is over, a few times as messages may be lost, and close the books. In place of another
+        coordinator, wait for those who have not found this one yet."""
+        self._stop = stop
+        until, told_at = time.monotonic() + _FAREWELL_S, float("-inf")
+        while (now := time.monotonic()) < until or self._awaits_members(now):
+            if now >= told_at + ASK_AGAIN_S / 4:
+                told_at = now
+                for route in self._routes.values():
+                    self._reply(route, stop)
+            self._sock.poll(_TICK_MS)
+            self._drain()
         self._log.close()
 
     # ---- telling

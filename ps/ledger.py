@@ -5,7 +5,8 @@ for the event log. Invariants:
 
 - a round is committed when every server that takes part has applied it, once, in order;
 - in every committed round each micro-batch is in exactly one committed contribution, or dropped;
-- the decision on a round (which micro-batches, which norms) never changes once it is given.
+- the decision on a round (which micro-batches, which norms) never changes once it is given. It is on no disk: a coordinator
+  that takes over learns it from the servers that were told, before it can be asked by all to decide (`Arrived`).
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class Ledger:
         self._arrived: dict[int, dict[int, list[int]]] = {}
         self._closed: dict[int, list[int]] = {}
         self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
+        self._all_norms: dict[int, AllNorms] = {}
 
     def go_on(self, settings: Settings) -> None:
         """Be the books of the same run with other settings, whose workers say anew what the model and the plan are."""
@@ -217,23 +219,33 @@ class Ledger:
         count = self.micro_batches(message.round)
         if not count or len(everywhere) < max(1, count - self._policy.may_leave_out):
             return []
-        self._closed[message.round] = sorted(everywhere)
-        self._arrived.pop(message.round)
-        _forget(self._closed)
-        return [(owner, Close(message.round, self._closed[message.round])) for owner in owners]
+        return self.decided(Close(message.round, sorted(everywhere)))
 
     def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
         """Clipping: hand out all norms of a round when every server that holds chunks has sent its own."""
         if self.layout is None:
             return []
+        if message.round in self._all_norms:
+            return [(server, self._all_norms[message.round])]
         parts = self._norms.setdefault(message.round, {})
         parts.setdefault(server, message.norms)
         _forget(self._norms)
         owners = sorted({chunk.server for chunk in self.layout.chunks})
         if any(owner not in parts for owner in owners):
             return []
-        answer = AllNorms(message.round, sorted(norm for part in parts.values() for norm in part))
-        return [(owner, answer) for owner in owners]
+        return self.decided(AllNorms(message.round, sorted(norm for part in parts.values() for norm in part)))
+
+    def decided(self, decision: Close | AllNorms) -> list[tuple[int, Body]]:
+        """This is decided, here or by a coordinator before this one: tell all servers."""
+        if isinstance(decision, Close):
+            self._closed[decision.round] = decision.ks
+            self._arrived.pop(decision.round, None)
+            _forget(self._closed)
+        else:
+            self._all_norms[decision.round] = decision
+            self._norms.pop(decision.round, None)
+            _forget(self._all_norms)
+        return [(owner, decision) for owner in self.layout.owners()] if self.layout is not None else []
 
 
 def _forget(decisions: dict[int, Any]) -> None:

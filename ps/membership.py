@@ -88,6 +88,7 @@ class Membership:
         for member in members:
             self.members[member.name] = self._of(member.hello.role)[member.name] = self._incarnations[member.incarnation] = member
         self.tables, self.started = tables, bool(tables)
+        self._newest = self._newest_round()
 
     def names(self, role: str) -> list[str]:
         """Members of `role` that are still part of the run, by number."""

@@ -52,6 +52,8 @@ class RoundShard(Shard):
         self._coded: dict[int, dict[int, memoryview]] = {}
         #: `backup`: (round, micro-batch) left out of closed rounds, of which the ledger has had no row yet.
         self._left_out: set[tuple[int, int]] = set()
+        #: What the coordinator has decided about this round and the one before, for one that takes over the run.
+        self._told: list[Close | AllNorms] = []
         self._open_round()
 
     def _open_round(self) -> None:
@@ -206,12 +208,17 @@ class RoundShard(Shard):
 
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         match body:
-            case Close() if body.round == self._version:
-                self._closed = body.ks
-            case AllNorms() if body.round == self._version:
-                self._norms = body.norms
+            case Close() | AllNorms() if body.round == self._version:
+                self._told = [told for told in self._told if told.round >= self._version - 1 and told != body] + [body]
+                if isinstance(body, Close):
+                    self._closed = body.ks
+                else:
+                    self._norms = body.norms
             case Close() | AllNorms():
                 return []
+            case Arrived() | Norms():  # another server asks this: was it decided before?
+                kind = Close if isinstance(body, Arrived) else AllNorms
+                return [Send(COORDINATOR, t) for t in self._told if isinstance(t, kind) and t.round == body.round]
             case _:
                 return super()._from_coordinator(body, now)
         return self._advance(now)
@@ -230,9 +237,9 @@ class RoundShard(Shard):
     def _question(self) -> Body | None:
         if not self.policy.combines and self._closed is None:
             arrived = self._arrived()
-            return Arrived(self._version, arrived) if arrived else None
+            return Arrived(self._version, arrived, self.coordinator) if arrived else None
         if self._own_norms is not None and self._norms is None:
-            return Norms(self._version, self._own_norms)
+            return Norms(self._version, self._own_norms, self.coordinator)
         return None
 
     def _arrived(self) -> list[int]:

@@ -15,7 +15,7 @@ import zmq
 from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.errors import ClusterError, WireError
-from common.messages import AllNorms, Beat, Body, Close, Cut, Hello, KvPull, KvPush, Refused, ReportAck
+from common.messages import AllNorms, Arrived, Beat, Body, Close, Cut, Hello, KvPull, KvPush, Norms, Refused, ReportAck
 from common.no_compiler import no_compiler
 from common.policies import load
 from common.restart import restart
@@ -132,6 +132,8 @@ class _Server:
             except WireError as error:
                 self._complain(str(error))
                 continue
+            if route is None and not self._attendance.is_current(envelope.incarnation):
+                continue
             if route is None:
                 self._from_coordinator(envelope.body, frames[1:])
             else:
@@ -142,21 +144,23 @@ class _Server:
         now = time.monotonic()
         self._attendance.handle(body, now)
         welcome = self._attendance.welcome
-        if self._shard is None:
-            if welcome is not None:
-                self._stamp.sender = welcome.process
-                self._stamp.run = welcome.run
-                allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
-                policy = load(welcome.settings)
-                kind = RoundShard if policy.applies == "round" else PushShard
-                index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
-                source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
-                self._shard = kind(index, welcome.settings, policy, source)
-                self._shard.before_tables_change = self._finish_saving
-                self._writer = Writer(index, run_dir)
-                log.info("this is %s of run %s", welcome.process, welcome.run)
-        elif isinstance(body, ReportAck | Close | AllNorms | Cut):
-            self._do(self._shard.handle(COORDINATOR, body, frames, now))
+        if self._shard is not None:
+            self._shard.coordinator = self._attendance.coordinator
+            if isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
+                self._do(self._shard.handle(COORDINATOR, body, frames, now))
+        elif welcome is not None:
+            self._stamp.sender = welcome.process
+            self._stamp.run = welcome.run
+            allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
+            policy = load(welcome.settings)
+            kind = RoundShard if policy.applies == "round" else PushShard
+            index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
+            source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
+            self._shard = kind(index, welcome.settings, policy, source)
+            self._shard.coordinator = self._attendance.coordinator
+            self._shard.before_tables_change = self._finish_saving
+            self._writer = Writer(index, run_dir)
+            log.info("this is %s of run %s", welcome.process, welcome.run)
 
     def _from_worker(self, sender: str, incarnation: int, body: Body, frames: Frames) -> None:
         assert self._shard is not None

@@ -171,6 +171,8 @@ class Shard(ABC):
         self.capture: Capture | None = None
         #: Called before tables change: what `capture` has of them must be written by then.
         self.before_tables_change: Callable[[], None] = lambda: None
+        #: The incarnation of the coordinator whose word counts.
+        self.coordinator = 0
 
     # ---- what differs
 

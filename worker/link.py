@@ -204,8 +204,11 @@ class Link:
         with self.lock:
             while (frames := receive(sock)) is not None:
                 try:
-                    body: Body = self._stamp.decode(frames[0].buffer).body
+                    envelope = self._stamp.decode(frames[0].buffer)
+                    body: Body = envelope.body
                     if name == COORDINATOR:
+                        if not self._attendance.is_current(envelope.incarnation):
+                            continue
                         self._attendance.handle(body, time.monotonic())
                         if isinstance(body, Stop) and body.again:
                             log.warning("begins anew: %s", body.reason)

@@ -46,7 +46,7 @@ def test_a_server_that_is_killed_again_and_again_ends_the_run(stub: Stub) -> Non
     run.leaves_nothing(set())
 
 
-@pytest.mark.parametrize("victim", ["coordinator", "worker-1"])
+@pytest.mark.parametrize("victim", ["worker-0", "worker-1"])
 def test_a_child_killed_with_9_ends_the_run_and_is_named_last(stub: Stub, victim: str) -> None:
     run = stub()
     os.kill(run.ready(ALL)[victim], signal.SIGKILL)
@@ -54,6 +54,20 @@ def test_a_child_killed_with_9_ends_the_run_and_is_named_last(stub: Stub, victim
     assert code == 1
     assert lines[-1].startswith(f"error: {victim} was killed by signal 9 (SIGKILL); its log is ")
     assert lines[-1].endswith(f"/run/logs/{victim}.log.")
+    run.leaves_nothing(set())
+
+
+def test_a_coordinator_killed_with_9_is_started_again_but_not_for_ever(stub: Stub) -> None:
+    run = stub()
+    for count in range(6):
+        pid = run.ready(ALL + count)["coordinator"]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        assert command.count(b"--recover") == (count > 0)
+        os.kill(pid, signal.SIGKILL)
+    code, lines = run.end()
+    assert code == 1
+    assert sum("the coordinator was killed by signal 9 (SIGKILL); it is started again" in line for line in lines) == 5
+    assert lines[-1].startswith("error: coordinator was killed by signal 9 (SIGKILL); its log is ")
     run.leaves_nothing(set())
 
 

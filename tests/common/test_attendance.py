@@ -12,9 +12,10 @@ from common.attendance import FIRST_ANSWER_S, NEWS_S, Attendance
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
 from common.settings import Settings
-from common.wire import ASK_AGAIN_S, BEAT_S, GONE_S
+from common.wire import ASK_AGAIN_S, BEAT_S
 
 HELLO = Hello("worker", 3)
+AWAY_S = Settings().away
 WELCOME = Welcome("worker-3", "run", Settings(), [], [])
 
 
@@ -65,7 +66,7 @@ def test_a_coordinator_that_never_answers_is_named() -> None:
         attendance.tick(10.1 + FIRST_ANSWER_S, beat)
 
 
-@given(st.lists(st.floats(0.01, GONE_S - 0.01), max_size=10))
+@given(st.lists(st.floats(0.01, AWAY_S - 0.01), max_size=10))
 def test_only_silence_longer_than_the_limit_is_an_error(gaps: list[float]) -> None:
     attendance = Attendance(HELLO, "tcp://c:1", 0.0)
     attendance.handle(WELCOME, now := 0.0)
@@ -73,9 +74,9 @@ def test_only_silence_longer_than_the_limit_is_an_error(gaps: list[float]) -> No
         now += gap
         attendance.tick(now, beat)
         attendance.handle(Beat(), now)
-    attendance.tick(now + GONE_S - 0.01, beat)
-    with pytest.raises(ClusterError, match=f"{GONE_S:.0f} s"):
-        attendance.tick(now + GONE_S + 0.01, beat)
+    attendance.tick(now + AWAY_S - 0.01, beat)
+    with pytest.raises(ClusterError, match=f"{AWAY_S:.0f} s"):
+        attendance.tick(now + AWAY_S + 0.01, beat)
 
 
 def test_news_makes_the_next_tick_beat_but_not_more_often_than_allowed() -> None:
@@ -108,3 +109,10 @@ def test_the_end_of_the_run_is_kept() -> None:
     attendance = Attendance(HELLO, "tcp://c:1", 0.0)
     attendance.handle(Stop(False, "worker-1 failed."), 1.0)
     assert attendance.stop == Stop(False, "worker-1 failed.")
+
+
+def test_the_word_of_an_earlier_coordinator_does_not_count_once_the_next_one_is_heard() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    assert attendance.is_current(9) and attendance.is_current(5)  # who welcomes is not known yet
+    attendance.handle(WELCOME, 0.0)
+    assert [attendance.is_current(number) for number in (5, 6, 5, 6)] == [True, True, False, True]

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -37,9 +38,12 @@ from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, RowInit, Se
 from common.plan import Segment, make_segment
 from common.policies import load
 from common.rows import cut, owner_of, page_ids, pages
+from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
+from common.snapshots import newest
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
+from ps.books import Books, Head, restore
 from ps.coordinator import Coordinator
 from ps.ledger import Ledger
 from ps.server import _Server
@@ -108,6 +112,8 @@ class Case:
     #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
     folder: Path | None = None
     resume: bool = False
+    #: When the coordinator is killed, and how long nobody is in its place, seconds.
+    crashes: Sequence[tuple[float, float]] = ()
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -273,6 +279,7 @@ class World:
         self.computed: list[tuple[str, Task]] = []
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         self.starting: Process | None = None
+        self.over = False
         self._count = 0
 
     def at(self, when: float, what: Callable[[], None]) -> None:
@@ -342,12 +349,53 @@ class Process:
 
 
 class CoordinatorProcess(Process):
+    """With `Case.crashes` its books are real, in `folder`, and all that is not on the disk is lost in each."""
+
+    def __init__(self, world: World, key: str, folder: Path) -> None:
+        super().__init__(world, key)
+        self.folder = folder
+
     def begin(self) -> None:
+        case, books = self.world.case, None
+        if case.resume:
+            found, _ = newest(self.folder)
+            assert found is not None
+            head = Head("r.1", 1, "", case.settings, found.manifest.round)
+            books = Books(head, _books(self.world, found.manifest.round))
+        self._start(books)
+        for at, away in self.world.case.crashes:
+            self.world.at(100.0 + at, lambda away=away: self._crash(away))  # type: ignore[misc]
+
+    def _start(self, books: Books | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
         case = self.world.case
         settings = msgspec.structs.replace(case.settings, snapshot_every=0.7 if case.folder is not None else 0.0)
-        self.coordinator = Coordinator(self.port, settings, case.folder or Path("nowhere"), case.resume)  # type: ignore[arg-type]
+        self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
+        if self.world.case.crashes:
+            self.coordinator._log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
+
+    def _crash(self, away: float) -> None:
+        if self.alive and not self.world.over:
+            self.alive = False
+            self.coordinator._log._db.close()
+            self.world.at(self.world.now + away, self._recover)
+
+    def _recover(self) -> None:
+        self.alive = True
+        self._start(restore(self.folder / FILE_NAME), recovers=True)
+        self.world._tick(self)
+
+    def finish(self) -> None:
+        """What came in last is written down."""
+        self.coordinator._flush()
+        if self.world.case.crashes:
+            reader = RunLogReader(self.folder / FILE_NAME)
+            self.log = RecordedLog(self.folder)
+            self.log.rounds, self.log.contributions = reader.rounds(), reader.contributions()
+            self.log.events = [event for _, _, event in reader.events()]
+            reader.close()
+            self.coordinator._log.close()
 
     @property
     def ledger(self) -> Any:
@@ -919,10 +967,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.coordinator.RunLog": RecordedLog,
-            "ps.coordinator.restore": lambda path, upto: SimpleNamespace(
-                head=SimpleNamespace(run="r.1"), ledger=_books(world, upto)
-            ),
+            "ps.coordinator.RunLog": RunLog if world.case.crashes else RecordedLog,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,
@@ -942,8 +987,8 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
     """
     world = World(case)
     threads = torch.get_num_threads()
-    with _stand_ins(world):
-        coordinator = CoordinatorProcess(world, "coordinator")
+    with _stand_ins(world), TemporaryDirectory() as folder:
+        coordinator = CoordinatorProcess(world, "coordinator", case.folder or Path(folder))
         world.start(coordinator)
         servers = [ServerProcess(world, f"server-{n}") for n in range(case.settings.servers)]
         workers = [WorkerProcess(world, f"worker-{n}", p, case.real and n == 0) for n, p in enumerate(case.paces)]
@@ -957,15 +1002,17 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
             made = sum(event.kind == "snapshot" for event in coordinator.log.events)
             if snapshots is not None and made >= snapshots:
                 return True
-            return all(w.done or not w.useful for w in workers) and coordinator.ledger.committed >= planned
+            done = all(w.done or not w.useful for w in workers)
+            return done and coordinator.alive and coordinator.ledger.committed >= planned
 
         try:
             if case.real:
                 world.run(lambda: world.processes.get("worker-0"))
                 workers[0].script()
             world.run(over)
+            world.over = True
             world.run(lambda: False, world.now + 8.0)  # what was under way arrives; what was lost is sent again, and reported
-            coordinator.tick()  # what came in last is written down
+            coordinator.finish()
         finally:
             torch.set_num_threads(threads)
         unsent: dict[str, torch.Tensor] = {}
