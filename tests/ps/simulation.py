@@ -999,8 +999,7 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
 
         def over() -> bool:
-            made = sum(event.kind == "snapshot" for event in coordinator.log.events)
-            if snapshots is not None and made >= snapshots:
+            if snapshots is not None and sum(event.kind == "snapshot" for event in coordinator.log.events) >= snapshots:
                 return True
             done = all(w.done or not w.useful for w in workers)
             return done and coordinator.alive and coordinator.ledger.committed >= planned
