@@ -359,9 +359,8 @@ class CoordinatorProcess(Process):
         case, books = self.world.case, None
         if case.resume:
             found, _ = newest(self.folder)
-            assert found is not None
-            head = Head("r.1", 1, "", case.settings, found.manifest.round)
-            books = Books(head, _books(self.world, found.manifest.round))
+            round_ = found.manifest.round if found is not None else -1
+            books = Books(Head("r.1", 1, "", case.settings, round_), _books(self.world, max(round_, 0)))
         self._start(books)
         for at, away in self.world.case.crashes:
             self.world.at(100.0 + at, lambda away=away: self._crash(away))  # type: ignore[misc]
