@@ -1,0 +1,166 @@
+"""A finished run, opened: its settings, its images, and its model with the weights of before, during or after training."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from common.errors import UsageError
+from common.plan import derive_seed
+from common.settings import FIELDS, Settings, make_settings, read_toml
+from worker import data, models
+from worker.data import Images
+from worker.loader import seed_everything
+
+RUNS = Path("runs")
+SETTINGS_FILE = "settings.toml"
+MODEL_FILE = "model.safetensors"
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Which run to look at, and on which images: its own where `data` is None.
+
+    `run` is a folder, or the name of one in runs/. `model_file`, FILE.py:FACTORY, says what makes the model of a run that trained
+    a script of its user's.
+    """
+
+    run: str
+    data: str | None = None
+    data_dir: str | None = None
+    model_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run. `make` gives a new model with weights drawn from torch's global generator."""
+
+    folder: Path
+    settings: Settings
+    images: Images
+    data_dir: str | None
+    make: Callable[[], nn.Module]
+
+    @property
+    def model_file(self) -> Path:
+        return self.folder / MODEL_FILE
+
+    @functools.cached_property
+    def model_sha256(self) -> str:
+        """Of the whole file of the trained model, buffers included."""
+        with self.model_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_run(source: Source) -> Trained:
+    """Open `source`, having found out that its model takes its images.
+
+    Raises UsageError where there is no such run, where it has no model yet, where its model is a user's and `model_file` is not
+    given, and where model and images do not fit.
+    """
+    folder = find_run(source.run)
+    settings, script = _read_settings(folder)
+    if not (folder / MODEL_FILE).is_file():
+        raise UsageError(
+            f"the run in {folder} has no {MODEL_FILE}: it has not finished, so there is no trained model to look at."
+        )
+    if script is not None and source.model_file is None:
+        raise UsageError(
+            f"the run in {folder} trained the model of a script, {script}: say what makes it with --model-file FILE.py:FACTORY, "
+            "where FACTORY is a class or function that takes no arguments."
+        )
+    if source.model_file is not None and source.data is None:
+        raise UsageError("a model of your own needs --data: which images to show it.")
+    name = source.data or settings.data
+    data_dir = source.data_dir or (settings.data_dir if source.data in (None, settings.data) else None)
+    images = data.load(name, data_dir, settings.seed, augment=False)
+    if source.model_file is not None:
+        make = _factory(source.model_file)
+    else:
+        make = functools.partial(models.build, settings.model, images.shape, images.classes)
+    trained = Trained(folder, settings, images, data_dir, make)
+    _check_fit(trained)
+    return trained
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run that is named by its path or its name under runs/. Raises UsageError where there is none."""
+    for folder in (Path(run), RUNS / run):
+        if (folder / SETTINGS_FILE).is_file():
+            return folder
+    there = sorted(path.parent.name for path in RUNS.glob(f"*/{SETTINGS_FILE}"))
+    known = f"{RUNS}/ has {', '.join(there)}" if there else f"there are none in {RUNS}/ either"
+    raise UsageError(f"there is no run {run}, which is the folder of one or its name under {RUNS}/; {known}.")
+
+
+def weights_at(run: Trained, when: str | Path) -> nn.Module:
+    """The model of `run` in evaluation mode: 'first' is before training, 'last' after it, a path that of such a model file.
+
+    The first weights are drawn again from the run's seed as every worker draws them, so they are those of a run that did not
+    start from other weights. Raises UsageError where a file cannot be read or is that of another model.
+    """
+    if when == "first":
+        seed_everything(derive_seed(run.settings.seed, "model"))
+        return run.make().eval()
+    path = run.model_file if when == "last" else Path(when)
+    if not path.is_file():
+        raise UsageError(f"there is no model file {path}.")
+    model = run.make()
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[:40])
+        raise UsageError(
+            f"{path} holds other weights than those of the model for images of '{run.images.name}': {reason}."
+        ) from None
+    return model.eval()
+
+
+def _read_settings(folder: Path) -> tuple[Settings, str | None]:
+    """The settings of a run, and the script that it trained, None for the built-in example."""
+    values = read_toml(folder / SETTINGS_FILE)
+    script = values.get("script")
+    return make_settings({key: value for key, value in values.items() if key in FIELDS}, str(folder / SETTINGS_FILE)), script
+
+
+def _factory(text: str) -> Callable[[], nn.Module]:
+    """What FILE.py:FACTORY names, checked to make a model."""
+    file, _, name = text.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise UsageError(f"--model-file {text}: there is no file {file or text}; it takes FILE.py:FACTORY.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--model-file {text}: {file} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        make: Callable[[], nn.Module] = getattr(module, name)
+        made = make()
+    except Exception as error:  # the user's code may raise anything
+        raise UsageError(f"--model-file {text} made no model: {type(error).__name__}: {error}.") from None
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"--model-file {text} made a {type(made).__name__}, which is no nn.Module.")
+    return make
+
+
+def _check_fit(run: Trained) -> None:
+    model = weights_at(run, "last")
+    try:
+        with torch.no_grad():
+            model(run.images.train[0][0][None])
+    except (RuntimeError, TypeError, ValueError) as error:
+        size = "x".join(map(str, run.images.shape))
+        reason = " ".join(str(error).split()[:40])
+        raise UsageError(f"the model of {run.folder} does not take images of '{run.images.name}', {size}: {reason}.") from None
