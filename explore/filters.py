@@ -54,7 +54,7 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     folder, name = out or run.folder / "filters", short_name(model, layer)
     return [
         draw_filters(stages, f"Filters of {name}", folder / f"filters-{name}.png"),
-        draw_maps(run, model, asked, folder / f"maps-{asked.name.replace(' ', '-')}.png"),
+        draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png"),
         draw_patches(run, model, layer, folder / f"patches-{name}.png"),
     ]
 
@@ -65,7 +65,8 @@ def _convolution(model: nn.Module, layer: str) -> Tensor:
     if not isinstance(module, nn.Conv2d):
         there = [short for short, name in short_names(model).items() if isinstance(dict(model.named_modules())[name], nn.Conv2d)]
         has = f"those of this model are {', '.join(there)}" if there else "this model has none"
-        raise UsageError(f"the layer '{layer}' is a {type(module).__name__}; only convolutions have filters to draw, and {has}.")
+        called = short_name(model, layer)
+        raise UsageError(f"the layer '{called}' is a {type(module).__name__}; only convolutions have filters to draw, and {has}.")
     return module.weight.detach()
 
 
@@ -96,7 +97,7 @@ def draw_filters(stages: Sequence[Stage], title: str, path: Path) -> Path:
         axes.set_title(stage.when, fontsize=11)
         axes.set_axis_off()
         _number(axes, pictures[0], range(shown), columns)
-    what = f"{_of(shown, count)}, numbered from 0" + (
+    what = f"Shown are {_of(shown, count)}, numbered from 0" + (
         "" if plain else f"; a row has {_of(min(inputs, _INPUTS), inputs, 'input')}"
     )
     colours = "grey is 0" if inputs == 3 else "blue is negative, white 0, red positive"
@@ -232,9 +233,9 @@ def draw_patches(run: Trained, model: nn.Module, layer: str, path: Path) -> Path
     size = "x".join(map(str, field.size))
     made.suptitle(f"What excites the filters of {short_name(model, layer)} most", fontsize=13)
     made.supxlabel(
-        f"{_of(shown, count)}, by number: in each row {'the filter, then ' if first else ''}the {len(best)} strongest units "
-        f"of {len(numbers)} training images of {run.images.name},\none an image, the strongest first. A unit sees {size} pixels, "
-        "its receptive field; what lies outside of the image is pale blue.",
+        f"Shown are {_of(shown, count)}, by number: in each row {'the filter, then ' if first else ''}the {len(best)} units that "
+        f"give most in {len(numbers)} training images of {run.images.name},\none an image, the strongest first. A unit sees "
+        f"{size} pixels, its receptive field; what lies outside of the image is pale blue.",
         fontsize=9,
     )
     return save(made, path)

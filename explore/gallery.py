@@ -45,9 +45,9 @@ class Gallery:
     cells: Sequence[tuple[str, ...]]
     note: str
 
-    def told(self, query: Asked) -> str:
+    def told(self, query: Asked, between: str = ": ") -> str:
         """What is known of a query."""
-        return query.name + (f": {label_text(query.label, self.images)}" if query.label is not None else "")
+        return query.name + (f"{between}{label_text(query.label, self.images)}" if query.label is not None else "")
 
     def legend(self) -> str:
         known = any(row.query.label is not None for row in self.rows)
@@ -61,9 +61,9 @@ def draw(gallery: Gallery, path: Path) -> Path:
     made = figure(max(1.25 * columns, 8), 1.65 * len(gallery.rows) + 1.0)
     grid = made.subplots(len(gallery.rows), columns, squeeze=False)
     for row, axes in zip(gallery.rows, grid, strict=True):
-        shown = [(row.query.image, gallery.images.test, gallery.told(row.query), _QUERY)]
+        shown = [(row.query.image, gallery.images.test, gallery.told(row.query, "\n"), _QUERY)]
         for match in row.matches:
-            text = f"{label_text(match.label, gallery.images)}  #{match.number}\n{match.distance:.3f}"
+            text = f"{label_text(match.label, gallery.images)}\n#{match.number}   {match.distance:.3f}"
             shown.append((gallery.images.train[match.number][0], gallery.images.train, text, row.colour(match)))
         for one in axes:
             one.set_axis_off()

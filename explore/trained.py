@@ -120,9 +120,8 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from None
     except RuntimeError as error:
-        reason = " ".join(str(error).split()[:40])
         raise UsageError(
-            f"{path} holds other weights than those of the model for images of '{run.images.name}': {reason}."
+            f"{path} does not fit the model for images of '{run.images.name}', which holds other weights: {_reason(error)}."
         ) from None
     return model.eval()
 
@@ -162,5 +161,12 @@ def _check_fit(run: Trained) -> None:
             model(run.images.train[0][0][None])
     except (RuntimeError, TypeError, ValueError) as error:
         size = "x".join(map(str, run.images.shape))
-        reason = " ".join(str(error).split()[:40])
-        raise UsageError(f"the model of {run.folder} does not take images of '{run.images.name}', {size}: {reason}.") from None
+        raise UsageError(
+            f"the model of {run.folder} does not take images of '{run.images.name}', {size}: {_reason(error)}."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first of torch's reasons, of which there may be one for each layer."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[min(1, len(lines) - 1)].rstrip(".")
