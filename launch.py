@@ -37,7 +37,11 @@ _WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show
 def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command function the argument and options that say which run to look at, and on which images."""
     for flag, metavar, text in (
-        ("--model-file", "FILE.py:FACTORY", "What makes the model of a run of your own script: a class or function."),
+        (
+            "--model-file",
+            "FILE.py:FACTORY",
+            "What makes the model of a run of your own script: a class or function; FILE.py is imported.",
+        ),
         ("--data-dir", "DIR", "Folder that holds the images, where --data needs one."),
         ("--data", "NAME", "The images, as in `local`; by default those that the run was trained on."),
     ):
@@ -334,8 +338,8 @@ def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **
     from explore.filters import command
     from explore.trained import Source
 
-    for path in command(Source(**source), layer, image, also, out):
-        click.echo(path)
+    for line in command(Source(**source), layer, image, also, out):
+        click.echo(line)
 
 
 def main() -> int:

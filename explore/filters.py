@@ -41,8 +41,8 @@ class Stage:
     weights: Tensor
 
 
-def command(source: Source, layer: str, image: str, also: Sequence[Path], out: Path | None) -> list[Path]:
-    """`launch.py filters`: writes three pictures and returns their paths."""
+def command(source: Source, layer: str, image: str, also: Sequence[Path], out: Path | None) -> list[str]:
+    """`launch.py filters`: writes three pictures and returns the lines to tell the user."""
     run = open_run(source)
     model = weights_at(run, "last")
     layer = find_layer(model, layer)
@@ -52,11 +52,14 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     times += [(f"{path.parent.name}/{path.name}", path) for path in also]
     stages = [Stage(when, _convolution(weights_at(run, at), layer)) for when, at in [*times, ("after training", "last")]]
     folder, name = out or run.folder / "filters", short_name(model, layer)
-    return [
-        draw_filters(stages, f"Filters of {name}", folder / f"filters-{name}.png"),
-        draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png"),
-        draw_patches(run, model, layer, folder / f"patches-{name}.png"),
-    ]
+    draw_filters(stages, f"Filters of {name}", folder / f"filters-{name}.png")
+    draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png")
+    notes = [asked.note] if asked.note else []
+    try:
+        draw_patches(run, model, layer, folder / f"patches-{name}.png")
+    except UsageError as error:
+        notes.append(f"there are no patches: {error}")
+    return [*(f"note: {note}" for note in notes), f"the pictures are in {folder}"]
 
 
 def _convolution(model: nn.Module, layer: str) -> Tensor:

@@ -41,6 +41,7 @@ class Neighbours:
         self._points = self._ready(points)
         width = self._points.shape[1]
         if approximate:
+            faiss.omp_set_num_threads(1)  # the graph depends on the order in which points come into it
             self._index: Any = faiss.IndexHNSWFlat(width, _LINKS)
             self._index.hnsw.efConstruction, self._index.hnsw.efSearch = _BUILD, _SEARCH
         else:

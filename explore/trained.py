@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,11 +144,12 @@ def _factory(text: str) -> Callable[[], nn.Module]:
     if spec is None or spec.loader is None:
         raise UsageError(f"--model-file {text}: {file} is no Python file.")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script: what it imports may stand beside it
     try:
         spec.loader.exec_module(module)
         make: Callable[[], nn.Module] = getattr(module, name)
         made = make()
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UsageError(f"--model-file {text} made no model: {type(error).__name__}: {error}.") from None
     if not isinstance(made, nn.Module):
         raise UsageError(f"--model-file {text} made a {type(made).__name__}, which is no nn.Module.")

@@ -10,8 +10,11 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
+from cluster.rundir import write_settings
+from common.settings import Settings
 from explore.filters import Stage, command, cut, draw_filters, filter_pictures, find_peaks
 from explore.layers import Field, receptive_field
 from explore.pictures import OUTSIDE, tiles
@@ -86,9 +89,9 @@ def pixels_of(path: Path) -> npt.NDArray[np.int64]:
 
 
 def test_three_pictures_are_drawn(run: Trained, tmp_path: Path) -> None:
-    paths = command(Source(str(run.folder)), "conv2", "901", [run.model_file], tmp_path)
-    assert [path.name for path in paths] == ["filters-conv2.png", "maps-held-out-901.png", "patches-conv2.png"]
-    for path in paths:
+    lines = command(Source(str(run.folder)), "conv2", "901", [run.model_file], tmp_path)
+    assert lines == [f"the pictures are in {tmp_path}"]
+    for path in (tmp_path / f"{name}.png" for name in ("filters-conv2", "maps-held-out-901", "patches-conv2")):
         pixels = pixels_of(path)
         assert min(pixels.shape[:2]) > 500
         coloured = np.abs(pixels - pixels.mean(2, keepdims=True)).max(2) > 40
@@ -106,6 +109,30 @@ def test_filters_before_training_stand_left_of_those_after_it(run: Trained, tmp_
     same_left, same_right = halves(before, before)
     assert np.array_equal(left, same_left)
     assert (np.abs(right - same_right).max(2) > 20).mean() > 0.1
+
+
+BRANCHED = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+    def forward(self, x):
+        return self.c(self.a(x) + self.b(x)).flatten(1)
+"""
+
+
+def test_without_a_chain_of_layers_the_other_pictures_are_drawn_and_the_user_is_told(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(BRANCHED)
+    write_settings(tmp_path / "settings.toml", Settings(), "train.py")
+    weights = {
+        f"{name}.{kind}": torch.ones((1, 1, 3, 3) if kind == "weight" else 1) for name in "abc" for kind in ("weight", "bias")
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    note, last = command(Source(str(tmp_path), "digits", None, f"{tmp_path}/net.py:Net"), "c", "0", [], None)
+    assert note.startswith("note: there are no patches: 'b' does not get what 'a' gives")
+    assert last == f"the pictures are in {tmp_path / 'filters'}"
+    assert sorted(path.name for path in (tmp_path / "filters").iterdir()) == ["filters-conv3.png", "maps-held-out-0.png"]
 
 
 def test_only_convolutions_have_filters(folder: Path, refusal: Callable[..., str]) -> None:
