@@ -327,13 +327,13 @@ def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int
     help="Whose maps are drawn: a file, or the number of a held-out image.",
 )
 @click.option("--also", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="A model file of during training, such as a snapshot's; may be given again.")  # fmt: skip
+              help="Another model file, or folder of a snapshot, to draw filters of; may be given again.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the pictures; by default RUN/filters.")
 def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **source: Any) -> None:
     """Draw what a convolution has learnt.
 
-    RUN is a run's folder, or its name under runs/. Drawn are the filters before and after training, the maps of one image layer
-    by layer, and the patches of training images that excite each filter most.
+    RUN is a run's folder, or its name under runs/. Drawn are the filters before training, in the snapshots that
+    there are, and after it, the maps of one image layer by layer, and the patches of training images that excite a filter most.
     """
     from explore.filters import command
     from explore.trained import Source

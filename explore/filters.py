@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from common.errors import UsageError
 from explore.layers import Field, find_layer, receptive_field, recording, short_name, short_names
 from explore.pictures import BETWEEN, OUTSIDE, Asked, Pixels, ask, figure, label_text, save, tiles, to_pixels
-from explore.trained import Source, Trained, open_run, weights_at
+from explore.trained import Source, Trained, open_run, snapshots_of, weights_at
 from worker.data import Samples
 
 if TYPE_CHECKING:
@@ -48,9 +48,12 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     layer = find_layer(model, layer)
     _convolution(model, layer)
     asked = ask(image, run.images)
-    times: list[tuple[str, str | Path]] = [("before training", "first")]
-    times += [(f"{path.parent.name}/{path.name}", path) for path in also]
-    stages = [Stage(when, _convolution(weights_at(run, at), layer)) for when, at in [*times, ("after training", "last")]]
+    last = Stage("after training", _convolution(model, layer))
+    during = [(f"{path.parent.name}/{path.name}", path) for path in also]
+    during += [(path.name, path) for path in snapshots_of(run) if path not in also]
+    stages = [Stage(when, _convolution(weights_at(run, path), layer)) for when, path in during]
+    stages = [stage for stage in stages if not torch.equal(stage.weights, last.weights)]  # as the last snapshot's
+    stages = [Stage("before training", _convolution(weights_at(run, "first"), layer)), *stages, last]
     folder, name = out or run.folder / "filters", short_name(model, layer)
     draw_filters(stages, f"Filters of {name}", folder / f"filters-{name}.png")
     draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png")

@@ -6,21 +6,23 @@ import functools
 import hashlib
 import importlib.util
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from common import snapshots
 from common.errors import UsageError
 from common.plan import derive_seed
-from common.settings import FIELDS, Settings, make_settings, read_toml
+from common.settings import FIELDS, Settings, make_settings, parse_shape, read_toml
+from common.weights import write_model
 from worker import data, models
 from worker.data import Images
+from worker.example import load_weights
 from worker.loader import seed_everything
 
 RUNS = Path("runs")
@@ -83,7 +85,9 @@ def open_run(source: Source) -> Trained:
         raise UsageError("a model of your own needs --data: which images to show it.")
     name = source.data or settings.data
     data_dir = source.data_dir or (settings.data_dir if source.data in (None, settings.data) else None)
-    images = data.load(name, data_dir, settings.seed, augment=False)
+    own = source.data in (None, settings.data)
+    shape = parse_shape(settings.image) if own and settings.image is not None else None
+    images = data.load(name, data_dir, settings.seed, augment=False, shape=shape, classes=settings.classes if own else None)
     if source.model_file is not None:
         make = _factory(source.model_file)
     else:
@@ -104,27 +108,34 @@ def find_run(run: str) -> Path:
 
 
 def weights_at(run: Trained, when: str | Path) -> nn.Module:
-    """The model of `run` in evaluation mode: 'first' is before training, 'last' after it, a path that of such a model file.
+    """The model of `run` in evaluation mode: 'first' is before training, 'last' after it, a path that of a model file or of the
+    folder of a snapshot.
 
-    The first weights are drawn again from the run's seed as every worker draws them, so they are those of a run that did not
-    start from other weights. Raises UsageError where a file cannot be read or is that of another model.
+    The first weights are those that the run was given with --init, or else drawn again from its seed as every worker draws them.
+    Raises UsageError where a file cannot be read or is that of another model.
     """
-    if when == "first":
-        seed_everything(derive_seed(run.settings.seed, "model"))
-        return run.make().eval()
-    path = run.model_file if when == "last" else Path(when)
-    if not path.is_file():
-        raise UsageError(f"there is no model file {path}.")
+    seed_everything(derive_seed(run.settings.seed, "model"))
     model = run.make()
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from None
-    except RuntimeError as error:
-        raise UsageError(
-            f"{path} does not fit the model for images of '{run.images.name}', which holds other weights: {_reason(error)}."
-        ) from None
+    if when == "first":
+        if run.settings.init is not None:
+            load_weights(model, Path(run.settings.init))
+        return model.eval()
+    path = run.model_file if when == "last" else Path(when)
+    if not path.is_dir():
+        load_weights(model, path)
+        return model.eval()
+    snapshot = snapshots.read(path)
+    if damage := snapshot.damage():
+        raise UsageError(damage)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(snapshot, Path(folder) / MODEL_FILE)
+        load_weights(model, Path(folder) / MODEL_FILE)
     return model.eval()
+
+
+def snapshots_of(run: Trained) -> list[Path]:
+    """The folders of the run's finished snapshots, in the order in which they were made."""
+    return [folder for folder in snapshots.folders(run.folder) if (folder / snapshots.MANIFEST_FILE).exists()]
 
 
 def _read_settings(folder: Path) -> tuple[Settings, str | None]:
@@ -157,15 +168,12 @@ def _factory(text: str) -> Callable[[], nn.Module]:
 
 
 def _check_fit(run: Trained) -> None:
-    model = weights_at(run, "last")
     try:
         with torch.no_grad():
-            model(run.images.train[0][0][None])
-    except (RuntimeError, TypeError, ValueError) as error:
-        size = "x".join(map(str, run.images.shape))
-        raise UsageError(
-            f"the model of {run.folder} does not take images of '{run.images.name}', {size}: {_reason(error)}."
-        ) from None
+            weights_at(run, "last")(run.images.train[0][0][None])
+    except (UsageError, RuntimeError, TypeError, ValueError) as error:
+        what = f"images of '{run.images.name}', {'x'.join(map(str, run.images.shape))}"
+        raise UsageError(f"the model of {run.folder} does not take {what}: {_reason(error)}.") from None
 
 
 def _reason(error: Exception) -> str:

@@ -138,4 +138,4 @@ def test_without_a_chain_of_layers_the_other_pictures_are_drawn_and_the_user_is_
 def test_only_convolutions_have_filters(folder: Path, refusal: Callable[..., str]) -> None:
     text = refusal("filters", folder, "--layer", "fc1")
     assert "'fc1' is a Linear" in text and "conv1, conv2" in text
-    assert "no model file lost" in refusal("filters", folder, "--also", "lost")
+    assert "no file lost" in refusal("filters", folder, "--also", "lost")

@@ -15,7 +15,7 @@ from torch import nn
 from cluster.rundir import write_settings
 from common.errors import UsageError
 from common.settings import Settings
-from explore.trained import Source, Trained, find_run, open_run, weights_at
+from explore.trained import Source, Trained, find_run, open_run, snapshots_of, weights_at
 
 MODEL = """
 import torch
@@ -55,6 +55,14 @@ def test_the_last_weights_are_the_trained_ones_and_a_file_stands_for_any_time(ru
     assert not torch.equal(weights_at(run, "first").state_dict()["0.weight"], trained["0.weight"])
 
 
+def test_a_snapshot_has_the_weights_of_its_time(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    launch("--data", "digits", "--epochs", 1, "--snapshot-every", 0.2)
+    run = open_run(Source(str(tmp_path / "run")))
+    *_, newest = snapshots_of(run)
+    found, last = weights_at(run, newest).state_dict(), weights_at(run, "last").state_dict()
+    assert all(torch.equal(found[name], last[name]) for name in last)
+
+
 def test_a_run_is_found_by_its_folder_and_by_its_name(users_run: Path) -> None:
     assert find_run("mine") == find_run("runs/mine") == users_run
     with pytest.raises(UsageError, match=r"no run yours.* mine"):
@@ -86,13 +94,11 @@ def test_what_does_not_fit_is_refused(users_run: Path, source: Source, sentence:
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-def test_a_run_without_a_trained_model_and_one_whose_file_is_damaged_or_anothers_is_refused(
+def test_a_run_without_a_trained_model_and_one_whose_file_is_that_of_another_is_refused(
     folder: Path, tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     shutil.copy(folder / "settings.toml", tmp_path)
     assert "has not finished" in refusal("features", tmp_path, "--layer", "conv1")
-    (tmp_path / "model.safetensors").write_bytes(b"no")
-    assert "cannot be read as a safetensors file" in refusal("similar", tmp_path, "0")
     save_file({"0.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert "does not fit" in refusal("filters", tmp_path)
+    assert "give the weights of the same model" in refusal("filters", tmp_path)
     assert "'digits'" in refusal("filters", folder, "--data", "digits")
