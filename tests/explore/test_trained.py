@@ -55,12 +55,11 @@ def test_the_last_weights_are_the_trained_ones_and_a_file_stands_for_any_time(ru
     assert not torch.equal(weights_at(run, "first").state_dict()["0.weight"], trained["0.weight"])
 
 
-def test_a_snapshot_has_the_weights_of_its_time(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    launch("--data", "digits", "--epochs", 1, "--snapshot-every", 0.2)
-    run = open_run(Source(str(tmp_path / "run")))
-    *_, newest = snapshots_of(run)
-    found, last = weights_at(run, newest).state_dict(), weights_at(run, "last").state_dict()
-    assert all(torch.equal(found[name], last[name]) for name in last)
+def test_the_last_snapshot_has_the_last_weights_and_an_earlier_one_others(run: Trained) -> None:
+    last = weights_at(run, "last").state_dict()
+    earlier, newest = (weights_at(run, folder).state_dict() for folder in snapshots_of(run)[-2:])
+    assert all(torch.equal(newest[name], last[name]) for name in last)
+    assert not torch.equal(earlier["0.weight"], last["0.weight"])
 
 
 def test_a_run_is_found_by_its_folder_and_by_its_name(users_run: Path) -> None:
