@@ -49,7 +49,9 @@ def find_layer(model: nn.Module, name: str) -> str:
     if name in short:
         return short[name]
     inner = set(short.values())
-    there = [f"{key} ({value})" for key, value in short.items()] + [known for known in own if known not in inner]
+    there = [f"{key} ({value})" if key != value else key for key, value in short.items()] + [
+        known for known in own if known not in inner
+    ]
     raise UsageError(f"the model has no layer '{name}'; there are {', '.join(there)}.")
 
 
