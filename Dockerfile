@@ -23,6 +23,7 @@ COPY common common
 COPY ps ps
 COPY worker worker
 COPY cluster cluster
+COPY explore explore
 USER trainer
 ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 ENTRYPOINT ["python", "launch.py"]

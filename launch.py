@@ -6,16 +6,20 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.exits import run_command
 from cluster.flags import Choice, Command, Option, check_address, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+
+if TYPE_CHECKING:
+    from common.settings import Settings
 
 _COORDINATOR = click.option(
     "--coordinator",
@@ -28,6 +32,23 @@ _COORDINATOR = click.option(
 _INDEX = click.option(
     "--index", type=click.IntRange(min=0), metavar="N", help="The number this process is to have; by default one that is free."
 )
+_WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
+                        help="Workers that compute the features.")  # fmt: skip
+
+
+def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command function the argument and options that say which run to look at, and on which images."""
+    for flag, metavar, text in (
+        (
+            "--model-file",
+            "FILE.py:FACTORY",
+            "What makes the model of a run of your own script: a class or function; FILE.py is imported.",
+        ),
+        ("--data-dir", "DIR", "Folder that holds the images, where --data needs one."),
+        ("--data", "NAME", "The images, as in `local`; by default those that the run was trained on."),
+    ):
+        command = click.option(flag, metavar=metavar, help=text)(command)
+    return click.argument("run")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -39,6 +60,7 @@ def cli() -> None:
     \b
     launch.py local                               the built-in example
     launch.py local --workers 4 train.py -- ARGS  your own script
+    launch.py filters runs/NAME                   what it has learnt
     launch.py COMMAND --help                      what can be set
     """
 
@@ -262,6 +284,74 @@ def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, ov
     click.echo(f"{out}: " + (f"accuracy {merged.accuracy:.2%}" if merged.accuracy is not None else "written"))
 
 
+@cli.command()
+@_looks_at_a_run
+@click.option("--layer", required=True, metavar="NAME", help="The layer: conv1, relu2, fc1, ..., or its name in named_modules().")
+@_WORKERS
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="By default RUN/features/DATA-LAYER.safetensors.")
+def features(layer: str, workers: int, out: Path | None, **source: Any) -> None:
+    """Compute the features of images by the layer of a trained model.
+
+    RUN is a run's folder, or its name under runs/. What the layer gives for each image of the data set, to train on and held
+    out, is flattened and written to a safetensors file: features (N, D), labels, indices and held_out.
+    """
+    from explore.features import command
+    from explore.trained import Source
+
+    click.echo(command(Source(**source), layer, workers, out, _on_cluster))
+
+
+@cli.command()
+@_looks_at_a_run
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--layer", metavar="NAME", help="The layer whose features are compared; by default that before the last.")
+@click.option("-k", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Images to find for each.")
+@click.option("--metric", type=click.Choice(["cosine", "euclidean"]), default="cosine", show_default=True)
+@click.option("--approximate", is_flag=True, help="Search in a graph (HNSW) instead of looking at all images.")
+@click.option("--retrieval/--no-retrieval", default=True, help="Measure how often the nearest are of the same class.")
+@_WORKERS
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the galleries; by default RUN/similar.")
+def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int, metric: Any, approximate: bool,
+            retrieval: bool, workers: int, **source: Any) -> None:  # fmt: skip
+    """Find the training images that are most like others.
+
+    RUN is a run's folder, or its name under runs/; each IMAGE is a file, or the number of a held-out image. The nearest by
+    what a layer of the trained model gives are drawn as a gallery, a PNG and a page of HTML, and how good the features are
+    for that is told beside raw pixels. Features are kept in RUN/features.
+    """
+    from explore.similar import command
+    from explore.trained import Source
+
+    for line in command(Source(**source), images, layer, k, metric, approximate, retrieval, workers, out, _on_cluster):
+        click.echo(line)
+
+
+@cli.command()
+@_looks_at_a_run
+@click.option("--layer", default="conv1", show_default=True, metavar="NAME", help="A convolution: conv1, conv2, ...")
+@click.option(
+    "--image",
+    default="0",
+    show_default=True,
+    metavar="IMAGE",
+    help="Whose maps are drawn: a file, or the number of a held-out image.",
+)
+@click.option("--also", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Another model file, or folder of a snapshot, to draw filters of; may be given again.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the pictures; by default RUN/filters.")
+def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **source: Any) -> None:
+    """Draw what a convolution has learnt.
+
+    RUN is a run's folder, or its name under runs/. Drawn are the filters before training, in the snapshots that
+    there are, and after it, the maps of one image layer by layer, and the patches of training images that excite a filter most.
+    """
+    from explore.filters import command
+    from explore.trained import Source
+
+    for line in command(Source(**source), layer, image, also, out):
+        click.echo(line)
+
+
 def main() -> int:
     """Run the command line and return the exit code."""
     parent = os.environ.pop(PARENT_VARIABLE, None)
@@ -272,6 +362,17 @@ def main() -> int:
 
 def _program() -> list[str]:
     return [sys.executable, str(Path(__file__).resolve())]
+
+
+def _on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, ...]) -> None:
+    """Run a script on a cluster of this machine that is only a means to something else; `folder` is its run directory."""
+    from rich.console import Console
+
+    from cluster.local import Order, run_local
+    from cluster.screen import LiveOnly
+    from common.runlog import FILE_NAME
+
+    run_local(Order(settings, folder, script, args), _program(), os.environ, LiveOnly(Console(), folder / FILE_NAME))
 
 
 def _folder(choice: Choice) -> Path:

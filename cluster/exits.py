@@ -16,7 +16,7 @@ import click
 from common.errors import PsError, UsageError
 
 _ROOT = Path(__file__).resolve().parent.parent
-_OURS = tuple(str(_ROOT / name) for name in ("launch.py", "common", "ps", "worker", "cluster"))
+_OURS = tuple(str(_ROOT / name) for name in ("launch.py", "common", "ps", "worker", "cluster", "explore"))
 _LIBRARIES = tuple(
     dict.fromkeys(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 )

@@ -68,6 +68,13 @@ class Screen:
             self.say(line(self.progress))
 
 
+class LiveOnly(Screen):
+    """For a run that is only a means to something else: its progress on a terminal, and no lines about it."""
+
+    def say(self, line: str) -> None:
+        pass
+
+
 def say(console: Console, line: str) -> None:
     """Print a line as it is."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

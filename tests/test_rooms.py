@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = ("common", "ps", "worker", "cluster", "launch")
+OURS = ("common", "ps", "worker", "cluster", "explore", "launch")
 #: What each room may import of ours besides itself.
-ALLOWED: dict[str, set[str]] = {"common": set(), "ps": {"common"}, "worker": {"common"}, "cluster": {"common"}}
+ALLOWED: dict[str, set[str]] = {
+    "common": set(),
+    "ps": {"common"},
+    "worker": {"common"},
+    "cluster": {"common"},
+    "explore": {"common", "worker"},
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def test_the_guard_needs_only_the_standard_library() -> None:
 
 
 def test_launch_imports_ps_and_worker_inside_its_commands() -> None:
-    rooms = [one for one in imports_of(ROOT / "launch.py") if one.package in ("ps", "worker", "torch")]
+    rooms = [one for one in imports_of(ROOT / "launch.py") if one.package in ("ps", "worker", "explore", "torch")]
     assert rooms
     assert [str(one) for one in rooms if not one.inside] == []
 
@@ -88,12 +94,12 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_launch_loads_no_torch_and_no_other_heavy_thing() -> None:
-    assert not loaded_by("import launch") & {"torch", "numpy", "matplotlib", "rich", "zmq", "ps", "worker"}
+    assert not loaded_by("import launch") & {"torch", "numpy", "matplotlib", "rich", "zmq", "ps", "worker", "explore"}
 
 
 def test_cluster_as_a_whole_loads_no_torch_and_no_other_process() -> None:
     names = ", ".join(f"cluster.{file.stem}" for file in sorted((ROOT / "cluster").glob("[!_]*.py")))
-    assert not loaded_by(f"import {names}") & {"torch", "ps", "worker"}
+    assert not loaded_by(f"import {names}") & {"torch", "ps", "worker", "explore"}
 
 
 def test_the_coordinator_needs_no_torch() -> None:

@@ -19,6 +19,10 @@ Sample = tuple[Tensor, int]
 class Samples(Dataset[Sample]):
     """A map-style data set that knows its length."""
 
+    #: A value of a Sample is (v - mean) / std of a pixel's v, 0 to 1; one mean and std per channel.
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
     def __len__(self) -> int:
         raise NotImplementedError
 
@@ -34,6 +38,8 @@ class Images:
     classes: int
     #: (channels, height, width) of every image, in pixels.
     shape: tuple[int, int, int]
+    #: What the labels stand for, where that is known.
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class TensorImages(Samples):
     ) -> None:
         self.pixels = pixels
         self.labels = labels
+        self.mean, self.std = mean, std
         self._black = torch.tensor(mean).view(-1, 1, 1) * white
         self._scale = 1 / (torch.tensor(std).view(-1, 1, 1) * white)
         self._vary = vary

@@ -45,7 +45,7 @@ def load(request: Request) -> Images:
     classes = sorted(train)
     _, height, width = request.shape or (3, SIDE, SIDE)
     samples, held_out = (FolderImages(files, classes, height, width) for files in (train, test))
-    return Images(request.name, samples, held_out, len(classes), (3, height, width))
+    return Images(request.name, samples, held_out, len(classes), (3, height, width), tuple(classes))
 
 
 class FolderImages(Samples):
@@ -53,6 +53,8 @@ class FolderImages(Samples):
 
     Getting one raises UsageError naming the file where that can't be read as an image.
     """
+
+    mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self, files: dict[str, list[Path]], classes: list[str], height: int, width: int) -> None:
         self.files = [(path, label) for label, name in enumerate(classes) for path in files.get(name, [])]

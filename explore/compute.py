@@ -1,0 +1,35 @@
+"""The script of the workers that compute features: a run whose rounds are images to be looked at, with nothing to train."""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+import torch
+from torch import nn
+
+import worker
+from explore.features import AllImages, Job
+from explore.layers import features_of
+from explore.trained import open_run, weights_at
+
+
+def main() -> None:
+    """Compute the micro-batches that this worker is leased. Rows that two workers write are the same."""
+    run = worker.join()
+    job = msgspec.json.decode(sys.argv[1], type=Job)
+    trained = open_run(job.source)
+    model = weights_at(trained, "last").to(run.device)
+    features, labels = job.features(), job.labels()
+    #: A contribution is a gradient, so there is a weight, which stays as it is: with it a micro-batch counts as done.
+    done = run.replicate(nn.Linear(1, 1, bias=False))
+    opt = run.optimizer(torch.optim.SGD, lr=1.0)
+    for images, labels_of, rows in run.batches(AllImages(trained.images.train, trained.images.test), shuffle=False):
+        features[rows] = features_of(model, job.layer, images.to(run.device))
+        labels[rows] = labels_of
+        (0 * done.weight.sum()).backward()
+        opt.step()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The features of all images of a data set, computed by the workers of a cluster and kept in one safetensors file.
+
+The workers run `explore.compute`, a script like a user's: a micro-batch of images is leased, computed, and taken over from one
+who fails, as in training. Each writes its rows into one file that all have mapped, and so the parts are merged.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.errors import ClusterError, UsageError
+from common.settings import Settings
+from explore.layers import features_of, find_layer
+from explore.trained import Source, Trained, open_run, weights_at
+from worker.data import Samples
+
+SCRIPT = Path(__file__).with_name("compute.py")
+#: Images that are computed together. The bits of features depend on it, and not on the number of workers.
+MICRO_BATCH = 64
+_ROUND = 128 * MICRO_BATCH
+
+#: Runs a script with arguments on a cluster of these settings, with this folder for its run directory.
+Cluster = Callable[[Path, Settings, str, tuple[str, ...]], None]
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What the workers are to do: `layer` of the model of `source` for `rows` images, `width` numbers each, into `folder`."""
+
+    source: Source
+    layer: str
+    folder: str
+    rows: int
+    width: int
+
+    def features(self) -> Tensor:
+        """float32 (rows, width), shared with all who have it mapped."""
+        return _mapped(Path(self.folder) / "features.raw", self.rows * self.width, torch.float32).view(self.rows, self.width)
+
+    def labels(self) -> Tensor:
+        """int64 (rows), shared."""
+        return _mapped(Path(self.folder) / "labels.raw", self.rows, torch.int64)
+
+
+def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of N images: the training ones, then those held out."""
+
+    #: float32 (N, D).
+    values: Tensor
+    #: int64 (N).
+    labels: Tensor
+    #: int64 (N): the number of each image in its part of the data set.
+    indices: Tensor
+    #: bool (N).
+    held_out: Tensor
+
+    def part(self, held_out: bool) -> Features:
+        rows = self.held_out == held_out
+        return Features(self.values[rows], self.labels[rows], self.indices[rows], self.held_out[rows])
+
+
+class AllImages(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
+    """(image, label, row) of the training images and then of those held out."""
+
+    def __init__(self, train: Samples, test: Samples) -> None:
+        self._train, self._test = train, test
+
+    def __len__(self) -> int:
+        return len(self._train) + len(self._test)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int, int]:
+        first = len(self._train)
+        image, label = self._train[row] if row < first else self._test[row - first]
+        return image, label, row
+
+
+def extract(run: Trained, source: Source, layer: str, workers: int, out: Path, cluster: Cluster) -> Features:
+    """Compute the features of all images of `run` on `workers` workers, write them to `out` and return them.
+
+    `layer` is a name in `named_modules()`. The file has `features` float32 (N, D), `labels` and `indices` int64 (N), `held_out`
+    bool (N); its metadata says what they are of. Raises UsageError where `out` cannot be written, ClusterError where the workers
+    fail, whose logs are then kept.
+    """
+    width = features_of(weights_at(run, "last"), layer, run.images.train[0][0][None]).shape[1]
+    train, test = len(run.images.train), len(run.images.test)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}.") from None
+    job = Job(source, layer, str(folder.resolve()), train + test, width)
+    settings = Settings(workers=workers, servers=1, micro_batch=MICRO_BATCH, global_batch=_ROUND, epochs=1, snapshot_every=0)
+    try:
+        values, labels = job.features(), job.labels()
+        cluster(folder, settings, str(SCRIPT), (msgspec.json.encode(job).decode(),))
+        indices = torch.cat([torch.arange(train), torch.arange(test)])
+        features = Features(values, labels, indices, torch.arange(train + test) >= train)
+        _write(features, _metadata(run, layer), folder / "features.safetensors")
+        (folder / "features.safetensors").replace(out)
+    except ClusterError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder)
+    return features
+
+
+def kept(run: Trained, source: Source, layer: str, workers: int, cluster: Cluster) -> Features:
+    """The features of `layer`: those in the run's folder where they are of this model and these images, else computed."""
+    path = default_file(run, layer)
+    return read(path, run, layer) or extract(run, source, layer, workers, path, cluster)
+
+
+def default_file(run: Trained, layer: str) -> Path:
+    """Where the features of a layer are kept if nobody says otherwise."""
+    return run.folder / "features" / f"{run.images.name}-{layer}.safetensors"
+
+
+def read(path: Path, run: Trained, layer: str) -> Features | None:
+    """What `extract` wrote to `path`; None where there is no such file, or it is of another model, layer or data set."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() != _metadata(run, layer):
+                return None
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return Features(tensors["features"], tensors["labels"], tensors["indices"], tensors["held_out"])
+
+
+def _write(features: Features, metadata: dict[str, str], path: Path) -> None:
+    tensors = {
+        "features": features.values,
+        "labels": features.labels,
+        "indices": features.indices,
+        "held_out": features.held_out,
+    }
+    save_file(tensors, path, metadata)
+
+
+def _metadata(run: Trained, layer: str) -> dict[str, str]:
+    images = run.images
+    return {
+        "format": "pt",
+        "layer": layer,
+        "pooling": "none: outputs of more than one dimension are flattened, channels first",
+        "model_sha256": run.model_sha256,
+        "data": images.name,
+        "data_dir": str(Path(run.data_dir).resolve()) if run.data_dir is not None else "",
+        "images": f"{len(images.train)} to train on, {len(images.test)} held out",
+    }
+
+
+def command(source: Source, layer: str, workers: int, out: Path | None, cluster: Cluster) -> str:
+    """`launch.py features`: returns what to tell the user."""
+    run = open_run(source)
+    layer = find_layer(weights_at(run, "last"), layer)
+    out = out or default_file(run, layer)
+    count, width = extract(run, source, layer, workers, out, cluster).values.shape
+    return f"{count} images x {width} features of layer {layer} are in {out}"

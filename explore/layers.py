@@ -1,0 +1,182 @@
+"""The layers of a model: what they are called, what comes out of them, and what part of the image a unit of one sees."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UsageError
+
+#: What short names begin with; those of other kinds of modules begin with the name of their class.
+_KINDS: dict[type[nn.Module], str] = {
+    nn.Conv2d: "conv",
+    nn.Linear: "fc",
+    nn.BatchNorm2d: "bn",
+    nn.MaxPool2d: "pool",
+    nn.AvgPool2d: "pool",
+    nn.AdaptiveAvgPool2d: "pool",
+}
+_WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def short_names(model: nn.Module) -> dict[str, str]:
+    """Short name → name in `named_modules()`, of every module that has none inside: conv1, relu1, pool1, fc1, ...
+
+    Modules of a kind are counted in the order in which they are registered, which in a Sequential is that of the forward.
+    """
+    found: Counter[str] = Counter()
+    names = {}
+    for name, module in model.named_modules():
+        if name and not list(module.children()):
+            kind = _KINDS.get(type(module), type(module).__name__.lower())
+            found[kind] += 1
+            names[f"{kind}{found[kind]}"] = name
+    return names
+
+
+def find_layer(model: nn.Module, name: str) -> str:
+    """The name in `named_modules()` of the layer called `name`, there or in short. Raises UsageError with the names there are."""
+    own = [known for known, _ in model.named_modules() if known]
+    if name in own:
+        return name
+    short = short_names(model)
+    if name in short:
+        return short[name]
+    inner = set(short.values())
+    there = [f"{key} ({value})" if key != value else key for key, value in short.items()] + [
+        known for known in own if known not in inner
+    ]
+    raise UsageError(f"the model has no layer '{name}'; there are {', '.join(there)}.")
+
+
+def short_name(model: nn.Module, layer: str) -> str:
+    """The short name of a layer, or its own where it has none, as a block of layers."""
+    return next((short for short, name in short_names(model).items() if name == layer), layer)
+
+
+def last_hidden(model: nn.Module) -> str:
+    """The layer before the last fully connected one, dropout left out. Raises UsageError where there is none such."""
+    modules = dict(model.named_modules())
+    names = list(short_names(model).values())
+    dense = [at for at, name in enumerate(names) if isinstance(modules[name], nn.Linear)]
+    before = [name for name in names[: dense[-1]] if not isinstance(modules[name], nn.Dropout)] if dense else []
+    if not before:
+        raise UsageError("the model has no layer before a last fully connected one: say with --layer whose output to compare.")
+    return before[-1]
+
+
+@contextlib.contextmanager
+def recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """A dict that gets copies of the outputs of `layers`, in the order in which they are computed, of the last forward."""
+    seen: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output.detach().clone()  # what follows may work in place
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(keep(name)) for name in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def features_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """The output of `layer` for `images` (B, C, H, W), flattened: float32 (B, D) on the CPU.
+
+    Raises UsageError where the layer gives no tensor with a row for each image.
+    """
+    with torch.no_grad(), recording(model, [layer]) as seen:
+        model(images)
+    output = seen.get(layer)
+    if output is None or output.dim() == 0 or len(output) != len(images):
+        raise UsageError(f"the layer '{layer}' gives no tensor with a row for each image, so it has no features.")
+    return output.reshape(len(images), -1).to("cpu", torch.float32)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What the units of a layer see, in pixels (rows, columns): unit (i, j) sees `size` from (start + (i, j)*stride) on.
+
+    `start` is negative where the first units see padding.
+    """
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    start: tuple[int, int]
+
+    def box(self, row: int, column: int) -> tuple[slice, slice]:
+        """Rows and columns that the unit sees; they may reach beyond the image."""
+        top, left = self.start[0] + row * self.stride[0], self.start[1] + column * self.stride[1]
+        return slice(top, top + self.size[0]), slice(left, left + self.size[1])
+
+
+def receptive_field(model: nn.Module, layer: str, image: Tensor) -> Field:
+    """The receptive field of the units of `layer`, found from kernel, stride, padding and dilation of the layers before it.
+
+    One forward with `image` (1, C, H, W) finds these. As in Araujo, Norris and Sim, "Computing receptive fields of convolutional
+    neural networks" (2019). Raises UsageError where they are no chain of convolutions, poolings and layers that work pointwise.
+    """
+    size, stride, start = [1, 1], [1, 1], [0, 0]
+    for name, module, before, after in _chain(model, layer, image):
+        if isinstance(module, _WINDOWS):
+            for axis in range(2):
+                kernel, step, pad, dilation = _window(module, axis)
+                size[axis] += (kernel - 1) * dilation * stride[axis]
+                start[axis] -= pad * stride[axis]
+                stride[axis] *= step
+        elif after.dim() != 4 or before.shape[2:] != after.shape[2:] or isinstance(module, nn.AdaptiveAvgPool2d):
+            raise UsageError(f"'{name}', a {type(module).__name__}, leaves no maps of places in the image to '{layer}'.")
+    return Field((size[0], size[1]), (stride[0], stride[1]), (start[0], start[1]))
+
+
+def _chain(model: nn.Module, layer: str, image: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
+    """Innermost modules up to `layer`, each of which must have got what the one before gave; with inputs and outputs."""
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
+
+    def note(name: str) -> Any:
+        return lambda module, inputs, output: calls.append((name, module, inputs[0], output))
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(note(name)) for name, module in leaves]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    at = next((at for at, call in enumerate(calls) if call[0] == layer), None)
+    if at is None:
+        raise UsageError(f"'{layer}' is no single layer of the model's forward, so what its units see is not known.")
+    given, giver = image, "the image"
+    for name, _, before, after in calls[: at + 1]:
+        if before is not given:
+            raise UsageError(
+                f"'{name}' does not get what {giver} gives as it is, so what the units of '{layer}' see is not known."
+            )
+        given, giver = after, f"'{name}'"
+    return calls[: at + 1]
+
+
+def _window(module: nn.Module, axis: int) -> tuple[int, int, int, int]:
+    """Kernel, stride, padding before and dilation along rows (0) or columns (1)."""
+
+    def along(value: Any) -> int:
+        return int(value[axis] if isinstance(value, tuple | list) else value)
+
+    kernel, dilation = along(module.kernel_size), along(getattr(module, "dilation", 1))
+    padding: Any = module.padding
+    if isinstance(padding, str):
+        padding = dilation * (kernel - 1) // 2 if padding == "same" else 0
+    return kernel, along(module.stride), along(padding), dilation

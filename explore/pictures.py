@@ -1,0 +1,127 @@
+"""Images between files, the numbers that a network takes, and the pixels that a person sees."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from common.errors import UsageError
+from worker.data import Images, Samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Pixels = npt.NDArray[np.float32]
+
+Colour = tuple[float, float, float]
+#: RGB of what is outside of an image, and of what is between images: colours that grey images do not have.
+OUTSIDE: Colour = (0.80, 0.87, 0.97)
+BETWEEN: Colour = (0.42, 0.55, 0.75)
+
+
+def to_pixels(image: Tensor, samples: Samples) -> Pixels:
+    """float32 (H, W, 3), 0 to 1, of a sample's image (C, H, W), C being 1 or 3; of others the mean over channels is shown."""
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (samples.mean, samples.std))
+    shown = (image.cpu() * std + mean).clamp(0, 1)
+    shown = shown if len(shown) in (1, 3) else shown.mean(0, keepdim=True)
+    return np.ascontiguousarray(shown.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An image that was asked about. `number` is that among the held-out images, None for a file; `note` says what was done."""
+
+    name: str
+    image: Tensor
+    label: int | None = None
+    number: int | None = None
+    note: str = ""
+
+
+def ask(text: str, images: Images) -> Asked:
+    """The image that `text` names: a file's path, or else the number of a held-out image.
+
+    A file is made grey or RGB and stretched to the size of the others, which `note` then says. Raises UsageError where it is
+    neither, and where the file cannot be read as an image.
+    """
+    path, held_out = Path(text), len(images.test)
+    if path.exists() or not text.isdecimal():
+        return _from_file(path, images)
+    if int(text) >= held_out:
+        raise UsageError(f"there is no held-out image {text}: they are numbered 0 to {held_out - 1}.")
+    image, label = images.test[int(text)]
+    return Asked(f"held-out {text}", image, label, int(text))
+
+
+def _from_file(path: Path, images: Images) -> Asked:
+    channels, height, width = images.shape
+    if not path.is_file():
+        held_out = f"the number of a held-out image, 0 to {len(images.test) - 1}"
+        raise UsageError(f"there is no image {path}; an image is a file's path, or {held_out}.")
+    if channels not in (1, 3):
+        raise UsageError(f"the images of '{images.name}' have {channels} channels, so a file cannot be one of them.")
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # of a damaged file, Pillow's decoders may raise nearly anything
+        raise UsageError(f"{path} cannot be read as an image: {error}.") from None
+    note = ""
+    if picture.size != (width, height):
+        note = f"{path.name} was {picture.width}x{picture.height} and has been stretched to {width}x{height}"
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(picture)).view(height, width, channels).permute(2, 0, 1)
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (images.train.mean, images.train.std))
+    return Asked(path.name, ((pixels / 255 - mean) / std).contiguous(), note=note)
+
+
+def label_text(label: int, images: Images) -> str:
+    """What a label stands for."""
+    return images.names[label] if images.names else str(label)
+
+
+def data_uri(pixels: Pixels) -> str:
+    """An image (H, W, 3), 0 to 1, as the text of a PNG that a page may hold inside."""
+    data = io.BytesIO()
+    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches, which needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def save(made: Figure, path: Path) -> Path:
+    """Write the figure as a PNG. Raises UsageError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.savefig(path, dpi=120, facecolor="white")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from None
+    return path
+
+
+def tiles(pictures: list[Pixels], columns: int, between: Colour, gap: int = 1) -> Pixels:
+    """Pictures (H, W, 3) of one size side by side in rows of `columns`, `gap` pixels of one colour around each."""
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(pictures) // columns)
+    sheet = np.empty((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), np.float32)
+    sheet[:] = between
+    for at, picture in enumerate(pictures):
+        top, left = at // columns * (height + gap) + gap, at % columns * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = picture
+    return sheet

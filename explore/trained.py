@@ -1,0 +1,182 @@
+"""A finished run, opened: its settings, its images, and its model with the weights of before, during or after training."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+
+from common import snapshots
+from common.errors import UsageError
+from common.plan import derive_seed
+from common.settings import FIELDS, Settings, make_settings, parse_shape, read_toml
+from common.weights import write_model
+from worker import data, models
+from worker.data import Images
+from worker.example import load_weights
+from worker.loader import seed_everything
+
+RUNS = Path("runs")
+SETTINGS_FILE = "settings.toml"
+MODEL_FILE = "model.safetensors"
+
+
+class Source(msgspec.Struct, frozen=True):
+    """Which run to look at, and on which images: its own where `data` is None.
+
+    `run` is a folder, or the name of one in runs/. `model_file`, FILE.py:FACTORY, says what makes the model of a run that trained
+    a script of its user's.
+    """
+
+    run: str
+    data: str | None = None
+    data_dir: str | None = None
+    model_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run. `make` gives a new model with weights drawn from torch's global generator."""
+
+    folder: Path
+    settings: Settings
+    images: Images
+    data_dir: str | None
+    make: Callable[[], nn.Module]
+
+    @property
+    def model_file(self) -> Path:
+        return self.folder / MODEL_FILE
+
+    @functools.cached_property
+    def model_sha256(self) -> str:
+        """Of the whole file of the trained model, buffers included."""
+        with self.model_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_run(source: Source) -> Trained:
+    """Open `source`, having found out that its model takes its images.
+
+    Raises UsageError where there is no such run, where it has no model yet, where its model is a user's and `model_file` is not
+    given, and where model and images do not fit.
+    """
+    folder = find_run(source.run)
+    settings, script = _read_settings(folder)
+    if not (folder / MODEL_FILE).is_file():
+        raise UsageError(
+            f"the run in {folder} has no {MODEL_FILE}: it has not finished, so there is no trained model to look at."
+        )
+    if script is not None and source.model_file is None:
+        raise UsageError(
+            f"the run in {folder} trained the model of a script, {script}: say what makes it with --model-file FILE.py:FACTORY, "
+            "where FACTORY is a class or function that takes no arguments."
+        )
+    if source.model_file is not None and source.data is None:
+        raise UsageError("a model of your own needs --data: which images to show it.")
+    name = source.data or settings.data
+    data_dir = source.data_dir or (settings.data_dir if source.data in (None, settings.data) else None)
+    own = source.data in (None, settings.data)
+    shape = parse_shape(settings.image) if own and settings.image is not None else None
+    images = data.load(name, data_dir, settings.seed, augment=False, shape=shape, classes=settings.classes if own else None)
+    if source.model_file is not None:
+        make = _factory(source.model_file)
+    else:
+        make = functools.partial(models.build, settings.model, images.shape, images.classes)
+    trained = Trained(folder, settings, images, data_dir, make)
+    _check_fit(trained)
+    return trained
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run that is named by its path or its name under runs/. Raises UsageError where there is none."""
+    for folder in (Path(run), RUNS / run):
+        if (folder / SETTINGS_FILE).is_file():
+            return folder
+    there = sorted(path.parent.name for path in RUNS.glob(f"*/{SETTINGS_FILE}"))
+    known = f"{RUNS}/ has {', '.join(there)}" if there else f"there are none in {RUNS}/ either"
+    raise UsageError(f"there is no run {run}, which is the folder of one or its name under {RUNS}/; {known}.")
+
+
+def weights_at(run: Trained, when: str | Path) -> nn.Module:
+    """The model of `run` in evaluation mode: 'first' is before training, 'last' after it, a path that of a model file or of the
+    folder of a snapshot.
+
+    The first weights are those that the run was given with --init, or else drawn again from its seed as every worker draws them.
+    Raises UsageError where a file cannot be read or is that of another model.
+    """
+    seed_everything(derive_seed(run.settings.seed, "model"))
+    model = run.make()
+    if when == "first":
+        if run.settings.init is not None:
+            load_weights(model, Path(run.settings.init))
+        return model.eval()
+    path = run.model_file if when == "last" else Path(when)
+    if not path.is_dir():
+        load_weights(model, path)
+        return model.eval()
+    snapshot = snapshots.read(path)
+    if damage := snapshot.damage():
+        raise UsageError(damage)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(snapshot, Path(folder) / MODEL_FILE)
+        load_weights(model, Path(folder) / MODEL_FILE)
+    return model.eval()
+
+
+def snapshots_of(run: Trained) -> list[Path]:
+    """The folders of the run's finished snapshots, in the order in which they were made."""
+    return [folder for folder in snapshots.folders(run.folder) if (folder / snapshots.MANIFEST_FILE).exists()]
+
+
+def _read_settings(folder: Path) -> tuple[Settings, str | None]:
+    """The settings of a run, and the script that it trained, None for the built-in example."""
+    values = read_toml(folder / SETTINGS_FILE)
+    script = values.get("script")
+    return make_settings({key: value for key, value in values.items() if key in FIELDS}, str(folder / SETTINGS_FILE)), script
+
+
+def _factory(text: str) -> Callable[[], nn.Module]:
+    """What FILE.py:FACTORY names, checked to make a model."""
+    file, _, name = text.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise UsageError(f"--model-file {text}: there is no file {file or text}; it takes FILE.py:FACTORY.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--model-file {text}: {file} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script: what it imports may stand beside it
+    try:
+        spec.loader.exec_module(module)
+        make: Callable[[], nn.Module] = getattr(module, name)
+        made = make()
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise UsageError(f"--model-file {text} made no model: {type(error).__name__}: {error}.") from None
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"--model-file {text} made a {type(made).__name__}, which is no nn.Module.")
+    return make
+
+
+def _check_fit(run: Trained) -> None:
+    try:
+        with torch.no_grad():
+            weights_at(run, "last")(run.images.train[0][0][None])
+    except (UsageError, RuntimeError, TypeError, ValueError) as error:
+        what = f"images of '{run.images.name}', {'x'.join(map(str, run.images.shape))}"
+        raise UsageError(f"the model of {run.folder} does not take {what}: {_reason(error)}.") from None
+
+
+def _reason(error: Exception) -> str:
+    """The first of torch's reasons, of which there may be one for each layer."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[min(1, len(lines) - 1)].rstrip(".")
