@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from common.bounds import Amount, Count, CountOrNone, Name, Positive
 from common.errors import UsageError
 
 #: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
@@ -39,9 +40,9 @@ class TensorSpec(msgspec.Struct, frozen=True):
     """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model."""
 
     name: str
-    shape: list[int]
-    dtype: str
-    group: int
+    shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    dtype: Name
+    group: CountOrNone
 
     @property
     def numel(self) -> int:
@@ -63,10 +64,10 @@ class TableSpec(msgspec.Struct, frozen=True):
     what of it. `std`: servers draw its first values, with that standard deviation; None: worker 0 sends them."""
 
     name: str
-    rows: int
-    dim: int
-    group: int
-    std: float | None = None
+    rows: Positive
+    dim: Positive
+    group: Count
+    std: Amount | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
