@@ -20,6 +20,9 @@ CHUNK_BYTES = 4 << 20
 #: Small tensors are packed together at least up to this many bytes.
 _PACK_BYTES = 64 << 10
 
+#: Models beyond this have more chunks than any process should keep track of.
+_MOST_BYTES = 4 << 40
+
 Kind = Literal["param", "mean", "max"]
 
 #: dtype name -> (bytes an element has on the wire, dtype that gradients are summed and masters kept in)
@@ -148,6 +151,8 @@ def make_layout(tensors: Sequence[TensorSpec], servers: int, tables: Sequence[Ta
         if spec.dtype not in _DTYPES or (spec.group >= 0 and "float" not in spec.dtype):
             raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
     total = sum(spec.numel * _BYTES[spec.dtype] for spec in tensors)
+    if total > _MOST_BYTES:
+        raise UsageError(f"the model takes {total >> 40} TiB; {_MOST_BYTES >> 40} TiB is the most that can be divided.")
     pack_bytes = min(CHUNK_BYTES, max(_PACK_BYTES, total // 16))
     cuts: list[list[Piece]] = []
     open_cut: dict[tuple[str, str, int], int] = {}

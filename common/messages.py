@@ -503,8 +503,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """What every header carries. `run` is empty and `epoch` 0 until the coordinator's Welcome has told them."""
 
     protocol: int
-    run: str
-    sender: str
-    incarnation: int
+    run: Name
+    sender: Name
+    incarnation: Count
     epoch: Count
     body: Message

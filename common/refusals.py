@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
 
 from common.errors import WireError
 
@@ -34,6 +33,6 @@ class Refusals:
             self._log.warning("refused%s: %s%s", f" from {who}" if who else "", str(error)[:500], since)
 
     @property
-    def counts(self) -> Mapping[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many of each kind."""
         return dict(self._counts)

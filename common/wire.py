@@ -9,6 +9,7 @@ blocks: a message that cannot go out now is dropped, because whoever waits for a
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket as stdlib_socket
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Envelope)
 
 Frames = Sequence[Any]
+
+_ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^:/\[\]\s]+):[0-9]{1,5}", re.ASCII)
+_WORKER = re.compile(r"worker-(0|[1-9][0-9]{0,15})", re.ASCII)
 
 
 class ForeignRun(WireError):
@@ -178,6 +182,16 @@ def is_bulk(body: Body, frames: Frames) -> bool:
     """Whether a message goes by the connection for tensors: those that have some, but for rows, which somebody waits for in
     mid-forward; and pulls that must not overtake pushes."""
     return isinstance(body, KvPull) or (bool(frames) and not isinstance(body, RowPull | Rows))
+
+
+def is_worker(name: str) -> bool:
+    """Whether a worker may be called so."""
+    return _WORKER.fullmatch(name) is not None
+
+
+def is_address(text: str) -> bool:
+    """Whether it looks like an address to connect to."""
+    return _ADDRESS.fullmatch(text) is not None
 
 
 def bytes_of(frame: Any) -> memoryview:

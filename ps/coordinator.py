@@ -9,6 +9,7 @@ import platform
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from common.connections import Inflow
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.messages import (
     Arrived,
@@ -40,6 +42,7 @@ from common.messages import (
     Waiting,
 )
 from common.policies import load
+from common.refusals import Refusals
 from common.restart import restart
 from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
@@ -61,6 +64,7 @@ from common.wire import (
     Frames,
     Stamp,
     allow_files,
+    is_address,
     new_incarnation,
     receive,
     router,
@@ -84,6 +88,12 @@ _TELL_S = 10.0
 _FAREWELL_S = 1.0
 #: Seconds for the servers' last reports to come in after all workers have left.
 _LEFT_S = 3.0
+
+#: What servers and workers may send once they have joined.
+_FROM: dict[str, tuple[type[Body], ...]] = {
+    "server": (Beat, Report, Arrived, Norms, Saved),
+    "worker": (Beat, Setup, Plan, Waiting, Mean, Metrics, ModelPart, Goodbye),
+}
 
 
 def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False) -> None:
@@ -160,6 +170,10 @@ class Coordinator:
         self._routes: dict[str, bytes] = {}
         #: When each process's beat was last answered.
         self._answered_at: dict[str, float] = {}
+        self._refusals = Refusals(log)
+        #: Watches connections, once the loop runs.
+        self._inflow: Inflow | None = None
+        self._told_refused: Counter[str] = Counter()
         self._seen_metrics: dict[str, int] = {}
         self._accuracy: float | None = None
         self._uploader: str | None = None
@@ -175,6 +189,7 @@ class Coordinator:
     def run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._sock, zmq.POLLIN)
+        self._inflow = Inflow(self._sock, self._refusals)
         try:
             ticked_at = time.monotonic()
             while True:
@@ -182,6 +197,7 @@ class Coordinator:
                 self._drain()
                 if (now := time.monotonic()) >= ticked_at + _TICK_MS / 1000:
                     ticked_at = now
+                    self._inflow.look(now)
                     self._tick(now)
                     if self._finished():
                         break
@@ -198,18 +214,22 @@ class Coordinator:
         except KeyboardInterrupt:
             self._farewell(Stop(False, "the coordinator was interrupted."))
             raise
+        finally:
+            self._inflow.close()
         self._log.event(Event("finished", "coordinator", {}))
         self._farewell(Stop(True))
 
     def _drain(self) -> None:
         until = time.monotonic() + BEAT_S
         while time.monotonic() < until:
+            frames: list[zmq.Frame] | None = []
+            known = False
             try:
                 frames = receive(self._sock)
                 if frames is None:
                     return
                 if len(frames) < 2:
-                    raise WireError("a message has no header")
+                    raise WireError("a message has no header", "malformed")
                 try:
                     envelope = self._stamp.decode(frames[1].buffer)
                 except ForeignRun as error:
@@ -217,8 +237,11 @@ class Coordinator:
                         self._reply(frames[0].bytes, Stop(False, "the run has begun anew.", again=True))
                     raise
                 self._handle(frames[0].bytes, envelope, frames[2:])
+                known = envelope.sender in self._membership.members
             except WireError as error:
-                log.warning("refused: %s", error)
+                self._refusals.note(error, time.monotonic())
+            if self._inflow is not None and frames:
+                self._inflow.took(frames[1:], known)
 
     def _tick(self, now: float) -> None:
         for name, body in self._membership.tick(now):
@@ -249,6 +272,9 @@ class Coordinator:
         if self._ledger.planned and now >= self._told_at + _TELL_S:
             self._told_at = now
             log.info("round %d of %d, loss %s", self._ledger.committed, self._ledger.planned, self._loss())
+            if (refused := self._refused()) != self._told_refused:
+                self._told_refused = refused
+                self._log.event(Event("refused", "coordinator", dict(refused)))
         self._take_snapshots(now)
         self._check_deadline(now)
 
@@ -362,7 +388,9 @@ class Coordinator:
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:
             self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._run}."))
-            return
+            raise WireError(f"{envelope.sender} is not a member of this run, or another process than the one that is", "sender")
+        if not isinstance(body, _FROM[member.hello.role]):
+            raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
         member.heard_at = now
         self._routes[member.name] = route
         match body:
@@ -387,18 +415,20 @@ class Coordinator:
             case Metrics():
                 self._metrics(route, member.name, body, now)
             case ModelPart():
-                self._progressed_at = now
+                if not member.left:
+                    raise WireError(f"{member.name} hands in a model before its script has ended")
                 try:
                     self._model.add(body, frames)
                 except OSError as error:
                     raise self._unwritten(error) from None
+                self._progressed_at = now
                 self._reply(route, Ready("ModelPart", body.part))
             case Goodbye():
                 self._goodbye(route, member, body, now)
-            case _:
-                raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
 
     def _hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
+        if hello.role == "server" and not is_address(hello.address):
+            raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
         known = set(self._membership.members)
         started = self._membership.started
         member, answers = self._membership.hello(hello, incarnation, now)
@@ -582,10 +612,16 @@ class Coordinator:
             "dropped": totals.dropped,
             "samples_dropped": totals.samples_dropped,
             "wire": self._wire(),
+            "refused": dict(sorted(self._refused().items())),
         }
         if totals.staleness:
             summary["staleness"] = {str(k): n for k, n in sorted(totals.staleness.items())}
         return summary
+
+    def _refused(self) -> Counter[str]:
+        """Messages that were refused by kind, here and by all who have told."""
+        told = (member.beat.refused for member in self._membership.members.values())
+        return sum((Counter(counts) for counts in told), Counter(self._refusals.counts))
 
     def _wire(self) -> dict[str, float]:
         """What all processes have told of tensors in frames: bytes of workers, seconds of workers and servers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from common.messages import Committed, Contribution, Gone, Pull, Push, RowAck, R
 from common.plan import Round, Segment
 from common.policies import Policy
 from common.settings import Settings
+from common.sums import Sum
 from common.tree import fold
 from common.wire import Frames
 from ps.saving import Source
@@ -96,11 +98,11 @@ class PushShard(Shard):
     def _plan(self, sender: str, segment: Segment) -> list[Send]:
         return super()._plan(sender, segment) + self._advance()  # a snapshot may have had all of its first round
 
-    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+    def _push(self, sender: str, push: Push, frames: Frames, now: float, values: Sequence[Sum] | None = None) -> list[Send]:
         if push.hi != push.lo + 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
         plan = self.round_plan(push.round)
-        values = self._check(sender, push, frames, plan.micro_batches, plan.samples_in(push.lo, push.hi))
+        values = self._check(sender, push, frames, plan, values)
         accounts = push.metrics is not None and self.index == 0
         if push.round < self._slowest:
             if accounts:

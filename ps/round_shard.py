@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class RoundShard(Shard):
 
     # ---- contributions
 
-    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+    def _push(self, sender: str, push: Push, frames: Frames, now: float, values: Sequence[Sum] | None = None) -> list[Send]:
         if push.round > self._version:
             raise WireError(f"{sender} pushed for round {push.round} while round {self._version} is open")
         accounts = push.metrics is not None and self.index == 0
@@ -150,11 +151,11 @@ class RoundShard(Shard):
                 self._left_out.discard((push.round, push.lo))
                 self._news.append(contribution(sender, push, "dropped" if late else "duplicate"))
             return [self._ack(sender, push)]
-        samples = None if self.policy.is_local else self.round_plan(push.round).samples_in(push.lo, push.hi)
-        values: dict[int, Any] = dict(zip(push.chunks, self._check(sender, push, frames, self._count, samples), strict=True))
+        plan = None if self.policy.is_local else self.round_plan(push.round)
+        values = self._check(sender, push, frames, plan, values)
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
-        for chunk, value in values.items():
+        for chunk, value in zip(push.chunks, values, strict=True):
             if self._file(chunk, (push.lo, push.hi), value):
                 self._counts(sender, push, chunk)
         if accounts:
@@ -205,6 +206,8 @@ class RoundShard(Shard):
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         match body:
             case Close() if body.round == self._version:
+                if not body.ks or not set(body.ks) <= set(range(self._count)):
+                    raise WireError(f"round {body.round} cannot be closed with micro-batches {body.ks[:20]}")
                 self._closed = body.ks
             case AllNorms() if body.round == self._version:
                 self._norms = body.norms
