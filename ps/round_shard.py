@@ -292,6 +292,8 @@ class RoundShard(Shard):
         if self._closed is None:
             return None
         leaves = self._leaves.get(chunk, {})
+        if not leaves.keys() >= set(self._closed):
+            return None
         return [fold({k: leaves[k] for k in self._closed}, self._count, self._adder(chunk))]
 
     def _samples(self) -> int:
