@@ -53,7 +53,8 @@ NASTY: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**53 + 1, 2**63, 2**64 - 1, -(2**63), 0.5, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324,
     "", "x", "\0", "worker-0", "coordinator", "../../etc", "SGD", "LBFGS", "lr_scheduler", "__class__", b"", b"\xff" * 9,
     [], [[]], [0], [0, 0], [-1], [2**40], list(range(2000)), [None], {}, {"": 0}, {"lr": math.nan}, [{"lr": "x"}],
-    [{"params": []}], [{"lr": 1e400, "nonsense": 1}, {}], {"type": "Nothing"}, {"type": "Push"}, "local", "add", "early", "confirm", 1 << 20,
+    [{"params": []}], [{"lr": 1e400, "nonsense": 1}, {}], {"type": "Nothing"}, {"type": "Push"},
+    "local", "add", "early", "confirm", 1 << 20,
 ]  # fmt: skip
 
 
