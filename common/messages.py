@@ -194,7 +194,7 @@ class Push(Body, frozen=True):
     piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
     names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
     groups' settings for the round. The frames of `coded`, some of `chunks`, are the push codec's (`common/codecs/chosen.py`);
-    `scale` is in them already.
+    `scale` is in them already. Unless the whole contribution, on all servers, is `finite`, it moves nothing.
     """
 
     round: Count
@@ -211,6 +211,7 @@ class Push(Body, frozen=True):
     scale: float = 1.0
     stage: Literal["whole", "early", "confirm"] = "whole"
     coded: list[Count] = []
+    finite: bool = True
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -322,6 +323,7 @@ class RowPush(Body, frozen=True):
     counts: list[CountOrNone]
     base: Count = 0
     hypers: list[dict[str, Any]] = []
+    finite: bool = True
 
 
 class RowAck(Body, frozen=True):

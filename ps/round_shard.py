@@ -26,7 +26,7 @@ from common.messages import (
     RowPush,
 )  # fmt: skip
 from common.policies import Policy
-from common.rows import add_tables
+from common.rows import add_tables, no_rows
 from common.settings import Settings
 from common.sums import Sum
 from common.tree import Span, TreeSum, fold
@@ -72,6 +72,8 @@ class RoundShard(Shard):
         #: `backup`: the micro-batches to apply, once decided. Clipping: own norms, and everybody's, once known.
         self._closed: list[int] | None = None
         self._own_norms: list[Norm] | None = None
+        #: Whether something that counts in this round is not finite: then it is dropped, on all servers, as all are told of it.
+        self._drops = False
         self._norms: list[Norm] | None = None
         self._asked: Body | None = None
         self._asked_at = float("-inf")
@@ -158,8 +160,11 @@ class RoundShard(Shard):
         for chunk, value in zip(push.chunks, values, strict=True):
             if self._file(chunk, (push.lo, push.hi), value):
                 self._counts(sender, push, chunk)
+                self._drops |= not push.finite
         if accounts:
-            self._account(sender, push, self._file(METRICS, (push.lo, push.hi), push.metrics))
+            counted = self._file(METRICS, (push.lo, push.hi), push.metrics)
+            self._drops |= counted and not push.finite
+            self._account(sender, push, counted)
         self._leaf_samples.setdefault(push.lo, push.samples)
         if not self.policy.is_local and push.slot >= 0:
             self.readers.uses(sender, self._plane_of(self._version))
@@ -175,7 +180,7 @@ class RoundShard(Shard):
         rows = self._check_rows(sender, push, frames, self.round_plan(push.round))
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
-        self._file(ROWS, (push.lo, push.hi), rows)
+        self._drops |= self._file(ROWS, (push.lo, push.hi), rows) and not push.finite
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
@@ -250,7 +255,7 @@ class RoundShard(Shard):
         """Apply what can be applied, close the round if all is, and serve who waits."""
         assert self.store is not None and self._setup is not None
         before = self._version, len(self._next)
-        clips = self._setup[0].update.clip_norm is not None
+        clips = not self._drops and self._setup[0].update.clip_norm is not None
         for chunk in self.chunks:
             if chunk in self._next or chunk in self._means or (total := self._total(chunk)) is None:
                 continue
@@ -265,6 +270,8 @@ class RoundShard(Shard):
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, factor)
         if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None:
+            if self._drops:
+                rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
             self.tables.apply(rows[0], self._samples(), self._hypers)
             self._next.add(ROWS)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
@@ -280,6 +287,8 @@ class RoundShard(Shard):
             self._target = self._take_plane()
         into, before = self.planes[self._target][chunk], self.planes[self._plane_of(self._version)][chunk]
         hypers = self._group_hypers(self.chunks[chunk])
+        if self._drops or not samples:  # the new weights are the old ones
+            total = [Sum(part.values, 0) for part in total[:1]]
         frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
@@ -314,10 +323,13 @@ class RoundShard(Shard):
                 absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
                 self._left_out |= {(self._version, k) for k in absent}
                 rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
+            if self._drops:
+                rows, metrics = [_with_outcome(row, "dropped") for row in rows], {}
             self._news += rows
             committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
             dropped = 0 if self._closed is None else self._count - len(self._closed)
-            self._rounds.append(Committed(self._version, self._samples(), committed, dropped, metrics))
+            samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
+            self._rounds.append(Committed(self._version, samples, committed, dropped, metrics))
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version
