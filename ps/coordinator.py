@@ -82,6 +82,9 @@ log = logging.getLogger("ps.coordinator")
 
 _TICK_MS = 50
 _FLUSH_S = 0.25
+#: Seconds until what could not be written is tried again, and between two alarms about it.
+_FLUSH_AGAIN_S = 2.0
+_ALARM_S = 30.0
 #: Seconds between two lines on progress in its own log, for those who have no other screen.
 _TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
@@ -174,6 +177,9 @@ class Coordinator:
         #: Watches connections, once the loop runs.
         self._inflow: Inflow | None = None
         self._told_refused: Counter[str] = Counter()
+        #: Since when the event log cannot be written, if so, and when that was last told.
+        self._unlogged_since: float | None = None
+        self._alarmed_at = float("-inf")
         self._seen_metrics: dict[str, int] = {}
         self._accuracy: float | None = None
         self._uploader: str | None = None
@@ -354,11 +360,22 @@ class Coordinator:
         return "not logged" if loss is None else f"{loss:.4f}"
 
     def _flush(self) -> None:
+        now = time.monotonic()
         try:
             self._keeper.keep(self._log, self._head, self._membership, self._ledger)
             self._log.flush()
         except Exception as error:  # a full disk must not stop the run; the rows are kept for the next try
-            log.warning("the event log could not be written: %s", error)
+            self._unlogged_since = self._unlogged_since or now
+            self._flushed_at = now + _FLUSH_AGAIN_S - _FLUSH_S
+            if now >= self._alarmed_at + _ALARM_S:
+                self._alarmed_at = now
+                log.error("the event log cannot be written (%s): is the disk full? Training goes on.", error)
+            return
+        if self._unlogged_since is not None:
+            text = f"the event log could not be written for {now - self._unlogged_since:.0f} s; {self._log.lost} rows are lost"
+            self._unlogged_since, self._alarmed_at = None, float("-inf")
+            log.warning(text)
+            self._log.event(Event("warning", "coordinator", {"text": text}))
 
     def _check_deadline(self, now: float) -> None:
         """Give up where nothing has moved for the whole time-out, or nobody is left to move anything."""
@@ -544,7 +561,8 @@ class Coordinator:
             for route in self._routes.values():
                 self._reply(route, stop)
             time.sleep(min(ASK_AGAIN_S / 4, max(0.0, until - now)))
-        self._log.close()
+        with contextlib.suppress(Exception):  # it was told
+            self._log.close()
 
     # ---- telling
 
