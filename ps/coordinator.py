@@ -57,6 +57,7 @@ from common.snapshots import (
     remove,
     write_manifest,
 )
+from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
     BEAT_S,
@@ -196,6 +197,7 @@ class Coordinator:
         poller = zmq.Poller()
         poller.register(self._sock, zmq.POLLIN)
         self._inflow = Inflow(self._sock, self._refusals)
+        watchdog = Watchdog(self._settings.watchdog, self._progress, self._whom_all_wait_for)
         try:
             ticked_at = time.monotonic()
             while True:
@@ -222,6 +224,7 @@ class Coordinator:
             raise
         finally:
             self._inflow.close()
+            watchdog.stop()
         self._log.event(Event("finished", "coordinator", {}))
         self._farewell(Stop(True))
 
@@ -565,6 +568,10 @@ class Coordinator:
             self._log.close()
 
     # ---- telling
+
+    def _progress(self) -> float | None:
+        """When something last moved. Called by the watchdog's thread."""
+        return self._progressed_at if self._membership.started else None
 
     def _whom_all_wait_for(self) -> str:
         """Workers that have something left to do in the open round, else servers that have not applied it."""

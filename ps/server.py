@@ -16,11 +16,12 @@ from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.connections import Inflow, Outflow
 from common.errors import ClusterError, WireError
-from common.messages import AllNorms, Beat, Body, Close, Cut, Envelope, Hello, KvPull, KvPush, Refused, ReportAck
+from common.messages import AllNorms, Beat, Body, Close, Cut, Envelope, Hello, KvPull, KvPush, Pull, Refused, ReportAck, RowPull
 from common.no_compiler import no_compiler
 from common.policies import load
 from common.refusals import Refusals
 from common.restart import restart
+from common.watchdog import Watchdog
 from common.wire import (
     BEAT_S,
     Frames,
@@ -79,6 +80,9 @@ class _Server:
         #: Watches connections, once the loop runs; and what is on its way to them.
         self._inflow: Inflow | None = None
         self._outflow = Outflow(self._refusals)
+        self._watchdog: Watchdog | None = None
+        #: Messages of workers that may move something.
+        self._handled = 0
         #: The incarnation of each worker that was heard of: no name is used twice in a run, so another one is not that worker.
         self._incarnations: dict[str, int] = {}
         #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
@@ -94,6 +98,8 @@ class _Server:
             self._loop(poller)
         finally:
             self._inflow.close()
+            if self._watchdog is not None:
+                self._watchdog.stop()
         stop = self._attendance.stop
         if stop is not None and stop.again:
             log.warning("begins anew: %s", stop.reason)
@@ -131,6 +137,15 @@ class _Server:
         self._save()
         if self._writer is not None:
             self._writer.wait()
+
+    def _progress(self) -> tuple[int, int] | None:
+        """What changes while something is trained here. Called by the watchdog's thread."""
+        shard = self._shard
+        return (shard.version, self._handled) if shard is not None and shard.segments else None
+
+    def _waits_for(self) -> str:
+        shard = self._shard
+        return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
 
     def _beat(self) -> Beat:
         if self._shard is None:
@@ -188,6 +203,7 @@ class _Server:
                 self._shard = kind(index, welcome.settings, policy, source)
                 self._shard.before_tables_change = self._finish_saving
                 self._writer = Writer(index, run_dir)
+                self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
                 log.info("this is %s of run %s", welcome.process, welcome.run)
         elif isinstance(body, ReportAck | Close | AllNorms | Cut):
             self._do(self._shard.handle(COORDINATOR, body, frames, now))
@@ -198,6 +214,7 @@ class _Server:
         if isinstance(body, Beat):  # the first message of a connection, which tells whose it is
             return
         self._routes[sender, is_bulk(body, frames)] = route
+        self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
         try:
             if isinstance(body, KvPush | KvPull):
                 reply, out = self._kv.handle(sender, envelope.incarnation, body, frames)

@@ -55,6 +55,9 @@ class Link:
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
         self._attendance = Attendance(hello, coordinator, time.monotonic())
         self._refusals = Refusals(log)
+        #: Whom the training thread waits for, if it does; and messages of servers with something in them.
+        self.waits_for = ""
+        self.answers = 0
         self._outbox: deque[Send] = deque()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
@@ -86,8 +89,10 @@ class Link:
         with self.lock:
             while True:
                 if (value := ready()) is not None and value is not False:
+                    self.waits_for = ""
                     return value
                 self.check()
+                self.waits_for = what()
                 rest = start + limit - time.monotonic()
                 if rest <= 0:
                     if limit < timeout:
@@ -213,6 +218,7 @@ class Link:
                         if isinstance(body, Stop) and body.again:
                             log.warning("begins anew: %s", body.reason)
                             restart()
+                    self.answers += len(frames) > 1
                     if isinstance(body, Welcome):
                         self._connect(body, poller)
                     self.on_message(name, body, frames[1:])

@@ -919,6 +919,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.coordinator.RunLog": RecordedLog,
+            "ps.server.Watchdog": mock.Mock(),
+            "worker.run.Watchdog": mock.Mock(),
             "ps.coordinator.restore": lambda path, upto: SimpleNamespace(
                 head=SimpleNamespace(run="r.1"), ledger=_books(world, upto)
             ),
