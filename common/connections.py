@@ -8,6 +8,7 @@ bytes handed to the socket for a peer until they are sent, and admits no more wh
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections import deque
@@ -70,7 +71,8 @@ class Inflow:
         size, fd = 0, -1
         for frame in frames:
             size += len(frame) + (2 if len(frame) < 256 else 9)  # as ZMTP frames it
-            fd = frame.get(zmq.SRCFD)
+            with contextlib.suppress(zmq.ZMQError):  # not every frame tells
+                fd = frame.get(zmq.SRCFD)
         connection = self._connections.get(fd)
         if connection is not None:
             connection.taken += size
@@ -108,7 +110,8 @@ class Inflow:
             fd = int(event["value"])
             self._forget(fd)
             if event["event"] == zmq.EVENT_ACCEPTED:
-                self._connections[fd] = _Connection(fd)
+                with contextlib.suppress(OSError):  # it has ended already
+                    self._connections[fd] = _Connection(fd)
 
     def _forget(self, fd: int) -> None:
         connection = self._connections.pop(fd, None)
