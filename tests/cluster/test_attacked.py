@@ -24,7 +24,7 @@ READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
 
 
 def train(folder: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "launch.py"), "local", "--workers", "2", "--servers", "2", "--rounds", "300", "--lane",
+    command = [sys.executable, str(ROOT / "launch.py"), "local", "--workers", "2", "--servers", "2", "--rounds", "100", "--lane",
                "socket", "--run-dir", str(folder), "--overwrite", *more]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -145,5 +145,4 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     refused = loud["refused"]
     assert isinstance(refused, dict)
     assert refused.keys() >= {"malformed", "oversized", "run", "flood"}
-    assert largest < 1500
-    print(refused, largest, loud["seconds"], quiet["seconds"])
+    assert largest < 1500  # MiB
