@@ -222,6 +222,36 @@ def inspect(model: str, image: str | None, classes: int | None, data: str | None
     show(model, image, data, data_dir, classes, Console())
 
 
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
+@click.option("--how", type=click.Choice(["uniform", "samples", "greedy"]), default="uniform", show_default=True,
+              help="How much each counts: all the same, as the samples of its run, or those alone that make the mean better on "
+              "held-out images of the built-in example.")  # fmt: skip
+@click.option("--weights", metavar="X,X,...", help="How much each counts, in numbers, instead.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, overwrite: bool) -> None:
+    """Merge trained models into one by the mean of their weights.
+
+    MODELS are safetensors files, state_dicts of torch.save or run directories, all of one kind of network. The mean is good only
+    of models that started from the same weights.
+    """
+    from common.errors import UsageError
+    from worker.merge_files import merge_files
+
+    try:
+        numbers = [float(weight) for weight in weights.split(",")] if weights is not None else None
+    except ValueError:
+        raise UsageError(f"--weights {weights} cannot be: give numbers with commas between them, such as 1,2,0.5.") from None
+    merged = merge_files(models, out, how, numbers, overwrite)
+    for warning in merged.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    for part, weight in enumerate(merged.weights):
+        measured = f", accuracy {merged.parts_accuracy[part]:.2%}" if merged.parts_accuracy is not None else ""
+        click.echo(f"{models[part]}: weight {weight:g}{measured}")
+    click.echo(f"{out}: " + (f"accuracy {merged.accuracy:.2%}" if merged.accuracy is not None else "written"))
+
+
 def main() -> int:
     """Run the command line and return the exit code."""
     parent = os.environ.pop(PARENT_VARIABLE, None)

@@ -194,7 +194,8 @@ class Push(Body, frozen=True):
     piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
     names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
     groups' settings for the round. The frames of `coded`, some of `chunks`, are the push codec's (`common/codecs/chosen.py`);
-    `scale` is in them already. Unless the whole contribution, on all servers, is `finite`, it moves nothing.
+    `scale` is in them already. Unless the whole contribution, on all servers, is `finite`, it moves nothing. Where workers step
+    locally, values are multiplied by `weight`, and not by samples.
     """
 
     round: Count
@@ -212,6 +213,7 @@ class Push(Body, frozen=True):
     stage: Literal["whole", "early", "confirm"] = "whole"
     coded: list[Count] = []
     finite: bool = True
+    weight: Count = 0
 
     @property
     def key(self) -> tuple[int, int, int]:

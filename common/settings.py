@@ -21,6 +21,7 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
+MergeName = Literal["uniform", "samples", "greedy"]
 PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk", "randomk"]
 WeightCodec = Literal["none", "bf16", "fp16", "int8", "onebit"]
 
@@ -67,8 +68,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
+    local_after: Annotated[
+        NonNegative, _help("local: rounds at the beginning in which every step is merged (post-local SGD); 0 is none.")
+    ] = 0
     outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
     outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
+    merge: Annotated[
+        MergeName,
+        _help(
+            "average: what replicas count with: their samples, all the same, or (greedy) only those that help on held-out data."
+        ),
+    ] = "samples"
     staleness_lr: Annotated[bool, _help("ssp, async: divide the learning rate by the staleness of the push.")] = False
     delay_compensation: Annotated[
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")

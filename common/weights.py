@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from common import tensorfile
 from common.errors import UsageError
@@ -83,7 +84,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return {name: files[name] for name in files}
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:  # by a file's name, torch reads both
         text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} holds no weights that can be read: {text}") from None
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):

@@ -138,11 +138,8 @@ class Ledger:
         segment = self.segment_of(update)
         if segment is None:
             return 0
-        if not self._policy.is_local:
-            return segment.round(update).epoch
         earlier = sum(self._policy.updates(s) for s in self.segments[: segment.index])
-        step = (update - earlier) * (self._policy.merge_every or segment.rounds)
-        return segment.round(segment.first_round + step).epoch
+        return segment.round(segment.first_round + self._policy.rounds_in(segment, update - earlier)).epoch
 
     def micro_batches(self, round_: int) -> int:
         """K of a round; 0 where no plan knows it."""

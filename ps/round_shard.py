@@ -61,8 +61,9 @@ class RoundShard(Shard):
         self._leaves: dict[int, dict[int, Any]] = {}
         #: Spans that count in this round, as the ledger will have them.
         self._filed: dict[Span, Contribution] = {}
-        #: Samples behind each leaf, where workers step locally and the plan cannot tell.
+        #: Samples behind each leaf, and its weight in the mean, where workers step locally and the plan cannot tell.
         self._leaf_samples: dict[int, int] = {}
+        self._leaf_weights: dict[int, int] = {}
         #: Where clipping waits for all norms: mean contributions that are final. Chunks that are applied, and the plane that
         #: their next weights are in.
         self._means: dict[int, Sum] = {}
@@ -166,6 +167,7 @@ class RoundShard(Shard):
             self._drops |= counted and not push.finite
             self._account(sender, push, counted)
         self._leaf_samples.setdefault(push.lo, push.samples)
+        self._leaf_weights.setdefault(push.lo, push.weight)
         if not self.policy.is_local and push.slot >= 0:
             self.readers.uses(sender, self._plane_of(self._version))
         self._hypers = self._hypers or push.hypers
@@ -260,9 +262,9 @@ class RoundShard(Shard):
             if chunk in self._next or chunk in self._means or (total := self._total(chunk)) is None:
                 continue
             if clips:
-                self._means[chunk] = self.store.mean(chunk, total, self._samples())
+                self._means[chunk] = self.store.mean(chunk, total, self._weight())
             else:
-                self._apply(chunk, total, self._samples())
+                self._apply(chunk, total, self._weight())
         if clips and self._own_norms is None and len(self._means) == len(self.chunks) > 0:
             self._own_norms = [norm for chunk in self.chunks for norm in self.store.norms(chunk, self._means[chunk])]
         if clips and self._norms is not None:
@@ -305,8 +307,12 @@ class RoundShard(Shard):
             return None
         return [fold({k: leaves[k] for k in self._closed}, self._count, self._adder(chunk))]
 
+    def _weight(self) -> int:
+        """What this round's sums are divided by for their mean, once that is final."""
+        return sum(self._leaf_weights.values()) if self.policy.is_local else self._samples()
+
     def _samples(self) -> int:
-        """Samples that this round's update is the mean over, once that is final."""
+        """Samples of this round's update, once that is final."""
         if self.policy.is_local:
             return sum(self._leaf_samples.values())
         plan = self.round_plan(self._version)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import worker
 from common.errors import UsageError
@@ -23,6 +23,7 @@ from common.settings import Settings
 from common.weights import read_weights
 from worker import data, models, parts
 from worker.columns import whole_state
+from worker.run import Run
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
@@ -46,8 +47,12 @@ def main() -> None:
         schedule=schedule(settings, rounds),
         schedule_per="round",
     )
+    held_out: Dataset[data.Sample] = images.test
     if settings.policy == "average":
-        run.before_merge(lambda: run.log(part_accuracy=accuracy(model, images.test)))
+        if settings.merge == "greedy":  # images that choose cannot judge the choice
+            choosing, held_out = halves(images.test)
+            run.merge_by(lambda model: score(run, model, images.train, choosing))
+        run.before_merge(lambda: run.log(part_accuracy=accuracy(model, held_out)))
 
     measured = run.epoch
     for x, y in run.batches(images.train, num_workers=settings.loader_workers):
@@ -59,9 +64,11 @@ def main() -> None:
         opt.step()
         if run.is_chief and run.epoch != measured:
             measured = run.epoch
-            run.log(accuracy=accuracy(model, images.test))
+            run.log(accuracy=accuracy(model, held_out))
+    if settings.policy in ("local", "average"):
+        run.recompute_batchnorm(images.train)
     if run.is_chief:
-        run.log(accuracy=accuracy(model, images.test))
+        run.log(accuracy=accuracy(model, held_out))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -79,7 +86,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(found)
 
 
-def accuracy(model: nn.Module, samples: data.Samples) -> float:
+def accuracy(model: nn.Module, samples: Dataset[data.Sample]) -> float:
     """The share of `samples`, 0 to 1, whose label gets the largest logit. Leaves the mode and torch's generator as they were."""
     training = model.training
     model.eval()
@@ -87,7 +94,19 @@ def accuracy(model: nn.Module, samples: data.Samples) -> float:
     with torch.no_grad():
         right = sum(int((model(x).argmax(1).cpu() == y).sum()) for x, y in loader)
     model.train(training)
-    return right / len(samples)
+    return right / len(cast(Sized, samples))
+
+
+def score(run: Run, model: nn.Module, train: data.Samples, held_out: Dataset[data.Sample]) -> float:
+    """How good a mean of models is: its accuracy, once its batch normalisation has statistics of its own."""
+    run.recompute_batchnorm(train)
+    return accuracy(model, held_out)
+
+
+def halves(samples: data.Samples) -> tuple[Dataset[data.Sample], Dataset[data.Sample]]:
+    """Some of the samples to choose a model by, and the others to judge it by; always the same ones."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
+    return Subset(samples, order[::2]), Subset(samples, order[1::2])
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:

@@ -15,6 +15,7 @@ from common.errors import UsageError
 from common.messages import Beat, Push
 from common.plan import Segment, derive_seed
 from common.sums import Sum, is_finite
+from worker import greedy
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from worker.replica import Replica
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from worker.run import Run
 
 log = logging.getLogger("worker.local")
+UNJUDGED = "merge is greedy, but nothing says which of two models is better: call run.merge_by(evaluate) before run.batches()."
 
 
 @dataclass
@@ -38,8 +40,8 @@ class Inner:
 
 
 class LocalWork:
-    """One worker's loop: in each round a step on its own run of micro-batches; every H rounds, and at the end of the data,
-    a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
+    """One worker's loop: in each round a step on its own run of micro-batches; after as many rounds as the policy says, and at
+    the end of the data, a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
 
     def __init__(self, run: Run, replica: Replica, inner: Inner, before_merge: list[Callable[[], None]]) -> None:
         self.replica = replica
@@ -51,11 +53,12 @@ class LocalWork:
         self._inner = inner
         self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
         self._before_merge = before_merge
+        self._merge_by = run.settings.merge if self._policy.contributes == "weights" else "samples"
         self._segment: Segment | None = None
         #: Merges done, which is the version of the weights.
         self._merges = 0
-        #: Merges of all segments so far, when they are done.
-        self._planned = 0
+        #: Merges of all segments so far, when they are done, and of those before the newest.
+        self._planned = self._merged_before = 0
         self._start: dict[int, torch.Tensor] = {}
         #: Since the last merge: samples and micro-batches computed, and sums of metrics.
         self._samples = 0
@@ -81,6 +84,8 @@ class LocalWork:
         return self._segment.round(self.round).epoch
 
     def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
+        if self._merge_by == "greedy" and self._run._evaluate is None:
+            raise UsageError(UNJUDGED)
         self._segment = segment
         table = self._run._tasks.tables[0]
         seed = self._run.settings.seed
@@ -97,8 +102,7 @@ class LocalWork:
             self._step_inner()
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
             self.round = index + 1
-            done = self.round - segment.first_round
-            if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
+            if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()
 
     def _first(self, segment: Segment) -> int:
@@ -106,8 +110,8 @@ class LocalWork:
 
         The inner optimizer's own state was in no snapshot, so it begins anew; its schedule does not.
         """
-        merged, self._planned = self._merges - self._planned, self._planned + self._policy.updates(segment)
-        first = min(segment.first_round + max(0, merged) * (self._policy.merge_every or segment.rounds), segment.end)
+        self._merged_before, self._planned = self._planned, self._planned + self._policy.updates(segment)
+        first = segment.first_round + self._policy.rounds_in(segment, max(0, self._merges - self._merged_before))
         for index in range(segment.first_round, first):
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
         self.round = first
@@ -184,13 +188,18 @@ class LocalWork:
             callback()
         values = self.replica.weights()
         present = self.replica.present(values)
+        weight = self._weigh(values)
         for chunk in self.replica.layout.chunks:
             if chunk.kind == "param" and self._policy.contributes == "delta":
                 torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
-            if chunk.kind != "max":
-                values[chunk.id].mul_(self._samples)
+            if chunk.kind != "max":  # 0 times what is no number would be none
+                values[chunk.id] = values[chunk.id].mul_(weight) if weight else torch.zeros_like(values[chunk.id])
         me = self._run.index
-        push = Push(self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._means)
+        groups = len(self._inner.optimizer.param_groups)
+        push = Push(
+            self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._means,
+            hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
+        )  # fmt: skip
         sums = {chunk.id: Sum(values[chunk.id], present[chunk.id]) for chunk in self.replica.layout.chunks}
         with self._link.lock:
             messages = self._exchange.push(push, sums, time.monotonic())
@@ -198,6 +207,14 @@ class LocalWork:
         self._samples, self._micro_batches, self._means = 0, 0, {}
         self._merges += 1
         self._load(self._merges)
+
+    def _weigh(self, values: dict[int, torch.Tensor]) -> int:
+        """What this replica, whose weights are `values`, counts with in the merge that is due."""
+        if self._merge_by == "greedy":
+            evaluate = self._run._evaluate
+            assert evaluate is not None
+            return greedy.weigh(self._run, self.replica, values, lambda: evaluate(self.replica.model), self._merges)
+        return min(1, self._samples) if self._merge_by == "uniform" else self._samples
 
     def _load(self, version: int) -> None:
         """Wait for the merged weights number `version` and go on from them."""

@@ -74,6 +74,10 @@ class Replica:
         bad = [p for p in self.layout.chunks[chunk].pieces if not values[p.offset : p.offset + p.length].isfinite().all()]
         return " and ".join(f"'{self.specs[piece.tensor].name}'" for piece in bad[:3])
 
+    def __deepcopy__(self, memo: object) -> Replica:
+        """There is one. Who copies the model copies its hooks, which lead here and do nothing for other parameters."""
+        return self
+
     def chunks_of(self, index: int) -> list[Chunk]:
         """The chunks that tensor number `index` is cut into or packed in."""
         return self._chunks_of[index]
@@ -125,6 +129,8 @@ class Replica:
         gradient = parameter.grad
         if self._slot is None or gradient is None or gradient.requires_grad or gradient.is_sparse:
             return
+        if parameter is not self.tensors[index]:
+            return  # of a copy of the model
         place = self._places[self._slot].get(id(parameter))
         if place is not None and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)

@@ -47,7 +47,7 @@ from common.settings import Settings
 from common.shared import Handle, NotShared
 from common.watchdog import Watchdog
 from common.wire import Frames
-from worker import local, saving
+from worker import batchnorm, local, saving
 from worker.exchange import Exchange, Send
 from worker.kv import KvClient
 from worker.link import COORDINATOR, Link
@@ -105,6 +105,7 @@ class Run:
         self._kv: KvClient | None = None
         self._segments: list[Segment] = []
         self._callbacks: list[Callable[[], None]] = []
+        self._evaluate: Callable[[nn.Module], float] | None = None
         self._metrics_sent = 0
         self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
         self._upload_wanted = False
@@ -359,6 +360,24 @@ class Run:
     def before_merge(self, callback: Callable[[], None]) -> None:
         """Call `callback` just before replicas that were trained apart are merged (`local`, `average`)."""
         self._callbacks.append(callback)
+
+    def merge_by(self, evaluate: Callable[[nn.Module], float]) -> None:
+        """Have `evaluate(model)`, more is better, choose among replicas that were trained apart, where `merge` is `greedy`.
+
+        It is called on each worker with its replica, and on the chief with means of several: say, accuracy on held-out data. A
+        model with batch normalisation needs `recompute_batchnorm` there first, or the means' statistics do not fit.
+        """
+        self._evaluate = evaluate
+
+    def recompute_batchnorm(self, dataset: Dataset[Any]) -> None:
+        """Compute the running statistics of the model's batch normalisation anew, by one pass through training data.
+
+        To be called by every worker when the loop is over, under `local` and `average`: the mean of the replicas' statistics is
+        not that of the merged weights. All get the same bits. Does nothing where there is no batch normalisation.
+        """
+        if self._model is None:
+            raise UsageError("recompute_batchnorm() needs a model: call run.replicate(model) before it.")
+        batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop."""

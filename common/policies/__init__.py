@@ -50,21 +50,22 @@ class Policy:
         """Whether workers step on their own, with the user's optimizer, between merges."""
         return self.contributes != "gradient"
 
-    @property
-    def merge_every(self) -> int | None:
-        """Local steps between merges, for policies that step locally; None: only at the end of the data."""
-        return None
-
     def updates(self, segment: Segment) -> int:
         """How many updates, each making a new version of the weights, the servers apply over `segment`."""
-        if not self.is_local:
-            return segment.rounds
-        return -(-segment.rounds // (self.merge_every or max(1, segment.rounds)))
+        return segment.rounds
+
+    def rounds_in(self, segment: Segment, updates: int) -> int:
+        """How many rounds of `segment` are in its first `updates` updates: more than those where workers step locally."""
+        return updates
 
     @property
     def outer_optimizer(self) -> tuple[str, dict[str, Any]] | None:
         """Class of torch.optim and its arguments that servers apply merged deltas with; None: none, or the user's."""
         return None
+
+    def outer_settings(self, rounds: int) -> dict[str, Any]:
+        """The outer optimizer's arguments in the merge after `rounds` rounds of the run, where they change."""
+        return {}
 
 
 def load(settings: Settings) -> Policy:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not installed
-from benchmarks import report
+from benchmarks import merging, report
 from benchmarks.measure import Measurement, step_durations
 from benchmarks.report import Result, Results
 from benchmarks.systems import names, parse_entry
@@ -126,3 +126,14 @@ def test_a_handful_of_simulated_workers_make_a_table_of_what_a_round_and_a_conne
     assert [row[0] for row in rows[2:]] == ["1", "5"]
     assert all(float(row[1].split()[0]) > 0 and float(row[2]) > 0 and float(row[6]) > 0 for row in rows[2:])
     assert rows[2][7:9] == ["", ""] and all(rows[3])
+
+
+def test_the_table_of_merges_has_a_row_for_each_case_and_a_column_for_each_experiment() -> None:
+    columns = [("mlp", {"sync": [0.96, 0.98], "parts": [1.0, 3.0]}), ("cnn", {"sync": [0.9], "local": [0.5, 0.5]})]
+    assert merging.to_markdown(columns).splitlines() == [
+        "|  | mlp | cnn |",
+        "| --- | ---: | ---: |",
+        "| sync | 97.0 ± 1.4 | 90.0 |",
+        "| parts | 1, 3 |  |",
+        "| local |  | 50.0 ± 0.0 |",
+    ]

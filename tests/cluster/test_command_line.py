@@ -69,6 +69,13 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("worker --coordinator tcp://127.0.0.1:5555 no.py", "there is no script no.py"),
         ("experiment", "FILE"),
         ("experiment no.toml", "there is no file no.toml"),
+        ("merge a", "--out"),
+        ("merge --out o", "MODELS"),
+        ("merge a --out o", "one model alone cannot be merged"),
+        ("merge a b --out o", "there is no file a"),
+        ("merge a b --out o --weights 1,x", "--weights 1,x cannot be"),
+        ("merge a b --out o --how best", "'best' is not one of 'uniform', 'samples', 'greedy'"),
+        ("local --merge best", "'best' is not one of 'uniform', 'samples', 'greedy'"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(fail: Fail, argv: str, part: str) -> None:

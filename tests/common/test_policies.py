@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.plan import make_segment
+from common.plan import Segment, make_segment
 from common.policies import Policy, load
 from common.settings import PolicyName, Settings
 
@@ -85,17 +85,36 @@ def test_delay_compensation_adds_the_squared_gradient_times_the_change() -> None
     assert g.tolist() == [2.0, -3.0]
 
 
-def test_where_workers_step_locally_they_merge_every_h_steps_or_at_the_end() -> None:
-    assert {name: policy(name, local_steps=5).merge_every for name in ALL} == {**dict.fromkeys(ALL), "local": 5}
-
-
-@given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 3), st.integers(1, 12))
-def test_updates_are_rounds_or_merges_of_which_the_last_may_be_short(samples: int, batch: int, epochs: int, h: int) -> None:
+@given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 3), st.integers(1, 12), st.integers(0, 60))
+def test_updates_are_rounds_or_merges_of_which_the_last_may_be_short(
+    samples: int, batch: int, epochs: int, h: int, after: int
+) -> None:
     segment = make_segment(before=None, samples=samples, global_batch=batch, micro_batch=1, epochs=epochs, round_limit=None)
     for name in ("sync", "backup", "ssp", "async"):
-        assert policy(name, local_steps=h).updates(segment) == segment.rounds
+        assert merges(policy(name, local_steps=h), segment) == list(range(segment.rounds + 1))
+    assert merges(policy("average"), segment) == [0, segment.rounds]
     assert policy("local", local_steps=h).updates(segment) == math.ceil(segment.rounds / h)
-    assert policy("average").updates(segment) == 1
+    together = min(after, segment.rounds)
+    expected = [*range(together), *range(together, segment.rounds, h), segment.rounds]
+    assert merges(policy("local", local_steps=h, local_after=after), segment) == expected
+
+
+def merges(policy: Policy, segment: Segment) -> list[int]:
+    """How many rounds are in the weights of each version."""
+    return [policy.rounds_in(segment, update) for update in range(policy.updates(segment) + 1)]
+
+
+@given(st.integers(1, 20), st.integers(1, 5), st.integers(0, 60))
+def test_local_steps_begin_after_that_many_rounds_of_the_run_whatever_its_segments(rounds: int, h: int, after: int) -> None:
+    p = policy("local", local_steps=h, local_after=after)
+    first = make_segment(before=None, samples=rounds, global_batch=1, micro_batch=1, epochs=1, round_limit=None)
+    second = make_segment(before=first, samples=rounds, global_batch=1, micro_batch=1, epochs=1, round_limit=None)
+    for segment in (first, second):
+        for update in range(1, p.updates(segment) + 1):
+            before, now = p.rounds_in(segment, update - 1), p.rounds_in(segment, update)
+            assert now - before == 1 if segment.first_round + now <= after else 1 <= now - before <= h
+            plain = p.outer_settings(segment.first_round + now) == {"lr": 1.0, "momentum": 0.0, "nesterov": False}
+            assert plain == (segment.first_round + now <= after)
 
 
 def test_a_segment_without_rounds_has_no_updates() -> None:

@@ -56,7 +56,7 @@ def test_every_micro_batch_is_in_one_update_or_reported_dropped(flags: str, laun
         assert any(int(staleness) > 0 for staleness in summary["staleness"])
 
 
-@pytest.mark.parametrize(("flags", "merges"), [("local --local-steps 4", 5), ("average", 1)])
+@pytest.mark.parametrize(("flags", "merges"), [("local --local-steps 4 --local-after 3", 7), ("average", 1)])
 def test_replicas_that_step_apart_use_every_sample_once(flags: str, merges: int, launch: Launch, tmp_path: Path) -> None:
     summary = train(launch, "--policy", *flags.split())
     rows = contributions(tmp_path / "run")

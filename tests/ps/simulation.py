@@ -531,6 +531,7 @@ class WorkerProcess(Process):
         case, world = self.world.case, self.world
         run = self.run = Run(self.link, 180.0)
         self._welcomed_at = world.now
+        run.merge_by(lambda model: 0.0)
         model = run.replicate(self.model)
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
@@ -553,6 +554,7 @@ class WorkerProcess(Process):
         if self.pace.dies_s < float("inf"):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
         run = self.run = Run(self.link, 180.0)
+        run.merge_by(lambda model: 0.0)
         run.replicate(self.model)
         groups = self.model.groups()
         tables = find_tables(self.model, groups)
@@ -788,8 +790,7 @@ class SteppedLocalWork(local.LocalWork):
                 self.step()
             self._step_inner()
             self.round = index + 1
-            done = self.round - segment.first_round
-            if self.round == segment.end or (self._policy.merge_every and done % self._policy.merge_every == 0):
+            if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()  # its last call, _load, only makes a generator
                 yield from self._load(self._merges)
 

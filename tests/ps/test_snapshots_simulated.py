@@ -71,7 +71,7 @@ def check_same_as_undisturbed(case: Case) -> None:
 
 
 @few
-@given(cases("local", **PLAIN))
+@given(cases("local", after=3, **PLAIN))
 def test_replicas_go_on_from_a_merge(case: Case) -> None:
     check_same_as_undisturbed(case)
 

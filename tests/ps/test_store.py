@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from common import tensorfile
 from common.codecs.chosen import for_pushes
 from common.errors import UsageError, WireError
 from common.layout import CHUNK_BYTES, TensorSpec, make_layout
@@ -17,6 +19,7 @@ from common.messages import Update
 from common.policies import load
 from common.settings import Settings
 from common.sums import Sum
+from common.tensorfile import TensorFiles
 from common.tensors import dtype_name, to_frame
 from common.tree import fold
 from ps.store import Store
@@ -186,6 +189,28 @@ def test_weights_are_those_of_plain_torch_bit_for_bit(cls: Any, hyper: dict[str,
         cluster.step(gradients_of(step))
         assert all(same(cluster.weights(), plain)), f"after step {step}"
     assert same(plain, before) == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("cls", list(elementwise()))
+def test_a_snapshot_on_another_number_of_servers_goes_on_to_the_same_bits(cls: Any, tmp_path: Path) -> None:
+    hyper = {"lr": 0.02, **SPECIAL.get(cls.__name__, [{}])[0]}
+    plain, optimizer, cluster = make(cls, hyper, {"lr": 0.005}, servers=3)
+    for step in range(STEPS):
+        if step == STEPS // 2:
+            cluster = moved(cluster, make(cls, hyper, {"lr": 0.005}, servers=2)[2], tmp_path)
+        plain_step(plain, optimizer, gradients_of(step))
+        cluster.step(gradients_of(step))
+        assert all(same(cluster.weights(), plain)), f"after step {step}"
+
+
+def moved(old: Cluster, new: Cluster, folder: Path) -> Cluster:
+    """`new` with the state of `old`, by way of files."""
+    paths = [folder / f"{number}.safetensors" for number in range(len(old.stores))]
+    for path, store in zip(paths, old.stores, strict=True):
+        tensorfile.write(path, store.state({}), {})
+    for store in new.stores:
+        store.restore(TensorFiles(paths))
+    return new
 
 
 @pytest.mark.parametrize("servers", [1, 2, 7])

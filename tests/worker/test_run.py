@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from common.errors import UsageError
 from common.plan import make_segment
 from common.settings import Settings
+from worker.local import LocalWork
 from worker.run import Run
 
 DATA = TensorDataset(torch.zeros(8))
@@ -56,3 +57,9 @@ def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> 
     kv.answered += 1
     assert Run._beat(script) != before
     assert Run._beat(run()).state == "starting"
+
+
+def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None:
+    work = cast(LocalWork, SimpleNamespace(_merge_by="greedy", _run=SimpleNamespace(_evaluate=None)))
+    with pytest.raises(UsageError, match=r"call run\.merge_by\(evaluate\) before run\.batches\(\)\.$"):
+        next(LocalWork.batches(work, cast(Any, None), cast(Any, None)))

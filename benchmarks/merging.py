@@ -1,0 +1,96 @@
+"""What replicas that were trained apart are worth merged, beside each alone and synchronous training: a table of experiments.
+
+`python -m benchmarks.merging FOLDER...` reads what `launch.py experiment examples/merging.toml` has left, and other experiments
+with the same cases; each is a column. All is measured on those held-out images that the greedy merge did not choose by.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from statistics import mean, stdev
+
+import click
+from safetensors.torch import load_file
+
+from cluster.exits import run_command
+from cluster.report import TABLE_FILE
+from cluster.rundir import MODEL_FILE, SETTINGS_FILE
+from common.errors import UsageError
+from common.runlog import FILE_NAME, RunLogReader
+from common.settings import Settings, make_settings, read_toml
+from worker import data, models
+from worker.example import accuracy, halves
+
+#: By name of a case, its results over the seeds.
+Column = dict[str, list[float]]
+
+
+def read_experiment(folder: Path) -> tuple[str, Column]:
+    """A column's title, and accuracies of the runs in `folder`. Raises UsageError where there are none."""
+    found: Column = defaultdict(list)
+    title = ""
+    for run in _runs(folder):
+        settings = make_settings(read_toml(run / SETTINGS_FILE), str(run / SETTINGS_FILE))
+        title = f"{settings.model}, {settings.data}"
+        case = run.name.replace(f"-seed-{settings.seed}", "")
+        found[case].append(measure(run / MODEL_FILE, settings))
+        if settings.policy == "average" and settings.merge == "greedy":
+            with closing(RunLogReader(run / FILE_NAME)) as log:
+                parts = [value for *_, value in log.metrics("part_accuracy")]
+                found["parts merged by greedy"] += [value for *_, value in log.metrics("merged_parts")]
+            found["one part, mean"].append(mean(parts))
+            found["one part, best"].append(max(parts))
+    if not found:
+        raise UsageError(f"{folder} holds no finished runs: give the folder of an experiment.")
+    return title, found
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Finished runs, in the order of the experiment."""
+    try:
+        with (folder / TABLE_FILE).open(newline="", encoding="utf-8") as file:
+            runs = [folder / row["name"] for row in csv.DictReader(file)]
+    except (OSError, KeyError):
+        raise UsageError(f"{folder} is not the folder of an experiment: it has no table of runs.") from None
+    return [run for run in runs if (run / MODEL_FILE).exists()]
+
+
+def measure(file: Path, settings: Settings) -> float:
+    """The accuracy of a model of the built-in example on the half of the held-out images that nothing was chosen by."""
+    images = data.chosen(settings)
+    model = models.build(settings.model, images.shape, images.classes)
+    model.load_state_dict(load_file(file))
+    return accuracy(model, halves(images.test)[1])
+
+
+def to_markdown(columns: Sequence[tuple[str, Column]]) -> str:
+    """A row for each case, in the order in which they came: mean +- standard deviation over the seeds."""
+    cases = dict.fromkeys(case for _, column in columns for case in column)
+    lines = [["", *(title for title, _ in columns)], ["---", *("---:" for _ in columns)]]
+    lines += [[case, *(_cell(case, column.get(case, [])) for _, column in columns)] for case in cases]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(case: str, values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    if case.startswith("parts"):
+        return ", ".join(f"{value:g}" for value in values)
+    spread = f" ± {stdev(values) * 100:.1f}" if len(values) > 1 else ""
+    return f"{mean(values) * 100:.1f}{spread}"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+def cli(folders: Sequence[Path]) -> None:
+    """Print a table of accuracies, in percent, of the experiments in FOLDERS."""
+    click.echo(to_markdown([read_experiment(folder) for folder in folders]), nl=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(cli, sys.argv[1:], "merging"))

@@ -1,0 +1,61 @@
+"""What replicas count with when they are merged, and what is made of their mean, in real clusters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from common.runlog import FILE_NAME, RunLogReader
+from worker.merging import mean
+
+SCRIPT = Path(__file__).parent / "train_parts.py"
+CLUSTER = ("--workers", 3, "--servers", 2)
+ROUNDS = 40  # of each of the two segments
+
+Launch = Callable[..., dict[str, Any]]
+
+
+def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the statistics of batch normalisation."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("1.") or name in ("1.weight", "1.bias")}
+
+
+def test_a_greedy_merge_is_the_mean_of_the_replicas_that_help_and_leaves_a_ruined_one_out(launch: Launch, tmp_path: Path) -> None:
+    summary = launch(*CLUSTER, "--policy", "average", "--merge", "greedy", SCRIPT, "--", tmp_path, "--ruin")
+    ends = [load_file(tmp_path / f"end-{worker}.safetensors") for worker in range(3)]
+    with contextlib.closing(RunLogReader(tmp_path / "run" / FILE_NAME)) as log:
+        chosen = [int(value) for *_, value in log.metrics("merged_parts")]
+    parts = [load_file(tmp_path / f"part-{2 * ROUNDS}-{worker}.safetensors") for worker in range(3)]
+    candidates = [[0, 2]] if chosen[1] == 2 else [[0], [2]]
+    merges = [mean([weights(parts[i]) for i in numbers], [1.0] * len(numbers)) for numbers in candidates]
+    found = weights(ends[0])
+    assert any(all(torch.allclose(merged[name], found[name], rtol=1e-6) for name in found) for merged in merges)
+    for name, tensor in ends[0].items():  # statistics too, and so in the model's file
+        assert torch.equal(tensor, ends[1][name]) and torch.equal(tensor, ends[2][name])
+        assert torch.equal(tensor, load_file(tmp_path / "run" / "model.safetensors")[name])
+    assert len(chosen) == summary["rounds"] == 2
+    assert summary["samples"] == 480 * 4  # also of those that were left out
+
+
+def test_a_uniform_merge_counts_replicas_of_unequal_shares_alike(launch: Launch, tmp_path: Path) -> None:
+    launch("--workers", 2, "--servers", 2, "--policy", "average", "--merge", "uniform", SCRIPT, "--", tmp_path)
+    parts = [weights(load_file(tmp_path / f"part-{2 * ROUNDS}-{worker}.safetensors")) for worker in range(2)]
+    found = load_file(tmp_path / "end-0.safetensors")
+    for name, tensor in mean(parts, [1, 1]).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(mean(parts, [2, 1])["0.weight"], found["0.weight"])  # as their micro-batches are divided
+
+
+def test_rounds_before_local_steps_are_those_of_sync_but_for_rounding(launch: Launch, tmp_path: Path) -> None:
+    flags = (*CLUSTER, "--data", "digits", "--model", "mlp", "--rounds", 12, "--lr", 0.05)
+    launch(*flags, name="sync")
+    summary = launch(*flags, "--policy", "local", "--local-after", 12, name="together")
+    assert summary["rounds"] == 12
+    sync, together = (load_file(tmp_path / name / "model.safetensors") for name in ("sync", "together"))
+    for name, tensor in sync.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)

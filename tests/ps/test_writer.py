@@ -1,0 +1,60 @@
+"""A server's file of a snapshot: written where the coordinator has asked for it, or a reason why not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from common import snapshots
+from common.messages import Saved
+from common.tensorfile import Entry
+from ps.saving import Capture, Writer
+
+CAPTURE = Capture(7, "token", [Entry("weights/w", [2], [torch.tensor([1.0, 2.0])])], {"seen": 3})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = snapshots.folder_of(tmp_path, 7)
+    folder.mkdir(parents=True)
+    (folder / snapshots.TOKEN_FILE).write_text("token")
+    return folder
+
+
+def written(run_dir: Path) -> Saved:
+    writer = Writer(1, run_dir)
+    writer.start(CAPTURE)
+    writer.wait()
+    saved = writer.poll()
+    assert saved is not None and writer.poll() is None
+    return saved
+
+
+def test_it_holds_the_state_and_what_is_not_tensors(folder: Path, tmp_path: Path) -> None:
+    saved = written(tmp_path)
+    path = folder / snapshots.file_of(1)
+    assert (saved.round, saved.state, saved.bytes) == (7, "written", path.stat().st_size)
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("weights/w").tolist() == [1.0, 2.0]
+        assert json.loads(file.metadata()["extra"]) == {"seen": 3}
+
+
+def test_a_folder_that_is_not_the_coordinator_s_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / snapshots.TOKEN_FILE).write_text("another")
+    saved = written(tmp_path)
+    assert saved.state == "failed" and "server-1 does not reach the run directory" in saved.reason
+    assert not (folder / snapshots.file_of(1)).exists()
+    assert "does not reach" in written(tmp_path / "elsewhere").reason
+
+
+def test_a_full_disk_is_told_and_raises_nothing(folder: Path, tmp_path: Path) -> None:
+    with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
+        saved = written(tmp_path)
+    assert saved.state == "failed" and "No space left on device" in saved.reason
