@@ -12,7 +12,14 @@ class UsageError(PsError):
 
 
 class WireError(PsError):
-    """A message that is foreign, stale or malformed. It is refused and counted; it never crashes a process."""
+    """A message that is foreign, stale or malformed. It is refused and counted; it never crashes a process.
+
+    `kind` is what it is counted under (`common/refusals.py`): "unfit" is what is well-formed and does not fit the run.
+    """
+
+    def __init__(self, text: str, kind: str = "unfit") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class ClusterError(PsError):

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from common.bounds import Amount, Count, CountOrNone, Name, Positive
 from common.errors import UsageError
 
 #: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
 CHUNK_BYTES = 4 << 20
 #: Small tensors are packed together at least up to this many bytes.
 _PACK_BYTES = 64 << 10
+#: Pieces of a chunk at most: which of them a contribution has is told by a bit each of a MessagePack integer.
+_MOST_PIECES = 64
+
+#: Models beyond this have more chunks than any process should keep track of.
+_MOST_BYTES = 4 << 40
 
 Kind = Literal["param", "mean", "max"]
 
@@ -39,9 +45,9 @@ class TensorSpec(msgspec.Struct, frozen=True):
     """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model."""
 
     name: str
-    shape: list[int]
-    dtype: str
-    group: int
+    shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    dtype: Name
+    group: CountOrNone
 
     @property
     def numel(self) -> int:
@@ -63,10 +69,10 @@ class TableSpec(msgspec.Struct, frozen=True):
     what of it. `std`: servers draw its first values, with that standard deviation; None: worker 0 sends them."""
 
     name: str
-    rows: int
-    dim: int
-    group: int
-    std: float | None = None
+    rows: Positive
+    dim: Positive
+    group: Count
+    std: Amount | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -147,6 +153,8 @@ def make_layout(tensors: Sequence[TensorSpec], servers: int, tables: Sequence[Ta
         if spec.dtype not in _DTYPES or (spec.group >= 0 and "float" not in spec.dtype):
             raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
     total = sum(spec.numel * _BYTES[spec.dtype] for spec in tensors)
+    if total > _MOST_BYTES:
+        raise UsageError(f"the model takes {total >> 40} TiB; {_MOST_BYTES >> 40} TiB is the most that can be divided.")
     pack_bytes = min(CHUNK_BYTES, max(_PACK_BYTES, total // 16))
     cuts: list[list[Piece]] = []
     open_cut: dict[tuple[str, str, int], int] = {}
@@ -161,7 +169,8 @@ def make_layout(tensors: Sequence[TensorSpec], servers: int, tables: Sequence[Ta
             continue
         key = (spec.kind, spec.dtype, spec.group)
         at = open_cut.get(key)
-        if at is not None and (_end(cuts[at]) + spec.numel) * size <= pack_bytes:
+        fits = at is not None and (_end(cuts[at]) + spec.numel) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
+        if at is not None and fits:
             cuts[at].append(Piece(index, 0, spec.numel, _end(cuts[at])))
         else:
             open_cut[key] = len(cuts)

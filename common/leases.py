@@ -13,14 +13,20 @@ from itertools import pairwise
 
 import msgspec
 
+from common.bounds import Count, Name
+
 
 class Table(msgspec.Struct, frozen=True, dict=True):
     """Shares of the workers from round `from_round` on. `weights` are whole numbers, one for each of `workers`."""
 
-    epoch: int
-    from_round: int
-    workers: list[str]
-    weights: list[int]
+    epoch: Count
+    from_round: Count
+    workers: list[Name]
+    weights: list[Count]
+
+    def __post_init__(self) -> None:
+        if len(self.workers) != len(self.weights) or not any(self.weights):
+            raise ValueError("a table needs a weight for each worker, and one above 0")
 
     def run(self, worker: str, count: int) -> range:
         """The contiguous micro-batches, out of `count`, that `worker` computes; empty for a stranger."""

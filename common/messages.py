@@ -7,15 +7,19 @@ and every message may be lost, repeated or late. docs/design.md says who sends w
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from common.bounds import Amount, Count, CountOrNone, Name
 from common.layout import TableSpec, TensorSpec
 from common.leases import Table
 from common.plan import Segment
 from common.settings import Settings
 from common.shared import Handle
+
+#: Means of a micro-batch's metrics x samples, and the samples, by name.
+Sums = Annotated[dict[Name, tuple[float, Amount]], msgspec.Meta(max_length=1000)]
 
 
 class Body(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -29,10 +33,10 @@ class Hello(Body, frozen=True):
     """May I take part? `address` is where workers reach a server. `arithmetic` is what equal bits need to be equal."""
 
     role: Literal["server", "worker"]
-    index: int | None = None
-    address: str = ""
-    host: str = ""
-    pid: int = 0
+    index: Count | None = None
+    address: Annotated[str, msgspec.Meta(max_length=300)] = ""
+    host: Annotated[str, msgspec.Meta(max_length=300)] = ""
+    pid: Count = 0
     arithmetic: dict[str, str] = {}
 
 
@@ -44,7 +48,7 @@ class Welcome(Body, frozen=True):
     run: str
     settings: Settings
     servers: list[str]
-    tables: list[Table]
+    tables: Annotated[list[Table], msgspec.Meta(min_length=1)]
     run_dir: str = ""
     resume: int = -1
 
@@ -63,10 +67,10 @@ class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a process has had to do with tensors in frames so far: bytes that a worker has sent and received, repetitions
     included, and seconds that codecs took."""
 
-    pushed_bytes: int = 0
-    pulled_bytes: int = 0
-    encode_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    pushed_bytes: Count = 0
+    pulled_bytes: Count = 0
+    encode_seconds: Amount = 0.0
+    decode_seconds: Amount = 0.0
 
 
 class Beat(Body, frozen=True):
@@ -76,38 +80,40 @@ class Beat(Body, frozen=True):
     begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
     second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, and
     `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers of the key-value store.
+    `refused` are messages that were refused here so far, by kind.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
-    round: int = -1
-    at: int = -1
-    left: list[int] = []
-    sent: list[int] = []
-    seconds: float = 0.0
-    rate: float = 0.0
-    transfer: float = 0.0
+    round: CountOrNone = -1
+    at: CountOrNone = -1
+    left: list[Count] = []
+    sent: list[Count] = []
+    seconds: Amount = 0.0
+    rate: Amount = 0.0
+    transfer: Amount = 0.0
     traffic: Traffic = Traffic()
+    refused: dict[Name, Count] = {}
 
 
 class Tables(Body, frozen=True):
     """The shares in force from some rounds on, oldest first; a new one opens a membership epoch."""
 
-    tables: list[Table]
+    tables: Annotated[list[Table], msgspec.Meta(min_length=1)]
 
 
 class Waiting(Body, frozen=True):
     """My micro-batches of `round` are done and it is not complete: is there one that I can take over?"""
 
-    round: int
+    round: Count
 
 
 class Lease(Body, frozen=True):
     """Micro-batch `k` of `round` is now `to`'s; `owner`, who had it, leaves it out unless it is being computed."""
 
-    round: int
-    k: int
-    to: str
-    owner: str
+    round: Count
+    k: Count
+    to: Name
+    owner: Name
 
 
 class Stop(Body, frozen=True):
@@ -152,13 +158,13 @@ class Ready(Body, frozen=True):
     """Setup, Plan or Init number `id` is known here."""
 
     about: str
-    id: int = 0
+    id: Count = 0
 
 
 class Init(Body, frozen=True):
     """Weights to start from: one frame of weights (in their own dtype) for each of `chunks`. Only the first copy counts."""
 
-    chunks: list[int]
+    chunks: list[Count]
 
 
 class Share(Body, frozen=True):
@@ -188,24 +194,26 @@ class Push(Body, frozen=True):
     piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
     names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
     groups' settings for the round. The frames of `coded`, some of `chunks`, are the push codec's (`common/codecs/chosen.py`);
-    `scale` is in them already. Where workers step locally, values are multiplied by `weight`, and not by samples.
+    `scale` is in them already. Unless the whole contribution, on all servers, is `finite`, it moves nothing. Where workers step
+    locally, values are multiplied by `weight`, and not by samples.
     """
 
-    round: int
-    lo: int
-    hi: int
-    samples: int
-    micro_batches: int
-    chunks: list[int]
+    round: Count
+    lo: Count
+    hi: Count
+    samples: Count
+    micro_batches: Count
+    chunks: list[Count]
     present: list[int]
-    base: int = 0
-    metrics: dict[str, tuple[float, float]] | None = None
+    base: Count = 0
+    metrics: Sums | None = None
     hypers: list[dict[str, Any]] = []
-    slot: int = -1
+    slot: CountOrNone = -1
     scale: float = 1.0
     stage: Literal["whole", "early", "confirm"] = "whole"
-    coded: list[int] = []
-    weight: int = 0
+    coded: list[Count] = []
+    finite: bool = True
+    weight: Count = 0
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -217,13 +225,13 @@ class Ack(Body, frozen=True):
     """That push (`chunks`, and the metrics if it had any) needs not be sent again. No copy of it has counted in the chunks
     `ignored`: others did that before, or the round is over. `early`: it is here, and does not count yet."""
 
-    round: int
-    lo: int
-    hi: int
-    chunks: list[int]
+    round: Count
+    lo: Count
+    hi: Count
+    chunks: list[Count]
     metrics: bool = False
     early: bool = False
-    ignored: list[int] = []
+    ignored: list[Count] = []
 
 
 class Pull(Body, frozen=True):
@@ -234,13 +242,13 @@ class Pull(Body, frozen=True):
     from this server in frames (-1: none), and changes can be added to. `masters`: send the weights that no codec has rounded.
     """
 
-    clock: int
-    number: int = 0
-    have: list[int] = []
+    clock: Count
+    number: Count = 0
+    have: list[Count] = []
     settled: bool = False
     shared: bool = False
-    plane: int = -1
-    holds: int = -1
+    plane: CountOrNone = -1
+    holds: CountOrNone = -1
     masters: bool = False
 
 
@@ -250,26 +258,26 @@ class Weights(Body, frozen=True):
     then follow by themselves. The frames of `coded`, some of `chunks`, are the weight codec's: of the weights, or of their change
     since the version before."""
 
-    clock: int
-    version: int
-    chunks: list[int]
+    clock: Count
+    version: Count
+    chunks: list[Count]
     closed: bool = False
-    plane: int = -1
-    coded: list[int] = []
+    plane: CountOrNone = -1
+    coded: list[Count] = []
 
 
 class Got(Body, frozen=True):
     """The frames of these chunks of the weights for round `clock` are here: there is room for more."""
 
-    clock: int
-    chunks: list[int]
+    clock: Count
+    chunks: list[Count]
 
 
 class Gone(Body, frozen=True):
     """Round `clock` is over and its weights are gone; the newest are those of round `newest`."""
 
-    clock: int
-    newest: int
+    clock: Count
+    newest: Count
 
 
 # ---- rows of tables (worker <-> server; frames are cut as common/rows.py says)
@@ -279,9 +287,9 @@ class RowInit(Body, frozen=True):
     """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by Ready
     with the same `id`."""
 
-    id: int
-    table: int
-    page: int
+    id: Count
+    table: Count
+    page: Count
 
 
 class RowPull(Body, frozen=True):
@@ -292,39 +300,40 @@ class RowPull(Body, frozen=True):
     question an answer is for.
     """
 
-    number: int
-    table: int
-    version: int
-    count: int = 0
-    page: int = -1
+    number: Count
+    table: Count
+    version: Count
+    count: Count = 0
+    page: CountOrNone = -1
 
 
 class Rows(Body, frozen=True):
     """Answer to RowPull `number`: `count` rows."""
 
-    number: int
-    count: int
+    number: Count
+    count: Count
 
 
 class RowPush(Body, frozen=True):
     """The sum over micro-batches lo..hi-1 of `round` (gradient x samples) for the rows of all tables that are on this server:
     of each table, sorted ids and then values. `counts` are the numbers of rows, which may be none."""
 
-    round: int
-    lo: int
-    hi: int
-    samples: int
-    counts: list[int]
-    base: int = 0
+    round: Count
+    lo: Count
+    hi: Count
+    samples: Count
+    counts: list[CountOrNone]
+    base: Count = 0
     hypers: list[dict[str, Any]] = []
+    finite: bool = True
 
 
 class RowAck(Body, frozen=True):
     """That RowPush needs not be sent again, whatever became of it."""
 
-    round: int
-    lo: int
-    hi: int
+    round: Count
+    lo: Count
+    hi: Count
 
 
 # ---- rounds (server <-> coordinator)
@@ -333,31 +342,31 @@ class RowAck(Body, frozen=True):
 class Contribution(msgspec.Struct, frozen=True):
     """What became of one push, as the ledger has it."""
 
-    round: int
-    lo: int
-    hi: int
-    worker: str
-    samples: int
-    micro_batches: int
+    round: Count
+    lo: Count
+    hi: Count
+    worker: Name
+    samples: Count
+    micro_batches: Count
     outcome: Literal["committed", "duplicate", "dropped"]
-    staleness: int | None = None
+    staleness: Count | None = None
 
 
 class Committed(msgspec.Struct, frozen=True):
     """A round applied on server 0: its samples, micro-batches and mean metrics."""
 
-    round: int
-    samples: int
-    micro_batches: int
-    dropped: int
+    round: Count
+    samples: Count
+    micro_batches: Count
+    dropped: Count
     metrics: dict[str, float]
 
 
 class Report(Body, frozen=True):
     """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions."""
 
-    seq: int
-    version: int
+    seq: Count
+    version: Count
     rounds: list[Committed] = []
     contributions: list[Contribution] = []
 
@@ -365,7 +374,7 @@ class Report(Body, frozen=True):
 class ReportAck(Body, frozen=True):
     """Reports up to `seq` are in the ledger."""
 
-    seq: int
+    seq: Count
 
 
 class Arrived(Body, frozen=True):
@@ -375,50 +384,50 @@ class Arrived(Body, frozen=True):
     has taken over the run passes on to all servers what may have been decided before; who was told answers with just that.
     """
 
-    round: int
-    ks: list[int]
+    round: Count
+    ks: list[Count]
     coordinator: int = 0
 
 
 class Close(Body, frozen=True):
     """`backup`: apply the round with exactly these micro-batches."""
 
-    round: int
-    ks: list[int]
+    round: Count
+    ks: list[Count]
 
 
 class Norms(Body, frozen=True):
     """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm). Asked and passed on as `Arrived`
     is."""
 
-    round: int
-    norms: list[tuple[int, int, float]]
+    round: Count
+    norms: list[tuple[Count, Count, float]]
     coordinator: int = 0
 
 
 class AllNorms(Body, frozen=True):
     """Gradient norms of all servers' pieces, sorted."""
 
-    round: int
-    norms: list[tuple[int, int, float]]
+    round: Count
+    norms: list[tuple[Count, Count, float]]
 
 
 class Cut(Body, frozen=True):
     """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
     file with `token`. Answered by Saved."""
 
-    round: int
-    token: str
+    round: Count
+    token: Name
 
 
 class Saved(Body, frozen=True):
     """What has become of a Cut: it `waits` for the round, was `missed` as the round is over, is being or was `written`, or
     `failed` for a reason."""
 
-    round: int
+    round: Count
     state: Literal["waits", "missed", "writing", "written", "failed"]
     sha256: str = ""
-    bytes: int = 0
+    bytes: Count = 0
     reason: str = ""
 
 
@@ -428,7 +437,7 @@ class Saved(Body, frozen=True):
 class Mean(Body, frozen=True):
     """What is the mean of metric `name` over `epoch`? Answered by the same with `value`, final once `complete`."""
 
-    epoch: int
+    epoch: Count
     name: str
     value: float | None = None
     complete: bool = False
@@ -437,9 +446,9 @@ class Mean(Body, frozen=True):
 class Metrics(Body, frozen=True):
     """Values the script logged outside a micro-batch, after `round` rounds."""
 
-    id: int
-    round: int
-    values: dict[str, float]
+    id: Count
+    round: Count
+    values: Annotated[dict[Name, float], msgspec.Meta(max_length=1000)]
 
 
 class Goodbye(Body, frozen=True):
@@ -455,8 +464,8 @@ class Upload(Body, frozen=True):
 class ModelPart(Body, frozen=True):
     """Part `part` of `parts` of the model's safetensors file, in the one frame that follows. The last one sent has the hash."""
 
-    part: int
-    parts: int
+    part: Count
+    parts: Count
     weights_sha256: str = ""
 
 
@@ -467,28 +476,28 @@ class KvPush(Body, frozen=True):
     """Add to, or set, element block `block` of `key`, which has `numel` elements in all its blocks. `id` makes it count once,
     however often it is sent."""
 
-    id: int
-    key: str
-    block: int
-    numel: int
-    dtype: str
+    id: Count
+    key: Name
+    block: Count
+    numel: Count
+    dtype: Name
     op: Literal["add", "set"]
 
 
 class KvPull(Body, frozen=True):
     """Send block `block` of `key`, which has `numel` elements in all its blocks."""
 
-    id: int
-    key: str
-    block: int
-    numel: int
+    id: Count
+    key: Name
+    block: Count
+    numel: Count
 
 
 class KvReply(Body, frozen=True):
     """Done; for a pull a frame with the block's bytes follows. `version` counts the pushes applied to the block."""
 
-    id: int
-    version: int
+    id: Count
+    version: Count
     dtype: str = ""
 
 
@@ -505,8 +514,8 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """What every header carries. `run` is empty and `epoch` 0 until the coordinator's Welcome has told them."""
 
     protocol: int
-    run: str
-    sender: str
-    incarnation: int
-    epoch: int
+    run: Name
+    sender: Name
+    incarnation: Count
+    epoch: Count
     body: Message

@@ -11,24 +11,35 @@ from dataclasses import dataclass
 
 import msgspec
 
+from common.bounds import Count, Positive
+
+#: Micro-batches that a round may have.
+MOST_MICRO_BATCHES = 1 << 20
+
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """Epochs over a dataset of `samples` samples, starting at `first_round` and `first_epoch` of the run."""
 
-    index: int
-    first_round: int
-    first_epoch: int
-    samples: int
-    global_batch: int
-    micro_batch: int
-    epochs: int
+    index: Count
+    first_round: Count
+    first_epoch: Count
+    samples: Positive
+    global_batch: Positive
+    micro_batch: Positive
+    epochs: Positive
     #: Rounds in this segment: all its epochs, or fewer where the run's limit of rounds comes first.
-    rounds: int
+    rounds: Count
 
     @property
     def end(self) -> int:
         """One past this segment's last round."""
         return self.first_round + self.rounds
+
+    def follows(self, before: Segment | None) -> bool:
+        """Whether its numbers go on from those of `before`, the segment before it, and make sense."""
+        first = (0, 0, 0) if before is None else (before.index + 1, before.end, before.first_epoch + before.epochs)
+        fits = self.rounds <= self.rounds_per_epoch * self.epochs and self.global_batch <= MOST_MICRO_BATCHES * self.micro_batch
+        return fits and (self.index, self.first_round, self.first_epoch) == first
 
     @property
     def rounds_per_epoch(self) -> int:

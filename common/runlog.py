@@ -17,12 +17,15 @@ import json
 import math
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "events.sqlite"
+#: Rows that are kept in memory while they cannot be written.
+_MOST_ROWS = 200_000
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -104,7 +107,8 @@ def some(names: Sequence[str]) -> str:
 class RunLog:
     """The writing end; one per run, in the coordinator. Rows are buffered until `flush`, after which they outlast a crash.
 
-    An operating-system or SQLite error in `flush` is the caller's to handle; buffered rows are kept for the next try.
+    An operating-system or SQLite error in `flush` is the caller's to handle; buffered rows are kept for the next try, as many as
+    memory should be spent on: of more, the oldest are `lost`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,17 +116,18 @@ class RunLog:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
-        self._pending: list[tuple[str, tuple[Any, ...]]] = []
+        self._pending: deque[tuple[str, tuple[Any, ...]]] = deque()
+        #: Rows that overwrite others, by what they overwrite.
+        self._newest: dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]] = {}
+        self.lost = 0
 
     def event(self, event: Event) -> None:
         self._add("INSERT INTO events VALUES (NULL,?,?,?,?)", event.kind, event.process, json.dumps(event.data))
 
     def round(self, row: RoundRow) -> None:
-        self._pending.append(
-            (
-                "INSERT OR IGNORE INTO rounds VALUES (?,?,?,?,?,?,?)",
-                (row.round, time.time(), row.epoch, row.samples, row.micro_batches, row.dropped, json.dumps(row.metrics)),
-            )
+        self._keep(
+            "INSERT OR IGNORE INTO rounds VALUES (?,?,?,?,?,?,?)",
+            (row.round, time.time(), row.epoch, row.samples, row.micro_batches, row.dropped, json.dumps(row.metrics)),
         )
 
     def contribution(self, row: ContributionRow) -> None:
@@ -137,38 +142,50 @@ class RunLog:
 
     def state(self, kind: str, key: str, value: bytes) -> None:
         """Overwrites what there was."""
-        self._pending.append(("INSERT OR REPLACE INTO state VALUES (?,?,?)", (kind, key, value)))
+        self._newest["state", kind, key] = "INSERT OR REPLACE INTO state VALUES (?,?,?)", (kind, key, value)
 
     def status(self, row: StatusRow) -> None:
-        self._pending.append(
-            (
-                "INSERT OR REPLACE INTO status VALUES (?,?,?,?,?,?)",
-                (row.process, time.time(), row.state, row.round, row.waits_for, row.samples_per_second),
-            )
+        self._newest["status", row.process] = (
+            "INSERT OR REPLACE INTO status VALUES (?,?,?,?,?,?)",
+            (row.process, time.time(), row.state, row.round, row.waits_for, row.samples_per_second),
         )
 
     def _add(self, statement: str, *values: Any) -> None:
-        self._pending.append((statement, (time.time(), *values)))
+        self._keep(statement, (time.time(), *values))
+
+    def _keep(self, statement: str, values: tuple[Any, ...]) -> None:
+        self._pending.append((statement, values))
+        if len(self._pending) > _MOST_ROWS:
+            self._pending.popleft()
+            self.lost += 1
 
     def flush(self) -> None:
         """Write what is buffered, in one transaction."""
-        if not self._pending:
+        if not self._pending and not self._newest:
             return
-        self._db.execute("BEGIN")
         try:
+            self._db.execute("BEGIN")
             by_statement: dict[str, list[tuple[Any, ...]]] = {}
-            for statement, values in self._pending:
+            for statement, values in [*self._pending, *self._newest.values()]:
                 by_statement.setdefault(statement, []).append(values)
             for statement, rows in by_statement.items():
                 self._db.executemany(statement, rows)
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # SQLite may have rolled back by itself
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
         self._pending.clear()
+        self._newest.clear()
 
     def close(self) -> None:
-        self.flush()
+        """Raises what `flush` does, and is closed all the same."""
+        try:
+            self.flush()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         with contextlib.suppress(sqlite3.OperationalError):  # somebody is reading: then the side files stay until they end
             self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()

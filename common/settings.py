@@ -114,6 +114,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "CosineAnnealingLR"
     loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
 
+    on_nonfinite: Annotated[
+        Literal["fail", "skip", "allow"],
+        _help(
+            "A gradient that is NaN or infinite: the run fails, its round is dropped (ssp, async: its push), or it is applied."
+        ),
+    ] = "fail"
+    watchdog: Annotated[
+        float,
+        Meta(ge=0),
+        _help("Seconds without progress after which a process writes its threads' stacks to its log, once; 0 is never."),
+    ] = 60.0
     timeout: Annotated[
         float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
     ] = 300.0

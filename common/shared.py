@@ -15,6 +15,7 @@ import secrets
 
 import msgspec
 
+from common.bounds import Count, Name
 from common.errors import PsError
 
 PAGE = mmap.PAGESIZE
@@ -27,10 +28,10 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class Handle(msgspec.Struct, frozen=True):
     """Where to find a region: the file `fd` of process `pid`, `size` bytes long, beginning with `token` (hexadecimal)."""
 
-    pid: int
-    fd: int
-    size: int
-    token: str
+    pid: Count
+    fd: Count
+    size: Count
+    token: Name
 
 
 class NotShared(PsError):
@@ -79,7 +80,7 @@ def attach(handle: Handle, *, private: bool = False) -> Region:
     Raises NotShared unless it is the very memory that the handle means.
     """
     try:
-        fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{handle.pid}/fd/{handle.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise NotShared(f"the memory of process {handle.pid} cannot be reached from here ({error.strerror}).") from None
     try:

@@ -9,6 +9,7 @@ blocks: a message that cannot go out now is dropped, because whoever waits for a
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket as stdlib_socket
 from collections.abc import Sequence
@@ -20,16 +21,21 @@ import msgspec
 import zmq
 
 from common.errors import ClusterError, UsageError, WireError
-from common.messages import Body, Envelope, KvPull, RowPull, Rows
+from common.messages import Body, Envelope, Hello, KvPull, RowPull, Rows
 
 PROTOCOL = 1
 
 #: Largest frame accepted, bytes: a chunk, and some room for a long layout in a header.
 MAX_FRAME_BYTES = 16 << 20
-#: Frames a message may have at most.
+#: Frames a message may have at most, and bytes its header: what is decoded takes up many times as many.
 MAX_FRAMES = 4096
-#: Files that a process has open besides its connections, at most.
-_OTHER_FILES = 200
+MAX_HEADER_BYTES = 4 << 20
+#: Files that a process has open besides its connections, at most, those of strangers included.
+_OTHER_FILES = 500
+#: Connections that may wait to be accepted.
+_BACKLOG = 1024
+#: A connection whose other end is gone without a word is closed after some 60 seconds.
+_KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
 #: Seconds between two signs of life, and of silence after which a process counts as gone.
 BEAT_S = 0.5
 GONE_S = 20.0
@@ -44,12 +50,15 @@ _DECODER = msgspec.msgpack.Decoder(Envelope)
 
 Frames = Sequence[Any]
 
+_ADDRESS = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]+\]|[^:/\[\]\s]+):[0-9]{1,5}", re.ASCII)
+_WORKER = re.compile(r"worker-(0|[1-9][0-9]{0,15})", re.ASCII)
+
 
 class ForeignRun(WireError):
     """A message of `run`, which is not the one here."""
 
     def __init__(self, text: str, run: str) -> None:
-        super().__init__(text)
+        super().__init__(text, "run")
         self.run = run
 
 
@@ -66,15 +75,21 @@ class Stamp:
         return _ENCODER.encode(Envelope(PROTOCOL, self.run, self.sender, self.incarnation, self.epoch, body))  # type: ignore[arg-type]
 
     def decode(self, header: Any) -> Envelope:
-        """The envelope in a header frame. Raises WireError if it is malformed, foreign or of another version."""
+        """The envelope in a header frame. Raises WireError if it is malformed, foreign or of another version.
+
+        Only who asks to join does not know the run's id yet.
+        """
+        if len(header) > MAX_HEADER_BYTES:
+            raise WireError(f"a header has {len(header)} bytes; {MAX_HEADER_BYTES} are allowed", "oversized")
         try:
             envelope = _DECODER.decode(header)
-        except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, UsageError) as error:
-            raise WireError(f"a header could not be read: {error}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, UsageError, RecursionError) as error:
+            raise WireError(f"a header could not be read: {error}", "malformed") from None
+        sender = envelope.sender or "a peer"
         if envelope.protocol != PROTOCOL:
-            raise WireError(f"{envelope.sender or 'a peer'} speaks protocol {envelope.protocol}, not {PROTOCOL}")
-        if self.run and envelope.run and envelope.run != self.run:
-            raise ForeignRun(f"{envelope.sender or 'a peer'} belongs to run {envelope.run}, not {self.run}", envelope.run)
+            raise WireError(f"{sender} speaks protocol {envelope.protocol}, not {PROTOCOL}", "protocol")
+        if self.run and envelope.run != self.run and (envelope.run or not isinstance(envelope.body, Hello)):
+            raise ForeignRun(f"{sender} belongs to run {envelope.run or '(none)'}, not {self.run}", envelope.run)
         return envelope
 
 
@@ -130,6 +145,9 @@ def _socket(context: zmq.Context[Any], kind: int, address: str) -> zmq.Socket[by
     sock.setsockopt(zmq.RECONNECT_IVL, 50)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     sock.setsockopt(zmq.HANDSHAKE_IVL, 10000)
+    sock.setsockopt(zmq.BACKLOG, _BACKLOG)
+    for option, value in _KEEPALIVE.items():
+        sock.setsockopt(option, value)
     sock.setsockopt(zmq.IPV6, int("[" in address))
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     sock.setsockopt(zmq.SNDHWM, 10000)
@@ -156,7 +174,7 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
     except zmq.Again:
         return None
     if len(frames) > MAX_FRAMES:
-        raise WireError(f"a message has {len(frames)} frames; {MAX_FRAMES} are allowed")
+        raise WireError(f"a message has {len(frames)} frames; {MAX_FRAMES} are allowed", "oversized")
     return frames
 
 
@@ -164,6 +182,16 @@ def is_bulk(body: Body, frames: Frames) -> bool:
     """Whether a message goes by the connection for tensors: those that have some, but for rows, which somebody waits for in
     mid-forward; and pulls that must not overtake pushes."""
     return isinstance(body, KvPull) or (bool(frames) and not isinstance(body, RowPull | Rows))
+
+
+def is_worker(name: str) -> bool:
+    """Whether a worker may be called so."""
+    return _WORKER.fullmatch(name) is not None
+
+
+def is_address(text: str) -> bool:
+    """Whether it looks like an address to connect to."""
+    return _ADDRESS.fullmatch(text) is not None
 
 
 def bytes_of(frame: Any) -> memoryview:

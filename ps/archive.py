@@ -16,6 +16,9 @@ from common.wire import Frames, bytes_of
 MODEL_FILE = "model.safetensors"
 SUMMARY_FILE = "summary.json"
 
+#: Parts that a model's file may have: 4 TiB of it.
+_MOST_PARTS = 1 << 20
+
 
 class ModelFile:
     """Writes down the parts of the model's file that a worker hands in, in any order, and gives it its name at the end."""
@@ -32,7 +35,8 @@ class ModelFile:
         """Raises WireError for a part that is not what it says, OSError where it cannot be written."""
         data = bytes_of(frames[0]) if len(frames) == 1 else memoryview(b"")
         size_fits = len(data) == CHUNK_BYTES or (part.part == part.parts - 1 and 0 < len(data) < CHUNK_BYTES)
-        if not size_fits or not 0 <= part.part < part.parts or (self._count or part.parts) != part.parts:
+        counts_fit = part.part < part.parts <= _MOST_PARTS and (self._count or part.parts) == part.parts
+        if not size_fits or not counts_fit:
             raise WireError(f"part {part.part} of {part.parts} of the model is not what it says")
         with self._temporary.open("r+b" if self._there else "wb") as file:
             file.seek(part.part * CHUNK_BYTES)

@@ -9,6 +9,7 @@ import platform
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from common.connections import Inflow
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.messages import (
     AllNorms,
@@ -44,6 +46,7 @@ from common.messages import (
     Welcome,
 )
 from common.policies import load
+from common.refusals import Refusals
 from common.restart import restart
 from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
@@ -59,6 +62,7 @@ from common.snapshots import (
     remove,
     write_manifest,
 )
+from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
     BEAT_S,
@@ -66,6 +70,7 @@ from common.wire import (
     Frames,
     Stamp,
     allow_files,
+    is_address,
     new_incarnation,
     receive,
     router,
@@ -85,6 +90,9 @@ _TICK_MS = 50
 #: Seconds between two writings of the status of all processes, and of the books where somebody waits to hear that they are kept.
 _FLUSH_S = 0.25
 _PROMISE_S = 0.1
+#: Seconds until what could not be written is tried again, and between two alarms about it.
+_FLUSH_AGAIN_S = 2.0
+_ALARM_S = 30.0
 #: Seconds between two lines on progress in its own log, for those who have no other screen.
 _TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
@@ -95,6 +103,12 @@ _LEFT_S = 3.0
 _REJOIN_S = 5.0
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
 _FIND_S = 2.0
+
+#: What servers and workers may send once they have joined.
+_FROM: dict[str, tuple[type[Body], ...]] = {
+    "server": (Beat, Report, Arrived, Norms, Close, AllNorms, Saved),
+    "worker": (Beat, Setup, Plan, Waiting, Mean, Metrics, ModelPart, Goodbye),
+}
 
 
 def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False) -> None:
@@ -223,6 +237,13 @@ class Coordinator:
         self._answered_at: dict[str, float] = {}
         #: By incarnation of the worker and number.
         self._seen_metrics: set[tuple[int, int]] = set()
+        self._refusals = Refusals(log)
+        #: Watches connections, once the loop runs.
+        self._inflow: Inflow | None = None
+        self._told_refused: Counter[str] = Counter()
+        #: Since when the event log cannot be written, if so, and when that was last told.
+        self._unlogged_since: float | None = None
+        self._alarmed_at = float("-inf")
         self._accuracy: float | None = None
         self._uploader: str | None = None
         self._flushed_at = self._status_at = self._told_at = now
@@ -275,6 +296,8 @@ class Coordinator:
             if not self._stop.ok:
                 raise ClusterError(self._stop.reason)
             return
+        self._inflow = Inflow(self._sock, self._refusals)
+        watchdog = Watchdog(self._settings.watchdog, self._progress, self._whom_all_wait_for)
         try:
             ticked_at = time.monotonic()
             while True:
@@ -282,6 +305,7 @@ class Coordinator:
                 self._drain()
                 if (now := time.monotonic()) >= ticked_at + _TICK_MS / 1000:
                     ticked_at = now
+                    self._inflow.look(now)
                     self._tick(now)
                     if self._finished():
                         break
@@ -298,18 +322,23 @@ class Coordinator:
         except KeyboardInterrupt:
             self._farewell(Stop(False, "the coordinator was interrupted."))
             raise
+        finally:
+            self._inflow.close()
+            watchdog.stop()
         self._log.event(Event("finished", "coordinator", {}))
         self._farewell(Stop(True))
 
     def _drain(self) -> None:
         until = time.monotonic() + BEAT_S
         while time.monotonic() < until:
+            frames: list[zmq.Frame] | None = []
+            known = False
             try:
                 frames = receive(self._sock)
                 if frames is None:
                     break
                 if len(frames) < 2:
-                    raise WireError("a message has no header")
+                    raise WireError("a message has no header", "malformed")
                 try:
                     envelope = self._stamp.decode(frames[1].buffer)
                 except ForeignRun as error:
@@ -317,8 +346,11 @@ class Coordinator:
                         self._reply(frames[0].bytes, Stop(False, "the run has begun anew.", again=True))
                     raise
                 self._handle(frames[0].bytes, envelope, frames[2:])
+                known = envelope.sender in self._membership.members
             except WireError as error:
-                log.warning("refused: %s", error)
+                self._refusals.note(error, time.monotonic())
+            if self._inflow is not None and frames:
+                self._inflow.took(frames[1:], known)
         if self._is_urgent:
             self._flush()
 
@@ -342,6 +374,9 @@ class Coordinator:
         if self._ledger.planned and now >= self._told_at + _TELL_S:
             self._told_at = now
             log.info("round %d of %d, loss %s", self._ledger.committed, self._ledger.planned, self._loss())
+            if (refused := self._refused()) != self._told_refused:
+                self._told_refused = refused
+                self._log.event(Event("refused", "coordinator", dict(refused)))
         self._take_snapshots(now)
         self._check_deadline(now)
 
@@ -434,17 +469,26 @@ class Coordinator:
 
     def _flush(self) -> None:
         """Have the books on the disk, and keep what was promised for then."""
-        self._flushed_at = time.monotonic()
-        self._write_rows(self._flushed_at)
+        self._flushed_at = now = time.monotonic()
+        self._write_rows(now)
         self._keeper.keep(self._log, self._head, self._membership, self._ledger)
         promises, self._promises, self._is_urgent = self._promises, [], False
         try:
             self._log.flush()
-        except Exception as error:  # a full disk must not stop the run: rows are kept for the next try, and who waits asks again
-            log.warning("the event log could not be written: %s", error)
+        except Exception as error:  # a full disk must not stop the run; rows are kept for the next try, and who waits asks again
+            self._unlogged_since = self._unlogged_since or now
+            self._flushed_at = now + _FLUSH_AGAIN_S - _FLUSH_S
+            if now >= self._alarmed_at + _ALARM_S:
+                self._alarmed_at = now
+                log.error("the event log cannot be written (%s): is the disk full? Training goes on.", error)
             return
         for route, body in promises:
             self._reply(route, body)
+        if self._unlogged_since is not None:
+            text = f"the event log could not be written for {now - self._unlogged_since:.0f} s; {self._log.lost} rows are lost"
+            self._unlogged_since, self._alarmed_at = None, float("-inf")
+            log.warning(text)
+            self._log.event(Event("warning", "coordinator", {"text": text}))
 
     def _check_deadline(self, now: float) -> None:
         """Give up where nothing has moved for the whole time-out, or nobody is left to move anything."""
@@ -475,7 +519,9 @@ class Coordinator:
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:
             self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._run}."))
-            return
+            raise WireError(f"{envelope.sender} is not a member of this run, or another process than the one that is", "sender")
+        if not isinstance(body, _FROM[member.hello.role]):
+            raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
         if self._stop is not None:
             self._routes[member.name] = route
             self._reply(route, self._stop)
@@ -506,18 +552,20 @@ class Coordinator:
             case Metrics():
                 self._metrics(route, member, body, now)
             case ModelPart():
-                self._progressed_at = now
+                if not member.left:
+                    raise WireError(f"{member.name} hands in a model before its script has ended")
                 try:
                     self._model.add(body, frames)
                 except OSError as error:
                     raise self._unwritten(error) from None
+                self._progressed_at = now
                 self._reply(route, Ready("ModelPart", body.part))
             case Goodbye():
                 self._goodbye(route, member, body, now)
-            case _:
-                raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
 
     def _hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
+        if hello.role == "server" and not is_address(hello.address):
+            raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
         known = set(self._membership.members)
         started = self._membership.started
         member, answers = self._membership.hello(hello, incarnation, now)
@@ -675,9 +723,14 @@ class Coordinator:
                     self._reply(route, stop)
             self._sock.poll(_TICK_MS)
             self._drain()
-        self._log.close()
+        with contextlib.suppress(Exception):  # it was told
+            self._log.close()
 
     # ---- telling
+
+    def _progress(self) -> float | None:
+        """When something last moved. Called by the watchdog's thread."""
+        return self._progressed_at if self._membership.started else None
 
     def _whom_all_wait_for(self) -> str:
         """Workers that have something left to do in the open round, else servers that have not applied it."""
@@ -743,10 +796,16 @@ class Coordinator:
             "dropped": totals.dropped,
             "samples_dropped": totals.samples_dropped,
             "wire": self._wire(),
+            "refused": dict(sorted(self._refused().items())),
         }
         if totals.staleness:
             summary["staleness"] = {str(k): n for k, n in sorted(totals.staleness.items())}
         return summary
+
+    def _refused(self) -> Counter[str]:
+        """Messages that were refused by kind, here and by all who have told."""
+        told = (member.beat.refused for member in self._membership.members.values())
+        return sum((Counter(counts) for counts in told), Counter(self._refusals.counts))
 
     def _wire(self) -> dict[str, float]:
         """What all processes have told of tensors in frames: bytes of workers, seconds of workers and servers."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from common.errors import UsageError, WireError
 from common.layout import Layout, make_layout
 from common.messages import (
     AllNorms,
@@ -36,6 +37,7 @@ from common.messages import (
 from common.plan import Segment
 from common.policies import Policy, load
 from common.settings import Settings
+from ps.checks import check_setup
 
 #: Decisions of how many rounds are kept for servers that ask again.
 _REMEMBERED = 16
@@ -98,16 +100,20 @@ class Ledger:
     def set_up(self, setup: Setup) -> Body:
         """A worker's model. Servers say what differs; here only the layout matters."""
         if self.setup is None:
+            try:
+                check_setup(setup)
+                self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
+            except (UsageError, WireError) as error:
+                return Refused("Setup", str(error))
             self.setup = setup
-            self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
         elif setup != self.setup:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")
 
     def plan(self, segment: Segment) -> Body:
-        if segment.index == len(self.segments):
+        if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             self.segments.append(segment)
-        elif segment.index > len(self.segments) or self.segments[segment.index] != segment:
+        elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
             return Refused("Plan", "this worker's data or batch sizes are not the other workers'.")
         return Ready("Plan", segment.index)
 
@@ -148,6 +154,8 @@ class Ledger:
 
     def report(self, server: int, report: Report) -> Body:
         """News of a server, counted once however often it is sent."""
+        if any(self.segment_of(committed.round) is None for committed in report.rounds):
+            raise WireError(f"server-{server} reports updates that no plan knows")
         before = self.reported.get(server, Reported(-1, 0))
         if report.seq > before.seq:
             self.reported[server] = Reported(report.seq, max(report.version, before.version))
@@ -210,20 +218,20 @@ class Ledger:
         """`backup`: close the round when enough micro-batches are in everywhere. Answers are (server, message)."""
         if message.round in self._closed:
             return [(server, Close(message.round, self._closed[message.round]))]
-        if self.layout is None:
+        count = self.micro_batches(message.round)
+        if self.layout is None or not all(k < count for k in message.ks):
             return []
         sets = self._arrived.setdefault(message.round, {})
         sets[server] = message.ks
         owners = self.layout.owners()
         everywhere = set.intersection(*(set(sets.get(owner, ())) for owner in owners))
-        count = self.micro_batches(message.round)
         if not count or len(everywhere) < max(1, count - self._policy.may_leave_out):
             return []
         return self.decided(Close(message.round, sorted(everywhere)))
 
     def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
         """Clipping: hand out all norms of a round when every server that holds chunks has sent its own."""
-        if self.layout is None:
+        if self.layout is None or self.segment_of(message.round) is None:
             return []
         if message.round in self._all_norms:
             return [(server, self._all_norms[message.round])]

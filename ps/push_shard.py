@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,7 +12,9 @@ from common.errors import UsageError, WireError
 from common.messages import Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
 from common.plan import Round, Segment
 from common.policies import Policy
+from common.rows import no_rows
 from common.settings import Settings
+from common.sums import Sum
 from common.tree import fold
 from common.wire import Frames
 from ps.saving import Source
@@ -96,11 +99,11 @@ class PushShard(Shard):
     def _plan(self, sender: str, segment: Segment) -> list[Send]:
         return super()._plan(sender, segment) + self._advance()  # a snapshot may have had all of its first round
 
-    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+    def _push(self, sender: str, push: Push, frames: Frames, now: float, values: Sequence[Sum] | None = None) -> list[Send]:
         if push.hi != push.lo + 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
         plan = self.round_plan(push.round)
-        values = self._check(sender, push, frames, plan.micro_batches, plan.samples_in(push.lo, push.hi))
+        values = self._check(sender, push, frames, plan, values)
         accounts = push.metrics is not None and self.index == 0
         if push.round < self._slowest:
             if accounts:
@@ -116,7 +119,7 @@ class PushShard(Shard):
             self._counts(sender, push, chunk)
             self.store.apply(
                 chunk,
-                [value],
+                [value if push.finite else Sum(value.values, 0)],
                 push.samples,
                 hypers[self.chunks[chunk].group] if 0 <= self.chunks[chunk].group < len(hypers) else {},
                 lr_scale=lr_scale,
@@ -126,12 +129,13 @@ class PushShard(Shard):
             self._coded.pop(chunk, None)
         if accounts and push.metrics is not None:
             counted = (METRICS, push.lo) not in applied
-            row = contribution(sender, push, "committed" if counted else "duplicate", staleness)
+            outcome: Any = "duplicate" if not counted else "committed" if push.finite else "dropped"
+            row = contribution(sender, push, outcome, staleness)
             self._news.append(row)
             if counted:
                 self._ahead[push.round, push.lo] = row
                 applied.add((METRICS, push.lo))
-                self._metrics.setdefault(push.round, {})[push.lo] = push.metrics
+                self._metrics.setdefault(push.round, {})[push.lo] = push.metrics if push.finite else {}
         return [self._ack(sender, push), *self._advance()]
 
     def _arrives(self, push: Push | RowPush, plan: Round) -> tuple[set[tuple[int, int]], int, float]:
@@ -154,6 +158,8 @@ class PushShard(Shard):
         applied, _, lr_scale = self._arrives(push, plan)
         if (ROWS, push.lo) not in applied:
             applied.add((ROWS, push.lo))
+            if not push.finite and self.layout is not None:
+                rows = [no_rows(spec) for spec in self.layout.tables]
             self.tables.apply(rows, push.samples, push.hypers, lr_scale)
         return [ack, *self._advance()]
 
@@ -167,7 +173,9 @@ class PushShard(Shard):
                 break
             if self.index == 0:
                 total = fold(self._metrics.pop(self._slowest), plan.micro_batches, add_metrics)
-                self._rounds.append(Committed(self._slowest, plan.samples, plan.micro_batches, 0, mean_metrics(total)))
+                gone = [row for key, row in self._ahead.items() if key[0] == self._slowest and row.outcome == "dropped"]
+                samples, count = plan.samples - sum(row.samples for row in gone), plan.micro_batches - len(gone)
+                self._rounds.append(Committed(self._slowest, samples, count, len(gone), mean_metrics(total)))
             self._applied.pop(self._slowest, None)
             self._ahead = {key: row for key, row in self._ahead.items() if key[0] > self._slowest}
             self._slowest += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from common.messages import (
     RowPush,
 )  # fmt: skip
 from common.policies import Policy
-from common.rows import add_tables
+from common.rows import add_tables, no_rows
 from common.settings import Settings
 from common.sums import Sum
 from common.tree import Span, TreeSum, fold
@@ -74,6 +75,8 @@ class RoundShard(Shard):
         #: `backup`: the micro-batches to apply, once decided. Clipping: own norms, and everybody's, once known.
         self._closed: list[int] | None = None
         self._own_norms: list[Norm] | None = None
+        #: Whether something that counts in this round is not finite: then it is dropped, on all servers, as all are told of it.
+        self._drops = False
         self._norms: list[Norm] | None = None
         self._asked: Body | None = None
         self._asked_at = float("-inf")
@@ -143,7 +146,7 @@ class RoundShard(Shard):
 
     # ---- contributions
 
-    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
+    def _push(self, sender: str, push: Push, frames: Frames, now: float, values: Sequence[Sum] | None = None) -> list[Send]:
         if push.round > self._version:
             raise WireError(f"{sender} pushed for round {push.round} while round {self._version} is open")
         accounts = push.metrics is not None and self.index == 0
@@ -153,15 +156,18 @@ class RoundShard(Shard):
                 self._left_out.discard((push.round, push.lo))
                 self._news.append(contribution(sender, push, "dropped" if late else "duplicate"))
             return [self._ack(sender, push)]
-        samples = None if self.policy.is_local else self.round_plan(push.round).samples_in(push.lo, push.hi)
-        values: dict[int, Any] = dict(zip(push.chunks, self._check(sender, push, frames, self._count, samples), strict=True))
+        plan = None if self.policy.is_local else self.round_plan(push.round)
+        values = self._check(sender, push, frames, plan, values)
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
-        for chunk, value in values.items():
+        for chunk, value in zip(push.chunks, values, strict=True):
             if self._file(chunk, (push.lo, push.hi), value):
                 self._counts(sender, push, chunk)
+                self._drops |= not push.finite
         if accounts:
-            self._account(sender, push, self._file(METRICS, (push.lo, push.hi), push.metrics))
+            counted = self._file(METRICS, (push.lo, push.hi), push.metrics)
+            self._drops |= counted and not push.finite
+            self._account(sender, push, counted)
         self._leaf_samples.setdefault(push.lo, push.samples)
         self._leaf_weights.setdefault(push.lo, push.weight)
         if not self.policy.is_local and push.slot >= 0:
@@ -178,7 +184,7 @@ class RoundShard(Shard):
         rows = self._check_rows(sender, push, frames, self.round_plan(push.round))
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
-        self._file(ROWS, (push.lo, push.hi), rows)
+        self._drops |= self._file(ROWS, (push.lo, push.hi), rows) and not push.finite
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
@@ -209,6 +215,8 @@ class RoundShard(Shard):
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         match body:
             case Close() | AllNorms() if body.round == self._version:
+                if isinstance(body, Close) and not (body.ks and set(body.ks) <= set(range(self._count))):
+                    raise WireError(f"round {body.round} cannot be closed with micro-batches {body.ks[:20]}")
                 self._told = [told for told in self._told if told.round >= self._version - 1 and told != body] + [body]
                 if isinstance(body, Close):
                     self._closed = body.ks
@@ -256,7 +264,7 @@ class RoundShard(Shard):
         """Apply what can be applied, close the round if all is, and serve who waits."""
         assert self.store is not None and self._setup is not None
         before = self._version, len(self._next)
-        clips = self._setup[0].update.clip_norm is not None
+        clips = not self._drops and self._setup[0].update.clip_norm is not None
         for chunk in self.chunks:
             if chunk in self._next or chunk in self._means or (total := self._total(chunk)) is None:
                 continue
@@ -271,6 +279,8 @@ class RoundShard(Shard):
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, factor)
         if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None:
+            if self._drops:
+                rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
             self.tables.apply(rows[0], self._samples(), self._hypers)
             self._next.add(ROWS)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
@@ -286,6 +296,8 @@ class RoundShard(Shard):
             self._target = self._take_plane()
         into, before = self.planes[self._target][chunk], self.planes[self._plane_of(self._version)][chunk]
         hypers = self._group_hypers(self.chunks[chunk])
+        if self._drops or not samples:  # the new weights are the old ones
+            total = [Sum(part.values, 0) for part in total[:1]]
         frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
@@ -298,6 +310,8 @@ class RoundShard(Shard):
         if self._closed is None:
             return None
         leaves = self._leaves.get(chunk, {})
+        if not leaves.keys() >= set(self._closed):
+            return None
         return [fold({k: leaves[k] for k in self._closed}, self._count, self._adder(chunk))]
 
     def _weight(self) -> int:
@@ -322,10 +336,13 @@ class RoundShard(Shard):
                 absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
                 self._left_out |= {(self._version, k) for k in absent}
                 rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
+            if self._drops:
+                rows, metrics = [_with_outcome(row, "dropped") for row in rows], {}
             self._news += rows
             committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
             dropped = 0 if self._closed is None else self._count - len(self._closed)
-            self._rounds.append(Committed(self._version, self._samples(), committed, dropped, metrics))
+            samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
+            self._rounds.append(Committed(self._version, samples, committed, dropped, metrics))
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version

@@ -199,8 +199,11 @@ class RowTables:
     def load(self, table: int, page: int, frames: Frames) -> None:
         """First values of a page. Raises WireError where they do not fit; the page must be one of `awaited`."""
         one = self._tables[table]
-        at = one.on_page(page)
-        one.load(at, join(iter(frames), "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim))
+        at, left = one.on_page(page), iter(frames)
+        values = join(left, "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim)
+        if next(left, None) is not None:
+            raise WireError(f"page {page} has too many frames")
+        one.load(at, values)
 
     def read(self, pull: RowPull, frames: Frames) -> tuple[int, list[memoryview]] | None:
         """The rows asked for, how many, and their frames; None where that version is still to come.

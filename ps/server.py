@@ -14,11 +14,30 @@ import zmq
 
 from common.allocator import keep_memory
 from common.attendance import Attendance
+from common.connections import Inflow, Outflow
 from common.errors import ClusterError, WireError
-from common.messages import AllNorms, Arrived, Beat, Body, Close, Cut, Hello, KvPull, KvPush, Norms, Refused, ReportAck
+from common.messages import (
+    AllNorms,
+    Arrived,
+    Beat,
+    Body,
+    Close,
+    Cut,
+    Envelope,
+    Hello,
+    KvPull,
+    KvPush,
+    Norms,
+    Pull,
+    Refused,
+    ReportAck,
+    RowPull,
+)
 from common.no_compiler import no_compiler
 from common.policies import load
+from common.refusals import Refusals
 from common.restart import restart
+from common.watchdog import Watchdog
 from common.wire import (
     BEAT_S,
     Frames,
@@ -27,6 +46,7 @@ from common.wire import (
     allow_files,
     dealer,
     is_bulk,
+    is_worker,
     new_incarnation,
     receive,
     router,
@@ -40,6 +60,8 @@ from ps.shard import COORDINATOR, Send, Shard
 
 log = logging.getLogger("ps.server")
 
+#: Names of workers that are remembered.
+_MOST_WORKERS = 100_000
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
 
@@ -70,15 +92,39 @@ class _Server:
         self._shard: Shard | None = None
         self._writer: Writer | None = None
         self._kv = KvStore()
+        self._refusals = Refusals(log)
+        #: Watches connections, once the loop runs; and what is on its way to them.
+        self._inflow: Inflow | None = None
+        self._outflow = Outflow(self._refusals)
+        self._watchdog: Watchdog | None = None
+        #: Messages of workers that may move something.
+        self._handled = 0
+        #: The incarnation of each worker that was heard of: no name is used twice in a run, so another one is not that worker.
+        self._incarnations: dict[str, int] = {}
         #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
         self._routes: dict[tuple[str, bool], bytes] = {}
-        self._complained_at = float("-inf")
         log.info("listening at %s", address)
 
     def run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._workers, zmq.POLLIN)
         poller.register(self._coordinator, zmq.POLLIN)
+        self._inflow = Inflow(self._workers, self._refusals)
+        try:
+            self._loop(poller)
+        finally:
+            self._inflow.close()
+            if self._watchdog is not None:
+                self._watchdog.stop()
+        stop = self._attendance.stop
+        if stop is not None and stop.again:
+            log.warning("begins anew: %s", stop.reason)
+            restart()
+        if stop is not None and not stop.ok:
+            raise ClusterError(f"stopped because {stop.reason}")
+
+    def _loop(self, poller: zmq.Poller) -> None:
+        assert self._inflow is not None
         while self._attendance.stop is None:
             ready = dict(poller.poll(_TICK_MS))
             if self._coordinator in ready:
@@ -86,16 +132,12 @@ class _Server:
             if self._workers in ready and self._shard is not None:
                 self._drain(self._workers)
             now = time.monotonic()
+            self._inflow.look(now)
             for body in self._attendance.tick(now, self._beat):
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
                 self._save()
-        if self._attendance.stop.again:
-            log.warning("begins anew: %s", self._attendance.stop.reason)
-            restart()
-        if not self._attendance.stop.ok:
-            raise ClusterError(f"stopped because {self._attendance.stop.reason}")
 
     def _save(self) -> None:
         """Have a snapshot written that is due, and tell of one that is written."""
@@ -112,33 +154,56 @@ class _Server:
         if self._writer is not None:
             self._writer.wait()
 
+    def _progress(self) -> tuple[int, int] | None:
+        """What changes while something is trained here. Called by the watchdog's thread."""
+        shard = self._shard
+        return (shard.version, self._handled) if shard is not None and shard.segments else None
+
+    def _waits_for(self) -> str:
+        shard = self._shard
+        return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
+
     def _beat(self) -> Beat:
         if self._shard is None:
-            return Beat("starting")
-        return Beat("waiting", self._shard.version, left=self._shard.missing(), traffic=self._shard.traffic)
+            return Beat("starting", refused=self._refusals.counts)
+        left, traffic = self._shard.missing(), self._shard.traffic
+        return Beat("waiting", self._shard.version, left=left, traffic=traffic, refused=self._refusals.counts)
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""
         until = time.monotonic() + BEAT_S
         while time.monotonic() < until:
+            frames: list[zmq.Frame] | None = []
+            known = False
             try:
                 frames = receive(sock)
                 if frames is None:
                     return
-                route = frames.pop(0).bytes if sock is self._workers else None
-                if not frames:
-                    raise WireError("a message has no header")
-                envelope = self._stamp.decode(frames[0].buffer)
+                if sock is self._coordinator:
+                    envelope = self._stamp.decode(frames[0].buffer)
+                    if self._attendance.is_current(envelope.incarnation):
+                        self._from_coordinator(envelope.body, frames[1:])
+                else:
+                    if len(frames) < 2:
+                        raise WireError("a message has no header", "malformed")
+                    envelope = self._stamp.decode(frames[1].buffer)
+                    self._identify(envelope)
+                    known = True
+                    self._from_worker(frames[0].bytes, envelope, frames[2:])
             except WireError as error:
-                self._complain(str(error))
-                continue
-            if route is None and not self._attendance.is_current(envelope.incarnation):
-                continue
-            if route is None:
-                self._from_coordinator(envelope.body, frames[1:])
-            else:
-                self._routes[envelope.sender, is_bulk(envelope.body, frames[1:])] = route
-                self._from_worker(envelope.sender, envelope.incarnation, envelope.body, frames[1:])
+                self._refusals.note(error, time.monotonic())
+            if self._inflow is not None and sock is self._workers and frames:
+                self._inflow.took(frames[1:], known)
+
+    def _identify(self, envelope: Envelope) -> None:
+        """Raise WireError where a message does not come from the worker it names."""
+        name = envelope.sender
+        if not is_worker(name):
+            raise WireError(f"'{name}' is no worker", "sender")
+        if len(self._incarnations) >= _MOST_WORKERS and name not in self._incarnations:
+            raise WireError(f"'{name}' is one worker too many", "sender")
+        if self._incarnations.setdefault(name, envelope.incarnation) != envelope.incarnation:
+            raise WireError(f"a process calls itself {name} and is another than the one known by that name", "sender")
 
     def _from_coordinator(self, body: Body, frames: Frames) -> None:
         now = time.monotonic()
@@ -160,20 +225,26 @@ class _Server:
             self._shard.coordinator = self._attendance.coordinator
             self._shard.before_tables_change = self._finish_saving
             self._writer = Writer(index, run_dir)
+            self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 
-    def _from_worker(self, sender: str, incarnation: int, body: Body, frames: Frames) -> None:
+    def _from_worker(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
         assert self._shard is not None
+        sender, body = envelope.sender, envelope.body
+        if isinstance(body, Beat):  # the first message of a connection, which tells whose it is
+            return
+        self._routes[sender, is_bulk(body, frames)] = route
+        self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
         try:
             if isinstance(body, KvPush | KvPull):
-                reply, out = self._kv.handle(sender, incarnation, body, frames)
+                reply, out = self._kv.handle(sender, envelope.incarnation, body, frames)
                 self._do([Send(sender, reply, out)])
             else:
                 self._do(self._shard.handle(sender, body, frames, time.monotonic()))
         except WireError as error:
-            self._complain(str(error))
             about = type(body).__name__ + (f":{body.id}" if isinstance(body, KvPush | KvPull) else "")
             self._do([Send(sender, Refused(about, f"{self._stamp.sender} refused: {error}."))])
+            raise
 
     def _do(self, effects: list[Send]) -> None:
         for effect in effects:
@@ -183,12 +254,7 @@ class _Server:
             else:
                 bulk = is_bulk(effect.body, effect.frames)
                 route = self._routes.get((effect.to, bulk)) or self._routes.get((effect.to, not bulk))
-                if route is not None:
-                    send(self._workers, header, effect.frames, to=route)
-
-    def _complain(self, text: str) -> None:
-        """Log what was refused, at most once a second."""
-        now = time.monotonic()
-        if now > self._complained_at + 1.0:
-            self._complained_at = now
-            log.warning("refused: %s", text)
+                if route is not None and effect.frames:
+                    self._outflow.send(self._workers, header, effect.frames, route, time.monotonic())
+                elif route is not None:
+                    send(self._workers, header, to=route)

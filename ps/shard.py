@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,7 +58,8 @@ from common.slots import memory_of, views
 from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import is_node
-from common.wire import ASK_AGAIN_S, Frames
+from common.wire import ASK_AGAIN_S, Frames, bytes_of
+from ps.checks import check_distinct, check_hypers, check_memory, check_setup
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
 from ps.saving import Capture, Source
@@ -95,9 +96,9 @@ class Send:
 
 @dataclass
 class _Early:
-    """Of a contribution that a worker is making: frames that have come, by chunk, and the chunks that count."""
+    """Of a contribution that a worker is making: what has come of it, by chunk, and the chunks that count."""
 
-    frames: dict[int, Any] = field(default_factory=dict)
+    values: dict[int, Sum] = field(default_factory=dict)
     confirmed: set[int] = field(default_factory=set)
 
 
@@ -195,7 +196,8 @@ class Shard(ABC):
         """The first weights are complete."""
 
     @abstractmethod
-    def _push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]: ...
+    def _push(self, sender: str, push: Push, frames: Frames, now: float, values: Sequence[Sum] | None = None) -> list[Send]:
+        """A contribution, in `frames`, or in `values` if those came early."""
 
     @abstractmethod
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]: ...
@@ -282,20 +284,28 @@ class Shard(ABC):
 
     def _keep(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
         """Keep what was sent early until it is confirmed, or its sender is at other contributions."""
-        if len(frames) != len(push.chunks) or not set(push.chunks) <= set(self.chunks):
-            raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
+        self._check_early(sender, push)
+        values = self._check(sender, push, frames, self.round_plan(push.round))
         early = self._early_of(sender, push)
-        early.frames.update(zip(push.chunks, frames, strict=True))
+        early.values.update(zip(push.chunks, values, strict=True))
         ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, early=True))
         return [ack, *(self._confirm(sender, push, now) if early.confirmed.issuperset(push.chunks) else ())]
 
     def _confirm(self, sender: str, push: Push, now: float) -> list[Send]:
         """What was sent early counts: at once, or as soon as it is here."""
+        self._check_early(sender, push)
         early = self._early_of(sender, push)
         early.confirmed.update(push.chunks)
-        if not set(push.chunks) <= set(early.frames):
+        if not set(push.chunks) <= set(early.values):
             return []
-        return self._push(sender, push, [early.frames.pop(chunk) for chunk in push.chunks], now)
+        return self._push(sender, push, (), now, [early.values.pop(chunk) for chunk in push.chunks])
+
+    def _check_early(self, sender: str, push: Push) -> None:
+        """Raise WireError for what cannot be sent early."""
+        check_distinct(push.chunks, self.chunks, f"a push of {sender}")
+        if push.slot >= 0 or push.metrics is not None or self.policy.is_local:
+            raise WireError(f"{sender} sends early what cannot be sent so")
+        self.round_plan(push.round)
 
     def _early_of(self, sender: str, push: Push) -> _Early:
         held = self._early.setdefault(sender, {})
@@ -368,10 +378,7 @@ class Shard(ABC):
         if self._setup is None:
             if self._source is not None and setup != self._source.setup:
                 return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
-            layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
-            self.store = Store(layout, self.index, setup.update, self.policy)
-            keeps = self.policy.applies == "round"
-            self.tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
+            layout, self.store, self.tables = self._made(setup)
             self.tables.before_update = self.before_tables_change
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
@@ -388,10 +395,25 @@ class Shard(ABC):
             return [Send(sender, Refused("Setup", _difference(*self._setup, setup, sender)))]
         return [Send(sender, Ready("Setup"))]
 
+    def _made(self, setup: Setup) -> tuple[Layout, Store, RowTables]:
+        """What holds the numbers of a model. Raises WireError where there can be no such model here."""
+        check_setup(setup)
+        keeps = self.policy.applies == "round"
+        try:
+            layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
+            check_memory(layout, self.index)
+            store = Store(layout, self.index, setup.update, self.policy)
+            return layout, store, RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
+        except WireError:
+            raise
+        except Exception as error:  # whatever torch objects to in what it is to make
+            text = str(error).strip().splitlines()
+            raise WireError(f"the model or its optimizer cannot be made: {text[0] if text else type(error).__name__}") from None
+
     def _plan(self, sender: str, segment: Segment) -> list[Send]:
-        if segment.index == len(self.segments):
+        if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             self.segments.append(segment)
-        elif segment.index > len(self.segments) or self.segments[segment.index] != segment:
+        elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
             reason = (
                 f"{sender} asks for other batches than the workers before it ({segment.samples} samples, global batch "
                 f"{segment.global_batch}, micro-batch {segment.micro_batch}, {segment.epochs} epochs): every worker must run "
@@ -401,8 +423,12 @@ class Shard(ABC):
         return [Send(sender, Ready("Plan", segment.index))]
 
     def _init(self, sender: str, init: Init, frames: Frames) -> list[Send]:
-        if self.store is None or len(frames) != len(init.chunks) or not set(init.chunks) <= set(self.chunks):
+        if self.store is None or len(frames) != len(init.chunks):
             raise WireError(f"first weights from {sender} do not fit the model agreed on")
+        check_distinct(init.chunks, self.chunks, f"a message of {sender} with first weights")
+        for chunk, frame in zip(init.chunks, frames, strict=True):
+            if bytes_of(frame).nbytes != self.chunks[chunk].weight_bytes:
+                raise WireError(f"first weights from {sender} do not fit chunk {chunk}")
         effects = [Send(sender, Ready("Init", init.chunks[0] if init.chunks else 0))]
         for chunk, frame in zip(init.chunks, frames, strict=True):
             if chunk in self._uninitialised:
@@ -455,19 +481,28 @@ class Shard(ABC):
                 return segment.round(index)
         raise WireError(f"no plan knows round {index}")
 
-    def _check(self, sender: str, push: Push, frames: Frames, count: int, samples: int | None) -> list[Sum]:
-        """The push's tensors. Raises WireError unless all of it fits the layout and the plan."""
-        if self.store is None or not self._open:
+    def _check(
+        self, sender: str, push: Push, frames: Frames, plan: Round | None, values: Sequence[Sum] | None = None
+    ) -> Sequence[Sum]:
+        """The push's tensors, which are `values` if those came early. Raises WireError unless all of it fits the layout and the
+        plan, or where there is none, as workers step locally, the number of workers."""
+        if self.store is None or self._setup is None or not self._open:
             raise WireError(f"{sender} pushed before the first weights were set")
-        count_of_frames = len(push.chunks) if push.slot < 0 else 0
-        if len(push.chunks) != len(push.present) or len(frames) != count_of_frames or not set(push.chunks) <= set(self.chunks):
+        check_distinct(push.chunks, self.chunks, f"a push of {sender}")
+        check_distinct(push.coded, push.chunks, f"a push of {sender}")
+        count_of_frames = len(push.chunks) if push.slot < 0 and values is None else 0
+        if len(push.chunks) != len(push.present) or len(frames) != count_of_frames:
             raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
         if not push.scale > 0 or math.frexp(push.scale)[0] != 0.5:
             raise WireError(f"a push of {sender} is to be multiplied by {push.scale}, which is no power of two")
+        count = self.settings.workers if plan is None else plan.micro_batches
         if not is_node((push.lo, push.hi), count):
             raise WireError(f"a push of {sender} is for micro-batches {push.lo}..{push.hi - 1} of {count}")
-        if min(push.samples, push.weight) < 0 or (samples is not None and push.samples != samples):
-            raise WireError(f"a push of {sender} counts {push.samples} samples where the plan has {samples}")
+        if plan is not None and (push.samples, push.micro_batches) != (plan.samples_in(push.lo, push.hi), push.hi - push.lo):
+            raise WireError(f"a push of {sender} counts {push.samples} samples, which is not what the plan has")
+        check_hypers(push.hypers, self._setup[0].update)
+        if values is not None:
+            return values
         if push.slot >= 0:
             slot = self._slot(sender, push.slot)
             return [self.store.view(i, slot[i], bits, push.scale) for i, bits in zip(push.chunks, push.present, strict=True)]
@@ -483,10 +518,11 @@ class Shard(ABC):
 
     def _check_rows(self, sender: str, push: RowPush, frames: Frames, plan: Round) -> RowSums:
         """The push's rows. Raises WireError unless all of it fits the tables and the plan."""
-        if self.tables is None or not self._open:
+        if self.tables is None or self._setup is None or not self._open:
             raise WireError(f"{sender} pushed before the first weights were set")
         if not is_node((push.lo, push.hi), plan.micro_batches) or push.samples != plan.samples_in(push.lo, push.hi):
             raise WireError(f"rows from {sender} are for micro-batches {push.lo}..{push.hi - 1} of {plan.micro_batches}")
+        check_hypers(push.hypers, self._setup[0].update)
         return self.tables.receive(push, frames, f"a push of {sender}")
 
     def _slot(self, sender: str, slot: int) -> dict[int, torch.Tensor]:
@@ -514,6 +550,8 @@ class Shard(ABC):
     def _pull(self, sender: str, pull: Pull) -> list[Send]:
         if pull.number < self._asked_for.get(sender, 0):
             return []  # it was under way for long, and its sender has gone on since
+        if len(pull.have) > len(self.chunks):
+            raise WireError(f"a pull of {sender} says that it has {len(pull.have)} chunks of {len(self.chunks)}")
         self._asked_for[sender] = pull.number
         self.waiters[sender] = Waiter(pull, set(self.chunks) - set(pull.have))
         self.readers.asks(sender, pull.plane)

@@ -54,6 +54,8 @@ class Early:
         #: What gradients looked like when they were made, by tensor; and, by chunk, when it was sent.
         self._made: dict[int, tuple[int, int, int]] = {}
         self._sent: dict[int, list[tuple[int, int, int]]] = {}
+        #: By chunk, what was sent.
+        self.values: dict[int, torch.Tensor] = {}
 
     @property
     def spare(self) -> Slot | None:
@@ -70,6 +72,7 @@ class Early:
             if all(piece.tensor in self._made for piece in chunk.pieces):
                 self._sent[chunk.id] = [self._made[piece.tensor] for piece in chunk.pieces]
                 value = self._add_up(chunk, Sum(self._slot.chunks[chunk.id], self._replica.collect(chunk, self._slot)))
+                self.values[chunk.id] = value.values
                 self._send(chunk.id, value, self._slot if value.values is self._slot.chunks[chunk.id] else self._memory)
 
     def unchanged(self) -> set[int]:

@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import msgspec
 import zmq
 
 from common.attendance import Attendance
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from common.refusals import Refusals
 from common.restart import restart
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
 from worker.exchange import Send
@@ -52,6 +54,10 @@ class Link:
         self._names: dict[Any, str] = {}
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
         self._attendance = Attendance(hello, coordinator, time.monotonic())
+        self._refusals = Refusals(log)
+        #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
+        self._waits_for: Callable[[], str] | None = None
+        self.answers = 0
         self._outbox: deque[Send] = deque()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
@@ -83,8 +89,10 @@ class Link:
         with self.lock:
             while True:
                 if (value := ready()) is not None and value is not False:
+                    self._waits_for = None
                     return value
                 self.check()
+                self._waits_for = what
                 rest = start + limit - time.monotonic()
                 if rest <= 0:
                     if limit < timeout:
@@ -131,6 +139,12 @@ class Link:
         if isinstance(replies[0], Refused):
             raise UsageError(replies[0].reason)
         return replies[0]
+
+    @property
+    def waits_for(self) -> str:
+        """Whom the training thread waits for; '' if it does not."""
+        what = self._waits_for
+        return what() if what is not None else ""
 
     def check(self) -> None:
         """Raise the error that ended the link, if any."""
@@ -213,11 +227,12 @@ class Link:
                         if isinstance(body, Stop) and body.again:
                             log.warning("begins anew: %s", body.reason)
                             restart()
+                    self.answers += len(frames) > 1
                     if isinstance(body, Welcome):
                         self._connect(body, poller)
                     self.on_message(name, body, frames[1:])
                 except WireError as error:
-                    log.warning("refused from %s: %s", name, error)
+                    self._refusals.note(error, time.monotonic(), name)
             self.lock.notify_all()
 
     def _connect(self, welcome: Welcome, poller: zmq.Poller) -> None:
@@ -229,13 +244,17 @@ class Link:
                 sock = self._sockets[key] = dealer(self._context, address)
                 self._names[sock] = f"server-{number}"
                 poller.register(sock, zmq.POLLIN)
+                send(sock, self._stamp.encode(Beat()))  # whose connection it is
+
+    def _beat(self) -> Beat:
+        return msgspec.structs.replace(self.beat(), refused=self._refusals.counts)
 
     def _send_all(self) -> None:
         now = time.monotonic()
         with self.lock:
             messages = list(self._outbox)
             self._outbox.clear()
-            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self.beat)]
+            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._beat)]
             messages += self.on_tick(now)
         for message in messages:
             bulk = message.to != COORDINATOR and is_bulk(message.body, message.frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from common.errors import UsageError
 from common.messages import Beat, Push
 from common.plan import Segment, derive_seed
-from common.sums import Sum
+from common.sums import Sum, is_finite
 from worker import greedy
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
@@ -24,6 +25,7 @@ from worker.tasks import Task
 if TYPE_CHECKING:
     from worker.run import Run
 
+log = logging.getLogger("worker.local")
 UNJUDGED = "merge is greedy, but nothing says which of two models is better: call run.merge_by(evaluate) before run.batches()."
 
 
@@ -147,6 +149,16 @@ class LocalWork:
             return
         for parameter, total in self._sums.items():
             parameter.grad = total.div_(self._weight)
+        if self._run.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
+            text = f"{self._run.name}'s gradient in round {self.round} is not finite"
+            if self._run.settings.on_nonfinite == "fail":
+                raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow lets them be.")
+            log.warning("%s: the step is left out.", text)
+            self._samples -= self._weight
+            for parameter in self._sums:
+                parameter.grad = None
+            self._sums, self._weight = {}, 0
+            return
         if self._inner.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self._sums), self._inner.clip_norm)
         try:

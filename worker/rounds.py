@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from common.allocator import keep_memory
@@ -14,7 +16,7 @@ from common.errors import ClusterError, UsageError
 from common.messages import Beat, Push, RowPush, Waiting
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
-from common.sums import Sum, adder
+from common.sums import Sum, adder, is_finite
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
 from worker.awaited import AwaitedWeights
@@ -30,6 +32,8 @@ from worker.tasks import Task
 
 if TYPE_CHECKING:
     from worker.run import Run
+
+log = logging.getLogger("worker.rounds")
 
 #: A waiting worker asks for more work after this long, seconds, or half a micro-batch's time if that is longer.
 _PATIENCE_S = 0.05
@@ -191,6 +195,8 @@ class GradientWork:
         """Have what backward makes now pushed at once where it is sent, unless more is to be added to it."""
         task = self._current
         assert task is not None and self._segment is not None and self._exchange is not None and self._slot is not None
+        if self._run.settings.on_nonfinite == "skip":
+            return  # servers must know of all of a contribution before any of it counts
         if self._clip_norm is not None or not any(self._exchange.sends(chunk.id) for chunk in self.replica.layout.chunks):
             return
         if self._exchange.transfer_s < self._meter.seconds:
@@ -225,6 +231,8 @@ class GradientWork:
             return set()
         assert self._exchange is not None
         good = early.unchanged() if not self._spoilt else set()
+        if self._run.settings.on_nonfinite == "fail":
+            good = {chunk for chunk in good if is_finite(early.values[chunk])}  # what is not is pushed anew, and found there
         with self._link.lock:
             messages = self._exchange.settle(good, time.monotonic())
             if early.spare is not None:
@@ -259,13 +267,29 @@ class GradientWork:
     def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
         assert self._exchange is not None
         push = self._make_push(round_, lo, hi, contribution.metrics)
+        push = msgspec.structs.replace(push, finite=self._is_finite(push, contribution))
         slot = contribution.slot
         with self._link.lock:
             messages = self._exchange.push(push, contribution.sums, time.monotonic(), self._versions, slot)
             slot.taken, slot.pushed = False, round_
         self._link.send(*messages)
-        rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers)
+        rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
+
+    def _is_finite(self, push: Push, contribution: Contribution) -> bool:
+        """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
+        if self._run.settings.on_nonfinite == "allow":
+            return True
+        chunk = next((chunk for chunk, total in contribution.sums.items() if not is_finite(total.values)), None)
+        if chunk is None and all(is_finite(rows.values) for rows in contribution.rows):
+            return True
+        which = f"micro-batch {push.lo}" if push.hi == push.lo + 1 else f"micro-batches {push.lo}..{push.hi - 1}"
+        what = f"{self.replica.where_not_finite(chunk, contribution.sums[chunk].values) if chunk is not None else 'a table'}"
+        text = f"{self._run.name}'s gradient of {what} in {which} of round {push.round} is not finite"
+        if self._run.settings.on_nonfinite == "fail":
+            raise UsageError(f"{text}; --on-nonfinite skip drops such rounds, and allow lets them be.")
+        log.warning("%s: it is dropped.", text)
+        return False
 
     def _make_push(self, round_: int, lo: int, hi: int, metrics: dict[str, tuple[float, float]] | None) -> Push:
         assert self._segment is not None

@@ -45,6 +45,7 @@ from common.plan import Segment, derive_seed, make_segment
 from common.policies import load
 from common.settings import Settings
 from common.shared import Handle, NotShared
+from common.watchdog import Watchdog
 from common.wire import Frames
 from worker import batchnorm, local, saving
 from worker.exchange import Exchange, Send
@@ -120,6 +121,7 @@ class Run:
         torch.manual_seed(seed)  # also what is not in use yet
         seed_everything(seed)
         silence_scheduler_warnings()
+        self._watchdog = Watchdog(self.settings.watchdog, self._progress, lambda: link.waits_for or "its own script")
 
     # ---- what a script may ask
 
@@ -417,6 +419,7 @@ class Run:
                             frames,
                         )
         finally:
+            self._watchdog.stop()
             self._link.close()
 
     def _fetch_masters(self) -> None:
@@ -468,6 +471,12 @@ class Run:
                 self._unsent_metrics[number] = metrics, now
                 out.append(Send(COORDINATOR, metrics))
         return out
+
+    def _progress(self) -> tuple[int, int, int] | None:
+        """What changes while this worker gets on. Called by the watchdog's thread."""
+        with self._link.lock:
+            beat = self._beat()
+        return (beat.round, beat.at, self._link.answers) if beat.state != "done" else None
 
     def _beat(self) -> Beat:
         traffic = self._exchange.traffic if self._exchange is not None else Traffic()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from common.errors import UsageError
 from common.layout import CHUNK_BYTES, Layout, TensorSpec, make_layout, message_batches
+from common.messages import Push
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
@@ -137,3 +138,12 @@ def test_a_dtype_that_servers_cannot_keep_is_refused_by_name(dtype: str, group: 
 def test_a_model_of_nothing_has_no_chunks(servers: int) -> None:
     layout = make_layout([TensorSpec("empty", [0, 3], "float32", 0)], servers)
     assert layout.chunks == [] and layout.owners() == [0]
+
+
+def test_which_pieces_of_a_chunk_are_there_always_fits_into_a_message() -> None:
+    """A ResNet-50 has more buffers of one kind than a MessagePack integer has bits."""
+    layout = make_layout([TensorSpec(f"norm{n}.running_mean", [64], "float32", -1) for n in range(161)], 2)
+    assert [len(chunk.pieces) for chunk in layout.chunks] == [64, 64, 33]
+    masks = [(1 << len(chunk.pieces)) - 1 for chunk in layout.chunks]
+    push = Push(0, 0, 1, 1, 1, [0, 1, 2], masks)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(push), type=Push).present == masks

@@ -130,3 +130,29 @@ def test_a_reader_cannot_write(path: Path) -> None:
     RunLog(path).close()
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         RunLogReader(path)._db.execute("DELETE FROM events")
+
+
+def test_on_a_full_disk_rows_are_kept_and_written_when_there_is_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.runlog._MOST_ROWS", 5000)
+    log = RunLog(path)
+    log.event(Event("joined", "worker-0", {}))
+    log.flush()
+    pages = log._db.execute("PRAGMA page_count").fetchone()[0]
+    log._db.execute(f"PRAGMA max_page_count={pages + 2}")  # as a full disk does, SQLite says "database or disk is full"
+    for number in range(4000):
+        log.event(Event("lease", "worker-0", {"n": number, "why": "x" * 50}))
+        log.status(StatusRow("worker-0", "computing", number, "", 1.0))
+    for _ in range(3):
+        with pytest.raises(sqlite3.Error):
+            log.flush()
+    log._db.execute("PRAGMA max_page_count=1000000")
+    log.flush()
+    reader = RunLogReader(path)
+    assert [event.data.get("n") for _, _, event in reader.events()] == [None, *range(4000)]
+    assert [row.round for row in reader.statuses()] == [3999]
+    assert log.lost == 0
+    for number in range(6000):
+        log.event(Event("lease", "worker-0", {"n": number}))
+    assert log.lost == 1000
+    log.close()
+    assert [event.data.get("n") for _, _, event in reader.events()][-5000:] == list(range(1000, 6000))

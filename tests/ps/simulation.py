@@ -967,6 +967,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.coordinator.RunLog": RunLog if world.case.crashes else RecordedLog,
+            "ps.server.Watchdog": mock.Mock(),
+            "worker.run.Watchdog": mock.Mock(),
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,

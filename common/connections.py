@@ -1,0 +1,165 @@
+"""Bounds on what strangers and peers that do not read can make a listening process keep in memory.
+
+ZeroMQ keeps a message until its last frame has come, and its high-water marks count messages, not bytes: a peer that never ends
+a message, or never reads, would fill the memory. So `Inflow` compares, for each connection, the bytes that the kernel has
+received with those that came out of the socket, and shuts the connection down where too much is in between; `Outflow` counts
+bytes handed to the socket for a peer until they are sent, and admits no more where there are too many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from common.errors import WireError
+from common.refusals import Refusals
+from common.wire import bytes_of, send
+
+#: Bytes that may be under way inside a connection nobody has vouched for, inside all of those, and inside one of a member: rows
+#: of tables and blocks of keys come without credit.
+_STRANGER_BYTES = 16 << 20
+_STRANGERS_BYTES = 64 << 20
+_MEMBER_BYTES = 2 << 30
+#: Seconds between two looks, and how much longer for each connection.
+_LOOK_S = 0.05
+_LOOK_BY_CONNECTION_S = 5e-5
+#: Where Linux's tcp_info has the number of bytes received (since 4.1).
+_RECEIVED_AT = 128
+#: Bytes that may be handed over for a peer and not sent; only answers to many pulls of keys come near it.
+_UNREAD_BYTES = 512 << 20
+#: Peers of which something is under way, or was when they were last sent to.
+_PEERS = 1000
+
+
+class _Connection:
+    def __init__(self, fd: int) -> None:
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)
+        #: Bytes that came out of the ZeroMQ socket.
+        self.taken = 0
+        #: Whether a message of a process that belongs to the run has come by it.
+        self.known = False
+        self.shut = False
+
+    def under_way(self) -> int:
+        """Bytes received by the kernel and not taken. Raises OSError where that cannot be known."""
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
+        if len(info) < _RECEIVED_AT + 8:
+            raise OSError("this kernel does not tell")
+        received: int = struct.unpack_from("Q", info, _RECEIVED_AT)[0]
+        return received - self.taken
+
+
+class Inflow:
+    """The connections of a listening socket. Call `took` with the frames of every message, and `look` often."""
+
+    def __init__(self, sock: zmq.Socket[bytes], refusals: Refusals) -> None:
+        self._monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._sock = sock
+        self._refusals = refusals
+        self._connections: dict[int, _Connection] = {}
+        self._looked_at = float("-inf")
+
+    def took(self, frames: Iterable[Any], known: bool) -> None:
+        """A message has come out of the socket; `known`: its sender belongs to the run."""
+        size, fd = 0, -1
+        for frame in frames:
+            size += len(frame) + (2 if len(frame) < 256 else 9)  # as ZMTP frames it
+            with contextlib.suppress(zmq.ZMQError):  # not every frame tells
+                fd = frame.get(zmq.SRCFD)
+        connection = self._connections.get(fd)
+        if connection is not None:
+            connection.taken += size
+            connection.known = connection.known or known
+
+    def look(self, now: float) -> None:
+        """Shut down connections in which too much is under way."""
+        if now < self._looked_at + _LOOK_S + _LOOK_BY_CONNECTION_S * len(self._connections):
+            return
+        self._looked_at = now
+        self._follow()
+        strangers: list[tuple[int, _Connection]] = []
+        for fd, connection in list(self._connections.items()):
+            try:
+                size = connection.under_way()
+            except OSError:
+                self._forget(fd)
+                continue
+            if connection.shut:
+                continue
+            if not connection.known:
+                strangers.append((size, connection))
+            elif size > _MEMBER_BYTES:
+                self._shut(connection, size, now)
+        total = sum(size for size, _ in strangers)
+        for size, connection in sorted(strangers, key=lambda stranger: -stranger[0]):
+            if size > _STRANGER_BYTES or total > _STRANGERS_BYTES:
+                self._shut(connection, size, now)
+                total -= size
+
+    def _follow(self) -> None:
+        """Take note of connections that were made and of those that have ended."""
+        while self._monitor.poll(0):
+            event: Any = recv_monitor_message(self._monitor)
+            fd = int(event["value"])
+            self._forget(fd)
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                with contextlib.suppress(OSError):  # it has ended already
+                    self._connections[fd] = _Connection(fd)
+
+    def _forget(self, fd: int) -> None:
+        connection = self._connections.pop(fd, None)
+        if connection is not None:
+            connection.socket.detach()  # it is ZeroMQ's to close
+
+    def _shut(self, connection: _Connection, size: int, now: float) -> None:
+        connection.shut = True
+        try:
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+        text = f"a connection has brought {size >> 20} MiB without the end of a message, or more than can be taken, and was shut"
+        self._refusals.note(WireError(text, "flood"), now)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for fd in list(self._connections):
+            self._forget(fd)
+        self._sock.disable_monitor()
+        self._monitor.close(linger=0)
+
+
+class Outflow:
+    """What is on its way to each peer of a ROUTER: bytes, by routing id, until they have left this process."""
+
+    def __init__(self, refusals: Refusals) -> None:
+        self._refusals = refusals
+        self._under_way: dict[bytes, deque[tuple[Any, int]]] = {}
+
+    def send(self, sock: zmq.Socket[bytes], header: bytes, frames: Sequence[Any], to: bytes, now: float) -> None:
+        """Send a message with frames as `wire.send` does, unless its receiver has not taken what was sent before."""
+        if not self._has_room(to):
+            self._refusals.note(WireError("a peer does not read what it was sent, and is sent no more for now", "unread"), now)
+            return
+        last = zmq.Frame(frames[-1], track=True, copy=False)  # frames leave in order
+        if send(sock, header, [*frames[:-1], last], to=to):
+            if len(self._under_way) > _PEERS:
+                self._under_way = {peer: queue for peer, queue in self._under_way.items() if not queue[-1][0].done}
+            size = sum(bytes_of(frame).nbytes for frame in frames)
+            self._under_way.setdefault(to, deque()).append((last.tracker, size))
+
+    def _has_room(self, to: bytes) -> bool:
+        queue = self._under_way.get(to)
+        if queue is None:
+            return True
+        while queue and queue[0][0].done:
+            queue.popleft()
+        if not queue:
+            del self._under_way[to]
+        return sum(size for _, size in queue) < _UNREAD_BYTES

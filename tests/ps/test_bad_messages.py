@@ -1,0 +1,308 @@
+"""Messages that nobody honest would send, to coordinator, servers and workers in the middle of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+import torch
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulation import (
+    Case,
+    CoordinatorProcess,
+    Pace,
+    Process,
+    ServerProcess,
+    WorkerProcess,
+    World,
+    _stand_ins,
+    same,
+    sequential,
+    simulate,
+)
+
+from common.errors import ClusterError, PsError, WireError
+from common.layout import TableSpec, TensorSpec
+from common.messages import Setup, Update
+from common.policies import load
+from common.settings import Settings
+from common.wire import Stamp
+from ps.ledger import Ledger
+from ps.push_shard import PushShard
+from ps.round_shard import RoundShard
+
+PACES = (Pace(), Pace(0.15))
+CASES = {
+    "sync": Case(Settings(global_batch=12, micro_batch=3), PACES, rows=40),
+    "backup": Case(Settings(global_batch=12, micro_batch=3, policy="backup"), PACES, clip_norm=1.0),
+    "async": Case(Settings(global_batch=12, micro_batch=3, policy="async", push_codec="topk"), PACES),
+    "local": Case(Settings(global_batch=12, micro_batch=3, policy="local", local_steps=1), PACES),
+}
+#: What no field expects, or only few.
+NASTY: list[Any] = [
+    None, True, -1, 0, 1, 2**31, 2**53 + 1, 2**63, 2**64 - 1, -(2**63), 0.5, math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324,
+    "", "x", "\0", "worker-0", "coordinator", "../../etc", "SGD", "LBFGS", "lr_scheduler", "__class__", b"", b"\xff" * 9,
+    [], [[]], [0], [0, 0], [-1], [2**40], list(range(2000)), [None], {}, {"": 0}, {"lr": math.nan}, [{"lr": "x"}],
+    [{"params": []}], [{"lr": 1e400, "nonsense": 1}, {}], {"type": "Nothing"}, {"type": "Push"},
+    "local", "add", "early", "confirm", 1 << 20,
+]  # fmt: skip
+
+
+#: What is of the right type and makes no sense, or little.
+LIKELY: dict[type, list[Any]] = {
+    bool: [True, False],
+    int: [-1, 0, 1, 2, 3, 4, 5, 7, 8, 63, 1000, 2**31, 2**40, 2**53],
+    float: [0.0, -0.0, 0.25, 0.3, 1.0, 2.0, 8.0, 1e30, 1e300, 5e-324, -1.0, math.nan, math.inf],
+    str: ["", "x", "early", "confirm", "whole", "waiting", "done", "SGD", "Adam", "LBFGS", "Optimizer", "lr_scheduler", "float32",
+          "float16", "int64", "bool", "worker-0", "worker-1", "committed", "dropped", "complex64", "quint8", "set"],
+    list: [[], [0], [1], [0, 0], [0, 1], [1, 0, 1], [0, 1, 2, 3], [7], [2**53], [-1], [{}], [{"lr": 0.5}], [{"lr": math.nan}],
+           [{"lr": "x"}], [{"params": []}], [{"params": [], "lr": 1.0}, {}], [{"betas": [1, 2]}], [{"momentum": -3}],
+           [[0, 0, 1.0]]],
+    dict: [{}, {"loss": [1.0, 0.0]}, {"loss": [math.nan, 1.0]}, {"lr": -1.0}, {"nesterov": True}, {"loss": 1.0}],
+}  # fmt: skip
+
+
+class Recording(World):
+    """Keeps every message, so that others can be made of them."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.messages: list[tuple[str, str, list[bytes]]] = []
+
+    def post(self, sender: str, to: str, data: list[bytes]) -> None:
+        self.messages.append((sender, to, data))
+        super().post(sender, to, data)
+
+
+@contextmanager
+def running(case: Case, seconds: float) -> Iterator[Recording]:
+    """A run that has been going on for so long."""
+    world = Recording(case)
+    threads = torch.get_num_threads()
+    with _stand_ins(world):
+        try:
+            world.start(CoordinatorProcess(world, "coordinator"))
+            for n in range(case.settings.servers):
+                world.start(ServerProcess(world, f"server-{n}"))
+            for n, pace in enumerate(case.paces):
+                world.start(WorkerProcess(world, f"worker-{n}", pace, real=False))
+            world.run(lambda: False, world.now + seconds)
+            yield world
+        finally:
+            torch.set_num_threads(threads)
+
+
+def deliver(world: World, sender: str, to: str, parts: list[bytes]) -> None:
+    """Have a process handle a message at once, whatever it is."""
+    world.processes[to].deliver(sender, [zmq.Frame(part) for part in parts])
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to everything in a decoded message."""
+    yield at
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(items)[:50]:
+        yield from places(item, (*at, key))
+
+
+def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
+    if not at:
+        return new
+    out = value.copy()
+    out[at[0]] = replaced(value[at[0]], at[1:], new)
+    return out
+
+
+def mutated(header: bytes, chance: random.Random) -> bytes:
+    """A header with something in it that is something else."""
+    if chance.random() < 0.15:  # at the level of bytes
+        data = bytearray(header)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        return bytes(data[: chance.choice([len(data), chance.randrange(len(data) + 1)])])
+    envelope = msgspec.msgpack.decode(header)
+    for _ in range(chance.randint(1, 2)):
+        body = envelope[5]
+        if not isinstance(body, dict):
+            break
+        if chance.random() < 0.3:  # what was left out because it has its default
+            fields = ["present", "coded", "hypers", "slot", "scale", "stage", "have", "plane", "counts", "left", "sent", "rate",
+                      "index", "metrics", "page", "count", "tables", "seconds", "round", "samples"]  # fmt: skip
+            envelope[5] = {**body, chance.choice(fields): chance.choice(chance.choice([NASTY, *LIKELY.values()]))}
+        else:
+            at = chance.choice([at for at in places(body) if at and at != ("type",)] or [()])
+            now: Any = body
+            for key in at:
+                now = now[key]
+            new = NASTY if chance.random() < 0.2 else LIKELY.get(type(now), NASTY)
+            envelope[5] = replaced(body, at, chance.choice(new))
+    return msgspec.msgpack.encode(envelope)
+
+
+def of_somebody_else(header: bytes, chance: random.Random) -> bytes:
+    """The same message from a process that is not the one it names, or of another run."""
+    envelope = msgspec.msgpack.decode(header)
+    kind = chance.randrange(4)
+    if kind == 0:
+        envelope[3] += 1
+    elif kind == 1:
+        envelope[1] = chance.choice(["", "ffffffff"])
+    elif kind == 2:
+        envelope[0] += 1
+    else:
+        envelope[2] = chance.choice(["coordinator", "server-0", "worker-00", "worker--1", "worker-9 ", "", "worker"])
+    return msgspec.msgpack.encode(envelope)
+
+
+def fingerprint(process: Process) -> Any:
+    """All that a refused message could have changed on a server or the coordinator."""
+    if isinstance(process, CoordinatorProcess):
+        c = process.coordinator
+        ledger = c._ledger
+        members = {m.name: (m.incarnation, m.beat, m.left, m.lost) for m in c._membership.members.values()}
+        return str((members, c._membership.tables, vars(ledger), c._model._there, c._uploader))
+    assert isinstance(process, ServerProcess)
+    shard, server = process.shard, process.server
+    store = shard.store
+    weights = [part.master.numpy().tobytes() for part in store._parts.values()] if store is not None else []
+    states = [str(part.optimizer.state_dict()) for part in store._parts.values() if part.optimizer] if store is not None else []
+    early = {who: {key: sorted(e.values) for key, e in held.items()} for who, held in shard._early.items()}
+    rest = {name: str(vars(shard).get(name)) for name in
+            ("_version", "_slowest", "_sums", "_leaves", "_filed", "_next", "_hypers", "_closed", "_applied", "segments",
+             "waiters", "_asked_for", "_regions", "_news", "_rounds", "_setup", "_counted", "_metrics",
+             "_seen", "_means", "_norms")}  # fmt: skip
+    return weights, states, early, rest, server._routes, server._incarnations, str(vars(server._kv))
+
+
+def refused(process: Process) -> int:
+    owner = process.coordinator if isinstance(process, CoordinatorProcess) else process.server  # type: ignore[attr-defined]
+    return sum(owner._refusals.counts.values())
+
+
+def attack(world: Recording, seed: int, count: int) -> int:
+    """Send so many bad messages made of good ones; how many were refused."""
+    chance = random.Random(seed)
+    recorded = [m for m in world.messages if m[1] != "coordinator" or b"Hello" not in m[2][0]]
+    kinds: dict[Any, list[Any]] = {}
+    for sender, to, data in recorded:
+        kind = msgspec.msgpack.decode(data[0])[5]["type"]
+        kinds.setdefault((kind, to.partition("-")[0], sender.partition("-")[0]), []).append((sender, to, data))
+    before_all = 0
+    for _ in range(count):
+        sender, to, (header, *frames) = chance.choice(kinds[chance.choice(list(kinds))])
+        target = world.processes[to]
+        parts = [mutated(header, chance), *frames]
+        if chance.random() < 0.2:
+            parts = [parts[0], *(chance.choice([b"", f[:-1], f + b"x", f, bytes(len(f))]) for f in frames)][
+                : chance.randint(0, 9)
+            ]
+        if not parts:
+            continue
+        if isinstance(target, WorkerProcess):
+            deliver_to_worker(world, sender, to, parts)
+            continue
+        before, count_before = fingerprint(target), refused(target)
+        try:
+            deliver(world, sender, to, parts)
+        except ClusterError:  # a worker may say that it has failed
+            assert b"Goodbye" in parts[0]
+        if refused(target) > count_before:
+            before_all += 1
+            assert fingerprint(target) == before, f"{parts[0]!r} was refused and had an effect"
+    return before_all
+
+
+def deliver_to_worker(world: World, sender: str, to: str, parts: list[bytes]) -> None:
+    try:
+        deliver(world, sender, to, parts)
+    except PsError:  # it was told that it is refused, or that the run is over
+        assert b"Refused" in parts[0] or b"Stop" in parts[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32), seconds=st.sampled_from([0.4, 1.0, 2.0]))
+def test_no_message_crashes_a_process_and_what_is_refused_has_no_effect(name: str, seed: int, seconds: float) -> None:
+    with running(CASES[name], seconds) as world:
+        attack(world, seed, 300)
+
+
+class Attacked(World):
+    """Strangers send their own version of every message, before and after it comes."""
+
+    def post(self, sender: str, to: str, data: list[bytes]) -> None:
+        if not to.startswith("worker"):
+            for _ in range(2):
+                header = of_somebody_else(data[0], self.random)
+                what = header if self.random.random() < 0.5 else mutated(header, self.random)
+                if b"Hello" not in what:
+                    parts = [what, *(bytes(len(frame)) for frame in data[1:])]
+                    self.at(self.now + self.random.uniform(0.0, 0.02), lambda parts=parts: self._deliver("stranger", to, parts))  # type: ignore[misc]
+        super().post(sender, to, data)
+
+    def _deliver(self, sender: str, to: str, data: list[bytes]) -> None:
+        if sender == "stranger" and to in self.processes and self.processes[to].key.startswith("server"):
+            process = self.processes[to]
+            assert isinstance(process, ServerProcess)
+            if process.server._shard is None or not process.server._incarnations:
+                return  # who comes first has the name
+        super()._deliver(sender, to, data)
+
+
+@pytest.mark.parametrize("name", ["sync", "backup"])
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32))
+def test_strangers_change_nothing(name: str, seed: int) -> None:
+    case = dataclasses.replace(CASES[name], seed=seed)
+    with mock.patch("simulation.World", Attacked):
+        attacked = simulate(case)
+    expected = sequential(case)[-1] if name == "sync" else None
+    for model in attacked.models.values():
+        assert expected is None or same(model, expected)
+    assert attacked.ledger.totals.rounds == len({task.round for task in case.micro_batches()})
+
+
+@pytest.mark.parametrize("policy", ["sync", "async"])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32))
+def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str, seed: int) -> None:
+    """Shapes of terabytes, groups that are not there, classes that are no optimizers."""
+    chance = random.Random(seed)
+    set_up = Setup(
+        [TensorSpec("w", [4, 2], "float32", 0), TensorSpec("b", [3], "bfloat16", 1), TensorSpec("m", [2], "int64", -1)],
+        Update("Adam", [{"lr": 0.1, "betas": [0.9, 0.99]}, {"lr": 0.2}], 1.0),
+        [TableSpec("t", 10, 3, 0, 0.1)],
+    )
+    values = Settings(policy=policy)  # type: ignore[arg-type]
+    shard = (RoundShard if policy == "sync" else PushShard)(0, values, load(values))
+    ledger = Ledger(values, load(values))
+    stamp = Stamp("worker-0", "", 0, 1)
+    for _ in range(3):
+        header = msgspec.msgpack.decode(stamp.encode(set_up))
+        at = chance.choice([at for at in places(header[5]) if at and at != ("type",)])
+        now: Any = header[5]
+        for key in at:
+            now = now[key]
+        header[5] = replaced(header[5], at, chance.choice([*LIKELY.get(type(now), NASTY), [2**40, 2**40], [2**50]]))
+        try:
+            body = stamp.decode(msgspec.msgpack.encode(header)).body
+        except WireError:
+            continue
+        assert isinstance(body, Setup)
+        with contextlib.suppress(WireError):
+            shard.handle("worker-0", body, (), 0.0)
+        ledger.set_up(body)
+    if shard._setup is None:
+        assert (shard.store, shard.tables, shard.layout, shard.chunks) == (None, None, None, {})
+        shard.handle("worker-0", set_up, (), 0.0)
+        assert shard.store is not None
