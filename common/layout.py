@@ -23,7 +23,7 @@ _PACK_BYTES = 64 << 10
 _MOST_PIECES = 64
 
 #: Models beyond this have more chunks than any process should keep track of.
-_MOST_BYTES = 4 << 40
+_MOST_BYTES = 1 << 40
 
 Kind = Literal["param", "mean", "max"]
 

@@ -35,7 +35,7 @@ class ModelFile:
         """Raises WireError for a part that is not what it says, OSError where it cannot be written."""
         data = bytes_of(frames[0]) if len(frames) == 1 else memoryview(b"")
         size_fits = len(data) == CHUNK_BYTES or (part.part == part.parts - 1 and 0 < len(data) < CHUNK_BYTES)
-        counts_fit = part.part < part.parts <= _MOST_PARTS and (self._count or part.parts) == part.parts
+        counts_fit = 0 <= part.part < part.parts <= _MOST_PARTS and (self._count or part.parts) == part.parts
         if not size_fits or not counts_fit:
             raise WireError(f"part {part.part} of {part.parts} of the model is not what it says")
         with self._temporary.open("r+b" if self._there else "wb") as file:
