@@ -1,0 +1,36 @@
+"""Gradients that are not finite end the run with a sentence, are left out with their whole round, or are let through."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conftest import LAUNCH
+
+SCRIPT = Path(__file__).with_name("train_nan.py")
+ROUNDS, EPOCHS = 4, 2  # of 16 samples each, 4 a micro-batch
+FLAGS = ("--global-batch", 16, "--micro-batch", 4, SCRIPT)
+
+
+def test_the_whole_round_is_skipped_alike_by_all_servers_whoever_computes_it(launch: Callable[..., dict[str, Any]]) -> None:
+    shared = launch("--workers", 2, "--servers", 2, "--on-nonfinite", "skip", *FLAGS, name="shared")
+    sent = launch("--workers", 1, "--servers", 1, "--lane", "socket", "--on-nonfinite", "skip", *FLAGS, name="sent")
+    assert shared["weights_sha256"] == sent["weights_sha256"]
+    for summary in (shared, sent):
+        assert (summary["dropped"], summary["samples_dropped"]) == (4 * EPOCHS, 16 * EPOCHS)
+        assert (summary["rounds"], summary["samples"]) == (ROUNDS * EPOCHS, (ROUNDS - 1) * 16 * EPOCHS)
+
+
+def test_they_end_the_run_with_a_sentence_unless_they_are_allowed(tmp_path: Path) -> None:
+    def run(*flags: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, LAUNCH, "local", "--run-dir", tmp_path / "run", *FLAGS, *flags]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+
+    failed = run()
+    assert failed.returncode == 1
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: worker-") and "round" in last and "weight" in last and "--on-nonfinite" in last
+    assert run("--on-nonfinite", "allow").returncode == 0
