@@ -37,6 +37,12 @@ def local_of(ids: torch.Tensor, servers: int) -> torch.Tensor:
     return ids.div(BLOCK * servers, rounding_mode="floor") * BLOCK + ids % BLOCK
 
 
+def id_of(places: torch.Tensor, server: int, servers: int) -> torch.Tensor:
+    """The ids of the rows in these places of `server`, int64."""
+    blocks = places.div(BLOCK, rounding_mode="floor") * servers + server
+    return blocks * BLOCK + places % BLOCK
+
+
 def rows_on(server: int, servers: int, rows: int) -> int:
     """How many of a table's rows `server` has."""
     rounds, rest = divmod(rows, BLOCK * servers)

@@ -99,7 +99,7 @@ class Ledger:
         """A worker's model. Servers say what differs; here only the layout matters."""
         if self.setup is None:
             self.setup = setup
-            self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
+            self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
         elif setup != self.setup:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from common.errors import UsageError, WireError
-from common.messages import Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
+from common.messages import ClassPush, Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
 from common.plan import Round, Segment
 from common.policies import Policy
 from common.settings import Settings
@@ -156,6 +156,9 @@ class PushShard(Shard):
             applied.add((ROWS, push.lo))
             self.tables.apply(rows, push.samples, push.hypers, lr_scale)
         return [ack, *self._advance()]
+
+    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
+        raise WireError(f"policy {self.settings.policy} has no sharded layers")
 
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""

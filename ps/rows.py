@@ -241,12 +241,18 @@ def _zeros(rows: int, dim: int) -> torch.Tensor:
 
 def _optimizer(update: Update, spec: TableSpec) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
     """The group's optimizer over a parameter whose memory is given to it for each step."""
+    parameter = torch.nn.Parameter(torch.zeros(1, spec.dim))
+    return optimizer_over(parameter, update, spec.group), parameter
+
+
+def optimizer_over(parameter: torch.nn.Parameter, update: Update, group: int) -> torch.optim.Optimizer:
+    """What torch.optim has for the parameters of a group."""
     assert update.optimizer is not None
     cls = getattr(torch.optim, update.optimizer)
-    settings = {key: value for key, value in with_tuples(update.groups[spec.group]).items() if key not in _HOW}
-    parameter = torch.nn.Parameter(torch.zeros(1, spec.dim))
+    settings = {key: value for key, value in with_tuples(update.groups[group]).items() if key not in _HOW}
     known = {key: value for key, value in settings.items() if key in inspect.signature(cls).parameters}
-    return cls([{"params": [parameter], **settings}], **known), parameter
+    made: torch.optim.Optimizer = cls([{"params": [parameter], **settings}], **known)
+    return made
 
 
 def _first_state(update: Update, spec: TableSpec) -> dict[str, Any]:

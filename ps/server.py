@@ -80,7 +80,8 @@ class _Server:
         poller.register(self._workers, zmq.POLLIN)
         poller.register(self._coordinator, zmq.POLLIN)
         while self._attendance.stop is None:
-            ready = dict(poller.poll(_TICK_MS))
+            busy = self._shard is not None and self._shard.busy
+            ready = dict(poller.poll(0 if busy else _TICK_MS))
             if self._coordinator in ready:
                 self._drain(self._coordinator)
             if self._workers in ready and self._shard is not None:
@@ -90,6 +91,7 @@ class _Server:
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
+                self._do(self._shard.work())
                 self._save()
         if self._attendance.stop.again:
             log.warning("begins anew: %s", self._attendance.stop.reason)

@@ -26,6 +26,8 @@ from common.layout import Chunk, Layout, make_layout, message_batches, urgency
 from common.messages import (
     Ack,
     Body,
+    Classify,
+    ClassPush,
     Committed,
     Contribution,
     Cut,
@@ -59,6 +61,7 @@ from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames
+from ps.classes import Classifiers, Contributed
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
 from ps.saving import Capture, Source
@@ -77,6 +80,8 @@ _REMEMBERED = 64
 METRICS = -1
 #: Id under which a server files what a contribution has for its rows of all tables, where there are any.
 ROWS = -2
+#: Id under which a server files what a contribution has for classifiers, where there are any.
+CLASSES = -3
 
 #: Bytes of weights that may be on their way to a worker, so that what is needed sooner does not wait for long behind others.
 CREDIT_BYTES = 8 << 20
@@ -141,6 +146,7 @@ class Shard(ABC):
         self.chunks: dict[int, Chunk] = {}
         self.store: Store | None = None
         self.tables: RowTables | None = None
+        self.classifiers: Classifiers | None = None
         #: Memory that weights are laid out in, and who may be reading which plane of it.
         self.planes: Planes | None = None
         self.readers = Readers()
@@ -201,6 +207,9 @@ class Shard(ABC):
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]: ...
 
     @abstractmethod
+    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]: ...
+
+    @abstractmethod
     def _serve(self, worker: str) -> list[Send]:
         """Send a waiting worker what there is for it."""
 
@@ -241,6 +250,11 @@ class Shard(ABC):
                 return self._push_rows(sender, body, frames, now)
             case RowPull():
                 return self._pull_rows(sender, body, frames)
+            case ClassPush():
+                return self._push_classes(sender, body, frames, now)
+            case Classify():
+                answer = self.classifiers.ask(sender, body, frames) if self.classifiers is not None and self._open else None
+                return [] if answer is None else [Send(sender, *answer)]
             case RowInit():
                 return self._init_rows(sender, body, frames)
             case Setup():
@@ -274,6 +288,16 @@ class Shard(ABC):
             return []
         self._report_at = now
         return [Send(COORDINATOR, self._report)]
+
+    @property
+    def busy(self) -> bool:
+        """Whether `work` has something to do."""
+        return self.classifiers is not None and self._open and self.classifiers.busy
+
+    def work(self) -> list[Send]:
+        """Do a little of what takes long."""
+        done = self.classifiers.work() if self.classifiers is not None and self._open else None
+        return [] if done is None else [Send(done[0], *done[1])]
 
     def _acknowledged(self, seq: int) -> None:
         if self._report is not None and self._report.seq == seq:
@@ -368,14 +392,15 @@ class Shard(ABC):
         if self._setup is None:
             if self._source is not None and setup != self._source.setup:
                 return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
-            layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
+            layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
             self.store = Store(layout, self.index, setup.update, self.policy)
             keeps = self.policy.applies == "round"
             self.tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
             self.tables.before_update = self.before_tables_change
+            self.classifiers = Classifiers(layout, self.index, setup.update, self.settings.seed)
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
-            self._uninitialised = {*self.chunks, *self.tables.awaited()}
+            self._uninitialised = {*self.chunks, *self._awaited_pages()}
             self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
             if self.planes.refused:
                 log.warning("%s Workers get their weights through sockets.", self.planes.refused)
@@ -416,15 +441,26 @@ class Shard(ABC):
     def _init_rows(self, sender: str, init: RowInit, frames: Frames) -> list[Send]:
         effects = [Send(sender, Ready("RowInit", init.id))]
         key = init.table, init.page
-        if self.tables is None or key not in self.tables.awaited():
+        if self.layout is None or key not in self._awaited_pages():
             raise WireError(f"first rows from {sender} do not fit the model agreed on")
         if key in self._uninitialised:
-            self.tables.load(init.table, init.page, frames)
+            assert self.tables is not None and self.classifiers is not None
+            tables = len(self.layout.tables)
+            if init.table < tables:
+                self.tables.load(init.table, init.page, frames)
+            else:
+                self.classifiers.load(init.table - tables, init.page, frames)
             self._uninitialised.discard(key)
             if not self._uninitialised:
                 self._opened()
                 effects += self._serve_all()
         return effects
+
+    def _awaited_pages(self) -> set[tuple[int, int]]:
+        """(table, page) of first values that a worker is to send, classifiers counted after the tables."""
+        assert self.tables is not None and self.classifiers is not None and self.layout is not None
+        after = len(self.layout.tables)
+        return self.tables.awaited() | {(after + number, page) for number, page in self.classifiers.awaited()}
 
     def _share(self, sender: str, share: Share) -> list[Send]:
         """See whether there is memory that this worker and this server both reach."""
@@ -489,6 +525,14 @@ class Shard(ABC):
             raise WireError(f"rows from {sender} are for micro-batches {push.lo}..{push.hi - 1} of {plan.micro_batches}")
         return self.tables.receive(push, frames, f"a push of {sender}")
 
+    def _check_classes(self, sender: str, push: ClassPush, frames: Frames, plan: Round) -> list[Contributed]:
+        """What the push has for classifiers. Raises WireError unless all of it fits them and the plan."""
+        if self.classifiers is None or not self._open:
+            raise WireError(f"{sender} pushed before the first weights were set")
+        if not is_node((push.lo, push.hi), plan.micro_batches) or push.samples != plan.samples_in(push.lo, push.hi):
+            raise WireError(f"classes from {sender} are for micro-batches {push.lo}..{push.hi - 1} of {plan.micro_batches}")
+        return self.classifiers.receive(sender, push, frames)
+
     def _slot(self, sender: str, slot: int) -> dict[int, torch.Tensor]:
         if (sender, slot) not in self._slots:
             region = self._regions.get(sender)
@@ -505,7 +549,8 @@ class Shard(ABC):
     @property
     def _ids(self) -> list[int]:
         """All that a contribution consists of here."""
-        return [*([METRICS] if self.index == 0 else []), *([ROWS] if self.tables else []), *self.chunks]
+        rows, classes = [ROWS] if self.tables else [], [CLASSES] if self.classifiers else []
+        return [*([METRICS] if self.index == 0 else []), *rows, *classes, *self.chunks]
 
     def _pull_rows(self, sender: str, pull: RowPull, frames: Frames) -> list[Send]:
         found = self.tables.read(pull, frames) if self.tables is not None and self._open else None
@@ -585,6 +630,8 @@ def _difference(known: Setup, owner: str, other: Setup, sender: str) -> str:
             )
     if len(known.tensors) != len(other.tensors):
         return f"{sender}'s model has {len(other.tensors)} parameters and buffers where {owner}'s has {len(known.tensors)}."
+    if known.classifiers != other.classifiers:
+        return f"{sender}'s sharded layers are not {owner}'s: {other.classifiers} instead of {known.classifiers}."
     if known.tables != other.tables:
         return f"{sender}'s row-sparse tables are not {owner}'s: {other.tables} instead of {known.tables}."
     return f"{sender} asks for another optimizer than {owner}: {other.update} instead of {known.update}."
