@@ -31,6 +31,9 @@ from ps.store import with_tuples
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
 
+#: Bytes to whose multiples torch aligns what it allocates.
+_ALIGNED = 64
+
 #: What one server's answer consists of, and the messages it leads to: (to, body, frames).
 Answer = tuple[Classified, list[memoryview]]
 #: A job, which yields after each tile.
@@ -430,5 +433,8 @@ def _mean(terms: Terms, samples: int) -> Terms:
 
 
 def _zeros(rows: int, dim: int) -> torch.Tensor:
-    """Zeros that take up no memory until they are written to; those of torch do."""
-    return torch.from_numpy(np.zeros((rows, dim), dtype=np.float32))
+    """Zeros that take up no memory until they are written to, as those of torch do; and aligned as those are, for where memory
+    begins matters to the last bit of matrix products."""
+    memory = np.zeros(rows * dim + _ALIGNED // 4, dtype=np.float32)
+    first = -memory.ctypes.data % _ALIGNED // 4
+    return torch.from_numpy(memory[first : first + rows * dim].reshape(rows, dim))

@@ -189,7 +189,7 @@ class RoundShard(Shard):
         if push.round > self._version:
             raise WireError(f"{sender} pushed classes for round {push.round} while round {self._version} is open")
         ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
-        if push.round < self._version:
+        if push.round < self._version or CLASSES in self._next:  # what was asked is forgotten then
             return [ack]
         parts = self._check_classes(sender, push, frames, self.round_plan(push.round))
         if not self.policy.combines and push.hi - push.lo > 1:
