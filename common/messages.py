@@ -472,10 +472,11 @@ class AllNorms(Body, frozen=True):
 
 class Cut(Body, frozen=True):
     """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
-    file with `token`. Answered by Saved."""
+    file with `token`. `reached`: every server has got that far. Answered by Saved."""
 
     round: int
     token: str
+    reached: bool = False
 
 
 class Saved(Body, frozen=True):

@@ -10,8 +10,9 @@ the order in which they came up.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,8 @@ from common.errors import WireError
 from common.layout import ClassSpec, Layout
 from common.messages import Classified, Classify, ClassPush, Update
 from common.plan import derive_seed
-from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, page_ids, pages, rows_on
+from common.rows import BLOCK, cut, draw, id_of, join, local_of, owner_of, page_ids, pages, rows_on
+from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.rows import optimizer_over
 from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
@@ -31,6 +33,8 @@ from ps.store import with_tuples
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
 
+#: Ids that are drawn from at a time.
+_DRAWN = 1 << 20
 #: Bytes to whose multiples torch aligns what it allocates.
 _ALIGNED = 64
 
@@ -78,7 +82,6 @@ class Classifier:
         self._tile_rows = tile_rows or min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
         #: Blocks of rows whose first values are there; None where a worker sends them.
         self._drawn = torch.zeros(-(-len(self.values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
-        self._generator = torch.Generator()
         #: The optimizer's state: what it has for each element, and the rest, such as the number of steps; and whether there was
         #: any step before this update.
         self._state: dict[str, torch.Tensor] = {}
@@ -113,14 +116,11 @@ class Classifier:
         return self.values.index_select(0, at)
 
     def _draw(self, blocks: torch.Tensor) -> None:
-        """Have first values of these blocks: a function of the run's seed, the classifier and the block alone."""
+        """Have first values of these blocks."""
         if self._drawn is None or self.spec.std is None or self._drawn[blocks].all():
             return
-        bound = self.spec.std * 3**0.5
         for block in blocks[~self._drawn[blocks]].tolist():
-            seed = derive_seed(self._seed, f"rows of {self.spec.name}", block * self._servers + self._server)
-            rows = self.values[block * BLOCK : (block + 1) * BLOCK]
-            rows.uniform_(-bound, bound, generator=self._generator.manual_seed(seed))
+            draw(self.spec, self._seed, block * self._servers + self._server, self.values[block * BLOCK : (block + 1) * BLOCK])
         self._drawn[blocks] = True
 
     def tiles(self, at: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
@@ -175,9 +175,9 @@ class Classifier:
         if self.spec.sample_rate >= 1.0:
             return None
         if self._sampled is None or self._sampled[0] != round_:
-            seed = derive_seed(self._seed, f"negatives of {self.spec.name} on {self._server}", round_)
-            drawn = torch.rand(len(self.values), generator=self._generator.manual_seed(seed)) < self.spec.sample_rate
-            self._sampled = round_, drawn.nonzero().flatten()
+            seed = derive_seed(self._seed, f"negatives of {self.spec.name}", round_)
+            parts = torch.arange(len(self.values)).split(_DRAWN)
+            self._sampled = round_, torch.cat([part[_chance(self.ids(part), seed) < self.spec.sample_rate] for part in parts])
         return self._sampled[1]
 
     def _among(self, samples: Samples, at: torch.Tensor | None) -> Samples:
@@ -251,20 +251,38 @@ class Classifier:
 
     # ---- what there is to save
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The rows and the optimizer's state of the same shape, in this object's own memory; and what else it keeps."""
-        self._draw(torch.arange(-(-len(self.values) // BLOCK)))
-        others = {name: value for name, value in self._common.items() if isinstance(value, torch.Tensor)}
-        return {"rows": self.values, **self._state, **others}
-
-    def load_state(self, state: Mapping[str, torch.Tensor], stepped: bool) -> None:
-        """Go on from a `state`; `stepped`: after the first update."""
-        self.values.copy_(state["rows"])
-        self._state = {n: v.clone() for n, v in state.items() if n != "rows" and v.shape == self.values.shape}
-        self._common = {n: v.clone() for n, v in state.items() if n != "rows" and n not in self._state}
-        self._stepped = stepped
+    def state(self) -> Iterator[Entry]:
+        """Everything, for a snapshot, as a table's is; no update may come before it is written."""
+        prefix, name = f"table-{self._server}-of-{self._servers}", self.spec.name
+        yield Entry(f"{prefix}/values/{name}", self.values.shape, [self.values])
+        for key, whole in self._state.items():
+            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
+        for key, value in self._common.items():
+            if isinstance(value, torch.Tensor):
+                yield Entry(f"{prefix}/common-{key}/{name}", value.shape, [value.clone()])
         if self._drawn is not None:
-            self._drawn[:] = True
+            yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
+
+    def restore(self, files: TensorFiles, servers: int) -> None:
+        """Go on from what `state` of the shards on `servers` servers gave. Raises KeyError where something is missing."""
+        name = self.spec.name
+        keys = files.below(f"table-0-of-{servers}", name)
+        self._state = {key[5:]: _zeros(*self.values.shape) for key in keys if key.startswith("each-")}
+        self._common = {key[7:]: files[f"table-0-of-{servers}/{key}/{name}"].clone() for key in keys if key.startswith("common-")}
+        self._stepped = bool(self._state or self._common)
+        wholes = {"values": self.values} | {f"each-{key}": whole for key, whole in self._state.items()}
+        drawn = [files[f"table-{old}-of-{servers}/drawn/{name}"] for old in range(servers)] if self._drawn is not None else []
+        for ids in (page_ids(self.spec, page) for page in pages(self.spec)):
+            for old in range(servers):
+                mine = ids[(owner_of(ids, self._servers) == self._server) & (owner_of(ids, servers) == old)]
+                if len(mine):
+                    here, there = local_of(mine, self._servers), local_of(mine, servers)
+                    first, end = int(there[0]), int(there[-1]) + 1
+                    for key, whole in wholes.items():
+                        rows = files.rows(f"table-{old}-of-{servers}/{key}/{name}", first, end)
+                        whole.index_copy_(0, here, rows.index_select(0, there - first))
+                    if self._drawn is not None:
+                        self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
 
 
 class Classifiers:
@@ -278,7 +296,9 @@ class Classifiers:
         #: Rounds closed here; and the update after the last of them, unless it is begun.
         self._closed = 0
         self._pending: Job | None = None
-        #: What is to be done, and who is to get what it returns.
+        #: Whether rows may change now; a snapshot may have them that is not written yet.
+        self.may_update: Callable[[], bool] = lambda: True
+        #: What is to be done, and who is to get what it returns; nobody, where it is an update.
         self._jobs: deque[tuple[str, Job]] = deque()
 
     def __bool__(self) -> bool:
@@ -324,7 +344,7 @@ class Classifiers:
                     known.kept[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
         known.newest, known.answer = ask.number, None
         if ask.version == self._closed:
-            self._begin_update()
+            self.begin_update()
         elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
             known.answer = Classified(ask.number, gone=True), []
             return known.answer
@@ -364,7 +384,7 @@ class Classifiers:
 
     def close(self, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]]) -> None:
         """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples."""
-        self._begin_update()  # it is there still if nobody asked anything in this round
+        self.begin_update()  # it is there still if nobody asked anything in this round
         self._pending = self._update(parts, self._closed, samples, hypers)
         self._closed += 1
         for sender in self._senders.values():
@@ -375,7 +395,8 @@ class Classifiers:
             if mine := [part for part in parts if part.classifier == number]:
                 yield from one.update(mine, round_, samples, hypers[one.spec.group] if one.spec.group < len(hypers) else {})
 
-    def _begin_update(self) -> None:
+    def begin_update(self) -> None:
+        """Have the update after the last round done soon. Only when all servers have closed that round."""
         if self._pending is not None:
             self._jobs.append(("", self._pending))
             self._pending = None
@@ -385,12 +406,13 @@ class Classifiers:
     @property
     def busy(self) -> bool:
         """Whether there is something to do."""
-        return bool(self._jobs)
+        return bool(self._jobs) and (bool(self._jobs[0][0]) or self.may_update())
 
     def work(self) -> tuple[str, Answer] | None:
         """Do the next tile; whom to send an answer to, if that was the last one for it."""
-        if not self._jobs:
-            return None
+        return self._step() if self.busy else None
+
+    def _step(self) -> tuple[str, Answer] | None:
         sender, job = self._jobs[0]
         try:
             next(job)
@@ -407,25 +429,35 @@ class Classifiers:
 
     # ---- what there is to save
 
+    @property
+    def version(self) -> int:
+        """Rounds whose updates are done."""
+        return self._closed - (self._pending is not None) - sum(not sender for sender, _ in self._jobs)
+
     def settle(self) -> None:
         """Have the update after the last round done. Only when all servers have closed that round."""
-        self._begin_update()
-        while self.busy:
-            self.work()
+        self.begin_update()
+        while any(not sender for sender, _ in self._jobs):
+            self._step()  # who is not told the answer now asks again
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """After `settle`: all that `load_state` needs, by name; tensors of rows are in this object's own memory, in the order of
-        the rows' places (`common/rows.py`)."""
-        return {f"{c.spec.name}/{name}": value for c in self._classifiers for name, value in c.state().items()}
+    def state(self) -> Iterator[Entry]:
+        """See Classifier.state; those of round `version`."""
+        return itertools.chain.from_iterable(one.state() for one in self._classifiers)
 
-    def load_state(self, state: Mapping[str, torch.Tensor], version: int) -> None:
-        """Go on from a `state` at the beginning of round `version`."""
-        self._closed, self._pending = version, None
-        self._jobs.clear()
-        self._senders.clear()
+    def restore(self, files: TensorFiles, servers: int, version: int) -> None:
+        """Go on at round `version`; see Classifier.restore."""
+        self._closed = version
         for one in self._classifiers:
-            prefix = one.spec.name + "/"
-            one.load_state({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}, version > 0)
+            one.restore(files, servers)
+
+
+def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:
+    """A number from 0 to 1 for each id, float64, that looks random and is always the same: by the last steps of SplitMix64
+    (Steele et al., 2014)."""
+    x = ids.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % (1 << 64))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64)
 
 
 def _mean(terms: Terms, samples: int) -> Terms:

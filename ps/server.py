@@ -161,6 +161,7 @@ class _Server:
             self._shard = kind(index, welcome.settings, policy, source)
             self._shard.coordinator = self._attendance.coordinator
             self._shard.before_tables_change = self._finish_saving
+            self._shard.is_writing = lambda: self._writer is not None and self._writer.busy
             self._writer = Writer(index, run_dir)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 

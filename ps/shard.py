@@ -15,7 +15,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -175,6 +175,10 @@ class Shard(ABC):
         self._cut: Cut | None = None
         self._saved: Saved | None = None
         self.capture: Capture | None = None
+        #: A capture that still lacks the classifiers, which get to its round later than all else.
+        self._held: Capture | None = None
+        #: Whether what was captured is being written.
+        self.is_writing: Callable[[], bool] = lambda: False
         #: Called before tables change: what `capture` has of them must be written by then.
         self.before_tables_change: Callable[[], None] = lambda: None
         #: The incarnation of the coordinator whose word counts.
@@ -297,6 +301,7 @@ class Shard(ABC):
     def work(self) -> list[Send]:
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
+        self._complete_cut()
         return [] if done is None else [Send(done[0], *done[1])]
 
     def _acknowledged(self, seq: int) -> None:
@@ -348,6 +353,8 @@ class Shard(ABC):
         if self._saved is None or self._saved.round != cut.round:
             self._cut, self._saved = cut, Saved(cut.round, "waits")
             self._try_cut()
+        if cut.reached and self._held is not None and self.classifiers is not None:
+            self.classifiers.begin_update()
         return [Send(COORDINATOR, self._saved)]
 
     def _try_cut(self) -> None:
@@ -360,8 +367,23 @@ class Shard(ABC):
             return
         assert self.store is not None and self.tables is not None
         entries = [*self.store.state(self._seen), *self.tables.state()]
-        self.capture = Capture(cut.round, cut.token, entries, self._extra())
+        self._held = Capture(cut.round, cut.token, entries, self._extra())
         self._saved = Saved(cut.round, "writing")
+        self._complete_cut()
+
+    def _complete_cut(self) -> None:
+        """Hand out what is held as soon as the classifiers are at its round as well."""
+        held, classifiers = self._held, self.classifiers
+        if held is not None and classifiers is not None and (not classifiers or classifiers.version == held.round):
+            self.capture = replace(held, entries=[*held.entries, *classifiers.state()])
+            self._held = None
+
+    def _before_tables_change(self) -> None:
+        """What is held must be handed out now. It can be: somebody has contributed to the next round, so all have got there."""
+        if self._held is not None and self.classifiers is not None:
+            self.classifiers.settle()
+            self._complete_cut()
+        self.before_tables_change()
 
     def saved(self, saved: Saved) -> list[Send]:
         """`capture` is written, or could not be."""
@@ -377,10 +399,11 @@ class Shard(ABC):
 
     def _go_on(self, source: Source) -> None:
         """Have the state of a snapshot, on however many servers it was taken."""
-        assert self.store is not None and self.tables is not None
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
         try:
             self.store.restore(source.files)
             self.tables.restore(source.files, source.servers, source.round)
+            self.classifiers.restore(source.files, source.servers, source.round)
         except KeyError as error:
             raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
         self._uninitialised.clear()
@@ -396,8 +419,9 @@ class Shard(ABC):
             self.store = Store(layout, self.index, setup.update, self.policy)
             keeps = self.policy.applies == "round"
             self.tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
-            self.tables.before_update = self.before_tables_change
+            self.tables.before_update = self._before_tables_change
             self.classifiers = Classifiers(layout, self.index, setup.update, self.settings.seed)
+            self.classifiers.may_update = lambda: self.capture is None and not self.is_writing()
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._uninitialised = {*self.chunks, *self._awaited_pages()}

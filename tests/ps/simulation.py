@@ -479,6 +479,7 @@ class ServerProcess(Process):
             self.server._do(self.server._shard.tick(now))
             self.server._finish_saving()
             self.server._save()
+            self._work()
 
     def describe(self) -> str:
         shard = self.server._shard
