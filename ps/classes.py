@@ -143,7 +143,7 @@ class Classifier:
 
     def sums(self, samples: Samples, ask: Classify) -> Job:
         """Job: the frames that `Classified` speaks of, and how many of the labels are here."""
-        sampled = self._negatives(ask.version)
+        sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
         total = torch.zeros(self.spec.dim)
         for start, tile in self.tiles(sampled):

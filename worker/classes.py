@@ -102,8 +102,8 @@ def sharded_cross_entropy(
     """`nn.functional.cross_entropy(linear(features), labels)` where linear is a ShardedLinear: in one round trip, float32.
 
     features (B, in_features), labels (B) of integers. `layer` is the one that returned the features, or is to be given. `margin`,
-    `CosFace` or `ArcFace`, normalises features and rows. Without gradients wanted it evaluates. Raises UsageError for labels that
-    the layer has no class for, and arguments that do not go together.
+    `CosFace` or `ArcFace`, normalises features and rows. Where no gradients are wanted, it evaluates over all classes, whatever
+    the layer's sample_rate. Raises UsageError for labels that the layer has no class for, and arguments that do not go together.
     """
     layer = layer if layer is not None else getattr(features, _LAYER, None)
     if not isinstance(layer, ShardedLinear):

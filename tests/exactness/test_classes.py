@@ -63,3 +63,22 @@ def test_weights_are_those_of_a_plain_linear_layer(
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=atol)
         assert metric(tmp_path / name, "final") == pytest.approx([loss] * 2, rel=1e-6)
         assert metric(tmp_path / name, "top") == pytest.approx([top] * 2, rel=1e-5)
+
+
+def test_the_classifier_of_the_examples_learns(launch: Any, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "sharded_classifier.py"
+    launch("--workers", 2, "--servers", 2, script, "--", "--classes", 700, "--samples", 7000, "--epochs", 1, "--sample-rate", 0.5)
+    (accuracy,) = metric(tmp_path / "run", "accuracy")
+    assert accuracy > 0.7
+
+
+def test_hybrid_trains_the_built_in_example_as_data_parallelism_does(launch: Any, tmp_path: Path) -> None:
+    losses = []
+    for parallel in ("data", "hybrid"):
+        launch("--parallel", parallel, "--data", "digits", "--model", "cnn", "--rounds", 12, name=parallel)
+        losses.append([row.metrics["loss"] for row in RunLogReader(tmp_path / parallel / "events.sqlite").rounds()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    found = [load_file(tmp_path / parallel / "model.safetensors") for parallel in ("data", "hybrid")]
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-3, atol=1e-4)
