@@ -146,6 +146,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         self._check_codecs()
         if self.image is not None:
             parse_shape(self.image)
+        if self.parallel == "hybrid" and self.loss != "cross-entropy":
+            raise UsageError(
+                f"loss is {self.loss} but parallel is hybrid, and servers compute cross-entropy: choose one of the two."
+            )
 
     def _check_codecs(self) -> None:
         push, weights = self.push_codec, self.weight_codec

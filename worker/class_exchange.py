@@ -28,6 +28,8 @@ class _Sent:
     body: Body
     frames: Frames
     sent_at: float
+    #: Seconds after which it is sent again: more each time, for a server may be at it for long.
+    patience_s: float = SEND_AGAIN_S
 
 
 @dataclass(frozen=True)
@@ -191,8 +193,8 @@ class ClassExchange:
         """What was not answered for too long is sent again."""
         effects = []
         for sent in [*self._pushes, *self._unanswered.values()]:
-            if now >= sent.sent_at + SEND_AGAIN_S:
-                sent.sent_at = now
+            if now >= sent.sent_at + sent.patience_s:
+                sent.sent_at, sent.patience_s = now, 2 * sent.patience_s
                 effects.append(self._send(sent))
         return effects
 

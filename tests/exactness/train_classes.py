@@ -1,4 +1,4 @@
-"""A user's script with a layer sharded over the servers, run by test_classes.py, which repeats it in a plain loop."""
+"""A user's script with a layer sharded over the servers; test_sharded_linear_trains.py repeats it in a plain loop."""
 
 from __future__ import annotations
 
