@@ -23,22 +23,19 @@ from common.errors import WireError
 from common.layout import ClassSpec, Layout
 from common.messages import Classified, Classify, ClassPush, Update
 from common.plan import derive_seed
-from common.rows import BLOCK, cut, draw, id_of, join, local_of, owner_of, page_ids, pages, rows_on
+from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
-from ps.rows import optimizer_over
+from ps.rows import Rows, optimizer_over, zeros
 from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
 from ps.store import with_tuples
 
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
-
 #: Ids that are drawn from at a time.
 _DRAWN = 1 << 20
-#: Bytes to whose multiples torch aligns what it allocates.
-_ALIGNED = 64
 
-#: What one server's answer consists of, and the messages it leads to: (to, body, frames).
+#: A message, and its frames.
 Answer = tuple[Classified, list[memoryview]]
 #: A job, which yields after each tile.
 Job = Generator[None, None, Any]
@@ -72,30 +69,21 @@ class _Sender:
     answer: Answer | None = None
 
 
-class Classifier:
-    """The rows of one classifier on one server, (N, dim), float32, and the optimizer's state of the same shape."""
+class Classifier(Rows):
+    """The rows of one classifier on one server, all of which are gone through at a time."""
 
-    def __init__(self, spec: ClassSpec, server: int, servers: int, update: Update, seed: int, tile_rows: int = 0) -> None:
-        self.spec = spec
-        self._server, self._servers, self._update, self._seed = server, servers, update, seed
-        self.values = _zeros(rows_on(server, servers, spec.rows), spec.dim)
-        self._tile_rows = tile_rows or min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
-        #: Blocks of rows whose first values are there; None where a worker sends them.
-        self._drawn = torch.zeros(-(-len(self.values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
-        #: The optimizer's state: what it has for each element, and the rest, such as the number of steps; and whether there was
-        #: any step before this update.
-        self._state: dict[str, torch.Tensor] = {}
-        self._common: dict[str, Any] = {}
+    spec: ClassSpec
+
+    def __init__(self, spec: ClassSpec, server: int, servers: int, update: Update, seed: int) -> None:
+        super().__init__(spec, server, servers, seed)
+        self._update = update
+        self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
+        #: Whether there was any step before this update.
         self._stepped = False
         #: The negative classes of a round, and that round.
         self._sampled: tuple[int, torch.Tensor] | None = None
 
     # ---- rows
-
-    def on_page(self, page: int) -> torch.Tensor:
-        """The places of this server's rows of a page, in order."""
-        ids = page_ids(self.spec, page)
-        return local_of(ids[owner_of(ids, self._servers) == self._server], self._servers)
 
     def places(self, labels: torch.Tensor) -> torch.Tensor:
         """Where each label's row is here; -1 where it is on another server."""
@@ -106,33 +94,21 @@ class Classifier:
         """The classes of the rows in these places."""
         return id_of(places, self._server, self._servers)
 
-    def load(self, at: torch.Tensor, values: torch.Tensor) -> None:
-        """Start from `values` (N, dim) in the places `at`."""
-        self.values.index_copy_(0, at, values)
-
     def read(self, at: torch.Tensor) -> torch.Tensor:
         """A copy (N, dim) of the rows in these places."""
         self._draw(at.div(BLOCK, rounding_mode="floor").unique())
-        return self.values.index_select(0, at)
-
-    def _draw(self, blocks: torch.Tensor) -> None:
-        """Have first values of these blocks."""
-        if self._drawn is None or self.spec.std is None or self._drawn[blocks].all():
-            return
-        for block in blocks[~self._drawn[blocks]].tolist():
-            draw(self.spec, self._seed, block * self._servers + self._server, self.values[block * BLOCK : (block + 1) * BLOCK])
-        self._drawn[blocks] = True
+        return self._values.index_select(0, at)
 
     def tiles(self, at: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Tiles (T, dim) of all rows, in this table's own memory, or copies of those in the places `at`; and where each begins in
         what is gone through."""
-        for start in range(0, len(self.values) if at is None else len(at), self._tile_rows):
+        for start in range(0, len(self._values) if at is None else len(at), self._tile_rows):
             end = start + self._tile_rows
             if at is not None:
                 yield start, self.read(at[start:end])
             else:
-                self._draw(torch.arange(start // BLOCK, -(-min(end, len(self.values)) // BLOCK)))
-                yield start, self.values[start:end]
+                self._draw(torch.arange(start // BLOCK, -(-min(end, len(self._values)) // BLOCK)))
+                yield start, self._values[start:end]
 
     # ---- questions
 
@@ -142,7 +118,7 @@ class Classifier:
         return Samples(torch.cat([features, *ones], 1), self.places(labels))
 
     def sums(self, samples: Samples, ask: Classify) -> Job:
-        """Job: the frames that `Classified` speaks of, and how many of the labels are here."""
+        """Job: the answer about samples."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
         total = torch.zeros(self.spec.dim)
@@ -157,7 +133,7 @@ class Classifier:
         return Classified(ask.number), [frame for part in parts for frame in cut(part)]
 
     def best(self, features: torch.Tensor, ask: Classify) -> Job:
-        """Job: the best classes."""
+        """Job: the answer about the best classes."""
         best = Best(features, ask.top)
         for start, tile in self.tiles():
             best.add(normalised(tile) if ask.normalised else tile, start)
@@ -165,7 +141,7 @@ class Classifier:
         return Classified(ask.number), [*cut(best.values), *cut(self.ids(best.places))]
 
     def page(self, ask: Classify) -> Job:
-        """Job: the rows of a page."""
+        """Job: the answer about a page."""
         rows = self.read(self.on_page(ask.page))
         yield
         return Classified(ask.number), cut(rows)
@@ -176,7 +152,7 @@ class Classifier:
             return None
         if self._sampled is None or self._sampled[0] != round_:
             seed = derive_seed(self._seed, f"negatives of {self.spec.name}", round_)
-            parts = torch.arange(len(self.values)).split(_DRAWN)
+            parts = torch.arange(len(self._values)).split(_DRAWN)
             self._sampled = round_, torch.cat([part[_chance(self.ids(part), seed) < self.spec.sample_rate] for part in parts])
         return self._sampled[1]
 
@@ -205,7 +181,7 @@ class Classifier:
             places, drawn = torch.cat([places, own[own >= 0]]).unique(), places
             negative = torch.isin(places, drawn)
             terms = {unit: replace(one, samples=self._among(one.samples, places)) for unit, one in terms.items()}
-        common = self._common
+        common, stepped = self._common, self._stepped
         for start, tile in self.tiles(places):
             among = None if negative is None else negative[start : start + len(tile)]
             total: torch.Tensor | None = None
@@ -215,9 +191,9 @@ class Classifier:
                 total = found if total is None else total.add_(found)
             assert total is not None
             at = slice(start, start + len(tile)) if places is None else places[start : start + len(tile)]
-            common = self._step(at, tile, total, hypers)
+            common, stepped = self._step(at, tile, total, hypers), True
             yield
-        self._common, self._stepped = common, True
+        self._common, self._stepped = common, stepped
 
     def _step(
         self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any]
@@ -240,49 +216,22 @@ class Classifier:
                 common[name] = value
                 continue
             if name not in self._state:
-                self._state[name] = _zeros(*self.values.shape)
+                self._state[name] = zeros(*self._values.shape)
                 if name in first and first[name].any():
                     self._state[name].fill_(first[name].flatten()[0])
             if isinstance(at, torch.Tensor) or value.data_ptr() != self._state[name][at].data_ptr():
                 self._state[name][at] = value
         if isinstance(at, torch.Tensor):
-            self.values[at] = tile
+            self._values[at] = tile
         return common
 
-    # ---- what there is to save
-
-    def state(self) -> Iterator[Entry]:
-        """Everything, for a snapshot, as a table's is; no update may come before it is written."""
-        prefix, name = f"table-{self._server}-of-{self._servers}", self.spec.name
-        yield Entry(f"{prefix}/values/{name}", self.values.shape, [self.values])
-        for key, whole in self._state.items():
-            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
-        for key, value in self._common.items():
-            if isinstance(value, torch.Tensor):
-                yield Entry(f"{prefix}/common-{key}/{name}", value.shape, [value.clone()])
-        if self._drawn is not None:
-            yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
-
     def restore(self, files: TensorFiles, servers: int) -> None:
-        """Go on from what `state` of the shards on `servers` servers gave. Raises KeyError where something is missing."""
-        name = self.spec.name
-        keys = files.below(f"table-0-of-{servers}", name)
-        self._state = {key[5:]: _zeros(*self.values.shape) for key in keys if key.startswith("each-")}
-        self._common = {key[7:]: files[f"table-0-of-{servers}/{key}/{name}"].clone() for key in keys if key.startswith("common-")}
-        self._stepped = bool(self._state or self._common)
-        wholes = {"values": self.values} | {f"each-{key}": whole for key, whole in self._state.items()}
-        drawn = [files[f"table-{old}-of-{servers}/drawn/{name}"] for old in range(servers)] if self._drawn is not None else []
-        for ids in (page_ids(self.spec, page) for page in pages(self.spec)):
-            for old in range(servers):
-                mine = ids[(owner_of(ids, self._servers) == self._server) & (owner_of(ids, servers) == old)]
-                if len(mine):
-                    here, there = local_of(mine, self._servers), local_of(mine, servers)
-                    first, end = int(there[0]), int(there[-1]) + 1
-                    for key, whole in wholes.items():
-                        rows = files.rows(f"table-{old}-of-{servers}/{key}/{name}", first, end)
-                        whole.index_copy_(0, here, rows.index_select(0, there - first))
-                    if self._drawn is not None:
-                        self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
+        """See Rows.restore."""
+        names = [name for name in files.below(f"table-0-of-{servers}", self.spec.name) if "-" in name]
+        self._state = {n.removeprefix("each-"): zeros(*self._values.shape) for n in names if n.startswith("each-")}
+        self._common = {n.removeprefix("common-"): torch.empty(0) for n in names if n.startswith("common-")}
+        self._stepped = bool(names)
+        super().restore(files, servers)
 
 
 class Classifiers:
@@ -462,11 +411,3 @@ def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:
 
 def _mean(terms: Terms, samples: int) -> Terms:
     return replace(terms, g=terms.g / samples, own_gradient=terms.own_gradient / samples)
-
-
-def _zeros(rows: int, dim: int) -> torch.Tensor:
-    """Zeros that take up no memory until they are written to, as those of torch do; and aligned as those are, for where memory
-    begins matters to the last bit of matrix products."""
-    memory = np.zeros(rows * dim + _ALIGNED // 4, dtype=np.float32)
-    first = -memory.ctypes.data % _ALIGNED // 4
-    return torch.from_numpy(memory[first : first + rows * dim].reshape(rows, dim))

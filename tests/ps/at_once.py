@@ -71,7 +71,7 @@ def rows_of(shards: Sequence[Any]) -> torch.Tensor:
     spec = shards[0].spec
     owners, out = owner_of(torch.arange(spec.rows), len(shards)), torch.empty(spec.rows, spec.dim)
     for server, shard in enumerate(shards):
-        out[owners == server] = shard.read(torch.arange(len(shard.values)))
+        out[owners == server] = shard.read(torch.arange(len(shard._values)))
     return out
 
 
