@@ -19,6 +19,9 @@ from common.rows import cut, join, owner_of, page_ids, rows_on
 from common.wire import SEND_AGAIN_S, Frames, bytes_of
 from worker.exchange import Send
 
+#: Seconds after which what is not answered is sent again at the latest.
+_PATIENCE_S = 4 * SEND_AGAIN_S
+
 
 @dataclass
 class _Sent:
@@ -194,7 +197,7 @@ class ClassExchange:
         effects = []
         for sent in [*self._pushes, *self._unanswered.values()]:
             if now >= sent.sent_at + sent.patience_s:
-                sent.sent_at, sent.patience_s = now, 2 * sent.patience_s
+                sent.sent_at, sent.patience_s = now, min(2 * sent.patience_s, _PATIENCE_S)
                 effects.append(self._send(sent))
         return effects
 

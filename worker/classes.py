@@ -1,6 +1,6 @@
 """Classifiers that servers keep and compute: a layer whose weight is never here, and its loss.
 
-A forward asks every server what its classes come to (`Classify`), which is all that backward needs too; see docs/design.md.
+A forward asks every server what its classes come to (`Classify`), which is all that backward needs too: docs/model-parallel.md.
 """
 
 from __future__ import annotations
@@ -300,11 +300,12 @@ class Shards:
         """What backward has come by since the last one, times the samples of the micro-batch."""
         used = [replace(use, g=use.g * samples, own_gradient=use.own_gradient * samples) for use in self._used]
         self.forget()
+        self.spoilt = False
         return used
 
     def forget(self) -> None:
         """Let it go, as zero_grad does."""
-        self._used, self.spoilt = [], False
+        self._used = []
 
     def push(self, push: ClassPush, uses: Sequence[Contribution]) -> None:
         """Contribute; `push` lacks the uses."""

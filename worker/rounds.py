@@ -187,7 +187,7 @@ class GradientWork:
             self._slot.taken = False
         self.replica.discard()
         self._rows.forget()
-        self._shards.forget()
+        self._shards.contribution(0)
         self._advance()
 
     def _take_slot(self) -> None:

@@ -127,8 +127,9 @@ def test_a_round_that_is_over_gives_no_contribution_and_says_so() -> None:
     link.close(BATCH)
     link.rows()  # somebody asks about round 1
     link.round = 0
-    shards.forget()
-    sharded_cross_entropy(ours(x), y).backward()
+    loss = sharded_cross_entropy(ours(x), y)
+    shards.forget()  # zero_grad, as some call it between forward and backward
+    loss.backward()
     assert shards.spoilt and shards.contribution(1) == [] and not shards.spoilt
 
 
