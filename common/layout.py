@@ -75,6 +75,15 @@ class TableSpec(msgspec.Struct, frozen=True):
     std: Amount | None = None
 
 
+class ClassSpec(TableSpec, frozen=True):
+    """A classifier of which servers keep and compute all: `rows` classes and `dim` numbers for each, the last of which is the
+    bias where it has one. `std`: as above, but drawn evenly from -sqrt(3)*std .. sqrt(3)*std. A share of `sample_rate` of the
+    classes, drawn anew for each round, are the negative ones."""
+
+    bias: bool = False
+    sample_rate: float = 1.0
+
+
 class Piece(msgspec.Struct, frozen=True):
     """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk."""
 
@@ -123,28 +132,34 @@ def urgency(chunk: Chunk) -> tuple[bool, int]:
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Every tensor of a model and the chunks they are cut into, and the tables that are not."""
+    """Every tensor of a model and the chunks they are cut into, and the tables and classifiers that are not."""
 
     tensors: list[TensorSpec]
     chunks: list[Chunk]
     servers: int
     tables: list[TableSpec] = []
+    classifiers: list[ClassSpec] = []
 
     def on(self, server: int) -> list[Chunk]:
         """The chunks placed on `server`, by id."""
         return [chunk for chunk in self.chunks if chunk.server == server]
 
     def owners(self) -> list[int]:
-        """Servers that take part in rounds: 0, which keeps the metrics, and every one with a chunk; with tables all."""
-        return list(range(self.servers)) if self.tables else sorted({0} | {chunk.server for chunk in self.chunks})
+        """Servers that take part in rounds: 0 with the metrics, and those with a chunk; all with tables or classifiers."""
+        if self.tables or self.classifiers:
+            return list(range(self.servers))
+        return sorted({0} | {chunk.server for chunk in self.chunks})
 
     def digest(self) -> str:
         """SHA-256 over everything above, as hexadecimal digits."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
-def make_layout(tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = ()) -> Layout:
-    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first. `tables` are left as they are.
+def make_layout(
+    tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = (), classifiers: Sequence[ClassSpec] = ()
+) -> Layout:
+    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first. `tables` and `classifiers` are
+    left as they are.
 
     A tensor above CHUNK_BYTES is cut into several chunks; small ones of one kind, dtype and group share one.
     Raises UsageError for a dtype that cannot be trained or sent.
@@ -179,7 +194,7 @@ def make_layout(tensors: Sequence[TensorSpec], servers: int, tables: Sequence[Ta
     for number, pieces in enumerate(cuts):
         spec = tensors[pieces[0].tensor]
         chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.dtype, pieces))
-    return Layout(list(tensors), _place(chunks, servers), servers, list(tables))
+    return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(classifiers))
 
 
 def _end(pieces: list[Piece]) -> int:

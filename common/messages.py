@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from common.bounds import Amount, Count, CountOrNone, Name
-from common.layout import TableSpec, TensorSpec
+from common.layout import ClassSpec, TableSpec, TensorSpec
 from common.leases import Table
 from common.plan import Segment
 from common.settings import Settings
@@ -146,6 +146,7 @@ class Setup(Body, frozen=True):
     tensors: list[TensorSpec]
     update: Update
     tables: list[TableSpec] = []
+    classifiers: list[ClassSpec] = []
 
 
 class Plan(Body, frozen=True):
@@ -285,7 +286,7 @@ class Gone(Body, frozen=True):
 
 class RowInit(Body, frozen=True):
     """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by Ready
-    with the same `id`."""
+    with the same `id`. Classifiers are counted after the tables."""
 
     id: Count
     table: Count
@@ -330,6 +331,72 @@ class RowPush(Body, frozen=True):
 
 class RowAck(Body, frozen=True):
     """That RowPush needs not be sent again, whatever became of it."""
+
+    round: Count
+    lo: Count
+    hi: Count
+
+
+# ---- classifiers that servers compute (worker <-> server; frames are cut likewise)
+
+
+class Classify(Body, frozen=True):
+    """Go through your classes for `count` samples, as they are at the beginning of round `version`: their features (count, dim)
+    follow, float32, and unless `top` their labels, int64.
+
+    Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. `top`: I
+    want the so many best classes of each sample. `normalised`: rows count as of length 1. `sums`: I need the sum of all rows too.
+    Or `page`: I want the rows of that page that are yours.
+    """
+
+    number: Count
+    classifier: Count
+    version: Count
+    count: Count = 0
+    keeps: bool = False
+    normalised: bool = False
+    sums: bool = False
+    top: Count = 0
+    page: CountOrNone = -1
+
+
+class Classified(Body, frozen=True):
+    """Answer to Classify `number`. Over the server's classes but a sample's own, with z a logit, the largest z, the sum of
+    exp(z - largest), and the sum of exp(z - largest) x row follow, for each sample; then the sum of all rows where it was wanted;
+    then the rows of labels that are here, in the order of the samples.
+
+    Or the best logits of each sample and their classes, int64; or the rows of a page; or nothing, as the version that was wanted
+    is `gone`.
+    """
+
+    number: Count
+    gone: bool = False
+
+
+class Use(msgspec.Struct, frozen=True, array_like=True):
+    """What a micro-batch contributes through its question `number`, of `count` samples. Every class but a sample's own has a
+    logit's gradient of (p - smoothing) x g."""
+
+    number: Count
+    count: Count
+    smoothing: float = 0.0
+
+
+class ClassPush(Body, frozen=True):
+    """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
+    follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
+    of its own class's logit, which is in there already. Features and labels are those that were asked about."""
+
+    round: Count
+    lo: Count
+    hi: Count
+    samples: Count
+    uses: list[Use]
+    hypers: list[dict[str, Any]] = []
+
+
+class ClassAck(Body, frozen=True):
+    """That ClassPush needs not be sent again, whatever became of it."""
 
     round: Count
     lo: Count
@@ -414,10 +481,11 @@ class AllNorms(Body, frozen=True):
 
 class Cut(Body, frozen=True):
     """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
-    file with `token`. Answered by Saved."""
+    file with `token`. `reached`: every server has got that far. Answered by Saved."""
 
     round: Count
     token: Name
+    reached: bool = False
 
 
 class Saved(Body, frozen=True):
@@ -504,7 +572,7 @@ class KvReply(Body, frozen=True):
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
-    | RowInit | RowPull | Rows | RowPush | RowAck
+    | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip

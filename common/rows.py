@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common.errors import WireError
-from common.layout import CHUNK_BYTES, TableSpec
+from common.layout import CHUNK_BYTES, ClassSpec, TableSpec
 from common.plan import derive_seed
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import Frames
@@ -37,6 +37,12 @@ def local_of(ids: torch.Tensor, servers: int) -> torch.Tensor:
     return ids.div(BLOCK * servers, rounding_mode="floor") * BLOCK + ids % BLOCK
 
 
+def id_of(places: torch.Tensor, server: int, servers: int) -> torch.Tensor:
+    """The ids of the rows in these places of `server`, int64."""
+    blocks = places.div(BLOCK, rounding_mode="floor") * servers + server
+    return blocks * BLOCK + places % BLOCK
+
+
 def rows_on(server: int, servers: int, rows: int) -> int:
     """How many of a table's rows `server` has."""
     rounds, rest = divmod(rows, BLOCK * servers)
@@ -47,7 +53,10 @@ def draw(spec: TableSpec, seed: int, block: int, rows: torch.Tensor) -> None:
     """Write the first values of a block of rows to `rows`: a function of the run's seed, the table and the block alone."""
     assert spec.std is not None
     generator = torch.Generator().manual_seed(derive_seed(seed, f"rows of {spec.name}", block))
-    rows.normal_(0.0, spec.std, generator=generator)
+    if isinstance(spec, ClassSpec):
+        rows.uniform_(-spec.std * 3**0.5, spec.std * 3**0.5, generator=generator)
+    else:
+        rows.normal_(0.0, spec.std, generator=generator)
 
 
 def page_rows(spec: TableSpec) -> int:

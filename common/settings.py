@@ -87,6 +87,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: Annotated[str, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
         "lenet"
     )
+    parallel: Annotated[
+        Literal["data", "hybrid"],
+        _help("Built-in example: hybrid has the last fully connected layer on the servers, which compute it."),
+    ] = "data"
     data: Annotated[
         str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
     ] = "mnist-5k"
@@ -153,6 +157,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         self._check_codecs()
         if self.image is not None:
             parse_shape(self.image)
+        if self.parallel == "hybrid" and self.loss != "cross-entropy":
+            raise UsageError(
+                f"loss is {self.loss} but parallel is hybrid, and servers compute cross-entropy: choose one of the two."
+            )
 
     def _check_codecs(self) -> None:
         push, weights = self.push_codec, self.weight_codec

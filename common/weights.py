@@ -25,6 +25,13 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
     files, seed = TensorFiles(snapshot.paths), int(snapshot.manifest.settings["seed"])
     entries = [Entry(spec.name, spec.shape, list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
     entries += [Entry(spec.name, [spec.rows, spec.dim], list(_rows(files, spec, servers, seed))) for spec in setup.tables]
+    for layer in setup.classifiers:
+        features = layer.dim - layer.bias
+        parts = list(_rows(files, layer, servers, seed))
+        entries.append(Entry(layer.name, [layer.rows, features], [part[:, :features].contiguous() for part in parts]))
+        if layer.bias:
+            name = layer.name.removesuffix("weight") + "bias"
+            entries.append(Entry(name, [layer.rows], [part[:, features].contiguous() for part in parts]))
     temporary = path.with_name(path.name + ".tmp")
     try:
         tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round)})

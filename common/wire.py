@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from common.errors import ClusterError, UsageError, WireError
-from common.messages import Body, Envelope, Hello, KvPull, RowPull, Rows
+from common.messages import Body, Classified, Classify, Envelope, Hello, KvPull, RowPull, Rows
 
 PROTOCOL = 1
 
@@ -179,9 +179,9 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 def is_bulk(body: Body, frames: Frames) -> bool:
-    """Whether a message goes by the connection for tensors: those that have some, but for rows, which somebody waits for in
-    mid-forward; and pulls that must not overtake pushes."""
-    return isinstance(body, KvPull) or (bool(frames) and not isinstance(body, RowPull | Rows))
+    """Whether a message goes by the connection for tensors: those that have some, but for rows and logits, which somebody
+    waits for in mid-forward; and pulls that must not overtake pushes."""
+    return isinstance(body, KvPull) or (bool(frames) and not isinstance(body, RowPull | Rows | Classify | Classified))
 
 
 def is_worker(name: str) -> bool:

@@ -18,7 +18,8 @@ _SETTINGS = 1000
 def check_setup(setup: Setup) -> None:
     """Raise WireError for a model or an update that names parameter groups it has not, or settings that are none."""
     update, groups = setup.update, len(setup.update.groups)
-    if any(spec.group >= groups for spec in setup.tensors) or any(spec.group >= groups for spec in setup.tables):
+    named = [spec.group for spec in setup.tensors] + [spec.group for spec in (*setup.tables, *setup.classifiers)]
+    if any(group >= groups for group in named):
         raise WireError(f"a model has parameters in groups beyond the {groups} that its optimizer has")
     if update.clip_norm is not None and not update.clip_norm > 0:
         raise WireError(f"a gradient cannot be clipped to the norm {update.clip_norm}")

@@ -74,13 +74,14 @@ class Cuts:
         self.under, self.failure = Under(round_, token, now), ""
 
     def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, Cut]]:
-        """What to tell which of `servers` now: those that have not written, again from time to time."""
+        """What to tell which of `servers` (by version) now: those that have not written, again from time to time."""
         under = self.under
         if under is None or now < under.asked_at + ASK_AGAIN_S:
             return []
         under.asked_at = now
+        reached = min(servers.values(), default=0) >= under.round
         return [
-            (server, Cut(under.round, under.token))
+            (server, Cut(under.round, under.token, reached))
             for server in servers
             if server not in under.said or under.said[server].state in ("waits", "writing")
         ]

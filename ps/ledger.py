@@ -102,7 +102,7 @@ class Ledger:
         if self.setup is None:
             try:
                 check_setup(setup)
-                self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
+                self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
             except (UsageError, WireError) as error:
                 return Refused("Setup", str(error))
             self.setup = setup

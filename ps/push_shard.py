@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from common.errors import UsageError, WireError
-from common.messages import Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
+from common.messages import ClassPush, Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
 from common.plan import Round, Segment
 from common.policies import Policy
 from common.rows import no_rows
@@ -162,6 +162,9 @@ class PushShard(Shard):
                 rows = [no_rows(spec) for spec in self.layout.tables]
             self.tables.apply(rows, push.samples, push.hypers, lr_scale)
         return [ack, *self._advance()]
+
+    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
+        raise WireError(f"policy {self.settings.policy} has no sharded layers")
 
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""

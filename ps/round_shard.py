@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from common.messages import (
     AllNorms,
     Arrived,
     Body,
+    ClassAck,
+    ClassPush,
     Close,
     Committed,
     Contribution,
@@ -32,7 +35,7 @@ from common.sums import Sum
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
 from ps.saving import Source
-from ps.shard import COORDINATOR, METRICS, ROWS, Send, Shard, add_metrics, contribution, mean_metrics
+from ps.shard import CLASSES, COORDINATOR, METRICS, ROWS, Send, Shard, add_metrics, contribution, mean_metrics
 from ps.store import Norm
 
 #: Planes for weights: the current version's, the next one's, and two for those who lag behind.
@@ -188,6 +191,19 @@ class RoundShard(Shard):
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
+    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
+        if push.round > self._version:
+            raise WireError(f"{sender} pushed classes for round {push.round} while round {self._version} is open")
+        ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
+        if push.round < self._version or CLASSES in self._next:  # what was asked is forgotten then
+            return [ack]
+        parts = self._check_classes(sender, push, frames, self.round_plan(push.round))
+        if not self.policy.combines and push.hi - push.lo > 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        self._file(CLASSES, (push.lo, push.hi), parts)
+        self._hypers = self._hypers or push.hypers
+        return [ack, *self._advance(now)]
+
     def _file(self, chunk: int, span: Span, value: Any) -> bool:
         if not self.policy.combines:
             return self._leaves.setdefault(chunk, {}).setdefault(span[0], value) is value
@@ -197,7 +213,7 @@ class RoundShard(Shard):
 
     def _adder(self, chunk: int) -> Any:
         assert self.store is not None
-        return {METRICS: add_metrics, ROWS: add_tables}.get(chunk) or self.store.adder(chunk)
+        return {METRICS: add_metrics, ROWS: add_tables, CLASSES: operator.add}.get(chunk) or self.store.adder(chunk)
 
     def _account(self, sender: str, push: Push, counted: bool) -> None:
         """Keep the ledger's rows such that each micro-batch is in exactly one committed row."""
@@ -283,6 +299,9 @@ class RoundShard(Shard):
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
             self.tables.apply(rows[0], self._samples(), self._hypers)
             self._next.add(ROWS)
+        if self.classifiers and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
+            self.classifiers.close(parts[0], self._samples(), self._hypers)
+            self._next.add(CLASSES)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
             self._commit(mean_metrics(metrics[0]))

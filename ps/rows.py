@@ -40,29 +40,94 @@ from ps.store import with_tuples
 
 #: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
 _HOW = ("foreach", "fused")
+#: Bytes to whose multiples torch aligns what it allocates.
+_ALIGNED = 64
 
 
-class RowTable:
-    """One table's rows on one server, float32, and the optimizer's state of the same shape.
+class Rows:
+    """The rows of a table on one server, (N, dim), float32, and the optimizer's state of the same shape."""
+
+    def __init__(self, spec: TableSpec, server: int, servers: int, seed: int) -> None:
+        self.spec = spec
+        self._server, self._servers, self._seed = server, servers, seed
+        self._values = zeros(rows_on(server, servers, spec.rows), spec.dim)
+        #: Blocks of rows whose first values are there; None where a worker sends them.
+        self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
+        #: The optimizer's state: what it has for each row, and the rest, such as the number of steps.
+        self._state: dict[str, torch.Tensor] = {}
+        self._common: dict[str, Any] = {}
+
+    def on_page(self, page: int) -> torch.Tensor:
+        """The places of this server's rows of a page, in order."""
+        ids = page_ids(self.spec, page)
+        return local_of(ids[owner_of(ids, self._servers) == self._server], self._servers)
+
+    def load(self, at: torch.Tensor, values: torch.Tensor) -> None:
+        """Start from `values` (N, dim) in the places `at`."""
+        self._values.index_copy_(0, at, values)
+
+    def _draw(self, blocks: torch.Tensor) -> None:
+        """Have first values of these blocks."""
+        if self._drawn is None or self.spec.std is None:
+            return
+        for block in blocks[~self._drawn[blocks]].tolist():
+            draw(self.spec, self._seed, block * self._servers + self._server, self._values[block * BLOCK : (block + 1) * BLOCK])
+        self._drawn[blocks] = True
+
+    def state(self) -> Iterator[Entry]:
+        """Everything, for a snapshot, as it is: no update may come before it is written. Drawing may, for what is drawn is the
+        same whenever it is."""
+        prefix = f"table-{self._server}-of-{self._servers}"
+        name = self.spec.name
+        yield Entry(f"{prefix}/values/{name}", self._values.shape, [self._values])
+        for key, whole in self._state.items():
+            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
+        for key, value in self._common.items():
+            if value is None:
+                continue
+            tensor = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
+            yield Entry(f"{prefix}/common-{key}/{name}", tensor.shape, [tensor])
+        if self._drawn is not None:
+            yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
+
+    def restore(self, files: TensorFiles, servers: int) -> None:
+        """Go on from what `state` of the tables on `servers` servers gave. Raises KeyError where something is missing."""
+        name = self.spec.name
+        wholes = {"values": self._values} | {f"each-{key}": whole for key, whole in self._state.items()}
+        drawn = [files[f"table-{old}-of-{servers}/drawn/{name}"] for old in range(servers)] if self._drawn is not None else []
+        for page in pages(self.spec):
+            ids = page_ids(self.spec, page)
+            ids = ids[owner_of(ids, self._servers) == self._server]
+            for old in range(servers):
+                mine = ids[owner_of(ids, servers) == old]
+                if not len(mine):
+                    continue
+                here, there = local_of(mine, self._servers), local_of(mine, servers)
+                first, end = int(there[0]), int(there[-1]) + 1
+                for key, whole in wholes.items():
+                    rows = files.rows(f"table-{old}-of-{servers}/{key}/{name}", first, end)
+                    whole.index_copy_(0, here, rows.index_select(0, there - first))
+                if self._drawn is not None:
+                    self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
+        for key, known in self._common.items():
+            value = files[f"table-0-of-{servers}/common-{key}/{name}"]
+            self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
+
+
+class RowTable(Rows):
+    """One table's rows of which some are read and updated at a time.
 
     Invariant: `read` of the version before gives what `read` gave before the last `apply`.
     """
 
     def __init__(self, spec: TableSpec, server: int, servers: int, update: Update, seed: int) -> None:
-        self.spec = spec
-        self._server, self._servers, self._seed = server, servers, seed
-        self._values = _zeros(rows_on(server, servers, spec.rows), spec.dim)
-        #: Blocks of rows whose first values are there; None where a worker sends them.
-        self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
+        super().__init__(spec, server, servers, seed)
         #: Places of the rows that the last update touched, and what they were before it.
         self._undo = torch.empty(0, dtype=torch.int64), torch.empty(0, spec.dim)
         self._optimizer, self._parameter = _optimizer(update, spec)
-        #: The optimizer's state: what it has for each row, and the rest, such as the number of steps.
-        self._state: dict[str, torch.Tensor] = {}
-        self._common: dict[str, Any] = {}
         for name, first in _first_state(update, spec).items():
             if isinstance(first, torch.Tensor) and first.shape == (1, spec.dim):
-                self._state[name] = first.repeat(len(self._values), 1) if first.any() else _zeros(*self._values.shape)
+                self._state[name] = first.repeat(len(self._values), 1) if first.any() else zeros(*self._values.shape)
             else:
                 self._common[name] = torch.zeros_like(first) if isinstance(first, torch.Tensor) else first
 
@@ -76,18 +141,9 @@ class RowTable:
     def _has(self, ids: torch.Tensor) -> bool:
         return bool((owner_of(ids, self._servers) == self._server).all())
 
-    def on_page(self, page: int) -> torch.Tensor:
-        """The places of this server's rows of a page, in order."""
-        ids = page_ids(self.spec, page)
-        return local_of(ids[owner_of(ids, self._servers) == self._server], self._servers)
-
-    def load(self, at: torch.Tensor, values: torch.Tensor) -> None:
-        """Start from `values` (N, dim) in the places `at`."""
-        self._values.index_copy_(0, at, values)
-
     def read(self, at: torch.Tensor, before: bool = False) -> torch.Tensor:
         """A copy (N, dim) of the rows in these places, which are sorted, now or `before` the last update."""
-        self._draw(at)
+        self._draw(at.div(BLOCK, rounding_mode="floor").unique_consecutive())
         rows = self._values.index_select(0, at)
         touched, old = self._undo
         if before and len(touched):
@@ -119,52 +175,6 @@ class RowTable:
         self._values.index_copy_(0, at, parameter.data)
         for name, whole in self._state.items():
             whole.index_copy_(0, at, rows[name])
-
-    def state(self) -> Iterator[Entry]:
-        """Everything, for a snapshot, as it is: no update may come before it is written. Drawing may, for what is drawn is the
-        same whenever it is."""
-        prefix = f"table-{self._server}-of-{self._servers}"
-        name = self.spec.name
-        yield Entry(f"{prefix}/values/{name}", self._values.shape, [self._values])
-        for key, whole in self._state.items():
-            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
-        for key, value in self._common.items():
-            tensor = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
-            yield Entry(f"{prefix}/common-{key}/{name}", tensor.shape, [tensor])
-        if self._drawn is not None:
-            yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
-
-    def restore(self, files: TensorFiles, servers: int) -> None:
-        """Go on from what `state` of the tables on `servers` servers gave. Raises KeyError where something is missing."""
-        name = self.spec.name
-        wholes = {"values": self._values} | {f"each-{key}": whole for key, whole in self._state.items()}
-        drawn = [files[f"table-{old}-of-{servers}/drawn/{name}"] for old in range(servers)] if self._drawn is not None else []
-        for page in pages(self.spec):
-            ids = page_ids(self.spec, page)
-            ids = ids[owner_of(ids, self._servers) == self._server]
-            for old in range(servers):
-                mine = ids[owner_of(ids, servers) == old]
-                if not len(mine):
-                    continue
-                here, there = local_of(mine, self._servers), local_of(mine, servers)
-                first, end = int(there[0]), int(there[-1]) + 1
-                for key, whole in wholes.items():
-                    rows = files.rows(f"table-{old}-of-{servers}/{key}/{name}", first, end)
-                    whole.index_copy_(0, here, rows.index_select(0, there - first))
-                if self._drawn is not None:
-                    self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
-        for key, known in self._common.items():
-            value = files[f"table-0-of-{servers}/common-{key}/{name}"]
-            self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
-
-    def _draw(self, at: torch.Tensor) -> None:
-        """Have first values of the blocks with these places."""
-        if self._drawn is None or self.spec.std is None:
-            return
-        blocks = at.div(BLOCK, rounding_mode="floor").unique_consecutive()
-        for block in blocks[~self._drawn[blocks]].tolist():
-            draw(self.spec, self._seed, block * self._servers + self._server, self._values[block * BLOCK : (block + 1) * BLOCK])
-        self._drawn[blocks] = True
 
 
 class RowTables:
@@ -237,19 +247,28 @@ class RowTables:
         self._version += 1
 
 
-def _zeros(rows: int, dim: int) -> torch.Tensor:
-    """Zeros that take up no memory until they are written to; those of torch do."""
-    return torch.from_numpy(np.zeros((rows, dim), dtype=np.float32))
+def zeros(rows: int, dim: int) -> torch.Tensor:
+    """Zeros, float32, that take up no memory until they are written to, as those of torch do; and aligned as those are, for where
+    memory begins matters to the last bit of matrix products."""
+    memory = np.zeros(rows * dim + _ALIGNED // 4, dtype=np.float32)
+    first = -memory.ctypes.data % _ALIGNED // 4
+    return torch.from_numpy(memory[first : first + rows * dim].reshape(rows, dim))
 
 
 def _optimizer(update: Update, spec: TableSpec) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
     """The group's optimizer over a parameter whose memory is given to it for each step."""
+    parameter = torch.nn.Parameter(torch.zeros(1, spec.dim))
+    return optimizer_over(parameter, update, spec.group), parameter
+
+
+def optimizer_over(parameter: torch.nn.Parameter, update: Update, group: int) -> torch.optim.Optimizer:
+    """What torch.optim has for the parameters of a group."""
     assert update.optimizer is not None
     cls = getattr(torch.optim, update.optimizer)
-    settings = {key: value for key, value in with_tuples(update.groups[spec.group]).items() if key not in _HOW}
-    parameter = torch.nn.Parameter(torch.zeros(1, spec.dim))
+    settings = {key: value for key, value in with_tuples(update.groups[group]).items() if key not in _HOW}
     known = {key: value for key, value in settings.items() if key in inspect.signature(cls).parameters}
-    return cls([{"params": [parameter], **settings}], **known), parameter
+    made: torch.optim.Optimizer = cls([{"params": [parameter], **settings}], **known)
+    return made
 
 
 def _first_state(update: Update, spec: TableSpec) -> dict[str, Any]:

@@ -66,6 +66,11 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=(capture,), name="snapshot", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Block until nothing is being written."""
         if self._thread is not None:

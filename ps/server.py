@@ -126,7 +126,8 @@ class _Server:
     def _loop(self, poller: zmq.Poller) -> None:
         assert self._inflow is not None
         while self._attendance.stop is None:
-            ready = dict(poller.poll(_TICK_MS))
+            busy = self._shard is not None and self._shard.busy
+            ready = dict(poller.poll(0 if busy else _TICK_MS))
             if self._coordinator in ready:
                 self._drain(self._coordinator)
             if self._workers in ready and self._shard is not None:
@@ -137,6 +138,7 @@ class _Server:
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
+                self._do(self._shard.work())
                 self._save()
 
     def _save(self) -> None:
@@ -224,6 +226,7 @@ class _Server:
             self._shard = kind(index, welcome.settings, policy, source)
             self._shard.coordinator = self._attendance.coordinator
             self._shard.before_tables_change = self._finish_saving
+            self._shard.is_writing = lambda: self._writer is not None and self._writer.busy
             self._writer = Writer(index, run_dir)
             self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)

@@ -15,7 +15,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,8 @@ from common.layout import Chunk, Layout, make_layout, message_batches, urgency
 from common.messages import (
     Ack,
     Body,
+    Classify,
+    ClassPush,
     Committed,
     Contribution,
     Cut,
@@ -60,6 +62,7 @@ from common.tensors import to_frame
 from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames, bytes_of
 from ps.checks import check_distinct, check_hypers, check_memory, check_setup
+from ps.classes import Classifiers, Contributed
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
 from ps.saving import Capture, Source
@@ -78,6 +81,8 @@ _REMEMBERED = 64
 METRICS = -1
 #: Id under which a server files what a contribution has for its rows of all tables, where there are any.
 ROWS = -2
+#: Id under which a server files what a contribution has for classifiers, where there are any.
+CLASSES = -3
 
 #: Bytes of weights that may be on their way to a worker, so that what is needed sooner does not wait for long behind others.
 CREDIT_BYTES = 8 << 20
@@ -142,6 +147,7 @@ class Shard(ABC):
         self.chunks: dict[int, Chunk] = {}
         self.store: Store | None = None
         self.tables: RowTables | None = None
+        self.classifiers: Classifiers | None = None
         #: Memory that weights are laid out in, and who may be reading which plane of it.
         self.planes: Planes | None = None
         self.readers = Readers()
@@ -170,6 +176,10 @@ class Shard(ABC):
         self._cut: Cut | None = None
         self._saved: Saved | None = None
         self.capture: Capture | None = None
+        #: A capture that still lacks the classifiers, which get to its round later than all else.
+        self._held: Capture | None = None
+        #: Whether what was captured is being written.
+        self.is_writing: Callable[[], bool] = lambda: False
         #: Called before tables change: what `capture` has of them must be written by then.
         self.before_tables_change: Callable[[], None] = lambda: None
         #: The incarnation of the coordinator whose word counts.
@@ -201,6 +211,9 @@ class Shard(ABC):
 
     @abstractmethod
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]: ...
+
+    @abstractmethod
+    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]: ...
 
     @abstractmethod
     def _serve(self, worker: str) -> list[Send]:
@@ -243,6 +256,11 @@ class Shard(ABC):
                 return self._push_rows(sender, body, frames, now)
             case RowPull():
                 return self._pull_rows(sender, body, frames)
+            case ClassPush():
+                return self._push_classes(sender, body, frames, now)
+            case Classify():
+                answer = self.classifiers.ask(sender, body, frames) if self.classifiers is not None and self._open else None
+                return [] if answer is None else [Send(sender, *answer)]
             case RowInit():
                 return self._init_rows(sender, body, frames)
             case Setup():
@@ -276,6 +294,17 @@ class Shard(ABC):
             return []
         self._report_at = now
         return [Send(COORDINATOR, self._report)]
+
+    @property
+    def busy(self) -> bool:
+        """Whether `work` has something to do."""
+        return self.classifiers is not None and self._open and self.classifiers.busy
+
+    def work(self) -> list[Send]:
+        """Do a little of what takes long."""
+        done = self.classifiers.work() if self.classifiers is not None and self._open else None
+        self._complete_cut()
+        return [] if done is None else [Send(done[0], *done[1])]
 
     def _acknowledged(self, seq: int) -> None:
         if self._report is not None and self._report.seq == seq:
@@ -334,6 +363,8 @@ class Shard(ABC):
         if self._saved is None or self._saved.round != cut.round:
             self._cut, self._saved = cut, Saved(cut.round, "waits")
             self._try_cut()
+        if cut.reached and self._held is not None and self.classifiers is not None:
+            self.classifiers.begin_update()
         return [Send(COORDINATOR, self._saved)]
 
     def _try_cut(self) -> None:
@@ -346,8 +377,23 @@ class Shard(ABC):
             return
         assert self.store is not None and self.tables is not None
         entries = [*self.store.state(self._seen), *self.tables.state()]
-        self.capture = Capture(cut.round, cut.token, entries, self._extra())
+        self._held = Capture(cut.round, cut.token, entries, self._extra())
         self._saved = Saved(cut.round, "writing")
+        self._complete_cut()
+
+    def _complete_cut(self) -> None:
+        """Hand out what is held as soon as the classifiers are at its round as well."""
+        held, classifiers = self._held, self.classifiers
+        if held is not None and classifiers is not None and (not classifiers or classifiers.version == held.round):
+            self.capture = replace(held, entries=[*held.entries, *classifiers.state()])
+            self._held = None
+
+    def _before_tables_change(self) -> None:
+        """What is held must be handed out now. It can be: somebody has contributed to the next round, so all have got there."""
+        if self._held is not None and self.classifiers is not None:
+            self.classifiers.settle()
+            self._complete_cut()
+        self.before_tables_change()
 
     def saved(self, saved: Saved) -> list[Send]:
         """`capture` is written, or could not be."""
@@ -363,10 +409,11 @@ class Shard(ABC):
 
     def _go_on(self, source: Source) -> None:
         """Have the state of a snapshot, on however many servers it was taken."""
-        assert self.store is not None and self.tables is not None
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
         try:
             self.store.restore(source.files)
             self.tables.restore(source.files, source.servers, source.round)
+            self.classifiers.restore(source.files, source.servers, source.round)
         except KeyError as error:
             raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
         self._uninitialised.clear()
@@ -378,11 +425,12 @@ class Shard(ABC):
         if self._setup is None:
             if self._source is not None and setup != self._source.setup:
                 return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
-            layout, self.store, self.tables = self._made(setup)
-            self.tables.before_update = self.before_tables_change
+            layout, self.store, self.tables, self.classifiers = self._made(setup)
+            self.tables.before_update = self._before_tables_change
+            self.classifiers.may_update = lambda: self.capture is None and not self.is_writing()
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
-            self._uninitialised = {*self.chunks, *self.tables.awaited()}
+            self._uninitialised = {*self.chunks, *self._awaited_pages()}
             self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
             if self.planes.refused:
                 log.warning("%s Workers get their weights through sockets.", self.planes.refused)
@@ -395,15 +443,16 @@ class Shard(ABC):
             return [Send(sender, Refused("Setup", _difference(*self._setup, setup, sender)))]
         return [Send(sender, Ready("Setup"))]
 
-    def _made(self, setup: Setup) -> tuple[Layout, Store, RowTables]:
+    def _made(self, setup: Setup) -> tuple[Layout, Store, RowTables, Classifiers]:
         """What holds the numbers of a model. Raises WireError where there can be no such model here."""
         check_setup(setup)
         keeps = self.policy.applies == "round"
         try:
-            layout = make_layout(setup.tensors, self.settings.servers, setup.tables)
+            layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
             check_memory(layout, self.index)
             store = Store(layout, self.index, setup.update, self.policy)
-            return layout, store, RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
+            tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
+            return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed)
         except WireError:
             raise
         except Exception as error:  # whatever torch objects to in what it is to make
@@ -442,15 +491,26 @@ class Shard(ABC):
     def _init_rows(self, sender: str, init: RowInit, frames: Frames) -> list[Send]:
         effects = [Send(sender, Ready("RowInit", init.id))]
         key = init.table, init.page
-        if self.tables is None or key not in self.tables.awaited():
+        if self.layout is None or key not in self._awaited_pages():
             raise WireError(f"first rows from {sender} do not fit the model agreed on")
         if key in self._uninitialised:
-            self.tables.load(init.table, init.page, frames)
+            assert self.tables is not None and self.classifiers is not None
+            tables = len(self.layout.tables)
+            if init.table < tables:
+                self.tables.load(init.table, init.page, frames)
+            else:
+                self.classifiers.load(init.table - tables, init.page, frames)
             self._uninitialised.discard(key)
             if not self._uninitialised:
                 self._opened()
                 effects += self._serve_all()
         return effects
+
+    def _awaited_pages(self) -> set[tuple[int, int]]:
+        """(table, page) of first values that a worker is to send, classifiers counted after the tables."""
+        assert self.tables is not None and self.classifiers is not None and self.layout is not None
+        after = len(self.layout.tables)
+        return self.tables.awaited() | {(after + number, page) for number, page in self.classifiers.awaited()}
 
     def _share(self, sender: str, share: Share) -> list[Send]:
         """See whether there is memory that this worker and this server both reach."""
@@ -525,6 +585,14 @@ class Shard(ABC):
         check_hypers(push.hypers, self._setup[0].update)
         return self.tables.receive(push, frames, f"a push of {sender}")
 
+    def _check_classes(self, sender: str, push: ClassPush, frames: Frames, plan: Round) -> list[Contributed]:
+        """What the push has for classifiers. Raises WireError unless all of it fits them and the plan."""
+        if self.classifiers is None or not self._open:
+            raise WireError(f"{sender} pushed before the first weights were set")
+        if not is_node((push.lo, push.hi), plan.micro_batches) or push.samples != plan.samples_in(push.lo, push.hi):
+            raise WireError(f"classes from {sender} are for micro-batches {push.lo}..{push.hi - 1} of {plan.micro_batches}")
+        return self.classifiers.receive(sender, push, frames)
+
     def _slot(self, sender: str, slot: int) -> dict[int, torch.Tensor]:
         if (sender, slot) not in self._slots:
             region = self._regions.get(sender)
@@ -541,7 +609,8 @@ class Shard(ABC):
     @property
     def _ids(self) -> list[int]:
         """All that a contribution consists of here."""
-        return [*([METRICS] if self.index == 0 else []), *([ROWS] if self.tables else []), *self.chunks]
+        rows, classes = [ROWS] if self.tables else [], [CLASSES] if self.classifiers else []
+        return [*([METRICS] if self.index == 0 else []), *rows, *classes, *self.chunks]
 
     def _pull_rows(self, sender: str, pull: RowPull, frames: Frames) -> list[Send]:
         found = self.tables.read(pull, frames) if self.tables is not None and self._open else None
@@ -623,6 +692,8 @@ def _difference(known: Setup, owner: str, other: Setup, sender: str) -> str:
             )
     if len(known.tensors) != len(other.tensors):
         return f"{sender}'s model has {len(other.tensors)} parameters and buffers where {owner}'s has {len(known.tensors)}."
+    if known.classifiers != other.classifiers:
+        return f"{sender}'s sharded layers are not {owner}'s: {other.classifiers} instead of {known.classifiers}."
     if known.tables != other.tables:
         return f"{sender}'s row-sparse tables are not {owner}'s: {other.tables} instead of {known.tables}."
     return f"{sender} asks for another optimizer than {owner}: {other.update} instead of {known.update}."

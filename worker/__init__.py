@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import platform
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from worker.classes import ShardedLinear, sharded_cross_entropy
+    from worker.margins import ArcFace, CosFace
     from worker.run import Run
+
+__all__ = ["ArcFace", "CosFace", "ShardedLinear", "embedding", "join", "sharded_cross_entropy"]
 
 #: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
 ADDRESS_VARIABLE = "PS_COORDINATOR"
@@ -69,3 +74,11 @@ def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:
     from worker.rows import make_embedding
 
     return make_embedding(rows, dim, std)
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is used."""
+    for module in ("classes", "margins"):
+        if name in __all__ and hasattr(found := importlib.import_module(f"worker.{module}"), name):
+            return getattr(found, name)
+    raise AttributeError(f"module 'worker' has no attribute '{name}'")

@@ -23,6 +23,7 @@ from common.settings import Settings
 from common.weights import read_weights
 from worker import data, models, parts
 from worker.columns import whole_state
+from worker.hybrid import shard_last_layer
 from worker.run import Run
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
@@ -38,6 +39,7 @@ def main() -> None:
     model = models.build(settings.model, images.shape, images.classes, settings.devices)
     if settings.init is not None:
         load_weights(model, Path(settings.init))
+    head = shard_last_layer(model, images.classes) if settings.parallel == "hybrid" else None
     run.replicate(model)
     optimizer = optimizer_class(settings.optimizer)
     opt = run.optimizer(
@@ -56,19 +58,21 @@ def main() -> None:
 
     measured = run.epoch
     for x, y in run.batches(images.train, num_workers=settings.loader_workers):
-        logits = model(x)
-        y = y.to(logits.device, non_blocking=True)
-        loss = parts.LOSSES[settings.loss](logits, y)
+        out = model(x)
+        y = y.to(out.device, non_blocking=True)
+        loss = parts.LOSSES[settings.loss](out, y) if head is None else worker.sharded_cross_entropy(out, y)
         loss.backward()
-        run.log(loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean())
+        run.log(loss=loss)
+        if head is None:  # else it would be another question to the servers
+            run.log(train_accuracy=(out.argmax(1) == y).float().mean())
         opt.step()
         if run.is_chief and run.epoch != measured:
             measured = run.epoch
-            run.log(accuracy=accuracy(model, held_out))
+            run.log(accuracy=accuracy(model, held_out, head))
     if settings.policy in ("local", "average"):
         run.recompute_batchnorm(images.train)
     if run.is_chief:
-        run.log(accuracy=accuracy(model, held_out))
+        run.log(accuracy=accuracy(model, held_out, head))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -86,13 +90,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(found)
 
 
-def accuracy(model: nn.Module, samples: Dataset[data.Sample]) -> float:
-    """The share of `samples`, 0 to 1, whose label gets the largest logit. Leaves the mode and torch's generator as they were."""
+def accuracy(model: nn.Module, samples: Dataset[data.Sample], head: worker.ShardedLinear | None = None) -> float:
+    """The share of `samples`, 0 to 1, whose label gets the largest logit, which `head` knows where it is sharded. Leaves the mode
+    and torch's generator as they were."""
     training = model.training
     model.eval()
     loader = DataLoader(samples, batch_size=250, generator=torch.Generator())
     with torch.no_grad():
-        right = sum(int((model(x).argmax(1).cpu() == y).sum()) for x, y in loader)
+        right = 0
+        for x, y in loader:
+            out = model(x)
+            best = out.argmax(1) if head is None else head.topk(out, 1)[1][:, 0]
+            right += int((best.cpu() == y).sum())
     model.train(training)
     return right / len(cast(Sized, samples))
 

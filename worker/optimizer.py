@@ -183,9 +183,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None, p
 class Optimizer:
     """What `Run.optimizer` returns: the usual calls of an optimizer, carried out by the cluster."""
 
-    def __init__(self, step: Callable[[], None], groups: Groups, forget_rows: Callable[[], None]) -> None:
+    def __init__(self, step: Callable[[], None], groups: Groups, forget: Sequence[Callable[[], None]]) -> None:
         self._step = step
-        self._forget_rows = forget_rows
+        self._forget = forget
         self._params: Sequence[torch.Tensor] = [p for group in groups for p in group["params"]]
 
     def step(self) -> None:
@@ -194,7 +194,8 @@ class Optimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Never needed, as `step` takes the gradients away; here because training loops call it."""
-        self._forget_rows()
+        for forget in self._forget:
+            forget()
         for parameter in self._params:
             if set_to_none:
                 parameter.grad = None

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from common.errors import UsageError
-from common.layout import Chunk, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, make_layout
+from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, make_layout
 from common.sums import Sum, weighted
 from common.tensors import dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
@@ -26,9 +26,16 @@ _ALIGNED = 64
 class Replica:
     """One worker's copy of the model. Buffers are as much part of it as parameters: both have a version."""
 
-    def __init__(self, model: nn.Module, groups: Mapping[int, int], servers: int, tables: Sequence[TableSpec] = ()) -> None:
-        """`groups` maps id(parameter) to its parameter group; parameters not in it are not trained. `tables` are row-sparse, and
-        not in it either.
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Mapping[int, int],
+        servers: int,
+        tables: Sequence[TableSpec] = (),
+        classifiers: Sequence[ClassSpec] = (),
+    ) -> None:
+        """`groups` maps id(parameter) to its parameter group; parameters not in it are not trained. `tables` and
+        `classifiers` are on the servers, and not in it either.
 
         Raises UsageError where a trained parameter has a dtype that servers cannot keep.
         """
@@ -47,7 +54,7 @@ class Replica:
             if tensor.numel() and (other := places.setdefault((tensor.device, tensor.data_ptr()), name)) != name:
                 raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
         self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in [*named, *buffers]]
-        self.layout: Layout = make_layout(self.specs, servers, tables)
+        self.layout: Layout = make_layout(self.specs, servers, tables, classifiers)
         #: The memory of servers on this host, which parameters then lie in.
         self.mapped = MappedWeights(self.layout)
         self._chunks_of: dict[int, list[Chunk]] = {}

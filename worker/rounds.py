@@ -13,12 +13,13 @@ import torch
 
 from common.allocator import keep_memory
 from common.errors import ClusterError, UsageError
-from common.messages import Beat, Push, RowPush, Waiting
+from common.messages import Beat, ClassPush, Push, RowPush, Waiting
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
 from common.sums import Sum, adder, is_finite
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
+from worker import classes
 from worker.awaited import AwaitedWeights
 from worker.early import Early, Join
 from worker.exchange import Send
@@ -46,12 +47,13 @@ STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each ba
 
 @dataclass
 class Contribution:
-    """The sum over some micro-batches by chunk, in a slot, and of rows of tables; and of the metrics, sums x samples, and the
-    samples."""
+    """The sum over some micro-batches by chunk, in a slot, of rows of tables, and of uses of sharded layers; and of the metrics,
+    sums x samples, and the samples."""
 
     slot: Slot
     sums: dict[int, Sum]
     rows: RowSums
+    uses: list[classes.Contribution]
     metrics: dict[str, tuple[float, float]]
 
 
@@ -72,10 +74,18 @@ class GradientWork:
     """One worker's loop: take a micro-batch, contribute its gradient, go on when the policy lets it."""
 
     def __init__(
-        self, run: Run, replica: Replica, rows: RowSparse, slots: Slots, hypers: Hypers, clip_norm: float | None
+        self,
+        run: Run,
+        replica: Replica,
+        rows: RowSparse,
+        shards: classes.Shards,
+        slots: Slots,
+        hypers: Hypers,
+        clip_norm: float | None,
     ) -> None:
         self.replica = replica
         self._rows = rows
+        self._shards = shards
         self.round = 0
         self._run = run
         self._link = run._link
@@ -150,6 +160,7 @@ class GradientWork:
             raise UsageError(STEP_TOO_MUCH)
         self._await_all()
         task, self._current = self._current, None
+        self._spoilt = self._spoilt or self._shards.spoilt
         if self._spoilt:
             self._give_up()
             return
@@ -160,9 +171,9 @@ class GradientWork:
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         assert self._slot is not None
         early = self._settle()
-        contribution = Contribution(
-            self._slot, self.replica.gradient(samples, without=early), self._rows.contribution(samples), metrics
-        )
+        sums = self.replica.gradient(samples, without=early)
+        rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
+        contribution = Contribution(self._slot, sums, rows, uses, metrics)
         self._meter.measured(time.monotonic() - self._begun_at, samples)
         if not self._policy.combines:
             self._push(task.round, task.k, task.k + 1, contribution)
@@ -180,6 +191,7 @@ class GradientWork:
             self._slot.taken = False
         self.replica.discard()
         self._rows.forget()
+        self._shards.contribution(0)
         self._advance()
 
     def _take_slot(self) -> None:
@@ -262,7 +274,7 @@ class GradientWork:
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + samples
         right.slot.taken = False  # both are owned, so the sum is where the left one was
-        return Contribution(left.slot, sums, self._rows.add(left.rows, right.rows), metrics)
+        return Contribution(left.slot, sums, self._rows.add(left.rows, right.rows), left.uses + right.uses, metrics)
 
     def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
         assert self._exchange is not None
@@ -275,6 +287,7 @@ class GradientWork:
         self._link.send(*messages)
         rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
+        self._shards.push(ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers), contribution.uses)
 
     def _is_finite(self, push: Push, contribution: Contribution) -> bool:
         """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
@@ -436,7 +449,7 @@ class GradientWork:
         now = self._current
         round_ = now.round if now is not None else self.round
         sent = self._exchange.unacknowledged(round_) if self._exchange is not None else []
-        sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_)})
+        sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_), *self._shards.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
         return Beat(state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer)  # type: ignore[arg-type]

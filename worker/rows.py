@@ -143,7 +143,7 @@ class RowSparse:
                 init = RowInit(self._sent, table, page)
                 self._sent += 1
                 frames = cut(weight[ids[owners == server]])
-                self._link.request(f"server-{server}", init, _is_ready(init.id), self._timeout, frames)
+                self._link.request(f"server-{server}", init, is_ready(init.id), self._timeout, frames)
 
     def _take_over(self, number: int, layer: nn.Embedding) -> None:
         def forward(module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
@@ -232,5 +232,6 @@ class RowSparse:
             yield to_frame(self._wait(table))
 
 
-def _is_ready(id_: int) -> Callable[[Body], bool]:
+def is_ready(id_: int) -> Callable[[Body], bool]:
+    """Whether a message acknowledges RowInit `id_`."""
     return lambda body: isinstance(body, Ready) and (body.about, body.id) == ("RowInit", id_)

@@ -21,6 +21,8 @@ from common.layout import message_batches
 from common.messages import (
     Beat,
     Body,
+    ClassAck,
+    Classified,
     Goodbye,
     Init,
     Lease,
@@ -46,8 +48,9 @@ from common.policies import load
 from common.settings import Settings
 from common.shared import Handle, NotShared
 from common.watchdog import Watchdog
-from common.wire import Frames
+from common.wire import Frames, new_incarnation
 from worker import batchnorm, local, saving
+from worker.classes import Shards, check_sharding, find_layers
 from worker.exchange import Exchange, Send
 from worker.kv import KvClient
 from worker.link import COORDINATOR, Link
@@ -102,6 +105,7 @@ class Run:
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
         self._rows: RowSparse | None = None
+        self._shards: Shards | None = None
         self._kv: KvClient | None = None
         self._segments: list[Segment] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -187,10 +191,13 @@ class Run:
             raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
         groups = parameter_groups(self._model, params)
         tables = find_tables(self._model, groups)
-        specs, weights = [table.spec for table in tables], {id(table.module.weight) for table in tables}
+        layers = find_layers(self._model, groups)
+        weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
-        replica = Replica(self._model, group_of, self._servers, specs)
+        specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
+        replica = Replica(self._model, group_of, self._servers, specs, sharded)
+        check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy, False)
             outer = self._policy.outer_optimizer
@@ -207,6 +214,9 @@ class Run:
         self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=self.index == 0)
+        self._shards = Shards(
+            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), self.index == 0
+        )
         if self._policy.is_local:
             self._share(replica, None)
             self._work = local.LocalWork(self, replica, inner, self._callbacks)
@@ -216,12 +226,12 @@ class Run:
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
             slots = Slots(replica.layout, shared=self.settings.lane == "auto")
             self._share(replica, slots.handle)
-            self._work = GradientWork(self, replica, self._rows, slots, hypers, own_clip)
-        return Optimizer(self._work.step, dense, self._rows.forget)
+            self._work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
+        return Optimizer(self._work.step, dense, [self._rows.forget, self._shards.forget])
 
     def _set_up(self, replica: Replica, update: Update) -> None:
         """Agree on the model with everybody; the chief's weights are the first ones."""
-        setup = Setup(replica.specs, update, replica.layout.tables)
+        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
         everyone = [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]
         for name in everyone:
             self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
@@ -408,8 +418,7 @@ class Run:
                     self._upload_wanted = False
                     self._fetch_masters()
                     self._link.send(Send(COORDINATOR, self._beat()))
-                    read = self._rows.contents if self._rows is not None else saving.nothing
-                    for part, frames in saving.model_parts(self._model, read):
+                    for part, frames in saving.model_parts(self._model, self._contents):
                         self._request(
                             COORDINATOR,
                             part,
@@ -421,6 +430,11 @@ class Run:
         finally:
             self._watchdog.stop()
             self._link.close()
+
+    def _contents(self, tensor: torch.Tensor) -> Iterator[memoryview] | None:
+        """What the model's file has of a tensor that is on the servers alone."""
+        found = self._rows.contents(tensor) if self._rows is not None else None
+        return found or (self._shards.contents(tensor) if self._shards is not None else None)
 
     def _fetch_masters(self) -> None:
         """Have the servers' own weights in the model where a codec has rounded those that it was trained with."""
@@ -460,12 +474,16 @@ class Run:
                 if sender != COORDINATOR and isinstance(body, Rows | RowAck):
                     if self._rows is not None:
                         self._rows.exchange.handle(sender, body, frames)
+                elif sender != COORDINATOR and isinstance(body, Classified | ClassAck):
+                    if self._shards is not None:
+                        self._shards.exchange.handle(sender, body, frames)
                 elif sender != COORDINATOR and self._exchange is not None:
                     self._exchange.handle(sender, body, frames)
 
     def _on_tick(self, now: float) -> list[Send]:
         out = self._exchange.tick(now) if self._exchange is not None else []
         out += self._rows.exchange.tick(now) if self._rows is not None else []
+        out += self._shards.exchange.tick(now) if self._shards is not None else []
         for number, (metrics, sent_at) in self._unsent_metrics.items():
             if now > sent_at + 1.0:
                 self._unsent_metrics[number] = metrics, now
@@ -480,6 +498,8 @@ class Run:
 
     def _beat(self) -> Beat:
         traffic = self._exchange.traffic if self._exchange is not None else Traffic()
+        if self._shards is not None:
+            traffic = self._shards.exchange.added_to(traffic)
         if self._finished:
             return Beat("done", self.round, traffic=traffic)
         if self._work is not None:

@@ -9,7 +9,7 @@ The model is such that its weights tell on the cluster. Element n of `account` g
 run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
 order, so they show a wrong order of summing, or weights of the wrong round. With a codec for pushes, `account` and `c`
 are what it compresses. With `Case.rows` there is a table too, of which only rows are sent: so many that are looked up at random,
-and behind them an account.
+and behind them an account. With `Case.classes` there is a layer that is sharded over the servers, of so many.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from unittest import mock
 import msgspec
 import torch
 import zmq
+from at_once import rows_of, sharded
 from torch import nn
 from torch.utils.data import Dataset
 
 from common.layout import message_batches
-from common.messages import Body, Goodbye, Hello, Init, Plan, Ready, RowInit, Setup, Update, Waiting, Weights
+from common.messages import Body, Classify, ClassPush, Goodbye, Hello, Init, Plan, Ready, RowInit, Setup, Update, Waiting, Weights
 from common.plan import Segment, make_segment
 from common.policies import load
 from common.rows import cut, owner_of, page_ids, pages
@@ -49,6 +50,7 @@ from ps.ledger import Ledger
 from ps.server import _Server
 from ps.shard import Shard
 from worker import local
+from worker.classes import ShardedLinear, Shards, find_layers, sharded_cross_entropy
 from worker.exchange import Exchange, Send
 from worker.link import COORDINATOR, Link
 from worker.optimizer import Hypers, example_optimizer, plain_settings
@@ -109,6 +111,7 @@ class Case:
     momentum: float = 0.9
     lr: float = 0.125
     rows: int = 0
+    classes: int = 0
     #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
     folder: Path | None = None
     resume: bool = False
@@ -164,6 +167,9 @@ class Model(nn.Module):
             with torch.no_grad():
                 self.table.weight.copy_(torch.linspace(-1, 1, 2 * len(self.table.weight)).view(-1, 2))
                 self.table.weight[case.rows :] = 0.0
+        self.classes = case.classes
+        if case.classes:
+            self.head = ShardedLinear(3, case.classes, bias=True)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters as an optimizer takes them: tables do without momentum."""
@@ -177,6 +183,12 @@ class Model(nn.Module):
         """The rows that a micro-batch looks up; the last is its account's."""
         generator = torch.Generator().manual_seed(2000 * task.round + task.k)
         return torch.cat([torch.randint(self.rows, (5,), generator=generator), torch.tensor([self.rows + self.number[task]])])
+
+    def samples(self, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels of a micro-batch for the sharded layer."""
+        generator = torch.Generator().manual_seed(3000 * task.round + task.k)
+        features = torch.randn(2, 3, generator=generator) * self.a.detach()
+        return features, torch.randint(self.classes, (2,), generator=generator)
 
     @torch.no_grad()
     def compute(self, task: Task) -> None:
@@ -195,6 +207,15 @@ class Model(nn.Module):
                 looked_up = self.table(self.ids(task))
                 # every row's gradient depends on all of them, wherever they are
                 ((looked_up[:5].sum(0).sin() * factors).sum() + looked_up[5:].sum()).backward()
+        if self.classes:
+            features, labels = self.samples(task)
+            with torch.enable_grad():
+                sharded_cross_entropy(features.requires_grad_(), labels, self.head).backward()
+            if features.grad is not None:  # else it was asked too late
+                self.a.grad = self.a.grad + features.grad.sum(0)
+
+
+HEAD = "head"
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -207,17 +228,23 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
 
 
-def sequential(case: Case) -> list[dict[str, torch.Tensor]]:
-    """Weights by round, and the final ones, of a plain loop in one process that sums along the tree."""
+def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[dict[str, torch.Tensor]]:
+    """Weights by round, and the final ones, of a plain loop in one process that sums along the tree. `counted`: the micro-batches
+    that count in each round, if not all."""
     model = Model(case, sparse=False)
-    parameters = dict(model.named_parameters())
+    hyper = {"lr": case.lr, "momentum": case.momentum}
+    update = Update("SGD", plain_settings(example_optimizer(torch.optim.SGD, model.groups(), hyper)))
+    shards, classes = sharded(model, case.settings.servers, update, case.settings.seed)
+    parameters = {name: p for name, p in model.named_parameters() if not p.is_meta}
     optimizer = torch.optim.SGD(model.groups(), lr=case.lr, momentum=case.momentum)
     out = [state(model)]
     for index in sorted({task.round for task in case.micro_batches()}):
         plan = case.round(index)
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         sums: dict[str, dict[int, torch.Tensor]] = {name: {} for name in [*parameters, *buffers]}
-        for k in range(plan.micro_batches):
+        ks = range(plan.micro_batches) if counted is None else counted[index]
+        total = sum(plan.samples_in(k, k + 1) for k in ks)
+        for k in ks:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
             model.zero_grad()
@@ -227,15 +254,19 @@ def sequential(case: Case) -> list[dict[str, torch.Tensor]]:
                 sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
             sums["mean"][k] = model.mean.clone() * samples
             sums["most"][k] = model.most.clone()
+            shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples))
+        classes.close(total)
         for name, parameter in parameters.items():
             if parameter.grad is not None:
-                parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / plan.samples
+                parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / total
         if case.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters.values(), case.clip_norm)
         optimizer.step()
-        model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / plan.samples)
+        model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total)
         model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
         out.append(state(model))
+    if case.classes:
+        out[-1][HEAD] = classes.rows()
     return out
 
 
@@ -275,6 +306,8 @@ class World:
         self.processes: dict[str, Process] = {}
         #: How often a micro-batch was given up because its weights were gone.
         self.given_up = 0
+        #: How often a server had no more of the version that it was asked about.
+        self.asked_too_late = 0
         #: Who computed what, and the weights that were computed from by round.
         self.computed: list[tuple[str, Task]] = []
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
@@ -420,7 +453,14 @@ class ServerProcess(Process):
         assert self.server._shard is not None
         return self.server._shard
 
+    def _work(self) -> None:
+        """What takes long, a little at a time."""
+        if self.server._shard is not None and self.server._shard.busy:
+            self.server._do(self.server._shard.work())
+            self.world.at(self.world.now + self.world.random.uniform(0.001, 0.03), self._work)
+
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
+        idle = self.server._shard is None or not self.server._shard.busy
         if sender == "coordinator":
             self.server._coordinator.inbox.append(frames)  # type: ignore[attr-defined]
             self.server._drain(self.server._coordinator)
@@ -428,6 +468,8 @@ class ServerProcess(Process):
             self.server._workers.inbox.append([zmq.Frame(sender.encode()), *frames])  # type: ignore[attr-defined]
         if self.server._shard is not None:
             self.server._drain(self.server._workers)
+        if idle:
+            self._work()
 
     def tick(self) -> None:
         now = self.world.now
@@ -437,6 +479,7 @@ class ServerProcess(Process):
             self.server._do(self.server._shard.tick(now))
             self.server._finish_saving()
             self.server._save()
+            self._work()
 
     def describe(self) -> str:
         shard = self.server._shard
@@ -606,7 +649,9 @@ class WorkerProcess(Process):
         groups = self.model.groups()
         tables = find_tables(self.model, groups)
         specs = [table.spec for table in tables]
-        replica = Replica(self.model, {id(p): 0 for p in groups[0]["params"]}, case.settings.servers, specs)
+        layers = find_layers(self.model, groups)
+        dense = {id(p): 0 for p in groups[0]["params"] if not p.is_meta}
+        replica = Replica(self.model, dense, case.settings.servers, specs, [one.spec for one in layers])
         hyper = {"lr": case.lr, "momentum": case.momentum}
         example = example_optimizer(torch.optim.SGD, groups, hyper)
         work: SteppedWork | SteppedLocalWork
@@ -625,7 +670,10 @@ class WorkerProcess(Process):
             slots = Slots(replica.layout, shared=False)
             rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, sends_first=False)
             run._rows = rows
-            work = SteppedWork(run, replica, rows, slots, Hypers(example, None, "round", lambda epoch: None), clips)
+            run._shards = SteppedShards(
+                self.link, layers, case.settings.servers, lambda: run.round, 180.0, 0, len(tables), sends_first=False
+            )
+            work = SteppedWork(run, replica, rows, run._shards, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work
         work.process = self
         yield from work.join()
@@ -639,7 +687,7 @@ class WorkerProcess(Process):
             yield Wait(None, self.world.now + 1.0)
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
-        setup = Setup(replica.specs, update, replica.layout.tables)
+        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
         servers = self.world.case.settings.servers
         for name in [COORDINATOR, *(f"server-{number}" for number in range(servers))]:
             yield from self._request(name, setup, "Setup", 0)
@@ -697,6 +745,9 @@ class SteppedWork(GradientWork):
             if self.process.model.rows:
                 assert isinstance(self._rows, SteppedRows)
                 yield from self._rows.fetch(self.process.model.ids(task).unique(), world)
+            if self.process.model.classes:
+                assert isinstance(self._shards, SteppedShards)
+                yield from self._shards.fetch(self.process.model, task, world)
             self.process.model.compute(task)
             yield from self._backward()
             self.log({"loss": float(task.k)})
@@ -815,6 +866,19 @@ class SteppedRows(RowSparse):
         return self.exchange.take()
 
 
+class SteppedShards(Shards):
+    """`Shards` whose servers are asked by a generator before their answers are used."""
+
+    def fetch(self, model: Model, task: Task, world: World) -> Script:
+        question = Classify(0, 0, self._version(), 2, True)
+        self._link.send(*self.exchange.ask(question, model.samples(task), world.now))
+        yield Wait(lambda: self.exchange.complete, float("inf"))
+        world.asked_too_late += self.exchange.gone
+
+    def _ask(self, layer: ShardedLinear, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
+        return not self.exchange.gone
+
+
 class SteppedLocalWork(local.LocalWork):
     """`LocalWork` where what blocks is a generator; see there for the reasons."""
 
@@ -925,6 +989,21 @@ class Outcome:
             out[owners == server] = shard.tables._tables[0]._values
         return out
 
+    def head(self) -> torch.Tensor:
+        """The rows of the sharded layer that the servers hold."""
+        held = [shard.classifiers for shard in self.shards if shard.classifiers is not None]
+        for classifiers in held:
+            classifiers.settle()
+        return rows_of([classifiers._classifiers[0] for classifiers in held])
+
+    def committed(self) -> dict[int, list[int]]:
+        """The micro-batches of each round that count, by the books."""
+        out: dict[int, list[int]] = {row.round: [] for row in self.log.rounds}
+        for row in self.log.contributions:
+            if row.outcome == "committed":
+                out[row.round] += range(row.lo, row.hi)
+        return {round_: sorted(ks) for round_, ks in out.items()}
+
     def counted(self, account: torch.Tensor | None = None) -> list[float]:
         """How often each micro-batch was counted, for runs with lr=1 and no momentum, by what the weights say.
 
@@ -956,7 +1035,15 @@ def _stand_ins(world: World) -> Iterator[None]:
         return Port(process, address.removeprefix("tcp://").removesuffix(":1"))
 
     with ExitStack() as stack:
-        for module in ("ps.coordinator", "ps.server", "worker.link", "worker.rounds", "worker.rows", "worker.local"):
+        for module in (
+            "ps.coordinator",
+            "ps.server",
+            "worker.link",
+            "worker.rounds",
+            "worker.rows",
+            "worker.classes",
+            "worker.local",
+        ):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
             "common.codecs.chunks.MIN_NUMEL": 1,
@@ -969,6 +1056,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.coordinator.RunLog": RunLog if world.case.crashes else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
+            "worker.run.new_incarnation": lambda: 0,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,

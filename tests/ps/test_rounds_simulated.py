@@ -15,11 +15,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, World, same, sequential, simulate
+from simulation import HEAD, Case, Network, Outcome, Pace, World, same, sequential, simulate
 
 from common.settings import Settings
 from ps.round_shard import RoundShard
 from ps.shard import Shard
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
 profile = settings(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
 few, some = settings(profile, max_examples=6), settings(profile, max_examples=12)
@@ -273,6 +275,43 @@ def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_wer
     outcome = simulate(case)
     check_exact(outcome)
     check_rows(outcome)
+
+
+# ---- sharded layers
+
+
+def check_head(outcome: Outcome) -> None:
+    """It has the bits of a run in which servers answer at once and nothing is lost."""
+    assert torch.equal(outcome.head(), sequential(outcome.case, outcome.committed())[-1][HEAD])
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup"])
+@few
+@given(data=st.data())
+def test_sharded_layers_keep_all_those_promises(policy: str, data: st.DataObject) -> None:
+    outcome = simulate(data.draw(cases(policy, classes=data.draw(st.sampled_from([10, 1000])))))
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_head(outcome)
+    if policy == "sync":
+        check_exact(outcome)
+
+
+def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    post = World.post
+
+    def lossy(self: World, sender: str, to: str, data: list[bytes]) -> None:
+        if not (sender == "worker-1" and to == "server-1" and b"ClassPush" in data[0]):
+            post(self, sender, to, data)
+
+    monkeypatch.setattr(World, "post", lossy)
+    paces = [Pace(0.1), Pace(0.1, dies_s=3.0)]
+    case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], classes=1000)
+    outcome = simulate(case)
+    check_exact(outcome)
+    check_head(outcome)
 
 
 # ---- local and average

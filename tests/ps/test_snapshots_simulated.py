@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Outcome, Pace, same, sequential, simulate
+from simulation import HEAD, Case, Outcome, Pace, same, sequential, simulate
 from test_rounds_simulated import PLAIN, cases, check_same_everywhere, few
 
 from common import snapshots
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Other numbers of servers and workers to go on with.
 others = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -53,6 +55,15 @@ def test_sync_gives_the_bits_of_a_plain_loop(case: Case, machines: tuple[int, in
 def test_rows_of_tables_are_where_the_others_look_for_them(case: Case, machines: tuple[int, int]) -> None:
     outcome = go_on(case, *machines)
     assert torch.equal(outcome.table(), sequential(case)[-1]["table.weight"])
+
+
+@few
+@given(cases("sync", classes=1000), st.integers(1, 3))
+def test_sharded_layers_go_on_from_where_they_were(case: Case, workers: int) -> None:
+    outcome = go_on(case, case.settings.servers, workers)
+    expected = sequential(case)[-1]
+    assert torch.equal(outcome.head(), expected[HEAD])
+    assert outcome.models and all(same(expected, model) for model in outcome.models.values())
 
 
 @few

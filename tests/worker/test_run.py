@@ -25,6 +25,7 @@ def run(**attributes: Any) -> Run:
         "_work": None,
         "_kv": None,
         "_exchange": None,
+        "_shards": None,
         "_segments": [],
         "_finished": False,
         "settings": Settings(),

@@ -1,0 +1,65 @@
+"""Data parallelism against the hybrid: `python -m benchmarks.hybrid` prints traffic and time of a round of both, by the number of
+classes and of samples, through sockets, and where the one overtakes the other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from benchmarks.train_hybrid import FEATURES
+from common.runlog import RunLogReader
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one round of all workers: MB (10^6 bytes) through sockets, and seconds."""
+
+    megabytes: float
+    seconds: float
+
+
+def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, rounds: int) -> Cost:
+    """Train that many rounds of `batch` samples a worker. Traffic is what `rounds` more rounds than one add, without the model's
+    first and last weights."""
+    used = []
+    for count in (1, 1 + rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            flags = ["--workers", workers, "--servers", servers, "--lane", "socket", "--snapshot-every", 0, "--run-dir", folder]
+            script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", count]
+            command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
+            subprocess.run(list(map(str, command)), check=True, capture_output=True)
+            wire = json.loads((Path(folder) / "summary.json").read_text())["wire"]
+            (seconds,) = [value for _, _, _, value in RunLogReader(Path(folder) / "events.sqlite").metrics("seconds")]
+            used.append(Cost((wire["pushed_bytes"] + wire["pulled_bytes"]) / 1e6, seconds))
+    return Cost((used[1].megabytes - used[0].megabytes) / rounds, used[1].seconds)
+
+
+@click.command()
+@click.option("--classes", multiple=True, type=int, default=(100, 1000, 10_000), show_default=True)
+@click.option("--batch", "batches", multiple=True, type=int, default=(32, 256), show_default=True, help="Samples of a worker.")
+@click.option("--workers", default=2, show_default=True)
+@click.option("--servers", default=2, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def cli(classes: tuple[int, ...], batches: tuple[int, ...], workers: int, servers: int, rounds: int) -> None:
+    """Print the table as Markdown."""
+    click.echo(f"Last layer of {FEATURES} features, {workers} workers, {servers} servers; MB and seconds of a round.\n")
+    click.echo("| classes | samples a worker | data, MB | hybrid, MB | data, s | hybrid, s | fewer bytes |")
+    click.echo("|---|---|---|---|---|---|---|")
+    for count in classes:
+        for batch in batches:
+            data, hybrid = (measure(count, batch, way, workers, servers, rounds) for way in (False, True))
+            better = "hybrid" if hybrid.megabytes < data.megabytes else "data"
+            traffic = f"{data.megabytes:.1f} | {hybrid.megabytes:.1f}"
+            click.echo(f"| {count} | {batch} | {traffic} | {data.seconds:.2f} | {hybrid.seconds:.2f} | {better} |")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,46 @@
+"""What `benchmarks/hybrid.py` runs on each worker: AlexNet's size of a last layer, over classes made up, both ways."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import worker
+from worker.hybrid import shard_last_layer
+
+#: Numbers before the last layer, as in AlexNet; what comes before that is small here, for it is the same both ways.
+FEATURES = 4096
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True, help="samples of a worker in a round")
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--hybrid", action="store_true")
+    args = parser.parse_args()
+    run = worker.join()
+    model = nn.Sequential(nn.Linear(64, FEATURES), nn.ReLU(), nn.Linear(FEATURES, args.classes))
+    head = shard_last_layer(model, args.classes) if args.hybrid else None
+    run.replicate(model)
+    opt = run.optimizer(torch.optim.SGD, lr=0.01)
+    whole = args.batch * run.workers
+    data = TensorDataset(torch.randn(whole, 64), torch.randint(args.classes, (whole,)))
+    began = time.monotonic()
+    for x, y in run.batches(data, micro_batch=args.batch, global_batch=whole, epochs=args.rounds):
+        if run.round == 1 and run.is_chief:
+            began = time.monotonic()  # the first round is for getting started
+        out = model(x)
+        loss = nn.functional.cross_entropy(out, y) if head is None else worker.sharded_cross_entropy(out, y)
+        loss.backward()
+        opt.step()
+    if run.is_chief:
+        run.log(seconds=(time.monotonic() - began) / max(1, args.rounds - 1))
+
+
+if __name__ == "__main__":
+    main()

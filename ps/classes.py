@@ -1,0 +1,413 @@
+"""Classifiers too large to move: a server keeps some of their rows, and computes with all of these for whoever asks.
+
+A round's contributions are kept until somebody asks about the next round. Workers go there only when every server has closed
+the round before, so nobody can need its rows any more: a micro-batch that another server still lacks is computed again from the
+rows that it would have been computed from at first, and rows are updated in place, with no second copy of them.
+
+Whatever takes time is a job that goes a tile of rows at a time, so that a server gives signs of life meanwhile. Jobs are done in
+the order in which they came up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import WireError
+from common.layout import ClassSpec, Layout
+from common.messages import Classified, Classify, ClassPush, Update
+from common.plan import derive_seed
+from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
+from common.tensorfile import Entry, TensorFiles
+from common.wire import Frames
+from ps.rows import Rows, optimizer_over, zeros
+from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
+from ps.store import with_tuples
+
+#: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
+_TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
+#: Ids that are drawn from at a time.
+_DRAWN = 1 << 20
+
+#: A message, and its frames.
+Answer = tuple[Classified, list[memoryview]]
+#: A job, which yields after each tile.
+Job = Generator[None, None, Any]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A question of which the answer may be contributed."""
+
+    version: int
+    classifier: int
+    samples: Samples
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class Contributed:
+    """What samples contribute to a classifier, g x samples of their micro-batch."""
+
+    classifier: int
+    terms: Terms
+    normalised: bool
+
+
+@dataclass
+class _Sender:
+    """One worker: questions by number, the newest one's, and its answer once there is one."""
+
+    kept: dict[int, Kept] = field(default_factory=dict)
+    newest: int = -1
+    answer: Answer | None = None
+
+
+class Classifier(Rows):
+    """The rows of one classifier on one server, all of which are gone through at a time."""
+
+    spec: ClassSpec
+
+    def __init__(self, spec: ClassSpec, server: int, servers: int, update: Update, seed: int) -> None:
+        super().__init__(spec, server, servers, seed)
+        self._update = update
+        self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
+        #: Whether there was any step before this update.
+        self._stepped = False
+        #: The negative classes of a round, and that round.
+        self._sampled: tuple[int, torch.Tensor] | None = None
+
+    # ---- rows
+
+    def places(self, labels: torch.Tensor) -> torch.Tensor:
+        """Where each label's row is here; -1 where it is on another server."""
+        here = owner_of(labels, self._servers) == self._server
+        return torch.where(here, local_of(labels, self._servers), -1)
+
+    def ids(self, places: torch.Tensor) -> torch.Tensor:
+        """The classes of the rows in these places."""
+        return id_of(places, self._server, self._servers)
+
+    def read(self, at: torch.Tensor) -> torch.Tensor:
+        """A copy (N, dim) of the rows in these places."""
+        self._draw(at.div(BLOCK, rounding_mode="floor").unique())
+        return self._values.index_select(0, at)
+
+    def tiles(self, at: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Tiles (T, dim) of all rows, in this table's own memory, or copies of those in the places `at`; and where each begins in
+        what is gone through."""
+        for start in range(0, len(self._values) if at is None else len(at), self._tile_rows):
+            end = start + self._tile_rows
+            if at is not None:
+                yield start, self.read(at[start:end])
+            else:
+                self._draw(torch.arange(start // BLOCK, -(-min(end, len(self._values)) // BLOCK)))
+                yield start, self._values[start:end]
+
+    # ---- questions
+
+    def samples(self, features: torch.Tensor, labels: torch.Tensor) -> Samples:
+        """What the sums over classes need of samples: `features` (B, D) without a bias's column."""
+        ones = [features.new_ones(len(features), 1)] * self.spec.bias
+        return Samples(torch.cat([features, *ones], 1), self.places(labels))
+
+    def sums(self, samples: Samples, ask: Classify) -> Job:
+        """Job: the answer about samples."""
+        sampled = self._negatives(ask.version) if ask.keeps else None
+        softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
+        total = torch.zeros(self.spec.dim)
+        for start, tile in self.tiles(sampled):
+            softmax.add(normalised(tile) if ask.normalised else tile, start)
+            if ask.sums:
+                total += tile.sum(0)
+            yield
+        own = self.read(samples.own[samples.own >= 0])
+        own = normalised(own) if ask.normalised else own
+        parts = [softmax.largest, softmax.total, softmax.rows, *([total] if ask.sums else []), own]
+        return Classified(ask.number), [frame for part in parts for frame in cut(part)]
+
+    def best(self, features: torch.Tensor, ask: Classify) -> Job:
+        """Job: the answer about the best classes."""
+        best = Best(features, ask.top)
+        for start, tile in self.tiles():
+            best.add(normalised(tile) if ask.normalised else tile, start)
+            yield
+        return Classified(ask.number), [*cut(best.values), *cut(self.ids(best.places))]
+
+    def page(self, ask: Classify) -> Job:
+        """Job: the answer about a page."""
+        rows = self.read(self.on_page(ask.page))
+        yield
+        return Classified(ask.number), cut(rows)
+
+    def _negatives(self, round_: int) -> torch.Tensor | None:
+        """Places of the classes that take part in a round, if not all; the same whenever they are asked for."""
+        if self.spec.sample_rate >= 1.0:
+            return None
+        if self._sampled is None or self._sampled[0] != round_:
+            seed = derive_seed(self._seed, f"negatives of {self.spec.name}", round_)
+            parts = torch.arange(len(self._values)).split(_DRAWN)
+            self._sampled = round_, torch.cat([part[_chance(self.ids(part), seed) < self.spec.sample_rate] for part in parts])
+        return self._sampled[1]
+
+    def _among(self, samples: Samples, at: torch.Tensor | None) -> Samples:
+        """The same samples, their classes' places being those in `at`."""
+        if at is None:
+            return samples
+        if not len(at):
+            return replace(samples, own=torch.full_like(samples.own, -1))
+        place = torch.searchsorted(at, samples.own).clamp_(max=len(at) - 1)
+        return replace(samples, own=torch.where(at[place] == samples.own, place, -1))
+
+    # ---- updates
+
+    def update(self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Mapping[str, Any]) -> Job:
+        """Job: step with the mean gradient over `samples` samples that these contribute. Of rows that do not take part in the
+        round neither values nor state move."""
+        terms = {
+            unit: _mean(joined(mine), samples)
+            for unit in (False, True)
+            if (mine := [part.terms for part in parts if part.normalised is unit])
+        }
+        places, negative = self._negatives(round_), None
+        if places is not None:
+            own = torch.cat([one.samples.own for one in terms.values()])
+            places, drawn = torch.cat([places, own[own >= 0]]).unique(), places
+            negative = torch.isin(places, drawn)
+            terms = {unit: replace(one, samples=self._among(one.samples, places)) for unit, one in terms.items()}
+        common, stepped = self._common, self._stepped
+        for start, tile in self.tiles(places):
+            among = None if negative is None else negative[start : start + len(tile)]
+            total: torch.Tensor | None = None
+            for unit, one in terms.items():
+                found = gradient(one, normalised(tile) if unit else tile, start, among)
+                found = through_normalised(found, tile) if unit else found
+                total = found if total is None else total.add_(found)
+            assert total is not None
+            at = slice(start, start + len(tile)) if places is None else places[start : start + len(tile)]
+            common, stepped = self._step(at, tile, total, hypers), True
+            yield
+        self._common, self._stepped = common, stepped
+
+    def _step(
+        self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Have torch.optim step on a tile, the rows `at`; what it keeps besides state of the rows' shape comes back."""
+        parameter = torch.nn.Parameter(tile, requires_grad=False)
+        parameter.grad = slope
+        optimizer = optimizer_over(parameter, self._update, self.spec.group)
+        optimizer.param_groups[0].update(with_tuples(hypers))
+        first = dict(optimizer.state.get(parameter, {}))
+        if self._stepped:
+            common = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._common.items()}
+            optimizer.state[parameter] = {**common, **{name: whole[at] for name, whole in self._state.items()}}
+        elif first:  # the class makes it when it is constructed, so it is not zeros for sure
+            first = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.items()}
+        optimizer.step()
+        common = {}
+        for name, value in optimizer.state[parameter].items():
+            if not isinstance(value, torch.Tensor) or value.shape != tile.shape:
+                common[name] = value
+                continue
+            if name not in self._state:
+                self._state[name] = zeros(*self._values.shape)
+                if name in first and first[name].any():
+                    self._state[name].fill_(first[name].flatten()[0])
+            if isinstance(at, torch.Tensor) or value.data_ptr() != self._state[name][at].data_ptr():
+                self._state[name][at] = value
+        if isinstance(at, torch.Tensor):
+            self._values[at] = tile
+        return common
+
+    def restore(self, files: TensorFiles, servers: int) -> None:
+        """See Rows.restore."""
+        names = [name for name in files.below(f"table-0-of-{servers}", self.spec.name) if "-" in name]
+        self._state = {n.removeprefix("each-"): zeros(*self._values.shape) for n in names if n.startswith("each-")}
+        self._common = {n.removeprefix("common-"): torch.empty(0) for n in names if n.startswith("common-")}
+        self._stepped = bool(names)
+        super().restore(files, servers)
+
+
+class Classifiers:
+    """All classifiers on one server: what is asked of them, and what rounds contribute. Invariants: `keeps` is answered from the
+    version asked for and no other; the update after a round is begun only when somebody asks about the next one."""
+
+    def __init__(self, layout: Layout, server: int, update: Update, seed: int) -> None:
+        self._specs = layout.classifiers
+        self._classifiers = [Classifier(spec, server, layout.servers, update, seed) for spec in layout.classifiers]
+        self._senders: dict[str, _Sender] = {}
+        #: Rounds closed here; and the update after the last of them, unless it is begun.
+        self._closed = 0
+        self._pending: Job | None = None
+        #: Whether rows may change now; a snapshot may have them that is not written yet.
+        self.may_update: Callable[[], bool] = lambda: True
+        #: What is to be done, and who is to get what it returns; nobody, where it is an update.
+        self._jobs: deque[tuple[str, Job]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._classifiers)
+
+    # ---- first values
+
+    def awaited(self) -> set[tuple[int, int]]:
+        """(classifier, page) of first values that a worker is to send."""
+        return {(number, page) for number, spec in enumerate(self._specs) if spec.std is None for page in pages(spec)}
+
+    def load(self, classifier: int, page: int, frames: Frames) -> None:
+        """First values of a page. Raises WireError where they do not fit; the page must be one of `awaited`."""
+        one = self._classifiers[classifier]
+        at = one.on_page(page)
+        one.load(at, join(iter(frames), "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim))
+
+    # ---- questions
+
+    def ask(self, sender: str, ask: Classify, frames: Frames) -> Answer | None:
+        """A question. The answer comes from `work`, unless it is known now. Raises WireError where it cannot be meant."""
+        if not 0 <= ask.classifier < len(self._classifiers):
+            raise WireError(f"there is no classifier {ask.classifier}")
+        known = self._senders.setdefault(sender, _Sender())
+        if ask.number == known.newest:
+            return known.answer
+        if ask.version > self._closed or ask.number in known.kept:
+            return None
+        one = self._classifiers[ask.classifier]
+        if ask.page >= 0:
+            if ask.page not in pages(one.spec):
+                raise WireError(f"'{one.spec.name}' has no page {ask.page}")
+            job = one.page(ask)
+        else:
+            features, labels = self._question(one.spec, ask, frames, sender)
+            if ask.top:
+                ones = [features.new_ones(ask.count, 1)] * one.spec.bias
+                job = one.best(torch.cat([features, *ones], 1), ask)
+            else:
+                samples = one.samples(features, labels)
+                job = one.sums(samples, ask)
+                if ask.keeps:
+                    known.kept[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
+        known.newest, known.answer = ask.number, None
+        if ask.version == self._closed:
+            self.begin_update()
+        elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
+            known.answer = Classified(ask.number, gone=True), []
+            return known.answer
+        self._jobs.append((sender, job))
+        return None
+
+    def _question(self, spec: ClassSpec, ask: Classify, frames: Frames, sender: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (count, D) and labels (count), or none."""
+        what = f"a question of {sender}"
+        if ask.count < 1 or not 0 <= ask.top <= spec.rows:
+            raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
+        dim, parts = spec.dim - spec.bias, iter(frames)
+        features = join(parts, "float32", ask.count * dim, what).view(ask.count, dim)
+        labels = join(parts, "int64", 0 if ask.top else ask.count, what)
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        if len(labels) and not (labels.min() >= 0 and labels.max() < spec.rows):
+            raise WireError(f"{what} has labels that '{spec.name}' has no class for")
+        return features, labels
+
+    # ---- contributions
+
+    def receive(self, sender: str, push: ClassPush, frames: Frames) -> list[Contributed]:
+        """A contribution. Raises WireError where it does not fit."""
+        what, parts, out = f"a push of {sender}", iter(frames), []
+        kept = self._senders[sender].kept if sender in self._senders else {}
+        for use in push.uses:
+            question = kept.get(use.number)
+            if question is None or question.version != push.round or len(question.samples.own) != use.count:
+                raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
+            log_total, g, own = (join(parts, "float32", use.count, what) for _ in range(3))
+            terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing))
+            out.append(Contributed(question.classifier, terms, question.normalised))
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        return out
+
+    def close(self, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]]) -> None:
+        """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples."""
+        self.begin_update()  # it is there still if nobody asked anything in this round
+        self._pending = self._update(parts, self._closed, samples, hypers)
+        self._closed += 1
+        for sender in self._senders.values():
+            sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= self._closed}
+
+    def _update(self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]]) -> Job:
+        for number, one in enumerate(self._classifiers):
+            if mine := [part for part in parts if part.classifier == number]:
+                yield from one.update(mine, round_, samples, hypers[one.spec.group] if one.spec.group < len(hypers) else {})
+
+    def begin_update(self) -> None:
+        """Have the update after the last round done soon. Only when all servers have closed that round."""
+        if self._pending is not None:
+            self._jobs.append(("", self._pending))
+            self._pending = None
+
+    # ---- jobs
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self._jobs) and (bool(self._jobs[0][0]) or self.may_update())
+
+    def work(self) -> tuple[str, Answer] | None:
+        """Do the next tile; whom to send an answer to, if that was the last one for it."""
+        return self._step() if self.busy else None
+
+    def _step(self) -> tuple[str, Answer] | None:
+        sender, job = self._jobs[0]
+        try:
+            next(job)
+        except StopIteration as end:
+            self._jobs.popleft()
+            if not sender:
+                return None
+            answer: Answer = end.value
+            known = self._senders[sender]
+            if known.newest == answer[0].number:
+                known.answer = answer
+            return sender, answer
+        return None
+
+    # ---- what there is to save
+
+    @property
+    def version(self) -> int:
+        """Rounds whose updates are done."""
+        return self._closed - (self._pending is not None) - sum(not sender for sender, _ in self._jobs)
+
+    def settle(self) -> None:
+        """Have the update after the last round done. Only when all servers have closed that round."""
+        self.begin_update()
+        while any(not sender for sender, _ in self._jobs):
+            self._step()  # who is not told the answer now asks again
+
+    def state(self) -> Iterator[Entry]:
+        """See Classifier.state; those of round `version`."""
+        return itertools.chain.from_iterable(one.state() for one in self._classifiers)
+
+    def restore(self, files: TensorFiles, servers: int, version: int) -> None:
+        """Go on at round `version`; see Classifier.restore."""
+        self._closed = version
+        for one in self._classifiers:
+            one.restore(files, servers)
+
+
+def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:
+    """A number from 0 to 1 for each id, float64, that looks random and is always the same: by the last steps of SplitMix64
+    (Steele et al., 2014)."""
+    x = ids.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % (1 << 64))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64)
+
+
+def _mean(terms: Terms, samples: int) -> Terms:
+    return replace(terms, g=terms.g / samples, own_gradient=terms.own_gradient / samples)

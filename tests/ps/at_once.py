@@ -1,0 +1,83 @@
+"""Servers with classifiers that answer at once, in the place of a worker's link: what runs are compared with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from common.layout import ClassSpec, make_layout
+from common.messages import ClassAck, Classify, ClassPush, Ready, RowInit, Update
+from common.rows import owner_of
+from ps.classes import Classifiers
+from worker.classes import Shards, find_layers
+from worker.exchange import Send
+from worker.link import Link
+
+
+class AtOnce:
+    """As far as `Shards` uses a link. `round` is the one that is computed now."""
+
+    def __init__(self, specs: Sequence[ClassSpec], servers: int, update: Update, seed: int = 0) -> None:
+        self.lock = threading.Condition()
+        self.servers = [Classifiers(make_layout([], servers, [], specs), m, update, seed) for m in range(servers)]
+        self.shards: Shards | None = None
+        self.round = 0
+        #: By server and first micro-batch: what it has been sent in this round.
+        self.pushed: list[dict[int, list[Any]]] = [{} for _ in range(servers)]
+
+    def request(self, to: str, body: Any, answer: Callable[[Any], bool], timeout: float, frames: Any) -> None:
+        assert isinstance(body, RowInit) and answer(Ready("RowInit", body.id))
+        self.servers[int(to[7:])].load(body.table, body.page, frames)
+
+    def send(self, *messages: Send) -> None:
+        assert self.shards is not None
+        for message in messages:
+            number = int(message.to[7:])
+            server = self.servers[number]
+            if isinstance(message.body, Classify):
+                answer = server.ask("worker-0", message.body, message.frames)
+                while answer is None:
+                    assert server.busy
+                    done = server.work()
+                    answer = done[1] if done is not None else None
+                self.shards.exchange.handle(message.to, *answer)
+            elif isinstance(message.body, ClassPush):
+                push = message.body
+                self.pushed[number][push.lo] = server.receive("worker-0", push, message.frames)
+                self.shards.exchange.handle(message.to, ClassAck(push.round, push.lo, push.hi), [])
+
+    def wait(self, ready: Callable[[], Any], timeout: float, what: Callable[[], str]) -> Any:
+        assert ready(), what()
+
+    def close(self, samples: int, hypers: Sequence[Mapping[str, Any]] = ()) -> None:
+        """The round is complete."""
+        for server, pushed in zip(self.servers, self.pushed, strict=True):
+            server.close([part for _, parts in sorted(pushed.items()) for part in parts], samples, hypers)
+            pushed.clear()
+        self.round += 1
+
+    def rows(self, classifier: int = 0) -> torch.Tensor:
+        """All rows, after the last round."""
+        for server in self.servers:
+            server.settle()
+        return rows_of([server._classifiers[classifier] for server in self.servers])
+
+
+def rows_of(shards: Sequence[Any]) -> torch.Tensor:
+    """The rows (C, dim) of a classifier, whose shards these are."""
+    spec = shards[0].spec
+    owners, out = owner_of(torch.arange(spec.rows), len(shards)), torch.empty(spec.rows, spec.dim)
+    for server, shard in enumerate(shards):
+        out[owners == server] = shard.read(torch.arange(len(shard._values)))
+    return out
+
+
+def sharded(model: torch.nn.Module, servers: int, update: Update, seed: int = 0) -> tuple[Shards, AtOnce]:
+    """Have the sharded layers of `model` on servers that answer at once."""
+    layers = find_layers(model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
+    link = AtOnce([one.spec for one in layers], servers, update, seed)
+    shards = link.shards = Shards(cast(Link, link), layers, servers, lambda: link.round, 1.0, 0, 0, True)
+    return shards, link

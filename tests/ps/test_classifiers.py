@@ -1,0 +1,227 @@
+"""Classifiers on servers: updates are torch's own, each round's questions are answered from its version, state can be saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from at_once import AtOnce, sharded
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from common import tensorfile
+from common.errors import WireError
+from common.layout import ClassSpec, make_layout
+from common.messages import Classified, Classify, ClassPush, Update, Use
+from common.rows import cut, id_of, local_of, owner_of
+from ps.classes import Classifiers
+from worker.classes import ShardedLinear, Shards, sharded_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES, DIM, BATCH = 700, 6, 8
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 0.5, "weight_decay": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "dampening": 0.5, "nesterov": False}),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.2}),
+    "Adam": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "eps": 1e-3, "centered": True}),
+}
+
+
+def update_of(name: str) -> Update:
+    cls, hyper = OPTIMIZERS[name]
+    group = {k: v for k, v in cls([torch.zeros(1)], **hyper).param_groups[0].items() if k != "params"}
+    return Update(cls.__name__, [group])
+
+
+def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(BATCH, DIM, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
+
+
+def round_of(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
+    """A round of `count` micro-batches."""
+    for k in range(count):
+        x, y = batch(first + k)
+        sharded_cross_entropy(x, y, layer, **how).backward()
+        shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH))
+    link.close(count * BATCH)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_those_of_torchs_optimizers_on_a_plain_layer(name: str, servers: int) -> None:
+    torch.manual_seed(1)
+    plain = nn.Linear(DIM, CLASSES, bias=True)
+    layer = ShardedLinear.of(plain)
+    shards, link = sharded(layer, servers, update_of(name))
+    optimizer = OPTIMIZERS[name][0](plain.parameters(), **OPTIMIZERS[name][1])
+    for number in range(4):
+        round_of(layer, shards, link, 10 * number)
+        optimizer.zero_grad()
+        x, y = (torch.cat(part) for part in zip(batch(10 * number), batch(10 * number + 1), strict=True))
+        cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert plain.bias is not None
+    torch.testing.assert_close(link.rows(), torch.cat([plain.weight, plain.bias[:, None]], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_first_values_are_those_of_a_linear_layer_whoever_has_them_and_fill_no_memory_before() -> None:
+    found = [sharded(ShardedLinear(DIM, CLASSES), servers, update_of("SGD"))[1].rows() for servers in (1, 3)]
+    assert torch.equal(*found)
+    bound = DIM**-0.5
+    assert found[0].abs().max() <= bound and found[0].std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert len(found[0].unique()) > 4000
+    other = sharded(ShardedLinear(DIM, CLASSES), 1, update_of("SGD"), seed=1)[1].rows()
+    assert not torch.equal(found[0], other)
+
+
+def test_ids_and_places_are_each_others_inverse() -> None:
+    ids = torch.arange(CLASSES)
+    for servers in (1, 3):
+        for server in range(servers):
+            mine = ids[owner_of(ids, servers) == server]
+            assert torch.equal(id_of(local_of(mine, servers), server, servers), mine)
+
+
+def test_sampling_moves_the_rounds_negative_classes_and_the_samples_own() -> None:
+    layer = ShardedLinear(DIM, CLASSES, sample_rate=0.2)
+    shards, link = sharded(layer, 2, update_of("momentum"))
+    before = link.rows().clone()
+    round_of(layer, shards, link, 0)
+    moved = (link.rows() != before).any(1)
+    own = torch.cat([batch(0)[1], batch(1)[1]])
+    assert bool(moved[own].all())
+    assert 0.1 * CLASSES < int(moved.sum()) < 0.35 * CLASSES
+    round_of(layer, shards, link, 2)
+    again = (link.rows() != before).any(1)
+    assert int(again.sum()) > int(moved.sum())  # others in every round
+
+
+def test_a_sampled_loss_is_that_over_the_sampled_classes() -> None:
+    layer = ShardedLinear(DIM, CLASSES, sample_rate=0.3)
+    _, link = sharded(layer, 1, update_of("SGD"))
+    x, y = batch(0)
+    weight, negatives = link.rows(), link.servers[0]._classifiers[0]._negatives(0)
+    assert negatives is not None
+    losses = sharded_cross_entropy(x.requires_grad_(), y, layer, reduction="none")
+    losses.sum().backward()
+    expected = []
+    for one, label in zip(x.detach(), y, strict=True):
+        classes = torch.cat([label[None], negatives[negatives != label]])
+        expected.append(cross_entropy((one @ weight[classes].T)[None], torch.tensor([0])))
+    torch.testing.assert_close(losses.detach(), torch.stack(expected))
+
+
+# ---- versions
+
+
+def classifiers(servers: int = 1) -> Classifiers:
+    spec = ClassSpec("w", CLASSES, DIM, 0, 0.1)
+    return Classifiers(make_layout([], servers, [], [spec]), 0, update_of("SGD"), 0)
+
+
+def ask(one: Classifiers, number: int, version: int, keeps: bool = True) -> Any:
+    x, y = batch(version)
+    answer = one.ask("worker-0", Classify(number, 0, version, BATCH, keeps), [*cut(x), *cut(y)])
+    while answer is None and one.busy:
+        done = one.work()
+        answer = done[1] if done is not None else None
+    return None if answer is None else (answer[0], [bytes(frame) for frame in answer[1]])
+
+
+def contribute(one: Classifiers, number: int, round_: int) -> None:
+    frames = [frame for value in (9.0, 1.0, -1.0) for frame in cut(torch.full((BATCH,), value))]
+    parts = one.receive("worker-0", ClassPush(round_, 0, 1, BATCH, [Use(number, BATCH)]), frames)
+    one.close(parts, BATCH, [])
+
+
+def test_a_closed_round_is_answered_as_before_until_somebody_asks_about_the_next_one() -> None:
+    one = classifiers()
+    first = ask(one, 1, 0)
+    contribute(one, 1, 0)
+    assert ask(one, 2, 0)[1] == first[1]
+    assert ask(one, 3, 2) is None
+    after = ask(one, 4, 1)
+    assert after is not None and not after[0].gone
+    assert ask(one, 5, 0) == (Classified(5, gone=True), [])
+    evaluated = ask(one, 6, 0, keeps=False)  # from the present rows
+    assert not evaluated[0].gone and evaluated[1] != first[1]
+
+
+def test_rounds_in_which_nothing_was_asked_do_not_hold_the_update_back() -> None:
+    one, other = classifiers(), classifiers()
+    for each in (one, other):
+        ask(each, 1, 0)
+        contribute(each, 1, 0)
+        each.close([], BATCH, [])
+    other.settle()
+    assert ask(one, 2, 2) == ask(other, 2, 2)
+
+
+def test_a_question_that_comes_twice_is_answered_once_more_from_memory() -> None:
+    one = classifiers()
+    first = ask(one, 1, 0)
+    assert not one.busy
+    assert ask(one, 1, 0) == first and not one.busy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"classifier": 1}, {"classifier": -1}, {"count": BATCH + 1}, {"count": 0}, {"top": CLASSES + 1}, {"page": 99}, {"top": 1}],
+)
+def test_questions_that_cannot_be_meant_are_refused(change: dict[str, Any]) -> None:
+    x, y = batch(0)
+    question = {"number": 1, "classifier": 0, "version": 0, "count": BATCH, "keeps": True, **change}
+    with pytest.raises(WireError):
+        classifiers().ask("worker-0", Classify(**question), [*cut(x), *cut(y)])
+
+
+def test_labels_that_there_are_no_classes_for_are_refused() -> None:
+    x, y = batch(0)
+    for wrong in (-1, CLASSES):
+        y[3] = wrong
+        with pytest.raises(WireError, match="no class"):
+            classifiers().ask("worker-0", Classify(1, 0, 0, BATCH, True), [*cut(x), *cut(y)])
+
+
+def test_pushes_about_questions_that_were_not_asked_are_refused() -> None:
+    one = classifiers()
+    ask(one, 1, 0)
+    frames = [frame for _ in range(3) for frame in cut(torch.ones(BATCH))]
+    for push, some in [
+        (ClassPush(0, 0, 1, BATCH, [Use(2, BATCH)]), frames),
+        (ClassPush(0, 0, 1, BATCH, [Use(1, BATCH - 1)]), frames),
+        (ClassPush(1, 0, 1, BATCH, [Use(1, BATCH)]), frames),
+        (ClassPush(0, 0, 1, BATCH, [Use(1, BATCH)]), frames[:2]),
+        (ClassPush(0, 0, 1, BATCH, [Use(1, BATCH)]), frames * 2),
+    ]:
+        with pytest.raises(WireError):
+            one.receive("worker-0", push, some)
+    with pytest.raises(WireError):
+        one.receive("worker-1", ClassPush(0, 0, 1, BATCH, [Use(1, BATCH)]), frames)
+
+
+@pytest.mark.parametrize(("name", "machines"), [("momentum", (2, 2)), ("Adam", (2, 3)), ("SGD", (3, 1))])
+def test_training_goes_on_from_saved_state_on_any_number_of_servers(name: str, machines: tuple[int, int], tmp_path: Path) -> None:
+    layer, other = ShardedLinear(DIM, CLASSES, sample_rate=0.5), ShardedLinear(DIM, CLASSES, sample_rate=0.5)
+    shards, link = sharded(layer, machines[0], update_of(name))
+    for number in range(2):
+        round_of(layer, shards, link, number)
+    for number, server in enumerate(link.servers):
+        server.settle()
+        assert server.version == 2
+        tensorfile.write(tmp_path / str(number), server.state(), {})
+    others, resumed = sharded(other, machines[1], update_of(name))
+    files = tensorfile.TensorFiles(tmp_path / str(number) for number in range(machines[0]))
+    for server in resumed.servers:
+        server.restore(files, machines[0], 2)
+    resumed.round = 2
+    round_of(layer, shards, link, 5)
+    round_of(other, others, resumed, 5)
+    if machines[0] == machines[1]:
+        assert torch.equal(link.rows(), resumed.rows())
+    torch.testing.assert_close(link.rows(), resumed.rows(), rtol=1e-4, atol=1e-5)

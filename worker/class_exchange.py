@@ -1,0 +1,206 @@
+"""A worker's dealings with the servers about sharded layers: the one question that it waits for, and pushes until acknowledged.
+
+A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when it is acknowledged; what is
+taken are the answers of all servers to the question asked last, or word that one of them refused it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from common.errors import WireError
+from common.layout import ClassSpec
+from common.messages import Body, ClassAck, Classified, Classify, ClassPush, Traffic
+from common.rows import cut, join, owner_of, page_ids, rows_on
+from common.wire import SEND_AGAIN_S, Frames, bytes_of
+from worker.exchange import Send
+
+#: Seconds after which what is not answered is sent again at the latest.
+_PATIENCE_S = 4 * SEND_AGAIN_S
+
+
+@dataclass
+class _Sent:
+    """A message that is sent again until it is answered."""
+
+    server: int
+    body: Body
+    frames: Frames
+    sent_at: float
+    #: Seconds after which it is sent again: more each time, for a server may be at it for long.
+    patience_s: float = SEND_AGAIN_S
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One server's answer, see `Classified`: largest and total (B), rows (B, D), the sum of all rows (dim) where it was wanted,
+    and the rows of labels that it has (N, dim)."""
+
+    largest: torch.Tensor
+    total: torch.Tensor
+    rows: torch.Tensor
+    sum_of_rows: torch.Tensor
+    own: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Best:
+    """The largest logits of each sample on one server (B, k), and their classes."""
+
+    values: torch.Tensor
+    classes: torch.Tensor
+
+
+#: What a server has answered; rows for a page; None where it has no more of that version.
+Answer = Sums | Best | torch.Tensor | None
+
+
+class ClassExchange:
+    """One worker's questions about classifiers, and its pushes."""
+
+    def __init__(self, specs: Sequence[ClassSpec], servers: int, first_number: int) -> None:
+        """Questions are counted from `first_number`, which no earlier process of the same name has used."""
+        self._specs = specs
+        self._servers = servers
+        self._number = first_number
+        self._pushes: list[_Sent] = []
+        self._question: Classify | None = None
+        #: By server: how many of the labels it has, questions that are not answered, and answers.
+        self._own: list[int] = []
+        self._unanswered: dict[int, _Sent] = {}
+        self._answers: dict[int, Answer] = {}
+        #: Of tensors, repetitions included.
+        self._pushed_bytes = 0
+        self._pulled_bytes = 0
+
+    # ---- asking
+
+    def ask(self, question: Classify, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
+        """Ask all servers: `question`, whose number is still to be set, and `tensors`, features and labels as far as it has them.
+        What was asked before is let go."""
+        self._number += 1
+        self._question = msgspec.structs.replace(question, number=self._number)
+        owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
+        self._own = [int((owners == server).sum()) for server in range(self._servers)]
+        frames = [frame for tensor in tensors for frame in cut(tensor)]
+        self._unanswered = {server: _Sent(server, self._question, frames, now) for server in range(self._servers)}
+        self._answers = {}
+        return [self._send(sent) for sent in self._unanswered.values()]
+
+    def _send(self, sent: _Sent) -> Send:
+        self._pushed_bytes += sum(frame.nbytes for frame in sent.frames)
+        return Send(f"server-{sent.server}", sent.body, sent.frames)
+
+    @property
+    def number(self) -> int:
+        """Of the question asked last."""
+        return self._number
+
+    @property
+    def gone(self) -> bool:
+        """Whether a server has no more of the version asked about."""
+        return None in self._answers.values()
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return not self._unanswered or self.gone
+
+    def missing(self) -> list[str]:
+        """Servers that have not answered."""
+        return [f"server-{server}" for server in self._unanswered]
+
+    def take(self) -> list[Sums]:
+        """The answers, by server."""
+        assert self.complete and not self.gone
+        return [answer for _, answer in sorted(self._answers.items()) if isinstance(answer, Sums)]
+
+    def take_best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logits of each sample (B, k), in order, and their classes."""
+        assert self.complete and self._question is not None
+        answers = [answer for _, answer in sorted(self._answers.items()) if isinstance(answer, Best)]
+        best, order = torch.cat([answer.values for answer in answers], 1).topk(self._question.top, 1)
+        return best, torch.cat([answer.classes for answer in answers], 1).gather(1, order)
+
+    def take_page(self) -> torch.Tensor:
+        """The rows of the page asked for, (N, dim), in the order of their classes."""
+        assert self.complete and self._question is not None
+        ids = page_ids(self._specs[self._question.classifier], self._question.page)
+        owners, rows = owner_of(ids, self._servers), torch.empty(len(ids), self._specs[self._question.classifier].dim)
+        for server, answer in self._answers.items():
+            if isinstance(answer, torch.Tensor):
+                rows[owners == server] = answer
+        return rows
+
+    def _decode(self, server: int, answer: Classified, frames: Frames) -> Answer:
+        """Raises WireError for what does not answer the question."""
+        ask, parts, what = self._question, iter(frames), f"an answer of server-{server}"
+        assert ask is not None
+        spec = self._specs[ask.classifier]
+
+        def part(*shape: int, dtype: str = "float32") -> torch.Tensor:
+            return join(parts, dtype, torch.Size(shape).numel(), what).view(shape)
+
+        decoded: Answer
+        if answer.gone:
+            decoded = None
+        elif ask.page >= 0:
+            ids = page_ids(spec, ask.page)
+            decoded = part(int((owner_of(ids, self._servers) == server).sum()), spec.dim)
+        elif ask.top:
+            top = min(ask.top, rows_on(server, self._servers, spec.rows))
+            decoded = Best(part(ask.count, top), part(ask.count, top, dtype="int64"))
+        else:
+            per_sample = part(ask.count), part(ask.count), part(ask.count, spec.dim - spec.bias)
+            decoded = Sums(*per_sample, part(spec.dim * ask.sums), part(self._own[server], spec.dim))
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        return decoded
+
+    # ---- pushing
+
+    def push(self, push: ClassPush, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
+        """Send every server a contribution."""
+        frames = [frame for tensor in tensors for frame in cut(tensor)]
+        sent = [_Sent(server, push, frames, now) for server in range(self._servers)]
+        self._pushes += sent
+        return [self._send(one) for one in sent]
+
+    def unacknowledged(self, round_: int) -> set[int]:
+        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        bodies = [sent.body for sent in self._pushes]
+        return {k for b in bodies if isinstance(b, ClassPush) and b.round == round_ for k in range(b.lo, b.hi)}
+
+    # ---- events
+
+    def handle(self, server: str, body: Classified | ClassAck, frames: Frames) -> None:
+        """One message of a server. Raises WireError where it does not fit."""
+        number = int(server.rpartition("-")[2])
+        if isinstance(body, ClassAck):
+            self._pushes = [sent for sent in self._pushes if sent.server != number or not _acknowledges(body, sent.body)]
+        elif body.number == self._number and number in self._unanswered:
+            self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
+            self._answers[number] = self._decode(number, body, frames)
+            del self._unanswered[number]
+
+    def added_to(self, traffic: Traffic) -> Traffic:
+        """`traffic` and this."""
+        pushed, pulled = traffic.pushed_bytes + self._pushed_bytes, traffic.pulled_bytes + self._pulled_bytes
+        return msgspec.structs.replace(traffic, pushed_bytes=pushed, pulled_bytes=pulled)
+
+    def tick(self, now: float) -> list[Send]:
+        """What was not answered for too long is sent again."""
+        effects = []
+        for sent in [*self._pushes, *self._unanswered.values()]:
+            if now >= sent.sent_at + sent.patience_s:
+                sent.sent_at, sent.patience_s = now, min(2 * sent.patience_s, _PATIENCE_S)
+                effects.append(self._send(sent))
+        return effects
+
+
+def _acknowledges(ack: ClassAck, body: Body) -> bool:
+    return isinstance(body, ClassPush) and (ack.round, ack.lo, ack.hi) == (body.round, body.lo, body.hi)

@@ -1,0 +1,413 @@
+"""Classifiers that servers keep and compute: a layer whose weight is never here, and its loss.
+
+A forward asks every server what its classes come to (`Classify`), which is all that backward needs too: docs/model-parallel.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from common.errors import UsageError
+from common.layout import ClassSpec
+from common.messages import Classify, ClassPush, RowInit, Use
+from common.policies import Policy
+from common.rows import cut, owner_of, page_ids, pages
+from common.tensors import to_frame
+from worker.class_exchange import ClassExchange, Sums
+from worker.link import Link
+from worker.margins import Margin
+from worker.optimizer import Groups
+from worker.rows import is_ready
+
+#: More than any table has pages: where ids of first values are counted from for each layer.
+_FIRST_ID = 1 << 32
+#: What the features that a layer has returned are known by.
+_LAYER = "roundtable_layer"
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class ShardedLinear(nn.Module):
+    """The last layer of a classifier, `nn.Linear(in_features, num_classes)`, whose rows are dealt out to the servers.
+
+    Its weight (num_classes, in_features) and bias are empty tensors of device "meta". Called with features (B, in_features) it
+    returns them, for `sharded_cross_entropy`; its logits are nowhere. The servers draw first values as nn.Linear does; `of` takes
+    over a layer's own.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, bias: bool = False, sample_rate: float = 1.0) -> None:
+        """With `sample_rate` below 1 a round looks at that share of the classes, drawn anew each time, and at each sample's own
+        (An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021)."""
+        super().__init__()
+        if in_features < 1 or num_classes < 2 or not 0.0 < sample_rate <= 1.0:
+            raise UsageError(
+                f"ShardedLinear({in_features}, {num_classes}, sample_rate={sample_rate:g}) cannot be: it needs 1 feature, 2 "
+                "classes and a share of them above 0, at most 1."
+            )
+        self.in_features, self.num_classes, self.sample_rate = in_features, num_classes, sample_rate
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device="meta"))
+        self.bias = nn.Parameter(torch.empty(num_classes, device="meta")) if bias else None
+        self._shards: Shards | None = None
+
+    @staticmethod
+    def of(linear: nn.Linear) -> ShardedLinear:
+        """A layer that begins with the values of `linear`: those that worker 0 has."""
+        layer = ShardedLinear(linear.in_features, linear.out_features, linear.bias is not None)
+        layer.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        return layer
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """The same features (B, in_features), which `sharded_cross_entropy` then knows to be this layer's."""
+        marked = features.view_as(features)
+        setattr(marked, _LAYER, self)
+        return marked
+
+    def topk(self, features: torch.Tensor, k: int, cosine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k largest logits (B, k) of each of `features` (B, in_features), largest first, and their classes (B, k), int64.
+
+        `cosine`: those of the largest cosine between features and row, as is right after training with a margin.
+        """
+        return self.shards.topk(self, features, k, cosine)
+
+    @property
+    def shards(self) -> Shards:
+        if self._shards is None:
+            raise UsageError(
+                "a ShardedLinear is on the servers: call run.replicate(model) and run.optimizer(...) before it is used."
+            )
+        return self._shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one read back from a file, has nothing to do with the run."""
+        return {**self.__dict__, "_shards": None}
+
+
+def sharded_cross_entropy(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    layer: ShardedLinear | None = None,
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """`nn.functional.cross_entropy(linear(features), labels)` where linear is a ShardedLinear: in one round trip, float32.
+
+    features (B, in_features), labels (B) of integers. `layer` is the one that returned the features, or is to be given. `margin`,
+    `CosFace` or `ArcFace`, normalises features and rows. Where no gradients are wanted, it evaluates over all classes, whatever
+    the layer's sample_rate. Raises UsageError for labels that the layer has no class for, and arguments that do not go together.
+    """
+    layer = layer if layer is not None else getattr(features, _LAYER, None)
+    if not isinstance(layer, ShardedLinear):
+        raise UsageError("sharded_cross_entropy() needs what a ShardedLinear has returned, or the layer itself as `layer`.")
+    losses = layer.shards.losses(layer, features, labels, label_smoothing, margin)
+    match reduction:
+        case "mean":
+            return losses.mean()
+        case "sum":
+            return losses.sum()
+        case "none":
+            return losses
+    raise UsageError(f"reduction is '{reduction}'; there are mean, sum and none.")
+
+
+# ---- setting up
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A layer, and what servers must know of it."""
+
+    spec: ClassSpec
+    layer: ShardedLinear
+
+
+def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
+    """All sharded layers of `model`. Raises UsageError for one that cannot be trained."""
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, ShardedLinear):
+            continue
+        name = f"{name}.weight" if name else "weight"
+        parts = [p for p in (layer.weight, layer.bias) if p is not None]
+        if len({group_of.get(id(p), -1) for p in parts}) > 1 or id(layer.weight) not in group_of:
+            raise UsageError(f"'{name}' is sharded: it and its bias must be trained, and be in one parameter group.")
+        if any(p.dtype != torch.float32 for p in parts):
+            raise UsageError(f"'{name}' is {layer.weight.dtype}, and sharded layers are kept in torch.float32.")
+        std = (3 * layer.in_features) ** -0.5 if layer.weight.is_meta else None
+        dim, bias = layer.in_features + len(parts) - 1, layer.bias is not None
+        spec = ClassSpec(name, layer.num_classes, dim, group_of[id(layer.weight)], std, bias, layer.sample_rate)
+        found.append(Sharded(spec, layer))
+    return found
+
+
+def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> None:
+    """Raise UsageError where sharded layers cannot be trained like this."""
+    for sharded in layers:
+        if policy.applies != "round" or policy.is_local:
+            raise UsageError(
+                f"'{sharded.spec.name}' is sharded, and servers update it once a round: policy {policy.settings.policy} cannot "
+                "do that, choose sync or backup."
+            )
+        if clips:
+            raise UsageError(f"'{sharded.spec.name}' is sharded, and clip_norm is not for that: leave out one of the two.")
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one use of a layer contributes: the question it is about, and log_total, g and own_gradient (B) of `ClassPush`."""
+
+    number: int
+    smoothing: float
+    log_total: torch.Tensor
+    g: torch.Tensor
+    own_gradient: torch.Tensor
+
+
+class Shards:
+    """The sharded layers of one worker's model: asked, contributed to, and read as a whole at the end. There may be none."""
+
+    def __init__(
+        self,
+        link: Link,
+        layers: Sequence[Sharded],
+        servers: int,
+        version: Callable[[], int],
+        timeout: float,
+        first_number: int,
+        tables: int,
+        sends_first: bool,
+    ) -> None:
+        """Servers have the Setup. Sends first values (`sends_first`), which are counted after those of `tables` tables; the
+        memory of the layers is given up. `version()` is the round that the model's weights are for; questions are counted from
+        `first_number`, see ClassExchange."""
+        self._link = link
+        self._specs = [sharded.spec for sharded in layers]
+        self._servers = servers
+        self._version = version
+        self._timeout = timeout
+        self.exchange = ClassExchange(self._specs, servers, first_number)
+        self._layers = [sharded.layer for sharded in layers]
+        self._used: list[Contribution] = []
+        #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
+        self.spoilt = False
+        for number, sharded in enumerate(layers):
+            if sends_first and sharded.spec.std is None:
+                self._send_first(number, sharded, tables)
+            layer = sharded.layer
+            layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(torch.empty_like(layer.bias, device="meta"))
+            layer._shards = self
+
+    def _send_first(self, number: int, of: Sharded, tables: int) -> None:
+        parts = [of.layer.weight, *([of.layer.bias[:, None]] if of.layer.bias is not None else [])]
+        rows = torch.cat([part.detach().cpu() for part in parts], 1)
+        for page in pages(of.spec):
+            ids = page_ids(of.spec, page)
+            owners = owner_of(ids, self._servers)
+            id_ = _FIRST_ID * (number + 1) + page
+            for server in range(self._servers):
+                frames = cut(rows[ids[owners == server]])
+                self._link.request(f"server-{server}", RowInit(id_, tables + number, page), is_ready(id_), self._timeout, frames)
+
+    # ---- asking
+
+    def _ask(self, layer: ShardedLinear, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the answers are here; False where the round is over."""
+        with self._link.lock:
+            messages = self.exchange.ask(question, tensors, time.monotonic())
+        self._link.send(*messages)
+        self._wait(layer)
+        return not self.exchange.gone
+
+    def _wait(self, layer: ShardedLinear) -> None:
+        exchange, name = self.exchange, self._specs[self._number(layer)].name
+
+        def waited_for() -> str:
+            return f"the classes of '{name}' for round {self._version()} from {' and '.join(exchange.missing())}"
+
+        self._link.wait(lambda: exchange.complete, self._timeout, waited_for)
+
+    def _number(self, layer: ShardedLinear) -> int:
+        return next(number for number, known in enumerate(self._layers) if known is layer)
+
+    def _features(self, layer: ShardedLinear, features: torch.Tensor) -> torch.Tensor:
+        if features.dim() != 2 or features.shape[1] != layer.in_features or not len(features):
+            raise UsageError(f"features are {tuple(features.shape)}, and a ShardedLinear takes (samples, {layer.in_features}).")
+        return features.detach().to("cpu", torch.float32).contiguous()
+
+    def losses(
+        self, layer: ShardedLinear, features: torch.Tensor, labels: torch.Tensor, smoothing: float, margin: Margin | None
+    ) -> torch.Tensor:
+        """See `sharded_cross_entropy`: (B)."""
+        name = self._specs[self._number(layer)].name
+        if labels.shape != features.shape[:1] or labels.is_floating_point():
+            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; they must be integers, one for each sample.")
+        wrong = labels[(labels < 0) | (labels >= layer.num_classes)]
+        if len(wrong):
+            raise UsageError(f"label {int(wrong[0])} is none of the {layer.num_classes} classes of '{name}', which count from 0.")
+        if not 0.0 <= smoothing < 1.0:
+            raise UsageError(f"label_smoothing is {smoothing}; it must be 0 or more, and below 1.")
+        if smoothing and (margin is not None or layer.sample_rate < 1.0):
+            raise UsageError("label_smoothing goes neither with a margin nor with a sample_rate below 1: leave out one of them.")
+        if margin is not None:
+            if layer.bias is not None:
+                raise UsageError(f"'{name}' has a bias, and a margin is between directions: make it with bias=False.")
+            features = nn.functional.normalize(features) * margin.scale
+        contributes = torch.is_grad_enabled()
+        question = Classify(
+            0, self._number(layer), self._version(), len(features), contributes, margin is not None, sums=smoothing > 0.0
+        )
+        x, y = self._features(layer, features), labels.detach().to("cpu", torch.int64).contiguous()
+        if not self._ask(layer, question, [x, y]):
+            self.spoilt = True
+            return torch.zeros(len(features), device=features.device, requires_grad=contributes)
+        found = combine(self.exchange.take(), x, y, self._servers, layer.num_classes, smoothing, margin)
+        if not contributes:
+            return found.losses.to(features.device)
+        number, smoothed = self.exchange.number, smoothing / layer.num_classes
+
+        def backward(g: torch.Tensor) -> None:
+            g = g.cpu()
+            self._used.append(Contribution(number, smoothed, found.log_total, g, g * found.own_slope))
+
+        device = features.device
+        anchor = torch.zeros((), requires_grad=True)  # backward comes by, even where features want no gradient
+        return _Losses.apply(features, anchor, found.losses.to(device), found.slope.to(device), backward)  # type: ignore[no-any-return, no-untyped-call]
+
+    def topk(self, layer: ShardedLinear, features: torch.Tensor, k: int, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ShardedLinear.topk`."""
+        if not 1 <= k <= layer.num_classes:
+            raise UsageError(f"k is {k}; there are {layer.num_classes} classes.")
+        x = self._features(layer, nn.functional.normalize(features) if cosine else features)
+        self._ask(layer, Classify(0, self._number(layer), self._version(), len(x), normalised=cosine, top=k), [x])
+        values, classes = self.exchange.take_best()
+        return values.to(features.device), classes.to(features.device)
+
+    # ---- contributions
+
+    def contribution(self, samples: int) -> list[Contribution]:
+        """What backward has come by since the last one, times the samples of the micro-batch."""
+        used = [replace(use, g=use.g * samples, own_gradient=use.own_gradient * samples) for use in self._used]
+        self.forget()
+        self.spoilt = False
+        return used
+
+    def forget(self) -> None:
+        """Let it go, as zero_grad does."""
+        self._used = []
+
+    def push(self, push: ClassPush, uses: Sequence[Contribution]) -> None:
+        """Contribute; `push` lacks the uses."""
+        if self._layers:
+            tensors = [tensor for use in uses for tensor in (use.log_total, use.g, use.own_gradient)]
+            push = msgspec.structs.replace(push, uses=[Use(use.number, len(use.g), use.smoothing) for use in uses])
+            with self._link.lock:
+                messages = self.exchange.push(push, tensors, time.monotonic())
+            self._link.send(*messages)
+
+    # ---- the end
+
+    def contents(self, tensor: torch.Tensor) -> Iterator[memoryview] | None:
+        """The bytes of the weight or bias whose place in the model `tensor` has, a page at a time; None for other tensors."""
+        for layer in self._layers:
+            if layer.weight is tensor:
+                return self._pages(layer, slice(layer.in_features))
+            if layer.bias is not None and layer.bias is tensor:
+                return self._pages(layer, slice(layer.in_features, None))
+        return None
+
+    def _pages(self, layer: ShardedLinear, columns: slice) -> Iterator[memoryview]:
+        number = self._number(layer)
+        for page in pages(self._specs[number]):
+            self._ask(layer, Classify(0, number, self._version(), page=page), [])
+            yield to_frame(self.exchange.take_page()[:, columns].contiguous())
+
+
+# ---- arithmetic
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What all servers' sums come to, (B) each but for `slope` (B, D): losses, the logarithm of the sum of exp(z) over all
+    classes; and the gradients of the losses by the logit of a sample's own class, margin included, and by its features."""
+
+    losses: torch.Tensor
+    log_total: torch.Tensor
+    own_slope: torch.Tensor
+    slope: torch.Tensor
+
+
+def combine(
+    sums: Sequence[Sums],
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    servers: int,
+    classes: int,
+    smoothing: float,
+    margin: Margin | None,
+) -> Combined:
+    """The loss of each sample, and what backward needs, from the sums of each server over the classes that are not its own.
+
+    With t the logit of its own class and q = 1 - p of that class: loss = softplus(log of the others' sum - t), and its gradient
+    by the features is the sum of p x row over the others - q x own row. With smoothing s over C classes the target is
+    1 - s + s/C for its own class and s/C for the others.
+    """
+    own = torch.empty(len(features), sums[0].own.shape[1], dtype=features.dtype)
+    owners = owner_of(labels, servers)
+    for server, part in enumerate(sums):
+        own[owners == server] = part.own
+    dim = features.shape[1]
+    t, margin_slope = (own[:, :dim] * features).sum(1), torch.ones(len(features), dtype=features.dtype)
+    t = t + own[:, dim] if own.shape[1] > dim else t
+    if margin is not None:
+        cosine, margin_slope = margin.own(t / margin.scale)
+        t = cosine * margin.scale
+    others = torch.logsumexp(torch.stack([part.largest + part.total.log() for part in sums]), 0)
+    log_total = torch.logaddexp(others, t)
+    q = torch.sigmoid(others - t)
+    losses = nn.functional.softplus(others - t)
+    slope = torch.zeros_like(features)
+    for part in sums:
+        slope += torch.exp(part.largest - log_total)[:, None] * part.rows
+    if smoothing:
+        of_all = torch.stack([part.sum_of_rows for part in sums]).sum(0)
+        logits = features @ of_all[:dim] + (of_all[dim] if len(of_all) > dim else 0.0)
+        losses = losses + smoothing * t - smoothing / classes * logits
+        slope -= smoothing / classes * of_all[:dim]
+    slope -= ((q - smoothing) * margin_slope)[:, None] * own[:, :dim]
+    return Combined(losses, log_total, (smoothing - q) * margin_slope - smoothing / classes, slope)
+
+
+class _Losses(torch.autograd.Function):
+    """Losses that are known already, with the features' part in them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        anchor: torch.Tensor,
+        losses: torch.Tensor,
+        slope: torch.Tensor,
+        backward: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slope)
+        ctx.dtype, ctx.told = features.dtype, backward
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        ctx.told(g.detach())
+        return (g[:, None] * slope).to(ctx.dtype), None, None, None, None

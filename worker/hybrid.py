@@ -1,0 +1,32 @@
+"""The hybrid of data and model parallelism: convolutions on the workers, the last fully connected layer on the servers.
+
+After Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014): where weights are few and activities
+many, batches are divided; where it is the other way round, the layer is. For a layer of C classes on M servers 8 x M x features
+bytes travel for each sample, instead of 8 x C x features for each worker and round: it pays where a worker has fewer than C / M
+samples a round.
+
+Of that paper's schemes this is (b): the features of one worker's micro-batch go to all servers, which compute it at once while
+others are on their way, and backward begins with the answer. Only the gradient of the layer's own weight is made from the whole
+batch together, at the round's end, as in (a): so the result does not depend on who sent what when.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from common.errors import UsageError
+from worker.classes import ShardedLinear
+
+
+def shard_last_layer(model: nn.Module, classes: int) -> ShardedLinear:
+    """Have the last layer of `model`, an nn.Linear to `classes`, on the servers; it begins with the values that it has.
+
+    Raises UsageError where the model ends in something else.
+    """
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears or linears[-1][1].out_features != classes or not linears[-1][0]:
+        raise UsageError(f"the model does not end in an nn.Linear to {classes} classes, which is what parallel = hybrid shards.")
+    name, linear = linears[-1]
+    layer = ShardedLinear.of(linear)
+    model.set_submodule(name, layer)
+    return layer

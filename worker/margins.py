@@ -1,0 +1,49 @@
+"""Losses with a margin: features and rows count as directions, and a sample's own class has to be right by some distance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Margin(Protocol):
+    """Logits are `scale` x cosine, and that of a sample's own class `scale` x `own(cosine)`."""
+
+    @property
+    def scale(self) -> float: ...
+
+    def own(self, cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What takes the place of the cosine (B), and its derivative (B)."""
+
+
+@dataclass(frozen=True)
+class CosFace:
+    """cos - margin (Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", 2018)."""
+
+    scale: float = 64.0
+    margin: float = 0.35
+
+    def own(self, cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cosine - self.margin, torch.ones_like(cosine)
+
+
+@dataclass(frozen=True)
+class ArcFace:
+    """cos(angle + margin) (Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019).
+
+    Where that would be past a half turn it goes on downwards as a straight line: cos - margin x sin(margin).
+    """
+
+    scale: float = 64.0
+    margin: float = 0.5
+
+    def own(self, cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sine = (1.0 - cosine * cosine).clamp(min=1e-6).sqrt()
+        shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
+        slope = math.cos(self.margin) + cosine / sine * math.sin(self.margin)
+        inside = cosine > math.cos(math.pi - self.margin)
+        straight = cosine - self.margin * math.sin(self.margin)
+        return torch.where(inside, shifted, straight), torch.where(inside, slope, 1.0)
