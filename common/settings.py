@@ -114,6 +114,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "CosineAnnealingLR"
     loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
 
+    silence: Annotated[
+        PositiveFloat | None,
+        _help(
+            "Seconds of silence after which a process counts as lost; by default 3 for a worker on the coordinator's host, if "
+            "others can do what it had, and 15 for all else."
+        ),
+    ] = None
     timeout: Annotated[
         float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
     ] = 300.0

@@ -30,9 +30,11 @@ MAX_FRAME_BYTES = 16 << 20
 MAX_FRAMES = 4096
 #: Files that a process has open besides its connections, at most.
 _OTHER_FILES = 200
-#: Seconds between two signs of life, and of silence after which a process counts as gone.
+#: Seconds between two signs of life; of silence after which the coordinator counts as gone; and between two looks at the clock
+#: that can only mean that this process was stopped meanwhile, and has not listened.
 BEAT_S = 0.5
 GONE_S = 20.0
+STOPPED_S = 1.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0
 SEND_AGAIN_S = 5.0

@@ -15,7 +15,7 @@ import zmq
 from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.errors import ClusterError, WireError
-from common.messages import AllNorms, Arrived, Beat, Body, Close, Cut, Hello, KvPull, KvPush, Norms, Refused, ReportAck
+from common.messages import AllNorms, Arrived, Beat, Body, Close, Cut, Hello, KvPull, KvPush, Lost, Norms, Refused, ReportAck
 from common.no_compiler import no_compiler
 from common.policies import load
 from common.restart import restart
@@ -134,7 +134,9 @@ class _Server:
                 continue
             if route is None and not self._attendance.is_current(envelope.incarnation):
                 continue
-            if route is None:
+            if self._shard is not None and envelope.sender in self._shard.lost:
+                self._complain(f"{envelope.sender} is lost and is no part of the run any more")
+            elif route is None:
                 self._from_coordinator(envelope.body, frames[1:])
             else:
                 self._routes[envelope.sender, is_bulk(envelope.body, frames[1:])] = route
@@ -146,7 +148,9 @@ class _Server:
         welcome = self._attendance.welcome
         if self._shard is not None:
             self._shard.coordinator = self._attendance.coordinator
-            if isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
+            if isinstance(body, Lost):
+                self._lose(body, now)
+            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
@@ -161,6 +165,14 @@ class _Server:
             self._shard.before_tables_change = self._finish_saving
             self._writer = Writer(index, run_dir)
             log.info("this is %s of run %s", welcome.process, welcome.run)
+
+    def _lose(self, body: Lost, now: float) -> None:
+        assert self._shard is not None
+        self._stamp.epoch = max(self._stamp.epoch, body.epoch)
+        self._do(self._shard.handle(COORDINATOR, body, (), now))
+        self._routes = {key: route for key, route in self._routes.items() if key[0] not in self._shard.lost}
+        for worker in body.workers:
+            self._kv.forget(worker)
 
     def _from_worker(self, sender: str, incarnation: int, body: Body, frames: Frames) -> None:
         assert self._shard is not None
