@@ -373,7 +373,7 @@ class GradientWork:
         if state == "leased":
             return None
         if state == "gone":
-            return self._fetch(self._exchange.gone or 0, settled, unless_leased, lazy)
+            return self._fetch(self._exchange.gone or 0, settled, unless_leased)  # not lazily, for that may be the end
         came = self._load()
         self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)

@@ -867,7 +867,7 @@ class SteppedWork(GradientWork):
         if found == "leased":
             return None
         if found == "gone":
-            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased, lazy))
+            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased))
         came = self._load()
         self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
