@@ -70,6 +70,10 @@ def cli() -> None:
 @settings_options
 @click.option("--port", cls=Option, section="Cluster", type=click.IntRange(0, 65535), default=0, metavar="N",
               help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
+@click.option("--respawn", cls=Option, section="Cluster", type=click.IntRange(0), default=3, metavar="N", show_default=True,
+              help="How often each worker or server that was killed is started again; 0: never.")  # fmt: skip
+@click.option("--respawn-backoff", cls=Option, section="Cluster", type=click.FloatRange(0), default=0.5, metavar="X",
+              show_default=True, help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
 @run_options
 @click.option("--resume", cls=Option, section="Run", metavar="RUN",
               help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers "
@@ -94,7 +98,7 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, resume:
         choice = resumed(find_run(resume), given(ctx), script, ctx.meta["args"])
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, resume is not None) as folder:
-        order = Order(choice.settings, folder, choice.script, choice.args, choice.port, resume is not None)
+        order = Order(choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, resume is not None)
         run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
 
 
@@ -170,6 +174,21 @@ def worker(ctx: click.Context, script: str | None, coordinator: str, index: int 
 
             beside.enter_context(server_beside(_program(), coordinator, index, script))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
+
+
+@cli.command()
+@click.argument("run")
+@click.option("--workers", type=click.IntRange(1), required=True, metavar="N", help="How many workers it is to have.")
+def scale(run: str, workers: int) -> None:
+    """Have more or fewer workers in a run that goes on.
+
+    RUN is the run directory of a `launch.py local`, or its name under runs/. Workers that are too many finish what they are at
+    and leave; new ones join at the round that the others are in.
+    """
+    from cluster.scale import scale as ask
+
+    folder = ask(run, workers)
+    click.echo(f"{folder}: {workers} {'worker' if workers == 1 else 'workers'} from now on.")
 
 
 @cli.group()

@@ -18,6 +18,8 @@ from common.settings import Settings
 
 #: Seconds for the companions to end after the worker has.
 _END_S = 10.0
+#: Flags of the coordinator: nobody could do what the one worker has, and it may be stopped for a while, as by Ctrl-Z.
+_FLAGS = ("--silence", "1e6")
 _LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 
 
@@ -41,7 +43,7 @@ def start_companions(script: str) -> str:
             for child in processes.failures():
                 raise ClusterError(child.describe_end())
 
-        address = start_coordinator(processes, program, folder, 0, tick)
+        address = start_coordinator(processes, program, folder, 0, tick, flags=_FLAGS)
         start_server(processes, program, address, 0)
     except OSError as error:
         cleanup.close()

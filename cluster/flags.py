@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
@@ -14,13 +14,14 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from cluster.crew import Respawn
 from cluster.rundir import RUNS, is_folder_name
 from common.errors import UsageError
 from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
 
 _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
-_CLUSTER = ("workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "timeout", "away")
+_CLUSTER = ("workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "silence", "timeout", "away")
 _POLICIES = choices("policy")
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
@@ -30,6 +31,8 @@ _LAUNCH_KEYS: Mapping[str, Any] = {
     "name": str,
     "overwrite": bool,
     "port": Annotated[int, msgspec.Meta(ge=0, le=65535)],
+    "respawn": Annotated[int, msgspec.Meta(ge=0)],
+    "respawn_backoff": Annotated[float, msgspec.Meta(ge=0)],
     "script": str,
     "args": list[str],
 }
@@ -45,6 +48,7 @@ class Choice:
     port: int
     script: str | None
     args: tuple[str, ...]
+    respawn: Respawn = field(default_factory=Respawn)
 
     @property
     def default_name(self) -> str:
@@ -69,7 +73,8 @@ def choose(flags: Mapping[str, Any], config: str | None, script: str | None = No
     if args and script is None:
         raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
     run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source)
-    return Choice(settings, run_dir, launch.get("overwrite", False), launch.get("port", 0), script, args)
+    respawn = Respawn(launch.get("respawn", Respawn.times), launch.get("respawn_backoff", Respawn.backoff_s))
+    return Choice(settings, run_dir, launch.get("overwrite", False), launch.get("port", 0), script, args, respawn)
 
 
 def _checked(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:

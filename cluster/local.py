@@ -7,15 +7,18 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.crew import Crew, Respawn
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
 from cluster.rundir import ADDRESS_FILE, LOGS, SETTINGS_FILE, read_summary, tidy_log, write_settings
+from cluster.scale import take
 from cluster.screen import Screen, summary_lines
 from cluster.signals import StopSignals
 from common.errors import ClusterError, UsageError
+from common.policies import load
 from common.settings import Settings
 
 #: Seconds for the coordinator to listen.
@@ -24,8 +27,6 @@ _ADDRESS_S = 30.0
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
 _JOIN_S = 2.0
-#: How many times servers that were killed are started again.
-_RESTARTS = 3
 #: How often a coordinator that was killed is started again.
 _RECOVERIES = 5
 
@@ -39,6 +40,7 @@ class Order:
     script: str | None = None
     args: tuple[str, ...] = ()
     port: int = 0
+    respawn: Respawn = field(default_factory=Respawn)
     #: Whether the run in `run_dir` goes on from its newest snapshot.
     resume: bool = False
 
@@ -116,14 +118,21 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
 
 
 def start_coordinator(
-    processes: Processes, program: Sequence[str], folder: Path, port: int, tick: Callable[[], None], resume: bool = False
+    processes: Processes,
+    program: Sequence[str],
+    folder: Path,
+    port: int,
+    tick: Callable[[], None],
+    resume: bool = False,
+    flags: Sequence[str] = (),
 ) -> str:
-    """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens.
+    """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
+    those settings.
 
     Calls `tick`, which waits a moment, and raises if need be. Raises ClusterError where the coordinator does not get so far.
     """
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
-    command += ["--resume"] * resume
+    command += [*flags, *["--resume"] * resume]
     processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1))
     deadline = time.monotonic() + _ADDRESS_S
     log = folder / LOGS / "coordinator.log"
@@ -158,8 +167,8 @@ class _Local:
         self._processes = processes
         self._signals = signals
         self._screen = screen
-        self._restarts = _RESTARTS
         self._recoveries = _RECOVERIES
+        self._crew: Crew | None = None
 
     def run(self) -> None:
         """Returns when every process has ended well."""
@@ -185,9 +194,14 @@ class _Local:
         for index in range(settings.servers):
             start_server(self._processes, self._program, address, index)
         script = [self._order.script, "--", *self._order.args] if self._order.script is not None else []
-        for index in range(settings.workers):
-            command = ["worker", "--coordinator", address, "--index", str(index), *script]
-            self._processes.start(f"worker-{index}", [*self._program, *command], **_threads(settings.threads))
+
+        def worker(index: int | None) -> list[str]:
+            number = [] if index is None else ["--index", str(index)]
+            return [*self._program, "worker", "--coordinator", address, *number, *script]
+
+        env, is_local = _threads(settings.threads), load(settings).is_local
+        self._crew = Crew(self._processes, worker, env, self._order.respawn, is_local, self._screen.say)
+        self._crew.start(settings.workers)
 
     def _tick(self) -> None:
         """Wait a moment, and look at everything. Raises what ends the run."""
@@ -196,21 +210,13 @@ class _Local:
         if self._signals.name:
             raise _Stopped(self._signals.name)
         self._recover_coordinator()
-        self._revive()
+        if self._crew is not None and (code := self._processes.children[0].code) in (None, 0):
+            if (count := take(self._order.run_dir)) is not None:
+                self._crew.scale(count)
+            self._crew.look(self._screen.progress, finished=code == 0)
         if self._processes.failures():
             self._fail()
         self._screen.update()
-
-    def _revive(self) -> None:
-        """Start servers that were killed again: then all processes begin anew, from the newest snapshot."""
-        for child in self._processes.failures():
-            killed = child.code is not None and child.code < 0
-            if killed and child.name.startswith("server") and self._processes.running("coordinator") and self._restarts:
-                self._restarts -= 1
-                self._screen.say(
-                    f"{child.name} {child.end()}; it is started again, and the run goes on from its newest snapshot."
-                )
-                self._processes.again(child)
 
     def _recover_coordinator(self) -> None:
         """Start a coordinator that was killed again; the others wait for it and lose nothing. One that failed says why."""
@@ -237,10 +243,10 @@ class _Local:
         """A worker that has ended well without having joined will keep everybody waiting."""
         if not self._processes.running("coordinator"):
             return
-        joined = {row.process for row in self._screen.progress.processes}
+        joined = self._screen.progress.joined
         for child in self._processes.children:
-            ended = child.code is not None and time.monotonic() > child.ended_at + _JOIN_S
-            if ended and child.name.startswith("worker") and child.name not in joined:
+            ended = child.code == 0 and not child.leaves and time.monotonic() > child.ended_at + _JOIN_S
+            if ended and child.name.startswith("worker") and child.popen.pid not in joined:
                 what = self._order.script or "the example"
                 raise ClusterError(
                     f"{child.name} did not join the run: {what} ended without calling worker.join(); see {child.log}."
@@ -251,6 +257,8 @@ class _Local:
         coordinator = self._processes.children[0]
         if coordinator.code is None:
             return
+        if self._crew is not None and coordinator.code == 0 and time.monotonic() > coordinator.ended_at + _JOIN_S:
+            self._crew.kill_late(self._screen.progress)
         for role, patience_s in (("server", _SERVERS_END_S), ("worker", self._order.settings.timeout)):
             late = self._processes.running(role)
             if late and time.monotonic() > coordinator.ended_at + patience_s:

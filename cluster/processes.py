@@ -48,6 +48,12 @@ class Child:
     code: int | None = None
     #: When the end was noticed, on the clock of time.monotonic.
     ended_at: float = 0.0
+    #: Whether the run goes on although it has failed; whether it was told to leave.
+    excused: bool = False
+    leaves: bool = False
+    #: How often it was started again, and when it is to be, if it is.
+    respawns: int = 0
+    due_at: float | None = None
     #: Whether nothing of its process group is left.
     gone: bool = field(default=False, repr=False)
     command: Sequence[str] = field(default=(), repr=False)
@@ -55,7 +61,7 @@ class Child:
 
     @property
     def failed(self) -> bool:
-        return bool(self.code)
+        return bool(self.code) and not self.excused
 
     def describe_end(self) -> str:
         """One sentence on how and why it ended, for one that failed."""
@@ -109,9 +115,16 @@ class Processes:
         return child
 
     def again(self, child: Child) -> None:
-        """Start a child that has ended once more, with its `command`; its log goes on. OSError if it cannot be started."""
+        """Start a child that has ended once more, with its `command`; its log goes on. What it has started is killed.
+
+        OSError if it cannot be started."""
+        old = child.popen.pid
+        for pid in guard.relatives({old}, ""):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        guard.remove_shared_memory({old})
         child.popen = self._spawn(child.command, child.env, child.log)
-        child.code, child.ended_at, child.gone = None, 0.0, False
+        child.code, child.ended_at, child.excused, child.due_at, child.gone = None, 0.0, False, None, False
 
     def _spawn(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("ab") as file:
@@ -141,7 +154,7 @@ class Processes:
         return [child for child in self.children if child.code is None and child.name.startswith(role)]
 
     def failures(self) -> list[Child]:
-        """Children that ended other than with exit code 0."""
+        """Children that ended other than with exit code 0 and are not excused."""
         return [child for child in self.children if child.failed]
 
     def stop(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.runlog import Event, RoundRow, RunLogReader, StatusRow
@@ -29,6 +30,9 @@ class Progress:
     processes: Sequence[StatusRow] = ()
     #: What has happened since the last look that somebody may have to do something about, a line each.
     news: Sequence[str] = ()
+    #: What processes of this host, by id, are called in the run, the newest name of each; and who has left it.
+    joined: Mapping[int, str] = field(default_factory=dict)
+    left: Set[str] = frozenset()
 
 
 class Tracker:
@@ -60,11 +64,18 @@ class Tracker:
     def _read(self, reader: RunLogReader, now: float) -> Progress:
         last = self._last
         total, over, news = last.total, False, []
+        joined, left = dict(last.joined), set(last.left)
         for number, at, event in reader.events(after=self._last_event):
             self._last_event = number
             if event.kind == "plan":
                 total = int(event.data["rounds"])
                 self._first_at = self._first_at or at
+            elif event.kind == "started":  # from now on names are other processes'
+                joined, left = dict.fromkeys(joined, ""), set()
+            elif event.kind == "joined" and event.data["host"] == platform.node():
+                joined[event.data["pid"]] = event.process
+            elif event.kind == "left":
+                left.add(event.process)
             over = over or event.kind == "stopped"
             if (line := _news(event)) is not None:
                 news.append(line)
@@ -85,6 +96,8 @@ class Tracker:
             accuracy=accuracies[-1][3] if accuracies else None,
             processes=reader.statuses(),
             news=news,
+            joined=joined,
+            left=left,
         )
 
     def _speed(self, now: float) -> float:
@@ -99,7 +112,7 @@ def _news(event: Event) -> str | None:
         case "warning":
             return f"warning: {event.data['text']}"
         case "lost":
-            return f"{event.process} has fallen silent; the others do what it has not done."
+            return f"{event.process} is lost: {event.data['why']}; the others do what it has not done."
         case "restarted":
             return f"all processes begin anew, from the newest snapshot: {event.data['reason']}"
         case "rolled back":

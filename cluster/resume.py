@@ -15,7 +15,7 @@ from common.settings import FIELDS
 
 #: Settings that a run may go on with other values of: none changes what a round computes.
 _FREE = frozenset(
-    {"workers", "servers", "epochs", "rounds", "lane", "loader_workers", "snapshot_every", "snapshots_kept", "timeout"}
+    {"workers", "servers", "epochs", "rounds", "lane", "loader_workers", "snapshot_every", "snapshots_kept", "silence", "timeout"}
 )
 
 

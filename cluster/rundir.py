@@ -22,11 +22,12 @@ SETTINGS_FILE = "settings.toml"
 SUMMARY_FILE = "summary.json"
 MODEL_FILE = "model.safetensors"
 ADDRESS_FILE = "address"
+SCALE_FILE = "scale"
 LOGS = "logs"
 RUNS = Path("runs")
 
 _HEADER = "# The settings of this run; give this file to --config to repeat it.\n"
-_FILES = (SETTINGS_FILE, SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, FILE_NAME)
+_FILES = (SETTINGS_FILE, SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE, FILE_NAME)
 _SUFFIXES = ("", ".tmp", "-wal", "-shm", "-journal")
 
 
@@ -58,7 +59,7 @@ def claim(
         lock = wanted
     try:
         if resume:
-            _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE))
+            _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE))
         elif keeps is None or not keeps(folder):
             _make_room(folder, overwrite)
         yield folder
@@ -123,6 +124,14 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
                 snapshots.remove(snapshot)
     except OSError as error:
         raise UsageError(f"the earlier run in {folder} cannot be removed: {error.strerror}.") from None
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a run goes on in `folder`: another process has claimed it."""
+    lock = _lock(folder)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def find_run(name: str) -> Path:

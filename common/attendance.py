@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
-from common.wire import ASK_AGAIN_S, BEAT_S
+from common.wire import ASK_AGAIN_S, BEAT_S, STOPPED_S
 
 #: Seconds to wait for the first answer of a coordinator, which may start later than the others.
 FIRST_ANSWER_S = 60.0
@@ -35,6 +35,7 @@ class Attendance:
         self._heard_at = now
         self._silence_s = FIRST_ANSWER_S
         self._sent_at = float("-inf")
+        self._ticked_at = now
         #: Whether something has happened that the last beat did not tell.
         self._news = False
 
@@ -56,7 +57,10 @@ class Attendance:
                 raise UsageError(body.reason)
 
     def tick(self, now: float, beat: Callable[[], Beat]) -> list[Body]:
-        """Raises ClusterError if the coordinator has been silent for too long."""
+        """Raises ClusterError if the coordinator has been silent for too long, not counting while this process was stopped."""
+        if (stopped_s := now - self._ticked_at) > STOPPED_S:
+            self._heard_at += stopped_s
+        self._ticked_at = now
         if now - self._heard_at > self._silence_s:
             raise ClusterError(f"the coordinator at {self._address} has not answered for {self._silence_s:.0f} s.")
         every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else BEAT_S

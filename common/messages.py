@@ -116,9 +116,17 @@ class Lease(Body, frozen=True):
     owner: Name
 
 
+class Lost(Body, frozen=True):
+    """To servers: as of membership epoch `epoch` these workers are lost, or have left early. Refuse what they send, and keep
+    nothing for them. Who knows it has that epoch in its headers."""
+
+    epoch: Count
+    workers: list[Name]
+
+
 class Stop(Body, frozen=True):
-    """The run is over. `ok`: finished and saved. Else `reason` is a sentence; `again`: it goes on from its newest snapshot, so
-    begin anew."""
+    """The run is over. `ok`: finished and saved. Else `reason` is a sentence; `again`: it goes on, from its newest snapshot or
+    just without you, so begin anew."""
 
     ok: bool
     reason: str = ""
@@ -156,10 +164,12 @@ class Plan(Body, frozen=True):
 
 
 class Ready(Body, frozen=True):
-    """Setup, Plan or Init number `id` is known here."""
+    """Setup, Plan or Init number `id` is known here. In answer to Setup, `lacks` says that this server has no first weights yet,
+    or, of the coordinator, that whoever asks is the one to send them."""
 
     about: str
     id: Count = 0
+    lacks: bool = False
 
 
 class Init(Body, frozen=True):
@@ -520,9 +530,11 @@ class Metrics(Body, frozen=True):
 
 
 class Goodbye(Body, frozen=True):
-    """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload."""
+    """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload. `early`: I leave while the run
+    goes on; answered by Stop, and others do what I have not done."""
 
     reason: str = ""
+    early: bool = False
 
 
 class Upload(Body, frozen=True):
@@ -570,7 +582,7 @@ class KvReply(Body, frozen=True):
 
 
 Message = (
-    Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Stop
+    Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Lost | Stop
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
@@ -579,7 +591,8 @@ Message = (
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """What every header carries. `run` is empty and `epoch` 0 until the coordinator's Welcome has told them."""
+    """What every header carries. `run` is empty until the coordinator's Welcome has told it; `epoch` is the newest
+    membership epoch of which the sender has been told: a worker its shares, a server its losses; 0 elsewhere."""
 
     protocol: int
     run: Name

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+#: Tells a worker to leave the run after the micro-batch it is at; others do the rest.
+LEAVE_SIGNAL = signal.SIGUSR1
+
 
 def restart(extra: Sequence[str] = (), without: str = "") -> NoReturn:
     """Replace this process by a new one of the same command line, with the arguments `extra` that it has not yet, less one.

@@ -129,6 +129,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(ge=0),
         _help("Seconds without progress after which a process writes its threads' stacks to its log, once; 0 is never."),
     ] = 60.0
+    silence: Annotated[
+        PositiveFloat | None,
+        _help(
+            "Seconds of silence after which a process counts as lost; by default 3 for a worker on the coordinator's host, if "
+            "others can do what it had, and 15 for all else."
+        ),
+    ] = None
     timeout: Annotated[
         float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
     ] = 300.0

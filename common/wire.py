@@ -36,9 +36,11 @@ _OTHER_FILES = 500
 _BACKLOG = 1024
 #: A connection whose other end is gone without a word is closed after some 60 seconds.
 _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
-#: Seconds between two signs of life, and of silence after which a process counts as gone.
+#: Seconds between two signs of life; of silence after which the coordinator counts as gone; and between two looks at the clock
+#: that can only mean that this process was stopped meanwhile, and has not listened.
 BEAT_S = 0.5
 GONE_S = 20.0
+STOPPED_S = 1.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0
 SEND_AGAIN_S = 5.0

@@ -54,6 +54,7 @@ class KeptMember(msgspec.Struct, frozen=True):
     incarnation: int
     left: bool
     lost: bool
+    early: bool = False
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Keeper:
 def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
     yield "run", "", head
     for name, member in membership.members.items():
-        yield "member", name, KeptMember(member.hello, member.incarnation, member.left, member.lost)
+        yield "member", name, KeptMember(member.hello, member.incarnation, member.left, member.lost, member.early)
     yield "tables", "", membership.tables
     if ledger.setup is not None:
         yield "setup", "", ledger.setup

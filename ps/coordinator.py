@@ -28,13 +28,13 @@ from common.messages import (
     Envelope,
     Goodbye,
     Hello,
+    Lost,
     Mean,
     Metrics,
     ModelPart,
     Norms,
     Plan,
     Ready,
-    Refused,
     Report,
     Saved,
     Setup,
@@ -97,12 +97,14 @@ _ALARM_S = 30.0
 _TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
 _FAREWELL_S = 1.0
+#: Seconds for all workers to join a run that goes on; it starts without those that do not.
+_FEWER_S = 15.0
 #: Seconds for the servers' last reports to come in after all workers have left.
 _LEFT_S = 3.0
 #: Seconds for the others to connect to a coordinator that was started again, and for its old address to become free.
 _REJOIN_S = 5.0
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
-_FIND_S = 2.0
+_FIND_S = 4.0
 
 #: What servers and workers may send once they have joined.
 _FROM: dict[str, tuple[type[Body], ...]] = {
@@ -216,7 +218,9 @@ class Coordinator:
         self._stamp = Stamp(sender="coordinator", run=run, incarnation=self._head.incarnation)
         policy = load(settings)
         self._policy = policy
-        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), self._head.resume)
+        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), self._head.resume, self._head.host)
+        if books is not None and not policy.is_local:
+            self._membership.fewer_after_s = _FEWER_S  # by now there may be fewer on purpose
         self._cuts = Cuts(settings.snapshot_every, now)
         self._ledger = Ledger(settings, policy)
         if books is not None:
@@ -266,7 +270,16 @@ class Coordinator:
         committed, later = books.ledger.committed, now + _FIND_S
         self._membership.restore(
             [
-                Member(name, kept.hello, kept.incarnation, later, Beat(round=committed), left=kept.left, lost=kept.lost)
+                Member(
+                    name,
+                    kept.hello,
+                    kept.incarnation,
+                    later,
+                    Beat(round=committed),
+                    left=kept.left,
+                    lost=kept.lost,
+                    early=kept.early,
+                )
                 for name, kept in books.members.items()
             ],
             books.tables,
@@ -355,14 +368,14 @@ class Coordinator:
             self._flush()
 
     def _tick(self, now: float) -> None:
-        for name, body in self._membership.tick(now):
-            self._send(name, body)
+        self._tell_members(self._membership.tick(now, self._is_dead))
         if self._membership.broken:
             self._end_silent_servers()
             raise BeginAnew(self._membership.broken)
-        for name in self._membership.newly_lost:
-            log.warning("%s has fallen silent; the others do what it has not done", name)
-            self._log.event(Event("lost", name, {}))
+        for name, why in self._membership.newly_lost:
+            log.warning("%s is lost: %s; others do what it has not done", name, why)
+            self._log.event(Event("lost", name, {"why": why}))
+            self._progressed_at = now
         self._membership.newly_lost.clear()
         self._write_rows(now)
         if now >= self._status_at + _FLUSH_S:
@@ -379,6 +392,10 @@ class Coordinator:
                 self._log.event(Event("refused", "coordinator", dict(refused)))
         self._take_snapshots(now)
         self._check_deadline(now)
+
+    def _is_dead(self, hello: Hello) -> bool:
+        """Whether a process of this host has ended."""
+        return hello.host == self._head.host and not Path(f"/proc/{hello.pid}").exists()
 
     def _end_silent_servers(self) -> None:
         """Kill servers of this host that hang, so that whoever watches them starts them again."""
@@ -495,7 +512,8 @@ class Coordinator:
         idle_s, rounds = now - self._progressed_at, self._ledger
         if not self._membership.started:
             return
-        if idle_s > _LEFT_S and not self._membership.names("worker") and not self._all_applied():
+        nobody = not self._membership.names("worker") and not self._membership.awaits_workers
+        if idle_s > _LEFT_S and nobody and not self._all_applied():
             raise ClusterError(
                 f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
                 "a script must go on until run.batches() ends; --rounds sets where that is."
@@ -503,6 +521,8 @@ class Coordinator:
         if idle_s <= self._settings.timeout:
             return
         waiting = self._whom_all_wait_for() or "every process"
+        if self._membership.awaits_workers:
+            waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
         raise ClusterError(
             f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}."
         )
@@ -518,7 +538,9 @@ class Coordinator:
             return
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:
-            self._reply(route, Refused(type(body).__name__, f"{envelope.sender} is not a member of run {self._run}."))
+            self._reply(
+                route, Stop(False, f"{envelope.sender} is not a member of the run; it joins again as another.", again=True)
+            )
             raise WireError(f"{envelope.sender} is not a member of this run, or another process than the one that is", "sender")
         if not isinstance(body, _FROM[member.hello.role]):
             raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
@@ -526,10 +548,15 @@ class Coordinator:
             self._routes[member.name] = route
             self._reply(route, self._stop)
             return
+        if member.lost:
+            self._reply(route, self._membership.fence(member))
+            return
         if member.name not in self._routes:
             self._know_again(route, member, now)
         member.heard_at = now
         self._routes[member.name] = route
+        if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch)) is not None:
+            self._promise(route, news)
         match body:
             case Beat():
                 self._beat(member, body, now)
@@ -540,7 +567,10 @@ class Coordinator:
             case Close() | AllNorms() if member.hello.role == "server":
                 self._to_servers(self._ledger.decided(body))
             case Setup():
-                self._promise(route, self._ledger.set_up(body), urgent=True)
+                answer = self._ledger.set_up(body)
+                if isinstance(answer, Ready):
+                    answer = Ready("Setup", lacks=member.name in self._membership.names("worker")[:1])
+                self._promise(route, answer, urgent=True)
             case Plan():
                 self._plan(route, body, now)
             case Waiting():
@@ -566,23 +596,27 @@ class Coordinator:
     def _hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
         if hello.role == "server" and not is_address(hello.address):
             raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
-        known = set(self._membership.members)
+        known = dict(self._membership.members)
         started = self._membership.started
         member, answers = self._membership.hello(hello, incarnation, now)
         if member is not None:
             self._routes[member.name] = route
-            if member.name not in known:
+            if known.get(member.name) is not member:
                 data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
                 self._log.event(Event("joined", member.name, data))
                 self._progressed_at = now
-        for name, body in answers:
-            to = self._routes.get(name) if name else route
-            if to is not None and isinstance(body, Welcome):
-                self._promise(to, body, urgent=True)
-            elif to is not None:
-                self._reply(to, body)
+        self._tell_members(answers, route)
         if self._membership.started and not started:
             self._warn_of_unequal_arithmetic()
+
+    def _tell_members(self, news: Sequence[tuple[str, Body]], asker: bytes | None = None) -> None:
+        """Send what the membership says, to members by name and '' to `asker`, once it is in the books."""
+        for name, body in news:
+            to = self._routes.get(name) if name else asker
+            if to is not None and isinstance(body, Welcome | Tables | Lost):
+                self._promise(to, body, urgent=isinstance(body, Welcome))
+            elif to is not None:
+                self._reply(to, body)
 
     def _know_again(self, route: bytes, member: Member, now: float) -> None:
         """A member of old is here, having found this coordinator in place of the one before."""
@@ -653,7 +687,8 @@ class Coordinator:
         """Whether this one has taken over just now and does not know yet what everybody does."""
         if self._recovered_at is None or now > self._recovered_at + _REJOIN_S:
             return False
-        return any(not member.lost and name not in self._routes for name, member in self._membership.members.items())
+        members = self._membership.members.items()
+        return any(not member.lost and not member.early and name not in self._routes for name, member in members)
 
     def _all_applied(self) -> bool:
         """Whether every planned round is applied, be it only by what servers say of themselves."""
@@ -680,10 +715,14 @@ class Coordinator:
         if goodbye.reason:
             raise ClusterError(f"{member.name} failed: {goodbye.reason}")
         if not member.left:
-            self._log.event(Event("left", member.name, {}))
+            self._log.event(Event("left", member.name, {"early": True} if goodbye.early else {}))
             self._progressed_at = now
-        member.left = True
-        if self._uploader is None or not self._membership.members[self._uploader].left:
+        self._tell_members(self._membership.leave(member.name, goodbye.early))
+        if member.early:
+            self._reply(route, Stop(True))
+            return
+        uploader = self._membership.members.get(self._uploader or "")
+        if uploader is None or uploader.lost or not uploader.left:
             self._uploader = member.name
         if self._ledger.layout is not None and not self._model.complete and member.name == self._uploader:
             self._reply(route, Upload())

@@ -74,6 +74,10 @@ class KvStore:
                 del client.applied[client.order.popleft()]
         return KvReply(body.id, client.applied[body.id]), []
 
+    def forget(self, worker: str) -> None:
+        """It sends nothing any more."""
+        self._clients = {key: client for key, client in self._clients.items() if key[0] != worker}
+
     def _apply(self, sender: str, push: KvPush, frames: Frames) -> int:
         if len(frames) != 1:
             raise WireError(f"a push of {sender} to '{push.key}' has {len(frames)} frames instead of one")

@@ -2,40 +2,50 @@
 
 A state machine without a socket or a clock. Invariants:
 
-- a name belongs to one incarnation at a time;
+- once the run has started, a name belongs to one incarnation and is never used again;
+- who has been counted as lost takes part no more, whatever it sends;
 - nobody is welcomed before every expected process is there;
 - tables have growing epochs, and a new one holds only from a round on that nobody has begun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from common.errors import ClusterError
 from common.leases import Table, shares
-from common.messages import Beat, Body, Hello, Refused, Tables, Welcome
+from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
 from common.policies import Policy
 from common.settings import Settings
-from common.wire import GONE_S
+from common.wire import STOPPED_S
 
 #: Seconds that processes have to join before the run is given up.
 JOIN_S = 120.0
+#: Seconds of silence after which a process counts as lost, unless the settings say otherwise: a worker on the coordinator's own
+#: host whose work others can do, and all else, where a false alarm costs more.
+NEAR_S = 3.0
+FAR_S = 15.0
+_LONGEST_S = 60.0
 #: Seconds between two looks at whether shares should follow the measured speeds.
 RESHARE_S = 2.0
-#: A server that has been silent for so long has died, if one is there to take its place; else the newcomer is refused after
-#: so many seconds.
+#: One that has been silent for so long has died, if another is there to take its place; else the newcomer is refused after so
+#: many seconds.
 _DEAD_S = 1.5
 _TAKEN_S = 6.0
 #: A new table holds from so many rounds after the newest one known, and so many seconds at the speed of the last ones, for
 #: the news to get everywhere first. Where it does not, micro-batches are missing or done twice, and are leased again.
 _LEAD_ROUNDS = 2
 _LEAD_S = 1.5
+#: So many where somebody is gone: until then others do its share micro-batch by micro-batch, which takes longer.
+_LEAD_WITHOUT_S = 0.3
 
 
 @dataclass
 class Member:
-    """A process that has joined. `left` is set when it said goodbye, `lost` when it fell silent."""
+    """A process that has joined. `left` is set when it said goodbye, `early` if it did so while the run goes on, `lost` when it
+    fell silent."""
 
     name: str
     hello: Hello
@@ -46,6 +56,7 @@ class Member:
     since: float = 0.0
     left: bool = False
     lost: bool = False
+    early: bool = False
 
     @property
     def active(self) -> bool:
@@ -55,14 +66,18 @@ class Member:
 class Membership:
     """All members of a run, by name."""
 
-    def __init__(self, settings: Settings, policy: Policy, run: str, now: float, run_dir: str = "", resume: int = -1) -> None:
-        """The run directory is `run_dir`, and the run goes on from the snapshot of round `resume` in it, if that is not -1."""
+    def __init__(
+        self, settings: Settings, policy: Policy, run: str, now: float, run_dir: str = "", resume: int = -1, host: str = ""
+    ) -> None:
+        """The run directory is `run_dir` on the host `host`, and the run goes on from the snapshot of round `resume` in it, if
+        that is not -1."""
         self.settings = settings
         self.run = run
         #: The same, as people know it: without what tells it from itself before all began anew.
         self._name = run.partition(".")[0]
         self._run_dir = run_dir
         self._resume = resume
+        self._host = host
         #: Why the run must go on from its newest snapshot, once it must.
         self.broken = ""
         #: Since when new processes have been waiting for a place that seems to be taken.
@@ -74,11 +89,18 @@ class Membership:
         self._incarnations: dict[int, Member] = {}
         self.started = False
         self.tables: list[Table] = []
-        #: Workers that fell silent, until whoever tells of it has taken note.
-        self.newly_lost: list[str] = []
+        #: Grows whenever the workers or their shares change.
+        self.epoch = 0
+        #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
+        self.newly_lost: list[tuple[str, str]] = []
+        self.losses = Lost(0, [])
+        #: How often a process, by host and id, was counted as lost.
+        self._alarms: Counter[tuple[str, int]] = Counter()
+        #: Seconds after which the run starts with fewer workers than it should have, if there are any.
+        self.fewer_after_s = float("inf")
         self._policy = policy
         self._began_at = now
-        self._reshared_at = now
+        self._reshared_at = self._ticked_at = now
         #: The newest round that a worker was in at the last look, and rounds per second since the one before.
         self._newest = 0
         self._pace = 0.0
@@ -89,6 +111,9 @@ class Membership:
             self.members[member.name] = self._of(member.hello.role)[member.name] = self._incarnations[member.incarnation] = member
         self.tables, self.started = tables, bool(tables)
         self._newest = self._newest_round()
+        gone = sum(member.lost or member.early for member in self.workers.values())
+        self.epoch = tables[-1].epoch + gone if tables else 0  # some epochs had no shares, for nobody was left
+        self._note_losses()
 
     def names(self, role: str) -> list[str]:
         """Members of `role` that are still part of the run, by number."""
@@ -100,26 +125,25 @@ class Membership:
     def hello(self, hello: Hello, incarnation: int, now: float) -> tuple[Member | None, list[tuple[str, Body]]]:
         """A process asks to join: the member it is (None if refused), and what to answer to whom ('' is the asker)."""
         member = self._incarnations.get(incarnation)
+        if member is not None and member.lost:
+            return None, [("", self.fence(member))]
         if member is not None:
             member.heard_at = now
             return member, [("", self._answer(member))]
+        if (taken := self._place_of(hello)) is not None:
+            if now - taken.heard_at > _DEAD_S:
+                self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died and begins anew")
+            elif now - self._newcomers.setdefault(incarnation, now) >= _TAKEN_S:
+                return None, [("", Refused("Hello", self._why_taken(hello)))]
+            if self.broken or not taken.lost:
+                return None, [("", Beat())]
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
-        if hello.role == "server" and self.started and (old := self._place_of(hello)) is not None:
-            if now - old.heard_at > _DEAD_S:
-                self.broken = f"{old.name} (process {old.hello.pid} on {old.hello.host}) has died and begins anew."
-            if self.broken or now - self._newcomers.setdefault(incarnation, now) < _TAKEN_S:
-                return None, [("", Beat())]
-        if f"{hello.role}-{hello.index}" in there:
-            return None, [("", Refused("Hello", f"there is a {hello.role}-{hello.index} in run {self._name} already."))]
-        if hello.role == "server" and len(there) >= expected:
-            reason = f"run {self._name} has all of its {expected} servers already; the coordinator's --servers says how many."
-            return None, [("", Refused("Hello", reason))]
-        if hello.role == "worker" and len(there) >= expected and self._policy.is_local:
+        if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
             reason = f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
             return None, [("", Refused("Hello", reason))]
         number = hello.index
-        if number is None:
+        if number is None or f"{hello.role}-{number}" in there:
             number = next(n for n in range(len(there) + 1) if f"{hello.role}-{n}" not in there)
         if hello.role == "server" and number >= expected:
             return None, [
@@ -128,20 +152,43 @@ class Membership:
         member = Member(f"{hello.role}-{number}", hello, incarnation, now)
         self.members[member.name] = there[member.name] = self._incarnations[incarnation] = member
         if self.started:
-            self._new_table()
-            return member, [("", self._answer(member)), *self._to_workers(Tables(self.tables))]
-        if len(self.members) < self.settings.servers + self.settings.workers or self._missing():
+            told = self._change()
+            return member, [("", self._answer(member)), *told]
+        if self._missing():
             return member, [("", Beat())]
+        return member, self._start()
+
+    def _start(self) -> list[tuple[str, Body]]:
         self.started = True
         workers = self.names("worker")
-        self.tables = [Table(1, 0, workers, [1] * len(workers))]
-        return member, [(m.name, self._answer(m)) for m in self.members.values()]
+        self.epoch = 1
+        self.tables = [Table(self.epoch, 0, workers, [1] * len(workers))]
+        return [(m.name, self._answer(m)) for m in self.members.values()]
 
     def _place_of(self, hello: Hello) -> Member | None:
-        """Whose place a new server would take: that of its number, else of the one that has been silent for longest."""
+        """Whose place a new process would take, if one's that is still part of the run: a server that of its number, a worker
+        that of who asked for the same; or where there can be no more, that of the one that has been silent for longest."""
+        there = self._of(hello.role)
         if hello.index is not None:
-            return self.servers.get(f"server-{hello.index}")
-        return min(self.servers.values(), key=lambda member: member.heard_at)
+            asked = (m for m in there.values() if m.hello.index == hello.index or m.name == f"server-{hello.index}")
+            return next((member for member in asked if member.active), None)
+        full = len(there) >= (self.settings.servers if hello.role == "server" else self.settings.workers)
+        if full and (hello.role == "server" or self._policy.is_local):
+            return min((m for m in there.values() if m.active), key=lambda member: member.heard_at, default=None)
+        return None
+
+    def _why_taken(self, hello: Hello) -> str:
+        if hello.index is not None:
+            return f"there is a {hello.role}-{hello.index} in run {self._name} already."
+        if hello.role == "server":
+            expected = self.settings.servers
+            return f"run {self._name} has all of its {expected} servers already; the coordinator's --servers says how many."
+        expected = self.settings.workers
+        return f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
+
+    def fence(self, member: Member) -> Stop:
+        """What one that was counted as lost is told, whatever it sends: to begin anew, for others do what it had."""
+        return Stop(False, f"{member.name} was silent for too long and counts as lost; it joins again as another.", again=True)
 
     def _answer(self, member: Member) -> Body:
         if not self.started:
@@ -156,36 +203,80 @@ class Membership:
             member.since = now
         member.beat = beat
 
-    def tick(self, now: float) -> list[tuple[str, Body]]:
-        """Messages that are due: new tables. Marks silent members as lost, and notes them in `newly_lost`.
+    def tick(self, now: float, is_dead: Callable[[Hello], bool] = lambda hello: False) -> list[tuple[str, Body]]:
+        """Messages that are due: new tables. Marks silent members as lost, and notes them in `newly_lost`. `is_dead` says of one
+        that has been silent for a while whether it is certain that its process is gone.
 
         Raises ClusterError where the run cannot start or go on.
         """
+        if (stopped_s := now - self._ticked_at) > STOPPED_S:
+            for member in self.members.values():
+                member.heard_at += stopped_s  # nobody was listening
+        self._ticked_at = now
+        watched = [member for member in self.members.values() if not member.lost and not member.early]
+        lost = [(member, why) for member in watched if (why := self._why_lost(member, now, is_dead))]
+        for member, why in lost:
+            self._lose(member, why)
         if not self.started:
+            fewer = len(self.names("server")) == self.settings.servers and self.names("worker")
+            if fewer and now - self._began_at > self.fewer_after_s:
+                return self._start()
             if now - self._began_at > JOIN_S:
                 raise ClusterError(f"{self._missing()} did not join within {JOIN_S:.0f} s.")
             return []
-        lost = [m for m in self.members.values() if m.active and now - m.heard_at > GONE_S]
-        for member in lost:
-            if member.hello.role == "server" or self._policy.is_local:
-                self.broken = (
-                    f"{member.name} (process {member.hello.pid} on {member.hello.host}) has been silent for {GONE_S:.0f} s."
-                )
-            member.lost = True
-            self.newly_lost.append(member.name)
-        if lost and not self.names("worker") and not any(m.left for m in self.members.values()):
-            raise ClusterError(f"no worker is left: {', '.join(m.name for m in lost)} fell silent for {GONE_S:.0f} s.")
-        if lost and self.names("worker"):
-            self._new_table()
-            return self._to_workers(Tables(self.tables))
+        if lost:
+            return self._change()
         if now - self._reshared_at > RESHARE_S and not self._policy.is_local:
             newest = self._newest_round()
             self._pace = (newest - self._newest) / (now - self._reshared_at)
             self._newest, self._reshared_at = newest, now
             if self._speeds_changed():
-                self._new_table()
-                return self._to_workers(Tables(self.tables))
+                return self._change()
         return []
+
+    def leave(self, name: str, early: bool) -> list[tuple[str, Body]]:
+        """A member says goodbye."""
+        member = self.members[name]
+        was_active, member.left, member.early = member.active, True, member.early or early
+        return self._change() if early and was_active else []
+
+    def news(self, member: Member, epoch: int) -> Body | None:
+        """What a member has not heard of that knows membership epoch `epoch`."""
+        if member.hello.role == "server":
+            return self.losses if epoch < self.losses.epoch else None
+        return Tables(self.tables) if self.tables and 0 < epoch < self.tables[-1].epoch else None
+
+    @property
+    def awaits_workers(self) -> bool:
+        """Whether those who were to do the rest are gone without having ended, so that others are waited for."""
+        return self.started and all(m.lost or m.early for m in self.workers.values())
+
+    def silence_s(self, member: Member) -> float:
+        """Seconds of silence after which `member` counts as lost. By default twice as long each time that the same process, which
+        was counted as lost, turned out to be alive: it may be one that cannot help being silent."""
+        if self.settings.silence is not None:
+            return self.settings.silence
+        replaceable = member.hello.role == "worker" and not self._policy.is_local
+        bound = NEAR_S if replaceable and member.hello.host == self._host else FAR_S
+        return min(bound * 2.0 ** self._alarms[member.hello.host, member.hello.pid], _LONGEST_S)
+
+    def _why_lost(self, member: Member, now: float, is_dead: Callable[[Hello], bool]) -> str:
+        """Why `member` counts as lost; empty if it does not."""
+        silent_s, who = now - member.heard_at, f"process {member.hello.pid} on {member.hello.host}"
+        if silent_s > self.silence_s(member):
+            return f"{who} was silent for {self.silence_s(member):g} s"
+        return f"{who} is dead" if silent_s > NEAR_S and is_dead(member.hello) else ""
+
+    def _lose(self, member: Member, why: str) -> None:
+        """Count a member as lost. One that has ended its script is watched too, for it may yet have to hand in the model. Before
+        the start nothing was promised to anybody, so it is just forgotten."""
+        member.lost = True
+        self._alarms[member.hello.host, member.hello.pid] += 1
+        self.newly_lost.append((member.name, why))
+        if not self.started:
+            del self.members[member.name], self._of(member.hello.role)[member.name], self._incarnations[member.incarnation]
+        elif member.hello.role == "server" or (self._policy.is_local and not member.left):
+            self.broken = f"{member.name}: {why}."
 
     def _to_workers(self, body: Body) -> list[tuple[str, Body]]:
         return [(name, body) for name in self.names("worker")]
@@ -218,11 +309,33 @@ class Membership:
     def _newest_round(self) -> int:
         return max([member.beat.round for member in self.workers.values()], default=0)
 
-    def _new_table(self) -> None:
-        workers = self.names("worker")
-        lead = _LEAD_ROUNDS + round(self._pace * _LEAD_S)
+    def _change(self) -> list[tuple[str, Body]]:
+        """Open a membership epoch; what to tell workers and servers."""
+        self.epoch += 1
+        workers, told = self.names("worker"), []
+        if workers and not self._policy.is_local:
+            self._new_table(workers)
+            told = self._to_workers(Tables(self.tables))
+        if self._note_losses():
+            told += [(name, self.losses) for name in self.names("server")]
+        return told
+
+    def _note_losses(self) -> bool:
+        """Put down who is no part of the run any more; whether that is news."""
+        gone = [name for name, member in self.workers.items() if member.lost or member.early]
+        if gone == self.losses.workers:
+            return False
+        self.losses = Lost(self.epoch, gone)
+        return True
+
+    def _new_table(self, workers: list[str]) -> None:
+        gone = [not self.members[name].active for name in self.tables[-1].workers]
+        if all(gone):  # nobody has begun anything
+            self.tables = [Table(self.epoch, 0, workers, self._weights(workers))]
+            return
+        lead = _LEAD_ROUNDS + round(self._pace * (_LEAD_WITHOUT_S if any(gone) else _LEAD_S))
         first = max(self._newest_round() + lead, self.tables[-1].from_round + 1)
-        self.tables = [*self.tables[-7:], Table(self.tables[-1].epoch + 1, first, workers, self._weights(workers))]
+        self.tables = [*self.tables[-7:], Table(self.epoch, first, workers, self._weights(workers))]
 
 
 def number_of(name: str) -> int:

@@ -72,6 +72,10 @@ class Readers:
         """It has shown that it is at `plane` and nothing else."""
         self._read[worker] = {plane}
 
+    def forget(self, worker: str) -> None:
+        """It reads no more, or nothing that matters."""
+        self._read.pop(worker, None)
+
     @property
     def planes(self) -> set[int]:
         return {plane for planes in self._read.values() for plane in planes}

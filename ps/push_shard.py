@@ -30,8 +30,6 @@ class PushShard(Shard):
     def __init__(self, index: int, settings: Settings, policy: Policy, source: Source | None = None) -> None:
         super().__init__(index, settings, policy, source)
         self._slowest = 0
-        #: The round that this process began at.
-        self._first = 0
         #: For rounds not complete: (chunk, micro-batch) pairs that were applied. METRICS counts as a chunk on server 0.
         self._applied: dict[int, set[tuple[int, int]]] = {}
         self._metrics: dict[int, dict[int, Metrics]] = {}
@@ -73,7 +71,7 @@ class PushShard(Shard):
 
     def _resume(self, source: Source) -> None:
         """What was applied of later rounds, by whichever server, is not to be applied again."""
-        self._slowest = self._first = source.round
+        self._slowest = source.round
         self._seen_count = max(int(extra["seen"]) for extra in source.extra)
         own = set(self._ids)
         for number, extra in enumerate(source.extra):
@@ -91,6 +89,11 @@ class PushShard(Shard):
             for row in msgspec.convert(source.extra[0]["counted"], list[Contribution]):
                 self._ahead[row.round, row.lo] = row
                 self._news.append(row)
+
+    def _forget(self, worker: str) -> None:
+        super()._forget(worker)
+        self._sent.pop(worker, None)
+        self._pairs.pop(worker, None)
 
     @property
     def _plane_count(self) -> int:
@@ -188,9 +191,10 @@ class PushShard(Shard):
     def _serve(self, worker: str) -> list[Send]:
         waiter = self.waiters[worker]
         pull = waiter.pull
-        if pull.clock < self._first and self._open:
+        # who joins late begins in the last round that is over, which is as far as every other server lets it go on
+        if pull.number == 1 and pull.clock < self._slowest - 1 and self._open:
             del self.waiters[worker]
-            return [Send(worker, Gone(pull.clock, self._first))]
+            return [Send(worker, Gone(pull.clock, self._slowest - 1))]
         if waiter.weights is None:
             may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
             if not self._open or not may:
@@ -203,7 +207,9 @@ class PushShard(Shard):
 
     def _plane(self, worker: str, pull: Pull) -> int:
         """The plane to write a worker's weights to: of its two the one that it does not read. -1: it has none."""
-        pair = self._pairs.setdefault(worker, len(self._pairs)) if pull.shared else _PAIRS
+        if pull.shared and worker not in self._pairs:
+            self._pairs[worker] = next(n for n in range(len(self._pairs) + 1) if n not in self._pairs.values())
+        pair = self._pairs[worker] if pull.shared else _PAIRS
         return 2 * pair + (pull.plane + 1) % 2 if pair < _PAIRS else -1
 
     def _as_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:

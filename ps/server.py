@@ -27,6 +27,7 @@ from common.messages import (
     Hello,
     KvPull,
     KvPush,
+    Lost,
     Norms,
     Pull,
     Refused,
@@ -206,6 +207,8 @@ class _Server:
             raise WireError(f"'{name}' is one worker too many", "sender")
         if self._incarnations.setdefault(name, envelope.incarnation) != envelope.incarnation:
             raise WireError(f"a process calls itself {name} and is another than the one known by that name", "sender")
+        if self._shard is not None and name in self._shard.lost:
+            raise WireError(f"{name} is lost and is no part of the run any more", "sender")
 
     def _from_coordinator(self, body: Body, frames: Frames) -> None:
         now = time.monotonic()
@@ -213,7 +216,9 @@ class _Server:
         welcome = self._attendance.welcome
         if self._shard is not None:
             self._shard.coordinator = self._attendance.coordinator
-            if isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
+            if isinstance(body, Lost):
+                self._lose(body, now)
+            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
@@ -230,6 +235,14 @@ class _Server:
             self._writer = Writer(index, run_dir)
             self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
+
+    def _lose(self, body: Lost, now: float) -> None:
+        assert self._shard is not None
+        self._stamp.epoch = max(self._stamp.epoch, body.epoch)
+        self._do(self._shard.handle(COORDINATOR, body, (), now))
+        self._routes = {key: route for key, route in self._routes.items() if key[0] not in self._shard.lost}
+        for worker in body.workers:
+            self._kv.forget(worker)
 
     def _from_worker(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
         assert self._shard is not None

@@ -33,6 +33,7 @@ from common.messages import (
     Cut,
     Got,
     Init,
+    Lost,
     Plan,
     Pull,
     Push,
@@ -166,6 +167,8 @@ class Shard(ABC):
         self.waiters: dict[str, Waiter] = {}
         #: The number of each worker's newest pull.
         self._asked_for: dict[str, int] = {}
+        #: Workers that are lost: nothing of theirs counts any more.
+        self.lost: set[str] = set()
         self._news: list[Contribution] = []
         self._rounds: list[Committed] = []
         self._report: Report | None = None
@@ -274,10 +277,28 @@ class Shard(ABC):
             case ReportAck():
                 self._acknowledged(body.seq)
                 return []
+            case Lost() if sender == COORDINATOR:
+                for worker in set(body.workers) - self.lost:
+                    self.lost.add(worker)
+                    self._forget(worker)
+                return []
             case _:
                 if sender != COORDINATOR:
                     raise WireError(f"a server has no use for {type(body).__name__}")
                 return self._from_coordinator(body, now)
+
+    def _forget(self, worker: str) -> None:
+        """Let go of what is kept for a worker that is lost. What it has handed in counts, wherever it lies."""
+        self._early.pop(worker, None)
+        self.waiters.pop(worker, None)
+        self._asked_for.pop(worker, None)
+        self.readers.forget(worker)
+        self._drop_region(worker)
+
+    def _drop_region(self, worker: str) -> None:
+        self._slots = {key: views for key, views in self._slots.items() if key[0] != worker}
+        if worker in self._regions:
+            self._regions.pop(worker).close()
 
     def tick(self, now: float) -> list[Send]:
         """What is due: the report, and questions that were not answered."""
@@ -441,7 +462,7 @@ class Shard(ABC):
                 self._opened()
         elif setup != self._setup[0]:
             return [Send(sender, Refused("Setup", _difference(*self._setup, setup, sender)))]
-        return [Send(sender, Ready("Setup"))]
+        return [Send(sender, Ready("Setup", lacks=bool(self._uninitialised)))]
 
     def _made(self, setup: Setup) -> tuple[Layout, Store, RowTables, Classifiers]:
         """What holds the numbers of a model. Raises WireError where there can be no such model here."""
@@ -516,9 +537,7 @@ class Shard(ABC):
         """See whether there is memory that this worker and this server both reach."""
         if self.planes is None:
             raise WireError(f"{sender} offers memory before the model is agreed on")
-        self._slots = {key: views for key, views in self._slots.items() if key[0] != sender}
-        if sender in self._regions:
-            self._regions.pop(sender).close()
+        self._drop_region(sender)
         if share.gradients is not None and self.settings.lane == "auto":
             try:
                 self._regions[sender] = attach(share.gradients)

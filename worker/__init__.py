@@ -6,7 +6,9 @@ import atexit
 import importlib
 import os
 import platform
+import signal
 import sys
+import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,7 @@ def join() -> Run:
     import torch
 
     from common.messages import Hello
+    from common.restart import LEAVE_SIGNAL
     from worker.link import Link
     from worker.run import Run, describe_failure
 
@@ -54,6 +57,8 @@ def join() -> Run:
     index = os.environ.get(INDEX_VARIABLE)
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic)
     run = Run(Link(address, hello), _START_S)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
     before = sys.excepthook
 
     def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -204,6 +204,11 @@ class Exchange:
         """Whether a push of what is in `slot` is not acknowledged yet."""
         return any(outstanding.slot is slot for outstanding in self._outstanding)
 
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+        return not self._outstanding
+
     def unacknowledged(self, round_: int) -> list[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
         pushes = (outstanding.push for outstanding in self._outstanding if not outstanding.early)

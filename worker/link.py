@@ -161,6 +161,15 @@ class Link:
         return welcome
 
     @property
+    def epoch(self) -> int:
+        """The membership epoch that the coordinator is told to be known here; while it is not the newest, it sends that."""
+        return self._stamp.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._stamp.epoch = epoch
+
+    @property
     def stopped(self) -> bool:
         """Whether the coordinator has said that the run is over and saved."""
         return self._attendance.stop is not None

@@ -315,6 +315,7 @@ class GradientWork:
     def _next_task(self) -> Task | None:
         """The next micro-batch, with the weights to compute it from in the model; None at the segment's end."""
         while True:
+            self._leave_if_asked()
             self._advance()
             if self._segment is None or self.round >= self._segment.end:
                 return None
@@ -342,6 +343,13 @@ class GradientWork:
             reached = self._fetch(target, settled, unless_leased=not self._spoilt, lazy=target < end)
             if reached is not None:
                 self._go_to(reached)
+
+    def _leave_if_asked(self) -> None:
+        """End the script here, between two micro-batches, where this worker is to leave."""
+        if self._run.leaves:
+            self._push_sums()
+            self._run.left_early = True
+            raise SystemExit(0)
 
     def _has_task(self) -> bool:
         """Whether there is a micro-batch to compute. Where nothing is left of the own run, what was computed of it is pushed:
@@ -394,6 +402,7 @@ class GradientWork:
             if state is not None:
                 break
             if unless_leased:
+                self._leave_if_asked()
                 self._link.send(Send(COORDINATOR, Waiting(self.round)))
                 self._link.beat_soon()
             if time.monotonic() - began > self._run.settings.timeout + 20.0:
@@ -401,7 +410,7 @@ class GradientWork:
         if state == "leased":
             return None
         if state == "gone":
-            return self._fetch(self._exchange.gone or 0, settled, unless_leased, lazy)
+            return self._fetch(self._exchange.gone or 0, settled, unless_leased)  # not lazily, for that may be the end
         came = self._load()
         self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)

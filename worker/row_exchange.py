@@ -100,6 +100,11 @@ class RowExchange:
             effects.append(Send(sent.server, sent.body, sent.frames))
         return effects
 
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+        return not self._pushes
+
     def unacknowledged(self, round_: int) -> set[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
         bodies = [sent.body for sent in self._pushes]

@@ -77,6 +77,10 @@ from worker.tasks import Task, Tasks
 
 log = logging.getLogger("worker.run")
 
+#: Seconds between two questions whether servers have got the first weights, at first and at most.
+_FIRST_WEIGHTS_S = (0.1, 1.0)
+#: Seconds that one who leaves early waits for servers to have what it has sent.
+_HAND_OVER_S = 10.0
 #: Seconds after which the mean loss of an epoch is asked for again.
 _MEAN_AGAIN_S = 0.1
 
@@ -114,9 +118,12 @@ class Run:
         self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
         self._upload_wanted = False
         self._finished = False
+        #: Whether this worker is to leave after the micro-batch it is at, and whether it has stopped training for that.
+        self.leaves = self.left_early = False
         #: Why the script failed, if it did: told to the coordinator in `finish`.
         self.failure = ""
         with link.lock:
+            link.epoch = welcome.tables[-1].epoch
             link.on_message = self._on_message
             link.on_tick = self._on_tick
             link.beat = self._beat
@@ -211,11 +218,11 @@ class Run:
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
             check_training(tables, cls, update.groups, self._policy, clip_norm is not None)
-        self._set_up(replica, update)
+        sends_first = self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
-        self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=self.index == 0)
+        self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=sends_first)
         self._shards = Shards(
-            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), self.index == 0
+            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), sends_first
         )
         if self._policy.is_local:
             self._share(replica, None)
@@ -229,13 +236,11 @@ class Run:
             self._work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
         return Optimizer(self._work.step, dense, [self._rows.forget, self._shards.forget])
 
-    def _set_up(self, replica: Replica, update: Update) -> None:
-        """Agree on the model with everybody; the chief's weights are the first ones."""
+    def _set_up(self, replica: Replica, update: Update) -> bool:
+        """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
-        everyone = [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]
-        for name in everyone:
-            self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
-        if self.index == 0:
+        sends_first = self._sends_first(setup)
+        if sends_first:
             first = replica.first_weights()
             for server in range(self._servers):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
@@ -248,6 +253,25 @@ class Run:
                     )
         with self._link.lock:
             self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
+        return sends_first
+
+    def _sends_first(self, setup: Setup) -> bool:
+        """Tell everybody of the model. Whether first weights are to come from here; waits while another is to send them."""
+        deadline = time.monotonic() + self.settings.timeout + 20.0
+        lacking, pause_s = [f"server-{number}" for number in range(self._servers)], _FIRST_WEIGHTS_S[0]
+        while True:
+            is_first = self._lacks(COORDINATOR, setup)
+            lacking = [server for server in lacking if self._lacks(server, setup)]
+            if is_first or not lacking:
+                return bool(lacking)
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{' and '.join(lacking)} got no first weights from the first worker.")
+            self._wait(lambda: None, lambda: "", every=pause_s)
+            pause_s = min(2 * pause_s, _FIRST_WEIGHTS_S[1])
+
+    def _lacks(self, name: str, setup: Setup) -> bool:
+        answer = self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
+        return isinstance(answer, Ready) and answer.lacks
 
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
         """Find out with which servers this worker shares memory: only those that touch the same do."""
@@ -335,7 +359,7 @@ class Run:
             segment,
             settings.seed,
             shuffle=shuffle,
-            num_workers=num_workers,
+            num_workers=num_workers if self.round < segment.end else 0,  # it may have joined later
             collate_fn=collate_fn,
             forecast=lambda: self._forecast(segment),
         )
@@ -397,6 +421,11 @@ class Run:
 
     # ---- the end
 
+    def leave(self) -> None:
+        """Leave the run after the micro-batch that is being computed: the script ends there, and others do the rest. Has no
+        effect where replicas train apart (`local`, `average`). May be called by a signal's handler."""
+        self.leaves = not self._policy.is_local
+
     def finish(self) -> None:
         """Leave the run: report what is left, hand in the model if asked to, and wait until the results are saved.
 
@@ -411,8 +440,11 @@ class Run:
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
+            if self.left_early:
+                self._wait(self._handed_over, lambda: "", every=_HAND_OVER_S)
             while not self._link.stopped:
-                self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, Goodbye()))  # first, the last of what was sent
+                goodbye = Goodbye(early=self.left_early)
+                self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
                 self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: "", every=1.0)
                 if self._upload_wanted and self._model is not None and not self._link.stopped:
                     self._upload_wanted = False
@@ -436,6 +468,10 @@ class Run:
         found = self._rows.contents(tensor) if self._rows is not None else None
         return found or (self._shards.contents(tensor) if self._shards is not None else None)
 
+    def _handed_over(self) -> bool:
+        assert self._exchange is not None and self._rows is not None
+        return self._exchange.idle and self._rows.exchange.idle
+
     def _fetch_masters(self) -> None:
         """Have the servers' own weights in the model where a codec has rounded those that it was trained with."""
         if self.settings.weight_codec == "none" or self._exchange is None or self._work is None:
@@ -458,13 +494,14 @@ class Run:
     def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
         """Called by the link's thread, with the lock held."""
         match body:
-            case Tables():
+            case Tables() if body.tables[-1].epoch > self._link.epoch:
                 self._tasks.tables = body.tables
+                self._link.epoch = body.tables[-1].epoch
             case Lease():
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
-            case Ready() | Shared():
+            case Ready() | Shared() | Tables():
                 pass  # the second answer to something asked twice
             case Upload():
                 self._upload_wanted = True

@@ -3,7 +3,7 @@
 `stub_program.py local RUN_DIR` is a launcher whose children are stubs too. STUB_<NAME> says what the child NAME does once it
 runs: pause, as all do by default; finish; seed: finish if the run's seed is 0, else exit with it; exit N; fail TEXT; stubborn:
 ignore signals, having started two others that ignore them too, one of them in a session of its own. STUB_READY names a FIFO
-that each writes a line to by then.
+that each writes a line to by then; STUB_RESPAWN says how often one is started again.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def launcher(folder: Path) -> int:
     import click
     from rich.console import Console
 
+    from cluster.crew import Respawn
     from cluster.exits import run_command
     from cluster.local import Order, run_local
     from cluster.screen import Screen
@@ -41,14 +42,15 @@ def launcher(folder: Path) -> int:
 
     @click.command()
     def local() -> None:
-        order = Order(Settings(workers=2, servers=1), folder)
+        respawn = Respawn(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
+        order = Order(Settings(workers=2, servers=1), folder, respawn=respawn)
         run_local(order, [sys.executable, __file__], os.environ, Screen(Console(), folder / "events.sqlite"))
 
     return run_command(local, [], "stub")
 
 
 def child(role: str) -> int:
-    name = role if role == "coordinator" else f"{role}-{argument('--index')}"
+    name = role if role == "coordinator" else f"{role}-{argument('--index') if '--index' in sys.argv else 'any'}"
     action, _, rest = os.environ.get(f"STUB_{name.upper().replace('-', '_')}", "pause").partition(" ")
     if action == "stubborn":
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):

@@ -124,7 +124,7 @@ def test_every_setting_is_a_flag_of_the_same_name_with_a_description() -> None:
         assert options[name].help and options[name].opts[0] == "--" + name.replace("_", "-")
 
 
-@pytest.mark.parametrize("command", ["", "local", "coordinator", "server", "worker", "experiment", "inspect"])
+@pytest.mark.parametrize("command", ["", "local", "coordinator", "server", "worker", "experiment", "inspect", "scale"])
 def test_help_of_every_command_fits_a_terminal_and_says_what_it_is_for(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(launch.cli, [*command.split(), "--help"], "launch.py") == 0
     out = capsys.readouterr().out

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Launched, wait_for_ends
+
+from cluster.rundir import SETTINGS_FILE, write_settings
+from cluster.scale import scale
+from common.errors import UsageError
+from common.settings import Settings
 
 ALL = 4
 Stub = Callable[..., Launched]
@@ -37,16 +44,16 @@ def test_a_second_ctrl_c_does_not_disturb_the_stopping(stub: Stub) -> None:
 
 
 def test_a_server_that_is_killed_again_and_again_ends_the_run(stub: Stub) -> None:
-    run = stub()
+    run = stub(respawn="3")
     for count in range(4):
         os.kill(run.ready(ALL + count)["server-0"], signal.SIGKILL)
     code, lines = run.end()
-    assert (code, sum("it is started again" in line for line in lines)) == (1, 3)
+    assert (code, sum("it is started again in" in line for line in lines)) == (1, 3)
     assert lines[-1].startswith("error: server-0 was killed by signal 9 (SIGKILL); its log is ")
     run.leaves_nothing(set())
 
 
-@pytest.mark.parametrize("victim", ["worker-0", "worker-1"])
+@pytest.mark.parametrize("victim", ["server-0"])
 def test_a_child_killed_with_9_ends_the_run_and_is_named_last(stub: Stub, victim: str) -> None:
     run = stub()
     os.kill(run.ready(ALL)[victim], signal.SIGKILL)
@@ -71,6 +78,56 @@ def test_a_coordinator_killed_with_9_is_started_again_but_not_for_ever(stub: Stu
     run.leaves_nothing(set())
 
 
+def test_a_worker_killed_with_9_is_started_again_as_often_as_is_allowed_and_then_the_others_go_on(stub: Stub) -> None:
+    run = stub(respawn="1")
+    first = run.ready(ALL)
+    os.kill(first["worker-1"], signal.SIGKILL)
+    again = run.ready(ALL + 1)["worker-1"]
+    os.kill(again, signal.SIGKILL)
+    os.kill(first["worker-0"], signal.SIGKILL)
+    last = run.ready(ALL + 2)["worker-0"]
+    assert len({first["worker-1"], again, first["worker-0"], last}) == 4
+    os.kill(last, signal.SIGKILL)
+    code, lines = run.end()
+    told = [line for line in lines if "started again" in line]
+    assert told[0] == "worker-1 was killed by signal 9 (SIGKILL); it is started again in 0.05 s (1 of 1 times)."
+    assert "worker-1 was killed by signal 9 (SIGKILL); it is not started again, as --respawn says." in told
+    assert code == 1
+    assert lines[-1].startswith("error: no worker is left, and none is started again: worker-0 was killed by signal 9 (SIGKILL)")
+    run.leaves_nothing(set())
+
+
+def test_who_wants_more_or_fewer_workers_than_a_run_can_have_is_told_why(stub: Stub, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no run"):
+        scale(str(tmp_path / "run"), 2)
+    run = stub()
+    run.ready(ALL)
+    folder = tmp_path / "run"
+    with pytest.raises(UsageError, match="is not going"):  # a stub's launcher claims no folder
+        scale(str(folder), 3)
+    with claim_of(folder):
+        assert scale(str(folder), 3) == folder
+        assert "worker-any" in run.ready(ALL + 1)
+        scale(str(folder), 1)
+        write_settings(folder / SETTINGS_FILE, Settings(policy="local"))
+        with pytest.raises(UsageError, match="policy local"):
+            scale(str(folder), 3)
+    os.kill(run.popen.pid, signal.SIGTERM)
+    code, lines = run.end()
+    assert code == 130
+    assert "3 workers from now on; worker-2 started." in lines
+    assert "1 worker from now on; worker-1 and worker-2 told to leave." in lines
+    run.leaves_nothing(set())
+
+
+@contextlib.contextmanager
+def claim_of(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+    os.close(handle)
+
+
 @pytest.mark.parametrize("end", ["signal", "kill of a child", "kill of the launcher"])
 def test_what_ignores_signals_or_has_left_for_a_session_of_its_own_is_stopped_too(stub: Stub, end: str) -> None:
     run = stub(worker_0="stubborn")
@@ -80,7 +137,7 @@ def test_what_ignores_signals_or_has_left_for_a_session_of_its_own_is_stopped_to
     if end == "signal":
         os.kill(run.popen.pid, signal.SIGTERM)
     elif end == "kill of a child":
-        os.kill(pids["worker-0"], signal.SIGKILL)
+        os.kill(pids["server-0"], signal.SIGKILL)
     else:
         os.kill(run.popen.pid, signal.SIGKILL)
         wait_for_ends(everybody - {run.popen.pid})

@@ -61,9 +61,16 @@ def test_a_refusal_to_join_is_raised_with_its_reason_and_another_is_not() -> Non
 
 def test_a_coordinator_that_never_answers_is_named() -> None:
     attendance = Attendance(HELLO, "tcp://c:1", 10.0)
-    attendance.tick(10.0 + FIRST_ANSWER_S, beat)
+    sent(attendance, 9.9 + FIRST_ANSWER_S, since=10.0)
     with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {FIRST_ANSWER_S:.0f} s"):
         attendance.tick(10.1 + FIRST_ANSWER_S, beat)
+
+
+def test_time_in_which_this_process_was_stopped_is_not_the_coordinators_silence() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    attendance.handle(WELCOME, 0.0)
+    sent(attendance, 5.0)
+    assert attendance.tick(5000.0, beat)
 
 
 @given(st.lists(st.floats(0.01, AWAY_S - 0.01), max_size=10))
@@ -71,10 +78,9 @@ def test_only_silence_longer_than_the_limit_is_an_error(gaps: list[float]) -> No
     attendance = Attendance(HELLO, "tcp://c:1", 0.0)
     attendance.handle(WELCOME, now := 0.0)
     for gap in gaps:
-        now += gap
-        attendance.tick(now, beat)
-        attendance.handle(Beat(), now)
-    attendance.tick(now + AWAY_S - 0.01, beat)
+        sent(attendance, now + gap, step=0.9, since=now)
+        attendance.handle(Beat(), now := now + gap)
+    sent(attendance, now + AWAY_S - 0.01, step=0.9, since=now)
     with pytest.raises(ClusterError, match=f"{AWAY_S:.0f} s"):
         attendance.tick(now + AWAY_S + 0.01, beat)
 

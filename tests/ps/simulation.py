@@ -15,6 +15,8 @@ and behind them an account. With `Case.classes` there is a layer that is sharded
 from __future__ import annotations
 
 import heapq
+import itertools
+import platform
 import random
 import threading
 from collections import deque
@@ -90,6 +92,12 @@ class Pace:
     hangs_s: float = float("inf")
     #: Seconds of the run in which weights of the first chunk do not reach it.
     deaf_s: tuple[float, float] = (0.0, 0.0)
+    #: Seconds, counted likewise, in which nothing reaches the coordinator from it or it from the coordinator.
+    cut_off_s: tuple[float, float] = (0.0, 0.0)
+    #: When it leaves early.
+    leaves_s: float = float("inf")
+    #: Once it is dead, another like it is started after so many seconds, which lives.
+    respawn_s: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,8 @@ class Case:
     resume: bool = False
     #: When the coordinator is killed, and how long nobody is in its place, seconds.
     crashes: Sequence[tuple[float, float]] = ()
+    #: Whether workers are on the coordinator's host, and so are soon counted as lost.
+    near: bool = False
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -304,10 +314,13 @@ class World:
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.random = random.Random(case.seed)
         self.processes: dict[str, Process] = {}
-        #: How often a micro-batch was given up because its weights were gone.
-        self.given_up = 0
+        self.pids = itertools.count(1)
+        #: How often a micro-batch was given up because its weights were gone, and a worker began anew as it was counted as lost.
+        self.given_up = self.fenced = 0
         #: How often a server had no more of the version that it was asked about.
         self.asked_too_late = 0
+        #: Workers that are there or will be.
+        self.expected: set[str] = {f"worker-{number}" for number in range(len(case.paces))}
         #: Who computed what, and the weights that were computed from by round.
         self.computed: list[tuple[str, Task]] = []
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
@@ -322,8 +335,12 @@ class World:
     def post(self, sender: str, to: str, data: list[bytes]) -> None:
         network = self.case.network
         for _ in range(1 + (self.random.random() < network.twice)):
-            if self.random.random() >= network.loss:
+            if self.random.random() >= network.loss and not self._is_cut(sender, to):
                 self.at(self.now + self.random.uniform(0.0005, network.delay_s), lambda: self._deliver(sender, to, data))
+
+    def _is_cut(self, *ends: str) -> bool:
+        found = [self.processes.get(end) for end in ends]
+        return "coordinator" in ends and any(isinstance(end, WorkerProcess) and end._is_cut_off() for end in found)
 
     def _deliver(self, sender: str, to: str, data: list[bytes]) -> None:
         process = self.processes.get(to)
@@ -355,6 +372,14 @@ class World:
         if process.alive:
             process.tick()
             self.at(self.now + _TICK_S * self.random.uniform(0.8, 1.2), lambda: self._tick(process))
+
+
+class Restarted(Exception):
+    """Stands for a process that is replaced by a new one of the same command."""
+
+
+def _restart(extra: Sequence[str] = ()) -> None:
+    raise Restarted
 
 
 class Process:
@@ -529,13 +554,17 @@ class SimulatedLink(Link):
 
 
 class WorkerProcess(Process):
-    def __init__(self, world: World, key: str, pace: Pace, real: bool) -> None:
+    def __init__(self, world: World, key: str, pace: Pace, real: bool, index: int | None = None, pid: int | None = None) -> None:
         super().__init__(world, key)
+        #: The process id that it tells.
+        self.pid = next(world.pids) if pid is None else pid
+        #: The number it asks for.
+        self.index = int(key.rpartition("-")[2]) if index is None else index
         self.pace = pace
         self.real = real
         self.done = False
         self.model = Model(world.case)
-        self._welcomed_at = 0.0
+        self._welcomed_at = float("inf")
         self._waits: Wait | None = None
 
     def is_deaf_to(self, header: bytes) -> bool:
@@ -549,21 +578,44 @@ class WorkerProcess(Process):
         """Whether its script will come to an end."""
         return self.alive and self.pace.hangs_s == float("inf")
 
+    def _is_cut_off(self) -> bool:
+        since, until = self.pace.cut_off_s
+        return since <= self.world.now - self._welcomed_at < until
+
     def begin(self) -> None:
-        index = int(self.key.rpartition("-")[2])
-        self.link = SimulatedLink(self, Hello("worker", index))
+        host = platform.node() if self.world.case.near else ""
+        self.link = SimulatedLink(self, Hello("worker", self.index, host=host, pid=self.pid))
         if not self.real:
             self._script = self._run()
             self._go_on(None)
 
     def _die(self) -> None:
         self.alive = False
+        if self.pace.respawn_s < float("inf"):
+            self.world.at(self.world.now + self.pace.respawn_s, lambda: self.world.start(self._successor(None)))
+
+    def begin_anew(self) -> None:
+        """It was told that it is lost."""
+        self.alive = False
+        self.world.fenced += 1
+        self.world.at(self.world.now + 0.3, lambda: self.world.start(self._successor(self.pid)))
+
+    def _successor(self, pid: int | None) -> WorkerProcess:
+        """A process like it to which nothing happens; it asks for the same number."""
+        number = sum(isinstance(process, WorkerProcess) for process in self.world.processes.values())
+        key = next(f"worker-{n}" for n in range(number + 100) if f"worker-{n}" not in self.world.expected)
+        self.world.expected.add(key)
+        return WorkerProcess(self.world, key, Pace(self.pace.compute_s, self.pace.pause_s), False, self.index, pid)
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
         port: Any = self.link._sockets.get(sender)
         if port is not None:
             port.inbox.append(frames)
-            self.link._receive(port, mock.Mock())
+            try:
+                self.link._receive(port, mock.Mock())
+            except Restarted:
+                self.begin_anew()
+                return
             self.link._send_all()
             self._look()
 
@@ -589,6 +641,7 @@ class WorkerProcess(Process):
         try:
             self._waits = self._script.send(value)
         except StopIteration:
+            self.alive = False  # it has left
             return
         if self._waits.until < float("inf"):
             self.world.at(self._waits.until, self._look)
@@ -643,6 +696,8 @@ class WorkerProcess(Process):
         self._welcomed_at = self.world.now
         if self.pace.dies_s < float("inf"):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
+        if self.pace.leaves_s < float("inf"):
+            self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
         run = self.run = Run(self.link, 180.0)
         run.merge_by(lambda model: 0.0)
         run.replicate(self.model)
@@ -677,10 +732,17 @@ class WorkerProcess(Process):
         run._work = work
         work.process = self
         yield from work.join()
-        for segment in case.plans():
-            for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
-                yield from self._request(name, Plan(segment), "Plan", segment.index)
-            yield from work.train(segment)
+        try:
+            for segment in case.plans():
+                for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
+                    yield from self._request(name, Plan(segment), "Plan", segment.index)
+                yield from work.train(segment)
+        except SystemExit:
+            yield Wait(run._handed_over, float("inf"))
+            while not self.link.stopped:
+                self.link.send(Send(COORDINATOR, Goodbye(early=True)))
+                yield Wait(lambda: self.link.stopped, self.world.now + 1.0)
+            return
         self.done = True
         while True:
             self.link.send(Send(COORDINATOR, Goodbye()))
@@ -689,9 +751,15 @@ class WorkerProcess(Process):
     def _set_up(self, replica: Replica, update: Update) -> Script:
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
         servers = self.world.case.settings.servers
-        for name in [COORDINATOR, *(f"server-{number}" for number in range(servers))]:
-            yield from self._request(name, setup, "Setup", 0)
-        if self.run.index == 0:
+        while True:
+            is_first = (yield from self._request(COORDINATOR, setup, "Setup", 0)).lacks
+            lacking = False
+            for number in range(servers):
+                lacking |= (yield from self._request(f"server-{number}", setup, "Setup", 0)).lacks
+            if is_first or not lacking:
+                break
+            yield Wait(None, self.world.now + 0.1)
+        if lacking:
             first = replica.first_weights()
             for server in range(servers):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
@@ -710,7 +778,7 @@ class WorkerProcess(Process):
         before = self.link.on_message
 
         def listen(sender: str, reply: Body, reply_frames: Any) -> None:
-            if sender == to and reply == Ready(about, id_):
+            if sender == to and isinstance(reply, Ready) and (reply.about, reply.id) == (about, id_):
                 replies.append(reply)
             else:
                 before(sender, reply, reply_frames)
@@ -720,6 +788,7 @@ class WorkerProcess(Process):
             self.link.send(Send(to, body, frames))
             yield Wait(lambda: bool(replies), self.world.now + (SEND_AGAIN_S if frames else ASK_AGAIN_S))
         self.link.on_message = before
+        return replies[0]
 
 
 class SteppedWork(GradientWork):
@@ -786,6 +855,7 @@ class SteppedWork(GradientWork):
 
     def _next_task(self) -> Script:  # type: ignore[override]
         while True:
+            self._leave_if_asked()
             yield from self._advance()
             if self._segment is None or self.round >= self._segment.end:
                 return None
@@ -842,12 +912,13 @@ class SteppedWork(GradientWork):
             if found is not None:
                 break
             if unless_leased:
+                self._leave_if_asked()
                 self._link.send(Send(COORDINATOR, Waiting(self.round)))
                 self._link.beat_soon()
         if found == "leased":
             return None
         if found == "gone":
-            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased, lazy))
+            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased))
         came = self._load()
         self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
@@ -1057,9 +1128,11 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
             "worker.run.new_incarnation": lambda: 0,
+            "ps.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,
+            "worker.link.restart": _restart,
             "worker.link.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "worker.link.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
             "worker.link.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
@@ -1090,7 +1163,9 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
         def over() -> bool:
             if snapshots is not None and sum(event.kind == "snapshot" for event in coordinator.log.events) >= snapshots:
                 return True
-            done = all(w.done or not w.useful for w in workers)
+            everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
+            there = world.expected <= world.processes.keys()
+            done = there and all(w.done or not w.useful for w in everybody)
             return done and coordinator.alive and coordinator.ledger.committed >= planned
 
         try:
@@ -1103,6 +1178,7 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
             coordinator.finish()
         finally:
             torch.set_num_threads(threads)
+        workers = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
         unsent: dict[str, torch.Tensor] = {}
         for worker in workers:
             exchange = worker.run._exchange if worker.alive and worker.done else None

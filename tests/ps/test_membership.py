@@ -1,33 +1,187 @@
-"""Who takes part: workers that fall silent are told of once, and the others share what is left."""
+"""Who takes part: workers that fall silent are told of once and fenced, names are used once, others share what is left."""
 
 from __future__ import annotations
 
-from common.messages import Beat, Hello, Tables, Welcome
+import pytest
+
+from common.errors import ClusterError
+from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
 from common.policies import load
 from common.settings import Settings
-from common.wire import GONE_S
-from ps.membership import Membership
+from ps.membership import FAR_S, NEAR_S, Membership
+
+HOST = "here"
 
 
-def started(workers: int) -> Membership:
-    settings = Settings(workers=workers, servers=1)
-    membership = Membership(settings, load(settings), "run", now=0.0)
+def joining(workers: int, **settings: object) -> Membership:
+    """A run whose server is there."""
+    made = Settings(workers=workers, servers=1, **settings)  # type: ignore[arg-type]
+    membership = Membership(made, load(made), "run", now=0.0, host=HOST)
     membership.hello(Hello("server", address="tcp://server:1"), 1, 0.0)
+    return membership
+
+
+def started(workers: int, host: str = HOST, **settings: object) -> Membership:
+    membership = joining(workers, **settings)
     for number in range(workers):
-        _, answers = membership.hello(Hello("worker", number), 10 + number, 0.0)
+        _, answers = membership.hello(Hello("worker", number, host=host), 10 + number, 0.0)
     assert sorted(name for name, body in answers if isinstance(body, Welcome)) == sorted(membership.members)
     return membership
 
 
+def lost(membership: Membership) -> list[str]:
+    return [name for name, _ in membership.newly_lost]
+
+
+def ask(membership: Membership, hello: Hello, incarnation: int, since: float, until: float) -> tuple[str, list[Body]]:
+    """Ask to join every half second while the other members beat; the name given, and all that was answered."""
+    answers: list[Body] = []
+    for half in range(round(2 * since), round(2 * until) + 1):
+        for member in [m for m in membership.members.values() if m.active]:
+            membership.beat(member.name, Beat("computing", 5), half / 2)
+        member, told = membership.hello(hello, incarnation, half / 2)
+        answers += [body for name, body in told if not name]
+        if member is not None:
+            return member.name, answers
+    return "", answers
+
+
+def go_on(membership: Membership, since: float, until: float, *alive: str) -> list[tuple[str, object]]:
+    """Half a second after half a second, with signs of life of these; what was to be sent."""
+    told: list[tuple[str, object]] = []
+    for half in range(round(2 * since) + 1, round(2 * until) + 1):
+        for name in alive:
+            membership.beat(name, Beat("computing", 5), half / 2)
+        told += membership.tick(half / 2)
+    return told
+
+
 def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on() -> None:
     membership = started(3)
-    later = GONE_S + 1.0
-    for name in ("server-0", "worker-0", "worker-2"):
-        membership.beat(name, Beat("computing", 5), later)
-    told = [(name, body) for name, body in membership.tick(later) if isinstance(body, Tables)]
-    assert [name for name, _ in told] == ["worker-0", "worker-2"]
-    assert membership.newly_lost == ["worker-1"]
-    assert membership.tables[-1].workers == ["worker-0", "worker-2"] and membership.tables[-1].from_round > 5
+    told = go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0", "worker-2")
+    assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0", "worker-2"]
+    assert lost(membership) == ["worker-1"]
+    table = membership.tables[-1]
+    assert table.workers == ["worker-0", "worker-2"] and table.from_round > 5
+    assert [(name, body) for name, body in told if isinstance(body, Lost)] == [("server-0", Lost(table.epoch, ["worker-1"]))]
     membership.newly_lost.clear()
-    membership.tick(later + 1.0)
-    assert membership.newly_lost == []
+    go_on(membership, NEAR_S + 1, NEAR_S + 5, "server-0", "worker-0", "worker-2")
+    assert lost(membership) == []
+
+
+@pytest.mark.parametrize(("host", "settings", "bound"), [(HOST, {}, NEAR_S), ("there", {}, FAR_S), (HOST, {"silence": 6.0}, 6.0)])
+def test_how_long_a_worker_may_be_silent_depends_on_where_it_is_and_on_the_settings(
+    host: str, settings: dict[str, object], bound: float
+) -> None:
+    membership = started(2, host, **settings)
+    go_on(membership, 0, bound, "server-0", "worker-0")
+    assert lost(membership) == []
+    go_on(membership, bound, bound + 1, "server-0", "worker-0")
+    assert lost(membership) == ["worker-1"]
+
+
+def test_time_in_which_the_coordinator_itself_was_stopped_is_nobodys_silence() -> None:
+    membership = started(2)
+    go_on(membership, 0, 1, "server-0", "worker-0", "worker-1")
+    membership.tick(1000.0)
+    assert lost(membership) == []
+
+
+def test_a_lost_worker_is_told_to_begin_anew_and_its_number_is_never_given_again() -> None:
+    membership = started(2)
+    go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
+    member, ((to, fence),) = membership.hello(Hello("worker", 1), 11, 5.0)
+    assert member is None and to == "" and isinstance(fence, Stop) and fence.again and "worker-1" in fence.reason
+    name, answers = ask(membership, Hello("worker", 1), 20, 5.0, 5.0)
+    assert name == "worker-2" and isinstance(answers[0], Welcome) and membership.tables[-1].workers == ["worker-0", "worker-2"]
+    assert ask(membership, Hello("worker", 2), 21, 5.0, 5.0)[0] == "worker-3"  # nobody else has asked for that number
+
+
+def test_who_asks_for_the_number_of_one_that_is_alive_waits_and_is_refused_and_of_one_that_has_just_died_is_not() -> None:
+    membership = started(2)
+    name, answers = ask(membership, Hello("worker", 1), 20, 1.0, 9.0)
+    assert not name and answers[0] == Beat() and isinstance(answers[-1], Refused) and "worker-1" in answers[-1].reason
+    for half in range(18, 22):
+        membership.beat("worker-0", Beat(), half / 2)
+    member, told = membership.hello(Hello("worker", 1), 21, 11.0)  # two seconds after the last word of worker-1
+    assert member is not None and member.name == "worker-2" and lost(membership) == ["worker-1"]
+    assert [body.workers for name, body in told if isinstance(body, Lost)] == [["worker-1"]]
+
+
+def test_before_the_start_the_place_of_a_dead_one_is_free_again() -> None:
+    membership = joining(2)
+    membership.hello(Hello("worker", 0, host=HOST), 10, 0.0)
+    assert membership.hello(Hello("worker", 0, host=HOST), 11, 0.0) == (None, [("", Beat())])
+    go_on(membership, 0, NEAR_S + 1, "server-0")
+    assert lost(membership) == ["worker-0"]
+    for number in (0, 1):
+        membership.hello(Hello("worker", number, host=HOST), 20 + number, 5.0)
+    assert membership.started and membership.names("worker") == ["worker-0", "worker-1"]
+    member, _ = membership.hello(Hello("worker", host=HOST), 10, 5.0)  # it was not dead
+    assert member is not None and member.name == "worker-2"
+
+
+def test_one_that_was_taken_for_dead_by_mistake_may_be_silent_for_twice_as_long() -> None:
+    membership = joining(1)
+    for incarnation in (10, 11):
+        membership.hello(Hello("worker", host=HOST, pid=7), incarnation, 0.0)
+        (member,) = [m for m in membership.workers.values() if m.active]
+        assert membership.silence_s(member) == NEAR_S * (1 if incarnation == 10 else 2)
+        go_on(membership, 0, NEAR_S + 1, "server-0")
+
+
+def test_with_no_worker_left_the_next_one_gets_all_there_is_to_do_at_once() -> None:
+    membership = started(2)
+    go_on(membership, 0, NEAR_S + 1, "server-0")
+    assert membership.awaits_workers and membership.losses.workers == ["worker-0", "worker-1"]
+    membership.hello(Hello("worker"), 20, 5.0)
+    assert not membership.awaits_workers
+    (table,) = membership.tables
+    assert (table.workers, table.from_round, table.epoch) == (["worker-2"], 0, membership.epoch)
+
+
+def test_who_leaves_early_has_no_share_any_more_and_is_not_waited_for() -> None:
+    membership = started(2)
+    told = membership.leave("worker-1", early=True)
+    assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0"]
+    assert membership.tables[-1].workers == ["worker-0"]
+    go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
+    assert lost(membership) == []
+
+
+def test_who_has_ended_and_falls_silent_before_the_run_is_over_is_lost_too() -> None:
+    membership = started(2)
+    assert membership.leave("worker-1", early=False) == []
+    go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
+    assert lost(membership) == ["worker-1"]
+
+
+def test_a_lost_replica_breaks_the_run() -> None:
+    membership = started(2, policy="local")
+    go_on(membership, 0, FAR_S + 1, "server-0", "worker-0")
+    assert membership.broken == "worker-1: process 0 on here was silent for 15 s."
+
+
+def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that_is_silent() -> None:
+    membership = started(1)
+    membership.beat("worker-0", Beat(), NEAR_S)
+    membership._ticked_at = NEAR_S
+    membership.tick(NEAR_S + 0.1, lambda hello: False)
+    assert not membership.broken
+    membership.tick(NEAR_S + 0.2, lambda hello: True)
+    assert membership.broken == "server-0: process 0 on  is dead."
+
+
+def test_a_replica_that_is_started_again_is_known_to_have_died() -> None:
+    membership = started(2, policy="local")
+    for half in range(1, 5):
+        for name in ("server-0", "worker-0"):
+            membership.beat(name, Beat(), half / 2)
+    assert membership.hello(Hello("worker", 1), 20, 2.0) == (None, [("", Beat())])
+    assert membership.broken.startswith("worker-1: process 0 on here has died")
+
+
+def test_processes_that_do_not_join_are_told() -> None:
+    membership = joining(1)
+    with pytest.raises(ClusterError, match="1 of 1 workers did not join"):
+        membership.tick(1000.0)

@@ -1,0 +1,139 @@
+"""The servers and workers of a launcher: who is started again after it was killed, and how many workers there are to be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.processes import Child, Processes
+from cluster.progress import Progress
+from common.errors import ClusterError
+from common.restart import LEAVE_SIGNAL
+from common.runlog import some
+
+#: The longest pause before a process is started again, seconds.
+_LONGEST_S = 30.0
+#: Seconds in which the run may yet end by itself when the last worker has ended well.
+_END_S = 10.0
+
+
+@dataclass(frozen=True)
+class Respawn:
+    """How often each process that was killed is started again, and seconds before the first time; each pause doubles."""
+
+    times: int = 3
+    backoff_s: float = 0.5
+
+
+class Crew:
+    """Looks after all children but the coordinator, each time `look` is called; what happens is told by `say`."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        worker: Callable[[int | None], Sequence[str]],
+        env: Mapping[str, str],
+        respawn: Respawn,
+        is_local: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        """`worker(n)` is the command of a worker that asks for the number n, or for none, and `env` what it gets besides.
+        `is_local`: workers cannot be done without."""
+        self._processes = processes
+        self._worker = worker
+        self._env = env
+        self._respawn = respawn
+        self._is_local = is_local
+        self._say = say
+
+    @property
+    def _workers(self) -> list[Child]:
+        return [child for child in self._processes.children if child.name.startswith("worker")]
+
+    def start(self, count: int, numbered: bool = True) -> list[str]:
+        """Start so many more workers; their names. OSError where that cannot be."""
+        first = len(self._workers)
+        for number in range(first, first + count):
+            self._processes.start(f"worker-{number}", self._worker(number if numbered else None), **self._env)
+        return [child.name for child in self._workers[first:]]
+
+    def scale(self, count: int) -> None:
+        """Have `count` workers from now on: the newest ones leave, after what they are at, or others are started."""
+        there = [child for child in self._workers if not child.leaves and (child.code is None or child.due_at is not None)]
+        leaving = there[count:]
+        for child in leaving:
+            child.leaves, child.due_at = True, None
+            with contextlib.suppress(ProcessLookupError):
+                if child.code is None:
+                    os.kill(child.popen.pid, LEAVE_SIGNAL)
+        try:
+            started = self.start(count - len(there), numbered=False)
+        except OSError as error:
+            self._say(f"no more workers can be started: {error.strerror or error}.")
+            return
+        told = f"; {some(started)} started" if started else ""
+        if leaving:
+            told = f"; {some([child.name for child in leaving])} told to leave"
+        self._say(f"{count} {'worker' if count == 1 else 'workers'} from now on{told}.")
+
+    def look(self, progress: Progress, finished: bool) -> None:
+        """Start again who was killed, as often as may be. What is no failure of the run is excused.
+
+        `finished`: the run has ended well. Raises ClusterError where no worker is left and none will come.
+        """
+        now = time.monotonic()
+        for child in self._processes.children[1:]:
+            is_worker = child.name.startswith("worker")
+            if child.due_at is not None and now >= child.due_at and not finished:
+                self._start_again(child)
+            elif child.failed and is_worker and (child.leaves or (finished and not _has_left(child, progress))):
+                child.excused = True
+            elif child.failed and child.code is not None and child.code < 0 and not finished:
+                child.excused = self._plan(child, now) or (is_worker and not self._is_local)
+        if not finished:
+            self._check_any_left(progress, now)
+
+    def kill_late(self, progress: Progress) -> None:
+        """End workers that have no part in the run, which has finished: stopped ones, and ones that came too late."""
+        for child in self._workers:
+            if child.code is None and not _has_left(child, progress):
+                child.leaves = True
+                child.popen.kill()
+
+    def _plan(self, child: Child, now: float) -> bool:
+        """Have a child started again, if it has not been so too often; whether it is."""
+        if child.respawns >= self._respawn.times:
+            self._say(f"{child.name} {child.end()}; it is not started again, as --respawn says.")
+            return False
+        pause_s = min(self._respawn.backoff_s * 2**child.respawns, _LONGEST_S)
+        child.respawns += 1
+        child.due_at = now + pause_s
+        times = f"{child.respawns} of {self._respawn.times} times"
+        self._say(f"{child.name} {child.end()}; it is started again in {pause_s:g} s ({times}).")
+        return True
+
+    def _start_again(self, child: Child) -> None:
+        try:
+            self._processes.again(child)
+        except OSError as error:
+            raise ClusterError(f"{child.name} cannot be started again: {error.strerror or error}.") from None
+
+    def _check_any_left(self, progress: Progress, now: float) -> None:
+        workers = self._workers
+        if not workers or any(child.code is None or child.failed or child.due_at is not None for child in workers):
+            return
+        if any(row.process.startswith("worker") and row.state not in ("lost", "done") for row in progress.processes):
+            return  # it may have been started elsewhere
+        last = max(workers, key=lambda child: child.ended_at)
+        if last.code:
+            raise ClusterError(f"no worker is left, and none is started again: {last.describe_end()}")
+        if any(child.code for child in workers) and now > last.ended_at + _END_S:
+            raise ClusterError(f"no worker is left, and the run has not ended: see {last.log}.")
+
+
+def _has_left(child: Child, progress: Progress) -> bool:
+    """Whether it has taken part until its script ended."""
+    return progress.joined.get(child.popen.pid) in progress.left

@@ -1,0 +1,91 @@
+"""Workers that die, are taken for dead, leave and join, over a bad network: every policy keeps its promises, and none hangs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import Case, Network, Outcome, Pace, simulate
+from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises, profile
+
+from common.settings import Settings
+from ps.membership import NEAR_S
+
+
+@st.composite
+def fates(draw: st.DrawFn) -> Pace:
+    """What happens to a worker, at any time from when it was welcomed on: it may not have sent its first weights yet."""
+    compute, when = draw(st.sampled_from([0.05, 0.2])), draw(st.sampled_from([0.01, 0.3, 1.0, 2.0, 4.0]))
+    return draw(
+        st.sampled_from(
+            [
+                Pace(compute),
+                Pace(compute, starts_s=3 * when),
+                Pace(compute, dies_s=when),
+                Pace(compute, dies_s=when, respawn_s=0.5),
+                Pace(compute, dies_s=when, respawn_s=5.0),
+                Pace(compute, leaves_s=when),
+                Pace(compute, cut_off_s=(when, when + 3 * NEAR_S)),
+            ]
+        )
+    )
+
+
+def case(policy: str, paces: list[Pace], **more: Any) -> Case:
+    first = sum(pace.starts_s == 0 for pace in paces)
+    return Case(
+        Settings(workers=first, servers=2, policy=policy, global_batch=10, micro_batch=2),  # type: ignore[arg-type]
+        paces,
+        segments=[(28, 4), (20, 3)],
+        near=True,
+        credit=3,
+        **more,
+        **({} if policy == "sync" else PLAIN),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@settings(profile, max_examples=6)
+@given(data=st.data())
+def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.DataObject) -> None:
+    paces = data.draw(st.permutations([Pace(0.1), *data.draw(st.lists(fates(), min_size=1, max_size=3))]))
+    network = Network(*data.draw(st.sampled_from([(0.0, 0.0, 0.01), (0.05, 0.2, 0.3)])))
+    rows, seed = data.draw(st.sampled_from([0, 100])), data.draw(st.integers(0, 1 << 32))
+    check_promises(case(policy, paces, network=network, seed=seed, rows=rows))
+
+
+def check(outcome: Outcome) -> None:
+    check_books(outcome)
+    if outcome.case.settings.policy == "sync":
+        check_exact(outcome)
+    else:
+        check_counted_once(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "async"])
+def test_who_is_taken_for_dead_and_goes_on_is_fenced_and_joins_as_another(policy: str) -> None:
+    outcome = simulate(case(policy, [Pace(0.2), Pace(0.2, cut_off_s=(0.5, 5.0))]))
+    assert outcome.world.fenced == 1
+    assert [event.process for event in outcome.log.events if event.kind == "lost"] == ["worker-1"]
+    assert outcome.world.processes["worker-2"].run.name == "worker-2"  # type: ignore[attr-defined]
+    assert all(shard.lost == {"worker-1"} and "worker-1" not in shard.waiters for shard in outcome.shards)
+    check(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "async"])
+@pytest.mark.parametrize("when", [0.01, 1.0])
+def test_with_all_workers_dead_the_next_to_join_goes_on(policy: str, when: float) -> None:
+    outcome = simulate(case(policy, [Pace(0.1, dies_s=when), Pace(0.1, dies_s=when, respawn_s=20.0)], rows=100))
+    assert len(outcome.models) == 1
+    check(outcome)
+
+
+def test_who_leaves_early_has_handed_over_what_it_did_and_others_do_the_rest() -> None:
+    outcome = simulate(case("sync", [Pace(0.1), Pace(0.1, leaves_s=1.0)]))
+    assert [event.data for event in outcome.log.events if event.kind == "left" and event.process == "worker-1"] == [
+        {"early": True}
+    ]
+    assert outcome.ledger.totals.micro_batches_recomputed <= 1
+    check(outcome)
