@@ -173,7 +173,7 @@ def _may_begin(member: Member | None, now: float) -> int:
         return 0
     seconds, elapsed = member.beat.seconds, now - member.since
     if seconds < _NEWS_S:
-        return math.ceil(_NEWS_S / seconds) if elapsed < 2 * _NEWS_S else 0
+        return math.ceil(_NEWS_S / max(seconds, 1e-6)) if elapsed < 2 * _NEWS_S else 0
     return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
 
 

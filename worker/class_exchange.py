@@ -170,6 +170,11 @@ class ClassExchange:
         self._pushes += sent
         return [self._send(one) for one in sent]
 
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+        return not self._pushes
+
     def unacknowledged(self, round_: int) -> set[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
         bodies = [sent.body for sent in self._pushes]

@@ -470,7 +470,8 @@ class Run:
 
     def _handed_over(self) -> bool:
         assert self._exchange is not None and self._rows is not None
-        return self._exchange.idle and self._rows.exchange.idle
+        shards = self._shards
+        return self._exchange.idle and self._rows.exchange.idle and (shards is None or shards.exchange.idle)
 
     def _fetch_masters(self) -> None:
         """Have the servers' own weights in the model where a codec has rounded those that it was trained with."""
