@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import LAUNCH
-
+LAUNCH = Path(__file__).parents[2] / "launch.py"
 SCRIPT = Path(__file__).with_name("train_nan.py")
 ROUNDS, EPOCHS = 4, 2  # of 16 samples each, 4 a micro-batch
 FLAGS = ("--global-batch", 16, "--micro-batch", 4, SCRIPT)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCH, TRAINING, Cluster
+from live import LAUNCH, TRAINING, Cluster
 from safetensors.torch import load_file
 
 from common import snapshots

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import LAUNCH, TRAINING, Cluster
+from live import LAUNCH, TRAINING, Cluster
 from test_going_on import check_books, has_snapshot
 
 pytestmark = pytest.mark.timeout(240)

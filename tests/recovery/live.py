@@ -1,0 +1,88 @@
+"""A real run whose processes can be killed at a chosen moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.runlog import FILE_NAME, Event, RunLogReader
+
+LAUNCH = Path(__file__).parents[2] / "launch.py"
+#: A small network on real digits, for so many rounds that there is time to do harm.
+TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 12, "--snapshot-every", 0.4)
+#: Seconds for anything to happen, on a machine that others use too.
+_PATIENCE_S = 90.0
+
+
+class Cluster:
+    """A `launch.py local` that goes on while a test looks on."""
+
+    def __init__(self, folder: Path, *flags: object) -> None:
+        self.folder = folder
+        command = [sys.executable, str(LAUNCH), "local", *map(str, flags)]
+        self._popen = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent, start_new_session=True
+        )
+
+    def read(self, what: Callable[[RunLogReader], Any]) -> Any:
+        """What `what` finds in the event log; None while there is none."""
+        try:
+            with contextlib.closing(RunLogReader(self.folder / FILE_NAME)) as log:
+                return what(log)
+        except sqlite3.Error:
+            return None
+
+    def events(self, kind: str) -> list[Event]:
+        return [event for _, _, event in self.read(RunLogReader.events) or [] if event.kind == kind]
+
+    def rounds(self) -> int:
+        return len(self.read(RunLogReader.rounds) or [])
+
+    def until(self, ready: Callable[[], Any], what: str) -> None:
+        deadline = time.monotonic() + _PATIENCE_S
+        while not ready():
+            assert self._popen.poll() is None, f"the run ended before {what}:\n{self._popen.communicate()[0]}"
+            assert time.monotonic() < deadline, f"no {what} after {_PATIENCE_S:.0f} s"
+            time.sleep(0.02)
+
+    def signal(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the process called `name`."""
+        kind = "started" if name == "coordinator" else "joined"
+        pids = [event.data["pid"] for event in self.events(kind) if event.process == name]
+        os.kill(pids[-1], number)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end; the exit code and what was shown."""
+        out, _ = self._popen.communicate(timeout=_PATIENCE_S)
+        return self._popen.returncode, out
+
+    def summary(self) -> dict[str, Any]:
+        """Wait for an end without failure, and read the summary."""
+        code, out = self.end()
+        logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (self.folder / "logs").glob("*"))
+        assert code == 0, out + logs
+        return dict(json.loads((self.folder / "summary.json").read_text()))
+
+    def cut_power(self) -> None:
+        """Kill everything at once."""
+        os.kill(self._popen.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        for event in [*self.events("started"), *self.events("joined")]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(event.data["pid"], signal.SIGKILL)
+        self._popen.communicate()
+
+    def close(self) -> None:
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGTERM)
+            self._popen.communicate(timeout=20)
