@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import START_S, Launched, wait_for_ends
+from launched import START_S, Launched, wait_for_ends
 
 from common.runlog import FILE_NAME, RunLogReader
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import START_S, Launched, wait_for_ends
+from launched import START_S, Launched, wait_for_ends
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch.py"

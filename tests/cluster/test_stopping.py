@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Launched, wait_for_ends
+from launched import Launched, wait_for_ends
 
 from cluster.rundir import SETTINGS_FILE, write_settings
 from cluster.scale import scale
