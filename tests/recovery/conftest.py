@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from live import TRAINING, Cluster
+
+from benchmarks.live import TRAINING, Cluster
 
 
 @pytest.fixture

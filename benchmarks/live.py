@@ -10,13 +10,14 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.runlog import FILE_NAME, Event, RunLogReader
 
-LAUNCH = Path(__file__).parents[2] / "launch.py"
+LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
 TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 12, "--snapshot-every", 0.4)
 #: Seconds for anything to happen, on a machine that others use too.
@@ -24,7 +25,7 @@ _PATIENCE_S = 90.0
 
 
 class Cluster:
-    """A `launch.py local` that goes on while a test looks on."""
+    """A `launch.py local` that goes on while somebody looks on."""
 
     def __init__(self, folder: Path, *flags: object) -> None:
         self.folder = folder
@@ -54,15 +55,26 @@ class Cluster:
             assert time.monotonic() < deadline, f"no {what} after {_PATIENCE_S:.0f} s"
             time.sleep(0.02)
 
+    @property
+    def is_running(self) -> bool:
+        return self._popen.poll() is None
+
+    def pids(self) -> dict[str, int]:
+        """The newest process of each name that lives."""
+        told = {event.process: int(event.data["pid"]) for event in [*self.events("started"), *self.events("joined")]}
+        return {name: pid for name, pid in told.items() if Path(f"/proc/{pid}").exists()}
+
     def signal(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process called `name`."""
-        kind = "started" if name == "coordinator" else "joined"
-        pids = [event.data["pid"] for event in self.events(kind) if event.process == name]
-        os.kill(pids[-1], number)
+        os.kill(self.pids()[name], number)
 
     def end(self) -> tuple[int, str]:
         """Wait for the end; the exit code and what was shown."""
-        out, _ = self._popen.communicate(timeout=_PATIENCE_S)
+        try:
+            out, _ = self._popen.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.cut_power()
+            raise AssertionError(f"the run goes on after {_PATIENCE_S:.0f} s") from None
         return self._popen.returncode, out
 
     def summary(self) -> dict[str, Any]:
@@ -71,6 +83,13 @@ class Cluster:
         logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (self.folder / "logs").glob("*"))
         assert code == 0, out + logs
         return dict(json.loads((self.folder / "summary.json").read_text()))
+
+    def is_exact(self) -> bool:
+        """Whether every micro-batch of every round is in exactly one committed contribution, by the books."""
+        rows = self.read(RunLogReader.contributions) or []
+        counted = Counter((row.round, k) for row in rows if row.outcome == "committed" for k in range(row.lo, row.hi))
+        planned = {row.round: row.micro_batches for row in self.read(RunLogReader.rounds) or []}
+        return set(counted.values()) == {1} and Counter(round_ for round_, _ in counted) == planned
 
     def cut_power(self) -> None:
         """Kill everything at once."""

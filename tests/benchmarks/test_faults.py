@@ -1,0 +1,26 @@
+"""The fault matrix shows what became of a run, whatever that is."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.faults import Outcome, cli, line
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def test_a_row_that_holds_is_shown_and_the_exit_code_is_0() -> None:
+    result = CliRunner().invoke(cli, ["--row", "coordinator and a worker killed"])
+    last = result.output.strip().splitlines()[-1]
+    assert (result.exit_code, last.count("| yes ")) == (0, 3), result.output
+
+
+def test_a_row_that_does_not_hold_says_why() -> None:
+    assert line("x", Outcome("the run hangs", False, False, None, 0.0, 0)) == "| x | **no**: the run hangs | | | | | |"
+    assert line("x", Outcome("", False, True, 1.26, 2.0, 3)) == "| x | yes | **no** | yes | 1.3 | 2.0 | 3 |"
+
+
+def test_a_row_that_there_is_not_is_refused() -> None:
+    result = CliRunner().invoke(cli, ["--row", "no such"])
+    assert result.exit_code == 2 and "there is no row 'no such'" in result.output
