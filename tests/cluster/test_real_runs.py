@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -79,12 +80,21 @@ def test_nothing_outlives_a_killed_launcher_of_workers_whose_data_others_load(en
     run.leaves_nothing(everybody)
 
 
-def test_a_killed_worker_whose_data_others_load_ends_the_run(endless: Callable[..., Launched], tmp_path: Path) -> None:
-    run = endless()
+def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_again_end_the_run(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    run = start(LAUNCH, "local", "--run-dir", "run", "--respawn", 0, "endless.py")
+    pids = run.ready(2)
     everybody = run.members()
-    os.kill(run.ready(2)["worker-1"], signal.SIGKILL)
-    code, lines = run.end()
-    assert (code, lines[-1]) == (1, "error: worker-1 was killed by signal 9 (SIGKILL); its log is run/logs/worker-1.log.")
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    code, lines = run.end(START_S)
+    assert code == 1 and re.fullmatch(
+        r"error: no worker is left, and none is started again: worker-\d was killed by signal 9 \(SIGKILL\); its log is "
+        r"run/logs/worker-\d\.log\.",
+        lines[-1],
+    )
     run.leaves_nothing(everybody)
     assert sorted(path.name for path in (tmp_path / "run").glob("events.sqlite*")) == ["events.sqlite"]
 
