@@ -44,6 +44,8 @@ def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:
         raise WireError(f"a push has settings for {len(hypers)} parameter groups where there are {len(update.groups)}")
     for given, first in zip(hypers, update.groups, strict=True):
         for key, value in given.items():
+            if key == "nesterov" and key in first and isinstance(value, bool):
+                continue  # post-local SGD begins without, and torch does as it is told at every step
             if key not in first or not _is_like(value, first[key]):
                 raise WireError(f"a push sets the optimizer's {key[:100]} to {str(value)[:100]}, which it cannot be")
 
