@@ -24,7 +24,7 @@ from ps.shard import Shard
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
 profile = settings(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
-few, some = settings(profile, max_examples=6), settings(profile, max_examples=12)
+few, some = settings(profile, max_examples=4), settings(profile, max_examples=8)
 
 
 @st.composite
