@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,11 @@ def _name_of(dtype: torch.dtype) -> str:
     return name
 
 
-def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[str, int]:
-    """Write a file, down to the disk, and return its SHA-256 in hexadecimal digits and its size in bytes.
+def write(
+    path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], wrote: Callable[[], None] = lambda: None
+) -> tuple[str, int]:
+    """Write a file, down to the disk, and return its SHA-256 in hexadecimal digits and its size in bytes. `wrote` is called after
+    the header and after each part.
 
     Raises OSError where that cannot be; what is there of the file then is not one.
     """
@@ -64,6 +67,7 @@ def write(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str]) -> 
                 digest.update(piece)
                 file.write(piece)
             size += len(data)
+            wrote()
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest(), size

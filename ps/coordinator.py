@@ -19,6 +19,7 @@ import zmq
 
 from common.connections import Inflow
 from common.errors import ClusterError, PsError, UsageError, WireError
+from common.failpoints import arm, failpoint
 from common.messages import (
     AllNorms,
     Arrived,
@@ -232,6 +233,7 @@ class Coordinator:
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
+        arm("coordinator", run_dir)
         self._keeper = Keeper()
         #: What is to be sent once the books are on the disk, and whether somebody cannot go on without it.
         self._promises: list[tuple[bytes, Body]] = []
@@ -420,6 +422,7 @@ class Coordinator:
             self._begin_snapshot(round_, now)
         for server, cut in self._cuts.ask(servers, now):
             self._send(f"server-{server}", cut)
+            failpoint("cutting", cut.round)
         outcome = self._cuts.outcome(servers, now)
         under = self._cuts.under
         if not outcome or under is None or (outcome == "complete" and self._ledger.committed < under.round):
@@ -454,6 +457,7 @@ class Coordinator:
         try:
             self._keeper.keep(self._log, self._head, self._membership, self._ledger)
             self._log.flush()
+            failpoint("completing", under.round)
             write_manifest(folder_of(self._run_dir, under.round), manifest)
         except Exception as error:  # a snapshot less must not end the run
             return f"the snapshot of round {under.round} could not be finished: {error}."
@@ -499,6 +503,7 @@ class Coordinator:
                 self._alarmed_at = now
                 log.error("the event log cannot be written (%s): is the disk full? Training goes on.", error)
             return
+        failpoint("flushed", self._ledger.committed)
         for route, body in promises:
             self._reply(route, body)
         if self._unlogged_since is not None:
@@ -562,6 +567,7 @@ class Coordinator:
                 self._beat(member, body, now)
             case Report():
                 self._promise(route, self._ledger.report(number_of(member.name), body))
+                failpoint("reported", body.version)
             case Arrived() | Norms():
                 self._decide(member, body)
             case Close() | AllNorms() if member.hello.role == "server":
@@ -803,6 +809,7 @@ class Coordinator:
         try:
             if self._model.complete:
                 self._model.finish()
+            failpoint("ending", self._ledger.committed)
             write_summary(self._run_dir, self._summary())
         except OSError as error:
             raise self._unwritten(error) from None

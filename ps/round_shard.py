@@ -11,6 +11,7 @@ import torch
 
 from common.codecs.chosen import sends_changes
 from common.errors import WireError
+from common.failpoints import failpoint
 from common.layout import Chunk, urgency
 from common.messages import (
     AllNorms,
@@ -171,6 +172,7 @@ class RoundShard(Shard):
             counted = self._file(METRICS, (push.lo, push.hi), push.metrics)
             self._drops |= counted and not push.finite
             self._account(sender, push, counted)
+        failpoint("aggregating", push.round)
         self._leaf_samples.setdefault(push.lo, push.samples)
         self._leaf_weights.setdefault(push.lo, push.weight)
         if not self.policy.is_local and push.slot >= 0:
@@ -320,6 +322,7 @@ class RoundShard(Shard):
         frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
+        failpoint("applying", self._version)
 
     def _total(self, chunk: int) -> list[Any] | None:
         """The round's sum in `chunk`, or the two halves of it, once that is final, else None."""
@@ -367,6 +370,7 @@ class RoundShard(Shard):
             self._contents[self._target] = self._version
         else:  # a server without chunks, whose rows can be had one version back
             self._contents = {self._version % 2: self._version, (self._version - 1) % 2: self._version - 1}
+        failpoint("applied", self._version)
         self._open_round()
         self._try_cut()
 

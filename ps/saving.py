@@ -11,6 +11,7 @@ from typing import Any
 
 from common import tensorfile
 from common.errors import UsageError
+from common.failpoints import failpoint
 from common.messages import Saved, Setup
 from common.snapshots import TOKEN_FILE, file_of, folder_of
 from common.snapshots import read as read_snapshot
@@ -88,7 +89,9 @@ class Writer:
         try:
             if (folder / TOKEN_FILE).read_text(encoding="utf-8") != capture.token:
                 raise FileNotFoundError
-            digest, size = tensorfile.write(path, capture.entries, {"format": "pt", _EXTRA: json.dumps(capture.extra)})
+            metadata = {"format": "pt", _EXTRA: json.dumps(capture.extra)}
+            digest, size = tensorfile.write(path, capture.entries, metadata, lambda: failpoint("saving", capture.round))
+            failpoint("saved", capture.round)
             self._result = Saved(capture.round, "written", digest, size)
         except FileNotFoundError:
             reason = (

@@ -16,6 +16,7 @@ from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.connections import Inflow, Outflow
 from common.errors import ClusterError, WireError
+from common.failpoints import arm
 from common.messages import (
     AllNorms,
     Arrived,
@@ -227,6 +228,7 @@ class _Server:
             policy = load(welcome.settings)
             kind = RoundShard if policy.applies == "round" else PushShard
             index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
+            arm(welcome.process, run_dir)
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
             self._shard = kind(index, welcome.settings, policy, source)
             self._shard.coordinator = self._attendance.coordinator

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from common.errors import WireError
+from common.failpoints import failpoint
 from common.layout import Chunk, Layout, message_batches, urgency
 from common.messages import Ack, Body, Gone, Got, Pull, Push, Traffic, Weights
 from common.settings import Settings
@@ -309,6 +310,7 @@ class Exchange:
                     self._got.append(Send(server, Got(body.clock, body.chunks)))
                 if body.closed:
                     self._closed_on.add(number)
+                failpoint("receiving", body.clock)
             case Gone() if body.clock == self.clock:
                 self.gone = max(body.newest, self.gone or 0)
             case Weights() | Gone():

@@ -19,7 +19,8 @@ import zmq
 
 from common.attendance import Attendance
 from common.errors import ClusterError, PsError, UsageError, WireError
-from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from common.failpoints import failpoint
+from common.messages import Beat, Body, Hello, Push, Refused, Stop, Welcome
 from common.refusals import Refusals
 from common.restart import restart
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
@@ -268,3 +269,8 @@ class Link:
         for message in messages:
             bulk = message.to != COORDINATOR and is_bulk(message.body, message.frames)
             send(self._sockets[message.to + _BULK * bulk], self._stamp.encode(message.body), message.frames, copy=self.copies)
+            if isinstance(message.body, Push):
+                failpoint("pushing", message.body.round)
+        for message in messages:
+            if isinstance(message.body, Push):
+                failpoint("pushed", message.body.round)

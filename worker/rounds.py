@@ -13,6 +13,7 @@ import torch
 
 from common.allocator import keep_memory
 from common.errors import ClusterError, UsageError
+from common.failpoints import failpoint
 from common.messages import Beat, ClassPush, Push, RowPush, Waiting
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
@@ -160,6 +161,7 @@ class GradientWork:
             raise UsageError(STEP_TOO_MUCH)
         self._await_all()
         task, self._current = self._current, None
+        failpoint("computing", task.round)
         self._spoilt = self._spoilt or self._shards.spoilt
         if self._spoilt:
             self._give_up()

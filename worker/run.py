@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.errors import ClusterError, PsError, UsageError
+from common.failpoints import arm
 from common.layout import message_batches
 from common.messages import (
     Beat,
@@ -122,6 +124,7 @@ class Run:
         self.leaves = self.left_early = False
         #: Why the script failed, if it did: told to the coordinator in `finish`.
         self.failure = ""
+        arm(self.name, Path(welcome.run_dir))
         with link.lock:
             link.epoch = welcome.tables[-1].epoch
             link.on_message = self._on_message
