@@ -1,211 +1,258 @@
 """The fault matrix: real runs to which something happens, and whether the result is that of a run to which nothing did.
 
-`python -m benchmarks.faults` prints a table in Markdown. Processes are killed with -9 or stopped while rounds go on, at whatever
-they are doing just then; a row can be repeated so that this differs.
+`python -m benchmarks.faults` prints a table in Markdown. A process fails at a named point of the code (`common/failpoints.py`),
+or is killed or stopped while rounds go on, at whatever it is doing just then; a row can be repeated so that this differs.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import random
 import signal
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
 
+from benchmarks import harms, spread
+from benchmarks.harms import Harm
 from benchmarks.live import TRAINING, Cluster
-from common import snapshots
+from common.errors import PsError, UsageError
+from common.failpoints import MARK, POINTS, VARIABLE
 from common.runlog import RunLogReader
 
 _SERVERS = 3
 _WORKERS = 3
-#: Rounds before anything happens.
+#: Rounds before anything happens, and before a process fails at a failpoint.
 _ROUNDS = 20
+_FAIL_AT = 60
 #: Events that show that somebody has noticed.
-_NOTICED = ("lost", "joined", "restarted", "recovered", "rolled back", "refused")
+_NOTICED = ("lost", "joined", "restarted", "recovered", "rolled back", "refused", "warning")
+#: Who fails at a failpoint: of the servers one that has two chunks, so that one can be applied and the other not.
+_WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"}
+_HOUR_S = 3600
+_LONG = ("--epochs", 40)
+_QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
 
-Harm = Callable[[Cluster], Cluster]
+HEADS = (
+    "fault",
+    "finished",
+    "same bits",
+    "each sample once",
+    "noticed after s",
+    "longest pause s",
+    "rounds again",
+    "micro-batches again",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run. Seconds are until the first event that tells of it, and the longest without a committed round."""
+    """What came of a run. Seconds are until the first event that tells of it, and the longest without a committed round; `rounds`
+    were rolled back, and `recomputed` micro-batches computed again for whatever reason."""
 
-    problem: str
-    same: bool
-    exact: bool
-    noticed_s: float | None
-    pause_s: float
-    recomputed: int
+    problem: str = ""
+    same: bool = False
+    exact: bool = False
+    noticed_s: float | None = None
+    pause_s: float = 0.0
+    rounds: int = 0
+    recomputed: int = 0
 
-
-def kill(*names: str) -> Harm:
-    """kill -9 of these processes at once."""
-
-    def harm(run: Cluster) -> Cluster:
-        for name in names:
-            run.signal(name)
-        return run
-
-    return harm
+    @property
+    def holds(self) -> bool:
+        return not self.problem and self.same and self.exact
 
 
-def stop(name: str, seconds: float) -> Harm:
-    """SIGSTOP, and SIGCONT after so long."""
+@dataclass(frozen=True)
+class Row:
+    """A fault: flags and environment that its run needs, and what is then done to it."""
 
-    def harm(run: Cluster) -> Cluster:
-        pid = run.pids()[name]
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(seconds)
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-        return run
-
-    return harm
-
-
-def power_loss(damaged: bool) -> Harm:
-    """All are killed at once, and the run goes on by `--resume`, with a byte of its newest snapshot changed if `damaged`."""
-
-    def harm(run: Cluster) -> Cluster:
-        run.until(lambda: len(run.events("snapshot")) > 1, "second snapshot")
-        run.cut_power()
-        if damaged:
-            whole = [path for path in snapshots.folders(run.folder) if (path / snapshots.MANIFEST_FILE).exists()]
-            file = whole[-1] / snapshots.file_of(0)
-            data = bytearray(file.read_bytes())
-            data[-1] ^= 1
-            file.write_bytes(data)
-        return Cluster(run.folder, "--resume", run.folder)
-
-    return harm
+    harm: Harm
+    flags: Sequence[object] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    #: Whether the result depends on who computes what, so that only the books can be right.
+    is_inexact: bool = False
+    on_small_disk: bool = False
+    #: Of a run on two hosts: what happens to the network; and seconds that all takes between them.
+    network: spread.Change | None = None
+    delay_s: float = 0.0
 
 
-def storm(run: Cluster) -> Cluster:
-    """200 connections at once that say nothing, an HTTP request or random bytes, to the coordinator and to a server."""
-    addresses = [(run.folder / "address").read_text().strip()]
-    addresses += [event.data["address"] for event in run.events("joined") if event.process == "server-0"][-1:]
-    sockets = []
-    for n in range(200):
-        host, _, port = addresses[n % len(addresses)].removeprefix("tcp://").rpartition(":")
-        with suppress(OSError):
-            sock = socket.create_connection((host, int(port)), timeout=2)
-            sock.sendall([b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(300)][n % 3])
-            sockets.append(sock)
-    time.sleep(1.0)
-    for sock in sockets:
-        sock.close()
-    return run
-
-
-def churn(seconds: float) -> Harm:
-    """Every second or so some worker, server or the coordinator is killed; each only so often as the launcher starts it again."""
-
-    def harm(run: Cluster) -> Cluster:
-        chance, end = random.Random(0), time.monotonic() + seconds
-        while time.monotonic() < end and run.is_running:
-            time.sleep(chance.uniform(0.5, 2.0))
-            pids = run.pids()
-            name = chance.choice(sorted(pids))
-            with suppress(ProcessLookupError):
-                os.kill(pids[name], signal.SIGKILL)
-        return run
-
-    return harm
-
-
-def rows(churn_s: float) -> dict[str, tuple[Harm, Sequence[object]]]:
-    """Each fault, and flags that its run needs."""
-    everybody = ("coordinator", *(f"server-{n}" for n in range(_SERVERS)), *(f"worker-{n}" for n in range(_WORKERS)))
-    long = ("--epochs", 60, "--respawn", 1000)
-    return {
-        "nothing": (lambda run: run, ()),
-        "worker killed": (kill("worker-1"), ()),
-        "all workers killed": (kill(*(f"worker-{n}" for n in range(_WORKERS))), ()),
-        "worker stopped 6 s, then woken": (stop("worker-1", 6.0), ()),
-        "server killed": (kill("server-1"), ()),
-        "two of three servers killed": (kill("server-0", "server-2"), ()),
-        "server stopped 18 s, then woken": (stop("server-1", 18.0), ()),
-        "coordinator killed": (kill("coordinator"), ()),
-        "coordinator stopped 6 s, then woken": (stop("coordinator", 6.0), ()),
-        "coordinator and a server killed": (kill("coordinator", "server-1"), ()),
-        "coordinator and a worker killed": (kill("coordinator", "worker-1"), ()),
-        "all but the launcher killed": (kill(*everybody), ()),
-        "power loss, then --resume": (power_loss(damaged=False), ()),
-        "power loss, newest snapshot damaged": (power_loss(damaged=True), ()),
-        "200 strange connections": (storm, ()),
-        f"{churn_s:.0f} s of random kills": (churn(churn_s), long),
+def rows(churn_s: float, folder: Path) -> dict[str, Row]:
+    """Each fault by name; `folder` is for what they need."""
+    workers = tuple(f"worker-{n}" for n in range(_WORKERS))
+    everybody = ("coordinator", *(f"server-{n}" for n in range(_SERVERS)), *workers)
+    table = {"nothing": Row(harms.nothing)}
+    for point, where in POINTS.items():
+        kind = where.partition(":")[0]
+        round_ = 0 if point == "ending" else _FAIL_AT
+        env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
+        name = "the coordinator" if kind == "coordinator" else f"a {kind}"
+        table[f"{name}, at {point}"] = Row(harms.failpoints(1), env=env)
+    phases = ("computing", "pushing", "pushed", "receiving")
+    at = ";".join(f"{name}:{phases[n]}:{_FAIL_AT}:kill" for n, name in enumerate(workers))
+    two = f"server-2:applying:{_FAIL_AT}:kill;coordinator:reported:{_FAIL_AT}:kill"
+    stopped = f"worker-1:pushing:{_FAIL_AT}:stop"
+    forward, forward_env = harms.clock(folder / "forward", _HOUR_S)
+    back, back_env = harms.clock(folder / "back", -_HOUR_S)
+    return table | {
+        "all workers, each at another point": Row(harms.failpoints(_WORKERS), env={VARIABLE: at}),
+        "a server and the coordinator, mid-round": Row(harms.failpoints(2), env={VARIABLE: two}),
+        "a worker stopped mid-message for 6 s, then woken": Row(
+            harms.failpoint_then_wake(6.0, "worker-1"), _LONG, env={VARIABLE: stopped}
+        ),
+        "all workers killed": Row(harms.kill(*workers)),
+        "two of three servers killed": Row(harms.kill("server-0", "server-2")),
+        "coordinator and a server killed": Row(harms.kill("coordinator", "server-1")),
+        "coordinator and a worker killed": Row(harms.kill("coordinator", "worker-1")),
+        "all but the launcher killed": Row(harms.kill(*everybody)),
+        "a worker stopped 6 s, then woken": Row(harms.stop("worker-1", 6.0)),
+        "a server stopped 18 s, then woken": Row(harms.stop("server-1", 18.0)),
+        "the coordinator stopped 6 s, then woken": Row(harms.stop("coordinator", 6.0)),
+        "a worker 5 times slower": Row(harms.slow("worker-1", 5)),
+        "a worker joins every second": Row(harms.join(4, 1.0), ("--epochs", 60)),
+        "power loss, then --resume": Row(harms.power_loss(damaged=False)),
+        "power loss, newest snapshot damaged": Row(harms.power_loss(damaged=True)),
+        "200 strange connections": Row(harms.strangers(1)),
+        "200 strange connections, again and again": Row(harms.strangers(10), _LONG),
+        "disk full for 5 s": Row(harms.fill(5.0), _LONG, on_small_disk=True),
+        "clock an hour ahead, coordinator killed": Row(forward, env=forward_env),
+        "clock an hour back, coordinator killed": Row(back, env=back_env),
+        "network between a worker and a server cut one way for 10 s": Row(
+            harms.nothing, _LONG, network=spread.cut(10.0, both_ways=False)
+        ),
+        "network between a worker and a server cut both ways for 10 s": Row(
+            harms.nothing, _LONG, network=spread.cut(10.0, both_ways=True)
+        ),
+        "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2),
+        f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), ("--epochs", 60, "--respawn", 1000)),
+        f"{churn_s:.0f} s of random kills, async": Row(
+            harms.churn(churn_s), ("--epochs", 60, "--respawn", 1000, "--policy", "async"), is_inexact=True
+        ),
     }
 
 
-def measure(harm: Harm, flags: Sequence[object], expected: str, folder: Path) -> Outcome:
+def measure(row: Row, expected: str, folder: Path) -> Outcome:
     """Start a run, do the harm in the middle of it, and look at what comes of it. `expected` is the hash of its weights."""
-    run = Cluster(folder, "--run-dir", folder, *TRAINING, "--workers", _WORKERS, "--servers", _SERVERS, *flags)
+    flags = (*TRAINING, *row.flags)
+    if row.network is not None or row.delay_s:
+        with spread.hosts(folder.with_name(f"{folder.name}-logs")) as (made, processes):
+            if row.delay_s:
+                spread.delay(made, processes, row.delay_s)
+            near = 0 if row.delay_s else _WORKERS - 1
+            run = spread.Spread(folder, processes, made, _SERVERS, near, _WORKERS - near, *flags)
+            return _look(run, row, expected, lambda _: row.network and row.network(run))
+    with harms.small_disk(folder) if row.on_small_disk else nullcontext(folder) as place:
+        size = ("--workers", _WORKERS, "--servers", _SERVERS)
+        return _look(Cluster(place, "--run-dir", place, *flags, *size, env=row.env), row, expected)
+
+
+def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], object] = lambda run: None) -> Outcome:
     try:
-        run.until(lambda: run.rounds() > _ROUNDS and run.events("snapshot"), "training")
+        run.until(lambda: run.rounds() > _ROUNDS or list(run.folder.glob(f"{MARK}*")), "training")
+        if VARIABLE not in row.env and not row.delay_s:
+            run.until(lambda: run.events("snapshot"), "snapshot")
         began = time.time()
-        run = harm(run)
+        first(run)
+        run = row.harm(run)
         summary = run.summary()
     except AssertionError as error:
-        return Outcome(str(error).strip().splitlines()[-1], False, False, None, 0.0, 0)
+        return Outcome(str(error).strip().splitlines()[0])
+    except (KeyError, ProcessLookupError) as error:
+        return Outcome(f"the harness found no process to harm: {error}")
     finally:
         run.close()
-    events = [(at, event) for _, at, event in run.read(RunLogReader.events) if at >= began]
-    noticed = [at - began for at, event in events if event.kind in _NOTICED]
-    times = [began, *(at for row in run.read(RunLogReader.rounds) if (at := row.at) > began)]
-    pause = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
-    same = not expected or summary["weights_sha256"] == expected
-    return Outcome("", same, run.is_exact(), min(noticed, default=None), pause, summary["micro_batches_recomputed"])
+        left = run.left_behind()
+        for pid in left.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    if left:
+        return Outcome(f"left behind: {', '.join(left)}")
+    began = min((mark.stat().st_mtime for mark in run.folder.glob(f"{MARK}*")), default=began)
+
+    def since(at: float) -> float:
+        """Seconds from `began` to `at`, be it by a clock that an hour was added to or taken from."""
+        return (at - began + _HOUR_S / 2) % _HOUR_S - _HOUR_S / 2
+
+    events = [(since(at), event) for _, at, event in run.read(RunLogReader.events)]
+    committed = run.read(RunLogReader.rounds)
+    times = [0.0, *(at for committed_ in committed if (at := since(committed_.at)) > 0)]
+    return Outcome(
+        same=row.is_inexact or summary["weights_sha256"] == expected,
+        exact=run.is_exact() and len(committed) == summary["rounds"],
+        noticed_s=min((at for at, event in events if at >= 0 and event.kind in _NOTICED), default=None),
+        pause_s=max((b - a for a, b in itertools.pairwise(times)), default=0.0),
+        rounds=sum(event.data["rounds"] for _, event in events if event.kind == "rolled back"),
+        recomputed=summary["micro_batches_recomputed"],
+    )
 
 
-def line(name: str, outcome: Outcome) -> str:
+def line(name: str, outcome: Outcome, is_inexact: bool = False) -> str:
     """A row of the table."""
     noticed = "" if outcome.noticed_s is None else f"{outcome.noticed_s:.1f}"
     if outcome.problem:
-        return f"| {name} | **no**: {outcome.problem} | | | | | |"
-    words = ["yes" if good else "**no**" for good in (True, outcome.same, outcome.exact)]
-    return f"| {name} | {' | '.join(words)} | {noticed} | {outcome.pause_s:.1f} | {outcome.recomputed} |"
+        return f"| {name} | **no**: {outcome.problem.replace('|', '/')} | | | | | | |"
+    finished, same, exact = ("yes" if good else "**no**" for good in (True, outcome.same, outcome.exact))
+    cells = (
+        name,
+        finished,
+        "n/a" if is_inexact else same,
+        exact,
+        noticed,
+        f"{outcome.pause_s:.1f}",
+        outcome.rounds,
+        outcome.recomputed,
+    )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--row", "wanted", multiple=True, help="Only this row; repeatable. By default all.")
+@click.option("--row", "wanted", multiple=True, help="Only rows whose name has this in it; repeatable. By default all.")
+@click.option("--quick", is_flag=True, help="A few rows only.")
 @click.option("--times", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each row.")
 @click.option(
-    "--churn", "churn_s", type=click.FloatRange(min=1), default=30.0, show_default=True, help="Seconds of random kills."
+    "--churn", "churn_s", type=click.FloatRange(1, 600), default=30.0, show_default=True, help="Seconds of random kills."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="File for the table, too.")
-def cli(wanted: Sequence[str], times: int, churn_s: float, out: Path | None) -> None:
+@click.option("--keep", type=click.Path(path_type=Path), help="Folder, which is made, in which the runs are to stay.")
+def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Path | None, keep: Path | None) -> None:
     """Do harm to real runs, and compare their weights and books with those of a run that nothing disturbed.
 
     The exit code is 1 where a row does not hold.
     """
-    table = rows(churn_s)
-    unknown = set(wanted) - table.keys()
-    if unknown:
-        raise click.UsageError(f"there is no row '{min(unknown)}'; there are {', '.join(table)}.")
-    heads = "fault", "finished", "same bits", "each sample once", "noticed after s", "longest pause s", "micro-batches again"
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | ---: | ---: | ---: |"]
-    print("\n".join(lines), flush=True)
+    lines = [f"| {' | '.join(HEADS)} |", f"| {' | '.join(['---'] * 4 + ['---:'] * 4)} |"]
     expected: dict[tuple[object, ...], str] = {}
     failed = False
-    with tempfile.TemporaryDirectory() as name:
-        for number, (row, (harm, flags)) in enumerate((row, table[row]) for row in table if not wanted or row in wanted):
-            key = tuple(flags)
-            if key not in expected:
-                folder = Path(name) / f"quiet-{number}"
-                expected[key] = str(Cluster(folder, "--run-dir", folder, *TRAINING, *flags).summary()["weights_sha256"])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if keep is None else keep.resolve()
+        folder.mkdir(exist_ok=keep is None)
+        table = rows(churn_s, folder)
+        unknown = [part for part in wanted if not any(part in name for name in table)]
+        if unknown:
+            raise click.UsageError(f"there is no row '{unknown[0]}'; there are {', '.join(table)}.")
+        chosen = {
+            n: row for n, row in table.items() if (not quick or n in _QUICK) and (not wanted or any(w in n for w in wanted))
+        }
+        print("\n".join(lines), flush=True)
+        for number, (name, row) in enumerate(chosen.items()):
+            key = tuple(row.flags)
+            if key not in expected and not row.is_inexact:
+                place = folder / f"quiet-{number}"
+                expected[key] = str(Cluster(place, "--run-dir", place, *TRAINING, *row.flags).summary()["weights_sha256"])
             for time_ in range(times):
-                outcome = measure(harm, flags, expected[key], Path(name) / f"{number}-{time_}")
-                failed |= bool(outcome.problem) or not outcome.same or not outcome.exact
-                lines.append(line(row, outcome))
+                try:
+                    outcome = measure(row, expected.get(key, ""), folder / f"{number}-{time_}")
+                except (PsError, UsageError) as error:
+                    outcome = Outcome(f"not possible here: {error}")
+                failed |= not outcome.holds
+                lines.append(line(name, outcome, row.is_inexact))
                 print(lines[-1], flush=True)
     if out is not None:
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.lifeline import PARENT_VARIABLE
 from common.runlog import FILE_NAME, Event, RunLogReader
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
@@ -25,14 +26,23 @@ _PATIENCE_S = 90.0
 
 
 class Cluster:
-    """A `launch.py local` that goes on while somebody looks on."""
+    """A `launch.py local` that goes on while somebody looks on, or the coordinator of other processes."""
 
-    def __init__(self, folder: Path, *flags: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *flags: object,
+        env: Mapping[str, str] | None = None,
+        command: str = "local",
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`env` is added to the environment, and `prefix` stands before the command line."""
         self.folder = folder
-        command = [sys.executable, str(LAUNCH), "local", *map(str, flags)]
         self._popen = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent, start_new_session=True
-        )
+            [*prefix, sys.executable, str(LAUNCH), command, *map(str, flags)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder.parent, start_new_session=True,
+            env={**os.environ, **(env or {}), PARENT_VARIABLE: str(os.getpid())},
+        )  # fmt: skip
 
     def read(self, what: Callable[[RunLogReader], Any]) -> Any:
         """What `what` finds in the event log; None while there is none."""
@@ -52,7 +62,7 @@ class Cluster:
         deadline = time.monotonic() + _PATIENCE_S
         while not ready():
             assert self._popen.poll() is None, f"the run ended before {what}:\n{self._popen.communicate()[0]}"
-            assert time.monotonic() < deadline, f"no {what} after {_PATIENCE_S:.0f} s"
+            assert time.monotonic() < deadline, f"no {what} after {_PATIENCE_S:.0f} s: {self.state()}"
             time.sleep(0.02)
 
     @property
@@ -61,8 +71,24 @@ class Cluster:
 
     def pids(self) -> dict[str, int]:
         """The newest process of each name that lives."""
-        told = {event.process: int(event.data["pid"]) for event in [*self.events("started"), *self.events("joined")]}
-        return {name: pid for name, pid in told.items() if Path(f"/proc/{pid}").exists()}
+        return {name: pid for name, pid in dict(self._told()).items() if _is_ours(pid)}
+
+    def left_behind(self) -> dict[str, int]:
+        """Processes of the run, be they its newest or not, that are still there."""
+        return {name: pid for name, pid in self._told() if _is_ours(pid)}
+
+    def _told(self) -> list[tuple[str, int]]:
+        """Name and id of each process that there has been, oldest first."""
+        events = [event for _, _, event in self.read(RunLogReader.events) or []]
+        return [(e.process, int(e.data["pid"])) for e in events if e.kind in ("started", "recovered", "joined")]
+
+    def state(self) -> str:
+        """What each process does and whom it waits for, by the books."""
+        rows = self.read(RunLogReader.statuses) or []
+        waits = {row.process: f" for {row.waits_for}" if row.waits_for else "" for row in rows}
+        return (
+            ", ".join(f"{row.process} {row.state}{waits[row.process]} in round {row.round}" for row in rows) or "nobody is there"
+        )
 
     def signal(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process called `name`."""
@@ -73,15 +99,16 @@ class Cluster:
         try:
             out, _ = self._popen.communicate(timeout=_PATIENCE_S)
         except subprocess.TimeoutExpired:
+            state = self.state()
             self.cut_power()
-            raise AssertionError(f"the run goes on after {_PATIENCE_S:.0f} s") from None
+            raise AssertionError(f"the run goes on after {_PATIENCE_S:.0f} s: {state}") from None
         return self._popen.returncode, out
 
     def summary(self) -> dict[str, Any]:
         """Wait for an end without failure, and read the summary."""
         code, out = self.end()
         logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (self.folder / "logs").glob("*"))
-        assert code == 0, out + logs
+        assert code == 0, f"exit code {code}: {out.strip().splitlines()[-1] if out.strip() else 'no word'}\n{out}{logs}"
         return dict(json.loads((self.folder / "summary.json").read_text()))
 
     def is_exact(self) -> bool:
@@ -96,12 +123,23 @@ class Cluster:
         os.kill(self._popen.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
-        for event in [*self.events("started"), *self.events("joined")]:
+        for pid in self.left_behind().values():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(event.data["pid"], signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         self._popen.communicate()
 
     def close(self) -> None:
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)
-            self._popen.communicate(timeout=20)
+            try:
+                self._popen.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.cut_power()
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether this process lives, and is none that only has the number of a process of a run."""
+    try:
+        return LAUNCH.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

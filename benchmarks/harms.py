@@ -1,0 +1,241 @@
+"""What can be done to a run on this machine; each harm takes a run that goes on and returns the one to look at afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.live import LAUNCH, Cluster
+from cluster.processes import Processes
+from common import snapshots
+from common.errors import UsageError
+from common.failpoints import MARK
+
+Harm = Callable[[Cluster], Cluster]
+
+#: Seconds after which a harm that goes on for as long as the run does is over anyhow.
+_LIMIT_S = 90.0
+_CLONE_NEWNS = 0x00020000
+_DISK_BYTES = 48 << 20
+#: Has time.time() be an hour off, in a process that imports it, once there is a certain file.
+_CLOCK = """import os, time
+real = time.time
+time.time = lambda: real() + ({seconds} if os.path.exists({flag!r}) else 0)
+"""
+
+
+def nothing(run: Cluster) -> Cluster:
+    return run
+
+
+def failpoints(count: int) -> Harm:
+    """Nothing but to wait until so many processes have failed by themselves, at their failpoints."""
+
+    def harm(run: Cluster) -> Cluster:
+        run.until(lambda: len(list(run.folder.glob(f"{MARK}*"))) >= count, f"{count} failpoints were reached")
+        return run
+
+    return harm
+
+
+def failpoint_then_wake(seconds: float, name: str) -> Harm:
+    """Wait until a process has stopped at its failpoint, and wake it after so long."""
+
+    def harm(run: Cluster) -> Cluster:
+        pid = run.pids()[name]
+        failpoints(1)(run)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        return run
+
+    return harm
+
+
+def kill(*names: str) -> Harm:
+    """kill -9 of these processes at once."""
+
+    def harm(run: Cluster) -> Cluster:
+        for name in names:
+            run.signal(name)
+        return run
+
+    return harm
+
+
+def stop(name: str, seconds: float) -> Harm:
+    """SIGSTOP, and SIGCONT after so long."""
+
+    def harm(run: Cluster) -> Cluster:
+        pid = run.pids()[name]
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        return run
+
+    return harm
+
+
+def slow(name: str, factor: int) -> Harm:
+    """Have a process run for a 1/factor of the time only, until the run ends."""
+
+    def harm(run: Cluster) -> Cluster:
+        pid, end = run.pids()[name], time.monotonic() + _LIMIT_S
+        with contextlib.suppress(ProcessLookupError):
+            try:
+                while run.is_running and run.pids().get(name) == pid and time.monotonic() < end:
+                    os.kill(pid, signal.SIGSTOP)
+                    time.sleep(0.02 * (factor - 1))
+                    os.kill(pid, signal.SIGCONT)
+                    time.sleep(0.02)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+        return run
+
+    return harm
+
+
+def power_loss(damaged: bool) -> Harm:
+    """All are killed at once, and the run goes on by `--resume`, with a bit of its newest snapshot changed if `damaged`."""
+
+    def harm(run: Cluster) -> Cluster:
+        run.until(lambda: len(run.events("snapshot")) > 1, "second snapshot")
+        run.cut_power()
+        if damaged:
+            whole = [path for path in snapshots.folders(run.folder) if (path / snapshots.MANIFEST_FILE).exists()]
+            file = whole[-1] / snapshots.file_of(0)
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        return Cluster(run.folder, "--resume", run.folder)
+
+    return harm
+
+
+def strangers(times: int) -> Harm:
+    """200 connections at once, to the coordinator and a server, that say nothing, an HTTP request or random bytes; and again."""
+
+    def harm(run: Cluster) -> Cluster:
+        addresses = [(run.folder / "address").read_text().strip()]
+        addresses += [event.data["address"] for event in run.events("joined") if event.process == "server-0"][-1:]
+        for _ in range(times):
+            sockets = []
+            for n in range(200):
+                host, _, port = addresses[n % len(addresses)].removeprefix("tcp://").rpartition(":")
+                with contextlib.suppress(OSError):
+                    sock = socket.create_connection((host, int(port)), timeout=2)
+                    sockets.append(sock)
+                    sock.sendall([b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(300)][n % 3])
+            time.sleep(1.0 / times)
+            for sock in sockets:
+                sock.close()
+        return run
+
+    return harm
+
+
+def join(count: int, every_s: float) -> Harm:
+    """So many workers are started by hand, one after another, and stay until the run ends."""
+
+    def harm(run: Cluster) -> Cluster:
+        address = (run.folder / "address").read_text().strip()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        end = time.monotonic() + _LIMIT_S
+        with Processes(run.folder / "by-hand", env) as processes:
+            for number in range(count):
+                if run.is_running:
+                    processes.start(f"joiner-{number}", [sys.executable, str(LAUNCH), "worker", "--coordinator", address])
+                    time.sleep(every_s)
+            while run.is_running and time.monotonic() < end:
+                time.sleep(0.1)
+        joined = [event.process for event in run.events("joined") if event.process.startswith("worker")]
+        assert len(set(joined)) > 3, "the run ended before any worker had joined"
+        return run
+
+    return harm
+
+
+def churn(seconds: float) -> Harm:
+    """Every second or so some worker, server or the coordinator is killed; each only so often as the launcher starts it again."""
+
+    def harm(run: Cluster) -> Cluster:
+        chance, end = random.Random(0), time.monotonic() + seconds
+        while time.monotonic() < end and run.is_running:
+            time.sleep(chance.uniform(0.5, 2.0))
+            if pids := run.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pids[chance.choice(sorted(pids))], signal.SIGKILL)
+        return run
+
+    return harm
+
+
+# ---- the disk
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A small file system of its own in `folder`. It is mounted where only this process and its children see it, so that nothing
+    is left of it however they end. Raises UsageError where that cannot be."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.geteuid() or libc.unshare(_CLONE_NEWNS):
+        raise UsageError("mounts a file system, for which it must be run as root")
+    folder.mkdir()
+    for command in (
+        ["mount", "--make-rprivate", "/"],
+        ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(folder)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UsageError(f"'{' '.join(command)}' failed: {done.stderr.strip()}")
+    try:
+        yield folder / "run"
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def fill(seconds: float) -> Harm:
+    """The file system of the run directory's parent is full for so long."""
+
+    def harm(run: Cluster) -> Cluster:
+        file = run.folder.parent / "full"
+        end = time.monotonic() + seconds
+        with file.open("wb", buffering=0) as out:
+            while time.monotonic() < end:
+                try:
+                    out.write(bytes(64 << 10))
+                except OSError:
+                    time.sleep(0.02)  # and take what is given back meanwhile
+        file.unlink()
+        return run
+
+    return harm
+
+
+# ---- the clock
+
+
+def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
+    """The wall clock of all processes moves; and the environment, with a module in `folder`, in which it can."""
+    folder.mkdir()
+    flag = folder / "moved"
+    (folder / "sitecustomize.py").write_text(_CLOCK.format(seconds=seconds, flag=str(flag)), encoding="utf-8")
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+    def harm(run: Cluster) -> Cluster:
+        flag.touch()
+        time.sleep(1.0)
+        run.signal("coordinator")  # the one that takes over reads times of the other clock
+        return run
+
+    return harm, {"PYTHONPATH": path}
