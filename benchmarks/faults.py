@@ -229,7 +229,6 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
     lines = [f"| {' | '.join(HEADS)} |", f"| {' | '.join(['---'] * 4 + ['---:'] * 4)} |"]
     expected: dict[tuple[object, ...], str] = {}
     failed = False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep.resolve()
         folder.mkdir(exist_ok=keep is None)
@@ -260,4 +259,5 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been started is ended, and what was made removed
     cli()

@@ -17,8 +17,11 @@ def test_a_row_that_holds_is_shown_and_the_exit_code_is_0() -> None:
 
 
 def test_a_row_that_does_not_hold_says_why() -> None:
-    assert line("x", Outcome("the run hangs", False, False, None, 0.0, 0)) == "| x | **no**: the run hangs | | | | | |"
-    assert line("x", Outcome("", False, True, 1.26, 2.0, 3)) == "| x | yes | **no** | yes | 1.3 | 2.0 | 3 |"
+    assert line("x", Outcome("the run hangs")) == "| x | **no**: the run hangs | | | | | | |"
+    outcome = Outcome(same=False, exact=True, noticed_s=1.26, pause_s=2.0, rounds=5, recomputed=3)
+    assert line("x", outcome) == "| x | yes | **no** | yes | 1.3 | 2.0 | 5 | 3 |"
+    assert line("x", outcome, is_inexact=True) == "| x | yes | n/a | yes | 1.3 | 2.0 | 5 | 3 |"
+    assert [one.holds for one in (outcome, Outcome("hangs", True, True), Outcome("", True, True))] == [False, False, True]
 
 
 def test_a_row_that_there_is_not_is_refused() -> None:
