@@ -76,7 +76,7 @@ class Tracker:
                 joined[event.data["pid"]] = event.process
             elif event.kind == "left":
                 left.add(event.process)
-            over = over or event.kind == "stopped"
+            over = over or (event.kind == "stopped" and not event.data.get("again"))  # else all begin anew
             if (line := _news(event)) is not None:
                 news.append(line)
         rows = reader.rounds(after=self._last_round)
