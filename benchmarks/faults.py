@@ -130,6 +130,9 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "network between a worker and a server cut both ways for 10 s": Row(
             harms.nothing, _LONG, network=spread.cut(10.0, both_ways=True)
         ),
+        "network between a worker and a server cut both ways for 30 s": Row(
+            harms.nothing, ("--epochs", 60), network=spread.cut(30.0, both_ways=True)
+        ),
         "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2),
         f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), ("--epochs", 60, "--respawn", 1000)),
         f"{churn_s:.0f} s of random kills, async": Row(

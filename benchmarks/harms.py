@@ -24,6 +24,8 @@ Harm = Callable[[Cluster], Cluster]
 
 #: Seconds after which a harm that goes on for as long as the run does is over anyhow.
 _LIMIT_S = 90.0
+#: Seconds for which a slow process runs at a time: less than a micro-batch takes, or it would seem as fast as others.
+_SLICE_S = 0.001
 _CLONE_NEWNS = 0x00020000
 _DISK_BYTES = 48 << 20
 #: Has time.time() be an hour off, in a process that imports it, once there is a certain file.
@@ -93,11 +95,11 @@ def slow(name: str, factor: int) -> Harm:
         pid, end = run.pids()[name], time.monotonic() + _LIMIT_S
         with contextlib.suppress(ProcessLookupError):
             try:
-                while run.is_running and run.pids().get(name) == pid and time.monotonic() < end:
+                while run.is_running and time.monotonic() < end:
                     os.kill(pid, signal.SIGSTOP)
-                    time.sleep(0.02 * (factor - 1))
+                    time.sleep(_SLICE_S * (factor - 1))
                     os.kill(pid, signal.SIGCONT)
-                    time.sleep(0.02)
+                    time.sleep(_SLICE_S)
             finally:
                 os.kill(pid, signal.SIGCONT)
         return run
