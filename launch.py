@@ -88,8 +88,9 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, resume:
 
     from cluster.local import Order, check_order, run_local
     from cluster.resume import resumed
-    from cluster.rundir import claim, find_run
+    from cluster.rundir import claim
     from cluster.screen import Screen
+    from common.runfiles import find_run
     from common.runlog import FILE_NAME
 
     if resume is None:
@@ -120,7 +121,8 @@ def coordinator(
 
     Waits for as many servers and workers as the settings say, and writes the run directory.
     """
-    from cluster.rundir import SETTINGS_FILE, claim, write_settings
+    from cluster.rundir import claim, write_settings
+    from common.runfiles import SETTINGS_FILE
     from ps.books import goes_on
     from ps.coordinator import serve
 

@@ -26,9 +26,10 @@ from benchmarks.simulated import FILES_PER_WORKER, Job
 from benchmarks.systems import ROOT, module_command
 from cluster.local import start_coordinator, start_server
 from cluster.processes import TICK_S, Processes
-from cluster.rundir import LOGS, SETTINGS_FILE, write_settings
+from cluster.rundir import LOGS, write_settings
 from cluster.signals import StopSignals
 from common.layout import CHUNK_BYTES
+from common.runfiles import SETTINGS_FILE
 from common.settings import Settings
 from common.wire import allow_files
 

@@ -114,7 +114,7 @@ def power_loss(damaged: bool) -> Harm:
         run.until(lambda: len(run.events("snapshot")) > 1, "second snapshot")
         run.cut_power()
         if damaged:
-            whole = [path for path in snapshots.folders(run.folder) if (path / snapshots.MANIFEST_FILE).exists()]
+            whole = snapshots.finished(run.folder)
             file = whole[-1] / snapshots.file_of(0)
             data = bytearray(file.read_bytes())
             data[-1] ^= 1

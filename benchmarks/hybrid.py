@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from benchmarks.train_hybrid import FEATURES
+from common.runfiles import SUMMARY_FILE
 from common.runlog import RunLogReader
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
             script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", count]
             command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
             subprocess.run(list(map(str, command)), check=True, capture_output=True)
-            wire = json.loads((Path(folder) / "summary.json").read_text())["wire"]
+            wire = json.loads((Path(folder) / SUMMARY_FILE).read_text())["wire"]
             (seconds,) = [value for _, _, _, value in RunLogReader(Path(folder) / "events.sqlite").metrics("seconds")]
             used.append(Cost((wire["pushed_bytes"] + wire["pulled_bytes"]) / 1e6, seconds))
     return Cost((used[1].megabytes - used[0].megabytes) / rounds, used[1].seconds)

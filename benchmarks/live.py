@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.lifeline import PARENT_VARIABLE
+from common.runfiles import SUMMARY_FILE
 from common.runlog import FILE_NAME, Event, RunLogReader
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
@@ -109,7 +110,7 @@ class Cluster:
         code, out = self.end()
         logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (self.folder / "logs").glob("*"))
         assert code == 0, f"exit code {code}: {out.strip().splitlines()[-1] if out.strip() else 'no word'}\n{out}{logs}"
-        return dict(json.loads((self.folder / "summary.json").read_text()))
+        return dict(json.loads((self.folder / SUMMARY_FILE).read_text()))
 
     def is_exact(self) -> bool:
         """Whether every micro-batch of every round is in exactly one committed contribution, by the books."""

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from cluster.exits import run_command
 from cluster.report import TABLE_FILE
-from cluster.rundir import MODEL_FILE, SETTINGS_FILE
 from common.errors import UsageError
+from common.runfiles import MODEL_FILE, SETTINGS_FILE
 from common.runlog import FILE_NAME, RunLogReader
 from common.settings import Settings, make_settings, read_toml
 from worker import data, models

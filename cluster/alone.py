@@ -11,9 +11,10 @@ from pathlib import Path
 
 from cluster.local import start_coordinator, start_server
 from cluster.processes import TICK_S, Processes
-from cluster.rundir import LOGS, SETTINGS_FILE, claim, read_summary, tidy_log, write_settings
+from cluster.rundir import LOGS, claim, read_summary, tidy_log, write_settings
 from cluster.screen import summary_lines
 from common.errors import ClusterError
+from common.runfiles import SETTINGS_FILE
 from common.settings import Settings
 
 #: Seconds for the companions to end after the worker has.

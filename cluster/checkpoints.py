@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.rundir import find_run
 from cluster.screen import say
 from common import snapshots
 from common.errors import ClusterError, UsageError
+from common.runfiles import find_run
 from common.snapshots import MANIFEST_FILE, Snapshot
 
 
@@ -69,7 +69,7 @@ def export_model(run: str, round_: int | None, out: Path) -> None:
 
 
 def _all(folder: Path) -> list[Snapshot]:
-    finished = [path for path in snapshots.folders(folder) if (path / MANIFEST_FILE).exists()]
+    finished = snapshots.finished(folder)
     if not finished:
         raise UsageError(f"the run in {folder} has no snapshots; --snapshot-every sets how often one is made.")
     return [snapshots.read(path) for path in finished]

@@ -26,9 +26,10 @@ from rich.console import Console
 
 from cluster.local import Order, check_order, run_local
 from cluster.report import TABLE_FILE, Outcome, write_report
-from cluster.rundir import RUNS, SETTINGS_FILE, claim, is_folder_name, read_summary, run_values
+from cluster.rundir import claim, is_folder_name, read_summary, run_values
 from cluster.screen import Screen, results_line, say
 from common.errors import ClusterError, PsError, UsageError
+from common.runfiles import RUNS, SETTINGS_FILE
 from common.runlog import FILE_NAME
 from common.settings import Settings, check_values, make_settings, read_toml, unknown_key
 

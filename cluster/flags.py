@@ -15,8 +15,9 @@ import msgspec
 from click.core import ParameterSource
 
 from cluster.crew import Respawn
-from cluster.rundir import RUNS, is_folder_name
+from cluster.rundir import is_folder_name
 from common.errors import UsageError
+from common.runfiles import RUNS
 from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
 
 _EXAMPLE = "Built-in example"

@@ -13,12 +13,13 @@ from typing import Any
 
 from cluster.crew import Crew, Respawn
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
-from cluster.rundir import ADDRESS_FILE, LOGS, SETTINGS_FILE, read_summary, tidy_log, write_settings
+from cluster.rundir import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
 from cluster.scale import take
 from cluster.screen import Screen, summary_lines
 from cluster.signals import StopSignals
 from common.errors import ClusterError, UsageError
 from common.policies import load
+from common.runfiles import SETTINGS_FILE
 from common.settings import Settings
 
 #: Seconds for the coordinator to listen.

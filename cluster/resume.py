@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.flags import Choice, choose
-from cluster.rundir import SETTINGS_FILE
 from common import snapshots
 from common.errors import UsageError
+from common.runfiles import SETTINGS_FILE
 from common.settings import FIELDS
 
 #: Settings that a run may go on with other values of: none changes what a round computes.

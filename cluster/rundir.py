@@ -15,18 +15,14 @@ import msgspec
 
 from common import snapshots
 from common.errors import UsageError
+from common.runfiles import MODEL_FILE, RUNS, SETTINGS_FILE, SETTINGS_HEADER, SUMMARY_FILE, is_run
 from common.runlog import FILE_NAME, RunLog
 from common.settings import Settings
 
-SETTINGS_FILE = "settings.toml"
-SUMMARY_FILE = "summary.json"
-MODEL_FILE = "model.safetensors"
 ADDRESS_FILE = "address"
 SCALE_FILE = "scale"
 LOGS = "logs"
-RUNS = Path("runs")
 
-_HEADER = "# The settings of this run; give this file to --config to repeat it.\n"
 _FILES = (SETTINGS_FILE, SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE, FILE_NAME)
 _SUFFIXES = ("", ".tmp", "-wal", "-shm", "-journal")
 
@@ -134,30 +130,12 @@ def is_in_use(folder: Path) -> bool:
     return lock is None
 
 
-def find_run(name: str) -> Path:
-    """The folder of the run that a user calls `name`: a run directory, or a name under runs/. Raises UsageError for none."""
-    for folder in (Path(name), RUNS / name):
-        if folder.is_dir() and is_run(folder):
-            return folder
-    raise UsageError(f"there is no run {name}: give a run directory, or the name of one under {RUNS}/.")
-
-
 def _contents(folder: Path) -> list[str]:
     """Names in `folder` without those of hidden files."""
     try:
         return [path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != "lost+found"]
     except OSError as error:
         raise UsageError(f"the run directory {folder} cannot be read: {error.strerror}.") from None
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a run, finished or not, has written to `folder`."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if (folder / FILE_NAME).read_bytes()[:15] == b"SQLite format 3":
-            return True
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (folder / SETTINGS_FILE).read_text(encoding="utf-8").startswith(_HEADER)
-    return False
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -173,7 +151,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def write_settings(path: Path, settings: Settings, script: str | None = None, args: Sequence[str] = ()) -> None:
     """Write all that --config needs to repeat a run. OSError where that cannot be."""
-    path.write_text(_HEADER + to_toml(run_values(settings, script, args)), encoding="utf-8")
+    path.write_text(SETTINGS_HEADER + to_toml(run_values(settings, script, args)), encoding="utf-8")
 
 
 def run_values(settings: Settings, script: str | None, args: Sequence[str]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from cluster.flags import choose
 from cluster.processes import TICK_S
-from cluster.rundir import SCALE_FILE, SETTINGS_FILE, find_run, is_in_use
+from cluster.rundir import SCALE_FILE, is_in_use
 from common.errors import UsageError
 from common.policies import load
+from common.runfiles import SETTINGS_FILE, find_run
 
 #: Seconds for the launcher to take note.
 _TAKEN_S = 30.0

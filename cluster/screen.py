@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.progress import Progress, Tracker
-from cluster.rundir import MODEL_FILE
+from common.runfiles import MODEL_FILE
 from common.runlog import some
 
 _LIVE_S = 0.5

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from common.durable import sync_folder, write_whole
 from common.errors import UsageError
 from common.messages import Setup
 
@@ -88,19 +88,10 @@ def file_of(server: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make the files in `folder` a snapshot. OSError where that cannot be."""
-    temporary = folder / (MANIFEST_FILE + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
-        file.flush()
-        os.fsync(file.fileno())
     (folder / TOKEN_FILE).unlink(missing_ok=True)
-    temporary.rename(folder / MANIFEST_FILE)
-    for path in (folder, folder.parent, folder.parent.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    write_whole(folder / MANIFEST_FILE, [msgspec.json.format(msgspec.json.encode(manifest), indent=1)])
+    for above in (folder.parent, folder.parent.parent):
+        sync_folder(above)
 
 
 def read(folder: Path) -> Snapshot:
@@ -128,12 +119,15 @@ def folders(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
+def finished(run_dir: Path) -> list[Path]:
+    """Those of `folders` that hold a manifest: the others were being written when the run was stopped."""
+    return [folder for folder in folders(run_dir) if (folder / MANIFEST_FILE).exists()]
+
+
 def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest snapshot that is whole, and what is wrong with those that are newer, a sentence each."""
     problems = []
-    for folder in reversed(folders(run_dir)):
-        if not (folder / MANIFEST_FILE).exists():
-            continue  # it was being written when the run was stopped
+    for folder in reversed(finished(run_dir)):
         try:
             snapshot = read(folder)
         except UsageError as error:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,16 +16,14 @@ from torch import nn
 from common import snapshots
 from common.errors import UsageError
 from common.plan import derive_seed
+from common.runfiles import MODEL_FILE, SETTINGS_FILE, find_run
 from common.settings import FIELDS, Settings, make_settings, parse_shape, read_toml
 from common.weights import write_model
 from worker import data, models
 from worker.data import Images
 from worker.example import load_weights
+from worker.factory import load_factory
 from worker.loader import seed_everything
-
-RUNS = Path("runs")
-SETTINGS_FILE = "settings.toml"
-MODEL_FILE = "model.safetensors"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -89,22 +85,12 @@ def open_run(source: Source) -> Trained:
     shape = parse_shape(settings.image) if own and settings.image is not None else None
     images = data.load(name, data_dir, settings.seed, augment=False, shape=shape, classes=settings.classes if own else None)
     if source.model_file is not None:
-        make = _factory(source.model_file)
+        make = load_factory(source.model_file)
     else:
         make = functools.partial(models.build, settings.model, images.shape, images.classes)
     trained = Trained(folder, settings, images, data_dir, make)
     _check_fit(trained)
     return trained
-
-
-def find_run(run: str) -> Path:
-    """The folder of a run that is named by its path or its name under runs/. Raises UsageError where there is none."""
-    for folder in (Path(run), RUNS / run):
-        if (folder / SETTINGS_FILE).is_file():
-            return folder
-    there = sorted(path.parent.name for path in RUNS.glob(f"*/{SETTINGS_FILE}"))
-    known = f"{RUNS}/ has {', '.join(there)}" if there else f"there are none in {RUNS}/ either"
-    raise UsageError(f"there is no run {run}, which is the folder of one or its name under {RUNS}/; {known}.")
 
 
 def weights_at(run: Trained, when: str | Path) -> nn.Module:
@@ -135,7 +121,7 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
 
 def snapshots_of(run: Trained) -> list[Path]:
     """The folders of the run's finished snapshots, in the order in which they were made."""
-    return [folder for folder in snapshots.folders(run.folder) if (folder / snapshots.MANIFEST_FILE).exists()]
+    return snapshots.finished(run.folder)
 
 
 def _read_settings(folder: Path) -> tuple[Settings, str | None]:
@@ -143,28 +129,6 @@ def _read_settings(folder: Path) -> tuple[Settings, str | None]:
     values = read_toml(folder / SETTINGS_FILE)
     script = values.get("script")
     return make_settings({key: value for key, value in values.items() if key in FIELDS}, str(folder / SETTINGS_FILE)), script
-
-
-def _factory(text: str) -> Callable[[], nn.Module]:
-    """What FILE.py:FACTORY names, checked to make a model."""
-    file, _, name = text.rpartition(":")
-    path = Path(file)
-    if not file or not path.is_file():
-        raise UsageError(f"--model-file {text}: there is no file {file or text}; it takes FILE.py:FACTORY.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--model-file {text}: {file} is no Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # as for a script: what it imports may stand beside it
-    try:
-        spec.loader.exec_module(module)
-        make: Callable[[], nn.Module] = getattr(module, name)
-        made = make()
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UsageError(f"--model-file {text} made no model: {type(error).__name__}: {error}.") from None
-    if not isinstance(made, nn.Module):
-        raise UsageError(f"--model-file {text} made a {type(made).__name__}, which is no nn.Module.")
-    return make
 
 
 def _check_fit(run: Trained) -> None:

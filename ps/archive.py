@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from common.durable import rename, write_whole
 from common.errors import WireError
 from common.layout import CHUNK_BYTES
 from common.messages import ModelPart
+from common.runfiles import MODEL_FILE, SUMMARY_FILE
 from common.wire import Frames, bytes_of
-
-MODEL_FILE = "model.safetensors"
-SUMMARY_FILE = "summary.json"
 
 #: Parts that a model's file may have: 4 TiB of it.
 _MOST_PARTS = 1 << 20
@@ -53,7 +51,7 @@ class ModelFile:
         """Have the file under its name, on the disk."""
         with self._temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        _rename(self._temporary, self._path)
+        rename(self._temporary, self._path)
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -66,22 +64,3 @@ def summarized_run(folder: Path) -> str | None:
         return str(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def write_whole(path: Path, data: Iterable[bytes]) -> None:
-    """Write a file so that after a crash it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(data)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(temporary, path)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -49,14 +49,15 @@ from common.messages import (
 from common.policies import load
 from common.refusals import Refusals
 from common.restart import restart
+from common.runfiles import MODEL_FILE
 from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
 from common.settings import Settings
 from common.snapshots import (
-    MANIFEST_FILE,
     TOKEN_FILE,
     FileEntry,
     Manifest,
     file_of,
+    finished,
     folder_of,
     folders,
     newest,
@@ -78,7 +79,7 @@ from common.wire import (
     send,
     write_address,
 )
-from ps.archive import MODEL_FILE, ModelFile, summarized_run, write_summary
+from ps.archive import ModelFile, summarized_run, write_summary
 from ps.books import Books, Head, Keeper, new_run, restore
 from ps.cuts import Cuts, Under
 from ps.ledger import Ledger
@@ -130,9 +131,8 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
         if books is None:
             raise UsageError(f"there is no run in {run_dir} to go on with.")
     elif recover and (books := restore(run_dir / FILE_NAME)) is not None:
-        for folder in folders(run_dir):
-            if not (folder / MANIFEST_FILE).exists():  # under way when the coordinator died
-                remove(folder)
+        for folder in set(folders(run_dir)) - set(finished(run_dir)):  # under way when the coordinator died
+            remove(folder)
         _check_same(settings, books, run_dir)
         bind = _address_of_old(bind, run_dir / "address")
     context: zmq.Context[Any] = zmq.Context()
@@ -402,7 +402,7 @@ class Coordinator:
     def _end_silent_servers(self) -> None:
         """Kill servers of this host that hang, so that whoever watches them starts them again."""
         for member in self._membership.servers.values():
-            if member.lost and member.hello.host == platform.node():
+            if member.lost and member.hello.host == self._head.host:
                 with contextlib.suppress(OSError):
                     if b"server" in Path(f"/proc/{member.hello.pid}/cmdline").read_bytes():
                         os.kill(member.hello.pid, signal.SIGKILL)
@@ -455,7 +455,7 @@ class Coordinator:
             settings=msgspec.structs.asdict(self._settings), files=files,
         )  # fmt: skip
         try:
-            self._keeper.keep(self._log, self._head, self._membership, self._ledger)
+            self._enter(time.monotonic())
             self._log.flush()
             failpoint("completing", under.round)
             write_manifest(folder_of(self._run_dir, under.round), manifest)
@@ -491,8 +491,7 @@ class Coordinator:
     def _flush(self) -> None:
         """Have the books on the disk, and keep what was promised for then."""
         self._flushed_at = now = time.monotonic()
-        self._write_rows(now)
-        self._keeper.keep(self._log, self._head, self._membership, self._ledger)
+        self._enter(now)
         promises, self._promises, self._is_urgent = self._promises, [], False
         try:
             self._log.flush()
@@ -511,6 +510,11 @@ class Coordinator:
             self._unlogged_since, self._alarmed_at = None, float("-inf")
             log.warning(text)
             self._log.event(Event("warning", "coordinator", {"text": text}))
+
+    def _enter(self, now: float) -> None:
+        """Hand the log all that is new in the books; its next flush puts it on the disk."""
+        self._write_rows(now)
+        self._keeper.keep(self._log, self._head, self._membership, self._ledger)
 
     def _check_deadline(self, now: float) -> None:
         """Give up where nothing has moved for the whole time-out, or nobody is left to move anything."""

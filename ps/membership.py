@@ -140,8 +140,7 @@ class Membership:
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
-            reason = f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
-            return None, [("", Refused("Hello", reason))]
+            return None, [("", Refused("Hello", self._why_full("worker")))]
         number = hello.index
         if number is None or f"{hello.role}-{number}" in there:
             number = next(n for n in range(len(there) + 1) if f"{hello.role}-{n}" not in there)
@@ -180,11 +179,13 @@ class Membership:
     def _why_taken(self, hello: Hello) -> str:
         if hello.index is not None:
             return f"there is a {hello.role}-{hello.index} in run {self._name} already."
-        if hello.role == "server":
+        return self._why_full(hello.role)
+
+    def _why_full(self, role: str) -> str:
+        if role == "server":
             expected = self.settings.servers
             return f"run {self._name} has all of its {expected} servers already; the coordinator's --servers says how many."
-        expected = self.settings.workers
-        return f"policy {self.settings.policy} cannot take in more than the {expected} workers it began with."
+        return f"policy {self.settings.policy} cannot take in more than the {self.settings.workers} workers it began with."
 
     def fence(self, member: Member) -> Stop:
         """What one that was counted as lost is told, whatever it sends: to begin anew, for others do what it had."""

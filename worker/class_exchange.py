@@ -18,21 +18,10 @@ from common.messages import Body, ClassAck, Classified, Classify, ClassPush, Tra
 from common.rows import cut, join, owner_of, page_ids, rows_on
 from common.wire import SEND_AGAIN_S, Frames, bytes_of
 from worker.exchange import Send
+from worker.resending import Pushes, Sent, due
 
 #: Seconds after which what is not answered is sent again at the latest.
 _PATIENCE_S = 4 * SEND_AGAIN_S
-
-
-@dataclass
-class _Sent:
-    """A message that is sent again until it is answered."""
-
-    server: int
-    body: Body
-    frames: Frames
-    sent_at: float
-    #: Seconds after which it is sent again: more each time, for a server may be at it for long.
-    patience_s: float = SEND_AGAIN_S
 
 
 @dataclass(frozen=True)
@@ -67,11 +56,11 @@ class ClassExchange:
         self._specs = specs
         self._servers = servers
         self._number = first_number
-        self._pushes: list[_Sent] = []
+        self._pushes = Pushes()
         self._question: Classify | None = None
         #: By server: how many of the labels it has, questions that are not answered, and answers.
         self._own: list[int] = []
-        self._unanswered: dict[int, _Sent] = {}
+        self._unanswered: dict[int, Sent[Classify]] = {}
         self._answers: dict[int, Answer] = {}
         #: Of tensors, repetitions included.
         self._pushed_bytes = 0
@@ -87,13 +76,13 @@ class ClassExchange:
         owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
         self._own = [int((owners == server).sum()) for server in range(self._servers)]
         frames = [frame for tensor in tensors for frame in cut(tensor)]
-        self._unanswered = {server: _Sent(server, self._question, frames, now) for server in range(self._servers)}
+        self._unanswered = {n: Sent(f"server-{n}", self._question, frames, now) for n in range(self._servers)}
         self._answers = {}
         return [self._send(sent) for sent in self._unanswered.values()]
 
-    def _send(self, sent: _Sent) -> Send:
+    def _send(self, sent: Sent[Body]) -> Send:
         self._pushed_bytes += sum(frame.nbytes for frame in sent.frames)
-        return Send(f"server-{sent.server}", sent.body, sent.frames)
+        return Send(sent.server, sent.body, sent.frames)
 
     @property
     def number(self) -> int:
@@ -166,19 +155,18 @@ class ClassExchange:
     def push(self, push: ClassPush, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
         """Send every server a contribution."""
         frames = [frame for tensor in tensors for frame in cut(tensor)]
-        sent = [_Sent(server, push, frames, now) for server in range(self._servers)]
-        self._pushes += sent
+        sent = [Sent(f"server-{number}", push, frames, now) for number in range(self._servers)]
+        self._pushes.sent += sent
         return [self._send(one) for one in sent]
 
     @property
     def idle(self) -> bool:
         """Whether servers have all that was pushed."""
-        return not self._pushes
+        return not self._pushes.sent
 
     def unacknowledged(self, round_: int) -> set[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
-        bodies = [sent.body for sent in self._pushes]
-        return {k for b in bodies if isinstance(b, ClassPush) and b.round == round_ for k in range(b.lo, b.hi)}
+        return self._pushes.of_round(round_)
 
     # ---- events
 
@@ -186,7 +174,7 @@ class ClassExchange:
         """One message of a server. Raises WireError where it does not fit."""
         number = int(server.rpartition("-")[2])
         if isinstance(body, ClassAck):
-            self._pushes = [sent for sent in self._pushes if sent.server != number or not _acknowledges(body, sent.body)]
+            self._pushes.acknowledged(server, body)
         elif body.number == self._number and number in self._unanswered:
             self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
             self._answers[number] = self._decode(number, body, frames)
@@ -199,13 +187,5 @@ class ClassExchange:
 
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again."""
-        effects = []
-        for sent in [*self._pushes, *self._unanswered.values()]:
-            if now >= sent.sent_at + sent.patience_s:
-                sent.sent_at, sent.patience_s = now, min(2 * sent.patience_s, _PATIENCE_S)
-                effects.append(self._send(sent))
-        return effects
-
-
-def _acknowledges(ack: ClassAck, body: Body) -> bool:
-    return isinstance(body, ClassPush) and (ack.round, ack.lo, ack.hi) == (body.round, body.lo, body.hi)
+        again = due([*self._pushes.sent, *self._unanswered.values()], now, _PATIENCE_S)
+        return [self._send(sent) for sent in again]

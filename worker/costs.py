@@ -6,12 +6,8 @@ Nothing is computed: the network is made on torch's device "meta", where tensors
 from __future__ import annotations
 
 import math
-import runpy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from common.errors import UsageError
 from common.settings import parse_shape
 from worker import data, models
+from worker.factory import load_factory
 
 #: Columns that the table needs where nobody says how many there are.
 _WIDTH = 120
@@ -119,14 +116,14 @@ def inspect(
         shape, classes = images.shape, images.classes
     shape, classes = shape or known[0], classes or known[1]
     size = "x".join(map(str, shape))
-    file, _, factory = name.rpartition(":")
+    own = ":" in name
     with torch.device("meta"):
-        model = _made_by(file, factory) if file else models.build(name, shape, classes)
+        model = load_factory(name)() if own else models.build(name, shape, classes)
         try:
             found = layers(model, shape)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UsageError(f"{name} cannot take an image of {size}: {str(error).strip().splitlines()[0]}.") from None
-    title = f"{name} on an image of {size}" + ("" if file else f", {classes} classes")
+    title = f"{name} on an image of {size}" + ("" if own else f", {classes} classes")
     if not console.is_terminal:
         console.width = _WIDTH
     console.print(title, highlight=False, soft_wrap=True)
@@ -138,25 +135,6 @@ def inspect(
         f"{example.local:,} where each unit sees a field of 10x10, and {example.shared} where all share theirs.",
         highlight=False,
     )
-
-
-def _made_by(file: str, factory: str) -> nn.Module:
-    path = Path(file)
-    if not path.is_file():
-        raise UsageError(f"there is no file {file}; a model is a built-in one's name or FILE.py:FACTORY.")
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.argv = [file]
-    make = runpy.run_path(file).get(factory)
-    if not callable(make):
-        raise UsageError(f"{file} has no function or class '{factory}' that makes a model.")
-    try:
-        signature(make).bind()
-    except TypeError as error:
-        raise UsageError(f"{factory} of {file} cannot be called without arguments: {error}.") from None
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"what {factory} of {file} makes is no torch.nn.Module but a {type(model).__name__}.")
-    return model
 
 
 def _table(found: list[LayerCost], parameters: int) -> Table:

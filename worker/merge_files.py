@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.errors import UsageError
+from common.runfiles import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE
 from common.settings import Settings, make_settings
 from common.weights import read_weights
 from worker import batchnorm, data, models
@@ -92,9 +93,9 @@ def merge_files(
 
 def read_part(path: Path) -> Part:
     """Raises UsageError where there is no model."""
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = path / MODEL_FILE if path.is_dir() else path
     found = read_weights(path)
-    return Part(path, found, _beside(path, "settings.toml", tomllib.loads), _beside(path, "summary.json", json.loads))
+    return Part(path, found, _beside(path, SETTINGS_FILE, tomllib.loads), _beside(path, SUMMARY_FILE, json.loads))
 
 
 def _beside(model: Path, name: str, parse: Callable[[str], Any]) -> Mapping[str, Any]:
@@ -208,7 +209,7 @@ def _judge(parts: Sequence[Part]) -> _Judge | None:
     """None where the parts are not of the built-in example. Raises UsageError where they are, but its data is not there."""
     if not all(part.settings.keys() >= _NEEDED and "script" not in part.settings for part in parts):
         return None
-    judge = _Judge(make_settings(dict(parts[0].settings), str(parts[0].path.with_name("settings.toml"))))
+    judge = _Judge(make_settings(dict(parts[0].settings), str(parts[0].path.with_name(SETTINGS_FILE))))
     judge.load(parts[0].tensors)
     return judge
 

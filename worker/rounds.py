@@ -299,7 +299,7 @@ class GradientWork:
         if chunk is None and all(is_finite(rows.values) for rows in contribution.rows):
             return True
         which = f"micro-batch {push.lo}" if push.hi == push.lo + 1 else f"micro-batches {push.lo}..{push.hi - 1}"
-        what = f"{self.replica.where_not_finite(chunk, contribution.sums[chunk].values) if chunk is not None else 'a table'}"
+        what = "a table" if chunk is None else self.replica.where_not_finite(chunk, contribution.sums[chunk].values)
         text = f"{self._run.name}'s gradient of {what} in {which} of round {push.round} is not finite"
         if self._run.settings.on_nonfinite == "fail":
             raise UsageError(f"{text}; --on-nonfinite skip drops such rounds, and allow lets them be.")

@@ -7,27 +7,17 @@ taken are the rows that were asked for last, and all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import torch
 
 from common.errors import WireError
 from common.layout import TableSpec
-from common.messages import Body, RowAck, RowPull, RowPush, Rows
+from common.messages import RowAck, RowPull, RowPush, Rows
 from common.rows import RowSums, cut, cut_sums, join, owner_of, page_ids, split
-from common.wire import SEND_AGAIN_S, Frames
+from common.wire import Frames
 from worker.exchange import Send
-
-
-@dataclass
-class _Sent:
-    """A message that is sent again until it is answered."""
-
-    server: str
-    body: Body
-    frames: Frames
-    sent_at: float
+from worker.resending import Pushes, Sent, due
 
 
 class RowExchange:
@@ -36,9 +26,9 @@ class RowExchange:
     def __init__(self, tables: Sequence[TableSpec], servers: int) -> None:
         self._tables = tables
         self._servers = servers
-        self._pushes: list[_Sent] = []
+        self._pushes = Pushes()
         #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
-        self._questions: dict[int, _Sent] = {}
+        self._questions: dict[int, Sent[RowPull]] = {}
         self._places: dict[int, torch.Tensor] = {}
         self._answers: dict[int, torch.Tensor] = {}
         self._number = 0
@@ -67,7 +57,7 @@ class RowExchange:
             if len(places):
                 self._number += 1
                 self._places[self._number] = places
-                self._questions[self._number] = _Sent(f"server-{server}", *question(self._number, ids[places]), now)
+                self._questions[self._number] = Sent(f"server-{server}", *question(self._number, ids[places]), now)
         return [Send(sent.server, sent.body, sent.frames) for sent in self._questions.values()]
 
     @property
@@ -95,27 +85,26 @@ class RowExchange:
         effects = []
         for server, part in enumerate(split(sums, self._servers)):
             body = msgspec.structs.replace(push, counts=[one.count for one in part], base=bases.get(server, 0))
-            sent = _Sent(f"server-{server}", body, cut_sums(part), now)
-            self._pushes.append(sent)
+            sent = Sent(f"server-{server}", body, cut_sums(part), now)
+            self._pushes.sent.append(sent)
             effects.append(Send(sent.server, sent.body, sent.frames))
         return effects
 
     @property
     def idle(self) -> bool:
         """Whether servers have all that was pushed."""
-        return not self._pushes
+        return not self._pushes.sent
 
     def unacknowledged(self, round_: int) -> set[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
-        bodies = [sent.body for sent in self._pushes]
-        return {k for b in bodies if isinstance(b, RowPush) and b.round == round_ for k in range(b.lo, b.hi)}
+        return self._pushes.of_round(round_)
 
     # ---- events
 
     def handle(self, server: str, body: Rows | RowAck, frames: Frames) -> None:
         """One message of a server. Raises WireError where it does not fit."""
         if isinstance(body, RowAck):
-            self._pushes = [sent for sent in self._pushes if sent.server != server or not _acknowledges(body, sent.body)]
+            self._pushes.acknowledged(server, body)
         elif body.number in self._questions:
             count, dim = len(self._places[body.number]), self._shape[1]
             if body.count != count:
@@ -125,13 +114,5 @@ class RowExchange:
 
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again."""
-        effects = []
-        for sent in [*self._pushes, *self._questions.values()]:
-            if now >= sent.sent_at + SEND_AGAIN_S:
-                sent.sent_at = now
-                effects.append(Send(sent.server, sent.body, sent.frames))
-        return effects
-
-
-def _acknowledges(ack: RowAck, body: Body) -> bool:
-    return isinstance(body, RowPush) and (ack.round, ack.lo, ack.hi) == (body.round, body.lo, body.hi)
+        again = due([*self._pushes.sent, *self._questions.values()], now)
+        return [Send(sent.server, sent.body, sent.frames) for sent in again]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rundir import LOGS, SETTINGS_FILE, SUMMARY_FILE, claim, is_run, write_settings
+from cluster.rundir import LOGS, claim, write_settings
 from common.errors import UsageError
+from common.runfiles import SETTINGS_FILE, SUMMARY_FILE, is_run
 from common.settings import Settings
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from launched import Launched, wait_for_ends
 
-from cluster.rundir import SETTINGS_FILE, write_settings
+from cluster.rundir import write_settings
 from cluster.scale import scale
 from common.errors import UsageError
+from common.runfiles import SETTINGS_FILE
 from common.settings import Settings
 
 ALL = 4

@@ -14,8 +14,9 @@ from torch import nn
 
 from cluster.rundir import write_settings
 from common.errors import UsageError
+from common.runfiles import find_run
 from common.settings import Settings
-from explore.trained import Source, Trained, find_run, open_run, snapshots_of, weights_at
+from explore.trained import Source, Trained, open_run, snapshots_of, weights_at
 
 MODEL = """
 import torch

@@ -262,17 +262,21 @@ def test_rows_of_tables_keep_all_those_promises(policy: str, data: st.DataObject
     check_promises(case)
 
 
-def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_pushes(monkeypatch: pytest.MonkeyPatch, kind: bytes, **more: Any) -> Outcome:
+    """A run in which server-1 gets no such messages of worker-1, which then dies."""
     post = World.post
 
     def lossy(self: World, sender: str, to: str, data: list[bytes]) -> None:
-        if not (sender == "worker-1" and to == "server-1" and b"RowPush" in data[0]):
+        if not (sender == "worker-1" and to == "server-1" and kind in data[0]):
             post(self, sender, to, data)
 
     monkeypatch.setattr(World, "post", lossy)
     paces = [Pace(0.1), Pace(0.1, dies_s=3.0)]
-    case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], rows=200)
-    outcome = simulate(case)
+    return simulate(Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], **more))
+
+
+def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = without_pushes(monkeypatch, b"RowPush", rows=200)
     check_exact(outcome)
     check_rows(outcome)
 
@@ -300,16 +304,7 @@ def test_sharded_layers_keep_all_those_promises(policy: str, data: st.DataObject
 def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    post = World.post
-
-    def lossy(self: World, sender: str, to: str, data: list[bytes]) -> None:
-        if not (sender == "worker-1" and to == "server-1" and b"ClassPush" in data[0]):
-            post(self, sender, to, data)
-
-    monkeypatch.setattr(World, "post", lossy)
-    paces = [Pace(0.1), Pace(0.1, dies_s=3.0)]
-    case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], classes=1000)
-    outcome = simulate(case)
+    outcome = without_pushes(monkeypatch, b"ClassPush", classes=1000)
     check_exact(outcome)
     check_head(outcome)
 

@@ -9,33 +9,32 @@ import pytest
 
 from benchmarks.live import TRAINING, Cluster
 
+Start = Callable[..., Cluster]
+
+
+def starting(tmp_path: Path, flag: str) -> Iterator[Start]:
+    """A function that starts a run whose folder in tmp_path is given with `flag`. What it has started is stopped at the end."""
+    started: list[Cluster] = []
+
+    def start(*flags: object, name: str = "run") -> Cluster:
+        started.append(Cluster(tmp_path / name, flag, tmp_path / name, *flags))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+def cluster(tmp_path: Path) -> Iterator[Start]:
     """`cluster(*flags, name="run")` starts a run in tmp_path/name."""
-    started: list[Cluster] = []
-
-    def start(*flags: object, name: str = "run") -> Cluster:
-        started.append(Cluster(tmp_path / name, "--run-dir", tmp_path / name, *flags))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
+    yield from starting(tmp_path, "--run-dir")
 
 
 @pytest.fixture
-def resumed(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+def resumed(tmp_path: Path) -> Iterator[Start]:
     """`resumed(*flags, name="run")` has the run in tmp_path/name go on."""
-    started: list[Cluster] = []
-
-    def start(*flags: object, name: str = "run") -> Cluster:
-        started.append(Cluster(tmp_path / name, "--resume", tmp_path / name, *flags))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.close()
+    yield from starting(tmp_path, "--resume")
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def test_a_damaged_snapshot_is_told_of_and_the_one_before_it_used(
     run = cluster(*TRAINING)
     run.until(lambda: len(run.events("snapshot")) >= 2, "second snapshot")
     run.cut_power()
-    first, second = [path for path in snapshots.folders(tmp_path / "run") if (path / snapshots.MANIFEST_FILE).exists()]
+    first, second = snapshots.finished(tmp_path / "run")
     file = second / snapshots.file_of(0)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     code, out = launch("checkpoint", "verify", tmp_path / "run")

@@ -15,8 +15,9 @@ from torch import nn
 from common.errors import WireError
 from common.layout import CHUNK_BYTES
 from common.messages import ModelPart
+from common.runfiles import MODEL_FILE
 from common.tensors import to_frame
-from ps.archive import MODEL_FILE, ModelFile
+from ps.archive import ModelFile
 from worker.saving import model_parts
 
 
