@@ -217,7 +217,8 @@ class _Local:
             self._crew.look(self._screen.progress, finished=code == 0)
         if self._processes.failures():
             self._fail()
-        self._screen.update()
+        if self._crew is not None:  # not before the coordinator has put back the log of a run that goes on
+            self._screen.update()
 
     def _recover_coordinator(self) -> None:
         """Start a coordinator that was killed again; the others wait for it and lose nothing. One that failed says why."""

@@ -65,6 +65,7 @@ class Tracker:
         last = self._last
         total, over, news = last.total, False, []
         joined, left = dict(last.joined), set(last.left)
+        rounds, samples = last.rounds, last.samples
         for number, at, event in reader.events(after=self._last_event):
             self._last_event = number
             if event.kind == "plan":
@@ -74,6 +75,8 @@ class Tracker:
                 joined, left = dict.fromkeys(joined, ""), set()
             elif event.kind == "joined" and event.data["host"] == platform.node():
                 joined[event.data["pid"]] = event.process
+            elif event.kind == "rolled back":
+                rounds, samples = self._go_back(reader, int(event.data["to"]))
             elif event.kind == "left":
                 left.add(event.process)
             over = over or (event.kind == "stopped" and not event.data.get("again"))  # else all begin anew
@@ -88,9 +91,9 @@ class Tracker:
         accuracies = reader.metrics("accuracy")
         self._over = over
         return Progress(
-            rounds=last.rounds + len(rows),
+            rounds=rounds + len(rows),
             total=total,
-            samples=last.samples + sum(row.samples for row in rows),
+            samples=samples + sum(row.samples for row in rows),
             samples_per_second=self._speed(now),
             loss=mean_metric(self._window, "loss"),
             accuracy=accuracies[-1][3] if accuracies else None,
@@ -99,6 +102,13 @@ class Tracker:
             joined=joined,
             left=left,
         )
+
+    def _go_back(self, reader: RunLogReader, to: int) -> tuple[int, int]:
+        """Rounds from `to` on are done again; how many there are before, and their samples."""
+        self._last_round = to - 1
+        self._window = deque(row for row in self._window if row.round < to)
+        kept = [row for row in reader.rounds() if row.round < to]
+        return len(kept), sum(row.samples for row in kept)
 
     def _speed(self, now: float) -> float:
         recent = [row for row in self._window if row.at >= now - _WINDOW_S]

@@ -152,6 +152,7 @@ def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
     (micro_batches,) = db.execute(query, (upto,)).fetchone()
     for table in ("rounds", "contributions", "metrics"):
         db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
+    db.execute("DELETE FROM status")  # names are other processes' from now on
     db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending')")
     db.execute("DELETE FROM events WHERE kind = 'stopped'")
     data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})

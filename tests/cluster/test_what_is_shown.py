@@ -13,7 +13,13 @@ from rich.console import Console
 from cluster.processes import Child, root_cause
 from cluster.progress import Progress, Tracker
 from cluster.screen import Screen, line, picture, summary_lines
+from common.plan import make_segment
+from common.policies import load
 from common.runlog import Event, RoundRow, RunLog, StatusRow
+from common.settings import Settings
+from ps.books import Head, Keeper, restore
+from ps.ledger import Ledger
+from ps.membership import Membership
 
 ROWS = [
     StatusRow("server-0", "waiting", 4, ""),
@@ -57,6 +63,30 @@ def test_progress_is_read_from_the_log_while_it_is_written(tmp_path: Path) -> No
     second = tracker.look()
     assert (second.rounds, second.samples, second.loss, second.accuracy) == (2, 256, 1.25, 0.75)
     assert [row.process for row in second.processes] == ["worker-0"]
+
+
+def test_rounds_that_are_done_again_are_not_counted_twice_and_what_happened_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "events.sqlite"
+    tracker, log = Tracker(path), RunLog(path)
+    log.event(Event("plan", "coordinator", {"rounds": 9}))
+    for number in range(5):
+        log.round(RoundRow(number, 0, 64, 4, 0, {"loss": 1.0}))
+    log.event(Event("stopped", "coordinator", {"ok": False, "reason": "all begin anew.", "again": True}))
+    settings = Settings()
+    policy = load(settings)
+    head, membership = Head("r.1", 1, "", settings), Membership(settings, policy, "r.1", 0.0)
+    ledger = Ledger(settings, policy)
+    ledger.plan(make_segment(before=None, samples=576, global_batch=64, micro_batch=16, epochs=1, round_limit=None))
+    Keeper().keep(log, head, membership, ledger)
+    log.close()
+    assert tracker.look().rounds == 5
+    restore(path, upto=2)
+    log = RunLog(path)
+    log.round(RoundRow(2, 0, 64, 4, 0, {"loss": 1.0}))
+    log.close()
+    found = tracker.look()
+    assert (found.rounds, found.samples) == (3, 192)
+    assert found.news == ["the run goes on from round 2; 3 rounds are computed again."]
 
 
 def test_where_there_is_no_terminal_a_line_comes_every_few_seconds_without_control_characters(tmp_path: Path) -> None:
