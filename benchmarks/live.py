@@ -21,7 +21,7 @@ from common.runlog import FILE_NAME, Event, RunLogReader
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
-TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 12, "--snapshot-every", 0.4)
+TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-every", 0.4)
 #: Seconds for anything to happen, on a machine that others use too.
 _PATIENCE_S = 90.0
 

@@ -77,7 +77,7 @@ def test_workers_are_added_and_taken_away_while_a_run_goes_on(cluster: Start, un
 
 
 def test_a_killed_replica_is_started_again_and_all_go_on_from_the_newest_snapshot(cluster: Start) -> None:
-    run = cluster(*TRAINING, "--policy", "local", "--epochs", 6)
+    run = cluster(*TRAINING, "--policy", "local", "--epochs", 60)
     run.until(lambda: has_snapshot(run), "snapshot")
     run.signal("worker-1")
     assert run.summary()["dropped"] == 0
