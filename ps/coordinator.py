@@ -105,6 +105,8 @@ _FEWER_S = 15.0
 _LEFT_S = 3.0
 #: Seconds for the others to connect to a coordinator that was started again, and for its old address to become free.
 _REJOIN_S = 5.0
+#: Seconds for which a server's word of what it misses is believed: one that is gone misses nothing that can be sent to it.
+_BELIEVED_S = 3 * BEAT_S
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
 _FIND_S = 4.0
 
@@ -687,8 +689,8 @@ class Coordinator:
         workers, tables = self._membership.workers, self._membership.tables
         lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
         if lease is None:
-            servers = self._owners()
-            open_round = max(0, min(beat.round for beat in servers))
+            servers = [beat for server, beat in self._owners() if not server.lost and now < server.heard_at + _BELIEVED_S]
+            open_round = max(0, min((beat.round for beat in servers), default=0))
             missing = (k for beat in servers if beat.round == open_round for k in beat.left)
             count = self._ledger.micro_batches(open_round)
             if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
@@ -707,13 +709,14 @@ class Coordinator:
 
     def _all_applied(self) -> bool:
         """Whether every planned round is applied, be it only by what servers say of themselves."""
-        applied = min(beat.round for beat in self._owners())
+        applied = min(beat.round for _, beat in self._owners())
         return max(applied, self._ledger.committed) >= self._ledger.planned
 
-    def _owners(self) -> list[Beat]:
-        """The newest word of each server that takes part in rounds."""
+    def _owners(self) -> list[tuple[Member, Beat]]:
+        """Each server that takes part in rounds, and its newest word."""
         owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
-        return [self._membership.members[f"server-{owner}"].beat for owner in owners]
+        members = [self._membership.members[f"server-{owner}"] for owner in owners]
+        return [(member, member.beat) for member in members]
 
     def _metrics(self, route: bytes, worker: Member, metrics: Metrics, now: float) -> None:
         self._promise(route, Ready("Metrics", metrics.id))
