@@ -500,13 +500,14 @@ class Cut(Body, frozen=True):
 
 class Saved(Body, frozen=True):
     """What has become of a Cut: it `waits` for the round, was `missed` as the round is over, is being or was `written`, or
-    `failed` for a reason."""
+    `failed` for a reason. `done` changes as the server gets on while it is `writing`; its unit is the server's own."""
 
     round: Count
     state: Literal["waits", "missed", "writing", "written", "failed"]
     sha256: str = ""
     bytes: Count = 0
     reason: str = ""
+    done: Count = 0
 
 
 # ---- reporting and leaving (worker -> coordinator)

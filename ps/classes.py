@@ -249,6 +249,8 @@ class Classifiers:
         self.may_update: Callable[[], bool] = lambda: True
         #: What is to be done, and who is to get what it returns; nobody, where it is an update.
         self._jobs: deque[tuple[str, Job]] = deque()
+        #: Tiles done so far.
+        self.steps = 0
 
     def __bool__(self) -> bool:
         return bool(self._classifiers)
@@ -363,6 +365,7 @@ class Classifiers:
 
     def _step(self) -> tuple[str, Answer] | None:
         sender, job = self._jobs[0]
+        self.steps += 1
         try:
             next(job)
         except StopIteration as end:

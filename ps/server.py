@@ -233,8 +233,9 @@ class _Server:
             self._shard = kind(index, welcome.settings, policy, source)
             self._shard.coordinator = self._attendance.coordinator
             self._shard.before_tables_change = self._finish_saving
-            self._shard.is_writing = lambda: self._writer is not None and self._writer.busy
-            self._writer = Writer(index, run_dir)
+            self._writer = writer = Writer(index, run_dir)
+            self._shard.is_writing = lambda: writer.busy
+            self._shard.bytes_saved = lambda: writer.bytes
             self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 
