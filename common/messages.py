@@ -78,9 +78,9 @@ class Beat(Body, frozen=True):
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
     begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
-    second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, and
-    `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers of the key-value store.
-    `refused` are messages that were refused here so far, by kind.
+    second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, `left`
+    its micro-batches that have not arrived, and `at` grows while it is at something that takes long. Of a script without rounds,
+    `at` counts answers of the key-value store. `refused` are messages that were refused here so far, by kind.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""

@@ -20,6 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--classes", type=int, default=5_000, help="how many there are")
 parser.add_argument("--features", type=int, default=128, help="numbers that a sample, and a row of the last layer, has")
 parser.add_argument("--samples", type=int, default=20_000, help="of the first classes, as many as there are 10 samples of")
+parser.add_argument("--held-out", type=int, default=512, help="samples that it is judged by at the end")
 parser.add_argument("--epochs", type=int, default=2, help="passes over them")
 parser.add_argument("--micro-batch", type=int, default=64)
 parser.add_argument("--global-batch", type=int, default=256)
@@ -73,7 +74,7 @@ for x, labels in run.batches(Pictures(args.samples, 1 << 32), **sizes):
 seconds = (time.monotonic() - began) / max(1, run.round)
 
 if run.is_chief:
-    held_out = Pictures(512, 1)
+    held_out = Pictures(args.held_out, 1)
     right = 0
     with torch.no_grad():
         for start in range(0, len(held_out), args.micro_batch):

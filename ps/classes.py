@@ -80,6 +80,8 @@ class Classifier(Rows):
         self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
         #: Whether there was any step before this update.
         self._stepped = False
+        #: What steps on all tiles of this update, as it takes long to make one; and its parameter, whose memory is a tile's.
+        self._optimizer: tuple[torch.optim.Optimizer, torch.nn.Parameter] | None = None
         #: The negative classes of a round, and that round.
         self._sampled: tuple[int, torch.Tensor] | None = None
 
@@ -181,7 +183,7 @@ class Classifier(Rows):
             places, drawn = torch.cat([places, own[own >= 0]]).unique(), places
             negative = torch.isin(places, drawn)
             terms = {unit: replace(one, samples=self._among(one.samples, places)) for unit, one in terms.items()}
-        common, stepped = self._common, self._stepped
+        common, stepped, self._optimizer = self._common, self._stepped, None
         for start, tile in self.tiles(places):
             among = None if negative is None else negative[start : start + len(tile)]
             total: torch.Tensor | None = None
@@ -199,11 +201,18 @@ class Classifier(Rows):
         self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Have torch.optim step on a tile, the rows `at`; what it keeps besides state of the rows' shape comes back."""
-        parameter = torch.nn.Parameter(tile, requires_grad=False)
+        if self._optimizer is None:
+            parameter = torch.nn.Parameter(tile, requires_grad=False)
+            optimizer = optimizer_over(parameter, self._update, self.spec.group)
+            optimizer.param_groups[0].update(with_tuples(hypers))
+            first = dict(optimizer.state.get(parameter, {}))
+            if self._stepped or not first:
+                self._optimizer = optimizer, parameter
+        else:
+            (optimizer, parameter), first = self._optimizer, {}
+            parameter.data = tile
+            optimizer.state.clear()
         parameter.grad = slope
-        optimizer = optimizer_over(parameter, self._update, self.spec.group)
-        optimizer.param_groups[0].update(with_tuples(hypers))
-        first = dict(optimizer.state.get(parameter, {}))
         if self._stepped:
             common = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._common.items()}
             optimizer.state[parameter] = {**common, **{name: whole[at] for name, whole in self._state.items()}}

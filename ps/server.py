@@ -161,7 +161,7 @@ class _Server:
     def _progress(self) -> tuple[int, int] | None:
         """What changes while something is trained here. Called by the watchdog's thread."""
         shard = self._shard
-        return (shard.version, self._handled) if shard is not None and shard.segments else None
+        return (shard.version, self._handled + shard.done) if shard is not None and shard.segments else None
 
     def _waits_for(self) -> str:
         shard = self._shard
@@ -170,8 +170,9 @@ class _Server:
     def _beat(self) -> Beat:
         if self._shard is None:
             return Beat("starting", refused=self._refusals.counts)
-        left, traffic = self._shard.missing(), self._shard.traffic
-        return Beat("waiting", self._shard.version, left=left, traffic=traffic, refused=self._refusals.counts)
+        shard = self._shard
+        left, traffic = shard.missing(), shard.traffic
+        return Beat("waiting", shard.version, shard.done, left, traffic=traffic, refused=self._refusals.counts)
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""

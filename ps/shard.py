@@ -324,6 +324,11 @@ class Shard(ABC):
         """Whether `work` has something to do."""
         return self.classifiers is not None and self._open and self.classifiers.busy
 
+    @property
+    def done(self) -> int:
+        """A number that grows while what takes long goes on: answers and updates of classifiers, and writing."""
+        return self.bytes_saved() + (self.classifiers.steps if self.classifiers is not None else 0)
+
     def work(self) -> list[Send]:
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
@@ -389,8 +394,7 @@ class Shard(ABC):
             self._try_cut()
         if cut.reached and self._held is not None and self.classifiers is not None:
             self.classifiers.begin_update()
-        done = self.bytes_saved() + (self.classifiers.steps if self.classifiers is not None else 0)
-        return [Send(COORDINATOR, msgspec.structs.replace(self._saved, done=done))]
+        return [Send(COORDINATOR, msgspec.structs.replace(self._saved, done=self.done))]
 
     def _try_cut(self) -> None:
         """Take hold of what the snapshot is to have, if this is the moment. Called whenever a round is closed."""
