@@ -209,7 +209,7 @@ class _Worker:
         if welcome is not None:
             self._stamp.sender, self._stamp.run = welcome.process, welcome.run
             self._tasks = Tasks(welcome.process, welcome.tables)
-            self.sockets[SERVER] = dealer(self._context, welcome.servers[0])
+            self.sockets[SERVER] = dealer(self._context, welcome.servers[0].address)
             self._go_on(None, now)
 
     def _go_on(self, answer: Body | None, now: float) -> None:

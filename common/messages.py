@@ -40,17 +40,26 @@ class Hello(Body, frozen=True):
     arithmetic: dict[str, str] = {}
 
 
+class Peer(msgspec.Struct, frozen=True, array_like=True):
+    """A server, by where it is reached. Another incarnation is another process, which has the shard of the one before it."""
+
+    address: Annotated[str, msgspec.Meta(max_length=300)]
+    incarnation: Count
+
+
 class Welcome(Body, frozen=True):
     """You are `process` of run `run`. Sent when all expected processes are there. The run directory is `run_dir` where the
-    coordinator is; the run goes on from the snapshot of round `resume` in it (-1: it begins)."""
+    coordinator is; the run goes on from the snapshot of round `resume` in it (-1: it begins). `replaces`: you are in the place
+    of a server that is gone, and the next one has a copy of its shard."""
 
     process: str
     run: str
     settings: Settings
-    servers: list[str]
+    servers: list[Peer]
     tables: Annotated[list[Table], msgspec.Meta(min_length=1)]
     run_dir: str = ""
     resume: int = -1
+    replaces: bool = False
 
 
 class Refused(Body, frozen=True):
@@ -80,7 +89,8 @@ class Beat(Body, frozen=True):
     begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
     second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, `left`
     its micro-batches that have not arrived, and `at` grows while it is at something that takes long. Of a script without rounds,
-    `at` counts answers of the key-value store. `refused` are messages that were refused here so far, by kind.
+    `at` counts answers of the key-value store. `keeps` are the servers of whose shards it has a whole copy. `refused` are the
+    messages that were refused here so far, by kind.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -92,13 +102,15 @@ class Beat(Body, frozen=True):
     rate: Amount = 0.0
     transfer: Amount = 0.0
     traffic: Traffic = Traffic()
+    keeps: list[Count] = []
     refused: dict[Name, Count] = {}
 
 
 class Tables(Body, frozen=True):
-    """The shares in force from some rounds on, oldest first; a new one opens a membership epoch."""
+    """The shares in force from some rounds on, oldest first; a new one opens a membership epoch. The servers are these."""
 
     tables: Annotated[list[Table], msgspec.Meta(min_length=1)]
+    servers: list[Peer] = []
 
 
 class Waiting(Body, frozen=True):
@@ -118,10 +130,11 @@ class Lease(Body, frozen=True):
 
 class Lost(Body, frozen=True):
     """To servers: as of membership epoch `epoch` these workers are lost, or have left early. Refuse what they send, and keep
-    nothing for them. Who knows it has that epoch in its headers."""
+    nothing for them. The servers are these. Who knows it has that epoch in its headers."""
 
     epoch: Count
     workers: list[Name]
+    servers: list[Peer] = []
 
 
 class Stop(Body, frozen=True):
@@ -440,12 +453,14 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 class Report(Body, frozen=True):
-    """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions."""
+    """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions. `again`: the one
+    in whose place it is may have told some of them before."""
 
     seq: Count
     version: Count
     rounds: list[Committed] = []
     contributions: list[Contribution] = []
+    again: bool = False
 
 
 class ReportAck(Body, frozen=True):
@@ -508,6 +523,71 @@ class Saved(Body, frozen=True):
     bytes: Count = 0
     reason: str = ""
     done: Count = 0
+
+
+# ---- copies of shards (server <-> the server that keeps a copy of its shard)
+
+
+class Forward(Body, frozen=True):
+    """The mean contribution to `chunk` in `round`, in a frame, unless it moves nothing (`present` is 0). Clipping multiplies it
+    by `factor`; `hypers` are the settings of its parameter group."""
+
+    round: Count
+    chunk: Count
+    present: int = 0
+    hypers: dict[str, Any] = {}
+    factor: float | None = None
+
+
+class Filed(Body, frozen=True):
+    """All of `round` has been forwarded. Of server 0: what the books are to have of it, micro-batches that it left out, and that
+    the coordinator has all of the rounds below `reported`. Answered by Kept."""
+
+    round: Count
+    rounds: list[Committed] = []
+    contributions: list[Contribution] = []
+    left_out: list[Count] = []
+    reported: Count = 0
+
+
+class Kept(Body, frozen=True):
+    """All of `round` that is for your shard is here."""
+
+    round: Count
+
+
+class Restore(Body, frozen=True):
+    """I am in the place of the server whose shard you have a copy of: send it to me. Answered by State."""
+
+
+class State(Body, frozen=True):
+    """The state of server `shard`'s shard when `round` rounds are applied follows, in `parts` parts. Answered by GotPart."""
+
+    shard: Count
+    round: Count
+    parts: Count
+    setup: Setup
+    segments: list[Segment]
+    filed: list[Filed] = []
+
+
+class StatePart(Body, frozen=True):
+    """A tensor of that state, as snapshots call it, in the frames that follow."""
+
+    shard: Count
+    round: Count
+    number: Count
+    name: Name
+    dtype: Name
+    shape: list[Count]
+
+
+class GotPart(Body, frozen=True):
+    """That part is here; -1 is the State itself."""
+
+    shard: Count
+    round: Count
+    number: CountOrNone
 
 
 # ---- reporting and leaving (worker -> coordinator)
@@ -587,6 +667,7 @@ Message = (
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
+    | Forward | Filed | Kept | Restore | State | StatePart | GotPart
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 

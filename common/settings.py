@@ -64,6 +64,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _help("Seconds between two snapshots of the whole run, to go on from after a crash; 0: none, not even at the end."),
     ] = 60.0
     snapshots_kept: Annotated[int, Meta(ge=2), _help("Snapshots that are kept, the newest ones.")] = 2
+    replicas: Annotated[
+        int,
+        Meta(ge=0, le=1),
+        _help(
+            "sync, backup: servers that each keep a copy of another one's parameters; with 1, a server's death loses no round."
+        ),
+    ] = 0
 
     staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
@@ -160,6 +167,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.policy == "backup" and self.backup >= micro_batches:
             raise UsageError(
                 f"backup is {self.backup} but a round has only {micro_batches} micro-batches: leave at least one to apply."
+            )
+        if self.replicas and self.policy not in ("sync", "backup"):
+            raise UsageError(f"replicas is {self.replicas} but policy is {self.policy}: only sync and backup keep copies.")
+        if self.replicas and self.servers < 2:
+            raise UsageError(
+                f"replicas is {self.replicas} but there is one server: a copy needs another one, so set servers to 2."
             )
         self._check_codecs()
         if self.image is not None:

@@ -103,14 +103,17 @@ class TensorFiles:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 self._files[name] = file
                 self._places[name] = path, 8 + size + fields[name]["data_offsets"][0]
-                first, _, rest = name.partition("/")
-                middle, _, last = rest.partition("/")
-                self._below.setdefault((first, last), []).append(middle)
+                self._index(name)
+
+    def _index(self, name: str) -> None:
+        first, _, rest = name.partition("/")
+        middle, _, last = rest.partition("/")
+        self._below.setdefault((first, last), []).append(middle)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def below(self, first: str, last: str) -> list[str]:

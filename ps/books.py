@@ -55,6 +55,7 @@ class KeptMember(msgspec.Struct, frozen=True):
     left: bool
     lost: bool
     early: bool = False
+    replaces: bool = False
 
 
 @dataclass
@@ -96,7 +97,11 @@ class Keeper:
 def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
     yield "run", "", head
     for name, member in membership.members.items():
-        yield "member", name, KeptMember(member.hello, member.incarnation, member.left, member.lost, member.early)
+        yield (
+            "member",
+            name,
+            KeptMember(member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces),
+        )
     yield "tables", "", membership.tables
     if ledger.setup is not None:
         yield "setup", "", ledger.setup

@@ -234,13 +234,13 @@ class Classifier(Rows):
             self._values[at] = tile
         return common
 
-    def restore(self, files: TensorFiles, servers: int) -> None:
-        """See Rows.restore."""
+    def restore(self, files: TensorFiles, servers: int) -> Job:
+        """Job: see Rows.restore."""
         names = [name for name in files.below(f"table-0-of-{servers}", self.spec.name) if "-" in name]
         self._state = {n.removeprefix("each-"): zeros(*self._values.shape) for n in names if n.startswith("each-")}
         self._common = {n.removeprefix("common-"): torch.empty(0) for n in names if n.startswith("common-")}
         self._stepped = bool(names)
-        super().restore(files, servers)
+        yield from super().restore(files, servers)
 
 
 class Classifiers:
@@ -406,10 +406,12 @@ class Classifiers:
         return itertools.chain.from_iterable(one.state() for one in self._classifiers)
 
     def restore(self, files: TensorFiles, servers: int, version: int) -> None:
-        """Go on at round `version`; see Classifier.restore."""
+        """Go on at round `version`; see Classifier.restore. Rows are read before anything else is done."""
         self._closed = version
         for one in self._classifiers:
-            one.restore(files, servers)
+            job = one.restore(files, servers)
+            next(job, None)  # what is missing is found out now
+            self._jobs.append(("", job))
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:

@@ -281,6 +281,7 @@ class Coordinator:
                     left=kept.left,
                     lost=kept.lost,
                     early=kept.early,
+                    replaces=kept.replaces,
                 )
                 for name, kept in books.members.items()
             ],
@@ -371,11 +372,13 @@ class Coordinator:
 
     def _tick(self, now: float) -> None:
         self._tell_members(self._membership.tick(now, self._is_dead))
-        if self._membership.broken:
+        if self._membership.newly_lost or self._membership.broken:
             self._end_silent_servers()
+        if self._membership.broken:
             raise BeginAnew(self._membership.broken)
         for name, why in self._membership.newly_lost:
-            log.warning("%s is lost: %s; others do what it has not done", name, why)
+            then = "others do what it has not done" if name in self._membership.workers else "another is to take its place"
+            log.warning("%s is lost: %s; %s", name, why, then)
             self._log.event(Event("lost", name, {"why": why}))
             self._progressed_at = now
         self._membership.newly_lost.clear()
@@ -411,7 +414,7 @@ class Coordinator:
 
     def _take_snapshots(self, now: float) -> None:
         """Begin a snapshot that is due, ask for what is missing of the one under way, and finish it."""
-        if self._ledger.layout is None or not self._membership.started:
+        if self._ledger.layout is None or not self._membership.started or self._membership.lost_servers:
             return
         servers = {
             owner: max(0, self._membership.servers[f"server-{owner}"].beat.round) for owner in self._ledger.layout.owners()
@@ -612,6 +615,8 @@ class Coordinator:
         if member is not None:
             self._routes[member.name] = route
             if known.get(member.name) is not member:
+                if member.replaces:
+                    self._ledger.replaced(number_of(member.name))
                 data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
                 self._log.event(Event("joined", member.name, data))
                 self._progressed_at = now
@@ -632,7 +637,7 @@ class Coordinator:
         """A member of old is here, having found this coordinator in place of the one before."""
         self._progressed_at = now
         if member.hello.role == "worker" and self._membership.started:  # what the one before told last may not be in the books
-            self._reply(route, Tables(self._membership.tables))
+            self._reply(route, self._membership.shares)
 
     def _decide(self, server: Member, question: Arrived | Norms) -> None:
         """Give the decision that all servers must take alike, if it is time. After another coordinator, the servers are asked for
@@ -683,7 +688,7 @@ class Coordinator:
         lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
         if lease is None:
             servers = self._owners()
-            open_round = min(beat.round for beat in servers)
+            open_round = max(0, min(beat.round for beat in servers))
             missing = (k for beat in servers if beat.round == open_round for k in beat.left)
             count = self._ledger.micro_batches(open_round)
             if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
@@ -785,6 +790,8 @@ class Coordinator:
         """Workers that have something left to do in the open round, else servers that have not applied it."""
         members = self._membership.members
         round_ = self._ledger.committed
+        if gone := self._membership.lost_servers:
+            return f"another process in the place of {some(gone)}"
         busy = [n for n in self._membership.names("worker") if members[n].beat.state != "waiting"]
         if busy:
             return some(busy)

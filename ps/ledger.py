@@ -159,12 +159,20 @@ class Ledger:
         before = self.reported.get(server, Reported(-1, 0))
         if report.seq > before.seq:
             self.reported[server] = Reported(report.seq, max(report.version, before.version))
-            self.pending += report.rounds
-            self.new_contributions += report.contributions
-            for row in report.contributions:
+            first = self.pending[-1].round + 1 if self.pending else self.committed
+            first = first if report.again else 0  # of those before, this was told already
+            self.pending += [row for row in report.rounds if row.round >= first]
+            contributions = [row for row in report.contributions if row.round >= first]
+            self.new_contributions += contributions
+            for row in contributions:
                 self.count(row.outcome, row.staleness, 1, row.micro_batches)
             self._commit()
         return ReportAck(report.seq)
+
+    def replaced(self, server: int) -> None:
+        """Another process is in the place of a server, which counts its reports anew."""
+        if server in self.reported:
+            self.reported[server] = Reported(-1, self.reported[server].version)
 
     def count(self, outcome: str, staleness: int | None, contributions: int, micro_batches: int) -> None:
         """Count so many contributions with one outcome, of so many micro-batches altogether."""

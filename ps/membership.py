@@ -2,7 +2,8 @@
 
 A state machine without a socket or a clock. Invariants:
 
-- once the run has started, a name belongs to one incarnation and is never used again;
+- once the run has started, a worker's name belongs to one incarnation and is never used again; a server's is that of another
+  process only if the one before it is lost, and another server has a copy of its shard;
 - who has been counted as lost takes part no more, whatever it sends;
 - nobody is welcomed before every expected process is there;
 - tables have growing epochs, and a new one holds only from a round on that nobody has begun.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from common.errors import ClusterError
 from common.leases import Table, shares
-from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
+from common.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
 from common.policies import Policy
 from common.settings import Settings
 from common.wire import STOPPED_S
@@ -57,6 +58,8 @@ class Member:
     left: bool = False
     lost: bool = False
     early: bool = False
+    #: Whether it is a server in the place of one that is gone.
+    replaces: bool = False
 
     @property
     def active(self) -> bool:
@@ -93,7 +96,7 @@ class Membership:
         self.epoch = 0
         #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
         self.newly_lost: list[tuple[str, str]] = []
-        self.losses = Lost(0, [])
+        self.losses = Lost(0, [], [])
         #: How often a process, by host and id, was counted as lost.
         self._alarms: Counter[tuple[str, int]] = Counter()
         #: Seconds after which the run starts with fewer workers than it should have, if there are any.
@@ -137,6 +140,8 @@ class Membership:
                 return None, [("", Refused("Hello", self._why_taken(hello)))]
             if self.broken or not taken.lost:
                 return None, [("", Beat())]
+        if hello.role == "server" and self.started and (gone := self._gone_server(hello.index)) is not None:
+            return self._replace(gone, hello, incarnation, now)
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
@@ -162,7 +167,39 @@ class Membership:
         workers = self.names("worker")
         self.epoch = 1
         self.tables = [Table(self.epoch, 0, workers, [1] * len(workers))]
+        self.losses = Lost(0, [], self.peers)
         return [(m.name, self._answer(m)) for m in self.members.values()]
+
+    # ---- servers that are replaced
+
+    def _gone_server(self, index: int | None) -> Member | None:
+        """A server that is lost, and that another is to replace: the one of that number, or any."""
+        return next((m for m in self.servers.values() if m.lost and index in (None, number_of(m.name))), None)
+
+    def _replace(self, gone: Member, hello: Hello, incarnation: int, now: float) -> tuple[Member | None, list[tuple[str, Body]]]:
+        """Have a new process in the place of a server that is lost."""
+        member = Member(gone.name, hello, incarnation, now, replaces=True)
+        self.members[member.name] = self.servers[member.name] = self._incarnations[incarnation] = member
+        return member, [("", self._answer(member)), *self._change()]
+
+    def _has_copy(self, server: Member) -> bool:
+        """Whether the server after it has a copy of the shard of a server that is lost."""
+        if not self.settings.replicas or not self.started:
+            return False
+        number = number_of(server.name)
+        keeper = self.servers.get(f"server-{(number + 1) % self.settings.servers}")
+        return keeper is not None and keeper.active and number in keeper.beat.keeps
+
+    @property
+    def lost_servers(self) -> list[str]:
+        """Servers that another process is to replace."""
+        return [member.name for member in self.servers.values() if member.lost]
+
+    @property
+    def peers(self) -> list[Peer]:
+        """All servers, by number."""
+        members = sorted(self.servers.values(), key=lambda member: number_of(member.name))
+        return [Peer(member.hello.address, member.incarnation) for member in members]
 
     def _place_of(self, hello: Hello) -> Member | None:
         """Whose place a new process would take, if one's that is still part of the run: a server that of its number, a worker
@@ -194,8 +231,9 @@ class Membership:
     def _answer(self, member: Member) -> Body:
         if not self.started:
             return Beat()
-        servers = [self.members[name].hello.address for name in self.names("server")]
-        return Welcome(member.name, self.run, self.settings, servers, self.tables, self._run_dir, self._resume)
+        return Welcome(
+            member.name, self.run, self.settings, self.peers, self.tables, self._run_dir, self._resume, member.replaces
+        )
 
     def beat(self, name: str, beat: Beat, now: float) -> None:
         member = self.members[name]
@@ -245,7 +283,12 @@ class Membership:
         """What a member has not heard of that knows membership epoch `epoch`."""
         if member.hello.role == "server":
             return self.losses if epoch < self.losses.epoch else None
-        return Tables(self.tables) if self.tables and 0 < epoch < self.tables[-1].epoch else None
+        return self.shares if self.tables and 0 < epoch < self.tables[-1].epoch else None
+
+    @property
+    def shares(self) -> Tables:
+        """What workers are to know."""
+        return Tables(self.tables, self.peers)
 
     @property
     def awaits_workers(self) -> bool:
@@ -276,7 +319,11 @@ class Membership:
         self.newly_lost.append((member.name, why))
         if not self.started:
             del self.members[member.name], self._of(member.hello.role)[member.name], self._incarnations[member.incarnation]
-        elif member.hello.role == "server" or (self._policy.is_local and not member.left):
+        elif member.hello.role == "server":
+            needed = [server for server in self.servers.values() if server.lost or (server.replaces and server.beat.round < 0)]
+            if not all(self._has_copy(server) for server in needed):
+                self.broken = f"{member.name}: {why}."
+        elif self._policy.is_local and not member.left:
             self.broken = f"{member.name}: {why}."
 
     def _to_workers(self, body: Body) -> list[tuple[str, Body]]:
@@ -316,17 +363,17 @@ class Membership:
         workers, told = self.names("worker"), []
         if workers and not self._policy.is_local:
             self._new_table(workers)
-            told = self._to_workers(Tables(self.tables))
+            told = self._to_workers(self.shares)
         if self._note_losses():
             told += [(name, self.losses) for name in self.names("server")]
         return told
 
     def _note_losses(self) -> bool:
-        """Put down who is no part of the run any more; whether that is news."""
+        """Put down who is no part of the run any more, and the servers; whether that is news."""
         gone = [name for name, member in self.workers.items() if member.lost or member.early]
-        if gone == self.losses.workers:
+        if (gone, self.peers) == (self.losses.workers, self.losses.servers):
             return False
-        self.losses = Lost(self.epoch, gone)
+        self.losses = Lost(self.epoch, gone, self.peers)
         return True
 
     def _new_table(self, workers: list[str]) -> None:

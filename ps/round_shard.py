@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from common.codecs.chosen import sends_changes
 from common.errors import WireError
 from common.failpoints import failpoint
-from common.layout import Chunk, urgency
+from common.layout import Chunk, make_layout, urgency
 from common.messages import (
     AllNorms,
     Arrived,
@@ -22,22 +23,46 @@ from common.messages import (
     Close,
     Committed,
     Contribution,
+    Filed,
+    Forward,
     Gone,
+    GotPart,
+    Kept,
     Norms,
     Pull,
     Push,
+    Restore,
     RowAck,
     RowPush,
+    State,
+    StatePart,
 )  # fmt: skip
 from common.policies import Policy
 from common.rows import add_tables, no_rows
 from common.settings import Settings
 from common.sums import Sum
+from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
+from ps.copies import REMEMBERED, Copy, Forwarder
 from ps.saving import Source
-from ps.shard import CLASSES, COORDINATOR, METRICS, ROWS, Send, Shard, add_metrics, contribution, mean_metrics
+from ps.shard import (
+    CLASSES,
+    COORDINATOR,
+    KEEPER,
+    METRICS,
+    ROWS,
+    AboutCopies,
+    Send,
+    Shard,
+    add_metrics,
+    contribution,
+    mean_metrics,
+)
 from ps.store import Norm
+from ps.transfer import Incoming, Outgoing
+
+log = logging.getLogger("ps.round_shard")
 
 #: Planes for weights: the current version's, the next one's, and two for those who lag behind.
 _PLANES = 4
@@ -59,6 +84,15 @@ class RoundShard(Shard):
         self._left_out: set[tuple[int, int]] = set()
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
         self._told: list[Close | AllNorms] = []
+        #: What the keeper of this shard's copy is told, and the newest rounds as it was told of them; and the copy kept here, and
+        #: that on its way to whoever is in the place of its server.
+        self._forwarder = Forwarder()
+        self._filed_rounds: list[Filed] = []
+        self._copy: Copy | None = None
+        self._handed_over: Outgoing | None = None
+        #: This shard, on its way back from the keeper; and when it was asked for.
+        self._returning: Incoming | None = None
+        self._restore_asked_at = float("-inf")
         self._open_round()
 
     def _open_round(self) -> None:
@@ -84,6 +118,8 @@ class RoundShard(Shard):
         self._norms: list[Norm] | None = None
         self._asked: Body | None = None
         self._asked_at = float("-inf")
+        #: What the books are to have of the round, once all of it is applied.
+        self._ending: Filed | None = None
 
     @property
     def version(self) -> int:
@@ -108,6 +144,10 @@ class RoundShard(Shard):
             self._keep_frame(plane, chunk, self.store.settle(chunk, into))
             if self._source is not None:
                 self.store.restore_seen(chunk, self._source.files, into)
+        if self.restoring:
+            self._forwarder.go_on(self._version)
+        else:
+            self._have_kept()
 
     @property
     def _at_border(self) -> bool:
@@ -250,7 +290,11 @@ class RoundShard(Shard):
         return self._advance(now)
 
     def tick(self, now: float) -> list[Send]:
-        return super().tick(now) + self._ask(now)
+        effects = super().tick(now) + self._ask(now) + self._forwarded(now)
+        if self.restoring and self._returning is None and now >= self._restore_asked_at + ASK_AGAIN_S:
+            self._restore_asked_at = now
+            effects.append(Send(KEEPER, Restore()))
+        return effects
 
     def _ask(self, now: float) -> list[Send]:
         """Ask the coordinator what is needed to go on; again if that was long ago."""
@@ -289,13 +333,13 @@ class RoundShard(Shard):
             if clips:
                 self._means[chunk] = self.store.mean(chunk, total, self._weight())
             else:
-                self._apply(chunk, total, self._weight())
+                self._apply(chunk, total, self._weight(), now)
         if clips and self._own_norms is None and len(self._means) == len(self.chunks) > 0:
             self._own_norms = [norm for chunk in self.chunks for norm in self.store.norms(chunk, self._means[chunk])]
         if clips and self._norms is not None:
             factor = self.store.clip_factor(self._norms)
             for chunk in list(self._means):
-                self._apply(chunk, [self._means.pop(chunk)], 1, factor)
+                self._apply(chunk, [self._means.pop(chunk)], 1, now, factor)
         if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None:
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
@@ -306,11 +350,15 @@ class RoundShard(Shard):
             self._next.add(CLASSES)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
-            self._commit(mean_metrics(metrics[0]))
+            if self._ending is None:
+                self._ending = self._end(mean_metrics(metrics[0]))
+                self._forwarder.send(self._ending, (), now)
+            if self._forwarder.has(self._version):
+                self._commit(self._ending)
         news = before != (self._version, len(self._next))
-        return self._ask(now) + (self._serve_all() if news else [])
+        return self._forwarded(now) + self._ask(now) + (self._serve_all() if news else [])
 
-    def _apply(self, chunk: int, total: list[Sum], samples: int, factor: torch.Tensor | None = None) -> None:
+    def _apply(self, chunk: int, total: list[Sum], samples: int, now: float, factor: torch.Tensor | None = None) -> None:
         """Write the weights after this round to the next version's plane."""
         assert self.store is not None and self.planes is not None
         if self._target is None:
@@ -319,6 +367,12 @@ class RoundShard(Shard):
         hypers = self._group_hypers(self.chunks[chunk])
         if self._drops or not samples:  # the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
+        elif self._forwarder.active and factor is None:
+            total, samples = [self.store.mean(chunk, total, samples)], 1
+        if self._forwarder.active:
+            mean = total[0]
+            body = Forward(self._version, chunk, mean.present, hypers, None if factor is None else float(factor))
+            self._forwarder.send(body, [to_frame(mean.values)] if mean.present else [], now)
         frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
@@ -351,20 +405,32 @@ class RoundShard(Shard):
     def _group_hypers(self, chunk: Chunk) -> dict[str, Any]:
         return self._hypers[chunk.group] if 0 <= chunk.group < len(self._hypers) else {}
 
-    def _commit(self, metrics: dict[str, float]) -> None:
-        if self.index == 0:
-            rows = list(self._filed.values())
-            if self._closed is not None:
-                absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
-                self._left_out |= {(self._version, k) for k in absent}
-                rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
-            if self._drops:
-                rows, metrics = [_with_outcome(row, "dropped") for row in rows], {}
-            self._news += rows
-            committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
-            dropped = 0 if self._closed is None else self._count - len(self._closed)
-            samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
-            self._rounds.append(Committed(self._version, samples, committed, dropped, metrics))
+    def _end(self, metrics: dict[str, float]) -> Filed:
+        """What the books are to have of the round: only server 0 tells them."""
+        if self.index:
+            return Filed(self._version)
+        rows, absent = list(self._filed.values()), set()
+        if self._closed is not None:
+            absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
+            rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
+        if self._drops:
+            rows, metrics = [_with_outcome(row, "dropped") for row in rows], {}
+        committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
+        dropped = 0 if self._closed is None else self._count - len(self._closed)
+        samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
+        round_ = Committed(self._version, samples, committed, dropped, metrics)
+        return Filed(self._version, [round_], rows, sorted(absent), max(self._reported_version, 0))
+
+    def _book(self, filed: Filed) -> None:
+        self._rounds += filed.rounds
+        self._news += filed.contributions
+        self._left_out |= {(filed.round, k) for k in filed.left_out}
+        if self.settings.replicas:
+            oldest = min(filed.reported, filed.round - REMEMBERED)
+            self._filed_rounds = [known for known in self._filed_rounds if known.round >= oldest] + [filed]
+
+    def _commit(self, ending: Filed) -> None:
+        self._book(ending)
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version
@@ -373,6 +439,115 @@ class RoundShard(Shard):
         failpoint("applied", self._version)
         self._open_round()
         self._try_cut()
+        self._have_kept()
+
+    # ---- copies on other servers (ps/copies.py)
+
+    def _have_kept(self) -> None:
+        """Have a copy of this shard made, if there is to be one and none is there: at a border, for it starts from that."""
+        if not self.settings.replicas or self._forwarder.active or not self._at_border or self._setup is None:
+            return
+        assert self.store is not None
+        entries = list(self.store.state(self._seen))
+        self._forwarder.begin(Outgoing(self._head(self.index, self._version, len(entries), self._filed_rounds), entries))
+
+    def _head(self, shard: int, version: int, parts: int, filed: list[Filed]) -> State:
+        assert self._setup is not None
+        return State(shard, version, parts, self._setup[0], list(self.segments), list(filed))
+
+    def _forwarded(self, now: float) -> list[Send]:
+        effects = [Send(KEEPER, body, frames) for body, frames in self._forwarder.due(now)]
+        if self._handed_over is not None:
+            effects += [Send(self._kept_server, body, frames) for body, frames in self._handed_over.due(now)]
+        return effects
+
+    @property
+    def _kept_server(self) -> str:
+        """The server whose shard has a copy here."""
+        return f"server-{(self.index - 1) % self.settings.servers}"
+
+    @property
+    def keeps(self) -> list[int]:
+        return [self._copy.server] if self._copy is not None and self._copy.whole else []
+
+    def about_copies(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
+        if not self.settings.replicas:
+            return super().about_copies(sender, body, frames, now)
+        match body:
+            case Kept() if sender == KEEPER:
+                self._forwarder.handle(body)
+                return self._go_on_closing(now)
+            case GotPart(shard=self.index) if sender == KEEPER:
+                self._forwarder.handle(body)
+            case State(shard=self.index) if sender == KEEPER and self.restoring:
+                self._returning = self._returning or Incoming(body)
+                return [Send(KEEPER, GotPart(body.shard, body.round, -1)), *self._return(now)]
+            case StatePart(shard=self.index) if sender == KEEPER and self._returning is not None:
+                self._returning.put(body, frames)
+                return [Send(KEEPER, GotPart(body.shard, body.round, body.number)), *self._return(now)]
+            case _ if sender == self._kept_server:
+                return self._about_kept(sender, body, frames, now)
+        return self._forwarded(now)
+
+    def _about_kept(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
+        """A message of the server whose shard has a copy here, or is to have one."""
+        answer: Body | None = None
+        number, copy = (self.index - 1) % self.settings.servers, self._copy
+        match body:
+            case State(shard=shard) if shard == number:
+                if copy is None:  # a process sends another its state once
+                    layout = make_layout(body.setup.tensors, self.settings.servers, body.setup.tables, body.setup.classifiers)
+                    self._copy = Copy(number, layout, self.policy, body)
+                answer = GotPart(body.shard, body.round, -1)
+            case StatePart(shard=shard) if shard == number and copy is not None:
+                answer = copy.put(body, frames)
+            case Forward() if copy is not None:
+                copy.forward(body, frames)
+            case Filed() if copy is not None:
+                answer = copy.file(body)
+            case Restore() if copy is not None and copy.whole and self._handed_over is None:
+                version, filed, state = copy.hand_over()
+                entries = list(state)
+                self._handed_over = Outgoing(self._head(number, version, len(entries), filed), entries)
+            case GotPart(shard=shard) if shard == number and self._handed_over is not None:
+                self._handed_over.got(body)
+        return [*([] if answer is None else [Send(sender, answer)]), *self._forwarded(now)]
+
+    def _return(self, now: float) -> list[Send]:
+        """Be the shard that the keeper has a copy of, once all of it is here."""
+        returning = self._returning
+        if returning is None or not returning.complete:
+            return []
+        head = returning.head
+        self._source = Source(head.round, self.settings.servers, head.setup, returning, [{}] * self.settings.servers)
+        self.segments = list(head.segments)
+        self._set_up(KEEPER, head.setup)
+        for filed in head.filed:
+            self._book(filed)
+        self._returning, self._source, self.restoring, self._repeats = None, None, False, True
+        log.info("has the copy of its shard, as of round %d", head.round)
+        return []
+
+    def changed(self, keeper: bool, kept: bool, now: float) -> list[Send]:
+        if kept:
+            self._handed_over = None
+        if keeper:
+            self._forwarder.lost()
+            self._have_kept()
+        return self._go_on_closing(now)
+
+    def _go_on_closing(self, now: float) -> list[Send]:
+        """Close the round if it waited for nothing but the keeper."""
+        return self._advance(now) if self._ending is not None else []
+
+    @property
+    def busy(self) -> bool:
+        return super().busy or (self._copy is not None and self._copy.busy)
+
+    def work(self) -> list[Send]:
+        if self._copy is not None:
+            self._copy.work()
+        return super().work()
 
     # ---- weights
 

@@ -25,15 +25,22 @@ from common.messages import (
     Close,
     Cut,
     Envelope,
+    Filed,
+    Forward,
+    GotPart,
     Hello,
     KvPull,
     KvPush,
     Lost,
     Norms,
+    Peer,
     Pull,
     Refused,
     ReportAck,
+    Restore,
     RowPull,
+    State,
+    StatePart,
 )
 from common.no_compiler import no_compiler
 from common.policies import load
@@ -58,12 +65,14 @@ from ps.kv import KvStore
 from ps.push_shard import PushShard
 from ps.round_shard import RoundShard
 from ps.saving import Writer, open_source
-from ps.shard import COORDINATOR, Send, Shard
+from ps.shard import COORDINATOR, KEEPER, AboutCopies, Send, Shard
 
 log = logging.getLogger("ps.server")
 
 #: Names of workers that are remembered.
 _MOST_WORKERS = 100_000
+#: What the server says whose shard has a copy here.
+_FROM_KEPT = (Forward, Filed, State, StatePart, GotPart, Restore)
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
 
@@ -87,6 +96,11 @@ class _Server:
     def __init__(self, context: zmq.Context[Any], coordinator: str, bind: str, index: int | None) -> None:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
+        self._context = context
+        #: All servers, and the socket to the one that keeps a copy of this one's shard, if one does.
+        self._peers: list[Peer] = []
+        self._keeper: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
         address = advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid())
         self._attendance = Attendance(hello, coordinator, time.monotonic())
@@ -108,12 +122,11 @@ class _Server:
         log.info("listening at %s", address)
 
     def run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._workers, zmq.POLLIN)
-        poller.register(self._coordinator, zmq.POLLIN)
+        self._poller.register(self._workers, zmq.POLLIN)
+        self._poller.register(self._coordinator, zmq.POLLIN)
         self._inflow = Inflow(self._workers, self._refusals)
         try:
-            self._loop(poller)
+            self._loop()
         finally:
             self._inflow.close()
             if self._watchdog is not None:
@@ -125,14 +138,16 @@ class _Server:
         if stop is not None and not stop.ok:
             raise ClusterError(f"stopped because {stop.reason}")
 
-    def _loop(self, poller: zmq.Poller) -> None:
+    def _loop(self) -> None:
         assert self._inflow is not None
         while self._attendance.stop is None:
             busy = self._shard is not None and self._shard.busy
-            ready = dict(poller.poll(0 if busy else _TICK_MS))
+            ready = dict(self._poller.poll(0 if busy else _TICK_MS))
             if self._coordinator in ready:
                 self._drain(self._coordinator)
-            if self._workers in ready and self._shard is not None:
+            if self._keeper in ready and self._keeper is not None:
+                self._drain(self._keeper)
+            if self._workers in ready and self._shard is not None and not self._shard.restoring:
                 self._drain(self._workers)
             now = time.monotonic()
             self._inflow.look(now)
@@ -170,9 +185,11 @@ class _Server:
     def _beat(self) -> Beat:
         if self._shard is None:
             return Beat("starting", refused=self._refusals.counts)
-        shard = self._shard
+        shard, refused = self._shard, self._refusals.counts
+        if shard.restoring:
+            return Beat("starting", refused=refused)
         left, traffic = shard.missing(), shard.traffic
-        return Beat("waiting", shard.version, shard.done, left, traffic=traffic, refused=self._refusals.counts)
+        return Beat("waiting", shard.version, shard.done, left, traffic=traffic, keeps=shard.keeps, refused=refused)
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""
@@ -188,21 +205,27 @@ class _Server:
                     envelope = self._stamp.decode(frames[0].buffer)
                     if self._attendance.is_current(envelope.incarnation):
                         self._from_coordinator(envelope.body, frames[1:])
+                elif sock is self._keeper:
+                    envelope = self._stamp.decode(frames[0].buffer)
+                    if self._is_peer(envelope, 1):
+                        self._about_copies(KEEPER, envelope.body, frames[1:])
                 else:
                     if len(frames) < 2:
                         raise WireError("a message has no header", "malformed")
                     envelope = self._stamp.decode(frames[1].buffer)
-                    self._identify(envelope)
-                    known = True
-                    self._from_worker(frames[0].bytes, envelope, frames[2:])
+                    known = self._identify(envelope)
+                    if known:
+                        self._from_peer(frames[0].bytes, envelope, frames[2:])
             except WireError as error:
                 self._refusals.note(error, time.monotonic())
             if self._inflow is not None and sock is self._workers and frames:
                 self._inflow.took(frames[1:], known)
 
-    def _identify(self, envelope: Envelope) -> None:
-        """Raise WireError where a message does not come from the worker it names."""
+    def _identify(self, envelope: Envelope) -> bool:
+        """Whether a message comes from the worker or server it names. Raises WireError where it is not to come at all."""
         name = envelope.sender
+        if isinstance(envelope.body, _FROM_KEPT):
+            return self._is_peer(envelope, -1)
         if not is_worker(name):
             raise WireError(f"'{name}' is no worker", "sender")
         if len(self._incarnations) >= _MOST_WORKERS and name not in self._incarnations:
@@ -211,6 +234,18 @@ class _Server:
             raise WireError(f"a process calls itself {name} and is another than the one known by that name", "sender")
         if self._shard is not None and name in self._shard.lost:
             raise WireError(f"{name} is lost and is no part of the run any more", "sender")
+        return True
+
+    def _is_peer(self, envelope: Envelope, step: int) -> bool:
+        """Whether a message comes from the server so many after this one. Raises WireError where it must not come."""
+        number = ((self._shard.index if self._shard is not None else 0) + step) % max(len(self._peers), 1)
+        if not self._peers or envelope.sender != f"server-{number}":
+            raise WireError(f"{envelope.sender} has no business with the copy of a shard here", "sender")
+        if envelope.incarnation == self._peers[number].incarnation:
+            return True
+        if isinstance(envelope.body, Restore):
+            return False  # the coordinator's word of it is still under way, and it asks again
+        raise WireError(f"a process calls itself {envelope.sender} and is another than the one known by that name", "sender")
 
     def _from_coordinator(self, body: Body, frames: Frames) -> None:
         now = time.monotonic()
@@ -233,6 +268,8 @@ class _Server:
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
             self._shard = kind(index, welcome.settings, policy, source)
             self._shard.coordinator = self._attendance.coordinator
+            self._shard.restoring = welcome.replaces
+            self._know(welcome.servers)
             self._shard.before_tables_change = self._finish_saving
             self._writer = writer = Writer(index, run_dir)
             self._shard.is_writing = lambda: writer.busy
@@ -240,17 +277,46 @@ class _Server:
             self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 
+    def _know(self, servers: list[Peer]) -> None:
+        """The servers are these."""
+        assert self._shard is not None
+        before, self._peers = self._peers or servers, servers
+        if not self._shard.settings.replicas:
+            return
+        keeper, kept = ((self._shard.index + step) % len(servers) for step in (1, -1))
+        if self._keeper is None or before[keeper] != servers[keeper]:
+            if self._keeper is not None:
+                self._poller.unregister(self._keeper)
+                self._keeper.close(linger=0)
+            self._keeper = dealer(self._context, servers[keeper].address)
+            self._poller.register(self._keeper, zmq.POLLIN)
+        is_other = [a != b for a, b in zip(before, servers, strict=True)]
+        self._do(self._shard.changed(is_other[keeper], is_other[kept], time.monotonic()))
+
+    def _about_copies(self, sender: str, body: Body, frames: Frames) -> None:
+        """A message of the keeper of this shard's copy (KEEPER), or of the server whose shard has a copy here."""
+        assert self._shard is not None
+        if not isinstance(body, AboutCopies):
+            raise WireError(f"a server has no use for {type(body).__name__}")
+        self._do(self._shard.about_copies(sender, body, frames, time.monotonic()))
+
     def _lose(self, body: Lost, now: float) -> None:
         assert self._shard is not None
+        if body.epoch >= self._stamp.epoch and body.servers:
+            self._know(body.servers)
         self._stamp.epoch = max(self._stamp.epoch, body.epoch)
         self._do(self._shard.handle(COORDINATOR, body, (), now))
         self._routes = {key: route for key, route in self._routes.items() if key[0] not in self._shard.lost}
         for worker in body.workers:
             self._kv.forget(worker)
 
-    def _from_worker(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
+    def _from_peer(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
         assert self._shard is not None
         sender, body = envelope.sender, envelope.body
+        if isinstance(body, _FROM_KEPT):
+            self._routes[sender, False] = self._routes[sender, True] = route
+            self._about_copies(sender, body, frames)
+            return
         if isinstance(body, Beat):  # the first message of a connection, which tells whose it is
             return
         self._routes[sender, is_bulk(body, frames)] = route
@@ -271,6 +337,9 @@ class _Server:
             header = self._stamp.encode(effect.body)
             if effect.to == COORDINATOR:
                 send(self._coordinator, header, effect.frames)
+            elif effect.to == KEEPER:
+                if self._keeper is not None:
+                    send(self._keeper, header, effect.frames)
             else:
                 bulk = is_bulk(effect.body, effect.frames)
                 route = self._routes.get((effect.to, bulk)) or self._routes.get((effect.to, not bulk))

@@ -32,8 +32,12 @@ from common.messages import (
     Committed,
     Contribution,
     Cut,
+    Filed,
+    Forward,
     Got,
+    GotPart,
     Init,
+    Kept,
     Lost,
     Plan,
     Pull,
@@ -42,6 +46,7 @@ from common.messages import (
     Refused,
     Report,
     ReportAck,
+    Restore,
     RowInit,
     RowPull,
     RowPush,
@@ -50,6 +55,8 @@ from common.messages import (
     Setup,
     Share,
     Shared,
+    State,
+    StatePart,
     Traffic,
     Weights,
 )  # fmt: skip
@@ -73,6 +80,10 @@ from ps.store import Store
 log = logging.getLogger("ps.shard")
 
 COORDINATOR = "coordinator"
+#: The server that keeps a copy of this one's shard.
+KEEPER = "keeper"
+#: What servers say to each other.
+AboutCopies = Forward | Filed | Kept | Restore | State | StatePart | GotPart
 #: Seconds between two reports to the coordinator while there is news.
 REPORT_S = 0.2
 #: Contributions of one worker of which parts that came early are kept.
@@ -176,6 +187,10 @@ class Shard(ABC):
         self._report_at = 0.0
         self._reported_version = -1
         self._source = source
+        #: Whether the shard is still to come from the server that keeps a copy of it: nobody is answered before.
+        self.restoring = False
+        #: Whether what is reported may have been reported by the process in whose place this one is.
+        self._repeats = False
         #: The snapshot to be made, and what has become of it; and its contents until somebody takes them to be written.
         self._cut: Cut | None = None
         self._saved: Saved | None = None
@@ -237,6 +252,19 @@ class Shard(ABC):
     @abstractmethod
     def _resume(self, source: Source) -> None:
         """Be at the round of a snapshot, whose tensors are here."""
+
+    def about_copies(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
+        """A message of the server that keeps a copy of this shard (KEEPER), or of the one whose shard has a copy here."""
+        raise WireError(f"{sender} keeps or has no copy here")
+
+    def changed(self, keeper: bool, kept: bool, now: float) -> list[Send]:
+        """The keeper of the copy of this shard is another process, or the one whose shard has a copy here."""
+        return []
+
+    @property
+    def keeps(self) -> list[int]:
+        """Servers of whose shards there is a whole copy here."""
+        return []
 
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         if isinstance(body, Cut):
@@ -312,8 +340,8 @@ class Shard(ABC):
             due = bool(news) and now >= self._report_at + REPORT_S
             if due:
                 seq = int(now * 1e6)
-                self._report = Report(seq, self.version, self._rounds, self._news)
-                self._rounds, self._news = [], []
+                self._report = Report(seq, self.version, self._rounds, self._news, self._repeats)
+                self._rounds, self._news, self._repeats = [], [], False
         if not due or self._report is None:
             return []
         self._report_at = now

@@ -299,6 +299,10 @@ class Store:
         total = torch.linalg.vector_norm(torch.tensor([norm for _, _, norm in norms], dtype=self._norm_dtype))
         return torch.clamp(self._clip_norm / (total + 1e-6), max=1.0)
 
+    def factor(self, value: float) -> torch.Tensor:
+        """The factor of `clip_factor` whose value this is."""
+        return torch.tensor(value, dtype=self._norm_dtype)
+
     def apply(
         self,
         chunk: int,

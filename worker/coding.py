@@ -75,6 +75,11 @@ class WeightDecoder:
         """The version of the server's weights that changes can be added to; -1: none."""
         return self._versions.get(server, -1)
 
+    def forget(self, server: int) -> None:
+        """The server is another process: it is to send its weights whole."""
+        self._versions.pop(server, None)
+        self._coming = {chunk: found for chunk, found in self._coming.items() if self._server_of.get(chunk) != server}
+
     def begin(self) -> None:
         """Other weights are asked for."""
         self._coming = {}

@@ -1,9 +1,10 @@
 """A worker's dealings with the servers: pushes until they are acknowledged, and the pull of the next weights.
 
 A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when every part of it is
-acknowledged, and what is sent again has the same bytes, even if it was computed again meanwhile; no server has more than
-CREDIT_BYTES of pushes on their way to it, or one message; of what waits, the chunks that the next forward needs first go first;
-staged weights all belong to the round last pulled; nothing received touches the model.
+acknowledged, and where servers may be replaced (`--replicas`) when its round is over; what is sent again has the same bytes,
+even if it was computed again meanwhile; no server has more than CREDIT_BYTES of pushes on their way to it, or one message; of
+what waits, the chunks that the next forward needs first go first; staged weights all belong to the round last pulled; nothing
+received touches the model.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import msgspec
 from common.errors import WireError
 from common.failpoints import failpoint
 from common.layout import Chunk, Layout, message_batches, urgency
-from common.messages import Ack, Body, Gone, Got, Pull, Push, Traffic, Weights
+from common.messages import Ack, Body, Gone, Got, Pull, Push, Share, Traffic, Weights
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
-from common.wire import SEND_AGAIN_S, Frames, bytes_of
+from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, bytes_of
 from worker.coding import PushCoder, WeightDecoder
 from worker.mapped import InPlane
 from worker.slots import Slot
@@ -56,6 +57,8 @@ class _Outstanding:
     sent_at: float | None = None
     #: Whether the server has said that the frames are there.
     arrived: bool = False
+    #: Whether it was sent early, and so the slot may be used again as soon as it is acknowledged.
+    was_early: bool = False
 
     @property
     def early(self) -> bool:
@@ -79,6 +82,14 @@ class Exchange:
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
         self._urgencies = {chunk.id: urgency(chunk) for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
+        #: Where servers may be replaced: what was acknowledged of the open round and is still here.
+        self._may_be_replaced = settings.replicas > 0
+        self._acknowledged_ones: list[_Outstanding] = []
+        #: What to ask servers that are other processes than before, and when each was asked; and how often each one's memory was
+        #: another.
+        self.share: Share | None = None
+        self.unknown: dict[int, float] = {}
+        self._regions: dict[int, int] = {}
         #: Since when something has been outstanding; and how long that lasts, a moving average, seconds.
         self._busy_since: float | None = None
         self.transfer_s = 0.0
@@ -170,6 +181,7 @@ class Exchange:
         effects = []
         for outstanding in (o for o in self._outstanding if o.early):
             outstanding.push = msgspec.structs.replace(outstanding.push, stage="whole")
+            outstanding.was_early = True
             if outstanding.sent_at is not None:
                 outstanding.sent_at = now
                 effects.append(self._send(outstanding, msgspec.structs.replace(outstanding.push, stage="confirm"), ()))
@@ -178,7 +190,7 @@ class Exchange:
     def _flow(self, now: float) -> list[Send]:
         """Send what there is credit for."""
         effects: list[Send] = []
-        waiting = [outstanding for outstanding in self._outstanding if outstanding.sent_at is None]
+        waiting = [o for o in self._outstanding if o.sent_at is None and o.server not in self.unknown]
         if not waiting:
             return effects
         under_way: dict[int, int] = dict.fromkeys(self._chunks, 0)
@@ -222,6 +234,7 @@ class Exchange:
         another round is let go."""
         self.clock, self._settled, self._masters, self.gone = clock, settled, masters, None
         self._pulls += 1
+        self._acknowledged_ones = [o for o in self._acknowledged_ones if o.push.round >= clock - 1]
         self._decoder.begin()
         self._staged, self._versions, self._closed_on = {}, {}, set()
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
@@ -233,6 +246,7 @@ class Exchange:
         if self._pulls_follow:
             busy = {outstanding.server for outstanding in self._outstanding}
             servers = [server for server in servers if server not in busy]
+        servers = [server for server in servers if server not in self.unknown]
         self._asked_at.update(dict.fromkeys(servers, now))
         return [
             Send(f"server-{server}", self._pull(server, [c.id for c in self._chunks[server] if c.id in self._staged]))
@@ -278,7 +292,7 @@ class Exchange:
         """The weights that have come since the last call, by chunk, and their versions by server. Ends the pull when all are."""
         staged = {chunk: found for chunk, found in self._staged.items() if found is not None}
         for found in staged.values():
-            if isinstance(found, InPlane):
+            if isinstance(found, InPlane) and found.region == self._regions.get(found.server, 0):
                 self._planes[found.server] = found.plane
         if self.complete:
             if not self._masters:
@@ -298,13 +312,14 @@ class Exchange:
             case Ack():
                 self._acknowledged(number, body)
             case Weights() if body.clock == self.clock:
-                found = frames if body.plane < 0 else [InPlane(number, body.plane)] * len(body.chunks)
+                place = InPlane(number, body.plane, self._regions.get(number, 0))
+                found = frames if body.plane < 0 else [place] * len(body.chunks)
                 if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
                 self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
-                for chunk, place in zip(body.chunks, found, strict=True):
+                for chunk, one in zip(body.chunks, found, strict=True):
                     if chunk not in self._staged:
-                        self._staged[chunk] = self._decoder.weights(body.version, chunk, place, chunk in body.coded)
+                        self._staged[chunk] = self._decoder.weights(body.version, chunk, one, chunk in body.coded)
                 self._versions.setdefault(number, body.version)
                 if frames:
                     self._got.append(Send(server, Got(body.clock, body.chunks)))
@@ -332,6 +347,10 @@ class Exchange:
             if o.sent_at is not None and not o.early and self._is_silent(o.server, o.sent_at, now):
                 o.sent_at = now
                 effects.append(self._send(o, o.push, o.frames))
+        for server in [server for server, asked_at in self.unknown.items() if now >= asked_at + ASK_AGAIN_S]:
+            assert self.share is not None
+            self.unknown[server] = now
+            effects.append(Send(f"server-{server}", self.share))
         if self.clock is not None:
             effects += self._ask(now)
         return effects + self._flow(now)
@@ -347,6 +366,46 @@ class Exchange:
             elif not o.early:
                 self._outstanding.remove(o)
                 self._coder.settled(o.push, ack.ignored)
+                if self._may_be_replaced and not (o.was_early and o.slot is not None):
+                    self._acknowledged_ones.append(o)
+
+    # ---- servers that are replaced
+
+    def replaced(self, server: int) -> None:
+        """A server is another process, which has closed as many rounds: of the open one it is to get all anew, and weights that
+        are to come are asked for again."""
+        again = [o for o in self._acknowledged_ones if o.server == server]
+        self._acknowledged_ones = [o for o in self._acknowledged_ones if o.server != server]
+        self._outstanding += again
+        for outstanding in (o for o in self._outstanding if o.server == server):
+            outstanding.sent_at, outstanding.arrived = None, False
+        self._heard_at.pop(server, None)
+        self._planes.pop(server, None)
+        self._decoder.forget(server)
+        if self.clock is not None and not self._done(server):
+            self._asked_at[server] = float("-inf")
+            if server not in self._closed_on:
+                self._versions.pop(server, None)
+                for chunk in self._chunks.get(server, ()):
+                    self._staged.pop(chunk.id, None)
+        self.readers.discard(server)
+        self.read.discard(server)
+        if self.share is not None and server in self._chunks:
+            self.unknown[server] = float("-inf")
+
+    def met(self, server: int, reads: bool, region: int | None) -> None:
+        """A server that is another process has said whether it `reads` this worker's slots; its memory, if it is read, is number
+        `region` of that server's."""
+        self.unknown.pop(server, None)
+        if region is not None:
+            self._regions[server] = region
+            self.read.add(server)
+        if reads:
+            self.readers.add(server)
+            return
+        for outstanding in (o for o in self._outstanding if o.server == server and o.push.slot >= 0 and o.slot is not None):
+            outstanding.frames = [to_frame(outstanding.slot.chunks[chunk]) for chunk in outstanding.push.chunks]  # type: ignore[union-attr]
+            outstanding.push = msgspec.structs.replace(outstanding.push, slot=-1)
 
     @property
     def traffic(self) -> Traffic:

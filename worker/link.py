@@ -20,7 +20,7 @@ import zmq
 from common.attendance import Attendance
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.failpoints import failpoint
-from common.messages import Beat, Body, Hello, Push, Refused, Stop, Welcome
+from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
 from common.refusals import Refusals
 from common.restart import restart
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
@@ -39,7 +39,8 @@ class Link:
     """Sockets to the coordinator and all servers, served by a thread of its own.
 
     `lock` guards everything that both threads touch, the state machines of the worker included. Callbacks are called by the
-    thread with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `beat() -> Beat`.
+    thread with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `beat() -> Beat`, and
+    `on_replaced(server)` when a server is another process from now on.
     """
 
     def __init__(self, coordinator: str, hello: Hello) -> None:
@@ -47,12 +48,14 @@ class Link:
         self.on_message: Callable[[str, Body, Frames], None] = lambda sender, body, frames: None
         self.on_tick: Callable[[float], list[Send]] = lambda now: []
         self.beat: Callable[[], Beat] = lambda: Beat("starting")
+        self.on_replaced: Callable[[int], None] = lambda server: None
         #: Whether to copy frames: necessary once the interpreter shuts down, when zero-copy buffers are no longer tracked.
         self.copies = False
         self._address = coordinator
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {COORDINATOR: dealer(self._context, coordinator)}
         self._names: dict[Any, str] = {}
+        self._peers: list[Peer] = []
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
         self._attendance = Attendance(hello, coordinator, time.monotonic())
         self._refusals = Refusals(log)
@@ -224,7 +227,9 @@ class Link:
             self.lock.notify_all()
 
     def _receive(self, sock: Any, poller: zmq.Poller) -> None:
-        name = self._names[sock]
+        name = self._names.get(sock)
+        if name is None:
+            return  # of a server that is another process since
         with self.lock:
             while (frames := receive(sock)) is not None:
                 try:
@@ -238,23 +243,34 @@ class Link:
                             log.warning("begins anew: %s", body.reason)
                             restart()
                     self.answers += len(frames) > 1
-                    if isinstance(body, Welcome):
-                        self._connect(body, poller)
+                    if isinstance(body, Welcome) and not self._peers:
+                        self._stamp.sender, self._stamp.run = body.process, body.run
+                        self._connect(body.servers, poller)
+                    elif isinstance(body, Tables) and self._peers and body.servers and body.tables[-1].epoch > self.epoch:
+                        self._connect(body.servers, poller)
                     self.on_message(name, body, frames[1:])
                 except WireError as error:
                     self._refusals.note(error, time.monotonic(), name)
             self.lock.notify_all()
 
-    def _connect(self, welcome: Welcome, poller: zmq.Poller) -> None:
-        if len(self._sockets) > 1:
-            return
-        self._stamp.sender, self._stamp.run = welcome.process, welcome.run
-        for number, address in enumerate(welcome.servers):
+    def _connect(self, servers: list[Peer], poller: zmq.Poller) -> None:
+        """The servers are these: have connections to them, new ones to those that are other processes than before."""
+        before, self._peers = self._peers, servers
+        for number, peer in enumerate(servers):
+            if before and before[number] == peer:
+                continue
             for key in (f"server-{number}", f"server-{number}{_BULK}"):
-                sock = self._sockets[key] = dealer(self._context, address)
+                if (old := self._sockets.get(key)) is not None:
+                    poller.unregister(old)
+                    del self._names[old]
+                    old.close(linger=0)
+                sock = self._sockets[key] = dealer(self._context, peer.address)
                 self._names[sock] = f"server-{number}"
                 poller.register(sock, zmq.POLLIN)
                 send(sock, self._stamp.encode(Beat()))  # whose connection it is
+            if before:
+                log.warning("server-%d is another process from now on", number)
+                self.on_replaced(number)
 
     def _beat(self) -> Beat:
         return msgspec.structs.replace(self.beat(), refused=self._refusals.counts)

@@ -27,10 +27,12 @@ _COMBINATIONS = 32
 
 @dataclass(frozen=True)
 class InPlane:
-    """Where a chunk's weights are: `plane` of the memory of server `server`."""
+    """Where a chunk's weights are: `plane` of the memory of server `server`, which is its `region`-th, from 0: where a server is
+    replaced, there is another."""
 
     server: int
     plane: int
+    region: int = 0
 
 
 class MappedWeights:
@@ -38,28 +40,43 @@ class MappedWeights:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._regions: dict[int, Region] = {}
+        #: By server and number.
+        self._regions: dict[tuple[int, int], Region] = {}
         self._offsets = {server: weight_offsets(layout.on(server)) for server in range(layout.servers)}
-        self._tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        self._chunks: dict[tuple[int, int], torch.Tensor] = {}
+        self._tensors: dict[tuple[int, tuple[InPlane, ...]], torch.Tensor] = {}
+        self._chunks: dict[tuple[int, InPlane], torch.Tensor] = {}
         self._pagemap = -1
 
-    def attach(self, server: int, handle: Handle) -> None:
-        """Raises NotShared where the memory cannot be reached."""
+    def attach(self, server: int, handle: Handle) -> int:
+        """Have the memory of a server; its number among those that the server has had. Raises NotShared where it cannot be
+        reached."""
         if self._pagemap < 0:
             try:
                 self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise NotShared(f"what a script writes into weights could not be told apart ({error.strerror}).") from None
-        self._regions[server] = attach(handle, private=True)
+        number = max((known for of, known in self._regions if of == server), default=-1) + 1
+        self._regions[server, number] = attach(handle, private=True)
+        return number
 
     def chunk(self, chunk: Chunk, at: InPlane) -> torch.Tensor:
         """The flat weights of a chunk in its own dtype."""
-        key = chunk.id, at.plane
+        key = chunk.id, at
         if key not in self._chunks:
-            memory, dtype = self._regions[at.server].memory, dtype_of(chunk.dtype)
+            self._let_go(at)
+            memory, dtype = self._regions[at.server, at.region].memory, dtype_of(chunk.dtype)
             self._chunks[key] = torch.frombuffer(memory, dtype=dtype, count=chunk.numel, offset=self._offset(chunk, at))
         return self._chunks[key]
+
+    def _let_go(self, at: InPlane) -> None:
+        """Weights of a server are in new memory from now on: nobody comes back to what it had before."""
+        for server, number in [key for key in self._regions if key[0] == at.server and key[1] < at.region]:
+            self._regions.pop((server, number)).close()
+        old = [key for key in self._chunks if key[1].server == at.server and key[1].region < at.region]
+        for key in old:
+            del self._chunks[key]
+        for whole in [w for w in self._tensors if any(p.server == at.server and p.region < at.region for p in w[1])]:
+            del self._tensors[whole]
 
     def _offset(self, chunk: Chunk, at: InPlane) -> int:
         offsets, size = self._offsets[at.server]
@@ -67,7 +84,7 @@ class MappedWeights:
 
     def tensor(self, index: int, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor | None:
         """Tensor number `index`, which all of `chunks` in order make up and `at` places: flat; None where it must be copied."""
-        key = index, tuple(place.plane for place in at)
+        key = index, tuple(at)
         if key not in self._tensors:
             if len(chunks) == 1:
                 piece = next(piece for piece in chunks[0].pieces if piece.tensor == index)
@@ -84,7 +101,7 @@ class MappedWeights:
         size = sum(chunk.weight_bytes for chunk in chunks)
         start = end = _map(None, size, -1, 0)
         for chunk, place in zip(chunks, at, strict=True):
-            _map(end, chunk.weight_bytes, self._regions[place.server].fd, self._offset(chunk, place))
+            _map(end, chunk.weight_bytes, self._regions[place.server, place.region].fd, self._offset(chunk, place))
             end += chunk.weight_bytes
         buffer = (ctypes.c_char * size).from_address(start)
         return torch.frombuffer(buffer, dtype=dtype_of(chunks[0].dtype))

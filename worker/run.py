@@ -110,6 +110,8 @@ class Run:
         self._model: nn.Module | None = None
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
+        #: Where memory may be shared with servers.
+        self._replica: Replica | None = None
         self._rows: RowSparse | None = None
         self._shards: Shards | None = None
         self._kv: KvClient | None = None
@@ -128,6 +130,7 @@ class Run:
         with link.lock:
             link.epoch = welcome.tables[-1].epoch
             link.on_message = self._on_message
+            link.on_replaced = self._on_replaced
             link.on_tick = self._on_tick
             link.beat = self._beat
         torch.set_num_threads(self.settings.threads)
@@ -202,6 +205,9 @@ class Run:
         groups = parameter_groups(self._model, params)
         tables = find_tables(self._model, groups)
         layers = find_layers(self._model, groups)
+        if self.settings.replicas and (tables or layers):
+            kind = "row-sparse embedding" if tables else "sharded layer"
+            raise UsageError(f"the model has a {kind}, of which servers keep no copies: leave out --replicas.")
         weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
@@ -281,6 +287,7 @@ class Run:
         assert self._exchange is not None
         if self.settings.lane != "auto":
             return
+        self._exchange.share, self._replica = Share(gradients), replica
         for server in replica.layout.owners():
             answer = self._request(f"server-{server}", Share(gradients), lambda body: isinstance(body, Shared))
             assert isinstance(answer, Shared)
@@ -417,7 +424,12 @@ class Run:
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
 
     def kv(self) -> KvClient:
-        """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop."""
+        """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop.
+
+        Raises UsageError where servers are to keep copies, for of keys there are none.
+        """
+        if self.settings.replicas:
+            raise UsageError("the key-value store is on one server each, of which no copies are kept: leave out --replicas.")
         if self._kv is None:
             self._kv = KvClient(self._link, self._servers, self.settings.timeout)
         return self._kv
@@ -505,6 +517,8 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
+            case Shared() if self._replica is not None:
+                self._meet(int(sender.rpartition("-")[2]), body)
             case Ready() | Shared() | Tables():
                 pass  # the second answer to something asked twice
             case Upload():
@@ -520,6 +534,25 @@ class Run:
                         self._shards.exchange.handle(sender, body, frames)
                 elif sender != COORDINATOR and self._exchange is not None:
                     self._exchange.handle(sender, body, frames)
+
+    def _on_replaced(self, server: int) -> None:
+        """Likewise."""
+        self._tasks.forget_begun()
+        if self._exchange is not None:
+            self._exchange.replaced(server)
+
+    def _meet(self, server: int, shared: Shared) -> None:
+        """A server that is another process than before says what memory it shares with this worker."""
+        assert self._exchange is not None and self._replica is not None
+        if server not in self._exchange.unknown:
+            return
+        region = None
+        if shared.weights is not None:
+            try:
+                region = self._replica.mapped.attach(server, shared.weights)
+            except NotShared as error:
+                log.info("server-%d sends its weights: %s", server, error)
+        self._exchange.met(server, shared.reads, region)
 
     def _on_tick(self, now: float) -> list[Send]:
         out = self._exchange.tick(now) if self._exchange is not None else []

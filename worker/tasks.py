@@ -64,6 +64,10 @@ class Tasks:
             elif lease.round > self.round:
                 self._given.add(task)
 
+    def forget_begun(self) -> None:
+        """What was begun may be asked for again, for a server has lost what it had of it."""
+        self._begun.clear()
+
     def next(self) -> Task | None:
         """The next micro-batch to compute, or None while there is nothing to do."""
         if self._run:

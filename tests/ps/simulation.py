@@ -37,7 +37,25 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.layout import message_batches
-from common.messages import Body, Classify, ClassPush, Goodbye, Hello, Init, Plan, Ready, RowInit, Setup, Update, Waiting, Weights
+from common.messages import (
+    Body,
+    Classify,
+    ClassPush,
+    Goodbye,
+    GotPart,
+    Hello,
+    Init,
+    Kept,
+    Plan,
+    Ready,
+    RowInit,
+    Setup,
+    State,
+    StatePart,
+    Update,
+    Waiting,
+    Weights,
+)
 from common.plan import Segment, make_segment
 from common.policies import load
 from common.rows import cut, owner_of, page_ids, pages
@@ -127,6 +145,8 @@ class Case:
     crashes: Sequence[tuple[float, float]] = ()
     #: Whether workers are on the coordinator's host, and so are soon counted as lost.
     near: bool = False
+    #: Where servers keep copies: which server is killed when, and after how many seconds another process is in its place.
+    replaced: Sequence[tuple[int, float, float]] = ()
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -289,11 +309,11 @@ class Port:
     def __init__(self, process: Process, peer: str | None) -> None:
         self.inbox: deque[list[zmq.Frame]] = deque()
         self._process = process
-        self._peer = peer
+        self.peer = peer
 
     def send_multipart(self, parts: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
         data = [bytes(part) for part in parts]
-        to = self._peer or data.pop(0).decode()
+        to = self.peer or data.pop(0).decode()
         self._process.world.post(self._process.key, to, data)
 
     def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[zmq.Frame]:
@@ -301,7 +321,7 @@ class Port:
             raise zmq.Again
         return self.inbox.popleft()
 
-    def close(self) -> None:
+    def close(self, linger: int = 0) -> None:
         pass
 
 
@@ -317,6 +337,8 @@ class World:
         self.pids = itertools.count(1)
         #: How often a micro-batch was given up because its weights were gone, and a worker began anew as it was counted as lost.
         self.given_up = self.fenced = 0
+        #: Servers that were killed.
+        self.killed = 0
         #: How often a server had no more of the version that it was asked about.
         self.asked_too_late = 0
         #: Workers that are there or will be.
@@ -346,6 +368,17 @@ class World:
         process = self.processes.get(to)
         if process is not None and process.alive and not process.is_deaf_to(data[0]):
             process.deliver(sender, [zmq.Frame(part) for part in data])
+
+    @property
+    def coordinator(self) -> Coordinator:
+        process: Any = self.processes["coordinator"]
+        found: Coordinator = process.coordinator
+        return found
+
+    def versions(self) -> list[int]:
+        """Of the servers that take part in rounds."""
+        servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive]
+        return [p.shard.version for p in servers if p.server._shard is not None and p.shard.chunks]
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
         """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
@@ -470,8 +503,25 @@ class CoordinatorProcess(Process):
 
 
 class ServerProcess(Process):
+    """`key` is server-N, or of one in the place of another that was killed, server-N.M."""
+
     def begin(self) -> None:
-        self.server = _Server(self, _COORDINATOR, f"tcp://{self.key}:1", int(self.key.rpartition("-")[2]))  # type: ignore[arg-type]
+        self.number = int(self.key.partition(".")[0].rpartition("-")[2])
+        self.server = _Server(self, _COORDINATOR, f"tcp://{self.key}:1", self.number)  # type: ignore[arg-type]
+
+    def kill(self, away: float) -> None:
+        """Have another process in its place after so many seconds. It is killed as soon as there is a copy of every shard."""
+        membership, servers = self.world.coordinator._membership, self.world.case.settings.servers
+        if not self.alive or self.world.over:
+            return
+        there = [_newest_of(self.world, number) for number in range(servers)]
+        known = {server.incarnation for server in membership.servers.values() if server.active and membership._has_copy(server)}
+        if len(known) < servers or not all(one.alive and one.server._stamp.incarnation in known for one in there):
+            self.world.at(self.world.now + 0.05, lambda: self.kill(away))
+            return
+        self.alive = False
+        self.world.killed += 1
+        self.world.at(self.world.now + away, lambda: self.world.start(ServerProcess(self.world, f"{self.key}.1")))
 
     @property
     def shard(self) -> Shard:
@@ -486,12 +536,16 @@ class ServerProcess(Process):
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
         idle = self.server._shard is None or not self.server._shard.busy
-        if sender == "coordinator":
+        keeper: Any = self.server._keeper
+        if keeper is not None and sender == keeper.peer and self._is_from_keeper(frames):
+            keeper.inbox.append(frames)
+            self.server._drain(keeper)
+        elif sender == "coordinator":
             self.server._coordinator.inbox.append(frames)  # type: ignore[attr-defined]
             self.server._drain(self.server._coordinator)
         else:
             self.server._workers.inbox.append([zmq.Frame(sender.encode()), *frames])  # type: ignore[attr-defined]
-        if self.server._shard is not None:
+        if self.server._shard is not None and not self.server._shard.restoring:
             self.server._drain(self.server._workers)
         if idle:
             self._work()
@@ -505,6 +559,11 @@ class ServerProcess(Process):
             self.server._finish_saving()
             self.server._save()
             self._work()
+
+    def _is_from_keeper(self, frames: list[zmq.Frame]) -> bool:
+        """Whether it would come by the socket to the keeper of its shard's copy. With two servers each is the other's."""
+        body = self.server._stamp.decode(frames[0].buffer).body
+        return isinstance(body, Kept) or (isinstance(body, State | StatePart | GotPart) and body.shard == self.number)
 
     def describe(self) -> str:
         shard = self.server._shard
@@ -608,8 +667,8 @@ class WorkerProcess(Process):
         return WorkerProcess(self.world, key, Pace(self.pace.compute_s, self.pace.pause_s), False, self.index, pid)
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
-        port: Any = self.link._sockets.get(sender)
-        if port is not None:
+        port: Any = self.link._sockets.get(sender.partition(".")[0])
+        if port is not None and port.peer == sender:
             port.inbox.append(frames)
             try:
                 self.link._receive(port, mock.Mock())
@@ -653,7 +712,7 @@ class WorkerProcess(Process):
         world, case = self.world, self.world.case
         world.computed.append((self.key, task))
         policy = load(case.settings)
-        versions = [p.shard.version for p in world.processes.values() if isinstance(p, ServerProcess) and p.shard.chunks]
+        versions = world.versions()
         if not policy.is_local:
             lead = task.round - min(versions)
             assert policy.may_start(task.round, min(versions)), f"{self.key} leads by {lead} rounds"
@@ -664,7 +723,7 @@ class WorkerProcess(Process):
     def has_weights(self, task: Task) -> None:
         """It has all weights for `task`: they are everybody's."""
         world, policy = self.world, load(self.world.case.settings)
-        versions = [p.shard.version for p in world.processes.values() if isinstance(p, ServerProcess) and p.shard.chunks]
+        versions = world.versions()
         if not policy.is_local and policy.applies == "round" and task.round == min(versions):
             first = world.weights.setdefault(task.round, state(self.model))
             assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
@@ -1129,6 +1188,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.run.Watchdog": mock.Mock(),
             "worker.run.new_incarnation": lambda: 0,
             "ps.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
+            "ps.coordinator.Coordinator._end_silent_servers": lambda coordinator: None,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,
@@ -1136,6 +1196,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.link.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "worker.link.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
             "worker.link.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
+            "ps.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
+            "ps.transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
         }
         for name, value in replacements.items():
             stack.enter_context(mock.patch(name, value))
@@ -1156,6 +1218,8 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
         workers = [WorkerProcess(world, f"worker-{n}", p, case.real and n == 0) for n, p in enumerate(case.paces)]
         for server in servers:
             world.start(server)
+        for number, at, away in case.replaced:
+            world.at(100.0 + at, lambda n=number, away=away: _newest_of(world, n).kill(away))  # type: ignore[misc]
         for worker in workers:
             world.at(100.0 + worker.pace.starts_s, lambda w=worker: world.start(w))  # type: ignore[misc]
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
@@ -1186,4 +1250,10 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
                 name = key.removeprefix("residual/")
                 unsent[name] = unsent.get(name, torch.zeros_like(values)) + values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
-        return Outcome(case, world, models, coordinator.ledger, coordinator.log, [s.shard for s in servers], unsent)
+        shards = [_newest_of(world, number).shard for number in range(len(servers))]
+        return Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
+
+
+def _newest_of(world: World, number: int) -> ServerProcess:
+    """The process that is server number `number`, or is gone and was the last one."""
+    return [p for p in world.processes.values() if isinstance(p, ServerProcess) and p.number == number][-1]

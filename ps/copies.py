@@ -1,0 +1,196 @@
+"""A copy of each shard on another server, so that nothing is lost with one server (`--replicas 1`).
+
+Primary and backup, as Alsberg and Day have it ("A principle for resilient sharing of distributed resources", ICSE 1976): the
+keeper of server m's shard is the server after it. Server m forwards what it applies, the mean contribution of each round, and
+the keeper applies the same with the same optimizer, so the copy has the same bits. A round is closed, and workers go on to the
+next, only when the keeper has all of it. So whoever takes the place of a server that is gone finds at the keeper every round
+that anybody has gone on from; of the open one, workers send again what they have, and compute what nobody has any more.
+
+State machines without a socket or a clock. Invariants: the copy is the state between two rounds, of which none is skipped;
+the keeper acknowledges only what it has whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from common.errors import WireError
+from common.layout import Layout
+from common.messages import Body, Filed, Forward, GotPart, Kept, State, StatePart
+from common.policies import Policy
+from common.sums import Sum
+from common.tensorfile import Entry
+from common.wire import SEND_AGAIN_S, Frames
+from ps.planes import Planes
+from ps.store import Store
+from ps.transfer import Incoming, Outgoing
+
+#: Rounds that the keeper may have and not have applied: the primary is never further ahead than by the open one.
+_AHEAD = 4
+#: Rounds of which it is remembered what was left out.
+REMEMBERED = 64
+
+
+class Forwarder:
+    """A shard's side: what its keeper is sent. Not `active`, nobody keeps a copy, and rounds are closed without."""
+
+    def __init__(self) -> None:
+        self.active = False
+        #: Every round below is kept.
+        self._kept = 0
+        self._state: Outgoing | None = None
+        #: What the keeper must have of the open round, and when it was last sent all of it; what is to be sent now.
+        self._open: list[tuple[Body, Frames]] = []
+        self._sent_at = float("inf")
+        self._outbox: list[tuple[Body, Frames]] = []
+
+    def begin(self, state: Outgoing) -> None:
+        """Have a copy made from this state on."""
+        self.__init__()  # type: ignore[misc]
+        self.active, self._state, self._kept = True, state, state.head.round
+
+    def go_on(self, round_: int) -> None:
+        """The keeper has a copy, as of `round_`."""
+        self.active, self._kept = True, round_
+
+    def lost(self) -> None:
+        """The keeper is gone, or another process."""
+        self.__init__()  # type: ignore[misc]
+
+    def send(self, body: Forward | Filed, frames: Frames, now: float) -> None:
+        """Tell the keeper of something in the open round."""
+        if self.active:
+            self._open.append((body, frames))
+            self._outbox.append((body, frames))
+            self._sent_at = now
+
+    def has(self, round_: int) -> bool:
+        """Whether a round may be closed, as far as the copy goes."""
+        return not self.active or self._kept > round_
+
+    def handle(self, body: Kept | GotPart) -> None:
+        """An answer of the keeper."""
+        if isinstance(body, GotPart):
+            if self._state is not None:
+                self._state.got(body)
+                self._state = None if self._state.done else self._state
+        elif self._open and isinstance(filed := self._open[-1][0], Filed) and filed.round == body.round:
+            self._kept, self._open, self._outbox, self._sent_at = body.round + 1, [], [], float("inf")
+
+    def due(self, now: float) -> list[tuple[Body, Frames]]:
+        """What to send the keeper now. Only what the last message of a round calls for is sent again."""
+        out = list(self._state.due(now)) if self._state is not None else []
+        if now >= self._sent_at + SEND_AGAIN_S:
+            self._outbox, self._sent_at = list(self._open), now
+        out += self._outbox
+        self._outbox = []
+        return out
+
+
+@dataclass
+class _Round:
+    """What has come of a round: mean contributions by chunk, with what tells how to apply them."""
+
+    means: dict[int, tuple[Forward, Sum]] = field(default_factory=dict)
+    filed: Filed | None = None
+
+
+class Copy:
+    """The keeper's side: the shard of server `server`, from the state that `head` announces on."""
+
+    def __init__(self, server: int, layout: Layout, policy: Policy, head: State) -> None:
+        self.server = server
+        self.head = head
+        self.version = head.round
+        self._layout = layout
+        self._chunks = {chunk.id: chunk for chunk in layout.on(server)}
+        self._store = Store(layout, server, head.setup.update, policy)
+        self._planes = Planes(layout.on(server), 2, shared=False)
+        self._incoming: Incoming | None = Incoming(head)
+        self._rounds: dict[int, _Round] = {}
+        #: What the coordinator may not have been told of.
+        self._filed = list(head.filed)
+        if self._incoming.complete:
+            self._settle()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the shard can be had from here."""
+        return self._incoming is None
+
+    def put(self, part: StatePart, frames: Frames) -> GotPart | None:
+        """A part of the state. Raises WireError for what is none."""
+        if part.round != self.head.round:
+            return None
+        if self._incoming is not None:
+            self._incoming.put(part, frames)
+            if self._incoming.complete:
+                self._settle()
+        return GotPart(part.shard, part.round, part.number)
+
+    def _settle(self) -> None:
+        assert self._incoming is not None
+        try:
+            self._store.restore(self._incoming)
+            for chunk, into in self._planes[self.version % 2].items():
+                self._store.settle(chunk, into)
+                self._store.restore_seen(chunk, self._incoming, into)
+        except (KeyError, RuntimeError) as error:
+            raise WireError(f"the state of server-{self.server} does not fit its shard: {error}") from None
+        self._incoming = None
+
+    def forward(self, body: Forward, frames: Frames) -> None:
+        """A contribution. Raises WireError for what does not fit."""
+        if body.round < self.version or (body.round in self._rounds and self._rounds[body.round].filed is not None):
+            return
+        if body.chunk not in self._chunks or len(frames) != bool(body.present):
+            raise WireError(f"server-{self.server} forwarded chunk {body.chunk} with {len(frames)} frames")
+        values = self._store.receive(body.chunk, frames[0], body.present) if body.present else Sum(torch.empty(0), 0)
+        self._round(body.round).means.setdefault(body.chunk, (body, values))
+
+    def file(self, body: Filed) -> Kept | None:
+        """All of a round was forwarded: the acknowledgement, if all of it is here."""
+        if body.round >= self.version:
+            round_ = self._round(body.round)
+            if round_.filed is None:
+                if len(round_.means) < len(self._chunks):
+                    return None
+                round_.filed = body
+                self._filed = [f for f in self._filed if f.round >= min(body.reported, body.round - REMEMBERED)] + [body]
+        return Kept(body.round)
+
+    def _round(self, number: int) -> _Round:
+        if number > self.version + _AHEAD:
+            raise WireError(f"server-{self.server} is in round {number} and its copy in round {self.version}")
+        return self._rounds.setdefault(number, _Round())
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to apply."""
+        return self.whole and (self.version in self._rounds) and self._rounds[self.version].filed is not None
+
+    def work(self) -> None:
+        """Apply one contribution of a round that is here whole."""
+        if not self.busy:
+            return
+        round_, into = self._rounds[self.version], self._planes[(self.version + 1) % 2]
+        if round_.means:
+            chunk = next(iter(round_.means))
+            body, mean = round_.means.pop(chunk)
+            before = self._planes[self.version % 2][chunk]
+            factor = None if body.factor is None else self._store.factor(body.factor)
+            self._store.apply(chunk, [mean], 1, body.hypers, factor, into=into[chunk], before=before)
+        if not round_.means:
+            del self._rounds[self.version]
+            self.version += 1
+
+    def hand_over(self) -> tuple[int, list[Filed], Iterator[Entry]]:
+        """The newest whole state: rounds applied, what the books may lack, and the tensors. What has come of later rounds is let
+        go, for it comes again."""
+        while self.busy:
+            self.work()
+        self._rounds.clear()
+        return self.version, self._filed, self._store.state(self._planes[self.version % 2])

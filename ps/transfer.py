@@ -1,0 +1,111 @@
+"""The state of a shard on its way from one server to another, in parts: those of a snapshot, which never touch a disk.
+
+State machines without a socket or a clock. Invariants: no more than CREDIT_BYTES are under way, or one part; what is not
+acknowledged is sent again; what has come is whole, or not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from common.errors import WireError
+from common.messages import Body, GotPart, State, StatePart
+from common.rows import cut, join
+from common.tensorfile import Entry, TensorFiles
+from common.tensors import dtype_name
+from common.wire import SEND_AGAIN_S, Frames
+
+#: Bytes of state that may be on their way to a server.
+CREDIT_BYTES = 8 << 20
+#: Dimensions and elements that a tensor of a state may have at most.
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 40
+
+
+class Outgoing:
+    """Sends `entries`, which stay as they are, after the `head` that announces them."""
+
+    def __init__(self, head: State, entries: Sequence[Entry]) -> None:
+        self.head = head
+        self._parts: dict[int, tuple[StatePart, Frames]] = {}
+        for number, entry in enumerate(entries):
+            parts = list(entry.parts)
+            whole = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+            told = StatePart(head.shard, head.round, number, entry.name, dtype_name(whole.dtype), list(entry.shape))
+            self._parts[number] = told, cut(whole.contiguous())
+        self._head_known = False
+        #: When parts that are not acknowledged were sent; the head is -1.
+        self._sent_at: dict[int, float] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has arrived."""
+        return self._head_known and not self._parts
+
+    def got(self, ack: GotPart) -> None:
+        """A part has arrived."""
+        if (ack.shard, ack.round) == (self.head.shard, self.head.round):
+            self._head_known = True
+            self._parts.pop(ack.number, None)
+            self._sent_at.pop(ack.number, None)
+
+    def due(self, now: float) -> Iterator[tuple[Body, Frames]]:
+        """What to send now."""
+        if not self._head_known:
+            if self._is_due(-1, now):
+                yield self.head, ()
+            return
+        under_way = 0
+        for number, (part, frames) in list(self._parts.items()):
+            size = sum(len(frame) for frame in frames)
+            if under_way and under_way + size > CREDIT_BYTES:
+                return
+            under_way += size
+            if self._is_due(number, now):
+                yield part, frames
+
+    def _is_due(self, number: int, now: float) -> bool:
+        if now < self._sent_at.get(number, float("-inf")) + SEND_AGAIN_S:
+            return False
+        self._sent_at[number] = now
+        return True
+
+
+class Incoming(TensorFiles):
+    """The tensors that have come of what `head` announced: to read them is to read a snapshot's files."""
+
+    def __init__(self, head: State) -> None:
+        super().__init__(())
+        self.head = head
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._missing = set(range(head.parts))
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    def put(self, part: StatePart, frames: Frames) -> None:
+        """Raises WireError for what is none of its parts."""
+        what = f"part {part.number} of the state of server-{part.shard}"
+        numel = 1
+        for size in part.shape:
+            numel *= size
+        if part.number >= self.head.parts or len(part.shape) > _MOST_DIMENSIONS or numel > _MOST_ELEMENTS:
+            raise WireError(f"{what} is none")
+        if part.number in self._missing:
+            self._tensors[part.name] = join(iter(frames), part.dtype, numel, what).view(part.shape)
+            self._missing.remove(part.number)
+            self._index(part.name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        return self._tensors[name][start:end]

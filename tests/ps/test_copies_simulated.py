@@ -1,0 +1,83 @@
+"""Whole runs whose servers are killed, where each shard has a copy on another server: no round is lost, and bits are the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulation import Case, Outcome, Pace, same, sequential, simulate
+from test_rounds_simulated import cases, check_books, check_same_everywhere, few, some
+
+from common.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@st.composite
+def killed(draw: st.DrawFn, policy: str, codecs: dict[str, Any] | None = None, **more: Any) -> Case:
+    """A run with two servers or more of which some are killed, one after the other."""
+    case = draw(cases(policy, codecs, **more))
+    servers = draw(st.integers(2, 4))
+    kills = [
+        (draw(st.integers(0, servers - 1)), draw(st.floats(0.2, 6.0)), draw(st.sampled_from([0.1, 2.0, 20.0])))
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    return replace(case, settings=msgspec.structs.replace(case.settings, servers=servers, replicas=1), replaced=kills)
+
+
+def check(outcome: Outcome) -> None:
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    assert not [event for event in outcome.log.events if event.kind in ("restarted", "rolled back")]
+
+
+def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
+    paces = [Pace(0.1), Pace(0.1)]
+    killed_servers = 0
+    for seed, at in enumerate([2.3, 2.5, 2.7, 2.9]):
+        made = Settings(workers=2, servers=3, replicas=1, global_batch=4, micro_batch=1)
+        outcome = simulate(Case(made, paces, ((8, 3),), seed=seed, replaced=[(seed % 3, at, 2.0)]))
+        check(outcome)
+        assert all(same(model, sequential(outcome.case)[-1]) for model in outcome.models.values())
+        killed_servers += outcome.world.killed
+    assert killed_servers == 4
+
+
+@some
+@given(killed("sync"))
+def test_sync_keeps_its_bits(case: Case) -> None:
+    outcome = simulate(case)
+    check(outcome)
+    assert all(same(model, sequential(case)[-1]) for model in outcome.models.values())
+
+
+@few
+@given(killed("sync", clip_norm=0.7))
+def test_with_clipping(case: Case) -> None:
+    outcome = simulate(case)
+    check(outcome)
+
+
+@few
+@given(killed("backup"))
+def test_backup_leaves_out_the_same_everywhere(case: Case) -> None:
+    outcome = simulate(case)
+    check(outcome)
+    counted = outcome.committed()
+    assert all(same(model, sequential(case, counted)[-1]) for model in outcome.models.values())
+
+
+@few
+@given(killed("sync", {"weight_codec": "int8"}))
+def test_weights_whose_changes_are_sent(case: Case) -> None:
+    check(simulate(case))
+
+
+@few
+@given(killed("sync", {"push_codec": "onebit"}))
+def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> None:
+    check_books(simulate(case))
