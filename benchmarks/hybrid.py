@@ -15,6 +15,8 @@ from benchmarks.train_hybrid import FEATURES
 from common.runlog import RunLogReader
 
 _ROOT = Path(__file__).resolve().parents[1]
+#: A machine that is busy must not lose a worker, for what another one then does in its place is no part of a round.
+_SILENCE_S = 120
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,18 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
     and last weights. What was sent again counts."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--workers", workers, "--servers", servers, "--lane", "socket", "--snapshot-every", 0, "--run-dir", folder]
+        flags += ["--silence", _SILENCE_S]
         script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", 1 + rounds]
         command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
         log = RunLogReader(Path(folder) / "events.sqlite")
-        megabytes, seconds = (sum(row[3] for row in log.metrics(name)) for name in ("megabytes", "seconds"))
-    return Cost(megabytes, seconds)
+        megabytes, seconds = ([value for _, _, _, value in log.metrics(name)] for name in ("megabytes", "seconds"))
+        lost = [event.process for _, _, event in log.events() if event.kind == "lost"]
+    if lost or len(megabytes) != workers:
+        raise click.ClickException(
+            f"{', '.join(lost) or 'a worker'} was lost on the way, and others did its part: measure again."
+        )
+    return Cost(sum(megabytes), seconds[0])
 
 
 @click.command()
