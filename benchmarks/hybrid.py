@@ -3,7 +3,6 @@ classes and of samples, through sockets, and where the one overtakes the other."
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -13,10 +12,11 @@ from pathlib import Path
 import click
 
 from benchmarks.train_hybrid import FEATURES
-from common.runfiles import SUMMARY_FILE
 from common.runlog import RunLogReader
 
 _ROOT = Path(__file__).resolve().parents[1]
+#: A machine that is busy must not lose a worker, for what another one then does in its place is no part of a round.
+_SILENCE_S = 120
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,22 @@ class Cost:
 
 
 def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, rounds: int) -> Cost:
-    """Train that many rounds of `batch` samples a worker. Traffic is what `rounds` more rounds than one add, without the model's
-    first and last weights."""
-    used = []
-    for count in (1, 1 + rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ["--workers", workers, "--servers", servers, "--lane", "socket", "--snapshot-every", 0, "--run-dir", folder]
-            script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", count]
-            command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
-            subprocess.run(list(map(str, command)), check=True, capture_output=True)
-            wire = json.loads((Path(folder) / SUMMARY_FILE).read_text())["wire"]
-            (seconds,) = [value for _, _, _, value in RunLogReader(Path(folder) / "events.sqlite").metrics("seconds")]
-            used.append(Cost((wire["pushed_bytes"] + wire["pulled_bytes"]) / 1e6, seconds))
-    return Cost((used[1].megabytes - used[0].megabytes) / rounds, used[1].seconds)
+    """Train `rounds` rounds of `batch` samples a worker after a first one, which does not count and neither do the model's first
+    and last weights. What was sent again counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--workers", workers, "--servers", servers, "--lane", "socket", "--snapshot-every", 0, "--run-dir", folder]
+        flags += ["--silence", _SILENCE_S]
+        script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", 1 + rounds]
+        command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+        log = RunLogReader(Path(folder) / "events.sqlite")
+        megabytes, seconds = ([value for _, _, _, value in log.metrics(name)] for name in ("megabytes", "seconds"))
+        lost = [event.process for _, _, event in log.events() if event.kind == "lost"]
+    if lost or len(megabytes) != workers:
+        raise click.ClickException(
+            f"{', '.join(lost) or 'a worker'} was lost on the way, and others did its part: measure again."
+        )
+    return Cost(sum(megabytes), seconds[0])
 
 
 @click.command()

@@ -17,6 +17,7 @@ from cluster.rundir import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_set
 from cluster.scale import take
 from cluster.screen import Screen, summary_lines
 from cluster.signals import StopSignals
+from common import snapshots
 from common.errors import ClusterError, UsageError
 from common.policies import load
 from common.runfiles import SETTINGS_FILE
@@ -24,6 +25,8 @@ from common.settings import Settings
 
 #: Seconds for the coordinator to listen.
 _ADDRESS_S = 30.0
+#: Bytes of snapshots that a coordinator checks in a second before it listens, at least.
+_CHECKED_PER_S = 20e6
 #: Seconds for the servers to end after the coordinator.
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
@@ -135,14 +138,15 @@ def start_coordinator(
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
     command += [*flags, *["--resume"] * resume]
     processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1))
-    deadline = time.monotonic() + _ADDRESS_S
+    patience_s = _ADDRESS_S + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
+    deadline = time.monotonic() + patience_s
     log = folder / LOGS / "coordinator.log"
     while not (folder / ADDRESS_FILE).exists():
         tick()
         if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
             raise ClusterError(f"the coordinator ended at once; its log is {log}.")
         if time.monotonic() > deadline:
-            raise ClusterError(f"the coordinator does not listen after {_ADDRESS_S:.0f} s; its log is {log}.")
+            raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {log}.")
     return (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
 
 

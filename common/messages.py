@@ -87,9 +87,10 @@ class Beat(Body, frozen=True):
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
     begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
-    second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, and
-    `left` its micro-batches that have not arrived. Of a script without rounds, `at` counts answers of the key-value store.
-    `keeps` are the servers of whose shards it has a whole copy. `refused` are messages that were refused here so far, by kind.
+    second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, `left`
+    its micro-batches that have not arrived, and `at` grows while it is at something that takes long. Of a script without rounds,
+    `at` counts answers of the key-value store. `keeps` are the servers of whose shards it has a whole copy. `refused` are the
+    messages that were refused here so far, by kind.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -514,13 +515,14 @@ class Cut(Body, frozen=True):
 
 class Saved(Body, frozen=True):
     """What has become of a Cut: it `waits` for the round, was `missed` as the round is over, is being or was `written`, or
-    `failed` for a reason."""
+    `failed` for a reason. `done` changes as the server gets on while it is `writing`; its unit is the server's own."""
 
     round: Count
     state: Literal["waits", "missed", "writing", "written", "failed"]
     sha256: str = ""
     bytes: Count = 0
     reason: str = ""
+    done: Count = 0
 
 
 # ---- copies of shards (server <-> the server that keeps a copy of its shard)

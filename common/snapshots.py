@@ -124,6 +124,11 @@ def finished(run_dir: Path) -> list[Path]:
     return [folder for folder in folders(run_dir) if (folder / MANIFEST_FILE).exists()]
 
 
+def size(run_dir: Path) -> int:
+    """Bytes of all finished snapshots together."""
+    return sum(path.stat().st_size for folder in finished(run_dir) for path in folder.iterdir())
+
+
 def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest snapshot that is whole, and what is wrong with those that are newer, a sentence each."""
     problems = []

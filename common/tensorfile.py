@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,17 +18,20 @@ from safetensors.torch import save
 from common.errors import UsageError
 from common.tensors import to_frame
 
-#: Bytes that are hashed and written at a time.
-_PIECE_BYTES = 4 << 20
+#: Bytes that are hashed and written at a time, and after which what is written is waited for to be on the disk: memory does not
+#: fill up then with what is still to be written, and `wrote` tells of what is.
+_PIECE_BYTES, _SYNC_BYTES = 4 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its elements are those of `parts`, one after another."""
+    """A tensor of a file: its elements are those of `parts`, one after another. With a `dtype` these may be made one by one, as
+    they are written."""
 
     name: str
     shape: Sequence[int]
-    parts: Sequence[torch.Tensor]
+    parts: Iterable[torch.Tensor]
+    dtype: torch.dtype | None = None
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
@@ -50,24 +54,28 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def write(
-    path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], wrote: Callable[[], None] = lambda: None
+    path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], wrote: Callable[[int], None] = lambda size: None
 ) -> tuple[str, int]:
-    """Write a file, down to the disk, and return its SHA-256 in hexadecimal digits and its size in bytes. `wrote` is called after
-    the header and after each part.
+    """Write a file, down to the disk, and return its SHA-256 in hexadecimal digits and its size in bytes. `wrote` is called with
+    the number of bytes of each piece that is written.
 
     Raises OSError where that cannot be; what is there of the file then is not one.
     """
     entries = list(entries)
-    digest, size = hashlib.sha256(), 0
+    digest, size, synced = hashlib.sha256(), 0, 0
     with path.open("wb") as file:
-        head = header({e.name: (e.parts[0].dtype, e.shape) for e in entries}, metadata)
-        for data in (memoryview(head), *(to_frame(part) for entry in entries for part in entry.parts)):
+        head = header({e.name: (e.dtype or next(iter(e.parts)).dtype, e.shape) for e in entries}, metadata)
+        for data in itertools.chain([memoryview(head)], (to_frame(part) for entry in entries for part in entry.parts)):
             for start in range(0, len(data), _PIECE_BYTES):
                 piece = bytes(data[start : start + _PIECE_BYTES])  # which nobody changes between here and there
                 digest.update(piece)
                 file.write(piece)
-            size += len(data)
-            wrote()
+                size += len(piece)
+                if size >= synced + _SYNC_BYTES:
+                    synced = size
+                    file.flush()
+                    os.fdatasync(file.fileno())
+                wrote(len(piece))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest(), size
@@ -80,6 +88,8 @@ class TensorFiles:
         """Raises UsageError where one cannot be read, or is no safetensors file."""
         self.metadata: list[dict[str, str]] = []
         self._files: dict[str, Any] = {}
+        #: Where the elements of each begin.
+        self._places: dict[str, tuple[Path, int]] = {}
         self._below: dict[tuple[str, str], list[str]] = {}
         for path in paths:
             try:
@@ -87,8 +97,12 @@ class TensorFiles:
             except (OSError, SafetensorError) as error:
                 raise UsageError(f"{path} cannot be read as a safetensors file: {error}.") from None
             self.metadata.append(file.metadata() or {})
+            with path.open("rb") as whole:
+                size = int.from_bytes(whole.read(8), "little")
+                fields = json.loads(whole.read(size))
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 self._files[name] = file
+                self._places[name] = path, 8 + size + fields[name]["data_offsets"][0]
                 self._index(name)
 
     def _index(self, name: str) -> None:
@@ -111,6 +125,14 @@ class TensorFiles:
         return tensor
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows start..end-1 of a tensor."""
-        tensor: torch.Tensor = self._files[name].get_slice(name)[start:end]
-        return tensor
+        """Rows start..end-1 of a tensor, which must be there, in memory of their own: who goes through all rows of a large one
+        does not have it in memory as a whole then, as where files are mapped."""
+        none: torch.Tensor = self._files[name].get_slice(name)[:0]
+        path, begin = self._places[name]
+        rows = torch.empty(end - start, *none.shape[1:], dtype=none.dtype)
+        data = to_frame(rows)
+        with path.open("rb") as file:
+            file.seek(begin + start * (data.nbytes // max(end - start, 1)))
+            if file.readinto(data) != data.nbytes:
+                raise UsageError(f"{path} ends before '{name}' does: it has changed while it was read.")
+        return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,19 +19,21 @@ from common.tensors import dtype_of
 
 
 def write_model(snapshot: Snapshot, path: Path) -> None:
-    """Write all parameters and buffers in a snapshot to one safetensors file, in the model's own dtypes. OSError where that
-    cannot be; then there is no such file."""
+    """Write all parameters and buffers in a snapshot to one safetensors file, in the model's own dtypes; what is on the servers
+    alone a page at a time. OSError where that cannot be; then there is no such file."""
     setup, servers = snapshot.manifest.setup, snapshot.manifest.servers
     files, seed = TensorFiles(snapshot.paths), int(snapshot.manifest.settings["seed"])
     entries = [Entry(spec.name, spec.shape, list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
-    entries += [Entry(spec.name, [spec.rows, spec.dim], list(_rows(files, spec, servers, seed))) for spec in setup.tables]
+    for spec in setup.tables:
+        entries.append(Entry(spec.name, [spec.rows, spec.dim], _rows(files, spec, servers, seed), torch.float32))
     for layer in setup.classifiers:
         features = layer.dim - layer.bias
-        parts = list(_rows(files, layer, servers, seed))
-        entries.append(Entry(layer.name, [layer.rows, features], [part[:, :features].contiguous() for part in parts]))
+        weights = _columns(_rows(files, layer, servers, seed), slice(features))
+        entries.append(Entry(layer.name, [layer.rows, features], weights, torch.float32))
         if layer.bias:
             name = layer.name.removesuffix("weight") + "bias"
-            entries.append(Entry(name, [layer.rows], [part[:, features].contiguous() for part in parts]))
+            biases = _columns(_rows(files, layer, servers, seed), slice(features, None))
+            entries.append(Entry(name, [layer.rows], biases, torch.float32))
     temporary = path.with_name(path.name + ".tmp")
     try:
         tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round)})
@@ -62,6 +64,12 @@ def _rows(files: TensorFiles, spec: TableSpec, servers: int, seed: int) -> Itera
                 out[here] = rows.index_select(0, at - at[0])
                 _draw(files, spec, servers, server, seed, ids, out)
         yield out
+
+
+def _columns(parts: Iterable[torch.Tensor], which: slice) -> Iterator[torch.Tensor]:
+    """Some columns of all rows."""
+    for part in parts:
+        yield part[:, which].contiguous()
 
 
 def _draw(

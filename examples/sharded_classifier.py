@@ -20,6 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--classes", type=int, default=5_000, help="how many there are")
 parser.add_argument("--features", type=int, default=128, help="numbers that a sample, and a row of the last layer, has")
 parser.add_argument("--samples", type=int, default=20_000, help="of the first classes, as many as there are 10 samples of")
+parser.add_argument("--held-out", type=int, default=512, help="samples that it is judged by at the end")
 parser.add_argument("--epochs", type=int, default=2, help="passes over them")
 parser.add_argument("--micro-batch", type=int, default=64)
 parser.add_argument("--global-batch", type=int, default=256)
@@ -70,10 +71,12 @@ for x, labels in run.batches(Pictures(args.samples, 1 << 32), **sizes):
     loss.backward()
     run.log(loss=loss)
     opt.step()
-seconds = (time.monotonic() - began) / max(1, run.round)
+rounds = max(1, run.round)
+seconds = (time.monotonic() - began) / rounds
+megabytes = (run.traffic.pushed_bytes + run.traffic.pulled_bytes) / 1e6 / rounds
 
 if run.is_chief:
-    held_out = Pictures(512, 1)
+    held_out = Pictures(args.held_out, 1)
     right = 0
     with torch.no_grad():
         for start in range(0, len(held_out), args.micro_batch):
@@ -84,5 +87,6 @@ if run.is_chief:
     run.log(accuracy=right / len(held_out))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     weights = 4 * args.classes * args.features / 2**20
-    print(f"{right / len(held_out):.1%} of {len(held_out)} held-out samples are right; {seconds:.2f} s a round;")
+    print(f"{right / len(held_out):.1%} of {len(held_out)} held-out samples are right;")
+    print(f"a round took {seconds:.2f} s, and {megabytes:.2f} MB travelled;")
     print(f"the last layer has {weights:.0f} MiB, and this worker never took up more than {peak:.0f} MiB")

@@ -16,6 +16,8 @@ from common.wire import Frames, bytes_of
 
 #: Parts that a model's file may have: 4 TiB of it.
 _MOST_PARTS = 1 << 20
+#: Parts after which what is written is waited for to be on the disk, so that it does not take long at the end, when all wait.
+_SYNC_PARTS = 16
 
 
 class ModelFile:
@@ -39,6 +41,9 @@ class ModelFile:
         with self._temporary.open("r+b" if self._there else "wb") as file:
             file.seek(part.part * CHUNK_BYTES)
             file.write(data)
+            if len(self._there) % _SYNC_PARTS == _SYNC_PARTS - 1:
+                file.flush()
+                os.fdatasync(file.fileno())
         self._count = part.parts
         self.weights_sha256 = part.weights_sha256 or self.weights_sha256
         self._there.add(part.part)

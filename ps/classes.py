@@ -80,6 +80,8 @@ class Classifier(Rows):
         self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
         #: Whether there was any step before this update.
         self._stepped = False
+        #: What steps on all tiles of this update, as it takes long to make one; and its parameter, whose memory is a tile's.
+        self._optimizer: tuple[torch.optim.Optimizer, torch.nn.Parameter] | None = None
         #: The negative classes of a round, and that round.
         self._sampled: tuple[int, torch.Tensor] | None = None
 
@@ -181,7 +183,7 @@ class Classifier(Rows):
             places, drawn = torch.cat([places, own[own >= 0]]).unique(), places
             negative = torch.isin(places, drawn)
             terms = {unit: replace(one, samples=self._among(one.samples, places)) for unit, one in terms.items()}
-        common, stepped = self._common, self._stepped
+        common, stepped, self._optimizer = self._common, self._stepped, None
         for start, tile in self.tiles(places):
             among = None if negative is None else negative[start : start + len(tile)]
             total: torch.Tensor | None = None
@@ -199,11 +201,18 @@ class Classifier(Rows):
         self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Have torch.optim step on a tile, the rows `at`; what it keeps besides state of the rows' shape comes back."""
-        parameter = torch.nn.Parameter(tile, requires_grad=False)
+        if self._optimizer is None:
+            parameter = torch.nn.Parameter(tile, requires_grad=False)
+            optimizer = optimizer_over(parameter, self._update, self.spec.group)
+            optimizer.param_groups[0].update(with_tuples(hypers))
+            first = dict(optimizer.state.get(parameter, {}))
+            if self._stepped or not first:
+                self._optimizer = optimizer, parameter
+        else:
+            (optimizer, parameter), first = self._optimizer, {}
+            parameter.data = tile
+            optimizer.state.clear()
         parameter.grad = slope
-        optimizer = optimizer_over(parameter, self._update, self.spec.group)
-        optimizer.param_groups[0].update(with_tuples(hypers))
-        first = dict(optimizer.state.get(parameter, {}))
         if self._stepped:
             common = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._common.items()}
             optimizer.state[parameter] = {**common, **{name: whole[at] for name, whole in self._state.items()}}
@@ -225,13 +234,13 @@ class Classifier(Rows):
             self._values[at] = tile
         return common
 
-    def restore(self, files: TensorFiles, servers: int) -> None:
-        """See Rows.restore."""
+    def restore(self, files: TensorFiles, servers: int) -> Job:
+        """Job: see Rows.restore."""
         names = [name for name in files.below(f"table-0-of-{servers}", self.spec.name) if "-" in name]
         self._state = {n.removeprefix("each-"): zeros(*self._values.shape) for n in names if n.startswith("each-")}
         self._common = {n.removeprefix("common-"): torch.empty(0) for n in names if n.startswith("common-")}
         self._stepped = bool(names)
-        super().restore(files, servers)
+        yield from super().restore(files, servers)
 
 
 class Classifiers:
@@ -249,6 +258,8 @@ class Classifiers:
         self.may_update: Callable[[], bool] = lambda: True
         #: What is to be done, and who is to get what it returns; nobody, where it is an update.
         self._jobs: deque[tuple[str, Job]] = deque()
+        #: Tiles done so far.
+        self.steps = 0
 
     def __bool__(self) -> bool:
         return bool(self._classifiers)
@@ -363,6 +374,7 @@ class Classifiers:
 
     def _step(self) -> tuple[str, Answer] | None:
         sender, job = self._jobs[0]
+        self.steps += 1
         try:
             next(job)
         except StopIteration as end:
@@ -394,10 +406,12 @@ class Classifiers:
         return itertools.chain.from_iterable(one.state() for one in self._classifiers)
 
     def restore(self, files: TensorFiles, servers: int, version: int) -> None:
-        """Go on at round `version`; see Classifier.restore."""
+        """Go on at round `version`; see Classifier.restore. Rows are read before anything else is done."""
         self._closed = version
         for one in self._classifiers:
-            one.restore(files, servers)
+            job = one.restore(files, servers)
+            next(job, None)  # what is missing is found out now
+            self._jobs.append(("", job))
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:

@@ -591,7 +591,7 @@ class Coordinator:
             case Waiting():
                 self._waiting(member, body, now)
             case Saved():
-                self._cuts.saved(number_of(member.name), body)
+                self._cuts.saved(number_of(member.name), body, now)
             case Mean():
                 self._reply(route, self._ledger.mean(body))
             case Metrics():

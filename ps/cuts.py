@@ -4,6 +4,10 @@ A state machine without a socket, a clock or a disk. A cut is a round that no se
 of time, so that each takes hold of its state at that very border while training goes on; as every state between two rounds is
 reached on every server, no messages need to be stopped or recorded (compare Chandy and Lamport, "Distributed snapshots", 1985).
 Invariants: at most one cut is under way; one is complete only when every server has written its file for the same round.
+
+A cut may take as long as it needs, as rounds and files can be of any size. It is given up when a server does not answer for some
+time, or is at the round and gets no further with what it has to do for its file. Until it is there it waits for the training,
+which has a deadline of its own.
 """
 
 from __future__ import annotations
@@ -19,19 +23,22 @@ from common.wire import ASK_AGAIN_S
 _LEAD_ROUNDS, _LEAD_S = 2, 0.5
 #: How many times as far ahead the next try is where a server had passed the round already, at most.
 _FURTHEST = 64
-#: Seconds after which a cut is given up that somebody has not answered.
+#: Seconds after which a cut is given up with which a server gets no further.
 _PATIENCE_S = 120.0
 
 
 @dataclass
 class Under:
-    """The cut under way: what each server has said of it last, and when all were asked."""
+    """The cut under way: what each server has said of it last and when that was something new, when all were asked, and since
+    when none is before its round any more, if so."""
 
     round: int
     token: str
     began: float
     asked_at: float = float("-inf")
+    reached_at: float | None = None
     said: dict[int, Saved] = field(default_factory=dict)
+    moved_at: dict[int, float] = field(default_factory=dict)
 
 
 class Cuts:
@@ -79,17 +86,23 @@ class Cuts:
         if under is None or now < under.asked_at + ASK_AGAIN_S:
             return []
         under.asked_at = now
-        reached = min(servers.values(), default=0) >= under.round
+        if min(servers.values(), default=0) < under.round:
+            under.reached_at = None
+        elif under.reached_at is None:
+            under.reached_at = now
         return [
-            (server, Cut(under.round, under.token, reached))
+            (server, Cut(under.round, under.token, under.reached_at is not None))
             for server in servers
             if server not in under.said or under.said[server].state in ("waits", "writing")
         ]
 
-    def saved(self, server: int, saved: Saved) -> None:
+    def saved(self, server: int, saved: Saved, now: float) -> None:
         """A server tells of the cut."""
-        if self.under is not None and saved.round == self.under.round:
-            self.under.said[server] = saved
+        under = self.under
+        if under is not None and saved.round == under.round:
+            if saved.state == "waits" or under.said.get(server) != saved:
+                under.moved_at[server] = now
+            under.said[server] = saved
 
     def outcome(self, servers: Mapping[int, int], now: float) -> str:
         """'' while a cut goes on, 'complete' when all have written, else why it comes to nothing."""
@@ -104,10 +117,16 @@ class Cuts:
                 return f"server-{server} was past round {under.round} already."
         if all(state == "written" for state in states.values()):
             return "complete"
-        if now > under.began + _PATIENCE_S:
-            late = ", ".join(f"server-{server}" for server, state in states.items() if state != "written")
-            return f"{late} did not write the snapshot of round {under.round} within {_PATIENCE_S:.0f} s."
+        late = [f"server-{server}" for server, state in states.items() if self._is_late(under, server, state, now)]
+        if late:
+            return f"{', '.join(late)} got no further with the snapshot of round {under.round} in {_PATIENCE_S:.0f} s."
         return ""
+
+    def _is_late(self, under: Under, server: int, state: str, now: float) -> bool:
+        since = under.moved_at.get(server, under.began)
+        if state == "writing":  # for which it may need that the others get there first
+            since = max(since, now if under.reached_at is None else under.reached_at)
+        return state != "written" and now > since + _PATIENCE_S
 
     def end(self, failure: str, now: float) -> None:
         """The cut is over: complete, or not for the reason `failure`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,13 @@ class Rows:
         if self._drawn is not None:
             yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
 
-    def restore(self, files: TensorFiles, servers: int) -> None:
-        """Go on from what `state` of the tables on `servers` servers gave. Raises KeyError where something is missing."""
+    def restore(self, files: TensorFiles, servers: int) -> Generator[None, None, None]:
+        """Go on from what `state` of the tables on `servers` servers gave, a page at a time. Raises KeyError where something is
+        missing, by the first page."""
         name = self.spec.name
+        for key, known in self._common.items():
+            value = files[f"table-0-of-{servers}/common-{key}/{name}"]
+            self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
         wholes = {"values": self._values} | {f"each-{key}": whole for key, whole in self._state.items()}
         drawn = [files[f"table-{old}-of-{servers}/drawn/{name}"] for old in range(servers)] if self._drawn is not None else []
         for page in pages(self.spec):
@@ -109,9 +113,7 @@ class Rows:
                     whole.index_copy_(0, here, rows.index_select(0, there - first))
                 if self._drawn is not None:
                     self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
-        for key, known in self._common.items():
-            value = files[f"table-0-of-{servers}/common-{key}/{name}"]
-            self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
+            yield
 
 
 class RowTable(Rows):
@@ -200,7 +202,8 @@ class RowTables:
         """Go on at round `version`; see RowTable.restore."""
         self._version = version
         for table in self._tables:
-            table.restore(files, servers)
+            for _ in table.restore(files, servers):
+                pass
 
     def awaited(self) -> set[tuple[int, int]]:
         """(table, page) of first values that a worker is to send."""

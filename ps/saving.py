@@ -52,36 +52,53 @@ def open_source(run_dir: Path, round_: int) -> Source:
 
 
 class Writer:
-    """Writes a server's file of one snapshot at a time, on a thread."""
+    """Writes a server's file of one snapshot at a time, on a thread.
+
+    Another one may be wanted while a file is still being written, as a cut is given up when some other server fails.
+    """
 
     def __init__(self, server: int, run_dir: Path) -> None:
         self._server = server
         self._run_dir = run_dir
         self._thread: threading.Thread | None = None
         self._result: Saved | None = None
+        #: What is to be written next; what comes later takes its place.
+        self._next: Capture | None = None
+        #: How many were written so far, of all files.
+        self.bytes = 0
 
     def start(self, capture: Capture) -> None:
-        """Write `capture` once what was begun before is done."""
-        self.wait()
-        self._result = None
-        self._thread = threading.Thread(target=self._write, args=(capture,), name="snapshot", daemon=True)
-        self._thread.start()
+        """Write `capture` once what was begun before is done; does not wait for that."""
+        self._next = capture
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._next is not None and (self._thread is None or not self._thread.is_alive()):
+            capture, self._next, self._result = self._next, None, None
+            self._thread = threading.Thread(target=self._write, args=(capture,), name="snapshot", daemon=True)
+            self._thread.start()
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether something is being written, or to be."""
+        return self._next is not None or (self._thread is not None and self._thread.is_alive())
 
     def wait(self) -> None:
-        """Block until nothing is being written."""
-        if self._thread is not None:
+        """Block until nothing is being written any more."""
+        while self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._go_on()
 
     def poll(self) -> Saved | None:
         """What came of it, once, when it is done."""
         result, self._result = self._result, None
+        self._go_on()
         return result
+
+    def _wrote(self, size: int, round_: int) -> None:
+        self.bytes += size
+        failpoint("saving", round_)
 
     def _write(self, capture: Capture) -> None:
         folder = folder_of(self._run_dir, capture.round)
@@ -90,7 +107,7 @@ class Writer:
             if (folder / TOKEN_FILE).read_text(encoding="utf-8") != capture.token:
                 raise FileNotFoundError
             metadata = {"format": "pt", _EXTRA: json.dumps(capture.extra)}
-            digest, size = tensorfile.write(path, capture.entries, metadata, lambda: failpoint("saving", capture.round))
+            digest, size = tensorfile.write(path, capture.entries, metadata, lambda size: self._wrote(size, capture.round))
             failpoint("saved", capture.round)
             self._result = Saved(capture.round, "written", digest, size)
         except FileNotFoundError:

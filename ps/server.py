@@ -176,7 +176,7 @@ class _Server:
     def _progress(self) -> tuple[int, int] | None:
         """What changes while something is trained here. Called by the watchdog's thread."""
         shard = self._shard
-        return (shard.version, self._handled) if shard is not None and shard.segments else None
+        return (shard.version, self._handled + shard.done) if shard is not None and shard.segments else None
 
     def _waits_for(self) -> str:
         shard = self._shard
@@ -189,7 +189,7 @@ class _Server:
         if shard.restoring:
             return Beat("starting", refused=refused)
         left, traffic = shard.missing(), shard.traffic
-        return Beat("waiting", shard.version, left=left, traffic=traffic, keeps=shard.keeps, refused=refused)
+        return Beat("waiting", shard.version, shard.done, left, traffic=traffic, keeps=shard.keeps, refused=refused)
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""
@@ -271,8 +271,9 @@ class _Server:
             self._shard.restoring = welcome.replaces
             self._know(welcome.servers)
             self._shard.before_tables_change = self._finish_saving
-            self._shard.is_writing = lambda: self._writer is not None and self._writer.busy
-            self._writer = Writer(index, run_dir)
+            self._writer = writer = Writer(index, run_dir)
+            self._shard.is_writing = lambda: writer.busy
+            self._shard.bytes_saved = lambda: writer.bytes
             self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from common.codecs.chosen import push_seed
@@ -198,6 +199,8 @@ class Shard(ABC):
         self._held: Capture | None = None
         #: Whether what was captured is being written.
         self.is_writing: Callable[[], bool] = lambda: False
+        #: How much of snapshots was written so far, a number that grows.
+        self.bytes_saved: Callable[[], int] = lambda: 0
         #: Called before tables change: what `capture` has of them must be written by then.
         self.before_tables_change: Callable[[], None] = lambda: None
         #: The incarnation of the coordinator whose word counts.
@@ -349,6 +352,11 @@ class Shard(ABC):
         """Whether `work` has something to do."""
         return self.classifiers is not None and self._open and self.classifiers.busy
 
+    @property
+    def done(self) -> int:
+        """A number that grows while what takes long goes on: answers and updates of classifiers, and writing."""
+        return self.bytes_saved() + (self.classifiers.steps if self.classifiers is not None else 0)
+
     def work(self) -> list[Send]:
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
@@ -414,7 +422,7 @@ class Shard(ABC):
             self._try_cut()
         if cut.reached and self._held is not None and self.classifiers is not None:
             self.classifiers.begin_update()
-        return [Send(COORDINATOR, self._saved)]
+        return [Send(COORDINATOR, msgspec.structs.replace(self._saved, done=self.done))]
 
     def _try_cut(self) -> None:
         """Take hold of what the snapshot is to have, if this is the moment. Called whenever a round is closed."""

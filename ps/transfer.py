@@ -30,9 +30,10 @@ class Outgoing:
         self.head = head
         self._parts: dict[int, tuple[StatePart, Frames]] = {}
         for number, entry in enumerate(entries):
-            whole = entry.parts[0] if len(entry.parts) == 1 else torch.cat([part.reshape(-1) for part in entry.parts])
-            part = StatePart(head.shard, head.round, number, entry.name, dtype_name(whole.dtype), list(entry.shape))
-            self._parts[number] = part, cut(whole.contiguous())
+            parts = list(entry.parts)
+            whole = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+            told = StatePart(head.shard, head.round, number, entry.name, dtype_name(whole.dtype), list(entry.shape))
+            self._parts[number] = told, cut(whole.contiguous())
         self._head_known = False
         #: When parts that are not acknowledged were sent; the head is -1.
         self._sent_at: dict[int, float] = {}

@@ -570,10 +570,14 @@ class Run:
             beat = self._beat()
         return (beat.round, beat.at, self._link.answers) if beat.state != "done" else None
 
-    def _beat(self) -> Beat:
+    @property
+    def traffic(self) -> Traffic:
+        """What has travelled so far of this worker's tensors."""
         traffic = self._exchange.traffic if self._exchange is not None else Traffic()
-        if self._shards is not None:
-            traffic = self._shards.exchange.added_to(traffic)
+        return traffic if self._shards is None else self._shards.exchange.added_to(traffic)
+
+    def _beat(self) -> Beat:
+        traffic = self.traffic
         if self._finished:
             return Beat("done", self.round, traffic=traffic)
         if self._work is not None:

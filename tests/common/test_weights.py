@@ -21,12 +21,14 @@ def test_a_file_written_piece_by_piece_is_a_safetensors_file(tmp_path: Path) -> 
         Entry("cut", [3, 4], [whole.view(-1)[:5], whole.view(-1)[5:]]),
         Entry("scalar", [], [torch.tensor(7)]),
         Entry("none", [0, 2], [torch.empty(0, 2, dtype=torch.bfloat16)]),
+        Entry("made", [4], (torch.full((2,), n) for n in (1, 2)), torch.int64),
     ]
     path = tmp_path / "some.safetensors"
     digest, size = tensorfile.write(path, entries, {"format": "pt"})
     assert (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size) == (digest, size)
     found = load_file(path)
     assert torch.equal(found["cut"], whole) and found["scalar"].item() == 7 and found["none"].shape == (0, 2)
+    assert found["made"].tolist() == [1, 1, 2, 2]
 
 
 def test_tensors_of_several_files_are_found_by_name(tmp_path: Path) -> None:
@@ -35,6 +37,7 @@ def test_tensors_of_several_files_are_found_by_name(tmp_path: Path) -> None:
     files = TensorFiles([tmp_path / "a", tmp_path / "b"])
     assert sorted(files.below("optimizer", "a.b/c")) == ["exp", "step"]
     assert files.rows("optimizer/exp/a.b/c", 1, 3).tolist() == [[2, 3], [4, 5]]
+    assert files.rows("optimizer/exp/a.b/c", 2, 2).shape == (0, 2)
     assert files.metadata == [{}, {"key": "value"}]
 
 

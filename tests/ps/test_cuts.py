@@ -29,9 +29,9 @@ def test_the_end_of_a_run_is_kept_once() -> None:
     assert not cuts.ended(6)
     assert cuts.due({0: 6, 1: 6}, 6, ended=True, now=1.0) == 6
     cuts.begin(6, "t", 1.0)
-    cuts.saved(0, Saved(6, "written"))
+    cuts.saved(0, Saved(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 1.0) == ""
-    cuts.saved(1, Saved(6, "written"))
+    cuts.saved(1, Saved(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 1.0) == "complete"
     cuts.end("", 1.0)
     assert cuts.ended(6) and cuts.due({0: 6, 1: 6}, 6, ended=True, now=100.0) is None
@@ -40,7 +40,7 @@ def test_the_end_of_a_run_is_kept_once() -> None:
 def test_a_run_ends_without_a_snapshot_that_cannot_be_written() -> None:
     cuts = Cuts(10.0, now=0.0)
     cuts.begin(6, "t", 1.0)
-    cuts.saved(0, Saved(6, "failed", reason="the disk is full."))
+    cuts.saved(0, Saved(6, "failed", reason="the disk is full."), 1.0)
     assert cuts.outcome({0: 6}, 1.0) == "the disk is full."
     cuts.end("the disk is full.", 1.0)
     assert cuts.ended(6) and cuts.due({0: 6}, 6, ended=True, now=100.0) is None
@@ -49,8 +49,30 @@ def test_a_run_ends_without_a_snapshot_that_cannot_be_written() -> None:
 def test_who_does_not_answer_is_named_after_a_while() -> None:
     cuts = Cuts(10.0, now=0.0)
     cuts.begin(6, "t", 0.0)
-    cuts.saved(0, Saved(6, "written"))
-    assert "server-1 did not write" in cuts.outcome({0: 6, 1: 6}, 1000.0)
+    cuts.saved(0, Saved(6, "written"), 1.0)
+    assert cuts.outcome({0: 6, 1: 6}, 100.0) == ""
+    assert "server-1 got no further with the snapshot of round 6" in cuts.outcome({0: 6, 1: 6}, 1000.0)
+
+
+def test_a_cut_takes_as_long_as_servers_get_on() -> None:
+    """Rounds of ten minutes, and files that take an hour to write."""
+    cuts, now = Cuts(10.0, now=0.0), 0.0
+    cuts.begin(2, "t", now)
+    for now in range(1, 600, 10):
+        cuts.ask({0: 2, 1: 1}, now)
+        cuts.saved(0, Saved(2, "writing", done=7), now)  # it may be done, or wait for server-1 to get there
+        cuts.saved(1, Saved(2, "waits", done=3), now)
+        assert cuts.outcome({0: 2, 1: 1}, now) == ""
+    for now in range(600, 4200, 60):
+        cuts.ask({0: 2, 1: 2}, now)
+        for server in (0, 1):
+            cuts.saved(server, Saved(2, "writing", done=now), now)
+        assert cuts.outcome({0: 2, 1: 2}, now) == ""
+    for now in range(4200, 4500, 10):
+        cuts.ask({0: 2, 1: 2}, now)
+        cuts.saved(0, Saved(2, "writing", done=now), now)
+        cuts.saved(1, Saved(2, "writing", done=4200), now)  # it answers, and no more
+    assert cuts.outcome({0: 2, 1: 2}, now).startswith("server-1 got no further")
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.booleans()), max_size=60), st.integers(1, 3))
@@ -70,12 +92,12 @@ def test_a_complete_snapshot_was_written_by_all_for_one_round(steps: list[tuple[
             assert isinstance(cut, Cut) and cuts.under is not None and cut.round == cuts.under.round
             if hears:
                 waits[to] = cut.round
-                cuts.saved(to, Saved(cut.round, "waits" if versions[to] < cut.round else "missed"))
+                cuts.saved(to, Saved(cut.round, "waits" if versions[to] < cut.round else "missed"), now)
         versions[server] = min(planned, versions[server] + rounds)
         if (due := waits.get(server)) is not None and versions[server] >= due:
             written.setdefault(due, set()).add(server)
             del waits[server]
-            cuts.saved(server, Saved(due, "written"))
+            cuts.saved(server, Saved(due, "written"), now)
         outcome = cuts.outcome(versions, now)
         if outcome:
             assert cuts.under is not None

@@ -63,7 +63,9 @@ def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on()
     assert lost(membership) == ["worker-1"]
     table = membership.tables[-1]
     assert table.workers == ["worker-0", "worker-2"] and table.from_round > 5
-    assert [(name, body) for name, body in told if isinstance(body, Lost)] == [("server-0", Lost(table.epoch, ["worker-1"], membership.peers))]
+    assert [(name, body) for name, body in told if isinstance(body, Lost)] == [
+        ("server-0", Lost(table.epoch, ["worker-1"], membership.peers))
+    ]
     membership.newly_lost.clear()
     go_on(membership, NEAR_S + 1, NEAR_S + 5, "server-0", "worker-0", "worker-2")
     assert lost(membership) == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -58,3 +60,20 @@ def test_a_full_disk_is_told_and_raises_nothing(folder: Path, tmp_path: Path) ->
     with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))):
         saved = written(tmp_path)
     assert saved.state == "failed" and "No space left on device" in saved.reason
+
+
+def test_one_that_is_wanted_meanwhile_is_written_next(folder: Path, tmp_path: Path) -> None:
+    later = snapshots.folder_of(tmp_path, 8)
+    later.mkdir()
+    (later / snapshots.TOKEN_FILE).write_text("token")
+    writer, may_end = Writer(1, tmp_path), threading.Event()
+    with mock.patch("os.fsync", side_effect=lambda fd: may_end.wait(10.0)):
+        writer.start(CAPTURE)
+        writer.start(replace(CAPTURE, round=8))
+        assert writer.busy and writer.poll() is None
+        may_end.set()
+        writer.wait()
+    saved = writer.poll()
+    assert saved is not None and (saved.round, saved.state) == (8, "written") and not writer.busy
+    sizes = [(f / snapshots.file_of(1)).stat().st_size for f in (folder, later)]
+    assert writer.bytes == sum(sizes)
