@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.live import LAUNCH, Cluster
+from benchmarks.live import LAUNCH, ByHand, Cluster
 from cluster.processes import Processes
 from common import snapshots
 from common.errors import UsageError
 from common.failpoints import MARK
+from common.runlog import RunLogReader
 
 Harm = Callable[[Cluster], Cluster]
 
@@ -172,8 +173,9 @@ def churn(seconds: float) -> Harm:
 
     def harm(run: Cluster) -> Cluster:
         chance, end = random.Random(0), time.monotonic() + seconds
-        while time.monotonic() < end and run.is_running:
+        while time.monotonic() < end:
             time.sleep(chance.uniform(0.5, 2.0))
+            assert run.is_running, f"the run ended {end - time.monotonic():.0f} s before the last kill"
             if pids := run.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pids[chance.choice(sorted(pids))], signal.SIGKILL)
@@ -224,6 +226,25 @@ def fill(seconds: float) -> Harm:
     return harm
 
 
+def read_only(seconds: float) -> Harm:
+    """The run directory can be read only for so long: what is open stays so, and nothing new can be made in it. Of a run on
+    `small_disk`."""
+
+    def harm(run: Cluster) -> Cluster:
+        place, began, rounds, taken = str(run.folder), time.time(), run.rounds(), len(run.events("snapshot"))
+        for command in (["mount", "--bind", place, place], ["mount", "-o", "remount,bind,ro", place]):
+            subprocess.run(command, check=True, capture_output=True)
+        time.sleep(seconds)
+        assert run.rounds() > rounds, "training did not go on while the folder could not be written"
+        told = [event for _, at, event in run.read(RunLogReader.events) if event.kind == "warning" and at > began]
+        assert any("no snapshot" in event.data["text"] for event in told), "nobody has told that there is no snapshot"
+        subprocess.run(["umount", "--lazy", place], check=True, capture_output=True)
+        run.until(lambda: len(run.events("snapshot")) > taken + 1, "snapshots again")
+        return run
+
+    return harm
+
+
 # ---- the clock
 
 
@@ -238,6 +259,8 @@ def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
         flag.touch()
         time.sleep(1.0)
         run.signal("coordinator")  # the one that takes over reads times of the other clock
+        if isinstance(run, ByHand):
+            run.recover()
         return run
 
     return harm, {"PYTHONPATH": path}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.lifeline import PARENT_VARIABLE
+from cluster.processes import Processes
 from common.runfiles import SUMMARY_FILE
 from common.runlog import FILE_NAME, Event, RunLogReader
 
@@ -136,6 +137,38 @@ class Cluster:
                 self._popen.communicate(timeout=20)
             except subprocess.TimeoutExpired:
                 self.cut_power()
+
+
+class ByHand(Cluster):
+    """A coordinator, servers and workers on this machine that were started one by one: nobody starts any of them again."""
+
+    def __init__(
+        self, folder: Path, processes: Processes, servers: int, workers: int, *flags: object, env: Mapping[str, str] | None = None
+    ):
+        """`env` is the coordinator's; that of the others is what `processes` gives them."""
+        self._processes = processes
+        self._env = env
+        self._flags = ("--bind", "tcp://127.0.0.1:0", "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
+        super().__init__(folder, *self._flags, env=env, command="coordinator")
+        self.until((folder / "address").exists, "listening")
+        address = (folder / "address").read_text().strip()
+        for name in [f"server-{n}" for n in range(servers)] + [f"worker-{n}" for n in range(workers)]:
+            kind, _, number = name.partition("-")
+            processes.start(name, [sys.executable, str(LAUNCH), kind, "--coordinator", address, "--index", number])
+
+    def recover(self) -> None:
+        """Start another coordinator in place of the one that was killed."""
+        self._popen.communicate()
+        super().__init__(self.folder, *self._flags, "--recover", env=self._env, command="coordinator")
+
+    def end(self) -> tuple[int, str]:
+        code, out = super().end()
+        for child in self._processes.children:
+            try:
+                child.popen.wait(timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{child.name} goes on {_PATIENCE_S:.0f} s after the run's end") from None
+        return code, out
 
 
 def _is_ours(pid: int) -> bool:

@@ -83,7 +83,7 @@ from ps.archive import ModelFile, summarized_run, write_summary
 from ps.books import Books, Head, Keeper, new_run, restore
 from ps.cuts import Cuts, Under
 from ps.ledger import Ledger
-from ps.membership import Member, Membership, number_of
+from ps.membership import NEAR_S, Member, Membership, number_of
 from ps.takeover import Takeover
 
 log = logging.getLogger("ps.coordinator")
@@ -681,7 +681,8 @@ class Coordinator:
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
         workers, tables = self._membership.workers, self._membership.tables
         lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
-        if lease is None:
+        hang = any(now - server.heard_at > NEAR_S for server in self._membership.servers.values())
+        if lease is None and not hang:  # what is missing on one that hangs may have arrived there
             servers = self._owners()
             open_round = min(beat.round for beat in servers)
             missing = (k for beat in servers if beat.round == open_round for k in beat.left)

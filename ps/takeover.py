@@ -20,8 +20,11 @@ _PATIENCE = 2.0
 _AGAIN_S = 2.0
 #: Seconds for which a micro-batch must be nowhere before it is leased: what servers say of themselves is as old as a beat.
 _MISSING_S = 1.0
-#: Seconds for which it is believed that what a worker has sent is still on its way.
-_SENT_S = 15.0
+#: Seconds for which it is believed that what a worker has sent is still on its way though nothing more of it arrives: so many
+#: times as long as all of it takes on its way, but so many at least; and as long as nobody knows how long that is.
+_SENT_TIMES = 2.0
+_SENT_S = 3.0
+_SENT_FIRST_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
 #: Seconds, by worker, for which what was seen of all of them is believed: looking at many takes time, and many ask at once.
@@ -48,6 +51,8 @@ class Takeover:
         self.leased: dict[tuple[int, int], str] = {}
         self._leased_at: dict[tuple[int, int], float] = {}
         self._looks: dict[int, _Look] = {}
+        #: What each worker said last of what it has sent, and since when: its round, and micro-batches that may not have arrived.
+        self._sent: dict[str, tuple[int, list[int], float]] = {}
         #: Since when micro-batches have been missing without anybody having them; for how long that look holds, and of which
         #: round; and those that have been for too long.
         self._missing_since: dict[tuple[int, int], float] = {}
@@ -95,8 +100,8 @@ class Takeover:
     ) -> Lease | None:  # fmt: skip
         """One of the micro-batches that servers say are missing from their open round and that nobody seems to get done.
 
-        So it is with what a worker had that is gone, where two workers used different tables for a round, and where a lease of
-        what a late one computes was lost on the way.
+        So it is with what a worker had that is gone, where two workers used different tables for a round, where a lease of what
+        a late one computes was lost on the way, and where a worker cannot reach a server any more.
         """
         if now >= self._missing_until or round_ != self._missing_round:
             self._missing_until, self._missing_round = now + _LOOK_S * len(workers), round_
@@ -105,7 +110,8 @@ class Takeover:
             self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
             self._lacking = sorted(key for key, since in self._missing_since.items() if now - since > _MISSING_S)
         for key in self._lacking:
-            if now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
+            has_sent = workers[waiting].beat.round == round_ and key[1] in workers[waiting].beat.sent
+            if not has_sent and now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
                 return self._give(*key, waiting, "", now)
         return None
 
@@ -133,13 +139,25 @@ class Takeover:
         """Micro-batches of `round_` that somebody will do, does, or has just sent."""
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         held = {k for name, ks in runs.items() if name in workers and workers[name].active for k in ks}
-        for member in workers.values():
+        for name, member in workers.items():
             if member.active and member.beat.round == round_:
-                if now - member.since < _SENT_S:
+                if self._is_on_its_way(name, member, now):
                     held |= set(member.beat.sent)
                 if not _is_late(member.since, waiting, now):
                     held.add(member.beat.at)
         return held
+
+    def _is_on_its_way(self, name: str, member: Member, now: float) -> bool:
+        """Whether to believe that what a worker has sent will arrive."""
+        round_, sent = member.beat.round, member.beat.sent
+        before, known, since = self._sent.get(name, (-1, [], 0.0))
+        if before != round_:
+            since = member.since
+        elif known != sent:
+            since = now
+        self._sent[name] = round_, sent, max(since, member.since)
+        transfer = member.beat.transfer
+        return now - self._sent[name][2] < (max(_SENT_S, _SENT_TIMES * transfer) if transfer else _SENT_FIRST_S)
 
     def _not_begun(self, round_: int, count: int, table: Table, workers: Mapping[str, Member]) -> dict[str, list[int]]:
         """What workers have of `round_` and have not begun, as far as is known."""
