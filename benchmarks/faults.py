@@ -39,7 +39,7 @@ _WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"
 _HOUR_S = 3600
 _LONG = ("--epochs", 40)
 #: Epochs a second of random kills for which a run goes on for sure.
-_EPOCHS_CHURNED = 0.4
+_EPOCHS_CHURNED = 0.3
 #: A policy that applies each push at once, and points of a server under it.
 _ASYNC = ("--policy", "async")
 _AT_ONCE = ("aggregating", "applying", "applied", "saving")

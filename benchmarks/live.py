@@ -25,6 +25,8 @@ LAUNCH = Path(__file__).parents[1] / "launch.py"
 TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-every", 0.4)
 #: Seconds for anything to happen, on a machine that others use too.
 _PATIENCE_S = 90.0
+#: Seconds between two looks at whether rounds go on.
+_LOOK_S = 5.0
 
 
 class Cluster:
@@ -97,14 +99,20 @@ class Cluster:
         os.kill(self.pids()[name], number)
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; the exit code and what was shown."""
-        try:
-            out, _ = self._popen.communicate(timeout=_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            state = self.state()
-            self.cut_power()
-            raise AssertionError(f"the run goes on after {_PATIENCE_S:.0f} s: {state}") from None
-        return self._popen.returncode, out
+        """Wait for the end, for as long as rounds are done that were not before; the exit code and what was shown."""
+        most, moved_at = -1, time.monotonic()
+        while True:
+            try:
+                out, _ = self._popen.communicate(timeout=_LOOK_S)
+                return self._popen.returncode, out
+            except subprocess.TimeoutExpired:
+                rounds, now = self.rounds(), time.monotonic()
+            if rounds > most:
+                most, moved_at = rounds, now
+            if now > moved_at + _PATIENCE_S:
+                state = self.state()
+                self.cut_power()
+                raise AssertionError(f"the run goes on with no new round for {_PATIENCE_S:.0f} s: {state}")
 
     def summary(self) -> dict[str, Any]:
         """Wait for an end without failure, and read the summary."""
