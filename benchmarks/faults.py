@@ -39,7 +39,7 @@ _WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"
 _HOUR_S = 3600
 _LONG = ("--epochs", 40)
 #: Epochs a second of random kills for which a run goes on for sure.
-_EPOCHS_CHURNED = 0.3
+_EPOCHS_CHURNED = 0.2
 #: A policy that applies each push at once, and points of a server under it.
 _ASYNC = ("--policy", "async")
 _AT_ONCE = ("aggregating", "applying", "applied", "saving")
@@ -113,7 +113,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
     back, back_env = harms.clock(folder / "back", -_HOUR_S)
     forward_too, forward_too_env = harms.clock(folder / "forward-by-hand", _HOUR_S)
     back_too, back_too_env = harms.clock(folder / "back-by-hand", -_HOUR_S)
-    churn = ("--epochs", max(60, round(_EPOCHS_CHURNED * churn_s)), "--respawn", 100_000)
+    churn = ("--epochs", max(60, round(_EPOCHS_CHURNED * churn_s)), "--respawn", 1000, "--respawn-backoff", 0)
     return table | {
         "all workers, each at another point": Row(harms.failpoints(_WORKERS), env={VARIABLE: at}),
         "a server and the coordinator, mid-round": Row(harms.failpoints(2), env={VARIABLE: two}),

@@ -27,6 +27,9 @@ Harm = Callable[[Cluster], Cluster]
 _LIMIT_S = 90.0
 #: Seconds for which a slow process runs at a time: less than a micro-batch takes, or it would seem as fast as others.
 _SLICE_S = 0.001
+#: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
+_KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
+_SHORT_S = 60.0
 _CLONE_NEWNS = 0x00020000
 _DISK_BYTES = 48 << 20
 #: Has time.time() be an hour off, in a process that imports it, once there is a certain file.
@@ -169,13 +172,17 @@ def join(count: int, every_s: float) -> Harm:
 
 
 def churn(seconds: float) -> Harm:
-    """Every second or so some worker, server or the coordinator is killed; each only so often as the launcher starts it again."""
+    """Every second or so some worker, server or the coordinator is killed, or where that goes on for minutes, every few seconds;
+    each only so often as the launcher starts it again."""
 
     def harm(run: Cluster) -> Cluster:
         chance, end = random.Random(0), time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(chance.uniform(0.5, 2.0))
-            assert run.is_running, f"the run ended {end - time.monotonic():.0f} s before the last kill"
+            time.sleep(chance.uniform(*(_KILLS_S if seconds <= _SHORT_S else _FEWER_KILLS_S)))
+            if not run.is_running:
+                code, out = run.end()
+                last = out.strip().splitlines()[-1:]
+                raise AssertionError(f"the run ended {end - time.monotonic():.0f} s early with exit code {code}: {last}")
             if pids := run.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pids[chance.choice(sorted(pids))], signal.SIGKILL)
