@@ -27,7 +27,8 @@ _SENT_S = 3.0
 _SENT_FIRST_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
-#: Seconds, by worker, for which what was seen of all of them is believed: looking at many takes time, and many ask at once.
+#: Seconds, by worker and open round, for which what was seen of all of them is believed: looking at many takes time, and many ask
+#: at once.
 _LOOK_S = 5e-5
 
 
@@ -51,6 +52,8 @@ class Takeover:
         self.leased: dict[tuple[int, int], str] = {}
         self._leased_at: dict[tuple[int, int], float] = {}
         self._looks: dict[int, _Look] = {}
+        #: What was of rounds before this one is forgotten.
+        self._first = 0
         #: What each worker said last of what it has sent, and since when: its round, and micro-batches that may not have arrived.
         self._sent: dict[str, tuple[int, list[int], float]] = {}
         #: Since when micro-batches have been missing without anybody having them; for how long that look holds, and of which
@@ -73,11 +76,13 @@ class Takeover:
 
         `count(round)` is the number of its micro-batches.
         """
+        if rounds.start > self._first:
+            self._forget(rounds.start)
+        until = now + _LOOK_S * len(workers) * len(rounds)
         for round_ in rounds:
             look = self._looks.get(round_)
             if look is None or now >= look.until:
-                self._forget(rounds.start)
-                look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now)
+                look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now, until)
             others = (w for w in look.runs if w != waiting and _is_worth_it(workers[waiting], workers.get(w), look, w, now))
             owner = max(others, key=lambda w: (len(look.runs[w]), w), default=None)
             if owner is not None:
@@ -117,6 +122,7 @@ class Takeover:
 
     def _forget(self, before: int) -> None:
         """Let go of rounds that are over."""
+        self._first = before
         for key in [key for key in self.leased if key[0] < before]:
             del self.leased[key], self._leased_at[key]
         self._looks = {round_: look for round_, look in self._looks.items() if round_ >= before}
@@ -126,12 +132,14 @@ class Takeover:
         self._leased_at[round_, k] = now
         return Lease(round_, k, to, owner)
 
-    def _look(self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float) -> _Look:
+    def _look(
+        self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float, until: float
+    ) -> _Look:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
         computing = sorted((member.since, name) for name, member in workers.items() if _computes(member, round_))
         behind = {w for w in runs if w in workers and workers[w].active and workers[w].beat.round < round_}
-        return _Look(now + _LOOK_S * len(workers), runs, behind, computing)
+        return _Look(until, runs, behind, computing)
 
     def _held(
         self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
