@@ -71,7 +71,8 @@ def cli() -> None:
 @click.option("--port", cls=Option, section="Cluster", type=click.IntRange(0, 65535), default=0, metavar="N",
               help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
 @click.option("--respawn", cls=Option, section="Cluster", type=click.IntRange(0), default=3, metavar="N", show_default=True,
-              help="How often each worker or server that was killed is started again; 0: never.")  # fmt: skip
+              help="How often each worker or server that was killed is started again; 0: never. The coordinator is as often, and "
+              "5 times at least.")  # fmt: skip
 @click.option("--respawn-backoff", cls=Option, section="Cluster", type=click.FloatRange(0), default=0.5, metavar="X",
               show_default=True, help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
 @run_options

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks import harms, spread
+from benchmarks import harms, network, spread
 from benchmarks.harms import Harm
-from benchmarks.live import TRAINING, Cluster
+from benchmarks.live import TRAINING, ByHand, Cluster
+from cluster.processes import Processes
 from common.errors import PsError, UsageError
 from common.failpoints import MARK, POINTS, VARIABLE
 from common.runlog import RunLogReader
@@ -37,6 +38,11 @@ _NOTICED = ("lost", "joined", "restarted", "recovered", "rolled back", "refused"
 _WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"}
 _HOUR_S = 3600
 _LONG = ("--epochs", 40)
+#: Epochs a second of random kills for which a run goes on for sure.
+_EPOCHS_CHURNED = 0.2
+#: A policy that applies each push at once, and points of a server under it.
+_ASYNC = ("--policy", "async")
+_AT_ONCE = ("aggregating", "applying", "applied", "saving")
 _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
 
 HEADS = (
@@ -79,6 +85,8 @@ class Row:
     #: Whether the result depends on who computes what, so that only the books can be right.
     is_inexact: bool = False
     on_small_disk: bool = False
+    #: Whether all processes are started one by one, and none is started again.
+    by_hand: bool = False
     #: Of a run on two hosts: what happens to the network; and seconds that all takes between them.
     network: spread.Change | None = None
     delay_s: float = 0.0
@@ -95,12 +103,17 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
         name = "the coordinator" if kind == "coordinator" else f"a {kind}"
         table[f"{name}, at {point}"] = Row(harms.failpoints(1), env=env)
+        if point in _AT_ONCE:
+            table[f"{name}, at {point}, async"] = Row(harms.failpoints(1), _ASYNC, env=env, is_inexact=True)
     phases = ("computing", "pushing", "pushed", "receiving")
     at = ";".join(f"{name}:{phases[n]}:{_FAIL_AT}:kill" for n, name in enumerate(workers))
     two = f"server-2:applying:{_FAIL_AT}:kill;coordinator:reported:{_FAIL_AT}:kill"
     stopped = f"worker-1:pushing:{_FAIL_AT}:stop"
     forward, forward_env = harms.clock(folder / "forward", _HOUR_S)
     back, back_env = harms.clock(folder / "back", -_HOUR_S)
+    forward_too, forward_too_env = harms.clock(folder / "forward-by-hand", _HOUR_S)
+    back_too, back_too_env = harms.clock(folder / "back-by-hand", -_HOUR_S)
+    churn = ("--epochs", max(60, round(_EPOCHS_CHURNED * churn_s)), "--respawn", 1000, "--respawn-backoff", 0)
     return table | {
         "all workers, each at another point": Row(harms.failpoints(_WORKERS), env={VARIABLE: at}),
         "a server and the coordinator, mid-round": Row(harms.failpoints(2), env={VARIABLE: two}),
@@ -122,8 +135,11 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "200 strange connections": Row(harms.strangers(1)),
         "200 strange connections, again and again": Row(harms.strangers(10), _LONG),
         "disk full for 5 s": Row(harms.fill(5.0), _LONG, on_small_disk=True),
+        "run directory read-only for 5 s": Row(harms.read_only(5.0), _LONG, on_small_disk=True),
         "clock an hour ahead, coordinator killed": Row(forward, env=forward_env),
         "clock an hour back, coordinator killed": Row(back, env=back_env),
+        "clock an hour ahead, coordinator killed, another started by hand": Row(forward_too, env=forward_too_env, by_hand=True),
+        "clock an hour back, coordinator killed, another started by hand": Row(back_too, env=back_too_env, by_hand=True),
         "network between a worker and a server cut one way for 10 s": Row(
             harms.nothing, _LONG, network=spread.cut(10.0, both_ways=False)
         ),
@@ -134,10 +150,8 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
             harms.nothing, ("--epochs", 60), network=spread.cut(30.0, both_ways=True)
         ),
         "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2),
-        f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), ("--epochs", 60, "--respawn", 1000)),
-        f"{churn_s:.0f} s of random kills, async": Row(
-            harms.churn(churn_s), ("--epochs", 60, "--respawn", 1000, "--policy", "async"), is_inexact=True
-        ),
+        f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), churn),
+        f"{churn_s:.0f} s of random kills, async": Row(harms.churn(churn_s), (*churn, *_ASYNC), is_inexact=True),
     }
 
 
@@ -151,6 +165,10 @@ def measure(row: Row, expected: str, folder: Path) -> Outcome:
             near = 0 if row.delay_s else _WORKERS - 1
             run = spread.Spread(folder, processes, made, _SERVERS, near, _WORKERS - near, *flags)
             return _look(run, row, expected, lambda _: row.network and row.network(run))
+    if row.by_hand:
+        env = {**os.environ, **row.env, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with Processes(folder.with_name(f"{folder.name}-logs"), env) as processes:
+            return _look(ByHand(folder, processes, _SERVERS, _WORKERS, *flags, env=row.env), row, expected)
     with harms.small_disk(folder) if row.on_small_disk else nullcontext(folder) as place:
         size = ("--workers", _WORKERS, "--servers", _SERVERS)
         return _look(Cluster(place, "--run-dir", place, *flags, *size, env=row.env), row, expected)
@@ -232,6 +250,7 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
     lines = [f"| {' | '.join(HEADS)} |", f"| {' | '.join(['---'] * 4 + ['---:'] * 4)} |"]
     expected: dict[tuple[object, ...], str] = {}
     failed = False
+    network.remove_stale()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep.resolve()
         folder.mkdir(exist_ok=keep is None)

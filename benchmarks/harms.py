@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.live import LAUNCH, Cluster
+from benchmarks.live import LAUNCH, ByHand, Cluster
 from cluster.processes import Processes
 from common import snapshots
 from common.errors import UsageError
 from common.failpoints import MARK
+from common.runlog import RunLogReader
 
 Harm = Callable[[Cluster], Cluster]
 
@@ -26,6 +27,9 @@ Harm = Callable[[Cluster], Cluster]
 _LIMIT_S = 90.0
 #: Seconds for which a slow process runs at a time: less than a micro-batch takes, or it would seem as fast as others.
 _SLICE_S = 0.001
+#: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
+_KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
+_SHORT_S = 60.0
 _CLONE_NEWNS = 0x00020000
 _DISK_BYTES = 48 << 20
 #: Has time.time() be an hour off, in a process that imports it, once there is a certain file.
@@ -168,12 +172,17 @@ def join(count: int, every_s: float) -> Harm:
 
 
 def churn(seconds: float) -> Harm:
-    """Every second or so some worker, server or the coordinator is killed; each only so often as the launcher starts it again."""
+    """Every second or so some worker, server or the coordinator is killed, or where that goes on for minutes, every few seconds;
+    each only so often as the launcher starts it again."""
 
     def harm(run: Cluster) -> Cluster:
         chance, end = random.Random(0), time.monotonic() + seconds
-        while time.monotonic() < end and run.is_running:
-            time.sleep(chance.uniform(0.5, 2.0))
+        while time.monotonic() < end:
+            time.sleep(chance.uniform(*(_KILLS_S if seconds <= _SHORT_S else _FEWER_KILLS_S)))
+            if not run.is_running:
+                code, out = run.end()
+                last = out.strip().splitlines()[-1:]
+                raise AssertionError(f"the run ended {end - time.monotonic():.0f} s early with exit code {code}: {last}")
             if pids := run.pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pids[chance.choice(sorted(pids))], signal.SIGKILL)
@@ -224,6 +233,25 @@ def fill(seconds: float) -> Harm:
     return harm
 
 
+def read_only(seconds: float) -> Harm:
+    """The run directory can be read only for so long: what is open stays so, and nothing new can be made in it. Of a run on
+    `small_disk`."""
+
+    def harm(run: Cluster) -> Cluster:
+        place, began, rounds, taken = str(run.folder), time.time(), run.rounds(), len(run.events("snapshot"))
+        for command in (["mount", "--bind", place, place], ["mount", "-o", "remount,bind,ro", place]):
+            subprocess.run(command, check=True, capture_output=True)
+        time.sleep(seconds)
+        assert run.rounds() > rounds, "training did not go on while the folder could not be written"
+        told = [event for _, at, event in run.read(RunLogReader.events) if event.kind == "warning" and at > began]
+        assert any("no snapshot" in event.data["text"] for event in told), "nobody has told that there is no snapshot"
+        subprocess.run(["umount", "--lazy", place], check=True, capture_output=True)
+        run.until(lambda: len(run.events("snapshot")) > taken + 1, "snapshots again")
+        return run
+
+    return harm
+
+
 # ---- the clock
 
 
@@ -238,6 +266,8 @@ def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
         flag.touch()
         time.sleep(1.0)
         run.signal("coordinator")  # the one that takes over reads times of the other clock
+        if isinstance(run, ByHand):
+            run.recover()
         return run
 
     return harm, {"PYTHONPATH": path}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.lifeline import PARENT_VARIABLE
+from cluster.processes import Processes
 from common.runfiles import SUMMARY_FILE
 from common.runlog import FILE_NAME, Event, RunLogReader
 
@@ -24,6 +25,8 @@ LAUNCH = Path(__file__).parents[1] / "launch.py"
 TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-every", 0.4)
 #: Seconds for anything to happen, on a machine that others use too.
 _PATIENCE_S = 90.0
+#: Seconds between two looks at whether rounds go on.
+_LOOK_S = 5.0
 
 
 class Cluster:
@@ -96,14 +99,20 @@ class Cluster:
         os.kill(self.pids()[name], number)
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; the exit code and what was shown."""
-        try:
-            out, _ = self._popen.communicate(timeout=_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            state = self.state()
-            self.cut_power()
-            raise AssertionError(f"the run goes on after {_PATIENCE_S:.0f} s: {state}") from None
-        return self._popen.returncode, out
+        """Wait for the end, for as long as rounds are done that were not before; the exit code and what was shown."""
+        most, moved_at = -1, time.monotonic()
+        while True:
+            try:
+                out, _ = self._popen.communicate(timeout=_LOOK_S)
+                return self._popen.returncode, out
+            except subprocess.TimeoutExpired:
+                rounds, now = self.rounds(), time.monotonic()
+            if rounds > most:
+                most, moved_at = rounds, now
+            if now > moved_at + _PATIENCE_S:
+                state = self.state()
+                self.cut_power()
+                raise AssertionError(f"the run goes on with no new round for {_PATIENCE_S:.0f} s: {state}")
 
     def summary(self) -> dict[str, Any]:
         """Wait for an end without failure, and read the summary."""
@@ -136,6 +145,38 @@ class Cluster:
                 self._popen.communicate(timeout=20)
             except subprocess.TimeoutExpired:
                 self.cut_power()
+
+
+class ByHand(Cluster):
+    """A coordinator, servers and workers on this machine that were started one by one: nobody starts any of them again."""
+
+    def __init__(
+        self, folder: Path, processes: Processes, servers: int, workers: int, *flags: object, env: Mapping[str, str] | None = None
+    ):
+        """`env` is the coordinator's; that of the others is what `processes` gives them."""
+        self._processes = processes
+        self._env = env
+        self._flags = ("--bind", "tcp://127.0.0.1:0", "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
+        super().__init__(folder, *self._flags, env=env, command="coordinator")
+        self.until((folder / "address").exists, "listening")
+        address = (folder / "address").read_text().strip()
+        for name in [f"server-{n}" for n in range(servers)] + [f"worker-{n}" for n in range(workers)]:
+            kind, _, number = name.partition("-")
+            processes.start(name, [sys.executable, str(LAUNCH), kind, "--coordinator", address, "--index", number])
+
+    def recover(self) -> None:
+        """Start another coordinator in place of the one that was killed."""
+        self._popen.communicate()
+        super().__init__(self.folder, *self._flags, "--recover", env=self._env, command="coordinator")
+
+    def end(self) -> tuple[int, str]:
+        code, out = super().end()
+        for child in self._processes.children:
+            try:
+                child.popen.wait(timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{child.name} goes on {_PATIENCE_S:.0f} s after the run's end") from None
+        return code, out
 
 
 def _is_ours(pid: int) -> bool:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.lifeline import PARENT_VARIABLE
 from common.errors import UsageError
@@ -26,7 +27,8 @@ _INTERFACE = "veth0"
 #: Each command line is a machine to itself: it sees no other's processes, nor the one that has started it, and so cannot reach
 #: their memory.
 _ALONE = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child", "env", "--unset", PARENT_VARIABLE)
-_OURS = re.compile(r"\bbench(\d+)h\d+\b")
+#: Names of namespaces, ports and bridges, with the number of the process that has made them.
+_OURS = re.compile(r"\b(?:bench|bn)(\d+)(?:h\d+|br)\b")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def hosts(network: str) -> Iterator[list[Host]]:
         raise UsageError(f"--network {network} needs the programs ip and tc: install iproute2.")
     if os.geteuid() != 0:
         raise UsageError(f"--network {network} makes network namespaces, for which it must be run as root.")
-    _remove_stale()
+    remove_stale()
     try:
         yield _make(os.getpid(), RATES[network])
     finally:
@@ -89,14 +91,24 @@ def _remove(number: int) -> None:
         subprocess.run(command, check=False, capture_output=True)
 
 
-def _remove_stale() -> None:
-    """Remove what a process that was killed has left."""
-    listed = subprocess.run(["ip", "netns", "list"], check=False, capture_output=True, text=True).stdout
+def remove_stale() -> None:
+    """Remove what processes have left that were killed while they had a network. Does nothing where none can be made."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return
+    listed = ""
+    for command in (["ip", "netns", "list"], ["ip", "-o", "link"]):
+        listed += subprocess.run(command, check=False, capture_output=True, text=True).stdout
     for number in {int(found) for found in _OURS.findall(listed)}:
-        try:
-            os.kill(number, 0)
-        except ProcessLookupError:
+        if not _is_there(number):
             _remove(number)
+
+
+def _is_there(number: int) -> bool:
+    """Whether a process lives that may have made a network, and is none that only has the number of one that did."""
+    try:
+        return b"benchmarks" in Path(f"/proc/{number}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def _run(*command: str) -> None:

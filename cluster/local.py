@@ -31,7 +31,7 @@ _CHECKED_PER_S = 20e6
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
 _JOIN_S = 2.0
-#: How often a coordinator that was killed is started again.
+#: How often a coordinator that was killed is started again at least.
 _RECOVERIES = 5
 
 
@@ -172,7 +172,7 @@ class _Local:
         self._processes = processes
         self._signals = signals
         self._screen = screen
-        self._recoveries = _RECOVERIES
+        self._recoveries = max(_RECOVERIES, order.respawn.times)
         self._crew: Crew | None = None
 
     def run(self) -> None:

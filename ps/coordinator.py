@@ -105,7 +105,7 @@ _FEWER_S = 15.0
 _LEFT_S = 3.0
 #: Seconds for the others to connect to a coordinator that was started again, and for its old address to become free.
 _REJOIN_S = 5.0
-#: Seconds for which a server's word of what it misses is believed: one that is gone misses nothing that can be sent to it.
+#: Seconds for which a server's word of what it misses is believed.
 _BELIEVED_S = 3 * BEAT_S
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
 _FIND_S = 4.0
@@ -688,10 +688,12 @@ class Coordinator:
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
         workers, tables = self._membership.workers, self._membership.tables
         lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
-        if lease is None:
-            servers = [beat for server, beat in self._owners() if not server.lost and now < server.heard_at + _BELIEVED_S]
-            open_round = max(0, min((beat.round for beat in servers), default=0))
-            missing = (k for beat in servers if beat.round == open_round for k in beat.left)
+        servers = self._owners()
+        # what is missing on one that hangs may have arrived there, and there is nothing to be sent to one that is gone
+        hangs = any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in servers)
+        if lease is None and not hangs:
+            open_round = min(server.beat.round for server in servers)
+            missing = (k for server in servers if server.beat.round == open_round for k in server.beat.left)
             count = self._ledger.micro_batches(open_round)
             if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
                 lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
@@ -709,14 +711,13 @@ class Coordinator:
 
     def _all_applied(self) -> bool:
         """Whether every planned round is applied, be it only by what servers say of themselves."""
-        applied = min(beat.round for _, beat in self._owners())
+        applied = min(server.beat.round for server in self._owners())
         return max(applied, self._ledger.committed) >= self._ledger.planned
 
-    def _owners(self) -> list[tuple[Member, Beat]]:
-        """Each server that takes part in rounds, and its newest word."""
+    def _owners(self) -> list[Member]:
+        """The servers that take part in rounds."""
         owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
-        members = [self._membership.members[f"server-{owner}"] for owner in owners]
-        return [(member, member.beat) for member in members]
+        return [self._membership.members[f"server-{owner}"] for owner in owners]
 
     def _metrics(self, route: bytes, worker: Member, metrics: Metrics, now: float) -> None:
         self._promise(route, Ready("Metrics", metrics.id))

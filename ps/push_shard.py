@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from common.errors import UsageError, WireError
+from common.failpoints import failpoint
 from common.messages import ClassPush, Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
 from common.plan import Round, Segment
 from common.policies import Policy
@@ -113,6 +114,7 @@ class PushShard(Shard):
                 self._news.append(contribution(sender, push, "duplicate"))
             return [self._ack(sender, push)]
         assert self.store is not None
+        failpoint("aggregating", push.round)
         applied, staleness, lr_scale = self._arrives(push, plan)
         hypers = push.hypers
         for chunk, value in zip(push.chunks, values, strict=True):
@@ -130,6 +132,7 @@ class PushShard(Shard):
             )
             self._published.pop(chunk, None)
             self._coded.pop(chunk, None)
+            failpoint("applying", push.round)
         if accounts and push.metrics is not None:
             counted = (METRICS, push.lo) not in applied
             outcome: Any = "duplicate" if not counted else "committed" if push.finite else "dropped"
@@ -139,6 +142,7 @@ class PushShard(Shard):
                 self._ahead[push.round, push.lo] = row
                 applied.add((METRICS, push.lo))
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics if push.finite else {}
+        failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
 
     def _arrives(self, push: Push | RowPush, plan: Round) -> tuple[set[tuple[int, int]], int, float]:

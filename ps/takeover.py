@@ -20,11 +20,15 @@ _PATIENCE = 2.0
 _AGAIN_S = 2.0
 #: Seconds for which a micro-batch must be nowhere before it is leased: what servers say of themselves is as old as a beat.
 _MISSING_S = 1.0
-#: Seconds for which it is believed that what a worker has sent is still on its way.
-_SENT_S = 15.0
+#: Seconds for which it is believed that what a worker has sent is still on its way though nothing more of it arrives: so many
+#: times as long as all of it takes on its way, but so many at least; and as long as nobody knows how long that is.
+_SENT_TIMES = 2.0
+_SENT_S = 3.0
+_SENT_FIRST_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
-#: Seconds, by worker, for which what was seen of all of them is believed: looking at many takes time, and many ask at once.
+#: Seconds, by worker and open round, for which what was seen of all of them is believed: looking at many takes time, and many ask
+#: at once.
 _LOOK_S = 5e-5
 
 
@@ -48,6 +52,10 @@ class Takeover:
         self.leased: dict[tuple[int, int], str] = {}
         self._leased_at: dict[tuple[int, int], float] = {}
         self._looks: dict[int, _Look] = {}
+        #: What was of rounds before this one is forgotten.
+        self._first = 0
+        #: What each worker said last of what it has sent, and since when: its round, and micro-batches that may not have arrived.
+        self._sent: dict[str, tuple[int, list[int], float]] = {}
         #: Since when micro-batches have been missing without anybody having them; for how long that look holds, and of which
         #: round; and those that have been for too long.
         self._missing_since: dict[tuple[int, int], float] = {}
@@ -68,11 +76,13 @@ class Takeover:
 
         `count(round)` is the number of its micro-batches.
         """
+        if rounds.start > self._first:
+            self._forget(rounds.start)
+        until = now + _LOOK_S * len(workers) * len(rounds)
         for round_ in rounds:
             look = self._looks.get(round_)
             if look is None or now >= look.until:
-                self._forget(rounds.start)
-                look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now)
+                look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now, until)
             others = (w for w in look.runs if w != waiting and _is_worth_it(workers[waiting], workers.get(w), look, w, now))
             owner = max(others, key=lambda w: (len(look.runs[w]), w), default=None)
             if owner is not None:
@@ -95,8 +105,8 @@ class Takeover:
     ) -> Lease | None:  # fmt: skip
         """One of the micro-batches that servers say are missing from their open round and that nobody seems to get done.
 
-        So it is with what a worker had that is gone, where two workers used different tables for a round, and where a lease of
-        what a late one computes was lost on the way.
+        So it is with what a worker had that is gone, where two workers used different tables for a round, where a lease of what
+        a late one computes was lost on the way, and where a worker cannot reach a server any more.
         """
         if now >= self._missing_until or round_ != self._missing_round:
             self._missing_until, self._missing_round = now + _LOOK_S * len(workers), round_
@@ -105,12 +115,14 @@ class Takeover:
             self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
             self._lacking = sorted(key for key, since in self._missing_since.items() if now - since > _MISSING_S)
         for key in self._lacking:
-            if now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
+            has_sent = workers[waiting].beat.round == round_ and key[1] in workers[waiting].beat.sent
+            if not has_sent and now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
                 return self._give(*key, waiting, "", now)
         return None
 
     def _forget(self, before: int) -> None:
         """Let go of rounds that are over."""
+        self._first = before
         for key in [key for key in self.leased if key[0] < before]:
             del self.leased[key], self._leased_at[key]
         self._looks = {round_: look for round_, look in self._looks.items() if round_ >= before}
@@ -120,12 +132,14 @@ class Takeover:
         self._leased_at[round_, k] = now
         return Lease(round_, k, to, owner)
 
-    def _look(self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float) -> _Look:
+    def _look(
+        self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float, until: float
+    ) -> _Look:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
         computing = sorted((member.since, name) for name, member in workers.items() if _computes(member, round_))
         behind = {w for w in runs if w in workers and workers[w].active and workers[w].beat.round < round_}
-        return _Look(now + _LOOK_S * len(workers), runs, behind, computing)
+        return _Look(until, runs, behind, computing)
 
     def _held(
         self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
@@ -133,13 +147,25 @@ class Takeover:
         """Micro-batches of `round_` that somebody will do, does, or has just sent."""
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         held = {k for name, ks in runs.items() if name in workers and workers[name].active for k in ks}
-        for member in workers.values():
+        for name, member in workers.items():
             if member.active and member.beat.round == round_:
-                if now - member.since < _SENT_S:
+                if self._is_on_its_way(name, member, now):
                     held |= set(member.beat.sent)
                 if not _is_late(member.since, waiting, now):
                     held.add(member.beat.at)
         return held
+
+    def _is_on_its_way(self, name: str, member: Member, now: float) -> bool:
+        """Whether to believe that what a worker has sent will arrive."""
+        round_, sent = member.beat.round, member.beat.sent
+        before, known, since = self._sent.get(name, (-1, [], 0.0))
+        if before != round_:
+            since = member.since
+        elif known != sent:
+            since = now
+        self._sent[name] = round_, sent, max(since, member.since)
+        transfer = member.beat.transfer
+        return now - self._sent[name][2] < (max(_SENT_S, _SENT_TIMES * transfer) if transfer else _SENT_FIRST_S)
 
     def _not_begun(self, round_: int, count: int, table: Table, workers: Mapping[str, Member]) -> dict[str, list[int]]:
         """What workers have of `round_` and have not begun, as far as is known."""

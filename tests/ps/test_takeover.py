@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from common.leases import Table
 from common.messages import Beat, Hello, Lease
 from ps.membership import Member
@@ -41,3 +45,30 @@ def test_what_is_missing_for_a_second_is_given_once_in_a_while() -> None:
 
     assert [ask(now) for now in (0.0, 0.9)] == [None, None]
     assert [ask(now) for now in (1.1, 1.1, 2.0, 3.2)] == [Lease(0, 0, "worker-2", ""), None, None, Lease(0, 0, "worker-2", "")]
+
+
+def sent(members: dict[str, Member], micro_batches: list[int], transfer: float) -> dict[str, Member]:
+    """The same, but worker 1 waits too, has sent these, and took so many seconds for such before."""
+    beat = Beat("waiting", 0, -1, [], micro_batches, 1.0, transfer=transfer)
+    return members | {"worker-1": replace(members["worker-1"], beat=beat)}
+
+
+@pytest.mark.parametrize(("transfer", "believed_s"), [(0.1, 3.0), (2.0, 4.0), (10.0, 20.0), (0.0, 15.0)])
+def test_what_was_sent_is_believed_to_be_on_its_way_for_as_long_as_that_may_take(transfer: float, believed_s: float) -> None:
+    takeover, members = Takeover(), sent(workers([], since=0.0), [1, 2], transfer)
+
+    def ask(who: str, now: float) -> Lease | None:
+        return takeover.lease_missing(who, 0, iter([1]), 6, TABLES, members, now)
+
+    assert [ask("worker-0", now) for now in (0.0, believed_s - 0.1, believed_s + 0.1)] == [None, None, None]
+    assert ask("worker-1", believed_s + 1.2) is None  # it has sent it itself
+    assert ask("worker-0", believed_s + 1.2) == Lease(0, 1, "worker-0", "")
+
+
+def test_what_was_sent_is_believed_to_be_on_its_way_while_some_of_it_arrives() -> None:
+    takeover, members = Takeover(), workers([], since=0.0)
+    for now, left in ((0.0, [1, 2, 3, 4]), (2.5, [2, 3, 4]), (5.0, [3, 4]), (7.5, [4])):
+        takeover.lease_missing("worker-0", 0, iter([4]), 6, TABLES, sent(members, left, 0.1), now)
+    members = sent(members, [4], 0.1)
+    given = [takeover.lease_missing("worker-0", 0, iter([4]), 6, TABLES, members, now) for now in (10.4, 10.6, 11.7)]
+    assert given == [None, None, Lease(0, 4, "worker-0", "")]

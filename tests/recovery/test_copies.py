@@ -1,0 +1,33 @@
+"""Real runs whose servers keep copies of each other's shards: one that is killed costs no round, and changes no bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.live import TRAINING, Cluster
+
+pytestmark = pytest.mark.timeout(240)
+
+Start = Callable[..., Cluster]
+#: With no snapshot to fall back on.
+COPIES = (*TRAINING, "--replicas", 1, "--snapshot-every", 0)
+
+
+@pytest.mark.parametrize("lane", ["auto", "socket"])
+def test_servers_that_are_killed_one_after_the_other_cost_no_round(cluster: Start, undisturbed: str, lane: str) -> None:
+    run = cluster(*COPIES, "--lane", lane)
+    for number, name in enumerate(["server-1", "server-0"]):
+        reached = run.rounds()
+        run.until(lambda reached=reached: run.rounds() > reached + 20, "training")  # type: ignore[misc]
+        run.signal(name)
+        run.until(lambda n=number: len(joined(run)) == 3 + n, "another server")  # type: ignore[misc]
+    summary = run.summary()
+    assert (summary["weights_sha256"], summary["dropped"]) == (undisturbed, 0)
+    assert not run.events("restarted") and run.is_exact()
+    assert joined(run)[2:] == ["server-1", "server-0"]
+
+
+def joined(run: Cluster) -> list[str]:
+    return [event.process for event in run.events("joined") if event.process.startswith("server")]
