@@ -43,6 +43,8 @@ _EPOCHS_CHURNED = 0.2
 #: A policy that applies each push at once, and points of a server under it.
 _ASYNC = ("--policy", "async")
 _AT_ONCE = ("aggregating", "applying", "applied", "saving")
+#: Each server's shard has a copy on another one, so that no round is to be lost with it.
+_COPIES = ("--replicas", 1)
 _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
 
 HEADS = (
@@ -103,6 +105,8 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
         name = "the coordinator" if kind == "coordinator" else f"a {kind}"
         table[f"{name}, at {point}"] = Row(harms.failpoints(1), env=env)
+        if kind == "server":
+            table[f"{name}, at {point}, with copies"] = Row(harms.failpoints(1), _COPIES, env=env)
         if point in _AT_ONCE:
             table[f"{name}, at {point}, async"] = Row(harms.failpoints(1), _ASYNC, env=env, is_inexact=True)
     phases = ("computing", "pushing", "pushed", "receiving")
@@ -127,6 +131,9 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "all but the launcher killed": Row(harms.kill(*everybody)),
         "a worker stopped 6 s, then woken": Row(harms.stop("worker-1", 6.0)),
         "a server stopped 18 s, then woken": Row(harms.stop("server-1", 18.0)),
+        "a server stopped 18 s, then woken, with copies": Row(harms.stop("server-1", 18.0), _COPIES),
+        "two of three servers killed, with copies": Row(harms.kill("server-0", "server-2"), _COPIES),
+        "coordinator and a server killed, with copies": Row(harms.kill("coordinator", "server-1"), _COPIES),
         "the coordinator stopped 6 s, then woken": Row(harms.stop("coordinator", 6.0)),
         "a worker 5 times slower": Row(harms.slow("worker-1", 5)),
         "a worker joins every second": Row(harms.join(4, 1.0), ("--epochs", 60)),
@@ -151,6 +158,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         ),
         "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2),
         f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), churn),
+        f"{churn_s:.0f} s of random kills, with copies": Row(harms.churn(churn_s), (*churn, *_COPIES)),
         f"{churn_s:.0f} s of random kills, async": Row(harms.churn(churn_s), (*churn, *_ASYNC), is_inexact=True),
     }
 

@@ -251,7 +251,7 @@ class Coordinator:
         self._told_refused: Counter[str] = Counter()
         #: Since when the event log cannot be written, if so, and when that was last told.
         self._unlogged_since: float | None = None
-        self._alarmed_at = float("-inf")
+        self._alarmed_at = self._failure_told_at = float("-inf")
         self._accuracy: float | None = None
         self._uploader: str | None = None
         self._flushed_at = self._status_at = self._told_at = now
@@ -468,12 +468,18 @@ class Coordinator:
             return f"the snapshot of round {under.round} could not be finished: {error}."
         for old in folders(self._run_dir)[: -self._settings.snapshots_kept]:
             remove(old)
+        self._failure_told_at = float("-inf")
         size = sum(entry.bytes for entry in files.values())
         self._log.event(Event("snapshot", "coordinator", {"round": under.round, "bytes": size}))
         log.info("snapshot of round %d: %.1f MB", under.round, size / 1e6)
         return ""
 
     def _tell_of_failure(self, reason: str) -> None:
+        """Once in a while, for the next try may fail for the same reason soon."""
+        now = time.monotonic()
+        if now < self._failure_told_at + _ALARM_S:
+            return
+        self._failure_told_at = now
         log.warning("no snapshot: %s", reason)
         self._log.event(Event("warning", "coordinator", {"text": f"no snapshot: {reason}"}))
 

@@ -256,7 +256,7 @@ class Attacked(World):
         if sender == "stranger" and to in self.processes and self.processes[to].key.startswith("server"):
             process = self.processes[to]
             assert isinstance(process, ServerProcess)
-            if process.server._shard is None or not process.server._incarnations:
+            if process.server._shard is None or len(process.server._incarnations) < len(self.case.paces):
                 return  # who comes first has the name
         super()._deliver(sender, to, data)
 
