@@ -35,41 +35,27 @@ REMEMBERED = 64
 
 
 class Forwarder:
-    """A shard's side: what its keeper is sent. Not `active`, nobody keeps a copy, and rounds are closed without."""
+    """A shard's side: what its keeper is sent. Without one nobody keeps a copy, and rounds are closed all the same."""
 
-    def __init__(self) -> None:
-        self.active = False
+    def __init__(self, round_: int, state: Outgoing | None = None) -> None:
+        """The keeper has a copy as of `round_`, or has yet to get this state."""
         #: Every round below is kept.
-        self._kept = 0
-        self._state: Outgoing | None = None
+        self._kept = round_
+        self._state = state
         #: What the keeper must have of the open round, and when it was last sent all of it; what is to be sent now.
         self._open: list[tuple[Body, Frames]] = []
         self._sent_at = float("inf")
         self._outbox: list[tuple[Body, Frames]] = []
 
-    def begin(self, state: Outgoing) -> None:
-        """Have a copy made from this state on."""
-        self.__init__()  # type: ignore[misc]
-        self.active, self._state, self._kept = True, state, state.head.round
-
-    def go_on(self, round_: int) -> None:
-        """The keeper has a copy, as of `round_`."""
-        self.active, self._kept = True, round_
-
-    def lost(self) -> None:
-        """The keeper is gone, or another process."""
-        self.__init__()  # type: ignore[misc]
-
     def send(self, body: Forward | Filed, frames: Frames, now: float) -> None:
         """Tell the keeper of something in the open round."""
-        if self.active:
-            self._open.append((body, frames))
-            self._outbox.append((body, frames))
-            self._sent_at = now
+        self._open.append((body, frames))
+        self._outbox.append((body, frames))
+        self._sent_at = now
 
     def has(self, round_: int) -> bool:
-        """Whether a round may be closed, as far as the copy goes."""
-        return not self.active or self._kept > round_
+        """Whether the keeper has all of a round, so that it may be closed."""
+        return self._kept > round_
 
     def handle(self, body: Kept | GotPart) -> None:
         """An answer of the keeper."""

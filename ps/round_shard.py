@@ -84,9 +84,9 @@ class RoundShard(Shard):
         self._left_out: set[tuple[int, int]] = set()
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
         self._told: list[Close | AllNorms] = []
-        #: What the keeper of this shard's copy is told, and the newest rounds as it was told of them; and the copy kept here, and
-        #: that on its way to whoever is in the place of its server.
-        self._forwarder = Forwarder()
+        #: What the keeper of this shard's copy is told, if there is one, and the newest rounds as it was told of them; and the
+        #: copy kept here, and that on its way to whoever is in the place of its server.
+        self._forwarder: Forwarder | None = None
         self._filed_rounds: list[Filed] = []
         self._copy: Copy | None = None
         self._handed_over: Outgoing | None = None
@@ -145,7 +145,7 @@ class RoundShard(Shard):
             if self._source is not None:
                 self.store.restore_seen(chunk, self._source.files, into)
         if self.restoring:
-            self._forwarder.go_on(self._version)
+            self._forwarder = Forwarder(self._version)
         else:
             self._have_kept()
 
@@ -352,8 +352,9 @@ class RoundShard(Shard):
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
             if self._ending is None:
                 self._ending = self._end(mean_metrics(metrics[0]))
-                self._forwarder.send(self._ending, (), now)
-            if self._forwarder.has(self._version):
+                if self._forwarder is not None:
+                    self._forwarder.send(self._ending, (), now)
+            if self._forwarder is None or self._forwarder.has(self._version):
                 self._commit(self._ending)
         news = before != (self._version, len(self._next))
         return self._forwarded(now) + self._ask(now) + (self._serve_all() if news else [])
@@ -367,9 +368,9 @@ class RoundShard(Shard):
         hypers = self._group_hypers(self.chunks[chunk])
         if self._drops or not samples:  # the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
-        elif self._forwarder.active and factor is None:
+        elif self._forwarder is not None and factor is None:
             total, samples = [self.store.mean(chunk, total, samples)], 1
-        if self._forwarder.active:
+        if self._forwarder is not None:
             mean = total[0]
             body = Forward(self._version, chunk, mean.present, hypers, None if factor is None else float(factor))
             self._forwarder.send(body, [to_frame(mean.values)] if mean.present else [], now)
@@ -445,18 +446,20 @@ class RoundShard(Shard):
 
     def _have_kept(self) -> None:
         """Have a copy of this shard made, if there is to be one and none is there: at a border, for it starts from that."""
-        if not self.settings.replicas or self._forwarder.active or not self._at_border or self._setup is None:
+        if not self.settings.replicas or self._forwarder is not None or not self._at_border or not self._open:
             return
         assert self.store is not None
         entries = list(self.store.state(self._seen))
-        self._forwarder.begin(Outgoing(self._head(self.index, self._version, len(entries), self._filed_rounds), entries))
+        head = self._head(self.index, self._version, len(entries), self._filed_rounds)
+        self._forwarder = Forwarder(self._version, Outgoing(head, entries))
 
     def _head(self, shard: int, version: int, parts: int, filed: list[Filed]) -> State:
         assert self._setup is not None
         return State(shard, version, parts, self._setup[0], list(self.segments), list(filed))
 
     def _forwarded(self, now: float) -> list[Send]:
-        effects = [Send(KEEPER, body, frames) for body, frames in self._forwarder.due(now)]
+        due = self._forwarder.due(now) if self._forwarder is not None else []
+        effects = [Send(KEEPER, body, frames) for body, frames in due]
         if self._handed_over is not None:
             effects += [Send(self._kept_server, body, frames) for body, frames in self._handed_over.due(now)]
         return effects
@@ -474,10 +477,10 @@ class RoundShard(Shard):
         if not self.settings.replicas:
             return super().about_copies(sender, body, frames, now)
         match body:
-            case Kept() if sender == KEEPER:
+            case Kept() if sender == KEEPER and self._forwarder is not None:
                 self._forwarder.handle(body)
                 return self._go_on_closing(now)
-            case GotPart(shard=self.index) if sender == KEEPER:
+            case GotPart(shard=self.index) if sender == KEEPER and self._forwarder is not None:
                 self._forwarder.handle(body)
             case State(shard=self.index) if sender == KEEPER and self.restoring:
                 self._returning = self._returning or Incoming(body)
@@ -532,7 +535,7 @@ class RoundShard(Shard):
         if kept:
             self._handed_over = None
         if keeper:
-            self._forwarder.lost()
+            self._forwarder = None
             self._have_kept()
         return self._go_on_closing(now)
 
