@@ -81,3 +81,11 @@ def test_weights_whose_changes_are_sent(case: Case) -> None:
 @given(killed("sync", {"push_codec": "onebit"}))
 def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> None:
     check_books(simulate(case))
+
+
+@few
+@given(killed("sync"), st.floats(0.5, 12.0), st.sampled_from([0.2, 2.0, 6.0]))
+def test_the_coordinator_is_killed_too(case: Case, at: float, away: float) -> None:
+    outcome = simulate(replace(case, crashes=[(at, away)]))
+    check(outcome)
+    assert all(same(model, sequential(case)[-1]) for model in outcome.models.values())
