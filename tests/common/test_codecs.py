@@ -109,7 +109,7 @@ def test_int8_is_within_a_step_or_half_a_step_if_rounded_to_nearest(stochastic: 
     assert (off <= (error + 1e-4) * steps(values)).all()
 
 
-@settings(max_examples=200)
+@settings(max_examples=70)
 @given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=300), st.integers(0, 1 << 64), st.booleans())
 def test_int8_is_within_a_step_whatever_the_values(elements: list[float], seed: int, stochastic: bool) -> None:
     values = torch.tensor(elements)
@@ -147,7 +147,7 @@ def test_onebit_gives_signs_times_the_mean_magnitude_of_the_block(numel: int) ->
     assert torch.equal(there_and_back(load("onebit", RATIO), values), torch.copysign(means(values, 1024), values))
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(
     st.sampled_from([1, 100, 4095, 4096, 20_000]),
     st.floats(0.0001, 1.0),
@@ -244,7 +244,7 @@ def test_the_residual_is_what_was_to_be_sent_less_what_arrives(name: str) -> Non
 
 
 @names
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(frame=st.binary(max_size=300), numel=st.integers(1, 80))
 def test_garbage_is_a_wire_error_or_values(name: str, frame: bytes, numel: int) -> None:
     with contextlib.suppress(WireError):

@@ -232,7 +232,7 @@ def deliver_to_worker(world: World, sender: str, to: str, parts: list[bytes]) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), seconds=st.sampled_from([0.4, 1.0, 2.0]))
 def test_no_message_crashes_a_process_and_what_is_refused_has_no_effect(name: str, seed: int, seconds: float) -> None:
     with running(CASES[name], seconds) as world:
@@ -262,7 +262,7 @@ class Attacked(World):
 
 
 @pytest.mark.parametrize("name", ["sync", "backup"])
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_strangers_change_nothing(name: str, seed: int) -> None:
     case = dataclasses.replace(CASES[name], seed=seed)
@@ -275,7 +275,7 @@ def test_strangers_change_nothing(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("policy", ["sync", "async"])
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str, seed: int) -> None:
     """Shapes of terabytes, groups that are not there, classes that are no optimizers."""

@@ -79,7 +79,7 @@ def assert_same(books: Books, ledger: Ledger) -> None:
         assert found.mean(Mean(epoch, "loss")) == ledger.mean(Mean(epoch, "loss"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 1), st.floats(0, 3)), min_size=1, max_size=10),
     st.integers(0, 3),
@@ -106,7 +106,7 @@ def test_what_is_read_back_is_what_was_kept(
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 3)), min_size=1, max_size=10), st.data())
 def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
     tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[int, float]], data: st.DataObject

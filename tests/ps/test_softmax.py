@@ -82,7 +82,7 @@ def check(servers: int, tile: int, classes: int, batch: int, one_class: bool, sm
         torch.testing.assert_close(a, b, rtol=atol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([1, 2, 3, 5]), st.sampled_from([1, 7, 1000]), st.integers(2, 150), st.integers(2, 9), st.booleans(),
     st.sampled_from([0.0, 0.1]),
@@ -115,7 +115,7 @@ def test_huge_logits_overflow_nowhere() -> None:
     assert bool(by_features.isfinite().all()) and bool(by_weight.isfinite().all())
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 50), st.sampled_from([1, 7, 64]), st.integers(1, 10))
 def test_the_best_classes_are_those_of_all_logits_at_once(classes: int, tile: int, k: int) -> None:
     weight = torch.randn(classes, 3, generator=torch.Generator().manual_seed(classes))

@@ -47,7 +47,7 @@ def case(policy: str, paces: list[Pace], **more: Any) -> Case:
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
-@settings(profile, max_examples=4)
+@settings(profile, max_examples=2)
 @given(data=st.data())
 def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.DataObject) -> None:
     paces = data.draw(st.permutations([Pace(0.1), *data.draw(st.lists(fates(), min_size=1, max_size=3))]))

@@ -15,9 +15,8 @@ Start = Callable[..., Cluster]
 COPIES = (*TRAINING, "--replicas", 1, "--snapshot-every", 0)
 
 
-@pytest.mark.parametrize("lane", ["auto", "socket"])
-def test_servers_that_are_killed_one_after_the_other_cost_no_round(cluster: Start, undisturbed: str, lane: str) -> None:
-    run = cluster(*COPIES, "--lane", lane)
+def test_servers_that_are_killed_one_after_the_other_cost_no_round(cluster: Start, undisturbed: str) -> None:
+    run = cluster(*COPIES)
     for number, name in enumerate(["server-1", "server-0"]):
         reached = run.rounds()
         run.until(lambda reached=reached: run.rounds() > reached + 20, "training")  # type: ignore[misc]
