@@ -36,6 +36,7 @@ from at_once import rows_of, sharded
 from torch import nn
 from torch.utils.data import Dataset
 
+from common.errors import WireError
 from common.layout import message_batches
 from common.messages import (
     Body,
@@ -562,7 +563,10 @@ class ServerProcess(Process):
 
     def _is_from_keeper(self, frames: list[zmq.Frame]) -> bool:
         """Whether it would come by the socket to the keeper of its shard's copy. With two servers each is the other's."""
-        body = self.server._stamp.decode(frames[0].buffer).body
+        try:
+            body = self.server._stamp.decode(frames[0].buffer).body
+        except WireError:
+            return False
         return isinstance(body, Kept) or (isinstance(body, State | StatePart | GotPart) and body.shard == self.number)
 
     def describe(self) -> str:
