@@ -205,7 +205,7 @@ class Run:
         groups = parameter_groups(self._model, params)
         tables = find_tables(self._model, groups)
         layers = find_layers(self._model, groups)
-        if self.settings.replicas and (tables or layers):
+        if (tables or layers) and self.settings.replicas:
             kind = "row-sparse embedding" if tables else "sharded layer"
             raise UsageError(f"the model has a {kind}, of which servers keep no copies: leave out --replicas.")
         weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}

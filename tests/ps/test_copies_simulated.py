@@ -72,8 +72,8 @@ def test_backup_leaves_out_the_same_everywhere(case: Case) -> None:
 
 
 @few
-@given(killed("sync", {"weight_codec": "int8"}))
-def test_weights_whose_changes_are_sent(case: Case) -> None:
+@given(killed("sync", {"weight_codec": "bf16"}))
+def test_weights_that_are_sent_rounded(case: Case) -> None:
     check(simulate(case))
 
 
