@@ -29,6 +29,7 @@ def run(**attributes: Any) -> Run:
         "_segments": [],
         "_finished": False,
         "settings": Settings(),
+        "traffic": None,
         "round": 0,
     }
     return cast(Run, SimpleNamespace(**{**defaults, **attributes}))
