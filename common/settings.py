@@ -174,10 +174,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise UsageError(
                 f"replicas is {self.replicas} but there is one server: a copy needs another one, so set servers to 2."
             )
-        if self.replicas and self.weight_codec in ("int8", "onebit"):
-            raise UsageError(
-                f"replicas is {self.replicas} but weight_codec is {self.weight_codec}, which sends changes: choose bf16 or fp16."
-            )
         self._check_codecs()
         if self.image is not None:
             parse_shape(self.image)

@@ -78,7 +78,6 @@ class WeightDecoder:
     def forget(self, server: int) -> None:
         """The server is another process: it is to send its weights whole."""
         self._versions.pop(server, None)
-        self._coming = {chunk: found for chunk, found in self._coming.items() if self._server_of.get(chunk) != server}
 
     def begin(self) -> None:
         """Other weights are asked for."""

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Outcome, Pace, same, sequential, simulate
+from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
 from test_rounds_simulated import cases, check_books, check_same_everywhere, few, some
 
 from common.settings import Settings
@@ -72,8 +72,8 @@ def test_backup_leaves_out_the_same_everywhere(case: Case) -> None:
 
 
 @few
-@given(killed("sync", {"weight_codec": "bf16"}))
-def test_weights_that_are_sent_rounded(case: Case) -> None:
+@given(killed("sync", {"weight_codec": "int8"}))
+def test_weights_whose_changes_are_sent(case: Case) -> None:
     check(simulate(case))
 
 
@@ -89,3 +89,12 @@ def test_the_coordinator_is_killed_too(case: Case, at: float, away: float) -> No
     outcome = simulate(replace(case, crashes=[(at, away)]))
     check(outcome)
     assert all(same(model, sequential(case)[-1]) for model in outcome.models.values())
+
+
+def test_a_worker_that_joins_late_while_a_server_is_replaced_can_add_changes_to_what_it_has() -> None:
+    paces = [Pace(0.7, 0.3), Pace(0.1), Pace(0.7), Pace(0.02, 0.3), Pace(0.05, starts_s=6.0)]
+    made = Settings(workers=4, servers=4, replicas=1, global_batch=4, micro_batch=2, weight_codec="int8")
+    case = Case(made, paces, ((10, 1),), Network(0.3, 0.3, 0.002), replaced=[(0, 1.95, 0.1)])
+    outcome = simulate(case)
+    check(outcome)
+    assert outcome.world.killed == 1 and len(outcome.models) == len(paces)
