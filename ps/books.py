@@ -97,11 +97,8 @@ class Keeper:
 def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
     yield "run", "", head
     for name, member in membership.members.items():
-        yield (
-            "member",
-            name,
-            KeptMember(member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces),
-        )
+        kept = KeptMember(member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces)
+        yield "member", name, kept
     yield "tables", "", membership.tables
     if ledger.setup is not None:
         yield "setup", "", ledger.setup

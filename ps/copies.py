@@ -31,7 +31,12 @@ from ps.transfer import Incoming, Outgoing
 #: Rounds that the keeper may have and not have applied: the primary is never further ahead than by the open one.
 _AHEAD = 4
 #: Rounds of which it is remembered what was left out.
-REMEMBERED = 64
+_REMEMBERED = 64
+
+
+def remembered(before: list[Filed], new: Filed) -> list[Filed]:
+    """The newest rounds with one more: those that the coordinator may not have been told of, and some for what they left out."""
+    return [filed for filed in before if filed.round >= min(new.reported, new.round - _REMEMBERED)] + [new]
 
 
 class Forwarder:
@@ -91,7 +96,6 @@ class Copy:
         self.server = server
         self.head = head
         self.version = head.round
-        self._layout = layout
         self._chunks = {chunk.id: chunk for chunk in layout.on(server)}
         self._store = Store(layout, server, head.setup.update, policy)
         self._planes = Planes(layout.on(server), 2, shared=False)
@@ -145,7 +149,7 @@ class Copy:
                 if len(round_.means) < len(self._chunks):
                     return None
                 round_.filed = body
-                self._filed = [f for f in self._filed if f.round >= min(body.reported, body.round - REMEMBERED)] + [body]
+                self._filed = remembered(self._filed, body)
         return Kept(body.round)
 
     def _round(self, number: int) -> _Round:

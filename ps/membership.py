@@ -96,7 +96,7 @@ class Membership:
         self.epoch = 0
         #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
         self.newly_lost: list[tuple[str, str]] = []
-        self.losses = Lost(0, [], [])
+        self.losses = Lost(0, [])
         #: How often a process, by host and id, was counted as lost.
         self._alarms: Counter[tuple[str, int]] = Counter()
         #: Seconds after which the run starts with fewer workers than it should have, if there are any.

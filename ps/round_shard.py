@@ -44,7 +44,7 @@ from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
-from ps.copies import REMEMBERED, Copy, Forwarder
+from ps.copies import Copy, Forwarder, remembered
 from ps.saving import Source
 from ps.shard import (
     CLASSES,
@@ -427,8 +427,7 @@ class RoundShard(Shard):
         self._news += filed.contributions
         self._left_out |= {(filed.round, k) for k in filed.left_out}
         if self.settings.replicas:
-            oldest = min(filed.reported, filed.round - REMEMBERED)
-            self._filed_rounds = [known for known in self._filed_rounds if known.round >= oldest] + [filed]
+            self._filed_rounds = remembered(self._filed_rounds, filed)
 
     def _commit(self, ending: Filed) -> None:
         self._book(ending)
@@ -461,13 +460,13 @@ class RoundShard(Shard):
         due = self._forwarder.due(now) if self._forwarder is not None else []
         effects = [Send(KEEPER, body, frames) for body, frames in due]
         if self._handed_over is not None:
-            effects += [Send(self._kept_server, body, frames) for body, frames in self._handed_over.due(now)]
+            effects += [Send(f"server-{self._kept_server}", body, frames) for body, frames in self._handed_over.due(now)]
         return effects
 
     @property
-    def _kept_server(self) -> str:
+    def _kept_server(self) -> int:
         """The server whose shard has a copy here."""
-        return f"server-{(self.index - 1) % self.settings.servers}"
+        return (self.index - 1) % self.settings.servers
 
     @property
     def keeps(self) -> list[int]:
@@ -488,14 +487,14 @@ class RoundShard(Shard):
             case StatePart(shard=self.index) if sender == KEEPER and self._returning is not None:
                 self._returning.put(body, frames)
                 return [Send(KEEPER, GotPart(body.shard, body.round, body.number)), *self._return(now)]
-            case _ if sender == self._kept_server:
+            case _ if sender == f"server-{self._kept_server}":
                 return self._about_kept(sender, body, frames, now)
         return self._forwarded(now)
 
     def _about_kept(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
         """A message of the server whose shard has a copy here, or is to have one."""
         answer: Body | None = None
-        number, copy = (self.index - 1) % self.settings.servers, self._copy
+        number, copy = self._kept_server, self._copy
         match body:
             case State(shard=shard) if shard == number:
                 if copy is None:  # a process sends another its state once

@@ -236,10 +236,14 @@ class _Server:
             raise WireError(f"{name} is lost and is no part of the run any more", "sender")
         return True
 
+    def _neighbour(self, step: int) -> int:
+        """The server so many after this one."""
+        assert self._shard is not None
+        return (self._shard.index + step) % len(self._peers)
+
     def _is_peer(self, envelope: Envelope, step: int) -> bool:
         """Whether a message comes from the server so many after this one. Raises WireError where it must not come."""
-        number = ((self._shard.index if self._shard is not None else 0) + step) % max(len(self._peers), 1)
-        if not self._peers or envelope.sender != f"server-{number}":
+        if not self._peers or envelope.sender != f"server-{(number := self._neighbour(step))}":
             raise WireError(f"{envelope.sender} has no business with the copy of a shard here", "sender")
         if envelope.incarnation == self._peers[number].incarnation:
             return True
@@ -283,7 +287,7 @@ class _Server:
         before, self._peers = self._peers or servers, servers
         if not self._shard.settings.replicas:
             return
-        keeper, kept = ((self._shard.index + step) % len(servers) for step in (1, -1))
+        keeper, kept = self._neighbour(1), self._neighbour(-1)
         if self._keeper is None or before[keeper] != servers[keeper]:
             if self._keeper is not None:
                 self._poller.unregister(self._keeper)

@@ -6,6 +6,7 @@ acknowledged is sent again; what has come is whole, or not used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,7 +58,7 @@ class Outgoing:
                 yield self.head, ()
             return
         under_way = 0
-        for number, (part, frames) in list(self._parts.items()):
+        for number, (part, frames) in self._parts.items():
             size = sum(len(frame) for frame in frames)
             if under_way and under_way + size > CREDIT_BYTES:
                 return
@@ -88,9 +89,7 @@ class Incoming(TensorFiles):
     def put(self, part: StatePart, frames: Frames) -> None:
         """Raises WireError for what is none of its parts."""
         what = f"part {part.number} of the state of server-{part.shard}"
-        numel = 1
-        for size in part.shape:
-            numel *= size
+        numel = math.prod(part.shape)
         if part.number >= self.head.parts or len(part.shape) > _MOST_DIMENSIONS or numel > _MOST_ELEMENTS:
             raise WireError(f"{what} is none")
         if part.number in self._missing:
@@ -106,6 +105,3 @@ class Incoming(TensorFiles):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
-
-    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        return self._tensors[name][start:end]

@@ -84,7 +84,7 @@ class Exchange:
         self._outstanding: list[_Outstanding] = []
         #: Where servers may be replaced: what was acknowledged of the open round and is still here.
         self._may_be_replaced = settings.replicas > 0
-        self._acknowledged_ones: list[_Outstanding] = []
+        self._repeatable: list[_Outstanding] = []
         #: What to ask servers that are other processes than before, and when each was asked; and how often each one's memory was
         #: another.
         self.share: Share | None = None
@@ -234,7 +234,7 @@ class Exchange:
         another round is let go."""
         self.clock, self._settled, self._masters, self.gone = clock, settled, masters, None
         self._pulls += 1
-        self._acknowledged_ones = [o for o in self._acknowledged_ones if o.push.round >= clock - 1]
+        self._repeatable = [o for o in self._repeatable if o.push.round >= clock - 1]
         self._decoder.begin()
         self._staged, self._versions, self._closed_on = {}, {}, set()
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
@@ -367,15 +367,15 @@ class Exchange:
                 self._outstanding.remove(o)
                 self._coder.settled(o.push, ack.ignored)
                 if self._may_be_replaced and not (o.was_early and o.slot is not None):
-                    self._acknowledged_ones.append(o)
+                    self._repeatable.append(o)
 
     # ---- servers that are replaced
 
     def replaced(self, server: int) -> None:
         """A server is another process, which has closed as many rounds: of the open one it is to get all anew, and weights that
         are to come are asked for again."""
-        again = [o for o in self._acknowledged_ones if o.server == server]
-        self._acknowledged_ones = [o for o in self._acknowledged_ones if o.server != server]
+        again = [o for o in self._repeatable if o.server == server]
+        self._repeatable = [o for o in self._repeatable if o.server != server]
         self._outstanding += again
         for outstanding in (o for o in self._outstanding if o.server == server):
             outstanding.sent_at, outstanding.arrived = None, False
@@ -394,8 +394,8 @@ class Exchange:
             self.unknown[server] = float("-inf")
 
     def met(self, server: int, reads: bool, region: int | None) -> None:
-        """A server that is another process has said whether it `reads` this worker's slots; its memory, if it is read, is number
-        `region` of that server's."""
+        """A server has said whether it `reads` this worker's slots; its memory, if it is read, is number `region` of those that
+        it has had."""
         self.unknown.pop(server, None)
         if region is not None:
             self._regions[server] = region
@@ -403,9 +403,10 @@ class Exchange:
         if reads:
             self.readers.add(server)
             return
-        for outstanding in (o for o in self._outstanding if o.server == server and o.push.slot >= 0 and o.slot is not None):
-            outstanding.frames = [to_frame(outstanding.slot.chunks[chunk]) for chunk in outstanding.push.chunks]  # type: ignore[union-attr]
-            outstanding.push = msgspec.structs.replace(outstanding.push, slot=-1)
+        for outstanding in self._outstanding:
+            if outstanding.server == server and outstanding.push.slot >= 0 and (slot := outstanding.slot) is not None:
+                outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in outstanding.push.chunks]
+                outstanding.push = msgspec.structs.replace(outstanding.push, slot=-1)
 
     @property
     def traffic(self) -> Traffic:

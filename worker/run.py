@@ -291,14 +291,8 @@ class Run:
         for server in replica.layout.owners():
             answer = self._request(f"server-{server}", Share(gradients), lambda body: isinstance(body, Shared))
             assert isinstance(answer, Shared)
-            if answer.reads:
-                self._exchange.readers.add(server)
-            if answer.weights is not None:
-                try:
-                    replica.mapped.attach(server, answer.weights)
-                    self._exchange.read.add(server)
-                except NotShared as error:
-                    log.info("server-%d sends its weights: %s", server, error)
+            with self._link.lock:
+                self._meet(server, answer)
         names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
         if names:
             log.info("memory is shared with %s", ", ".join(names))
@@ -517,8 +511,8 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
-            case Shared() if self._replica is not None:
-                self._meet(int(sender.rpartition("-")[2]), body)
+            case Shared() if self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown:
+                self._meet(server, body)
             case Ready() | Shared() | Tables():
                 pass  # the second answer to something asked twice
             case Upload():
@@ -542,10 +536,8 @@ class Run:
             self._exchange.replaced(server)
 
     def _meet(self, server: int, shared: Shared) -> None:
-        """A server that is another process than before says what memory it shares with this worker."""
+        """A server says what memory it shares with this worker."""
         assert self._exchange is not None and self._replica is not None
-        if server not in self._exchange.unknown:
-            return
         region = None
         if shared.weights is not None:
             try:

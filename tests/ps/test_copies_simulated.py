@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
-from test_rounds_simulated import cases, check_books, check_same_everywhere, few, some
+from test_rounds_simulated import cases, check_books, check_exact, check_same_everywhere, few, some
 
 from common.settings import Settings
 
@@ -42,7 +42,7 @@ def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
         made = Settings(workers=2, servers=3, replicas=1, global_batch=4, micro_batch=1)
         outcome = simulate(Case(made, paces, ((8, 3),), seed=seed, replaced=[(seed % 3, at, 2.0)]))
         check(outcome)
-        assert all(same(model, sequential(outcome.case)[-1]) for model in outcome.models.values())
+        check_exact(outcome)
         killed_servers += outcome.world.killed
     assert killed_servers == 4
 
@@ -52,14 +52,13 @@ def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
 def test_sync_keeps_its_bits(case: Case) -> None:
     outcome = simulate(case)
     check(outcome)
-    assert all(same(model, sequential(case)[-1]) for model in outcome.models.values())
+    check_exact(outcome)
 
 
 @few
 @given(killed("sync", clip_norm=0.7))
 def test_with_clipping(case: Case) -> None:
-    outcome = simulate(case)
-    check(outcome)
+    check(simulate(case))
 
 
 @few
@@ -88,7 +87,7 @@ def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> No
 def test_the_coordinator_is_killed_too(case: Case, at: float, away: float) -> None:
     outcome = simulate(replace(case, crashes=[(at, away)]))
     check(outcome)
-    assert all(same(model, sequential(case)[-1]) for model in outcome.models.values())
+    check_exact(outcome)
 
 
 def test_a_worker_that_joins_late_while_a_server_is_replaced_can_add_changes_to_what_it_has() -> None:
