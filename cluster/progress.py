@@ -122,7 +122,9 @@ def _news(event: Event) -> str | None:
         case "warning":
             return f"warning: {event.data['text']}"
         case "lost":
-            return f"{event.process} is lost: {event.data['why']}; the others do what it has not done."
+            is_server = event.process.startswith("server")
+            then = "the others wait for another in its place" if is_server else "the others do what it has not done"
+            return f"{event.process} is lost: {event.data['why']}; {then}."
         case "restarted":
             return f"all processes begin anew, from the newest snapshot: {event.data['reason']}"
         case "rolled back":
