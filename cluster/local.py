@@ -27,6 +27,8 @@ from common.settings import Settings
 _ADDRESS_S = 30.0
 #: Bytes of snapshots that a coordinator checks in a second before it listens, at least.
 _CHECKED_PER_S = 20e6
+#: Seconds for the fork server to have imported what servers and workers need; after that they do so themselves.
+_PREPARED_S = 60.0
 #: Seconds for the servers to end after the coordinator.
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
@@ -47,6 +49,8 @@ class Order:
     respawn: Respawn = field(default_factory=Respawn)
     #: Whether the run in `run_dir` goes on from its newest snapshot.
     resume: bool = False
+    #: What is imported once for all servers and workers.
+    modules: tuple[str, ...] = ("ps.server", "worker.example")
 
 
 def check_order(settings: Settings, script: str | None, port: int) -> None:
@@ -185,7 +189,11 @@ class _Local:
         )
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
+            fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
             address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick, order.resume)
+            deadline = time.monotonic() + _PREPARED_S
+            while fork_server.coming and time.monotonic() < deadline:
+                self._tick()
             self._start_others(address)
         except OSError as error:
             raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
