@@ -169,7 +169,7 @@ class GradientWork:
         plan = self._segment.round(task.round)
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_([t for t in self.replica.tensors if t.grad is not None], self._clip_norm)
+            self._clip(self._clip_norm)
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         assert self._slot is not None
         early = self._settle()
@@ -184,6 +184,15 @@ class GradientWork:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((task.k, task.k + 1), contribution)
         self._advance()
+
+    def _clip(self, norm: float) -> None:
+        """Clip this micro-batch's gradient, that of rows included."""
+        parts = [tensor for tensor in self.replica.tensors if tensor.grad is not None]
+        for gradient in self._rows.gradients():
+            rows = torch.empty_like(gradient)
+            rows.grad = gradient
+            parts.append(rows)
+        torch.nn.utils.clip_grad_norm_(parts, norm)
 
     def _give_up(self) -> None:
         """Contribute nothing of this micro-batch: its round was closed before its weights were all here."""
@@ -289,17 +298,20 @@ class GradientWork:
         self._link.send(*messages)
         rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
-        self._shards.push(ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers), contribution.uses)
+        classes_ = ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
+        self._shards.push(classes_, contribution.uses)
 
     def _is_finite(self, push: Push, contribution: Contribution) -> bool:
         """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
         if self._run.settings.on_nonfinite == "allow":
             return True
         chunk = next((chunk for chunk, total in contribution.sums.items() if not is_finite(total.values)), None)
-        if chunk is None and all(is_finite(rows.values) for rows in contribution.rows):
+        others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.tensors]
+        if chunk is None and all(map(is_finite, others)):
             return True
         which = f"micro-batch {push.lo}" if push.hi == push.lo + 1 else f"micro-batches {push.lo}..{push.hi - 1}"
-        what = "a table" if chunk is None else self.replica.where_not_finite(chunk, contribution.sums[chunk].values)
+        elsewhere = "a table or a sharded layer"
+        what = elsewhere if chunk is None else self.replica.where_not_finite(chunk, contribution.sums[chunk].values)
         text = f"{self._run.name}'s gradient of {what} in {which} of round {push.round} is not finite"
         if self._run.settings.on_nonfinite == "fail":
             raise UsageError(f"{text}; --on-nonfinite skip drops such rounds, and allow lets them be.")
