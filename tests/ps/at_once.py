@@ -82,7 +82,8 @@ class AtOnce:
 def rows_of(shards: Sequence[Any]) -> torch.Tensor:
     """The rows (C, dim) of a classifier, whose shards these are."""
     spec = shards[0].spec
-    owners, out = owner_of(torch.arange(spec.rows), len(shards)), torch.empty(spec.rows, spec.dim)
+    owners = owner_of(torch.arange(spec.rows), len(shards))
+    out = torch.empty(spec.rows, spec.dim, dtype=shards[0]._values.dtype)
     for server, shard in enumerate(shards):
         out[owners == server] = shard.read(torch.arange(len(shard._values)))
     return out
