@@ -59,7 +59,7 @@ def round_of(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, cou
     for k in range(count):
         x, y = batch(first + k)
         sharded_cross_entropy(x, y, layer, **how).backward()
-        shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH))
+        shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(count * BATCH)
 
 
@@ -93,7 +93,7 @@ def test_clipping_by_norm_is_that_of_torch_on_a_plain_layer(name: str, servers: 
         for k in range(2):
             x, y = batch(10 * number + k)
             sharded_cross_entropy(x, y, layer).backward()
-            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH))
+            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
         before = torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers])
         norms = link.norms(2 * BATCH)
         assert [(tensor, server) for tensor, server, _ in norms] == [(0, server) for server in range(servers)]
