@@ -1152,13 +1152,13 @@ class Outcome:
             classifiers.settle()
         return rows_of([classifiers._classifiers[0] for classifiers in held])
 
-    def counted_in_head(self) -> list[list[float]]:
-        """By account of the sharded layer: how often each micro-batch was counted in it."""
+    def tallies(self) -> list[torch.Tensor]:
+        """The accounts of the sharded layer, each like `account`."""
         model = Model(self.case)
         moved = first_head(self.case) - self.head()
         loss = 1.0 / (2 + len(model.counting))
         slope = TALLY * loss * (1.0 - len(model.counting) / self.case.classes)  # of its class and of others' samples
-        return [self.counted(row[3:] / slope) for row in moved[model.counting]]
+        return [row[3:] / slope for row in moved[model.counting]]
 
     def committed(self) -> dict[int, list[int]]:
         """The micro-batches of each round that count, by the books."""

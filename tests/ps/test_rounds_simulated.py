@@ -310,8 +310,8 @@ def test_sharded_layers_count_every_micro_batch_once_where_each_is_applied_at_on
     check_books(outcome)
     check_same_everywhere(outcome)
     check_counted_once(outcome)
-    for account in outcome.counted_in_head():
-        assert account == pytest.approx([1.0] * len(account), abs=0.02)
+    for tally in outcome.tallies():
+        assert outcome.counted(tally) == pytest.approx([1.0] * len(tally), abs=0.02)
 
 
 def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_were(
