@@ -367,7 +367,8 @@ class Classify(Body, frozen=True):
     """Go through your classes for `count` samples, as they are at the beginning of round `version`: their features (count, dim)
     follow, float32, and unless `top` their labels, int64.
 
-    Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. `top`: I
+    Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. Where each
+    push is applied at once, everything is. `top`: I
     want the so many best classes of each sample. `normalised`: rows count as of length 1. `sums`: I need the sum of all rows too.
     Or `page`: I want the rows of that page that are yours.
     """
@@ -408,7 +409,8 @@ class Use(msgspec.Struct, frozen=True, array_like=True):
 class ClassPush(Body, frozen=True):
     """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
     follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
-    of its own class's logit, which is in there already. Features and labels are those that were asked about."""
+    of its own class's logit, which is in there already. Features and labels are those that were asked about. `base` and `finite`
+    are as in Push."""
 
     round: Count
     lo: Count
@@ -416,6 +418,8 @@ class ClassPush(Body, frozen=True):
     samples: Count
     uses: list[Use]
     hypers: list[dict[str, Any]] = []
+    base: Count = 0
+    finite: bool = True
 
 
 class ClassAck(Body, frozen=True):
@@ -489,8 +493,8 @@ class Close(Body, frozen=True):
 
 
 class Norms(Body, frozen=True):
-    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm). Asked and passed on as `Arrived`
-    is."""
+    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm); of tables and then classifiers,
+    which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `Arrived` is."""
 
     round: Count
     norms: list[tuple[Count, Count, float]]

@@ -4,6 +4,10 @@ A round's contributions are kept until somebody asks about the next round. Worke
 the round before, so nobody can need its rows any more: a micro-batch that another server still lacks is computed again from the
 rows that it would have been computed from at first, and rows are updated in place, with no second copy of them.
 
+Where each contribution is applied on its own, its turn comes after whatever was asked or contributed before, and it is applied to
+the rows as they are then. That is the gradient at these rows, if the other servers' classes came to what they did when the worker
+asked: what this server's come to is computed anew where they have moved since (`renewed`), so that no p is above 1.
+
 Whatever takes time is a job that goes a tile of rows at a time, so that a server gives signs of life meanwhile. Jobs are done in
 the order in which they came up.
 """
@@ -11,6 +15,7 @@ the order in which they came up.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +32,8 @@ from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.rows import Rows, optimizer_over, zeros
-from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
-from ps.store import with_tuples
+from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, renewed, through_normalised
+from ps.store import Norm, with_tuples
 
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
@@ -39,25 +44,40 @@ _DRAWN = 1 << 20
 Answer = tuple[Classified, list[memoryview]]
 #: A job, which yields after each tile.
 Job = Generator[None, None, Any]
+#: Where the rows (T, dim) of a tile are, these rows, and their gradient.
+Slope = tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class _Task:
+    """A job that is waited for by nobody, or by the worker `asker`; `changes`: it is an update of rows."""
+
+    job: Job
+    asker: str = ""
+    changes: bool = False
+
+
+@dataclass
 class Kept:
-    """A question of which the answer may be contributed."""
+    """A question of which the answer may be contributed. Once it is answered: how many updates of the classifier there had been
+    by then, and the logarithm of the sum of exp(z) over the classes here."""
 
     version: int
     classifier: int
     samples: Samples
     normalised: bool
+    updates: int = -1
+    log_total: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Contributed:
-    """What samples contribute to a classifier, g x samples of their micro-batch."""
+    """What samples contribute to a classifier, g x samples of their micro-batch; and the question that it is about."""
 
     classifier: int
     terms: Terms
     normalised: bool
+    question: Kept | None = None
 
 
 @dataclass
@@ -82,6 +102,8 @@ class Classifier(Rows):
         self._stepped = False
         #: What steps on all tiles of this update, as it takes long to make one; and its parameter, whose memory is a tile's.
         self._optimizer: tuple[torch.optim.Optimizer, torch.nn.Parameter] | None = None
+        #: Updates so far.
+        self.updates = 0
         #: The negative classes of a round, and that round.
         self._sampled: tuple[int, torch.Tensor] | None = None
 
@@ -119,8 +141,8 @@ class Classifier(Rows):
         ones = [features.new_ones(len(features), 1)] * self.spec.bias
         return Samples(torch.cat([features, *ones], 1), self.places(labels))
 
-    def sums(self, samples: Samples, ask: Classify) -> Job:
-        """Job: the answer about samples."""
+    def sums(self, samples: Samples, ask: Classify, kept: Kept | None = None) -> Job:
+        """Job: the answer about samples; `kept` is to know what it came to."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
         total = torch.zeros(self.spec.dim)
@@ -131,6 +153,8 @@ class Classifier(Rows):
             yield
         own = self.read(samples.own[samples.own >= 0])
         own = normalised(own) if ask.normalised else own
+        if kept is not None:
+            kept.updates, kept.log_total = self.updates, softmax.log_total
         parts = [softmax.largest, softmax.total, softmax.rows, *([total] if ask.sums else []), own]
         return Classified(ask.number), [frame for part in parts for frame in cut(part)]
 
@@ -169,9 +193,9 @@ class Classifier(Rows):
 
     # ---- updates
 
-    def update(self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Mapping[str, Any]) -> Job:
-        """Job: step with the mean gradient over `samples` samples that these contribute. Of rows that do not take part in the
-        round neither values nor state move."""
+    def _slopes(self, parts: Sequence[Contributed], round_: int, samples: int) -> Iterator[Slope]:
+        """The mean gradient over `samples` samples that these contribute, of a tile of the rows that take part in the round at a
+        time."""
         terms = {
             unit: _mean(joined(mine), samples)
             for unit in (False, True)
@@ -183,7 +207,6 @@ class Classifier(Rows):
             places, drawn = torch.cat([places, own[own >= 0]]).unique(), places
             negative = torch.isin(places, drawn)
             terms = {unit: replace(one, samples=self._among(one.samples, places)) for unit, one in terms.items()}
-        common, stepped, self._optimizer = self._common, self._stepped, None
         for start, tile in self.tiles(places):
             among = None if negative is None else negative[start : start + len(tile)]
             total: torch.Tensor | None = None
@@ -192,19 +215,57 @@ class Classifier(Rows):
                 found = through_normalised(found, tile) if unit else found
                 total = found if total is None else total.add_(found)
             assert total is not None
-            at = slice(start, start + len(tile)) if places is None else places[start : start + len(tile)]
-            common, stepped = self._step(at, tile, total, hypers), True
+            yield slice(start, start + len(tile)) if places is None else places[start : start + len(tile)], tile, total
+
+    def norm(self, parts: Sequence[Contributed], round_: int, samples: int) -> Generator[None, None, float]:
+        """Job: the 2-norm of that gradient."""
+        squares = 0.0
+        for _, _, slope in self._slopes(parts, round_, samples):
+            squares += float(torch.linalg.vector_norm(slope)) ** 2
+            yield
+        return math.sqrt(squares)
+
+    def update(
+        self,
+        parts: Sequence[Contributed],
+        round_: int,
+        samples: int,
+        hypers: Mapping[str, Any],
+        factor: torch.Tensor | None = None,
+        lr_scale: float = 1.0,
+    ) -> Job:
+        """Job: step with that gradient, times `factor`; `lr_scale` multiplies the learning rate. Of rows that do not take part in
+        the round neither values nor state move."""
+        common, stepped, self._optimizer = self._common, self._stepped, None
+        for at, tile, slope in self._slopes(parts, round_, samples):
+            common, stepped = self._step(at, tile, slope if factor is None else slope.mul_(factor), hypers, lr_scale), True
             yield
         self._common, self._stepped = common, stepped
+        self.updates += 1
+
+    def present(self, part: Contributed) -> Generator[None, None, Contributed]:
+        """Job: the same contribution, of which what the classes here come to is as of now."""
+        question = part.question
+        assert question is not None and question.log_total is not None
+        if question.updates == self.updates:
+            return part
+        sampled = self._negatives(question.version)
+        softmax = OnlineSoftmax(self._among(question.samples, sampled), 0)
+        for start, tile in self.tiles(sampled):
+            softmax.add(normalised(tile) if part.normalised else tile, start)
+            yield
+        log_total = renewed(part.terms.log_total, question.log_total, softmax.log_total)
+        return replace(part, terms=replace(part.terms, log_total=log_total))
 
     def _step(
-        self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any]
+        self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any], lr_scale: float
     ) -> dict[str, Any]:
         """Have torch.optim step on a tile, the rows `at`; what it keeps besides state of the rows' shape comes back."""
         if self._optimizer is None:
             parameter = torch.nn.Parameter(tile, requires_grad=False)
             optimizer = optimizer_over(parameter, self._update, self.spec.group)
             optimizer.param_groups[0].update(with_tuples(hypers))
+            optimizer.param_groups[0]["lr"] *= lr_scale
             first = dict(optimizer.state.get(parameter, {}))
             if self._stepped or not first:
                 self._optimizer = optimizer, parameter
@@ -244,20 +305,27 @@ class Classifier(Rows):
 
 
 class Classifiers:
-    """All classifiers on one server: what is asked of them, and what rounds contribute. Invariants: `keeps` is answered from the
-    version asked for and no other; the update after a round is begun only when somebody asks about the next one."""
+    """All classifiers on one server: what is asked of them, and what is contributed. Invariants: with `keeps_versions`, `keeps`
+    is answered from the version asked for and no other, and the update after a round is begun only when somebody asks about the
+    next one; without, an answer holds whole updates, all that were accepted before the question, and nothing of others."""
 
-    def __init__(self, layout: Layout, server: int, update: Update, seed: int) -> None:
+    def __init__(self, layout: Layout, server: int, update: Update, seed: int, keeps_versions: bool = True) -> None:
+        self._server = server
+        self._keeps_versions = keeps_versions
+        #: What the first classifier is called among norms: there are those of tensors and of tables before.
+        self._first_norm = len(layout.tensors) + len(layout.tables)
         self._specs = layout.classifiers
         self._classifiers = [Classifier(spec, server, layout.servers, update, seed) for spec in layout.classifiers]
         self._senders: dict[str, _Sender] = {}
-        #: Rounds closed here; and the update after the last of them, unless it is begun.
+        #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
         self._closed = 0
         self._pending: Job | None = None
         #: Whether rows may change now; a snapshot may have them that is not written yet.
         self.may_update: Callable[[], bool] = lambda: True
-        #: What is to be done, and who is to get what it returns; nobody, where it is an update.
-        self._jobs: deque[tuple[str, Job]] = deque()
+        #: What is to be done.
+        self._tasks: deque[_Task] = deque()
+        #: Norms of the gradient of the round that is still open, once they are known, and that round.
+        self._norms: tuple[int, list[Norm] | None] = -1, None
         #: Tiles done so far.
         self.steps = 0
 
@@ -285,7 +353,7 @@ class Classifiers:
         known = self._senders.setdefault(sender, _Sender())
         if ask.number == known.newest:
             return known.answer
-        if ask.version > self._closed or ask.number in known.kept:
+        if ask.number < known.newest or (self._keeps_versions and ask.version > self._closed):
             return None
         one = self._classifiers[ask.classifier]
         if ask.page >= 0:
@@ -299,16 +367,19 @@ class Classifiers:
                 job = one.best(torch.cat([features, *ones], 1), ask)
             else:
                 samples = one.samples(features, labels)
-                job = one.sums(samples, ask)
-                if ask.keeps:
-                    known.kept[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
+                kept = Kept(ask.version, ask.classifier, samples, ask.normalised) if ask.keeps else None
+                job = one.sums(samples, ask, kept)
+                if kept is not None:
+                    known.kept[ask.number] = kept
         known.newest, known.answer = ask.number, None
-        if ask.version == self._closed:
+        if not self._keeps_versions:
+            pass  # the rows are what they are when its turn comes
+        elif ask.version == self._closed:
             self.begin_update()
         elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
             known.answer = Classified(ask.number, gone=True), []
             return known.answer
-        self._jobs.append((sender, job))
+        self._tasks.append(_Task(job, sender))
         return None
 
     def _question(self, spec: ClassSpec, ask: Classify, frames: Frames, sender: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -333,32 +404,95 @@ class Classifiers:
         kept = self._senders[sender].kept if sender in self._senders else {}
         for use in push.uses:
             question = kept.get(use.number)
-            if question is None or question.version != push.round or len(question.samples.own) != use.count:
+            asked = question is not None and question.log_total is not None and question.version == push.round
+            if question is None or not asked or len(question.samples.own) != use.count:
                 raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
             log_total, g, own = (join(parts, "float32", use.count, what) for _ in range(3))
             terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing))
-            out.append(Contributed(question.classifier, terms, question.normalised))
+            out.append(Contributed(question.classifier, terms, question.normalised, question))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out
 
-    def close(self, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]]) -> None:
-        """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples."""
-        self.begin_update()  # it is there still if nobody asked anything in this round
-        self._pending = self._update(parts, self._closed, samples, hypers)
-        self._closed += 1
-        for sender in self._senders.values():
-            sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= self._closed}
+    def norms(self, parts: Sequence[Contributed], samples: int) -> list[Norm] | None:
+        """The norms of the round's mean gradient, over the rows here; `parts` as in `close`. None until `work` has gone through
+        the rows for them, which is begun by the first call."""
+        if self._norms[0] != self._closed:
+            self._norms = self._closed, None
+            self.begin_update()
+            self._tasks.append(_Task(self._measure(parts, samples)))
+        return self._norms[1]
 
-    def _update(self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]]) -> Job:
+    def _measure(self, parts: Sequence[Contributed], samples: int) -> Job:
+        norms = []
         for number, one in enumerate(self._classifiers):
             if mine := [part for part in parts if part.classifier == number]:
-                yield from one.update(mine, round_, samples, hypers[one.spec.group] if one.spec.group < len(hypers) else {})
+                norm = yield from one.norm(mine, self._closed, samples)
+                norms.append((self._first_norm + number, self._server, norm))
+        self._norms = self._closed, norms
+
+    @property
+    def measured(self) -> bool:
+        """Whether the norms that were asked for are known."""
+        return self._norms[0] == self._closed and self._norms[1] is not None
+
+    def close(
+        self,
+        parts: Sequence[Contributed],
+        samples: int,
+        hypers: Sequence[Mapping[str, Any]],
+        factor: torch.Tensor | None = None,
+    ) -> None:
+        """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples; `factor` is the
+        clipping."""
+        self.begin_update()  # it is there still if nobody asked anything in this round
+        self._pending = self._update(parts, self._closed, samples, hypers, factor)
+        self._closed += 1
+        self.forget_before(self._closed)
+
+    def apply(
+        self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+    ) -> None:
+        """Have an update of its own, whose learning rate is multiplied by `lr_scale`, for the contribution `parts` of `samples`
+        samples to a round."""
+        self._tasks.append(_Task(self._apply(parts, round_, samples, hypers, lr_scale), changes=True))
+        self._closed += 1
+
+    def _apply(
+        self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+    ) -> Job:
+        now = []
+        for part in parts:
+            now.append((yield from self._classifiers[part.classifier].present(part)))
+        yield from self._update(now, round_, samples, hypers, None, lr_scale)
+
+    def forget(self, sender: str) -> None:
+        """It is lost."""
+        self._senders.pop(sender, None)
+
+    def forget_before(self, round_: int) -> None:
+        """Nothing more will be contributed to rounds before this one."""
+        for sender in self._senders.values():
+            sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= round_}
+
+    def _update(
+        self,
+        parts: Sequence[Contributed],
+        round_: int,
+        samples: int,
+        hypers: Sequence[Mapping[str, Any]],
+        factor: torch.Tensor | None,
+        lr_scale: float = 1.0,
+    ) -> Job:
+        for number, one in enumerate(self._classifiers):
+            if mine := [part for part in parts if part.classifier == number]:
+                settings = hypers[one.spec.group] if one.spec.group < len(hypers) else {}
+                yield from one.update(mine, round_, samples, settings, factor, lr_scale)
 
     def begin_update(self) -> None:
         """Have the update after the last round done soon. Only when all servers have closed that round."""
         if self._pending is not None:
-            self._jobs.append(("", self._pending))
+            self._tasks.append(_Task(self._pending, changes=True))
             self._pending = None
 
     # ---- jobs
@@ -366,39 +500,44 @@ class Classifiers:
     @property
     def busy(self) -> bool:
         """Whether there is something to do."""
-        return bool(self._jobs) and (bool(self._jobs[0][0]) or self.may_update())
+        return bool(self._tasks) and (not self._tasks[0].changes or self.may_update())
 
     def work(self) -> tuple[str, Answer] | None:
         """Do the next tile; whom to send an answer to, if that was the last one for it."""
         return self._step() if self.busy else None
 
     def _step(self) -> tuple[str, Answer] | None:
-        sender, job = self._jobs[0]
+        task = self._tasks[0]
         self.steps += 1
         try:
-            next(job)
+            next(task.job)
         except StopIteration as end:
-            self._jobs.popleft()
-            if not sender:
+            self._tasks.popleft()
+            if not task.asker:
                 return None
             answer: Answer = end.value
-            known = self._senders[sender]
-            if known.newest == answer[0].number:
+            known = self._senders.get(task.asker)
+            if known is not None and known.newest == answer[0].number:
                 known.answer = answer
-            return sender, answer
+            return task.asker, answer
         return None
 
     # ---- what there is to save
 
     @property
-    def version(self) -> int:
-        """Rounds whose updates are done."""
-        return self._closed - (self._pending is not None) - sum(not sender for sender, _ in self._jobs)
+    def accepted(self) -> int:
+        """Rounds closed here, or contributions accepted: what `version` is on its way to."""
+        return self._closed
 
-    def settle(self) -> None:
-        """Have the update after the last round done. Only when all servers have closed that round."""
+    @property
+    def version(self) -> int:
+        """Of these, how many have their updates done."""
+        return self._closed - (self._pending is not None) - sum(task.changes for task in self._tasks)
+
+    def settle(self, version: int | None = None) -> None:
+        """Have the updates up to `version`, all by default, done. Only when all servers have closed that round."""
         self.begin_update()
-        while any(not sender for sender, _ in self._jobs):
+        while self.version < (self._closed if version is None else version):
             self._step()  # who is not told the answer now asks again
 
     def state(self) -> Iterator[Entry]:
@@ -411,7 +550,7 @@ class Classifiers:
         for one in self._classifiers:
             job = one.restore(files, servers)
             next(job, None)  # what is missing is found out now
-            self._jobs.append(("", job))
+            self._tasks.append(_Task(job, changes=True))
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:

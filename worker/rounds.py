@@ -170,7 +170,7 @@ class GradientWork:
         plan = self._segment.round(task.round)
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_([t for t in self.replica.tensors if t.grad is not None], self._clip_norm)
+            self._clip(self._clip_norm)
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         assert self._slot is not None
         early = self._settle()
@@ -185,6 +185,15 @@ class GradientWork:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((task.k, task.k + 1), contribution)
         self._advance()
+
+    def _clip(self, norm: float) -> None:
+        """Clip this micro-batch's gradient, that of rows included."""
+        parts = [tensor for tensor in self.replica.tensors if tensor.grad is not None]
+        for gradient in self._rows.gradients():
+            rows = torch.empty_like(gradient)
+            rows.grad = gradient
+            parts.append(rows)
+        torch.nn.utils.clip_grad_norm_(parts, norm)
 
     def _lies_apart(self, slot: Slot, round_: int) -> bool:
         """Whether servers are to add this contribution up, and not this worker."""
@@ -296,7 +305,8 @@ class GradientWork:
         self._link.send(*messages)
         rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
-        self._shards.push(ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers), contribution.uses)
+        classes_ = ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
+        self._shards.push(classes_, contribution.uses, self._versions)
 
     def _is_finite(self, push: Push, contribution: Contribution) -> bool:
         """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
@@ -308,9 +318,10 @@ class GradientWork:
             assert self._exchange is not None
             values = {chunk: one for chunk, one in values.items() if self._exchange.sends(chunk)}
         what = tensors_not_finite(self.replica.layout, values)
-        if not what and all(is_finite(rows.values) for rows in contribution.rows):
+        others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.tensors]
+        if not what and all(map(is_finite, others)):
             return True
-        text = sentence(self._run.name, what or "a table", push.round, push.lo, push.hi)
+        text = sentence(self._run.name, what or "a table or a sharded layer", push.round, push.lo, push.hi)
         if what_to_do == "fail":
             raise UsageError(f"{text}; {ADVICE}")
         log.warning("%s: it is dropped.", text)

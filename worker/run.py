@@ -158,6 +158,12 @@ class Run:
         return self._work.round if self._work is not None else 0
 
     @property
+    def _computed(self) -> int:
+        """The round of the micro-batch that is computed now; where there is none, `round`."""
+        task = self._work._current if self._work is not None else None
+        return task.round if task is not None else self.round
+
+    @property
     def epoch(self) -> int:
         """The epoch that the current round belongs to; after the last round, the number of epochs done."""
         return self._work.epoch if self._work is not None else 0
@@ -215,7 +221,7 @@ class Run:
         replica = Replica(self._model, group_of, self._servers, specs, sharded)
         check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
-            check_training(tables, cls, [dict(hyper)] * len(groups), self._policy, False)
+            check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
             outer = self._policy.outer_optimizer
             update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
             inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
@@ -226,12 +232,12 @@ class Run:
                 check_elementwise(cls, hyper)
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
-            check_training(tables, cls, update.groups, self._policy, clip_norm is not None)
+            check_training(tables, cls, update.groups, self._policy)
         sends_first = self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=sends_first)
         self._shards = Shards(
-            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), sends_first
+            self._link, layers, self._servers, lambda: self._computed, timeout, new_incarnation(), len(tables), sends_first
         )
         if self._policy.is_local:
             self._share(replica, None)

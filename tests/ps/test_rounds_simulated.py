@@ -289,16 +289,29 @@ def check_head(outcome: Outcome) -> None:
     assert torch.equal(outcome.head(), sequential(outcome.case, outcome.committed())[-1][HEAD])
 
 
-@pytest.mark.parametrize("policy", ["sync", "backup"])
+@pytest.mark.parametrize(("policy", "clip_norm"), [("sync", None), ("backup", None), ("sync", 0.5), ("backup", 0.5)])
 @few
 @given(data=st.data())
-def test_sharded_layers_keep_all_those_promises(policy: str, data: st.DataObject) -> None:
-    outcome = simulate(data.draw(cases(policy, classes=data.draw(st.sampled_from([10, 1000])))))
+def test_sharded_layers_keep_all_those_promises(policy: str, clip_norm: float | None, data: st.DataObject) -> None:
+    case = cases(policy, classes=data.draw(st.sampled_from([10, 1000])), clip_norm=clip_norm, chunk_bytes=400)
+    outcome = simulate(data.draw(case))
     check_books(outcome)
     check_same_everywhere(outcome)
     check_head(outcome)
     if policy == "sync":
         check_exact(outcome)
+
+
+@pytest.mark.parametrize("policy", ["ssp", "async"])
+@few
+@given(data=st.data())
+def test_sharded_layers_count_every_micro_batch_once_where_each_is_applied_at_once(policy: str, data: st.DataObject) -> None:
+    outcome = simulate(data.draw(cases(policy, classes=data.draw(st.sampled_from([10, 1000])), chunk_bytes=400, **PLAIN)))
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_counted_once(outcome)
+    for tally in outcome.tallies():
+        assert outcome.counted(tally) == pytest.approx([1.0] * len(tally), abs=0.02)
 
 
 def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_were(
