@@ -13,7 +13,7 @@ import torch
 from common.codecs.chosen import sends_changes
 from common.errors import WireError
 from common.failpoints import failpoint
-from common.layout import Chunk, make_layout, urgency
+from common.layout import Chunk, urgency
 from common.messages import (
     AllNorms,
     Arrived,
@@ -26,16 +26,12 @@ from common.messages import (
     Filed,
     Forward,
     Gone,
-    GotPart,
-    Kept,
     Norms,
     Pull,
     Push,
-    Restore,
     RowAck,
     RowPush,
     State,
-    StatePart,
 )  # fmt: skip
 from common.policies import Policy
 from common.rows import add_tables, no_rows
@@ -44,7 +40,7 @@ from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
-from ps.copies import Copy, Forwarder, remembered
+from ps.neighbours import Neighbours
 from ps.saving import Source
 from ps.shard import (
     CLASSES,
@@ -60,7 +56,7 @@ from ps.shard import (
     mean_metrics,
 )
 from ps.store import Norm
-from ps.transfer import Incoming, Outgoing
+from ps.transfer import Incoming
 
 log = logging.getLogger("ps.round_shard")
 
@@ -84,15 +80,8 @@ class RoundShard(Shard):
         self._left_out: set[tuple[int, int]] = set()
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
         self._told: list[Close | AllNorms] = []
-        #: What the keeper of this shard's copy is told, if there is one, and the newest rounds as it was told of them; and the
-        #: copy kept here, and that on its way to whoever is in the place of its server.
-        self._forwarder: Forwarder | None = None
-        self._filed_rounds: list[Filed] = []
-        self._copy: Copy | None = None
-        self._handed_over: Outgoing | None = None
-        #: This shard, on its way back from the keeper; and when it was asked for.
-        self._returning: Incoming | None = None
-        self._restore_asked_at = float("-inf")
+        #: Copies of shards on other servers, if there are to be any.
+        self._neighbours = Neighbours(index, settings, policy, self._head) if settings.replicas else None
         self._open_round()
 
     def _open_round(self) -> None:
@@ -144,10 +133,7 @@ class RoundShard(Shard):
             self._keep_frame(plane, chunk, self.store.settle(chunk, into))
             if self._source is not None:
                 self.store.restore_seen(chunk, self._source.files, into)
-        if self.restoring:
-            self._forwarder = Forwarder(self._version)
-        else:
-            self._have_kept()
+        self._have_kept()
 
     @property
     def _at_border(self) -> bool:
@@ -291,10 +277,7 @@ class RoundShard(Shard):
 
     def tick(self, now: float) -> list[Send]:
         effects = super().tick(now) + self._ask(now) + self._forwarded(now)
-        if self.restoring and self._returning is None and now >= self._restore_asked_at + ASK_AGAIN_S:
-            self._restore_asked_at = now
-            effects.append(Send(KEEPER, Restore()))
-        return effects
+        return effects + (self._neighbours.ask_back(now) if self._neighbours is not None and self.restoring else [])
 
     def _ask(self, now: float) -> list[Send]:
         """Ask the coordinator what is needed to go on; again if that was long ago."""
@@ -352,9 +335,9 @@ class RoundShard(Shard):
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
             if self._ending is None:
                 self._ending = self._end(mean_metrics(metrics[0]))
-                if self._forwarder is not None:
-                    self._forwarder.send(self._ending, (), now)
-            if self._forwarder is None or self._forwarder.has(self._version):
+                if self._neighbours is not None:
+                    self._neighbours.forward(self._ending, (), now)
+            if self._neighbours is None or self._neighbours.may_close(self._version):
                 self._commit(self._ending)
         news = before != (self._version, len(self._next))
         return self._forwarded(now) + self._ask(now) + (self._serve_all() if news else [])
@@ -368,12 +351,12 @@ class RoundShard(Shard):
         hypers = self._group_hypers(self.chunks[chunk])
         if self._drops or not samples:  # the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
-        elif self._forwarder is not None and factor is None:
+        elif self._neighbours is not None and self._neighbours.has_keeper and factor is None:
             total, samples = [self.store.mean(chunk, total, samples)], 1
-        if self._forwarder is not None:
+        if self._neighbours is not None and self._neighbours.has_keeper:
             mean = total[0]
             body = Forward(self._version, chunk, mean.present, hypers, None if factor is None else float(factor))
-            self._forwarder.send(body, [to_frame(mean.values)] if mean.present else [], now)
+            self._neighbours.forward(body, [to_frame(mean.values)] if mean.present else [], now)
         frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
@@ -426,8 +409,8 @@ class RoundShard(Shard):
         self._rounds += filed.rounds
         self._news += filed.contributions
         self._left_out |= {(filed.round, k) for k in filed.left_out}
-        if self.settings.replicas:
-            self._filed_rounds = remembered(self._filed_rounds, filed)
+        if self._neighbours is not None:
+            self._neighbours.remember(filed)
 
     def _commit(self, ending: Filed) -> None:
         self._book(ending)
@@ -441,100 +424,48 @@ class RoundShard(Shard):
         self._try_cut()
         self._have_kept()
 
-    # ---- copies on other servers (ps/copies.py)
+    # ---- copies on other servers (ps/copies.py, ps/neighbours.py)
 
     def _have_kept(self) -> None:
         """Have a copy of this shard made, if there is to be one and none is there: at a border, for it starts from that."""
-        if not self.settings.replicas or self._forwarder is not None or not self._at_border or not self._open:
+        if self._neighbours is None or self._neighbours.has_keeper or not self._at_border or not self._open or self.restoring:
             return
         assert self.store is not None
-        entries = list(self.store.state(self._seen))
-        head = self._head(self.index, self._version, len(entries), self._filed_rounds)
-        self._forwarder = Forwarder(self._version, Outgoing(head, entries))
+        self._neighbours.begin(self._version, list(self.store.state(self._seen)))
 
     def _head(self, shard: int, version: int, parts: int, filed: list[Filed]) -> State:
         assert self._setup is not None
         return State(shard, version, parts, self._setup[0], list(self.segments), list(filed))
 
     def _forwarded(self, now: float) -> list[Send]:
-        due = self._forwarder.due(now) if self._forwarder is not None else []
-        effects = [Send(KEEPER, body, frames) for body, frames in due]
-        if self._handed_over is not None:
-            effects += [Send(f"server-{self._kept_server}", body, frames) for body, frames in self._handed_over.due(now)]
-        return effects
-
-    @property
-    def _kept_server(self) -> int:
-        """The server whose shard has a copy here."""
-        return (self.index - 1) % self.settings.servers
+        return self._neighbours.due(now) if self._neighbours is not None else []
 
     @property
     def keeps(self) -> list[int]:
-        return [self._copy.server] if self._copy is not None and self._copy.whole else []
+        return self._neighbours.keeps if self._neighbours is not None else []
 
     def about_copies(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
-        if not self.settings.replicas:
+        if self._neighbours is None:
             return super().about_copies(sender, body, frames, now)
-        match body:
-            case Kept() if sender == KEEPER and self._forwarder is not None:
-                self._forwarder.handle(body)
-                return self._go_on_closing(now)
-            case GotPart(shard=self.index) if sender == KEEPER and self._forwarder is not None:
-                self._forwarder.handle(body)
-            case State(shard=self.index) if sender == KEEPER and self.restoring:
-                self._returning = self._returning or Incoming(body)
-                return [Send(KEEPER, GotPart(body.shard, body.round, -1)), *self._return(now)]
-            case StatePart(shard=self.index) if sender == KEEPER and self._returning is not None:
-                self._returning.put(body, frames)
-                return [Send(KEEPER, GotPart(body.shard, body.round, body.number)), *self._return(now)]
-            case _ if sender == f"server-{self._kept_server}":
-                return self._about_kept(sender, body, frames, now)
-        return self._forwarded(now)
+        effects = self._neighbours.handle(sender, body, frames)
+        if self.restoring and (state := self._neighbours.returned()) is not None:
+            self._return(state)
+        return effects + self._go_on_closing(now) + self._forwarded(now)
 
-    def _about_kept(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
-        """A message of the server whose shard has a copy here, or is to have one."""
-        answer: Body | None = None
-        number, copy = self._kept_server, self._copy
-        match body:
-            case State(shard=shard) if shard == number:
-                if copy is None:  # a process sends another its state once
-                    layout = make_layout(body.setup.tensors, self.settings.servers, body.setup.tables, body.setup.classifiers)
-                    self._copy = Copy(number, layout, self.policy, body)
-                answer = GotPart(body.shard, body.round, -1)
-            case StatePart(shard=shard) if shard == number and copy is not None:
-                answer = copy.put(body, frames)
-            case Forward() if copy is not None:
-                copy.forward(body, frames)
-            case Filed() if copy is not None:
-                answer = copy.file(body)
-            case Restore() if copy is not None and copy.whole and self._handed_over is None:
-                version, filed, state = copy.hand_over()
-                entries = list(state)
-                self._handed_over = Outgoing(self._head(number, version, len(entries), filed), entries)
-            case GotPart(shard=shard) if shard == number and self._handed_over is not None:
-                self._handed_over.got(body)
-        return [*([] if answer is None else [Send(sender, answer)]), *self._forwarded(now)]
-
-    def _return(self, now: float) -> list[Send]:
-        """Be the shard that the keeper has a copy of, once all of it is here."""
-        returning = self._returning
-        if returning is None or not returning.complete:
-            return []
-        head = returning.head
-        self._source = Source(head.round, self.settings.servers, head.setup, returning, [{}] * self.settings.servers)
+    def _return(self, state: Incoming) -> None:
+        """Be the shard that the keeper has a copy of."""
+        head = state.head
+        self._source = Source(head.round, self.settings.servers, head.setup, state, [{}] * self.settings.servers)
         self.segments = list(head.segments)
         self._set_up(KEEPER, head.setup)
         for filed in head.filed:
             self._book(filed)
-        self._returning, self._source, self.restoring, self._repeats = None, None, False, True
+        self._source, self.restoring, self._repeats = None, False, True
         log.info("has the copy of its shard, as of round %d", head.round)
-        return []
 
     def changed(self, keeper: bool, kept: bool, now: float) -> list[Send]:
-        if kept:
-            self._handed_over = None
-        if keeper:
-            self._forwarder = None
+        if self._neighbours is not None:
+            self._neighbours.changed(keeper, kept)
             self._have_kept()
         return self._go_on_closing(now)
 
@@ -544,11 +475,11 @@ class RoundShard(Shard):
 
     @property
     def busy(self) -> bool:
-        return super().busy or (self._copy is not None and self._copy.busy)
+        return super().busy or (self._neighbours is not None and self._neighbours.busy)
 
     def work(self) -> list[Send]:
-        if self._copy is not None:
-            self._copy.work()
+        if self._neighbours is not None:
+            self._neighbours.work()
         return super().work()
 
     # ---- weights
