@@ -539,6 +539,16 @@ class Forward(Body, frozen=True):
     factor: float | None = None
 
 
+class ForwardRows(Body, frozen=True):
+    """What `round` contributes to the rows of all tables, summed over `samples` samples: `counts` and frames as in RowPush, and
+    the settings of each parameter group."""
+
+    round: Count
+    samples: Count
+    counts: list[CountOrNone]
+    hypers: list[dict[str, Any]] = []
+
+
 class Filed(Body, frozen=True):
     """All of `round` has been forwarded. Of server 0: what the books are to have of it, micro-batches that it left out, and that
     the coordinator has all of the rounds below `reported`. Answered by Kept."""
@@ -572,7 +582,7 @@ class State(Body, frozen=True):
 
 
 class StatePart(Body, frozen=True):
-    """A tensor of that state, as snapshots call it, in the frames that follow."""
+    """A tensor of that state, as snapshots call it, in the frames that follow; or its rows from `first` on."""
 
     shard: Count
     round: Count
@@ -580,6 +590,7 @@ class StatePart(Body, frozen=True):
     name: Name
     dtype: Name
     shape: list[Count]
+    first: CountOrNone = -1
 
 
 class GotPart(Body, frozen=True):
@@ -667,7 +678,7 @@ Message = (
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
-    | Forward | Filed | Kept | Restore | State | StatePart | GotPart
+    | Forward | ForwardRows | Filed | Kept | Restore | State | StatePart | GotPart
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 

@@ -10,27 +10,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from common.layout import make_layout
-from common.messages import Body, Filed, Forward, GotPart, Kept, Restore, State, StatePart
+from common.messages import Body, Filed, Forward, ForwardRows, GotPart, Kept, Restore, State, StatePart
 from common.policies import Policy
 from common.settings import Settings
-from common.tensorfile import Entry
 from common.wire import ASK_AGAIN_S, Frames
 from ps.copies import Copy, Forwarder, remembered
+from ps.holdings import Holdings
 from ps.shard import KEEPER, AboutCopies, Send
-from ps.transfer import Incoming, Outgoing
+from ps.transfer import Incoming, Outgoing, Part
 
 #: What announces the state of a shard: (shard, round, parts, rounds that the books may lack).
 MakeHead = Callable[[int, int, int, list[Filed]], State]
+#: Makes the shard that is announced, and tells where its numbers are to go.
+MakeShard = Callable[[State], Holdings]
 
 
 class Neighbours:
     """Of server `index`, where each shard is to have a copy."""
 
-    def __init__(self, index: int, settings: Settings, policy: Policy, head: MakeHead) -> None:
+    def __init__(self, index: int, settings: Settings, policy: Policy, head: MakeHead, shard: MakeShard) -> None:
         self._index = index
         self._settings = settings
         self._policy = policy
-        self._head = head
+        self._head, self._make_shard = head, shard
         #: What the keeper is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
         self._forwarder: Forwarder | None = None
         self._filed: list[Filed] = []
@@ -48,11 +50,16 @@ class Neighbours:
         """Whether there is a copy, or one on its way, that is to have all that is applied here."""
         return self._forwarder is not None
 
-    def begin(self, round_: int, entries: Sequence[Entry]) -> None:
+    def begin(self, round_: int, parts: Sequence[Part]) -> None:
         """Have a copy made of the state as of `round_`."""
-        self._forwarder = Forwarder(round_, Outgoing(self._head(self._index, round_, len(entries), self._filed), entries))
+        self._forwarder = Forwarder(round_, Outgoing(self._head(self._index, round_, len(parts), self._filed), parts))
 
-    def forward(self, body: Forward | Filed, frames: Frames, now: float) -> None:
+    @property
+    def reads_rows(self) -> bool:
+        """Whether rows are being sent from where they are, and so must not change."""
+        return self._forwarder is not None and self._forwarder.sends_state
+
+    def forward(self, body: Forward | ForwardRows | Filed, frames: Frames, now: float) -> None:
         """Tell the keeper, if there is one, of something in the open round."""
         if self._forwarder is not None:
             self._forwarder.send(body, frames, now)
@@ -128,7 +135,7 @@ class Neighbours:
                 self._forwarder.handle(body)
             case State(shard=self._index) if sender == KEEPER:
                 if self._returning is None and float("-inf") < self._asked_at < float("inf"):
-                    self._returning = Incoming(body)
+                    self._returning = Incoming(body, self._make_shard(body).put)
                 return [Send(KEEPER, GotPart(body.shard, body.round, -1))]
             case StatePart(shard=self._index) if sender == KEEPER:
                 if self._returning is not None:
@@ -147,18 +154,19 @@ class Neighbours:
                 if copy is None:  # a process sends another its state once
                     tables, classifiers = body.setup.tables, body.setup.classifiers
                     layout = make_layout(body.setup.tensors, self._settings.servers, tables, classifiers)
-                    self._copy = Copy(number, layout, self._policy, body)
+                    self._copy = Copy(number, layout, self._policy, body, self._settings.seed)
                 return GotPart(body.shard, body.round, -1)
             case StatePart(shard=shard) if shard == number and copy is not None:
                 return copy.put(body, frames)
             case Forward() if copy is not None:
                 copy.forward(body, frames)
+            case ForwardRows() if copy is not None:
+                copy.forward_rows(body, frames)
             case Filed() if copy is not None:
                 return copy.file(body)
             case Restore() if copy is not None and copy.whole and self._handed_over is None:
-                version, filed, state = copy.hand_over()
-                entries = list(state)
-                self._handed_over = Outgoing(self._head(number, version, len(entries), filed), entries)
+                version, filed, parts = copy.hand_over()
+                self._handed_over = Outgoing(self._head(number, version, len(parts), filed), parts)
             case GotPart(shard=shard) if shard == number and self._handed_over is not None:
                 self._handed_over.got(body)
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.codecs.chosen import sends_changes
-from common.errors import WireError
+from common.errors import UsageError, WireError
 from common.failpoints import failpoint
 from common.layout import Chunk, urgency
 from common.messages import (
@@ -25,6 +25,7 @@ from common.messages import (
     Contribution,
     Filed,
     Forward,
+    ForwardRows,
     Gone,
     Norms,
     Pull,
@@ -34,12 +35,13 @@ from common.messages import (
     State,
 )  # fmt: skip
 from common.policies import Policy
-from common.rows import add_tables, no_rows
+from common.rows import add_tables, cut_sums, no_rows
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
+from ps.holdings import Holdings
 from ps.neighbours import Neighbours
 from ps.saving import Source
 from ps.shard import (
@@ -81,7 +83,7 @@ class RoundShard(Shard):
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
         self._told: list[Close | AllNorms] = []
         #: Copies of shards on other servers, if there are to be any.
-        self._neighbours = Neighbours(index, settings, policy, self._head) if settings.replicas else None
+        self._neighbours = Neighbours(index, settings, policy, self._head, self._made_again) if settings.replicas else None
         self._open_round()
 
     def _open_round(self) -> None:
@@ -105,6 +107,8 @@ class RoundShard(Shard):
         #: Whether something that counts in this round is not finite: then it is dropped, on all servers, as all are told of it.
         self._drops = False
         self._norms: list[Norm] | None = None
+        #: Whether rows were not updated yet, as they are on their way to the keeper.
+        self._awaits_copy = False
         self._asked: Body | None = None
         self._asked_at = float("-inf")
         #: What the books are to have of the round, once all of it is applied.
@@ -323,9 +327,12 @@ class RoundShard(Shard):
             factor = self.store.clip_factor(self._norms)
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, now, factor)
-        if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None:
+        if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None and self._may_change_rows():
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
+            if self._neighbours is not None:
+                told = ForwardRows(self._version, self._samples(), [part.count for part in rows[0]], self._hypers)
+                self._neighbours.forward(told, cut_sums(rows[0]), now)
             self.tables.apply(rows[0], self._samples(), self._hypers)
             self._next.add(ROWS)
         if self.classifiers and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
@@ -430,8 +437,17 @@ class RoundShard(Shard):
         """Have a copy of this shard made, if there is to be one and none is there: at a border, for it starts from that."""
         if self._neighbours is None or self._neighbours.has_keeper or not self._at_border or not self._open or self.restoring:
             return
-        assert self.store is not None
-        self._neighbours.begin(self._version, list(self.store.state(self._seen)))
+        self._neighbours.begin(self._version, self._holdings.parts(self._seen))
+
+    @property
+    def _holdings(self) -> Holdings:
+        assert self.store is not None and self.tables is not None
+        return Holdings(self.store, self.tables)
+
+    def _may_change_rows(self) -> bool:
+        """Whether nobody reads rows where they are."""
+        self._awaits_copy = self._neighbours is not None and self._neighbours.reads_rows
+        return not self._awaits_copy
 
     def _head(self, shard: int, version: int, parts: int, filed: list[Filed]) -> State:
         assert self._setup is not None
@@ -452,12 +468,23 @@ class RoundShard(Shard):
             self._return(state)
         return effects + self._go_on_closing(now) + self._forwarded(now)
 
-    def _return(self, state: Incoming) -> None:
-        """Be the shard that the keeper has a copy of."""
-        head = state.head
-        self._source = Source(head.round, self.settings.servers, head.setup, state, [{}] * self.settings.servers)
+    def _made_again(self, head: State) -> Holdings:
+        """Be the shard whose state is on its way from the keeper."""
         self.segments = list(head.segments)
         self._set_up(KEEPER, head.setup)
+        return self._holdings
+
+    def _return(self, state: Incoming) -> None:
+        """Go on from the state that has come of the keeper."""
+        head = state.head
+        try:
+            self._holdings.arrived(state)
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(f"the copy of server-{self.index}'s shard, which came back, does not fit it: {error}.") from None
+        self._uninitialised.clear()
+        self._source = Source(head.round, self.settings.servers, head.setup, state, [{}] * self.settings.servers)
+        self._resume(self._source)
+        self._opened()
         for filed in head.filed:
             self._book(filed)
         self._source, self.restoring, self._repeats = None, False, True
@@ -470,8 +497,8 @@ class RoundShard(Shard):
         return self._go_on_closing(now)
 
     def _go_on_closing(self, now: float) -> list[Send]:
-        """Close the round if it waited for nothing but the keeper."""
-        return self._advance(now) if self._ending is not None else []
+        """Go on with a round that waited for nothing but the keeper."""
+        return self._advance(now) if self._ending is not None or self._awaits_copy else []
 
     @property
     def busy(self) -> bool:

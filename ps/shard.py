@@ -34,6 +34,7 @@ from common.messages import (
     Cut,
     Filed,
     Forward,
+    ForwardRows,
     Got,
     GotPart,
     Init,
@@ -83,7 +84,7 @@ COORDINATOR = "coordinator"
 #: The server that keeps a copy of this one's shard.
 KEEPER = "keeper"
 #: What servers say to each other.
-AboutCopies = Forward | Filed | Kept | Restore | State | StatePart | GotPart
+AboutCopies = Forward | ForwardRows | Filed | Kept | Restore | State | StatePart | GotPart
 #: Seconds between two reports to the coordinator while there is news.
 REPORT_S = 0.2
 #: Contributions of one worker of which parts that came early are kept.
@@ -494,7 +495,7 @@ class Shard(ABC):
             self._setup = setup, sender
             if self._source is not None:
                 self._go_on(self._source)
-            if not self._uninitialised:
+            if not self._uninitialised and not self.restoring:
                 self._opened()
         elif setup != self._setup[0]:
             return [Send(sender, Refused("Setup", _difference(*self._setup, setup, sender)))]
@@ -587,7 +588,7 @@ class Shard(ABC):
 
     @property
     def _open(self) -> bool:
-        return self._setup is not None and not self._uninitialised
+        return self._setup is not None and not self._uninitialised and not self.restoring
 
     def round_plan(self, index: int) -> Round:
         """Raises WireError for a round no plan knows."""

@@ -56,7 +56,7 @@ class ClassExchange:
         self._specs = specs
         self._servers = servers
         self._number = first_number
-        self._pushes = Pushes()
+        self._pushes = Pushes(False)
         self._question: Classify | None = None
         #: By server: how many of the labels it has, questions that are not answered, and answers.
         self._own: list[int] = []

@@ -786,7 +786,8 @@ class WorkerProcess(Process):
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
             slots = Slots(replica.layout, shared=False)
-            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, sends_first=False)
+            replicas = case.settings.replicas > 0
+            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
             run._rows = rows
             run._shards = SteppedShards(
                 self.link, layers, case.settings.servers, lambda: run.round, 180.0, 0, len(tables), sends_first=False
