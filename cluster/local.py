@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.crew import Crew, Respawn
+from cluster.exits import USAGE
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
 from cluster.rundir import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
 from cluster.scale import take
@@ -103,7 +104,8 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
     """Run `order` to its end and return its summary, having shown it on `screen`.
 
     `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
-    Raises ClusterError, naming the process and its log, when one fails; KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP.
+    Raises ClusterError, naming the process and its log, when one fails, or UsageError where its user made a mistake;
+    KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP.
     However it ends, no process is left.
     """
     folder = order.run_dir
@@ -251,7 +253,8 @@ class _Local:
                 break  # nothing can explain this one
             time.sleep(TICK_S)
             self._processes.poll()
-        raise ClusterError(root_cause(self._processes.failures()).describe_end())
+        cause = root_cause(self._processes.failures())
+        raise (UsageError if cause.code == USAGE else ClusterError)(cause.describe_end())
 
     def _check_workers_joined(self) -> None:
         """A worker that has ended well without having joined will keep everybody waiting."""

@@ -408,7 +408,8 @@ class Use(msgspec.Struct, frozen=True, array_like=True):
 class ClassPush(Body, frozen=True):
     """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
     follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
-    of its own class's logit, which is in there already. Features and labels are those that were asked about."""
+    of its own class's logit, which is in there already. Features and labels are those that were asked about. `finite` is as in
+    Push."""
 
     round: Count
     lo: Count
@@ -416,6 +417,7 @@ class ClassPush(Body, frozen=True):
     samples: Count
     uses: list[Use]
     hypers: list[dict[str, Any]] = []
+    finite: bool = True
 
 
 class ClassAck(Body, frozen=True):
@@ -489,8 +491,8 @@ class Close(Body, frozen=True):
 
 
 class Norms(Body, frozen=True):
-    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm). Asked and passed on as `Arrived`
-    is."""
+    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm); of tables and then classifiers,
+    which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `Arrived` is."""
 
     round: Count
     norms: list[tuple[Count, Count, float]]
@@ -540,13 +542,14 @@ class Forward(Body, frozen=True):
 
 
 class ForwardRows(Body, frozen=True):
-    """What `round` contributes to the rows of all tables, summed over `samples` samples: `counts` and frames as in RowPush, and
-    the settings of each parameter group."""
+    """What `round` contributes to the rows of all tables, summed over `samples` samples: `counts` and frames as in RowPush, the
+    settings of each parameter group, and `factor` as in Forward."""
 
     round: Count
     samples: Count
     counts: list[CountOrNone]
     hypers: list[dict[str, Any]] = []
+    factor: float | None = None
 
 
 class Filed(Body, frozen=True):

@@ -11,6 +11,7 @@ the order in which they came up.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.rows import Rows, optimizer_over, zeros
 from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
-from ps.store import with_tuples
+from ps.store import Norm, with_tuples
 
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
@@ -39,6 +40,17 @@ _DRAWN = 1 << 20
 Answer = tuple[Classified, list[memoryview]]
 #: A job, which yields after each tile.
 Job = Generator[None, None, Any]
+#: Where the rows (T, dim) of a tile are, these rows, and their gradient.
+Slope = tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A job that is waited for by nobody, or by the worker `asker`; `changes`: it is an update of rows."""
+
+    job: Job
+    asker: str = ""
+    changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,9 +181,9 @@ class Classifier(Rows):
 
     # ---- updates
 
-    def update(self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Mapping[str, Any]) -> Job:
-        """Job: step with the mean gradient over `samples` samples that these contribute. Of rows that do not take part in the
-        round neither values nor state move."""
+    def _slopes(self, parts: Sequence[Contributed], round_: int, samples: int) -> Iterator[Slope]:
+        """The mean gradient over `samples` samples that these contribute, of a tile of the rows that take part in the round at a
+        time."""
         terms = {
             unit: _mean(joined(mine), samples)
             for unit in (False, True)
@@ -183,7 +195,6 @@ class Classifier(Rows):
             places, drawn = torch.cat([places, own[own >= 0]]).unique(), places
             negative = torch.isin(places, drawn)
             terms = {unit: replace(one, samples=self._among(one.samples, places)) for unit, one in terms.items()}
-        common, stepped, self._optimizer = self._common, self._stepped, None
         for start, tile in self.tiles(places):
             among = None if negative is None else negative[start : start + len(tile)]
             total: torch.Tensor | None = None
@@ -192,8 +203,29 @@ class Classifier(Rows):
                 found = through_normalised(found, tile) if unit else found
                 total = found if total is None else total.add_(found)
             assert total is not None
-            at = slice(start, start + len(tile)) if places is None else places[start : start + len(tile)]
-            common, stepped = self._step(at, tile, total, hypers), True
+            yield slice(start, start + len(tile)) if places is None else places[start : start + len(tile)], tile, total
+
+    def norm(self, parts: Sequence[Contributed], round_: int, samples: int) -> Generator[None, None, float]:
+        """Job: the 2-norm of that gradient."""
+        squares = 0.0
+        for _, _, slope in self._slopes(parts, round_, samples):
+            squares += float(torch.linalg.vector_norm(slope)) ** 2
+            yield
+        return math.sqrt(squares)
+
+    def update(
+        self,
+        parts: Sequence[Contributed],
+        round_: int,
+        samples: int,
+        hypers: Mapping[str, Any],
+        factor: torch.Tensor | None = None,
+    ) -> Job:
+        """Job: step with that gradient, times `factor`. Of rows that do not take part in the round neither values nor state
+        move."""
+        common, stepped, self._optimizer = self._common, self._stepped, None
+        for at, tile, slope in self._slopes(parts, round_, samples):
+            common, stepped = self._step(at, tile, slope if factor is None else slope.mul_(factor), hypers), True
             yield
         self._common, self._stepped = common, stepped
 
@@ -248,6 +280,9 @@ class Classifiers:
     version asked for and no other; the update after a round is begun only when somebody asks about the next one."""
 
     def __init__(self, layout: Layout, server: int, update: Update, seed: int) -> None:
+        self._server = server
+        #: What the first classifier is called among norms: there are those of tensors and of tables before.
+        self._first_norm = len(layout.tensors) + len(layout.tables)
         self._specs = layout.classifiers
         self._classifiers = [Classifier(spec, server, layout.servers, update, seed) for spec in layout.classifiers]
         self._senders: dict[str, _Sender] = {}
@@ -256,8 +291,10 @@ class Classifiers:
         self._pending: Job | None = None
         #: Whether rows may change now; a snapshot may have them that is not written yet.
         self.may_update: Callable[[], bool] = lambda: True
-        #: What is to be done, and who is to get what it returns; nobody, where it is an update.
-        self._jobs: deque[tuple[str, Job]] = deque()
+        #: What is to be done.
+        self._tasks: deque[_Task] = deque()
+        #: Norms of the gradient of the round that is still open, once they are known, and that round.
+        self._norms: tuple[int, list[Norm] | None] = -1, None
         #: Tiles done so far.
         self.steps = 0
 
@@ -308,7 +345,7 @@ class Classifiers:
         elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
             known.answer = Classified(ask.number, gone=True), []
             return known.answer
-        self._jobs.append((sender, job))
+        self._tasks.append(_Task(job, sender))
         return None
 
     def _question(self, spec: ClassSpec, ask: Classify, frames: Frames, sender: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,23 +379,60 @@ class Classifiers:
             raise WireError(f"{what} has too many frames")
         return out
 
-    def close(self, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]]) -> None:
-        """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples."""
+    def norms(self, parts: Sequence[Contributed], samples: int) -> list[Norm] | None:
+        """The norms of the round's mean gradient, over the rows here; `parts` as in `close`. None until `work` has gone through
+        the rows for them, which is begun by the first call."""
+        if self._norms[0] != self._closed:
+            self._norms = self._closed, None
+            self.begin_update()
+            self._tasks.append(_Task(self._measure(parts, samples)))
+        return self._norms[1]
+
+    def _measure(self, parts: Sequence[Contributed], samples: int) -> Job:
+        norms = []
+        for number, one in enumerate(self._classifiers):
+            if mine := [part for part in parts if part.classifier == number]:
+                norm = yield from one.norm(mine, self._closed, samples)
+                norms.append((self._first_norm + number, self._server, norm))
+        self._norms = self._closed, norms
+
+    @property
+    def measured(self) -> bool:
+        """Whether the norms that were asked for are known."""
+        return self._norms[0] == self._closed and self._norms[1] is not None
+
+    def close(
+        self,
+        parts: Sequence[Contributed],
+        samples: int,
+        hypers: Sequence[Mapping[str, Any]],
+        factor: torch.Tensor | None = None,
+    ) -> None:
+        """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples; `factor` is the
+        clipping."""
         self.begin_update()  # it is there still if nobody asked anything in this round
-        self._pending = self._update(parts, self._closed, samples, hypers)
+        self._pending = self._update(parts, self._closed, samples, hypers, factor)
         self._closed += 1
         for sender in self._senders.values():
             sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= self._closed}
 
-    def _update(self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]]) -> Job:
+    def _update(
+        self,
+        parts: Sequence[Contributed],
+        round_: int,
+        samples: int,
+        hypers: Sequence[Mapping[str, Any]],
+        factor: torch.Tensor | None,
+    ) -> Job:
         for number, one in enumerate(self._classifiers):
             if mine := [part for part in parts if part.classifier == number]:
-                yield from one.update(mine, round_, samples, hypers[one.spec.group] if one.spec.group < len(hypers) else {})
+                settings = hypers[one.spec.group] if one.spec.group < len(hypers) else {}
+                yield from one.update(mine, round_, samples, settings, factor)
 
     def begin_update(self) -> None:
         """Have the update after the last round done soon. Only when all servers have closed that round."""
         if self._pending is not None:
-            self._jobs.append(("", self._pending))
+            self._tasks.append(_Task(self._pending, changes=True))
             self._pending = None
 
     # ---- jobs
@@ -366,26 +440,26 @@ class Classifiers:
     @property
     def busy(self) -> bool:
         """Whether there is something to do."""
-        return bool(self._jobs) and (bool(self._jobs[0][0]) or self.may_update())
+        return bool(self._tasks) and (not self._tasks[0].changes or self.may_update())
 
     def work(self) -> tuple[str, Answer] | None:
         """Do the next tile; whom to send an answer to, if that was the last one for it."""
         return self._step() if self.busy else None
 
     def _step(self) -> tuple[str, Answer] | None:
-        sender, job = self._jobs[0]
+        task = self._tasks[0]
         self.steps += 1
         try:
-            next(job)
+            next(task.job)
         except StopIteration as end:
-            self._jobs.popleft()
-            if not sender:
+            self._tasks.popleft()
+            if not task.asker:
                 return None
             answer: Answer = end.value
-            known = self._senders[sender]
+            known = self._senders[task.asker]
             if known.newest == answer[0].number:
                 known.answer = answer
-            return sender, answer
+            return task.asker, answer
         return None
 
     # ---- what there is to save
@@ -393,12 +467,12 @@ class Classifiers:
     @property
     def version(self) -> int:
         """Rounds whose updates are done."""
-        return self._closed - (self._pending is not None) - sum(not sender for sender, _ in self._jobs)
+        return self._closed - (self._pending is not None) - sum(task.changes for task in self._tasks)
 
     def settle(self) -> None:
         """Have the update after the last round done. Only when all servers have closed that round."""
         self.begin_update()
-        while any(not sender for sender, _ in self._jobs):
+        while any(task.changes for task in self._tasks):
             self._step()  # who is not told the answer now asks again
 
     def state(self) -> Iterator[Entry]:
@@ -411,7 +485,7 @@ class Classifiers:
         for one in self._classifiers:
             job = one.restore(files, servers)
             next(job, None)  # what is missing is found out now
-            self._jobs.append(("", job))
+            self._tasks.append(_Task(job, changes=True))
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:

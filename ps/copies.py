@@ -192,15 +192,17 @@ class Copy:
             chunk = next(iter(round_.means))
             body, mean = round_.means.pop(chunk)
             before = self._planes[self.version % 2][chunk]
-            factor = None if body.factor is None else self._store.factor(body.factor)
-            self._store.apply(chunk, [mean], 1, body.hypers, factor, into=into[chunk], before=before)
+            self._store.apply(chunk, [mean], 1, body.hypers, self._factor(body.factor), into=into[chunk], before=before)
         elif round_.rows is not None:
             told, rows = round_.rows
-            self._tables.apply(rows, told.samples, told.hypers)
+            self._tables.apply(rows, told.samples, told.hypers, factor=self._factor(told.factor))
             round_.rows = None
         if not round_.means and round_.rows is None:
             del self._rounds[self.version]
             self.version += 1
+
+    def _factor(self, factor: float | None) -> torch.Tensor | None:
+        return None if factor is None else self._store.factor(factor)
 
     def hand_over(self) -> tuple[int, list[Filed], list[Part]]:
         """The newest whole state: rounds applied, what the books may lack, and the tensors. What has come of later rounds is let

@@ -238,7 +238,7 @@ class Ledger:
         return self.decided(Close(message.round, sorted(everywhere)))
 
     def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
-        """Clipping: hand out all norms of a round when every server that holds chunks has sent its own."""
+        """Clipping: hand out all norms of a round when every server that holds any part of the model has sent its own."""
         if self.layout is None or self.segment_of(message.round) is None:
             return []
         if message.round in self._all_norms:
@@ -246,8 +246,10 @@ class Ledger:
         parts = self._norms.setdefault(message.round, {})
         parts.setdefault(server, message.norms)
         _forget(self._norms)
-        owners = sorted({chunk.server for chunk in self.layout.chunks})
-        if any(owner not in parts for owner in owners):
+        owners = {chunk.server for chunk in self.layout.chunks}
+        if self.layout.tables or self.layout.classifiers:
+            owners.update(self.layout.owners())
+        if not owners <= parts.keys():
             return []
         return self.decided(AllNorms(message.round, sorted(norm for part in parts.values() for norm in part)))
 

@@ -34,6 +34,7 @@ from common.messages import (
     RowPush,
     State,
 )  # fmt: skip
+from common.nonfinite import ADVICE, sentence, tensors_not_finite
 from common.policies import Policy
 from common.rows import add_tables, cut_sums, no_rows
 from common.settings import Settings
@@ -57,7 +58,7 @@ from ps.shard import (
     contribution,
     mean_metrics,
 )
-from ps.store import Norm
+from ps.store import Norm, NotFinite
 from ps.transfer import Incoming
 
 log = logging.getLogger("ps.round_shard")
@@ -92,6 +93,8 @@ class RoundShard(Shard):
         self._leaves: dict[int, dict[int, Any]] = {}
         #: Spans that count in this round, as the ledger will have them.
         self._filed: dict[Span, Contribution] = {}
+        #: Contributions to this round that lie in workers' memory: nobody has looked yet whether they are finite.
+        self._read: list[tuple[str, Push, Sequence[Sum]]] = []
         #: Samples behind each leaf, and its weight in the mean, where workers step locally and the plan cannot tell.
         self._leaf_samples: dict[int, int] = {}
         self._leaf_weights: dict[int, int] = {}
@@ -104,8 +107,8 @@ class RoundShard(Shard):
         #: `backup`: the micro-batches to apply, once decided. Clipping: own norms, and everybody's, once known.
         self._closed: list[int] | None = None
         self._own_norms: list[Norm] | None = None
-        #: Whether something that counts in this round is not finite: then it is dropped, on all servers, as all are told of it.
-        self._drops = False
+        #: First micro-batches of contributions that are not finite.
+        self._with_nan: set[int] = set()
         self._norms: list[Norm] | None = None
         #: Whether rows were not updated yet, as they are on their way to the keeper.
         self._awaits_copy = False
@@ -117,6 +120,11 @@ class RoundShard(Shard):
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def _drops(self) -> bool:
+        """Whether something that counts in this round is not finite: then it is dropped, on all servers, as all get told."""
+        return bool(self._with_nan if self._closed is None else self._with_nan & set(self._closed))
 
     def missing(self) -> list[int]:
         if self.policy.is_local or not self._open or not any(s.first_round <= self._version < s.end for s in self.segments):
@@ -194,13 +202,16 @@ class RoundShard(Shard):
         values = self._check(sender, push, frames, plan, values)
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        if push.slot >= 0:
+            self._read.append((sender, push, values))
         for chunk, value in zip(push.chunks, values, strict=True):
             if self._file(chunk, (push.lo, push.hi), value):
                 self._counts(sender, push, chunk)
-                self._drops |= not push.finite
+                self._found(push)
         if accounts:
             counted = self._file(METRICS, (push.lo, push.hi), push.metrics)
-            self._drops |= counted and not push.finite
+            if counted:
+                self._found(push)
             self._account(sender, push, counted)
         failpoint("aggregating", push.round)
         self._leaf_samples.setdefault(push.lo, push.samples)
@@ -219,7 +230,8 @@ class RoundShard(Shard):
         rows = self._check_rows(sender, push, frames, self.round_plan(push.round))
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
-        self._drops |= self._file(ROWS, (push.lo, push.hi), rows) and not push.finite
+        if self._file(ROWS, (push.lo, push.hi), rows):
+            self._found(push)
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
@@ -232,7 +244,8 @@ class RoundShard(Shard):
         parts = self._check_classes(sender, push, frames, self.round_plan(push.round))
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
-        self._file(CLASSES, (push.lo, push.hi), parts)
+        if self._file(CLASSES, (push.lo, push.hi), parts):
+            self._found(push)
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
@@ -242,6 +255,11 @@ class RoundShard(Shard):
         if chunk not in self._sums:
             self._sums[chunk] = TreeSum(self._count, self._adder(chunk), joins_root=chunk < 0)
         return self._sums[chunk].file(span, value)
+
+    def _found(self, push: Push | RowPush | ClassPush) -> None:
+        """A part of this contribution is filed."""
+        if not push.finite:
+            self._with_nan.add(push.lo)
 
     def _adder(self, chunk: int) -> Any:
         assert self.store is not None
@@ -321,22 +339,24 @@ class RoundShard(Shard):
                 self._means[chunk] = self.store.mean(chunk, total, self._weight())
             else:
                 self._apply(chunk, total, self._weight(), now)
-        if clips and self._own_norms is None and len(self._means) == len(self.chunks) > 0:
-            self._own_norms = [norm for chunk in self.chunks for norm in self.store.norms(chunk, self._means[chunk])]
-        if clips and self._norms is not None:
-            factor = self.store.clip_factor(self._norms)
+        if clips and self._own_norms is None:
+            self._own_norms = self._measured()
+        waits = clips and self._norms is None
+        factor = self.store.clip_factor(self._norms) if clips and self._norms is not None else None
+        if not waits:
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, now, factor)
-        if self.tables and ROWS not in self._next and (rows := self._total(ROWS)) is not None and self._may_change_rows():
+        if self.tables and not waits and ROWS not in self._next and (rows := self._total(ROWS)) and self._may_change_rows():
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
             if self._neighbours is not None:
-                told = ForwardRows(self._version, self._samples(), [part.count for part in rows[0]], self._hypers)
+                counts = [part.count for part in rows[0]]
+                told = ForwardRows(self._version, self._samples(), counts, self._hypers, _number(factor))
                 self._neighbours.forward(told, cut_sums(rows[0]), now)
-            self.tables.apply(rows[0], self._samples(), self._hypers)
+            self.tables.apply(rows[0], self._samples(), self._hypers, factor=factor)
             self._next.add(ROWS)
-        if self.classifiers and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
-            self.classifiers.close(parts[0], self._samples(), self._hypers)
+        if self.classifiers and not waits and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
+            self.classifiers.close([] if self._drops else parts[0], self._samples(), self._hypers, factor)
             self._next.add(CLASSES)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
@@ -348,6 +368,22 @@ class RoundShard(Shard):
                 self._commit(self._ending)
         news = before != (self._version, len(self._next))
         return self._forwarded(now) + self._ask(now) + (self._serve_all() if news else [])
+
+    def _measured(self) -> list[Norm] | None:
+        """The norms of this server's part of the round's mean gradient; None while not all of it is here, or classifiers, which
+        take long over theirs, are at it."""
+        assert self.store is not None
+        totals = {id_: self._total(id_) for id_ in self._ids if id_ in (ROWS, CLASSES)}
+        if len(self._means) < len(self.chunks) or None in totals.values() or not (self.chunks or totals):
+            return None
+        norms: list[Norm] | None = []
+        if self.classifiers and (parts := totals[CLASSES]) is not None:
+            norms = self.classifiers.norms(parts[0], self._samples())
+        if norms is None:
+            return None
+        if self.tables and (rows := totals[ROWS]) is not None:
+            norms = norms + self.tables.norms(rows[0], self._samples())
+        return norms + [norm for chunk in self.chunks for norm in self.store.norms(chunk, self._means[chunk])]
 
     def _apply(self, chunk: int, total: list[Sum], samples: int, now: float, factor: torch.Tensor | None = None) -> None:
         """Write the weights after this round to the next version's plane."""
@@ -362,12 +398,26 @@ class RoundShard(Shard):
             total, samples = [self.store.mean(chunk, total, samples)], 1
         if self._neighbours is not None and self._neighbours.has_keeper:
             mean = total[0]
-            body = Forward(self._version, chunk, mean.present, hypers, None if factor is None else float(factor))
+            body = Forward(self._version, chunk, mean.present, hypers, _number(factor))
             self._neighbours.forward(body, [to_frame(mean.values)] if mean.present else [], now)
-        frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
+        try:
+            frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
+        except NotFinite as error:
+            raise self._not_finite(str(error)) from None
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
         failpoint("applying", self._version)
+
+    def _not_finite(self, name: str) -> UsageError:
+        """What to say of this round, in which the mean gradient of the tensor called `name` is not finite."""
+        assert self.layout is not None
+        text = f"the sum of the gradients of '{name}' in round {self._version} is not finite"
+        for sender, push, sums in self._read:
+            values = {chunk: one.values for chunk, one in zip(push.chunks, sums, strict=True)}
+            if what := tensors_not_finite(self.layout, values):
+                text = sentence(sender, what, push.round, push.lo, push.hi)
+                break
+        return UsageError(f"{text}; {ADVICE}")
 
     def _total(self, chunk: int) -> list[Any] | None:
         """The round's sum in `chunk`, or the two halves of it, once that is final, else None."""
@@ -504,10 +554,13 @@ class RoundShard(Shard):
     def busy(self) -> bool:
         return super().busy or (self._neighbours is not None and self._neighbours.busy)
 
-    def work(self) -> list[Send]:
+    def work(self, now: float) -> list[Send]:
         if self._neighbours is not None:
             self._neighbours.work()
-        return super().work()
+        effects = super().work(now)
+        if self.classifiers is not None and self.classifiers.measured and self._own_norms is None:
+            effects += self._advance(now)
+        return effects
 
     # ---- weights
 
@@ -553,3 +606,7 @@ class RoundShard(Shard):
 
 def _with_outcome(row: Contribution, outcome: Any) -> Contribution:
     return Contribution(row.round, row.lo, row.hi, row.worker, row.samples, row.micro_batches, outcome, row.staleness)
+
+
+def _number(factor: torch.Tensor | None) -> float | None:
+    return None if factor is None else float(factor)

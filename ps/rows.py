@@ -37,7 +37,7 @@ from common.rows import (
 )
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
-from ps.store import with_tuples
+from ps.store import Norm, with_tuples
 from ps.transfer import Part
 
 #: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
@@ -206,10 +206,17 @@ class RowTable(Rows):
             rows[same] = old[place[same]]
         return rows
 
-    def apply(self, total: RowSum, samples: int, hypers: Mapping[str, Any], lr_scale: float = 1.0) -> None:
+    def apply(
+        self,
+        total: RowSum,
+        samples: int,
+        hypers: Mapping[str, Any],
+        lr_scale: float = 1.0,
+        factor: torch.Tensor | None = None,
+    ) -> None:
         """Step on the touched rows with the mean gradient whose sum over `samples` samples `total` is.
 
-        `hypers` overrides settings of the parameter group, `lr_scale` multiplies its learning rate.
+        `hypers` overrides settings of the parameter group, `lr_scale` multiplies its learning rate; `factor` is the clipping.
         """
         at = local_of(total.ids, self._servers)
         old = self.read(at)
@@ -222,6 +229,8 @@ class RowTable(Rows):
         group["lr"] = rate * lr_scale
         rows = {name: whole.index_select(0, at) for name, whole in self._state.items()}
         parameter.data, parameter.grad = old.clone(), total.values / samples
+        if factor is not None:
+            parameter.grad.mul_(factor)
         self._optimizer.state[parameter] = {**self._common, **rows}
         self._optimizer.step()
         parameter.grad = None
@@ -236,6 +245,7 @@ class RowTables:
 
     def __init__(self, layout: Layout, server: int, update: Update, seed: int, keeps_versions: bool) -> None:
         self._specs = layout.tables
+        self._server, self._first_norm = server, len(layout.tensors)
         self._tables = [RowTable(spec, server, layout.servers, update, seed) for spec in layout.tables]
         self._keeps_versions = keeps_versions
         #: Called before an update: whoever reads what `state` gave is to be done with it then.
@@ -308,11 +318,26 @@ class RowTables:
             table.places(part.ids, what)
         return sums
 
-    def apply(self, total: RowSums, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float = 1.0) -> None:
+    def norms(self, total: RowSums, samples: int) -> list[Norm]:
+        """2-norm of the mean gradient of each table's rows here, if it has one; tables count on from the model's tensors."""
+        return [
+            (self._first_norm + number, self._server, float(torch.linalg.vector_norm(part.values / samples)))
+            for number, part in enumerate(total)
+            if part.used
+        ]
+
+    def apply(
+        self,
+        total: RowSums,
+        samples: int,
+        hypers: Sequence[Mapping[str, Any]],
+        lr_scale: float = 1.0,
+        factor: torch.Tensor | None = None,
+    ) -> None:
         """Step on all rows that were touched; see RowTable.apply. `hypers` are those of each parameter group, or none."""
         self.before_update()
         for part, table in zip(total, self._tables, strict=True):
-            table.apply(part, samples, hypers[table.spec.group] if table.spec.group < len(hypers) else {}, lr_scale)
+            table.apply(part, samples, hypers[table.spec.group] if table.spec.group < len(hypers) else {}, lr_scale, factor)
         self._version += 1
 
 

@@ -156,7 +156,7 @@ class _Server:
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
-                self._do(self._shard.work())
+                self._do(self._shard.work(now))
                 self._save()
 
     def _save(self) -> None:

@@ -358,7 +358,7 @@ class Shard(ABC):
         """A number that grows while what takes long goes on: answers and updates of classifiers, and writing."""
         return self.bytes_saved() + (self.classifiers.steps if self.classifiers is not None else 0)
 
-    def work(self) -> list[Send]:
+    def work(self, now: float) -> list[Send]:
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
         self._complete_cut()

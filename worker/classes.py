@@ -150,7 +150,7 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
     return found
 
 
-def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> None:
+def check_sharding(layers: Sequence[Sharded], policy: Policy) -> None:
     """Raise UsageError where sharded layers cannot be trained like this."""
     for sharded in layers:
         if policy.applies != "round" or policy.is_local:
@@ -158,8 +158,6 @@ def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> No
                 f"'{sharded.spec.name}' is sharded, and servers update it once a round: policy {policy.settings.policy} cannot "
                 "do that, choose sync or backup."
             )
-        if clips:
-            raise UsageError(f"'{sharded.spec.name}' is sharded, and clip_norm is not for that: leave out one of the two.")
 
 
 @dataclass(frozen=True)
@@ -171,6 +169,11 @@ class Contribution:
     log_total: torch.Tensor
     g: torch.Tensor
     own_gradient: torch.Tensor
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is sent of it, in this order."""
+        return [self.log_total, self.g, self.own_gradient]
 
 
 class Shards:
@@ -310,7 +313,7 @@ class Shards:
     def push(self, push: ClassPush, uses: Sequence[Contribution]) -> None:
         """Contribute; `push` lacks the uses."""
         if self._layers:
-            tensors = [tensor for use in uses for tensor in (use.log_total, use.g, use.own_gradient)]
+            tensors = [tensor for use in uses for tensor in use.tensors]
             push = msgspec.structs.replace(push, uses=[Use(use.number, len(use.g), use.smoothing) for use in uses])
             with self._link.lock:
                 messages = self.exchange.push(push, tensors, time.monotonic())

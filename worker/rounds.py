@@ -15,9 +15,10 @@ from common.allocator import keep_memory
 from common.errors import ClusterError, UsageError
 from common.failpoints import failpoint
 from common.messages import Beat, ClassPush, Push, RowPush, Waiting
+from common.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
-from common.sums import Sum, adder, is_finite
+from common.sums import Sum, adder
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
 from worker import classes
@@ -169,7 +170,7 @@ class GradientWork:
         plan = self._segment.round(task.round)
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_([t for t in self.replica.tensors if t.grad is not None], self._clip_norm)
+            self._clip(self._clip_norm)
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         assert self._slot is not None
         early = self._settle()
@@ -184,6 +185,15 @@ class GradientWork:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((task.k, task.k + 1), contribution)
         self._advance()
+
+    def _clip(self, norm: float) -> None:
+        """Clip this micro-batch's gradient, that of rows included."""
+        parts = [tensor for tensor in self.replica.tensors if tensor.grad is not None]
+        for gradient in self._rows.gradients():
+            rows = torch.empty_like(gradient)
+            rows.grad = gradient
+            parts.append(rows)
+        torch.nn.utils.clip_grad_norm_(parts, norm)
 
     def _give_up(self) -> None:
         """Contribute nothing of this micro-batch: its round was closed before its weights were all here."""
@@ -289,20 +299,25 @@ class GradientWork:
         self._link.send(*messages)
         rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
-        self._shards.push(ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers), contribution.uses)
+        classes_ = ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
+        self._shards.push(classes_, contribution.uses)
 
     def _is_finite(self, push: Push, contribution: Contribution) -> bool:
         """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
-        if self._run.settings.on_nonfinite == "allow":
+        what_to_do = self._run.settings.on_nonfinite
+        if what_to_do == "allow":
             return True
-        chunk = next((chunk for chunk, total in contribution.sums.items() if not is_finite(total.values)), None)
-        if chunk is None and all(is_finite(rows.values) for rows in contribution.rows):
+        values = {chunk: total.values for chunk, total in contribution.sums.items()}
+        if what_to_do == "fail" and self._per_round:  # what servers read from here they look at, on its way through their caches
+            assert self._exchange is not None
+            values = {chunk: one for chunk, one in values.items() if self._exchange.sends(chunk)}
+        what = tensors_not_finite(self.replica.layout, values)
+        others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.tensors]
+        if not what and all(map(is_finite, others)):
             return True
-        which = f"micro-batch {push.lo}" if push.hi == push.lo + 1 else f"micro-batches {push.lo}..{push.hi - 1}"
-        what = "a table" if chunk is None else self.replica.where_not_finite(chunk, contribution.sums[chunk].values)
-        text = f"{self._run.name}'s gradient of {what} in {which} of round {push.round} is not finite"
-        if self._run.settings.on_nonfinite == "fail":
-            raise UsageError(f"{text}; --on-nonfinite skip drops such rounds, and allow lets them be.")
+        text = sentence(self._run.name, what or "a table or a sharded layer", push.round, push.lo, push.hi)
+        if what_to_do == "fail":
+            raise UsageError(f"{text}; {ADVICE}")
         log.warning("%s: it is dropped.", text)
         return False
 

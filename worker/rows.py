@@ -6,6 +6,7 @@ table itself is never here, so it may be larger than a worker's memory.
 
 from __future__ import annotations
 
+import functools
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def _check_module(name: str, module: nn.Embedding, model: nn.Module) -> None:
 
 
 def check_training(
-    tables: Sequence[Table], cls: type[torch.optim.Optimizer], settings: Sequence[Mapping[str, Any]], policy: Policy, clips: bool
+    tables: Sequence[Table], cls: type[torch.optim.Optimizer], settings: Sequence[Mapping[str, Any]], policy: Policy
 ) -> None:
     """Raise UsageError where tables cannot be trained like this; `settings` are those of all parameter groups."""
     for table in tables:
@@ -105,8 +106,6 @@ def check_training(
                     f"'{name}' is row-sparse, and {key}={group[key]:g} would move rows that no sample has touched: put it into a "
                     f"parameter group of its own with {key}=0."
                 )
-        if clips:
-            raise UsageError(f"'{name}' is row-sparse, and clip_norm is not for that: leave out one of the two.")
         if policy.settings.delay_compensation:
             raise UsageError(f"'{name}' is row-sparse, and servers do not keep old rows: leave out --delay-compensation.")
 
@@ -197,17 +196,19 @@ class RowSparse:
 
     # ---- contributions
 
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradient of each table that has one, of the rows (N, dim) that were looked up: what `contribution` starts from, so
+        that who clips it writes to it."""
+        self._gradients = [[functools.reduce(add_rows, one)] if one else [] for one in self._gradients]
+        return [one[0].values for one in self._gradients if one]
+
     def contribution(self, samples: int) -> RowSums:
         """What the gradients since the last one come to, times the samples of the micro-batch."""
-        sums = []
-        for spec, gradients in zip(self._specs, self._gradients, strict=True):
-            if not gradients:
-                sums.append(no_rows(spec))
-                continue
-            total = gradients[0]
-            for other in gradients[1:]:
-                total = add_rows(total, other)
-            sums.append(RowSum(total.ids, total.values * samples))
+        self.gradients()
+        sums = [
+            RowSum(one[0].ids, one[0].values * samples) if one else no_rows(spec)
+            for spec, one in zip(self._specs, self._gradients, strict=True)
+        ]
         self.forget()
         return sums
 

@@ -212,9 +212,9 @@ class Run:
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
         specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
         replica = Replica(self._model, group_of, self._servers, specs, sharded)
-        check_sharding(layers, self._policy, clip_norm is not None)
+        check_sharding(layers, self._policy)
         if self._policy.is_local:
-            check_training(tables, cls, [dict(hyper)] * len(groups), self._policy, False)
+            check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
             outer = self._policy.outer_optimizer
             update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
             inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
@@ -225,7 +225,7 @@ class Run:
                 check_elementwise(cls, hyper)
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
-            check_training(tables, cls, update.groups, self._policy, clip_norm is not None)
+            check_training(tables, cls, update.groups, self._policy)
         sends_first = self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
         replicas = self.settings.replicas > 0

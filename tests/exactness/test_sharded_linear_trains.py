@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SCRIPT = Path(__file__).with_name("train_classes.py")
 
 
-def plain_loop(recipe: str, bias: bool, smoothing: float) -> tuple[dict[str, torch.Tensor], float, float]:
+def plain_loop(recipe: str, bias: bool, smoothing: float, clip: float | None) -> tuple[dict[str, torch.Tensor], float, float]:
     """The trained weights, the loss that they come to, and the sum of the five largest logits of each sample."""
     model = Net(*make(bias))
     cls, hyper = RECIPES[recipe]
@@ -32,6 +32,8 @@ def plain_loop(recipe: str, bias: bool, smoothing: float) -> tuple[dict[str, tor
         for bx, by in zip(x.split(GLOBAL_BATCH), y.split(GLOBAL_BATCH), strict=True):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(bx), by, label_smoothing=smoothing).backward()
+            if clip is not None:
+                assert nn.utils.clip_grad_norm_(model.parameters(), clip) > clip
             optimizer.step()
             scheduler.step()
     with torch.no_grad():
@@ -45,12 +47,14 @@ def metric(folder: Path, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "flags", "servers"), [("momentum", [], [1, 2, 3]), ("adam", ["--bias", "--smoothing", 0.1], [3])]
+    ("recipe", "flags", "servers"),
+    [("momentum", [], [1, 3]), ("momentum", ["--clip", 0.3, "--bias"], [2]), ("adam", ["--bias", "--smoothing", 0.1], [3])],
 )
 def test_weights_are_those_of_a_plain_linear_layer(
     recipe: str, flags: list[Any], servers: list[int], launch: Any, tmp_path: Path
 ) -> None:
-    expected, loss, top = plain_loop(recipe, "--bias" in flags, 0.1 if flags else 0.0)
+    smoothing, clip = 0.1 if "--smoothing" in flags else 0.0, 0.3 if "--clip" in flags else None
+    expected, loss, top = plain_loop(recipe, "--bias" in flags, smoothing, clip)
     for count in servers:
         name = f"on-{count}"
         summary = launch("--workers", 2, "--servers", count, SCRIPT, "--", recipe, *flags, name=name)

@@ -34,7 +34,7 @@ def drawn() -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.cat(blocks), freeze=False)
 
 
-def plain_loop(recipe: str) -> tuple[dict[str, torch.Tensor], float]:
+def plain_loop(recipe: str, clip: float | None = None) -> tuple[dict[str, torch.Tensor], float]:
     """The trained weights, and the loss that they come to."""
     model = Net(drawn(), sparse=False)
     parameters = list(model.parameters())
@@ -57,6 +57,8 @@ def plain_loop(recipe: str) -> tuple[dict[str, torch.Tensor], float]:
                 terms = terms[::2]
             for i, parameter in enumerate(parameters):
                 parameter.grad = terms[0][i] / len(bx) if i in terms[0] else None
+            if clip is not None:
+                assert nn.utils.clip_grad_norm_(parameters, clip) > clip
             optimizer.step()
             scheduler.step()
             round_ += 1
@@ -79,6 +81,16 @@ def test_tables_are_the_plain_loops_dense_ones_whatever_the_cluster(launch: Any,
         check(tmp_path / (lane + "-run"), expected, final)
 
 
+def test_clipping_by_norm_goes_over_tables_too(launch: Any, tmp_path: Path) -> None:
+    expected, final = plain_loop("adagrad", clip=0.2)
+    launch("--workers", 2, "--servers", 2, SCRIPT, "--", "adagrad", "--clip", 0.2)
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-6)
+    values = {value for _, _, _, value in RunLogReader(tmp_path / "run" / "events.sqlite").metrics("final")}
+    assert values == {pytest.approx(final, rel=1e-5)}
+
+
 def test_adam_comes_to_the_same_bits_on_other_clusters_and_alone(launch: Any, tmp_path: Path) -> None:
     """Its plain loop would move rows that are not touched; tests/ps compares its steps."""
     many = launch("--workers", 3, "--servers", 3, SCRIPT, "--", "adam")
@@ -98,7 +110,7 @@ def test_the_click_model_of_the_examples_learns(launch: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("policy", ["backup", "async"])
 def test_other_policies_train_tables_too(policy: str, launch: Any, tmp_path: Path) -> None:
-    summary = launch("--workers", 3, "--servers", 2, "--policy", policy, SCRIPT, "--", "adagrad")
+    summary = launch("--workers", 3, "--servers", 2, "--policy", policy, SCRIPT, "--", "adagrad", "--clip", 0.5)
     assert summary["rounds"] == 5 * EPOCHS
     assert summary["micro_batches_committed"] + summary["dropped"] == (8 * 4 + 5) * EPOCHS
     losses = [row.metrics["loss"] for row in RunLogReader(tmp_path / "run" / "events.sqlite").rounds()]

@@ -52,13 +52,14 @@ def main() -> None:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--smoothing", type=float, default=0.0)
+    parser.add_argument("--clip", type=float, default=None)
     args = parser.parse_args()
     run = worker.join()
     body, head = make(args.bias)
     layer = worker.ShardedLinear.of(head)
     model = run.replicate(Net(body, layer))
     cls, hyper = RECIPES[args.recipe]
-    opt = run.optimizer(cls, schedule=schedule, **hyper)
+    opt = run.optimizer(cls, schedule=schedule, clip_norm=args.clip, **hyper)
     x, y = dataset().tensors
     sizes = {"global_batch": GLOBAL_BATCH, "micro_batch": MICRO_BATCH, "epochs": EPOCHS}
     for bx, by in run.batches(dataset(), shuffle=False, **sizes):

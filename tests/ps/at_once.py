@@ -12,6 +12,7 @@ from common.layout import ClassSpec, make_layout
 from common.messages import ClassAck, Classify, ClassPush, Ready, RowInit, Update
 from common.rows import owner_of
 from ps.classes import Classifiers
+from ps.store import Norm
 from worker.classes import Shards, find_layers
 from worker.exchange import Send
 from worker.link import Link
@@ -52,12 +53,24 @@ class AtOnce:
     def wait(self, ready: Callable[[], Any], timeout: float, what: Callable[[], str]) -> Any:
         assert ready(), what()
 
-    def close(self, samples: int, hypers: Sequence[Mapping[str, Any]] = ()) -> None:
+    def norms(self, samples: int) -> list[Norm]:
+        """Those of the round's gradient."""
+        found = []
+        for number, server in enumerate(self.servers):
+            while (norms := server.norms(self._parts(number), samples)) is None:
+                server.work()
+            found += norms
+        return sorted(found)
+
+    def close(self, samples: int, hypers: Sequence[Mapping[str, Any]] = (), factor: torch.Tensor | None = None) -> None:
         """The round is complete."""
-        for server, pushed in zip(self.servers, self.pushed, strict=True):
-            server.close([part for _, parts in sorted(pushed.items()) for part in parts], samples, hypers)
-            pushed.clear()
+        for number, server in enumerate(self.servers):
+            server.close(self._parts(number), samples, hypers, factor)
+            self.pushed[number].clear()
         self.round += 1
+
+    def _parts(self, server: int) -> list[Any]:
+        return [part for _, parts in sorted(self.pushed[server].items()) for part in parts]
 
     def rows(self, classifier: int = 0) -> torch.Tensor:
         """All rows, after the last round."""
@@ -69,7 +82,8 @@ class AtOnce:
 def rows_of(shards: Sequence[Any]) -> torch.Tensor:
     """The rows (C, dim) of a classifier, whose shards these are."""
     spec = shards[0].spec
-    owners, out = owner_of(torch.arange(spec.rows), len(shards)), torch.empty(spec.rows, spec.dim)
+    owners = owner_of(torch.arange(spec.rows), len(shards))
+    out = torch.empty(spec.rows, spec.dim, dtype=shards[0]._values.dtype)
     for server, shard in enumerate(shards):
         out[owners == server] = shard.read(torch.arange(len(shard._values)))
     return out

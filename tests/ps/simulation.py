@@ -286,12 +286,19 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
             sums["mean"][k] = model.mean.clone() * samples
             sums["most"][k] = model.most.clone()
             shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples))
-        classes.close(total)
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / total
-        if case.clip_norm is not None:
+        factor = None
+        if case.clip_norm is not None and case.classes:
+            dense = [p.grad for p in parameters.values() if p.grad is not None]
+            norms = [float(torch.linalg.vector_norm(one)) for one in dense] + [norm for _, _, norm in classes.norms(total)]
+            factor = torch.clamp(case.clip_norm / (torch.linalg.vector_norm(torch.tensor(norms)) + 1e-6), max=1.0)
+            for one in dense:
+                one.mul_(factor)
+        elif case.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters.values(), case.clip_norm)
+        classes.close(total, factor=factor)
         optimizer.step()
         model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total)
         model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
@@ -532,7 +539,7 @@ class ServerProcess(Process):
     def _work(self) -> None:
         """What takes long, a little at a time."""
         if self.server._shard is not None and self.server._shard.busy:
-            self.server._do(self.server._shard.work())
+            self.server._do(self.server._shard.work(self.world.now))
             self.world.at(self.world.now + self.world.random.uniform(0.001, 0.03), self._work)
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:

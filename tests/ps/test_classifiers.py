@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from at_once import AtOnce, sharded
+from at_once import AtOnce, rows_of, sharded
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -16,8 +17,10 @@ from common.errors import WireError
 from common.layout import ClassSpec, make_layout
 from common.messages import Classified, Classify, ClassPush, Update, Use
 from common.rows import cut, id_of, local_of, owner_of
-from ps.classes import Classifiers
-from worker.classes import ShardedLinear, Shards, sharded_cross_entropy
+from ps.classes import Classifier, Classifiers, Contributed
+from ps.softmax import OnlineSoftmax, Terms
+from worker.class_exchange import Sums
+from worker.classes import ShardedLinear, Shards, combine, sharded_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +32,15 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adam": (torch.optim.Adam, {"lr": 0.01, "eps": 1e-3, "amsgrad": True}),
     "RMSprop": (torch.optim.RMSprop, {"lr": 0.01, "eps": 1e-3, "centered": True}),
 }
+
+
+def result(job: Any) -> Any:
+    """What a job comes to."""
+    while True:
+        try:
+            next(job)
+        except StopIteration as end:
+            return end.value
 
 
 def update_of(name: str) -> Update:
@@ -67,6 +79,85 @@ def test_updates_are_those_of_torchs_optimizers_on_a_plain_layer(name: str, serv
         optimizer.step()
     assert plain.bias is not None
     torch.testing.assert_close(link.rows(), torch.cat([plain.weight, plain.bias[:, None]], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+@pytest.mark.parametrize("name", ["momentum", "Adagrad"])
+def test_clipping_by_norm_is_that_of_torch_on_a_plain_layer(name: str, servers: int) -> None:
+    torch.manual_seed(1)
+    plain = nn.Linear(DIM, CLASSES, bias=True)
+    layer = ShardedLinear.of(plain)
+    shards, link = sharded(layer, servers, update_of(name))
+    optimizer = OPTIMIZERS[name][0](plain.parameters(), **OPTIMIZERS[name][1])
+    for number in range(4):
+        for k in range(2):
+            x, y = batch(10 * number + k)
+            sharded_cross_entropy(x, y, layer).backward()
+            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH))
+        before = torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers])
+        norms = link.norms(2 * BATCH)
+        assert [(tensor, server) for tensor, server, _ in norms] == [(0, server) for server in range(servers)]
+        assert link.norms(2 * BATCH) == norms  # they are known, and nothing has moved
+        assert torch.equal(torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers]), before)
+        optimizer.zero_grad()
+        x, y = (torch.cat(part) for part in zip(batch(10 * number), batch(10 * number + 1), strict=True))
+        cross_entropy(plain(x), y).backward()
+        total = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        assert math.hypot(*(norm for _, _, norm in norms)) == pytest.approx(float(total), rel=1e-5)
+        assert total > 0.2
+        link.close(2 * BATCH, factor=torch.clamp(0.1 / (total + 1e-6), max=1.0))
+        optimizer.step()
+    assert plain.bias is not None
+    torch.testing.assert_close(link.rows(), torch.cat([plain.weight, plain.bias[:, None]], 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 5])
+def test_clipped_training_in_float64_is_torchs(servers: int) -> None:
+    """With a layer before it: the norm is over both."""
+    torch.manual_seed(2)
+    body, head = nn.Linear(4, DIM).double(), nn.Linear(DIM, CLASSES, bias=False).double()
+    ours, spec = nn.Linear(4, DIM).double(), ClassSpec("w", CLASSES, DIM, 0, None)
+    ours.load_state_dict(body.state_dict())
+    shards = [Classifier(spec, server, servers, Update("SGD", [{"lr": 2.0}]), 0) for server in range(servers)]
+    owners = owner_of(torch.arange(CLASSES), servers)
+    for server, shard in enumerate(shards):
+        shard._values = head.weight.detach()[owners == server].clone()
+    optimizers = torch.optim.SGD([*body.parameters(), *head.parameters()], lr=2.0), torch.optim.SGD(ours.parameters(), lr=2.0)
+    clipped = 0
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        inputs, y = torch.randn(9, 4, generator=generator).double(), torch.randint(CLASSES, (9,), generator=generator)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        cross_entropy(head(body(inputs)), y).backward()
+        total = nn.utils.clip_grad_norm_([*body.parameters(), *head.parameters()], 0.5)
+        x = ours(inputs)
+        samples, sums = [shard.samples(x.detach(), y) for shard in shards], []
+        for shard, one in zip(shards, samples, strict=True):
+            softmax = OnlineSoftmax(one, DIM)
+            for start, tile in shard.tiles():
+                softmax.add(tile, start)
+            sums.append(Sums(softmax.largest, softmax.total, softmax.rows, torch.empty(0), shard.read(one.own[one.own >= 0])))
+        found = combine(sums, x.detach(), y, servers, CLASSES, 0.0, None)
+        x.backward(found.slope / 9)
+        g = torch.ones(9).double()
+        parts = [[Contributed(0, Terms(one, found.log_total, g, found.own_slope, 0 * g), False)] for one in samples]
+        norms = [result(shard.norm(mine, step, 9)) for shard, mine in zip(shards, parts, strict=True)]
+        dense = [float(torch.linalg.vector_norm(p.grad)) for p in ours.parameters() if p.grad is not None]
+        norm = torch.tensor(math.hypot(*norms, *dense), dtype=torch.float64)
+        torch.testing.assert_close(norm, total, rtol=1e-10, atol=0)
+        factor = torch.clamp(0.5 / (norm + 1e-6), max=1.0)
+        clipped += bool(factor < 1)
+        for parameter in ours.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
+        for shard, mine in zip(shards, parts, strict=True):
+            result(shard.update(mine, step, 9, {}, factor))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert clipped == 20
+    torch.testing.assert_close(rows_of(shards), head.weight.detach(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ours.weight, body.weight, rtol=1e-8, atol=1e-8)
 
 
 def test_first_values_are_those_of_a_linear_layer_whoever_has_them_and_fill_no_memory_before() -> None:

@@ -289,11 +289,12 @@ def check_head(outcome: Outcome) -> None:
     assert torch.equal(outcome.head(), sequential(outcome.case, outcome.committed())[-1][HEAD])
 
 
-@pytest.mark.parametrize("policy", ["sync", "backup"])
+@pytest.mark.parametrize(("policy", "clip_norm"), [("sync", None), ("backup", None), ("sync", 0.5), ("backup", 0.5)])
 @few
 @given(data=st.data())
-def test_sharded_layers_keep_all_those_promises(policy: str, data: st.DataObject) -> None:
-    outcome = simulate(data.draw(cases(policy, classes=data.draw(st.sampled_from([10, 1000])))))
+def test_sharded_layers_keep_all_those_promises(policy: str, clip_norm: float | None, data: st.DataObject) -> None:
+    case = cases(policy, classes=data.draw(st.sampled_from([10, 1000])), clip_norm=clip_norm, chunk_bytes=400)
+    outcome = simulate(data.draw(case))
     check_books(outcome)
     check_same_everywhere(outcome)
     check_head(outcome)

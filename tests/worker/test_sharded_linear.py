@@ -203,10 +203,9 @@ def test_layers_that_cannot_be_are_refused() -> None:
 def test_policies_without_rounds_on_the_servers_are_refused(policy: Any) -> None:
     layer = ShardedLinear(DIM, CLASSES)
     found = find_layers(layer, [{"params": [layer.weight]}])
-    assert f"policy {policy}" in refusal(lambda: check_sharding(found, load(Settings(policy=policy)), False))
-    assert "clip_norm" in refusal(lambda: check_sharding(found, load(Settings()), True))
-    check_sharding(found, load(Settings(policy="backup")), False)
-    check_sharding([], load(Settings(policy=policy)), True)
+    assert f"policy {policy}" in refusal(lambda: check_sharding(found, load(Settings(policy=policy))))
+    check_sharding(found, load(Settings(policy="backup")))
+    check_sharding([], load(Settings(policy=policy)))
 
 
 # ---- messages

@@ -246,12 +246,11 @@ def test_embeddings_that_cannot_be_row_sparse_are_refused(make: Callable[[], nn.
         ({"policy": load(Settings(policy="local"))}, "policy local"),
         ({"policy": load(Settings(policy="average"))}, "policy average"),
         ({"policy": load(Settings(policy="async", delay_compensation=0.1))}, "--delay-compensation"),
-        ({"clips": True}, "clip_norm"),
     ],
 )
 def test_training_that_needs_the_whole_table_is_refused(how: dict[str, Any], words: str) -> None:
     model = Net()
-    usual = {"cls": torch.optim.AdamW, "settings": SETTINGS, "policy": load(Settings()), "clips": False}
+    usual = {"cls": torch.optim.AdamW, "settings": SETTINGS, "policy": load(Settings())}
     tables = find_tables(model, groups_of(model))
     check_training(tables, **usual)  # type: ignore[arg-type]
     assert words in refusal(lambda: check_training(tables, **{**usual, **how}))  # type: ignore[arg-type]
