@@ -1,11 +1,14 @@
 """A copy of each shard on another server, so that nothing is lost with one server (`--replicas 1`).
 
 Primary and backup, as Alsberg and Day have it ("A principle for resilient sharing of distributed resources", ICSE 1976): the
-keeper of server m's shard is the server after it. Server m forwards what it applies, the mean contribution of each round and the
-sums of rows, and the keeper applies the same with the same optimizer, so the copy has the same bits. A round is closed, and
-workers go on to the next, only when the keeper has all of it. So whoever takes the place of a server that is gone finds at the
-keeper every round that anybody has gone on from; of the open one, workers send again what they have, and compute what nobody has
-any more.
+keeper of server m's shard is the server after it. Server m forwards what it applies, the mean contribution of each round, the
+sums of rows, and of classifiers what their tiles are updated from; the keeper applies the same with the same optimizer, so the
+copy has the same bits. A round is closed, and workers go on to the next, only when the keeper has all of it. So whoever takes
+the place of a server that is gone finds at the keeper every round that anybody has gone on from; of the open one, workers send
+again what they have, and compute what nobody has any more.
+
+Classifiers are updated late, when somebody asks about the next round (ps/classes.py): until then somebody may still ask about the
+last one. So the copy puts an update off as well, until the next round is complete, which shows that all have got there.
 
 State machines without a socket or a clock. Invariants: the copy is the state between two rounds, of which none is skipped;
 the keeper acknowledges only what it has whole.
@@ -19,11 +22,12 @@ import torch
 
 from common.errors import WireError
 from common.layout import Layout
-from common.messages import Body, Filed, Forward, ForwardRows, GotPart, Kept, State, StatePart
+from common.messages import Body, Filed, Forward, ForwardClasses, ForwardRows, GotPart, Kept, State, StatePart
 from common.policies import Policy
 from common.rows import RowSums
 from common.sums import Sum
 from common.wire import SEND_AGAIN_S, Frames
+from ps.classes import Classifiers, Contributed
 from ps.holdings import Holdings
 from ps.planes import Planes
 from ps.rows import RowTables
@@ -54,7 +58,7 @@ class Forwarder:
         self._sent_at = float("inf")
         self._outbox: list[tuple[Body, Frames]] = []
 
-    def send(self, body: Forward | ForwardRows | Filed, frames: Frames, now: float) -> None:
+    def send(self, body: Forward | ForwardRows | ForwardClasses | Filed, frames: Frames, now: float) -> None:
         """Tell the keeper of something in the open round."""
         self._open.append((body, frames))
         self._outbox.append((body, frames))
@@ -94,6 +98,7 @@ class _Round:
 
     means: dict[int, tuple[Forward, Sum]] = field(default_factory=dict)
     rows: tuple[ForwardRows, RowSums] | None = None
+    classes: tuple[ForwardClasses, list[Contributed]] | None = None
     filed: Filed | None = None
 
 
@@ -108,7 +113,8 @@ class Copy:
         self._chunks = {chunk.id: chunk for chunk in layout.on(server)}
         self._store = Store(layout, server, head.setup.update, policy)
         self._tables = RowTables(layout, server, head.setup.update, seed, keeps_versions=True)
-        self._all = Holdings(self._store, self._tables)
+        self._classifiers = Classifiers(layout, server, head.setup.update, seed)
+        self._all = Holdings(self._store, self._tables, self._classifiers)
         self._planes = Planes(layout.on(server), 2, shared=False)
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
@@ -159,6 +165,13 @@ class Copy:
         rows = self._tables.receive(body, frames, f"what server-{self.server} forwarded")
         self._round(body.round).rows = body, rows
 
+    def forward_classes(self, body: ForwardClasses, frames: Frames) -> None:
+        """A contribution to classifiers. Raises WireError for what does not fit."""
+        if self._has_all(body.round):
+            return
+        parts = self._classifiers.received(body, frames, f"what server-{self.server} forwarded")
+        self._round(body.round).classes = body, parts
+
     def _has_all(self, round_: int) -> bool:
         return round_ < self.version or (round_ in self._rounds and self._rounds[round_].filed is not None)
 
@@ -167,7 +180,9 @@ class Copy:
         if body.round >= self.version:
             round_ = self._round(body.round)
             if round_.filed is None:
-                if len(round_.means) < len(self._chunks) or (self._tables and round_.rows is None):
+                lacks_rows = bool(self._tables) and round_.rows is None
+                lacks_classes = bool(self._classifiers) and round_.classes is None
+                if len(round_.means) < len(self._chunks) or lacks_rows or lacks_classes:
                     return None
                 round_.filed = body
                 self._filed = remembered(self._filed, body)
@@ -181,11 +196,16 @@ class Copy:
     @property
     def busy(self) -> bool:
         """Whether there is something to apply."""
-        return self.whole and (self.version in self._rounds) and self._rounds[self.version].filed is not None
+        if not self.whole:
+            return False
+        return self._classifiers.busy or (self.version in self._rounds and self._rounds[self.version].filed is not None)
 
     def work(self) -> None:
-        """Apply one contribution of a round that is here whole."""
+        """Apply one contribution of a round that is here whole, or to a tile of a classifier."""
         if not self.busy:
+            return
+        if self._classifiers.busy:
+            self._classifiers.work()
             return
         round_, into = self._rounds[self.version], self._planes[(self.version + 1) % 2]
         if round_.means:
@@ -197,17 +217,26 @@ class Copy:
             told, rows = round_.rows
             self._tables.apply(rows, told.samples, told.hypers, factor=self._factor(told.factor))
             round_.rows = None
-        if not round_.means and round_.rows is None:
+        elif round_.classes is not None:
+            what, parts = round_.classes
+            self._classifiers.close(parts, what.samples, what.hypers, self._factor(what.factor))
+            round_.classes = None
+        if not round_.means and round_.rows is None and round_.classes is None:
             del self._rounds[self.version]
             self.version += 1
 
     def _factor(self, factor: float | None) -> torch.Tensor | None:
         return None if factor is None else self._store.factor(factor)
 
-    def hand_over(self) -> tuple[int, list[Filed], list[Part]]:
-        """The newest whole state: rounds applied, what the books may lack, and the tensors. What has come of later rounds is let
-        go, for it comes again; only when the state has arrived does more come."""
-        while self.busy:
-            self.work()
+    @property
+    def steps(self) -> int:
+        """A number that grows while updates of classifiers go on."""
+        return self._classifiers.steps
+
+    def hand_over(self) -> tuple[int, list[Filed], ForwardClasses | None, list[Part]]:
+        """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what classifiers
+        lack, and the tensors. What has come of later rounds is let go, for it comes again, and not before the state has
+        arrived."""
+        assert not self.busy
         self._rounds.clear()
-        return self.version, self._filed, self._all.parts(self._planes[self.version % 2])
+        return self.version, self._filed, self._classifiers.pending, self._all.parts(self._planes[self.version % 2])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from common.layout import make_layout
-from common.messages import Body, Filed, Forward, ForwardRows, GotPart, Kept, Restore, State, StatePart
+from common.messages import Body, Filed, Forward, ForwardClasses, ForwardRows, GotPart, Kept, Restore, State, StatePart
 from common.policies import Policy
 from common.settings import Settings
 from common.wire import ASK_AGAIN_S, Frames
@@ -19,8 +19,8 @@ from ps.holdings import Holdings
 from ps.shard import KEEPER, AboutCopies, Send
 from ps.transfer import Incoming, Outgoing, Part
 
-#: What announces the state of a shard: (shard, round, parts, rounds that the books may lack).
-MakeHead = Callable[[int, int, int, list[Filed]], State]
+#: What announces the state of a shard: (shard, round, parts, rounds that the books may lack, and what classifiers lack).
+MakeHead = Callable[[int, int, int, list[Filed], ForwardClasses | None], State]
 #: Makes the shard that is announced, and tells where its numbers are to go.
 MakeShard = Callable[[State], Holdings]
 
@@ -39,9 +39,12 @@ class Neighbours:
         #: The copy kept here, and that on its way to whoever is in the place of its server.
         self._copy: Copy | None = None
         self._handed_over: Outgoing | None = None
+        #: Whether that process has asked for it, and waits until what is here is applied.
+        self._is_wanted = False
         #: This shard, on its way back from the keeper; and when it was asked for.
         self._returning: Incoming | None = None
         self._asked_at = float("-inf")
+        self._moved = 0
 
     # ---- the copy of this server's shard
 
@@ -50,16 +53,16 @@ class Neighbours:
         """Whether there is a copy, or one on its way, that is to have all that is applied here."""
         return self._forwarder is not None
 
-    def begin(self, round_: int, parts: Sequence[Part]) -> None:
-        """Have a copy made of the state as of `round_`."""
-        self._forwarder = Forwarder(round_, Outgoing(self._head(self._index, round_, len(parts), self._filed), parts))
+    def begin(self, round_: int, parts: Sequence[Part], pending: ForwardClasses | None) -> None:
+        """Have a copy made of the state as of `round_`; `pending` as in State."""
+        self._forwarder = Forwarder(round_, Outgoing(self._head(self._index, round_, len(parts), self._filed, pending), parts))
 
     @property
     def reads_rows(self) -> bool:
         """Whether rows are being sent from where they are, and so must not change."""
         return self._forwarder is not None and self._forwarder.sends_state
 
-    def forward(self, body: Forward | ForwardRows | Filed, frames: Frames, now: float) -> None:
+    def forward(self, body: Forward | ForwardRows | ForwardClasses | Filed, frames: Frames, now: float) -> None:
         """Tell the keeper, if there is one, of something in the open round."""
         if self._forwarder is not None:
             self._forwarder.send(body, frames, now)
@@ -109,13 +112,25 @@ class Neighbours:
         """Apply a little."""
         if self._copy is not None:
             self._copy.work()
+            self._hand_over(self._copy)
+
+    @property
+    def done(self) -> int:
+        """A number that grows while what takes long goes on: parts that move, and updates of classifiers."""
+        return self._moved + (self._copy.steps if self._copy is not None else 0)
+
+    def _hand_over(self, copy: Copy) -> None:
+        if self._is_wanted and not copy.busy:
+            version, filed, pending, parts = copy.hand_over()
+            self._handed_over = Outgoing(self._head(copy.server, version, len(parts), filed, pending), parts)
+            self._is_wanted = False
 
     # ---- events
 
     def changed(self, keeper: bool, kept: bool) -> None:
         """The keeper is another process, which has no copy yet; or the one whose shard has a copy here is."""
         if kept:
-            self._handed_over = None
+            self._handed_over, self._is_wanted = None, False
         if keeper:
             self._forwarder = None
 
@@ -128,6 +143,7 @@ class Neighbours:
 
     def handle(self, sender: str, body: AboutCopies, frames: Frames) -> list[Send]:
         """A message of the keeper (KEEPER), or of the server before this one. Raises WireError for what does not fit."""
+        self._moved += isinstance(body, StatePart | GotPart)
         match body:
             case Kept() if sender == KEEPER and self._forwarder is not None:
                 self._forwarder.handle(body)
@@ -162,11 +178,13 @@ class Neighbours:
                 copy.forward(body, frames)
             case ForwardRows() if copy is not None:
                 copy.forward_rows(body, frames)
+            case ForwardClasses() if copy is not None:
+                copy.forward_classes(body, frames)
             case Filed() if copy is not None:
                 return copy.file(body)
             case Restore() if copy is not None and copy.whole and self._handed_over is None:
-                version, filed, parts = copy.hand_over()
-                self._handed_over = Outgoing(self._head(number, version, len(parts), filed), parts)
+                self._is_wanted = True
+                self._hand_over(copy)
             case GotPart(shard=shard) if shard == number and self._handed_over is not None:
                 self._handed_over.got(body)
         return None

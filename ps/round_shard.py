@@ -25,6 +25,7 @@ from common.messages import (
     Contribution,
     Filed,
     Forward,
+    ForwardClasses,
     ForwardRows,
     Gone,
     Norms,
@@ -36,12 +37,13 @@ from common.messages import (
 )  # fmt: skip
 from common.nonfinite import ADVICE, sentence, tensors_not_finite
 from common.policies import Policy
-from common.rows import add_tables, cut_sums, no_rows
+from common.rows import add_tables, cut, cut_sums, no_rows
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
+from ps.classes import contributed, tensors_of
 from ps.holdings import Holdings
 from ps.neighbours import Neighbours
 from ps.saving import Source
@@ -298,6 +300,7 @@ class RoundShard(Shard):
         return self._advance(now)
 
     def tick(self, now: float) -> list[Send]:
+        self._have_kept()
         effects = super().tick(now) + self._ask(now) + self._forwarded(now)
         return effects + (self._neighbours.ask_back(now) if self._neighbours is not None and self.restoring else [])
 
@@ -349,14 +352,18 @@ class RoundShard(Shard):
         if self.tables and not waits and ROWS not in self._next and (rows := self._total(ROWS)) and self._may_change_rows():
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
-            if self._neighbours is not None:
+            if self._neighbours is not None and self._neighbours.has_keeper:
                 counts = [part.count for part in rows[0]]
                 told = ForwardRows(self._version, self._samples(), counts, self._hypers, _number(factor))
                 self._neighbours.forward(told, cut_sums(rows[0]), now)
             self.tables.apply(rows[0], self._samples(), self._hypers, factor=factor)
             self._next.add(ROWS)
         if self.classifiers and not waits and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
-            self.classifiers.close([] if self._drops else parts[0], self._samples(), self._hypers, factor)
+            counted = [] if self._drops else parts[0]
+            if self._neighbours is not None and self._neighbours.has_keeper:
+                what = contributed(self._version, counted, self._samples(), self._hypers, factor)
+                self._neighbours.forward(what, [frame for tensor in tensors_of(counted) for frame in cut(tensor)], now)
+            self.classifiers.close(counted, self._samples(), self._hypers, factor)
             self._next.add(CLASSES)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
@@ -487,21 +494,26 @@ class RoundShard(Shard):
         """Have a copy of this shard made, if there is to be one and none is there: at a border, for it starts from that."""
         if self._neighbours is None or self._neighbours.has_keeper or not self._at_border or not self._open or self.restoring:
             return
-        self._neighbours.begin(self._version, self._holdings.parts(self._seen))
+        holdings = self._holdings
+        if holdings.settled:  # else this is tried again
+            self._neighbours.begin(self._version, holdings.parts(self._seen), holdings.classifiers.pending)
 
     @property
     def _holdings(self) -> Holdings:
-        assert self.store is not None and self.tables is not None
-        return Holdings(self.store, self.tables)
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
+        return Holdings(self.store, self.tables, self.classifiers)
+
+    def _may_update_classifiers(self) -> bool:
+        return super()._may_update_classifiers() and (self._neighbours is None or not self._neighbours.reads_rows)
 
     def _may_change_rows(self) -> bool:
         """Whether nobody reads rows where they are."""
         self._awaits_copy = self._neighbours is not None and self._neighbours.reads_rows
         return not self._awaits_copy
 
-    def _head(self, shard: int, version: int, parts: int, filed: list[Filed]) -> State:
+    def _head(self, shard: int, version: int, parts: int, filed: list[Filed], pending: ForwardClasses | None) -> State:
         assert self._setup is not None
-        return State(shard, version, parts, self._setup[0], list(self.segments), list(filed))
+        return State(shard, version, parts, self._setup[0], list(self.segments), list(filed), pending)
 
     def _forwarded(self, now: float) -> list[Send]:
         return self._neighbours.due(now) if self._neighbours is not None else []
@@ -549,6 +561,10 @@ class RoundShard(Shard):
     def _go_on_closing(self, now: float) -> list[Send]:
         """Go on with a round that waited for nothing but the keeper."""
         return self._advance(now) if self._ending is not None or self._awaits_copy else []
+
+    @property
+    def done(self) -> int:
+        return super().done + (self._neighbours.done if self._neighbours is not None else 0)
 
     @property
     def busy(self) -> bool:

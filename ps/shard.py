@@ -34,6 +34,7 @@ from common.messages import (
     Cut,
     Filed,
     Forward,
+    ForwardClasses,
     ForwardRows,
     Got,
     GotPart,
@@ -84,7 +85,7 @@ COORDINATOR = "coordinator"
 #: The server that keeps a copy of this one's shard.
 KEEPER = "keeper"
 #: What servers say to each other.
-AboutCopies = Forward | ForwardRows | Filed | Kept | Restore | State | StatePart | GotPart
+AboutCopies = Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
 #: Seconds between two reports to the coordinator while there is news.
 REPORT_S = 0.2
 #: Contributions of one worker of which parts that came early are kept.
@@ -485,7 +486,7 @@ class Shard(ABC):
                 return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
             layout, self.store, self.tables, self.classifiers = self._made(setup)
             self.tables.before_update = self._before_tables_change
-            self.classifiers.may_update = lambda: self.capture is None and not self.is_writing()
+            self.classifiers.may_update = self._may_update_classifiers
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
@@ -585,6 +586,10 @@ class Shard(ABC):
     @property
     def traffic(self) -> Traffic:
         return self.store.traffic if self.store is not None else Traffic()
+
+    def _may_update_classifiers(self) -> bool:
+        """Whether nobody reads their rows where they are."""
+        return self.capture is None and not self.is_writing()
 
     @property
     def _open(self) -> bool:

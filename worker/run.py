@@ -205,8 +205,6 @@ class Run:
         groups = parameter_groups(self._model, params)
         tables = find_tables(self._model, groups)
         layers = find_layers(self._model, groups)
-        if layers and self.settings.replicas:
-            raise UsageError("the model has a sharded layer, of which servers keep no copies: leave out --replicas.")
         weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
@@ -231,7 +229,7 @@ class Run:
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
         self._shards = Shards(
-            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), sends_first
+            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), sends_first, replicas
         )
         if self._policy.is_local:
             self._share(replica, None)
@@ -536,6 +534,8 @@ class Run:
             self._exchange.replaced(server)
         if self._rows is not None:
             self._rows.exchange.replaced(server)
+        if self._shards is not None:
+            self._shards.exchange.replaced(server)
 
     def _meet(self, server: int, shared: Shared) -> None:
         """A server says what memory it shares with this worker."""

@@ -797,7 +797,7 @@ class WorkerProcess(Process):
             rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
             run._rows = rows
             run._shards = SteppedShards(
-                self.link, layers, case.settings.servers, lambda: run.round, 180.0, 0, len(tables), sends_first=False
+                self.link, layers, case.settings.servers, lambda: run.round, 180.0, 0, len(tables), False, replicas
             )
             work = SteppedWork(run, replica, rows, run._shards, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work

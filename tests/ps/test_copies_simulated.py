@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
-from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_rows, check_same_everywhere, few, some
+from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_head, check_rows, check_same_everywhere, few, some
 
 from common.settings import Settings
 from ps.round_shard import RoundShard
@@ -50,6 +50,12 @@ def check_copies(outcome: Outcome) -> None:
         for mine, its in zip(copy._tables._tables, shard.tables._tables, strict=True):
             assert torch.equal(mine._values, its._values)
             assert all(torch.equal(mine._state[key], state) for key, state in its._state.items())
+        assert shard.classifiers is not None
+        shard.classifiers.settle()
+        copy._classifiers.settle()
+        for one, other in zip(copy._classifiers._classifiers, shard.classifiers._classifiers, strict=True):
+            assert torch.equal(one.read(torch.arange(len(one._values))), other.read(torch.arange(len(one._values))))
+            assert all(torch.equal(one._state[key], state) for key, state in other._state.items())
 
 
 def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
@@ -107,6 +113,17 @@ def test_rows_of_tables(policy: str, data: st.DataObject) -> None:
     outcome = simulate(data.draw(killed(policy, rows=data.draw(st.sampled_from([10, 200])), **plain)))
     check(outcome)
     check_rows(outcome)
+    if policy == "sync":
+        check_exact(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup"])
+@few
+@given(data=st.data())
+def test_sharded_layers(policy: str, data: st.DataObject) -> None:
+    outcome = simulate(data.draw(killed(policy, classes=data.draw(st.sampled_from([10, 1000])))))
+    check_head(outcome)
+    check(outcome)
     if policy == "sync":
         check_exact(outcome)
 
