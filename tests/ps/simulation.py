@@ -386,7 +386,8 @@ class World:
     def versions(self) -> list[int]:
         """Of the servers that take part in rounds."""
         servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive]
-        return [p.shard.version for p in servers if p.server._shard is not None and p.shard.chunks]
+        shards = [p.shard for p in servers if p.server._shard is not None]
+        return [shard.version for shard in shards if shard.chunks and not shard.restoring]
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
         """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
