@@ -367,7 +367,8 @@ class Classify(Body, frozen=True):
     """Go through your classes for `count` samples, as they are at the beginning of round `version`: their features (count, dim)
     follow, float32, and unless `top` their labels, int64.
 
-    Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. `top`: I
+    Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. Where each
+    push is applied at once, everything is. `top`: I
     want the so many best classes of each sample. `normalised`: rows count as of length 1. `sums`: I need the sum of all rows too.
     Or `page`: I want the rows of that page that are yours.
     """
@@ -409,7 +410,8 @@ class ClassPush(Body, frozen=True):
     """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
     follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
     of its own class's logit, which is in there already. Features and labels are those that were asked about: of questions
-    that you may not know, as you have taken another server's place, they come first (`asked`). `finite` is as in Push."""
+    that you may not know, as you have taken another server's place, they come first (`asked`). `base` and `finite` are as in
+    Push."""
 
     round: Count
     lo: Count
@@ -417,6 +419,7 @@ class ClassPush(Body, frozen=True):
     samples: Count
     uses: list[Use]
     hypers: list[dict[str, Any]] = []
+    base: Count = 0
     finite: bool = True
     asked: list[Classify] = []
 

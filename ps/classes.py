@@ -4,6 +4,10 @@ A round's contributions are kept until somebody asks about the next round. Worke
 the round before, so nobody can need its rows any more: a micro-batch that another server still lacks is computed again from the
 rows that it would have been computed from at first, and rows are updated in place, with no second copy of them.
 
+Where each contribution is applied on its own, its turn comes after whatever was asked or contributed before, and it is applied to
+the rows as they are then. That is the gradient at these rows, if the other servers' classes came to what they did when the worker
+asked: what this server's come to is computed anew where they have moved since (`renewed`), so that no p is above 1.
+
 Whatever takes time is a job that goes a tile of rows at a time, so that a server gives signs of life meanwhile. Jobs are done in
 the order in which they came up.
 """
@@ -28,7 +32,7 @@ from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.rows import Rows, optimizer_over, zeros
-from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
+from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, renewed, through_normalised
 from ps.store import Norm, with_tuples
 from ps.transfer import Part
 
@@ -56,23 +60,27 @@ class _Task:
     changes: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
-    """A question of which the answer may be contributed."""
+    """A question of which the answer may be contributed. Once it is answered: how many updates of the classifier there had been
+    by then, and the logarithm of the sum of exp(z) over the classes here."""
 
     version: int
     classifier: int
     samples: Samples
     normalised: bool
+    updates: int = -1
+    log_total: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Contributed:
-    """What samples contribute to a classifier, g x samples of their micro-batch."""
+    """What samples contribute to a classifier, g x samples of their micro-batch; and the question that it is about."""
 
     classifier: int
     terms: Terms
     normalised: bool
+    question: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class Classifier(Rows):
         self._stepped = False
         #: What steps on all tiles of this update, as it takes long to make one; and its parameter, whose memory is a tile's.
         self._optimizer: tuple[torch.optim.Optimizer, torch.nn.Parameter] | None = None
+        #: Updates so far.
+        self.updates = 0
         #: The negative classes of a round, and that round.
         self._sampled: tuple[int, torch.Tensor] | None = None
 
@@ -149,8 +159,8 @@ class Classifier(Rows):
         ones = [features.new_ones(len(features), 1)] * self.spec.bias
         return Samples(torch.cat([features, *ones], 1), self.places(labels))
 
-    def sums(self, samples: Samples, ask: Classify) -> Job:
-        """Job: the answer about samples."""
+    def sums(self, samples: Samples, ask: Classify, kept: Kept | None = None) -> Job:
+        """Job: the answer about samples; `kept` is to know what it came to."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
         total = torch.zeros(self.spec.dim)
@@ -161,6 +171,8 @@ class Classifier(Rows):
             yield
         own = self.read(samples.own[samples.own >= 0])
         own = normalised(own) if ask.normalised else own
+        if kept is not None:
+            kept.updates, kept.log_total = self.updates, softmax.log_total
         parts = [softmax.largest, softmax.total, softmax.rows, *([total] if ask.sums else []), own]
         return Classified(ask.number), [frame for part in parts for frame in cut(part)]
 
@@ -238,23 +250,40 @@ class Classifier(Rows):
         samples: int,
         hypers: Mapping[str, Any],
         factor: torch.Tensor | None = None,
+        lr_scale: float = 1.0,
     ) -> Job:
-        """Job: step with that gradient, times `factor`. Of rows that do not take part in the round neither values nor state
-        move."""
+        """Job: step with that gradient, times `factor`; `lr_scale` multiplies the learning rate. Of rows that do not take part in
+        the round neither values nor state move."""
         common, stepped, self._optimizer = self._common, self._stepped, None
         for at, tile, slope in self._slopes(parts, round_, samples):
-            common, stepped = self._step(at, tile, slope if factor is None else slope.mul_(factor), hypers), True
+            common, stepped = self._step(at, tile, slope if factor is None else slope.mul_(factor), hypers, lr_scale), True
             yield
         self._common, self._stepped = common, stepped
+        self.updates += 1
+
+    def present(self, part: Contributed) -> Generator[None, None, Contributed]:
+        """Job: the same contribution, of which what the classes here come to is as of now."""
+        question = part.question
+        assert question is not None and question.log_total is not None
+        if question.updates == self.updates:
+            return part
+        sampled = self._negatives(question.version)
+        softmax = OnlineSoftmax(self._among(question.samples, sampled), 0)
+        for start, tile in self.tiles(sampled):
+            softmax.add(normalised(tile) if part.normalised else tile, start)
+            yield
+        log_total = renewed(part.terms.log_total, question.log_total, softmax.log_total)
+        return replace(part, terms=replace(part.terms, log_total=log_total))
 
     def _step(
-        self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any]
+        self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any], lr_scale: float
     ) -> dict[str, Any]:
         """Have torch.optim step on a tile, the rows `at`; what it keeps besides state of the rows' shape comes back."""
         if self._optimizer is None:
             parameter = torch.nn.Parameter(tile, requires_grad=False)
             optimizer = optimizer_over(parameter, self._update, self.spec.group)
             optimizer.param_groups[0].update(with_tuples(hypers))
+            optimizer.param_groups[0]["lr"] *= lr_scale
             first = dict(optimizer.state.get(parameter, {}))
             if self._stepped or not first:
                 self._optimizer = optimizer, parameter
@@ -311,17 +340,19 @@ class Classifier(Rows):
 
 
 class Classifiers:
-    """All classifiers on one server: what is asked of them, and what rounds contribute. Invariants: `keeps` is answered from the
-    version asked for and no other; the update after a round is begun only when somebody asks about the next one."""
+    """All classifiers on one server: what is asked of them, and what is contributed. Invariants: with `keeps_versions`, `keeps`
+    is answered from the version asked for and no other, and the update after a round is begun only when somebody asks about the
+    next one; without, an answer holds whole updates, all that were accepted before the question, and nothing of others."""
 
-    def __init__(self, layout: Layout, server: int, update: Update, seed: int) -> None:
+    def __init__(self, layout: Layout, server: int, update: Update, seed: int, keeps_versions: bool = True) -> None:
         self._server = server
+        self._keeps_versions = keeps_versions
         #: What the first classifier is called among norms: there are those of tensors and of tables before.
         self._first_norm = len(layout.tensors) + len(layout.tables)
         self._specs = layout.classifiers
         self._classifiers = [Classifier(spec, server, layout.servers, update, seed) for spec in layout.classifiers]
         self._senders: dict[str, _Sender] = {}
-        #: Rounds closed here; and the update after the last of them, unless it is begun.
+        #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
         self._closed = 0
         self._pending: _Closed | None = None
         #: Whether rows may change now; a snapshot may have them that is not written yet.
@@ -357,7 +388,7 @@ class Classifiers:
         known = self._senders.setdefault(sender, _Sender())
         if ask.number == known.newest:
             return known.answer
-        if ask.version > self._closed or ask.number in known.kept:
+        if ask.number < known.newest or (self._keeps_versions and ask.version > self._closed):
             return None
         one = self._classifiers[ask.classifier]
         if ask.page >= 0:
@@ -374,11 +405,14 @@ class Classifiers:
                 job = one.best(torch.cat([features, *ones], 1), ask)
             else:
                 samples = one.samples(features, labels)
-                job = one.sums(samples, ask)
-                if ask.keeps:
-                    known.kept[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
+                kept = Kept(ask.version, ask.classifier, samples, ask.normalised) if ask.keeps else None
+                job = one.sums(samples, ask, kept)
+                if kept is not None:
+                    known.kept[ask.number] = kept
         known.newest, known.answer = ask.number, None
-        if ask.version == self._closed:
+        if not self._keeps_versions:
+            pass  # the rows are what they are when its turn comes
+        elif ask.version == self._closed:
             self.begin_update()
         elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
             known.answer = Classified(ask.number, gone=True), []
@@ -402,20 +436,23 @@ class Classifiers:
     def receive(self, sender: str, push: ClassPush, frames: Frames) -> list[Contributed]:
         """A contribution. Raises WireError where it does not fit."""
         what, parts, out = f"a push of {sender}", iter(frames), []
-        kept = dict(self._senders[sender].kept) if sender in self._senders else {}
+        kept = self._senders[sender].kept if sender in self._senders else {}
+        told: dict[int, Kept] = {}
         for ask in push.asked:
-            if not 0 <= ask.classifier < len(self._classifiers) or ask.top or ask.page >= 0 or not ask.keeps:
+            good = 0 <= ask.classifier < len(self._classifiers) and ask.keeps and not ask.top and ask.page < 0
+            if not good or not self._keeps_versions:
                 raise WireError(f"{what} has questions that nothing can be contributed through")
             one = self._classifiers[ask.classifier]
             samples = one.samples(*self._question(one.spec, ask, parts, what))
-            kept[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
+            told[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
         for use in push.uses:
-            question = kept.get(use.number)
-            if question is None or question.version != push.round or len(question.samples.own) != use.count:
+            question = told.get(use.number) or kept.get(use.number)
+            asked = question is not None and (use.number in told or question.log_total is not None)
+            if question is None or not asked or question.version != push.round or len(question.samples.own) != use.count:
                 raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
             log_total, g, own = (join(parts, "float32", use.count, what) for _ in range(3))
             terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing))
-            out.append(Contributed(question.classifier, terms, question.normalised))
+            out.append(Contributed(question.classifier, terms, question.normalised, question))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out
@@ -454,14 +491,38 @@ class Classifiers:
         self.begin_update()  # it is there still if nobody asked anything in this round
         self._pending = _Closed(self._closed, parts, samples, hypers, factor)
         self._closed += 1
-        for sender in self._senders.values():
-            sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= self._closed}
+        self.forget_before(self._closed)
 
-    def _update(self, closed: _Closed) -> Job:
+    def apply(
+        self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+    ) -> None:
+        """Have an update of its own, whose learning rate is multiplied by `lr_scale`, for the contribution `parts` of `samples`
+        samples to a round."""
+        self._tasks.append(_Task(self._apply(parts, round_, samples, hypers, lr_scale), changes=True))
+        self._closed += 1
+
+    def _apply(
+        self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+    ) -> Job:
+        now = []
+        for part in parts:
+            now.append((yield from self._classifiers[part.classifier].present(part)))
+        yield from self._update(_Closed(round_, now, samples, hypers, None), lr_scale)
+
+    def forget(self, sender: str) -> None:
+        """It is lost."""
+        self._senders.pop(sender, None)
+
+    def forget_before(self, round_: int) -> None:
+        """Nothing more will be contributed to rounds before this one."""
+        for sender in self._senders.values():
+            sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= round_}
+
+    def _update(self, closed: _Closed, lr_scale: float = 1.0) -> Job:
         for number, one in enumerate(self._classifiers):
             if mine := [part for part in closed.parts if part.classifier == number]:
                 settings = closed.hypers[one.spec.group] if one.spec.group < len(closed.hypers) else {}
-                yield from one.update(mine, closed.round, closed.samples, settings, closed.factor)
+                yield from one.update(mine, closed.round, closed.samples, settings, closed.factor, lr_scale)
 
     def begin_update(self) -> None:
         """Have the update after the last round done soon. Only when all servers have closed that round."""
@@ -490,8 +551,8 @@ class Classifiers:
             if not task.asker:
                 return None
             answer: Answer = end.value
-            known = self._senders[task.asker]
-            if known.newest == answer[0].number:
+            known = self._senders.get(task.asker)
+            if known is not None and known.newest == answer[0].number:
                 known.answer = answer
             return task.asker, answer
         return None
@@ -553,14 +614,19 @@ class Classifiers:
     # ---- what there is to save
 
     @property
+    def accepted(self) -> int:
+        """Rounds closed here, or contributions accepted: what `version` is on its way to."""
+        return self._closed
+
+    @property
     def version(self) -> int:
-        """Rounds whose updates are done."""
+        """Of these, how many have their updates done."""
         return self._closed - (self._pending is not None) - sum(task.changes for task in self._tasks)
 
-    def settle(self) -> None:
-        """Have the update after the last round done. Only when all servers have closed that round."""
+    def settle(self, version: int | None = None) -> None:
+        """Have the updates up to `version`, all by default, done. Only when all servers have closed that round."""
         self.begin_update()
-        while any(task.changes for task in self._tasks):
+        while self.version < (self._closed if version is None else version):
             self._step()  # who is not told the answer now asks again
 
     def state(self) -> Iterator[Entry]:

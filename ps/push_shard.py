@@ -10,7 +10,7 @@ import torch
 
 from common.errors import UsageError, WireError
 from common.failpoints import failpoint
-from common.messages import ClassPush, Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
+from common.messages import ClassAck, ClassPush, Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
 from common.plan import Round, Segment
 from common.policies import Policy
 from common.rows import no_rows
@@ -19,7 +19,7 @@ from common.sums import Sum
 from common.tree import fold
 from common.wire import Frames
 from ps.saving import Source
-from ps.shard import METRICS, ROWS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
+from ps.shard import CLASSES, METRICS, ROWS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
 
 #: Workers that can have planes to read their weights from; the others are sent them.
 _PAIRS = 64
@@ -77,12 +77,13 @@ class PushShard(Shard):
         own = set(self._ids)
         for number, extra in enumerate(source.extra):
             for round_, pairs in extra["applied"]:
-                if source.servers != self.settings.servers and any(chunk == ROWS for chunk, _ in pairs):
+                if source.servers != self.settings.servers and any(chunk in (ROWS, CLASSES) for chunk, _ in pairs):
                     raise UsageError(
                         f"the snapshot of round {source.round} has rows of later rounds, and each of {source.servers} servers "
                         "knows its own: go on with as many servers, or from a snapshot of the run's end."
                     )
-                here = {(int(chunk), int(k)) for chunk, k in pairs if chunk in own and (chunk != ROWS or number == self.index)}
+                mine = own if number == self.index else own - {ROWS, CLASSES}
+                here = {(int(chunk), int(k)) for chunk, k in pairs if chunk in mine}
                 self._applied.setdefault(int(round_), set()).update(here)
         if self.index == 0:
             for round_, k, values in source.extra[0]["metrics"]:
@@ -145,7 +146,7 @@ class PushShard(Shard):
         failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
 
-    def _arrives(self, push: Push | RowPush, plan: Round) -> tuple[set[tuple[int, int]], int, float]:
+    def _arrives(self, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[tuple[int, int]], int, float]:
         """What is applied of the push's round, its staleness, and what to multiply the learning rate by."""
         applied = self._applied.setdefault(push.round, set())
         if not any((chunk, push.lo) in applied for chunk in self._ids):
@@ -171,7 +172,18 @@ class PushShard(Shard):
         return [ack, *self._advance()]
 
     def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
-        raise WireError(f"policy {self.settings.policy} has no sharded layers")
+        if push.hi != push.lo + 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
+        plan = self.round_plan(push.round)
+        ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
+        if push.round < self._slowest or (CLASSES, push.lo) in self._applied.get(push.round, ()):
+            return [ack]  # what was asked is forgotten then
+        parts = self._check_classes(sender, push, frames, plan)
+        assert self.classifiers is not None
+        applied, _, lr_scale = self._arrives(push, plan)
+        applied.add((CLASSES, push.lo))
+        self.classifiers.apply(parts if push.finite else [], push.round, push.samples, push.hypers, lr_scale)
+        return [ack, *self._advance()]
 
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""
@@ -189,6 +201,8 @@ class PushShard(Shard):
             self._applied.pop(self._slowest, None)
             self._ahead = {key: row for key, row in self._ahead.items() if key[0] > self._slowest}
             self._slowest += 1
+            if self.classifiers is not None:
+                self.classifiers.forget_before(self._slowest)
             self._try_cut()
         return self._serve_all() if self._slowest > before else []
 

@@ -197,8 +197,9 @@ class Shard(ABC):
         self._cut: Cut | None = None
         self._saved: Saved | None = None
         self.capture: Capture | None = None
-        #: A capture that still lacks the classifiers, which get to its round later than all else.
+        #: A capture that still lacks the classifiers, which get there later than all else, and the version that they are to be.
         self._held: Capture | None = None
+        self._held_version = 0
         #: Whether what was captured is being written.
         self.is_writing: Callable[[], bool] = lambda: False
         #: How much of snapshots was written so far, a number that grows.
@@ -326,6 +327,8 @@ class Shard(ABC):
         self.waiters.pop(worker, None)
         self._asked_for.pop(worker, None)
         self.readers.forget(worker)
+        if self.classifiers is not None:
+            self.classifiers.forget(worker)
         self._drop_region(worker)
 
     def _drop_region(self, worker: str) -> None:
@@ -434,23 +437,24 @@ class Shard(ABC):
         if self.version > cut.round or not self._at_border or not self._open:
             self._saved = Saved(cut.round, "missed")
             return
-        assert self.store is not None and self.tables is not None
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
         entries = [*self.store.state(self._seen), *self.tables.state()]
+        self._held_version = self.classifiers.accepted
         self._held = Capture(cut.round, cut.token, entries, self._extra())
         self._saved = Saved(cut.round, "writing")
         self._complete_cut()
 
     def _complete_cut(self) -> None:
-        """Hand out what is held as soon as the classifiers are at its round as well."""
+        """Hand out what is held as soon as the classifiers have got there as well."""
         held, classifiers = self._held, self.classifiers
-        if held is not None and classifiers is not None and (not classifiers or classifiers.version == held.round):
+        if held is not None and classifiers is not None and (not classifiers or classifiers.version == self._held_version):
             self.capture = replace(held, entries=[*held.entries, *classifiers.state()])
             self._held = None
 
     def _before_tables_change(self) -> None:
         """What is held must be handed out now. It can be: somebody has contributed to the next round, so all have got there."""
         if self._held is not None and self.classifiers is not None:
-            self.classifiers.settle()
+            self.classifiers.settle(self._held_version)
             self._complete_cut()
         self.before_tables_change()
 
@@ -511,7 +515,7 @@ class Shard(ABC):
             check_memory(layout, self.index)
             store = Store(layout, self.index, setup.update, self.policy)
             tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
-            return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed)
+            return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed, keeps)
         except WireError:
             raise
         except Exception as error:  # whatever torch objects to in what it is to make

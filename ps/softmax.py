@@ -52,6 +52,17 @@ class OnlineSoftmax:
         self.rows.mul_(rescale[:, None]).addmm_(z, tile[:, : self.rows.shape[1]])
         self.largest = largest
 
+    @property
+    def log_total(self) -> torch.Tensor:
+        """The logarithm of the sum of exp(z) (B)."""
+        return self.largest + self.total.log()
+
+
+def renewed(log_total: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a sum of exp(z), of which a part had the logarithm `before` and has `now`, each (B)."""
+    rest = (1.0 - (before - log_total).exp()).clamp_(min=0.0)
+    return torch.logaddexp(log_total + rest.log(), now)
+
 
 @dataclass
 class Terms:

@@ -6,7 +6,7 @@ taken are the answers of all servers to the question asked last, or word that on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -166,10 +166,11 @@ class ClassExchange:
 
     # ---- pushing
 
-    def push(self, push: ClassPush, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
-        """Send every server a contribution."""
+    def push(self, push: ClassPush, tensors: Sequence[torch.Tensor], bases: Mapping[int, int], now: float) -> list[Send]:
+        """Send every server a contribution; `bases` are the versions, by server, of the other weights it was computed from."""
         frames = [frame for tensor in tensors for frame in cut(tensor)]
-        sent = [Sent(f"server-{number}", push, frames, now) for number in range(self._servers)]
+        bodies = [msgspec.structs.replace(push, base=bases.get(number, 0)) for number in range(self._servers)]
+        sent = [Sent(f"server-{number}", body, frames, now) for number, body in enumerate(bodies)]
         for one in sent:
             self._pushes.add(one)
         return [self._send(one) for one in sent]

@@ -6,7 +6,7 @@ A forward asks every server what its classes come to (`Classify`), which is all 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -150,14 +150,19 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
     return found
 
 
-def check_sharding(layers: Sequence[Sharded], policy: Policy) -> None:
+def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> None:
     """Raise UsageError where sharded layers cannot be trained like this."""
     for sharded in layers:
-        if policy.applies != "round" or policy.is_local:
+        name, its = f"'{sharded.spec.name}' is sharded", f"policy {policy.settings.policy}"
+        if policy.is_local:
+            raise UsageError(f"{name}, and {its} trains replicas that have all parameters: choose another policy.")
+        if policy.applies == "push" and clips:
             raise UsageError(
-                f"'{sharded.spec.name}' is sharded, and servers update it once a round: policy {policy.settings.policy} cannot "
-                "do that, choose sync or backup."
+                f"{name}, and under {its} workers clip their own gradients, of which this layer's part is on the servers: "
+                "leave out clip_norm, or choose sync or backup."
             )
+        if policy.settings.delay_compensation:
+            raise UsageError(f"{name}, and servers do not keep old rows: leave out --delay-compensation.")
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ class Shards:
         may_be_replaced: bool = False,
     ) -> None:
         """Servers have the Setup. Sends first values (`sends_first`), which are counted after those of `tables` tables; the
-        memory of the layers is given up. `version()` is the round that the model's weights are for; questions are counted from
+        memory of the layers is given up. `version()` is the round that is computed; questions are counted from
         `first_number`, see ClassExchange, and there for `may_be_replaced`."""
         self._link = link
         self._specs = [sharded.spec for sharded in layers]
@@ -311,13 +316,13 @@ class Shards:
         """Let it go, as zero_grad does."""
         self._used = []
 
-    def push(self, push: ClassPush, uses: Sequence[Contribution]) -> None:
-        """Contribute; `push` lacks the uses."""
+    def push(self, push: ClassPush, uses: Sequence[Contribution], bases: Mapping[int, int]) -> None:
+        """Contribute; `push` lacks the uses, and what differs between servers."""
         if self._layers:
             tensors = [tensor for use in uses for tensor in use.tensors]
             push = msgspec.structs.replace(push, uses=[Use(use.number, len(use.g), use.smoothing) for use in uses])
             with self._link.lock:
-                messages = self.exchange.push(push, tensors, time.monotonic())
+                messages = self.exchange.push(push, tensors, bases, time.monotonic())
             self._link.send(*messages)
 
     # ---- the end

@@ -306,7 +306,7 @@ class GradientWork:
         rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
         classes_ = ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
-        self._shards.push(classes_, contribution.uses)
+        self._shards.push(classes_, contribution.uses, self._versions)
 
     def _is_finite(self, push: Push, contribution: Contribution) -> bool:
         """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""

@@ -158,6 +158,12 @@ class Run:
         return self._work.round if self._work is not None else 0
 
     @property
+    def _computed(self) -> int:
+        """The round of the micro-batch that is computed now; where there is none, `round`."""
+        task = self._work._current if self._work is not None else None
+        return task.round if task is not None else self.round
+
+    @property
     def epoch(self) -> int:
         """The epoch that the current round belongs to; after the last round, the number of epochs done."""
         return self._work.epoch if self._work is not None else 0
@@ -210,7 +216,7 @@ class Run:
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
         specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
         replica = Replica(self._model, group_of, self._servers, specs, sharded)
-        check_sharding(layers, self._policy)
+        check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
             outer = self._policy.outer_optimizer
@@ -229,7 +235,15 @@ class Run:
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
         self._shards = Shards(
-            self._link, layers, self._servers, lambda: self.round, timeout, new_incarnation(), len(tables), sends_first, replicas
+            self._link,
+            layers,
+            self._servers,
+            lambda: self._computed,
+            timeout,
+            new_incarnation(),
+            len(tables),
+            sends_first,
+            replicas,
         )
         if self._policy.is_local:
             self._share(replica, None)

@@ -59,7 +59,7 @@ from common.messages import (
 )
 from common.plan import Segment, make_segment
 from common.policies import load
-from common.rows import cut, owner_of, page_ids, pages
+from common.rows import BLOCK, cut, owner_of, page_ids, pages
 from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
 from common.snapshots import newest
@@ -200,7 +200,9 @@ class Model(nn.Module):
                 self.table.weight[case.rows :] = 0.0
         self.classes = case.classes
         if case.classes:
-            self.head = ShardedLinear(3, case.classes, bias=True)
+            #: In each block of classes, dealt out to the servers in turns, one whose rows are an account.
+            self.counting = torch.arange(0, case.classes, BLOCK)[: case.settings.servers]
+            self.head = ShardedLinear(3 + len(self.number), case.classes)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameters as an optimizer takes them: tables do without momentum."""
@@ -216,10 +218,13 @@ class Model(nn.Module):
         return torch.cat([torch.randint(self.rows, (5,), generator=generator), torch.tensor([self.rows + self.number[task]])])
 
     def samples(self, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and labels of a micro-batch for the sharded layer."""
+        """Features and labels of a micro-batch for the sharded layer: two samples, and those of which others know nothing and
+        all classes are as probable, so that their gradient is known."""
         generator = torch.Generator().manual_seed(3000 * task.round + task.k)
-        features = torch.randn(2, 3, generator=generator) * self.a.detach()
-        return features, torch.randint(self.classes, (2,), generator=generator)
+        features = torch.zeros(2 + len(self.counting), 3 + len(self.number))
+        features[:2, :3] = torch.randn(2, 3, generator=generator) * self.a.detach()
+        features[2:, 3 + self.number[task]] = TALLY
+        return features, torch.cat([torch.randint(self.classes, (2,), generator=generator), self.counting])
 
     @torch.no_grad()
     def compute(self, task: Task) -> None:
@@ -243,10 +248,12 @@ class Model(nn.Module):
             with torch.enable_grad():
                 sharded_cross_entropy(features.requires_grad_(), labels, self.head).backward()
             if features.grad is not None:  # else it was asked too late
-                self.a.grad = self.a.grad + features.grad.sum(0)
+                self.a.grad = self.a.grad + features.grad[:, :3].sum(0)
 
 
 HEAD = "head"
+#: Features of the accounts of a sharded layer: they move logits little.
+TALLY = 0.01
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -257,6 +264,13 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether all bits are equal, but for the sign of zeros."""
     return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
+
+
+def first_head(case: Case) -> torch.Tensor:
+    """The rows of the sharded layer that a run begins with."""
+    model = Model(case)
+    update = Update("SGD", plain_settings(example_optimizer(torch.optim.SGD, model.groups(), {"lr": case.lr})))
+    return sharded(model, case.settings.servers, update, case.settings.seed)[1].rows()
 
 
 def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[dict[str, torch.Tensor]]:
@@ -285,7 +299,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
                 sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
             sums["mean"][k] = model.mean.clone() * samples
             sums["most"][k] = model.most.clone()
-            shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples))
+            shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / total
@@ -798,7 +812,7 @@ class WorkerProcess(Process):
             rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
             run._rows = rows
             run._shards = SteppedShards(
-                self.link, layers, case.settings.servers, lambda: run.round, 180.0, 0, len(tables), False, replicas
+                self.link, layers, case.settings.servers, lambda: run._computed, 180.0, 0, len(tables), False, replicas
             )
             work = SteppedWork(run, replica, rows, run._shards, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work
@@ -1013,8 +1027,9 @@ class SteppedShards(Shards):
     """`Shards` whose servers are asked by a generator before their answers are used."""
 
     def fetch(self, model: Model, task: Task, world: World) -> Script:
-        question = Classify(0, 0, self._version(), 2, True)
-        self._link.send(*self.exchange.ask(question, model.samples(task), world.now))
+        features, labels = model.samples(task)
+        question = Classify(0, 0, self._version(), len(labels), True)
+        self._link.send(*self.exchange.ask(question, [features, labels], world.now))
         yield Wait(lambda: self.exchange.complete, float("inf"))
         world.asked_too_late += self.exchange.gone
 
@@ -1138,6 +1153,14 @@ class Outcome:
         for classifiers in held:
             classifiers.settle()
         return rows_of([classifiers._classifiers[0] for classifiers in held])
+
+    def tallies(self) -> list[torch.Tensor]:
+        """The accounts of the sharded layer, each like `account`."""
+        model = Model(self.case)
+        moved = first_head(self.case) - self.head()
+        loss = 1.0 / (2 + len(model.counting))
+        slope = TALLY * loss * (1.0 - len(model.counting) / self.case.classes)  # of its class and of others' samples
+        return [row[3:] / slope for row in moved[model.counting]]
 
     def committed(self) -> dict[int, list[int]]:
         """The micro-batches of each round that count, by the books."""

@@ -59,7 +59,7 @@ def round_of(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, cou
     for k in range(count):
         x, y = batch(first + k)
         sharded_cross_entropy(x, y, layer, **how).backward()
-        shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH))
+        shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(count * BATCH)
 
 
@@ -93,7 +93,7 @@ def test_clipping_by_norm_is_that_of_torch_on_a_plain_layer(name: str, servers: 
         for k in range(2):
             x, y = batch(10 * number + k)
             sharded_cross_entropy(x, y, layer).backward()
-            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH))
+            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
         before = torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers])
         norms = link.norms(2 * BATCH)
         assert [(tensor, server) for tensor, server, _ in norms] == [(0, server) for server in range(servers)]
@@ -210,14 +210,14 @@ def test_a_sampled_loss_is_that_over_the_sampled_classes() -> None:
 # ---- versions
 
 
-def classifiers(servers: int = 1) -> Classifiers:
+def classifiers(servers: int = 1, keeps_versions: bool = True) -> Classifiers:
     spec = ClassSpec("w", CLASSES, DIM, 0, 0.1)
-    return Classifiers(make_layout([], servers, [], [spec]), 0, update_of("SGD"), 0)
+    return Classifiers(make_layout([], servers, [], [spec]), 0, update_of("SGD"), 0, keeps_versions)
 
 
-def ask(one: Classifiers, number: int, version: int, keeps: bool = True) -> Any:
+def ask(one: Classifiers, number: int, version: int, keeps: bool = True, sender: str = "worker-0") -> Any:
     x, y = batch(version)
-    answer = one.ask("worker-0", Classify(number, 0, version, BATCH, keeps), [*cut(x), *cut(y)])
+    answer = one.ask(sender, Classify(number, 0, version, BATCH, keeps), [*cut(x), *cut(y)])
     while answer is None and one.busy:
         done = one.work()
         answer = done[1] if done is not None else None
@@ -258,6 +258,98 @@ def test_a_question_that_comes_twice_is_answered_once_more_from_memory() -> None
     first = ask(one, 1, 0)
     assert not one.busy
     assert ask(one, 1, 0) == first and not one.busy
+
+
+def test_an_old_question_that_comes_once_more_does_not_take_the_place_of_the_newest_one() -> None:
+    one = classifiers()
+    ask(one, 1, 0)
+    newest = ask(one, 2, 0)
+    assert ask(one, 1, 0) is None and not one.busy
+    assert ask(one, 2, 0) == newest
+
+
+# ---- where each contribution is applied on its own
+
+
+def applied(one: Classifiers, sender: str, number: int, round_: int, lr_scale: float = 1.0) -> None:
+    """Have what `sender` asked contributed as a worker would have it, if these were all classes."""
+    kept = one._senders[sender].kept[number]
+    x, y = batch(round_)
+    own = (one._classifiers[0].read(y) * x).sum(1)
+    assert kept.log_total is not None
+    log_total = torch.logaddexp(kept.log_total, own)
+    values = [log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0]
+    parts = one.receive(
+        sender, ClassPush(round_, 0, 1, BATCH, [Use(number, BATCH)]), [frame for value in values for frame in cut(value)]
+    )
+    one.apply(parts, round_, BATCH, [], lr_scale)
+
+
+def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_of_the_rate() -> None:
+    one, whole = classifiers(keeps_versions=False), classifiers()
+    for each in (one, whole):
+        ask(each, 1, 0)
+    before = one._classifiers[0].read(torch.arange(CLASSES))
+    applied(one, "worker-0", 1, 0, lr_scale=0.25)
+    one.settle()
+    kept = whole._senders["worker-0"].kept[1]
+    x, y = batch(0)
+    own = (before[y] * x).sum(1)
+    assert kept.log_total is not None
+    log_total = torch.logaddexp(kept.log_total, own)
+    terms = Terms(kept.samples, log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0, torch.zeros(BATCH))
+    whole.close([Contributed(0, terms, False)], BATCH, [])
+    whole.settle()
+    after, expected = (each._classifiers[0].read(torch.arange(CLASSES)) for each in (one, whole))
+    torch.testing.assert_close(4 * (after - before), expected - before, rtol=1e-3, atol=1e-6)
+
+
+def test_answers_hold_whole_updates_and_all_that_were_accepted_before() -> None:
+    one, other = classifiers(keeps_versions=False), classifiers(keeps_versions=False)
+    for each in (one, other):
+        ask(each, 1, 0)
+        ask(each, 1, 1, sender="worker-1")
+    for sender, round_ in (("worker-0", 0), ("worker-1", 1)):
+        applied(one, sender, 1, round_)
+        assert one.busy and one.version < one.accepted
+    for sender, round_ in (("worker-0", 0), ("worker-1", 1)):  # done before the question comes
+        applied(other, sender, 1, round_)
+    other.settle()
+    assert ask(one, 2, 2) == ask(other, 2, 2)
+    assert one.version == one.accepted == 2
+
+
+def test_rows_that_have_moved_since_make_no_probability_above_one() -> None:
+    one = classifiers(keeps_versions=False)
+    ask(one, 1, 0)
+    applied(one, "worker-0", 1, 0)
+    parts = one._senders["worker-0"].kept[1]
+    same = Contributed(0, Terms(parts.samples, *(torch.zeros(BATCH),) * 4), False, parts)
+    assert result(one._classifiers[0].present(same)) is same  # nothing has moved yet
+    one._classifiers[0]._values.mul_(40.0)
+    one._classifiers[0].updates += 1
+    x, _ = batch(0)
+    log_total = torch.randn(BATCH) * 0.01 + 6.6
+    stale = Contributed(0, Terms(parts.samples, log_total, *(torch.ones(BATCH),) * 3), False, parts)
+    fresh = result(one._classifiers[0].present(stale))
+    z = x @ one._classifiers[0].read(torch.arange(CLASSES)).T
+    z[torch.arange(BATCH), parts.samples.own] = -torch.inf
+    assert bool(((z - log_total[:, None]).exp().sum(1) > 1.0).any())
+    assert bool(((z - fresh.terms.log_total[:, None]).exp().sum(1) <= 1.0 + 1e-5).all())
+
+
+def test_questions_about_rounds_that_are_over_and_of_the_lost_are_forgotten() -> None:
+    one = classifiers(keeps_versions=False)
+    for number, round_ in ((1, 0), (2, 5)):
+        ask(one, number, round_)
+    one.forget_before(1)
+    assert list(one._senders["worker-0"].kept) == [2]
+    x, y = batch(3)
+    one.ask("worker-0", Classify(3, 0, 3, BATCH, True), [*cut(x), *cut(y)])
+    one.forget("worker-0")
+    while one.busy:
+        one.work()
+    assert not one._senders
 
 
 @pytest.mark.parametrize(

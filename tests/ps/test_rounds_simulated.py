@@ -302,6 +302,18 @@ def test_sharded_layers_keep_all_those_promises(policy: str, clip_norm: float | 
         check_exact(outcome)
 
 
+@pytest.mark.parametrize("policy", ["ssp", "async"])
+@few
+@given(data=st.data())
+def test_sharded_layers_count_every_micro_batch_once_where_each_is_applied_at_once(policy: str, data: st.DataObject) -> None:
+    outcome = simulate(data.draw(cases(policy, classes=data.draw(st.sampled_from([10, 1000])), chunk_bytes=400, **PLAIN)))
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_counted_once(outcome)
+    for tally in outcome.tallies():
+        assert outcome.counted(tally) == pytest.approx([1.0] * len(tally), abs=0.02)
+
+
 def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

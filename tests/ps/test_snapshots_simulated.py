@@ -75,6 +75,19 @@ def test_what_was_applied_ahead_of_a_snapshot_counts_once(case: Case, machines: 
     check_same_everywhere(outcome)
 
 
+@few
+@given(
+    st.sampled_from(["ssp", "async"]).flatmap(lambda policy: cases(policy, classes=200, chunk_bytes=400, **PLAIN)),
+    st.integers(1, 3),
+)
+def test_what_was_applied_ahead_to_sharded_layers_counts_once(case: Case, workers: int) -> None:
+    outcome = go_on(case, case.settings.servers, workers)
+    for tally in outcome.tallies():
+        found = counted(outcome, tally)
+        assert found == pytest.approx([1.0] * len(found), abs=0.02)
+    check_same_everywhere(outcome)
+
+
 def check_same_as_undisturbed(case: Case) -> None:
     expected = next(iter(simulate(case).models.values()))
     outcome = go_on(case, case.settings.servers, case.settings.workers)

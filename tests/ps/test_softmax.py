@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from common.rows import local_of, owner_of, rows_on
-from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, through_normalised
+from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, renewed, through_normalised
 from worker.class_exchange import Sums
 from worker.classes import combine
 from worker.margins import ArcFace, CosFace, Margin
@@ -106,6 +106,20 @@ def test_arcface_goes_on_downwards_past_a_half_turn() -> None:
     assert bool((slope > 0).all())
     (found,) = torch.autograd.grad(value.sum(), cosine)
     torch.testing.assert_close(found, slope.detach())
+
+
+def test_a_sum_of_which_a_part_is_another_now_is_made_anew() -> None:
+    z = torch.randn(7, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 20
+    now = z.clone()
+    now[:, :10] += torch.randn(7, 10, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 5
+    before, part = z[:, :10].logsumexp(1), now[:, :10].logsumexp(1)
+    found = renewed(z.logsumexp(1), before, part)
+    torch.testing.assert_close(found, now.logsumexp(1))
+    # whatever float32 makes of nothing but this part, no p is above 1
+    rough = renewed(before.float(), before.float() + 1e-6, part.float())
+    assert bool((now[:, :10].float() <= rough[:, None] + 1e-6).all())
+    nothing = torch.full((7,), -torch.inf)  # a server without classes
+    torch.testing.assert_close(renewed(before, nothing, nothing), before)
 
 
 def test_huge_logits_overflow_nowhere() -> None:

@@ -74,7 +74,7 @@ def test_losses_and_gradients_are_those_of_a_plain_layer(bias: bool, reduction: 
         (losses * weights).sum().backward()
     assert plain.body.weight.grad is not None and ours.body.weight.grad is not None
     torch.testing.assert_close(ours.body.weight.grad, plain.body.weight.grad)
-    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH))
+    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(BATCH)
     assert isinstance(plain.head, nn.Linear) and plain.head.weight.grad is not None
     torch.testing.assert_close((before - link.rows())[:, :DIM], plain.head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -89,7 +89,7 @@ def test_several_losses_and_backwards_of_a_micro_batch_are_all_contributed() -> 
     loss.backward()
     assert plain.head.weight is not None
     (2 * (cross_entropy(plain(x), y) + 2 * cross_entropy(plain(-x), y))).backward()
-    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH))
+    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(BATCH)
     assert isinstance(plain.head, nn.Linear) and plain.head.weight.grad is not None
     torch.testing.assert_close(before - link.rows(), plain.head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -123,7 +123,7 @@ def test_a_round_that_is_over_gives_no_contribution_and_says_so() -> None:
     _, ours, shards, link = pair()
     x, y = batch()
     sharded_cross_entropy(ours(x), y).backward()
-    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH))
+    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(BATCH)
     link.rows()  # somebody asks about round 1
     link.round = 0
@@ -199,13 +199,22 @@ def test_layers_that_cannot_be_are_refused() -> None:
     assert "run.replicate" in refusal(lambda: layer.topk(torch.zeros(1, DIM), 1))
 
 
-@pytest.mark.parametrize("policy", ["ssp", "async", "local", "average"])
-def test_policies_without_rounds_on_the_servers_are_refused(policy: Any) -> None:
+@pytest.mark.parametrize(
+    ("settings", "clips", "words"),
+    [
+        (Settings(policy="local"), False, "policy local"),
+        (Settings(policy="average"), True, "policy average"),
+        (Settings(policy="ssp"), True, "clip_norm"),
+        (Settings(policy="async", delay_compensation=0.1), False, "--delay-compensation"),
+    ],
+)
+def test_training_that_needs_the_rows_elsewhere_is_refused(settings: Settings, clips: bool, words: str) -> None:
     layer = ShardedLinear(DIM, CLASSES)
     found = find_layers(layer, [{"params": [layer.weight]}])
-    assert f"policy {policy}" in refusal(lambda: check_sharding(found, load(Settings(policy=policy))))
-    check_sharding(found, load(Settings(policy="backup")))
-    check_sharding([], load(Settings(policy=policy)))
+    assert words in refusal(lambda: check_sharding(found, load(settings), clips))
+    for policy, also in (("backup", True), ("sync", True), ("ssp", False), ("async", False)):
+        check_sharding(found, load(Settings(policy=policy)), also)  # type: ignore[arg-type]
+    check_sharding([], load(settings), clips)
 
 
 # ---- messages
@@ -269,7 +278,7 @@ def test_the_best_of_few_rows_on_a_server_are_all_of_them() -> None:
 
 def test_a_push_is_sent_until_each_server_acknowledges_it() -> None:
     exchange = ClassExchange([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
-    sends = exchange.push(ClassPush(4, 2, 4, 9, []), [torch.ones(3)], 0.0)
+    sends = exchange.push(ClassPush(4, 2, 4, 9, []), [torch.ones(3)], {0: 7, 1: 8}, 0.0)
     assert [send.to for send in sends] == ["server-0", "server-1"]
     exchange.handle("server-0", ClassAck(4, 2, 4), [])
     exchange.handle("server-1", ClassAck(4, 2, 3), [])
