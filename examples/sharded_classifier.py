@@ -27,6 +27,7 @@ parser.add_argument("--global-batch", type=int, default=256)
 parser.add_argument("--lr", type=float, default=0.2, help="learning rate")
 parser.add_argument("--momentum", type=float, default=0.9, help="above 0 servers keep twice as many numbers")
 parser.add_argument("--sample-rate", type=float, default=1.0, help="share of the classes that each round looks at")
+parser.add_argument("--clip-norm", type=float, default=None, help="clip the whole gradient to this; costs a pass over the rows")
 parser.add_argument("--margin", choices=["none", "cosface", "arcface"], default="cosface")
 args = parser.parse_args()
 
@@ -62,7 +63,7 @@ class Net(nn.Module):
 
 run = worker.join()
 model = run.replicate(Net())
-opt = run.optimizer(torch.optim.SGD, lr=args.lr, momentum=args.momentum)
+opt = run.optimizer(torch.optim.SGD, lr=args.lr, momentum=args.momentum, clip_norm=args.clip_norm)
 margin = {"none": None, "cosface": worker.CosFace(16.0, 0.2), "arcface": worker.ArcFace(16.0, 0.2)}[args.margin]
 began = time.monotonic()
 sizes = {"micro_batch": args.micro_batch, "global_batch": args.global_batch, "epochs": args.epochs}

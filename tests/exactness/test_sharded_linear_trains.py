@@ -69,9 +69,12 @@ def test_weights_are_those_of_a_plain_linear_layer(
         assert metric(tmp_path / name, "top") == pytest.approx([top] * 2, rel=1e-5)
 
 
-def test_the_classifier_of_the_examples_learns(launch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["sync", "async"])
+def test_the_classifier_of_the_examples_learns(policy: str, launch: Any, tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "sharded_classifier.py"
-    launch("--workers", 2, "--servers", 2, script, "--", "--classes", 700, "--samples", 7000, "--epochs", 1, "--sample-rate", 0.5)
+    flags = ("--classes", 700, "--samples", 7000, "--epochs", 1, "--sample-rate", 0.5)
+    summary = launch("--workers", 2, "--servers", 2, "--policy", policy, script, "--", *flags)
+    assert summary["samples"] == 7000 and summary["dropped"] == 0
     (accuracy,) = metric(tmp_path / "run", "accuracy")
     assert accuracy > 0.7
 

@@ -24,6 +24,11 @@ def test_the_whole_round_is_skipped_alike_by_all_servers_whoever_computes_it(lau
         assert (summary["rounds"], summary["samples"]) == (ROUNDS * EPOCHS, (ROUNDS - 1) * 16 * EPOCHS)
 
 
+def test_sharded_layers_are_left_alone_in_such_a_round_too(launch: Callable[..., dict[str, Any]]) -> None:
+    summary = launch("--workers", 2, "--servers", 2, "--on-nonfinite", "skip", *FLAGS, "--", "sharded")
+    assert (summary["dropped"], summary["samples"]) == (4 * EPOCHS, (ROUNDS - 1) * 16 * EPOCHS)
+
+
 def test_they_end_the_run_with_a_sentence_unless_they_are_allowed(tmp_path: Path) -> None:
     def run(*flags: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, LAUNCH, "local", "--overwrite", "--run-dir", tmp_path / "run", *FLAGS, *flags]

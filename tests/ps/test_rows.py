@@ -270,10 +270,12 @@ def bodies(sends: list[Send]) -> list[Any]:
     return [send.body for send in sends]
 
 
-def push_rows(one: Shard, round_: int, lo: int, hi: int, sender: str = "worker-0", scale: float = 1.0) -> list[Any]:
+def push_rows(
+    one: Shard, round_: int, lo: int, hi: int, sender: str = "worker-0", scale: float = 1.0, finite: bool = True
+) -> list[Any]:
     """Rows lo..hi-1, all on server 0 (or none, on server 1)."""
     part = rows_of(range(lo, hi) if one.index == 0 else [], 5)
-    body = RowPush(round_, lo, hi, 2 * (hi - lo), [part.count])
+    body = RowPush(round_, lo, hi, 2 * (hi - lo), [part.count], finite=finite)
     return bodies(one.handle(sender, body, cut_sums([RowSum(part.ids, part.values * scale)]), 1.0))
 
 
@@ -306,6 +308,19 @@ def test_a_round_is_complete_when_rows_of_all_micro_batches_are_in_and_each_coun
     values = [rows_of(range(lo, hi), 5).values for lo, hi in ((0, 2), (2, 3), (3, 4))]
     torch.testing.assert_close(rows_at(one, 1, [0, 1, 2, 3]), first - 0.1 * torch.cat(values) / 8)
     assert torch.equal(rows_at(one, 0, [0, 1, 2, 3]), first)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_what_is_not_finite_drops_a_round_of_backup_only_where_it_counts(counts: bool) -> None:
+    """Else servers would differ: some have it before the round is closed, and others after."""
+    one, _ = shard("backup")
+    first = rows_at(one, 0, [0, 1, 2, 3])
+    for k in range(4):
+        push_chunk(one, 0, k, k + 1)
+        push_rows(one, 0, k, k + 1, finite=k != 2)
+    one.handle("coordinator", Close(0, [1, 2, 3] if counts else [0, 1, 3]), [], 2.0)
+    assert one.version == 1
+    assert torch.equal(rows_at(one, 1, [0, 1, 2, 3]), first) is counts
 
 
 def test_a_server_that_none_of_the_rows_are_on_takes_part_all_the_same() -> None:
