@@ -68,7 +68,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         Meta(ge=0, le=1),
         _help(
-            "sync, backup: servers that each keep a copy of another one's parameters; with 1, a server's death loses no round."
+            "sync, backup: servers that each keep a copy of another one's parameters, tables and sharded layers; with 1, a "
+            "server's death loses no round, and servers take up twice the memory."
         ),
     ] = 0
 

@@ -27,6 +27,8 @@ from common.messages import (
     Envelope,
     Filed,
     Forward,
+    ForwardClasses,
+    ForwardRows,
     GotPart,
     Hello,
     KvPull,
@@ -72,7 +74,7 @@ log = logging.getLogger("ps.server")
 #: Names of workers that are remembered.
 _MOST_WORKERS = 100_000
 #: What the server says whose shard has a copy here.
-_FROM_KEPT = (Forward, Filed, State, StatePart, GotPart, Restore)
+_FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
 

@@ -400,7 +400,8 @@ class World:
     def versions(self) -> list[int]:
         """Of the servers that take part in rounds."""
         servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive]
-        return [p.shard.version for p in servers if p.server._shard is not None and p.shard.chunks]
+        shards = [p.shard for p in servers if p.server._shard is not None]
+        return [shard.version for shard in shards if shard.chunks and not shard.restoring]
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
         """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
@@ -807,10 +808,11 @@ class WorkerProcess(Process):
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
             slots = Slots(replica.layout, shared=False)
-            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, sends_first=False)
+            replicas = case.settings.replicas > 0
+            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
             run._rows = rows
             run._shards = SteppedShards(
-                self.link, layers, case.settings.servers, lambda: run._computed, 180.0, 0, len(tables), sends_first=False
+                self.link, layers, case.settings.servers, lambda: run._computed, 180.0, 0, len(tables), False, replicas
             )
             work = SteppedWork(run, replica, rows, run._shards, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work
