@@ -29,6 +29,7 @@ from common.messages import (
     Envelope,
     Goodbye,
     Hello,
+    Lease,
     Lost,
     Mean,
     Metrics,
@@ -387,6 +388,7 @@ class Coordinator:
         self._write_rows(now)
         if now >= self._status_at + _FLUSH_S:
             self._status_at = now
+            self._deal(now)
             self._write_status()
             self._flush()
         elif self._promises and now >= self._flushed_at + _PROMISE_S:
@@ -693,20 +695,48 @@ class Coordinator:
         first = self._ledger.committed if self._policy.applies == "push" else waiting.round
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
         workers, tables = self._membership.workers, self._membership.tables
-        lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
+        count = self._ledger.micro_batches
+        if self._policy.applies == "push":
+            lease = self._takeover.lease(member.name, range(first, last + 1), count, tables, workers, now, self._lacking())
+            self._give(lease)
+            return
+        lease = self._takeover.lease(member.name, range(first, last + 1), count, tables, workers, now)
         servers = self._owners()
-        # what is missing on one that hangs may have arrived there, and there is nothing to be sent to one that is gone
-        hangs = any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in servers)
-        if lease is None and not hangs:
+        if lease is None and not self._is_silent(servers, now):
             open_round = min(server.beat.round for server in servers)
             missing = (k for server in servers if server.beat.round == open_round for k in server.beat.left)
-            count = self._ledger.micro_batches(open_round)
             if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
-                lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
+                lease = self._takeover.lease_missing(member.name, open_round, missing, count(open_round), tables, workers, now)
+        self._give(lease)
+
+    def _give(self, lease: Lease | None) -> None:
         if lease is not None:
             self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
             self._send(lease.to, lease)
             self._send(lease.owner, lease)
+
+    def _deal(self, now: float) -> None:
+        """Where pushes are applied at once: have done what nobody does, without anybody waiting for it."""
+        if self._policy.applies != "push" or not self._ledger.segments or self._awaits_members(now):
+            return
+        if not self._is_silent(self._owners(), now):
+            of_all = self._membership.tables, self._membership.workers
+            for lease in self._takeover.deal(self._lacking(), self._ledger.micro_batches, *of_all, now):
+                self._give(lease)
+
+    def _lacking(self) -> dict[int, set[int]]:
+        """What servers say they have not got, by round, earliest first, as far as they say so."""
+        found: dict[int, set[int]] = {}
+        for beat in (server.beat for server in self._owners() if server.beat.round >= 0):
+            for round_, ks in enumerate([beat.left, *beat.later], beat.round):
+                if ks:
+                    found.setdefault(round_, set()).update(ks)
+        return dict(sorted(found.items()))
+
+    def _is_silent(self, servers: Sequence[Member], now: float) -> bool:
+        """Whether one of them may hang, for then what is missing there may have arrived; or is gone, so that there is nothing to
+        be sent to it."""
+        return any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in servers)
 
     def _awaits_members(self, now: float) -> bool:
         """Whether this one has taken over just now and does not know yet what everybody does."""

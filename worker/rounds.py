@@ -463,4 +463,7 @@ class GradientWork:
         sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_), *self._shards.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
-        return Beat(state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer)  # type: ignore[arg-type]
+        return Beat(
+            state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer,  # type: ignore[arg-type]
+            reached=self.round, taken=self._tasks.taken_elsewhere(round_),
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,4 +89,12 @@ def test_who_leaves_early_has_handed_over_what_it_did_and_others_do_the_rest() -
         {"early": True}
     ]
     assert outcome.ledger.totals.micro_batches_recomputed <= 1
+    check(outcome)
+
+
+def test_where_nobody_waits_others_do_what_a_dead_worker_had_soon_and_not_at_the_end() -> None:
+    paces = [Pace(0.3), Pace(0.3), Pace(0.3, dies_s=0.3)]
+    outcome = simulate(replace(case("async", paces, chunk_bytes=4800), segments=[(28, 5)]))
+    own = [task.round for name, task in outcome.world.computed if name == "worker-0"]
+    assert sum(round_ < max(own[:at]) for at, round_ in enumerate(own[: own.index(13)]) if at) >= 3
     check(outcome)
