@@ -619,10 +619,12 @@ class Metrics(Body, frozen=True):
 
 class Goodbye(Body, frozen=True):
     """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload. `early`: I leave while the run
-    goes on; answered by Stop, and others do what I have not done."""
+    goes on; answered by Stop, and others do what I have not done. `cut_off`: I failed as a server did not answer me, which may
+    well answer others."""
 
     reason: str = ""
     early: bool = False
+    cut_off: bool = False
 
 
 class Upload(Body, frozen=True):

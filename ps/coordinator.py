@@ -542,6 +542,10 @@ class Coordinator:
             )
         if idle_s <= self._settings.timeout:
             return
+        if behind := self._behind_the_end():
+            for worker in behind:
+                self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now)
+            return
         waiting = self._whom_all_wait_for() or "every process"
         if self._membership.awaits_workers:
             waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
@@ -768,7 +772,10 @@ class Coordinator:
 
     def _goodbye(self, route: bytes, member: Member, goodbye: Goodbye, now: float) -> None:
         if goodbye.reason:
-            raise ClusterError(f"{member.name} failed: {goodbye.reason}")
+            if not goodbye.cut_off or not self._can_do_without(member):
+                raise ClusterError(f"{member.name} failed: {goodbye.reason}")
+            self._give_up(member, goodbye.reason, now)
+            return
         if not member.left:
             self._log.event(Event("left", member.name, {"early": True} if goodbye.early else {}))
             self._progressed_at = now
@@ -777,10 +784,35 @@ class Coordinator:
             self._reply(route, Stop(True))
             return
         uploader = self._membership.members.get(self._uploader or "")
-        if uploader is None or uploader.lost or not uploader.left:
+        if uploader is None or uploader.lost or uploader.early or not uploader.left:
             self._uploader = member.name
         if self._ledger.layout is not None and not self._model.complete and member.name == self._uploader:
             self._reply(route, Upload())
+
+    def _can_do_without(self, worker: Member) -> bool:
+        """Whether there are others who can do what a worker has not done, be that only to hand in the model."""
+        others = [
+            other for other in self._membership.workers.values() if other is not worker and not other.lost and not other.early
+        ]
+        is_over = bool(self._ledger.planned) and self._ledger.committed >= self._ledger.planned
+        return not self._policy.is_local and any(other.active or is_over for other in others)
+
+    def _behind_the_end(self) -> list[Member]:
+        """Workers that have not got to the end of the rounds, which others have done."""
+        rounds = self._ledger
+        if not rounds.planned or rounds.committed < rounds.planned:
+            return []
+        active = [worker for worker in self._membership.workers.values() if worker.active]
+        return [worker for worker in active if worker.reached < rounds.segments[-1].end and self._can_do_without(worker)]
+
+    def _give_up(self, worker: Member, why: str, now: float) -> None:
+        """Go on without a worker that is cut off from a server."""
+        if not worker.early:
+            log.warning("%s is given up, and others do what it has not done: %s", worker.name, why)
+            self._log.event(Event("lost", worker.name, {"why": why}))
+            self._progressed_at = now
+        self._tell_members(self._membership.leave(worker.name, early=True))
+        self._send(worker.name, Stop(True))
 
     # ---- sending
 

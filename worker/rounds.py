@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from common.allocator import keep_memory
-from common.errors import ClusterError, UsageError
+from common.errors import NoAnswer, UsageError
 from common.failpoints import failpoint
 from common.messages import Beat, ClassPush, Push, RowPush, Waiting
 from common.plan import Segment, derive_seed
@@ -408,7 +408,7 @@ class GradientWork:
                 self._link.send(Send(COORDINATOR, Waiting(self.round)))
                 self._link.beat_soon()
             if time.monotonic() - began > self._run.settings.timeout + 20.0:
-                raise ClusterError(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
+                raise NoAnswer(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
         if state == "leased":
             return None
         if state == "gone":
