@@ -15,6 +15,9 @@ import click
 
 from common.errors import PsError, UsageError
 
+#: The exit code after a mistake of whoever gave the command.
+USAGE = 2
+
 _ROOT = Path(__file__).resolve().parent.parent
 _OURS = tuple(str(_ROOT / name) for name in ("launch.py", "common", "ps", "worker", "cluster", "explore"))
 _LIBRARIES = tuple(
@@ -54,7 +57,7 @@ def exit_code(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
         return 130
-    return 2 if isinstance(error, UsageError) else 1
+    return USAGE if isinstance(error, UsageError) else 1
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

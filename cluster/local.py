@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.crew import Crew, Respawn
+from cluster.exits import USAGE
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
 from cluster.rundir import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
 from cluster.scale import take
@@ -27,6 +28,8 @@ from common.settings import Settings
 _ADDRESS_S = 30.0
 #: Bytes of snapshots that a coordinator checks in a second before it listens, at least.
 _CHECKED_PER_S = 20e6
+#: Seconds for the fork server to have imported what servers and workers need; after that they do so themselves.
+_PREPARED_S = 60.0
 #: Seconds for the servers to end after the coordinator.
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
@@ -47,6 +50,8 @@ class Order:
     respawn: Respawn = field(default_factory=Respawn)
     #: Whether the run in `run_dir` goes on from its newest snapshot.
     resume: bool = False
+    #: What is imported once for all servers and workers.
+    modules: tuple[str, ...] = ("ps.server", "worker.example")
 
 
 def check_order(settings: Settings, script: str | None, port: int) -> None:
@@ -99,7 +104,8 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
     """Run `order` to its end and return its summary, having shown it on `screen`.
 
     `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
-    Raises ClusterError, naming the process and its log, when one fails; KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP.
+    Raises ClusterError, naming the process and its log, when one fails, or UsageError where its user made a mistake;
+    KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP.
     However it ends, no process is left.
     """
     folder = order.run_dir
@@ -185,7 +191,11 @@ class _Local:
         )
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
+            fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
             address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick, order.resume)
+            deadline = time.monotonic() + _PREPARED_S
+            while fork_server.coming and time.monotonic() < deadline:
+                self._tick()
             self._start_others(address)
         except OSError as error:
             raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
@@ -243,7 +253,8 @@ class _Local:
                 break  # nothing can explain this one
             time.sleep(TICK_S)
             self._processes.poll()
-        raise ClusterError(root_cause(self._processes.failures()).describe_end())
+        cause = root_cause(self._processes.failures())
+        raise (UsageError if cause.code == USAGE else ClusterError)(cause.describe_end())
 
     def _check_workers_joined(self) -> None:
         """A worker that has ended well without having joined will keep everybody waiting."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cluster import guard
+from cluster.fork_server import Forked, ForkServer
 from cluster.lifeline import PARENT_VARIABLE
 
 #: Seconds that a child has to end by itself after SIGTERM, before SIGKILL.
@@ -44,7 +45,7 @@ class Child:
 
     name: str
     log: Path
-    popen: subprocess.Popen[bytes]
+    popen: subprocess.Popen[bytes] | Forked
     code: int | None = None
     #: When the end was noticed, on the clock of time.monotonic.
     ended_at: float = 0.0
@@ -97,12 +98,20 @@ class Processes:
         self._env = {**env, **ours, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self._term_s = term_s
         self._guard: subprocess.Popen[bytes] | None = None
+        self._fork_server: ForkServer | None = None
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def prepare(self, modules: Sequence[str], **env: str) -> ForkServer:
+        """Have children made by a process that has imported `modules`, once it is ready; it gets `env` besides.
+
+        OSError if it cannot be started."""
+        self._fork_server = ForkServer(modules, {**self._env, **env})
+        return self._fork_server
 
     def start(self, name: str, argv: Sequence[str], **env: str) -> Child:
         """Start a child; all it prints goes to `<name>.log`. OSError if it cannot be started."""
@@ -126,16 +135,11 @@ class Processes:
         child.popen = self._spawn(child.command, child.env, child.log)
         child.code, child.ended_at, child.excused, child.due_at, child.gone = None, 0.0, False, None, False
 
-    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-        with log.open("ab") as file:
-            popen = subprocess.Popen(
-                list(argv),
-                env={**self._env, **env},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | Forked:
+        env = {**self._env, **env}
+        log.open("ab").close()  # OSError here and now
+        forked = self._fork_server.start(argv, env, log) if self._fork_server is not None else None
+        popen = forked or _popen(argv, env, log)
         assert self._guard is not None and self._guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard; the run does not need it
             self._guard.stdin.write(b"%d\n" % popen.pid)
@@ -182,10 +186,19 @@ class Processes:
         for child in self.children:
             child.gone = True
         guard.remove_shared_memory(seen)
+        if self._fork_server is not None:
+            self._fork_server.stop()
         if self._guard is not None:
             self._guard.kill()
             self._guard.communicate()
             self._guard = None
+
+
+def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            list(argv), env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _start_guard(family: str) -> subprocess.Popen[bytes]:

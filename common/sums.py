@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,9 +61,3 @@ def add_values(kind: Kind, left: Sum, right: Sum, out: torch.Tensor) -> float:
     a, b = left.values * left.scale, right.values * right.scale
     torch.add(a, b, out=out)
     return 1.0
-
-
-def is_finite(values: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite. One quick pass: a sum is finite only if all that is added is; where it overflows
-    although all are, they are looked at one by one."""
-    return not values.is_floating_point() or math.isfinite(float(values.sum())) or bool(values.isfinite().all())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from common.codecs.chosen import sends_changes
-from common.errors import WireError
+from common.errors import UsageError, WireError
 from common.failpoints import failpoint
 from common.layout import Chunk, make_layout, urgency
 from common.messages import (
@@ -37,6 +37,7 @@ from common.messages import (
     State,
     StatePart,
 )  # fmt: skip
+from common.nonfinite import ADVICE, sentence, tensors_not_finite
 from common.policies import Policy
 from common.rows import add_tables, no_rows
 from common.settings import Settings
@@ -59,7 +60,7 @@ from ps.shard import (
     contribution,
     mean_metrics,
 )
-from ps.store import Norm
+from ps.store import Norm, NotFinite
 from ps.transfer import Incoming, Outgoing
 
 log = logging.getLogger("ps.round_shard")
@@ -101,6 +102,8 @@ class RoundShard(Shard):
         self._leaves: dict[int, dict[int, Any]] = {}
         #: Spans that count in this round, as the ledger will have them.
         self._filed: dict[Span, Contribution] = {}
+        #: Contributions to this round that lie in workers' memory: nobody has looked yet whether they are finite.
+        self._read: list[tuple[str, Push, Sequence[Sum]]] = []
         #: Samples behind each leaf, and its weight in the mean, where workers step locally and the plan cannot tell.
         self._leaf_samples: dict[int, int] = {}
         self._leaf_weights: dict[int, int] = {}
@@ -204,6 +207,8 @@ class RoundShard(Shard):
         values = self._check(sender, push, frames, plan, values)
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        if push.slot >= 0:
+            self._read.append((sender, push, values))
         for chunk, value in zip(push.chunks, values, strict=True):
             if self._file(chunk, (push.lo, push.hi), value):
                 self._counts(sender, push, chunk)
@@ -374,10 +379,24 @@ class RoundShard(Shard):
             mean = total[0]
             body = Forward(self._version, chunk, mean.present, hypers, None if factor is None else float(factor))
             self._forwarder.send(body, [to_frame(mean.values)] if mean.present else [], now)
-        frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
+        try:
+            frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
+        except NotFinite as error:
+            raise self._not_finite(str(error)) from None
         self._keep_frame(self._target, chunk, frame)
         self._next.add(chunk)
         failpoint("applying", self._version)
+
+    def _not_finite(self, name: str) -> UsageError:
+        """What to say of this round, in which the mean gradient of the tensor called `name` is not finite."""
+        assert self.layout is not None
+        text = f"the sum of the gradients of '{name}' in round {self._version} is not finite"
+        for sender, push, sums in self._read:
+            values = {chunk: one.values for chunk, one in zip(push.chunks, sums, strict=True)}
+            if what := tensors_not_finite(self.layout, values):
+                text = sentence(sender, what, push.round, push.lo, push.hi)
+                break
+        return UsageError(f"{text}; {ADVICE}")
 
     def _total(self, chunk: int) -> list[Any] | None:
         """The round's sum in `chunk`, or the two halves of it, once that is final, else None."""

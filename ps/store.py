@@ -15,6 +15,7 @@ from common.codecs.chosen import WEIGHT_SEED, for_pushes, for_weights, sends_cha
 from common.errors import WireError
 from common.layout import Chunk, Layout, Piece
 from common.messages import Traffic, Update
+from common.nonfinite import is_finite
 from common.policies import Policy
 from common.sums import Sum, add_values, adder
 from common.tensorfile import Entry, TensorFiles
@@ -30,6 +31,10 @@ _BLOCK, _FUSED_BLOCK = 64 << 10, 1 << 20
 _WHOLE_VECTORS = 64
 #: What an optimizer's state is called in snapshots: that of each element, and that of all of a tensor.
 _EACH, _COMMON = "optimizer", "optimizer-common"
+
+
+class NotFinite(Exception):
+    """The mean gradient of the tensor with this name is NaN or infinite somewhere."""
 
 
 @dataclass
@@ -144,6 +149,7 @@ class Store:
         double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
         self._norm_dtype = torch.float64 if double else torch.float32
         self._policy = policy
+        self._checks = policy.settings.on_nonfinite == "fail" and policy.applies == "round" and not policy.is_local
         self._scratch = {dtype: torch.empty(_FUSED_BLOCK, dtype=dtype) for dtype in {p.sum_dtype for p in self._parts.values()}}
 
     def receive(self, chunk: int, frame: Any, present: int, scale: float = 1.0) -> Sum:
@@ -321,6 +327,8 @@ class Store:
         `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
         happened since. The new weights are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in
         `before`, left alone; without it they take the old ones' place. Returns what `settle` does.
+
+        Raises NotFinite where the run is to fail then; the chunk is half updated and of no use any more.
         """
         part = self._parts[chunk]
         present = _present(total)
@@ -335,10 +343,11 @@ class Store:
                 part.move(block, into)  # just before its update, for then it is in the cache
             if not present >> block.bit & 1:
                 continue
-            if part.optimizer is None:
-                self._mean(part, block, total, samples, block.parameter)
-            else:
-                gradient = self._mean(part, block, total, samples, self._scratch[part.sum_dtype][: block.length])
+            out = block.parameter if part.optimizer is None else self._scratch[part.sum_dtype][: block.length]
+            gradient = self._mean(part, block, total, samples, out)
+            if self._checks and not is_finite(gradient):  # here, for it is in the cache
+                raise NotFinite(self._layout.tensors[part.chunk.pieces[block.bit].tensor].name)
+            if part.optimizer is not None:
                 if factor is not None:
                     gradient.mul_(factor)
                 if then is not None:

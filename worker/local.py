@@ -13,8 +13,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from common.errors import UsageError
 from common.messages import Beat, Push
+from common.nonfinite import is_finite
 from common.plan import Segment, derive_seed
-from common.sums import Sum, is_finite
+from common.sums import Sum
 from worker import greedy
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule

@@ -76,11 +76,6 @@ class Replica:
         self.on_gradient: Callable[[int], None] | None = None
         self._made = threading.Lock()
 
-    def where_not_finite(self, chunk: int, values: torch.Tensor) -> str:
-        """The names of the tensors that have NaN or infinite elements in a contribution to a chunk."""
-        bad = [p for p in self.layout.chunks[chunk].pieces if not values[p.offset : p.offset + p.length].isfinite().all()]
-        return " and ".join(f"'{self.specs[piece.tensor].name}'" for piece in bad[:3])
-
     def __deepcopy__(self, memo: object) -> Replica:
         """There is one. Who copies the model copies its hooks, which lead here and do nothing for other parameters."""
         return self

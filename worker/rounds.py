@@ -15,9 +15,10 @@ from common.allocator import keep_memory
 from common.errors import NoAnswer, UsageError
 from common.failpoints import failpoint
 from common.messages import Beat, ClassPush, Push, RowPush, Waiting
+from common.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
-from common.sums import Sum, adder, is_finite
+from common.sums import Sum, adder
 from common.tree import TreeSum
 from common.wire import PATIENCE_BY_WORKER_S
 from worker import classes
@@ -293,16 +294,19 @@ class GradientWork:
 
     def _is_finite(self, push: Push, contribution: Contribution) -> bool:
         """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
-        if self._run.settings.on_nonfinite == "allow":
+        what_to_do = self._run.settings.on_nonfinite
+        if what_to_do == "allow":
             return True
-        chunk = next((chunk for chunk, total in contribution.sums.items() if not is_finite(total.values)), None)
-        if chunk is None and all(is_finite(rows.values) for rows in contribution.rows):
+        values = {chunk: total.values for chunk, total in contribution.sums.items()}
+        if what_to_do == "fail" and self._per_round:  # what servers read from here they look at, on its way through their caches
+            assert self._exchange is not None
+            values = {chunk: one for chunk, one in values.items() if self._exchange.sends(chunk)}
+        what = tensors_not_finite(self.replica.layout, values)
+        if not what and all(is_finite(rows.values) for rows in contribution.rows):
             return True
-        which = f"micro-batch {push.lo}" if push.hi == push.lo + 1 else f"micro-batches {push.lo}..{push.hi - 1}"
-        what = "a table" if chunk is None else self.replica.where_not_finite(chunk, contribution.sums[chunk].values)
-        text = f"{self._run.name}'s gradient of {what} in {which} of round {push.round} is not finite"
-        if self._run.settings.on_nonfinite == "fail":
-            raise UsageError(f"{text}; --on-nonfinite skip drops such rounds, and allow lets them be.")
+        text = sentence(self._run.name, what or "a table", push.round, push.lo, push.hi)
+        if what_to_do == "fail":
+            raise UsageError(f"{text}; {ADVICE}")
         log.warning("%s: it is dropped.", text)
         return False
 

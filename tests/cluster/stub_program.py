@@ -43,7 +43,7 @@ def launcher(folder: Path) -> int:
     @click.command()
     def local() -> None:
         respawn = Respawn(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
-        order = Order(Settings(workers=2, servers=1), folder, respawn=respawn)
+        order = Order(Settings(workers=2, servers=1), folder, respawn=respawn, modules=("json",))
         run_local(order, [sys.executable, __file__], os.environ, Screen(Console(), folder / "events.sqlite"))
 
     return run_command(local, [], "stub")

@@ -112,7 +112,7 @@ def test_a_script_that_raises_is_told_with_its_line_and_the_traceback_is_in_its_
 def test_a_mistake_in_a_setting_that_only_workers_can_see_is_one_sentence_without_traceback(start: Start, tmp_path: Path) -> None:
     run = start(LAUNCH, "local", "--data", "digitz", "--workers", "1", "--servers", "1", "--run-dir", "run")
     code, lines = run.end(START_S)
-    assert code == 1 and lines[-1].startswith("error: worker-0 failed: there is no data source 'digitz'; there are ")
+    assert code == 2 and lines[-1].startswith("error: worker-0 failed: there is no data source 'digitz'; there are ")
     assert "Traceback" not in "".join(path.read_text() for path in (tmp_path / "run/logs").iterdir())
 
 

@@ -134,7 +134,7 @@ def test_what_ignores_signals_or_has_left_for_a_session_of_its_own_is_stopped_to
     run = stub(worker_0="stubborn")
     pids = run.ready(ALL)
     everybody = run.members()
-    assert len(everybody) == 1 + ALL + 2 + 1  # the launcher, its children, what the stubborn one has started, the guard
+    assert len(everybody) == 1 + ALL + 2 + 2  # launcher, its children, what the stubborn one has started, guard, fork server
     if end == "signal":
         os.kill(run.popen.pid, signal.SIGTERM)
     elif end == "kill of a child":
@@ -156,11 +156,15 @@ def test_nothing_outlives_a_launcher_that_was_killed_with_9(stub: Stub) -> None:
     run.leaves_nothing(set())
 
 
-def test_a_run_goes_on_without_its_guard_and_ends_well(stub: Stub) -> None:
-    run = stub()
+def test_a_run_goes_on_without_its_guard_and_its_fork_server_and_ends_well(stub: Stub) -> None:
+    run = stub(respawn="1")
     pids = run.ready(ALL)
-    (guard,) = run.members() - set(pids.values()) - {run.popen.pid}
-    os.kill(guard, signal.SIGKILL)
+    helpers = run.members() - set(pids.values()) - {run.popen.pid}
+    assert len(helpers) == 2
+    for pid in helpers:
+        os.kill(pid, signal.SIGKILL)
+    os.kill(pids["worker-0"], signal.SIGKILL)
+    assert run.ready(ALL + 1)["worker-0"] != pids["worker-0"]
     os.kill(run.popen.pid, signal.SIGTERM)
     assert run.end()[0] == 130
     run.leaves_nothing(set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,11 +26,14 @@ def test_the_whole_round_is_skipped_alike_by_all_servers_whoever_computes_it(lau
 
 def test_they_end_the_run_with_a_sentence_unless_they_are_allowed(tmp_path: Path) -> None:
     def run(*flags: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, LAUNCH, "local", "--run-dir", tmp_path / "run", *FLAGS, *flags]
+        command = [sys.executable, LAUNCH, "local", "--overwrite", "--run-dir", tmp_path / "run", *FLAGS, *flags]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
 
-    failed = run()
-    assert failed.returncode == 1
-    last = failed.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: worker-") and "round" in last and "weight" in last and "--on-nonfinite" in last
+    for lane, who in (("auto", "server-"), ("socket", "worker-")):  # who looks at what workers share, and at what they send
+        failed = run("--lane", lane)
+        assert failed.returncode == 2
+        last = failed.stderr.strip().splitlines()[-1]
+        found = rf"error: {who}\d failed: worker-\d's gradient of 'weight' and 'bias' in micro-batch(es)? \S+ of round 3 is not"
+        assert re.match(found, last)
+        assert "--on-nonfinite skip" in last
     assert run("--on-nonfinite", "allow").returncode == 0

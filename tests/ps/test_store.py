@@ -22,7 +22,7 @@ from common.sums import Sum
 from common.tensorfile import TensorFiles
 from common.tensors import dtype_name, to_frame
 from common.tree import fold
-from ps.store import Store
+from ps.store import NotFinite, Store
 from worker.coding import WeightDecoder
 from worker.optimizer import check_elementwise, example_optimizer, plain_settings
 
@@ -360,6 +360,25 @@ def test_other_buffers_become_their_maximum_whatever_the_samples(dtype: torch.dt
     assert cluster.weights()[0].tolist() == torch.tensor([high, 0, 1, 1]).to(dtype).tolist()
 
 
+@pytest.mark.parametrize(("tensor", "step", "value"), [(0, 2, float("nan")), (1, 0, float("-inf"))])
+def test_a_mean_that_is_not_finite_is_refused_by_the_name_of_its_tensor_unless_it_is_allowed(
+    tensor: int, step: int, value: float
+) -> None:
+    gradients = gradients_of(step)
+    changed = gradients[tensor]
+    assert changed is not None
+    changed.view(-1)[-1] = value
+    groups = [{"lr": 0.1}, {"lr": 0.1}]
+    weights = [p.detach() for p in parameters()]
+    allows, fails = (
+        Cluster(weights, [group for _, group in MODEL], Update("SGD", groups), 1, on_nonfinite=what) for what in ("allow", "fail")
+    )
+    allows.step(gradients)
+    assert not allows.weights()[tensor].isfinite().all()
+    with pytest.raises(NotFinite, match=f"^{tensor}$"):
+        fails.step(gradients)
+
+
 def test_without_an_optimizer_the_mean_replaces_the_weights() -> None:
     cluster = Cluster([torch.zeros(3)], [0], Update(None, [{}]), 1)
     cluster.step([torch.tensor([1.0, 2.0, 3.0])])
@@ -400,7 +419,7 @@ class Coded:
     """A server with one layer, its weights in two planes by turns, and a worker that gets them in frames."""
 
     def __init__(self, codec: str, lr: float = 0.1) -> None:
-        settings = Settings(weight_codec=codec)  # type: ignore[arg-type]
+        settings = Settings(on_nonfinite="allow", weight_codec=codec)  # type: ignore[arg-type]
         specs = [TensorSpec("weight", [300, 40], "float32", 0), TensorSpec("bias", [300], "float32", 0)]
         self.layout = make_layout(specs, 1)
         self.numel = self.layout.chunks[0].numel
