@@ -157,7 +157,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
             harms.nothing, ("--epochs", 60), network=spread.cut(30.0, both_ways=True)
         ),
         "network between a worker and a server cut for good, so that the worker is given up": Row(
-            harms.nothing, ("--epochs", 80, "--timeout", 5), network=spread.cut_off
+            harms.nothing, ("--epochs", 60, "--timeout", 5), network=spread.cut_off
         ),
         "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2),
         f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), churn),
