@@ -171,7 +171,7 @@ def _settle(argv: Sequence[str], env: Mapping[str, str], log: str, cwd: str, par
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv[:] = argv[1:]
+    sys.argv[:], sys.orig_argv[:] = argv[1:], argv
     sys.path[0] = str(Path(argv[1]).resolve().parent)
     _show(argv)
     if "torch" in sys.modules and env.get("OMP_NUM_THREADS", threads) != threads:

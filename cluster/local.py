@@ -21,6 +21,7 @@ from cluster.signals import StopSignals
 from common import snapshots
 from common.errors import ClusterError, UsageError
 from common.policies import load
+from common.restart import AGAIN_VARIABLE
 from common.runfiles import SETTINGS_FILE
 from common.settings import Settings
 
@@ -34,6 +35,8 @@ _PREPARED_S = 60.0
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
 _JOIN_S = 2.0
+#: The environment of those who may be started again at once.
+_AGAIN = {AGAIN_VARIABLE: "1"}
 #: How often a coordinator that was killed is started again at least.
 _RECOVERIES = 5
 
@@ -157,12 +160,12 @@ def start_coordinator(
 
 
 def start_server(
-    processes: Processes, program: Sequence[str], address: str, index: int | None, bind: str = "tcp://127.0.0.1:0"
+    processes: Processes, program: Sequence[str], address: str, index: int | None, bind: str = "tcp://127.0.0.1:0", **env: str
 ) -> Child:
     """Start a server of the run whose coordinator is at `address`, with this number or any that is free."""
     number = [] if index is None else ["--index", str(index)]
     command = ["server", "--coordinator", address, "--bind", bind, *number]
-    return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1))
+    return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1), **env)
 
 
 class _Stopped(Exception):
@@ -207,14 +210,14 @@ class _Local:
     def _start_others(self, address: str) -> None:
         settings = self._order.settings
         for index in range(settings.servers):
-            start_server(self._processes, self._program, address, index)
+            start_server(self._processes, self._program, address, index, **_AGAIN)
         script = [self._order.script, "--", *self._order.args] if self._order.script is not None else []
 
         def worker(index: int | None) -> list[str]:
             number = [] if index is None else ["--index", str(index)]
             return [*self._program, "worker", "--coordinator", address, *number, *script]
 
-        env, is_local = _threads(settings.threads), load(settings).is_local
+        env, is_local = {**_threads(settings.threads), **_AGAIN}, load(settings).is_local
         self._crew = Crew(self._processes, worker, env, self._order.respawn, is_local, self._screen.say)
         self._crew.start(settings.workers)
 

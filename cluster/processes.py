@@ -23,6 +23,7 @@ from types import TracebackType
 from cluster import guard
 from cluster.fork_server import Forked, ForkServer
 from cluster.lifeline import PARENT_VARIABLE
+from common.restart import AGAIN
 
 #: Seconds that a child has to end by itself after SIGTERM, before SIGKILL.
 TERM_S = 1.5
@@ -99,6 +100,7 @@ class Processes:
         self._term_s = term_s
         self._guard: subprocess.Popen[bytes] | None = None
         self._fork_server: ForkServer | None = None
+        self._stops = False
 
     def __enter__(self) -> Processes:
         return self
@@ -146,9 +148,13 @@ class Processes:
         return popen
 
     def poll(self) -> None:
-        """Note which children have ended."""
+        """Note which children have ended; who asks for that, and can be, is started again."""
         for child in self.running():
             code = child.popen.poll()
+            if code == AGAIN and not self._stops:
+                with contextlib.suppress(OSError):
+                    self.again(child)
+                    continue
             if code is not None:
                 child.code, child.ended_at = code, time.monotonic()
                 child.gone = not guard.relatives({child.popen.pid}, "")
@@ -163,6 +169,7 @@ class Processes:
 
     def stop(self) -> None:
         """End every child and all that these have started: SIGTERM, and after `term_s` seconds SIGKILL."""
+        self._stops = True
         self.poll()
         groups = {child.popen.pid for child in self.children if not child.gone}
         seen = {child.popen.pid for child in self.children}

@@ -17,16 +17,29 @@ class Sum:
     `values` is flat, of the chunk's `sum_dtype`; bit p of `present` says that piece p had a gradient. `owned` memory may be
     written to; other memory belongs to a received frame. What is meant is `values` x `scale`, a power of two: multiplying by
     it changes no bit of what comes later, so it is put off until values are touched anyway.
+
+    Memory that `stays` as it is until the round is over need not be read before, so adding is put off too: such a sum has
+    `halves`, left and right, and no values.
     """
 
     values: torch.Tensor
     present: int
     owned: bool = False
     scale: float = 1.0
+    stays: bool = False
+    halves: tuple[Sum, Sum] | None = None
 
     def section(self, start: int, length: int) -> Sum:
         """Elements start .. start+length-1, in the same memory."""
-        return Sum(self.values[start : start + length], self.present, self.owned, self.scale)
+        if self.halves is not None:
+            left, right = self.halves
+            return put_off(left.section(start, length), right.section(start, length))
+        return Sum(self.values[start : start + length], self.present, self.owned, self.scale, self.stays)
+
+
+def put_off(left: Sum, right: Sum) -> Sum:
+    """The sum of two contributions, to be added later."""
+    return Sum(torch.empty(0), left.present | right.present, stays=left.stays and right.stays, halves=(left, right))
 
 
 def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:
@@ -39,15 +52,36 @@ def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Su
 
 
 def adder(kind: Kind) -> Callable[[Sum, Sum], Sum]:
-    """The function (left, right) -> sum for chunks of a kind; it reuses owned memory. Buffers that are no floats take the
-    maximum."""
+    """The function (left, right) -> sum for chunks of a kind; it reuses owned memory, and leaves alone what stays. Buffers that
+    are no floats take the maximum."""
 
     def add(left: Sum, right: Sum) -> Sum:
+        if left.stays and right.stays:
+            return put_off(left, right)
+        left, right = _added_up(kind, left), _added_up(kind, right)
         out = left.values if left.owned else right.values if right.owned else torch.empty_like(left.values)
         scale = add_values(kind, left, right, out)
         return Sum(out, left.present | right.present, owned=True, scale=scale)
 
     return add
+
+
+def add_up(kind: Kind, total: Sum, out: Callable[[int], torch.Tensor], depth: int = 0) -> Sum:
+    """`total` with what was put off done: where it was, or in `out(0)`, with `out(1)` and so on for what comes in between."""
+    if total.halves is None:
+        return total
+    left, right = add_up(kind, total.halves[0], out, depth), add_up(kind, total.halves[1], out, depth + 1)
+    scale = add_values(kind, left, right, out(depth))
+    return Sum(out(depth), total.present, owned=True, scale=scale)
+
+
+def _added_up(kind: Kind, total: Sum) -> Sum:
+    """`total` in memory of its own where adding was put off."""
+    first = total
+    while first.halves is not None:
+        first = first.halves[0]
+    made: dict[int, torch.Tensor] = {}
+    return add_up(kind, total, lambda depth: made.setdefault(depth, torch.empty_like(first.values)))
 
 
 def add_values(kind: Kind, left: Sum, right: Sum, out: torch.Tensor) -> float:

@@ -625,7 +625,9 @@ class Shard(ABC):
             return values
         if push.slot >= 0:
             slot = self._slot(sender, push.slot)
-            return [self.store.view(i, slot[i], bits, push.scale) for i, bits in zip(push.chunks, push.present, strict=True)]
+            stays = self.policy.applies == "round" and not self.policy.is_local
+            present = zip(push.chunks, push.present, strict=True)
+            return [self.store.view(i, slot[i], bits, push.scale, stays) for i, bits in present]
         parts = zip(push.chunks, frames, push.present, strict=True)
         return [self._received(push, chunk, frame, present) for chunk, frame, present in parts]
 

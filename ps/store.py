@@ -17,7 +17,7 @@ from common.layout import Chunk, Layout, Piece
 from common.messages import Traffic, Update
 from common.nonfinite import is_finite
 from common.policies import Policy
-from common.sums import Sum, add_values, adder
+from common.sums import Sum, add_up, adder, put_off
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import bytes_of
@@ -150,7 +150,8 @@ class Store:
         self._norm_dtype = torch.float64 if double else torch.float32
         self._policy = policy
         self._checks = policy.settings.on_nonfinite == "fail" and policy.applies == "round" and not policy.is_local
-        self._scratch = {dtype: torch.empty(_FUSED_BLOCK, dtype=dtype) for dtype in {p.sum_dtype for p in self._parts.values()}}
+        #: By dtype, memory for blocks: the first is for gradients, the others for what is added up on the way to them.
+        self._scratch = {dt: [torch.empty(_FUSED_BLOCK, dtype=dt)] for dt in {p.sum_dtype for p in self._parts.values()}}
 
     def receive(self, chunk: int, frame: Any, present: int, scale: float = 1.0) -> Sum:
         """A contribution out of a frame. Raises WireError if it has not the chunk's size or names pieces it lacks."""
@@ -166,12 +167,13 @@ class Store:
         contribution.owned = True
         return contribution
 
-    def view(self, chunk: int, values: torch.Tensor, present: int, scale: float) -> Sum:
-        """A contribution that lies in memory which this server can read. Raises WireError if it names pieces the chunk lacks."""
+    def view(self, chunk: int, values: torch.Tensor, present: int, scale: float, stays: bool = False) -> Sum:
+        """A contribution in memory that this server can read, and that `stays` as it is until its round is over. Raises WireError
+        if it names pieces the chunk lacks."""
         part = self._parts[chunk].chunk
         if not 0 <= present < 1 << len(part.pieces):
             raise WireError(f"chunk {chunk} has {len(part.pieces)} pieces, not those of mask {present:#x}")
-        return Sum(values, present, scale=1.0 if part.kind == "max" else scale)
+        return Sum(values, present, scale=1.0 if part.kind == "max" else scale, stays=stays)
 
     def adder(self, chunk: int) -> Callable[[Sum, Sum], Sum]:
         """The function that adds two sums of `chunk`, left first."""
@@ -277,12 +279,18 @@ class Store:
 
     def _mean(self, of: _Part, block: _Block, total: Sequence[Sum], samples: int, out: torch.Tensor) -> torch.Tensor:
         """Write the mean of a block to `out`; in this order, whatever the block and wherever the values lie."""
-        halves = [half.section(block.start, block.length) for half in total]
+        whole = total[0] if len(total) == 1 else put_off(*total)
+        scratch = self._scratch[of.sum_dtype]
+
+        def place(depth: int) -> torch.Tensor:
+            if depth == len(scratch):
+                scratch.append(torch.empty_like(scratch[0]))
+            return scratch[depth][: block.length] if depth else out
+
+        found = add_up(of.chunk.kind, whole.section(block.start, block.length), place)
         if of.chunk.kind == "max":
-            return out.copy_(halves[0].values) if len(halves) == 1 else torch.maximum(halves[0].values, halves[1].values, out=out)
-        if len(halves) == 1:
-            return torch.div(halves[0].values, samples / halves[0].scale, out=out)
-        return out.div_(samples / add_values(of.chunk.kind, halves[0], halves[1], out))
+            return out if found.values is out else out.copy_(found.values)
+        return torch.div(found.values, samples / found.scale, out=out)
 
     def norms(self, chunk: int, mean: Sum) -> list[Norm]:
         """2-norm of the gradient of each piece that has one."""
@@ -343,7 +351,7 @@ class Store:
                 part.move(block, into)  # just before its update, for then it is in the cache
             if not present >> block.bit & 1:
                 continue
-            out = block.parameter if part.optimizer is None else self._scratch[part.sum_dtype][: block.length]
+            out = block.parameter if part.optimizer is None else self._scratch[part.sum_dtype][0][: block.length]
             gradient = self._mean(part, block, total, samples, out)
             if self._checks and not is_finite(gradient):  # here, for it is in the cache
                 raise NotFinite(self._layout.tensors[part.chunk.pieces[block.bit].tensor].name)

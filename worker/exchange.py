@@ -159,6 +159,11 @@ class Exchange:
         """Whether contributions to a chunk are sent, and not read from this worker's memory."""
         return self._server_of[chunk] not in self.readers
 
+    @property
+    def sends_any(self) -> bool:
+        """Whether contributions to some chunk are sent."""
+        return any(chunks and server not in self.readers for server, chunks in self._chunks.items())
+
     def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
         """Send a contribution to one chunk, which is to count only when `settle` has said so; likewise."""
         if any(o.push.key == push.key and chunk in o.push.chunks for o in self._outstanding):

@@ -178,13 +178,19 @@ class GradientWork:
         rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
         contribution = Contribution(self._slot, sums, rows, uses, metrics)
         self._meter.measured(time.monotonic() - self._begun_at, samples)
-        if not self._policy.combines:
+        if not self._policy.combines or self._lies_apart(contribution.slot, task.round):
             self._push(task.round, task.k, task.k + 1, contribution)
         else:
             if self._sums is None:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((task.k, task.k + 1), contribution)
         self._advance()
+
+    def _lies_apart(self, slot: Slot, round_: int) -> bool:
+        """Whether servers are to add this contribution up, and not this worker."""
+        assert self._exchange is not None
+        with self._link.lock:
+            return slot.index >= 0 and not self._exchange.sends_any and self._slots.may_lie_apart(round_)
 
     def _give_up(self) -> None:
         """Contribute nothing of this micro-batch: its round was closed before its weights were all here."""
@@ -212,7 +218,7 @@ class GradientWork:
         assert task is not None and self._segment is not None and self._exchange is not None and self._slot is not None
         if self._run.settings.on_nonfinite == "skip":
             return  # servers must know of all of a contribution before any of it counts
-        if self._clip_norm is not None or not any(self._exchange.sends(chunk.id) for chunk in self.replica.layout.chunks):
+        if self._clip_norm is not None or not self._exchange.sends_any:
             return
         if self._exchange.transfer_s < self._meter.seconds:
             return  # the network is not what is waited for, and to overlap costs time on the processor

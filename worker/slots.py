@@ -14,6 +14,12 @@ from common.slots import SLOTS, memory_of, slot_bytes, views
 
 log = logging.getLogger("worker.slots")
 
+#: Slots that this worker's part of a round may lie in, for servers to add up: they read each once, block by block, and what is
+#: added up here is read, written and read again. What comes after is added up here, for slots are memory.
+_APART = 4
+#: Smaller contributions are added up here, for a message costs more.
+_LARGE_BYTES = 8 << 20
+
 
 @dataclass(eq=False)
 class Slot:
@@ -42,6 +48,12 @@ class Slots:
                 self._region = create(SLOTS * slot_bytes(layout))
             except NotShared as error:
                 log.warning("%s Gradients are sent through sockets.", error)
+
+    def may_lie_apart(self, round_: int) -> bool:
+        """Whether one more contribution to a round may be left where it is, not added to others."""
+        if self._region is None or slot_bytes(self._layout) < _LARGE_BYTES:
+            return False
+        return sum(slot.pushed == round_ for slot in self._slots) < _APART
 
     @property
     def handle(self) -> Handle | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.processes import Processes
+from common.restart import AGAIN_VARIABLE
 
 SCRIPT = """
 import json, os, signal, sys
@@ -82,6 +83,21 @@ def test_a_signal_that_killed_it_is_known_and_so_is_one_without_a_fork_server(
     processes.again(child)
     child.popen.kill()
     assert child.popen.wait(10.0) == -signal.SIGKILL
+
+
+def test_who_begins_anew_is_started_again_at_once_as_often_as_it_wants(processes: Processes, tmp_path: Path) -> None:
+    (tmp_path / "anew.py").write_text(
+        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from common.restart import restart\n"
+        "print(os.getpid(), flush=True)\n"
+        "if Path(sys.argv[2]).read_text().count(chr(10)) < 3: restart()\n"
+    )
+    for name, env in (("again", {AGAIN_VARIABLE: "1"}), ("in-place", {})):
+        log = tmp_path / "logs" / f"{name}.log"
+        root = str(Path(__file__).parents[2])
+        child = processes.start(name, [sys.executable, str(tmp_path / "anew.py"), root, str(log)], **env)
+        wait_for(processes, 0)
+        pids = log.read_text().split()
+        assert (child.code, len(pids), len(set(pids))) == (0, 3, 3 if env else 1), log.read_text()
 
 
 def test_one_that_has_failed_is_done_without(processes: Processes, tmp_path: Path) -> None:

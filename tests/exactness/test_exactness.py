@@ -3,6 +3,7 @@ plain loop in one process that adds up micro-batch gradients along the tree."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
+from common.runlog import FILE_NAME, RunLogReader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, dataset, network
@@ -28,10 +31,10 @@ def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return terms[0]
 
 
-def plain_loop(recipe: str, epochs: int = EPOCHS, whole_batches: bool = False) -> nn.Module:
+def plain_loop(recipe: str, epochs: int = EPOCHS, whole_batches: bool = False, hidden: int = 64) -> nn.Module:
     """Train in this process with torch alone. `whole_batches`: an ordinary step on the mean loss of the global batch."""
     x, y = dataset().tensors
-    model = network()
+    model = network(hidden)
     parameters = list(model.parameters())
     cls, hyper, schedule, clip_norm = RECIPES[recipe]
     opt = cls(parameters, **hyper)
@@ -75,6 +78,17 @@ def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -
         assert summary["micro_batches_committed"] == (8 * 8 + 3) * EPOCHS
         found[number, workers, servers, lane, slow] = summary["weights_sha256"]
     assert set(found.values()) == {expected}, found
+
+
+def test_large_contributions_are_left_where_they_lie_for_servers_to_add_up_to_the_same_weights(launch, tmp_path: Path) -> None:
+    hidden = (8 << 20) // (128 * 4)
+    args = ("momentum", "--epochs", 1, "--hidden", hidden)
+    summary = launch("--workers", 2, "--servers", 2, Path(__file__).with_name("train_exact.py"), "--", *args)
+    assert summary["weights_sha256"] == sha256(plain_loop("momentum", 1, hidden=hidden))
+    with contextlib.closing(RunLogReader(tmp_path / "run" / FILE_NAME)) as log:
+        rows = [row for row in log.contributions() if row.outcome == "committed"]
+    alone = sum(row.hi == row.lo + 1 for row in rows)
+    assert alone >= 9 * 4 and sum(row.hi - row.lo for row in rows) == 8 * 8 + 3  # in 9 rounds, 4 slots a worker and round
 
 
 @pytest.mark.parametrize("codec", ["int8"])
