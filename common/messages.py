@@ -91,6 +91,10 @@ class Beat(Body, frozen=True):
     its micro-batches that have not arrived, and `at` grows while it is at something that takes long. Of a script without rounds,
     `at` counts answers of the key-value store. `keeps` are the servers of whose shards it has a whole copy. `refused` are the
     messages that were refused here so far, by kind.
+
+    Where many rounds can be open, a worker in round `reached` may be at a micro-batch of an earlier one, and `taken` are those
+    (round, micro-batch) that it has taken over and not begun, of other rounds than `round`; and `later` are micro-batches that
+    have not arrived at a server, of each of the rounds after its earliest open one.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -104,6 +108,9 @@ class Beat(Body, frozen=True):
     traffic: Traffic = Traffic()
     keeps: list[Count] = []
     refused: dict[Name, Count] = {}
+    reached: CountOrNone = -1
+    taken: list[tuple[Count, Count]] = []
+    later: list[list[Count]] = []
 
 
 class Tables(Body, frozen=True):
@@ -653,10 +660,12 @@ class Metrics(Body, frozen=True):
 
 class Goodbye(Body, frozen=True):
     """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload. `early`: I leave while the run
-    goes on; answered by Stop, and others do what I have not done."""
+    goes on; answered by Stop, and others do what I have not done. `cut_off`: I failed as a server did not answer me, which may
+    well answer others."""
 
     reason: str = ""
     early: bool = False
+    cut_off: bool = False
 
 
 class Upload(Body, frozen=True):

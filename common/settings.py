@@ -145,7 +145,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = None
     timeout: Annotated[
-        float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds without any progress after which the run is given up, naming who was waited for; or, 20 s later, a worker "
+            "that a server does not answer, where others can do what it had."
+        ),
     ] = 300.0
 
     away: Annotated[

@@ -190,8 +190,10 @@ class _Server:
         shard, refused = self._shard, self._refusals.counts
         if shard.restoring:
             return Beat("starting", refused=refused)
-        left, traffic = shard.missing(), shard.traffic
-        return Beat("waiting", shard.version, shard.done, left, traffic=traffic, keeps=shard.keeps, refused=refused)
+        return Beat(
+            "waiting", shard.version, shard.done, shard.missing(), traffic=shard.traffic, keeps=shard.keeps, refused=refused,
+            later=shard.missing_later(),
+        )  # fmt: skip
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""

@@ -225,6 +225,11 @@ class Shard(ABC):
     def missing(self) -> list[int]:
         """Micro-batches of round `version` that are not all in here: what the coordinator may lease again."""
 
+    def missing_later(self) -> list[list[int]]:
+        """Likewise of the rounds after it, one by one, as far as workers have got to; some of the first, where those are many.
+        None where one round is open at a time."""
+        return []
+
     @abstractmethod
     def _opened(self) -> None:
         """The first weights are complete."""

@@ -126,6 +126,8 @@ class Run:
         self.leaves = self.left_early = False
         #: Why the script failed, if it did: told to the coordinator in `finish`.
         self.failure = ""
+        #: Whether that was for a server that did not answer.
+        self.cut_off = False
         arm(self.name, Path(welcome.run_dir))
         with link.lock:
             link.epoch = welcome.tables[-1].epoch
@@ -457,7 +459,8 @@ class Run:
         self._finished = self._link.copies = True
         try:
             if self.failure:
-                self._link.send(Send(COORDINATOR, Goodbye(self.failure)))
+                cut_off = self.cut_off and self._kv is None  # keys that it was to push are nobody else's to push
+                self._link.send(Send(COORDINATOR, Goodbye(self.failure, cut_off=cut_off)))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")

@@ -115,6 +115,9 @@ class Pace:
     cut_off_s: tuple[float, float] = (0.0, 0.0)
     #: When it leaves early.
     leaves_s: float = float("inf")
+    #: When it fails, and whether that is for a server that does not answer it.
+    fails_s: float = float("inf")
+    finds_no_server: bool = False
     #: Once it is dead, another like it is started after so many seconds, which lives.
     respawn_s: float = float("inf")
 
@@ -679,6 +682,10 @@ class WorkerProcess(Process):
         if self.pace.respawn_s < float("inf"):
             self.world.at(self.world.now + self.pace.respawn_s, lambda: self.world.start(self._successor(None)))
 
+    def _fail(self) -> None:
+        self.link.send(Send(COORDINATOR, Goodbye("nothing came.", cut_off=self.pace.finds_no_server)))
+        self._die()
+
     def begin_anew(self) -> None:
         """It was told that it is lost."""
         self.alive = False
@@ -783,6 +790,8 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
         if self.pace.leaves_s < float("inf"):
             self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
+        if self.pace.fails_s < float("inf"):
+            self.world.at(self.world.now + self.pace.fails_s, self._fail)
         run = self.run = Run(self.link, 180.0)
         run.merge_by(lambda model: 0.0)
         run.replicate(self.model)
