@@ -162,8 +162,20 @@ def server(coordinator: str, bind: str, index: int | None) -> None:
 @click.option("--colocate", is_flag=True,
               help="Be one of its servers too, by a process beside this one that ends with it. Where all workers are, the "
               "coordinator's --servers must be its --workers, and a host moves no more than in a ring all-reduce.")  # fmt: skip
+@click.option("--respawn", type=click.IntRange(0), default=3, metavar="N", show_default=True,
+              help="With --colocate: how often the server is started again where it was killed; 0: never.")  # fmt: skip
+@click.option("--respawn-backoff", type=click.FloatRange(0), default=0.5, metavar="X", show_default=True,
+              help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
 @click.pass_context
-def worker(ctx: click.Context, script: str | None, coordinator: str, index: int | None, colocate: bool) -> None:
+def worker(
+    ctx: click.Context,
+    script: str | None,
+    coordinator: str,
+    index: int | None,
+    colocate: bool,
+    respawn: int,
+    respawn_backoff: float,
+) -> None:
     """Be one of a run's workers.
 
     Runs SCRIPT with ARGS, or without one the built-in example.
@@ -174,8 +186,10 @@ def worker(ctx: click.Context, script: str | None, coordinator: str, index: int 
     with ExitStack() as beside:
         if colocate:
             from cluster.colocated import server_beside
+            from cluster.crew import Respawn
 
-            beside.enter_context(server_beside(_program(), coordinator, index, script))
+            again = Respawn(respawn, respawn_backoff)
+            beside.enter_context(server_beside(_program(), coordinator, index, script, again))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
 
 

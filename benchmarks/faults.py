@@ -156,6 +156,9 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "network between a worker and a server cut both ways for 30 s": Row(
             harms.nothing, ("--epochs", 60), network=spread.cut(30.0, both_ways=True)
         ),
+        "network between a worker and a server cut for good, so that the worker is given up": Row(
+            harms.nothing, ("--epochs", 60, "--timeout", 5), network=spread.cut_off
+        ),
         "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2),
         f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), churn),
         f"{churn_s:.0f} s of random kills, with copies": Row(harms.churn(churn_s), (*churn, *_COPIES)),
@@ -262,7 +265,10 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep.resolve()
         folder.mkdir(exist_ok=keep is None)
-        table = rows(churn_s, folder)
+        tables = [
+            rows(churn_s, folder / f"time-{time_}") for time_ in range(times)
+        ]  # what one time has left is not the next one's
+        table = tables[0]
         unknown = [part for part in wanted if not any(part in name for name in table)]
         if unknown:
             raise click.UsageError(f"there is no row '{unknown[0]}'; there are {', '.join(table)}.")
@@ -275,9 +281,9 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
             if key not in expected and not row.is_inexact:
                 place = folder / f"quiet-{number}"
                 expected[key] = str(Cluster(place, "--run-dir", place, *TRAINING, *row.flags).summary()["weights_sha256"])
-            for time_ in range(times):
+            for time_, again in enumerate(tables):
                 try:
-                    outcome = measure(row, expected.get(key, ""), folder / f"{number}-{time_}")
+                    outcome = measure(again[name], expected.get(key, ""), folder / f"{number}-{time_}")
                 except (PsError, UsageError) as error:
                     outcome = Outcome(f"not possible here: {error}")
                 failed |= not outcome.holds

@@ -257,7 +257,7 @@ def read_only(seconds: float) -> Harm:
 
 def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
     """The wall clock of all processes moves; and the environment, with a module in `folder`, in which it can."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     flag = folder / "moved"
     (folder / "sitecustomize.py").write_text(_CLOCK.format(seconds=seconds, flag=str(flag)), encoding="utf-8")
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))

@@ -70,8 +70,9 @@ def hosts(logs: Path) -> Iterator[tuple[list[network.Host], Processes]]:
         yield made, processes
 
 
-def cut(seconds: float, both_ways: bool) -> Change:
-    """What worker-2, alone on its host, sends to server-1 is lost for so long; `both_ways`: what server-1 sends to it is, too."""
+def cut(seconds: float, both_ways: bool, heals: bool = True) -> Change:
+    """What worker-2, alone on its host, sends to server-1 is lost for so long, or unless it `heals` for ever; `both_ways`: what
+    server-1 sends to it is, too."""
 
     def harm(run: Spread) -> None:
         told = [event.data["address"] for event in run.events("joined") if event.process == "server-1"]
@@ -79,10 +80,17 @@ def cut(seconds: float, both_ways: bool) -> Change:
         run.firewall(1, "-A", "OUTPUT", "-p", "tcp", "--dport", port, "-j", "DROP")
         if both_ways:
             run.firewall(1, "-A", "INPUT", "-p", "tcp", "--sport", port, "-j", "DROP")
-        time.sleep(seconds)
-        run.firewall(1, "-F")
+        if heals:
+            time.sleep(seconds)
+            run.firewall(1, "-F")
 
     return harm
+
+
+def cut_off(run: Spread) -> None:
+    """Nothing gets from worker-2, alone on its host, to server-1 any more. Others have to do without it."""
+    cut(0.0, both_ways=False, heals=False)(run)
+    run.until(lambda: any(event.process == "worker-2" for event in run.events("lost")), "giving up of worker-2")
 
 
 def delay(made: list[network.Host], processes: Processes, seconds: float) -> None:

@@ -1,4 +1,5 @@
-"""A server on the host of a worker: a child of the worker's process, watched by it, that ends with it.
+"""A server on the host of a worker: a child of the worker's process, watched by it, that ends with it and is started again where
+it was killed.
 
 With one beside each of N workers, a server holds 1/N of the parameters. A worker reaches the one on its host through shared
 memory, so a host sends (N-1)/N of the gradients and of the weights, and receives as much: the traffic of a ring all-reduce
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -21,23 +23,33 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import BinaryIO
 
+from cluster.crew import Respawn
 from cluster.exits import exit_code
 from cluster.local import check_script, start_server
 from cluster.processes import GATHER_S, TICK_S, Child, Processes
 from common.errors import ClusterError, PsError, UsageError
 
+log = logging.getLogger("cluster.colocated")
+
 #: Seconds for the server to end after the worker has left the run.
 _END_S = 10.0
 #: Tells the main thread that the server has failed: nobody else uses it, and without a handler it does nothing.
 _SIGNAL = signal.SIGURG
+#: Environment variable that says how often the server was started again: this process may have begun anew since.
+_COUNT_VARIABLE = "PS_SERVER_RESPAWNS"
+#: The longest and shortest pause before that, seconds. A worker that begins anew kills its server just before.
+_PAUSES_S = (0.2, 30.0)
 
 
 @contextlib.contextmanager
-def server_beside(program: Sequence[str], coordinator: str, index: int | None, script: str | None) -> Iterator[None]:
+def server_beside(
+    program: Sequence[str], coordinator: str, index: int | None, script: str | None, respawn: Respawn
+) -> Iterator[None]:
     """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
 
-    What the server logs goes to stderr. Within the context, which is the main thread's, its failure is raised: UsageError where
-    it was refused, else ClusterError. After that it goes on until the run or this process ends.
+    What the server logs goes to stderr. Where it is killed it is started again, as `respawn` says. Within the context, which is
+    the main thread's, its failure is raised: UsageError where it was refused, else ClusterError. After that it goes on until
+    the run or this process ends.
     """
     if script is not None:
         check_script(script)  # before there is a server that others would have to do without
@@ -46,12 +58,12 @@ def server_beside(program: Sequence[str], coordinator: str, index: int | None, s
         with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
             processes = cleanup.enter_context(Processes(Path(folder), os.environ))
             server = start_server(processes, program, coordinator, index, bind="tcp://*:0")
-            log = server.log.open("rb")
-        server.log = Path(f"/proc/self/fd/{log.fileno()}")
+            told = server.log.open("rb")
+        server.log = Path(f"/proc/self/fd/{told.fileno()}")
     except OSError as error:
         cleanup.close()
         raise ClusterError(f"the server beside this worker cannot be started: {error.strerror or error}.") from None
-    watch = _Watch(processes, server, log)
+    watch = _Watch(processes, server, told, respawn)
     atexit.register(_end, cleanup, watch)
     before = signal.signal(_SIGNAL, watch.on_signal)
     watch.start()
@@ -65,27 +77,54 @@ def server_beside(program: Sequence[str], coordinator: str, index: int | None, s
 
 
 class _Watch(threading.Thread):
-    """Copies the server's log to stderr, and has the main thread raise when the server has failed."""
+    """Copies the server's log to stderr, starts it again, and has the main thread raise when it has failed for good."""
 
-    def __init__(self, processes: Processes, server: Child, log: BinaryIO) -> None:
+    def __init__(self, processes: Processes, server: Child, told: BinaryIO, respawn: Respawn) -> None:
         super().__init__(name="server", daemon=True)
+        #: Set when nobody needs the server any more.
+        self.over = threading.Event()
         #: Seconds for the server to end by itself: none where the worker has failed, which may not have been in the run yet.
         self.patience_s = _END_S
         self._processes = processes
         self._server = server
-        self._log = log
+        self._told = told
+        self._respawn = respawn
 
     def run(self) -> None:
-        while self._server.code is None:
-            time.sleep(TICK_S)
-            self._processes.poll()
-            with contextlib.suppress(OSError, ValueError):  # ours is closed
-                sys.stderr.buffer.write(self._log.read())
-                sys.stderr.flush()
+        self._until_it_ends()
+        while self._starts_again():
+            self._until_it_ends()
         if self._server.failed:
             if self._server.code != -signal.SIGKILL:
                 time.sleep(GATHER_S)  # where the run has failed, the worker is told too, and says it better
             signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+
+    def _until_it_ends(self) -> None:
+        while self._server.code is None:
+            time.sleep(TICK_S)
+            self._processes.poll()
+            with contextlib.suppress(OSError, ValueError):  # ours is closed
+                sys.stderr.buffer.write(self._told.read())
+                sys.stderr.flush()
+
+    def _starts_again(self) -> bool:
+        """Start a server again that was killed, after a pause; whether there was reason to."""
+        done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
+        if self.over.is_set() or code is None or code >= 0 or done >= self._respawn.times:
+            return False
+        shortest, longest = _PAUSES_S
+        pause_s = min(max(shortest, self._respawn.backoff_s * 2**done), longest)
+        times = f"{done + 1} of {self._respawn.times} times"
+        log.warning("the server beside this worker %s; it is started again in %g s (%s).", self._server.end(), pause_s, times)
+        if self.over.wait(pause_s):
+            return False
+        os.environ[_COUNT_VARIABLE] = str(done + 1)
+        try:
+            self._processes.again(self._server)
+        except OSError as error:
+            log.error("the server beside this worker cannot be started again: %s.", error.strerror or error)
+            return False
+        return True
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._server.failed:
@@ -95,6 +134,7 @@ class _Watch(threading.Thread):
 
 def _end(cleanup: ExitStack, watch: _Watch) -> None:
     """Called when the script has ended and the worker has left the run."""
+    watch.over.set()
     with cleanup:
         watch.join(watch.patience_s)
     watch.join(4 * TICK_S)  # for its last words

@@ -24,3 +24,7 @@ class WireError(PsError):
 
 class ClusterError(PsError):
     """The run cannot go on: a process is gone, or a deadline passed. Names who was waited for."""
+
+
+class NoAnswer(ClusterError):
+    """Another process has not answered for the whole of a deadline. Names who was waited for."""

@@ -91,6 +91,10 @@ class Beat(Body, frozen=True):
     its micro-batches that have not arrived, and `at` grows while it is at something that takes long. Of a script without rounds,
     `at` counts answers of the key-value store. `keeps` are the servers of whose shards it has a whole copy. `refused` are the
     messages that were refused here so far, by kind.
+
+    Where many rounds can be open, a worker in round `reached` may be at a micro-batch of an earlier one, and `taken` are those
+    (round, micro-batch) that it has taken over and not begun, of other rounds than `round`; and `later` are micro-batches that
+    have not arrived at a server, of each of the rounds after its earliest open one.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -104,6 +108,9 @@ class Beat(Body, frozen=True):
     traffic: Traffic = Traffic()
     keeps: list[Count] = []
     refused: dict[Name, Count] = {}
+    reached: CountOrNone = -1
+    taken: list[tuple[Count, Count]] = []
+    later: list[list[Count]] = []
 
 
 class Tables(Body, frozen=True):
@@ -409,8 +416,9 @@ class Use(msgspec.Struct, frozen=True, array_like=True):
 class ClassPush(Body, frozen=True):
     """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
     follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
-    of its own class's logit, which is in there already. Features and labels are those that were asked about. `base` and `finite`
-    are as in Push."""
+    of its own class's logit, which is in there already. Features and labels are those that were asked about: of questions
+    that you may not know, as you have taken another server's place, they come first (`asked`). `base` and `finite` are as in
+    Push."""
 
     round: Count
     lo: Count
@@ -420,6 +428,7 @@ class ClassPush(Body, frozen=True):
     hypers: list[dict[str, Any]] = []
     base: Count = 0
     finite: bool = True
+    asked: list[Classify] = []
 
 
 class ClassAck(Body, frozen=True):
@@ -543,6 +552,38 @@ class Forward(Body, frozen=True):
     factor: float | None = None
 
 
+class ForwardRows(Body, frozen=True):
+    """What `round` contributes to the rows of all tables, summed over `samples` samples: `counts` and frames as in RowPush, the
+    settings of each parameter group, and `factor` as in Forward."""
+
+    round: Count
+    samples: Count
+    counts: list[CountOrNone]
+    hypers: list[dict[str, Any]] = []
+    factor: float | None = None
+
+
+class TermsOf(msgspec.Struct, frozen=True, array_like=True):
+    """What `count` samples contribute to a classifier; `normalised` as in Classify."""
+
+    classifier: Count
+    count: Count
+    normalised: bool = False
+
+
+class ForwardClasses(Body, frozen=True):
+    """What `round` contributes to classifiers over `samples` samples; the rest is as in ForwardRows. Of each of `terms` there
+    follow, for every sample, features, with a 1 where there is a bias; the place of its class among the rows, int64, or -1; the
+    logarithm of the sum of all exp(z), g and the gradient of its own class's logit, as in ClassPush; and what is taken off
+    every p."""
+
+    round: Count
+    samples: Count
+    terms: list[TermsOf]
+    hypers: list[dict[str, Any]] = []
+    factor: float | None = None
+
+
 class Filed(Body, frozen=True):
     """All of `round` has been forwarded. Of server 0: what the books are to have of it, micro-batches that it left out, and that
     the coordinator has all of the rounds below `reported`. Answered by Kept."""
@@ -565,7 +606,8 @@ class Restore(Body, frozen=True):
 
 
 class State(Body, frozen=True):
-    """The state of server `shard`'s shard when `round` rounds are applied follows, in `parts` parts. Answered by GotPart."""
+    """The state of server `shard`'s shard when `round` rounds are applied follows, in `parts` parts. Classifiers may still lack
+    the last of them, which is `pending` then; its tensors are among the parts. Answered by GotPart."""
 
     shard: Count
     round: Count
@@ -573,10 +615,11 @@ class State(Body, frozen=True):
     setup: Setup
     segments: list[Segment]
     filed: list[Filed] = []
+    pending: ForwardClasses | None = None
 
 
 class StatePart(Body, frozen=True):
-    """A tensor of that state, as snapshots call it, in the frames that follow."""
+    """A tensor of that state, as snapshots call it, in the frames that follow; or its rows from `first` on."""
 
     shard: Count
     round: Count
@@ -584,6 +627,7 @@ class StatePart(Body, frozen=True):
     name: Name
     dtype: Name
     shape: list[Count]
+    first: CountOrNone = -1
 
 
 class GotPart(Body, frozen=True):
@@ -616,10 +660,12 @@ class Metrics(Body, frozen=True):
 
 class Goodbye(Body, frozen=True):
     """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload. `early`: I leave while the run
-    goes on; answered by Stop, and others do what I have not done."""
+    goes on; answered by Stop, and others do what I have not done. `cut_off`: I failed as a server did not answer me, which may
+    well answer others."""
 
     reason: str = ""
     early: bool = False
+    cut_off: bool = False
 
 
 class Upload(Body, frozen=True):
@@ -671,7 +717,7 @@ Message = (
     | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
-    | Forward | Filed | Kept | Restore | State | StatePart | GotPart
+    | Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
     | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 

@@ -68,7 +68,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         Meta(ge=0, le=1),
         _help(
-            "sync, backup: servers that each keep a copy of another one's parameters; with 1, a server's death loses no round."
+            "sync, backup: servers that each keep a copy of another one's parameters, tables and sharded layers; with 1, a "
+            "server's death loses no round, and servers take up twice the memory."
         ),
     ] = 0
 
@@ -144,7 +145,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = None
     timeout: Annotated[
-        float, Meta(gt=0), _help("Seconds without any progress after which the run is given up, naming who was waited for.")
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds without any progress after which the run is given up, naming who was waited for; or, 20 s later, a worker "
+            "that a server does not answer, where others can do what it had."
+        ),
     ] = 300.0
 
     away: Annotated[

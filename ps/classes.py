@@ -26,7 +26,7 @@ import torch
 
 from common.errors import WireError
 from common.layout import ClassSpec, Layout
-from common.messages import Classified, Classify, ClassPush, Update
+from common.messages import Classified, Classify, ClassPush, ForwardClasses, TermsOf, Update
 from common.plan import derive_seed
 from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
 from common.tensorfile import Entry, TensorFiles
@@ -34,11 +34,14 @@ from common.wire import Frames
 from ps.rows import Rows, optimizer_over, zeros
 from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, renewed, through_normalised
 from ps.store import Norm, with_tuples
+from ps.transfer import Part
 
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
 #: Ids that are drawn from at a time.
 _DRAWN = 1 << 20
+#: Tensors in which a part of a round is forwarded, and what they are called in a state.
+_TENSORS, _PENDING = 6, "pending"
 
 #: A message, and its frames.
 Answer = tuple[Classified, list[memoryview]]
@@ -80,6 +83,17 @@ class Contributed:
     question: Kept | None = None
 
 
+@dataclass(frozen=True)
+class _Closed:
+    """A round that is complete: what counts in it, see `Classifiers.close`."""
+
+    round: int
+    parts: Sequence[Contributed]
+    samples: int
+    hypers: Sequence[Mapping[str, Any]]
+    factor: torch.Tensor | None
+
+
 @dataclass
 class _Sender:
     """One worker: questions by number, the newest one's, and its answer once there is one."""
@@ -113,6 +127,10 @@ class Classifier(Rows):
         """Where each label's row is here; -1 where it is on another server."""
         here = owner_of(labels, self._servers) == self._server
         return torch.where(here, local_of(labels, self._servers), -1)
+
+    def has(self, places: torch.Tensor) -> bool:
+        """Whether these are places of rows here, or -1."""
+        return not len(places) or bool(places.min() >= -1 and places.max() < len(self._values))
 
     def ids(self, places: torch.Tensor) -> torch.Tensor:
         """The classes of the rows in these places."""
@@ -286,14 +304,31 @@ class Classifier(Rows):
                 common[name] = value
                 continue
             if name not in self._state:
-                self._state[name] = zeros(*self._values.shape)
-                if name in first and first[name].any():
-                    self._state[name].fill_(first[name].flatten()[0])
+                self._make_state(name, first)
             if isinstance(at, torch.Tensor) or value.data_ptr() != self._state[name][at].data_ptr():
                 self._state[name][at] = value
         if isinstance(at, torch.Tensor):
             self._values[at] = tile
         return common
+
+    def _make_state(self, name: str, first: Mapping[str, Any]) -> None:
+        """Have state of this name, as it is before the first step: `first` is what the class makes when it is constructed."""
+        self._state[name] = zeros(*self._values.shape)
+        if name in first and first[name].any():
+            self._state[name].fill_(first[name].flatten()[0])
+
+    def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
+        key = name.removeprefix(f"{self._prefix}/each-").removesuffix(f"/{self.spec.name}")
+        if "/" not in key and key not in self._state:
+            parameter = torch.nn.Parameter(torch.zeros(1, self.spec.dim), requires_grad=False)
+            self._make_state(key, optimizer_over(parameter, self._update, self.spec.group).state.get(parameter, {}))
+        return super().put(name, first, rows)
+
+    def arrived(self, files: TensorFiles) -> None:
+        names = [name for name in files.below(self._prefix, self.spec.name) if name.startswith("common-")]
+        self._common = {name.removeprefix("common-"): torch.empty(0) for name in names}
+        self._stepped = bool(self._state or self._common)
+        super().arrived(files)
 
     def restore(self, files: TensorFiles, servers: int) -> Job:
         """Job: see Rows.restore."""
@@ -319,7 +354,7 @@ class Classifiers:
         self._senders: dict[str, _Sender] = {}
         #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
         self._closed = 0
-        self._pending: Job | None = None
+        self._pending: _Closed | None = None
         #: Whether rows may change now; a snapshot may have them that is not written yet.
         self.may_update: Callable[[], bool] = lambda: True
         #: What is to be done.
@@ -361,7 +396,10 @@ class Classifiers:
                 raise WireError(f"'{one.spec.name}' has no page {ask.page}")
             job = one.page(ask)
         else:
-            features, labels = self._question(one.spec, ask, frames, sender)
+            parts = iter(frames)
+            features, labels = self._question(one.spec, ask, parts, f"a question of {sender}")
+            if next(parts, None) is not None:
+                raise WireError(f"a question of {sender} has too many frames")
             if ask.top:
                 ones = [features.new_ones(ask.count, 1)] * one.spec.bias
                 job = one.best(torch.cat([features, *ones], 1), ask)
@@ -382,16 +420,13 @@ class Classifiers:
         self._tasks.append(_Task(job, sender))
         return None
 
-    def _question(self, spec: ClassSpec, ask: Classify, frames: Frames, sender: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (count, D) and labels (count), or none."""
-        what = f"a question of {sender}"
+    def _question(self, spec: ClassSpec, ask: Classify, parts: Iterator[Any], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (count, D) and labels (count), or none, from the next frames."""
         if ask.count < 1 or not 0 <= ask.top <= spec.rows:
             raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
-        dim, parts = spec.dim - spec.bias, iter(frames)
+        dim = spec.dim - spec.bias
         features = join(parts, "float32", ask.count * dim, what).view(ask.count, dim)
         labels = join(parts, "int64", 0 if ask.top else ask.count, what)
-        if next(parts, None) is not None:
-            raise WireError(f"{what} has too many frames")
         if len(labels) and not (labels.min() >= 0 and labels.max() < spec.rows):
             raise WireError(f"{what} has labels that '{spec.name}' has no class for")
         return features, labels
@@ -402,10 +437,18 @@ class Classifiers:
         """A contribution. Raises WireError where it does not fit."""
         what, parts, out = f"a push of {sender}", iter(frames), []
         kept = self._senders[sender].kept if sender in self._senders else {}
+        told: dict[int, Kept] = {}
+        for ask in push.asked:
+            good = 0 <= ask.classifier < len(self._classifiers) and ask.keeps and not ask.top and ask.page < 0
+            if not good or not self._keeps_versions:
+                raise WireError(f"{what} has questions that nothing can be contributed through")
+            one = self._classifiers[ask.classifier]
+            samples = one.samples(*self._question(one.spec, ask, parts, what))
+            told[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
         for use in push.uses:
-            question = kept.get(use.number)
-            asked = question is not None and question.log_total is not None and question.version == push.round
-            if question is None or not asked or len(question.samples.own) != use.count:
+            question = told.get(use.number) or kept.get(use.number)
+            asked = question is not None and (use.number in told or question.log_total is not None)
+            if question is None or not asked or question.version != push.round or len(question.samples.own) != use.count:
                 raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
             log_total, g, own = (join(parts, "float32", use.count, what) for _ in range(3))
             terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing))
@@ -446,7 +489,7 @@ class Classifiers:
         """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples; `factor` is the
         clipping."""
         self.begin_update()  # it is there still if nobody asked anything in this round
-        self._pending = self._update(parts, self._closed, samples, hypers, factor)
+        self._pending = _Closed(self._closed, parts, samples, hypers, factor)
         self._closed += 1
         self.forget_before(self._closed)
 
@@ -464,7 +507,7 @@ class Classifiers:
         now = []
         for part in parts:
             now.append((yield from self._classifiers[part.classifier].present(part)))
-        yield from self._update(now, round_, samples, hypers, None, lr_scale)
+        yield from self._update(_Closed(round_, now, samples, hypers, None), lr_scale)
 
     def forget(self, sender: str) -> None:
         """It is lost."""
@@ -475,24 +518,16 @@ class Classifiers:
         for sender in self._senders.values():
             sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= round_}
 
-    def _update(
-        self,
-        parts: Sequence[Contributed],
-        round_: int,
-        samples: int,
-        hypers: Sequence[Mapping[str, Any]],
-        factor: torch.Tensor | None,
-        lr_scale: float = 1.0,
-    ) -> Job:
+    def _update(self, closed: _Closed, lr_scale: float = 1.0) -> Job:
         for number, one in enumerate(self._classifiers):
-            if mine := [part for part in parts if part.classifier == number]:
-                settings = hypers[one.spec.group] if one.spec.group < len(hypers) else {}
-                yield from one.update(mine, round_, samples, settings, factor, lr_scale)
+            if mine := [part for part in closed.parts if part.classifier == number]:
+                settings = closed.hypers[one.spec.group] if one.spec.group < len(closed.hypers) else {}
+                yield from one.update(mine, closed.round, closed.samples, settings, closed.factor, lr_scale)
 
     def begin_update(self) -> None:
         """Have the update after the last round done soon. Only when all servers have closed that round."""
         if self._pending is not None:
-            self._tasks.append(_Task(self._pending, changes=True))
+            self._tasks.append(_Task(self._update(self._pending), changes=True))
             self._pending = None
 
     # ---- jobs
@@ -521,6 +556,60 @@ class Classifiers:
                 known.answer = answer
             return task.asker, answer
         return None
+
+    # ---- copies on other servers
+
+    def received(self, told: ForwardClasses, frames: Frames, what: str) -> list[Contributed]:
+        """What a round contributes, out of `contributed`. Raises WireError naming `what` where it does not fit."""
+        parts, out = iter(frames), []
+        for terms in told.terms:
+            if terms.classifier >= len(self._classifiers):
+                raise WireError(f"{what} is about a classifier {terms.classifier}, which is not here")
+            one, count = self._classifiers[terms.classifier], terms.count
+            features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim)
+            own = join(parts, "int64", count, what)
+            if not one.has(own):
+                raise WireError(f"{what} has classes that are not here")
+            others = [join(parts, "float32", count, what) for _ in range(4)]
+            out.append(Contributed(terms.classifier, Terms(Samples(features, own), *others), terms.normalised))
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        return out
+
+    @property
+    def settled(self) -> bool:
+        """Whether no update is under way, so that rows are those after some round."""
+        return not any(task.changes for task in self._tasks)
+
+    @property
+    def pending(self) -> ForwardClasses | None:
+        """The last round, if the update after it is not begun."""
+        last = self._pending
+        return None if last is None else contributed(last.round, last.parts, last.samples, last.hypers, last.factor)
+
+    def parts(self) -> Iterator[Part]:
+        """See Classifier.parts; and what `pending` tells of."""
+        tensors = tensors_of(self._pending.parts) if self._pending is not None else []
+        pending = (Part(f"{_PENDING}/{number}", tensor) for number, tensor in enumerate(tensors))
+        return itertools.chain(pending, *(one.parts() for one in self._classifiers))
+
+    def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
+        """See Classifier.put."""
+        return any(name.endswith(f"/{one.spec.name}") and one.put(name, first, rows) for one in self._classifiers)
+
+    def arrived(
+        self, files: TensorFiles, version: int, pending: ForwardClasses | None, factor: Callable[[float], torch.Tensor]
+    ) -> None:
+        """Go on at round `version` from what `parts` gave; see Classifier.arrived."""
+        self._closed = version
+        for one in self._classifiers:
+            one.arrived(files)
+        if pending is not None:
+            names = [f"{_PENDING}/{number}" for number in range(_TENSORS * len(pending.terms))]
+            frames = [frame for name in names for frame in cut(files[name])]
+            parts = self.received(pending, frames, "the last round of a shard")
+            clipping = None if pending.factor is None else factor(pending.factor)
+            self._pending = _Closed(pending.round, parts, pending.samples, pending.hypers, clipping)
 
     # ---- what there is to save
 
@@ -551,6 +640,23 @@ class Classifiers:
             job = one.restore(files, servers)
             next(job, None)  # what is missing is found out now
             self._tasks.append(_Task(job, changes=True))
+
+
+def contributed(
+    round_: int, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]], factor: torch.Tensor | None
+) -> ForwardClasses:
+    """What is told of a round that is complete, see `Classifiers.close`, before its tensors."""
+    terms = [TermsOf(part.classifier, len(part.terms.g), part.normalised) for part in parts]
+    return ForwardClasses(round_, samples, terms, [dict(one) for one in hypers], None if factor is None else float(factor))
+
+
+def tensors_of(parts: Sequence[Contributed]) -> list[torch.Tensor]:
+    """The tensors that follow it."""
+    return [
+        tensor
+        for terms in (part.terms for part in parts)
+        for tensor in (terms.samples.features, terms.samples.own, terms.log_total, terms.g, terms.own_gradient, terms.smoothing)
+    ]
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:

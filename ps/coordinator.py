@@ -29,6 +29,7 @@ from common.messages import (
     Envelope,
     Goodbye,
     Hello,
+    Lease,
     Lost,
     Mean,
     Metrics,
@@ -387,6 +388,7 @@ class Coordinator:
         self._write_rows(now)
         if now >= self._status_at + _FLUSH_S:
             self._status_at = now
+            self._deal(now)
             self._write_status()
             self._flush()
         elif self._promises and now >= self._flushed_at + _PROMISE_S:
@@ -539,6 +541,10 @@ class Coordinator:
                 "a script must go on until run.batches() ends; --rounds sets where that is."
             )
         if idle_s <= self._settings.timeout:
+            return
+        if behind := self._behind_the_end():
+            for worker in behind:
+                self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now)
             return
         waiting = self._whom_all_wait_for() or "every process"
         if self._membership.awaits_workers:
@@ -693,20 +699,48 @@ class Coordinator:
         first = self._ledger.committed if self._policy.applies == "push" else waiting.round
         last = min(waiting.round, self._ledger.segments[-1].end - 1)
         workers, tables = self._membership.workers, self._membership.tables
-        lease = self._takeover.lease(member.name, range(first, last + 1), self._ledger.micro_batches, tables, workers, now)
+        count = self._ledger.micro_batches
+        if self._policy.applies == "push":
+            lease = self._takeover.lease(member.name, range(first, last + 1), count, tables, workers, now, self._lacking())
+            self._give(lease)
+            return
+        lease = self._takeover.lease(member.name, range(first, last + 1), count, tables, workers, now)
         servers = self._owners()
-        # what is missing on one that hangs may have arrived there, and there is nothing to be sent to one that is gone
-        hangs = any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in servers)
-        if lease is None and not hangs:
+        if lease is None and not self._is_silent(servers, now):
             open_round = min(server.beat.round for server in servers)
             missing = (k for server in servers if server.beat.round == open_round for k in server.beat.left)
-            count = self._ledger.micro_batches(open_round)
             if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
-                lease = self._takeover.lease_missing(member.name, open_round, missing, count, tables, workers, now)
+                lease = self._takeover.lease_missing(member.name, open_round, missing, count(open_round), tables, workers, now)
+        self._give(lease)
+
+    def _give(self, lease: Lease | None) -> None:
         if lease is not None:
             self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
             self._send(lease.to, lease)
             self._send(lease.owner, lease)
+
+    def _deal(self, now: float) -> None:
+        """Where pushes are applied at once: have done what nobody does, without anybody waiting for it."""
+        if self._policy.applies != "push" or not self._ledger.segments or self._awaits_members(now):
+            return
+        if not self._is_silent(self._owners(), now):
+            of_all = self._membership.tables, self._membership.workers
+            for lease in self._takeover.deal(self._lacking(), self._ledger.micro_batches, *of_all, now):
+                self._give(lease)
+
+    def _lacking(self) -> dict[int, set[int]]:
+        """What servers say they have not got, by round, earliest first, as far as they say so."""
+        found: dict[int, set[int]] = {}
+        for beat in (server.beat for server in self._owners() if server.beat.round >= 0):
+            for round_, ks in enumerate([beat.left, *beat.later], beat.round):
+                if ks:
+                    found.setdefault(round_, set()).update(ks)
+        return dict(sorted(found.items()))
+
+    def _is_silent(self, servers: Sequence[Member], now: float) -> bool:
+        """Whether one of them may hang, for then what is missing there may have arrived; or is gone, so that there is nothing to
+        be sent to it."""
+        return any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in servers)
 
     def _awaits_members(self, now: float) -> bool:
         """Whether this one has taken over just now and does not know yet what everybody does."""
@@ -738,7 +772,10 @@ class Coordinator:
 
     def _goodbye(self, route: bytes, member: Member, goodbye: Goodbye, now: float) -> None:
         if goodbye.reason:
-            raise ClusterError(f"{member.name} failed: {goodbye.reason}")
+            if not goodbye.cut_off or not self._can_do_without(member):
+                raise ClusterError(f"{member.name} failed: {goodbye.reason}")
+            self._give_up(member, goodbye.reason, now)
+            return
         if not member.left:
             self._log.event(Event("left", member.name, {"early": True} if goodbye.early else {}))
             self._progressed_at = now
@@ -747,10 +784,35 @@ class Coordinator:
             self._reply(route, Stop(True))
             return
         uploader = self._membership.members.get(self._uploader or "")
-        if uploader is None or uploader.lost or not uploader.left:
+        if uploader is None or uploader.lost or uploader.early or not uploader.left:
             self._uploader = member.name
         if self._ledger.layout is not None and not self._model.complete and member.name == self._uploader:
             self._reply(route, Upload())
+
+    def _can_do_without(self, worker: Member) -> bool:
+        """Whether there are others who can do what a worker has not done, be that only to hand in the model."""
+        others = [
+            other for other in self._membership.workers.values() if other is not worker and not other.lost and not other.early
+        ]
+        is_over = bool(self._ledger.planned) and self._ledger.committed >= self._ledger.planned
+        return not self._policy.is_local and any(other.active or is_over for other in others)
+
+    def _behind_the_end(self) -> list[Member]:
+        """Workers that have not got to the end of the rounds, which others have done."""
+        rounds = self._ledger
+        if not rounds.planned or rounds.committed < rounds.planned:
+            return []
+        active = [worker for worker in self._membership.workers.values() if worker.active]
+        return [worker for worker in active if worker.reached < rounds.segments[-1].end and self._can_do_without(worker)]
+
+    def _give_up(self, worker: Member, why: str, now: float) -> None:
+        """Go on without a worker that is cut off from a server."""
+        if not worker.early:
+            log.warning("%s is given up, and others do what it has not done: %s", worker.name, why)
+            self._log.event(Event("lost", worker.name, {"why": why}))
+            self._progressed_at = now
+        self._tell_members(self._membership.leave(worker.name, early=True))
+        self._send(worker.name, Stop(True))
 
     # ---- sending
 

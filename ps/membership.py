@@ -65,6 +65,11 @@ class Member:
     def active(self) -> bool:
         return not self.left and not self.lost
 
+    @property
+    def reached(self) -> int:
+        """The round that a worker is in: it may be at a micro-batch of an earlier one."""
+        return max(self.beat.reached, self.beat.round)
+
 
 class Membership:
     """All members of a run, by name."""
@@ -355,7 +360,7 @@ class Membership:
         return shares(count, self._weights(workers)) != shares(count, table.weights)
 
     def _newest_round(self) -> int:
-        return max([member.beat.round for member in self.workers.values()], default=0)
+        return max([member.reached for member in self.workers.values()], default=0)
 
     def _change(self) -> list[tuple[str, Body]]:
         """Open a membership epoch; what to tell workers and servers."""

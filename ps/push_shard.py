@@ -23,6 +23,8 @@ from ps.shard import CLASSES, METRICS, ROWS, Metrics, Send, Shard, add_metrics, 
 
 #: Workers that can have planes to read their weights from; the others are sent them.
 _PAIRS = 64
+#: Micro-batches, and rounds, that the coordinator is told of as missing from rounds after the earliest open one.
+_TOLD = 2000
 
 
 class PushShard(Shard):
@@ -31,8 +33,10 @@ class PushShard(Shard):
     def __init__(self, index: int, settings: Settings, policy: Policy, source: Source | None = None) -> None:
         super().__init__(index, settings, policy, source)
         self._slowest = 0
-        #: For rounds not complete: (chunk, micro-batch) pairs that were applied. METRICS counts as a chunk on server 0.
-        self._applied: dict[int, set[tuple[int, int]]] = {}
+        #: For rounds not complete: the chunks that were applied of each micro-batch. METRICS counts as a chunk on server 0.
+        self._applied: dict[int, dict[int, set[int]]] = {}
+        #: The newest round that a worker has contributed to or asked for the weights of.
+        self._reached = 0
         self._metrics: dict[int, dict[int, Metrics]] = {}
         #: Distinct micro-batches seen, which is what staleness is counted in.
         self._seen_count = 0
@@ -51,11 +55,26 @@ class PushShard(Shard):
         return self._slowest
 
     def missing(self) -> list[int]:
-        if not any(s.first_round <= self._slowest < s.end for s in self.segments):
-            return []
-        applied = self._applied.get(self._slowest, set())
-        count = self.round_plan(self._slowest).micro_batches
-        return [k for k in range(count) if any((i, k) not in applied for i in self._ids)]
+        return self._missing_from(self._slowest) if self._slowest < self._end else []
+
+    def missing_later(self) -> list[list[int]]:
+        found: list[list[int]] = []
+        told = 0
+        for round_ in range(self._slowest + 1, min(self._reached + 1, self._end)):
+            found.append(self._missing_from(round_))
+            told += len(found[-1])
+            if told >= _TOLD or len(found) >= _TOLD:
+                break
+        return found
+
+    def _missing_from(self, round_: int) -> list[int]:
+        applied, whole = self._applied.get(round_, {}), len(self._ids)
+        return [k for k in range(self.round_plan(round_).micro_batches) if len(applied.get(k, ())) < whole]
+
+    @property
+    def _end(self) -> int:
+        """The first round that no plan knows yet."""
+        return self.segments[-1].end if self.segments else 0
 
     def _opened(self) -> None:
         pass
@@ -65,7 +84,10 @@ class PushShard(Shard):
         return True  # what is applied of later rounds is known, and counts
 
     def _extra(self) -> dict[str, Any]:
-        applied = [(round_, sorted(pairs)) for round_, pairs in self._applied.items()]
+        applied = [
+            (round_, sorted((chunk, k) for k, chunks in found.items() for chunk in chunks))
+            for round_, found in self._applied.items()
+        ]
         metrics = [(round_, k, values) for round_, found in self._metrics.items() for k, values in found.items()]
         counted = [msgspec.to_builtins(row) for row in self._ahead.values()]
         return {"seen": self._seen_count, "applied": applied, "metrics": metrics, "counted": counted}
@@ -83,8 +105,9 @@ class PushShard(Shard):
                         "knows its own: go on with as many servers, or from a snapshot of the run's end."
                     )
                 mine = own if number == self.index else own - {ROWS, CLASSES}
-                here = {(int(chunk), int(k)) for chunk, k in pairs if chunk in mine}
-                self._applied.setdefault(int(round_), set()).update(here)
+                for chunk, k in pairs:
+                    if chunk in mine:
+                        self._applied.setdefault(int(round_), {}).setdefault(int(k), set()).add(int(chunk))
         if self.index == 0:
             for round_, k, values in source.extra[0]["metrics"]:
                 self._metrics.setdefault(int(round_), {})[int(k)] = {name: (a, b) for name, (a, b) in values.items()}
@@ -119,9 +142,9 @@ class PushShard(Shard):
         applied, staleness, lr_scale = self._arrives(push, plan)
         hypers = push.hypers
         for chunk, value in zip(push.chunks, values, strict=True):
-            if (chunk, push.lo) in applied:
+            if chunk in applied:
                 continue
-            applied.add((chunk, push.lo))
+            applied.add(chunk)
             self._counts(sender, push, chunk)
             self.store.apply(
                 chunk,
@@ -135,21 +158,22 @@ class PushShard(Shard):
             self._coded.pop(chunk, None)
             failpoint("applying", push.round)
         if accounts and push.metrics is not None:
-            counted = (METRICS, push.lo) not in applied
+            counted = METRICS not in applied
             outcome: Any = "duplicate" if not counted else "committed" if push.finite else "dropped"
             row = contribution(sender, push, outcome, staleness)
             self._news.append(row)
             if counted:
                 self._ahead[push.round, push.lo] = row
-                applied.add((METRICS, push.lo))
+                applied.add(METRICS)
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics if push.finite else {}
         failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
 
-    def _arrives(self, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[tuple[int, int]], int, float]:
-        """What is applied of the push's round, its staleness, and what to multiply the learning rate by."""
-        applied = self._applied.setdefault(push.round, set())
-        if not any((chunk, push.lo) in applied for chunk in self._ids):
+    def _arrives(self, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[int], int, float]:
+        """What is applied of the push's micro-batch, its staleness, and what to multiply the learning rate by."""
+        self._reached = max(self._reached, push.round)
+        applied = self._applied.setdefault(push.round, {}).setdefault(push.lo, set())
+        if not applied:
             self._seen_count += 1
         staleness = max(0, self._seen_count - 1 - push.base)
         return applied, staleness, self.policy.lr_scale(staleness) * push.samples / plan.samples
@@ -164,8 +188,8 @@ class PushShard(Shard):
             return [ack]
         assert self.tables is not None
         applied, _, lr_scale = self._arrives(push, plan)
-        if (ROWS, push.lo) not in applied:
-            applied.add((ROWS, push.lo))
+        if ROWS not in applied:
+            applied.add(ROWS)
             if not push.finite and self.layout is not None:
                 rows = [no_rows(spec) for spec in self.layout.tables]
             self.tables.apply(rows, push.samples, push.hypers, lr_scale)
@@ -176,23 +200,20 @@ class PushShard(Shard):
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
         plan = self.round_plan(push.round)
         ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
-        if push.round < self._slowest or (CLASSES, push.lo) in self._applied.get(push.round, ()):
+        if push.round < self._slowest or CLASSES in self._applied.get(push.round, {}).get(push.lo, ()):
             return [ack]  # what was asked is forgotten then
         parts = self._check_classes(sender, push, frames, plan)
         assert self.classifiers is not None
         applied, _, lr_scale = self._arrives(push, plan)
-        applied.add((CLASSES, push.lo))
+        applied.add(CLASSES)
         self.classifiers.apply(parts if push.finite else [], push.round, push.samples, push.hypers, lr_scale)
         return [ack, *self._advance()]
 
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""
         before = self._slowest
-        end = self.segments[-1].end if self.segments else 0
-        while self._slowest < end:
+        while self._slowest < self._end and not self._missing_from(self._slowest):
             plan = self.round_plan(self._slowest)
-            if len(self._applied.get(self._slowest, ())) < plan.micro_batches * len(self._ids):
-                break
             if self.index == 0:
                 total = fold(self._metrics.pop(self._slowest), plan.micro_batches, add_metrics)
                 gone = [row for key, row in self._ahead.items() if key[0] == self._slowest and row.outcome == "dropped"]
@@ -209,6 +230,7 @@ class PushShard(Shard):
     def _serve(self, worker: str) -> list[Send]:
         waiter = self.waiters[worker]
         pull = waiter.pull
+        self._reached = max(self._reached, pull.clock)
         # who joins late begins in the last round that is over, which is as far as every other server lets it go on
         if pull.number == 1 and pull.clock < self._slowest - 1 and self._open:
             del self.waiters[worker]

@@ -13,7 +13,7 @@ import torch
 from common.codecs.chosen import sends_changes
 from common.errors import UsageError, WireError
 from common.failpoints import failpoint
-from common.layout import Chunk, make_layout, urgency
+from common.layout import Chunk, urgency
 from common.messages import (
     AllNorms,
     Arrived,
@@ -25,27 +25,27 @@ from common.messages import (
     Contribution,
     Filed,
     Forward,
+    ForwardClasses,
+    ForwardRows,
     Gone,
-    GotPart,
-    Kept,
     Norms,
     Pull,
     Push,
-    Restore,
     RowAck,
     RowPush,
     State,
-    StatePart,
 )  # fmt: skip
 from common.nonfinite import ADVICE, sentence, tensors_not_finite
 from common.policies import Policy
-from common.rows import add_tables, no_rows
+from common.rows import add_tables, cut, cut_sums, no_rows
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
 from common.wire import ASK_AGAIN_S, Frames
-from ps.copies import Copy, Forwarder, remembered
+from ps.classes import contributed, tensors_of
+from ps.holdings import Holdings
+from ps.neighbours import Neighbours
 from ps.saving import Source
 from ps.shard import (
     CLASSES,
@@ -61,7 +61,7 @@ from ps.shard import (
     mean_metrics,
 )
 from ps.store import Norm, NotFinite
-from ps.transfer import Incoming, Outgoing
+from ps.transfer import Incoming
 
 log = logging.getLogger("ps.round_shard")
 
@@ -85,15 +85,8 @@ class RoundShard(Shard):
         self._left_out: set[tuple[int, int]] = set()
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
         self._told: list[Close | AllNorms] = []
-        #: What the keeper of this shard's copy is told, if there is one, and the newest rounds as it was told of them; and the
-        #: copy kept here, and that on its way to whoever is in the place of its server.
-        self._forwarder: Forwarder | None = None
-        self._filed_rounds: list[Filed] = []
-        self._copy: Copy | None = None
-        self._handed_over: Outgoing | None = None
-        #: This shard, on its way back from the keeper; and when it was asked for.
-        self._returning: Incoming | None = None
-        self._restore_asked_at = float("-inf")
+        #: Copies of shards on other servers, if there are to be any.
+        self._neighbours = Neighbours(index, settings, policy, self._head, self._made_again) if settings.replicas else None
         self._open_round()
 
     def _open_round(self) -> None:
@@ -119,6 +112,8 @@ class RoundShard(Shard):
         #: First micro-batches of contributions that are not finite.
         self._with_nan: set[int] = set()
         self._norms: list[Norm] | None = None
+        #: Whether rows were not updated yet, as they are on their way to the keeper.
+        self._awaits_copy = False
         self._asked: Body | None = None
         self._asked_at = float("-inf")
         #: What the books are to have of the round, once all of it is applied.
@@ -152,10 +147,7 @@ class RoundShard(Shard):
             self._keep_frame(plane, chunk, self.store.settle(chunk, into))
             if self._source is not None:
                 self.store.restore_seen(chunk, self._source.files, into)
-        if self.restoring:
-            self._forwarder = Forwarder(self._version)
-        else:
-            self._have_kept()
+        self._have_kept()
 
     @property
     def _at_border(self) -> bool:
@@ -308,11 +300,9 @@ class RoundShard(Shard):
         return self._advance(now)
 
     def tick(self, now: float) -> list[Send]:
+        self._have_kept()
         effects = super().tick(now) + self._ask(now) + self._forwarded(now)
-        if self.restoring and self._returning is None and now >= self._restore_asked_at + ASK_AGAIN_S:
-            self._restore_asked_at = now
-            effects.append(Send(KEEPER, Restore()))
-        return effects
+        return effects + (self._neighbours.ask_back(now) if self._neighbours is not None and self.restoring else [])
 
     def _ask(self, now: float) -> list[Send]:
         """Ask the coordinator what is needed to go on; again if that was long ago."""
@@ -359,21 +349,29 @@ class RoundShard(Shard):
         if not waits:
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, now, factor)
-        if self.tables and not waits and ROWS not in self._next and (rows := self._total(ROWS)) is not None:
+        if self.tables and not waits and ROWS not in self._next and (rows := self._total(ROWS)) and self._may_change_rows():
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
+            if self._neighbours is not None and self._neighbours.has_keeper:
+                counts = [part.count for part in rows[0]]
+                told = ForwardRows(self._version, self._samples(), counts, self._hypers, _number(factor))
+                self._neighbours.forward(told, cut_sums(rows[0]), now)
             self.tables.apply(rows[0], self._samples(), self._hypers, factor=factor)
             self._next.add(ROWS)
         if self.classifiers and not waits and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
-            self.classifiers.close([] if self._drops else parts[0], self._samples(), self._hypers, factor)
+            counted = [] if self._drops else parts[0]
+            if self._neighbours is not None and self._neighbours.has_keeper:
+                what = contributed(self._version, counted, self._samples(), self._hypers, factor)
+                self._neighbours.forward(what, [frame for tensor in tensors_of(counted) for frame in cut(tensor)], now)
+            self.classifiers.close(counted, self._samples(), self._hypers, factor)
             self._next.add(CLASSES)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
         if self._next >= set(self._ids) - {METRICS} and metrics is not None:
             if self._ending is None:
                 self._ending = self._end(mean_metrics(metrics[0]))
-                if self._forwarder is not None:
-                    self._forwarder.send(self._ending, (), now)
-            if self._forwarder is None or self._forwarder.has(self._version):
+                if self._neighbours is not None:
+                    self._neighbours.forward(self._ending, (), now)
+            if self._neighbours is None or self._neighbours.may_close(self._version):
                 self._commit(self._ending)
         news = before != (self._version, len(self._next))
         return self._forwarded(now) + self._ask(now) + (self._serve_all() if news else [])
@@ -403,12 +401,12 @@ class RoundShard(Shard):
         hypers = self._group_hypers(self.chunks[chunk])
         if self._drops or not samples:  # the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
-        elif self._forwarder is not None and factor is None:
+        elif self._neighbours is not None and self._neighbours.has_keeper and factor is None:
             total, samples = [self.store.mean(chunk, total, samples)], 1
-        if self._forwarder is not None:
+        if self._neighbours is not None and self._neighbours.has_keeper:
             mean = total[0]
-            body = Forward(self._version, chunk, mean.present, hypers, None if factor is None else float(factor))
-            self._forwarder.send(body, [to_frame(mean.values)] if mean.present else [], now)
+            body = Forward(self._version, chunk, mean.present, hypers, _number(factor))
+            self._neighbours.forward(body, [to_frame(mean.values)] if mean.present else [], now)
         try:
             frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         except NotFinite as error:
@@ -475,8 +473,8 @@ class RoundShard(Shard):
         self._rounds += filed.rounds
         self._news += filed.contributions
         self._left_out |= {(filed.round, k) for k in filed.left_out}
-        if self.settings.replicas:
-            self._filed_rounds = remembered(self._filed_rounds, filed)
+        if self._neighbours is not None:
+            self._neighbours.remember(filed)
 
     def _commit(self, ending: Filed) -> None:
         self._book(ending)
@@ -490,114 +488,91 @@ class RoundShard(Shard):
         self._try_cut()
         self._have_kept()
 
-    # ---- copies on other servers (ps/copies.py)
+    # ---- copies on other servers (ps/copies.py, ps/neighbours.py)
 
     def _have_kept(self) -> None:
         """Have a copy of this shard made, if there is to be one and none is there: at a border, for it starts from that."""
-        if not self.settings.replicas or self._forwarder is not None or not self._at_border or not self._open:
+        if self._neighbours is None or self._neighbours.has_keeper or not self._at_border or not self._open or self.restoring:
             return
-        assert self.store is not None
-        entries = list(self.store.state(self._seen))
-        head = self._head(self.index, self._version, len(entries), self._filed_rounds)
-        self._forwarder = Forwarder(self._version, Outgoing(head, entries))
-
-    def _head(self, shard: int, version: int, parts: int, filed: list[Filed]) -> State:
-        assert self._setup is not None
-        return State(shard, version, parts, self._setup[0], list(self.segments), list(filed))
-
-    def _forwarded(self, now: float) -> list[Send]:
-        due = self._forwarder.due(now) if self._forwarder is not None else []
-        effects = [Send(KEEPER, body, frames) for body, frames in due]
-        if self._handed_over is not None:
-            effects += [Send(f"server-{self._kept_server}", body, frames) for body, frames in self._handed_over.due(now)]
-        return effects
+        holdings = self._holdings
+        if holdings.settled:  # else this is tried again
+            self._neighbours.begin(self._version, holdings.parts(self._seen), holdings.classifiers.pending)
 
     @property
-    def _kept_server(self) -> int:
-        """The server whose shard has a copy here."""
-        return (self.index - 1) % self.settings.servers
+    def _holdings(self) -> Holdings:
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
+        return Holdings(self.store, self.tables, self.classifiers)
+
+    def _may_update_classifiers(self) -> bool:
+        return super()._may_update_classifiers() and (self._neighbours is None or not self._neighbours.reads_rows)
+
+    def _may_change_rows(self) -> bool:
+        """Whether nobody reads rows where they are."""
+        self._awaits_copy = self._neighbours is not None and self._neighbours.reads_rows
+        return not self._awaits_copy
+
+    def _head(self, shard: int, version: int, parts: int, filed: list[Filed], pending: ForwardClasses | None) -> State:
+        assert self._setup is not None
+        return State(shard, version, parts, self._setup[0], list(self.segments), list(filed), pending)
+
+    def _forwarded(self, now: float) -> list[Send]:
+        return self._neighbours.due(now) if self._neighbours is not None else []
 
     @property
     def keeps(self) -> list[int]:
-        return [self._copy.server] if self._copy is not None and self._copy.whole else []
+        return self._neighbours.keeps if self._neighbours is not None else []
 
     def about_copies(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
-        if not self.settings.replicas:
+        if self._neighbours is None:
             return super().about_copies(sender, body, frames, now)
-        match body:
-            case Kept() if sender == KEEPER and self._forwarder is not None:
-                self._forwarder.handle(body)
-                return self._go_on_closing(now)
-            case GotPart(shard=self.index) if sender == KEEPER and self._forwarder is not None:
-                self._forwarder.handle(body)
-            case State(shard=self.index) if sender == KEEPER and self.restoring:
-                self._returning = self._returning or Incoming(body)
-                return [Send(KEEPER, GotPart(body.shard, body.round, -1)), *self._return(now)]
-            case StatePart(shard=self.index) if sender == KEEPER and self._returning is not None:
-                self._returning.put(body, frames)
-                return [Send(KEEPER, GotPart(body.shard, body.round, body.number)), *self._return(now)]
-            case _ if sender == f"server-{self._kept_server}":
-                return self._about_kept(sender, body, frames, now)
-        return self._forwarded(now)
+        effects = self._neighbours.handle(sender, body, frames)
+        if self.restoring and (state := self._neighbours.returned()) is not None:
+            self._return(state)
+        return effects + self._go_on_closing(now) + self._forwarded(now)
 
-    def _about_kept(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
-        """A message of the server whose shard has a copy here, or is to have one."""
-        answer: Body | None = None
-        number, copy = self._kept_server, self._copy
-        match body:
-            case State(shard=shard) if shard == number:
-                if copy is None:  # a process sends another its state once
-                    layout = make_layout(body.setup.tensors, self.settings.servers, body.setup.tables, body.setup.classifiers)
-                    self._copy = Copy(number, layout, self.policy, body)
-                answer = GotPart(body.shard, body.round, -1)
-            case StatePart(shard=shard) if shard == number and copy is not None:
-                answer = copy.put(body, frames)
-            case Forward() if copy is not None:
-                copy.forward(body, frames)
-            case Filed() if copy is not None:
-                answer = copy.file(body)
-            case Restore() if copy is not None and copy.whole and self._handed_over is None:
-                version, filed, state = copy.hand_over()
-                entries = list(state)
-                self._handed_over = Outgoing(self._head(number, version, len(entries), filed), entries)
-            case GotPart(shard=shard) if shard == number and self._handed_over is not None:
-                self._handed_over.got(body)
-        return [*([] if answer is None else [Send(sender, answer)]), *self._forwarded(now)]
-
-    def _return(self, now: float) -> list[Send]:
-        """Be the shard that the keeper has a copy of, once all of it is here."""
-        returning = self._returning
-        if returning is None or not returning.complete:
-            return []
-        head = returning.head
-        self._source = Source(head.round, self.settings.servers, head.setup, returning, [{}] * self.settings.servers)
+    def _made_again(self, head: State) -> Holdings:
+        """Be the shard whose state is on its way from the keeper."""
         self.segments = list(head.segments)
         self._set_up(KEEPER, head.setup)
+        return self._holdings
+
+    def _return(self, state: Incoming) -> None:
+        """Go on from the state that has come of the keeper."""
+        head = state.head
+        try:
+            self._holdings.arrived(state)
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(f"the copy of server-{self.index}'s shard, which came back, does not fit it: {error}.") from None
+        self._uninitialised.clear()
+        self._source = Source(head.round, self.settings.servers, head.setup, state, [{}] * self.settings.servers)
+        self._resume(self._source)
+        self._opened()
         for filed in head.filed:
             self._book(filed)
-        self._returning, self._source, self.restoring, self._repeats = None, None, False, True
+        self._source, self.restoring, self._repeats = None, False, True
         log.info("has the copy of its shard, as of round %d", head.round)
-        return []
 
     def changed(self, keeper: bool, kept: bool, now: float) -> list[Send]:
-        if kept:
-            self._handed_over = None
-        if keeper:
-            self._forwarder = None
+        if self._neighbours is not None:
+            self._neighbours.changed(keeper, kept)
             self._have_kept()
         return self._go_on_closing(now)
 
     def _go_on_closing(self, now: float) -> list[Send]:
-        """Close the round if it waited for nothing but the keeper."""
-        return self._advance(now) if self._ending is not None else []
+        """Go on with a round that waited for nothing but the keeper."""
+        return self._advance(now) if self._ending is not None or self._awaits_copy else []
+
+    @property
+    def done(self) -> int:
+        return super().done + (self._neighbours.done if self._neighbours is not None else 0)
 
     @property
     def busy(self) -> bool:
-        return super().busy or (self._copy is not None and self._copy.busy)
+        return super().busy or (self._neighbours is not None and self._neighbours.busy)
 
     def work(self, now: float) -> list[Send]:
-        if self._copy is not None:
-            self._copy.work()
+        if self._neighbours is not None:
+            self._neighbours.work()
         effects = super().work(now)
         if self.classifiers is not None and self.classifiers.measured and self._own_norms is None:
             effects += self._advance(now)
@@ -647,3 +622,7 @@ class RoundShard(Shard):
 
 def _with_outcome(row: Contribution, outcome: Any) -> Contribution:
     return Contribution(row.round, row.lo, row.hi, row.worker, row.samples, row.micro_batches, outcome, row.staleness)
+
+
+def _number(factor: torch.Tensor | None) -> float | None:
+    return None if factor is None else float(factor)

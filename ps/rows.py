@@ -19,7 +19,7 @@ import torch
 
 from common.errors import WireError
 from common.layout import Layout, TableSpec
-from common.messages import RowPull, RowPush, Update
+from common.messages import ForwardRows, RowPull, RowPush, Update
 from common.rows import (
     BLOCK,
     RowSum,
@@ -31,12 +31,14 @@ from common.rows import (
     local_of,
     owner_of,
     page_ids,
+    page_rows,
     pages,
     rows_on,
 )
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.store import Norm, with_tuples
+from ps.transfer import Part
 
 #: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
 _HOW = ("foreach", "fused")
@@ -77,8 +79,7 @@ class Rows:
     def state(self) -> Iterator[Entry]:
         """Everything, for a snapshot, as it is: no update may come before it is written. Drawing may, for what is drawn is the
         same whenever it is."""
-        prefix = f"table-{self._server}-of-{self._servers}"
-        name = self.spec.name
+        prefix, name = self._prefix, self.spec.name
         yield Entry(f"{prefix}/values/{name}", self._values.shape, [self._values])
         for key, whole in self._state.items():
             yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
@@ -89,6 +90,46 @@ class Rows:
             yield Entry(f"{prefix}/common-{key}/{name}", tensor.shape, [tensor])
         if self._drawn is not None:
             yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
+
+    @property
+    def _prefix(self) -> str:
+        return f"table-{self._server}-of-{self._servers}"
+
+    def parts(self) -> Iterator[Part]:
+        """Everything, for another server, as it is: no update may come before it is there. Rows whose first values nobody has
+        asked for are left out."""
+        name, size = self.spec.name, page_rows(self.spec)
+        wholes = {"values": self._values} | {f"each-{key}": state for key, state in self._state.items()}
+        for key, whole in wholes.items():
+            for first in range(0, len(whole), size):
+                end = min(first + size, len(whole))
+                if self._drawn is None or self._drawn[first // BLOCK : -(-end // BLOCK)].any():
+                    yield Part(f"{self._prefix}/{key}/{name}", whole[first:end], first)
+        for key, value in self._common.items():
+            if value is not None:
+                tensor = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
+                yield Part(f"{self._prefix}/common-{key}/{name}", tensor)
+        if self._drawn is not None:
+            yield Part(f"{self._prefix}/drawn/{name}", self._drawn.clone())
+
+    def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
+        """Take in some rows of `parts`; whether there are such."""
+        key = name.removeprefix(f"{self._prefix}/").removesuffix(f"/{self.spec.name}")
+        whole = self._values if key == "values" else self._state.get(key.removeprefix("each-"))
+        if whole is None or rows.dtype != whole.dtype or rows.shape[1:] != whole.shape[1:] or first + len(rows) > len(whole):
+            return False
+        whole[first : first + len(rows)] = rows
+        return True
+
+    def arrived(self, files: TensorFiles) -> None:
+        """Go on from what `parts` gave, of which the rows are here already. Raises KeyError where something is missing."""
+        name = self.spec.name
+        for key, known in self._common.items():
+            if known is not None:
+                value = files[f"{self._prefix}/common-{key}/{name}"]
+                self._common[key] = value.clone() if isinstance(known, torch.Tensor) else type(known)(value.item())
+        if self._drawn is not None:
+            self._drawn.copy_(files[f"{self._prefix}/drawn/{name}"])
 
     def restore(self, files: TensorFiles, servers: int) -> Generator[None, None, None]:
         """Go on from what `state` of the tables on `servers` servers gave, a page at a time. Raises KeyError where something is
@@ -132,6 +173,17 @@ class RowTable(Rows):
                 self._state[name] = first.repeat(len(self._values), 1) if first.any() else zeros(*self._values.shape)
             else:
                 self._common[name] = torch.zeros_like(first) if isinstance(first, torch.Tensor) else first
+
+    def parts(self) -> Iterator[Part]:
+        """Likewise, with the rows as they were before the last update: who is still at the round before may ask for them."""
+        yield from super().parts()
+        for key, tensor in zip(("undo-places", "undo-values"), self._undo, strict=True):
+            yield Part(f"{self._prefix}/{key}/{self.spec.name}", tensor)
+
+    def arrived(self, files: TensorFiles) -> None:
+        super().arrived(files)
+        places, values = (files[f"{self._prefix}/{key}/{self.spec.name}"].clone() for key in ("undo-places", "undo-values"))
+        self._undo = places, values
 
     def places(self, ids: torch.Tensor, what: str) -> torch.Tensor:
         """Where rows are in this table. Raises WireError naming `what` unless they are sorted, distinct and all here."""
@@ -215,6 +267,20 @@ class RowTables:
             for _ in table.restore(files, servers):
                 pass
 
+    def parts(self) -> Iterator[Part]:
+        """See RowTable.parts."""
+        return itertools.chain.from_iterable(table.parts() for table in self._tables)
+
+    def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
+        """See RowTable.put."""
+        return any(name.endswith(f"/{table.spec.name}") and table.put(name, first, rows) for table in self._tables)
+
+    def arrived(self, files: TensorFiles, version: int) -> None:
+        """Go on at round `version`; see RowTable.arrived."""
+        self._version = version
+        for table in self._tables:
+            table.arrived(files)
+
     def awaited(self) -> set[tuple[int, int]]:
         """(table, page) of first values that a worker is to send."""
         return {(number, page) for number, spec in enumerate(self._specs) if spec.std is None for page in pages(spec)}
@@ -245,7 +311,7 @@ class RowTables:
         rows = one.read(at, before=self._keeps_versions and pull.version == self._version - 1)
         return len(rows), cut(rows)
 
-    def receive(self, push: RowPush, frames: Frames, what: str) -> RowSums:
+    def receive(self, push: RowPush | ForwardRows, frames: Frames, what: str) -> RowSums:
         """A contribution to all tables. Raises WireError naming `what` where it does not fit."""
         sums = join_sums(frames, push.counts, self._specs, what)
         for part, table in zip(sums, self._tables, strict=True):

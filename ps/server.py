@@ -27,6 +27,8 @@ from common.messages import (
     Envelope,
     Filed,
     Forward,
+    ForwardClasses,
+    ForwardRows,
     GotPart,
     Hello,
     KvPull,
@@ -72,7 +74,7 @@ log = logging.getLogger("ps.server")
 #: Names of workers that are remembered.
 _MOST_WORKERS = 100_000
 #: What the server says whose shard has a copy here.
-_FROM_KEPT = (Forward, Filed, State, StatePart, GotPart, Restore)
+_FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
 
@@ -188,8 +190,10 @@ class _Server:
         shard, refused = self._shard, self._refusals.counts
         if shard.restoring:
             return Beat("starting", refused=refused)
-        left, traffic = shard.missing(), shard.traffic
-        return Beat("waiting", shard.version, shard.done, left, traffic=traffic, keeps=shard.keeps, refused=refused)
+        return Beat(
+            "waiting", shard.version, shard.done, shard.missing(), traffic=shard.traffic, keeps=shard.keeps, refused=refused,
+            later=shard.missing_later(),
+        )  # fmt: skip
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""

@@ -34,6 +34,8 @@ from common.messages import (
     Cut,
     Filed,
     Forward,
+    ForwardClasses,
+    ForwardRows,
     Got,
     GotPart,
     Init,
@@ -83,7 +85,7 @@ COORDINATOR = "coordinator"
 #: The server that keeps a copy of this one's shard.
 KEEPER = "keeper"
 #: What servers say to each other.
-AboutCopies = Forward | Filed | Kept | Restore | State | StatePart | GotPart
+AboutCopies = Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
 #: Seconds between two reports to the coordinator while there is news.
 REPORT_S = 0.2
 #: Contributions of one worker of which parts that came early are kept.
@@ -222,6 +224,11 @@ class Shard(ABC):
     @abstractmethod
     def missing(self) -> list[int]:
         """Micro-batches of round `version` that are not all in here: what the coordinator may lease again."""
+
+    def missing_later(self) -> list[list[int]]:
+        """Likewise of the rounds after it, one by one, as far as workers have got to; some of the first, where those are many.
+        None where one round is open at a time."""
+        return []
 
     @abstractmethod
     def _opened(self) -> None:
@@ -488,7 +495,7 @@ class Shard(ABC):
                 return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
             layout, self.store, self.tables, self.classifiers = self._made(setup)
             self.tables.before_update = self._before_tables_change
-            self.classifiers.may_update = lambda: self.capture is None and not self.is_writing()
+            self.classifiers.may_update = self._may_update_classifiers
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
@@ -498,7 +505,7 @@ class Shard(ABC):
             self._setup = setup, sender
             if self._source is not None:
                 self._go_on(self._source)
-            if not self._uninitialised:
+            if not self._uninitialised and not self.restoring:
                 self._opened()
         elif setup != self._setup[0]:
             return [Send(sender, Refused("Setup", _difference(*self._setup, setup, sender)))]
@@ -589,9 +596,13 @@ class Shard(ABC):
     def traffic(self) -> Traffic:
         return self.store.traffic if self.store is not None else Traffic()
 
+    def _may_update_classifiers(self) -> bool:
+        """Whether nobody reads their rows where they are."""
+        return self.capture is None and not self.is_writing()
+
     @property
     def _open(self) -> bool:
-        return self._setup is not None and not self._uninitialised
+        return self._setup is not None and not self._uninitialised and not self.restoring
 
     def round_plan(self, index: int) -> Round:
         """Raises WireError for a round no plan knows."""

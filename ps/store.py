@@ -283,7 +283,7 @@ class Store:
         scratch = self._scratch[of.sum_dtype]
 
         def place(depth: int) -> torch.Tensor:
-            if depth == len(scratch):
+            while len(scratch) <= depth:  # what is deepest comes first
                 scratch.append(torch.empty_like(scratch[0]))
             return scratch[depth][: block.length] if depth else out
 

@@ -7,6 +7,7 @@ and never a wrong sum: nothing here is needed for the result, only for speed, an
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ _SENT_S = 3.0
 _SENT_FIRST_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
+#: Seconds of work that a worker is dealt ahead of what nobody does, and the most micro-batches that it comes to.
+_DEALT_S = 0.5
+_MOST_DEALT = 64
 #: Seconds, by worker and open round, for which what was seen of all of them is believed: looking at many takes time, and many ask
 #: at once.
 _LOOK_S = 5e-5
@@ -42,6 +46,10 @@ class _Look:
     behind: set[str]
     #: Who computes a micro-batch of the round, and since when, longest first.
     computing: list[tuple[float, str]]
+
+    def keep_only(self, lacking: set[int]) -> None:
+        """Servers have got all but these."""
+        self.runs = {name: left for name, ks in self.runs.items() if (left := [k for k in ks if k in lacking])}
 
 
 class Takeover:
@@ -62,6 +70,8 @@ class Takeover:
         self._missing_until = float("-inf")
         self._missing_round = -1
         self._lacking: list[tuple[int, int]] = []
+        #: Where pushes are applied at once: since when servers have lacked micro-batches that nobody will do.
+        self._free_since: dict[tuple[int, int], float] = {}
 
     def lease(
         self,
@@ -71,18 +81,22 @@ class Takeover:
         tables: list[Table],
         workers: Mapping[str, Member],
         now: float,
+        lacking: Mapping[int, set[int]] | None = None,
     ) -> Lease | None:
         """A micro-batch of the earliest of `rounds` that has one for `waiting` to take over.
 
-        `count(round)` is the number of its micro-batches.
+        `count(round)` is the number of its micro-batches; `lacking` are those that servers say they have not got, by round, where
+        they say so of all rounds that may have some.
         """
         if rounds.start > self._first:
             self._forget(rounds.start)
         until = now + _LOOK_S * len(workers) * len(rounds)
-        for round_ in rounds:
+        for round_ in rounds if lacking is None else [round_ for round_ in rounds if round_ in lacking]:
             look = self._looks.get(round_)
             if look is None or now >= look.until:
                 look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now, until)
+                if lacking is not None:
+                    look.keep_only(lacking[round_])
             others = (w for w in look.runs if w != waiting and _is_worth_it(workers[waiting], workers.get(w), look, w, now))
             owner = max(others, key=lambda w: (len(look.runs[w]), w), default=None)
             if owner is not None:
@@ -120,6 +134,65 @@ class Takeover:
                 return self._give(*key, waiting, "", now)
         return None
 
+    def deal(
+        self,
+        lacking: Mapping[int, set[int]],
+        count: Callable[[int], int],
+        tables: list[Table],
+        workers: Mapping[str, Member],
+        now: float,
+    ) -> list[Lease]:
+        """Where pushes are applied at once and many rounds are open: what servers lack (by round, earliest first) and nobody will
+        do, dealt out to workers that have got to its round, be they waiting or not.
+
+        So it is with what a worker had that is gone, and where two workers used different tables for a round. Nobody waits for
+        these until the end, but no round after them counts as over, so none would be in a snapshot either.
+        """
+        if lacking and (first := min(lacking)) > self._first:
+            self._forget(first)
+        active = {name: member for name, member in workers.items() if member.active}
+        free = self._free(lacking, count, tables, active, now)
+        self._free_since = {key: self._free_since.get(key, now) for key in free}
+        has = Counter({name: len(member.beat.taken) for name, member in active.items()})
+        for (round_, k), to in self.leased.items():
+            has[to] += now - self._leased_at[round_, k] <= _AGAIN_S and k in lacking.get(round_, ())
+        room = {name: _most_dealt(member) - has[name] for name, member in active.items()}
+        leases = []
+        for round_, k in [key for key, since in self._free_since.items() if now - since > _MISSING_S]:
+            able = [name for name, member in active.items() if member.reached >= round_ and room[name] > 0]
+            if not able:
+                break
+            to = max(able, key=lambda name: (room[name], name))
+            room[to] -= 1
+            leases.append(self._give(round_, k, to, "", now))
+        return leases
+
+    def _free(
+        self,
+        lacking: Mapping[int, set[int]],
+        count: Callable[[int], int],
+        tables: list[Table],
+        active: Mapping[str, Member],
+        now: float,
+    ) -> list[tuple[int, int]]:
+        """What servers lack and none of these workers will do, does or has just sent. One that is past a round has done its run
+        of it, and its servers have that: it got weights since."""
+        held: set[tuple[int, int]] = set()
+        for name, member in active.items():
+            beat = member.beat
+            held |= {*beat.taken, *((beat.round, k) for k in [*beat.left, beat.at])}
+            if self._is_on_its_way(name, member, now):
+                held |= {(beat.round, k) for k in beat.sent}
+        free = []
+        for round_, ks in lacking.items():
+            table, size = in_force(tables, round_), count(round_)
+            runs = [table.run(name, size) for name, member in active.items() if member.reached < round_]
+            for k in ks:
+                is_given = now - self._leased_at.get((round_, k), float("-inf")) <= _AGAIN_S
+                if not is_given and (round_, k) not in held and not any(k in run for run in runs):
+                    free.append((round_, k))
+        return free
+
     def _forget(self, before: int) -> None:
         """Let go of rounds that are over."""
         self._first = before
@@ -138,7 +211,7 @@ class Takeover:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
         computing = sorted((member.since, name) for name, member in workers.items() if _computes(member, round_))
-        behind = {w for w in runs if w in workers and workers[w].active and workers[w].beat.round < round_}
+        behind = {w for w in runs if w in workers and workers[w].active and workers[w].reached < round_}
         return _Look(until, runs, behind, computing)
 
     def _held(
@@ -175,14 +248,21 @@ class Takeover:
             gone = member is None or not member.active
             if member is not None and not gone and member.beat.round == round_:
                 ks = member.beat.left
-            elif gone or (member is not None and member.beat.round < round_):
+            elif member is None or gone or member.reached < round_:
                 ks = list(table.run(name, count))
+            elif taken := [k for r, k in member.beat.taken if r == round_]:
+                ks = taken
             else:
                 continue
             out[name] = [k for k in ks if self.leased.get((round_, k), name) == name]
             if gone:  # what it was leased as an exception is open again as well
                 out[name] += [k for (r, k), to in self.leased.items() if r == round_ and to == name and k not in out[name]]
         return out
+
+
+def _most_dealt(member: Member) -> int:
+    """How many micro-batches a worker may have ahead."""
+    return max(1, min(_MOST_DEALT, int(_DEALT_S / member.beat.seconds))) if member.beat.seconds else 1
 
 
 def _computes(member: Member, round_: int) -> bool:

@@ -1,4 +1,5 @@
-"""The state of a shard on its way from one server to another, in parts: those of a snapshot, which never touch a disk.
+"""The state of a shard on its way from one server to another, in parts: those of a snapshot, which never touch a disk. Of tensors
+that may be large a part is some rows, which are put in their place as they come: nobody has them twice.
 
 State machines without a socket or a clock. Invariants: no more than CREDIT_BYTES are under way, or one part; what is not
 acknowledged is sent again; what has come is whole, or not used.
@@ -7,7 +8,8 @@ acknowledged is sent again; what has come is whole, or not used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,17 +26,31 @@ CREDIT_BYTES = 8 << 20
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 40
 
 
-class Outgoing:
-    """Sends `entries`, which stay as they are, after the `head` that announces them."""
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a shard's state, or those of its rows from `first` on."""
 
-    def __init__(self, head: State, entries: Sequence[Entry]) -> None:
+    name: str
+    values: torch.Tensor
+    first: int = -1
+
+
+def whole(entry: Entry) -> Part:
+    """A tensor of a snapshot as a part."""
+    parts = list(entry.parts)
+    return Part(entry.name, (parts[0] if len(parts) == 1 else torch.cat([p.reshape(-1) for p in parts])).view(entry.shape))
+
+
+class Outgoing:
+    """Sends `parts`, which stay as they are, after the `head` that announces them."""
+
+    def __init__(self, head: State, parts: Sequence[Part]) -> None:
         self.head = head
         self._parts: dict[int, tuple[StatePart, Frames]] = {}
-        for number, entry in enumerate(entries):
-            parts = list(entry.parts)
-            whole = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
-            told = StatePart(head.shard, head.round, number, entry.name, dtype_name(whole.dtype), list(entry.shape))
-            self._parts[number] = told, cut(whole.contiguous())
+        for number, part in enumerate(parts):
+            dtype, shape = dtype_name(part.values.dtype), list(part.values.shape)
+            told = StatePart(head.shard, head.round, number, part.name, dtype, shape, part.first)
+            self._parts[number] = told, cut(part.values.contiguous())
         self._head_known = False
         #: When parts that are not acknowledged were sent; the head is -1.
         self._sent_at: dict[int, float] = {}
@@ -74,11 +90,13 @@ class Outgoing:
 
 
 class Incoming(TensorFiles):
-    """The tensors that have come of what `head` announced: to read them is to read a snapshot's files."""
+    """The tensors that have come of what `head` announced: to read them is to read a snapshot's files. Rows are given to
+    `put_rows` (name, first, rows) instead, which raises WireError where they do not fit."""
 
-    def __init__(self, head: State) -> None:
+    def __init__(self, head: State, put_rows: Callable[[str, int, torch.Tensor], None]) -> None:
         super().__init__(())
         self.head = head
+        self._put_rows = put_rows
         self._tensors: dict[str, torch.Tensor] = {}
         self._missing = set(range(head.parts))
 
@@ -93,9 +111,13 @@ class Incoming(TensorFiles):
         if part.number >= self.head.parts or len(part.shape) > _MOST_DIMENSIONS or numel > _MOST_ELEMENTS:
             raise WireError(f"{what} is none")
         if part.number in self._missing:
-            self._tensors[part.name] = join(iter(frames), part.dtype, numel, what).view(part.shape)
+            values = join(iter(frames), part.dtype, numel, what).view(part.shape)
+            if part.first >= 0:
+                self._put_rows(part.name, part.first, values)
+            else:
+                self._tensors[part.name] = values
+                self._index(part.name)
             self._missing.remove(part.number)
-            self._index(part.name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

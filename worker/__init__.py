@@ -39,6 +39,7 @@ def join() -> Run:
     """
     import torch
 
+    from common.errors import NoAnswer
     from common.messages import Hello
     from common.restart import LEAVE_SIGNAL
     from worker.link import Link
@@ -62,7 +63,7 @@ def join() -> Run:
     before = sys.excepthook
 
     def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        run.failure = describe_failure(error, sys.argv[0])
+        run.failure, run.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
         before(kind, error, traceback)
 
     sys.excepthook = failed

@@ -18,7 +18,7 @@ from common.messages import Body, ClassAck, Classified, Classify, ClassPush, Tra
 from common.rows import cut, join, owner_of, page_ids, rows_on
 from common.wire import SEND_AGAIN_S, Frames, bytes_of
 from worker.exchange import Send
-from worker.resending import Pushes, Sent, due
+from worker.resending import Pushes, Sent, again, due
 
 #: Seconds after which what is not answered is sent again at the latest.
 _PATIENCE_S = 4 * SEND_AGAIN_S
@@ -51,12 +51,18 @@ Answer = Sums | Best | torch.Tensor | None
 class ClassExchange:
     """One worker's questions about classifiers, and its pushes."""
 
-    def __init__(self, specs: Sequence[ClassSpec], servers: int, first_number: int) -> None:
-        """Questions are counted from `first_number`, which no earlier process of the same name has used."""
+    def __init__(self, specs: Sequence[ClassSpec], servers: int, first_number: int, may_be_replaced: bool = False) -> None:
+        """Questions are counted from `first_number`, which no earlier process of the same name has used. `may_be_replaced`: a
+        server may be another process later on, which has closed as many rounds."""
         self._specs = specs
         self._servers = servers
         self._number = first_number
-        self._pushes = Pushes()
+        self._pushes = Pushes(may_be_replaced)
+        self._may_be_replaced = may_be_replaced
+        #: Questions of the newest round about which something may be contributed, with their frames; and for each server that was
+        #: replaced, the newest question that it may not know.
+        self._asked: dict[int, tuple[Classify, Frames]] = {}
+        self._unknown_to: dict[str, int] = {}
         self._question: Classify | None = None
         #: By server: how many of the labels it has, questions that are not answered, and answers.
         self._own: list[int] = []
@@ -76,13 +82,21 @@ class ClassExchange:
         owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
         self._own = [int((owners == server).sum()) for server in range(self._servers)]
         frames = [frame for tensor in tensors for frame in cut(tensor)]
+        if self._may_be_replaced and question.keeps:
+            self._asked = {n: kept for n, kept in self._asked.items() if kept[0].version >= question.version}
+            self._asked[self._number] = self._question, frames
         self._unanswered = {n: Sent(f"server-{n}", self._question, frames, now) for n in range(self._servers)}
         self._answers = {}
         return [self._send(sent) for sent in self._unanswered.values()]
 
     def _send(self, sent: Sent[Body]) -> Send:
-        self._pushed_bytes += sum(frame.nbytes for frame in sent.frames)
-        return Send(sent.server, sent.body, sent.frames)
+        body, frames = sent.body, sent.frames
+        if isinstance(body, ClassPush) and (newest := self._unknown_to.get(sent.server)) is not None:
+            asked = [self._asked[use.number] for use in body.uses if use.number <= newest and use.number in self._asked]
+            body = msgspec.structs.replace(body, asked=[question for question, _ in asked])
+            frames = [*(frame for _, of in asked for frame in of), *frames]
+        self._pushed_bytes += sum(frame.nbytes for frame in frames)
+        return Send(sent.server, body, frames)
 
     @property
     def number(self) -> int:
@@ -157,7 +171,8 @@ class ClassExchange:
         frames = [frame for tensor in tensors for frame in cut(tensor)]
         bodies = [msgspec.structs.replace(push, base=bases.get(number, 0)) for number in range(self._servers)]
         sent = [Sent(f"server-{number}", body, frames, now) for number, body in enumerate(bodies)]
-        self._pushes.sent += sent
+        for one in sent:
+            self._pushes.add(one)
         return [self._send(one) for one in sent]
 
     @property
@@ -181,6 +196,13 @@ class ClassExchange:
             self._answers[number] = self._decode(number, body, frames)
             del self._unanswered[number]
 
+    def replaced(self, server: int) -> None:
+        """A server is another process: what the one before it has not answered, and of the open round all, is sent anew."""
+        name = f"server-{server}"
+        self._unknown_to[name] = self._number
+        self._pushes.replaced(name)
+        again(self._unanswered.values(), name)
+
     def added_to(self, traffic: Traffic) -> Traffic:
         """`traffic` and this."""
         pushed, pulled = traffic.pushed_bytes + self._pushed_bytes, traffic.pulled_bytes + self._pulled_bytes
@@ -188,5 +210,5 @@ class ClassExchange:
 
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again."""
-        again = due([*self._pushes.sent, *self._unanswered.values()], now, _PATIENCE_S)
-        return [self._send(sent) for sent in again]
+        late = due([*self._pushes.sent, *self._unanswered.values()], now, _PATIENCE_S)
+        return [self._send(sent) for sent in late]

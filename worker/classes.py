@@ -194,16 +194,17 @@ class Shards:
         first_number: int,
         tables: int,
         sends_first: bool,
+        may_be_replaced: bool = False,
     ) -> None:
         """Servers have the Setup. Sends first values (`sends_first`), which are counted after those of `tables` tables; the
         memory of the layers is given up. `version()` is the round that is computed; questions are counted from
-        `first_number`, see ClassExchange."""
+        `first_number`, see ClassExchange, and there for `may_be_replaced`."""
         self._link = link
         self._specs = [sharded.spec for sharded in layers]
         self._servers = servers
         self._version = version
         self._timeout = timeout
-        self.exchange = ClassExchange(self._specs, servers, first_number)
+        self.exchange = ClassExchange(self._specs, servers, first_number, may_be_replaced)
         self._layers = [sharded.layer for sharded in layers]
         self._used: list[Contribution] = []
         #: Whether something was asked about a round that is over, so that nothing computed in it is of use.

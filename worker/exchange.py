@@ -379,6 +379,8 @@ class Exchange:
     def replaced(self, server: int) -> None:
         """A server is another process, which has closed as many rounds: of the open one it is to get all anew, and weights that
         are to come are asked for again."""
+        if server not in self._chunks:
+            return  # it has no part in rounds
         again = [o for o in self._repeatable if o.server == server]
         self._repeatable = [o for o in self._repeatable if o.server != server]
         self._outstanding += again
@@ -395,7 +397,7 @@ class Exchange:
                     self._staged.pop(chunk.id, None)
         self.readers.discard(server)
         self.read.discard(server)
-        if self.share is not None and server in self._chunks:
+        if self.share is not None:
             self.unknown[server] = float("-inf")
 
     def met(self, server: int, reads: bool, region: int | None) -> None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from common.allocator import keep_memory
 from common.errors import UsageError
 from common.layout import CHUNK_BYTES
 from common.messages import Body, KvPull, KvPush, KvReply, Refused
@@ -60,6 +61,7 @@ class KvClient:
         self._owner: dict[int, int] = {}
         #: Answers so far, by which the coordinator sees that something moves.
         self.answered = 0
+        keep_memory()
         with link.lock:
             self._before_message: Callable[[str, Body, Frames], None] = link.on_message
             self._before_tick: Callable[[float], list[Send]] = link.on_tick
@@ -70,12 +72,12 @@ class KvClient:
 
         The values are copied before this returns.
         """
-        values = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
+        values = tensor.detach().to("cpu").reshape(-1)
         step = CHUNK_BYTES // values.element_size()
         timestamp = self._new()
-        for block, part in enumerate(values.split(step)):
+        for block, part in enumerate(values.split(step)):  # one is on its way while the next is copied
             body = KvPush(self._take_id(), key, block, values.numel(), dtype_name(values.dtype), op)
-            self._submit(timestamp, self._server(key, block), body, [to_frame(part)], None)
+            self._submit(timestamp, self._server(key, block), body, [to_frame(part.clone())], None)
         return timestamp
 
     def pull(self, key: str, out: torch.Tensor) -> int:

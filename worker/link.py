@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from common.attendance import Attendance
-from common.errors import ClusterError, PsError, UsageError, WireError
+from common.errors import ClusterError, NoAnswer, PsError, UsageError, WireError
 from common.failpoints import failpoint
 from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
 from common.refusals import Refusals
@@ -85,8 +85,8 @@ class Link:
     ) -> T | None:
         """Block until `ready()`, called with the lock held, is neither None nor False, and return that.
 
-        With `every`, return None after so many seconds. Raises the error that ended the link, or ClusterError after
-        `timeout` seconds, saying `what()` was waited for.
+        With `every`, return None after so many seconds. Raises the error that ended the link, or NoAnswer after `timeout`
+        seconds, saying `what()` was waited for.
         """
         start = time.monotonic()
         limit = timeout if every is None else min(every, timeout)
@@ -101,7 +101,7 @@ class Link:
                 if rest <= 0:
                     if limit < timeout:
                         return None
-                    raise ClusterError(f"waited {timeout:.0f} s for {what()}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}.")
                 self.lock.wait(min(rest, 1.0))
 
     def request(
@@ -136,7 +136,7 @@ class Link:
                 self.send(Send(to, body, frames))
                 self.wait(lambda: bool(replies), timeout, lambda: name, every=again)
                 if not replies and time.monotonic() >= deadline:
-                    raise ClusterError(f"waited {timeout:.0f} s for {name}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {name}.")
         finally:
             with self.lock:
                 self.on_message = before

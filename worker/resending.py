@@ -32,16 +32,41 @@ def due(messages: Iterable[Sent[Body]], now: float, at_most_s: float = SEND_AGAI
     return again
 
 
-class Pushes:
-    """Contributions that servers have not acknowledged."""
+def again(messages: Iterable[Sent[B]], server: str) -> list[Sent[B]]:
+    """Those to this server, which are to be sent again at once."""
+    found = [sent for sent in messages if sent.server == server]
+    for sent in found:
+        sent.sent_at, sent.patience_s = float("-inf"), SEND_AGAIN_S
+    return found
 
-    def __init__(self) -> None:
+
+class Pushes:
+    """Contributions that servers have not acknowledged; where servers may be replaced, those of the newest round are kept."""
+
+    def __init__(self, may_be_replaced: bool) -> None:
         self.sent: list[Sent[RowPush | ClassPush]] = []
+        self._may_be_replaced = may_be_replaced
+        #: What was acknowledged of the newest round.
+        self._repeatable: list[Sent[RowPush | ClassPush]] = []
+
+    def add(self, new: Sent[RowPush | ClassPush]) -> None:
+        """One is sent. That there is one of its round shows that all servers have closed those before."""
+        self._repeatable = [sent for sent in self._repeatable if sent.body.round >= new.body.round]
+        self.sent.append(new)
 
     def acknowledged(self, server: str, ack: RowAck | ClassAck) -> None:
         """One server has got one."""
         whose = server, ack.round, ack.lo, ack.hi
-        self.sent = [s for s in self.sent if (s.server, s.body.round, s.body.lo, s.body.hi) != whose]
+        known = [(s, (s.server, s.body.round, s.body.lo, s.body.hi) == whose) for s in self.sent]
+        self.sent = [s for s, is_meant in known if not is_meant]
+        if self._may_be_replaced:
+            self._repeatable += [s for s, is_meant in known if is_meant]
+
+    def replaced(self, server: str) -> list[Sent[RowPush | ClassPush]]:
+        """A server is another process: what it is to get anew, at once."""
+        self.sent += [sent for sent in self._repeatable if sent.server == server]
+        self._repeatable = [sent for sent in self._repeatable if sent.server != server]
+        return again(self.sent, server)
 
     def of_round(self, round_: int) -> set[int]:
         """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""

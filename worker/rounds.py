@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from common.allocator import keep_memory
-from common.errors import ClusterError, UsageError
+from common.errors import NoAnswer, UsageError
 from common.failpoints import failpoint
 from common.messages import Beat, ClassPush, Push, RowPush, Waiting
 from common.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
@@ -429,7 +429,7 @@ class GradientWork:
                 self._link.send(Send(COORDINATOR, Waiting(self.round)))
                 self._link.beat_soon()
             if time.monotonic() - began > self._run.settings.timeout + 20.0:
-                raise ClusterError(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
+                raise NoAnswer(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
         if state == "leased":
             return None
         if state == "gone":
@@ -484,4 +484,7 @@ class GradientWork:
         sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_), *self._shards.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
-        return Beat(state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer)  # type: ignore[arg-type]
+        return Beat(
+            state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer,  # type: ignore[arg-type]
+            reached=self.round, taken=self._tasks.taken_elsewhere(round_),
+        )  # fmt: skip

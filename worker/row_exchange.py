@@ -17,16 +17,17 @@ from common.messages import RowAck, RowPull, RowPush, Rows
 from common.rows import RowSums, cut, cut_sums, join, owner_of, page_ids, split
 from common.wire import Frames
 from worker.exchange import Send
-from worker.resending import Pushes, Sent, due
+from worker.resending import Pushes, Sent, again, due
 
 
 class RowExchange:
     """One worker's pulls and pushes of rows."""
 
-    def __init__(self, tables: Sequence[TableSpec], servers: int) -> None:
+    def __init__(self, tables: Sequence[TableSpec], servers: int, may_be_replaced: bool = False) -> None:
+        """`may_be_replaced`: a server may be another process later on, which has closed as many rounds."""
         self._tables = tables
         self._servers = servers
-        self._pushes = Pushes()
+        self._pushes = Pushes(may_be_replaced)
         #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
         self._questions: dict[int, Sent[RowPull]] = {}
         self._places: dict[int, torch.Tensor] = {}
@@ -86,7 +87,7 @@ class RowExchange:
         for server, part in enumerate(split(sums, self._servers)):
             body = msgspec.structs.replace(push, counts=[one.count for one in part], base=bases.get(server, 0))
             sent = Sent(f"server-{server}", body, cut_sums(part), now)
-            self._pushes.sent.append(sent)
+            self._pushes.add(sent)
             effects.append(Send(sent.server, sent.body, sent.frames))
         return effects
 
@@ -112,7 +113,12 @@ class RowExchange:
             self._answers[body.number] = join(iter(frames), "float32", count * dim, f"an answer of {server}").view(count, dim)
             del self._questions[body.number]
 
+    def replaced(self, server: int) -> None:
+        """A server is another process: what the one before it has not answered, and of the open round all, is sent anew."""
+        self._pushes.replaced(f"server-{server}")
+        again(self._questions.values(), f"server-{server}")
+
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again."""
-        again = due([*self._pushes.sent, *self._questions.values()], now)
-        return [Send(sent.server, sent.body, sent.frames) for sent in again]
+        late = due([*self._pushes.sent, *self._questions.values()], now)
+        return [Send(sent.server, sent.body, sent.frames) for sent in late]

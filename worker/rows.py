@@ -114,16 +114,24 @@ class RowSparse:
     """The tables of one worker's model: looked up, contributed to, and read as a whole at the end. There may be none."""
 
     def __init__(
-        self, link: Link, tables: Sequence[Table], servers: int, version: Callable[[], int], timeout: float, sends_first: bool
+        self,
+        link: Link,
+        tables: Sequence[Table],
+        servers: int,
+        version: Callable[[], int],
+        timeout: float,
+        sends_first: bool,
+        may_be_replaced: bool = False,
     ) -> None:
         """Servers have the Setup. Sends first values (`sends_first`), and has the layers look up rows from now on; the memory
-        of their weights is given up. `version()` is the round that the model's other weights are for."""
+        of their weights is given up. `version()` is the round that the model's other weights are for; `may_be_replaced`: see
+        RowExchange."""
         self._link = link
         self._specs = [table.spec for table in tables]
         self._servers = servers
         self._version = version
         self._timeout = timeout
-        self.exchange = RowExchange(self._specs, servers)
+        self.exchange = RowExchange(self._specs, servers, may_be_replaced)
         #: Gradients of each table since the last contribution, in the order that backward made them in.
         self._gradients: list[list[RowSum]] = [[] for _ in tables]
         self._weights: list[nn.Parameter] = []

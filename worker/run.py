@@ -126,6 +126,8 @@ class Run:
         self.leaves = self.left_early = False
         #: Why the script failed, if it did: told to the coordinator in `finish`.
         self.failure = ""
+        #: Whether that was for a server that did not answer.
+        self.cut_off = False
         arm(self.name, Path(welcome.run_dir))
         with link.lock:
             link.epoch = welcome.tables[-1].epoch
@@ -211,9 +213,6 @@ class Run:
         groups = parameter_groups(self._model, params)
         tables = find_tables(self._model, groups)
         layers = find_layers(self._model, groups)
-        if (tables or layers) and self.settings.replicas:
-            kind = "row-sparse embedding" if tables else "sharded layer"
-            raise UsageError(f"the model has a {kind}, of which servers keep no copies: leave out --replicas.")
         weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
@@ -235,9 +234,18 @@ class Run:
             check_training(tables, cls, update.groups, self._policy)
         sends_first = self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
-        self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first=sends_first)
+        replicas = self.settings.replicas > 0
+        self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
         self._shards = Shards(
-            self._link, layers, self._servers, lambda: self._computed, timeout, new_incarnation(), len(tables), sends_first
+            self._link,
+            layers,
+            self._servers,
+            lambda: self._computed,
+            timeout,
+            new_incarnation(),
+            len(tables),
+            sends_first,
+            replicas,
         )
         if self._policy.is_local:
             self._share(replica, None)
@@ -451,7 +459,8 @@ class Run:
         self._finished = self._link.copies = True
         try:
             if self.failure:
-                self._link.send(Send(COORDINATOR, Goodbye(self.failure)))
+                cut_off = self.cut_off and self._kv is None  # keys that it was to push are nobody else's to push
+                self._link.send(Send(COORDINATOR, Goodbye(self.failure, cut_off=cut_off)))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
@@ -540,6 +549,10 @@ class Run:
         self._tasks.forget_begun()
         if self._exchange is not None:
             self._exchange.replaced(server)
+        if self._rows is not None:
+            self._rows.exchange.replaced(server)
+        if self._shards is not None:
+            self._shards.exchange.replaced(server)
 
     def _meet(self, server: int, shared: Shared) -> None:
         """A server says what memory it shares with this worker."""

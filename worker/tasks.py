@@ -89,6 +89,10 @@ class Tasks:
         """Micro-batches of a round that are this worker's and not begun."""
         return [task.k for task in [*self._run, *self._taken] if task.round == round_]
 
+    def taken_elsewhere(self, round_: int) -> list[tuple[int, int]]:
+        """(round, micro-batch) of what was taken over of other rounds than this one, and is not begun."""
+        return [(task.round, task.k) for task in self._taken if task.round != round_]
+
     @property
     def any(self) -> bool:
         return bool(self._run) or any(task.round <= self.round for task in self._taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -53,21 +54,29 @@ class Cluster:
 
     def pids(self) -> dict[str, int]:
         """Of the four that have joined, once that is written down."""
-        log = RunLogReader(self._log)
-        joined: dict[str, int] = {}
+        self.until(lambda: len(self._joined()) >= 4)
+        return self._joined()
+
+    def _joined(self) -> dict[str, int]:
+        with contextlib.closing(RunLogReader(self._log)) as log:
+            return {event.process: int(event.data["pid"]) for _, _, event in log.events() if event.kind == "joined"}
+
+    def rounds(self) -> int:
+        with contextlib.closing(RunLogReader(self._log)) as log:
+            return len(log.rounds())
+
+    def until(self, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_S
-        while len(joined) < 4 and time.monotonic() < deadline:
-            joined = {event.process: int(event.data["pid"]) for _, _, event in log.events() if event.kind == "joined"}
+        while not ready():
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        log.close()
-        return joined
 
 
 @pytest.fixture
 def two(start: Start, tmp_path: Path) -> tuple[Cluster, list[Launched]]:
-    """A run of two such workers, which train until something happens."""
-    cluster = Cluster(start, tmp_path, 2, 2)
-    workers = [cluster.worker("--index", index, "endless.py") for index in range(2)]
+    """A run of two such workers, which train until something happens; a server is started again once."""
+    cluster = Cluster(start, tmp_path, 2, 2, "--replicas", 1)
+    workers = [cluster.worker("--index", index, "--respawn", 1, "endless.py") for index in range(2)]
     for worker in workers:
         worker.ready(1)
     return cluster, workers
@@ -95,8 +104,16 @@ def test_a_killed_worker_takes_the_server_beside_it_along_and_no_other(two: tupl
     assert {pids["worker-0"], pids["server-0"]} <= first.members()
 
 
-def test_a_killed_server_fails_its_worker_and_with_it_the_run_in_one_sentence(two: tuple[Cluster, list[Launched]]) -> None:
+def test_a_killed_server_is_started_again_and_when_that_is_too_often_fails_its_worker_and_with_it_the_run(
+    two: tuple[Cluster, list[Launched]],
+) -> None:
     cluster, (first, second) = two
+    before = cluster.pids()
+    os.kill(before["server-1"], signal.SIGKILL)
+    cluster.until(lambda: cluster.pids()["server-1"] != before["server-1"])
+    assert set(cluster.pids()) == set(before) and cluster.pids()["server-1"] in second.members()
+    rounds = cluster.rounds()
+    cluster.until(lambda: cluster.rounds() > rounds + 1)
     os.kill(cluster.pids()["server-1"], signal.SIGKILL)
     sentence = "the server beside this worker was killed by signal 9 (SIGKILL)."
     ends = [one.end() for one in (second, cluster.coordinator, first)]

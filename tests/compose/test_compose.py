@@ -1,4 +1,4 @@
-"""docker-compose.yml for real: six containers train to the weights of a local run, with and without the loss of a worker.
+"""docker-compose.yml for real: six containers train to the weights of a local run, also where a worker and a server are lost.
 
 Skips where there is no Docker engine or no docker-compose.
 """
@@ -134,18 +134,22 @@ def test_six_containers_train_to_the_weights_of_a_local_run(cluster: Cluster, la
         assert not one["HostConfig"]["PortBindings"]
 
 
-def test_a_worker_is_killed_and_the_others_train_to_the_same_weights(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_a_server_crashes_and_the_others_train_to_the_same_weights(
+    cluster: Cluster, launch: Launch, tmp_path: Path
+) -> None:
     flags = ("--data", "digits", "--epochs", "10", "--lr", "0.05")
-    cluster.up(*flags)
-    while (rounds := cluster.rounds()) < 5:
-        assert cluster.containers()["coordinator-1"]["State"]["Running"]
+    cluster.up(*flags, "--replicas", "1")
     containers = cluster.containers()
     for name, one in containers.items():
         users = run("docker", "top", one["Id"], "-eo", "pid,uid").split()[3::2]
         assert users and "0" not in users, f"{name} runs as root"
+    while (rounds := cluster.rounds()) < 5:
+        assert cluster.containers()["coordinator-1"]["State"]["Running"]
+    run("docker", "exec", containers["server-1"]["Id"], "sh", "-c", "kill -9 -1")  # all but its init: it is started again
     run("docker", "kill", containers["worker-2"]["Id"])
     assert cluster.wait() == dict.fromkeys(NAMES, 0) | {"worker-2": 137}
 
     found = cluster.results(tmp_path / "volume")
     assert rounds < found["rounds"] and found["samples"] == 10 * 1437
+    assert {name: one["RestartCount"] for name, one in cluster.containers().items()} == dict.fromkeys(NAMES, 0) | {"server-1": 1}
     assert found["weights_sha256"] == launch("--workers", 3, "--servers", 2, *flags)["weights_sha256"]

@@ -115,6 +115,9 @@ class Pace:
     cut_off_s: tuple[float, float] = (0.0, 0.0)
     #: When it leaves early.
     leaves_s: float = float("inf")
+    #: When it fails, and whether that is for a server that does not answer it.
+    fails_s: float = float("inf")
+    finds_no_server: bool = False
     #: Once it is dead, another like it is started after so many seconds, which lives.
     respawn_s: float = float("inf")
 
@@ -400,7 +403,8 @@ class World:
     def versions(self) -> list[int]:
         """Of the servers that take part in rounds."""
         servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive]
-        return [p.shard.version for p in servers if p.server._shard is not None and p.shard.chunks]
+        shards = [p.shard for p in servers if p.server._shard is not None]
+        return [shard.version for shard in shards if shard.chunks and not shard.restoring]
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
         """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
@@ -678,6 +682,10 @@ class WorkerProcess(Process):
         if self.pace.respawn_s < float("inf"):
             self.world.at(self.world.now + self.pace.respawn_s, lambda: self.world.start(self._successor(None)))
 
+    def _fail(self) -> None:
+        self.link.send(Send(COORDINATOR, Goodbye("nothing came.", cut_off=self.pace.finds_no_server)))
+        self._die()
+
     def begin_anew(self) -> None:
         """It was told that it is lost."""
         self.alive = False
@@ -782,6 +790,8 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
         if self.pace.leaves_s < float("inf"):
             self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
+        if self.pace.fails_s < float("inf"):
+            self.world.at(self.world.now + self.pace.fails_s, self._fail)
         run = self.run = Run(self.link, 180.0)
         run.merge_by(lambda model: 0.0)
         run.replicate(self.model)
@@ -807,10 +817,11 @@ class WorkerProcess(Process):
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
             slots = Slots(replica.layout, shared=False)
-            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, sends_first=False)
+            replicas = case.settings.replicas > 0
+            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
             run._rows = rows
             run._shards = SteppedShards(
-                self.link, layers, case.settings.servers, lambda: run._computed, 180.0, 0, len(tables), sends_first=False
+                self.link, layers, case.settings.servers, lambda: run._computed, 180.0, 0, len(tables), False, replicas
             )
             work = SteppedWork(run, replica, rows, run._shards, slots, Hypers(example, None, "round", lambda epoch: None), clips)
         run._work = work

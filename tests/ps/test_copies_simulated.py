@@ -7,12 +7,14 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
-from test_rounds_simulated import cases, check_books, check_exact, check_same_everywhere, few, some
+from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_head, check_rows, check_same_everywhere, few, some
 
 from common.settings import Settings
+from ps.round_shard import RoundShard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +34,30 @@ def killed(draw: st.DrawFn, policy: str, codecs: dict[str, Any] | None = None, *
 def check(outcome: Outcome) -> None:
     check_books(outcome)
     check_same_everywhere(outcome)
+    check_copies(outcome)
     assert not [event for event in outcome.log.events if event.kind in ("restarted", "rolled back")]
+
+
+def check_copies(outcome: Outcome) -> None:
+    """Every copy that is whole holds the bits of its shard."""
+    for shard, keeper in zip(outcome.shards, [*outcome.shards[1:], *outcome.shards[:1]], strict=True):
+        assert isinstance(keeper, RoundShard) and keeper._neighbours is not None
+        copy = keeper._neighbours._copy
+        if copy is None or not copy.whole:
+            continue  # it was on its way to a keeper in the place of another when the run ended
+        assert not copy.busy and copy.version == shard.version
+        assert shard.store is not None and shard.tables is not None
+        for chunk in shard.chunks:
+            assert torch.equal(copy._store.master(chunk), shard.store.master(chunk))
+        for mine, its in zip(copy._tables._tables, shard.tables._tables, strict=True):
+            assert torch.equal(mine._values, its._values)
+            assert all(torch.equal(mine._state[key], state) for key, state in its._state.items())
+        assert shard.classifiers is not None
+        shard.classifiers.settle()
+        copy._classifiers.settle()
+        for one, other in zip(copy._classifiers._classifiers, shard.classifiers._classifiers, strict=True):
+            assert torch.equal(one.read(torch.arange(len(one._values))), other.read(torch.arange(len(one._values))))
+            assert all(torch.equal(one._state[key], state) for key, state in other._state.items())
 
 
 def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
@@ -80,6 +105,29 @@ def test_weights_whose_changes_are_sent(case: Case) -> None:
 @given(killed("sync", {"push_codec": "onebit"}))
 def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> None:
     check_books(simulate(case))
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup"])
+@few
+@given(data=st.data())
+def test_rows_of_tables(policy: str, data: st.DataObject) -> None:
+    plain: dict[str, Any] = {} if policy == "sync" else PLAIN
+    outcome = simulate(data.draw(killed(policy, rows=data.draw(st.sampled_from([10, 200])), **plain)))
+    check(outcome)
+    check_rows(outcome)
+    if policy == "sync":
+        check_exact(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup"])
+@few
+@given(data=st.data())
+def test_sharded_layers(policy: str, data: st.DataObject) -> None:
+    outcome = simulate(data.draw(killed(policy, classes=data.draw(st.sampled_from([10, 1000])))))
+    check_head(outcome)
+    check(outcome)
+    if policy == "sync":
+        check_exact(outcome)
 
 
 @few

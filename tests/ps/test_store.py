@@ -18,7 +18,7 @@ from common.layout import CHUNK_BYTES, TensorSpec, make_layout
 from common.messages import Update
 from common.policies import load
 from common.settings import Settings
-from common.sums import Sum
+from common.sums import Sum, put_off
 from common.tensorfile import TensorFiles
 from common.tensors import dtype_name, to_frame
 from common.tree import fold
@@ -530,3 +530,17 @@ def test_a_coded_contribution_is_decoded_into_memory_that_sums_may_use() -> None
             store.decode(0, frame, present, 5)
     with pytest.raises(WireError, match="coded in a run without a codec"):
         Coded("none").store.decode(0, bytes(to_frame(coded.frame)), 1, 5)
+
+
+def test_sums_that_are_put_off_within_each_other_come_to_the_same_on_either_side() -> None:
+    tensors = [torch.zeros(5)]
+    cluster = Cluster(tensors, [0], Update("SGD", [{"lr": 1.0}]), 1)
+    (chunk,) = cluster.layout.chunks
+    a, b, c, d = (cluster.receive([torch.full((5,), value)], 1)[chunk.id] for value in (1.0, 2.0, 3.0, 4.0))
+    for total in (
+        put_off(a, put_off(b, put_off(c, d))),
+        put_off(put_off(put_off(a, b), c), d),
+        put_off(put_off(a, b), put_off(c, d)),
+    ):
+        assert torch.equal(cluster.stores[0].mean(chunk.id, [total], 4).values, torch.full((5,), 2.5))
+        cluster.stores[0]._scratch = {dtype: made[:1] for dtype, made in cluster.stores[0]._scratch.items()}

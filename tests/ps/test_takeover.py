@@ -72,3 +72,49 @@ def test_what_was_sent_is_believed_to_be_on_its_way_while_some_of_it_arrives() -
     members = sent(members, [4], 0.1)
     given = [takeover.lease_missing("worker-0", 0, iter([4]), 6, TABLES, members, now) for now in (10.4, 10.6, 11.7)]
     assert given == [None, None, Lease(0, 4, "worker-0", "")]
+
+
+def at_once(gone: bool, taken: list[tuple[int, int]] | None = None) -> dict[str, Member]:
+    """Pushes are applied at once: worker 0 is in round 9, worker 1 in round 2 (or `gone`), and worker 2 in round 5, at what it
+    took over of round 1, with these left."""
+    beats = {
+        "worker-0": Beat("computing", 9, 0, [], seconds=0.1, reached=9),
+        "worker-1": Beat("computing", 2, 1, [2, 3, 4], seconds=0.1, reached=2),
+        "worker-2": Beat("computing", 1, 5, [], seconds=0.1, reached=5, taken=taken or []),
+    }
+    members = {name: Member(name, Hello("worker"), n, 0.0, beat, 0.0) for n, (name, beat) in enumerate(beats.items())}
+    members["worker-1"].lost = gone
+    return members
+
+
+#: What servers lack: of round 1 what worker 2 is at; of round 2 all that worker 1 has; of later ones its run and somebody's.
+LACKING = {1: {5}, 2: {1, 2, 3, 4}, 3: {0, 1, 2, 3, 4}, 7: {1, 2, 3, 4, 5}}
+
+
+def deal(takeover: Takeover, members: dict[str, Member], *times: float) -> list[set[tuple[int, int]]]:
+    leases = [takeover.deal(LACKING, lambda _: 6, TABLES, members, now) for now in times]
+    return [{(lease.round, lease.k) for lease in given} for given in leases]
+
+
+def test_of_all_open_rounds_what_nobody_will_do_is_dealt_out_without_anybody_waiting() -> None:
+    takeover = Takeover()
+    given = deal(takeover, at_once(gone=False), 0.0, 0.9, 1.1, 1.4)
+    assert given == [set(), set(), {(3, 0)}, set()]  # 5 of round 7 is worker 2's, who has not got there yet
+    assert takeover.leased == {(3, 0): "worker-2"}
+
+
+def test_all_of_one_that_is_gone_is_dealt_out_to_those_who_have_got_so_far_in_portions() -> None:
+    takeover, members = Takeover(), at_once(gone=True)
+    given = deal(takeover, members, 0.0, 1.1)
+    assert given == [set(), {(2, k) for k in (1, 2, 3, 4)} | {(3, k) for k in range(5)} | {(7, 1)}]
+    shares = [sum(to == name for to in takeover.leased.values()) for name in ("worker-0", "worker-2")]
+    assert shares == [5, 5] and takeover.leased[7, 1] == "worker-0"
+    assert deal(takeover, at_once(gone=True, taken=[(3, k) for k in range(5)]), 3.2)[0] >= {(7, 1)}  # word of that was lost
+
+
+def test_what_servers_have_got_is_not_taken_over_from_one_that_is_gone() -> None:
+    members = at_once(gone=True)
+    members["worker-0"].beat = Beat("waiting", 9, seconds=0.1, reached=9)
+    takeover = Takeover()
+    given = [takeover.lease("worker-0", range(1, 10), lambda _: 6, TABLES, members, 0.0, {7: {3, 5}}) for _ in range(3)]
+    assert given == [Lease(7, 3, "worker-0", "worker-1"), None, None]  # 5 is worker 2's, who is about to do it

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, simulate
 from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises, profile
 
+from common.errors import ClusterError
 from common.settings import Settings
 from ps.membership import NEAR_S
 
@@ -89,3 +92,37 @@ def test_who_leaves_early_has_handed_over_what_it_did_and_others_do_the_rest() -
     ]
     assert outcome.ledger.totals.micro_batches_recomputed <= 1
     check(outcome)
+
+
+def test_where_nobody_waits_others_do_what_a_dead_worker_had_soon_and_not_at_the_end() -> None:
+    paces = [Pace(0.3), Pace(0.3), Pace(0.3, dies_s=0.3)]
+    outcome = simulate(replace(case("async", paces, chunk_bytes=4800), segments=[(28, 5)]))
+    own = [task.round for name, task in outcome.world.computed if name == "worker-0"]
+    assert sum(round_ < max(own[:at]) for at, round_ in enumerate(own[: own.index(13)]) if at) >= 3
+    check(outcome)
+
+
+def short(paces: list[Pace], **more: Any) -> Case:
+    return replace(case("sync", paces, chunk_bytes=4800), segments=[(28, 3)], **more)
+
+
+def test_who_is_cut_off_from_a_server_is_given_up_and_others_do_what_it_had() -> None:
+    outcome = simulate(short([Pace(0.1), Pace(0.1, fails_s=0.5, finds_no_server=True)]))
+    assert [event.data["why"] for event in outcome.log.events if event.kind == "lost"] == ["nothing came."]
+    assert all(shard.lost == {"worker-1"} for shard in outcome.shards)
+    check(outcome)
+
+
+def test_who_does_not_get_the_last_weights_is_given_up_and_the_run_ends() -> None:
+    never = 1e6  # nobody waits for its script to end
+    deaf = short([Pace(0.1), Pace(0.1, deaf_s=(1.0, never), hangs_s=never)])
+    outcome = simulate(replace(deaf, settings=msgspec.structs.replace(deaf.settings, timeout=5.0)))
+    lost = [event.data["why"] for event in outcome.log.events if event.kind == "lost"]
+    assert lost == ["it has not got the last weights for 5 s."]
+    check(outcome)
+
+
+@pytest.mark.parametrize("paces", [[Pace(0.1, fails_s=0.5, finds_no_server=True)], [Pace(0.1), Pace(0.1, fails_s=0.5)]])
+def test_who_fails_otherwise_or_has_nobody_to_do_what_it_had_ends_the_run(paces: list[Pace]) -> None:
+    with pytest.raises(ClusterError, match=r"^worker-\d failed: nothing came\.$"):
+        simulate(short(paces))

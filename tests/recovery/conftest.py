@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,8 @@ def starting(tmp_path: Path, flag: str) -> Iterator[Start]:
     """A function that starts a run whose folder in tmp_path is given with `flag`. What it has started is stopped at the end."""
     started: list[Cluster] = []
 
-    def start(*flags: object, name: str = "run") -> Cluster:
-        started.append(Cluster(tmp_path / name, flag, tmp_path / name, *flags))
+    def start(*flags: object, name: str = "run", env: Mapping[str, str] | None = None) -> Cluster:
+        started.append(Cluster(tmp_path / name, flag, tmp_path / name, *flags, env=env))
         return started[-1]
 
     yield start
@@ -27,7 +27,7 @@ def starting(tmp_path: Path, flag: str) -> Iterator[Start]:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Start]:
-    """`cluster(*flags, name="run")` starts a run in tmp_path/name."""
+    """`cluster(*flags, name="run", env=None)` starts a run in tmp_path/name; `env` is added to the environment."""
     yield from starting(tmp_path, "--run-dir")
 
 

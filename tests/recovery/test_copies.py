@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from benchmarks.live import TRAINING, Cluster
+from common.failpoints import VARIABLE
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -24,6 +26,17 @@ def test_servers_that_are_killed_one_after_the_other_cost_no_round(cluster: Star
         run.until(lambda n=number: len(joined(run)) == 3 + n, "another server")  # type: ignore[misc]
     summary = run.summary()
     assert (summary["weights_sha256"], summary["dropped"]) == (undisturbed, 0)
+    assert not run.events("restarted") and run.is_exact()
+    assert joined(run)[2:] == ["server-1", "server-0"]
+
+
+def test_tables_and_sharded_layers_outlive_their_servers(cluster: Start) -> None:
+    training = "--servers", 2, Path(__file__).with_name("train_rows.py")
+    undisturbed = cluster(*training, name="undisturbed").summary()
+    killed = {VARIABLE: "server-1:applied:4:kill;server-0:applied:8:kill"}
+    run = cluster("--replicas", 1, "--snapshot-every", 0, *training, env=killed)
+    summary = run.summary()
+    assert (summary["weights_sha256"], summary["dropped"]) == (undisturbed["weights_sha256"], 0)
     assert not run.events("restarted") and run.is_exact()
     assert joined(run)[2:] == ["server-1", "server-0"]
 

@@ -272,3 +272,10 @@ def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_befor
 def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
     with pytest.raises(WireError, match="chunk 0 is not one that is compressed"):
         pulled(Worker(), 0, bytes(2 * NUMEL), coded=True)
+
+
+def test_a_server_without_chunks_may_be_another_process_while_weights_are_awaited() -> None:
+    exchange = Exchange(layout_of(), Settings(replicas=1, servers=2), pulls_follow=False)
+    assert [send.to for send in exchange.pull(0, False, 0.0)] == ["server-0"]
+    exchange.replaced(1)
+    assert exchange.tick(1.0) == [] and exchange.missing() == [("server-0", [0, 1])]
