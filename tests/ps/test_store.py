@@ -537,10 +537,7 @@ def test_sums_that_are_put_off_within_each_other_come_to_the_same_on_either_side
     cluster = Cluster(tensors, [0], Update("SGD", [{"lr": 1.0}]), 1)
     (chunk,) = cluster.layout.chunks
     a, b, c, d = (cluster.receive([torch.full((5,), value)], 1)[chunk.id] for value in (1.0, 2.0, 3.0, 4.0))
-    for total in (
-        put_off(a, put_off(b, put_off(c, d))),
-        put_off(put_off(put_off(a, b), c), d),
-        put_off(put_off(a, b), put_off(c, d)),
-    ):
-        assert torch.equal(cluster.stores[0].mean(chunk.id, [total], 4).values, torch.full((5,), 2.5))
-        cluster.stores[0]._scratch = {dtype: made[:1] for dtype, made in cluster.stores[0]._scratch.items()}
+    sides = put_off(a, put_off(b, put_off(c, d))), put_off(put_off(put_off(a, b), c), d), put_off(put_off(a, b), put_off(c, d))
+    for total in sides:
+        store = Cluster(tensors, [0], Update("SGD", [{"lr": 1.0}]), 1).stores[0]
+        assert torch.equal(store.mean(chunk.id, [total], 4).values, torch.full((5,), 2.5))
