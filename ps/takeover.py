@@ -180,18 +180,23 @@ class Takeover:
         held: set[tuple[int, int]] = set()
         for name, member in active.items():
             beat = member.beat
-            held |= {*beat.taken, *((beat.round, k) for k in [*beat.left, beat.at])}
+            own = {*beat.taken, *((beat.round, k) for k in [*beat.left, beat.at])}
+            held |= {key for key in own if self._has(name, key)}
             if self._is_on_its_way(name, member, now):
                 held |= {(beat.round, k) for k in beat.sent}
         free = []
         for round_, ks in lacking.items():
             table, size = in_force(tables, round_), count(round_)
-            runs = [table.run(name, size) for name, member in active.items() if member.reached < round_]
+            of = {k: name for name, member in active.items() if member.reached < round_ for k in table.run(name, size)}
             for k in ks:
                 is_given = now - self._leased_at.get((round_, k), float("-inf")) <= _AGAIN_S
-                if not is_given and (round_, k) not in held and not any(k in run for run in runs):
+                if not is_given and (round_, k) not in held and not (k in of and self._has(of[k], (round_, k))):
                     free.append((round_, k))
         return free
+
+    def _has(self, name: str, key: tuple[int, int]) -> bool:
+        """Whether what a worker has is its own still: it may hang, and who was leased that may not have heard of it."""
+        return self.leased.get(key, name) == name
 
     def _forget(self, before: int) -> None:
         """Let go of rounds that are over."""

@@ -109,7 +109,8 @@ def test_all_of_one_that_is_gone_is_dealt_out_to_those_who_have_got_so_far_in_po
     assert given == [set(), {(2, k) for k in (1, 2, 3, 4)} | {(3, k) for k in range(5)} | {(7, 1)}]
     shares = [sum(to == name for to in takeover.leased.values()) for name in ("worker-0", "worker-2")]
     assert shares == [5, 5] and takeover.leased[7, 1] == "worker-0"
-    assert deal(takeover, at_once(gone=True, taken=[(3, k) for k in range(5)]), 3.2)[0] >= {(7, 1)}  # word of that was lost
+    taken = [key for key, to in takeover.leased.items() if to == "worker-2"]
+    assert (7, 1) in deal(takeover, at_once(gone=True, taken=taken), 3.2)[0]  # word of that was lost
 
 
 def test_what_servers_have_got_is_not_taken_over_from_one_that_is_gone() -> None:
@@ -118,3 +119,10 @@ def test_what_servers_have_got_is_not_taken_over_from_one_that_is_gone() -> None
     takeover = Takeover()
     given = [takeover.lease("worker-0", range(1, 10), lambda _: 6, TABLES, members, 0.0, {7: {3, 5}}) for _ in range(3)]
     assert given == [Lease(7, 3, "worker-0", "worker-1"), None, None]  # 5 is worker 2's, who is about to do it
+
+
+def test_what_was_leased_away_from_one_that_hangs_is_dealt_out_when_word_of_that_was_lost() -> None:
+    takeover, members = Takeover(), at_once(gone=False)
+    takeover.leased[3, 1] = "worker-0"  # of worker 1's run, long ago; worker 0 does not know of it
+    takeover._leased_at[3, 1] = -10.0
+    assert deal(takeover, members, 0.0, 1.1) == [set(), {(3, 0), (3, 1)}]
