@@ -120,8 +120,8 @@ def results_line(summary: Mapping[str, Any]) -> str:
 def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     """The end of a run in a few lines: what came out, and where it is."""
     lines = [f"done: {results_line(summary)}"]
-    extra = {"micro_batches_recomputed": "micro-batches computed twice", "dropped": "micro-batches dropped"}
-    told = [f"{summary[key]} {text}" for key, text in extra.items() if summary.get(key)]
+    extra = {"micro_batches_recomputed": "computed twice", "dropped": "dropped"}
+    told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]
     if told:
         lines.append(", ".join(told))
     if summary.get("weights_sha256"):
