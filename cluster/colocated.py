@@ -37,8 +37,8 @@ _END_S = 10.0
 _SIGNAL = signal.SIGURG
 #: Environment variable that says how often the server was started again: this process may have begun anew since.
 _COUNT_VARIABLE = "PS_SERVER_RESPAWNS"
-#: The longest and shortest pause before that, seconds. A worker that begins anew kills its server just before.
-_PAUSES_S = (0.2, 30.0)
+#: The shortest pause before that, seconds: a worker that begins anew kills its server just before.
+_SHORTEST_S = 0.2
 
 
 @contextlib.contextmanager
@@ -112,10 +112,8 @@ class _Watch(threading.Thread):
         done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
         if self.over.is_set() or code is None or code >= 0 or done >= self._respawn.times:
             return False
-        shortest, longest = _PAUSES_S
-        pause_s = min(max(shortest, self._respawn.backoff_s * 2**done), longest)
-        times = f"{done + 1} of {self._respawn.times} times"
-        log.warning("the server beside this worker %s; it is started again in %g s (%s).", self._server.end(), pause_s, times)
+        pause_s = max(_SHORTEST_S, self._respawn.pause_s(done))
+        log.warning("the server beside this worker %s; %s.", self._server.end(), self._respawn.plan(done, pause_s))
         if self.over.wait(pause_s):
             return False
         os.environ[_COUNT_VARIABLE] = str(done + 1)

@@ -27,6 +27,14 @@ class Respawn:
     times: int = 3
     backoff_s: float = 0.5
 
+    def pause_s(self, before: int) -> float:
+        """Seconds to wait with one that was started again `before` times."""
+        return min(self.backoff_s * 2.0**before, _LONGEST_S)
+
+    def plan(self, before: int, pause_s: float) -> str:
+        """What is to come, in words."""
+        return f"it is started again in {pause_s:g} s ({before + 1} of {self.times} times)"
+
 
 class Crew:
     """Looks after all children but the coordinator, each time `look` is called; what happens is told by `say`."""
@@ -108,11 +116,10 @@ class Crew:
         if child.respawns >= self._respawn.times:
             self._say(f"{child.name} {child.end()}; it is not started again, as --respawn says.")
             return False
-        pause_s = min(self._respawn.backoff_s * 2**child.respawns, _LONGEST_S)
+        pause_s = self._respawn.pause_s(child.respawns)
+        self._say(f"{child.name} {child.end()}; {self._respawn.plan(child.respawns, pause_s)}.")
         child.respawns += 1
         child.due_at = now + pause_s
-        times = f"{child.respawns} of {self._respawn.times} times"
-        self._say(f"{child.name} {child.end()}; it is started again in {pause_s:g} s ({times}).")
         return True
 
     def _start_again(self, child: Child) -> None:

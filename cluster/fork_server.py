@@ -18,6 +18,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -67,7 +68,7 @@ class Forked:
     def kill(self) -> None:
         """SIGKILL, unless its end is known."""
         if self.poll() is None:
-            os.kill(self.pid, 9)
+            os.kill(self.pid, signal.SIGKILL)
 
 
 class ForkServer:
@@ -87,10 +88,6 @@ class ForkServer:
                 bufsize=0,
                 start_new_session=True,
             )
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
 
     @property
     def coming(self) -> bool:

@@ -128,9 +128,7 @@ class PushShard(Shard):
         return super()._plan(sender, segment) + self._advance()  # a snapshot may have had all of its first round
 
     def _push(self, sender: str, push: Push, frames: Frames, now: float, values: Sequence[Sum] | None = None) -> list[Send]:
-        if push.hi != push.lo + 1:
-            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
-        plan = self.round_plan(push.round)
+        plan = self._plan_of(sender, push)
         values = self._check(sender, push, frames, plan, values)
         accounts = push.metrics is not None and self.index == 0
         if push.round < self._slowest:
@@ -169,6 +167,12 @@ class PushShard(Shard):
         failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
 
+    def _plan_of(self, sender: str, push: Push | RowPush | ClassPush) -> Round:
+        """The plan of a push's round. Raises WireError where it is not of one micro-batch."""
+        if push.hi != push.lo + 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
+        return self.round_plan(push.round)
+
     def _arrives(self, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[int], int, float]:
         """What is applied of the push's micro-batch, its staleness, and what to multiply the learning rate by."""
         self._reached = max(self._reached, push.round)
@@ -179,9 +183,7 @@ class PushShard(Shard):
         return applied, staleness, self.policy.lr_scale(staleness) * push.samples / plan.samples
 
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]:
-        if push.hi != push.lo + 1:
-            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
-        plan = self.round_plan(push.round)
+        plan = self._plan_of(sender, push)
         rows = self._check_rows(sender, push, frames, plan)
         ack = Send(sender, RowAck(push.round, push.lo, push.hi))
         if push.round < self._slowest:
@@ -196,9 +198,7 @@ class PushShard(Shard):
         return [ack, *self._advance()]
 
     def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
-        if push.hi != push.lo + 1:
-            raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
-        plan = self.round_plan(push.round)
+        plan = self._plan_of(sender, push)
         ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
         if push.round < self._slowest or CLASSES in self._applied.get(push.round, {}).get(push.lo, ()):
             return [ack]  # what was asked is forgotten then

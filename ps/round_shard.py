@@ -202,8 +202,7 @@ class RoundShard(Shard):
             return [self._ack(sender, push)]
         plan = None if self.policy.is_local else self.round_plan(push.round)
         values = self._check(sender, push, frames, plan, values)
-        if not self.policy.combines and push.hi - push.lo > 1:
-            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        self._check_apart(sender, push)
         if push.slot >= 0:
             self._read.append((sender, push, values))
         for chunk, value in zip(push.chunks, values, strict=True):
@@ -230,8 +229,7 @@ class RoundShard(Shard):
         if push.round < self._version:
             return [ack]
         rows = self._check_rows(sender, push, frames, self.round_plan(push.round))
-        if not self.policy.combines and push.hi - push.lo > 1:
-            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        self._check_apart(sender, push)
         if self._file(ROWS, (push.lo, push.hi), rows):
             self._found(push)
         self._hypers = self._hypers or push.hypers
@@ -244,12 +242,16 @@ class RoundShard(Shard):
         if push.round < self._version or CLASSES in self._next:  # what was asked is forgotten then
             return [ack]
         parts = self._check_classes(sender, push, frames, self.round_plan(push.round))
-        if not self.policy.combines and push.hi - push.lo > 1:
-            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
+        self._check_apart(sender, push)
         if self._file(CLASSES, (push.lo, push.hi), parts):
             self._found(push)
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
+
+    def _check_apart(self, sender: str, push: Push | RowPush | ClassPush) -> None:
+        """Raise WireError for a sum where some of it may be left out."""
+        if not self.policy.combines and push.hi - push.lo > 1:
+            raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
 
     def _file(self, chunk: int, span: Span, value: Any) -> bool:
         if not self.policy.combines:
@@ -352,17 +354,17 @@ class RoundShard(Shard):
         if self.tables and not waits and ROWS not in self._next and (rows := self._total(ROWS)) and self._may_change_rows():
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
-            if self._neighbours is not None and self._neighbours.has_keeper:
+            if (keeper := self._keeper) is not None:
                 counts = [part.count for part in rows[0]]
                 told = ForwardRows(self._version, self._samples(), counts, self._hypers, _number(factor))
-                self._neighbours.forward(told, cut_sums(rows[0]), now)
+                keeper.forward(told, cut_sums(rows[0]), now)
             self.tables.apply(rows[0], self._samples(), self._hypers, factor=factor)
             self._next.add(ROWS)
         if self.classifiers and not waits and CLASSES not in self._next and (parts := self._total(CLASSES)) is not None:
             counted = [] if self._drops else parts[0]
-            if self._neighbours is not None and self._neighbours.has_keeper:
+            if (keeper := self._keeper) is not None:
                 what = contributed(self._version, counted, self._samples(), self._hypers, factor)
-                self._neighbours.forward(what, [frame for tensor in tensors_of(counted) for frame in cut(tensor)], now)
+                keeper.forward(what, [frame for tensor in tensors_of(counted) for frame in cut(tensor)], now)
             self.classifiers.close(counted, self._samples(), self._hypers, factor)
             self._next.add(CLASSES)
         metrics = self._total(METRICS) if self.index == 0 else [{}]
@@ -401,12 +403,12 @@ class RoundShard(Shard):
         hypers = self._group_hypers(self.chunks[chunk])
         if self._drops or not samples:  # the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
-        elif self._neighbours is not None and self._neighbours.has_keeper and factor is None:
+        elif self._keeper is not None and factor is None:
             total, samples = [self.store.mean(chunk, total, samples)], 1
-        if self._neighbours is not None and self._neighbours.has_keeper:
+        if (keeper := self._keeper) is not None:
             mean = total[0]
             body = Forward(self._version, chunk, mean.present, hypers, _number(factor))
-            self._neighbours.forward(body, [to_frame(mean.values)] if mean.present else [], now)
+            keeper.forward(body, [to_frame(mean.values)] if mean.present else [], now)
         try:
             frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
         except NotFinite as error:
@@ -502,6 +504,11 @@ class RoundShard(Shard):
     def _holdings(self) -> Holdings:
         assert self.store is not None and self.tables is not None and self.classifiers is not None
         return Holdings(self.store, self.tables, self.classifiers)
+
+    @property
+    def _keeper(self) -> Neighbours | None:
+        """Who tells the server that keeps the copy of this shard, if there is one or one on its way."""
+        return self._neighbours if self._neighbours is not None and self._neighbours.has_keeper else None
 
     def _may_update_classifiers(self) -> bool:
         return super()._may_update_classifiers() and (self._neighbours is None or not self._neighbours.reads_rows)

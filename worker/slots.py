@@ -41,17 +41,18 @@ class Slots:
 
     def __init__(self, layout: Layout, shared: bool) -> None:
         self._layout = layout
+        self._bytes = slot_bytes(layout)
         self._slots: list[Slot] = []
         self._region: Region | None = None
         if shared and layout.chunks:
             try:
-                self._region = create(SLOTS * slot_bytes(layout))
+                self._region = create(SLOTS * self._bytes)
             except NotShared as error:
                 log.warning("%s Gradients are sent through sockets.", error)
 
     def may_lie_apart(self, round_: int) -> bool:
         """Whether one more contribution to a round may be left where it is, not added to others."""
-        if self._region is None or slot_bytes(self._layout) < _LARGE_BYTES:
+        if self._region is None or self._bytes < _LARGE_BYTES:
             return False
         return sum(slot.pushed == round_ for slot in self._slots) < _APART
 
@@ -66,7 +67,7 @@ class Slots:
         if slot is None:
             index = len(self._slots)
             if self._region is None or index >= SLOTS:
-                index, memory = -1, torch.empty(slot_bytes(self._layout), dtype=torch.uint8)
+                index, memory = -1, torch.empty(self._bytes, dtype=torch.uint8)
             else:
                 memory = memory_of(self._layout, self._region, index)
             _pin(memory)

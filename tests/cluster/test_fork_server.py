@@ -104,8 +104,8 @@ def test_one_that_has_failed_is_done_without(processes: Processes, tmp_path: Pat
     fork_server = processes.prepare(["numpy"])
     while fork_server.coming:
         time.sleep(0.01)
-    assert fork_server.pid is not None
-    os.kill(fork_server.pid, signal.SIGKILL)
+    assert fork_server._process is not None
+    os.kill(fork_server._process.pid, signal.SIGKILL)
     child = processes.start("child", [sys.executable, str(tmp_path / "script.py"), "0"])
     wait_for(processes, 0)
     assert (child.code, json.loads(child.log.read_text())["was"]) == (0, False)

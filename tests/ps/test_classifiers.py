@@ -54,23 +54,32 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(BATCH, DIM, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
-def round_of(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
-    """A round of `count` micro-batches."""
+def push_all(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
+    """All of a round of `count` micro-batches."""
     for k in range(count):
         x, y = batch(first + k)
         sharded_cross_entropy(x, y, layer, **how).backward()
         shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
+
+
+def round_of(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
+    push_all(layer, shards, link, first, count, **how)
     link.close(count * BATCH)
+
+
+def both(name: str, servers: int) -> tuple[nn.Linear, torch.optim.Optimizer, ShardedLinear, Shards, AtOnce]:
+    """A plain layer with its optimizer, and the same layer on servers."""
+    torch.manual_seed(1)
+    plain = nn.Linear(DIM, CLASSES, bias=True)
+    layer = ShardedLinear.of(plain)
+    shards, link = sharded(layer, servers, update_of(name))
+    return plain, OPTIMIZERS[name][0](plain.parameters(), **OPTIMIZERS[name][1]), layer, shards, link
 
 
 @pytest.mark.parametrize("servers", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_updates_are_those_of_torchs_optimizers_on_a_plain_layer(name: str, servers: int) -> None:
-    torch.manual_seed(1)
-    plain = nn.Linear(DIM, CLASSES, bias=True)
-    layer = ShardedLinear.of(plain)
-    shards, link = sharded(layer, servers, update_of(name))
-    optimizer = OPTIMIZERS[name][0](plain.parameters(), **OPTIMIZERS[name][1])
+    plain, optimizer, layer, shards, link = both(name, servers)
     for number in range(4):
         round_of(layer, shards, link, 10 * number)
         optimizer.zero_grad()
@@ -84,16 +93,9 @@ def test_updates_are_those_of_torchs_optimizers_on_a_plain_layer(name: str, serv
 @pytest.mark.parametrize("servers", [1, 2, 3])
 @pytest.mark.parametrize("name", ["momentum", "Adagrad"])
 def test_clipping_by_norm_is_that_of_torch_on_a_plain_layer(name: str, servers: int) -> None:
-    torch.manual_seed(1)
-    plain = nn.Linear(DIM, CLASSES, bias=True)
-    layer = ShardedLinear.of(plain)
-    shards, link = sharded(layer, servers, update_of(name))
-    optimizer = OPTIMIZERS[name][0](plain.parameters(), **OPTIMIZERS[name][1])
+    plain, optimizer, layer, shards, link = both(name, servers)
     for number in range(4):
-        for k in range(2):
-            x, y = batch(10 * number + k)
-            sharded_cross_entropy(x, y, layer).backward()
-            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
+        push_all(layer, shards, link, 10 * number)
         before = torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers])
         norms = link.norms(2 * BATCH)
         assert [(tensor, server) for tensor, server, _ in norms] == [(0, server) for server in range(servers)]
