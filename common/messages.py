@@ -265,6 +265,19 @@ class Ack(Body, frozen=True):
     ignored: list[Count] = []
 
 
+class Owed(Body, frozen=True):
+    """What a push codec with error feedback has left out of `chunk` so far, in a float32 frame for each of its state's `names`.
+    It is one of `of` such messages; where there is nothing, `of` is 0 and `chunk` -1. From a worker it is for the snapshot of
+    round `cut`, or, as it leaves (-1), for somebody else to send; from a server it is what that worker is to send. Answered by
+    Ready with its `number`."""
+
+    chunk: CountOrNone = -1
+    names: list[Name] = []
+    of: Count = 0
+    number: Count = 0
+    cut: CountOrNone = -1
+
+
 class Pull(Body, frozen=True):
     """Send me the weights to start round `clock` from: all chunks but `have`. `settled`: only when all before is applied.
 
@@ -287,7 +300,7 @@ class Weights(Body, frozen=True):
     """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
     that they lie in. `closed`: the server has got and applied all there is to earlier rounds; weights that are still missing
     then follow by themselves. The frames of `coded`, some of `chunks`, are the weight codec's: of the weights, or of their change
-    since the version before."""
+    since the version before. `cut` is the round of a snapshot for which the server is to be told what is Owed (-1: none)."""
 
     clock: Count
     version: Count
@@ -295,6 +308,7 @@ class Weights(Body, frozen=True):
     closed: bool = False
     plane: CountOrNone = -1
     coded: list[Count] = []
+    cut: CountOrNone = -1
 
 
 class Got(Body, frozen=True):
@@ -714,7 +728,7 @@ class KvReply(Body, frozen=True):
 
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Lost | Stop
-    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Pull | Weights | Got | Gone
+    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Owed | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
     | Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart

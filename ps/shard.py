@@ -41,6 +41,7 @@ from common.messages import (
     Init,
     Kept,
     Lost,
+    Owed,
     Plan,
     Pull,
     Push,
@@ -74,6 +75,7 @@ from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames, bytes_of
 from ps.checks import check_distinct, check_hypers, check_memory, check_setup
 from ps.classes import Classifiers, Contributed
+from ps.owed import Owing
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
 from ps.saving import Capture, Source
@@ -163,6 +165,8 @@ class Shard(ABC):
         self.store: Store | None = None
         self.tables: RowTables | None = None
         self.classifiers: Classifiers | None = None
+        #: What workers' codecs have left out and no worker has.
+        self.owing: Owing | None = None
         #: Memory that weights are laid out in, and who may be reading which plane of it.
         self.planes: Planes | None = None
         self.readers = Readers()
@@ -291,9 +295,16 @@ class Shard(ABC):
             case Push():
                 return self._push(sender, body, frames, now)
             case Pull():
-                return self._pull(sender, body)
+                return self._pull(sender, body, now)
             case Got():
                 return self._got(sender, body)
+            case Owed() if self.owing is not None:
+                self.owing.takes(sender, body, frames)
+                self._complete_cut(now)
+                return [Send(sender, Ready("Owed", body.number))]
+            case Ready(about="Owed") if self.owing is not None:
+                self.owing.got(sender, body.id)
+                return []
             case RowPush():
                 return self._push_rows(sender, body, frames, now)
             case RowPull():
@@ -320,6 +331,8 @@ class Shard(ABC):
                 for worker in set(body.workers) - self.lost:
                     self.lost.add(worker)
                     self._forget(worker)
+                    if self.owing is not None:
+                        self.owing.forget(worker)
                 return []
             case _:
                 if sender != COORDINATOR:
@@ -352,10 +365,11 @@ class Shard(ABC):
                 seq = int(now * 1e6)
                 self._report = Report(seq, self.version, self._rounds, self._news, self._repeats)
                 self._rounds, self._news, self._repeats = [], [], False
+        again = [] if self.owing is None else [Send(*message) for message in self.owing.again(now)]
         if not due or self._report is None:
-            return []
+            return again
         self._report_at = now
-        return [Send(COORDINATOR, self._report)]
+        return [*again, Send(COORDINATOR, self._report)]
 
     @property
     def busy(self) -> bool:
@@ -370,7 +384,7 @@ class Shard(ABC):
     def work(self, now: float) -> list[Send]:
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
-        self._complete_cut()
+        self._complete_cut(now)
         return [] if done is None else [Send(done[0], *done[1])]
 
     def _acknowledged(self, seq: int) -> None:
@@ -443,24 +457,28 @@ class Shard(ABC):
             self._saved = Saved(cut.round, "missed")
             return
         assert self.store is not None and self.tables is not None and self.classifiers is not None
+        assert self.owing is not None
         entries = [*self.store.state(self._seen), *self.tables.state()]
         self._held_version = self.classifiers.accepted
+        self.owing.begin(cut.round, self._asked_for)
         self._held = Capture(cut.round, cut.token, entries, self._extra())
         self._saved = Saved(cut.round, "writing")
-        self._complete_cut()
 
-    def _complete_cut(self) -> None:
-        """Hand out what is held as soon as the classifiers have got there as well."""
-        held, classifiers = self._held, self.classifiers
-        if held is not None and classifiers is not None and (not classifiers or classifiers.version == self._held_version):
-            self.capture = replace(held, entries=[*held.entries, *classifiers.state()])
+    def _complete_cut(self, now: float) -> None:
+        """Hand out what is held as soon as the classifiers have got there as well, and workers have told what they owe."""
+        held, classifiers, owing = self._held, self.classifiers, self.owing
+        if held is None or classifiers is None or owing is None:
+            return
+        if owing.complete(now) and (not classifiers or classifiers.version == self._held_version):
+            self.capture = replace(held, entries=[*held.entries, *owing.end(), *classifiers.state()])
             self._held = None
 
     def _before_tables_change(self) -> None:
         """What is held must be handed out now. It can be: somebody has contributed to the next round, so all have got there."""
-        if self._held is not None and self.classifiers is not None:
+        if self._held is not None and self.classifiers is not None and self.owing is not None:
             self.classifiers.settle(self._held_version)
-            self._complete_cut()
+            self.owing.settle()
+            self._complete_cut(0.0)
         self.before_tables_change()
 
     def saved(self, saved: Saved) -> list[Send]:
@@ -477,11 +495,12 @@ class Shard(ABC):
 
     def _go_on(self, source: Source) -> None:
         """Have the state of a snapshot, on however many servers it was taken."""
-        assert self.store is not None and self.tables is not None and self.classifiers is not None
+        assert self.store is not None and self.tables is not None and self.classifiers is not None and self.owing is not None
         try:
             self.store.restore(source.files)
             self.tables.restore(source.files, source.servers, source.round)
             self.classifiers.restore(source.files, source.servers, source.round)
+            self.owing.restore(source.files)
         except KeyError as error:
             raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
         self._uninitialised.clear()
@@ -498,6 +517,7 @@ class Shard(ABC):
             self.classifiers.may_update = self._may_update_classifiers
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
+            self.owing = Owing(layout, layout.on(self.index), self.settings)
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
             self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
             if self.planes.refused:
@@ -688,7 +708,7 @@ class Shard(ABC):
         found = self.tables.read(pull, frames) if self.tables is not None and self._open else None
         return [] if found is None else [Send(sender, Rows(pull.number, found[0]), found[1])]
 
-    def _pull(self, sender: str, pull: Pull) -> list[Send]:
+    def _pull(self, sender: str, pull: Pull, now: float) -> list[Send]:
         if pull.number < self._asked_for.get(sender, 0):
             return []  # it was under way for long, and its sender has gone on since
         if len(pull.have) > len(self.chunks):
@@ -696,7 +716,8 @@ class Shard(ABC):
         self._asked_for[sender] = pull.number
         self.waiters[sender] = Waiter(pull, set(self.chunks) - set(pull.have))
         self.readers.asks(sender, pull.plane)
-        return self._serve(sender)
+        shares = self.owing.hand_out(sender, now) if self.owing is not None else []
+        return [*(Send(sender, *share) for share in shares), *self._serve(sender)]
 
     def _got(self, sender: str, got: Got) -> list[Send]:
         waiter = self.waiters.get(sender)
@@ -725,13 +746,14 @@ class Shard(ABC):
         clock = waiter.pull.clock
         if plane >= 0:
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
+        cut = self.owing.asks(to) if self.owing is not None else -1
         if waiter.pull.shared and plane >= 0:
             del self.waiters[to]
-            return [Send(to, Weights(clock, version, sorted(weights), closed, plane))]
+            return [Send(to, Weights(clock, version, sorted(weights), closed, plane, cut=cut))]
         effects = []
         if closed and not waiter.closed:
             waiter.closed = True
-            effects.append(Send(to, Weights(clock, version, [], closed)))
+            effects.append(Send(to, Weights(clock, version, [], closed, cut=cut)))
         sizes = {i: coded[i].nbytes if i in coded else self.chunks[i].weight_bytes for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
         for ids in message_batches(soonest, sizes.__getitem__):

@@ -12,11 +12,11 @@ from common.codecs.chunks import coded_pieces
 from common.codecs.feedback import Feedback
 from common.errors import WireError
 from common.layout import Layout
-from common.messages import Push
+from common.messages import Owed, Push
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import from_frame, to_frame
-from common.wire import bytes_of
+from common.wire import Frames, bytes_of
 from worker.mapped import InPlane
 
 
@@ -26,7 +26,7 @@ class PushCoder:
     def __init__(self, settings: Settings, layout: Layout) -> None:
         self._settings = settings
         self._codec = for_pushes(settings, layout)
-        self._feedback = Feedback(layout)
+        self._feedback = Feedback()
         #: By chunk, the pieces that are compressed, as bits.
         self._pieces = {
             chunk.id: sum(1 << chunk.pieces.index(piece) for piece in coded_pieces(layout, chunk)) for chunk in layout.chunks
@@ -36,7 +36,7 @@ class PushCoder:
         """The frame of a chunk in `push`, with the value's scale in it, in memory of its own; None: it is sent as it is."""
         if self._codec is None or not self._codec.covers(chunk):
             return None
-        if self._codec.codec.keeps_state and ~value.present & self._pieces[chunk]:
+        if self._codec.codec.states and ~value.present & self._pieces[chunk]:
             return None  # what waits of a piece without a gradient would be sent and not be applied
         values = value.values if value.scale == 1.0 else value.values * value.scale
         seed = push_seed(self._settings, push.round, push.lo, push.hi, chunk)
@@ -53,6 +53,26 @@ class PushCoder:
                 self._feedback.drop(chunk, push.key)
             else:
                 self._feedback.commit(chunk, push.key)
+
+    def owed(self, chunks: Collection[int], cut: int, first: int) -> list[tuple[Owed, Frames]]:
+        """What was left out of `chunks` so far, as messages numbered from `first`; one at least."""
+        found = {chunk: state for chunk, state in self._feedback.owed().items() if chunk in chunks}
+        messages: list[tuple[Owed, Frames]] = [
+            (Owed(chunk, list(state), len(found), number, cut), [to_frame(values) for values in state.values()])
+            for number, (chunk, state) in enumerate(found.items(), first)
+        ]
+        return messages or [(Owed(number=first, cut=cut), [])]
+
+    def take_over(self, owed: Owed, frames: Frames) -> None:
+        """Send what another has left out. Raises WireError for what does not fit."""
+        if self._codec is None:
+            raise WireError("something is owed in a run without a codec")
+        self._feedback.add(owed.chunk, self._codec.state_of(owed.chunk, owed.names, frames))
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether something can be left out."""
+        return self._codec is not None and bool(self._codec.codec.states)
 
     @property
     def seconds(self) -> float:

@@ -18,13 +18,14 @@ import msgspec
 from common.errors import WireError
 from common.failpoints import failpoint
 from common.layout import Chunk, Layout, message_batches, urgency
-from common.messages import Ack, Body, Gone, Got, Pull, Push, Share, Traffic, Weights
+from common.messages import Ack, Body, Gone, Got, Owed, Pull, Push, Ready, Share, Traffic, Weights
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, bytes_of
 from worker.coding import PushCoder, WeightDecoder
 from worker.mapped import InPlane
+from worker.resending import Sent, again, due
 from worker.slots import Slot
 
 
@@ -103,8 +104,15 @@ class Exchange:
         self._versions: dict[int, int] = {}
         #: Servers on which the round before is closed.
         self._closed_on: set[int] = set()
-        #: Frames that have come and of which servers are still to be told.
-        self._got: list[Send] = []
+        #: Answers to servers that are still to be sent: which frames have come.
+        self._answers: list[Send] = []
+        #: What servers are told that the codec has left out, until they have it; by server, the newest snapshot for which it has
+        #: asked, and that for which it is still to be told; and the numbers of what it has handed over here.
+        self._telling: list[Sent[Owed]] = []
+        self._told: dict[int, int] = {}
+        self._to_tell: dict[int, int] = {}
+        self._next_number = 0
+        self._taken_over: dict[int, set[int]] = {}
         #: Set when a server says that the round wanted is over: the newest round it knows.
         self.gone: int | None = None
         #: When each server was last asked for weights (-inf: it is still to be), and when it was last heard of; those heard of
@@ -327,12 +335,21 @@ class Exchange:
                         self._staged[chunk] = self._decoder.weights(body.version, chunk, one, chunk in body.coded)
                 self._versions.setdefault(number, body.version)
                 if frames:
-                    self._got.append(Send(server, Got(body.clock, body.chunks)))
+                    self._answers.append(Send(server, Got(body.clock, body.chunks)))
+                if body.cut > self._told.get(number, -1):
+                    self._told[number] = self._to_tell[number] = body.cut
                 if body.closed:
                     self._closed_on.add(number)
                 failpoint("receiving", body.clock)
             case Gone() if body.clock == self.clock:
                 self.gone = max(body.newest, self.gone or 0)
+            case Owed():
+                if body.number not in self._taken_over.setdefault(number, set()):
+                    self._coder.take_over(body, frames)
+                    self._taken_over[number].add(body.number)
+                self._answers.append(Send(server, Ready("Owed", body.number)))
+            case Ready(about="Owed"):
+                self._telling = [told for told in self._telling if (told.server, told.body.number) != (server, body.id)]
             case Weights() | Gone():
                 pass
             case _:
@@ -347,7 +364,7 @@ class Exchange:
         elif not self._outstanding and self._busy_since is not None:
             self.transfer_s += _NEWEST * (now - self._busy_since - self.transfer_s)
             self._busy_since = None
-        effects, self._got = self._got, []
+        effects, self._answers = self._answers, []
         for o in self._outstanding:
             if o.sent_at is not None and not o.early and self._is_silent(o.server, o.sent_at, now):
                 o.sent_at = now
@@ -356,6 +373,12 @@ class Exchange:
             assert self.share is not None
             self.unknown[server] = now
             effects.append(Send(f"server-{server}", self.share))
+        for server, cut in list(self._to_tell.items()):
+            if not any(
+                o.server == server and o.push.round < cut for o in self._outstanding
+            ):  # else what it holds is not known yet
+                self._tell(server, self._to_tell.pop(server))
+        effects += [Send(told.server, told.body, told.frames) for told in due(self._telling, now)]
         if self.clock is not None:
             effects += self._ask(now)
         return effects + self._flow(now)
@@ -381,14 +404,18 @@ class Exchange:
         are to come are asked for again."""
         if server not in self._chunks:
             return  # it has no part in rounds
-        again = [o for o in self._repeatable if o.server == server]
+        repeated = [o for o in self._repeatable if o.server == server]
         self._repeatable = [o for o in self._repeatable if o.server != server]
-        self._outstanding += again
+        self._outstanding += repeated
         for outstanding in (o for o in self._outstanding if o.server == server):
             outstanding.sent_at, outstanding.arrived = None, False
         self._heard_at.pop(server, None)
         self._planes.pop(server, None)
         self._decoder.forget(server)
+        self._told.pop(server, None)
+        self._to_tell.pop(server, None)
+        again(self._telling, f"server-{server}")
+        self._taken_over.pop(server, None)
         if self.clock is not None and not self._done(server):
             self._asked_at[server] = float("-inf")
             if server not in self._closed_on:
@@ -414,6 +441,25 @@ class Exchange:
             if outstanding.server == server and outstanding.push.slot >= 0 and (slot := outstanding.slot) is not None:
                 outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in outstanding.push.chunks]
                 outstanding.push = msgspec.structs.replace(outstanding.push, slot=-1)
+
+    # ---- what a codec has left out
+
+    def _tell(self, server: int, cut: int = -1) -> None:
+        """Tell a server what was left out of its chunks, for the snapshot of round `cut` or for others to send."""
+        chunks = {chunk.id for chunk in self._chunks[server]}
+        for owed, frames in self._coder.owed(chunks, cut, self._next_number):
+            self._telling.append(Sent(f"server-{server}", owed, frames, float("-inf")))
+            self._next_number = owed.number + 1
+
+    def hand_over(self) -> None:
+        """This worker computes no more: have servers keep what its codec has left out."""
+        for server in self._chunks if self._coder.keeps_state else ():
+            self._tell(server)
+
+    @property
+    def has_told(self) -> bool:
+        """Whether servers have what they were to be told."""
+        return not self._telling
 
     @property
     def traffic(self) -> Traffic:

@@ -81,7 +81,7 @@ log = logging.getLogger("worker.run")
 
 #: Seconds between two questions whether servers have got the first weights, at first and at most.
 _FIRST_WEIGHTS_S = (0.1, 1.0)
-#: Seconds that one who leaves early waits for servers to have what it has sent.
+#: Seconds that one who leaves waits for servers to have what it has sent.
 _HAND_OVER_S = 10.0
 #: Seconds after which the mean loss of an epoch is asked for again.
 _MEAN_AGAIN_S = 0.1
@@ -464,8 +464,7 @@ class Run:
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
-            if self.left_early:
-                self._wait(self._handed_over, lambda: "", every=_HAND_OVER_S)
+            self._hand_over()
             while not self._link.stopped:
                 goodbye = Goodbye(early=self.left_early)
                 self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
@@ -492,10 +491,19 @@ class Run:
         found = self._rows.contents(tensor) if self._rows is not None else None
         return found or (self._shards.contents(tensor) if self._shards is not None else None)
 
+    def _hand_over(self) -> None:
+        """This worker computes no more: see that servers have all that it has sent, and keep what its codec has left out."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        self._wait(self._handed_over, lambda: "", every=_HAND_OVER_S)
+        with self._link.lock:
+            exchange.hand_over()
+        self._wait(lambda: exchange.has_told, lambda: "the servers to keep what the codec has left out")
+
     def _handed_over(self) -> bool:
-        assert self._exchange is not None and self._rows is not None
-        shards = self._shards
-        return self._exchange.idle and self._rows.exchange.idle and (shards is None or shards.exchange.idle)
+        parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
+        return all(part is None or part.idle for part in parts)
 
     def _fetch_masters(self) -> None:
         """Have the servers' own weights in the model where a codec has rounded those that it was trained with."""
@@ -526,6 +534,8 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
+            case Ready(about="Owed") if self._exchange is not None:
+                self._exchange.handle(sender, body, frames)
             case Shared() if self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown:
                 self._meet(server, body)
             case Ready() | Shared() | Tables():

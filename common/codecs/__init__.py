@@ -42,7 +42,8 @@ class Coded:
 class Codec:
     """How flat float32 values of at least one element become bytes, and bytes values."""
 
-    keeps_state: ClassVar[bool] = False
+    #: Names of the states that `encode` gives; none: it keeps none.
+    states: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: CodecSettings) -> None:
         self.settings = settings

@@ -21,7 +21,7 @@ BLOCK = 1024
 class OneBit(Codec):
     """Frame: a float32 mean magnitude for each block of 1,024, then a bit for each value, 1 for a negative one."""
 
-    keeps_state = True
+    states = ("residual",)
 
     def __init__(self, settings: CodecSettings) -> None:
         super().__init__(settings)

@@ -22,7 +22,7 @@ from common.tensors import from_frame
 class RandomK(Codec):
     """Frame: the chosen values, float32, in the order of their strata."""
 
-    keeps_state = True
+    states = ("residual",)
 
     def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
         residual = values.clone() if state is None else torch.add(values, state["residual"])

@@ -42,7 +42,7 @@ class TopK(Codec):
     Of equal magnitudes those that come first are sent.
     """
 
-    keeps_state = True
+    states = ("residual", "velocity")
 
     def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
         numel, momentum, before = values.numel(), self.settings.momentum, state or {}

@@ -56,7 +56,7 @@ def test_frames_are_flat_bytes_and_decode_to_writable_values_of_their_own(name: 
     codec = load(name, RATIO)
     coded = codec.encode(normal(numel), 3, None)
     assert coded.frame.dtype == torch.uint8 and coded.frame.dim() == 1 and coded.frame.is_contiguous()
-    assert (coded.state is not None) == codec.keeps_state == (name in WITH_FEEDBACK)
+    assert (coded.state is not None) == bool(codec.states) == (name in WITH_FEEDBACK)
     sent = bytes(to_frame(coded.frame))
     values = codec.decode(memoryview(sent), numel, 3)
     assert values.dtype == torch.float32 and values.shape == (numel,) and values.is_contiguous()
@@ -69,7 +69,7 @@ def test_frames_are_flat_bytes_and_decode_to_writable_values_of_their_own(name: 
 def test_the_same_inputs_give_the_same_bytes_and_are_not_written_to(name: str, numel: int) -> None:
     values, given_ = normal(numel), normal(numel)
     codec = load(name, RATIO)
-    state: State | None = {"residual": normal(numel, 1)} if codec.keeps_state else None
+    state: State | None = {"residual": normal(numel, 1)} if codec.states else None
     one = codec.encode(values, 5, state)
     two = load(name, RATIO).encode(values, 5, state)
     assert torch.equal(one.frame, two.frame)

@@ -780,6 +780,7 @@ class WorkerProcess(Process):
                 run.log(loss=float(task.k))
                 opt.step()
                 world.run(lambda: False, world.now + self.pace.pause_s * world.random.random())
+        run._hand_over()
         self.done = True
 
     def _run(self) -> Script:
@@ -833,15 +834,23 @@ class WorkerProcess(Process):
                     yield from self._request(name, Plan(segment), "Plan", segment.index)
                 yield from work.train(segment)
         except SystemExit:
-            yield Wait(run._handed_over, float("inf"))
+            yield from self._hand_over()
             while not self.link.stopped:
                 self.link.send(Send(COORDINATOR, Goodbye(early=True)))
                 yield Wait(lambda: self.link.stopped, self.world.now + 1.0)
             return
+        yield from self._hand_over()
         self.done = True
         while True:
             self.link.send(Send(COORDINATOR, Goodbye()))
             yield Wait(None, self.world.now + 1.0)
+
+    def _hand_over(self) -> Script:
+        exchange = self.run._exchange
+        assert exchange is not None
+        yield Wait(self.run._handed_over, self.world.now + 10.0)
+        exchange.hand_over()
+        yield Wait(lambda: exchange.has_told, float("inf"))
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
@@ -1142,7 +1151,8 @@ class Outcome:
     ledger: Any
     log: RecordedLog
     shards: list[Shard] = field(default_factory=list)
-    #: By parameter, what all workers together have computed and their codec has not sent: gradients x samples.
+    #: By parameter, what all workers together have computed, and servers have in the end as codecs did not send it: gradients x
+    #: samples.
     unsent: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def table(self) -> torch.Tensor:
@@ -1289,11 +1299,13 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
             torch.set_num_threads(threads)
         workers = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
         unsent: dict[str, torch.Tensor] = {}
-        for worker in workers:
-            exchange = worker.run._exchange if worker.alive and worker.done else None
-            for key, values in exchange._coder._feedback.state_dict().items() if exchange is not None else ():
-                name = key.removeprefix("residual/")
-                unsent[name] = unsent.get(name, torch.zeros_like(values)) + values
+        for server in range(len(servers)):  # to which all have handed over what they had
+            owing = _newest_of(world, server).shard.owing
+            for entry in owing.end() if owing is not None else ():
+                name, _, start = entry.name.removeprefix("owed/residual/").partition("#")
+                values = torch.cat(list(entry.parts))
+                whole = unsent.setdefault(name, torch.zeros(len(Model(case).get_parameter(name).view(-1))))
+                whole[int(start) : int(start) + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
         shards = [_newest_of(world, number).shard for number in range(len(servers))]
         return Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)

@@ -396,7 +396,12 @@ def test_what_error_feedback_holds_back_is_sent_once_whatever_the_network_does(c
     check_same_everywhere(outcome)
     if case.settings.policy == "sync" and any(event.kind == "lease" for event in outcome.log.events):
         return  # a sum that takes the place of its parts loses what these had sent beside their own gradients
-    model = next(iter(outcome.models.values()))
+    check_computed_is_counted_or_held(outcome)
+
+
+def check_computed_is_counted_or_held(outcome: Outcome) -> None:
+    """Of each micro-batch, with lr=1 and rounds of one size."""
+    case, model = outcome.case, next(iter(outcome.models.values()))
     total = -model["account"].view(-1) * case.settings.global_batch + outcome.unsent.get("account", torch.zeros(1))
     assert total.tolist() == pytest.approx([case.settings.micro_batch] * len(total), abs=1e-3)
 

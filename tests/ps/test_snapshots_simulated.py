@@ -12,7 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import HEAD, Case, Outcome, Pace, same, sequential, simulate
-from test_rounds_simulated import PLAIN, cases, check_same_everywhere, few
+from test_rounds_simulated import (
+    PLAIN,
+    cases,
+    check_computed_is_counted_or_held,
+    check_same_everywhere,
+    coded,
+    few,
+)
 
 from common import snapshots
 
@@ -104,3 +111,12 @@ def test_replicas_go_on_from_a_merge(case: Case) -> None:
 @given(cases("sync", {"weight_codec": "int8", "lane": "socket"}, chunk_bytes=64))
 def test_workers_go_on_from_the_rounded_weights_that_they_had(case: Case) -> None:
     check_same_as_undisturbed(case)
+
+
+@few
+@given(st.sampled_from(["topk", "randomk"]).flatmap(lambda push: coded("sync", push, whole=True, **PLAIN)), others)
+def test_what_codecs_have_left_out_is_in_snapshots(case: Case, machines: tuple[int, int]) -> None:
+    outcome = go_on(case, *machines)
+    if case.settings.policy == "sync" and any(event.kind == "lease" for event in outcome.log.events):
+        return  # a sum that takes the place of its parts loses what these had sent beside their own gradients
+    check_computed_is_counted_or_held(outcome)
