@@ -108,6 +108,7 @@ DIGITS = b"1,2,3,4,5\n" * 6
         gzip.compress(DIGITS.replace(b"\n", b",") + b"1,2,3,4,5"),
         gzip.compress("1,2,3,4,\u0665".encode()),
     ],
+    ids=["empty", "not packed", "packed empty", "cut off", "a letter", "a number short", "one line", "another digit"],
 )
 def test_a_damaged_table_in_a_package_is_named(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "table.csv.gz"
