@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 import worker
 from common.messages import Traffic
-from worker.hybrid import shard_last_layer
+from worker.hybrid import shard_fully_connected
 
 #: Numbers before the last layer, as in AlexNet; what comes before that is small here, for it is the same both ways.
 FEATURES = 4096
@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     run = worker.join()
     model = nn.Sequential(nn.Linear(64, FEATURES), nn.ReLU(), nn.Linear(FEATURES, args.classes))
-    head = shard_last_layer(model, args.classes) if args.hybrid else None
+    head = shard_fully_connected(model, args.classes) if args.hybrid else None
     run.replicate(model)
     opt = run.optimizer(torch.optim.SGD, lr=0.01)
     whole = args.batch * run.workers

@@ -392,6 +392,10 @@ class Classify(Body, frozen=True):
     push is applied at once, everything is. `top`: I
     want the so many best classes of each sample. `normalised`: rows count as of length 1. `sums`: I need the sum of all rows too.
     Or `page`: I want the rows of that page that are yours.
+
+    Of a hidden layer: I want its outputs; only features follow. Or (`back_through` is the number of that question) its loss's
+    gradient by the features; the gradient by your outputs follows, (count, rows), and then the features if you may not know
+    them (`again`).
     """
 
     number: Count
@@ -403,6 +407,8 @@ class Classify(Body, frozen=True):
     sums: bool = False
     top: Count = 0
     page: CountOrNone = -1
+    back_through: CountOrNone = -1
+    again: bool = False
 
 
 class Classified(Body, frozen=True):
@@ -410,8 +416,8 @@ class Classified(Body, frozen=True):
     exp(z - largest), and the sum of exp(z - largest) x row follow, for each sample; then the sum of all rows where it was wanted;
     then the rows of labels that are here, in the order of the samples.
 
-    Or the best logits of each sample and their classes, int64; or the rows of a page; or nothing, as the version that was wanted
-    is `gone`.
+    Or the best logits of each sample and their classes, int64; or the rows of a page; or of a hidden layer, this server's outputs
+    (count, rows) or its part of the features' gradient (count, D); or nothing, as the version that was wanted is `gone`.
     """
 
     number: Count
@@ -420,11 +426,13 @@ class Classified(Body, frozen=True):
 
 class Use(msgspec.Struct, frozen=True, array_like=True):
     """What a micro-batch contributes through its question `number`, of `count` samples. Every class but a sample's own has a
-    logit's gradient of (p - smoothing) x g."""
+    logit's gradient of (p - smoothing) x g. Of a hidden layer it is the question about the features' gradient, whose gradient by
+    outputs is to be multiplied by `scale`; nothing more is told of it."""
 
     number: Count
     count: Count
     smoothing: float = 0.0
+    scale: float = 1.0
 
 
 class ClassPush(Body, frozen=True):
@@ -578,7 +586,7 @@ class ForwardRows(Body, frozen=True):
 
 
 class TermsOf(msgspec.Struct, frozen=True, array_like=True):
-    """What `count` samples contribute to a classifier; `normalised` as in Classify."""
+    """What `count` samples contribute to a classifier, or a hidden layer; `normalised` as in Classify."""
 
     classifier: Count
     count: Count
@@ -589,7 +597,7 @@ class ForwardClasses(Body, frozen=True):
     """What `round` contributes to classifiers over `samples` samples; the rest is as in ForwardRows. Of each of `terms` there
     follow, for every sample, features, with a 1 where there is a bias; the place of its class among the rows, int64, or -1; the
     logarithm of the sum of all exp(z), g and the gradient of its own class's logit, as in ClassPush; and what is taken off
-    every p."""
+    every p. Of hidden layers, the features and the gradient by this server's outputs."""
 
     round: Count
     samples: Count

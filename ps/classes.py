@@ -1,4 +1,5 @@
-"""Classifiers too large to move: a server keeps some of their rows, and computes with all of these for whoever asks.
+"""Classifiers and hidden layers too large to move: a server keeps some rows of each, and computes with all of these for whoever
+asks.
 
 A round's contributions are kept until somebody asks about the next round. Workers go there only when every server has closed
 the round before, so nobody can need its rows any more: a micro-batch that another server still lacks is computed again from the
@@ -31,8 +32,9 @@ from common.plan import derive_seed
 from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
+from ps.products import Products
 from ps.rows import Rows, optimizer_over, zeros
-from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, renewed, through_normalised
+from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
 from ps.store import Norm, with_tuples
 from ps.transfer import Part
 
@@ -40,8 +42,8 @@ from ps.transfer import Part
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
 #: Ids that are drawn from at a time.
 _DRAWN = 1 << 20
-#: Tensors in which a part of a round is forwarded, and what they are called in a state.
-_TENSORS, _PENDING = 6, "pending"
+#: What the tensors of a round that is forwarded are called in a state.
+_PENDING = "pending"
 
 #: A message, and its frames.
 Answer = tuple[Classified, list[memoryview]]
@@ -68,9 +70,11 @@ class Kept:
     version: int
     classifier: int
     samples: Samples
-    normalised: bool
+    normalised: bool = False
     updates: int = -1
     log_total: torch.Tensor | None = None
+    #: Of a hidden layer, once the way back has been asked for: the gradient by the outputs here.
+    slopes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Contributed:
     """What samples contribute to a classifier, g x samples of their micro-batch; and the question that it is about."""
 
     classifier: int
-    terms: Terms
-    normalised: bool
+    terms: Terms | Products
+    normalised: bool = False
     question: Kept | None = None
 
 
@@ -127,6 +131,11 @@ class Classifier(Rows):
         """Where each label's row is here; -1 where it is on another server."""
         here = owner_of(labels, self._servers) == self._server
         return torch.where(here, local_of(labels, self._servers), -1)
+
+    @property
+    def here(self) -> int:
+        """How many rows there are here."""
+        return len(self._values)
 
     def has(self, places: torch.Tensor) -> bool:
         """Whether these are places of rows here, or -1."""
@@ -176,6 +185,23 @@ class Classifier(Rows):
         parts = [softmax.largest, softmax.total, softmax.rows, *([total] if ask.sums else []), own]
         return Classified(ask.number), [frame for part in parts for frame in cut(part)]
 
+    def outputs(self, features: torch.Tensor, ask: Classify) -> Job:
+        """Job: the answer about a hidden layer's outputs; features have a bias's column."""
+        out = torch.empty(len(features), len(self._values))
+        for start, tile in self.tiles():
+            torch.mm(features, tile.T, out=out[:, start : start + len(tile)])
+            yield
+        return Classified(ask.number), cut(out)
+
+    def back_through(self, slopes: torch.Tensor, ask: Classify) -> Job:
+        """Job: the answer about the features' gradient, given that by the outputs."""
+        dim = self.spec.dim - self.spec.bias
+        out = torch.zeros(len(slopes), dim)
+        for start, tile in self.tiles():
+            out.addmm_(slopes[:, start : start + len(tile)], tile[:, :dim])
+            yield
+        return Classified(ask.number), cut(out)
+
     def best(self, features: torch.Tensor, ask: Classify) -> Job:
         """Job: the answer about the best classes."""
         best = Best(features, ask.top)
@@ -214,10 +240,15 @@ class Classifier(Rows):
     def _slopes(self, parts: Sequence[Contributed], round_: int, samples: int) -> Iterator[Slope]:
         """The mean gradient over `samples` samples that these contribute, of a tile of the rows that take part in the round at a
         time."""
+        if products := [part.terms for part in parts if isinstance(part.terms, Products)]:
+            whole = Products.joined(products).mean(samples)
+            for start, tile in self.tiles():
+                yield slice(start, start + len(tile)), tile, whole.gradient(start, start + len(tile))
+            return
         terms = {
-            unit: _mean(joined(mine), samples)
+            unit: Terms.joined(mine).mean(samples)
             for unit in (False, True)
-            if (mine := [part.terms for part in parts if part.normalised is unit])
+            if (mine := [p.terms for p in parts if isinstance(p.terms, Terms) and p.normalised is unit])
         }
         places, negative = self._negatives(round_), None
         if places is not None:
@@ -264,9 +295,10 @@ class Classifier(Rows):
     def present(self, part: Contributed) -> Generator[None, None, Contributed]:
         """Job: the same contribution, of which what the classes here come to is as of now."""
         question = part.question
-        assert question is not None and question.log_total is not None
-        if question.updates == self.updates:
+        assert question is not None
+        if question.updates == self.updates or isinstance(part.terms, Products):
             return part
+        assert question.log_total is not None
         sampled = self._negatives(question.version)
         softmax = OnlineSoftmax(self._among(question.samples, sampled), 0)
         for start, tile in self.tiles(sampled):
@@ -396,11 +428,26 @@ class Classifiers:
                 raise WireError(f"'{one.spec.name}' has no page {ask.page}")
             job = one.page(ask)
         else:
-            parts = iter(frames)
-            features, labels = self._question(one.spec, ask, parts, f"a question of {sender}")
+            parts, what = iter(frames), f"a question of {sender}"
+            if ask.back_through >= 0:
+                back = self._back(ask, one, known.kept.get(ask.back_through), parts, what)
+            else:
+                features, labels = self._question(one.spec, ask, parts, what)
             if next(parts, None) is not None:
-                raise WireError(f"a question of {sender} has too many frames")
-            if ask.top:
+                raise WireError(f"{what} has too many frames")
+            if ask.back_through >= 0:
+                if back is None:
+                    known.newest, known.answer = ask.number, (Classified(ask.number, gone=True), [])
+                    return known.answer
+                known.kept[ask.number] = back
+                assert back.slopes is not None
+                job = one.back_through(back.slopes, ask)
+            elif one.spec.hidden:
+                samples = one.samples(features, labels)
+                if ask.keeps:
+                    known.kept[ask.number] = Kept(ask.version, ask.classifier, samples)
+                job = one.outputs(samples.features, ask)
+            elif ask.top:
                 ones = [features.new_ones(ask.count, 1)] * one.spec.bias
                 job = one.best(torch.cat([features, *ones], 1), ask)
             else:
@@ -420,13 +467,29 @@ class Classifiers:
         self._tasks.append(_Task(job, sender))
         return None
 
+    def _back(self, ask: Classify, one: Classifier, known: Kept | None, parts: Iterator[Any], what: str) -> Kept | None:
+        """The way back through a hidden layer, from the next frames; None where it is not known what it was asked before, as the
+        round is over."""
+        if not one.spec.hidden or not ask.keeps or ask.count < 1:
+            raise WireError(f"{what} goes back through '{one.spec.name}', about which nothing of the kind was asked")
+        slopes = join(parts, "float32", ask.count * one.here, what).view(ask.count, one.here)
+        if ask.again:
+            samples = one.samples(*self._question(one.spec, ask, parts, what))
+        elif known is None:
+            return None
+        else:
+            samples = known.samples
+            if (known.version, known.classifier, len(samples.features)) != (ask.version, ask.classifier, ask.count):
+                raise WireError(f"{what} goes back through another question")
+        return Kept(ask.version, ask.classifier, samples, slopes=slopes)
+
     def _question(self, spec: ClassSpec, ask: Classify, parts: Iterator[Any], what: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (count, D) and labels (count), or none, from the next frames."""
-        if ask.count < 1 or not 0 <= ask.top <= spec.rows:
+        if ask.count < 1 or not 0 <= ask.top <= spec.rows or (spec.hidden and (ask.top or ask.sums or ask.normalised)):
             raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
         dim = spec.dim - spec.bias
         features = join(parts, "float32", ask.count * dim, what).view(ask.count, dim)
-        labels = join(parts, "int64", 0 if ask.top else ask.count, what)
+        labels = join(parts, "int64", 0 if ask.top or spec.hidden else ask.count, what)
         if len(labels) and not (labels.min() >= 0 and labels.max() < spec.rows):
             raise WireError(f"{what} has labels that '{spec.name}' has no class for")
         return features, labels
@@ -443,13 +506,27 @@ class Classifiers:
             if not good or not self._keeps_versions:
                 raise WireError(f"{what} has questions that nothing can be contributed through")
             one = self._classifiers[ask.classifier]
+            if ask.back_through >= 0:
+                back = self._back(ask, one, None, parts, what)
+                if back is None:
+                    raise WireError(f"{what} does not tell all of a question")
+                told[ask.number] = back
+                continue
             samples = one.samples(*self._question(one.spec, ask, parts, what))
             told[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
         for use in push.uses:
             question = told.get(use.number) or kept.get(use.number)
-            asked = question is not None and (use.number in told or question.log_total is not None)
-            if question is None or not asked or question.version != push.round or len(question.samples.own) != use.count:
+            asked = question is not None and (
+                question.slopes is not None
+                if self._specs[question.classifier].hidden
+                else use.number in told or question.log_total is not None
+            )
+            if question is None or not asked or question.version != push.round or len(question.samples.features) != use.count:
                 raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
+            if question.slopes is not None:
+                products = Products(question.samples.features, question.slopes * use.scale)
+                out.append(Contributed(question.classifier, products, question=question))
+                continue
             log_total, g, own = (join(parts, "float32", use.count, what) for _ in range(3))
             terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing))
             out.append(Contributed(question.classifier, terms, question.normalised, question))
@@ -567,6 +644,10 @@ class Classifiers:
                 raise WireError(f"{what} is about a classifier {terms.classifier}, which is not here")
             one, count = self._classifiers[terms.classifier], terms.count
             features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim)
+            if one.spec.hidden:
+                slopes = join(parts, "float32", count * one.here, what).view(count, one.here)
+                out.append(Contributed(terms.classifier, Products(features, slopes)))
+                continue
             own = join(parts, "int64", count, what)
             if not one.has(own):
                 raise WireError(f"{what} has classes that are not here")
@@ -605,7 +686,7 @@ class Classifiers:
         for one in self._classifiers:
             one.arrived(files)
         if pending is not None:
-            names = [f"{_PENDING}/{number}" for number in range(_TENSORS * len(pending.terms))]
+            names = itertools.takewhile(files.__contains__, (f"{_PENDING}/{number}" for number in itertools.count()))
             frames = [frame for name in names for frame in cut(files[name])]
             parts = self.received(pending, frames, "the last round of a shard")
             clipping = None if pending.factor is None else factor(pending.factor)
@@ -646,17 +727,13 @@ def contributed(
     round_: int, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]], factor: torch.Tensor | None
 ) -> ForwardClasses:
     """What is told of a round that is complete, see `Classifiers.close`, before its tensors."""
-    terms = [TermsOf(part.classifier, len(part.terms.g), part.normalised) for part in parts]
+    terms = [TermsOf(part.classifier, len(part.terms.tensors[0]), part.normalised) for part in parts]
     return ForwardClasses(round_, samples, terms, [dict(one) for one in hypers], None if factor is None else float(factor))
 
 
 def tensors_of(parts: Sequence[Contributed]) -> list[torch.Tensor]:
     """The tensors that follow it."""
-    return [
-        tensor
-        for terms in (part.terms for part in parts)
-        for tensor in (terms.samples.features, terms.samples.own, terms.log_total, terms.g, terms.own_gradient, terms.smoothing)
-    ]
+    return [tensor for part in parts for tensor in part.terms.tensors]
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:
@@ -666,7 +743,3 @@ def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy((x ^ (x >> np.uint64(31))).astype(np.float64) / 2.0**64)
-
-
-def _mean(terms: Terms, samples: int) -> Terms:
-    return replace(terms, g=terms.g / samples, own_gradient=terms.own_gradient / samples)

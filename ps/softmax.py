@@ -10,7 +10,7 @@ Shapes: B samples, T classes in a tile, D features, and one more for a bias. Any
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,12 +75,20 @@ class Terms:
     own_gradient: torch.Tensor
     smoothing: torch.Tensor
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All there is, in order."""
+        samples = self.samples
+        return [samples.features, samples.own, self.log_total, self.g, self.own_gradient, self.smoothing]
 
-def joined(terms: Sequence[Terms]) -> Terms:
-    """The samples of several micro-batches as one."""
-    parts = [(t.samples.features, t.samples.own, t.log_total, t.g, t.own_gradient, t.smoothing) for t in terms]
-    features, own, *others = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Terms(Samples(features, own), *others)
+    @staticmethod
+    def joined(terms: Sequence[Terms]) -> Terms:
+        """The samples of several micro-batches as one."""
+        features, own, *others = (torch.cat(column) for column in zip(*(one.tensors for one in terms), strict=True))
+        return Terms(Samples(features, own), *others)
+
+    def mean(self, samples: int) -> Terms:
+        return replace(self, g=self.g / samples, own_gradient=self.own_gradient / samples)
 
 
 def gradient(terms: Terms, tile: torch.Tensor, start: int, negative: torch.Tensor | None = None) -> torch.Tensor:

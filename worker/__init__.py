@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from worker.classes import ShardedLinear, sharded_cross_entropy
+    from worker.classes import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
     from worker.margins import ArcFace, CosFace
     from worker.run import Run
 
-__all__ = ["ArcFace", "CosFace", "ShardedLinear", "embedding", "join", "sharded_cross_entropy"]
+__all__ = ["ArcFace", "ColumnParallelLinear", "CosFace", "ShardedLinear", "embedding", "join", "sharded_cross_entropy"]
 
 #: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
 ADDRESS_VARIABLE = "PS_COORDINATOR"

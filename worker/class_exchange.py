@@ -44,7 +44,7 @@ class Best:
     classes: torch.Tensor
 
 
-#: What a server has answered; rows for a page; None where it has no more of that version.
+#: What a server has answered; rows for a page, or what is asked of a hidden layer; None where it has no more of that version.
 Answer = Sums | Best | torch.Tensor | None
 
 
@@ -59,9 +59,9 @@ class ClassExchange:
         self._number = first_number
         self._pushes = Pushes(may_be_replaced)
         self._may_be_replaced = may_be_replaced
-        #: Questions of the newest round about which something may be contributed, with their frames; and for each server that was
-        #: replaced, the newest question that it may not know.
-        self._asked: dict[int, tuple[Classify, Frames]] = {}
+        #: Questions of the newest round about which something may be contributed, with the frames that tell each server all about
+        #: them; and for each server that was replaced, the newest question that it may not know.
+        self._asked: dict[int, tuple[Classify, Sequence[Frames]]] = {}
         self._unknown_to: dict[str, int] = {}
         self._question: Classify | None = None
         #: By server: how many of the labels it has, questions that are not answered, and answers.
@@ -77,24 +77,40 @@ class ClassExchange:
     def ask(self, question: Classify, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
         """Ask all servers: `question`, whose number is still to be set, and `tensors`, features and labels as far as it has them.
         What was asked before is let go."""
-        self._number += 1
-        self._question = msgspec.structs.replace(question, number=self._number)
         owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
         self._own = [int((owners == server).sum()) for server in range(self._servers)]
         frames = [frame for tensor in tensors for frame in cut(tensor)]
+        return self._ask(question, [frames] * self._servers, [frames] * self._servers, now)
+
+    def ask_back(self, question: Classify, slopes: torch.Tensor, features: torch.Tensor, now: float) -> list[Send]:
+        """Likewise for the way back through a hidden layer: `slopes` (B, rows) is the loss's gradient by its outputs, `features`
+        (B, D) what these were of."""
+        owners = owner_of(torch.arange(slopes.shape[1]), self._servers)
+        frames = [cut(slopes[:, owners == server]) for server in range(self._servers)]
+        again_ = cut(features)
+        return self._ask(question, frames, [[*own, *again_] for own in frames], now)
+
+    def _ask(self, question: Classify, frames: Sequence[Frames], whole: Sequence[Frames], now: float) -> list[Send]:
+        """`frames` are what to ask each server with, `whole` what to ask one with that knows nothing of earlier questions."""
+        self._number += 1
+        self._question = msgspec.structs.replace(question, number=self._number)
         if self._may_be_replaced and question.keeps:
             self._asked = {n: kept for n, kept in self._asked.items() if kept[0].version >= question.version}
-            self._asked[self._number] = self._question, frames
-        self._unanswered = {n: Sent(f"server-{n}", self._question, frames, now) for n in range(self._servers)}
+            told = msgspec.structs.replace(self._question, again=question.back_through >= 0)
+            self._asked[self._number] = told, whole
+        self._unanswered = {n: Sent(f"server-{n}", self._question, frames[n], now) for n in range(self._servers)}
         self._answers = {}
         return [self._send(sent) for sent in self._unanswered.values()]
 
     def _send(self, sent: Sent[Body]) -> Send:
         body, frames = sent.body, sent.frames
-        if isinstance(body, ClassPush) and (newest := self._unknown_to.get(sent.server)) is not None:
+        number, newest = int(sent.server.rpartition("-")[2]), self._unknown_to.get(sent.server, -1)
+        if isinstance(body, ClassPush):
             asked = [self._asked[use.number] for use in body.uses if use.number <= newest and use.number in self._asked]
             body = msgspec.structs.replace(body, asked=[question for question, _ in asked])
-            frames = [*(frame for _, of in asked for frame in of), *frames]
+            frames = [*(frame for _, of in asked for frame in of[number]), *frames]
+        elif isinstance(body, Classify) and 0 <= body.back_through <= newest:
+            body, frames = self._asked[body.number][0], self._asked[body.number][1][number]
         self._pushed_bytes += sum(frame.nbytes for frame in frames)
         return Send(sent.server, body, frames)
 
@@ -139,6 +155,21 @@ class ClassExchange:
                 rows[owners == server] = answer
         return rows
 
+    def take_outputs(self) -> torch.Tensor:
+        """Of a hidden layer, all outputs (B, rows)."""
+        assert self.complete and not self.gone and self._question is not None
+        rows = self._specs[self._question.classifier].rows
+        owners, out = owner_of(torch.arange(rows), self._servers), torch.empty(self._question.count, rows)
+        for server, answer in self._answers.items():
+            if isinstance(answer, torch.Tensor):
+                out[:, owners == server] = answer
+        return out
+
+    def take_slopes(self) -> torch.Tensor:
+        """Of a hidden layer, the loss's gradient by its features (B, D): the sum of the servers' parts, in their order."""
+        assert self.complete and not self.gone
+        return torch.stack([answer for _, answer in sorted(self._answers.items()) if isinstance(answer, torch.Tensor)]).sum(0)
+
     def _decode(self, server: int, answer: Classified, frames: Frames) -> Answer:
         """Raises WireError for what does not answer the question."""
         ask, parts, what = self._question, iter(frames), f"an answer of server-{server}"
@@ -154,6 +185,10 @@ class ClassExchange:
         elif ask.page >= 0:
             ids = page_ids(spec, ask.page)
             decoded = part(int((owner_of(ids, self._servers) == server).sum()), spec.dim)
+        elif ask.back_through >= 0:
+            decoded = part(ask.count, spec.dim - spec.bias)
+        elif spec.hidden:
+            decoded = part(ask.count, rows_on(server, self._servers, spec.rows))
         elif ask.top:
             top = min(ask.top, rows_on(server, self._servers, spec.rows))
             decoded = Best(part(ask.count, top), part(ask.count, top, dtype="int64"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import msgspec
 import torch
@@ -34,36 +34,56 @@ _LAYER = "roundtable_layer"
 Reduction = Literal["mean", "sum", "none"]
 
 
-class ShardedLinear(nn.Module):
+class OnServers(nn.Module):
+    """A layer with the weight (rows, in_features) of an `nn.Linear`, and perhaps its bias, whose rows are dealt out to the
+    servers: here they are empty tensors of device "meta". The servers draw first values as nn.Linear does; `of` takes over a
+    layer's own."""
+
+    def __init__(self, in_features: int, rows: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(rows, in_features, device="meta"))
+        self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
+        self._shards: Shards | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """A layer that begins with the values of `linear`: those that worker 0 has."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        return layer
+
+    @property
+    def shards(self) -> Shards:
+        if self._shards is None:
+            raise UsageError(
+                f"a {type(self).__name__} is on the servers: call run.replicate(model) and run.optimizer(...) before it is used."
+            )
+        return self._shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one read back from a file, has nothing to do with the run."""
+        return {**self.__dict__, "_shards": None}
+
+
+class ShardedLinear(OnServers):
     """The last layer of a classifier, `nn.Linear(in_features, num_classes)`, whose rows are dealt out to the servers.
 
-    Its weight (num_classes, in_features) and bias are empty tensors of device "meta". Called with features (B, in_features) it
-    returns them, for `sharded_cross_entropy`; its logits are nowhere. The servers draw first values as nn.Linear does; `of` takes
-    over a layer's own.
+    Called with features (B, in_features) it returns them, for `sharded_cross_entropy`; its logits are nowhere.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = False, sample_rate: float = 1.0) -> None:
         """With `sample_rate` below 1 a round looks at that share of the classes, drawn anew each time, and at each sample's own
         (An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021)."""
-        super().__init__()
         if in_features < 1 or num_classes < 2 or not 0.0 < sample_rate <= 1.0:
             raise UsageError(
                 f"ShardedLinear({in_features}, {num_classes}, sample_rate={sample_rate:g}) cannot be: it needs 1 feature, 2 "
                 "classes and a share of them above 0, at most 1."
             )
-        self.in_features, self.num_classes, self.sample_rate = in_features, num_classes, sample_rate
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device="meta"))
-        self.bias = nn.Parameter(torch.empty(num_classes, device="meta")) if bias else None
-        self._shards: Shards | None = None
-
-    @staticmethod
-    def of(linear: nn.Linear) -> ShardedLinear:
-        """A layer that begins with the values of `linear`: those that worker 0 has."""
-        layer = ShardedLinear(linear.in_features, linear.out_features, linear.bias is not None)
-        layer.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-        return layer
+        super().__init__(in_features, num_classes, bias)
+        self.num_classes, self.sample_rate = num_classes, sample_rate
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """The same features (B, in_features), which `sharded_cross_entropy` then knows to be this layer's."""
@@ -78,17 +98,24 @@ class ShardedLinear(nn.Module):
         """
         return self.shards.topk(self, features, k, cosine)
 
-    @property
-    def shards(self) -> Shards:
-        if self._shards is None:
-            raise UsageError(
-                "a ShardedLinear is on the servers: call run.replicate(model) and run.optimizer(...) before it is used."
-            )
-        return self._shards
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, or one read back from a file, has nothing to do with the run."""
-        return {**self.__dict__, "_shards": None}
+class ColumnParallelLinear(OnServers):
+    """`nn.Linear(in_features, out_features)` whose outputs are dealt out to the servers, which compute them: float32.
+
+    A forward is one round trip to all servers, and a backward another; the weight's gradient is made on the servers at the end
+    of a round ("column parallel": Shoeybi et al., "Megatron-LM", 2019).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        if in_features < 1 or out_features < 1:
+            raise UsageError(f"ColumnParallelLinear({in_features}, {out_features}) cannot be: it needs a feature and an output.")
+        super().__init__(in_features, out_features, bias)
+        self.out_features = out_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Outputs (..., out_features) of features (..., in_features), on their device and of their dtype."""
+        flat = features.reshape(-1, features.shape[-1]) if features.dim() else features
+        return self.shards.outputs(self, flat).view(*features.shape[:-1], self.out_features)
 
 
 def sharded_cross_entropy(
@@ -127,7 +154,7 @@ class Sharded:
     """A layer, and what servers must know of it."""
 
     spec: ClassSpec
-    layer: ShardedLinear
+    layer: OnServers
 
 
 def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
@@ -135,7 +162,7 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     found = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, ShardedLinear):
+        if not isinstance(layer, OnServers):
             continue
         name = f"{name}.weight" if name else "weight"
         parts = [p for p in (layer.weight, layer.bias) if p is not None]
@@ -145,7 +172,8 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
             raise UsageError(f"'{name}' is {layer.weight.dtype}, and sharded layers are kept in torch.float32.")
         std = (3 * layer.in_features) ** -0.5 if layer.weight.is_meta else None
         dim, bias = layer.in_features + len(parts) - 1, layer.bias is not None
-        spec = ClassSpec(name, layer.num_classes, dim, group_of[id(layer.weight)], std, bias, layer.sample_rate)
+        rate, hidden = (layer.sample_rate, False) if isinstance(layer, ShardedLinear) else (1.0, True)
+        spec = ClassSpec(name, len(layer.weight), dim, group_of[id(layer.weight)], std, bias, rate, hidden)
         found.append(Sharded(spec, layer))
     return found
 
@@ -180,6 +208,43 @@ class Contribution:
         """All that is sent of it, in this order."""
         return [self.log_total, self.g, self.own_gradient]
 
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """What is to be finite."""
+        return self.tensors
+
+    @property
+    def use(self) -> Use:
+        return Use(self.number, len(self.g), self.smoothing)
+
+    def times(self, samples: int) -> Contribution:
+        """That of a micro-batch of so many samples, of whose mean this is."""
+        return replace(self, g=self.g * samples, own_gradient=self.own_gradient * samples)
+
+
+@dataclass(frozen=True)
+class HiddenContribution:
+    """Likewise of a hidden layer: servers have the gradient by its outputs (B, rows) from the question."""
+
+    number: int
+    slopes: torch.Tensor
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return []
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [self.slopes]
+
+    @property
+    def use(self) -> Use:
+        return Use(self.number, len(self.slopes), scale=self.scale)
+
+    def times(self, samples: int) -> HiddenContribution:
+        return replace(self, scale=self.scale * samples)
+
 
 class Shards:
     """The sharded layers of one worker's model: asked, contributed to, and read as a whole at the end. There may be none."""
@@ -206,7 +271,7 @@ class Shards:
         self._timeout = timeout
         self.exchange = ClassExchange(self._specs, servers, first_number, may_be_replaced)
         self._layers = [sharded.layer for sharded in layers]
-        self._used: list[Contribution] = []
+        self._used: list[Contribution | HiddenContribution] = []
         #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
         self.spoilt = False
         for number, sharded in enumerate(layers):
@@ -231,7 +296,7 @@ class Shards:
 
     # ---- asking
 
-    def _ask(self, layer: ShardedLinear, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
+    def _ask(self, layer: OnServers, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the answers are here; False where the round is over."""
         with self._link.lock:
             messages = self.exchange.ask(question, tensors, time.monotonic())
@@ -239,20 +304,29 @@ class Shards:
         self._wait(layer)
         return not self.exchange.gone
 
-    def _wait(self, layer: ShardedLinear) -> None:
+    def _ask_back(self, layer: OnServers, question: Classify, slopes: torch.Tensor, features: torch.Tensor) -> bool:
+        """Likewise."""
+        with self._link.lock:
+            messages = self.exchange.ask_back(question, slopes, features, time.monotonic())
+        self._link.send(*messages)
+        self._wait(layer)
+        return not self.exchange.gone
+
+    def _wait(self, layer: OnServers) -> None:
         exchange, name = self.exchange, self._specs[self._number(layer)].name
 
         def waited_for() -> str:
-            return f"the classes of '{name}' for round {self._version()} from {' and '.join(exchange.missing())}"
+            return f"what '{name}' comes to for round {self._version()} from {' and '.join(exchange.missing())}"
 
         self._link.wait(lambda: exchange.complete, self._timeout, waited_for)
 
-    def _number(self, layer: ShardedLinear) -> int:
+    def _number(self, layer: OnServers) -> int:
         return next(number for number, known in enumerate(self._layers) if known is layer)
 
-    def _features(self, layer: ShardedLinear, features: torch.Tensor) -> torch.Tensor:
+    def _features(self, layer: OnServers, features: torch.Tensor) -> torch.Tensor:
         if features.dim() != 2 or features.shape[1] != layer.in_features or not len(features):
-            raise UsageError(f"features are {tuple(features.shape)}, and a ShardedLinear takes (samples, {layer.in_features}).")
+            kind = type(layer).__name__
+            raise UsageError(f"features are {tuple(features.shape)}, and a {kind} takes (samples, {layer.in_features}).")
         return features.detach().to("cpu", torch.float32).contiguous()
 
     def losses(
@@ -294,6 +368,28 @@ class Shards:
         anchor = torch.zeros((), requires_grad=True)  # backward comes by, even where features want no gradient
         return _Losses.apply(features, anchor, found.losses.to(device), found.slope.to(device), backward)  # type: ignore[no-any-return, no-untyped-call]
 
+    def outputs(self, layer: ColumnParallelLinear, features: torch.Tensor) -> torch.Tensor:
+        """Of a hidden layer: (B, out_features) of features (B, D)."""
+        x, number, contributes = self._features(layer, features), self._number(layer), torch.is_grad_enabled()
+        question = Classify(0, number, self._version(), len(x), contributes)
+        if self.spoilt or not self._ask(layer, question, [x]):
+            self.spoilt = True
+            return features.new_zeros(len(x), layer.out_features, requires_grad=contributes)
+        y = self.exchange.take_outputs().to(features)
+        if not contributes:
+            return y
+        question = msgspec.structs.replace(question, back_through=self.exchange.number)
+
+        def backward(g: torch.Tensor) -> torch.Tensor:
+            slopes = g.to("cpu", torch.float32).contiguous()
+            if self.spoilt or not self._ask_back(layer, question, slopes, x):
+                self.spoilt = True
+                return torch.zeros_like(features)
+            self._used.append(HiddenContribution(self.exchange.number, slopes))
+            return self.exchange.take_slopes().to(features)
+
+        return _Outputs.apply(features, torch.zeros((), requires_grad=True), y, backward)  # type: ignore[no-any-return, no-untyped-call]
+
     def topk(self, layer: ShardedLinear, features: torch.Tensor, k: int, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ShardedLinear.topk`."""
         if not 1 <= k <= layer.num_classes:
@@ -305,9 +401,9 @@ class Shards:
 
     # ---- contributions
 
-    def contribution(self, samples: int) -> list[Contribution]:
+    def contribution(self, samples: int) -> list[Contribution | HiddenContribution]:
         """What backward has come by since the last one, times the samples of the micro-batch."""
-        used = [replace(use, g=use.g * samples, own_gradient=use.own_gradient * samples) for use in self._used]
+        used = [use.times(samples) for use in self._used]
         self.forget()
         self.spoilt = False
         return used
@@ -316,11 +412,11 @@ class Shards:
         """Let it go, as zero_grad does."""
         self._used = []
 
-    def push(self, push: ClassPush, uses: Sequence[Contribution], bases: Mapping[int, int]) -> None:
+    def push(self, push: ClassPush, uses: Sequence[Contribution | HiddenContribution], bases: Mapping[int, int]) -> None:
         """Contribute; `push` lacks the uses, and what differs between servers."""
         if self._layers:
             tensors = [tensor for use in uses for tensor in use.tensors]
-            push = msgspec.structs.replace(push, uses=[Use(use.number, len(use.g), use.smoothing) for use in uses])
+            push = msgspec.structs.replace(push, uses=[use.use for use in uses])
             with self._link.lock:
                 messages = self.exchange.push(push, tensors, bases, time.monotonic())
             self._link.send(*messages)
@@ -336,7 +432,7 @@ class Shards:
                 return self._pages(layer, slice(layer.in_features, None))
         return None
 
-    def _pages(self, layer: ShardedLinear, columns: slice) -> Iterator[memoryview]:
+    def _pages(self, layer: OnServers, columns: slice) -> Iterator[memoryview]:
         number = self._number(layer)
         for page in pages(self._specs[number]):
             self._ask(layer, Classify(0, number, self._version(), page=page), [])
@@ -420,3 +516,23 @@ class _Losses(torch.autograd.Function):
         (slope,) = ctx.saved_tensors
         ctx.told(g.detach())
         return (g[:, None] * slope).to(ctx.dtype), None, None, None, None
+
+
+class _Outputs(torch.autograd.Function):
+    """Outputs that are known already, of features whose gradient is asked for when it is wanted."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        anchor: torch.Tensor,
+        outputs: torch.Tensor,
+        backward: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.ask = backward
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return ctx.ask(g.detach()), None, None, None

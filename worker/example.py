@@ -23,7 +23,7 @@ from common.settings import Settings
 from common.weights import read_weights
 from worker import data, models, parts
 from worker.columns import whole_state
-from worker.hybrid import shard_last_layer
+from worker.hybrid import shard_fully_connected
 from worker.run import Run
 
 Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
@@ -39,7 +39,7 @@ def main() -> None:
     model = models.build(settings.model, images.shape, images.classes, settings.devices)
     if settings.init is not None:
         load_weights(model, Path(settings.init))
-    head = shard_last_layer(model, images.classes) if settings.parallel == "hybrid" else None
+    head = shard_fully_connected(model, images.classes) if settings.parallel == "hybrid" else None
     run.replicate(model)
     optimizer = optimizer_class(settings.optimizer)
     opt = run.optimizer(

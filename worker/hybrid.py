@@ -15,17 +15,20 @@ from __future__ import annotations
 from torch import nn
 
 from common.errors import UsageError
-from worker.classes import ShardedLinear
+from worker.classes import ColumnParallelLinear, ShardedLinear
 
 
-def shard_last_layer(model: nn.Module, classes: int) -> ShardedLinear:
-    """Have the last layer of `model`, an nn.Linear to `classes`, on the servers; it begins with the values that it has.
+def shard_fully_connected(model: nn.Module, classes: int) -> ShardedLinear:
+    """Have all fully connected layers of `model` on the servers, each of which begins with the values that it has. Returned is
+    the last one, an nn.Linear to `classes`: what it gets is what the model then returns.
 
     Raises UsageError where the model ends in something else.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != classes or not linears[-1][0]:
         raise UsageError(f"the model does not end in an nn.Linear to {classes} classes, which is what parallel = hybrid shards.")
+    for name, linear in linears[:-1]:
+        model.set_submodule(name, ColumnParallelLinear.of(linear))
     name, linear = linears[-1]
     layer = ShardedLinear.of(linear)
     model.set_submodule(name, layer)

@@ -55,7 +55,7 @@ class Contribution:
     slot: Slot
     sums: dict[int, Sum]
     rows: RowSums
-    uses: list[classes.Contribution]
+    uses: list[classes.Contribution | classes.HiddenContribution]
     metrics: dict[str, tuple[float, float]]
 
 
@@ -318,7 +318,7 @@ class GradientWork:
             assert self._exchange is not None
             values = {chunk: one for chunk, one in values.items() if self._exchange.sends(chunk)}
         what = tensors_not_finite(self.replica.layout, values)
-        others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.tensors]
+        others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.gradients]
         if not what and all(map(is_finite, others)):
             return True
         text = sentence(self._run.name, what or "a table or a sharded layer", push.round, push.lo, push.hi)

@@ -1,4 +1,4 @@
-"""A layer that is sharded over the servers trains to the weights of a plain linear one; its bits do not depend on the workers."""
+"""Layers that are sharded over the servers train to the weights of plain linear ones; their bits do not depend on the workers."""
 
 from __future__ import annotations
 
@@ -48,9 +48,14 @@ def metric(folder: Path, name: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("recipe", "flags", "servers"),
-    [("momentum", [], [1, 3]), ("momentum", ["--clip", 0.3, "--bias"], [2]), ("adam", ["--bias", "--smoothing", 0.1], [3])],
+    [
+        ("momentum", [], [1, 3]),
+        ("momentum", ["--hidden"], [1, 3]),
+        ("momentum", ["--hidden", "--clip", 0.3, "--bias"], [2]),
+        ("adam", ["--bias", "--smoothing", 0.1], [3]),
+    ],
 )
-def test_weights_are_those_of_a_plain_linear_layer(
+def test_weights_are_those_of_plain_linear_layers(
     recipe: str, flags: list[Any], servers: list[int], launch: Any, tmp_path: Path
 ) -> None:
     smoothing, clip = 0.1 if "--smoothing" in flags else 0.0, 0.3 if "--clip" in flags else None

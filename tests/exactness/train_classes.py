@@ -1,4 +1,4 @@
-"""A user's script with a layer sharded over the servers; test_sharded_linear_trains.py repeats it in a plain loop."""
+"""A user's script with one or two layers sharded over the servers; test_sharded_linear_trains.py repeats it in a plain loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dataset() -> TensorDataset:
     return TensorDataset(x, torch.randint(CLASSES, (SAMPLES,), generator=generator))
 
 
-def make(bias: bool) -> tuple[nn.Module, nn.Linear]:
+def make(bias: bool) -> tuple[nn.Sequential, nn.Linear]:
     """What comes before the last layer, and that one."""
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh()), nn.Linear(16, CLASSES, bias=bias)
@@ -51,12 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--bias", action="store_true")
+    parser.add_argument("--hidden", action="store_true", help="the other layer is on the servers too, so all there is")
     parser.add_argument("--smoothing", type=float, default=0.0)
     parser.add_argument("--clip", type=float, default=None)
     args = parser.parse_args()
     run = worker.join()
     body, head = make(args.bias)
     layer = worker.ShardedLinear.of(head)
+    if args.hidden:
+        body[0] = worker.ColumnParallelLinear.of(body[0])
     model = run.replicate(Net(body, layer))
     cls, hyper = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=args.clip, **hyper)

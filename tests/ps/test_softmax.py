@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from common.rows import local_of, owner_of, rows_on
-from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, joined, normalised, renewed, through_normalised
+from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
 from worker.class_exchange import Sums
 from worker.classes import combine
 from worker.margins import ArcFace, CosFace, Margin
@@ -45,7 +45,7 @@ def sharded(
         out = torch.empty_like(part)
         for start in range(0, len(part), tile):
             rows = part[start : start + tile]
-            step = gradient(joined(halves), normalised(rows) if margin is not None else rows, start)
+            step = gradient(Terms.joined(halves), normalised(rows) if margin is not None else rows, start)
             out[start : start + tile] = through_normalised(step, rows) if margin is not None else step
         slope[owners == server] = out
     return found.losses, found.slope / len(x), slope

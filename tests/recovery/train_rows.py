@@ -1,4 +1,4 @@
-"""A user's script with a table of rows and a layer sharded over the servers, whose servers test_copies.py kills."""
+"""A user's script with a table of rows and layers sharded over the servers, which test_copies.py kills."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ class Net(nn.Module):
         super().__init__()
         self.items = worker.embedding(ROWS, 6, std=0.3)
         self.body = nn.Linear(6, 16)
-        self.head = worker.ShardedLinear(16, CLASSES, bias=True)
+        self.middle = worker.ColumnParallelLinear(16, 200)
+        self.head = worker.ShardedLinear(200, CLASSES, bias=True)
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(self.body(self.items(items)).tanh())
+        out: torch.Tensor = self.head(self.middle(self.body(self.items(items)).tanh()).relu())
         return out
 
 
