@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.train_hybrid import FEATURES
+from benchmarks.train_hybrid import FEATURES, HIDDEN
 from common.runlog import RunLogReader
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -47,14 +47,16 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
 
 
 @click.command()
-@click.option("--classes", multiple=True, type=int, default=(100, 1000, 10_000), show_default=True)
-@click.option("--batch", "batches", multiple=True, type=int, default=(32, 256), show_default=True, help="Samples of a worker.")
+@click.option("--classes", multiple=True, type=int, default=(10, 1000, 10_000), show_default=True)
+@click.option(
+    "--batch", "batches", multiple=True, type=int, default=(32, 256, 2048), show_default=True, help="Samples of a worker."
+)
 @click.option("--workers", default=2, show_default=True)
 @click.option("--servers", default=2, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 def cli(classes: tuple[int, ...], batches: tuple[int, ...], workers: int, servers: int, rounds: int) -> None:
     """Print the table as Markdown."""
-    click.echo(f"Last layer of {FEATURES} features, {workers} workers, {servers} servers; MB and seconds of a round.\n")
+    click.echo(f"Layers {FEATURES}-{HIDDEN}-{HIDDEN}-classes, {workers} workers, {servers} servers; MB and seconds of a round.\n")
     click.echo("| classes | samples a worker | data, MB | hybrid, MB | data, s | hybrid, s | fewer bytes |")
     click.echo("|---|---|---|---|---|---|---|")
     for count in classes:

@@ -1,4 +1,4 @@
-"""What `benchmarks/hybrid.py` runs on each worker: AlexNet's size of a last layer, over classes made up, both ways."""
+"""What `benchmarks/hybrid.py` runs on each worker: AlexNet's fully connected layers, over classes made up, both ways."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import worker
 from common.messages import Traffic
 from worker.hybrid import shard_fully_connected
 
-#: Numbers before the last layer, as in AlexNet; what comes before that is small here, for it is the same both ways.
-FEATURES = 4096
+#: Activities before the fully connected layers, and outputs of the two hidden ones, as in AlexNet; the convolutions are one small
+#: one here, for they are the same both ways.
+MAPS, SIDE, HIDDEN = 256, 6, 4096
+FEATURES = MAPS * SIDE**2
 
 
 def main() -> None:
@@ -25,12 +27,14 @@ def main() -> None:
     parser.add_argument("--hybrid", action="store_true")
     args = parser.parse_args()
     run = worker.join()
-    model = nn.Sequential(nn.Linear(64, FEATURES), nn.ReLU(), nn.Linear(FEATURES, args.classes))
+    convolutions = nn.Conv2d(3, MAPS, 4, stride=4), nn.ReLU(), nn.Flatten()
+    hidden = nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()
+    model = nn.Sequential(*convolutions, *hidden, nn.Linear(HIDDEN, args.classes))
     head = shard_fully_connected(model, args.classes) if args.hybrid else None
     run.replicate(model)
     opt = run.optimizer(torch.optim.SGD, lr=0.01)
     whole = args.batch * run.workers
-    data = TensorDataset(torch.randn(whole, 64), torch.randint(args.classes, (whole,)))
+    data = TensorDataset(torch.randn(whole, 3, 4 * SIDE, 4 * SIDE), torch.randint(args.classes, (whole,)))
     began, moved = time.monotonic(), 0
     for x, y in run.batches(data, micro_batch=args.batch, global_batch=whole, epochs=args.rounds):
         if run.round == 1:  # the first round is for getting started, and what first weights come to is no part of a round

@@ -97,7 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     parallel: Annotated[
         Literal["data", "hybrid"],
-        _help("Built-in example: hybrid has the last fully connected layer on the servers, which compute it."),
+        _help("Built-in example: hybrid has the fully connected layers on the servers, which compute them."),
     ] = "data"
     data: Annotated[
         str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")

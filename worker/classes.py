@@ -388,7 +388,7 @@ class Shards:
             self._used.append(HiddenContribution(self.exchange.number, slopes))
             return self.exchange.take_slopes().to(features)
 
-        return _Outputs.apply(features, torch.zeros((), requires_grad=True), y, backward)  # type: ignore[no-any-return, no-untyped-call]
+        return _Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
 
     def topk(self, layer: ShardedLinear, features: torch.Tensor, k: int, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ShardedLinear.topk`."""
@@ -519,18 +519,19 @@ class _Losses(torch.autograd.Function):
 
 
 class _Outputs(torch.autograd.Function):
-    """Outputs that are known already, of features whose gradient is asked for when it is wanted."""
+    """Outputs that are known already, of features whose gradient is asked for when it is wanted. What is returned is no input,
+    so that a layer behind it may work in place."""
 
     @staticmethod
     def forward(
         ctx: Any,
         features: torch.Tensor,
         anchor: torch.Tensor,
-        outputs: torch.Tensor,
+        outputs: Callable[[], torch.Tensor],
         backward: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         ctx.ask = backward
-        return outputs
+        return outputs()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -82,6 +83,20 @@ def test_the_classifier_of_the_examples_learns(policy: str, launch: Any, tmp_pat
     assert summary["samples"] == 7000 and summary["dropped"] == 0
     (accuracy,) = metric(tmp_path / "run", "accuracy")
     assert accuracy > 0.7
+
+
+def test_the_hybrid_of_the_examples_learns_a_folder_of_images(launch: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = torch.randint(0, 200, (18, 20, 3), generator=generator, dtype=torch.uint8)
+            pixels[..., channel] += 50
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / f"{number}.png")
+    script = Path(__file__).parents[2] / "examples" / "hybrid.py"
+    flags = ("--model", "cnn", "--side", 16, "--epochs", 6, "--lr", 3e-3)
+    launch("--workers", 2, "--servers", 2, script, "--", tmp_path / "images", *flags)
+    assert metric(tmp_path / "run", "accuracy")[0] > 0.9
 
 
 def test_hybrid_trains_the_built_in_example_as_data_parallelism_does(launch: Any, tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 def network() -> nn.Sequential:
     """Outputs that no number of servers divides, and fewer than make a block for each."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(DIM, 300), nn.ReLU(), nn.Linear(300, 130, bias=False), nn.Tanh(), nn.Linear(130, CLASSES))
+    return nn.Sequential(
+        nn.Linear(DIM, 300), nn.ReLU(inplace=True), nn.Linear(300, 130, bias=False), nn.Tanh(), nn.Linear(130, CLASSES)
+    )
 
 
 def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
