@@ -75,6 +75,8 @@ def cli() -> None:
               "5 times at least.")  # fmt: skip
 @click.option("--respawn-backoff", cls=Option, section="Cluster", type=click.FloatRange(0), default=0.5, metavar="X",
               show_default=True, help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
+@click.option("--server-device", cls=Option, section="Cluster", metavar="NAME,...", default="cpu", show_default=True,
+              help="Where layers are that servers compute, such as cuda:0; of several names, servers take turns.")  # fmt: skip
 @run_options
 @click.option("--resume", cls=Option, section="Run", metavar="RUN",
               help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers "
@@ -100,7 +102,10 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, resume:
         choice = resumed(find_run(resume), given(ctx), script, ctx.meta["args"])
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, resume is not None) as folder:
-        order = Order(choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, resume is not None)
+        order = Order(
+            choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, resume is not None,
+            devices=choice.server_device.split(","),
+        )  # fmt: skip
         run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
 
 
@@ -144,15 +149,19 @@ def coordinator(
 @click.option("--bind", callback=check_address, metavar="ADDRESS", default="tcp://*:0", show_default=True,
               help="Where to listen; port 0 is any free one.")  # fmt: skip
 @_INDEX
-def server(coordinator: str, bind: str, index: int | None) -> None:
+@click.option("--device", metavar="NAME", default="cpu", show_default=True,
+              help="Where layers are that servers compute (ShardedLinear, ColumnParallelLinear), such as cuda:0; all else is in "
+              "memory that workers reach.")  # fmt: skip
+def server(coordinator: str, bind: str, index: int | None, device: str) -> None:
     """Be one of a run's servers.
 
     Holds a part of the parameters and updates them, until the run ends.
     """
+    from common.devices import find_device
     from ps.server import serve
 
     _log_to_stderr()
-    serve(coordinator, bind, index)
+    serve(coordinator, bind, index, find_device(device, "--device"))
 
 
 @cli.command(cls=Command)
@@ -162,6 +171,8 @@ def server(coordinator: str, bind: str, index: int | None) -> None:
 @click.option("--colocate", is_flag=True,
               help="Be one of its servers too, by a process beside this one that ends with it. Where all workers are, the "
               "coordinator's --servers must be its --workers, and a host moves no more than in a ring all-reduce.")  # fmt: skip
+@click.option("--server-device", metavar="NAME", default="cpu", show_default=True,
+              help="With --colocate: where layers are that the server computes, such as cuda:0.")  # fmt: skip
 @click.option("--respawn", type=click.IntRange(0), default=3, metavar="N", show_default=True,
               help="With --colocate: how often the server is started again where it was killed; 0: never.")  # fmt: skip
 @click.option("--respawn-backoff", type=click.FloatRange(0), default=0.5, metavar="X", show_default=True,
@@ -173,6 +184,7 @@ def worker(
     coordinator: str,
     index: int | None,
     colocate: bool,
+    server_device: str,
     respawn: int,
     respawn_backoff: float,
 ) -> None:
@@ -189,7 +201,7 @@ def worker(
             from cluster.crew import Respawn
 
             again = Respawn(respawn, respawn_backoff)
-            beside.enter_context(server_beside(_program(), coordinator, index, script, again))
+            beside.enter_context(server_beside(_program(), coordinator, index, script, again, server_device))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
 
 

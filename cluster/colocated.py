@@ -43,7 +43,7 @@ _SHORTEST_S = 0.2
 
 @contextlib.contextmanager
 def server_beside(
-    program: Sequence[str], coordinator: str, index: int | None, script: str | None, respawn: Respawn
+    program: Sequence[str], coordinator: str, index: int | None, script: str | None, respawn: Respawn, device: str
 ) -> Iterator[None]:
     """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
 
@@ -57,7 +57,7 @@ def server_beside(
     try:
         with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
             processes = cleanup.enter_context(Processes(Path(folder), os.environ))
-            server = start_server(processes, program, coordinator, index, bind="tcp://*:0")
+            server = start_server(processes, program, coordinator, index, device, bind="tcp://*:0")
             told = server.log.open("rb")
         server.log = Path(f"/proc/self/fd/{told.fileno()}")
     except OSError as error:

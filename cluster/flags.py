@@ -34,6 +34,7 @@ _LAUNCH_KEYS: Mapping[str, Any] = {
     "port": Annotated[int, msgspec.Meta(ge=0, le=65535)],
     "respawn": Annotated[int, msgspec.Meta(ge=0)],
     "respawn_backoff": Annotated[float, msgspec.Meta(ge=0)],
+    "server_device": str,
     "script": str,
     "args": list[str],
 }
@@ -50,6 +51,7 @@ class Choice:
     script: str | None
     args: tuple[str, ...]
     respawn: Respawn = field(default_factory=Respawn)
+    server_device: str = "cpu"
 
     @property
     def default_name(self) -> str:
@@ -75,7 +77,8 @@ def choose(flags: Mapping[str, Any], config: str | None, script: str | None = No
         raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
     run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source)
     respawn = Respawn(launch.get("respawn", Respawn.times), launch.get("respawn_backoff", Respawn.backoff_s))
-    return Choice(settings, run_dir, launch.get("overwrite", False), launch.get("port", 0), script, args, respawn)
+    port, device = launch.get("port", 0), launch.get("server_device", "cpu")
+    return Choice(settings, run_dir, launch.get("overwrite", False), port, script, args, respawn, device)
 
 
 def _checked(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -55,6 +55,8 @@ class Order:
     resume: bool = False
     #: What is imported once for all servers and workers.
     modules: tuple[str, ...] = ("ps.server", "worker.example")
+    #: Of the servers, by turns.
+    devices: Sequence[str] = ("cpu",)
 
 
 def check_order(settings: Settings, script: str | None, port: int) -> None:
@@ -160,11 +162,17 @@ def start_coordinator(
 
 
 def start_server(
-    processes: Processes, program: Sequence[str], address: str, index: int | None, bind: str = "tcp://127.0.0.1:0", **env: str
+    processes: Processes,
+    program: Sequence[str],
+    address: str,
+    index: int | None,
+    device: str = "cpu",
+    bind: str = "tcp://127.0.0.1:0",
+    **env: str,
 ) -> Child:
     """Start a server of the run whose coordinator is at `address`, with this number or any that is free."""
     number = [] if index is None else ["--index", str(index)]
-    command = ["server", "--coordinator", address, "--bind", bind, *number]
+    command = ["server", "--coordinator", address, "--bind", bind, *number, "--device", device]
     return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1), **env)
 
 
@@ -210,7 +218,9 @@ class _Local:
     def _start_others(self, address: str) -> None:
         settings = self._order.settings
         for index in range(settings.servers):
-            start_server(self._processes, self._program, address, index, **_AGAIN)
+            start_server(
+                self._processes, self._program, address, index, self._order.devices[index % len(self._order.devices)], **_AGAIN
+            )
         script = [self._order.script, "--", *self._order.args] if self._order.script is not None else []
 
         def worker(index: int | None) -> list[str]:

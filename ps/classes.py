@@ -40,6 +40,7 @@ from ps.transfer import Part
 
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
+_CPU = torch.device("cpu")
 #: Ids that are drawn from at a time.
 _DRAWN = 1 << 20
 #: What the tensors of a round that is forwarded are called in a state.
@@ -112,8 +113,10 @@ class Classifier(Rows):
 
     spec: ClassSpec
 
-    def __init__(self, spec: ClassSpec, server: int, servers: int, update: Update, seed: int) -> None:
-        super().__init__(spec, server, servers, seed)
+    def __init__(
+        self, spec: ClassSpec, server: int, servers: int, update: Update, seed: int, device: torch.device = _CPU
+    ) -> None:
+        super().__init__(spec, server, servers, seed, device)
         self._update = update
         self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
         #: Whether there was any step before this update.
@@ -147,8 +150,8 @@ class Classifier(Rows):
 
     def read(self, at: torch.Tensor) -> torch.Tensor:
         """A copy (N, dim) of the rows in these places."""
-        self._draw(at.div(BLOCK, rounding_mode="floor").unique())
-        return self._values.index_select(0, at)
+        self._draw(at.cpu().div(BLOCK, rounding_mode="floor").unique())
+        return self._values.index_select(0, at.to(self.device))
 
     def tiles(self, at: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Tiles (T, dim) of all rows, in this table's own memory, or copies of those in the places `at`; and where each begins in
@@ -166,13 +169,13 @@ class Classifier(Rows):
     def samples(self, features: torch.Tensor, labels: torch.Tensor) -> Samples:
         """What the sums over classes need of samples: `features` (B, D) without a bias's column."""
         ones = [features.new_ones(len(features), 1)] * self.spec.bias
-        return Samples(torch.cat([features, *ones], 1), self.places(labels))
+        return Samples(torch.cat([features, *ones], 1).to(self.device), self.places(labels).to(self.device))
 
     def sums(self, samples: Samples, ask: Classify, kept: Kept | None = None) -> Job:
         """Job: the answer about samples; `kept` is to know what it came to."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
-        total = torch.zeros(self.spec.dim)
+        total = torch.zeros(self.spec.dim, device=self.device)
         for start, tile in self.tiles(sampled):
             softmax.add(normalised(tile) if ask.normalised else tile, start)
             if ask.sums:
@@ -183,38 +186,38 @@ class Classifier(Rows):
         if kept is not None:
             kept.updates, kept.log_total = self.updates, softmax.log_total
         parts = [softmax.largest, softmax.total, softmax.rows, *([total] if ask.sums else []), own]
-        return Classified(ask.number), [frame for part in parts for frame in cut(part)]
+        return Classified(ask.number), [frame for part in parts for frame in cut(part.cpu())]
 
     def outputs(self, features: torch.Tensor, ask: Classify) -> Job:
         """Job: the answer about a hidden layer's outputs; features have a bias's column."""
-        out = torch.empty(len(features), len(self._values))
+        out = torch.empty(len(features), len(self._values), device=self.device)
         for start, tile in self.tiles():
             torch.mm(features, tile.T, out=out[:, start : start + len(tile)])
             yield
-        return Classified(ask.number), cut(out)
+        return Classified(ask.number), cut(out.cpu())
 
     def back_through(self, slopes: torch.Tensor, ask: Classify) -> Job:
         """Job: the answer about the features' gradient, given that by the outputs."""
         dim = self.spec.dim - self.spec.bias
-        out = torch.zeros(len(slopes), dim)
+        out = torch.zeros(len(slopes), dim, device=self.device)
         for start, tile in self.tiles():
             out.addmm_(slopes[:, start : start + len(tile)], tile[:, :dim])
             yield
-        return Classified(ask.number), cut(out)
+        return Classified(ask.number), cut(out.cpu())
 
     def best(self, features: torch.Tensor, ask: Classify) -> Job:
         """Job: the answer about the best classes."""
-        best = Best(features, ask.top)
+        best = Best(features.to(self.device), ask.top)
         for start, tile in self.tiles():
             best.add(normalised(tile) if ask.normalised else tile, start)
             yield
-        return Classified(ask.number), [*cut(best.values), *cut(self.ids(best.places))]
+        return Classified(ask.number), [*cut(best.values.cpu()), *cut(self.ids(best.places).cpu())]
 
     def page(self, ask: Classify) -> Job:
         """Job: the answer about a page."""
         rows = self.read(self.on_page(ask.page))
         yield
-        return Classified(ask.number), cut(rows)
+        return Classified(ask.number), cut(rows.cpu())
 
     def _negatives(self, round_: int) -> torch.Tensor | None:
         """Places of the classes that take part in a round, if not all; the same whenever they are asked for."""
@@ -223,7 +226,8 @@ class Classifier(Rows):
         if self._sampled is None or self._sampled[0] != round_:
             seed = derive_seed(self._seed, f"negatives of {self.spec.name}", round_)
             parts = torch.arange(len(self._values)).split(_DRAWN)
-            self._sampled = round_, torch.cat([part[_chance(self.ids(part), seed) < self.spec.sample_rate] for part in parts])
+            drawn = [part[_chance(self.ids(part), seed) < self.spec.sample_rate] for part in parts]
+            self._sampled = round_, torch.cat(drawn).to(self.device)
         return self._sampled[1]
 
     def _among(self, samples: Samples, at: torch.Tensor | None) -> Samples:
@@ -345,7 +349,7 @@ class Classifier(Rows):
 
     def _make_state(self, name: str, first: Mapping[str, Any]) -> None:
         """Have state of this name, as it is before the first step: `first` is what the class makes when it is constructed."""
-        self._state[name] = zeros(*self._values.shape)
+        self._state[name] = zeros(self.here, self.spec.dim, self.device)
         if name in first and first[name].any():
             self._state[name].fill_(first[name].flatten()[0])
 
@@ -365,7 +369,9 @@ class Classifier(Rows):
     def restore(self, files: TensorFiles, servers: int) -> Job:
         """Job: see Rows.restore."""
         names = [name for name in files.below(f"table-0-of-{servers}", self.spec.name) if "-" in name]
-        self._state = {n.removeprefix("each-"): zeros(*self._values.shape) for n in names if n.startswith("each-")}
+        self._state = {
+            n.removeprefix("each-"): zeros(self.here, self.spec.dim, self.device) for n in names if n.startswith("each-")
+        }
         self._common = {n.removeprefix("common-"): torch.empty(0) for n in names if n.startswith("common-")}
         self._stepped = bool(names)
         yield from super().restore(files, servers)
@@ -376,13 +382,21 @@ class Classifiers:
     is answered from the version asked for and no other, and the update after a round is begun only when somebody asks about the
     next one; without, an answer holds whole updates, all that were accepted before the question, and nothing of others."""
 
-    def __init__(self, layout: Layout, server: int, update: Update, seed: int, keeps_versions: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        server: int,
+        update: Update,
+        seed: int,
+        keeps_versions: bool = True,
+        device: torch.device = _CPU,
+    ) -> None:
         self._server = server
         self._keeps_versions = keeps_versions
         #: What the first classifier is called among norms: there are those of tensors and of tables before.
         self._first_norm = len(layout.tensors) + len(layout.tables)
         self._specs = layout.classifiers
-        self._classifiers = [Classifier(spec, server, layout.servers, update, seed) for spec in layout.classifiers]
+        self._classifiers = [Classifier(spec, server, layout.servers, update, seed, device) for spec in layout.classifiers]
         self._senders: dict[str, _Sender] = {}
         #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
         self._closed = 0
@@ -472,7 +486,7 @@ class Classifiers:
         round is over."""
         if not one.spec.hidden or not ask.keeps or ask.count < 1:
             raise WireError(f"{what} goes back through '{one.spec.name}', about which nothing of the kind was asked")
-        slopes = join(parts, "float32", ask.count * one.here, what).view(ask.count, one.here)
+        slopes = join(parts, "float32", ask.count * one.here, what).view(ask.count, one.here).to(one.device)
         if ask.again:
             samples = one.samples(*self._question(one.spec, ask, parts, what))
         elif known is None:
@@ -527,8 +541,9 @@ class Classifiers:
                 products = Products(question.samples.features, question.slopes * use.scale)
                 out.append(Contributed(question.classifier, products, question=question))
                 continue
-            log_total, g, own = (join(parts, "float32", use.count, what) for _ in range(3))
-            terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing))
+            device = question.samples.features.device
+            log_total, g, own = (join(parts, "float32", use.count, what).to(device) for _ in range(3))
+            terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing, device=device))
             out.append(Contributed(question.classifier, terms, question.normalised, question))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
@@ -643,16 +658,17 @@ class Classifiers:
             if terms.classifier >= len(self._classifiers):
                 raise WireError(f"{what} is about a classifier {terms.classifier}, which is not here")
             one, count = self._classifiers[terms.classifier], terms.count
-            features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim)
+            features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim).to(one.device)
             if one.spec.hidden:
-                slopes = join(parts, "float32", count * one.here, what).view(count, one.here)
+                slopes = join(parts, "float32", count * one.here, what).view(count, one.here).to(one.device)
                 out.append(Contributed(terms.classifier, Products(features, slopes)))
                 continue
             own = join(parts, "int64", count, what)
             if not one.has(own):
                 raise WireError(f"{what} has classes that are not here")
-            others = [join(parts, "float32", count, what) for _ in range(4)]
-            out.append(Contributed(terms.classifier, Terms(Samples(features, own), *others), terms.normalised))
+            others = [join(parts, "float32", count, what).to(one.device) for _ in range(4)]
+            samples = Samples(features, own.to(one.device))
+            out.append(Contributed(terms.classifier, Terms(samples, *others), terms.normalised))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out
@@ -733,7 +749,7 @@ def contributed(
 
 def tensors_of(parts: Sequence[Contributed]) -> list[torch.Tensor]:
     """The tensors that follow it."""
-    return [tensor for part in parts for tensor in part.terms.tensors]
+    return [tensor.cpu() for part in parts for tensor in part.terms.tensors]
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:

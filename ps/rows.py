@@ -44,15 +44,18 @@ from ps.transfer import Part
 _HOW = ("foreach", "fused")
 #: Bytes to whose multiples torch aligns what it allocates.
 _ALIGNED = 64
+_CPU = torch.device("cpu")
 
 
 class Rows:
-    """The rows of a table on one server, (N, dim), float32, and the optimizer's state of the same shape."""
+    """The rows of a table on one server, (N, dim), float32, and the optimizer's state of the same shape. Both are on `device`;
+    what goes in may be elsewhere, and what comes out of here for files and other servers is on the CPU."""
 
-    def __init__(self, spec: TableSpec, server: int, servers: int, seed: int) -> None:
+    def __init__(self, spec: TableSpec, server: int, servers: int, seed: int, device: torch.device = _CPU) -> None:
         self.spec = spec
+        self.device = device
         self._server, self._servers, self._seed = server, servers, seed
-        self._values = zeros(rows_on(server, servers, spec.rows), spec.dim)
+        self._values = zeros(rows_on(server, servers, spec.rows), spec.dim, device)
         #: Blocks of rows whose first values are there; None where a worker sends them.
         self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
         #: The optimizer's state: what it has for each row, and the rest, such as the number of steps.
@@ -66,23 +69,27 @@ class Rows:
 
     def load(self, at: torch.Tensor, values: torch.Tensor) -> None:
         """Start from `values` (N, dim) in the places `at`."""
-        self._values.index_copy_(0, at, values)
+        self._values.index_copy_(0, at.to(self.device), values.to(self.device))
 
     def _draw(self, blocks: torch.Tensor) -> None:
-        """Have first values of these blocks."""
+        """Have first values of these blocks, which are drawn on the CPU: they are the same wherever they are used."""
         if self._drawn is None or self.spec.std is None:
             return
         for block in blocks[~self._drawn[blocks]].tolist():
-            draw(self.spec, self._seed, block * self._servers + self._server, self._values[block * BLOCK : (block + 1) * BLOCK])
+            into = self._values[block * BLOCK : (block + 1) * BLOCK]
+            drawn = into if self.device.type == "cpu" else torch.empty(into.shape)
+            draw(self.spec, self._seed, block * self._servers + self._server, drawn)
+            if drawn is not into:
+                into.copy_(drawn)
         self._drawn[blocks] = True
 
     def state(self) -> Iterator[Entry]:
         """Everything, for a snapshot, as it is: no update may come before it is written. Drawing may, for what is drawn is the
         same whenever it is."""
         prefix, name = self._prefix, self.spec.name
-        yield Entry(f"{prefix}/values/{name}", self._values.shape, [self._values])
+        yield Entry(f"{prefix}/values/{name}", self._values.shape, self._on_cpu(self._values), torch.float32)
         for key, whole in self._state.items():
-            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, [whole])
+            yield Entry(f"{prefix}/each-{key}/{name}", whole.shape, self._on_cpu(whole), torch.float32)
         for key, value in self._common.items():
             if value is None:
                 continue
@@ -90,6 +97,10 @@ class Rows:
             yield Entry(f"{prefix}/common-{key}/{name}", tensor.shape, [tensor])
         if self._drawn is not None:
             yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
+
+    def _on_cpu(self, whole: torch.Tensor) -> Iterator[torch.Tensor]:
+        """A page at a time, so that no second copy of all of it is made."""
+        return (page.cpu() for page in whole.split(max(1, page_rows(self.spec))))
 
     @property
     def _prefix(self) -> str:
@@ -104,7 +115,7 @@ class Rows:
             for first in range(0, len(whole), size):
                 end = min(first + size, len(whole))
                 if self._drawn is None or self._drawn[first // BLOCK : -(-end // BLOCK)].any():
-                    yield Part(f"{self._prefix}/{key}/{name}", whole[first:end], first)
+                    yield Part(f"{self._prefix}/{key}/{name}", whole[first:end].cpu(), first)
         for key, value in self._common.items():
             if value is not None:
                 tensor = value.clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
@@ -151,7 +162,7 @@ class Rows:
                 first, end = int(there[0]), int(there[-1]) + 1
                 for key, whole in wholes.items():
                     rows = files.rows(f"table-{old}-of-{servers}/{key}/{name}", first, end)
-                    whole.index_copy_(0, here, rows.index_select(0, there - first))
+                    whole.index_copy_(0, here.to(self.device), rows.index_select(0, there - first).to(self.device))
                 if self._drawn is not None:
                     self._drawn[here // BLOCK] = drawn[old][there // BLOCK]
             yield
@@ -341,9 +352,11 @@ class RowTables:
         self._version += 1
 
 
-def zeros(rows: int, dim: int) -> torch.Tensor:
-    """Zeros, float32, that take up no memory until they are written to, as those of torch do; and aligned as those are, for where
-    memory begins matters to the last bit of matrix products."""
+def zeros(rows: int, dim: int, device: torch.device = _CPU) -> torch.Tensor:
+    """Zeros, float32. On the CPU they take up no memory until they are written to, as those of torch do; and are aligned as those
+    are, for where memory begins matters to the last bit of matrix products."""
+    if device.type != "cpu":
+        return torch.zeros(rows, dim, device=device)
     memory = np.zeros(rows * dim + _ALIGNED // 4, dtype=np.float32)
     first = -memory.ctypes.data % _ALIGNED // 4
     return torch.from_numpy(memory[first : first + rows * dim].reshape(rows, dim))

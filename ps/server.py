@@ -75,12 +75,13 @@ log = logging.getLogger("ps.server")
 _MOST_WORKERS = 100_000
 #: What the server says whose shard has a copy here.
 _FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
+_CPU = torch.device("cpu")
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
 
 
-def serve(coordinator: str, bind: str, index: int | None) -> None:
-    """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends.
+def serve(coordinator: str, bind: str, index: int | None, device: torch.device) -> None:
+    """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends; what it computes is on `device`.
 
     Raises UsageError if it cannot listen or is refused, ClusterError if the run fails or the coordinator falls silent.
     """
@@ -89,16 +90,19 @@ def serve(coordinator: str, bind: str, index: int | None) -> None:
     context: zmq.Context[Any] = zmq.Context()
     try:
         with no_compiler():
-            _Server(context, coordinator, bind, index).run()
+            _Server(context, coordinator, bind, index, device).run()
     finally:
         context.destroy(linger=1000)
 
 
 class _Server:
-    def __init__(self, context: zmq.Context[Any], coordinator: str, bind: str, index: int | None) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], coordinator: str, bind: str, index: int | None, device: torch.device = _CPU
+    ) -> None:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
         self._context = context
+        self._device = device
         #: All servers, and the socket to the one that keeps a copy of this one's shard, if one does.
         self._peers: list[Peer] = []
         self._keeper: zmq.Socket[bytes] | None = None
@@ -276,6 +280,7 @@ class _Server:
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
             self._shard = kind(index, welcome.settings, policy, source)
             self._shard.coordinator = self._attendance.coordinator
+            self._shard.device = self._device
             self._shard.restoring = welcome.replaces
             self._know(welcome.servers)
             self._shard.before_tables_change = self._finish_saving

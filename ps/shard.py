@@ -167,6 +167,8 @@ class Shard(ABC):
         self.classifiers: Classifiers | None = None
         #: What workers' codecs have left out and no worker has.
         self.owing: Owing | None = None
+        #: Where classifiers are.
+        self.device = torch.device("cpu")
         #: Memory that weights are laid out in, and who may be reading which plane of it.
         self.planes: Planes | None = None
         self.readers = Readers()
@@ -540,7 +542,7 @@ class Shard(ABC):
             check_memory(layout, self.index)
             store = Store(layout, self.index, setup.update, self.policy)
             tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
-            return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed, keeps)
+            return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed, keeps, self.device)
         except WireError:
             raise
         except Exception as error:  # whatever torch objects to in what it is to make

@@ -37,9 +37,9 @@ class OnlineSoftmax:
         """`dim` numbers of a row are wanted."""
         x = samples.features
         self._samples = samples
-        self.largest = torch.full((len(x),), torch.finfo(x.dtype).min, dtype=x.dtype)  # finite, so that differences are numbers
-        self.total = torch.zeros(len(x), dtype=x.dtype)
-        self.rows = torch.zeros(len(x), dim, dtype=x.dtype)
+        self.largest = x.new_full((len(x),), torch.finfo(x.dtype).min)  # finite, so that differences are numbers
+        self.total = x.new_zeros(len(x))
+        self.rows = x.new_zeros(len(x), dim)
 
     def add(self, tile: torch.Tensor, start: int) -> None:
         """Take in rows start .. of the table, (T, D)."""
@@ -130,8 +130,8 @@ class Best:
 
     def __init__(self, features: torch.Tensor, count: int) -> None:
         self._features, self._count = features, count
-        self.values = torch.empty(len(features), 0, dtype=features.dtype)
-        self.places = torch.empty(len(features), 0, dtype=torch.int64)
+        self.values = features.new_empty(len(features), 0)
+        self.places = features.new_empty(len(features), 0, dtype=torch.int64)
 
     def add(self, tile: torch.Tensor, start: int) -> None:
         """Take in rows start .. of the table, (T, D)."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.devices import find_device
 from common.errors import UsageError
 from worker.parts import side_after
 
@@ -184,18 +185,8 @@ def parse_devices(text: str) -> Devices:
     names = [name.strip() for name in text.split(",")]
     if len(names) != 2:
         raise UsageError(f"devices is '{text}': two columns need two devices, such as cuda:0,cuda:1 or cpu,cpu.")
-    first, second = (_device(name) for name in names)
+    first, second = (find_device(name, "devices") for name in names)
     return first, second
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch's own words are many, and about how it was built
-        count = torch.cuda.device_count()
-        raise UsageError(f"devices has '{name}', which torch does not find here; it finds the CPU and {count} of CUDA.") from None
-    return device
 
 
 def _move(x: Tensor, device: torch.device) -> Tensor:

@@ -21,9 +21,16 @@ from worker.link import Link
 class AtOnce:
     """As far as `Shards` uses a link. `round` is the one that is computed now."""
 
-    def __init__(self, specs: Sequence[ClassSpec], servers: int, update: Update, seed: int = 0) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ClassSpec],
+        servers: int,
+        update: Update,
+        seed: int = 0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
         self.lock = threading.Condition()
-        self.servers = [Classifiers(make_layout([], servers, [], specs), m, update, seed) for m in range(servers)]
+        self.servers = [Classifiers(make_layout([], servers, [], specs), m, update, seed, True, device) for m in range(servers)]
         self.shards: Shards | None = None
         self.round = 0
         #: By server and first micro-batch: what it has been sent in this round.
@@ -85,13 +92,19 @@ def rows_of(shards: Sequence[Any]) -> torch.Tensor:
     owners = owner_of(torch.arange(spec.rows), len(shards))
     out = torch.empty(spec.rows, spec.dim, dtype=shards[0]._values.dtype)
     for server, shard in enumerate(shards):
-        out[owners == server] = shard.read(torch.arange(len(shard._values)))
+        out[owners == server] = shard.read(torch.arange(len(shard._values))).cpu()
     return out
 
 
-def sharded(model: torch.nn.Module, servers: int, update: Update, seed: int = 0) -> tuple[Shards, AtOnce]:
+def sharded(
+    model: torch.nn.Module,
+    servers: int,
+    update: Update,
+    seed: int = 0,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> tuple[Shards, AtOnce]:
     """Have the sharded layers of `model` on servers that answer at once."""
     layers = find_layers(model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
-    link = AtOnce([one.spec for one in layers], servers, update, seed)
+    link = AtOnce([one.spec for one in layers], servers, update, seed, device)
     shards = link.shards = Shards(cast(Link, link), layers, servers, lambda: link.round, 1.0, 0, 0, True)
     return shards, link
