@@ -113,8 +113,8 @@ class Exchange:
         self._to_tell: dict[int, int] = {}
         self._next_number = 0
         self._taken_over: dict[int, set[int]] = {}
-        #: Set when a server says that the round wanted is over: the newest round it knows.
-        self.gone: int | None = None
+        #: By server that says that the round wanted is over: the newest round it knows.
+        self._gone: dict[int, int] = {}
         #: When each server was last asked for weights (-inf: it is still to be), and when it was last heard of; those heard of
         #: since the last tick.
         self._asked_at: dict[int, float] = {}
@@ -245,7 +245,7 @@ class Exchange:
     def pull(self, clock: int, settled: bool, now: float, masters: bool = False) -> list[Send]:
         """Ask for the weights to start round `clock` from, `masters`: for those that no codec has rounded; what was staged for
         another round is let go."""
-        self.clock, self._settled, self._masters, self.gone = clock, settled, masters, None
+        self.clock, self._settled, self._masters, self._gone = clock, settled, masters, {}
         self._pulls += 1
         self._repeatable = [o for o in self._repeatable if o.push.round >= clock - 1]
         self._decoder.begin()
@@ -292,6 +292,19 @@ class Exchange:
     def has(self, chunks: Collection[int]) -> bool:
         """Whether these chunks, which were to come, are here or were taken already."""
         return self.clock is None or self._staged.keys() >= set(chunks)
+
+    @property
+    def gone(self) -> bool:
+        """Whether a server says that the round wanted is over."""
+        return bool(self._gone)
+
+    @property
+    def over(self) -> int | None:
+        """The round to ask for instead, once every server has answered: of the newest ones that they know, the earliest, for
+        who goes further than that cannot be asked for what another server still lacks, and there may be nobody else. None where
+        the round wanted is not over."""
+        answered = all(server in self._gone or self._done(server) for server in self._chunks)
+        return min(self._gone.values()) if self._gone and answered else None
 
     def missing(self) -> list[tuple[str, list[int]]]:
         """Servers whose answer is not complete, and the chunks still to come."""
@@ -342,7 +355,7 @@ class Exchange:
                     self._closed_on.add(number)
                 failpoint("receiving", body.clock)
             case Gone() if body.clock == self.clock:
-                self.gone = max(body.newest, self.gone or 0)
+                self._gone[number] = body.newest
             case Owed():
                 if body.number not in self._taken_over.setdefault(number, set()):
                     self._coder.take_over(body, frames)

@@ -224,9 +224,9 @@ class LocalWork:
         with self._link.lock:
             messages = exchange.pull(version, False, time.monotonic())
         self._link.send(*messages)
-        self._run._wait(lambda: exchange.complete or exchange.gone is not None, self._waited_for)
-        if exchange.gone is not None:  # the run goes on from a snapshot
-            self._merges = exchange.gone
+        self._run._wait(lambda: exchange.complete or exchange.over is not None, self._waited_for)
+        if exchange.over is not None:  # the run goes on from a snapshot
+            self._merges = exchange.over
             self._load(self._merges)
             return
         with self._link.lock:

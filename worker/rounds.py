@@ -413,7 +413,7 @@ class GradientWork:
 
         def ready() -> str | None:
             assert self._exchange is not None
-            if self._exchange.gone is not None:
+            if self._exchange.over is not None:
                 return "gone"
             if self._exchange.complete or (lazy and self._exchange.usable(needed)):
                 return "here"
@@ -433,7 +433,7 @@ class GradientWork:
         if state == "leased":
             return None
         if state == "gone":
-            return self._fetch(self._exchange.gone or 0, settled, unless_leased)  # not lazily, for that may be the end
+            return self._fetch(self._exchange.over or 0, settled, unless_leased)  # not lazily, for that may be the end
         came = self._load()
         self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
@@ -463,7 +463,7 @@ class GradientWork:
             return
         began = time.monotonic()
         timeout = self._run.settings.timeout + 20.0
-        self._link.wait(lambda: exchange.gone is not None or exchange.has(chunks), timeout, self._waited_for)
+        self._link.wait(lambda: exchange.gone or exchange.has(chunks), timeout, self._waited_for)
         if not exchange.has(chunks):
             self._spoilt = True  # whatever the model holds will do, for nothing comes of it
             self._awaited.came(chunk.id for chunk in self.replica.layout.chunks)

@@ -938,7 +938,7 @@ class SteppedWork(GradientWork):
         assert exchange is not None
         if self._awaited.any:
             yield Wait(
-                lambda: exchange.gone is not None or exchange.has([chunk.id for chunk in self.replica.layout.chunks]),
+                lambda: exchange.gone or exchange.has([chunk.id for chunk in self.replica.layout.chunks]),
                 float("inf"),
             )
         self._await_all()
@@ -1005,7 +1005,7 @@ class SteppedWork(GradientWork):
         needed = self._awaited.needed_first if lazy else set()
 
         def ready() -> str | None:
-            if exchange.gone is not None:
+            if exchange.over is not None:
                 return "gone"
             if exchange.complete or (lazy and exchange.usable(needed)):
                 return "here"
@@ -1022,7 +1022,7 @@ class SteppedWork(GradientWork):
         if found == "leased":
             return None
         if found == "gone":
-            return (yield from self._fetch(exchange.gone or 0, settled, unless_leased))
+            return (yield from self._fetch(exchange.over or 0, settled, unless_leased))
         came = self._load()
         self._awaited.came(came)
         self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
@@ -1085,9 +1085,9 @@ class SteppedLocalWork(local.LocalWork):
         exchange = self._exchange
         assert exchange is not None
         self._link.send(*exchange.pull(version, False, self.process.world.now))
-        yield Wait(lambda: exchange.complete or exchange.gone is not None, float("inf"))
-        if exchange.gone is not None:
-            self._merges = exchange.gone
+        yield Wait(lambda: exchange.complete or exchange.over is not None, float("inf"))
+        if exchange.over is not None:
+            self._merges = exchange.over
             yield from self._load(self._merges)
             return
         frames, _ = exchange.take()

@@ -59,6 +59,15 @@ def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.Dat
     check_promises(case(policy, paces, network=network, seed=seed, rows=rows))
 
 
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@settings(profile, max_examples=2)
+@given(data=st.data())
+def test_workers_that_join_when_all_are_dead_go_on(policy: str, data: st.DataObject) -> None:
+    times = st.sampled_from([0.7, 1.0, 1.3, 2.0])
+    paces = [Pace(0.05, dies_s=when, respawn_s=0.5) for when in data.draw(st.lists(times, min_size=1, max_size=3))]
+    check_promises(case(policy, paces, network=Network(0.0, 0.0, 0.3), seed=data.draw(st.integers(0, 1 << 32))))
+
+
 def check(outcome: Outcome) -> None:
     check_books(outcome)
     if outcome.case.settings.policy == "sync":

@@ -12,7 +12,7 @@ from common.codecs import CodecSettings, load
 from common.codecs.chosen import for_pushes, for_weights, push_seed
 from common.errors import WireError
 from common.layout import Layout, TensorSpec, make_layout
-from common.messages import Ack, Pull, Push, Weights
+from common.messages import Ack, Gone, Pull, Push, Weights
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import from_frame, to_frame
@@ -279,3 +279,20 @@ def test_a_server_without_chunks_may_be_another_process_while_weights_are_awaite
     assert [send.to for send in exchange.pull(0, False, 0.0)] == ["server-0"]
     exchange.replaced(1)
     assert exchange.tick(1.0) == [] and exchange.missing() == [("server-0", [0, 1])]
+
+
+def test_who_comes_late_begins_in_the_earliest_round_that_is_open_anywhere() -> None:
+    """Nobody else may be left who could compute what a server still lacks of it."""
+    layout = make_layout([TensorSpec(f"{group}", [ROWS, COLUMNS], "float32", group) for group in range(3)], 3)
+    exchange = Exchange(layout, Settings(servers=3), pulls_follow=False)
+    exchange.pull(0, False, 0.0)
+    assert not exchange.gone and exchange.over is None
+    exchange.handle("server-0", Gone(0, 44), ())
+    assert exchange.gone and exchange.over is None
+    exchange.handle("server-1", Gone(0, 43), ())
+    (third,) = layout.on(2)
+    exchange.handle("server-2", Weights(0, 0, [third.id], closed=True), [bytes(4 * NUMEL)])
+    assert exchange.over == 43
+    exchange.pull(43, False, 0.0)
+    exchange.handle("server-0", Gone(0, 44), ())  # late
+    assert not exchange.gone and exchange.over is None
