@@ -187,6 +187,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise UsageError(
                 f"loss is {self.loss} but parallel is hybrid, and servers compute cross-entropy: choose one of the two."
             )
+        if self.parallel == "hybrid" and self.devices is not None:
+            raise UsageError(
+                f"devices is {self.devices} but parallel is hybrid: fully connected layers are on two devices or on the servers, "
+                "so choose one of the two."
+            )
 
     def _check_codecs(self) -> None:
         push, weights = self.push_codec, self.weight_codec

@@ -1,13 +1,12 @@
-"""The hybrid of data and model parallelism: convolutions on the workers, the last fully connected layer on the servers.
+"""The hybrid of data and model parallelism: convolutions on the workers, fully connected layers on the servers.
 
 After Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014): where weights are few and activities
-many, batches are divided; where it is the other way round, the layer is. For a layer of C classes on M servers 8 x M x features
-bytes travel for each sample, instead of 8 x C x features for each worker and round: it pays where a worker has fewer than C / M
-samples a round.
+many, batches are divided; where it is the other way round, layers are. For a layer of D features and R outputs on M servers
+8 x (M x D + R) bytes travel for each sample, instead of 8 x R x D for each worker and round.
 
 Of that paper's schemes this is (b): the features of one worker's micro-batch go to all servers, which compute it at once while
-others are on their way, and backward begins with the answer. Only the gradient of the layer's own weight is made from the whole
-batch together, at the round's end, as in (a): so the result does not depend on who sent what when.
+others are on their way. Only the gradients of the layers' own weights are made from the whole batch together, at the round's
+end, as in (a): so the result does not depend on who sent what when.
 """
 
 from __future__ import annotations

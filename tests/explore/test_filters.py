@@ -90,12 +90,30 @@ def pixels_of(path: Path) -> npt.NDArray[np.int64]:
 
 def test_three_pictures_are_drawn(run: Trained, tmp_path: Path) -> None:
     lines = command(Source(str(run.folder)), "conv2", "901", [run.model_file], tmp_path)
-    assert lines == [f"the pictures are in {tmp_path}"]
+    assert lines[-1] == f"the pictures are in {tmp_path}"
     for path in (tmp_path / f"{name}.png" for name in ("filters-conv2", "maps-held-out-901", "patches-conv2")):
         pixels = pixels_of(path)
         assert min(pixels.shape[:2]) > 500
         coloured = np.abs(pixels - pixels.mean(2, keepdims=True)).max(2) > 40
         assert coloured.mean() > 0.02 and (pixels.min(2) > 250).mean() > 0.1
+
+
+def test_what_there_is_from_during_training_stands_between_and_who_has_none_is_told(
+    run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr("explore.filters.snapshots_of", lambda run: [])
+    monkeypatch.setattr("explore.filters.draw_filters", lambda stages, title, path: drawn.append([one.when for one in stages]))
+    monkeypatch.setattr("explore.filters.draw_maps", lambda *args: None)
+    monkeypatch.setattr("explore.filters.draw_patches", lambda *args: None)
+    halfway = tmp_path / "halfway.safetensors"
+    save_file({name: value / 2 for name, value in weights_at(run, "last").state_dict().items()}, halfway)
+    told = [command(Source(str(run.folder)), "conv1", "901", also, tmp_path) for also in ([halfway], [])]
+    assert drawn == [
+        ["before training", f"{tmp_path.name}/halfway.safetensors", "after training"],
+        ["before training", "after training"],
+    ]
+    assert [len(lines) for lines in told] == [1, 2] and "there is no snapshot from during training" in told[1][0]
 
 
 def test_filters_before_training_stand_left_of_those_after_it(run: Trained, tmp_path: Path) -> None:

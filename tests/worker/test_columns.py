@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -208,6 +209,35 @@ def test_workers_of_two_columns_write_a_file_for_the_whole_network(launch: Calla
     whole = build("alexnet-text", (3, 33, 33), 4)
     whole.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
     assert bool(torch.isfinite(whole(torch.zeros(1, 3, 33, 33))).all())
+
+
+@pytest.mark.parametrize(("name", "side"), [("alexnet-text", 33), ("alexnet-2012", 63)])
+def test_both_presets_have_the_same_loss_and_gradients_divided_or_not(name: str, side: int) -> None:
+    torch.manual_seed(0)
+    whole = build(name, (3, side, side), 4).eval()
+    divided = TwoColumns(whole, CPUS).eval()
+    images, labels = torch.randn(2, 3, side, side), torch.tensor([0, 3])
+    losses = []
+    for model in (whole, divided):
+        losses.append(cross_entropy(model(images), labels))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+    found = whole_state({n: p.grad for n, p in divided.named_parameters() if p.grad is not None})
+    for key, parameter in whole.named_parameters():
+        assert parameter.grad is not None
+        assert torch.linalg.vector_norm(found[key] - parameter.grad) <= 1e-5 * torch.linalg.vector_norm(parameter.grad), key
+
+
+def test_the_script_of_the_examples_trains_on_a_folder_of_images(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (40, 36), colour).save(tmp_path / "images" / name / f"{number}.png")
+    script = Path(__file__).parents[2] / "examples" / "two_columns.py"
+    flags = ("--model", "alexnet-text", "--side", 33, "--devices", "cpu,cpu", "--epochs", 1)
+    summary = launch("--workers", 2, "--servers", 1, script, "--", tmp_path / "images", *flags)
+    assert summary["rounds"] >= 1 and summary["accuracy"] is not None
+    assert load_file(tmp_path / "run" / "model.safetensors")["conv1.weight"].shape == (96, 3, 5, 5)
 
 
 def test_response_normalisation_is_the_paper_s() -> None:
