@@ -147,7 +147,7 @@ def test_without_a_chain_of_layers_the_other_pictures_are_drawn_and_the_user_is_
         f"{name}.{kind}": torch.ones((1, 1, 3, 3) if kind == "weight" else 1) for name in "abc" for kind in ("weight", "bias")
     }
     save_file(weights, tmp_path / "model.safetensors")
-    note, last = command(Source(str(tmp_path), "digits", None, f"{tmp_path}/net.py:Net"), "c", "0", [], None)
+    _, note, last = command(Source(str(tmp_path), "digits", None, f"{tmp_path}/net.py:Net"), "c", "0", [], None)
     assert note.startswith("note: there are no patches: 'b' does not get what 'a' gives")
     assert last == f"the pictures are in {tmp_path / 'filters'}"
     assert sorted(path.name for path in (tmp_path / "filters").iterdir()) == ["filters-conv3.png", "maps-held-out-0.png"]
