@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import platform
 import random
 import threading
@@ -33,6 +34,7 @@ import msgspec
 import torch
 import zmq
 from at_once import rows_of, sharded
+from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -86,6 +88,18 @@ _TICK_S = 0.1
 _COORDINATOR = "tcp://coordinator:1"
 #: The most that a run may take, in its own seconds: what is not over by then hangs.
 _LIMIT_S = 5000.0
+
+
+def schedules(examples: int) -> settings:
+    """Hypothesis' settings for tests over random schedules: so many of them, or as many times more as the environment variable
+    SCHEDULES says."""
+    return settings(
+        max_examples=examples * int(os.environ.get("SCHEDULES", "1")),
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+        phases=set(Phase) - {Phase.shrink},
+    )
 
 
 @dataclass(frozen=True)

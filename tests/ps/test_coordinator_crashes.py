@@ -6,14 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Network, same, simulate
+from simulation import Case, Network, same, schedules, simulate
 from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_promises, check_same_everywhere
 
-few = settings(
-    max_examples=2, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink}
-)
+few = schedules(2)
 
 crashes = st.lists(st.tuples(st.floats(0.0, 12.0), st.sampled_from([0.05, 0.5, 4.0])), min_size=1, max_size=5)
 

@@ -13,9 +13,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from simulation import HEAD, Case, Network, Outcome, Pace, World, same, sequential, simulate
+from simulation import HEAD, Case, Network, Outcome, Pace, World, same, schedules, sequential, simulate
 
 from common.settings import Settings
 from ps.round_shard import RoundShard
@@ -23,8 +23,7 @@ from ps.shard import Shard
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
-profile = settings(deadline=None, print_blob=True, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
-few, some = settings(profile, max_examples=2), settings(profile, max_examples=5)
+few, some = schedules(2), schedules(5)
 
 
 @st.composite
@@ -254,7 +253,7 @@ def test_async_counts_every_micro_batch_once(case: Case) -> None:
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
-@settings(profile, max_examples=3)
+@schedules(3)
 @given(data=st.data())
 def test_rows_of_tables_keep_all_those_promises(policy: str, data: st.DataObject) -> None:
     plain: dict[str, Any] = {} if policy == "sync" else PLAIN
@@ -437,7 +436,7 @@ def test_rounded_weights_are_the_same_on_all_workers_in_the_end(case: Case) -> N
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
-@settings(profile, max_examples=2)
+@schedules(2)
 @given(data=st.data())
 def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObject) -> None:
     when = data.draw(st.sampled_from([1.5, 2.5, 4.0]))

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, simulate
-from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises, profile
+from simulation import Case, Network, Outcome, Pace, schedules, simulate
+from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises
 
 from common.errors import ClusterError
 from common.settings import Settings
@@ -50,7 +50,7 @@ def case(policy: str, paces: list[Pace], **more: Any) -> Case:
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
-@settings(profile, max_examples=2)
+@schedules(2)
 @given(data=st.data())
 def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.DataObject) -> None:
     paces = data.draw(st.permutations([Pace(0.1), *data.draw(st.lists(fates(), min_size=1, max_size=3))]))
@@ -60,7 +60,7 @@ def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.Dat
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
-@settings(profile, max_examples=2)
+@schedules(2)
 @given(data=st.data())
 def test_workers_that_join_when_all_are_dead_go_on(policy: str, data: st.DataObject) -> None:
     times = st.sampled_from([0.7, 1.0, 1.3, 2.0])
