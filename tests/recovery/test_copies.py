@@ -39,6 +39,9 @@ def test_tables_and_sharded_layers_outlive_their_servers(cluster: Start) -> None
     assert (summary["weights_sha256"], summary["dropped"]) == (undisturbed["weights_sha256"], 0)
     assert not run.events("restarted") and run.is_exact()
     assert joined(run)[2:] == ["server-1", "server-0"]
+    without = cluster("--snapshot-every", 0.2, *training, env={VARIABLE: "server-1:applied:8:kill"}, name="without-copies")
+    assert without.summary()["weights_sha256"] == undisturbed["weights_sha256"]
+    assert len(without.events("restarted")) == 1 and without.is_exact()
 
 
 def joined(run: Cluster) -> list[str]:
