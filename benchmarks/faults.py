@@ -40,9 +40,18 @@ _HOUR_S = 3600
 _LONG = ("--epochs", 40)
 #: Epochs a second of random kills for which a run goes on for sure.
 _EPOCHS_CHURNED = 0.2
-#: A policy that applies each push at once, and points of a server under it.
 _ASYNC = ("--policy", "async")
-_AT_ONCE = ("aggregating", "applying", "applied", "saving")
+#: Other policies whose weights depend on who was when where, and points under them; and points with tensors in messages.
+_INEXACT = {
+    "pushing": ("async", "ssp", "backup"),
+    "receiving": ("async",),
+    "aggregating": ("async",),
+    "applying": ("async", "ssp", "backup"),
+    "applied": ("async",),
+    "saving": ("async", "ssp"),
+    "reported": ("async", "ssp", "backup"),
+}
+_THROUGH_SOCKETS = ("pushing", "receiving", "aggregating")
 #: Each server's shard has a copy on another one, so that no round is to be lost with it.
 _COPIES = ("--replicas", 1)
 _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
@@ -103,12 +112,14 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         kind = where.partition(":")[0]
         round_ = 0 if point == "ending" else _FAIL_AT
         env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
-        name = "the coordinator" if kind == "coordinator" else f"a {kind}"
-        table[f"{name}, at {point}"] = Row(harms.failpoints(1), env=env)
+        name = f"{'the' if kind == 'coordinator' else 'a'} {kind}, at {point}"
+        table[name] = Row(harms.failpoints(1), env=env)
         if kind == "server":
-            table[f"{name}, at {point}, with copies"] = Row(harms.failpoints(1), _COPIES, env=env)
-        if point in _AT_ONCE:
-            table[f"{name}, at {point}, async"] = Row(harms.failpoints(1), _ASYNC, env=env, is_inexact=True)
+            table[f"{name}, with copies"] = Row(harms.failpoints(1), _COPIES, env=env)
+        if point in _THROUGH_SOCKETS:
+            table[f"{name}, through sockets"] = Row(harms.failpoints(1), ("--lane", "socket"), env=env)
+        for policy in _INEXACT.get(point, ()):
+            table[f"{name}, {policy}"] = Row(harms.failpoints(1), ("--policy", policy), env=env, is_inexact=True)
     phases = ("computing", "pushing", "pushed", "receiving")
     at = ";".join(f"{name}:{phases[n]}:{_FAIL_AT}:kill" for n, name in enumerate(workers))
     two = f"server-2:applying:{_FAIL_AT}:kill;coordinator:reported:{_FAIL_AT}:kill"
