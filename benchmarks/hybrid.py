@@ -46,6 +46,13 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
     return Cost(sum(megabytes), seconds[0])
 
 
+def crossing(classes: int, servers: int) -> float:
+    """The samples a worker at which both ways move the same, by docs/model-parallel.md."""
+    inputs, outputs = (FEATURES, HIDDEN, HIDDEN), (HIDDEN, HIDDEN, classes)
+    weights = sum((i + 1) * o for i, o in zip(inputs, outputs, strict=True))
+    return weights / (servers * sum(inputs) + sum(outputs[:-1]))
+
+
 @click.command()
 @click.option("--classes", multiple=True, type=int, default=(10, 1000, 10_000), show_default=True)
 @click.option(
@@ -57,14 +64,15 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
 def cli(classes: tuple[int, ...], batches: tuple[int, ...], workers: int, servers: int, rounds: int) -> None:
     """Print the table as Markdown."""
     click.echo(f"Layers {FEATURES}-{HIDDEN}-{HIDDEN}-classes, {workers} workers, {servers} servers; MB and seconds of a round.\n")
-    click.echo("| classes | samples a worker | data, MB | hybrid, MB | data, s | hybrid, s | fewer bytes |")
+    click.echo("| classes | samples a worker | data, MB | hybrid, MB | data, s | hybrid, s | bytes cross at |")
     click.echo("|---|---|---|---|---|---|---|")
     for count in classes:
         for batch in batches:
             data, hybrid = (measure(count, batch, way, workers, servers, rounds) for way in (False, True))
-            better = "hybrid" if hybrid.megabytes < data.megabytes else "data"
             traffic = f"{data.megabytes:.1f} | {hybrid.megabytes:.1f}"
-            click.echo(f"| {count} | {batch} | {traffic} | {data.seconds:.2f} | {hybrid.seconds:.2f} | {better} |")
+            click.echo(
+                f"| {count} | {batch} | {traffic} | {data.seconds:.2f} | {hybrid.seconds:.2f} | {crossing(count, servers):.0f} |"
+            )
 
 
 if __name__ == "__main__":
