@@ -128,6 +128,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
     back, back_env = harms.clock(folder / "back", -_HOUR_S)
     forward_too, forward_too_env = harms.clock(folder / "forward-by-hand", _HOUR_S)
     back_too, back_too_env = harms.clock(folder / "back-by-hand", -_HOUR_S)
+    slow, slow_env = harms.slow_disk(folder / "slow-disk", 1.0, 8.0)
     churn = ("--epochs", max(60, round(_EPOCHS_CHURNED * churn_s)), "--respawn", 1000, "--respawn-backoff", 0)
     return table | {
         "all workers, each at another point": Row(harms.failpoints(_WORKERS), env={VARIABLE: at}),
@@ -154,6 +155,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "200 strange connections, again and again": Row(harms.strangers(10), _LONG),
         "disk full for 5 s": Row(harms.fill(5.0), _LONG, on_small_disk=True),
         "run directory read-only for 5 s": Row(harms.read_only(5.0), _LONG, on_small_disk=True),
+        "all that waits for the disk waits 1 s longer, for 8 s": Row(slow, ("--epochs", 60), env=slow_env),
         "clock an hour ahead, coordinator killed": Row(forward, env=forward_env),
         "clock an hour back, coordinator killed": Row(back, env=back_env),
         "clock an hour ahead, coordinator killed, another started by hand": Row(forward_too, env=forward_too_env, by_hand=True),

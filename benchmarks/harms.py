@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +37,13 @@ _DISK_BYTES = 48 << 20
 _CLOCK = """import os, time
 real = time.time
 time.time = lambda: real() + ({seconds} if os.path.exists({flag!r}) else 0)
+"""
+#: Has what waits for the disk take so much longer, once there is a certain file.
+_SLOW_DISK = """#include <sys/syscall.h>
+#include <unistd.h>
+static void wait(void) {{ if (access("{flag}", F_OK) == 0) usleep({microseconds}); }}
+int fsync(int fd) {{ wait(); return syscall(SYS_fsync, fd); }}
+int fdatasync(int fd) {{ wait(); return syscall(SYS_fdatasync, fd); }}
 """
 
 
@@ -250,6 +258,28 @@ def read_only(seconds: float) -> Harm:
         return run
 
     return harm
+
+
+def slow_disk(folder: Path, wait_s: float, seconds: float) -> tuple[Harm, dict[str, str]]:
+    """For so many `seconds` all that waits for the disk waits `wait_s` longer; and the environment, with a library in `folder`,
+    in which it can."""
+    folder.mkdir(parents=True)
+    flag, library, source = folder / "slow", folder / "slow.so", folder / "slow.c"
+    source.write_text(_SLOW_DISK.format(flag=flag, microseconds=round(wait_s * 1e6)), encoding="utf-8")
+    if shutil.which("gcc") is not None:
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True, capture_output=True)
+
+    def harm(run: Cluster) -> Cluster:
+        assert library.exists(), "there is no gcc to make the disk slow with"
+        rounds, taken = run.rounds(), len(run.events("snapshot"))
+        flag.touch()
+        time.sleep(seconds)
+        assert run.rounds() > rounds, "training did not go on while the disk was slow"
+        flag.unlink()
+        run.until(lambda: len(run.events("snapshot")) > taken + 1, "snapshots again")
+        return run
+
+    return harm, {"LD_PRELOAD": str(library)}
 
 
 # ---- the clock
