@@ -109,7 +109,7 @@ class Takeover:
                     break
                 other = workers[name]
                 still = _computes(other, round_) and other.since == since
-                if still and name != waiting and (round_, other.beat.at) not in self.leased:
+                if still and name != waiting and self._has(name, (round_, other.beat.at)):
                     return self._give(round_, other.beat.at, waiting, name, now)
         return None
 

@@ -862,7 +862,7 @@ class WorkerProcess(Process):
     def _hand_over(self) -> Script:
         exchange = self.run._exchange
         assert exchange is not None
-        yield Wait(self.run._handed_over, self.world.now + 10.0)
+        yield Wait(self.run._handed_over, float("inf"))
         exchange.hand_over()
         yield Wait(lambda: exchange.has_told, float("inf"))
 
@@ -1255,6 +1255,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.coordinator.RunLog": RunLog if world.case.crashes else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
+            "worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
             "worker.run.new_incarnation": lambda: 0,
             "ps.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
             "ps.coordinator.Coordinator._end_silent_servers": lambda coordinator: None,

@@ -126,3 +126,10 @@ def test_what_was_leased_away_from_one_that_hangs_is_dealt_out_when_word_of_that
     takeover.leased[3, 1] = "worker-0"  # of worker 1's run, long ago; worker 0 does not know of it
     takeover._leased_at[3, 1] = -10.0
     assert deal(takeover, members, 0.0, 1.1) == [set(), {(3, 0), (3, 1)}]
+
+
+def test_what_one_that_hangs_took_over_is_given_to_another() -> None:
+    takeover, members = Takeover(), workers([], since=0.0)
+    takeover.leased[0, 1] = "worker-1"
+    given = [takeover.lease(f"worker-{n}", range(1), lambda _: 6, TABLES, members, now=2.1) for n in (0, 2)]
+    assert given == [Lease(0, 1, "worker-0", "worker-1"), None]
