@@ -541,11 +541,13 @@ class AllNorms(Body, frozen=True):
 
 class Cut(Body, frozen=True):
     """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
-    file with `token`. `reached`: every server has got that far. Answered by Saved."""
+    file with `token`. `reached`: every server has got that far; `final`: and no worker is left that could take it further.
+    Answered by Saved."""
 
     round: Count
     token: Name
     reached: bool = False
+    final: bool = False
 
 
 class Saved(Body, frozen=True):

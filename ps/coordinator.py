@@ -426,7 +426,7 @@ class Coordinator:
         ended = not self._membership.names("worker") and self._ledger.committed >= self._ledger.planned
         round_ = self._cuts.due(servers, self._ledger.planned, ended, now)
         if round_ is not None:
-            self._begin_snapshot(round_, now)
+            self._begin_snapshot(round_, now, ended)
         for server, cut in self._cuts.ask(servers, now):
             self._send(f"server-{server}", cut)
             failpoint("cutting", cut.round)
@@ -442,9 +442,9 @@ class Coordinator:
         if self._cuts.failure:
             self._tell_of_failure(outcome)
 
-    def _begin_snapshot(self, round_: int, now: float) -> None:
+    def _begin_snapshot(self, round_: int, now: float, final: bool) -> None:
         folder, token = folder_of(self._run_dir, round_), secrets.token_hex(8)
-        self._cuts.begin(round_, token, now)
+        self._cuts.begin(round_, token, now, final)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TOKEN_FILE).write_text(token, encoding="utf-8")

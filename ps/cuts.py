@@ -35,6 +35,7 @@ class Under:
     round: int
     token: str
     began: float
+    final: bool
     asked_at: float = float("-inf")
     reached_at: float | None = None
     said: dict[int, Saved] = field(default_factory=dict)
@@ -76,9 +77,9 @@ class Cuts:
         """Whether nothing is to come any more once the run is over after `round_` rounds."""
         return self.under is None and (not self._every_s or self.newest == round_ or bool(self.failure))
 
-    def begin(self, round_: int, token: str, now: float) -> None:
-        """A cut for `round_`, whose folder is there."""
-        self.under, self.failure = Under(round_, token, now), ""
+    def begin(self, round_: int, token: str, now: float, final: bool = False) -> None:
+        """A cut for `round_`, whose folder is there; `final`: no worker is left."""
+        self.under, self.failure = Under(round_, token, now, final), ""
 
     def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, Cut]]:
         """What to tell which of `servers` (by version) now: those that have not written, again from time to time."""
@@ -91,7 +92,7 @@ class Cuts:
         elif under.reached_at is None:
             under.reached_at = now
         return [
-            (server, Cut(under.round, under.token, under.reached_at is not None))
+            (server, Cut(under.round, under.token, under.reached_at is not None, under.final))
             for server in servers
             if server not in under.said or under.said[server].state in ("waits", "writing")
         ]

@@ -460,7 +460,7 @@ class Shard(ABC):
             return
         assert self.store is not None and self.tables is not None and self.classifiers is not None
         assert self.owing is not None
-        entries = [*self.store.state(self._seen), *self.tables.state()]
+        entries = [*self.store.state(self._seen, copies=not cut.final), *self.tables.state()]
         self._held_version = self.classifiers.accepted
         self.owing.begin(cut.round, self._asked_for)
         self._held = Capture(cut.round, cut.token, entries, self._extra())

@@ -97,15 +97,16 @@ class _Part:
             out.append((spec.name if whole else f"{spec.name}#{piece.start}", spec.shape if whole else [piece.length], piece))
         return out
 
-    def state(self, layout: Layout) -> Iterator[Entry]:
-        """A copy of the master values and of the optimizer's state, for a snapshot."""
+    def state(self, layout: Layout, copies: bool = True) -> Iterator[Entry]:
+        """The master values and the optimizer's state, for a snapshot: `copies`, or where they are."""
+        take = torch.Tensor.clone if copies else torch.Tensor.detach
         for bit, (key, shape, piece) in enumerate(self.keys(layout)):
-            yield Entry(f"weights/{key}", shape, [self.master[piece.offset : piece.offset + piece.length].clone()])
+            yield Entry(f"weights/{key}", shape, [take(self.master[piece.offset : piece.offset + piece.length])])
             blocks = [block for block in self.blocks if block.bit == bit]
             states = [self.optimizer.state.get(b.parameter, {}) for b in blocks] if self.optimizer is not None else []
             for name, first in states[0].items() if states else ():
                 if first is not None and first.shape == blocks[0].parameter.shape:
-                    yield Entry(f"{_EACH}/{name}/{key}", shape, [state[name].clone() for state in states])
+                    yield Entry(f"{_EACH}/{name}/{key}", shape, [take(state[name]) for state in states])
                 elif first is not None:  # the same for all blocks, such as the number of steps
                     yield Entry(f"{_COMMON}/{name}/{key}", first.shape, [first.clone()])
 
@@ -233,11 +234,11 @@ class Store:
         coded = self._weight_codec.encode(chunk, weights, WEIGHT_SEED, None)
         return to_frame(coded.frame) if coded is not None else None
 
-    def state(self, seen: Mapping[int, torch.Tensor]) -> Iterator[Entry]:
-        """A copy of everything, for a snapshot. `seen` are the weights by chunk that workers compute from now: where these get
-        changes from one round to the next, they are not what the masters are."""
+    def state(self, seen: Mapping[int, torch.Tensor], copies: bool = True) -> Iterator[Entry]:
+        """Everything, for a snapshot: `copies`, or what nothing changes any more. `seen` are the weights by chunk that workers
+        compute from now: where these get changes from one round to the next, they are not what the masters are."""
         for number, part in self._parts.items():
-            yield from part.state(self._layout)
+            yield from part.state(self._layout, copies)
             if part.rounds and self._sends_changes:
                 for key, shape, piece in part.keys(self._layout):
                     yield Entry(f"seen/{key}", shape, [seen[number][piece.offset : piece.offset + piece.length].clone()])
