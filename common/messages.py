@@ -268,14 +268,15 @@ class Ack(Body, frozen=True):
 class Owed(Body, frozen=True):
     """What a push codec with error feedback has left out of `chunk` so far, in a float32 frame for each of its state's `names`.
     It is one of `of` such messages; where there is nothing, `of` is 0 and `chunk` -1. From a worker it is for the snapshot of
-    round `cut`, or, as it leaves (-1), for somebody else to send; from a server it is what that worker is to send. Answered by
-    Ready with its `number`."""
+    round `cut`, or, as it leaves (-1), for somebody else to send, and `taken` are the numbers of what it has got of that server,
+    which is in this; from a server it is what that worker is to send. Answered by Ready with its `number`."""
 
     chunk: CountOrNone = -1
     names: list[Name] = []
     of: Count = 0
     number: Count = 0
     cut: CountOrNone = -1
+    taken: list[Count] = []
 
 
 class Pull(Body, frozen=True):

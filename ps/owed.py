@@ -95,31 +95,30 @@ class Owing:
             parts = self._leaving.setdefault(sender, {})
         if body.of:
             parts[body.chunk] = self._codec.state_of(body.chunk, body.names, frames)
+        for number in body.taken:
+            self.got(sender, number)
         if len(parts) < body.of:
             return
         if body.cut >= 0 and cut is not None:
             cut.awaits.discard(sender)
             cut.told = _sum([cut.told, cut.parts.pop(sender)])
         else:
-            self._has_left(sender)
+            self.has_left(sender)
 
-    def _has_left(self, worker: str) -> None:
+    def has_left(self, worker: str) -> None:
+        """It has told all, or never will. What has not arrived there is somebody else's."""
         self._left.add(worker)
         if found := self._leaving.pop(worker, None):
             self._shares.append((found, 1.0))
+        keys = [key for key in self._handed if key[0] == worker]
+        if keys:
+            self._shares.append(({handed.owed.chunk: handed.state for handed in map(self._handed.pop, keys)}, 1.0))
         if self._cut is not None:
             self._cut.awaits.discard(worker)
 
     def got(self, worker: str, number: int) -> None:
         """A worker has what it was sent."""
         self._handed.pop((worker, number), None)
-
-    def forget(self, worker: str) -> None:
-        """A worker is lost, or has left: what has not arrived there is somebody else's."""
-        self._has_left(worker)
-        keys = [key for key in self._handed if key[0] == worker]
-        if keys:
-            self._shares.append(({handed.owed.chunk: handed.state for handed in map(self._handed.pop, keys)}, 1.0))
 
     def hand_out(self, worker: str, now: float) -> list[tuple[Owed, Frames]]:
         """A worker asks for weights, so it will contribute: a share for it, if there is one."""

@@ -334,7 +334,7 @@ class Shard(ABC):
                     self.lost.add(worker)
                     self._forget(worker)
                     if self.owing is not None:
-                        self.owing.forget(worker)
+                        self.owing.has_left(worker)
                 return []
             case _:
                 if sender != COORDINATOR:

@@ -54,14 +54,14 @@ class PushCoder:
             else:
                 self._feedback.commit(chunk, push.key)
 
-    def owed(self, chunks: Collection[int], cut: int, first: int) -> list[tuple[Owed, Frames]]:
+    def owed(self, chunks: Collection[int], cut: int, first: int, taken: list[int]) -> list[tuple[Owed, Frames]]:
         """What was left out of `chunks` so far, as messages numbered from `first`; one at least."""
         found = {chunk: state for chunk, state in self._feedback.owed().items() if chunk in chunks}
         messages: list[tuple[Owed, Frames]] = [
-            (Owed(chunk, list(state), len(found), number, cut), [to_frame(values) for values in state.values()])
+            (Owed(chunk, list(state), len(found), number, cut, taken), [to_frame(values) for values in state.values()])
             for number, (chunk, state) in enumerate(found.items(), first)
         ]
-        return messages or [(Owed(number=first, cut=cut), [])]
+        return messages or [(Owed(number=first, cut=cut, taken=taken), [])]
 
     def take_over(self, owed: Owed, frames: Frames) -> None:
         """Send what another has left out. Raises WireError for what does not fit."""

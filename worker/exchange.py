@@ -112,6 +112,7 @@ class Exchange:
         self._told: dict[int, int] = {}
         self._to_tell: dict[int, int] = {}
         self._next_number = 0
+        self._computes_no_more = False
         self._taken_over: dict[int, set[int]] = {}
         #: By server that says that the round wanted is over: the newest round it knows.
         self._gone: dict[int, int] = {}
@@ -356,6 +357,8 @@ class Exchange:
                 failpoint("receiving", body.clock)
             case Gone() if body.clock == self.clock:
                 self._gone[number] = body.newest
+            case Owed() if self._computes_no_more:
+                pass  # the server has it still, for another
             case Owed():
                 if body.number not in self._taken_over.setdefault(number, set()):
                     self._coder.take_over(body, frames)
@@ -460,12 +463,14 @@ class Exchange:
     def _tell(self, server: int, cut: int = -1) -> None:
         """Tell a server what was left out of its chunks, for the snapshot of round `cut` or for others to send."""
         chunks = {chunk.id for chunk in self._chunks[server]}
-        for owed, frames in self._coder.owed(chunks, cut, self._next_number):
+        taken = sorted(self._taken_over.get(server, ()))
+        for owed, frames in self._coder.owed(chunks, cut, self._next_number, taken):
             self._telling.append(Sent(f"server-{server}", owed, frames, float("-inf")))
             self._next_number = owed.number + 1
 
     def hand_over(self) -> None:
         """This worker computes no more: have servers keep what its codec has left out."""
+        self._computes_no_more = True
         for server in self._chunks if self._coder.keeps_state else ():
             self._tell(server)
 

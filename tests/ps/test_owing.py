@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from common import tensorfile
 from common.errors import WireError
@@ -79,10 +80,25 @@ def test_what_is_not_acknowledged_is_sent_again_and_is_not_lost_with_its_worker(
     owing.got("worker-1", first[0].number)
     assert not owing.again(SEND_AGAIN_S / 2)
     assert [(worker, owed) for worker, owed, _ in owing.again(SEND_AGAIN_S)] == [("worker-1", owed) for owed, _ in rest]
-    owing.forget("worker-1")
+    owing.has_left("worker-1")
     assert not owing.again(2 * SEND_AGAIN_S)
     again = owing.hand_out("worker-2", 0.0)
     assert [owed.chunk for owed, _ in again] == [owed.chunk for owed, _ in rest] and values(again) == {(3.0, 6.0)}
+
+
+def test_what_was_under_way_to_who_leaves_is_for_another_unless_it_says_that_it_came() -> None:
+    layout = layout_of(1)
+    owing = owing_of(layout, 0)
+    for owed, frames in told(layout, 0, 3.0):
+        owing.takes("worker-0", owed, frames)
+    first, *rest = owing.hand_out("worker-1", 0.0)
+    for owed, frames in told(layout, 0, 4.0):
+        owing.takes("worker-1", replace(owed, taken=[first[0].number]), frames)
+    assert not owing.again(SEND_AGAIN_S)
+    handed = [owing.hand_out("worker-2", 0.0) for _ in range(3)]
+    assert values(handed[0]) == {(4.0, 8.0)} and len(handed[0]) == 1 + len(rest)
+    assert values(handed[1]) == {(3.0, 6.0)} and [owed.chunk for owed, _ in handed[1]] == [owed.chunk for owed, _ in rest]
+    assert handed[2] == []
 
 
 def test_a_snapshot_waits_for_all_who_are_there_and_has_their_sum() -> None:
@@ -99,7 +115,7 @@ def test_a_snapshot_waits_for_all_who_are_there_and_has_their_sum() -> None:
     assert owing.asks("worker-0") == -1 and not owing.complete(0.0)
     for owed, frames in told(layout, 0, 4.0):
         owing.takes("worker-2", owed, frames)  # it leaves
-    owing.forget("worker-3")
+    owing.has_left("worker-3")
     assert owing.complete(0.0)
     assert held(owing) == {1.0 + 2.0 + 4.0}
 
