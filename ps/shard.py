@@ -539,7 +539,7 @@ class Shard(ABC):
         keeps = self.policy.applies == "round"
         try:
             layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
-            check_memory(layout, self.index)
+            check_memory(layout, self.index, setup.update, self.device, self.settings.replicas)
             store = Store(layout, self.index, setup.update, self.policy)
             tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
             return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed, keeps, self.device)
