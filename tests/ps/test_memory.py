@@ -11,7 +11,7 @@ import torch
 from common.errors import WireError
 from common.layout import ClassSpec, Layout, TableSpec, TensorSpec, make_layout
 from common.messages import Update
-from ps.checks import check_memory
+from ps.memory import check_memory
 
 CPU = torch.device("cpu")
 #: Of which 1 GiB is 2 ** 22 rows of 64 numbers.
