@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from common.errors import WireError
-from common.layout import Layout
 from common.messages import Setup, Update
 
 #: Settings of a parameter group, and numbers in one of them, at most.
@@ -26,14 +24,6 @@ def check_setup(setup: Setup) -> None:
     for group in update.groups:
         if len(group) > _SETTINGS or "params" in group or not all(_is_plain(value) for value in group.values()):
             raise WireError("the optimizer's settings are no plain values")
-
-
-def check_memory(layout: Layout, server: int) -> None:
-    """Raise WireError for chunks that this machine has no memory for."""
-    needed = sum(chunk.sum_bytes + chunk.weight_bytes for chunk in layout.on(server))
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise WireError(f"the model takes {needed >> 30} GiB on this server, whose machine has {there >> 30}")
 
 
 def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:

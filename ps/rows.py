@@ -179,7 +179,7 @@ class RowTable(Rows):
         #: Places of the rows that the last update touched, and what they were before it.
         self._undo = torch.empty(0, dtype=torch.int64), torch.empty(0, spec.dim)
         self._optimizer, self._parameter = _optimizer(update, spec)
-        for name, first in _first_state(update, spec).items():
+        for name, first in first_state(update, spec).items():
             if isinstance(first, torch.Tensor) and first.shape == (1, spec.dim):
                 self._state[name] = first.repeat(len(self._values), 1) if first.any() else zeros(*self._values.shape)
             else:
@@ -378,7 +378,7 @@ def optimizer_over(parameter: torch.nn.Parameter, update: Update, group: int) ->
     return made
 
 
-def _first_state(update: Update, spec: TableSpec) -> dict[str, Any]:
+def first_state(update: Update, spec: TableSpec) -> dict[str, Any]:
     """The state of a row that has had a gradient of nothing but zeros, which is what a row begins with."""
     optimizer, parameter = _optimizer(update, spec)
     parameter.grad = torch.zeros_like(parameter)

@@ -73,8 +73,9 @@ from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames, bytes_of
-from ps.checks import check_distinct, check_hypers, check_memory, check_setup
+from ps.checks import check_distinct, check_hypers, check_setup
 from ps.classes import Classifiers, Contributed
+from ps.memory import check_memory
 from ps.owed import Owing
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
@@ -539,7 +540,7 @@ class Shard(ABC):
         keeps = self.policy.applies == "round"
         try:
             layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
-            check_memory(layout, self.index)
+            check_memory(layout, self.index, setup.update, self.device, self.settings.replicas)
             store = Store(layout, self.index, setup.update, self.policy)
             tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
             return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed, keeps, self.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from common.errors import UsageError
 from common.settings import parse_shape
 from worker import data, models
+from worker.classes import OnServers
 from worker.factory import load_factory
 
 #: Columns that the table needs where nobody says how many there are.
@@ -83,20 +85,30 @@ def layers(model: nn.Module, shape: Sequence[int]) -> list[LayerCost]:
         for name, layer in model.named_modules()
         if not list(layer.children()) or list(layer.parameters(recurse=False))
     ]
+    for layer in model.modules():
+        if isinstance(layer, OnServers):  # as an nn.Linear: there are no servers
+            layer.forward = partial(_plain, layer)
     training = model.training
     with torch.no_grad():
         model.eval()(torch.empty(1, *shape, device="meta"))
     model.train(training)
     for handle in handles:
         handle.remove()
+    for layer in model.modules():
+        if isinstance(layer, OnServers):
+            del layer.forward
     return found
+
+
+def _plain(layer: OnServers, features: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(features, layer.weight, layer.bias)
 
 
 def _weights(layer: nn.Module, before: Sequence[int], after: Sequence[int]) -> Weights | None:
     """None for layers that are neither convolutions nor fully connected. Each weight is used once at each position."""
     if isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd):
         return costs(math.prod(before), math.prod(after[1:]), after[0], layer.weight[0].numel())
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | OnServers):
         return costs(math.prod(before), math.prod(after[:-1]), after[-1], layer.in_features)
     return None
 

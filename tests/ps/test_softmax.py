@@ -94,6 +94,14 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(
     check(servers, tile, classes, batch, one_class, smoothing, None)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("one_class", [False, True])
+@pytest.mark.parametrize("tile", [1, 7, 701])
+@pytest.mark.parametrize("servers", [1, 2, 3, 5])
+def test_they_are_so_however_classes_are_divided(servers: int, tile: int, one_class: bool, smoothing: float) -> None:
+    check(servers, tile, 701, 9, one_class, smoothing, None)
+
+
 @pytest.mark.parametrize("margin", [CosFace(16.0, 0.35), ArcFace(16.0, 0.5)])
 @pytest.mark.parametrize("servers", [1, 3])
 def test_margins_are_those_of_the_papers(margin: Margin, servers: int) -> None:

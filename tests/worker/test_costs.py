@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import launch
 from cluster.exits import run_command
 from common.errors import UsageError
+from worker.classes import ColumnParallelLinear, ShardedLinear
 from worker.costs import LayerCost, Weights, costs, inspect, layers
 from worker.models import build
 
@@ -51,6 +53,15 @@ def test_four_channels_to_two_with_filters_of_2x2_have_32_weights() -> None:
 def test_four_hundred_features_of_8x8_on_96x96_have_3168400_outputs() -> None:
     cost = one(nn.Conv2d(1, 400, 8), 1, 96, 96)
     assert cost.output == (400, 89, 89) and cost.multiply_adds == 3_168_400 * 64
+
+
+@pytest.mark.parametrize("layer", [ShardedLinear(20, 50, bias=True), ColumnParallelLinear(20, 50)])
+def test_a_layer_on_the_servers_costs_what_a_linear_one_does(layer: nn.Module) -> None:
+    with torch.device("meta"):
+        found, expected = (layers(nn.Sequential(nn.Linear(8, 20), one), (8,)) for one in (layer, nn.Linear(20, 50)))
+    assert found == [expected[0], replace(expected[1], kind=type(layer).__name__)]
+    assert (found[1].output, found[1].parameters, found[1].multiply_adds) == ((50,), 1050, 1000)
+    assert "forward" not in vars(layer)  # it is as it was
 
 
 def test_a_filter_of_a_column_sees_half_the_maps() -> None:
