@@ -54,7 +54,7 @@ class _Cut:
 
     round: int
     awaits: set[str]
-    told: dict[int, State] = field(default_factory=dict)
+    told: dict[str, dict[int, State]] = field(default_factory=dict)
     parts: dict[str, dict[int, State]] = field(default_factory=dict)
     since: float | None = None
 
@@ -101,15 +101,17 @@ class Owing:
             return
         if body.cut >= 0 and cut is not None:
             cut.awaits.discard(sender)
-            cut.told = _sum([cut.told, cut.parts.pop(sender)])
+            cut.told[sender] = cut.parts.pop(sender)
         else:
             self.has_left(sender)
 
     def has_left(self, worker: str) -> None:
         """It has told all, or never will. What has not arrived there is somebody else's."""
         self._left.add(worker)
-        if found := self._leaving.pop(worker, None):
+        if (found := self._leaving.pop(worker, None)) is not None:
             self._shares.append((found, 1.0))
+            if self._cut is not None:
+                self._cut.told.pop(worker, None)  # for a snapshot it counts once
         keys = [key for key in self._handed if key[0] == worker]
         if keys:
             self._shares.append(({handed.owed.chunk: handed.state for handed in map(self._handed.pop, keys)}, 1.0))
@@ -176,7 +178,8 @@ class Owing:
     def end(self) -> Iterator[Entry]:
         """What is in the snapshot, which is complete: one sum."""
         cut, self._cut = self._cut, None
-        parts = [cut.told if cut is not None else {}, *self._leaving.values()]
+        told = cut.told if cut is not None else {}
+        parts = list({**self._leaving, **told}.values())
         parts += [{c: _times(state, factor) for c, state in states.items()} for states, factor in self._shares]
         parts += [{handed.owed.chunk: handed.state} for handed in self._handed.values()]
         for chunk, state in _sum(parts).items():

@@ -120,6 +120,22 @@ def test_a_snapshot_waits_for_all_who_are_there_and_has_their_sum() -> None:
     assert held(owing) == {1.0 + 2.0 + 4.0}
 
 
+def test_who_tells_for_a_snapshot_and_then_leaves_is_in_it_once() -> None:
+    layout = layout_of(1)
+    owing = owing_of(layout, 0)
+    owing.begin(7, ["worker-0", "worker-1", "worker-2"])
+    for worker in ("worker-0", "worker-1"):
+        for owed, frames in told(layout, 0, 1.0, cut=7):
+            owing.takes(worker, owed, frames)
+    owing.has_left("worker-1")  # killed, but what it had is in there
+    *first, last = told(layout, 0, 4.0)
+    for owed, frames in first:
+        owing.takes("worker-0", owed, frames)
+    owing.takes("worker-0", *last)
+    owing.has_left("worker-2")
+    assert owing.complete(0.0) and held(owing) == {1.0 + 4.0}
+
+
 def test_a_snapshot_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
     layout = layout_of(1)
     owing = owing_of(layout, 0)
