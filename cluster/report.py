@@ -24,8 +24,11 @@ PLOT_FILE = "results.png"
 #: Columns taken from a run's summary, after those of the settings that differ.
 RESULTS = (
     "rounds", "samples", "seconds", "samples_per_second", "loss", "accuracy", "micro_batches_recomputed", "dropped",
-    "pushed_bytes", "pulled_bytes", "weights_sha256",
+    "pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds", "weights_sha256",
 )  # fmt: skip
+
+#: Those of them that stand under `wire` there.
+WIRE = ("pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds")
 
 _SHORT_SHA = 12
 #: Points of a line of the plot; the loss is a mean over the rounds between two of them.
@@ -33,6 +36,8 @@ _POINTS = 100
 #: How Markdown shows what is not a whole number or a word.
 _FORMATS: Mapping[str, Callable[[Any], str]] = {
     "seconds": "{:.1f}".format,
+    "encode_seconds": "{:.2f}".format,
+    "decode_seconds": "{:.2f}".format,
     "samples_per_second": "{:.0f}".format,
     "loss": "{:.4f}".format,
     "accuracy": "{:.2%}".format,
@@ -73,7 +78,7 @@ def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict[str, Any
         row: dict[str, Any] = {"name": outcome.name} | {key: settings[key] for key in keys}
         # settings and results share no name; a result that a run did not measure is an empty cell
         row |= {key: summary.get(key) for key in RESULTS}
-        row |= {key: summary.get("wire", {}).get(key) or None for key in ("pushed_bytes", "pulled_bytes")}
+        row |= {key: summary.get("wire", {}).get(key) or None for key in WIRE}
         row["weights_sha256"] = (summary.get("weights_sha256") or "")[:_SHORT_SHA] or None
         table.append(row | {"error": outcome.error or None})
     return table

@@ -238,10 +238,10 @@ class ClassExchange:
         self._pushes.replaced(name)
         again(self._unanswered.values(), name)
 
-    def added_to(self, traffic: Traffic) -> Traffic:
-        """`traffic` and this."""
-        pushed, pulled = traffic.pushed_bytes + self._pushed_bytes, traffic.pulled_bytes + self._pulled_bytes
-        return msgspec.structs.replace(traffic, pushed_bytes=pushed, pulled_bytes=pulled)
+    @property
+    def traffic(self) -> Traffic:
+        """Of questions, answers and pushes so far."""
+        return Traffic(self._pushed_bytes, self._pulled_bytes)
 
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again."""

@@ -13,9 +13,9 @@ import torch
 
 from common.errors import WireError
 from common.layout import TableSpec
-from common.messages import RowAck, RowPull, RowPush, Rows
+from common.messages import Body, RowAck, RowPull, RowPush, Rows, Traffic
 from common.rows import RowSums, cut, cut_sums, join, owner_of, page_ids, split
-from common.wire import Frames
+from common.wire import Frames, bytes_of
 from worker.exchange import Send
 from worker.resending import Pushes, Sent, again, due
 
@@ -35,6 +35,8 @@ class RowExchange:
         self._number = 0
         #: How many rows were asked for, and their length.
         self._shape = 0, 0
+        #: Of tensors, repetitions included.
+        self._pushed_bytes = self._pulled_bytes = 0
 
     # ---- pulling
 
@@ -59,7 +61,11 @@ class RowExchange:
                 self._number += 1
                 self._places[self._number] = places
                 self._questions[self._number] = Sent(f"server-{server}", *question(self._number, ids[places]), now)
-        return [Send(sent.server, sent.body, sent.frames) for sent in self._questions.values()]
+        return [self._send(sent) for sent in self._questions.values()]
+
+    def _send(self, sent: Sent[Body]) -> Send:
+        self._pushed_bytes += sum(frame.nbytes for frame in sent.frames)
+        return Send(sent.server, sent.body, sent.frames)
 
     @property
     def complete(self) -> bool:
@@ -88,7 +94,7 @@ class RowExchange:
             body = msgspec.structs.replace(push, counts=[one.count for one in part], base=bases.get(server, 0))
             sent = Sent(f"server-{server}", body, cut_sums(part), now)
             self._pushes.add(sent)
-            effects.append(Send(sent.server, sent.body, sent.frames))
+            effects.append(self._send(sent))
         return effects
 
     @property
@@ -110,6 +116,7 @@ class RowExchange:
             count, dim = len(self._places[body.number]), self._shape[1]
             if body.count != count:
                 raise WireError(f"{server} sent {body.count} rows where {count} were asked for")
+            self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
             self._answers[body.number] = join(iter(frames), "float32", count * dim, f"an answer of {server}").view(count, dim)
             del self._questions[body.number]
 
@@ -118,7 +125,12 @@ class RowExchange:
         self._pushes.replaced(f"server-{server}")
         again(self._questions.values(), f"server-{server}")
 
+    @property
+    def traffic(self) -> Traffic:
+        """Of rows so far."""
+        return Traffic(self._pushed_bytes, self._pulled_bytes)
+
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again."""
         late = due([*self._pushes.sent, *self._questions.values()], now)
-        return [Send(sent.server, sent.body, sent.frames) for sent in late]
+        return [self._send(sent) for sent in late]

@@ -594,8 +594,9 @@ class Run:
     @property
     def traffic(self) -> Traffic:
         """What has travelled so far of this worker's tensors."""
-        traffic = self._exchange.traffic if self._exchange is not None else Traffic()
-        return traffic if self._shards is None else self._shards.exchange.added_to(traffic)
+        parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
+        told = [msgspec.structs.astuple(part.traffic) for part in parts if part is not None]
+        return Traffic(*map(sum, zip(*told, strict=True)))
 
     def _beat(self) -> Beat:
         traffic = self.traffic

@@ -79,6 +79,7 @@ def test_tables_are_the_plain_loops_dense_ones_whatever_the_cluster(launch: Any,
         summary = launch("--workers", workers, "--servers", servers, "--lane", lane, SCRIPT, "--", "adagrad", name=lane + "-run")
         assert summary["samples"] == SAMPLES * EPOCHS and summary["micro_batches_committed"] == (8 * 4 + 5) * EPOCHS
         check(tmp_path / (lane + "-run"), expected, final)
+        assert min(summary["wire"]["pushed_bytes"], summary["wire"]["pulled_bytes"]) > 10_000  # rows do travel in either lane
 
 
 def test_clipping_by_norm_goes_over_tables_too(launch: Any, tmp_path: Path) -> None:
