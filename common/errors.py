@@ -14,11 +14,12 @@ class UsageError(PsError):
 class WireError(PsError):
     """A message that is foreign, stale or malformed. It is refused and counted; it never crashes a process.
 
-    `kind` is what it is counted under (`common/refusals.py`): "unfit" is what is well-formed and does not fit the run.
+    `kind` is what it is counted under (`common/refusals.py`): "unfit" is what is well-formed and does not fit the run. Names that
+    a stranger has sent may stand in `text`, so nothing in it is left that would be more than letters on a terminal or in a log.
     """
 
     def __init__(self, text: str, kind: str = "unfit") -> None:
-        super().__init__(text)
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in text))
         self.kind = kind
 
 

@@ -1,0 +1,21 @@
+"""The small benchmarks run and print their figures."""
+
+from __future__ import annotations
+
+import re
+
+from click.testing import CliRunner
+
+from benchmarks import kv, server_step
+
+
+def test_a_servers_step_is_shown_beside_memcpy() -> None:
+    done = CliRunner().invoke(server_step.cli, ["--values", "5000", "--times", "1"], catch_exceptions=False)
+    assert done.exit_code == 0 and re.search(r"^memcpy: [\d.]+ GB/s", done.output)
+    assert {line.partition(":")[0] for line in done.output.splitlines()[1:]} >= {"SGD", "SGD-momentum", "Adam", "Adam-fused"}
+
+
+def test_pushes_and_pulls_of_the_key_value_client_are_timed() -> None:
+    done = CliRunner().invoke(kv.cli, ["--values", "1000", "--times", "2", "--servers", "1"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert re.search(r"^1 server, 1,000 float32: push \d+ ms \(\d+..\d+\), pull \d+ ms", done.output, re.MULTILINE)
