@@ -31,7 +31,7 @@ BODIES: list[Body] = [
 ]
 HEADERS = [HERE.encode(body) for body in BODIES]
 
-many = settings(max_examples=1500, deadline=None)
+many = settings(max_examples=1000, deadline=None)
 values = st.recursive(
     st.none()
     | st.booleans()
@@ -40,7 +40,7 @@ values = st.recursive(
     | st.text(max_size=9)
     | st.binary(max_size=9),
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=9), inner, max_size=6),
-    max_leaves=30,
+    max_leaves=6,
 )
 
 
