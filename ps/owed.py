@@ -112,9 +112,9 @@ class Owing:
             self._shares.append((found, 1.0))
             if self._cut is not None:
                 self._cut.told.pop(worker, None)  # for a snapshot it counts once
-        keys = [key for key in self._handed if key[0] == worker]
-        if keys:
-            self._shares.append(({handed.owed.chunk: handed.state for handed in map(self._handed.pop, keys)}, 1.0))
+        handed = [self._handed.pop(key) for key in list(self._handed) if key[0] == worker]
+        if handed:
+            self._shares.append((_sum([{one.owed.chunk: one.state} for one in handed]), 1.0))
         if self._cut is not None:
             self._cut.awaits.discard(worker)
 

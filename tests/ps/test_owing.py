@@ -101,6 +101,17 @@ def test_what_was_under_way_to_who_leaves_is_for_another_unless_it_says_that_it_
     assert handed[2] == []
 
 
+def test_two_shares_that_did_not_arrive_are_both_for_another() -> None:
+    layout = layout_of(1)
+    owing = owing_of(layout, 0)
+    for worker, value in (("worker-0", 3.0), ("worker-1", 4.0)):
+        for owed, frames in told(layout, 0, value):
+            owing.takes(worker, owed, frames)
+    assert values([*owing.hand_out("worker-2", 0.0), *owing.hand_out("worker-2", 0.0)]) == {(3.0, 6.0), (4.0, 8.0)}
+    owing.has_left("worker-2")
+    assert values(owing.hand_out("worker-3", 0.0)) == {(7.0, 14.0)}
+
+
 def test_a_snapshot_waits_for_all_who_are_there_and_has_their_sum() -> None:
     layout = layout_of(1)
     owing = owing_of(layout, 0)
