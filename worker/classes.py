@@ -21,6 +21,7 @@ from common.policies import Policy
 from common.rows import cut, owner_of, page_ids, pages
 from common.tensors import to_frame
 from worker.class_exchange import ClassExchange, Sums
+from worker.exchange import Send
 from worker.link import Link
 from worker.margins import Margin
 from worker.optimizer import Groups
@@ -300,14 +301,15 @@ class Shards:
         """Whether the answers are here; False where the round is over."""
         with self._link.lock:
             messages = self.exchange.ask(question, tensors, time.monotonic())
-        self._link.send(*messages)
-        self._wait(layer)
-        return not self.exchange.gone
+        return self._is_answered(layer, messages)
 
     def _ask_back(self, layer: OnServers, question: Classify, slopes: torch.Tensor, features: torch.Tensor) -> bool:
         """Likewise."""
         with self._link.lock:
             messages = self.exchange.ask_back(question, slopes, features, time.monotonic())
+        return self._is_answered(layer, messages)
+
+    def _is_answered(self, layer: OnServers, messages: Sequence[Send]) -> bool:
         self._link.send(*messages)
         self._wait(layer)
         return not self.exchange.gone

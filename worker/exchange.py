@@ -390,9 +390,8 @@ class Exchange:
             self.unknown[server] = now
             effects.append(Send(f"server-{server}", self.share))
         for server, cut in list(self._to_tell.items()):
-            if not any(
-                o.server == server and o.push.round < cut for o in self._outstanding
-            ):  # else what it holds is not known yet
+            before_cut = (o for o in self._outstanding if o.server == server and o.push.round < cut)
+            if not any(before_cut):  # else what was left out before it is not known yet
                 self._tell(server, self._to_tell.pop(server))
         effects += [Send(told.server, told.body, told.frames) for told in due(self._telling, now)]
         if self.clock is not None:

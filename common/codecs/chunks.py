@@ -76,13 +76,17 @@ class ChunkCodec:
         """Whether something in the chunk is compressed."""
         return bool(self._cuts[chunk_id].runs)
 
-    def state_of(self, chunk_id: int, names: Sequence[str], frames: Frames) -> State:
-        """A chunk's state out of a frame of float32 for each of `names`. Raises WireError for what is none."""
+    def _compressed(self, chunk_id: int) -> _Cut:
+        """Raises WireError for a chunk in which nothing is compressed."""
         if not 0 <= chunk_id < len(self._cuts) or not self._cuts[chunk_id].runs:
             raise WireError(f"chunk {chunk_id} is not one that is compressed")
+        return self._cuts[chunk_id]
+
+    def state_of(self, chunk_id: int, names: Sequence[str], frames: Frames) -> State:
+        """A chunk's state out of a frame of float32 for each of `names`. Raises WireError for what is none."""
+        numel = self._compressed(chunk_id).coded
         if len(set(names)) != len(frames) or not set(names) <= set(self.codec.states):
             raise WireError(f"the codec has no state of {', '.join(names)} in {len(frames)} frames")
-        numel = self._cuts[chunk_id].coded
         state = {n: from_frame(f, "float32", numel, f"the state of chunk {chunk_id}") for n, f in zip(names, frames, strict=True)}
         if not all(values.isfinite().all() for values in state.values()):
             raise WireError(f"the state of chunk {chunk_id} is not finite")
@@ -117,11 +121,10 @@ class ChunkCodec:
 
         Raises WireError for a chunk in which nothing is compressed, and for what is no frame of the chunk.
         """
-        if not 0 <= chunk_id < len(self._cuts) or not self._cuts[chunk_id].runs:
-            raise WireError(f"chunk {chunk_id} is not one that is compressed")
+        cut = self._compressed(chunk_id)
         began = time.perf_counter()
         try:
-            return self._decode(self._cuts[chunk_id], frame, seed)
+            return self._decode(cut, frame, seed)
         finally:
             self.decode_seconds += time.perf_counter() - began
 

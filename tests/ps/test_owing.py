@@ -47,6 +47,12 @@ def told(layout: Layout, server: int, value: float, cut: int = -1) -> list[tuple
     ]
 
 
+def leaves(owing: Owing, worker: str, layout: Layout, value: float) -> None:
+    """A worker of server 0 hands over all that it has left out."""
+    for owed, frames in told(layout, 0, value):
+        owing.takes(worker, owed, frames)
+
+
 def held(owing: Owing) -> set[float]:
     """The residuals that it has."""
     return {float(x) for e in owing.end() if e.name.startswith("owed/residual") for part in e.parts for x in part.unique()}
@@ -74,8 +80,7 @@ def test_who_leaves_hands_over_all_once_and_the_next_one_gets_it() -> None:
 def test_what_is_not_acknowledged_is_sent_again_and_is_not_lost_with_its_worker() -> None:
     layout = layout_of(1)
     owing = owing_of(layout, 0)
-    for owed, frames in told(layout, 0, 3.0):
-        owing.takes("worker-0", owed, frames)
+    leaves(owing, "worker-0", layout, 3.0)
     first, *rest = owing.hand_out("worker-1", 0.0)
     owing.got("worker-1", first[0].number)
     assert not owing.again(SEND_AGAIN_S / 2)
@@ -89,8 +94,7 @@ def test_what_is_not_acknowledged_is_sent_again_and_is_not_lost_with_its_worker(
 def test_what_was_under_way_to_who_leaves_is_for_another_unless_it_says_that_it_came() -> None:
     layout = layout_of(1)
     owing = owing_of(layout, 0)
-    for owed, frames in told(layout, 0, 3.0):
-        owing.takes("worker-0", owed, frames)
+    leaves(owing, "worker-0", layout, 3.0)
     first, *rest = owing.hand_out("worker-1", 0.0)
     for owed, frames in told(layout, 0, 4.0):
         owing.takes("worker-1", replace(owed, taken=[first[0].number]), frames)
@@ -104,9 +108,8 @@ def test_what_was_under_way_to_who_leaves_is_for_another_unless_it_says_that_it_
 def test_two_shares_that_did_not_arrive_are_both_for_another() -> None:
     layout = layout_of(1)
     owing = owing_of(layout, 0)
-    for worker, value in (("worker-0", 3.0), ("worker-1", 4.0)):
-        for owed, frames in told(layout, 0, value):
-            owing.takes(worker, owed, frames)
+    leaves(owing, "worker-0", layout, 3.0)
+    leaves(owing, "worker-1", layout, 4.0)
     assert values([*owing.hand_out("worker-2", 0.0), *owing.hand_out("worker-2", 0.0)]) == {(3.0, 6.0), (4.0, 8.0)}
     owing.has_left("worker-2")
     assert values(owing.hand_out("worker-3", 0.0)) == {(7.0, 14.0)}
@@ -124,8 +127,7 @@ def test_a_snapshot_waits_for_all_who_are_there_and_has_their_sum() -> None:
     for owed, frames in told(layout, 0, 50.0, cut=6):
         owing.takes("worker-2", owed, frames)  # of another snapshot
     assert owing.asks("worker-0") == -1 and not owing.complete(0.0)
-    for owed, frames in told(layout, 0, 4.0):
-        owing.takes("worker-2", owed, frames)  # it leaves
+    leaves(owing, "worker-2", layout, 4.0)
     owing.has_left("worker-3")
     assert owing.complete(0.0)
     assert held(owing) == {1.0 + 2.0 + 4.0}
