@@ -25,8 +25,8 @@ from common.wire import bytes_of
 Norm = tuple[int, int, float]
 
 #: Elements that are summed and updated at a time: few enough to stay in a core's cache on their way through all steps.
-#: A fused kernel is one step; without one there are many, with memory of their own in between.
-_BLOCK, _FUSED_BLOCK = 64 << 10, 1 << 20
+#: A fused kernel is one step; without one there are many, with memory of their own in between, and each takes time to call.
+_BLOCK, _FUSED_BLOCK = 256 << 10, 1 << 20
 #: A fused kernel gives the same bits where there are only whole vectors, of whatever processor.
 _WHOLE_VECTORS = 64
 #: What an optimizer's state is called in snapshots: that of each element, and that of all of a tensor.
@@ -73,6 +73,9 @@ class _Part:
             # what the constructor takes is given to it, for some classes (Adagrad) make their first state there
             known = _only(settings, inspect.signature(optimizer_class).parameters)
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **known)
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        #: Whether the optimizer can divide gradients as it reads them.
+        self.divides = len(groups) == 1 and bool(groups[0].get("fused"))
 
     def move(self, block: _Block, into: torch.Tensor) -> None:
         """Have the block's master values in `into` from now on."""
@@ -275,11 +278,12 @@ class Store:
         out = torch.empty(part.chunk.numel, dtype=part.sum_dtype)
         present = _present(total)
         for block in part.blocks:
-            self._mean(part, block, total, samples, out[block.start : block.start + block.length])
+            place = out[block.start : block.start + block.length]
+            _divided(part, self._sum(part, block, total, place), samples, place)
         return Sum(out, present, owned=True)
 
-    def _mean(self, of: _Part, block: _Block, total: Sequence[Sum], samples: int, out: torch.Tensor) -> torch.Tensor:
-        """Write the mean of a block to `out`; in this order, whatever the block and wherever the values lie."""
+    def _sum(self, of: _Part, block: _Block, total: Sequence[Sum], out: torch.Tensor) -> Sum:
+        """The sum of a block, in `out` if anything was added; in this order, whatever the block and wherever the values lie."""
         whole = total[0] if len(total) == 1 else put_off(*total)
         scratch = self._scratch[of.sum_dtype]
 
@@ -288,10 +292,7 @@ class Store:
                 scratch.append(torch.empty_like(scratch[0]))
             return scratch[depth][: block.length] if depth else out
 
-        found = add_up(of.chunk.kind, whole.section(block.start, block.length), place)
-        if of.chunk.kind == "max":
-            return out if found.values is out else out.copy_(found.values)
-        return torch.div(found.values, samples / found.scale, out=out)
+        return add_up(of.chunk.kind, whole.section(block.start, block.length), place)
 
     def norms(self, chunk: int, mean: Sum) -> list[Norm]:
         """2-norm of the gradient of each piece that has one."""
@@ -353,7 +354,12 @@ class Store:
             if not present >> block.bit & 1:
                 continue
             out = block.parameter if part.optimizer is None else self._scratch[part.sum_dtype][0][: block.length]
-            gradient = self._mean(part, block, total, samples, out)
+            found = self._sum(part, block, total, out)
+            divisor = samples / found.scale
+            if part.divides and found.values is out and factor is None and then is None and _is_float32(divisor):
+                gradient, scale = out, torch.tensor(divisor, dtype=torch.float32)
+            else:
+                gradient, scale = _divided(part, found, samples, out), None
             if self._checks and not is_finite(gradient):  # here, for it is in the cache
                 raise NotFinite(self._layout.tensors[part.chunk.pieces[block.bit].tensor].name)
             if part.optimizer is not None:
@@ -362,12 +368,24 @@ class Store:
                 if then is not None:
                     old = then[block.start : block.start + block.length].to(part.sum_dtype)
                     gradient = self._policy.compensate(gradient, block.parameter, old)
-                block.parameter.grad = gradient
+                block.parameter.grad, part.optimizer.grad_scale = gradient, scale  # type: ignore[attr-defined]
                 part.optimizer.step()
                 block.parameter.grad = None
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
         return self.settle(chunk, into, before) if into is not None else None
+
+
+def _divided(of: _Part, total: Sum, samples: int, out: torch.Tensor) -> torch.Tensor:
+    """Write the mean whose sum `total` is to `out`."""
+    if of.chunk.kind == "max":
+        return out if total.values is out else out.copy_(total.values)
+    return torch.div(total.values, samples / total.scale, out=out)
+
+
+def _is_float32(number: float) -> bool:
+    """Whether the number is one that a fused kernel can be told as what to divide by."""
+    return float(torch.tensor(number, dtype=torch.float32)) == number
 
 
 def _present(total: Sequence[Sum]) -> int:

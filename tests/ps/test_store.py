@@ -203,6 +203,26 @@ def test_a_snapshot_on_another_number_of_servers_goes_on_to_the_same_bits(cls: A
         assert all(same(cluster.weights(), plain)), f"after step {step}"
 
 
+@pytest.mark.parametrize("hyper", [{"momentum": 0.9}, {"weight_decay": 0.1, "maximize": True}, {"fused": True}])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_who_divides_a_sum_as_it_is_read_does_so_to_the_same_bits(cls: Any, hyper: dict[str, Any], dtype: torch.dtype) -> None:
+    if cls is torch.optim.Adam:
+        hyper = {key: value for key, value in hyper.items() if key != "momentum"}
+    plain, optimizer, cluster = make(cls, {"lr": 0.02, **hyper}, {"lr": 0.005}, 2, dtype)
+    divided = [part.divides for store in cluster.stores for part in store._parts.values()]
+    assert any(divided) == (cls is torch.optim.SGD or "fused" in hyper)
+    for step in range(STEPS):
+        left, right = gradients_of(step, dtype), gradients_of((step + 1) % STEPS, dtype)
+        pairs = list(zip(left, right, strict=True))
+        added = [(0 if a is None else a * 3) + (0 if b is None else b * 4) for a, b in pairs]
+        means = [None if a is None and b is None else total / 7 for (a, b), total in zip(pairs, added, strict=True)]
+        plain_step(plain, optimizer, means)
+        three, four = cluster.receive(left, 3), cluster.receive(right, 4)
+        cluster.apply({chunk: put_off(three[chunk], four[chunk]) for chunk in three}, 7)
+        assert all(same(cluster.weights(), plain)), f"after step {step}"
+
+
 def moved(old: Cluster, new: Cluster, folder: Path) -> Cluster:
     """`new` with the state of `old`, by way of files."""
     paths = [folder / f"{number}.safetensors" for number in range(len(old.stores))]
