@@ -148,7 +148,7 @@ def start_coordinator(
     """
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
     command += [*flags, *["--resume"] * resume]
-    processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1))
+    child = processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1), **_AGAIN)
     patience_s = _ADDRESS_S + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
     deadline = time.monotonic() + patience_s
     log = folder / LOGS / "coordinator.log"
@@ -158,7 +158,9 @@ def start_coordinator(
             raise ClusterError(f"the coordinator ended at once; its log is {log}.")
         if time.monotonic() > deadline:
             raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {log}.")
-    return (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
+    address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
+    child.anew = [*(word for word in child.command if word != "--resume"), "--resume", f"--bind={address}"]
+    return address
 
 
 def start_server(

@@ -59,6 +59,8 @@ class Child:
     #: Whether nothing of its process group is left.
     gone: bool = field(default=False, repr=False)
     command: Sequence[str] = field(default=(), repr=False)
+    #: The command with which it begins anew when it asks for that; its own if there is none.
+    anew: Sequence[str] = field(default=(), repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -152,6 +154,7 @@ class Processes:
         for child in self.running():
             code = child.popen.poll()
             if code == AGAIN and not self._stops:
+                child.command = child.anew or child.command
                 with contextlib.suppress(OSError):
                     self.again(child)
                     continue

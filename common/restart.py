@@ -19,7 +19,7 @@ AGAIN = 75
 
 def restart(extra: Sequence[str] = (), without: str = "") -> NoReturn:
     """Replace this process by a new one of the same command line, with the arguments `extra` that it has not yet, less one: under
-    the same process id, unless it is started again (AGAIN_VARIABLE).
+    the same process id, unless it is started again (AGAIN_VARIABLE) by who knows of these.
 
     May be called on any thread. Processes that this one has started are killed: whoever is begun anew starts its own.
     """
@@ -29,7 +29,7 @@ def restart(extra: Sequence[str] = (), without: str = "") -> NoReturn:
     for child in _children():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(child, signal.SIGKILL)
-    if AGAIN_VARIABLE in os.environ and not extra and not without:
+    if AGAIN_VARIABLE in os.environ:
         os._exit(AGAIN)
     command = [sys.executable, *(argument for argument in sys.orig_argv[1:] if argument != without)]
     os.execv(sys.executable, [*command, *(argument for argument in extra if argument not in command)])

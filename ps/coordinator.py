@@ -84,7 +84,7 @@ from ps.archive import ModelFile, summarized_run, write_summary
 from ps.books import Books, Head, Keeper, new_run, restore
 from ps.cuts import Cuts, Under
 from ps.ledger import Ledger
-from ps.membership import Member, Membership, number_of
+from ps.membership import NEAR_S, Member, Membership, number_of
 from ps.takeover import Takeover
 
 log = logging.getLogger("ps.coordinator")
@@ -272,14 +272,14 @@ class Coordinator:
         self._flush()
 
     def _take_over(self, books: Books, now: float) -> None:
-        committed, later = books.ledger.committed, now + _FIND_S
+        committed = books.ledger.committed
         self._membership.restore(
             [
                 Member(
                     name,
                     kept.hello,
                     kept.incarnation,
-                    later,
+                    now - NEAR_S if self._is_dead(kept.hello) and not kept.left else now + _FIND_S,
                     Beat(round=committed),
                     left=kept.left,
                     lost=kept.lost,
@@ -625,7 +625,7 @@ class Coordinator:
             raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
         known = dict(self._membership.members)
         started = self._membership.started
-        member, answers = self._membership.hello(hello, incarnation, now)
+        member, answers = self._membership.hello(hello, incarnation, now, self._is_dead)
         if member is not None:
             self._routes[member.name] = route
             if known.get(member.name) is not member:

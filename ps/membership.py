@@ -20,7 +20,7 @@ from common.leases import Table, shares
 from common.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
 from common.policies import Policy
 from common.settings import Settings
-from common.wire import STOPPED_S
+from common.wire import BEAT_S, STOPPED_S
 
 #: Seconds that processes have to join before the run is given up.
 JOIN_S = 120.0
@@ -31,9 +31,10 @@ FAR_S = 15.0
 _LONGEST_S = 60.0
 #: Seconds between two looks at whether shares should follow the measured speeds.
 RESHARE_S = 2.0
-#: One that has been silent for so long has died, if another is there to take its place; else the newcomer is refused after so
-#: many seconds.
+#: One that has been silent for so long has died, if another is there to take its place, or for so long if its process is
+#: certainly gone; else the newcomer is refused after so many seconds.
 _DEAD_S = 1.5
+_GONE_S = 2 * BEAT_S
 _TAKEN_S = 6.0
 #: A new table holds from so many rounds after the newest one known, and so many seconds at the speed of the last ones, for
 #: the news to get everywhere first. Where it does not, micro-batches are missing or done twice, and are leased again.
@@ -114,7 +115,8 @@ class Membership:
         self._pace = 0.0
 
     def restore(self, members: Iterable[Member], tables: list[Table]) -> None:
-        """Take over the members and tables of a coordinator that is gone. All are to tell anew where they are."""
+        """Take over the members and tables of a coordinator that is gone. All are to tell anew where they are, for which they
+        have until their `heard_at`."""
         for member in members:
             self.members[member.name] = self._of(member.hello.role)[member.name] = self._incarnations[member.incarnation] = member
         self.tables, self.started = tables, bool(tables)
@@ -130,8 +132,11 @@ class Membership:
     def _of(self, role: str) -> dict[str, Member]:
         return self.servers if role == "server" else self.workers
 
-    def hello(self, hello: Hello, incarnation: int, now: float) -> tuple[Member | None, list[tuple[str, Body]]]:
-        """A process asks to join: the member it is (None if refused), and what to answer to whom ('' is the asker)."""
+    def hello(
+        self, hello: Hello, incarnation: int, now: float, is_dead: Callable[[Hello], bool] = lambda hello: False
+    ) -> tuple[Member | None, list[tuple[str, Body]]]:
+        """A process asks to join: the member it is (None if refused), and what to answer to whom ('' is the asker). `is_dead`
+        says of another whether it is certain that its process is gone."""
         member = self._incarnations.get(incarnation)
         if member is not None and member.lost:
             return None, [("", self.fence(member))]
@@ -139,7 +144,9 @@ class Membership:
             member.heard_at = now
             return member, [("", self._answer(member))]
         if (taken := self._place_of(hello)) is not None:
-            if now - taken.heard_at > _DEAD_S:
+            silent_s = now - taken.heard_at
+            is_gone = silent_s > _DEAD_S or (silent_s > _GONE_S and is_dead(taken.hello))
+            if is_gone and not self._awaits_keeper(taken, now):
                 self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died and begins anew")
             elif now - self._newcomers.setdefault(incarnation, now) >= _TAKEN_S:
                 return None, [("", Refused("Hello", self._why_taken(hello)))]
@@ -187,13 +194,22 @@ class Membership:
         self.members[member.name] = self.servers[member.name] = self._incarnations[incarnation] = member
         return member, [("", self._answer(member)), *self._change()]
 
+    def _keeper(self, member: Member) -> Member | None:
+        """The server after `member`, if that is a server and is to have a copy of its shard, and is part of the run."""
+        if not self.settings.replicas or not self.started or member.hello.role != "server":
+            return None
+        keeper = self.servers.get(f"server-{(number_of(member.name) + 1) % self.settings.servers}")
+        return keeper if keeper is not None and keeper.active else None
+
     def _has_copy(self, server: Member) -> bool:
-        """Whether the server after it has a copy of the shard of a server that is lost."""
-        if not self.settings.replicas or not self.started:
-            return False
-        number = number_of(server.name)
-        keeper = self.servers.get(f"server-{(number + 1) % self.settings.servers}")
-        return keeper is not None and keeper.active and number in keeper.beat.keeps
+        """Whether another server has a copy of the shard of one that is lost."""
+        keeper = self._keeper(server)
+        return keeper is not None and number_of(server.name) in keeper.beat.keeps
+
+    def _awaits_keeper(self, member: Member, now: float) -> bool:
+        """Whether it is yet to be known if there is a copy of its shard."""
+        keeper = self._keeper(member)
+        return keeper is not None and not keeper.beat.state and keeper.heard_at > now - _DEAD_S
 
     @property
     def lost_servers(self) -> list[str]:
@@ -312,6 +328,8 @@ class Membership:
     def _why_lost(self, member: Member, now: float, is_dead: Callable[[Hello], bool]) -> str:
         """Why `member` counts as lost; empty if it does not."""
         silent_s, who = now - member.heard_at, f"process {member.hello.pid} on {member.hello.host}"
+        if self._awaits_keeper(member, now):
+            return ""
         if silent_s > self.silence_s(member):
             return f"{who} was silent for {self.silence_s(member):g} s"
         return f"{who} is dead" if silent_s > NEAR_S and is_dead(member.hello) else ""

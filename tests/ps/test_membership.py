@@ -8,7 +8,7 @@ from common.errors import ClusterError
 from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
 from common.policies import load
 from common.settings import Settings
-from ps.membership import FAR_S, NEAR_S, Membership
+from ps.membership import FAR_S, NEAR_S, Member, Membership
 
 HOST = "here"
 
@@ -172,6 +172,45 @@ def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that
     assert not membership.broken
     membership.tick(NEAR_S + 0.2, lambda hello: True)
     assert membership.broken == "server-0: process 0 on  is dead."
+
+
+def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_there() -> None:
+    membership = started(1)
+    another = Hello("server", 0, address="tcp://server:2")
+    assert membership.hello(another, 2, 1.2, lambda hello: False) == (None, [("", Beat())])
+    assert not membership.broken
+    membership.hello(another, 2, 1.3, lambda hello: True)
+    assert membership.broken.startswith("server-0: process 0 on  has died")
+
+
+def taken_over(*heard_at: float) -> Membership:
+    """A run whose coordinator was replaced at time 0, with as many servers, each of whose shards the next one has a copy of."""
+    made = Settings(workers=1, servers=len(heard_at), replicas=1)
+    before = Membership(made, load(made), "run", now=0.0, host=HOST)
+    for number in range(len(heard_at)):
+        before.hello(Hello("server", number, f"tcp://server:{number}"), number, 0.0)
+    before.hello(Hello("worker", 0, host=HOST), 10, 0.0)
+    after = Membership(made, load(made), "run", now=0.0, host=HOST)
+    heard = dict(zip(before.servers, heard_at, strict=True))
+    kept = [Member(m.name, m.hello, m.incarnation, heard.get(m.name, 4.0)) for m in before.members.values()]
+    after.restore(kept, before.tables)
+    return after
+
+
+def test_after_another_coordinator_a_server_is_not_lost_before_it_is_known_whether_there_is_a_copy_of_its_shard() -> None:
+    membership = taken_over(-NEAR_S, 4.0, 4.0)
+    membership.hello(Hello("server", 0, "tcp://server:9"), 20, 0.05, lambda hello: True)
+    membership.tick(0.1, lambda hello: hello.address == "tcp://server:0")
+    assert lost(membership) == []
+    membership.beat("server-1", Beat("waiting", 5, keeps=[0]), 0.2)
+    membership.tick(0.3, lambda hello: hello.address == "tcp://server:0")
+    assert lost(membership) == ["server-0"] and not membership.broken
+
+
+def test_after_another_coordinator_servers_that_are_both_dead_are_not_waited_for() -> None:
+    membership = taken_over(-NEAR_S, -NEAR_S)
+    membership.tick(0.1, lambda hello: True)
+    assert "server-0" in lost(membership) and membership.broken
 
 
 def test_a_replica_that_is_started_again_is_known_to_have_died() -> None:
