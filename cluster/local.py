@@ -53,6 +53,8 @@ class Order:
     respawn: Respawn = field(default_factory=Respawn)
     #: Whether the run in `run_dir` goes on from its newest snapshot.
     resume: bool = False
+    #: Whether that may be of another version of this program or of torch.
+    accept_versions: bool = False
     #: What is imported once for all servers and workers.
     modules: tuple[str, ...] = ("ps.server", "worker.example")
     #: Of the servers, by turns.
@@ -203,7 +205,10 @@ class _Local:
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
             fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
-            address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick, order.resume)
+            flags = ["--accept-versions"] * order.accept_versions
+            address = start_coordinator(
+                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags
+            )
             deadline = time.monotonic() + _PREPARED_S
             while fork_server.coming and time.monotonic() < deadline:
                 self._tick()

@@ -57,6 +57,7 @@ from common.snapshots import (
     TOKEN_FILE,
     FileEntry,
     Manifest,
+    check_versions,
     file_of,
     finished,
     folder_of,
@@ -65,6 +66,7 @@ from common.snapshots import (
     remove,
     write_manifest,
 )
+from common.versions import versions_here
 from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
@@ -118,9 +120,11 @@ _FROM: dict[str, tuple[type[Body], ...]] = {
 }
 
 
-def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False) -> None:
+def serve(
+    settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False, accept_versions: bool = False
+) -> None:
     """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
-    its newest snapshot on.
+    its newest snapshot on, which may be of another version of this program or of torch only if `accept_versions`.
 
     With `recover`, go on with the run whose books are there, if there is one, in place of its coordinator, which has died: at the
     address where that was, if `bind` leaves the port open. Writes the address it listens at to run_dir/address. Returns when the
@@ -128,9 +132,10 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
     Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
     """
     allow_files(settings.workers + settings.servers)
-    books = None
+    books, warning = None, ""
     if resume:
-        books = restore(run_dir / FILE_NAME, upto=max(_newest(run_dir), 0))
+        round_, warning = _newest(run_dir, accept_versions)
+        books = restore(run_dir / FILE_NAME, upto=max(round_, 0))
         if books is None:
             raise UsageError(f"there is no run in {run_dir} to go on with.")
     elif recover and (books := restore(run_dir / FILE_NAME)) is not None:
@@ -146,6 +151,8 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
             coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
             address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
             write_address(run_dir / "address", address)
+            if warning:
+                coordinator.warn(warning)
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
         log.info("listening at %s", bound)
@@ -157,15 +164,17 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
         context.destroy(linger=1000)
 
 
-def _newest(run_dir: Path) -> int:
-    """The round of the newest snapshot that is whole, -1 without one. What was begun after it is removed."""
+def _newest(run_dir: Path, accept_versions: bool) -> tuple[int, str]:
+    """The round of the newest snapshot that is whole, -1 without one, and what is to be told of its versions, '' if nothing. What
+    was begun after it is removed."""
     found, problems = newest(run_dir)
+    warning = check_versions(found, accept_versions) if found is not None else ""
     for problem in problems:
         log.warning("a snapshot is not used: %s", problem)
     for folder in folders(run_dir):
         if found is None or folder > found.folder:
             remove(folder)
-    return found.manifest.round if found is not None else -1
+    return found.manifest.round if found is not None else -1, warning
 
 
 class BeginAnew(Exception):
@@ -236,6 +245,8 @@ class Coordinator:
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
+        #: Of what has been loaded here, whatever is installed meanwhile.
+        self._versions = versions_here()
         arm("coordinator", run_dir)
         self._keeper = Keeper()
         #: What is to be sent once the books are on the disk, and whether somebody cannot go on without it.
@@ -459,7 +470,7 @@ class Coordinator:
         files = {file_of(server): FileEntry(said.sha256, said.bytes) for server, said in under.said.items()}
         manifest = Manifest(
             run=self._run, round=under.round, servers=self._settings.servers, setup=self._ledger.setup,
-            settings=msgspec.structs.asdict(self._settings), files=files,
+            settings=msgspec.structs.asdict(self._settings), files=files, versions=self._versions,
         )  # fmt: skip
         try:
             self._enter(time.monotonic())
@@ -482,8 +493,7 @@ class Coordinator:
         if now < self._failure_told_at + _ALARM_S:
             return
         self._failure_told_at = now
-        log.warning("no snapshot: %s", reason)
-        self._log.event(Event("warning", "coordinator", {"text": f"no snapshot: {reason}"}))
+        self.warn(f"no snapshot: {reason}")
 
     def _loss(self) -> str:
         loss = self._ledger.recent("loss")
@@ -521,8 +531,12 @@ class Coordinator:
         if self._unlogged_since is not None:
             text = f"the event log could not be written for {now - self._unlogged_since:.0f} s; {self._log.lost} rows are lost"
             self._unlogged_since, self._alarmed_at = None, float("-inf")
-            log.warning(text)
-            self._log.event(Event("warning", "coordinator", {"text": text}))
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Tell of something in the log and, when it can be written, in the event log, which the launcher shows."""
+        log.warning("%s", text)
+        self._log.event(Event("warning", "coordinator", {"text": text}))
 
     def _enter(self, now: float) -> None:
         """Hand the log all that is new in the books; its next flush puts it on the disk."""
