@@ -142,15 +142,16 @@ def start_coordinator(
     tick: Callable[[], None],
     resume: bool = False,
     flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> str:
     """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
-    those settings.
+    those settings, and `env` is added to its environment.
 
     Calls `tick`, which waits a moment, and raises if need be. Raises ClusterError where the coordinator does not get so far.
     """
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
     command += [*flags, *["--resume"] * resume]
-    processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1))
+    processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1), **(env or {}))
     patience_s = _ADDRESS_S + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
     deadline = time.monotonic() + patience_s
     log = folder / LOGS / "coordinator.log"
@@ -207,7 +208,7 @@ class _Local:
             fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
             flags = ["--accept-versions"] * order.accept_versions
             address = start_coordinator(
-                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags
+                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, self._screen.alarm.env
             )
             deadline = time.monotonic() + _PREPARED_S
             while fork_server.coming and time.monotonic() < deadline:

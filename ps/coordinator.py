@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from common import alarm
 from common.connections import Inflow
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.failpoints import arm, failpoint
@@ -280,6 +281,7 @@ class Coordinator:
             self._take_over(books, now)
         else:
             self._log.event(Event("started", "coordinator", {"run": run, "pid": os.getpid()}))
+        alarm.sound("")  # that of one before it
         self._flush()
 
     def _take_over(self, books: Books, now: float) -> None:
@@ -523,7 +525,9 @@ class Coordinator:
             self._flushed_at = now + _FLUSH_AGAIN_S - _FLUSH_S
             if now >= self._alarmed_at + _ALARM_S:
                 self._alarmed_at = now
-                log.error("the event log cannot be written (%s): is the disk full? Training goes on.", error)
+                text = f"the event log cannot be written ({error}): is the disk full? Training goes on, and nobody sees how far."
+                alarm.sound(text)
+                log.error(text)
             return
         failpoint("flushed", self._ledger.committed)
         for route, body in promises:
@@ -531,6 +535,7 @@ class Coordinator:
         if self._unlogged_since is not None:
             text = f"the event log could not be written for {now - self._unlogged_since:.0f} s; {self._log.lost} rows are lost"
             self._unlogged_since, self._alarmed_at = None, float("-inf")
+            alarm.sound("")
             self.warn(text)
 
     def warn(self, text: str) -> None:
