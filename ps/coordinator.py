@@ -392,12 +392,18 @@ class Coordinator:
             self._end_silent_servers()
         if self._membership.broken:
             raise BeginAnew(self._membership.broken)
+        forgotten = {member.name for member in self._membership.newly_forgotten}
         for name, why in self._membership.newly_lost:
+            if name in forgotten:
+                self._log.event(Event("forgotten", name, {"why": why}))
+                continue
             then = "others do what it has not done" if name in self._membership.workers else "another is to take its place"
             log.warning("%s is lost: %s; %s", name, why, then)
             self._log.event(Event("lost", name, {"why": why}))
             self._progressed_at = now
         self._membership.newly_lost.clear()
+        if forgotten:
+            self._forget()
         self._write_rows(now)
         if now >= self._status_at + _FLUSH_S:
             self._status_at = now
@@ -414,6 +420,16 @@ class Coordinator:
                 self._log.event(Event("refused", "coordinator", dict(refused)))
         self._take_snapshots(now)
         self._check_deadline(now)
+
+    def _forget(self) -> None:
+        """Keep nothing but the names of workers that have joined and never took part."""
+        gone = self._membership.newly_forgotten
+        log.warning("%s said hello, and nothing else has come from there", some([member.name for member in gone]))
+        for member in gone:
+            self._routes.pop(member.name, None)
+            self._keeper.forget(self._log, member)
+            self._log.status(StatusRow(member.name, "lost", -1, ""))
+        gone.clear()
 
     def _is_dead(self, hello: Hello) -> bool:
         """Whether a process of this host has ended."""
@@ -598,7 +614,7 @@ class Coordinator:
             return
         if member.name not in self._routes:
             self._know_again(route, member, now)
-        member.heard_at = now
+        self._membership.heard(member, now)
         self._routes[member.name] = route
         if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch)) is not None:
             self._promise(route, news)
@@ -642,17 +658,18 @@ class Coordinator:
     def _hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
         if hello.role == "server" and not is_address(hello.address):
             raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
-        known = dict(self._membership.members)
+        is_known = self._membership.knows(incarnation)
         started = self._membership.started
         member, answers = self._membership.hello(hello, incarnation, now)
         if member is not None:
             self._routes[member.name] = route
-            if known.get(member.name) is not member:
+            if not is_known:
                 if member.replaces:
                     self._ledger.replaced(number_of(member.name))
                 data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
                 self._log.event(Event("joined", member.name, data))
-                self._progressed_at = now
+                if member.proven:
+                    self._progressed_at = now
         self._tell_members(answers, route)
         if self._membership.started and not started:
             self._warn_of_unequal_arithmetic()
