@@ -32,6 +32,10 @@ _COORDINATOR = click.option(
 _INDEX = click.option(
     "--index", type=click.IntRange(min=0), metavar="N", help="The number this process is to have; by default one that is free."
 )
+_ACCEPT_VERSIONS = (
+    "With --resume: go on although the snapshot is of another version of this program or of torch, so that the same bits cannot "
+    "be promised."
+)
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
                         help="Workers that compute the features.")  # fmt: skip
 
@@ -81,8 +85,11 @@ def cli() -> None:
 @click.option("--resume", cls=Option, section="Run", metavar="RUN",
               help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers "
               "and servers, or up to other --rounds or --epochs if you like.")  # fmt: skip
+@click.option("--accept-versions", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
 @click.pass_context
-def local(ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, **_: Any) -> None:
+def local(
+    ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, accept_versions: bool, **_: Any
+) -> None:
     """Train on this machine.
 
     Starts and watches a coordinator, servers and workers, which run SCRIPT with ARGS, or without one the built-in example.
@@ -99,12 +106,12 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, resume:
     if resume is None:
         choice = choose(given(ctx), config, script, ctx.meta["args"])
     else:
-        choice = resumed(find_run(resume), given(ctx), script, ctx.meta["args"])
+        choice = resumed(find_run(resume), given(ctx), script, ctx.meta["args"], accept_versions)
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, resume is not None) as folder:
         order = Order(
             choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, resume is not None,
-            devices=choice.server_device.split(","),
+            accept_versions=accept_versions, devices=choice.server_device.split(","),
         )  # fmt: skip
         run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
 
@@ -119,9 +126,18 @@ def local(ctx: click.Context, /, config: str | None, script: str | None, resume:
               "have not. Where there is none that goes on, begin.")  # fmt: skip
 @click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its newest snapshot.")
+@click.option("--accept-versions", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
 @click.pass_context
 def coordinator(
-    ctx: click.Context, /, bind: str, config: str | None, recover: bool, prepared: bool, resume: bool, **_: Any
+    ctx: click.Context,
+    /,
+    bind: str,
+    config: str | None,
+    recover: bool,
+    prepared: bool,
+    resume: bool,
+    accept_versions: bool,
+    **_: Any,
 ) -> None:
     """Coordinate one run.
 
@@ -135,13 +151,13 @@ def coordinator(
     _log_to_stderr()
     choice = choose(given(ctx), config)
     if prepared:
-        serve(choice.settings, bind, _folder(choice), resume, recover)
+        serve(choice.settings, bind, _folder(choice), resume, recover, accept_versions)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run is over then, and not to be recovered
     keeps = partial(goes_on, overwrite=choice.overwrite) if recover else None
     with claim(choice.run_dir, choice.default_name, choice.overwrite, resume, keeps) as folder:
         write_settings(folder / SETTINGS_FILE, choice.settings)
-        serve(choice.settings, bind, folder, resume, recover)
+        serve(choice.settings, bind, folder, resume, recover, accept_versions)
 
 
 @cli.command(cls=Command)

@@ -235,6 +235,7 @@ def fill(seconds: float) -> Harm:
                     out.write(bytes(64 << 10))
                 except OSError:
                     time.sleep(0.02)  # and take what is given back meanwhile
+        assert "warning: " in (shown := run.shown()), f"nobody who looks on was told of the full disk: {shown}"
         file.unlink()
         return run
 
@@ -253,6 +254,7 @@ def read_only(seconds: float) -> Harm:
         assert run.rounds() > rounds, "training did not go on while the folder could not be written"
         told = [event for _, at, event in run.read(RunLogReader.events) if event.kind == "warning" and at > began]
         assert any("no snapshot" in event.data["text"] for event in told), "nobody has told that there is no snapshot"
+        assert "warning: no snapshot" in run.shown(), "nobody who looks on was told that there is no snapshot"
         subprocess.run(["umount", "--lazy", place], check=True, capture_output=True)
         run.until(lambda: len(run.events("snapshot")) > taken + 1, "snapshots again")
         return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import sqlite3
 import subprocess
@@ -68,6 +69,14 @@ class Cluster:
             assert self._popen.poll() is None, f"the run ended before {what}:\n{self._popen.communicate()[0]}"
             assert time.monotonic() < deadline, f"no {what} after {_PATIENCE_S:.0f} s: {self.state()}"
             time.sleep(0.02)
+
+    def shown(self) -> str:
+        """What was shown that nobody has looked at before; it is not in what `end` returns."""
+        assert self._popen.stdout is not None
+        handle, found = self._popen.stdout.fileno(), b""
+        while select.select([handle], [], [], 0)[0] and (part := os.read(handle, 1 << 16)):
+            found += part
+        return found.decode("utf-8", "replace")
 
     @property
     def is_running(self) -> bool:

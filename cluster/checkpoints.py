@@ -18,15 +18,16 @@ from common.snapshots import MANIFEST_FILE, Snapshot
 def list_snapshots(run: str) -> None:
     """Print a line for each snapshot. Raises UsageError where there is no such run, or none in it."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("round", "servers", "MB", "written", "folder"):
-        table.add_column(title, justify="left" if title in ("written", "folder") else "right")
+    for title in ("round", "servers", "MB", "written", "roundtable", "torch"):
+        table.add_column(title, justify="right" if title in ("round", "servers", "MB") else "left", no_wrap=True)
+    table.add_column("folder", overflow="fold")
     for snapshot in _all(find_run(run)):
         manifest = snapshot.manifest
         size = sum(entry.bytes for entry in manifest.files.values())
         written = time.localtime((snapshot.folder / MANIFEST_FILE).stat().st_mtime)
         table.add_row(
             str(manifest.round), str(manifest.servers), f"{size / 1e6:.1f}", time.strftime("%Y-%m-%d %H:%M:%S", written),
-            str(snapshot.folder),
+            manifest.versions.program, manifest.versions.torch, str(snapshot.folder),
         )  # fmt: skip
     Console(soft_wrap=True).print(table)
 
@@ -37,7 +38,7 @@ def verify_snapshots(run: str) -> None:
     for snapshot in _all(find_run(run)):
         damage = snapshot.damage()
         damaged += bool(damage)
-        say(console, f"{snapshot.folder}: {damage or 'good'}")
+        say(console, f"{snapshot.folder}: {damage or f'good, of {snapshot.manifest.versions}'}")
     if damaged:
         raise ClusterError(f"{damaged} of the snapshots in {run} {'is' if damaged == 1 else 'are'} damaged.")
 

@@ -53,6 +53,8 @@ class Order:
     respawn: Respawn = field(default_factory=Respawn)
     #: Whether the run in `run_dir` goes on from its newest snapshot.
     resume: bool = False
+    #: Whether that may be of another version of this program or of torch.
+    accept_versions: bool = False
     #: What is imported once for all servers and workers.
     modules: tuple[str, ...] = ("ps.server", "worker.example")
     #: Of the servers, by turns.
@@ -140,15 +142,17 @@ def start_coordinator(
     tick: Callable[[], None],
     resume: bool = False,
     flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> str:
     """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
-    those settings.
+    those settings, and `env` is added to its environment.
 
     Calls `tick`, which waits a moment, and raises if need be. Raises ClusterError where the coordinator does not get so far.
     """
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
     command += [*flags, *["--resume"] * resume]
-    child = processes.start("coordinator", [*program, *command, "--bind", f"tcp://127.0.0.1:{port}"], **_threads(1), **_AGAIN)
+    bind = ["--bind", f"tcp://127.0.0.1:{port}"]
+    child = processes.start("coordinator", [*program, *command, *bind], **_threads(1), **_AGAIN, **(env or {}))
     patience_s = _ADDRESS_S + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
     deadline = time.monotonic() + patience_s
     log = folder / LOGS / "coordinator.log"
@@ -205,7 +209,10 @@ class _Local:
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
             fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
-            address = start_coordinator(self._processes, self._program, order.run_dir, order.port, self._tick, order.resume)
+            flags = ["--accept-versions"] * order.accept_versions
+            address = start_coordinator(
+                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, self._screen.alarm.env
+            )
             deadline = time.monotonic() + _PREPARED_S
             while fork_server.coming and time.monotonic() < deadline:
                 self._tick()

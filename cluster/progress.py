@@ -33,6 +33,8 @@ class Progress:
     #: What processes of this host, by id, are called in the run, the newest name of each; and who has left it.
     joined: Mapping[int, str] = field(default_factory=dict)
     left: Set[str] = frozenset()
+    #: What is wrong that the event log cannot tell, for as long as it is; '' if nothing.
+    alarm: str = ""
 
 
 class Tracker:

@@ -19,10 +19,13 @@ _FREE = frozenset(
 )
 
 
-def resumed(folder: Path, flags: Mapping[str, Any], script: str | None, args: tuple[str, ...]) -> Choice:
+def resumed(
+    folder: Path, flags: Mapping[str, Any], script: str | None, args: tuple[str, ...], accept_versions: bool = False
+) -> Choice:
     """The settings of the run in `folder`, with `flags` instead of some.
 
-    Raises UsageError where they would make another run of it, or there is no snapshot to go on from.
+    Raises UsageError where they would make another run of it, or there is no snapshot to go on from; or where the newest is of
+    another version of this program or of torch, unless `accept_versions`.
     """
     config = str(folder / SETTINGS_FILE)
     before = choose({}, config)
@@ -41,4 +44,5 @@ def resumed(folder: Path, flags: Mapping[str, Any], script: str | None, args: tu
     if found is None:
         why = " ".join(problems) or "it ended before its first, or had --snapshot-every 0."
         raise UsageError(f"the run in {folder} has no snapshot to go on from: {why}")
+    snapshots.check_versions(found, accept_versions)
     return replace(now, run_dir=folder)

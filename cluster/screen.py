@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.progress import Progress, Tracker
+from common.alarm import Alarm
 from common.runfiles import MODEL_FILE
 from common.runlog import some
 
@@ -38,6 +40,8 @@ class Screen:
         self._looked_at = float("-inf")
         self._told_at = clock()
         self.progress = Progress()
+        #: What the coordinator has to say that it cannot write to the log.
+        self.alarm = Alarm()
 
     def __enter__(self) -> Screen:
         if self._live:
@@ -47,6 +51,7 @@ class Screen:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
+        self.alarm.close()
 
     def say(self, line: str) -> None:
         """Print a line, above the live part if there is one."""
@@ -58,9 +63,11 @@ class Screen:
         if now < self._looked_at + _LIVE_S:
             return
         self._looked_at = now
-        self.progress = self._tracker.look()
+        before, self.progress = self.progress.alarm, replace(self._tracker.look(), alarm=self.alarm.text)
         for news in self.progress.news:
             self.say(news)
+        if self.progress.alarm and not before:
+            self.say(f"warning: {self.progress.alarm}")
         if self._live:
             self._live.update(picture(self.progress), refresh=True)
         elif now >= self._told_at + self._every_s:
@@ -87,11 +94,12 @@ def line(progress: Progress) -> str:
         if row.waits_for:
             waiting.setdefault(row.waits_for, []).append(row.process)
     waits = [f"{some(who)} {'waits' if len(who) == 1 else 'wait'} for {whom}" for whom, who in waiting.items()]
-    return "; ".join([", ".join([_rounds(progress), *_numbers(progress)]), *waits])
+    alarm = [f"warning: {progress.alarm}"] if progress.alarm else []
+    return "; ".join([", ".join([_rounds(progress), *_numbers(progress)]), *waits, *alarm])
 
 
 def picture(progress: Progress) -> Group:
-    """Progress as a bar, a line of numbers, and a line for each process."""
+    """Progress as a bar, a line of numbers, a line for each process, and the alarm, if there is one."""
     head = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=progress.total or 1, completed=progress.rounds if progress.total else 0, width=32)
     head.add_row(bar, Text(_rounds(progress)))
@@ -101,7 +109,8 @@ def picture(progress: Progress) -> Group:
     for row in progress.processes:
         speed = f"{row.samples_per_second:.0f}" if row.samples_per_second else ""
         table.add_row(Text(row.process), Text(row.state), str(row.round) if row.round >= 0 else "", speed, Text(row.waits_for))
-    return Group(head, Text("  ".join(_numbers(progress))), table)
+    alarm = [Text(f"warning: {progress.alarm}", style="bold red")] if progress.alarm else []
+    return Group(head, Text("  ".join(_numbers(progress))), table, *alarm)
 
 
 def results_line(summary: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ import msgspec
 from common.durable import sync_folder, write_whole
 from common.errors import UsageError
 from common.messages import Setup
+from common.versions import Versions, versions_here
 
 FOLDER = "snapshots"
 MANIFEST_FILE = "manifest.json"
@@ -39,15 +40,28 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a snapshot is of: every update before `round` of run `run`, whose model and optimizer are `setup`."""
+    """What a snapshot is of: every update before `round` of run `run`, whose model and optimizer are `setup`. It was written by
+    `versions`."""
 
     format: int = FORMAT
+    versions: Versions = Versions()
     run: str
     round: int
     servers: int
     setup: Setup
     settings: dict[str, Any]
     files: dict[str, FileEntry]
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """What can be read of a manifest of any format."""
+
+    format: int
+    versions: Versions = Versions()
+
+
+class _OtherFormat(UsageError):
+    """A snapshot is of a format that this version of the program does not know."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +112,35 @@ def read(folder: Path) -> Snapshot:
     """The snapshot in `folder`. Raises UsageError where there is none, or one of another format."""
     path = folder / MANIFEST_FILE
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        data = path.read_bytes()
+        written = msgspec.json.decode(data, type=_Format)
+        if written.format != FORMAT:
+            raise _OtherFormat(
+                f"the snapshot {folder} has format {written.format}, of {written.versions}, and here is {versions_here()}, which "
+                f"reads format {FORMAT}: go on with the other version, or begin a new run."
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError:
         raise UsageError(f"{folder} is no snapshot, or one that was not finished: it has no {MANIFEST_FILE}.") from None
+    except _OtherFormat:
+        raise
     except (OSError, msgspec.DecodeError, UsageError) as error:
         raise UsageError(f"{path} cannot be read: {error}.") from None
-    if manifest.format != FORMAT:
-        raise UsageError(f"{folder} has format {manifest.format} of another version of this program, which reads {FORMAT}.")
     return Snapshot(folder, manifest)
+
+
+def check_versions(snapshot: Snapshot, accepted: bool) -> str:
+    """What is to be told of a snapshot of another version of the program or of torch, which must be `accepted`; '' of any other.
+
+    Raises UsageError for one that is not accepted.
+    """
+    was, here = snapshot.manifest.versions, versions_here()
+    if was == here:
+        return ""
+    text = f"the snapshot {snapshot.folder} is of {was}, and here is {here}, so the same bits cannot be promised"
+    if not accepted:
+        raise UsageError(f"{text}: go on with the other version, or give --accept-versions.")
+    return f"{text}."
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -130,11 +165,16 @@ def size(run_dir: Path) -> int:
 
 
 def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
-    """The newest snapshot that is whole, and what is wrong with those that are newer, a sentence each."""
+    """The newest snapshot that is whole, and what is wrong with those that are newer, a sentence each.
+
+    Raises UsageError where a newer one is of another format, for then it is not the newest that would be gone on from.
+    """
     problems = []
     for folder in reversed(finished(run_dir)):
         try:
             snapshot = read(folder)
+        except _OtherFormat:
+            raise
         except UsageError as error:
             problems.append(str(error))
             continue

@@ -29,7 +29,7 @@ from common.policies import load
 from common.runlog import FILE_NAME, RunLog
 from common.settings import Settings
 from ps.ledger import Ledger, Reported
-from ps.membership import Membership
+from ps.membership import Member, Membership
 
 #: Seconds for which a run that has ended is told to be over when it is started again, rather than replaced: whoever starts a
 #: process again that has failed, such as a container engine, does so within them.
@@ -92,6 +92,12 @@ class Keeper:
             if self._kept.get((kind, key)) != value:
                 self._kept[kind, key] = value
                 log.state(kind, key, msgspec.msgpack.encode(value))
+
+    def forget(self, log: RunLog, member: Member) -> None:
+        """Of a worker that never took part only the name is kept, which is no other's."""
+        self._kept.pop(("member", member.name), None)
+        kept = KeptMember(Hello("worker"), member.incarnation, left=False, lost=True)
+        log.state("member", member.name, msgspec.msgpack.encode(kept))
 
 
 def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from common import alarm
 from common.connections import Inflow
 from common.errors import ClusterError, PsError, UsageError, WireError
 from common.failpoints import arm, failpoint
@@ -57,6 +58,7 @@ from common.snapshots import (
     TOKEN_FILE,
     FileEntry,
     Manifest,
+    check_versions,
     file_of,
     finished,
     folder_of,
@@ -65,6 +67,7 @@ from common.snapshots import (
     remove,
     write_manifest,
 )
+from common.versions import versions_here
 from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
@@ -100,6 +103,8 @@ _ALARM_S = 30.0
 _TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
 _FAREWELL_S = 1.0
+#: So many where it begins anew: whoever has not heard is told by the one that comes after.
+_FAREWELL_ANEW_S = 0.1
 #: Seconds for all workers to join a run that goes on; it starts without those that do not.
 _FEWER_S = 15.0
 #: Seconds for the servers' last reports to come in after all workers have left.
@@ -118,9 +123,11 @@ _FROM: dict[str, tuple[type[Body], ...]] = {
 }
 
 
-def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False) -> None:
+def serve(
+    settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False, accept_versions: bool = False
+) -> None:
     """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
-    its newest snapshot on.
+    its newest snapshot on, which may be of another version of this program or of torch only if `accept_versions`.
 
     With `recover`, go on with the run whose books are there, if there is one, in place of its coordinator, which has died: at the
     address where that was, if `bind` leaves the port open. Writes the address it listens at to run_dir/address. Returns when the
@@ -128,9 +135,10 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
     Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
     """
     allow_files(settings.workers + settings.servers)
-    books = None
+    books, warning = None, ""
     if resume:
-        books = restore(run_dir / FILE_NAME, upto=max(_newest(run_dir), 0))
+        round_, warning = _newest(run_dir, accept_versions)
+        books = restore(run_dir / FILE_NAME, upto=max(round_, 0))
         if books is None:
             raise UsageError(f"there is no run in {run_dir} to go on with.")
     elif recover and (books := restore(run_dir / FILE_NAME)) is not None:
@@ -146,6 +154,8 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
             coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
             address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
             write_address(run_dir / "address", address)
+            if warning:
+                coordinator.warn(warning)
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
         log.info("listening at %s", bound)
@@ -157,15 +167,17 @@ def serve(settings: Settings, bind: str, run_dir: Path, resume: bool = False, re
         context.destroy(linger=1000)
 
 
-def _newest(run_dir: Path) -> int:
-    """The round of the newest snapshot that is whole, -1 without one. What was begun after it is removed."""
+def _newest(run_dir: Path, accept_versions: bool) -> tuple[int, str]:
+    """The round of the newest snapshot that is whole, -1 without one, and what is to be told of its versions, '' if nothing. What
+    was begun after it is removed."""
     found, problems = newest(run_dir)
+    warning = check_versions(found, accept_versions) if found is not None else ""
     for problem in problems:
         log.warning("a snapshot is not used: %s", problem)
     for folder in folders(run_dir):
         if found is None or folder > found.folder:
             remove(folder)
-    return found.manifest.round if found is not None else -1
+    return found.manifest.round if found is not None else -1, warning
 
 
 class BeginAnew(Exception):
@@ -236,12 +248,16 @@ class Coordinator:
         self._takeover = Takeover()
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
+        #: Of what has been loaded here, whatever is installed meanwhile.
+        self._versions = versions_here()
         arm("coordinator", run_dir)
         self._keeper = Keeper()
         #: What is to be sent once the books are on the disk, and whether somebody cannot go on without it.
         self._promises: list[tuple[bytes, Body]] = []
         self._is_urgent = False
         self._routes: dict[str, bytes] = {}
+        #: Ids of processes that this one could see: not those of other containers, even of this host.
+        self._seen: set[int] = set()
         #: When each process's beat was last answered.
         self._answered_at: dict[str, float] = {}
         #: By incarnation of the worker and number.
@@ -269,10 +285,12 @@ class Coordinator:
             self._take_over(books, now)
         else:
             self._log.event(Event("started", "coordinator", {"run": run, "pid": os.getpid()}))
+        alarm.sound("")  # that of one before it
         self._flush()
 
     def _take_over(self, books: Books, now: float) -> None:
         committed = books.ledger.committed
+        self._seen = {kept.hello.pid for kept in books.members.values()}
         self._membership.restore(
             [
                 Member(
@@ -379,12 +397,18 @@ class Coordinator:
             self._end_silent_servers()
         if self._membership.broken:
             raise BeginAnew(self._membership.broken)
+        forgotten = {member.name for member in self._membership.newly_forgotten}
         for name, why in self._membership.newly_lost:
+            if name in forgotten:
+                self._log.event(Event("forgotten", name, {"why": why}))
+                continue
             then = "others do what it has not done" if name in self._membership.workers else "another is to take its place"
             log.warning("%s is lost: %s; %s", name, why, then)
             self._log.event(Event("lost", name, {"why": why}))
             self._progressed_at = now
         self._membership.newly_lost.clear()
+        if forgotten:
+            self._forget()
         self._write_rows(now)
         if now >= self._status_at + _FLUSH_S:
             self._status_at = now
@@ -402,9 +426,19 @@ class Coordinator:
         self._take_snapshots(now)
         self._check_deadline(now)
 
+    def _forget(self) -> None:
+        """Keep nothing but the names of workers that have joined and never took part."""
+        gone = self._membership.newly_forgotten
+        log.warning("%s said hello, and nothing else has come from there", some([member.name for member in gone]))
+        for member in gone:
+            self._routes.pop(member.name, None)
+            self._keeper.forget(self._log, member)
+            self._log.status(StatusRow(member.name, "lost", -1, ""))
+        gone.clear()
+
     def _is_dead(self, hello: Hello) -> bool:
-        """Whether a process of this host has ended."""
-        return hello.host == self._head.host and not Path(f"/proc/{hello.pid}").exists()
+        """Whether it is certain that a process has ended: it is of this host, and could be seen from here."""
+        return hello.host == self._head.host and hello.pid in self._seen and not Path(f"/proc/{hello.pid}").exists()
 
     def _end_silent_servers(self) -> None:
         """Kill servers of this host that hang, so that whoever watches them starts them again."""
@@ -459,7 +493,7 @@ class Coordinator:
         files = {file_of(server): FileEntry(said.sha256, said.bytes) for server, said in under.said.items()}
         manifest = Manifest(
             run=self._run, round=under.round, servers=self._settings.servers, setup=self._ledger.setup,
-            settings=msgspec.structs.asdict(self._settings), files=files,
+            settings=msgspec.structs.asdict(self._settings), files=files, versions=self._versions,
         )  # fmt: skip
         try:
             self._enter(time.monotonic())
@@ -482,8 +516,7 @@ class Coordinator:
         if now < self._failure_told_at + _ALARM_S:
             return
         self._failure_told_at = now
-        log.warning("no snapshot: %s", reason)
-        self._log.event(Event("warning", "coordinator", {"text": f"no snapshot: {reason}"}))
+        self.warn(f"no snapshot: {reason}")
 
     def _loss(self) -> str:
         loss = self._ledger.recent("loss")
@@ -513,7 +546,9 @@ class Coordinator:
             self._flushed_at = now + _FLUSH_AGAIN_S - _FLUSH_S
             if now >= self._alarmed_at + _ALARM_S:
                 self._alarmed_at = now
-                log.error("the event log cannot be written (%s): is the disk full? Training goes on.", error)
+                text = f"the event log cannot be written ({error}): is the disk full? Training goes on, and nobody sees how far."
+                alarm.sound(text)
+                log.error(text)
             return
         failpoint("flushed", self._ledger.committed)
         for route, body in promises:
@@ -521,8 +556,13 @@ class Coordinator:
         if self._unlogged_since is not None:
             text = f"the event log could not be written for {now - self._unlogged_since:.0f} s; {self._log.lost} rows are lost"
             self._unlogged_since, self._alarmed_at = None, float("-inf")
-            log.warning(text)
-            self._log.event(Event("warning", "coordinator", {"text": text}))
+            alarm.sound("")
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Tell of something in the log and, when it can be written, in the event log, which the launcher shows."""
+        log.warning("%s", text)
+        self._log.event(Event("warning", "coordinator", {"text": text}))
 
     def _enter(self, now: float) -> None:
         """Hand the log all that is new in the books; its next flush puts it on the disk."""
@@ -579,7 +619,7 @@ class Coordinator:
             return
         if member.name not in self._routes:
             self._know_again(route, member, now)
-        member.heard_at = now
+        self._membership.heard(member, now)
         self._routes[member.name] = route
         if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch)) is not None:
             self._promise(route, news)
@@ -623,17 +663,20 @@ class Coordinator:
     def _hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
         if hello.role == "server" and not is_address(hello.address):
             raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
-        known = dict(self._membership.members)
+        is_known = self._membership.knows(incarnation)
         started = self._membership.started
         member, answers = self._membership.hello(hello, incarnation, now, self._is_dead)
         if member is not None:
             self._routes[member.name] = route
-            if known.get(member.name) is not member:
+            if not is_known:
+                if hello.host == self._head.host and Path(f"/proc/{hello.pid}").exists():
+                    self._seen.add(hello.pid)
                 if member.replaces:
                     self._ledger.replaced(number_of(member.name))
                 data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
                 self._log.event(Event("joined", member.name, data))
-                self._progressed_at = now
+                if member.proven:
+                    self._progressed_at = now
         self._tell_members(answers, route)
         if self._membership.started and not started:
             self._warn_of_unequal_arithmetic()
@@ -841,7 +884,7 @@ class Coordinator:
         """Tell everybody that the run is over, a few times as messages may be lost, and close the books. In place of another
         coordinator, wait for those who have not found this one yet."""
         self._stop = stop
-        until, told_at = time.monotonic() + _FAREWELL_S, float("-inf")
+        until, told_at = time.monotonic() + (_FAREWELL_ANEW_S if stop.again else _FAREWELL_S), float("-inf")
         while (now := time.monotonic()) < until or self._awaits_members(now):
             if now >= told_at + ASK_AGAIN_S / 4:
                 told_at = now

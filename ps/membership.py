@@ -6,6 +6,8 @@ A state machine without a socket or a clock. Invariants:
   process only if the one before it is lost, and another server has a copy of its shard;
 - who has been counted as lost takes part no more, whatever it sends;
 - nobody is welcomed before every expected process is there;
+- one that joins later has a share only when something else than a Hello has come from it, and until then is one of few: anybody
+  who knows the address can say hello, as often as it likes;
 - tables have growing epochs, and a new one holds only from a round on that nobody has begun.
 """
 
@@ -31,11 +33,14 @@ FAR_S = 15.0
 _LONGEST_S = 60.0
 #: Seconds between two looks at whether shares should follow the measured speeds.
 RESHARE_S = 2.0
-#: One that has been silent for so long has died, if another is there to take its place, or for so long if its process is
-#: certainly gone; else the newcomer is refused after so many seconds.
+#: One that has been silent for so long has died, if another is there to take its place; else the newcomer is refused after so
+#: many seconds.
 _DEAD_S = 1.5
-_GONE_S = 2 * BEAT_S
 _TAKEN_S = 6.0
+#: One that is silent for longer than between two beats is looked for, if that can be.
+_LOOKED_FOR_S = 2 * BEAT_S
+#: Workers beyond those expected that have said hello and nothing else, at most; others wait until some are proven or lost.
+MOST_UNPROVEN = 64
 #: A new table holds from so many rounds after the newest one known, and so many seconds at the speed of the last ones, for
 #: the news to get everywhere first. Where it does not, micro-batches are missing or done twice, and are leased again.
 _LEAD_ROUNDS = 2
@@ -61,10 +66,12 @@ class Member:
     early: bool = False
     #: Whether it is a server in the place of one that is gone.
     replaces: bool = False
+    #: Whether it takes part: it was there at the start, or has said something since it was welcomed.
+    proven: bool = True
 
     @property
     def active(self) -> bool:
-        return not self.left and not self.lost
+        return self.proven and not self.left and not self.lost
 
     @property
     def reached(self) -> int:
@@ -89,19 +96,28 @@ class Membership:
         self._host = host
         #: Why the run must go on from its newest snapshot, once it must.
         self.broken = ""
-        #: Since when new processes have been waiting for a place that seems to be taken.
+        #: Since when new processes have been waiting for a place that seems to be taken, oldest first.
         self._newcomers: dict[int, float] = {}
         self.members: dict[str, Member] = {}
         #: Those of them that are servers, and those that are workers.
         self.servers: dict[str, Member] = {}
         self.workers: dict[str, Member] = {}
         self._incarnations: dict[int, Member] = {}
+        #: Workers that were welcomed and never heard of again, which are no members any more: their numbers are not given again.
+        self._forgotten: set[str] = set()
+        #: No worker of a lower number can be had, where none was asked for.
+        self._lowest_free = 0
+        self._unproven = 0
+        #: Whether workers take part that have no share yet.
+        self._is_change_due = False
         self.started = False
         self.tables: list[Table] = []
         #: Grows whenever the workers or their shares change.
         self.epoch = 0
         #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
         self.newly_lost: list[tuple[str, str]] = []
+        #: Those of them that had a name and never took part.
+        self.newly_forgotten: list[Member] = []
         self.losses = Lost(0, [])
         #: How often a process, by host and id, was counted as lost.
         self._alarms: Counter[tuple[str, int]] = Counter()
@@ -121,6 +137,7 @@ class Membership:
             self.members[member.name] = self._of(member.hello.role)[member.name] = self._incarnations[member.incarnation] = member
         self.tables, self.started = tables, bool(tables)
         self._newest = self._newest_round()
+        self._is_change_due = bool(tables) and self.names("worker") != tables[-1].workers
         gone = sum(member.lost or member.early for member in self.workers.values())
         self.epoch = tables[-1].epoch + gone if tables else 0  # some epochs had no shares, for nobody was left
         self._note_losses()
@@ -131,6 +148,10 @@ class Membership:
 
     def _of(self, role: str) -> dict[str, Member]:
         return self.servers if role == "server" else self.workers
+
+    def knows(self, incarnation: int) -> bool:
+        """Whether a process of this incarnation is a member."""
+        return incarnation in self._incarnations
 
     def hello(
         self, hello: Hello, incarnation: int, now: float, is_dead: Callable[[Hello], bool] = lambda hello: False
@@ -144,8 +165,7 @@ class Membership:
             member.heard_at = now
             return member, [("", self._answer(member))]
         if (taken := self._place_of(hello)) is not None:
-            silent_s = now - taken.heard_at
-            is_gone = silent_s > _DEAD_S or (silent_s > _GONE_S and is_dead(taken.hello))
+            is_gone = now - taken.heard_at > _DEAD_S or is_dead(taken.hello)
             if is_gone and not self._awaits_keeper(taken, now):
                 self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died and begins anew")
             elif now - self._newcomers.setdefault(incarnation, now) >= _TAKEN_S:
@@ -158,21 +178,36 @@ class Membership:
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
             return None, [("", Refused("Hello", self._why_full("worker")))]
+        if hello.role == "worker" and (self._unproven if self.started else len(there) - expected) >= MOST_UNPROVEN:
+            return None, [("", Beat())]
         number = hello.index
-        if number is None or f"{hello.role}-{number}" in there:
-            number = next(n for n in range(len(there) + 1) if f"{hello.role}-{n}" not in there)
+        if number is None or not self._is_free(hello.role, number):
+            number = self._free_number(hello.role)
         if hello.role == "server" and number >= expected:
             return None, [
                 ("", Refused("Hello", f"server {number} is one too many: run {self._name} has {expected} servers, from 0."))
             ]
-        member = Member(f"{hello.role}-{number}", hello, incarnation, now)
+        member = Member(f"{hello.role}-{number}", hello, incarnation, now, proven=not self.started or self.awaits_workers)
         self.members[member.name] = there[member.name] = self._incarnations[incarnation] = member
+        if not member.proven:
+            self._unproven += 1
         if self.started:
-            told = self._change()
+            told = self._change() if member.proven or taken is not None else []
             return member, [("", self._answer(member)), *told]
         if self._missing():
             return member, [("", Beat())]
         return member, self._start()
+
+    def _is_free(self, role: str, number: int) -> bool:
+        name = f"{role}-{number}"
+        return name not in self.members and name not in self._forgotten
+
+    def _free_number(self, role: str) -> int:
+        if role == "server":
+            return next(number for number in range(len(self.servers) + 1) if self._is_free(role, number))
+        while not self._is_free(role, self._lowest_free):
+            self._lowest_free += 1
+        return self._lowest_free
 
     def _start(self) -> list[tuple[str, Body]]:
         self.started = True
@@ -227,7 +262,8 @@ class Membership:
         that of who asked for the same; or where there can be no more, that of the one that has been silent for longest."""
         there = self._of(hello.role)
         if hello.index is not None:
-            asked = (m for m in there.values() if m.hello.index == hello.index or m.name == f"server-{hello.index}")
+            name = f"server-{hello.index}"
+            asked = (m for m in there.values() if m.hello.index == hello.index or m.name == name)
             return next((member for member in asked if member.active), None)
         full = len(there) >= (self.settings.servers if hello.role == "server" else self.settings.workers)
         if full and (hello.role == "server" or self._policy.is_local):
@@ -256,9 +292,16 @@ class Membership:
             member.name, self.run, self.settings, self.peers, self.tables, self._run_dir, self._resume, member.replaces
         )
 
+    def heard(self, member: Member, now: float) -> None:
+        """Something has come from a member other than its Hello."""
+        member.heard_at = now
+        if not member.proven:
+            member.proven = self._is_change_due = True
+            self._unproven -= 1
+
     def beat(self, name: str, beat: Beat, now: float) -> None:
         member = self.members[name]
-        member.heard_at = now
+        self.heard(member, now)
         if (beat.round, beat.at) != (member.beat.round, member.beat.at):
             member.since = now
         member.beat = beat
@@ -273,6 +316,8 @@ class Membership:
             for member in self.members.values():
                 member.heard_at += stopped_s  # nobody was listening
         self._ticked_at = now
+        while self._newcomers and now > next(iter(self._newcomers.values())) + 2 * _TAKEN_S:
+            del self._newcomers[next(iter(self._newcomers))]
         watched = [member for member in self.members.values() if not member.lost and not member.early]
         lost = [(member, why) for member in watched if (why := self._why_lost(member, now, is_dead))]
         for member, why in lost:
@@ -284,7 +329,7 @@ class Membership:
             if now - self._began_at > JOIN_S:
                 raise ClusterError(f"{self._missing()} did not join within {JOIN_S:.0f} s.")
             return []
-        if lost:
+        if self._is_change_due or any(member.proven for member, _ in lost):
             return self._change()
         if now - self._reshared_at > RESHARE_S and not self._policy.is_local:
             newest = self._newest_round()
@@ -314,7 +359,7 @@ class Membership:
     @property
     def awaits_workers(self) -> bool:
         """Whether those who were to do the rest are gone without having ended, so that others are waited for."""
-        return self.started and all(m.lost or m.early for m in self.workers.values())
+        return self.started and all(m.lost or m.early or not m.proven for m in self.workers.values())
 
     def silence_s(self, member: Member) -> float:
         """Seconds of silence after which `member` counts as lost. By default twice as long each time that the same process, which
@@ -332,16 +377,23 @@ class Membership:
             return ""
         if silent_s > self.silence_s(member):
             return f"{who} was silent for {self.silence_s(member):g} s"
-        return f"{who} is dead" if silent_s > NEAR_S and is_dead(member.hello) else ""
+        return f"{who} is dead" if silent_s > _LOOKED_FOR_S and is_dead(member.hello) else ""
 
     def _lose(self, member: Member, why: str) -> None:
         """Count a member as lost. One that has ended its script is watched too, for it may yet have to hand in the model. Before
-        the start nothing was promised to anybody, so it is just forgotten."""
+        the start nothing was promised to anybody, so it is just forgotten, as is one that never took part."""
         member.lost = True
-        self._alarms[member.hello.host, member.hello.pid] += 1
         self.newly_lost.append((member.name, why))
-        if not self.started:
+        if member.proven:
+            self._alarms[member.hello.host, member.hello.pid] += 1
+        else:
+            self._unproven -= 1
+            self._forgotten.add(member.name)
+            self.newly_forgotten.append(member)
+        if not self.started or not member.proven:
             del self.members[member.name], self._of(member.hello.role)[member.name], self._incarnations[member.incarnation]
+            if not self.started:
+                self._lowest_free = 0
         elif member.hello.role == "server":
             needed = [server for server in self.servers.values() if server.lost or (server.replaces and server.beat.round < 0)]
             if not all(self._has_copy(server) for server in needed):
@@ -354,8 +406,8 @@ class Membership:
 
     def _missing(self) -> str:
         roles = [("server", self.settings.servers), ("worker", self.settings.workers)]
-        parts = [f"{n - len(self.names(role))} of {n} {role}s" for role, n in roles if len(self.names(role)) < n]
-        return " and ".join(parts)
+        there = {role: sum(member.active for member in self._of(role).values()) for role, _ in roles}
+        return " and ".join(f"{n - there[role]} of {n} {role}s" for role, n in roles if there[role] < n)
 
     # ---- shares
 
@@ -383,6 +435,7 @@ class Membership:
     def _change(self) -> list[tuple[str, Body]]:
         """Open a membership epoch; what to tell workers and servers."""
         self.epoch += 1
+        self._is_change_due = False
         workers, told = self.names("worker"), []
         if workers and not self._policy.is_local:
             self._new_table(workers)

@@ -13,6 +13,7 @@ from rich.console import Console
 from cluster.processes import Child, root_cause
 from cluster.progress import Progress, Tracker
 from cluster.screen import Screen, line, picture, summary_lines
+from common import alarm
 from common.plan import make_segment
 from common.policies import load
 from common.runlog import Event, RoundRow, RunLog, StatusRow
@@ -44,6 +45,23 @@ def test_a_picture_of_progress_has_a_line_for_each_process() -> None:
     assert "round 4/10" in text and "123 samples/s  loss 0.9877  accuracy 50.0%" in text
     assert re.search(r"worker-0 +waiting +4 +80 +worker-2, worker-3 and 1 more", text)
     assert re.search(r"worker-2 +starting *$", text, re.MULTILINE)
+
+
+def test_an_alarm_that_the_log_cannot_tell_is_shown_for_as_long_as_it_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, now = io.StringIO(), [0.0]
+    with Screen(Console(file=out, width=100), tmp_path / "none", lambda: now[0]) as screen:
+        monkeypatch.setenv(*next(iter(screen.alarm.env.items())))
+        for text in ("", "the disk is full.", "the disk is full.", ""):
+            alarm.sound(text)
+            for _ in range(12):
+                now[0] += 0.5
+                screen.update()
+            assert [str(part) for part in picture(screen.progress).renderables][3:] == [f"warning: {text}"] * bool(text)
+    starting = "starting, 0 processes have joined"
+    told = "warning: the disk is full."
+    assert out.getvalue().splitlines() == [starting, told, f"{starting}; {told}", f"{starting}; {told}", starting]
 
 
 def test_progress_is_read_from_the_log_while_it_is_written(tmp_path: Path) -> None:

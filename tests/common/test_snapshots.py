@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from common.errors import UsageError
 from common.layout import TensorSpec
 from common.messages import Setup, Update
 from common.snapshots import FileEntry, Manifest
+from common.versions import Versions, versions_here
 
 SETUP = Setup([TensorSpec("w", [2], "float32", 0)], Update("SGD", [{"lr": 0.1}]))
 
@@ -22,7 +25,8 @@ def make(run_dir: Path, round_: int, content: bytes = b"content") -> Path:
     (folder / snapshots.TOKEN_FILE).write_text("token")
     (folder / snapshots.file_of(0)).write_bytes(content)
     files = {snapshots.file_of(0): FileEntry(hashlib.sha256(content).hexdigest(), len(content))}
-    snapshots.write_manifest(folder, Manifest(run="r", round=round_, servers=1, setup=SETUP, settings={}, files=files))
+    manifest = Manifest(run="r", round=round_, servers=1, setup=SETUP, settings={}, files=files, versions=versions_here())
+    snapshots.write_manifest(folder, manifest)
     return folder
 
 
@@ -53,14 +57,38 @@ def test_one_that_was_not_finished_is_none(tmp_path: Path) -> None:
     assert found is not None and found.manifest.round == 5 and not problems
 
 
-def test_a_manifest_that_cannot_be_read_or_is_of_another_format_is_told(tmp_path: Path) -> None:
-    broken, newer = make(tmp_path, 5) / snapshots.MANIFEST_FILE, make(tmp_path, 6) / snapshots.MANIFEST_FILE
+def test_a_manifest_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    broken = make(tmp_path, 5) / snapshots.MANIFEST_FILE
     broken.write_bytes(broken.read_bytes()[:-20])
-    newer.write_bytes(newer.read_bytes().replace(b'"format": 1', b'"format": 2'))
     found, problems = snapshots.newest(tmp_path)
-    assert found is None and len(problems) == 2
-    with pytest.raises(UsageError, match="format 2 of another version"):
-        snapshots.read(newer.parent)
+    assert found is None and len(problems) == 1 and str(broken) in problems[0]
+
+
+def test_one_of_another_format_is_refused_and_not_passed_over_for_an_older_one(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    newer = make(tmp_path, 6) / snapshots.MANIFEST_FILE
+    newer.write_text(json.dumps({"format": 2, "versions": {"program": "9.9", "torch": "3.0"}, "unlike": "the first"}))
+    here = f"here is {versions_here()}, which reads format 1:"
+    for find in (lambda: snapshots.read(newer.parent), lambda: snapshots.newest(tmp_path)):
+        with pytest.raises(UsageError, match=f"format 2, of roundtable 9.9 with torch 3.0, and {re.escape(here)}"):
+            find()
+
+
+@pytest.mark.parametrize("was", [Versions("9.9", versions_here().torch), Versions(versions_here().program, "1.0"), None])
+def test_one_of_another_version_is_refused_unless_that_is_accepted(tmp_path: Path, was: Versions | None) -> None:
+    path = make(tmp_path, 5) / snapshots.MANIFEST_FILE
+    assert snapshots.check_versions(snapshots.read(path.parent), accepted=False) == ""
+    values = json.loads(path.read_text())
+    if was is None:  # as it was written before versions were put down
+        del values["versions"]
+    else:
+        values["versions"] = {"program": was.program, "torch": was.torch}
+    path.write_text(json.dumps(values))
+    snapshot = snapshots.read(path.parent)
+    sentence = re.escape(f"is of {was or 'roundtable unknown with torch unknown'}, and here is {versions_here()},")
+    with pytest.raises(UsageError, match=f"{sentence}.*--accept-versions"):
+        snapshots.check_versions(snapshot, accepted=False)
+    assert re.search(sentence, snapshots.check_versions(snapshot, accepted=True))
 
 
 def test_there_are_none_where_there_is_no_run(tmp_path: Path) -> None:

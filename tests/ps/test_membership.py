@@ -8,7 +8,7 @@ from common.errors import ClusterError
 from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
 from common.policies import load
 from common.settings import Settings
-from ps.membership import FAR_S, NEAR_S, Member, Membership
+from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership
 
 HOST = "here"
 
@@ -95,7 +95,9 @@ def test_a_lost_worker_is_told_to_begin_anew_and_its_number_is_never_given_again
     member, ((to, fence),) = membership.hello(Hello("worker", 1), 11, 5.0)
     assert member is None and to == "" and isinstance(fence, Stop) and fence.again and "worker-1" in fence.reason
     name, answers = ask(membership, Hello("worker", 1), 20, 5.0, 5.0)
-    assert name == "worker-2" and isinstance(answers[0], Welcome) and membership.tables[-1].workers == ["worker-0", "worker-2"]
+    assert name == "worker-2" and isinstance(answers[0], Welcome)
+    go_on(membership, 5, 6, "server-0", "worker-0", "worker-2")
+    assert membership.tables[-1].workers == ["worker-0", "worker-2"]
     assert ask(membership, Hello("worker", 2), 21, 5.0, 5.0)[0] == "worker-3"  # nobody else has asked for that number
 
 
@@ -177,9 +179,9 @@ def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that
 def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_there() -> None:
     membership = started(1)
     another = Hello("server", 0, address="tcp://server:2")
-    assert membership.hello(another, 2, 1.2, lambda hello: False) == (None, [("", Beat())])
+    assert membership.hello(another, 2, 0.1, lambda hello: False) == (None, [("", Beat())])
     assert not membership.broken
-    membership.hello(another, 2, 1.3, lambda hello: True)
+    membership.hello(another, 2, 0.2, lambda hello: True)
     assert membership.broken.startswith("server-0: process 0 on  has died")
 
 
@@ -220,6 +222,75 @@ def test_a_replica_that_is_started_again_is_known_to_have_died() -> None:
             membership.beat(name, Beat(), half / 2)
     assert membership.hello(Hello("worker", 1), 20, 2.0) == (None, [("", Beat())])
     assert membership.broken.startswith("worker-1: process 0 on here has died")
+
+
+def test_one_that_joins_late_has_a_share_when_it_has_said_more_than_hello() -> None:
+    membership = started(2)
+    member, answers = membership.hello(Hello("worker"), 20, 1.0)
+    assert member is not None and member.name == "worker-2" and isinstance(answers[0][1], Welcome) and len(answers) == 1
+    assert go_on(membership, 1, 2, "server-0", "worker-0", "worker-1") == []
+    assert membership.names("worker") == membership.tables[-1].workers == ["worker-0", "worker-1"]
+    told = go_on(membership, 2, 3, "server-0", "worker-0", "worker-1", "worker-2")
+    assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0", "worker-1", "worker-2"]
+    assert membership.tables[-1].workers == ["worker-0", "worker-1", "worker-2"]
+
+
+def test_who_says_nothing_but_hello_is_forgotten_but_for_its_name_and_nobody_hears_of_it() -> None:
+    membership = started(1)
+    membership.hello(Hello("worker", 7, host="there"), 20, 0.0)
+    assert go_on(membership, 0, FAR_S, "server-0", "worker-0") == [] and lost(membership) == []
+    told = go_on(membership, FAR_S, FAR_S + 1, "server-0", "worker-0")
+    assert lost(membership) == ["worker-7"] and told == [] and membership.losses.workers == []
+    assert membership.workers.keys() == {"worker-0"} and not membership.knows(20)
+    for incarnation in (20, 21):  # it is alive, or it is another of that number
+        member, _ = membership.hello(Hello("worker", 7), incarnation, FAR_S + 1)
+        assert member is not None and member.name == f"worker-{incarnation - 19}"
+
+
+def test_thousands_who_say_hello_do_not_become_members_and_a_worker_still_joins() -> None:
+    membership, incarnation, now = started(2), 1000, 0.0
+    names = []
+    for _ in range(4):  # each when those before it are forgotten
+        for number in range(500):
+            incarnation += 1
+            member, answers = membership.hello(Hello("worker", [None, 0, number][number % 3], host="x"), incarnation, now)
+            assert [name for name, _ in answers] == [""]
+            names += [member.name] if member is not None else []
+        assert len(membership.members) <= 3 + MOST_UNPROVEN and len(names) % MOST_UNPROVEN == 0
+        assert membership.hello(Hello("worker"), 5, now) == (None, [("", Beat())])
+        assert go_on(membership, now, now + FAR_S + 1, "server-0", "worker-0", "worker-1") == []
+        now += FAR_S + 1
+    assert len(set(names)) == len(names) == 4 * MOST_UNPROVEN
+    assert (membership.epoch, len(membership.tables), len(membership.members)) == (1, 1, 3)
+    member, _ = membership.hello(Hello("worker"), 5, now)
+    assert member is not None and member.name not in names
+    membership.beat(member.name, Beat("computing"), now)
+    membership.tick(now)
+    assert membership.tables[-1].workers == ["worker-0", "worker-1", member.name]
+    go_on(membership, now, now + FAR_S + 1, "server-0", "worker-0", "worker-1", member.name)
+    assert not membership._newcomers
+
+
+def test_thousands_who_say_hello_before_the_start_are_few_too() -> None:
+    membership = joining(2)
+    membership.settings = Settings(workers=2, servers=2)
+    for incarnation in range(10, 1000):
+        membership.hello(Hello("worker", host="x"), incarnation, 0.0)
+    assert len(membership.workers) == 2 + MOST_UNPROVEN
+    go_on(membership, 0, FAR_S + 1, "server-0")
+    member, _ = membership.hello(Hello("worker"), 5, FAR_S + 1)
+    assert member is not None and member.name == "worker-0"
+
+
+def test_thousands_of_workers_join_one_as_quickly_as_another() -> None:
+    membership, told = started(1), 0
+    for number in range(2000):
+        member, answers = membership.hello(Hello("worker", number + 1), 100 + number, 0.0)
+        assert member is not None
+        membership.beat(member.name, Beat("waiting"), 0.0)
+        told += len(answers)
+    assert told == 2000
+    assert len(membership.tick(0.1)) == 2001 and membership.epoch == 2  # one table for all of them
 
 
 def test_processes_that_do_not_join_are_told() -> None:

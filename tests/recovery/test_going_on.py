@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.live import LAUNCH, TRAINING, Cluster
 from common import snapshots
+from common.versions import versions_here
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -86,6 +89,32 @@ def test_a_run_that_was_to_end_early_goes_on_and_its_snapshots_hold_its_model(
     found, trained = load_file(out), load_file(folder / "model.safetensors")
     assert found.keys() == trained.keys() and all(torch.equal(found[name], trained[name]) for name in found)
     assert launch("checkpoint", "export", folder, "--round", 1, "--out", out)[0] == 2
+
+
+def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_then_told_of(
+    cluster: Start, resumed: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    cluster(*TRAINING, "--rounds", 5).summary()
+    *_, newest = snapshots.finished(folder)
+    manifest = newest / snapshots.MANIFEST_FILE
+    values, here = json.loads(manifest.read_text()), versions_here()
+    assert values["versions"] == {"program": here.program, "torch": here.torch}
+    manifest.write_text(json.dumps({**values, "versions": {"program": here.program, "torch": "1.0"}}))
+    code, text = launch("checkpoint", "verify", folder)
+    assert code == 0 and f"{newest}: good, of roundtable {here.program} with torch 1.0" in text
+    assert re.search(rf" {re.escape(here.program)} +1\.0 ", launch("checkpoint", "list", folder)[1])
+    sentence = f"{newest} is of roundtable {here.program} with torch 1.0, and here is {here}, so the same bits"
+    for command in (("local", "--resume", folder), ("coordinator", "--prepared", "--resume", "--run-dir", folder)):
+        code, text = launch(*command)
+        assert code == 2 and sentence in text.splitlines()[-1] and snapshots.finished(folder)[-1] == newest
+    assert (folder / "summary.json").exists()
+    code, text = resumed("--rounds", 8, "--accept-versions").end()
+    assert code == 0 and f"warning: the snapshot {sentence}" in text
+    *_, last = snapshots.finished(folder)
+    (last / snapshots.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
+    code, text = launch("local", "--resume", folder, "--accept-versions")
+    assert code == 2 and f"{last} has format 2, of {here}, and here is {here}, which reads format 1" in text
 
 
 def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
