@@ -284,7 +284,7 @@ class RoundShard(Shard):
 
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         match body:
-            case Close() | AllNorms() if body.round == self._version:
+            case Close() | AllNorms() if body.round == self._version and self._open:
                 if isinstance(body, Close) and not (body.ks and set(body.ks) <= set(range(self._count))):
                     raise WireError(f"round {body.round} cannot be closed with micro-batches {body.ks[:20]}")
                 self._told = [told for told in self._told if told.round >= self._version - 1 and told != body] + [body]

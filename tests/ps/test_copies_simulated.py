@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
 from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_head, check_rows, check_same_everywhere, few, some
 
+from common.messages import AllNorms, Body, Close
+from common.policies import load
 from common.settings import Settings
 from ps.round_shard import RoundShard
+from ps.shard import COORDINATOR
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,6 +73,15 @@ def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
         check_exact(outcome)
         killed_servers += outcome.world.killed
     assert killed_servers == 4
+
+
+@pytest.mark.parametrize("decision", [AllNorms(0, [(0, 0, 1.0)]), Close(0, [0])])
+def test_what_was_decided_for_the_server_before_is_no_business_of_one_that_waits_for_its_shard(decision: Body) -> None:
+    settings = Settings(servers=2, replicas=1)
+    shard = RoundShard(1, settings, load(settings))
+    shard.restoring = True
+    assert shard.handle(COORDINATOR, decision, (), 0.0) == []
+    assert shard._norms is None and shard._closed is None
 
 
 @some
