@@ -27,6 +27,8 @@ TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-ev
 _PATIENCE_S = 90.0
 #: Seconds between two looks at whether rounds go on.
 _LOOK_S = 5.0
+#: Seconds for everything to end after the launcher.
+_ENDS_S = 5.0
 
 
 class Cluster:
@@ -138,6 +140,16 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         self._popen.communicate()
 
+    def kill_launcher(self) -> None:
+        """Kill the launcher alone. Raises AssertionError where something that it has started goes on."""
+        self._popen.kill()
+        self._popen.wait()
+        deadline = time.monotonic() + _ENDS_S
+        while left := _of_session(self._popen.pid):
+            assert time.monotonic() < deadline, f"left behind {_ENDS_S:.0f} s after the launcher was killed: {left}"
+            time.sleep(0.05)
+        self._popen.communicate()
+
     def close(self) -> None:
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)
@@ -185,3 +197,14 @@ def _is_ours(pid: int) -> bool:
         return LAUNCH.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def _of_session(leader: int) -> list[int]:
+    """Processes of this session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z" and int(session) == leader:
+                found.append(int(stat.parent.name))
+    return found
