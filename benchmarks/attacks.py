@@ -111,6 +111,17 @@ def _plain(target: Target, *begin: bytes) -> Iterator[socket.socket]:
         yield sock
 
 
+@contextlib.contextmanager
+def _peer(target: Target, *begin: bytes) -> Iterator[socket.socket]:
+    """A connection of a ZeroMQ peer, both of which have said hello, by which this is sent first."""
+    with _plain(target, _GREETING) as sock:
+        sock.recv(len(_GREETING), socket.MSG_WAITALL)
+        sock.sendall(_READY)
+        sock.recv(1 << 10)
+        sock.sendall(b"".join(begin))
+        yield sock
+
+
 def say(address: str, messages: Sequence[Sequence[bytes]]) -> None:
     """Send messages, which are header and frames, as a ZeroMQ peer."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -143,7 +154,7 @@ def _bodies() -> list[Body]:
 def _truncated(target: Target) -> None:
     header = _header(target, _push(target.round(), 0))
     say(target.address, [[header[: len(header) * part // 10]] for part in range(10)])
-    with _plain(target, _GREETING, _READY, _LAST + struct.pack(">Q", 1000), header):
+    with _peer(target, _LAST + struct.pack(">Q", 1000), header):
         pass
 
 
@@ -153,19 +164,21 @@ def _garbage(target: Target) -> None:
     for begin in (b"", _GREETING, _GREETING + _READY):
         with _plain(target, begin, os.urandom(random.choice(sizes))):
             pass
+    with _peer(target, os.urandom(random.choice(sizes))):
+        pass
 
 
 def _oversized(target: Target) -> None:
     say(target.address, [[bytes(MAX_HEADER_BYTES + 1)], [b"x"] * (MAX_FRAMES + 1)])
     for size in (MAX_FRAME_BYTES + 1, (1 << 64) - 1):
-        with _plain(target, _GREETING, _READY, _LAST + struct.pack(">Q", size), bytes(1 << 16)):
+        with _peer(target, _LAST + struct.pack(">Q", size), bytes(1 << 16)):
             time.sleep(_STAY_S / 10)
 
 
 def _endless(target: Target) -> None:
     """A message whose frames always say that there is another."""
     frame = _MORE + struct.pack(">Q", 1 << 20) + bytes(1 << 20)
-    with _plain(target, _GREETING, _READY) as sock:
+    with _peer(target) as sock:
         for _ in range(200):
             sock.sendall(frame)
 
@@ -228,13 +241,11 @@ def _scan(target: Target) -> None:
 
 def _slow(target: Target) -> None:
     """Who sends a byte at a time, and who asks and never reads."""
-    with _plain(target, _GREETING, _READY) as deaf:
-        question = _header(target, Pull(0, masters=True))
-        deaf.sendall((b"\x00" + bytes([len(question)]) + question) * 1000)
-        with _plain(target) as slow:
-            for byte in (_GREETING + _READY)[:20]:
-                slow.send(bytes([byte]))
-                time.sleep(_STAY_S / 5)
+    question = _header(target, Pull(0, masters=True))
+    with _peer(target, (b"\x00" + bytes([len(question)]) + question) * 1000), _plain(target) as slow:
+        for byte in (_GREETING + _READY)[:20]:
+            slow.send(bytes([byte]))
+            time.sleep(_STAY_S / 5)
 
 
 def _half_open(target: Target) -> None:
@@ -242,14 +253,18 @@ def _half_open(target: Target) -> None:
     with contextlib.ExitStack() as stack:
         for n in range(30):
             stack.enter_context(_plain(target, (b"", _GREETING[:10], _GREETING)[n % 3]))
-        time.sleep(_STAY_S)
+        time.sleep(6 * _STAY_S)
 
 
 def _vanishing(target: Target) -> None:
     """Peers that are gone without a word, as by a power cut. For root only; else they close their connections."""
-    header = _header(target, Pull(0))
-    for part in (_GREETING, _GREETING + _READY, _GREETING + _READY + _LAST + struct.pack(">Q", len(header)) + header[:9]):
-        with _plain(target, part) as sock, contextlib.suppress(PermissionError):
+    for peer in (
+        _plain(target),
+        _plain(target, _GREETING),
+        _peer(target),
+        _peer(target, _LAST + struct.pack(">Q", 1000) + bytes(9)),
+    ):
+        with peer as sock, contextlib.suppress(PermissionError):
             time.sleep(_STAY_S / 10)
             sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
 

@@ -35,6 +35,8 @@ _KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
 _SHORT_S = 60.0
 #: Seconds for which there is an attack, and before it for which messages are overheard.
 ATTACK_S, _TAPPED_S = 4.0, 1.0
+#: Seconds between two times that what was overheard is said.
+_AGAIN_S = 0.2
 #: Bytes that a process may have more under an attack.
 MOST_GROWN = 200 << 20
 _CLONE_NEWNS = 0x00020000
@@ -190,7 +192,7 @@ def overheard(wire: Wire, then: Callable[[Cluster], object] | None = None) -> Ha
         with _withstanding(run):
             while time.monotonic() < end:
                 replay(messages, where)
-                _wait(run, 0.0)
+                _wait(run, _AGAIN_S)
         return run
 
     return harm
@@ -234,7 +236,9 @@ def _withstanding(run: Cluster) -> Iterator[None]:
 
 def _wait(run: Cluster, seconds: float) -> None:
     time.sleep(seconds)
-    assert run.is_running, "the run ended before it was over"
+    if not run.is_running:
+        code, out = run.end()
+        raise AssertionError(f"the run ended with exit code {code} before that was over: {out.strip().splitlines()[-1:]}")
 
 
 # ---- processes that come, or come and go

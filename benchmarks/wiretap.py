@@ -16,7 +16,7 @@ from benchmarks.attacks import Target, say
 
 _FLAG = "now"
 #: Messages that each process writes down at most.
-_MOST = 400
+_MOST = 200
 _LENGTH = struct.Struct(">Q")
 _BEGIN = """import os, random, struct
 import msgspec, zmq
