@@ -223,12 +223,12 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
     again, lost, anew = (Wire(folder / name) for name in ("again", "lost", "anew"))
     unruly = Wire(folder / "unruly", is_unruly=True)
     return found | {
-        "strangers: messages of members once more": Row(harms.overheard(again), _SOCKETS, again.env, bounds=_UNHARMED),
+        "strangers: messages of members once more": Row(harms.overheard(again), _SOCKETS, again.env),
         "strangers: messages of an earlier epoch once more, and of a worker that was lost": Row(
             harms.overheard(lost, harms.a_worker_is_lost), _SOCKETS, lost.env, refused=("sender",)
         ),
         "strangers: messages of before all began anew": Row(
-            harms.overheard(anew, harms.all_begin_anew), _SOCKETS, anew.env, refused=("run",)
+            harms.overheard(anew, harms.all_begin_anew, to_all=True), _SOCKETS, anew.env, refused=("run",)
         ),
         "messages sent twice, and after later ones": Row(harms.unruly(unruly), _SOCKETS, unruly.env, bounds=_UNHARMED),
     }

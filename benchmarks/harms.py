@@ -176,9 +176,9 @@ def strangers(item: Item) -> Harm:
     return harm
 
 
-def overheard(wire: Wire, then: Callable[[Cluster], object] | None = None) -> Harm:
-    """What processes say is written down, and a stranger says all of it again and again: to whom it was said, or after `then`,
-    which has something happen, to everybody."""
+def overheard(wire: Wire, then: Callable[[Cluster], object] = lambda run: None, to_all: bool = False) -> Harm:
+    """What processes say is written down, `then` has something happen, and after that a stranger says all of it again and again:
+    to whom it was said, or if `to_all` to whoever listens by then."""
 
     def harm(run: Cluster) -> Cluster:
         wire.on()
@@ -186,9 +186,8 @@ def overheard(wire: Wire, then: Callable[[Cluster], object] | None = None) -> Ha
         wire.off()
         messages = wire.heard()
         assert messages, "nothing was overheard"
-        if then is not None:
-            then(run)
-        where, end = () if then is None else targets(run), time.monotonic() + ATTACK_S
+        then(run)
+        where, end = targets(run) if to_all else (), time.monotonic() + ATTACK_S
         with _withstanding(run):
             while time.monotonic() < end:
                 replay(messages, where)

@@ -357,8 +357,8 @@ class _Server:
                 self._to_peer(effect, header)
 
     def _to_peer(self, effect: Send, header: bytes) -> None:
-        """Send by the connection that is meant for it, or by the other where there is none: it may have broken, and the peer has not
-        sent anything by the one in its place."""
+        """Send by the connection that is meant for it, or by the other where that has broken, and the peer has sent nothing by the
+        one in its place."""
         bulk = is_bulk(effect.body, effect.frames)
         for key in ((effect.to, bulk), (effect.to, not bulk)):
             route = self._routes.get(key)
