@@ -357,7 +357,7 @@ class _Server:
                 self._to_peer(effect, header)
 
     def _to_peer(self, effect: Send, header: bytes) -> None:
-        """Send by the connection that is meant for it, or by the other where that has broken, and the peer has sent nothing by the
+        """Send by the connection that is meant for it, or by the other where that has broken and the peer has sent nothing by the
         one in its place."""
         bulk = is_bulk(effect.body, effect.frames)
         for key in ((effect.to, bulk), (effect.to, not bulk)):

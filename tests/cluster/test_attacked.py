@@ -27,4 +27,4 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     assert loud["refused"].keys() >= {"malformed", "oversized", "flood", "sender", "unfit", "run", "protocol"}
     assert not quiet["refused"]
     assert not [event for kind in ("lost", "restarted", "recovered") for event in run.events(kind)]
-    assert memory.grown() < MOST_GROWN
+    assert memory.grown() < 3 * MOST_GROWN  # of all at once
