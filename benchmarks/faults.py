@@ -268,9 +268,10 @@ def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], obje
         run.until(lambda: run.rounds() > _ROUNDS or list(run.folder.glob(f"{MARK}*")), "training")
         if VARIABLE not in row.env and not row.delay_s:
             run.until(lambda: run.events("snapshot"), "snapshot")
-        began = time.time()
+        began, harmed = time.time(), run
         first(run)
         run = row.harm(run)
+        began = harmed.harmed_at or began
         summary = run.summary() if not row.fails else {}
         if missing := sorted(set(row.refused) - set(summary.get("refused", ()))):
             return Outcome(f"nothing was refused as '{missing[0]}'; as refused counted {summary['refused']}")

@@ -99,7 +99,7 @@ def stop(name: str, seconds: float) -> Harm:
 
     def harm(run: Cluster) -> Cluster:
         pid = run.pids()[name]
-        os.kill(pid, signal.SIGSTOP)
+        run.signal(name, signal.SIGSTOP)
         time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

@@ -34,6 +34,9 @@ _ENDS_S = 5.0
 class Cluster:
     """A `launch.py local` that goes on while somebody looks on, or the coordinator of other processes."""
 
+    #: When, in unix seconds, the first of its processes was harmed.
+    harmed_at: float | None = None
+
     def __init__(
         self,
         folder: Path,
@@ -98,7 +101,9 @@ class Cluster:
 
     def signal(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process called `name`."""
-        os.kill(self.pids()[name], number)
+        pid = self.pids()[name]
+        self.harmed_at = self.harmed_at or time.time()
+        os.kill(pid, number)
 
     def end(self) -> tuple[int, str]:
         """Wait for the end, for as long as rounds are done that were not before; the exit code and what was shown."""
@@ -132,6 +137,7 @@ class Cluster:
 
     def cut_power(self) -> None:
         """Kill everything at once."""
+        self.harmed_at = self.harmed_at or time.time()
         os.kill(self._popen.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
@@ -142,6 +148,7 @@ class Cluster:
 
     def kill_launcher(self) -> None:
         """Kill the launcher alone. Raises AssertionError where something that it has started goes on."""
+        self.harmed_at = self.harmed_at or time.time()
         self._popen.kill()
         self._popen.wait()
         deadline = time.monotonic() + _ENDS_S
