@@ -129,10 +129,11 @@ class Cluster:
         return dict(json.loads((self.folder / SUMMARY_FILE).read_text()))
 
     def is_exact(self) -> bool:
-        """Whether every micro-batch of every round is in exactly one committed contribution, by the books."""
-        rows = self.read(RunLogReader.contributions) or []
-        counted = Counter((row.round, k) for row in rows if row.outcome == "committed" for k in range(row.lo, row.hi))
-        planned = {row.round: row.micro_batches for row in self.read(RunLogReader.rounds) or []}
+        """Whether every micro-batch of each committed round, unless it was dropped, is in exactly one committed contribution, by
+        the books."""
+        planned = Counter({row.round: row.micro_batches for row in self.read(RunLogReader.rounds) or []})
+        committed = [c for c in self.read(RunLogReader.contributions) or [] if c.outcome == "committed" and c.round in planned]
+        counted = Counter((row.round, k) for row in committed for k in range(row.lo, row.hi))
         return set(counted.values()) == {1} and Counter(round_ for round_, _ in counted) == planned
 
     def cut_power(self) -> None:
