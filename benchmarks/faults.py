@@ -230,6 +230,7 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
         "strangers: messages of before all began anew": Row(
             harms.overheard(anew, harms.all_begin_anew, to_all=True), _SOCKETS, anew.env, refused=("run",)
         ),
+        "all connections reset, again and again": Row(harms.broken_connections, _SOCKETS, bounds=_CUT),
         "messages sent twice, and after later ones": Row(harms.unruly(unruly), _SOCKETS, unruly.env, bounds=_UNHARMED),
     }
 

@@ -222,6 +222,27 @@ def unruly(wire: Wire) -> Harm:
     return harm
 
 
+def broken_connections(run: Cluster) -> Cluster:
+    """All connections that processes have with each other are reset, each second for some seconds. Raises UsageError where that
+    cannot be."""
+    ports = " or ".join(f"sport = :{target.port}" for target in targets(run))
+    with _withstanding(run):
+        for _ in range(round(ATTACK_S)):
+            before = _connections(ports)
+            _connections(ports, "--kill")
+            if before & _connections(ports):
+                raise UsageError("'ss --kill' leaves connections be; it must be run as root, on a kernel with INET_DIAG_DESTROY")
+            _wait(run, 1.0)
+    return run
+
+
+def _connections(ports: str, *flags: str) -> set[str]:
+    """Connections with these ports at this end, as `ss` shows both of their ends."""
+    command = ["ss", "--tcp", "--numeric", "--no-header", *flags, "state", "established", f"( {ports} )"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return {" ".join(line.split()[-2:]) for line in shown.splitlines()}
+
+
 @contextlib.contextmanager
 def _withstanding(run: Cluster) -> Iterator[None]:
     """No process of the run may end meanwhile, or come to have much more memory."""
