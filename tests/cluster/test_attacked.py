@@ -1,4 +1,4 @@
-"""A small cluster that strangers attack over real sockets while it trains, in all ways at once."""
+"""A small cluster that strangers attack over real sockets while it trains, in many ways at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from benchmarks.harms import MOST_GROWN
 from benchmarks.live import Cluster
 
 FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--lane", "socket")
+#: What is refused under another kind each, and what needs little time of a small machine's processors.
+CHOSEN = (
+    "garbage", "oversized frames", "endless frames", "gradients of another size or type", "unknown senders", "another run's id",
+    "another version of the protocol", "HTTP requests", "port scans", "slow peers", "handshakes that are never finished",
+)  # fmt: skip
 
 
 def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -17,7 +22,7 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     try:
         run.until(lambda: run.rounds() > 5, "training")
         memory = Memory(run)
-        with attacking(list(ITEMS.values()), targets(run)):
+        with attacking([ITEMS[name] for name in CHOSEN], targets(run)):
             loud = run.summary()
     finally:
         run.close()
