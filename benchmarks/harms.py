@@ -6,16 +6,18 @@ import contextlib
 import ctypes
 import os
 import random
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from benchmarks.attacks import Item, Memory, attacking, targets
 from benchmarks.live import LAUNCH, ByHand, Cluster
+from benchmarks.wiretap import Wire, replay
 from cluster.processes import Processes
 from common import snapshots
 from common.errors import UsageError
@@ -31,6 +33,12 @@ _SLICE_S = 0.001
 #: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
 _KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
 _SHORT_S = 60.0
+#: Seconds for which there is an attack, and before it for which messages are overheard.
+ATTACK_S, _TAPPED_S = 4.0, 1.0
+#: Seconds between two times that what was overheard is said.
+_AGAIN_S = 0.2
+#: Bytes that a process may have more under an attack.
+MOST_GROWN = 200 << 20
 _CLONE_NEWNS = 0x00020000
 _DISK_BYTES = 48 << 20
 #: Has time.time() be an hour off, in a process that imports it, once there is a certain file.
@@ -91,7 +99,7 @@ def stop(name: str, seconds: float) -> Harm:
 
     def harm(run: Cluster) -> Cluster:
         pid = run.pids()[name]
-        os.kill(pid, signal.SIGSTOP)
+        run.signal(name, signal.SIGSTOP)
         time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
@@ -136,26 +144,124 @@ def power_loss(damaged: bool) -> Harm:
     return harm
 
 
-def strangers(times: int) -> Harm:
-    """200 connections at once, to the coordinator and a server, that say nothing, an HTTP request or random bytes; and again."""
+def launcher_killed(run: Cluster) -> Cluster:
+    """The launcher alone is killed; all that it has started must end by itself, and the run goes on by `--resume`."""
+    run.kill_launcher()
+    return Cluster(run.folder, "--resume", run.folder)
+
+
+def fails(last: str) -> Harm:
+    """Nothing but to wait until the run has failed, with this expression in its last line."""
 
     def harm(run: Cluster) -> Cluster:
-        addresses = [(run.folder / "address").read_text().strip()]
-        addresses += [event.data["address"] for event in run.events("joined") if event.process == "server-0"][-1:]
-        for _ in range(times):
-            sockets = []
-            for n in range(200):
-                host, _, port = addresses[n % len(addresses)].removeprefix("tcp://").rpartition(":")
-                with contextlib.suppress(OSError):
-                    sock = socket.create_connection((host, int(port)), timeout=2)
-                    sockets.append(sock)
-                    sock.sendall([b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(300)][n % 3])
-            time.sleep(1.0 / times)
-            for sock in sockets:
-                sock.close()
+        code, out = run.end()
+        found = out.strip().splitlines()[-1:]
+        assert code and re.search(last, "".join(found)), f"it ended with exit code {code} and {found}"
         return run
 
     return harm
+
+
+# ---- the wire
+
+
+def strangers(item: Item) -> Harm:
+    """Strangers do this to the coordinator and all servers, again and again for some seconds. Nobody may end or grow by it."""
+
+    def harm(run: Cluster) -> Cluster:
+        with _withstanding(run), attacking([item], targets(run)):
+            _wait(run, ATTACK_S)
+        return run
+
+    return harm
+
+
+def overheard(wire: Wire, then: Callable[[Cluster], object] = lambda run: None, to_all: bool = False) -> Harm:
+    """What processes say is written down, `then` has something happen, and after that a stranger says all of it again and again:
+    to whom it was said, or if `to_all` to whoever listens by then."""
+
+    def harm(run: Cluster) -> Cluster:
+        wire.on()
+        _wait(run, _TAPPED_S)
+        wire.off()
+        messages = wire.heard()
+        assert messages, "nothing was overheard"
+        then(run)
+        where, end = targets(run) if to_all else (), time.monotonic() + ATTACK_S
+        with _withstanding(run):
+            while time.monotonic() < end:
+                replay(messages, where)
+                _wait(run, _AGAIN_S)
+        return run
+
+    return harm
+
+
+def a_worker_is_lost(run: Cluster) -> None:
+    run.signal("worker-1")
+    run.until(lambda: any(event.process == "worker-1" for event in run.events("lost")), "loss of worker-1")
+
+
+def all_begin_anew(run: Cluster) -> None:
+    run.signal("server-1")
+    run.until(lambda: run.events("restarted"), "new beginning")
+    taken = len(run.events("snapshot"))
+    run.until(lambda: len(run.events("snapshot")) > taken, "snapshot after the new beginning")
+
+
+def unruly(wire: Wire) -> Harm:
+    """For some seconds the messages of all processes go twice, or after later ones."""
+
+    def harm(run: Cluster) -> Cluster:
+        with _withstanding(run):
+            wire.on()
+            _wait(run, ATTACK_S)
+            wire.off()
+        return run
+
+    return harm
+
+
+def broken_connections(run: Cluster) -> Cluster:
+    """All connections that processes have with each other are reset, each second for some seconds. Raises UsageError where that
+    cannot be."""
+    ports = " or ".join(f"sport = :{target.port}" for target in targets(run))
+    with _withstanding(run):
+        for _ in range(round(ATTACK_S)):
+            before = _connections(ports)
+            _connections(ports, "--kill")
+            if before & _connections(ports):
+                raise UsageError("'ss --kill' leaves connections be; it must be run as root, on a kernel with INET_DIAG_DESTROY")
+            _wait(run, 1.0)
+    return run
+
+
+def _connections(ports: str, *flags: str) -> set[str]:
+    """Connections with these ports at this end, as `ss` shows both of their ends."""
+    command = ["ss", "--tcp", "--numeric", "--no-header", *flags, "state", "established", f"( {ports} )"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return {" ".join(line.split()[-2:]) for line in shown.splitlines()}
+
+
+@contextlib.contextmanager
+def _withstanding(run: Cluster) -> Iterator[None]:
+    """No process of the run may end meanwhile, or come to have much more memory."""
+    before, memory = run.pids(), Memory(run)
+    yield
+    now, grown = run.pids(), memory.grown()
+    ended = sorted(name for name, pid in before.items() if now.get(name) != pid)
+    assert not ended, f"{' and '.join(ended)} did not survive it"
+    assert grown <= MOST_GROWN, f"a process came to have {grown >> 20} MB more, where {MOST_GROWN >> 20} are allowed"
+
+
+def _wait(run: Cluster, seconds: float) -> None:
+    time.sleep(seconds)
+    if not run.is_running:
+        code, out = run.end()
+        raise AssertionError(f"the run ended with exit code {code} before that was over: {out.strip().splitlines()[-1:]}")
+
+
+# ---- processes that come, or come and go
 
 
 def join(count: int, every_s: float) -> Harm:

@@ -28,10 +28,15 @@ TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-ev
 _PATIENCE_S = 90.0
 #: Seconds between two looks at whether rounds go on.
 _LOOK_S = 5.0
+#: Seconds for everything to end after the launcher.
+_ENDS_S = 5.0
 
 
 class Cluster:
     """A `launch.py local` that goes on while somebody looks on, or the coordinator of other processes."""
+
+    #: When, in unix seconds, the first of its processes was harmed.
+    harmed_at: float | None = None
 
     def __init__(
         self,
@@ -105,7 +110,9 @@ class Cluster:
 
     def signal(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to the process called `name`."""
-        os.kill(self.pids()[name], number)
+        pid = self.pids()[name]
+        self.harmed_at = self.harmed_at or time.time()
+        os.kill(pid, number)
 
     def end(self) -> tuple[int, str]:
         """Wait for the end, for as long as rounds are done that were not before; the exit code and what was shown."""
@@ -131,20 +138,33 @@ class Cluster:
         return dict(json.loads((self.folder / SUMMARY_FILE).read_text()))
 
     def is_exact(self) -> bool:
-        """Whether every micro-batch of every round is in exactly one committed contribution, by the books."""
-        rows = self.read(RunLogReader.contributions) or []
-        counted = Counter((row.round, k) for row in rows if row.outcome == "committed" for k in range(row.lo, row.hi))
-        planned = {row.round: row.micro_batches for row in self.read(RunLogReader.rounds) or []}
+        """Whether every micro-batch of each committed round, unless it was dropped, is in exactly one committed contribution, by
+        the books."""
+        planned = Counter({row.round: row.micro_batches for row in self.read(RunLogReader.rounds) or []})
+        committed = [c for c in self.read(RunLogReader.contributions) or [] if c.outcome == "committed" and c.round in planned]
+        counted = Counter((row.round, k) for row in committed for k in range(row.lo, row.hi))
         return set(counted.values()) == {1} and Counter(round_ for round_, _ in counted) == planned
 
     def cut_power(self) -> None:
         """Kill everything at once."""
+        self.harmed_at = self.harmed_at or time.time()
         os.kill(self._popen.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
         for pid in self.left_behind().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self._popen.communicate()
+
+    def kill_launcher(self) -> None:
+        """Kill the launcher alone. Raises AssertionError where something that it has started goes on."""
+        self.harmed_at = self.harmed_at or time.time()
+        self._popen.kill()
+        self._popen.wait()
+        deadline = time.monotonic() + _ENDS_S
+        while left := _of_session(self._popen.pid):
+            assert time.monotonic() < deadline, f"left behind {_ENDS_S:.0f} s after the launcher was killed: {left}"
+            time.sleep(0.05)
         self._popen.communicate()
 
     def close(self) -> None:
@@ -194,3 +214,14 @@ def _is_ours(pid: int) -> bool:
         return LAUNCH.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def _of_session(leader: int) -> list[int]:
+    """Processes of this session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z" and int(session) == leader:
+                found.append(int(stat.parent.name))
+    return found

@@ -142,17 +142,19 @@ class Outflow:
         self._refusals = refusals
         self._under_way: dict[bytes, deque[tuple[Any, int]]] = {}
 
-    def send(self, sock: zmq.Socket[bytes], header: bytes, frames: Sequence[Any], to: bytes, now: float) -> None:
-        """Send a message with frames as `wire.send` does, unless its receiver has not taken what was sent before."""
+    def send(self, sock: zmq.Socket[bytes], header: bytes, frames: Sequence[Any], to: bytes, now: float) -> bool | None:
+        """Send a message with frames as `wire.send` does, unless its receiver has not taken what was sent before (False)."""
         if not self._has_room(to):
             self._refusals.note(WireError("a peer does not read what it was sent, and is sent no more for now", "unread"), now)
-            return
+            return False
         last = zmq.Frame(frames[-1], track=True, copy=False)  # frames leave in order
-        if send(sock, header, [*frames[:-1], last], to=to):
+        sent = send(sock, header, [*frames[:-1], last], to=to)
+        if sent:
             if len(self._under_way) > _PEERS:
                 self._under_way = {peer: queue for peer, queue in self._under_way.items() if not queue[-1][0].done}
             size = sum(bytes_of(frame).nbytes for frame in frames)
             self._under_way.setdefault(to, deque()).append((last.tracker, size))
+        return sent
 
     def _has_room(self, to: bytes) -> bool:
         queue = self._under_way.get(to)

@@ -157,14 +157,17 @@ def _socket(context: zmq.Context[Any], kind: int, address: str) -> zmq.Socket[by
     return sock
 
 
-def send(sock: zmq.Socket[bytes], header: bytes, frames: Frames = (), to: bytes | None = None, copy: bool = False) -> bool:
-    """Send without blocking, and unless `copy` without copying. False if it could not go out now; then nothing was sent."""
+def send(sock: zmq.Socket[bytes], header: bytes, frames: Frames = (), to: bytes | None = None, copy: bool = False) -> bool | None:
+    """Send without blocking, and unless `copy` without copying. False if it could not go out now, and None if the connection `to`
+    is gone; then nothing was sent."""
     parts = [header, *frames] if to is None else [to, header, *frames]
     try:
         sock.send_multipart(parts, zmq.NOBLOCK, copy=copy)
-    except (zmq.Again, zmq.ZMQError) as error:
-        if isinstance(error, zmq.Again) or error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EAGAIN:
             return False
+        if error.errno == zmq.EHOSTUNREACH:
+            return None
         raise
     return True
 

@@ -354,9 +354,20 @@ class _Server:
                 if self._keeper is not None:
                     send(self._keeper, header, effect.frames)
             else:
-                bulk = is_bulk(effect.body, effect.frames)
-                route = self._routes.get((effect.to, bulk)) or self._routes.get((effect.to, not bulk))
-                if route is not None and effect.frames:
-                    self._outflow.send(self._workers, header, effect.frames, route, time.monotonic())
-                elif route is not None:
-                    send(self._workers, header, to=route)
+                self._to_peer(effect, header)
+
+    def _to_peer(self, effect: Send, header: bytes) -> None:
+        """Send by the connection that is meant for it, or by the other where that has broken and the peer has sent nothing by the
+        one in its place."""
+        bulk = is_bulk(effect.body, effect.frames)
+        for key in ((effect.to, bulk), (effect.to, not bulk)):
+            route = self._routes.get(key)
+            if route is None:
+                continue
+            if effect.frames:
+                sent = self._outflow.send(self._workers, header, effect.frames, route, time.monotonic())
+            else:
+                sent = send(self._workers, header, to=route)
+            if sent is not None:
+                return
+            del self._routes[key]

@@ -1,7 +1,10 @@
-"""A few rows of the fault matrix: a process is killed at a named point, and weights and books are those of an undisturbed run."""
+"""A few rows of the fault matrix, of which weights and books are those of an undisturbed run: a process is killed at a named
+point, or messages do not come as they were sent.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,4 +20,17 @@ pytestmark = pytest.mark.timeout(240)
 )
 def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(undisturbed: str, tmp_path: Path, name: str) -> None:
     outcome = measure(rows(1.0, tmp_path)[name], undisturbed, tmp_path / "run")
+    assert (outcome.problem, outcome.same, outcome.exact) == ("", True, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "strangers: messages of an earlier epoch once more, and of a worker that was lost",
+        "messages sent twice, and after later ones",
+    ],
+)
+def test_messages_that_come_again_late_or_in_another_order_change_nothing(undisturbed: str, tmp_path: Path, name: str) -> None:
+    row = replace(rows(1.0, tmp_path)[name], flags=("--lane", "socket"))  # the bits are those of any lane
+    outcome = measure(row, undisturbed, tmp_path / "run")
     assert (outcome.problem, outcome.same, outcome.exact) == ("", True, True)
