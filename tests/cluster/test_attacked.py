@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from benchmarks.attacks import ITEMS, Memory, attacking, targets
-from benchmarks.harms import MOST_GROWN
+from benchmarks.harms import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
 
 FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--lane", "socket")
@@ -23,7 +24,8 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
         run.until(lambda: run.rounds() > 5, "training")
         memory = Memory(run)
         with attacking([ITEMS[name] for name in CHOSEN], targets(run)):
-            loud = run.summary()
+            time.sleep(ATTACK_S)
+        loud = run.summary()
     finally:
         run.close()
     assert loud["weights_sha256"] == quiet["weights_sha256"]
