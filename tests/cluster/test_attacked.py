@@ -11,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from common.runlog import Event, RunLogReader
 from common.wire import PROTOCOL
 
 ROOT = Path(__file__).parents[2]
@@ -146,3 +148,56 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     assert isinstance(refused, dict)
     assert refused.keys() >= {"malformed", "oversized", "run", "flood"}
     assert largest < 1500  # MiB
+
+
+def say_hello(address: tuple[str, int], incarnations: range) -> None:
+    """As many processes that never say anything else."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.connect(f"tcp://{address[0]}:{address[1]}")
+    for incarnation in incarnations:
+        hello = {"type": "Hello", "role": "worker", "host": f"forged-{incarnation}", "pid": incarnation}
+        sock.send(msgspec.msgpack.encode([PROTOCOL, "", "", incarnation, 0, hello]))
+    context.destroy(linger=5000)
+
+
+def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = train(folder, "--rounds", "1000000", "--silence", "4")
+    worker = None
+    try:
+        coordinator, *_ = addresses(folder)
+
+        def events(kind: str) -> list[Event]:
+            with contextlib.closing(RunLogReader(folder / "events.sqlite")) as log:
+                return [event for _, _, event in log.events() if event.kind == kind]
+
+        def until(ready: Callable[[], object], what: str) -> None:
+            deadline = time.monotonic() + 60
+            while not ready():
+                assert process.poll() is None and time.monotonic() < deadline, what
+                time.sleep(0.1)
+
+        until(lambda: events("plan"), "training")
+        before = memory(f"coordinator --prepared --config {folder}")
+        for batch in range(3):
+            say_hello(coordinator, range(1000 + 700 * batch, 1000 + 700 * (batch + 1)))
+            until(lambda batch=batch: len(events("joined")) >= 4 + 64 * (batch + 1), "strangers")  # type: ignore[misc]
+            if batch < 2:
+                until(lambda batch=batch: len(events("forgotten")) >= 64 * (batch + 1), "end of them")  # type: ignore[misc]
+        command = [sys.executable, str(ROOT / "launch.py"), "worker", "--coordinator", "tcp://{}:{}".format(*coordinator)]
+        worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        until(lambda: any(event.data["pid"] == worker.pid for event in events("joined")), "worker")  # type: ignore[union-attr]
+        (name,) = {event.process for event in events("joined") if event.data["pid"] == worker.pid}
+
+        def shares() -> bool:
+            with contextlib.closing(RunLogReader(folder / "events.sqlite")) as log:
+                return any(row.worker == name for row in log.contributions())
+
+        until(shares, "contributions")
+        assert len(events("joined")) == 5 + 3 * 64 and not events("lost")
+        assert memory(f"coordinator --prepared --config {folder}") < before + 50  # MiB
+    finally:
+        for one in filter(None, (process, worker)):
+            one.terminate()
+            one.communicate(timeout=20)
