@@ -590,7 +590,16 @@ class Coordinator:
         if self._membership.awaits_workers:
             waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
         raise ClusterError(
-            f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}."
+            f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}"
+            f"{self._missing_text()}."
+        )
+
+    def _missing_text(self) -> str:
+        """What each server has not got of the round that it is in, as far as it has said so."""
+        beats = {server.name: server.beat for server in self._owners() if server.beat.left}
+        return "".join(
+            f"; {name} lacks micro-batch{'es' * (len(beat.left) > 1)} {some(list(map(str, beat.left)))} of round {beat.round}"
+            for name, beat in beats.items()
         )
 
     # ---- messages

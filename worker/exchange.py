@@ -315,6 +315,11 @@ class Exchange:
             if not self._done(server)
         ]
 
+    def missing_text(self) -> str:
+        """The same as it is told, with the round that the weights are to start."""
+        parts = [f"{server} (chunks {', '.join(map(str, chunks))})" for server, chunks in self.missing()]
+        return f"of round {self.clock} from {' and '.join(parts)}"
+
     def take(self) -> tuple[dict[int, Any], dict[int, int]]:
         """The weights that have come since the last call, by chunk, and their versions by server. Ends the pull when all are."""
         staged = {chunk: found for chunk, found in self._staged.items() if found is not None}
@@ -474,9 +479,9 @@ class Exchange:
             self._tell(server)
 
     @property
-    def has_told(self) -> bool:
-        """Whether servers have what they were to be told."""
-        return not self._telling
+    def not_told(self) -> list[str]:
+        """Servers that have not got what they were to be told."""
+        return sorted({told.server for told in self._telling})
 
     @property
     def traffic(self) -> Traffic:

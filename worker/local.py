@@ -237,7 +237,7 @@ class LocalWork:
 
     def _waited_for(self) -> str:
         assert self._exchange is not None
-        return f"the merged weights from {' and '.join(server for server, _ in self._exchange.missing())}"
+        return f"the merged weights {self._exchange.missing_text()}"
 
     def beat(self) -> Beat:
         """Where this worker is. Called by the link's thread, with the lock held."""

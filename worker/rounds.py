@@ -473,8 +473,7 @@ class GradientWork:
 
     def _waited_for(self) -> str:
         assert self._exchange is not None
-        parts = [f"{server} (chunks {', '.join(map(str, chunks))})" for server, chunks in self._exchange.missing()]
-        return f"the weights of round {self._exchange.clock} from {' and '.join(parts)}"
+        return f"the weights {self._exchange.missing_text()}"
 
     def beat(self) -> Beat:
         """Where this worker is. Called by the link's thread, with the lock held."""

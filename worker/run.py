@@ -47,6 +47,7 @@ from common.messages import (
 from common.no_compiler import no_compiler
 from common.plan import Segment, derive_seed, make_segment
 from common.policies import load
+from common.runlog import some
 from common.settings import Settings
 from common.shared import Handle, NotShared
 from common.watchdog import Watchdog
@@ -83,6 +84,8 @@ log = logging.getLogger("worker.run")
 _FIRST_WEIGHTS_S = (0.1, 1.0)
 #: Seconds that one who leaves waits for servers to have what it has sent.
 _HAND_OVER_S = 10.0
+#: What one who has ended its script waits for.
+_END = "the coordinator to end the run, which others may still compute"
 #: Seconds after which the mean loss of an epoch is asked for again.
 _MEAN_AGAIN_S = 0.1
 
@@ -463,12 +466,12 @@ class Run:
                 self._link.send(Send(COORDINATOR, Goodbye(self.failure, cut_off=cut_off)))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
-            self._wait(lambda: not self._unsent_metrics, lambda: "the coordinator to record metrics")
+            self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
             self._hand_over()
             while not self._link.stopped:
                 goodbye = Goodbye(early=self.left_early)
                 self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
-                self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: "", every=1.0)
+                self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: _END, every=1.0)
                 if self._upload_wanted and self._model is not None and not self._link.stopped:
                     self._upload_wanted = False
                     self._fetch_masters()
@@ -496,10 +499,17 @@ class Run:
         exchange = self._exchange
         if exchange is None:
             return
-        self._wait(self._handed_over, lambda: "", every=_HAND_OVER_S)
+        self._wait(self._handed_over, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
         with self._link.lock:
             exchange.hand_over()
-        self._wait(lambda: exchange.has_told, lambda: "the servers to keep what the codec has left out")
+        self._wait(
+            lambda: not exchange.not_told,
+            lambda: f"{' and '.join(exchange.not_told)} to keep what the codec has left out before round {self.round}",
+        )
+
+    def _metrics_waited_for(self) -> str:
+        rounds = sorted({metrics.round for metrics, _ in self._unsent_metrics.values()})
+        return f"what was logged in round {some(list(map(str, rounds)))}"
 
     def _handed_over(self) -> bool:
         parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
@@ -512,11 +522,10 @@ class Run:
         with self._link.lock:
             messages = self._exchange.pull(self.round, True, time.monotonic(), masters=True)
         self._link.send(*messages)
-        self._wait(
-            lambda: self._exchange is not None and self._exchange.complete, lambda: "the servers to send the trained weights"
-        )
+        exchange = self._exchange
+        self._wait(lambda: exchange.complete, lambda: f"the trained weights {exchange.missing_text()}")
         with self._link.lock:
-            weights, _ = self._exchange.take()
+            weights, _ = exchange.take()
         self._work.replica.load(weights)
 
     # ---- for the parts of this package

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
+
+import msgspec
+import zmq
 
 from benchmarks.attacks import ITEMS, Memory, attacking, targets
 from benchmarks.harms import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
+from common.runlog import RunLogReader
+from common.wire import PROTOCOL
+
+ROOT = Path(__file__).parents[2]
 
 FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--lane", "socket")
 #: What is refused under another kind each, and what needs little time of a small machine's processors.
@@ -35,3 +44,49 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     assert not quiet["refused"]
     assert not [event for kind in ("lost", "restarted", "recovered") for event in run.events(kind)]
     assert memory.grown() < 3 * MOST_GROWN  # of all at once
+
+
+def say_hello(address: tuple[str, int], incarnations: range) -> None:
+    """As many processes that never say anything else."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.connect(f"tcp://{address[0]}:{address[1]}")
+    for incarnation in incarnations:
+        hello = {"type": "Hello", "role": "worker", "host": f"forged-{incarnation}", "pid": incarnation}
+        sock.send(msgspec.msgpack.encode([PROTOCOL, "", "", incarnation, 0, hello]))
+    context.destroy(linger=5000)
+
+
+def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--rounds", 1000000, "--silence", 4)
+    worker = None
+    try:
+        run.until(lambda: run.events("plan"), "training")
+        memory, coordinator = Memory(run), targets(run)[0]
+        for batch in range(3):
+            say_hello((coordinator.host, coordinator.port), range(1000 + 700 * batch, 1000 + 700 * (batch + 1)))
+            run.until(lambda batch=batch: len(run.events("joined")) >= 4 + 64 * (batch + 1), "strangers")  # type: ignore[misc]
+            if batch < 2:
+                run.until(lambda batch=batch: len(run.events("forgotten")) >= 64 * (batch + 1), "their end")  # type: ignore[misc]
+        command = [
+            sys.executable,
+            str(ROOT / "launch.py"),
+            "worker",
+            "--coordinator",
+            f"tcp://{coordinator.host}:{coordinator.port}",
+        ]
+        worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def name() -> str:
+            found = {event.process for event in run.events("joined") if event.data["pid"] == worker.pid}
+            return found.pop() if found else ""
+
+        run.until(lambda: name() in {row.worker for row in run.read(RunLogReader.contributions)}, "contributions")
+        assert len(run.events("joined")) == 5 + 3 * 64 and not run.events("lost")
+        assert memory.grown() < MOST_GROWN
+    finally:
+        run.close()
+        if worker is not None:
+            worker.terminate()
+            worker.communicate(timeout=20)

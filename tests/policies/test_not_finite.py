@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 SCRIPT = Path(__file__).with_name("train_nan.py")
 ROUNDS, EPOCHS = 4, 2  # of 16 samples each, 4 a micro-batch
@@ -22,6 +24,18 @@ def test_the_whole_round_is_skipped_alike_by_all_servers_whoever_computes_it(lau
     for summary in (shared, sent):
         assert (summary["dropped"], summary["samples_dropped"]) == (4 * EPOCHS, 16 * EPOCHS)
         assert (summary["rounds"], summary["samples"]) == (ROUNDS * EPOCHS, (ROUNDS - 1) * 16 * EPOCHS)
+
+
+@pytest.mark.parametrize(
+    ("policy", "least", "most"), [(("async",), 1, 4), (("backup", "--backup", 0), 4, 4), (("backup", "--backup", 1), 4, 7)]
+)
+def test_no_other_policy_lets_them_into_the_weights_either(
+    launch: Callable[..., dict[str, Any]], policy: tuple[object, ...], least: int, most: int
+) -> None:
+    summary = launch("--workers", 2, "--servers", 2, "--on-nonfinite", "skip", "--policy", *policy, *FLAGS)
+    assert least * EPOCHS <= summary["dropped"] <= most * EPOCHS
+    assert summary["samples_dropped"] == 4 * summary["dropped"]
+    assert summary["samples"] + summary["samples_dropped"] == ROUNDS * 16 * EPOCHS
 
 
 def test_sharded_layers_are_left_alone_in_such_a_round_too(launch: Callable[..., dict[str, Any]]) -> None:

@@ -864,7 +864,7 @@ class WorkerProcess(Process):
         assert exchange is not None
         yield Wait(self.run._handed_over, float("inf"))
         exchange.hand_over()
-        yield Wait(lambda: exchange.has_told, float("inf"))
+        yield Wait(lambda: not exchange.not_told, float("inf"))
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)

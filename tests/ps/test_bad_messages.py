@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -310,3 +311,22 @@ def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str
         assert (shard.store, shard.tables, shard.layout, shard.chunks) == (None, None, None, {})
         shard.handle("worker-0", set_up, (), 0.0)
         assert shard.store is not None
+
+
+@pytest.mark.parametrize(("to", "kind"), [("server-0", b"Push"), ("server-1", b"Pull"), ("coordinator", b"Beat")])
+def test_messages_of_an_earlier_process_of_the_same_name_are_refused_and_counted(to: str, kind: bytes) -> None:
+    with running(CASES["sync"], 3.0) as world:
+        header, *frames = next(
+            parts for sender, where, parts in world.messages if (sender, where) == ("worker-1", to) and kind in parts[0]
+        )
+        envelope = msgspec.msgpack.decode(header)
+        envelope[3] -= 1
+        process: Any = world.processes[to]
+        owner = process.coordinator if to == "coordinator" else process.server
+        before, counted = fingerprint(process), Counter(owner._refusals.counts)
+        deliver(world, "worker-1", to, [msgspec.msgpack.encode(envelope), *frames])
+        assert Counter(owner._refusals.counts) - counted == Counter(sender=1)
+        assert fingerprint(process) == before
+        counted = Counter(owner._refusals.counts)
+        deliver(world, "worker-1", to, [header, *frames])
+        assert Counter(owner._refusals.counts) == counted  # it is the incarnation alone

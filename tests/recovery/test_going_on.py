@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,19 @@ def test_after_a_power_cut_a_run_goes_on_with_other_numbers(cluster: Start, resu
     run.cut_power()
     summary = resumed("--workers", 1, "--servers", 3).summary()
     assert (summary["weights_sha256"], summary["servers"]) == (undisturbed, 3)
+    assert run.is_exact()
+
+
+def test_a_run_that_was_stopped_by_ctrl_c_goes_on_with_the_same_bits(
+    cluster: Start, resumed: Start, undisturbed: str, tmp_path: Path
+) -> None:
+    run = cluster(*TRAINING)
+    run.until(lambda: has_snapshot(run), "snapshot")
+    run._popen.send_signal(signal.SIGINT)
+    code, out = run.end()
+    assert code == 130 and "stopped by SIGINT" in out and not (tmp_path / "run" / "summary.json").exists()
+    summary = resumed().summary()
+    assert summary["weights_sha256"] == undisturbed and summary["rounds"] == run.rounds()
     assert run.is_exact()
 
 
@@ -127,7 +141,10 @@ def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> N
 
 def test_training_begins_from_weights_in_a_file(cluster: Start, tmp_path: Path) -> None:
     first = cluster(*TRAINING, "--rounds", 5, name="first").summary()
-    flags = (*TRAINING, "--init", tmp_path / "first" / "model.safetensors", "--rounds", 1, "--lr", 1e-30, "--momentum", 0)
-    assert cluster(*flags, name="second").summary()["weights_sha256"] == first["weights_sha256"]
+    saved, of_torch = tmp_path / "first" / "model.safetensors", tmp_path / "state.pt"
+    torch.save(load_file(saved), of_torch)
+    for file in (saved, of_torch):
+        flags = (*TRAINING, "--init", file, "--rounds", 1, "--lr", 1e-30, "--momentum", 0)
+        assert cluster(*flags, name=file.stem).summary()["weights_sha256"] == first["weights_sha256"]
     code, text = launch("local", "--run-dir", tmp_path / "third", *TRAINING, "--init", tmp_path / "none")
     assert code == 2 and "there is no file" in text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,9 +12,13 @@ import torch
 from torch.utils.data import TensorDataset
 
 from common.errors import UsageError
+from common.layout import TensorSpec, make_layout
+from common.messages import Owed
 from common.plan import make_segment
 from common.settings import Settings
+from worker.exchange import Exchange
 from worker.local import LocalWork
+from worker.resending import Sent
 from worker.run import Run
 
 DATA = TensorDataset(torch.zeros(8))
@@ -65,3 +71,28 @@ def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None
     work = cast(LocalWork, SimpleNamespace(_merge_by="greedy", _run=SimpleNamespace(_evaluate=None)))
     with pytest.raises(UsageError, match=r"call run\.merge_by\(evaluate\) before run\.batches\(\)\.$"):
         next(LocalWork.batches(work, cast(Any, None), cast(Any, None)))
+
+
+def test_what_the_end_of_a_script_waits_for_is_told_with_process_round_and_chunks() -> None:
+    layout = make_layout([TensorSpec("w", [2], "float32", 0), TensorSpec("v", [2], "float32", 0)], 2)
+    exchange = Exchange(layout, Settings(), pulls_follow=False)
+    exchange._telling = [Sent("server-1", Owed(0), [], 0.0)]
+    told: list[str] = []
+
+    def wait(ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> None:
+        if every is None:
+            assert not ready()
+            told.append(what())
+
+    link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
+    script = run(_exchange=exchange, _wait=wait, _link=link, _handed_over=lambda: True, round=7)
+    Run._hand_over(script)
+    script.settings = Settings(weight_codec="bf16")
+    script._work = cast(Any, SimpleNamespace(replica=SimpleNamespace(load=lambda weights: None)))
+    Run._fetch_masters(script)
+    chunks = {f"server-{n}": ", ".join(str(chunk.id) for chunk in layout.on(n)) for n in layout.owners()}
+    servers = " and ".join(f"{name} (chunks {ids})" for name, ids in chunks.items())
+    assert told == [
+        "server-1 to keep what the codec has left out before round 7",
+        f"the trained weights of round 7 from {servers}",
+    ]

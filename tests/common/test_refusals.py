@@ -1,0 +1,26 @@
+"""What is refused is all counted, and seldom logged."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from common.errors import WireError
+from common.refusals import Refusals
+
+
+def test_of_a_flood_all_is_counted_and_a_line_comes_every_ten_seconds_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:
+    refusals = Refusals(logging.getLogger("test"))
+    for number in range(25_000):  # a thousand a second
+        refusals.note(WireError("a message has no header", "malformed"), number / 1000, "nobody")
+        if number % 10 == 0:
+            refusals.note(WireError("x" * 10_000, "sender"), number / 1000)
+    assert refusals.counts == {"malformed": 25_000, "sender": 2500}
+    lines = [record.getMessage() for record in caplog.records]
+    first = "refused from nobody: a message has no header"
+    more = " (and {} more of this kind since the last line)"
+    assert [line for line in lines if "header" in line] == [first, first + more.format(9999), first + more.format(9999)]
+    assert [line for line in lines if "x" * 9 in line] == [
+        f"refused: {'x' * 500}{text}" for text in ("", more.format(999), more.format(999))
+    ]

@@ -1,0 +1,38 @@
+"""What a coordinator says as it gives a run up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import zmq
+
+from common.errors import ClusterError
+from common.layout import TensorSpec
+from common.messages import Beat, Hello, Setup, Update
+from common.settings import Settings
+from ps.coordinator import Coordinator
+
+
+def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batches_each_server_lacks(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        coordinator = Coordinator(context.socket(zmq.ROUTER), Settings(timeout=5.0, silence=1e6), tmp_path)
+        membership, began = coordinator._membership, coordinator._progressed_at
+        for number in range(2):
+            membership.hello(Hello("server", number, address=f"tcp://server:{number}"), 1 + number, began)
+            membership.hello(Hello("worker", number), 11 + number, began)
+        coordinator._ledger.set_up(Setup([TensorSpec(n, [1 << 21], "float32", 0) for n in "wv"], Update("SGD", [{"lr": 0.1}])))
+        membership.beat("server-0", Beat("computing", 4, left=[1, 3, 2, 0]), began)
+        membership.beat("server-1", Beat("computing", 5, left=[2]), began)
+        membership.beat("worker-0", Beat("waiting", 5), began)
+        membership.beat("worker-1", Beat("computing", 5), began)
+        coordinator._check_deadline(began + 5.0)
+        with pytest.raises(ClusterError) as caught:
+            coordinator._check_deadline(began + 5.1)
+        assert str(caught.value) == (
+            "nothing has moved for 5 s: round 0 waits for worker-1; server-0 lacks micro-batches 1, 3 and 2 more of round 4; "
+            "server-1 lacks micro-batch 2 of round 5."
+        )
+    finally:
+        context.destroy(linger=0)
