@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import msgspec
 import torch
 
 from benchmarks import measure, network
@@ -22,22 +24,34 @@ from cluster.signals import StopSignals
 from common.errors import ClusterError, UsageError
 
 #: What is compared by default.
-SYSTEMS = ("independent", "ddp", "ddp-view=ddp --view", "ddp-fp16=ddp --fp16", "zero", "rpc", "ours")
+SYSTEMS = ("independent", "ddp", "rpc", "ours", "ours:socket")
+#: And by --all, besides our codecs.
+_ALL = (
+    "independent", "ddp", "ddp:view", "ddp:fp16", "zero", "rpc", "ours", "ours:socket",
+    "ours:backup", "ours:ssp", "ours:async", "ours:local", "ours:average",
+)  # fmt: skip
+_CODECS = ("bf16", "fp16", "int8", "onebit", "topk", "randomk", "int8/onebit")
+NETWORKS = (network.LOOPBACK, *network.RATES)
 _QUICK = {"steps": 3, "warmup": 1, "repeats": 1}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--model", "models", multiple=True, type=click.Choice(list(WORKLOADS)), help="What to train; by default all.")
-@click.option("--system", "systems", multiple=True, metavar="'[NAME=]SYSTEM [FLAGS]'",
-              help="Who is to train it: ddp, 'view=ddp --view', 'async=ours --policy async --servers 1'; FLAGS of ours are "
-              f"settings of the run. Systems are {', '.join(names())}; by default all, and variants of ddp.")  # fmt: skip
+@click.option("--system", "systems", multiple=True, metavar="'[NAME=]SYSTEM[:VARIANT,...] [FLAGS]'",
+              help="Who is to train it: ddp:view, ours:socket,ssp, ours:int8/onebit (pushes and weights), 'one=ours --servers "
+              f"1'; FLAGS of ours are settings of the run. Systems are {', '.join(names())}; by default: "
+              f"{' '.join(SYSTEMS)}.")  # fmt: skip
+@click.option("--all", "everything", is_flag=True,
+              help="All systems, their variants, our lanes, codecs and policies, on all networks, unless --system or --network "
+              "are given too. That takes many hours.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps.")
 @click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Steps before those.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True,
               help="Runs of each system, in fresh processes; the systems take turns.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="A few steps only, to see whether it works.")
-@click.option("--network", "network_name", type=click.Choice([network.LOOPBACK, *network.RATES]), show_default=True,
-              default=network.LOOPBACK, help="What is between workers; a rate makes network namespaces (as root).")  # fmt: skip
+@click.option("--network", "networks", multiple=True, type=click.Choice(NETWORKS),
+              help="What is between workers, repeatable; a rate makes network namespaces (as root). By default the "
+              f"{network.LOOPBACK}.")  # fmt: skip
 @click.option("--slow-worker", type=click.FloatRange(min=1.0), default=1.0, metavar="FACTOR",
               help="Have the last worker compute this many times slower; ours then has 8 micro-batches a round.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for one run.")
@@ -49,17 +63,18 @@ def cli(
     ctx: click.Context,
     models: Sequence[str],
     systems: Sequence[str],
+    everything: bool,
     steps: int,
     warmup: int,
     repeats: int,
     quick: bool,
-    network_name: str,
+    networks: Sequence[str],
     slow_worker: float,
     timeout: float,
     out: Path,
     report_only: bool,
 ) -> None:
-    """Train the same models with several systems in turn, and compare time, processor time, memory and loss.
+    """Train the same models with several systems in turn, and compare time, processor time, memory, traffic and loss.
 
     Two workers with a torch thread each train from the same weights on the same batches. Results are written to --out as a
     table (results.md), a plot (results.png) and JSON (results.json).
@@ -69,36 +84,51 @@ def cli(
         return
     if quick:
         steps, warmup, repeats = (_QUICK[k] if _is_default(ctx, k) else ctx.params[k] for k in ("steps", "warmup", "repeats"))
-    entries = [parse_entry(text) for text in systems or SYSTEMS]
-    twice = {entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}
-    if twice:
-        raise UsageError(f"--system '{twice.pop()}' was given twice; give them names, as in --system 'NAME=ours'.")
+    chosen = {
+        name: _entries(systems or (_all(name) if everything else SYSTEMS))
+        for name in networks or (NETWORKS if everything else (network.LOOPBACK,))
+    }
     about = {
         "run": f"{WORKERS} workers, 1 torch thread each; {warmup} + {steps} steps, {repeats} repeats",
-        "network": network_name,
         "machine": f"{os.cpu_count()} processors, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
     }
     if slow_worker > 1:
         about["slow worker"] = f"worker {WORKERS - 1} sleeps for {slow_worker - 1:g} times the time that it computes"
-    about |= {f"`{e.name}`": " ".join((e.system, *e.flags)) for e in entries if e.name.split()[0] != e.system}
+    named = [e for entries in chosen.values() for e in entries if e.name.split()[0] != e.system]
+    about |= {f"`{e.name}`": " ".join((e.system, *e.flags)) for e in named}
+    for name in chosen:
+        with network.hosts(name):
+            pass  # or it would be known only in hours that there can be none
     _prepare(out)
     results = Results(about, [])
-    with StopSignals() as signals, network.hosts(network_name) as hosts:
-        for model in models or WORKLOADS:
-            for repeat in range(repeats):
-                for number, entry in enumerate(entries):
-                    if why := entry.refuses(WORKLOADS[model]):
-                        print(f"{model} {entry.name} #{repeat + 1}: left out: {why}", flush=True)
-                        continue
-                    folder = out / "jobs" / f"{model}-{repeat}-{number}-{entry.system}"
-                    job = Job(WORKLOADS[model], warmup + steps, slow_worker, hosts, folder, entry.flags)
-                    result = _run(entry, job, repeat, signals, warmup, timeout)
-                    results.runs.append(result)
-                    write_results(results, out)
+    with StopSignals() as signals:
+        for name, entries in chosen.items():
+            with network.hosts(name) as hosts:
+                for model in models or WORKLOADS:
+                    for repeat, (number, entry) in itertools.product(range(repeats), enumerate(entries)):
+                        folder = out / "jobs" / f"{name}-{model}-{repeat}-{number}-{entry.system}"
+                        job = Job(WORKLOADS[model], warmup + steps, slow_worker, hosts, folder, entry.flags)
+                        results.runs.append(_run(name, entry, job, repeat, signals, warmup, timeout))
+                        write_results(results, out)
     _report(results, out)
-    failed = sum(run.measured is None for run in results.runs)
+    ran = [run for run in results.runs if not run.refused]
+    failed = sum(run.measured is None for run in ran)
     if failed:
-        raise ClusterError(f"{failed} of {len(results.runs)} runs failed; their logs are in {out / 'jobs'}.")
+        raise ClusterError(f"{failed} of {len(ran)} runs failed; their logs are in {out / 'jobs'}.")
+
+
+def _all(name: str) -> list[str]:
+    """The systems of --all on a network. On one machine nothing is sent, and so nothing coded, unless through sockets."""
+    lane = "socket," if name == network.LOOPBACK else ""
+    return [*_ALL, *(f"ours:{lane}{codec}" for codec in _CODECS)]
+
+
+def _entries(systems: Sequence[str]) -> list[Entry]:
+    entries = [parse_entry(text) for text in systems]
+    twice = {entry.name for entry in entries if [e.name for e in entries].count(entry.name) > 1}
+    if twice:
+        raise UsageError(f"--system '{twice.pop()}' was given twice; give them names, as in --system 'NAME=ours'.")
+    return entries
 
 
 def _is_default(ctx: click.Context, name: str) -> bool:
@@ -113,20 +143,24 @@ def _prepare(out: Path) -> None:
         raise UsageError(f"the folder {out} cannot be made: {error.strerror}.") from None
 
 
-def _run(entry: Entry, job: Job, repeat: int, signals: StopSignals, warmup: int, timeout: float) -> Result:
-    """Run and show one job; one that fails is a result too."""
+def _run(name: str, entry: Entry, job: Job, repeat: int, signals: StopSignals, warmup: int, timeout: float) -> Result:
+    """Run and show one job on a network; one that fails is a result too, and so is that the system refuses it."""
     model = job.workload.name
+    title = f"{name} {model} {entry.name} #{repeat + 1}"
+    if why := entry.refuses(job.workload):
+        print(f"{title}: refused: {why}", flush=True)
+        return Result(name, model, entry.name, repeat, None, why, refused=True)
     try:
         measured = measure.run(entry.commands(job), job, signals, warmup, timeout)
     except ClusterError as error:
-        print(f"{model} {entry.name} #{repeat + 1}: failed: {error}", flush=True)
-        return Result(model, entry.name, repeat, None, str(error))
+        print(f"{title}: failed: {error}", flush=True)
+        return Result(name, model, entry.name, repeat, None, str(error))
     print(
-        f"{model} {entry.name} #{repeat + 1}: {measured.step_ms:.1f} ms/step, {measured.cpu_s:.3f} CPU s/step, "
-        f"{measured.memory_mb:.0f} MB, loss {measured.loss:.5f}",
+        f"{title}: {measured.step_ms:.1f} ms/step, {measured.cpu_s:.3f} CPU s/step, {measured.memory_mb:.0f} MB, "
+        f"loss {measured.loss:.5f}",
         flush=True,
     )
-    return Result(model, entry.name, repeat, measured)
+    return Result(name, model, entry.name, repeat, msgspec.structs.replace(measured, wire=entry.wire(job)))
 
 
 def _report(results: Results, out: Path) -> None:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
-from benchmarks.systems import ROOT, Command, Job
+from benchmarks.systems import ROOT, Command, Job, Wire
 from benchmarks.training import STEPS_VARIABLE, WORKERS
 from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
 from cluster.signals import StopSignals
@@ -40,11 +40,12 @@ class Measurement(msgspec.Struct, frozen=True):
     loss_before: float
     #: How many processors others used meanwhile: above a tenth or so, times are disturbed.
     others: float
+    wire: Wire | None = None
 
     @property
     def step_ms(self) -> float:
-        """The median step."""
-        return statistics.median(self.step_s) * 1000.0
+        """The mean step, for some wait or merge in few of them."""
+        return statistics.fmean(self.step_s) * 1000.0
 
     @property
     def loss(self) -> float:

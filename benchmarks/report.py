@@ -17,19 +17,29 @@ TABLE_FILE = "results.md"
 PLOT_FILE = "results.png"
 
 #: The systems that others are compared with.
-BASELINE, BOUND = "ddp", "independent"
+BASELINE, BOUND, OTHER = "ddp", "independent", "rpc"
 #: Losses are equal to rounding if they differ by less than this part of what training has changed them by.
 ROUNDING = 1e-2
 
 
-class Result(msgspec.Struct, frozen=True):
-    """One run: `measured` is None where it failed, and `error` says why."""
+#: A network and a model: what is compared is on one and trains the other.
+Setting = tuple[str, str]
 
+
+class Result(msgspec.Struct, frozen=True):
+    """One run: `measured` is None where it failed, or was refused, and `error` says why."""
+
+    network: str
     model: str
     system: str
     repeat: int
     measured: Measurement | None
     error: str = ""
+    refused: bool = False
+
+    @property
+    def setting(self) -> Setting:
+        return self.network, self.model
 
 
 class Results(msgspec.Struct, frozen=True):
@@ -38,15 +48,21 @@ class Results(msgspec.Struct, frozen=True):
     about: dict[str, str]
     runs: list[Result]
 
-    def models(self) -> list[str]:
-        return list(dict.fromkeys(run.model for run in self.runs))
+    def settings(self) -> list[Setting]:
+        return list(dict.fromkeys(run.setting for run in self.runs))
 
-    def systems(self, model: str) -> list[str]:
-        return list(dict.fromkeys(run.system for run in self.runs if run.model == model))
+    def systems(self, setting: Setting) -> list[str]:
+        return list(dict.fromkeys(run.system for run in self.runs if run.setting == setting))
 
-    def of(self, model: str, system: str) -> dict[int, Measurement]:
+    def of(self, setting: Setting, system: str) -> dict[int, Measurement]:
         """The successful runs of one system, by repeat."""
-        return {r.repeat: r.measured for r in self.runs if (r.model, r.system) == (model, system) and r.measured is not None}
+        runs = (run for run in self.runs if (run.setting, run.system) == (setting, system))
+        return {run.repeat: run.measured for run in runs if run.measured is not None}
+
+    def refusal(self, setting: Setting, system: str) -> str:
+        """Why a system does not train this; empty if it does."""
+        runs = (run for run in self.runs if (run.setting, run.system) == (setting, system))
+        return next((run.error for run in runs if run.refused), "")
 
 
 @dataclass(frozen=True)
@@ -86,51 +102,67 @@ def same_loss(of: dict[int, Measurement], to: dict[int, Measurement]) -> bool | 
     return all(abs(loss - right) <= ROUNDING * moved for m in of.values() for loss in m.losses)
 
 
+_HEADER = (
+    "network", "model", "system", "ms/step", f"x {BASELINE}", f"x {BOUND}", f"x {OTHER}", "CPU s/step", f"CPU x {BASELINE}",
+    "memory MB", f"memory x {BASELINE}", "wire MB/step", "codec ms/step", "loss", f"as {BASELINE}", "others",
+)  # fmt: skip
+
+
 def to_markdown(results: Results) -> str:
     """The table, and below it what it means."""
-    header = (
-        "model", "system", "ms/step", f"x {BASELINE}", f"x {BOUND}", "CPU s/step", "memory MB", "loss", "as ddp", "others",
-    )  # fmt: skip
-    cells: list[Sequence[str]] = [header]
-    for model in results.models():
-        baseline, bound = results.of(model, BASELINE), results.of(model, BOUND)
-        for system in results.systems(model):
-            runs = results.of(model, system)
-            if not runs:
-                cells.append([model, system, "failed", *[""] * (len(header) - 3)])
-                continue
-            everything = list(runs.values())
-            same = same_loss(runs, baseline)
-            cells.append([
-                model,
-                system,
-                _cell(Spread.of([m.step_ms for m in everything]), "{:.1f}"),
-                _cell(ratios(runs, baseline), "{:.2f}"),
-                _cell(ratios(runs, bound), "{:.2f}"),
-                f"{statistics.median(m.cpu_s for m in everything):.3f}",
-                f"{statistics.median(m.memory_mb for m in everything):.0f}",
-                f"{statistics.median(m.loss for m in everything):.5f}",
-                "" if same is None else "yes" if same else "**no**",
-                f"{statistics.median(m.others for m in everything):.1f}",
-            ])  # fmt: skip
+    cells: list[Sequence[str]] = [_HEADER]
+    for setting in results.settings():
+        for system in results.systems(setting):
+            cells.append([*setting, system, *_row(results, setting, system)])
     about = [f"- {key}: {value}" for key, value in results.about.items()]
-    about += [f"- {run.model} {run.system}, repeat {run.repeat + 1}, failed: {run.error}" for run in results.runs if run.error]
-    return "\n".join([markdown_table(cells, left=2), "", *about, "", _LEGEND])
+    failed = [run for run in results.runs if run.error and not run.refused]
+    about += [f"- {run.network} {run.model} {run.system}, repeat {run.repeat + 1}, failed: {run.error}" for run in failed]
+    return "\n".join([markdown_table(cells, left=3), "", *about, "", _LEGEND])
+
+
+def _row(results: Results, setting: Setting, system: str) -> list[str]:
+    runs = results.of(setting, system)
+    if not runs:
+        why = results.refusal(setting, system)
+        return [f"refused: {why}" if why else "failed"]
+    everything = list(runs.values())
+    baseline, bound, other = (results.of(setting, name) for name in (BASELINE, BOUND, OTHER))
+    same = same_loss(runs, baseline)
+    wires = [m.wire for m in everything if m.wire is not None]
+    return [
+        _cell(Spread.of([m.step_ms for m in everything]), "{:.1f}"),
+        _cell(ratios(runs, baseline), "{:.2f}"),
+        _cell(ratios(runs, bound), "{:.2f}"),
+        _cell(ratios(runs, other), "{:.2f}"),
+        f"{statistics.median(m.cpu_s for m in everything):.3f}",
+        _cell(ratios(runs, baseline, lambda m: m.cpu_s), "{:.2f}"),
+        f"{statistics.median(m.memory_mb for m in everything):.0f}",
+        _cell(ratios(runs, baseline, lambda m: m.memory_mb), "{:.2f}"),
+        f"{statistics.median(wire.megabytes for wire in wires):.2f}" if wires else "",
+        " + ".join(f"{statistics.median(s) * 1e3:.1f}" for s in zip(*((w.encode_s, w.decode_s) for w in wires), strict=True)),
+        f"{statistics.median(m.loss for m in everything):.5f}",
+        "" if same is None else "yes" if same else "**no**",
+        f"{statistics.median(m.others for m in everything):.1f}",
+    ]
 
 
 def markdown_table(cells: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose first row is the header, and whose first `left` columns hold words and not numbers."""
+    """A table whose first row is the header, and whose first `left` columns hold words and not numbers. A row that is shorter
+    than the header ends in words that are as long as they are."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    columns = len(cells[0])
+    widths = [max(len(row[i]) for row in cells if len(row) == columns or i < len(row) - 1) for i in range(columns)]
     rule = ["-" * width if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) + " |"
+    padded = [
+        [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=len(row) == columns))]
         for row in [cells[0], rule, *cells[1:]]
-    )
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 _LEGEND = f"""\
-- ms/step: median of worker 0's timed steps, then of the repeats (least..largest repeat); ratios are taken repeat by repeat
+- ms/step: mean of worker 0's timed steps, then the median of the repeats (least..largest); ratios are taken repeat by repeat
+- wire: tensors that workers have sent and received in frames; codec: to encode + to decode, of all processes; both over all steps
 - CPU: user and system time of all the system's processes in the timed steps; memory: peak sum of their proportional set sizes
 - loss: of the last global batch after the last step, mean over workers; as {BASELINE}: each within {ROUNDING:g} of what it moved
 - others: processors that were busy with something else during the timed steps; times with much of that are disturbed
@@ -145,19 +177,23 @@ def _cell(spread: Spread | None, form: str) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write a picture of every system's step as a multiple of the baseline's, or in ms where that is missing."""
+    """Write a picture of every system's step as a multiple of the baseline's, or in ms where that is missing; a row of it for
+    each network and a column for each model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    models = results.models()
-    rows = max(len(results.systems(model)) for model in models)
-    figure = Figure(figsize=(5.5 * len(models), 1.4 + 0.45 * rows), layout="constrained")
+    settings = results.settings()
+    networks, models = (list(dict.fromkeys(names)) for names in zip(*settings, strict=True))
+    rows = max(len(results.systems(setting)) for setting in settings)
+    figure = Figure(figsize=(5.5 * len(models), (1.4 + 0.45 * rows) * len(networks)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        baseline = results.of(model, BASELINE)
+    grid = figure.subplots(len(networks), len(models), squeeze=False)
+    for setting in ((network, model) for network in networks for model in models):
+        axes = grid[networks.index(setting[0])][models.index(setting[1])]
+        baseline = results.of(setting, BASELINE)
         bars: list[tuple[str, Spread]] = []
-        for system in results.systems(model):
-            runs = results.of(model, system)
+        for system in results.systems(setting):
+            runs = results.of(setting, system)
             spread = ratios(runs, baseline) if baseline else Spread.of([m.step_ms for m in runs.values()])
             if spread is not None:
                 bars.append((system if same_loss(runs, baseline) is not False else f"{system} *", spread))
@@ -166,7 +202,7 @@ def draw(results: Results, path: Path) -> None:
         colours = ["tab:orange" if name.startswith("ours") else "tab:blue" for name, _ in bars]
         axes.barh([name for name, _ in bars], middles, xerr=errors, color=colours, capsize=3)
         axes.invert_yaxis()
-        axes.set(title=model, xlabel=f"time of a step, x {BASELINE}" if baseline else "ms/step")
+        axes.set(title=", ".join(reversed(setting)), xlabel=f"time of a step, x {BASELINE}" if baseline else "ms/step")
         if baseline:
             axes.axvline(1.0, color="black", linewidth=0.8)
         axes.grid(axis="x", alpha=0.3)

@@ -55,6 +55,7 @@ from common.wire import (
     Stamp,
     allow_files,
     dealer,
+    is_bulk,
     new_incarnation,
     receive,
     send,
@@ -62,13 +63,16 @@ from common.wire import (
 from worker.tasks import Tasks
 
 COORDINATOR, SERVER = "coordinator", "server-0"
+#: The second socket to the server, which tensors go by.
+_BULK = "server-0/bulk"
 #: As long as a real worker waits at least for weights before it asks for more to do, and between two looks at the clock.
 _PATIENCE_S = 0.05
 _TICK_S = 0.02
 #: What a worker says of its speed; all say the same, so that shares stay as they are.
 _SECONDS, _RATE = 0.01, 100.0
-#: Files that a worker has open: its two sockets' connections, and what ZeroMQ wakes their readers by.
-FILES_PER_WORKER = 4
+#: A worker's sockets; and files that it has open: their connections, and what ZeroMQ wakes their readers by.
+_SOCKETS = 3
+FILES_PER_WORKER = 2 * _SOCKETS
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -157,7 +161,8 @@ class _Worker:
             self._send(SERVER, push, [self._gradient])
 
     def _send(self, to: str, body: Body, frames: Frames = ()) -> None:
-        send(self.sockets[to], self._stamp.encode(body), frames, copy=True)
+        bulk = to == SERVER and is_bulk(body, frames)
+        send(self.sockets[_BULK if bulk else to], self._stamp.encode(body), frames, copy=True)
 
     def tick(self, now: float) -> None:
         for body in self.attendance.tick(now, self._beat):
@@ -209,7 +214,9 @@ class _Worker:
         if welcome is not None:
             self._stamp.sender, self._stamp.run = welcome.process, welcome.run
             self._tasks = Tasks(welcome.process, welcome.tables)
-            self.sockets[SERVER] = dealer(self._context, welcome.servers[0].address)
+            for name in (SERVER, _BULK):
+                sock = self.sockets[name] = dealer(self._context, welcome.servers[0].address)
+                send(sock, self._stamp.encode(Beat()), copy=True)  # whose connection it is
             self._go_on(None, now)
 
     def _go_on(self, answer: Body | None, now: float) -> None:
@@ -240,7 +247,7 @@ def run(job: Job) -> None:
     """
     allow_files(FILES_PER_WORKER * job.count)
     context: zmq.Context[Any] = zmq.Context()
-    context.set(zmq.MAX_SOCKETS, 2 * job.count + 1)
+    context.set(zmq.MAX_SOCKETS, _SOCKETS * job.count + 1)
     gradient = array.array("f", (random.gauss(0.0, 1.0) for _ in range(job.values))).tobytes()
     start = time.monotonic()
     workers = [_Worker(context, job, job.first + i, gradient, start) for i in range(job.count)]
@@ -271,7 +278,7 @@ def _loop(workers: list[_Worker], deadline: float) -> None:
             files = set(by_file)
         if now > deadline:
             raise ClusterError(f"{len(going)} simulated workers have not ended in time.")
-        for worker in going if len(by_file) < 2 * len(workers) else ():
+        for worker in going if len(by_file) < _SOCKETS * len(workers) else ():
             for name, sock in worker.sockets.items():
                 if (file := sock.fileno()) not in by_file:
                     by_file[file] = worker, name

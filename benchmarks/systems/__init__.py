@@ -1,8 +1,9 @@
 """The systems that are compared: one module each, found by its name.
 
 A module has `commands(job)`, which says what processes to start for one run, and `FLAGS`, the switches it knows (None: it
-passes any on). Where it cannot do with sparse gradients, `not_sparse(flags)` says why. Its workers write their steps as
-`benchmarks.training` says.
+passes any on). `VARIANTS` has words for flags, where they are not the switches. Where it cannot do with sparse gradients,
+`not_sparse(flags)` says why; where it counts what it sends, `wire(job)` tells of a run that is over. Its workers write their
+steps as `benchmarks.training` says.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
+
+import msgspec
 
 from benchmarks.network import Host
 from benchmarks.workloads import Workload
@@ -54,6 +57,15 @@ class Job:
         return ["--model", self.workload.name, "--steps", str(self.steps), "--slow", str(self.slow)]
 
 
+class Wire(msgspec.Struct, frozen=True):
+    """What travelled in a run, by step: tensors that workers have sent and received, and the seconds that codecs took of all
+    processes."""
+
+    megabytes: float
+    encode_s: float
+    decode_s: float
+
+
 class System(Protocol):
     """What a module of this package has."""
 
@@ -78,6 +90,11 @@ class Entry:
         why = getattr(_load(self.system), "not_sparse", None)
         return str(why(self.flags)) if why is not None and workload.sparse else ""
 
+    def wire(self, job: Job) -> Wire | None:
+        """What travelled in a run that has ended well; None where the system does not count that."""
+        count = getattr(_load(self.system), "wire", None)
+        return cast(Wire, count(job)) if count is not None else None
+
 
 def names() -> list[str]:
     """All systems there are."""
@@ -85,25 +102,34 @@ def names() -> list[str]:
 
 
 def parse_entry(text: str) -> Entry:
-    """Read `[NAME=]SYSTEM [FLAGS]`, such as 'ddp', 'view=ddp --view' or 'ours --servers 1'; without NAME it is the whole text.
+    """Read `[NAME=]SYSTEM[:VARIANT,...] [FLAGS]`: 'ddp', 'ours:socket,bf16', 'one=ours --servers 1'; without NAME it is the
+    whole text.
 
-    Raises UsageError for a system or flag that there is not.
+    Raises UsageError for a system, variant or flag that there is not.
     """
     name, equals, rest = text.partition("=")
     if not equals or " " in name.strip():
         name, rest = text, text
     try:
-        system, *flags = shlex.split(rest) or [""]
+        head, *given = shlex.split(rest) or [""]
     except ValueError as error:
         raise UsageError(f"--system '{text}' cannot be read: {str(error).lower()}.") from None
+    system, colon, words = head.partition(":")
     if system not in names():
         raise UsageError(f"--system '{text}': there is no system '{system}'; there are {', '.join(names())}.")
     known = _load(system).FLAGS
-    for flag in flags:
+    variants = getattr(_load(system), "VARIANTS", {flag: (f"--{flag}",) for flag in known or ()})
+    flags: list[str] = []
+    for word in words.split(",") if colon else ():
+        if word not in variants:
+            has = f"it has {', '.join(v for v in variants if '/' not in v)}" if variants else "it has none"
+            raise UsageError(f"--system '{text}': {system} has no variant '{word}'; {has}.")
+        flags += variants[word]
+    for flag in given:
         if known is not None and flag.removeprefix("--") not in known:
             has = f"it has {', '.join(f'--{k}' for k in known)}" if known else "it has none"
             raise UsageError(f"--system '{text}': {system} has no flag {flag}; {has}.")
-    return Entry(" ".join(name.split()), system, tuple(flags))
+    return Entry(" ".join(name.split()), system, (*flags, *given))
 
 
 def module_command(module: str, *args: str) -> list[str]:

@@ -6,17 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
+import msgspec
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not installed
+from benchmarks import __main__ as command_line
 from benchmarks import merging, report
 from benchmarks.measure import Measurement, step_durations
 from benchmarks.report import Result, Results
-from benchmarks.systems import names, parse_entry
+from benchmarks.systems import Wire, names, parse_entry
 from benchmarks.workloads import WORKLOADS
 from common.errors import UsageError
+from common.settings import PolicyName, PushCodec, WeightCodec
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,23 +32,36 @@ def measurement(ms: float, loss: float = 2.0, other: float | None = None) -> Mea
 
 def results(*runs: tuple[str, int, Measurement | None]) -> Results:
     return Results(
-        {}, [Result("cnn", system, repeat, measured, "" if measured else "it broke.") for system, repeat, measured in runs]
+        {},
+        [
+            Result("loopback", "cnn", system, repeat, measured, "" if measured else "it broke.")
+            for system, repeat, measured in runs
+        ],
     )
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_a_quick_run_writes_table_plot_and_json_and_we_train_to_ddps_loss(tmp_path: Path) -> None:
-    systems = [part for name in ("independent", "ddp", "ours") for part in ("--system", name)]
+    systems = [part for name in ("independent", "ddp", "ours", "ours:socket,bf16") for part in ("--system", name)]
     command = [sys.executable, "-m", "benchmarks", "--quick", "--model", "cnn", *systems, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=220)
     logs = "".join(f"\n--- {log}\n{log.read_text()[-1500:]}" for log in tmp_path.glob("jobs/*/logs/*"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     measured = {run["system"]: run["measured"] for run in json.loads((tmp_path / "results.json").read_text())["runs"]}
-    assert set(measured) == {"independent", "ddp", "ours"}
+    assert set(measured) == {"independent", "ddp", "ours", "ours:socket,bf16"}
     assert all(len(m["step_s"]) == 3 and m["memory_mb"] > 0 for m in measured.values())
-    read = report.read_results(tmp_path)
-    assert report.same_loss(read.of("cnn", "ours"), read.of("cnn", "ddp")) is True
-    assert report.same_loss(read.of("cnn", "independent"), read.of("cnn", "ddp")) is False
-    assert (tmp_path / "results.md").read_text().count("| cnn") == 3
+    megabytes = sum(p.numel() for p in WORKLOADS["cnn"].model().parameters()) * 2 / 1e6
+    wire = measured["ours:socket,bf16"]["wire"]
+    # in each step each worker sends a gradient and gets weights; what was sent again does not count here
+    assert wire["megabytes"] >= 0.95 * 4 * megabytes and wire["encode_s"] > 0 and wire["decode_s"] > 0
+    assert measured["ddp"]["wire"] is None
+    read, setting = report.read_results(tmp_path), ("loopback", "cnn")
+    assert report.same_loss(read.of(setting, "ours"), read.of(setting, "ddp")) is True
+    assert report.same_loss(read.of(setting, "independent"), read.of(setting, "ddp")) is False
+    assert (tmp_path / "results.md").read_text().count("| loopback | cnn") == 4
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -69,12 +86,35 @@ def test_the_table_marks_other_losses_and_says_what_failed(tmp_path: Path) -> No
         ("ours", 1, measurement(20)), ("rpc", 0, None), ("rpc", 1, None),
     )  # fmt: skip
     lines = report.to_markdown(ran).splitlines()
-    assert [cell.strip() for cell in lines[3].split("|")[2:5]] == ["ours", "12.5 (5.0..20.0)", "0.75 (0.50..1.00)"]
+    assert cells(lines[3])[2:5] == ["ours", "12.5 (5.0..20.0)", "0.75 (0.50..1.00)"]
     assert "**no**" in lines[3] and "yes" in lines[2]
-    assert "failed" in lines[4] and "- cnn rpc, repeat 2, failed: it broke." in lines
+    assert "failed" in lines[4] and "- loopback cnn rpc, repeat 2, failed: it broke." in lines
     report.write_results(ran, tmp_path)
     assert report.to_markdown(report.read_results(tmp_path)) == report.to_markdown(ran)
     assert len([path for path in report.write_report(ran, tmp_path) if path.stat().st_size]) == 2
+
+
+def test_networks_are_compared_each_for_itself_with_ratios_to_ddp_and_rpc_and_what_travelled() -> None:
+    ours = msgspec.structs.replace(measurement(30), cpu_s=1.0, memory_mb=50.0, wire=Wire(12.5, 0.004, 0.0021))
+    runs = [("loopback", "ddp", measurement(10)), ("loopback", "ours", ours), ("1gbit", "ddp", measurement(60)),
+            ("1gbit", "rpc", measurement(120)), ("1gbit", "ours", ours)]  # fmt: skip
+    lines = report.to_markdown(Results({}, [Result(on, "cnn", system, 0, m) for on, system, m in runs])).splitlines()
+    header = cells(lines[0])
+    rows = {tuple(cells(line)[:3]): dict(zip(header, cells(line), strict=True)) for line in lines[2:7]}
+    here, there = rows["loopback", "cnn", "ours"], rows["1gbit", "cnn", "ours"]
+    assert (here["x ddp"], here["x rpc"], there["x ddp"], there["x rpc"]) == ("3.00", "", "0.50", "0.25")
+    assert (there["CPU x ddp"], there["memory x ddp"]) == ("2.00", "0.50")
+    assert (there["wire MB/step"], there["codec ms/step"]) == ("12.50", "4.0 + 2.1")
+    assert rows["1gbit", "cnn", "rpc"]["wire MB/step"] == ""
+
+
+def test_a_system_that_refuses_a_model_is_a_row_with_the_reason_and_no_failure(tmp_path: Path) -> None:
+    refused = Result("loopback", "widedeep", "zero", 0, None, "it sends | all of it.", refused=True)
+    ran = Results({}, [Result("loopback", "widedeep", "ddp", 0, measurement(10)), refused])
+    lines = report.to_markdown(ran).splitlines()
+    assert lines[3] == "| loopback | widedeep | zero   | refused: it sends \\| all of it. |"
+    assert len(lines[0]) == len(lines[2]) < 200 and not any("failed" in line for line in lines)
+    assert report.write_report(ran, tmp_path)
 
 
 def test_a_report_without_a_baseline_or_without_any_success_can_be_made(tmp_path: Path) -> None:
@@ -93,7 +133,25 @@ def test_systems_are_read_with_names_and_flags() -> None:
     assert (entry.name, entry.system, entry.flags) == ("view", "ddp", ("--view",))
     entry = parse_entry("ours --servers=1 --policy async")
     assert (entry.name, entry.flags) == ("ours --servers=1 --policy async", ("--servers=1", "--policy", "async"))
-    for wrong in ("", "x=", "horovod", "ddp --veiw", "ours 'x"):
+    assert parse_entry("ours:socket,ssp,bf16 --servers 1").flags == (
+        "--lane", "socket", "--policy", "ssp", "--push-codec", "bf16", "--weight-codec", "bf16", "--servers", "1",
+    )  # fmt: skip
+    assert parse_entry("ours:topk").flags == ("--push-codec", "topk", "--weight-codec", "none")
+    assert parse_entry("ours:int8/onebit").flags == ("--push-codec", "int8", "--weight-codec", "onebit")
+    entry = parse_entry("both=ddp:view,fp16")
+    assert (entry.name, entry.flags) == ("both", ("--view", "--fp16"))
+    for wrong in (
+        "",
+        "x=",
+        "horovod",
+        "ddp --veiw",
+        "ours 'x",
+        "ours:",
+        "ours:sokcet",
+        "ours:onebit/topk",
+        "rpc:view",
+        "ddp:socket",
+    ):
         with pytest.raises(UsageError, match=r"^[^\n]+\.$"):
             parse_entry(wrong)
 
@@ -103,6 +161,25 @@ def test_systems_that_send_whole_tables_are_left_out_where_gradients_are_sparse(
     assert left_out == ["zero", "rpc", "fp16=ddp --fp16"]
     assert not any(parse_entry(text).refuses(WORKLOADS["widedeep"]) for text in ("ddp", "ours", "independent"))
     assert not any(parse_entry(text).refuses(WORKLOADS["cnn"]) for text in names())
+    apart = [
+        text for text in command_line._all("loopback") if text[:5] == "ours:" and parse_entry(text).refuses(WORKLOADS["widedeep"])
+    ]
+    assert apart == ["ours:local", "ours:average"]
+
+
+def test_all_systems_of_the_command_line_are_there_and_all_our_codecs_and_policies_among_them() -> None:
+    for on in command_line.NETWORKS:
+        entries = command_line._entries(command_line._all(on))
+        assert set(command_line.SYSTEMS) <= {entry.name for entry in entries} and {entry.system for entry in entries} == set(
+            names()
+        )
+        flags = {flag for entry in entries for flag in entry.flags}
+        # sync and no codec are the default
+        assert {*get_args(PolicyName), *get_args(PushCodec), *get_args(WeightCodec)} - flags <= {"sync", "none"}
+        coded = [entry for entry in entries if "--push-codec" in entry.flags]
+        assert all(("socket" in entry.flags) == (on == "loopback") for entry in coded)
+    with pytest.raises(UsageError, match="given twice"):
+        command_line._entries(["ddp", "ddp"])
 
 
 @pytest.mark.parametrize(
