@@ -19,6 +19,9 @@ from common.tensors import from_frame, to_frame
 from common.wire import Frames, bytes_of
 from worker.mapped import InPlane
 
+#: Rounds, at most, of which it is known what has counted: far more than a server knows that of.
+_REMEMBERED = 1000
+
 
 class PushCoder:
     """Encodes contributions. What a codec with error feedback leaves out is sent later: once, and only if the rest counted."""
@@ -27,6 +30,9 @@ class PushCoder:
         self._settings = settings
         self._codec = for_pushes(settings, layout)
         self._feedback = Feedback()
+        #: By round, chunks of contributions that have counted. Who computes one of them again, because nobody knew, sends a frame
+        #: that does not count though one of that name has: nothing may come or go with it.
+        self._counted: dict[int, set[tuple[int, int, int]]] = {}
         #: By chunk, the pieces that are compressed, as bits.
         self._pieces = {
             chunk.id: sum(1 << chunk.pieces.index(piece) for piece in coded_pieces(layout, chunk)) for chunk in layout.chunks
@@ -40,10 +46,12 @@ class PushCoder:
             return None  # what waits of a piece without a gradient would be sent and not be applied
         values = value.values if value.scale == 1.0 else value.values * value.scale
         seed = push_seed(self._settings, push.round, push.lo, push.hi, chunk)
-        coded = self._codec.encode(chunk, values, seed, self._feedback.state(chunk))
+        again = (chunk, push.lo, push.hi) in self._counted.get(push.round, ())
+        coded = self._codec.encode(chunk, values, seed, None if again else self._feedback.state(chunk))
         if coded is None:
             return None
-        self._feedback.sent(chunk, push.key, coded.state)
+        if not again:
+            self._feedback.sent(chunk, push.key, coded.state)
         return to_frame(coded.frame)
 
     def settled(self, push: Push, ignored: Collection[int]) -> None:
@@ -51,8 +59,10 @@ class PushCoder:
         for chunk in push.coded:
             if chunk in ignored:
                 self._feedback.drop(chunk, push.key)
-            else:
-                self._feedback.commit(chunk, push.key)
+            elif self._feedback.commit(chunk, push.key):
+                if push.round not in self._counted:
+                    self._counted = {old: of for old, of in self._counted.items() if old > push.round - _REMEMBERED}
+                self._counted.setdefault(push.round, set()).add((chunk, push.lo, push.hi))
 
     def owed(self, chunks: Collection[int], cut: int, first: int, taken: list[int]) -> list[tuple[Owed, Frames]]:
         """What was left out of `chunks` so far, as messages numbered from `first`; one at least."""

@@ -166,6 +166,17 @@ def test_what_a_frame_left_out_is_sent_later_if_the_frame_counted_and_not_otherw
     assert torch.equal(worker.sent(second), left_out if 0 not in ignored else torch.zeros(NUMEL))
 
 
+def test_what_is_computed_again_after_it_has_counted_neither_sends_nor_leaves_anything() -> None:
+    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    values = torch.arange(1.0, NUMEL + 1)
+    first = worker.push(worker.slot(values))
+    worker.ack(whole(first), [])
+    again = worker.push(worker.slot(values))  # nobody knew, and the server says of both what became of the first
+    worker.ack(whole(again), [])
+    third = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    assert torch.equal(worker.sent(third), values - worker.sent(first))
+
+
 def test_the_second_of_two_sums_under_way_has_nothing_of_what_the_first_carries() -> None:
     worker = Worker(push_codec="topk", codec_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
