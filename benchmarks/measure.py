@@ -21,9 +21,11 @@ from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
 from cluster.signals import StopSignals
 from common.errors import ClusterError
 
-#: Seconds between two looks at processor time, and at memory, which costs more to ask for.
+#: Seconds between two looks at processor time; and at memory, at least, and so many times as long as a look takes: what many
+#: processes map takes long to count, on a processor that is theirs.
 _CPU_EVERY_S = 0.2
 _MEMORY_EVERY_S = 1.0
+_MEMORY_EVERY = 50
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -61,7 +63,7 @@ class Usage:
         #: (time, processor seconds of the tree until then, and of the whole machine)
         self.samples: list[tuple[float, float, float]] = []
         self.memory = 0
-        self._cpu_at = self._memory_at = float("-inf")
+        self._cpu_at = self._memory_due = float("-inf")
 
     def look(self, roots: Sequence[int]) -> None:
         """Take samples that are due."""
@@ -81,13 +83,14 @@ class Usage:
         whole = psutil.cpu_times()
         busy = whole.user + whole.nice + whole.system + whole.irq + whole.softirq
         self.samples.append((now, sum(self._cpu.values()), busy))
-        if now >= self._memory_at + _MEMORY_EVERY_S:
-            self._memory_at = now
+        if now >= self._memory_due:
             total = 0
             for process in tree:
                 with contextlib.suppress(psutil.Error):
                     total += process.memory_full_info().pss
             self.memory = max(self.memory, total)
+            ended = time.monotonic()
+            self._memory_due = ended + max(_MEMORY_EVERY_S, _MEMORY_EVERY * (ended - now))
 
     def between(self, start: float, end: float) -> tuple[float, float]:
         """Processor seconds of the tree, and of the whole machine, in this time."""
