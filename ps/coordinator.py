@@ -86,9 +86,9 @@ from common.wire import (
 from ps.archive import ModelFile, summarized_run, write_summary
 from ps.books import Books, Head, Keeper, new_run, restore
 from ps.cuts import Cuts, Under
+from ps.leasing import Leasing
 from ps.ledger import Ledger
 from ps.membership import NEAR_S, Member, Membership, number_of
-from ps.takeover import Takeover
 
 log = logging.getLogger("ps.coordinator")
 
@@ -111,8 +111,6 @@ _FEWER_S = 15.0
 _LEFT_S = 3.0
 #: Seconds for the others to connect to a coordinator that was started again, and for its old address to become free.
 _REJOIN_S = 5.0
-#: Seconds for which a server's word of what it misses is believed.
-_BELIEVED_S = 3 * BEAT_S
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
 _FIND_S = 4.0
 
@@ -245,7 +243,7 @@ class Coordinator:
                 self._ledger.go_on(settings)
         #: Samples of a run that goes on which were not trained on under this coordinator.
         self._samples_before = self._ledger.totals.samples
-        self._takeover = Takeover()
+        self._leasing = Leasing(policy, self._ledger, self._membership)
         self._model = ModelFile(run_dir)
         self._log = RunLog(run_dir / FILE_NAME)
         #: Of what has been loaded here, whatever is installed meanwhile.
@@ -412,7 +410,9 @@ class Coordinator:
         self._write_rows(now)
         if now >= self._status_at + _FLUSH_S:
             self._status_at = now
-            self._deal(now)
+            if not self._awaits_members(now):
+                for lease in self._leasing.deal(now):
+                    self._give(lease)
             self._write_status()
             self._flush()
         elif self._promises and now >= self._flushed_at + _PROMISE_S:
@@ -575,7 +575,7 @@ class Coordinator:
         if not self._membership.started:
             return
         nobody = not self._membership.names("worker") and not self._membership.awaits_workers
-        if idle_s > _LEFT_S and nobody and not self._all_applied():
+        if idle_s > _LEFT_S and nobody and not self._leasing.all_applied:
             raise ClusterError(
                 f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
                 "a script must go on until run.batches() ends; --rounds sets where that is."
@@ -596,7 +596,7 @@ class Coordinator:
 
     def _missing_text(self) -> str:
         """What each server has not got of the round that it is in, as far as it has said so."""
-        beats = {server.name: server.beat for server in self._owners() if server.beat.left}
+        beats = {server.name: server.beat for server in self._leasing.servers if server.beat.left}
         return "".join(
             f"; {name} lacks micro-batch{'es' * (len(beat.left) > 1)} {some(list(map(str, beat.left)))} of round {beat.round}"
             for name, beat in beats.items()
@@ -650,7 +650,8 @@ class Coordinator:
             case Plan():
                 self._plan(route, body, now)
             case Waiting():
-                self._waiting(member, body, now)
+                if not self._awaits_members(now) and (lease := self._leasing.lease(member.name, body.round, now)) is not None:
+                    self._give(lease)
             case Saved():
                 self._cuts.saved(number_of(member.name), body, now)
             case Mean():
@@ -745,54 +746,10 @@ class Coordinator:
             self._training_since = self._training_since or now
             self._log.event(Event("plan", "coordinator", {"rounds": self._planned}))
 
-    def _waiting(self, member: Member, waiting: Waiting, now: float) -> None:
-        if self._policy.is_local or not self._ledger.segments or self._awaits_members(now):
-            return
-        first = self._ledger.committed if self._policy.applies == "push" else waiting.round
-        last = min(waiting.round, self._ledger.segments[-1].end - 1)
-        workers, tables = self._membership.workers, self._membership.tables
-        count = self._ledger.micro_batches
-        if self._policy.applies == "push":
-            lease = self._takeover.lease(member.name, range(first, last + 1), count, tables, workers, now, self._lacking())
-            self._give(lease)
-            return
-        lease = self._takeover.lease(member.name, range(first, last + 1), count, tables, workers, now)
-        servers = self._owners()
-        if lease is None and not self._is_silent(servers, now):
-            open_round = min(server.beat.round for server in servers)
-            missing = (k for server in servers if server.beat.round == open_round for k in server.beat.left)
-            if open_round <= waiting.round:  # a later one is not for a worker that has not got its weights yet
-                lease = self._takeover.lease_missing(member.name, open_round, missing, count(open_round), tables, workers, now)
-        self._give(lease)
-
-    def _give(self, lease: Lease | None) -> None:
-        if lease is not None:
-            self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
-            self._send(lease.to, lease)
-            self._send(lease.owner, lease)
-
-    def _deal(self, now: float) -> None:
-        """Where pushes are applied at once: have done what nobody does, without anybody waiting for it."""
-        if self._policy.applies != "push" or not self._ledger.segments or self._awaits_members(now):
-            return
-        if not self._is_silent(self._owners(), now):
-            of_all = self._membership.tables, self._membership.workers
-            for lease in self._takeover.deal(self._lacking(), self._ledger.micro_batches, *of_all, now):
-                self._give(lease)
-
-    def _lacking(self) -> dict[int, set[int]]:
-        """What servers say they have not got, by round, earliest first, as far as they say so."""
-        found: dict[int, set[int]] = {}
-        for beat in (server.beat for server in self._owners() if server.beat.round >= 0):
-            for round_, ks in enumerate([beat.left, *beat.later], beat.round):
-                if ks:
-                    found.setdefault(round_, set()).update(ks)
-        return dict(sorted(found.items()))
-
-    def _is_silent(self, servers: Sequence[Member], now: float) -> bool:
-        """Whether one of them may hang, for then what is missing there may have arrived; or is gone, so that there is nothing to
-        be sent to it."""
-        return any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in servers)
+    def _give(self, lease: Lease) -> None:
+        self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
+        self._send(lease.to, lease)
+        self._send(lease.owner, lease)
 
     def _awaits_members(self, now: float) -> bool:
         """Whether this one has taken over just now and does not know yet what everybody does."""
@@ -800,16 +757,6 @@ class Coordinator:
             return False
         members = self._membership.members.items()
         return any(not member.lost and not member.early and name not in self._routes for name, member in members)
-
-    def _all_applied(self) -> bool:
-        """Whether every planned round is applied, be it only by what servers say of themselves."""
-        applied = min(server.beat.round for server in self._owners())
-        return max(applied, self._ledger.committed) >= self._ledger.planned
-
-    def _owners(self) -> list[Member]:
-        """The servers that take part in rounds."""
-        owners = self._ledger.layout.owners() if self._ledger.layout is not None else [0]
-        return [self._membership.members[f"server-{owner}"] for owner in owners]
 
     def _metrics(self, route: bytes, worker: Member, metrics: Metrics, now: float) -> None:
         self._promise(route, Ready("Metrics", metrics.id))
