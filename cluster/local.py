@@ -152,7 +152,7 @@ def start_coordinator(
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
     command += [*flags, *["--resume"] * resume]
     bind = ["--bind", f"tcp://127.0.0.1:{port}"]
-    child = processes.start("coordinator", [*program, *command, *bind], **_threads(1), **_AGAIN, **(env or {}))
+    child = processes.start("coordinator", [*program, *command, *bind], **_threads(1), **(env or {}))
     patience_s = _ADDRESS_S + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
     deadline = time.monotonic() + patience_s
     log = folder / LOGS / "coordinator.log"
@@ -210,8 +210,9 @@ class _Local:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
             fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
             flags = ["--accept-versions"] * order.accept_versions
+            env = {**self._screen.alarm.env, **_AGAIN}
             address = start_coordinator(
-                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, self._screen.alarm.env
+                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, env
             )
             deadline = time.monotonic() + _PREPARED_S
             while fork_server.coming and time.monotonic() < deadline:
