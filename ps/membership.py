@@ -170,8 +170,10 @@ class Membership:
                 self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died and begins anew")
             elif now - self._newcomers.setdefault(incarnation, now) >= _TAKEN_S:
                 return None, [("", Refused("Hello", self._why_taken(hello)))]
-            if self.broken or not taken.lost:
+            if not taken.lost:
                 return None, [("", Beat())]
+        if self.broken:
+            return None, [("", Beat())]
         if hello.role == "server" and self.started and (gone := self._gone_server(hello.index)) is not None:
             return self._replace(gone, hello, incarnation, now)
         expected = self.settings.servers if hello.role == "server" else self.settings.workers

@@ -183,6 +183,7 @@ def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_the
     assert not membership.broken
     membership.hello(another, 2, 0.2, lambda hello: True)
     assert membership.broken.startswith("server-0: process 0 on  has died")
+    assert membership.hello(another, 2, 0.3) == (None, [("", Beat())])  # it does not take that place: all begin anew
 
 
 def taken_over(*heard_at: float) -> Membership:
