@@ -197,6 +197,8 @@ class _Local:
         self._screen = screen
         self._recoveries = max(_RECOVERIES, order.respawn.times)
         self._crew: Crew | None = None
+        #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
+        self._started_at = float("-inf")
 
     def run(self) -> None:
         """Returns when every process has ended well."""
@@ -218,6 +220,7 @@ class _Local:
             while fork_server.coming and time.monotonic() < deadline:
                 self._tick()
             self._start_others(address)
+            self._started_at = time.monotonic()
         except OSError as error:
             raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
         while self._processes.running():
@@ -301,7 +304,7 @@ class _Local:
             self._crew.kill_late(self._screen.progress)
         for role, patience_s in (("server", _SERVERS_END_S), ("worker", self._order.settings.timeout)):
             late = self._processes.running(role)
-            if late and time.monotonic() > coordinator.ended_at + patience_s:
+            if late and time.monotonic() > max(coordinator.ended_at, self._started_at) + patience_s:
                 raise ClusterError(
                     f"{late[0].name} still runs {patience_s:.0f} s after the run has ended, and was stopped; "
                     f"its log is {late[0].log}."
