@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped,unused-ignore]
+
 from cluster.lifeline import PARENT_VARIABLE
 from cluster.processes import Processes
 from common.runfiles import SUMMARY_FILE
@@ -158,11 +160,12 @@ class Cluster:
 
     def kill_launcher(self) -> None:
         """Kill the launcher alone. Raises AssertionError where something that it has started goes on."""
+        started = psutil.Process(self._popen.pid).children(recursive=True)
         self.harmed_at = self.harmed_at or time.time()
         self._popen.kill()
         self._popen.wait()
         deadline = time.monotonic() + _ENDS_S
-        while left := _of_session(self._popen.pid):
+        while left := [process.pid for process in started if _goes_on(process)]:
             assert time.monotonic() < deadline, f"left behind {_ENDS_S:.0f} s after the launcher was killed: {left}"
             time.sleep(0.05)
         self._popen.communicate()
@@ -216,12 +219,9 @@ def _is_ours(pid: int) -> bool:
         return False
 
 
-def _of_session(leader: int) -> list[int]:
-    """Processes of this session that have not ended."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
-            if state != "Z" and int(session) == leader:
-                found.append(int(stat.parent.name))
-    return found
+def _goes_on(process: psutil.Process) -> bool:
+    """Whether it has not ended, be it that nobody has asked how."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
