@@ -377,9 +377,9 @@ class Membership:
         silent_s, who = now - member.heard_at, f"process {member.hello.pid} on {member.hello.host}"
         if self._awaits_keeper(member, now):
             return ""
-        if silent_s > self.silence_s(member):
-            return f"{who} was silent for {self.silence_s(member):g} s"
-        return f"{who} is dead" if silent_s > _LOOKED_FOR_S and is_dead(member.hello) else ""
+        if silent_s > _LOOKED_FOR_S and is_dead(member.hello):
+            return f"{who} is dead"
+        return f"{who} was silent for {self.silence_s(member):g} s" if silent_s > self.silence_s(member) else ""
 
     def _lose(self, member: Member, why: str) -> None:
         """Count a member as lost. One that has ended its script is watched too, for it may yet have to hand in the model. Before
