@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
+import psutil  # type: ignore[import-untyped,unused-ignore]
 import zmq
 
 from benchmarks.live import Cluster
@@ -333,6 +333,6 @@ class Memory:
 def resident(pid: int) -> int:
     """Bytes of memory that a process has; 0 where there is none."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
         return 0

@@ -355,11 +355,9 @@ class Store:
                 continue
             out = block.parameter if part.optimizer is None else self._scratch[part.sum_dtype][0][: block.length]
             found = self._sum(part, block, total, out)
-            divisor = samples / found.scale
-            if part.divides and found.values is out and factor is None and then is None and _is_float32(divisor):
-                gradient, scale = out, torch.tensor(divisor, dtype=torch.float32)
-            else:
-                gradient, scale = _divided(part, found, samples, out), None
+            may_divide = part.divides and found.values is out and factor is None and then is None
+            scale = _for_kernel(samples / found.scale) if may_divide else None
+            gradient = out if scale is not None else _divided(part, found, samples, out)
             if self._checks and not is_finite(gradient):  # here, for it is in the cache
                 raise NotFinite(self._layout.tensors[part.chunk.pieces[block.bit].tensor].name)
             if part.optimizer is not None:
@@ -383,9 +381,10 @@ def _divided(of: _Part, total: Sum, samples: int, out: torch.Tensor) -> torch.Te
     return torch.div(total.values, samples / total.scale, out=out)
 
 
-def _is_float32(number: float) -> bool:
-    """Whether the number is one that a fused kernel can be told as what to divide by."""
-    return float(torch.tensor(number, dtype=torch.float32)) == number
+def _for_kernel(divisor: float) -> torch.Tensor | None:
+    """What a fused kernel is to divide by, as it takes it; None where that is another number."""
+    found = torch.tensor(divisor, dtype=torch.float32)
+    return found if found.item() == divisor else None
 
 
 def _present(total: Sequence[Sum]) -> int:

@@ -7,14 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
-import zmq
-
-from benchmarks.attacks import ITEMS, Memory, attacking, targets
+from benchmarks.attacks import ITEMS, Memory, attacking, say, targets
 from benchmarks.harms import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
+from common.messages import Hello
 from common.runlog import RunLogReader
-from common.wire import PROTOCOL
+from common.wire import Stamp
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,17 +44,6 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     assert memory.grown() < 3 * MOST_GROWN  # of all at once
 
 
-def say_hello(address: tuple[str, int], incarnations: range) -> None:
-    """As many processes that never say anything else."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    sock = context.socket(zmq.DEALER)
-    sock.connect(f"tcp://{address[0]}:{address[1]}")
-    for incarnation in incarnations:
-        hello = {"type": "Hello", "role": "worker", "host": f"forged-{incarnation}", "pid": incarnation}
-        sock.send(msgspec.msgpack.encode([PROTOCOL, "", "", incarnation, 0, hello]))
-    context.destroy(linger=5000)
-
-
 def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--rounds", 1000000, "--silence", 4)
@@ -65,7 +52,9 @@ def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_t
         run.until(lambda: run.events("plan"), "training")
         memory, coordinator = Memory(run), targets(run)[0]
         for batch in range(3):
-            say_hello((coordinator.host, coordinator.port), range(1000 + 700 * batch, 1000 + 700 * (batch + 1)))
+            forged = range(1000 + 700 * batch, 1000 + 700 * (batch + 1))
+            hellos = [[Stamp("", "", 0, n).encode(Hello("worker", host=f"forged-{n}", pid=n))] for n in forged]
+            say(coordinator.address, hellos)  # as many processes that never say anything else
             run.until(lambda batch=batch: len(run.events("joined")) >= 4 + 64 * (batch + 1), "strangers")  # type: ignore[misc]
             if batch < 2:
                 run.until(lambda batch=batch: len(run.events("forgotten")) >= 64 * (batch + 1), "their end")  # type: ignore[misc]
