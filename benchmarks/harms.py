@@ -217,6 +217,7 @@ def unruly(wire: Wire) -> Harm:
             wire.on()
             _wait(run, ATTACK_S)
             wire.off()
+        assert wire.was_unruly, "no message went twice or late"
         return run
 
     return harm
@@ -226,13 +227,16 @@ def broken_connections(run: Cluster) -> Cluster:
     """All connections that processes have with each other are reset, each second for some seconds. Raises UsageError where that
     cannot be."""
     ports = " or ".join(f"sport = :{target.port}" for target in targets(run))
+    reset: set[str] = set()
     with _withstanding(run):
         for _ in range(round(ATTACK_S)):
             before = _connections(ports)
+            reset |= before
             _connections(ports, "--kill")
             if before & _connections(ports):
                 raise UsageError("'ss --kill' leaves connections be; it must be run as root, on a kernel with INET_DIAG_DESTROY")
             _wait(run, 1.0)
+    assert reset, "there was no connection to reset"
     return run
 
 

@@ -15,6 +15,8 @@ import msgspec
 from benchmarks.attacks import Target, say
 
 _FLAG = "now"
+#: A file that says that some message has gone twice or late.
+_DID = "did"
 #: Messages that each process writes down at most.
 _MOST = 200
 _LENGTH = struct.Struct(">Q")
@@ -47,6 +49,7 @@ def unruly(self, parts, *args, **more):
     if late and (not is_on or random.random() < 0.5):
         after, late[:] = after + late, []
     for message in after:
+        open(os.path.join(folder, {did!r}), "ab").close()
         try:
             send(self, message, zmq.NOBLOCK)
         except zmq.ZMQError:
@@ -64,7 +67,7 @@ class Wire:
         folder.mkdir(parents=True)
         self._folder = folder
         self._flag = folder / _FLAG
-        text = (_BEGIN + (_UNRULY if is_unruly else _TAP)).format(folder=str(folder), flag=str(self._flag), most=_MOST)
+        text = (_BEGIN + (_UNRULY if is_unruly else _TAP)).format(folder=str(folder), flag=str(self._flag), most=_MOST, did=_DID)
         (folder / "sitecustomize.py").write_text(text, encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
         self.env = {"PYTHONPATH": path}
@@ -74,6 +77,11 @@ class Wire:
 
     def off(self) -> None:
         self._flag.unlink()
+
+    @property
+    def was_unruly(self) -> bool:
+        """Whether a message has gone twice or late."""
+        return (self._folder / _DID).exists()
 
     def heard(self) -> list[tuple[str, list[bytes]]]:
         """Addresses, and what was sent there: header and frames, by process and in order."""
