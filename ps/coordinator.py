@@ -11,6 +11,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,8 @@ def serve(
     allow_files(settings.workers + settings.servers)
     books, warning = None, ""
     if resume:
-        round_, warning = _newest(run_dir, accept_versions)
-        books = restore(run_dir / FILE_NAME, upto=max(round_, 0))
-        if books is None:
-            raise UsageError(f"there is no run in {run_dir} to go on with.")
-    elif recover and (books := restore(run_dir / FILE_NAME)) is not None:
-        for folder in set(folders(run_dir)) - set(finished(run_dir)):  # under way when the coordinator died
-            remove(folder)
+        books, warning = books_to_resume(run_dir, accept_versions)
+    elif recover and (books := books_to_recover(run_dir)) is not None:
         _check_same(settings, books, run_dir)
         bind = _address_of_old(bind, run_dir / "address")
     context: zmq.Context[Any] = zmq.Context()
@@ -165,9 +161,9 @@ def serve(
         context.destroy(linger=1000)
 
 
-def _newest(run_dir: Path, accept_versions: bool) -> tuple[int, str]:
-    """The round of the newest snapshot that is whole, -1 without one, and what is to be told of its versions, '' if nothing. What
-    was begun after it is removed."""
+def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:
+    """The books of a run that goes on from its newest snapshot, put back to there, and what is to be told of that one's versions,
+    '' if nothing. What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
     found, problems = newest(run_dir)
     warning = check_versions(found, accept_versions) if found is not None else ""
     for problem in problems:
@@ -175,7 +171,19 @@ def _newest(run_dir: Path, accept_versions: bool) -> tuple[int, str]:
     for folder in folders(run_dir):
         if found is None or folder > found.folder:
             remove(folder)
-    return found.manifest.round if found is not None else -1, warning
+    books = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
+    if books is None:
+        raise UsageError(f"there is no run in {run_dir} to go on with.")
+    return books, warning
+
+
+def books_to_recover(run_dir: Path) -> Books | None:
+    """The books of a run whose coordinator has died, if there is one. Snapshots that were under way are removed."""
+    books = restore(run_dir / FILE_NAME)
+    if books is not None:
+        for folder in set(folders(run_dir)) - set(finished(run_dir)):
+            remove(folder)
+    return books
 
 
 class BeginAnew(Exception):
@@ -324,12 +332,8 @@ class Coordinator:
     def run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._sock, zmq.POLLIN)
-        if self._stop is not None:  # the one before has ended the run, and may have died before all have heard of it
-            self._tell(self._stop)
-            if self._stop.again:
-                raise BeginAnew(self._stop.reason)
-            if not self._stop.ok:
-                raise ClusterError(self._stop.reason)
+        if self._stop is not None:
+            self._end_as_told(self._stop)
             return
         self._inflow = Inflow(self._sock, self._refusals)
         watchdog = Watchdog(self._settings.watchdog, self._progress, self._whom_all_wait_for)
@@ -346,9 +350,7 @@ class Coordinator:
                         break
             self._write_results()
         except BeginAnew as error:
-            self._log.event(Event("restarted", "coordinator", {"reason": str(error)}))
-            log.warning("all begin anew, from the newest snapshot: %s", error)
-            self._farewell(Stop(False, str(error), again=True))
+            self._have_all_begin_anew(str(error))
             raise
         except PsError as error:
             self._log.event(Event("failed", "coordinator", {"reason": str(error)}))
@@ -362,6 +364,19 @@ class Coordinator:
             watchdog.stop()
         self._log.event(Event("finished", "coordinator", {}))
         self._farewell(Stop(True))
+
+    def _end_as_told(self, stop: Stop) -> None:
+        """The one before has ended the run, and may have died before all have heard of it."""
+        self._tell(stop)
+        if stop.again:
+            raise BeginAnew(stop.reason)
+        if not stop.ok:
+            raise ClusterError(stop.reason)
+
+    def _have_all_begin_anew(self, reason: str) -> None:
+        self._log.event(Event("restarted", "coordinator", {"reason": reason}))
+        log.warning("all begin anew, from the newest snapshot: %s", reason)
+        self._farewell(Stop(False, reason, again=True))
 
     def _drain(self) -> None:
         until = time.monotonic() + BEAT_S
@@ -378,7 +393,8 @@ class Coordinator:
                     envelope = self._stamp.decode(frames[1].buffer)
                 except ForeignRun as error:
                     if error.run.partition(".")[0] == self._run:  # it has not heard that all begin anew
-                        self._reply(frames[0].bytes, Stop(False, "the run has begun anew.", again=True))
+                        told = replace(self._stamp, run=error.run)
+                        send(self._sock, told.encode(Stop(False, "the run has begun anew.", again=True)), to=frames[0].bytes)
                     raise
                 self._handle(frames[0].bytes, envelope, frames[2:])
                 known = envelope.sender in self._membership.members

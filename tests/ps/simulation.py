@@ -22,7 +22,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,9 +67,10 @@ from common.settings import Settings
 from common.snapshots import newest
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
-from ps.books import Books, Head, restore
-from ps.coordinator import Coordinator
+from ps.books import Books, Head
+from ps.coordinator import BeginAnew, Coordinator, books_to_recover, books_to_resume
 from ps.ledger import Ledger
+from ps.membership import number_of
 from ps.server import _Server
 from ps.shard import Shard
 from worker import local
@@ -159,8 +160,9 @@ class Case:
     #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
     folder: Path | None = None
     resume: bool = False
-    #: When the coordinator is killed, and how long nobody is in its place, seconds.
-    crashes: Sequence[tuple[float, float]] = ()
+    #: Who is killed (coordinator, server-N, worker-N, or who is in its place by then), when, and after how many seconds another
+    #: process is in its place. The books are real where there is anything.
+    killed: Sequence[tuple[str, float, float]] = ()
     #: Whether workers are on the coordinator's host, and so are soon counted as lost.
     near: bool = False
     #: Where servers keep copies: which server is killed when, and after how many seconds another process is in its place.
@@ -349,6 +351,7 @@ class Port:
         self.inbox: deque[list[zmq.Frame]] = deque()
         self._process = process
         self.peer = peer
+        self.closed = False
 
     def send_multipart(self, parts: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
         data = [bytes(part) for part in parts]
@@ -360,8 +363,19 @@ class Port:
             raise zmq.Again
         return self.inbox.popleft()
 
+    def poll(self, ms: float) -> None:
+        """Let the world go on for so long. Raises Killed where the process is not there any more then."""
+        world = self._process.world
+        world.run(lambda: False, world.now + ms / 1000)
+        if self.closed:
+            raise Killed
+
     def close(self, linger: int = 0) -> None:
-        pass
+        self.closed = True
+
+
+class Killed(Exception):
+    """Stands for a process that ends where it is."""
 
 
 class World:
@@ -376,15 +390,16 @@ class World:
         self.pids = itertools.count(1)
         #: How often a micro-batch was given up because its weights were gone, and a worker began anew as it was counted as lost.
         self.given_up = self.fenced = 0
-        #: Servers that were killed.
-        self.killed = 0
+        #: Processes that were killed, and how often all began anew.
+        self.killed = self.begun_anew = 0
         #: How often a server had no more of the version that it was asked about.
         self.asked_too_late = 0
         #: Workers that are there or will be.
         self.expected: set[str] = {f"worker-{number}" for number in range(len(case.paces))}
-        #: Who computed what, and the weights that were computed from by round.
+        #: Who computed what, and the weights that were computed from by the run's id, which is another where all began anew, and
+        #: round.
         self.computed: list[tuple[str, Task]] = []
-        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.weights: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
         self.starting: Process | None = None
         self.over = False
         self._count = 0
@@ -414,9 +429,9 @@ class World:
         found: Coordinator = process.coordinator
         return found
 
-    def versions(self) -> list[int]:
-        """Of the servers that take part in rounds."""
-        servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive]
+    def versions(self, run: str) -> list[int]:
+        """Of the servers that take part in rounds of the run of that id."""
+        servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive and p.server._stamp.run == run]
         shards = [p.shard for p in servers if p.server._shard is not None]
         return [shard.version for shard in shards if shard.chunks and not shard.restoring]
 
@@ -463,6 +478,15 @@ class Process:
         self.key = key
         self.alive = True
 
+    @property
+    def place(self) -> str:
+        """Its name, or that of the process in whose place it is."""
+        return self.key.partition(".")[0]
+
+    def kill(self, away: float) -> None:
+        """End it at once, and start another in its place after so many seconds."""
+        raise NotImplementedError
+
     def is_deaf_to(self, header: bytes) -> bool:
         return False
 
@@ -480,11 +504,13 @@ class Process:
 
 
 class CoordinatorProcess(Process):
-    """With `Case.crashes` its books are real, in `folder`, and all that is not on the disk is lost in each."""
+    """With `Case.killed` its books are real, in `folder`, and all that is not on the disk is lost when it is killed."""
 
     def __init__(self, world: World, key: str, folder: Path) -> None:
         super().__init__(world, key)
         self.folder = folder
+        #: Whether it tells the others that all begin anew.
+        self.leaves = False
 
     def begin(self) -> None:
         case, books = self.world.case, None
@@ -493,8 +519,6 @@ class CoordinatorProcess(Process):
             round_ = found.manifest.round if found is not None else -1
             books = Books(Head("r.1", 1, "", case.settings, round_), _books(self.world, max(round_, 0)))
         self._start(books)
-        for at, away in self.world.case.crashes:
-            self.world.at(100.0 + at, lambda away=away: self._crash(away))  # type: ignore[misc]
 
     def _start(self, books: Books | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
@@ -502,24 +526,45 @@ class CoordinatorProcess(Process):
         settings = msgspec.structs.replace(case.settings, snapshot_every=0.7 if case.folder is not None else 0.0)
         self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
-        if self.world.case.crashes:
+        self.alive, self.leaves = True, False
+        if self.world.case.killed:
             self.coordinator._log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
 
-    def _crash(self, away: float) -> None:
-        if self.alive and not self.world.over:
-            self.alive = False
-            self.coordinator._log._db.close()
-            self.world.at(self.world.now + away, self._recover)
+    def kill(self, away: float) -> None:
+        self.world.killed += 1
+        self._end(away, self._recover)
+        self.coordinator._log._db.close()
+
+    def _end(self, away: float, then: Callable[[], None]) -> None:
+        self.alive = False
+        self.port.close()
+        self.world.at(self.world.now + away, then)
 
     def _recover(self) -> None:
-        self.alive = True
-        self._start(restore(self.folder / FILE_NAME), recovers=True)
+        self._start(books_to_recover(self.folder), recovers=True)
+        if (stop := self.coordinator._stop) is not None:
+            self._leave(lambda: self.coordinator._end_as_told(stop))
+        self.world._tick(self)
+
+    def _leave(self, tell: Callable[[], None]) -> None:
+        """Begin anew, once all are told to."""
+        self.leaves = True
+        try:
+            with suppress(BeginAnew):
+                tell()
+        except Killed:  # before it was done
+            return
+        self.world.begun_anew += 1
+        self._end(0.2, self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        self._start(books_to_resume(self.folder)[0])
         self.world._tick(self)
 
     def finish(self) -> None:
         """What came in last is written down."""
         self.coordinator._flush()
-        if self.world.case.crashes:
+        if self.world.case.killed:
             reader = RunLogReader(self.folder / FILE_NAME)
             self.log = RecordedLog(self.folder)
             self.log.rounds, self.log.contributions = reader.rounds(), reader.contributions()
@@ -536,7 +581,12 @@ class CoordinatorProcess(Process):
         self.coordinator._drain()
 
     def tick(self) -> None:
-        self.coordinator._tick(self.world.now)
+        if not self.leaves:
+            try:
+                self.coordinator._tick(self.world.now)
+            except BeginAnew as error:
+                reason = str(error)
+                self._leave(lambda: self.coordinator._have_all_begin_anew(reason))
 
     def describe(self) -> str:
         return f"{self.ledger.committed} rounds committed of {self.ledger.planned}"
@@ -546,22 +596,35 @@ class ServerProcess(Process):
     """`key` is server-N, or of one in the place of another that was killed, server-N.M."""
 
     def begin(self) -> None:
-        self.number = int(self.key.partition(".")[0].rpartition("-")[2])
+        self.number = number_of(self.place)
         self.server = _Server(self, _COORDINATOR, f"tcp://{self.key}:1", self.number)  # type: ignore[arg-type]
 
     def kill(self, away: float) -> None:
-        """Have another process in its place after so many seconds. It is killed as soon as there is a copy of every shard."""
+        self.world.killed += 1
+        self._end(away)
+
+    def _end(self, away: float) -> None:
+        """Have another process in its place after so many seconds."""
+        self.alive = False
+        self.world.at(self.world.now + away, lambda: self.world.start(ServerProcess(self.world, f"{self.key}.1")))
+
+    def kill_once_copied(self, away: float) -> None:
+        """Kill it as soon as there is a copy of every shard."""
         membership, servers = self.world.coordinator._membership, self.world.case.settings.servers
         if not self.alive or self.world.over:
             return
         there = [_newest_of(self.world, number) for number in range(servers)]
         known = {server.incarnation for server in membership.servers.values() if server.active and membership._has_copy(server)}
         if len(known) < servers or not all(one.alive and one.server._stamp.incarnation in known for one in there):
-            self.world.at(self.world.now + 0.05, lambda: self.kill(away))
-            return
-        self.alive = False
-        self.world.killed += 1
-        self.world.at(self.world.now + away, lambda: self.world.start(ServerProcess(self.world, f"{self.key}.1")))
+            self.world.at(self.world.now + 0.05, lambda: self.kill_once_copied(away))
+        else:
+            self.kill(away)
+
+    def _begin_anew_if_told(self) -> None:
+        stop = self.server._attendance.stop
+        if stop is not None and self.alive:
+            assert stop.again, f"{self.key} is told to stop: {stop.reason}"
+            self._end(0.3)
 
     @property
     def shard(self) -> Shard:
@@ -570,8 +633,10 @@ class ServerProcess(Process):
 
     def _work(self) -> None:
         """What takes long, a little at a time."""
-        if self.server._shard is not None and self.server._shard.busy:
-            self.server._do(self.server._shard.work(self.world.now))
+        if not self.alive or self.server._shard is None:
+            return
+        self.server._do(self.server._shard.work(self.world.now))
+        if self.server._shard.busy:
             self.world.at(self.world.now + self.world.random.uniform(0.001, 0.03), self._work)
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
@@ -589,6 +654,7 @@ class ServerProcess(Process):
             self.server._drain(self.server._workers)
         if idle:
             self._work()
+        self._begin_anew_if_told()
 
     def tick(self) -> None:
         now = self.world.now
@@ -661,7 +727,7 @@ class WorkerProcess(Process):
         #: The process id that it tells.
         self.pid = next(world.pids) if pid is None else pid
         #: The number it asks for.
-        self.index = int(key.rpartition("-")[2]) if index is None else index
+        self.index = number_of(key) if index is None else index
         self.pace = pace
         self.real = real
         self.done = False
@@ -680,6 +746,10 @@ class WorkerProcess(Process):
         """Whether its script will come to an end."""
         return self.alive and self.pace.hangs_s == float("inf")
 
+    @property
+    def place(self) -> str:
+        return f"worker-{self.index}"
+
     def _is_cut_off(self) -> bool:
         since, until = self.pace.cut_off_s
         return since <= self.world.now - self._welcomed_at < until
@@ -692,9 +762,13 @@ class WorkerProcess(Process):
             self._go_on(None)
 
     def _die(self) -> None:
+        self.kill(self.pace.respawn_s)
+
+    def kill(self, away: float) -> None:
         self.alive = False
-        if self.pace.respawn_s < float("inf"):
-            self.world.at(self.world.now + self.pace.respawn_s, lambda: self.world.start(self._successor(None)))
+        self.world.killed += 1
+        if away < float("inf"):
+            self.world.at(self.world.now + away, lambda: self.world.start(self._successor(None)))
 
     def _fail(self) -> None:
         self.link.send(Send(COORDINATOR, Goodbye("nothing came.", cut_off=self.pace.finds_no_server)))
@@ -759,8 +833,8 @@ class WorkerProcess(Process):
         world, case = self.world, self.world.case
         world.computed.append((self.key, task))
         policy = load(case.settings)
-        versions = world.versions()
-        if not policy.is_local:
+        versions = world.versions(self.link._stamp.run)
+        if versions and not policy.is_local:
             lead = task.round - min(versions)
             assert policy.may_start(task.round, min(versions)), f"{self.key} leads by {lead} rounds"
         if world.now >= self._welcomed_at + self.pace.hangs_s:
@@ -770,9 +844,9 @@ class WorkerProcess(Process):
     def has_weights(self, task: Task) -> None:
         """It has all weights for `task`: they are everybody's."""
         world, policy = self.world, load(self.world.case.settings)
-        versions = world.versions()
-        if not policy.is_local and policy.applies == "round" and task.round == min(versions):
-            first = world.weights.setdefault(task.round, state(self.model))
+        run = self.link._stamp.run
+        if not policy.is_local and policy.applies == "round" and task.round == min(world.versions(run), default=-1):
+            first = world.weights.setdefault((run, task.round), state(self.model))
             assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
 
     def script(self) -> None:
@@ -1252,7 +1326,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.coordinator.RunLog": RunLog if world.case.crashes else RecordedLog,
+            "ps.coordinator.RunLog": RunLog if world.case.killed else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
             "worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
@@ -1289,7 +1363,9 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
         for server in servers:
             world.start(server)
         for number, at, away in case.replaced:
-            world.at(100.0 + at, lambda n=number, away=away: _newest_of(world, n).kill(away))  # type: ignore[misc]
+            world.at(100.0 + at, lambda n=number, away=away: _newest_of(world, n).kill_once_copied(away))  # type: ignore[misc]
+        for name, at, away in case.killed:
+            world.at(100.0 + at, lambda name=name, away=away: _kill(world, name, away))  # type: ignore[misc]
         for worker in workers:
             world.at(100.0 + worker.pace.starts_s, lambda w=worker: world.start(w))  # type: ignore[misc]
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
@@ -1300,7 +1376,7 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
             done = there and all(w.done or not w.useful for w in everybody)
-            return done and coordinator.alive and coordinator.ledger.committed >= planned
+            return done and _is_settled(world) and coordinator.ledger.committed >= planned
 
         try:
             if case.real:
@@ -1329,3 +1405,23 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
 def _newest_of(world: World, number: int) -> ServerProcess:
     """The process that is server number `number`, or is gone and was the last one."""
     return [p for p in world.processes.values() if isinstance(p, ServerProcess) and p.number == number][-1]
+
+
+def _is_settled(world: World) -> bool:
+    """Whether the coordinator and all servers are there, of one run, and no snapshot is to come."""
+    process: Any = world.processes["coordinator"]
+    coordinator: Coordinator = process.coordinator
+    servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
+    are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator._head.run for s in servers)
+    begins_anew = process.leaves or coordinator._membership.broken or coordinator._membership.lost_servers
+    ended = world.case.real or coordinator._cuts.ended(
+        coordinator._ledger.committed
+    )  # the real worker does not say that it leaves
+    return are_there and ended and not begins_anew
+
+
+def _kill(world: World, name: str, away: float) -> None:
+    """Kill who has that name or is in its place, if somebody is."""
+    there = [p for p in world.processes.values() if p.place == name]
+    if there and there[-1].alive and not world.over:
+        there[-1].kill(away)

@@ -13,7 +13,8 @@ from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_
 
 few = schedules(2)
 
-crashes = st.lists(st.tuples(st.floats(0.0, 12.0), st.sampled_from([0.05, 0.5, 4.0])), min_size=1, max_size=5)
+crash = st.tuples(st.just("coordinator"), st.floats(0.0, 12.0), st.sampled_from([0.05, 0.5, 4.0]))
+crashes = st.lists(crash, min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
@@ -21,13 +22,13 @@ crashes = st.lists(st.tuples(st.floats(0.0, 12.0), st.sampled_from([0.05, 0.5, 4
 @given(data=st.data())
 def test_a_coordinator_that_crashes_changes_neither_weights_nor_books(policy: str, data: st.DataObject) -> None:
     plain: dict[str, Any] = {} if policy == "sync" else PLAIN
-    check_promises(dataclasses.replace(data.draw(cases(policy, **plain)), crashes=data.draw(crashes)))
+    check_promises(dataclasses.replace(data.draw(cases(policy, **plain)), killed=data.draw(crashes)))
 
 
 @few
 @given(cases("local"), crashes)
-def test_merges_do_not_depend_on_it(case: Case, crashes: list[tuple[float, float]]) -> None:
-    outcome = simulate(dataclasses.replace(case, crashes=crashes))
+def test_merges_do_not_depend_on_it(case: Case, crashes: list[tuple[str, float, float]]) -> None:
+    outcome = simulate(dataclasses.replace(case, killed=crashes))
     check_books(outcome)
     check_same_everywhere(outcome)
     quiet = simulate(dataclasses.replace(case, network=Network()))
@@ -39,7 +40,7 @@ def test_merges_do_not_depend_on_it(case: Case, crashes: list[tuple[float, float
 @given(data=st.data())
 def test_what_all_servers_were_told_to_do_alike_stays_so(policy: str, data: st.DataObject) -> None:
     case = data.draw(cases(policy, chunk_bytes=400, clip_norm=0.5))
-    outcome = simulate(dataclasses.replace(case, crashes=data.draw(crashes)))
+    outcome = simulate(dataclasses.replace(case, killed=data.draw(crashes)))
     check_books(outcome)
     check_same_everywhere(outcome)
     if policy == "sync":

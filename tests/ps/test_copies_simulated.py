@@ -145,7 +145,7 @@ def test_sharded_layers(policy: str, data: st.DataObject) -> None:
 @few
 @given(killed("sync"), st.floats(0.5, 12.0), st.sampled_from([0.2, 2.0, 6.0]))
 def test_the_coordinator_is_killed_too(case: Case, at: float, away: float) -> None:
-    outcome = simulate(replace(case, crashes=[(at, away)]))
+    outcome = simulate(replace(case, killed=[("coordinator", at, away)]))
     check(outcome)
     check_exact(outcome)
 

@@ -1,0 +1,126 @@
+"""Anybody is killed at any moment, several at once too, and no shard has a copy: all begin anew from the newest snapshot, or from
+nothing, and every promise of the policy is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulation import Case, Network, Outcome, Pace, same, simulate
+from test_rounds_simulated import (
+    PLAIN,
+    cases,
+    check_books,
+    check_dropped_or_counted,
+    check_exact,
+    check_head,
+    check_kept,
+    check_local_counts,
+    check_same_everywhere,
+    few,
+    some,
+)
+
+from common.settings import Settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@st.composite
+def deaths(draw: st.DrawFn, policy: str, **more: Any) -> tuple[Case, bool]:
+    """A run in which some are killed, and whether it makes snapshots."""
+    case = draw(cases(policy, **more))
+    names = [
+        "coordinator",
+        *(f"server-{n}" for n in range(case.settings.servers)),
+        *(f"worker-{n}" for n in range(len(case.paces))),
+    ]
+    away = st.sampled_from([0.05, 1.0, 6.0, 20.0])
+    killed = draw(st.lists(st.tuples(st.sampled_from(names), st.floats(0.0, 12.0), away), max_size=3))
+    at = draw(st.floats(0.2, 8.0))
+    together = draw(st.lists(st.sampled_from(names), min_size=1, max_size=len(names), unique=True))
+    killed += [(name, at, draw(away)) for name in together]
+    return replace(case, killed=killed, real=False), draw(st.booleans())
+
+
+def run(drawn: tuple[Case, bool]) -> Outcome:
+    case, has_snapshots = drawn
+    with TemporaryDirectory() as folder:
+        outcome = simulate(replace(case, folder=Path(folder)) if has_snapshots else case)
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    return outcome
+
+
+@pytest.mark.parametrize("has_snapshots", [True, False])
+def test_a_worker_a_server_and_the_coordinator_die_at_once(has_snapshots: bool) -> None:
+    settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
+    killed = [(name, 3.0, 1.0) for name in ("worker-1", "server-0", "coordinator")]
+    case = Case(settings, [Pace(0.1)] * 3, ((48, 3),), killed=killed)
+    outcome = run((case, has_snapshots))
+    check_exact(outcome)
+    assert outcome.world.killed == 3 and outcome.world.begun_anew == 1
+    (back,) = [event.data["to"] for event in outcome.log.events if event.kind == "rolled back"]
+    assert (back > 0) == has_snapshots
+    assert max(round_ for _, round_ in outcome.world.weights) == 17
+
+
+@some
+@given(deaths("sync"))
+def test_sync_keeps_its_bits(drawn: tuple[Case, bool]) -> None:
+    check_exact(run(drawn))
+
+
+@few
+@given(deaths("sync", chunk_bytes=400, clip_norm=0.5))
+def test_with_clipping(drawn: tuple[Case, bool]) -> None:
+    check_exact(run(drawn))
+
+
+@some
+@given(deaths("backup", **PLAIN))
+def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(drawn: tuple[Case, bool]) -> None:
+    check_dropped_or_counted(run(drawn))
+
+
+@pytest.mark.parametrize("policy", ["ssp", "async"])
+@some
+@given(data=st.data())
+def test_what_was_applied_at_once_counts_once(policy: str, data: st.DataObject) -> None:
+    check_kept(run(data.draw(deaths(policy, **PLAIN))))
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@few
+@given(data=st.data())
+def test_rows_of_tables(policy: str, data: st.DataObject) -> None:
+    plain: dict[str, Any] = {} if policy == "sync" else PLAIN
+    check_kept(run(data.draw(deaths(policy, rows=data.draw(st.sampled_from([10, 200])), **plain))))
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup"])
+@few
+@given(data=st.data())
+def test_sharded_layers(policy: str, data: st.DataObject) -> None:
+    outcome = run(data.draw(deaths(policy, classes=data.draw(st.sampled_from([10, 1000])), chunk_bytes=400)))
+    check_head(outcome)
+    check_kept(outcome)
+
+
+@few
+@given(st.sampled_from(["local", "average"]).flatmap(lambda policy: deaths(policy, after=3)))
+def test_merges_do_not_depend_on_it(drawn: tuple[Case, bool]) -> None:
+    outcome = run(drawn)
+    quiet = simulate(replace(outcome.case, network=Network(), killed=(), folder=None))
+    assert same(next(iter(outcome.models.values())), next(iter(quiet.models.values())))
+
+
+@few
+@given(st.sampled_from(["local", "average"]).flatmap(lambda policy: deaths(policy, **PLAIN)))
+def test_local_steps_count_every_micro_batch_by_its_samples(drawn: tuple[Case, bool]) -> None:
+    check_local_counts(run(drawn))
