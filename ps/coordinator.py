@@ -646,7 +646,7 @@ class Coordinator:
             self._know_again(route, member, now)
         self._membership.heard(member, now)
         self._routes[member.name] = route
-        if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch)) is not None:
+        if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch, now)) is not None:
             self._promise(route, news)
         match body:
             case Beat():

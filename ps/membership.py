@@ -22,7 +22,7 @@ from common.leases import Table, shares
 from common.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
 from common.policies import Policy
 from common.settings import Settings
-from common.wire import BEAT_S, STOPPED_S
+from common.wire import ASK_AGAIN_S, BEAT_S, STOPPED_S
 
 #: Seconds that processes have to join before the run is given up.
 JOIN_S = 120.0
@@ -68,6 +68,9 @@ class Member:
     replaces: bool = False
     #: Whether it takes part: it was there at the start, or has said something since it was welcomed.
     proven: bool = True
+    #: The newest membership epoch that it was told of because it did not know it, and when.
+    told: int = 0
+    told_at: float = 0.0
 
     @property
     def active(self) -> bool:
@@ -347,11 +350,18 @@ class Membership:
         was_active, member.left, member.early = member.active, True, member.early or early
         return self._change() if early and was_active else []
 
-    def news(self, member: Member, epoch: int) -> Body | None:
-        """What a member has not heard of that knows membership epoch `epoch`."""
+    def news(self, member: Member, epoch: int, now: float) -> Body | None:
+        """What a member has not heard of that knows membership epoch `epoch`: not again while it may be on its way, for of many
+        workers these are long messages."""
         if member.hello.role == "server":
-            return self.losses if epoch < self.losses.epoch else None
-        return self.shares if self.tables and 0 < epoch < self.tables[-1].epoch else None
+            newest, is_news = self.losses.epoch, epoch < self.losses.epoch
+        else:
+            newest = self.tables[-1].epoch if self.tables else 0
+            is_news = 0 < epoch < newest
+        if not is_news or (newest == member.told and now < member.told_at + ASK_AGAIN_S):
+            return None
+        member.told, member.told_at = newest, now
+        return self.losses if member.hello.role == "server" else self.shares
 
     @property
     def shares(self) -> Tables:

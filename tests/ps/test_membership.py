@@ -8,6 +8,7 @@ from common.errors import ClusterError
 from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
 from common.policies import load
 from common.settings import Settings
+from common.wire import ASK_AGAIN_S
 from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership
 
 HOST = "here"
@@ -234,6 +235,17 @@ def test_one_that_joins_late_has_a_share_when_it_has_said_more_than_hello() -> N
     told = go_on(membership, 2, 3, "server-0", "worker-0", "worker-1", "worker-2")
     assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0", "worker-1", "worker-2"]
     assert membership.tables[-1].workers == ["worker-0", "worker-1", "worker-2"]
+
+
+def test_who_has_not_heard_of_an_epoch_is_told_once_in_a_while() -> None:
+    membership = started(2)
+    go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
+    worker, server = membership.members["worker-0"], membership.members["server-0"]
+    newest = membership.tables[-1].epoch
+    for member in (worker, server):
+        told = [at for tenth in range(60) if membership.news(member, newest - 1, at := 10 + tenth / 10) is not None]
+        assert told == pytest.approx([10 + ASK_AGAIN_S * n for n in range(6)], abs=0.11)
+        assert membership.news(member, newest, 30.0) is None
 
 
 def test_who_says_nothing_but_hello_is_forgotten_but_for_its_name_and_nobody_hears_of_it() -> None:
