@@ -284,6 +284,14 @@ class GradientWork:
                 self._push(self._sums_round, lo, hi, total)
             self._sums = None
 
+    def _drop_sums(self) -> None:
+        """Forget what is not pushed: of a round that was closed without it."""
+        if self._sums is not None:
+            with self._link.lock:
+                for total in self._sums.held.values():
+                    total.slot.taken = False
+            self._sums = None
+
     def _add_up(self, left: Contribution, right: Contribution) -> Contribution:
         both = left.sums.keys() & right.sums.keys()  # but for chunks that were pushed early
         sums = {chunk: self._add[chunk](left.sums[chunk], right.sums[chunk]) for chunk in both}
@@ -390,6 +398,7 @@ class GradientWork:
         if fresh:
             reached = self._fetch(round_, settled=False)
             round_ = round_ if reached is None else reached
+        self._drop_sums()
         self.round, self._spoilt = round_, False
         if self._segment is not None and round_ < self._segment.end:
             with self._link.lock:

@@ -1078,6 +1078,7 @@ class SteppedWork(GradientWork):
         if fresh:
             reached = yield from self._fetch(round_, settled=False)
             round_ = round_ if reached is None else reached
+        self._drop_sums()
         self.round, self._spoilt = round_, False
         if self._segment is not None and round_ < self._segment.end:
             self._tasks.open(round_, self._segment.round(round_).micro_batches)

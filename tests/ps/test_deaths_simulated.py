@@ -71,6 +71,32 @@ def test_a_worker_a_server_and_the_coordinator_die_at_once(has_snapshots: bool) 
     assert max(round_ for _, round_ in outcome.world.weights) == 17
 
 
+def test_a_micro_batch_that_is_given_up_takes_along_what_was_computed_before_it_of_its_round() -> None:
+    settings = Settings(workers=1, servers=1, global_batch=3, micro_batch=1)
+    killed = [
+        ("worker-1", 9.130189202131007, 20.0),
+        ("coordinator", 9.130189202131007, 20.0),
+        ("worker-1", 0.0, 20.0),
+        ("coordinator", 0.2, 0.05),
+    ]
+    paces = [Pace(0.7), Pace(0.05, starts_s=6.0)]
+    case = Case(
+        settings,
+        paces,
+        ((3, 2), (3, 1)),
+        Network(0.3, 0, 0.002),
+        seed=28019,
+        chunk_bytes=400,
+        credit=3,
+        classes=1000,
+        killed=killed,
+    )
+    outcome = run((case, False))
+    assert outcome.world.asked_too_late > 0
+    check_head(outcome)
+    check_exact(outcome)
+
+
 @some
 @given(deaths("sync"))
 def test_sync_keeps_its_bits(drawn: tuple[Case, bool]) -> None:
@@ -114,8 +140,9 @@ def test_sharded_layers(policy: str, data: st.DataObject) -> None:
 
 
 @few
-@given(st.sampled_from(["local", "average"]).flatmap(lambda policy: deaths(policy, after=3)))
+@given(st.sampled_from(["local", "average"]).flatmap(lambda policy: deaths(policy, after=3, **PLAIN)))
 def test_merges_do_not_depend_on_it(drawn: tuple[Case, bool]) -> None:
+    """Without momentum, for the replicas' own is in no snapshot."""
     with every_other_is_chosen():
         outcome = run(drawn)
         quiet = simulate(replace(outcome.case, network=Network(), killed=(), folder=None))
