@@ -125,8 +125,8 @@ def restore(path: Path, upto: int | None = None) -> Books | None:
 
     With `upto` they are put back to what they were when the rounds below were committed and no other: rows of that round and
     later ones are deleted for good, as is what servers have reported of them, and counted as computed again. Who took part and
-    what was planned is forgotten too, and the run has another name, for whoever goes on makes those rounds anew, as processes
-    that tell all that themselves. A crash leaves all of that done or nothing.
+    what was planned is forgotten too, but for what rounds before `upto` need, and the run has another name, for whoever goes on
+    makes those rounds anew, as processes that tell all that themselves. A crash leaves all of that done or nothing.
 
     Raises UsageError where the file cannot be read, or rounds below `upto` are missing from it.
     """
@@ -142,7 +142,8 @@ def restore(path: Path, upto: int | None = None) -> Books | None:
             if books is not None:
                 head = books.head
                 books.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
-                db.execute("DELETE FROM state")
+                db.execute("UPDATE OR REPLACE state SET kind = 'planned' WHERE kind = 'plan'")
+                db.execute("DELETE FROM state WHERE kind != 'planned'")
                 db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(books.head),))
                 books.members, books.tables = {}, []
             db.execute("COMMIT")
@@ -178,7 +179,9 @@ def _read(db: sqlite3.Connection) -> Books | None:
     ledger = Ledger(head.settings, load(head.settings))
     for setup in state("setup", Setup).values():
         ledger.set_up(setup)
-    ledger.segments = sorted(state("plan", Segment).values(), key=lambda segment: segment.index)
+    told = state("plan", Segment)
+    # the plans of rounds before `head.resume` may not have been told again since all began anew
+    ledger.segments = _in_order({**state("planned", Segment), **told})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
     books = Books(head, ledger, state("member", KeptMember))
@@ -189,6 +192,7 @@ def _read(db: sqlite3.Connection) -> Books | None:
         ledger.book(Committed(round_, samples, micro_batches, dropped, json.loads(metrics)))
         books.committed_at = at
         books.samples_before += samples if round_ < head.resume else 0
+    ledger.segments = _in_order(told)
     for (value,) in db.execute("SELECT value FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"):
         books.accuracy = math.nan if value is None else value
     for at, kind, text in db.execute("SELECT at, kind, data FROM events ORDER BY seq"):
@@ -203,6 +207,10 @@ def _read(db: sqlite3.Connection) -> Books | None:
                 data = json.loads(text)
                 books.stop, books.stopped_at = Stop(data["ok"], data["reason"], data.get("again", False)), at
     return books
+
+
+def _in_order(segments: dict[str, Segment]) -> list[Segment]:
+    return sorted(segments.values(), key=lambda segment: segment.index)
 
 
 def _count(db: sqlite3.Connection, books: Books) -> None:

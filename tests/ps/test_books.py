@@ -132,6 +132,11 @@ def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
     reader = RunLogReader(folders[0] / FILE_NAME)
     assert [row.round for row in reader.rounds()] == list(range(upto))
     assert reader.contributions() == RunLogReader(folders[1] / FILE_NAME).contributions()
+    again = restore(folders[0] / FILE_NAME, upto)  # all begin anew once more, before anybody has told a plan
+    assert again is not None and again.ledger.totals == books.ledger.totals
+    epochs = range(part.ledger.epochs)
+    part.ledger.segments = []
+    assert [again.ledger.mean(Mean(e, "loss")).value for e in epochs] == [part.ledger.mean(Mean(e, "loss")).value for e in epochs]
     with pytest.raises(UsageError, match=f"has {upto} rounds of the {upto + 1}"):
         restore(folders[0] / FILE_NAME, upto + 1)
 
