@@ -182,6 +182,8 @@ class Membership:
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
+            if any(m.left and m.hello.index == hello.index is not None for m in there.values()):
+                return None, [("", Beat())]  # in the place of one that had ended its script, there is nothing to do but to wait
             return None, [("", Refused("Hello", self._why_full("worker")))]
         if hello.role == "worker" and (self._unproven if self.started else len(there) - expected) >= MOST_UNPROVEN:
             return None, [("", Beat())]

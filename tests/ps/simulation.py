@@ -743,8 +743,12 @@ class WorkerProcess(Process):
 
     @property
     def useful(self) -> bool:
-        """Whether its script will come to an end."""
-        return self.alive and self.pace.hangs_s == float("inf")
+        """Whether its script will come to an end: not that of one in the place of another that had ended its own and trained
+        apart from the rest."""
+        members = self.world.coordinator._membership.workers.values()
+        waits = self.link._attendance.welcome is None and load(self.world.case.settings).is_local
+        is_late = waits and any(m.left and m.hello.index == self.index for m in members)
+        return self.alive and self.pace.hangs_s == float("inf") and not is_late
 
     @property
     def place(self) -> str:

@@ -237,6 +237,16 @@ def test_one_that_joins_late_has_a_share_when_it_has_said_more_than_hello() -> N
     assert membership.tables[-1].workers == ["worker-0", "worker-1", "worker-2"]
 
 
+def test_in_the_place_of_a_replica_that_had_ended_its_script_one_waits_for_the_end() -> None:
+    membership = started(2, policy="local")
+    assert isinstance(membership.hello(Hello("worker", 2), 99, 1.0)[1][0][1], Refused)
+    for name in ("worker-0", "worker-1"):
+        membership.leave(name, early=False)
+    assert membership.hello(Hello("worker", 1), 100, 1.0) == (None, [("", Beat())])
+    assert isinstance(membership.hello(Hello("worker", 2), 101, 1.0)[1][0][1], Refused)
+    assert not membership.broken
+
+
 def test_who_has_not_heard_of_an_epoch_is_told_once_in_a_while() -> None:
     membership = started(2)
     go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
