@@ -33,6 +33,8 @@ _SLICE_S = 0.001
 #: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
 _KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
 _SHORT_S = 60.0
+#: How many times slower workers are then.
+_SLOWED = 20
 #: Seconds for which there is an attack, and before it for which messages are overheard.
 ATTACK_S, _TAPPED_S = 4.0, 1.0
 #: Seconds between two times that what was overheard is said.
@@ -112,19 +114,29 @@ def slow(name: str, factor: int) -> Harm:
     """Have a process run for a 1/factor of the time only, until the run ends."""
 
     def harm(run: Cluster) -> Cluster:
-        pid, end = run.pids()[name], time.monotonic() + _LIMIT_S
-        with contextlib.suppress(ProcessLookupError):
-            try:
-                while run.is_running and time.monotonic() < end:
-                    os.kill(pid, signal.SIGSTOP)
-                    time.sleep(_SLICE_S * (factor - 1))
-                    os.kill(pid, signal.SIGCONT)
-                    time.sleep(_SLICE_S)
-            finally:
-                os.kill(pid, signal.SIGCONT)
+        _slow_down(run, [run.pids()[name]], factor, _LIMIT_S)
         return run
 
     return harm
+
+
+def _slow_down(run: Cluster, pids: Sequence[int], factor: int, seconds: float) -> None:
+    """Have these processes run for a 1/factor of so many seconds only, or of those until the run ends."""
+
+    def tell(number: signal.Signals) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    end = time.monotonic() + seconds
+    try:
+        while run.is_running and time.monotonic() < end:
+            tell(signal.SIGSTOP)
+            time.sleep(_SLICE_S * (factor - 1))
+            tell(signal.SIGCONT)
+            time.sleep(_SLICE_S)
+    finally:
+        tell(signal.SIGCONT)
 
 
 def power_loss(damaged: bool) -> Harm:
@@ -290,13 +302,17 @@ def join(count: int, every_s: float) -> Harm:
 
 
 def churn(seconds: float) -> Harm:
-    """Every second or so some worker, server or the coordinator is killed, or where that goes on for minutes, every few seconds;
-    each only so often as the launcher starts it again."""
+    """Every second or so some worker, server or the coordinator is killed, or where that goes on for minutes, every few seconds,
+    and workers are slow, so that the run lasts; each only so often as the launcher starts it again."""
 
     def harm(run: Cluster) -> Cluster:
         chance, end = random.Random(0), time.monotonic() + seconds
         while time.monotonic() < end:
-            time.sleep(chance.uniform(*(_KILLS_S if seconds <= _SHORT_S else _FEWER_KILLS_S)))
+            if seconds <= _SHORT_S:
+                time.sleep(chance.uniform(*_KILLS_S))
+            else:
+                workers = [pid for name, pid in run.pids().items() if name.startswith("worker")]
+                _slow_down(run, workers, _SLOWED, chance.uniform(*_FEWER_KILLS_S))
             if not run.is_running:
                 code, out = run.end()
                 last = out.strip().splitlines()[-1:]

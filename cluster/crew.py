@@ -97,7 +97,7 @@ class Crew:
             is_worker = child.name.startswith("worker")
             if child.due_at is not None and now >= child.due_at and not finished:
                 self._start_again(child)
-            elif child.failed and is_worker and (child.leaves or (finished and not _has_left(child, progress))):
+            elif child.failed and (child.leaves or (finished and _has_no_part(child, progress))):
                 child.excused = True
             elif child.failed and child.code is not None and child.code < 0 and not finished:
                 child.excused = self._plan(child, now) or (is_worker and not self._is_local)
@@ -105,9 +105,9 @@ class Crew:
             self._check_any_left(progress, now)
 
     def kill_late(self, progress: Progress) -> None:
-        """End workers that have no part in the run, which has finished: stopped ones, and ones that came too late."""
-        for child in self._workers:
-            if child.code is None and not _has_left(child, progress):
+        """End processes that have no part in the run, which has finished: stopped ones, and ones that came too late."""
+        for child in self._processes.children[1:]:
+            if child.code is None and _has_no_part(child, progress):
                 child.leaves = True
                 child.popen.kill()
 
@@ -141,6 +141,9 @@ class Crew:
             raise ClusterError(f"no worker is left, and the run has not ended: see {last.log}.")
 
 
-def _has_left(child: Child, progress: Progress) -> bool:
-    """Whether it has taken part until its script ended."""
-    return progress.joined.get(child.popen.pid) in progress.left
+def _has_no_part(child: Child, progress: Progress) -> bool:
+    """Whether a run that has ended well has done so without this process: a worker whose script has not ended in it, or a server
+    that was killed, be it that another has been started in its place."""
+    if child.name.startswith("worker"):
+        return progress.joined.get(child.popen.pid) not in progress.left
+    return child.respawns > 0 or (child.code is not None and child.code < 0)

@@ -626,6 +626,8 @@ class Coordinator:
         if isinstance(body, Hello):
             if self._stop is None:
                 self._hello(route, body, envelope.incarnation, now)
+            elif not self._stop.again:  # else it asks the one that comes after this one
+                self._reply(route, self._stop)
             return
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:

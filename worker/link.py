@@ -159,10 +159,11 @@ class Link:
             raise ClusterError(f"stopped because {stop.reason}")
 
     def joined(self, timeout: float) -> Welcome:
-        """Block until the run starts."""
-        welcome = self.wait(lambda: self._attendance.welcome, timeout, lambda: f"the run of {self._address} to start")
-        assert welcome is not None
-        return welcome
+        """Block until the run starts. Raises ClusterError if it ends first."""
+        self.wait(lambda: self._attendance.welcome or self.stopped, timeout, lambda: f"the run of {self._address} to start")
+        if self._attendance.welcome is None:
+            raise ClusterError(f"the run of {self._address} has just ended.")
+        return self._attendance.welcome
 
     @property
     def epoch(self) -> int:

@@ -1,9 +1,9 @@
 """Stands for launch.py where a test is about starting and watching: processes that need no torch and do as they are told.
 
 `stub_program.py local RUN_DIR` is a launcher whose children are stubs too. STUB_<NAME> says what the child NAME does once it
-runs: pause, as all do by default; finish; seed: finish if the run's seed is 0, else exit with it; exit N; fail TEXT; stubborn:
-ignore signals, having started two others that ignore them too, one of them in a session of its own. STUB_READY names a FIFO
-that each writes a line to by then; STUB_RESPAWN says how often one is started again.
+runs: pause, as all do by default; finish; await FILE: finish once that is there; seed: finish if the run's seed is 0, else exit
+with it; exit N; fail TEXT; stubborn: ignore signals, having started two others that ignore them too, one of them in a session of
+its own. STUB_READY names a FIFO that each writes a line to by then; STUB_RESPAWN says how often one is started again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -65,19 +66,21 @@ def child(role: str) -> int:
             seed = tomllib.loads(Path(argument("--config")).read_text())["seed"]
             action, rest = ("exit", str(seed)) if seed else ("finish", "")
         (folder / "events.sqlite").touch()
-        if action == "finish":
+        if action in ("finish", "await"):
             (folder / "summary.json").write_text(json.dumps({"rounds": 3, "samples": 30, "seconds": 1.0}))
         (folder / "address.tmp").write_text("tcp://127.0.0.1:1\n")
         (folder / "address.tmp").rename(folder / "address")
     if "STUB_READY" in os.environ:
         with Path(os.environ["STUB_READY"]).open("w") as ready:
             ready.write(f"{name} {os.getpid()}\n")
+    while action == "await" and not Path(rest).exists():
+        time.sleep(0.02)
     if action in ("pause", "stubborn"):
         while True:
             signal.pause()
     if action == "fail":
         print(f"error: {rest}")
-    return {"finish": 0, "fail": 1}.get(action, int(rest or 0) if action == "exit" else 1)
+    return {"finish": 0, "await": 0, "fail": 1}.get(action, int(rest or 0) if action == "exit" else 1)
 
 
 def argument(flag: str) -> str:

@@ -211,6 +211,29 @@ def test_a_run_whose_children_end_well_succeeds_and_leaves_nothing(stub: Stub, t
     ]  # fmt: skip
 
 
+def test_a_server_that_was_killed_just_before_the_end_and_started_again_is_no_failure_of_the_run(
+    stub: Stub, tmp_path: Path
+) -> None:
+    run = stub(coordinator=f"await {tmp_path / 'over'}", respawn="1")
+    os.kill(run.ready(ALL)["server-0"], signal.SIGKILL)
+    run.ready(ALL + 1)
+    (tmp_path / "over").touch()
+    code, lines = run.end()
+    assert code == 0, lines
+    run.leaves_nothing(set())
+
+
+def test_a_server_that_is_killed_once_the_run_has_ended_well_is_no_failure_of_it(stub: Stub, tmp_path: Path) -> None:
+    run = stub(coordinator=f"await {tmp_path / 'over'}", respawn="1")
+    there = run.ready(ALL)
+    (tmp_path / "over").touch()
+    wait_for_ends({there["coordinator"]})
+    os.kill(there["server-0"], signal.SIGKILL)
+    code, lines = run.end()
+    assert code == 0, lines
+    run.leaves_nothing(set())
+
+
 def test_a_reader_that_goes_away_stops_the_run(stub: Stub) -> None:
     run = stub()
     run.ready(ALL)

@@ -1,7 +1,8 @@
-"""What a coordinator says as it gives a run up."""
+"""What a coordinator says as it gives a run up, or ends one."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import zmq
 
 from common.errors import ClusterError
 from common.layout import TensorSpec
-from common.messages import Beat, Hello, Setup, Update
+from common.messages import Beat, Hello, Setup, Stop, Update
 from common.settings import Settings
+from common.wire import router
 from ps.coordinator import Coordinator
+from worker.link import Link
 
 
 def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batches_each_server_lacks(tmp_path: Path) -> None:
@@ -36,3 +39,19 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
         )
     finally:
         context.destroy(linger=0)
+
+
+def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with ThreadPoolExecutor() as threads:
+        try:
+            sock, address = router(context, "tcp://127.0.0.1:0")
+            coordinator = Coordinator(sock, Settings(), tmp_path)
+            link = Link(address, Hello("worker"))
+            joined = threads.submit(link.joined, 30.0)
+            while not joined.done():
+                coordinator._tell(Stop(True))
+            assert str(joined.exception()) == f"the run of {address} has just ended."
+            link.close()
+        finally:
+            context.destroy(linger=0)
