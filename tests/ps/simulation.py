@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Literal
 from unittest import mock
 
 import msgspec
@@ -53,6 +53,8 @@ from common.messages import (
     Ready,
     RowInit,
     Setup,
+    Share,
+    Shared,
     State,
     StatePart,
     Update,
@@ -64,6 +66,7 @@ from common.policies import load
 from common.rows import BLOCK, cut, owner_of, page_ids, pages
 from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
+from common.shared import Handle, Region
 from common.snapshots import newest
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
@@ -157,6 +160,8 @@ class Case:
     lr: float = 0.125
     rows: int = 0
     classes: int = 0
+    #: Whether workers share memory with servers; and `apart`, whether they leave what they compute for a round apart there.
+    memory: Literal["", "shared", "apart"] = ""
     #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
     folder: Path | None = None
     resume: bool = False
@@ -906,10 +911,12 @@ class WorkerProcess(Process):
         yield from self._set_up(replica, update)
         if run._policy.is_local:
             inner = local.Inner(torch.optim.SGD(groups, **hyper), None, "round", case.clip_norm)  # type: ignore[arg-type]
+            yield from self._share(replica, None)
             work = SteppedLocalWork(run, replica, inner, [])
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
-            slots = Slots(replica.layout, shared=False)
+            slots = Slots(replica.layout, shared=bool(case.memory))
+            yield from self._share(replica, slots.handle)
             replicas = case.settings.replicas > 0
             rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
             run._rows = rows
@@ -969,12 +976,28 @@ class WorkerProcess(Process):
                     yield from self._request(f"server-{server}", RowInit(page, 0, page), "RowInit", page, frames)
         self.run._exchange = Exchange(replica.layout, self.run.settings, self.run._policy.applies == "push")
 
+    def _share(self, replica: Replica, gradients: Handle | None) -> Script:
+        run, exchange = self.run, self.run._exchange
+        if not self.world.case.memory:
+            return
+        assert exchange is not None
+        exchange.share, run._replica = Share(gradients), replica
+        for server in replica.layout.owners():
+            answer = yield from self._ask(f"server-{server}", Share(gradients), lambda reply: isinstance(reply, Shared))
+            run._meet(server, answer)
+
     def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
+        def answers(reply: Body) -> bool:
+            return isinstance(reply, Ready) and (reply.about, reply.id) == (about, id_)
+
+        return (yield from self._ask(to, body, answers, frames))
+
+    def _ask(self, to: str, body: Body, answers: Callable[[Body], bool], frames: Sequence[Any] = ()) -> Script:
         replies: list[Body] = []
         before = self.link.on_message
 
         def listen(sender: str, reply: Body, reply_frames: Any) -> None:
-            if sender == to and isinstance(reply, Ready) and (reply.about, reply.id) == (about, id_):
+            if sender == to and answers(reply):
                 replies.append(reply)
             else:
                 before(sender, reply, reply_frames)
@@ -1303,6 +1326,21 @@ def _books(world: World, upto: int) -> Ledger:
     return ledger
 
 
+class Mapped(Region):
+    """A region that is known here, as simulated processes do not give back what they have when they end."""
+
+    there: ClassVar[list[Region]] = []
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self.there.append(self)
+
+    @classmethod
+    def close_all(cls) -> None:
+        while cls.there:
+            cls.there.pop().close()
+
+
 @contextmanager
 def _stand_ins(world: World) -> Iterator[None]:
     """Clock, sockets and the like of this world in place of the real ones."""
@@ -1313,6 +1351,7 @@ def _stand_ins(world: World) -> Iterator[None]:
         return Port(process, address.removeprefix("tcp://").removesuffix(":1"))
 
     with ExitStack() as stack:
+        stack.callback(Mapped.close_all)
         for module in (
             "ps.coordinator",
             "ps.server",
@@ -1325,6 +1364,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
             "common.codecs.chunks.MIN_NUMEL": 1,
+            "worker.slots._LARGE_BYTES": 0 if world.case.memory == "apart" else 1 << 30,
+            "common.shared.Region": Mapped,
             "worker.awaited.sys": SimpleNamespace(modules={}),  # tests have torch's compiler, with which nothing is awaited
             "ps.round_shard._PLANES": world.case.planes,
             "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
