@@ -41,7 +41,7 @@ _WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"
 _HOUR_S = 3600
 _LONG = ("--epochs", 40)
 #: Epochs a second of random kills for which a run goes on for sure.
-_EPOCHS_CHURNED = 0.2
+_EPOCHS_CHURNED = 1.0
 _ASYNC = ("--policy", "async")
 #: Other policies whose weights depend on who was when where, and points under them; and points with tensors in messages.
 _INEXACT = {
