@@ -14,9 +14,9 @@ from common.runfiles import SETTINGS_FILE
 from common.settings import FIELDS
 
 #: Settings that a run may go on with other values of: none changes what a round computes.
-_FREE = frozenset(
-    {"workers", "servers", "epochs", "rounds", "lane", "loader_workers", "snapshot_every", "snapshots_kept", "silence", "timeout"}
-)
+_OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "lane", "loader_workers"})
+_OF_FAULTS = frozenset({"replicas", "snapshot_every", "snapshots_kept", "silence", "timeout", "away", "watchdog"})
+_FREE = _OF_DATA | _OF_FAULTS
 
 
 def resumed(

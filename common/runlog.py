@@ -26,6 +26,8 @@ from typing import Any
 FILE_NAME = "events.sqlite"
 #: Rows that are kept in memory while they cannot be written.
 _MOST_ROWS = 200_000
+#: Those without which no run can go on, and which are never left out.
+_BOOKS = ("INSERT OR IGNORE INTO rounds ", "INSERT INTO contributions ")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -108,7 +110,7 @@ class RunLog:
     """The writing end; one per run, in the coordinator. Rows are buffered until `flush`, after which they outlast a crash.
 
     An operating-system or SQLite error in `flush` is the caller's to handle; buffered rows are kept for the next try, as many as
-    memory should be spent on: of more, the oldest are `lost`.
+    memory should be spent on: of more, events and metrics are `lost`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -154,10 +156,10 @@ class RunLog:
         self._keep(statement, (time.time(), *values))
 
     def _keep(self, statement: str, values: tuple[Any, ...]) -> None:
-        self._pending.append((statement, values))
-        if len(self._pending) > _MOST_ROWS:
-            self._pending.popleft()
+        if len(self._pending) >= _MOST_ROWS and not statement.startswith(_BOOKS):
             self.lost += 1
+        else:
+            self._pending.append((statement, values))
 
     def flush(self) -> None:
         """Write what is buffered, in one transaction."""

@@ -87,6 +87,8 @@ class TensorFiles:
     def __init__(self, paths: Iterable[Path]) -> None:
         """Raises UsageError where one cannot be read, or is no safetensors file."""
         self.metadata: list[dict[str, str]] = []
+        #: Called each time that something is read: all of it may take long.
+        self.on_read: Callable[[], None] = lambda: None
         self._files: dict[str, Any] = {}
         #: Where the elements of each begin.
         self._places: dict[str, tuple[Path, int]] = {}
@@ -121,12 +123,14 @@ class TensorFiles:
         return self._below.get((first, last), [])
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        self.on_read()
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Rows start..end-1 of a tensor, which must be there, in memory of their own: who goes through all rows of a large one
         does not have it in memory as a whole then, as where files are mapped."""
+        self.on_read()
         none: torch.Tensor = self._files[name].get_slice(name)[:0]
         path, begin = self._places[name]
         rows = torch.empty(end - start, *none.shape[1:], dtype=none.dtype)

@@ -10,10 +10,11 @@ import secrets
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -93,6 +94,8 @@ from ps.membership import NEAR_S, Member, Membership, number_of
 
 log = logging.getLogger("ps.coordinator")
 
+T = TypeVar("T")
+
 _TICK_MS = 50
 #: Seconds between two writings of the status of all processes, and of the books where somebody waits to hear that they are kept.
 _FLUSH_S = 0.25
@@ -135,14 +138,14 @@ def serve(
     """
     allow_files(settings.workers + settings.servers)
     books, warning = None, ""
-    if resume:
-        books, warning = books_to_resume(run_dir, accept_versions)
-    elif recover and (books := books_to_recover(run_dir)) is not None:
+    if recover and not resume and (books := books_to_recover(run_dir)) is not None:
         _check_same(settings, books, run_dir)
         bind = _address_of_old(bind, run_dir / "address")
     context: zmq.Context[Any] = zmq.Context()
     try:
-        sock, bound = _listen(context, bind, 0.0 if books is None else _REJOIN_S)
+        sock, bound = _listen(context, bind, _REJOIN_S if resume or books is not None else 0.0)
+        if resume:
+            books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
@@ -214,6 +217,20 @@ def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zm
             if time.monotonic() >= deadline:
                 raise
         time.sleep(_TICK_MS / 1000)
+
+
+def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
+    """What `work`, done on another thread, returns. Who asks to join before that is told to wait."""
+    stamp = Stamp(sender="coordinator")
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(work)
+        while not result.done():
+            sock.poll(_TICK_MS)
+            with contextlib.suppress(WireError):
+                frames = receive(sock)
+                if frames is not None and len(frames) > 1 and isinstance(stamp.decode(frames[1].buffer).body, Hello):
+                    send(sock, stamp.encode(Beat()), to=frames[0].bytes)
+    return result.result()
 
 
 class Coordinator:
@@ -591,7 +608,7 @@ class Coordinator:
         if not self._membership.started:
             return
         nobody = not self._membership.names("worker") and not self._membership.awaits_workers
-        if idle_s > _LEFT_S and nobody and not self._leasing.all_applied:
+        if idle_s > _LEFT_S and nobody and self._are_all_here(now) and not self._leasing.all_applied:
             raise ClusterError(
                 f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
                 "a script must go on until run.batches() ends; --rounds sets where that is."
@@ -603,12 +620,19 @@ class Coordinator:
                 self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now)
             return
         waiting = self._whom_all_wait_for() or "every process"
-        if self._membership.awaits_workers:
+        if self._unlogged_since is not None:
+            waiting = "the disk, for the event log cannot be written"
+        elif self._membership.awaits_workers:
             waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
         raise ClusterError(
             f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}"
             f"{self._missing_text()}."
         )
+
+    def _are_all_here(self, now: float) -> bool:
+        """Whether all servers have what they are to have, and nobody is still to be heard of after a coordinator before this."""
+        gone = self._membership.lost_servers or any(server.beat.round < 0 for server in self._leasing.servers)
+        return not gone and not self._awaits_members(now)
 
     def _missing_text(self) -> str:
         """What each server has not got of the round that it is in, as far as it has said so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from common.tensorfile import Entry, TensorFiles
 
 #: Key of a file's metadata under which a server keeps what is not tensors, as JSON.
 _EXTRA = "extra"
+#: Seconds between two signs of life while one waits for a file.
+_BREATH_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,15 @@ class Writer:
         """Whether something is being written, or to be."""
         return self._next is not None or (self._thread is not None and self._thread.is_alive())
 
-    def wait(self) -> None:
-        """Block until nothing is being written any more."""
+    def wait(self, breathe: Callable[[], None]) -> None:
+        """Block until nothing is being written any more; `breathe` is called from time to time."""
         while self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            self._go_on()
+            self._thread.join(_BREATH_S)
+            if self._thread.is_alive():
+                breathe()
+            else:
+                self._thread = None
+                self._go_on()
 
     def poll(self) -> Saved | None:
         """What came of it, once, when it is done."""

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import zmq
 
@@ -110,6 +111,8 @@ class _Server:
         address = advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid())
         self._attendance = Attendance(hello, coordinator, time.monotonic())
+        #: The last beat, and when one was last sent besides those.
+        self._told, self._breathed_at = Beat("starting"), float("-inf")
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         self._shard: Shard | None = None
         self._writer: Writer | None = None
@@ -157,7 +160,7 @@ class _Server:
                 self._drain(self._workers)
             now = time.monotonic()
             self._inflow.look(now)
-            for body in self._attendance.tick(now, self._beat):
+            for body in self._attendance.tick(now, self._tell):
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
                 self._do(self._shard.tick(now))
@@ -177,7 +180,7 @@ class _Server:
         """Called before tables change, for what a snapshot has of them is not a copy."""
         self._save()
         if self._writer is not None:
-            self._writer.wait()
+            self._writer.wait(self._breathe)
 
     def _progress(self) -> tuple[int, int] | None:
         """What changes while something is trained here. Called by the watchdog's thread."""
@@ -187,6 +190,16 @@ class _Server:
     def _waits_for(self) -> str:
         shard = self._shard
         return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
+
+    def _breathe(self) -> None:
+        """Give a sign of life in the middle of what takes long: reading a snapshot, and waiting for one to be written."""
+        if self._shard is not None and (now := time.monotonic()) >= self._breathed_at + BEAT_S:
+            self._breathed_at = now
+            send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, at=self._shard.done)))
+
+    def _tell(self) -> Beat:
+        self._told = self._beat()
+        return self._told
 
     def _beat(self) -> Beat:
         if self._shard is None:
@@ -284,6 +297,7 @@ class _Server:
             self._shard.restoring = welcome.replaces
             self._know(welcome.servers)
             self._shard.before_tables_change = self._finish_saving
+            self._shard.breathe = self._breathe
             self._writer = writer = Writer(index, run_dir)
             self._shard.is_writing = lambda: writer.busy
             self._shard.bytes_saved = lambda: writer.bytes

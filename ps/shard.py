@@ -211,6 +211,9 @@ class Shard(ABC):
         self.is_writing: Callable[[], bool] = lambda: False
         #: How much of snapshots was written so far, a number that grows.
         self.bytes_saved: Callable[[], int] = lambda: 0
+        #: Called in the middle of what takes long; and how much of a snapshot was read so far, in parts.
+        self.breathe: Callable[[], None] = lambda: None
+        self._read_parts = 0
         #: Called before tables change: what `capture` has of them must be written by then.
         self.before_tables_change: Callable[[], None] = lambda: None
         #: The incarnation of the coordinator whose word counts.
@@ -381,8 +384,8 @@ class Shard(ABC):
 
     @property
     def done(self) -> int:
-        """A number that grows while what takes long goes on: answers and updates of classifiers, and writing."""
-        return self.bytes_saved() + (self.classifiers.steps if self.classifiers is not None else 0)
+        """A number that grows while what takes long goes on: answers and updates of classifiers, reading, and writing."""
+        return self.bytes_saved() + self._read_parts + (self.classifiers.steps if self.classifiers is not None else 0)
 
     def work(self, now: float) -> list[Send]:
         """Do a little of what takes long."""
@@ -499,6 +502,7 @@ class Shard(ABC):
     def _go_on(self, source: Source) -> None:
         """Have the state of a snapshot, on however many servers it was taken."""
         assert self.store is not None and self.tables is not None and self.classifiers is not None and self.owing is not None
+        source.files.on_read = self._has_read
         try:
             self.store.restore(source.files)
             self.tables.restore(source.files, source.servers, source.round)
@@ -508,6 +512,11 @@ class Shard(ABC):
             raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
         self._uninitialised.clear()
         self._resume(source)
+
+    def _has_read(self) -> None:
+        """A part of a snapshot is read."""
+        self._read_parts += 1
+        self.breathe()
 
     # ---- setting up
 

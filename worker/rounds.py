@@ -50,13 +50,14 @@ STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each ba
 @dataclass
 class Contribution:
     """The sum over some micro-batches by chunk, in a slot, of rows of tables, and of uses of sharded layers; and of the metrics,
-    sums x samples, and the samples."""
+    sums x samples, and the samples. `finite`: each of the micro-batches was, if that is looked at."""
 
     slot: Slot
     sums: dict[int, Sum]
     rows: RowSums
     uses: list[classes.Contribution | classes.HiddenContribution]
     metrics: dict[str, tuple[float, float]]
+    finite: bool = True
 
 
 class Meter:
@@ -177,6 +178,8 @@ class GradientWork:
         sums = self.replica.gradient(samples, without=early)
         rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
         contribution = Contribution(self._slot, sums, rows, uses, metrics)
+        if self._run.settings.on_nonfinite == "skip":  # before anything is added, for sums depend on who computes what
+            contribution.finite = self._is_finite(contribution, task.round, task.k, task.k + 1)
         self._meter.measured(time.monotonic() - self._begun_at, samples)
         if not self._policy.combines or self._lies_apart(contribution.slot, task.round):
             self._push(task.round, task.k, task.k + 1, contribution)
@@ -300,12 +303,15 @@ class GradientWork:
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + samples
         right.slot.taken = False  # both are owned, so the sum is where the left one was
-        return Contribution(left.slot, sums, self._rows.add(left.rows, right.rows), left.uses + right.uses, metrics)
+        rows, uses = self._rows.add(left.rows, right.rows), left.uses + right.uses
+        return Contribution(left.slot, sums, rows, uses, metrics, left.finite and right.finite)
 
     def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
         assert self._exchange is not None
         push = self._make_push(round_, lo, hi, contribution.metrics)
-        push = msgspec.structs.replace(push, finite=self._is_finite(push, contribution))
+        if self._run.settings.on_nonfinite == "fail":
+            self._is_finite(contribution, round_, lo, hi)
+        push = msgspec.structs.replace(push, finite=contribution.finite)
         slot = contribution.slot
         with self._link.lock:
             messages = self._exchange.push(push, contribution.sums, time.monotonic(), self._versions, slot)
@@ -316,21 +322,19 @@ class GradientWork:
         classes_ = ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._shards.push(classes_, contribution.uses, self._versions)
 
-    def _is_finite(self, push: Push, contribution: Contribution) -> bool:
-        """Whether all of a contribution is finite, or that is not to be looked at. Raises UsageError where the run is to fail."""
-        what_to_do = self._run.settings.on_nonfinite
-        if what_to_do == "allow":
-            return True
+    def _is_finite(self, contribution: Contribution, round_: int, lo: int, hi: int) -> bool:
+        """Whether all of a contribution of micro-batches lo .. hi-1 is finite. Raises UsageError if the run is to fail then."""
+        fails = self._run.settings.on_nonfinite == "fail"
         values = {chunk: total.values for chunk, total in contribution.sums.items()}
-        if what_to_do == "fail" and self._per_round:  # what servers read from here they look at, on its way through their caches
+        if fails and self._per_round:  # what servers read from here they look at, on its way through their caches
             assert self._exchange is not None
             values = {chunk: one for chunk, one in values.items() if self._exchange.sends(chunk)}
         what = tensors_not_finite(self.replica.layout, values)
         others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.gradients]
         if not what and all(map(is_finite, others)):
             return True
-        text = sentence(self._run.name, what or "a table or a sharded layer", push.round, push.lo, push.hi)
-        if what_to_do == "fail":
+        text = sentence(self._run.name, what or "a table or a sharded layer", round_, lo, hi)
+        if fails:
             raise UsageError(f"{text}; {ADVICE}")
         log.warning("%s: it is dropped.", text)
         return False

@@ -153,6 +153,10 @@ def test_on_a_full_disk_rows_are_kept_and_written_when_there_is_room(path: Path,
     assert log.lost == 0
     for number in range(6000):
         log.event(Event("lease", "worker-0", {"n": number}))
+    for number in range(10):  # without which there is no going on
+        log.round(RoundRow(number, 0, 8, 4, 0, {}))
+        log.contribution(ContributionRow(number, 0, 4, "worker-0", 8, "committed", None, 4))
     assert log.lost == 1000
     log.close()
-    assert [event.data.get("n") for _, _, event in reader.events()][-5000:] == list(range(1000, 6000))
+    assert [event.data.get("n") for _, _, event in reader.events()][-5000:] == list(range(5000))
+    assert [row.round for row in reader.rounds()] == [row.round for row in reader.contributions()] == list(range(10))

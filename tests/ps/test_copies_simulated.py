@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, same, sequential, simulate
+from simulation import Case, Network, Outcome, Pace, ServerProcess, same, sequential, simulate
 from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_head, check_rows, check_same_everywhere, few, some
 
 from common.messages import AllNorms, Body, Close
 from common.policies import load
 from common.settings import Settings
+from ps.coordinator import Coordinator
 from ps.round_shard import RoundShard
 from ps.shard import COORDINATOR
 
@@ -73,6 +74,28 @@ def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
         check_exact(outcome)
         killed_servers += outcome.world.killed
     assert killed_servers == 4
+
+
+def test_one_that_is_killed_once_all_workers_have_left_and_before_it_has_told_of_the_last_round_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drain, killed = Coordinator._drain, []
+
+    def watched(self: Coordinator) -> None:
+        drain(self)
+        world = self._sock._process.world  # type: ignore[attr-defined]
+        workers = self._membership.workers.values()
+        if not killed and workers and all(w.left for w in workers) and self._ledger.committed < self._ledger.planned:
+            server = next(p for p in world.processes.values() if isinstance(p, ServerProcess) and p.number == 1)
+            server.kill(6.0)
+            killed.append(server.key)
+
+    monkeypatch.setattr(Coordinator, "_drain", watched)
+    made = Settings(workers=2, servers=3, replicas=1, global_batch=4, micro_batch=1)
+    outcome = simulate(Case(made, [Pace(0.1), Pace(0.1)], ((8, 3),), seed=3))
+    assert killed == ["server-1"]
+    check(outcome)
+    check_exact(outcome)
 
 
 @pytest.mark.parametrize("decision", [AllNorms(0, [(0, 0, 1.0)]), Close(0, [0])])

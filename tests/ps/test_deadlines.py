@@ -12,8 +12,8 @@ from common.errors import ClusterError
 from common.layout import TensorSpec
 from common.messages import Beat, Hello, Setup, Stop, Update
 from common.settings import Settings
-from common.wire import router
-from ps.coordinator import Coordinator
+from common.wire import Stamp, dealer, receive, router, send
+from ps.coordinator import Coordinator, _meanwhile
 from worker.link import Link
 
 
@@ -55,3 +55,21 @@ def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path) -> None:
             link.close()
         finally:
             context.destroy(linger=0)
+
+
+def test_who_asks_to_join_while_snapshots_are_looked_at_is_told_to_wait(tmp_path: Path) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        sock, address = router(context, "tcp://127.0.0.1:0")
+        asker = dealer(context, address)
+        send(asker, Stamp(sender="worker").encode(Hello("worker")))
+
+        def look() -> str:
+            assert asker.poll(30_000)
+            frames = receive(asker)
+            assert frames is not None and isinstance(Stamp().decode(frames[0].buffer).body, Beat)
+            return "found"
+
+        assert _meanwhile(sock, look) == "found"
+    finally:
+        context.destroy(linger=0)

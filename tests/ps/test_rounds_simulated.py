@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import HEAD, Case, Network, Outcome, Pace, World, same, schedules, sequential, simulate
+from simulation import HEAD, Case, Model, Network, Outcome, Pace, World, same, schedules, sequential, simulate
 
 from common.settings import Settings
 from ps.round_shard import RoundShard
 from ps.shard import Shard
+from worker.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
@@ -230,6 +231,24 @@ def test_sync_clips_by_the_norm_over_all_servers(case: Case) -> None:
     outcome = simulate(case)
     check_exact(outcome)
     check_books(outcome)
+
+
+def test_a_sum_that_overflows_is_no_gradient_that_is_not_finite_whoever_adds_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Model.compute
+
+    def large(self: Model, task: Task) -> None:
+        compute(self, task)
+        if task.round in (1, 2):
+            self.a.grad = torch.full((3,), 1.5e38 if task.round == 2 or task.k else float("nan"))
+
+    monkeypatch.setattr(Model, "compute", large)
+    ends = []
+    for workers in (1, 4):
+        settings = Settings(workers=workers, servers=2, global_batch=4, micro_batch=1, on_nonfinite="skip")
+        outcome = simulate(Case(settings, [Pace(0.1)] * workers, ((8, 2),), seed=1, **PLAIN))  # type: ignore[arg-type]
+        dropped = [row.round for row in outcome.log.rounds if row.dropped]
+        ends.append((dropped, next(iter(outcome.models.values()))["a"].tolist()))
+    assert ends[0] == ends[1] == ([1, 3], [float("-inf")] * 3)  # from round 3 on nothing is finite
 
 
 # ---- backup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
@@ -22,6 +23,8 @@ from test_rounds_simulated import (
 )
 
 from common import snapshots
+from common.settings import Settings
+from ps.server import _Server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +53,15 @@ def counted(outcome: Outcome, account: torch.Tensor) -> list[float]:
     case = outcome.case
     tasks = enumerate(case.micro_batches())
     return [-float(account[n]) * (r := case.round(t.round)).samples / r.samples_in(t.k, t.k + 1) for n, t in tasks]
+
+
+def test_a_server_gives_signs_of_life_while_it_reads_a_snapshot() -> None:
+    case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), [Pace(0.1)] * 2, ((48, 3),), rows=200)
+    with mock.patch.object(_Server, "_breathe", autospec=True, side_effect=_Server._breathe) as breathes:
+        outcome = go_on(case, 2, 2)
+    readers = {call.args[0]._stamp.sender for call in breathes.mock_calls}
+    assert readers == {"server-0", "server-1"} and len(breathes.mock_calls) > 10
+    assert torch.equal(outcome.table(), sequential(case)[-1]["table.weight"])
 
 
 @few

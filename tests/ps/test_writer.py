@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def written(run_dir: Path) -> Saved:
     writer = Writer(1, run_dir)
     writer.start(CAPTURE)
-    writer.wait()
+    writer.wait(lambda: None)
     saved = writer.poll()
     assert saved is not None and writer.poll() is None
     return saved
@@ -71,8 +71,7 @@ def test_one_that_is_wanted_meanwhile_is_written_next(folder: Path, tmp_path: Pa
         writer.start(CAPTURE)
         writer.start(replace(CAPTURE, round=8))
         assert writer.busy and writer.poll() is None
-        may_end.set()
-        writer.wait()
+        writer.wait(may_end.set)  # called because it takes long
     saved = writer.poll()
     assert saved is not None and (saved.round, saved.state) == (8, "written") and not writer.busy
     sizes = [(f / snapshots.file_of(1)).stat().st_size for f in (folder, later)]

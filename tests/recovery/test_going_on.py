@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 
 from benchmarks.live import LAUNCH, TRAINING, Cluster
 from common import snapshots
+from common.failpoints import VARIABLE
 from common.versions import versions_here
 
 pytestmark = pytest.mark.timeout(240)
 
 Start = Callable[..., Cluster]
+#: A script with a table of rows.
+ROWS = Path(__file__).with_name("train_rows.py")
 
 
 def has_snapshot(run: Cluster) -> bool:
@@ -44,6 +47,14 @@ def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(cluster: S
         assert summary["weights_sha256"] == undisturbed
     assert summary["dropped"] == 0
     assert run.is_exact()
+
+
+def test_a_server_that_waits_for_its_file_before_tables_change_gives_signs_of_life(cluster: Start) -> None:
+    slow = {VARIABLE: "server-0:saved:0:sleep"}
+    run = cluster("--servers", 2, "--snapshot-every", 0.1, "--silence", 2, ROWS, env=slow)
+    assert run.summary()["dropped"] == 0
+    assert run.events("snapshot")[0].data["round"] < run.rounds(), "nobody had to wait for a file"
+    assert not run.events("lost") and not run.events("restarted")
 
 
 def test_after_a_power_cut_a_run_goes_on_with_other_numbers(cluster: Start, resumed: Start, undisturbed: str) -> None:
