@@ -630,9 +630,10 @@ class Coordinator:
         )
 
     def _are_all_here(self, now: float) -> bool:
-        """Whether all servers have what they are to have, and nobody is still to be heard of after a coordinator before this."""
-        gone = self._membership.lost_servers or any(server.beat.round < 0 for server in self._leasing.servers)
-        return not gone and not self._awaits_members(now)
+        """Whether all servers are heard of and have what they are to have, and so is everybody after another coordinator."""
+        servers = self._leasing.servers
+        silent = any(server.beat.round < 0 or now > server.heard_at + 2 * BEAT_S for server in servers)
+        return not silent and not self._membership.lost_servers and not self._awaits_members(now)
 
     def _missing_text(self) -> str:
         """What each server has not got of the round that it is in, as far as it has said so."""
