@@ -286,7 +286,7 @@ def join(count: int, every_s: float) -> Harm:
     def harm(run: Cluster) -> Cluster:
         address = (run.folder / "address").read_text().strip()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        end = time.monotonic() + _LIMIT_S
+        before, end = _workers(run), time.monotonic() + _LIMIT_S
         with Processes(run.folder / "by-hand", env) as processes:
             for number in range(count):
                 if run.is_running:
@@ -294,11 +294,15 @@ def join(count: int, every_s: float) -> Harm:
                     time.sleep(every_s)
             while run.is_running and time.monotonic() < end:
                 time.sleep(0.1)
-        joined = [event.process for event in run.events("joined") if event.process.startswith("worker")]
-        assert len(set(joined)) > 3, "the run ended before any worker had joined"
+        joined = len(_workers(run) - before)
+        assert joined == count, f"{joined} of {count} workers joined"
         return run
 
     return harm
+
+
+def _workers(run: Cluster) -> set[str]:
+    return {event.process for event in run.events("joined") if event.process.startswith("worker")}
 
 
 def churn(seconds: float) -> Harm:

@@ -794,7 +794,7 @@ def _difference(known: Setup, owner: str, other: Setup, sender: str) -> str:
         if a != b:
             return (
                 f"{sender}'s model is not {owner}'s: {b.name} is {b.dtype} {b.shape} (group {b.group}) where {owner} has "
-                f"{a.name}, {a.dtype} {a.shape} (group {a.group}); every worker must build the same model."
+                f"{a.name}, {a.dtype} {a.shape} (group {a.group}); a run has one model from its beginning to its end."
             )
     if len(known.tensors) != len(other.tensors):
         return f"{sender}'s model has {len(other.tensors)} parameters and buffers where {owner}'s has {len(known.tensors)}."

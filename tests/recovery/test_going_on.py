@@ -22,6 +22,17 @@ from common.versions import versions_here
 pytestmark = pytest.mark.timeout(240)
 
 Start = Callable[..., Cluster]
+SCRIPT = """
+import torch, worker
+run = worker.join()
+model = run.replicate(torch.nn.Sequential(torch.nn.Linear(4, WIDTH), torch.nn.Linear(WIDTH, 2)))
+opt = run.optimizer(torch.optim.SGD, lr=0.1)
+data = torch.utils.data.TensorDataset(torch.ones(64, 4), torch.zeros(64, dtype=torch.long))
+for x, y in run.batches(data, epochs=run.settings.epochs):
+    opt.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    opt.step()
+"""
 #: A script with a table of rows.
 ROWS = Path(__file__).with_name("train_rows.py")
 
@@ -140,6 +151,17 @@ def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_the
     (last / snapshots.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
     code, text = launch("local", "--resume", folder, "--accept-versions")
     assert code == 2 and f"{last} has format 2, of {here}, and here is {here}, which reads format 1" in text
+
+
+def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: Start, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("WIDTH", "8"))
+    run = cluster("--workers", 1, "--servers", 1, script)
+    run.summary()
+    script.write_text(SCRIPT.replace("WIDTH", "9"))
+    code, out = launch("local", "--resume", run.folder, "--epochs", 4)
+    assert code == 2
+    assert "worker-0's model is not the snapshot's: 0.weight is float32 [9, 4]" in out and "0.weight, float32 [8, 4]" in out
 
 
 def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
