@@ -25,6 +25,7 @@ POINTS: Mapping[str, str] = {
     "pushing": "worker: the first message of a contribution is sent, others are not",
     "pushed": "worker: a contribution is sent, no acknowledgement is read",
     "receiving": "worker: the first weights of a round have come",
+    "uploading": "worker: a part of the model is about to be handed in, others are or are not",
     "aggregating": "server: a contribution has come, and is not applied or acknowledged",
     "applying": "server: the first chunk of a round is applied, or of a push where each is at once",
     "applied": "server: a round is applied, or likewise a push, and nobody knows",

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.errors import ClusterError, PsError, UsageError
-from common.failpoints import arm
+from common.failpoints import arm, failpoint
 from common.layout import message_batches
 from common.messages import (
     Beat,
@@ -477,6 +477,7 @@ class Run:
                     self._fetch_masters()
                     self._link.send(Send(COORDINATOR, self._beat()))
                     for part, frames in saving.model_parts(self._model, self._contents):
+                        failpoint("uploading", self.round)
                         self._request(
                             COORDINATOR,
                             part,

@@ -68,6 +68,12 @@ def test_a_server_that_waits_for_its_file_before_tables_change_gives_signs_of_li
     assert not run.events("lost") and not run.events("restarted")
 
 
+def test_whoever_is_killed_while_it_hands_in_the_model_another_does(cluster: Start, undisturbed: str) -> None:
+    run = cluster(*TRAINING, env={VARIABLE: "worker-0:uploading:0:kill;worker-1:uploading:0:kill"})
+    assert run.summary()["weights_sha256"] == undisturbed
+    assert len(list(run.folder.glob("failpoint-*"))) == 2 and run.is_exact()
+
+
 def test_after_a_power_cut_a_run_goes_on_with_other_numbers(cluster: Start, resumed: Start, undisturbed: str) -> None:
     run = cluster(*TRAINING)
     run.until(lambda: has_snapshot(run), "snapshot")
