@@ -186,6 +186,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "the coordinator stopped 6 s, then woken": Row(harms.stop("coordinator", 6.0)),
         "a worker 5 times slower": Row(harms.slow("worker-1", 5), bounds=_UNHARMED),
         "a worker joins every second": Row(harms.join(4, 1.0), ("--epochs", 60), bounds=_UNHARMED),
+        "a worker joins in every round": Row(harms.join_every_round(4), bounds=None),
         "power loss, then --resume": Row(harms.power_loss(damaged=False)),
         "power loss, newest snapshot damaged": Row(harms.power_loss(damaged=True)),
         "launcher killed, then --resume": Row(harms.launcher_killed),

@@ -33,8 +33,9 @@ _SLICE_S = 0.001
 #: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
 _KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
 _SHORT_S = 60.0
-#: How many times slower workers are then.
-_SLOWED = 20
+#: How many times slower workers are then; and where others join in every round, and seconds between two looks at it.
+_SLOWED, _CRAWLS = 20, 200
+_LOOK_S = 0.1
 #: Seconds for which there is an attack, and before it for which messages are overheard.
 ATTACK_S, _TAPPED_S = 4.0, 1.0
 #: Seconds between two times that what was overheard is said.
@@ -286,19 +287,53 @@ def join(count: int, every_s: float) -> Harm:
     def harm(run: Cluster) -> Cluster:
         address = (run.folder / "address").read_text().strip()
         env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        before, end = _workers(run), time.monotonic() + _LIMIT_S
+        before = _workers(run)
         with Processes(run.folder / "by-hand", env) as processes:
             for number in range(count):
                 if run.is_running:
                     processes.start(f"joiner-{number}", [sys.executable, str(LAUNCH), "worker", "--coordinator", address])
                     time.sleep(every_s)
-            while run.is_running and time.monotonic() < end:
-                time.sleep(0.1)
+            _wait_for_the_end(run)
         joined = len(_workers(run) - before)
         assert joined == count, f"{joined} of {count} workers joined"
         return run
 
     return harm
+
+
+def join_every_round(count: int) -> Harm:
+    """So many workers are made ready, and one joins in every round; until they have, the others are so slow that rounds are told
+    of one by one."""
+
+    def harm(run: Cluster) -> Cluster:
+        address = (run.folder / "address").read_text().strip()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        before, slow = _workers(run), [pid for name, pid in run.pids().items() if name.startswith("worker")]
+        with Processes(run.folder / "by-hand", env) as processes:
+            for number in range(count):
+                script = [Path(__file__).with_name("join_when_told.py"), "--", run.folder, number]
+                command = [sys.executable, LAUNCH, "worker", "--coordinator", address, *script]
+                processes.start(f"joiner-{number}", list(map(str, command)))
+            while len(list(run.folder.glob("ready-*"))) < count:
+                _slow_down(run, slow, _CRAWLS, _LOOK_S)
+            reached = run.rounds()
+            for number in range(count):
+                while run.is_running and run.rounds() == reached:
+                    _slow_down(run, slow, _CRAWLS, _LOOK_S)
+                reached = run.rounds()
+                (run.folder / f"go-{number}").touch()
+            _wait_for_the_end(run)
+        joined = len(_workers(run) - before)
+        assert joined == count, f"{joined} of {count} workers joined"
+        return run
+
+    return harm
+
+
+def _wait_for_the_end(run: Cluster) -> None:
+    end = time.monotonic() + _LIMIT_S
+    while run.is_running and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _workers(run: Cluster) -> set[str]:
