@@ -144,12 +144,10 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
     table = {"nothing": Row(harms.nothing, bounds=_UNHARMED)}
     for point, where in POINTS.items():
         kind = where.partition(":")[0]
+        round_ = 0 if point in ("uploading", "ending") else _FAIL_AT
+        who = workers if point == "uploading" else (_WHO[kind],)  # any of them hands in the model
+        env = {VARIABLE: ";".join(f"{one}:{point}:{round_}:kill" for one in who)}
         name = f"{'the' if kind == 'coordinator' else 'a'} {kind}, at {point}"
-        if point == "uploading":  # whoever of them hands in the model
-            table[name] = Row(harms.failpoints(1), env={VARIABLE: ";".join(f"{one}:{point}:0:kill" for one in workers)})
-            continue
-        round_ = 0 if point == "ending" else _FAIL_AT
-        env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
         table[name] = Row(harms.failpoints(1), env=env)
         if kind == "server":
             table[f"{name}, with copies"] = Row(harms.failpoints(1), _COPIES, env=env)

@@ -285,17 +285,11 @@ def join(count: int, every_s: float) -> Harm:
     """So many workers are started by hand, one after another, and stay until the run ends."""
 
     def harm(run: Cluster) -> Cluster:
-        address = (run.folder / "address").read_text().strip()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        before = _workers(run)
-        with Processes(run.folder / "by-hand", env) as processes:
+        with _joining(run, count) as start:
             for number in range(count):
                 if run.is_running:
-                    processes.start(f"joiner-{number}", [sys.executable, str(LAUNCH), "worker", "--coordinator", address])
+                    start(number)
                     time.sleep(every_s)
-            _wait_for_the_end(run)
-        joined = len(_workers(run) - before)
-        assert joined == count, f"{joined} of {count} workers joined"
         return run
 
     return harm
@@ -306,34 +300,46 @@ def join_every_round(count: int) -> Harm:
     of one by one."""
 
     def harm(run: Cluster) -> Cluster:
-        address = (run.folder / "address").read_text().strip()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        before, slow = _workers(run), [pid for name, pid in run.pids().items() if name.startswith("worker")]
-        with Processes(run.folder / "by-hand", env) as processes:
-            for number in range(count):
-                script = [Path(__file__).with_name("join_when_told.py"), "--", run.folder, number]
-                command = [sys.executable, LAUNCH, "worker", "--coordinator", address, *script]
-                processes.start(f"joiner-{number}", list(map(str, command)))
-            while len(list(run.folder.glob("ready-*"))) < count:
+        slow = _worker_pids(run)
+
+        def crawl_until(ready: Callable[[], bool], what: str) -> None:
+            deadline = time.monotonic() + _LIMIT_S
+            while not ready():
+                assert run.is_running, f"the run ended before {what}"
+                assert time.monotonic() < deadline, f"no {what} after {_LIMIT_S:.0f} s"
                 _slow_down(run, slow, _CRAWLS, _LOOK_S)
-            reached = run.rounds()
+
+        with _joining(run, count) as start:
             for number in range(count):
-                while run.is_running and run.rounds() == reached:
-                    _slow_down(run, slow, _CRAWLS, _LOOK_S)
+                start(number, Path(__file__).with_name("join_when_told.py"), "--", run.folder, number)
+            crawl_until(lambda: len(list(run.folder.glob("ready-*"))) == count, "all workers were ready")
+            for number in range(count):
                 reached = run.rounds()
+                crawl_until(lambda reached=reached: run.rounds() > reached, "another round")  # type: ignore[misc]
                 (run.folder / f"go-{number}").touch()
-            _wait_for_the_end(run)
-        joined = len(_workers(run) - before)
-        assert joined == count, f"{joined} of {count} workers joined"
         return run
 
     return harm
 
 
-def _wait_for_the_end(run: Cluster) -> None:
-    end = time.monotonic() + _LIMIT_S
-    while run.is_running and time.monotonic() < end:
-        time.sleep(0.1)
+@contextlib.contextmanager
+def _joining(run: Cluster, count: int) -> Iterator[Callable[..., object]]:
+    """What starts a worker by hand, given its number and what it is to run, if not the built-in example. They stay until the run
+    ends. Raises AssertionError unless so many have joined by then."""
+    address = (run.folder / "address").read_text().strip()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    before, command = _workers(run), [sys.executable, LAUNCH, "worker", "--coordinator", address]
+    with Processes(run.folder / "by-hand", env) as processes:
+        yield lambda number, *script: processes.start(f"joiner-{number}", list(map(str, [*command, *script])))
+        end = time.monotonic() + _LIMIT_S
+        while run.is_running and time.monotonic() < end:
+            time.sleep(0.1)
+    joined = len(_workers(run) - before)
+    assert joined == count, f"{joined} of {count} workers joined"
+
+
+def _worker_pids(run: Cluster) -> list[int]:
+    return [pid for name, pid in run.pids().items() if name.startswith("worker")]
 
 
 def _workers(run: Cluster) -> set[str]:
@@ -350,8 +356,7 @@ def churn(seconds: float) -> Harm:
             if seconds <= _SHORT_S:
                 time.sleep(chance.uniform(*_KILLS_S))
             else:
-                workers = [pid for name, pid in run.pids().items() if name.startswith("worker")]
-                _slow_down(run, workers, _SLOWED, chance.uniform(*_FEWER_KILLS_S))
+                _slow_down(run, _worker_pids(run), _SLOWED, chance.uniform(*_FEWER_KILLS_S))
             if not run.is_running:
                 code, out = run.end()
                 last = out.strip().splitlines()[-1:]

@@ -355,15 +355,12 @@ class Membership:
     def news(self, member: Member, epoch: int, now: float) -> Body | None:
         """What a member has not heard of that knows membership epoch `epoch`: not again while it may be on its way, for of many
         workers these are long messages."""
-        if member.hello.role == "server":
-            newest, is_news = self.losses.epoch, epoch < self.losses.epoch
-        else:
-            newest = self.tables[-1].epoch if self.tables else 0
-            is_news = 0 < epoch < newest
-        if not is_news or (newest == member.told and now < member.told_at + ASK_AGAIN_S):
+        is_server = member.hello.role == "server"
+        newest = self.losses.epoch if is_server else self.tables[-1].epoch if self.tables else 0
+        if epoch >= newest or (epoch == 0 and not is_server) or (newest == member.told and now < member.told_at + ASK_AGAIN_S):
             return None
         member.told, member.told_at = newest, now
-        return self.losses if member.hello.role == "server" else self.shares
+        return self.losses if is_server else self.shares
 
     @property
     def shares(self) -> Tables:
