@@ -67,12 +67,10 @@ from common.rows import BLOCK, cut, owner_of, page_ids, pages
 from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
 from common.shared import Handle, Region
-from common.snapshots import newest
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
-from ps.books import Books, Head
+from ps.books import Books
 from ps.coordinator import BeginAnew, Coordinator, books_to_recover, books_to_resume
-from ps.ledger import Ledger
 from ps.membership import number_of
 from ps.server import _Server
 from ps.shard import Shard
@@ -166,12 +164,17 @@ class Case:
     folder: Path | None = None
     resume: bool = False
     #: Who is killed (coordinator, server-N, worker-N, or who is in its place by then), when, and after how many seconds another
-    #: process is in its place. The books are real where there is anything.
+    #: process is in its place.
     killed: Sequence[tuple[str, float, float]] = ()
     #: Whether workers are on the coordinator's host, and so are soon counted as lost.
     near: bool = False
     #: Where servers keep copies: which server is killed when, and after how many seconds another process is in its place.
     replaced: Sequence[tuple[int, float, float]] = ()
+
+    @property
+    def keeps_books(self) -> bool:
+        """Whether the books are real, and so there for a coordinator that comes after."""
+        return bool(self.killed) or self.folder is not None
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -434,6 +437,10 @@ class World:
         found: Coordinator = process.coordinator
         return found
 
+    def newest(self, place: str) -> Process | None:
+        """The last process that was started in a place."""
+        return next((process for process in reversed(self.processes.values()) if process.place == place), None)
+
     def versions(self, run: str) -> list[int]:
         """Of the servers that take part in rounds of the run of that id."""
         servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive and p.server._stamp.run == run]
@@ -509,7 +516,7 @@ class Process:
 
 
 class CoordinatorProcess(Process):
-    """With `Case.killed` its books are real, in `folder`, and all that is not on the disk is lost when it is killed."""
+    """Where its books are real they are in `folder`, and all that is not on the disk is lost when it is killed."""
 
     def __init__(self, world: World, key: str, folder: Path) -> None:
         super().__init__(world, key)
@@ -518,12 +525,7 @@ class CoordinatorProcess(Process):
         self.leaves = False
 
     def begin(self) -> None:
-        case, books = self.world.case, None
-        if case.resume:
-            found, _ = newest(self.folder)
-            round_ = found.manifest.round if found is not None else -1
-            books = Books(Head("r.1", 1, "", case.settings, round_), _books(self.world, max(round_, 0)))
-        self._start(books)
+        self._start(books_to_resume(self.folder)[0] if self.world.case.resume else None)
 
     def _start(self, books: Books | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
@@ -532,7 +534,7 @@ class CoordinatorProcess(Process):
         self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
         self.alive, self.leaves = True, False
-        if self.world.case.killed:
+        if self.world.case.keeps_books:
             self.coordinator._log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
 
     def kill(self, away: float) -> None:
@@ -569,7 +571,7 @@ class CoordinatorProcess(Process):
     def finish(self) -> None:
         """What came in last is written down."""
         self.coordinator._flush()
-        if self.world.case.killed:
+        if self.world.case.keeps_books:
             reader = RunLogReader(self.folder / FILE_NAME)
             self.log = RecordedLog(self.folder)
             self.log.rounds, self.log.contributions = reader.rounds(), reader.contributions()
@@ -1319,13 +1321,6 @@ class Outcome:
         return out
 
 
-def _books(world: World, upto: int) -> Ledger:
-    """What the books of rounds below `upto` come to, as far as a coordinator that goes on needs it."""
-    ledger = Ledger(world.case.settings, load(world.case.settings))
-    ledger.committed = ledger.totals.rounds = upto
-    return ledger
-
-
 class Mapped(Region):
     """A region that is known here, as simulated processes do not give back what they have when they end."""
 
@@ -1372,7 +1367,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.coordinator.RunLog": RunLog if world.case.killed else RecordedLog,
+            "ps.coordinator.RunLog": RunLog if world.case.keeps_books else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
             "worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
@@ -1394,8 +1389,8 @@ def _stand_ins(world: World) -> Iterator[None]:
         yield
 
 
-def simulate(case: Case, snapshots: int | None = None) -> Outcome:
-    """Run it to the end, or until so many snapshots have been made.
+def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
+    """Run it to the end, or until a snapshot has been made.
 
     Raises AssertionError where it hangs or a promise is broken on the way.
     """
@@ -1417,7 +1412,7 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
 
         def over() -> bool:
-            if snapshots is not None and sum(event.kind == "snapshot" for event in coordinator.log.events) >= snapshots:
+            if until_snapshot and coordinator.coordinator._cuts.newest >= 0:
                 return True
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
@@ -1450,7 +1445,9 @@ def simulate(case: Case, snapshots: int | None = None) -> Outcome:
 
 def _newest_of(world: World, number: int) -> ServerProcess:
     """The process that is server number `number`, or is gone and was the last one."""
-    return [p for p in world.processes.values() if isinstance(p, ServerProcess) and p.number == number][-1]
+    newest = world.newest(f"server-{number}")
+    assert isinstance(newest, ServerProcess)
+    return newest
 
 
 def _is_settled(world: World) -> bool:
@@ -1460,14 +1457,12 @@ def _is_settled(world: World) -> bool:
     servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
     are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator._head.run for s in servers)
     begins_anew = process.leaves or coordinator._membership.broken or coordinator._membership.lost_servers
-    ended = world.case.real or coordinator._cuts.ended(
-        coordinator._ledger.committed
-    )  # the real worker does not say that it leaves
-    return are_there and ended and not begins_anew
+    is_saved = coordinator._cuts.ended(coordinator._ledger.committed)
+    return are_there and not begins_anew and (is_saved or world.case.real)  # which does not say that it leaves
 
 
 def _kill(world: World, name: str, away: float) -> None:
     """Kill who has that name or is in its place, if somebody is."""
-    there = [p for p in world.processes.values() if p.place == name]
-    if there and there[-1].alive and not world.over:
-        there[-1].kill(away)
+    process = world.newest(name)
+    if process is not None and process.alive and not world.over:
+        process.kill(away)

@@ -32,16 +32,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 others = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-def go_on(case: Case, servers: int, workers: int, made: int = 1, both: list[Outcome] | None = None) -> Outcome:
-    """Run until `made` snapshots are there or the run is over, and then from the newest to the end with others; what comes of
+def go_on(case: Case, servers: int, workers: int, both: list[Outcome] | None = None) -> Outcome:
+    """Run until a snapshot is there or the run is over, and then from the newest to the end with others; what comes of
     the two is added to `both`."""
     both = [] if both is None else both
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        both.append(simulate(replace(case, folder=folder), snapshots=made))
+        both.append(simulate(replace(case, folder=folder), until_snapshot=True))
         found, problems = snapshots.newest(folder)
         assert not problems
-        assert found is not None or not snapshots.folders(folder) or not (folder / snapshots.MANIFEST_FILE).exists()
+        assert (found is not None) == bool(snapshots.finished(folder))
         settings = msgspec.structs.replace(case.settings, servers=servers, workers=workers)
         paces = [Pace(0.1)] * workers
         both.append(simulate(replace(case, settings=settings, paces=paces, folder=folder, resume=True, seed=case.seed + 1)))
