@@ -474,7 +474,7 @@ class Contribution(msgspec.Struct, frozen=True):
     worker: Name
     samples: Count
     micro_batches: Count
-    outcome: Literal["committed", "duplicate", "dropped"]
+    outcome: Literal["committed", "duplicate", "dropped", "dropped in part"]
     staleness: Count | None = None
 
 
@@ -490,13 +490,15 @@ class Committed(msgspec.Struct, frozen=True):
 
 class Report(Body, frozen=True):
     """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions. `again`: the one
-    in whose place it is may have told some of them before."""
+    in whose place it is may have told some of them before. `left_out`: what was dropped here where each push is decided on alone
+    (`ssp`, `async`), all that is here of its micro-batch or a part of that."""
 
     seq: Count
     version: Count
     rounds: list[Committed] = []
     contributions: list[Contribution] = []
     again: bool = False
+    left_out: list[Contribution] = []
 
 
 class ReportAck(Body, frozen=True):

@@ -73,7 +73,8 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class ContributionRow:
-    """Micro-batches lo..hi-1 of `round`, sent by `worker`. `outcome` is committed, duplicate or dropped;
+    """Micro-batches lo..hi-1 of `round`, sent by `worker`. `outcome` is committed, duplicate or dropped,
+    or, in a row more, "dropped in part": some servers have applied a gradient of it, and others have dropped one;
     `staleness` counts updates between pull and push where the policy lets it be other than 0. `micro_batches` is hi - lo, but
     where workers step locally: there `lo` is a worker's number."""
 

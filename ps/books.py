@@ -23,7 +23,7 @@ import msgspec
 
 from common.errors import UsageError
 from common.leases import Table
-from common.messages import Committed, Hello, Setup, Stop
+from common.messages import Committed, Contribution, Hello, Setup, Stop
 from common.plan import Segment
 from common.policies import load
 from common.runlog import FILE_NAME, RunLog
@@ -113,6 +113,7 @@ def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple
     for server, reported in ledger.reported.items():
         yield "reported", str(server), reported
     yield "pending", "", list(ledger.pending)
+    yield "left out", "", list(ledger.left_out)
 
 
 def new_run(before: str = "") -> str:
@@ -157,12 +158,12 @@ def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
     if there < upto:
         raise UsageError(f"{path} has {there} rounds of the {upto} before the one to go on from.")
     (rounds,) = db.execute("SELECT count(*) FROM rounds WHERE round >= ?", (upto,)).fetchone()
-    query = "SELECT coalesce(sum(micro_batches), 0) FROM contributions WHERE round >= ? AND outcome != 'dropped'"
+    query = "SELECT coalesce(sum(micro_batches), 0) FROM contributions WHERE round >= ? AND outcome NOT LIKE 'dropped%'"
     (micro_batches,) = db.execute(query, (upto,)).fetchone()
     for table in ("rounds", "contributions", "metrics"):
         db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
     db.execute("DELETE FROM status")  # names are other processes' from now on
-    db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending')")
+    db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending', 'left out')")
     db.execute("DELETE FROM events WHERE kind = 'stopped'")
     data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
     db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
@@ -184,6 +185,7 @@ def _read(db: sqlite3.Connection) -> Books | None:
     ledger.segments = _in_order({**state("planned", Segment), **told})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
+    ledger.left_out = [told for kept in state("left out", list[tuple[int, Contribution]]).values() for told in kept]
     books = Books(head, ledger, state("member", KeptMember))
     books.tables = [table for tables in state("tables", list[Table]).values() for table in tables]
     _count(db, books)

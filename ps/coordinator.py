@@ -565,6 +565,11 @@ class Coordinator:
             self._log.contribution(
                 ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
             )
+            if c.outcome == "dropped in part":
+                self.warn(
+                    f"micro-batch {c.lo} of round {c.round} is not finite from all weights it was computed from, "
+                    f"and so some of its gradient was left out, that of {c.worker}, and some applied."
+                )
         self._ledger.new_contributions.clear()
 
     def _flush(self) -> None:
@@ -969,6 +974,8 @@ class Coordinator:
             "wire": self._wire(),
             "refused": dict(sorted(self._refused().items())),
         }
+        if totals.dropped_in_part:
+            summary["dropped_in_part"] = totals.dropped_in_part
         if totals.staleness:
             summary["staleness"] = {str(k): n for k, n in sorted(totals.staleness.items())}
         return summary

@@ -4,7 +4,8 @@ A state machine without a socket or a clock: it is told what servers and workers
 for the event log. Invariants:
 
 - a round is committed when every server that takes part has applied it, once, in order;
-- in every committed round each micro-batch is in exactly one committed contribution, or dropped;
+- in every committed round each micro-batch is in exactly one committed contribution, or dropped; where some servers have
+  applied what others have dropped, that is told of too, as dropped in part;
 - the decision on a round (which micro-batches, which norms) never changes once it is given. It is on no disk: a coordinator
   that takes over learns it from the servers that were told, before it can be asked by all to decide (`Arrived`).
 """
@@ -54,6 +55,7 @@ class Totals:
     micro_batches_committed: int = 0
     micro_batches_recomputed: int = 0
     duplicates_ignored: int = 0
+    dropped_in_part: int = 0
     staleness: Counter[int] = field(default_factory=Counter)
 
 
@@ -83,6 +85,8 @@ class Ledger:
         self.reported: dict[int, Reported] = {}
         #: Applied on server 0, not yet everywhere.
         self.pending: list[Committed] = []
+        #: What servers have left out of rounds that are not committed, and which server.
+        self.left_out: list[tuple[int, Contribution]] = []
         self._arrived: dict[int, dict[int, list[int]]] = {}
         self._closed: dict[int, list[int]] = {}
         self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
@@ -93,7 +97,7 @@ class Ledger:
         self.settings, self._policy = settings, load(settings)
         self.layout = self.setup = None
         self.segments = []
-        self.pending, self.reported = [], {}
+        self.pending, self.left_out, self.reported = [], [], {}
 
     # ---- what the run is
 
@@ -154,7 +158,7 @@ class Ledger:
 
     def report(self, server: int, report: Report) -> Body:
         """News of a server, counted once however often it is sent."""
-        if any(self.segment_of(committed.round) is None for committed in report.rounds):
+        if any(self.segment_of(t) is None for t in [row.round for row in report.rounds] + [row.round for row in report.left_out]):
             raise WireError(f"server-{server} reports updates that no plan knows")
         before = self.reported.get(server, Reported(-1, 0))
         if report.seq > before.seq:
@@ -166,6 +170,7 @@ class Ledger:
             self.new_contributions += contributions
             for row in contributions:
                 self.count(row.outcome, row.staleness, 1, row.micro_batches)
+            self.left_out += [(server, row) for row in report.left_out if row.round >= self.committed]
             self._commit()
         return ReportAck(report.seq)
 
@@ -183,14 +188,29 @@ class Ledger:
         elif outcome == "duplicate":
             self.totals.duplicates_ignored += contributions
             self.totals.micro_batches_recomputed += micro_batches
+        elif outcome == "dropped in part":
+            self.totals.dropped_in_part += micro_batches
 
     def _commit(self) -> None:
         owners = self.layout.owners() if self.layout else [0]
         everywhere = min(self.reported[owner].version if owner in self.reported else 0 for owner in owners)
         while self.pending and self.pending[0].round < everywhere:
             row = self.pending.pop(0)
+            self._compare(row.round, len(owners))
             self.book(row)
             self.new_rounds.append(row)
+
+    def _compare(self, round_: int, servers: int) -> None:
+        """Find the micro-batches of a round that not all servers have dropped whole, though some have."""
+        by_micro_batch: dict[int, list[Contribution]] = {}
+        for _, row in self.left_out:
+            if row.round == round_:
+                by_micro_batch.setdefault(row.lo, []).append(row)
+        for rows in by_micro_batch.values():
+            if [row.outcome for row in rows] != ["dropped"] * servers:
+                self.count("dropped in part", None, 1, 1)
+                self.new_contributions.append(msgspec.structs.replace(rows[0], outcome="dropped in part"))
+        self.left_out = [told for told in self.left_out if told[1].round > round_]
 
     def book(self, row: Committed) -> None:
         """Count a round that is applied everywhere, the next one after those before."""

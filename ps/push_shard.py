@@ -38,6 +38,8 @@ class PushShard(Shard):
         #: The newest round that a worker has contributed to or asked for the weights of.
         self._reached = 0
         self._metrics: dict[int, dict[int, Metrics]] = {}
+        #: What was dropped of them as not finite, and which chunks.
+        self._drops: dict[int, dict[int, tuple[Contribution, set[int]]]] = {}
         #: Distinct micro-batches seen, which is what staleness is counted in.
         self._seen_count = 0
         #: On server 0, contributions to rounds that are not complete, as the ledger has them.
@@ -90,7 +92,8 @@ class PushShard(Shard):
         ]
         metrics = [(round_, k, values) for round_, found in self._metrics.items() for k, values in found.items()]
         counted = [msgspec.to_builtins(row) for row in self._ahead.values()]
-        return {"seen": self._seen_count, "applied": applied, "metrics": metrics, "counted": counted}
+        drops = [(msgspec.to_builtins(row), sorted(chunks)) for found in self._drops.values() for row, chunks in found.values()]
+        return {"seen": self._seen_count, "applied": applied, "metrics": metrics, "counted": counted, "drops": drops}
 
     def _resume(self, source: Source) -> None:
         """What was applied of later rounds, by whichever server, is not to be applied again."""
@@ -108,6 +111,10 @@ class PushShard(Shard):
                 for chunk, k in pairs:
                     if chunk in mine:
                         self._applied.setdefault(int(round_), {}).setdefault(int(k), set()).add(int(chunk))
+            for builtins, chunks in extra.get("drops", ()):
+                row = msgspec.convert(builtins, Contribution)
+                for chunk in own.intersection(chunks) if number == self.index else own.intersection(chunks) - {ROWS, CLASSES}:
+                    self._drop(row, chunk)
         if self.index == 0:
             for round_, k, values in source.extra[0]["metrics"]:
                 self._metrics.setdefault(int(round_), {})[int(k)] = {name: (a, b) for name, (a, b) in values.items()}
@@ -143,6 +150,8 @@ class PushShard(Shard):
             if chunk in applied:
                 continue
             applied.add(chunk)
+            if not push.finite:
+                self._drop(_dropped(sender, push), chunk)
             self._counts(sender, push, chunk)
             self.store.apply(
                 chunk,
@@ -163,6 +172,8 @@ class PushShard(Shard):
             if counted:
                 self._ahead[push.round, push.lo] = row
                 applied.add(METRICS)
+                if not push.finite:
+                    self._drop(row, METRICS)
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics if push.finite else {}
         failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
@@ -193,6 +204,7 @@ class PushShard(Shard):
         if ROWS not in applied:
             applied.add(ROWS)
             if not push.finite and self.layout is not None:
+                self._drop(_dropped(sender, push), ROWS)
                 rows = [no_rows(spec) for spec in self.layout.tables]
             self.tables.apply(rows, push.samples, push.hypers, lr_scale)
         return [ack, *self._advance()]
@@ -206,8 +218,13 @@ class PushShard(Shard):
         assert self.classifiers is not None
         applied, _, lr_scale = self._arrives(push, plan)
         applied.add(CLASSES)
+        if not push.finite:
+            self._drop(_dropped(sender, push), CLASSES)
         self.classifiers.apply(parts if push.finite else [], push.round, push.samples, push.hypers, lr_scale)
         return [ack, *self._advance()]
+
+    def _drop(self, row: Contribution, chunk: int) -> None:
+        self._drops.setdefault(row.round, {}).setdefault(row.lo, (row, set()))[1].add(chunk)
 
     def _advance(self) -> list[Send]:
         """Close rounds of which nothing is outstanding, and serve who may go on now."""
@@ -219,6 +236,9 @@ class PushShard(Shard):
                 gone = [row for key, row in self._ahead.items() if key[0] == self._slowest and row.outcome == "dropped"]
                 samples, count = plan.samples - sum(row.samples for row in gone), plan.micro_batches - len(gone)
                 self._rounds.append(Committed(self._slowest, samples, count, len(gone), mean_metrics(total)))
+            for row, chunks in self._drops.pop(self._slowest, {}).values():
+                whole = len(chunks) == len(self._ids)
+                self._dropped.append(row if whole else msgspec.structs.replace(row, outcome="dropped in part"))
             self._applied.pop(self._slowest, None)
             self._ahead = {key: row for key, row in self._ahead.items() if key[0] > self._slowest}
             self._slowest += 1
@@ -272,3 +292,7 @@ class PushShard(Shard):
             then = held if plane < 0 else {chunk: values.clone() for chunk, values in held.items()}
             self._sent[worker] = {**self._sent.get(worker, {}), **then}
         return held
+
+
+def _dropped(sender: str, push: Push | RowPush | ClassPush) -> Contribution:
+    return Contribution(push.round, push.lo, push.hi, sender, push.samples, 1, "dropped")

@@ -192,6 +192,7 @@ class Shard(ABC):
         self.lost: set[str] = set()
         self._news: list[Contribution] = []
         self._rounds: list[Committed] = []
+        self._dropped: list[Contribution] = []
         self._report: Report | None = None
         self._report_at = 0.0
         self._reported_version = -1
@@ -369,8 +370,8 @@ class Shard(ABC):
             due = bool(news) and now >= self._report_at + REPORT_S
             if due:
                 seq = int(now * 1e6)
-                self._report = Report(seq, self.version, self._rounds, self._news, self._repeats)
-                self._rounds, self._news, self._repeats = [], [], False
+                self._report = Report(seq, self.version, self._rounds, self._news, self._repeats, self._dropped)
+                self._rounds, self._news, self._repeats, self._dropped = [], [], False, []
         again = [] if self.owing is None else [Send(*message) for message in self.owing.again(now)]
         if not due or self._report is None:
             return again

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 
 from common.allocator import keep_memory
 from common.errors import NoAnswer, UsageError
 from common.failpoints import failpoint
-from common.messages import Beat, ClassPush, Push, RowPush, Waiting
+from common.messages import Beat, ClassPush, Push, RowPush, Sums, Waiting
 from common.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
@@ -56,7 +55,7 @@ class Contribution:
     sums: dict[int, Sum]
     rows: RowSums
     uses: list[classes.Contribution | classes.HiddenContribution]
-    metrics: dict[str, tuple[float, float]]
+    metrics: Sums
     finite: bool = True
 
 
@@ -308,10 +307,9 @@ class GradientWork:
 
     def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
         assert self._exchange is not None
-        push = self._make_push(round_, lo, hi, contribution.metrics)
         if self._run.settings.on_nonfinite == "fail":
             self._is_finite(contribution, round_, lo, hi)
-        push = msgspec.structs.replace(push, finite=contribution.finite)
+        push = self._make_push(round_, lo, hi, contribution.metrics, contribution.finite)
         slot = contribution.slot
         with self._link.lock:
             messages = self._exchange.push(push, contribution.sums, time.monotonic(), self._versions, slot)
@@ -339,11 +337,11 @@ class GradientWork:
         log.warning("%s: it is dropped.", text)
         return False
 
-    def _make_push(self, round_: int, lo: int, hi: int, metrics: dict[str, tuple[float, float]] | None) -> Push:
+    def _make_push(self, round_: int, lo: int, hi: int, metrics: Sums | None, finite: bool = True) -> Push:
         assert self._segment is not None
         plan = self._segment.round(round_)
         hypers = self._hypers.at(round_, plan.epoch)
-        return Push(round_, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [], metrics=metrics, hypers=hypers)
+        return Push(round_, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite)
 
     # ---- going on
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ class Kept:
         self.ledger = Ledger(SETTINGS, policy)
         self.log = RunLog(folder / FILE_NAME)
         self.keeper = Keeper()
-        tensors = [TensorSpec("a", [3000], "float32", 0), TensorSpec("b", [7], "float32", 0)]
+        tensors = [TensorSpec("a", [3000, 1000], "float32", 0), TensorSpec("b", [7], "float32", 0)]
         self.ledger.set_up(Setup(tensors, Update("SGD", [{"lr": 0.1}])))
         before: Segment | None = None
         for samples in (24, 14):
@@ -57,7 +58,18 @@ class Kept:
         self.log.flush()
 
 
-def report(kept: Kept, round_: int, dropped: int, loss: float) -> None:
+OUTCOMES = ("", "dropped", "dropped in part")
+ROUNDS = st.lists(
+    st.tuples(st.integers(0, 1), st.floats(0, 3), st.tuples(*[st.sampled_from(OUTCOMES)] * 2)), min_size=1, max_size=10
+)
+
+
+def left_out(round_: int, outcome: str) -> list[Contribution]:
+    """What a server has left out of a round's first micro-batch."""
+    return [Contribution(round_, 0, 1, "worker-1", 2, 1, outcome)] if outcome else []  # type: ignore[arg-type]
+
+
+def report(kept: Kept, round_: int, dropped: int, loss: float, outcome: str = "") -> None:
     """Round `round_` is applied on server 0, without its last micro-batch or with it."""
     segment = kept.ledger.segment_of(round_)
     assert segment is not None
@@ -66,7 +78,7 @@ def report(kept: Kept, round_: int, dropped: int, loss: float) -> None:
     rows = [Contribution(round_, k, k + 1, f"worker-{k % 2}", plan.samples_in(k, k + 1), 1, "committed") for k in range(ks)]
     rows.append(Contribution(round_, 0, 1, "worker-1", 2, 1, "duplicate"))
     row = Committed(round_, plan.samples_in(0, ks), ks, dropped, {"loss": loss})
-    kept.ledger.report(0, Report(round_, round_ + 1, [row], rows))
+    kept.ledger.report(0, Report(round_, round_ + 1, [row], rows, left_out=left_out(round_, outcome)))
 
 
 def assert_same(books: Books, ledger: Ledger) -> None:
@@ -74,26 +86,23 @@ def assert_same(books: Books, ledger: Ledger) -> None:
     assert found.totals == ledger.totals
     assert (found.committed, found.planned, found.epochs) == (ledger.committed, ledger.planned, ledger.epochs)
     assert (found.reported, found.pending, found.setup) == (ledger.reported, ledger.pending, ledger.setup)
+    assert found.left_out == ledger.left_out
     assert found.layout == ledger.layout and found.segments == ledger.segments
     for epoch in range(ledger.epochs):
         assert found.mean(Mean(epoch, "loss")) == ledger.mean(Mean(epoch, "loss"))
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.floats(0, 3)), min_size=1, max_size=10),
-    st.integers(0, 3),
-    st.sets(st.integers(0, 9)),
-)
+@given(ROUNDS, st.integers(0, 3), st.sets(st.integers(0, 9)))
 def test_what_is_read_back_is_what_was_kept(
-    tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[int, float]], behind: int, flushed: set[int]
+    tmp_path_factory: pytest.TempPathFactory, rounds: list[Any], behind: int, flushed: set[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
     kept = Kept(folder)
-    for number, (dropped, loss) in enumerate(rounds):
-        report(kept, number, dropped, loss)
-        if number >= behind:
-            kept.ledger.report(1, Report(number, number + 1 - behind))
+    for number, (dropped, loss, outcomes) in enumerate(rounds):
+        report(kept, number, dropped, loss, outcomes[0])
+        if (round_ := number - behind) >= 0:
+            kept.ledger.report(1, Report(number, round_ + 1, left_out=left_out(round_, rounds[round_][2][1])))
         if number in flushed:
             kept.flush()
     kept.flush()
@@ -107,17 +116,17 @@ def test_what_is_read_back_is_what_was_kept(
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 3)), min_size=1, max_size=10), st.data())
+@given(ROUNDS, st.data())
 def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
-    tmp_path_factory: pytest.TempPathFactory, rounds: list[tuple[int, float]], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, rounds: list[Any], data: st.DataObject
 ) -> None:
     upto = data.draw(st.integers(0, len(rounds)))
     folders = [tmp_path_factory.mktemp("run") for _ in range(2)]
     whole, part = map(Kept, folders)
-    for number, (dropped, loss) in enumerate(rounds):
+    for number, (dropped, loss, outcomes) in enumerate(rounds):
         for kept in (whole, part)[: 1 + (number < upto)]:
-            report(kept, number, dropped, loss)
-            kept.ledger.report(1, Report(number, number + 1))
+            report(kept, number, dropped, loss, outcomes[0])
+            kept.ledger.report(1, Report(number, number + 1, left_out=left_out(number, outcomes[1])))
             kept.log.metric(number, "worker-0", "accuracy", number / 10, 20, number)
     for kept in (whole, part):
         kept.flush()
@@ -139,6 +148,18 @@ def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
     assert [again.ledger.mean(Mean(e, "loss")).value for e in epochs] == [part.ledger.mean(Mean(e, "loss")).value for e in epochs]
     with pytest.raises(UsageError, match=f"has {upto} rounds of the {upto + 1}"):
         restore(folders[0] / FILE_NAME, upto + 1)
+
+
+@pytest.mark.parametrize("outcomes", [(a, b) for a in OUTCOMES for b in OUTCOMES])
+def test_what_not_all_servers_have_dropped_whole_is_dropped_in_part(tmp_path: Path, outcomes: tuple[str, str]) -> None:
+    kept = Kept(tmp_path)
+    report(kept, 0, 0, 1.0, outcomes[0])
+    for _ in range(2):  # it may come twice
+        kept.ledger.report(1, Report(5, 1, left_out=left_out(0, outcomes[1])))
+    agree = outcomes in (("", ""), ("dropped", "dropped"))
+    assert kept.ledger.totals.dropped_in_part == (0 if agree else 1)
+    rows = [(row.round, row.lo) for row in kept.ledger.new_contributions if row.outcome == "dropped in part"]
+    assert rows == ([] if agree else [(0, 0)]) and not kept.ledger.left_out
 
 
 def test_a_member_that_left_or_was_lost_is_known_as_such_and_all_others_again(tmp_path: Path) -> None:

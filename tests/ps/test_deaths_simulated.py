@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, same, simulate
+from msgspec import structs
+from simulation import Case, Model, Network, Outcome, Pace, same, simulate
 from test_rounds_simulated import (
     PLAIN,
     cases,
@@ -28,6 +31,7 @@ from test_rounds_simulated import (
 )
 
 from common.settings import Settings
+from worker.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,3 +157,31 @@ def test_merges_do_not_depend_on_it(drawn: tuple[Case, bool]) -> None:
 @given(st.sampled_from(["local", "average"]).flatmap(lambda policy: deaths(policy, merge="samples", **PLAIN)))
 def test_local_steps_count_every_micro_batch_by_its_samples(drawn: tuple[Case, bool]) -> None:
     check_local_counts(run(drawn))
+
+
+@pytest.mark.parametrize("policy", ["ssp", "async"])
+@some
+@given(data=st.data())
+def test_what_is_not_finite_from_some_weights_is_in_the_books_as_the_servers_have_it(policy: str, data: st.DataObject) -> None:
+    """Workers that compute a micro-batch again, from other weights, may find the other of the two."""
+    case, has_snapshots = data.draw(deaths(policy, rows=data.draw(st.sampled_from([0, 10])), **PLAIN))
+    case = replace(case, settings=structs.replace(case.settings, on_nonfinite="skip"))
+    chance, compute = Random(case.seed), Model.compute
+
+    def sometimes_infinite(self: Model, task: Task) -> None:
+        compute(self, task)
+        if chance.random() < 0.3:
+            assert self.a.grad is not None
+            self.a.grad[0] = float("inf")
+
+    with mock.patch.object(Model, "compute", sometimes_infinite):
+        outcome = run((case, has_snapshots))
+    of = {(row.round, row.lo): row.outcome for row in outcome.log.contributions if row.outcome != "duplicate"}
+    times = {"committed": {1.0}, "dropped": {0.0}, "dropped in part": {0.0, 1.0}}
+    accounts = [next(iter(outcome.models.values()))["account"]]
+    accounts += [outcome.table()[case.rows :, 0]] if case.rows else []
+    for n, task in enumerate(case.micro_batches()):
+        plan = case.round(task.round)
+        for account in accounts:
+            counted = -float(account[n]) * plan.samples / plan.samples_in(task.k, task.k + 1)
+            assert round(counted, 3) in times[of[task.round, task.k]], (task, counted)
