@@ -146,7 +146,7 @@ def coordinator(
     from cluster.rundir import claim, write_settings
     from common.runfiles import SETTINGS_FILE
     from ps.books import goes_on
-    from ps.coordinator import serve
+    from ps.serving import serve
 
     _log_to_stderr()
     choice = choose(given(ctx), config)

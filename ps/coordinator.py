@@ -10,8 +10,7 @@ import secrets
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ import zmq
 
 from common import alarm
 from common.connections import Inflow
-from common.errors import ClusterError, PsError, UsageError, WireError
+from common.errors import ClusterError, PsError, WireError
 from common.failpoints import arm, failpoint
 from common.messages import (
     AllNorms,
@@ -52,20 +51,16 @@ from common.messages import (
 )
 from common.policies import load
 from common.refusals import Refusals
-from common.restart import restart
 from common.runfiles import MODEL_FILE
-from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, StatusRow, some
+from common.runlog import Event, StatusRow, some
 from common.settings import Settings
 from common.snapshots import (
     TOKEN_FILE,
     FileEntry,
     Manifest,
-    check_versions,
     file_of,
-    finished,
     folder_of,
     folders,
-    newest,
     remove,
     write_manifest,
 )
@@ -77,17 +72,15 @@ from common.wire import (
     ForeignRun,
     Frames,
     Stamp,
-    allow_files,
     is_address,
     new_incarnation,
     receive,
-    router,
     send,
-    write_address,
 )
 from ps.archive import ModelFile, summarized_run, write_summary
-from ps.books import Books, Head, Keeper, new_run, restore
+from ps.books import Books, Head, new_run
 from ps.cuts import Cuts, Under
+from ps.journal import ALARM_S, Journal
 from ps.leasing import Leasing
 from ps.ledger import Ledger
 from ps.membership import NEAR_S, Member, Membership, number_of
@@ -96,13 +89,9 @@ log = logging.getLogger("ps.coordinator")
 
 T = TypeVar("T")
 
-_TICK_MS = 50
-#: Seconds between two writings of the status of all processes, and of the books where somebody waits to hear that they are kept.
-_FLUSH_S = 0.25
-_PROMISE_S = 0.1
-#: Seconds until what could not be written is tried again, and between two alarms about it.
-_FLUSH_AGAIN_S = 2.0
-_ALARM_S = 30.0
+TICK_MS = 50
+#: Seconds between two writings of the status of all processes, with the books.
+_STATUS_S = 0.25
 #: Seconds between two lines on progress in its own log, for those who have no other screen.
 _TELL_S = 10.0
 #: Seconds in which the others are told that the run is over, before the coordinator leaves.
@@ -113,7 +102,7 @@ _FAREWELL_ANEW_S = 0.1
 _FEWER_S = 15.0
 #: Seconds for the servers' last reports to come in after all workers have left.
 _LEFT_S = 3.0
-#: Seconds for the others to connect to a coordinator that was started again, and for its old address to become free.
+#: Seconds for the others to connect to a coordinator that was started again.
 _REJOIN_S = 5.0
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
 _FIND_S = 4.0
@@ -125,112 +114,8 @@ _FROM: dict[str, tuple[type[Body], ...]] = {
 }
 
 
-def serve(
-    settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False, accept_versions: bool = False
-) -> None:
-    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
-    its newest snapshot on, which may be of another version of this program or of torch only if `accept_versions`.
-
-    With `recover`, go on with the run whose books are there, if there is one, in place of its coordinator, which has died: at the
-    address where that was, if `bind` leaves the port open. Writes the address it listens at to run_dir/address. Returns when the
-    run has finished and its results are written.
-    Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
-    """
-    allow_files(settings.workers + settings.servers)
-    books, warning = None, ""
-    if recover and not resume and (books := books_to_recover(run_dir)) is not None:
-        _check_same(settings, books, run_dir)
-        bind = _address_of_old(bind, run_dir / "address")
-    context: zmq.Context[Any] = zmq.Context()
-    try:
-        sock, bound = _listen(context, bind, _REJOIN_S if resume or books is not None else 0.0)
-        if resume:
-            books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
-            address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
-            write_address(run_dir / "address", address)
-            if warning:
-                coordinator.warn(warning)
-        except OSError as error:
-            raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
-        log.info("listening at %s", bound)
-        coordinator.run()
-    except BeginAnew:
-        context.destroy(linger=1000)
-        restart(["--resume", f"--bind={bound}"], without="--recover")
-    finally:
-        context.destroy(linger=1000)
-
-
-def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:
-    """The books of a run that goes on from its newest snapshot, put back to there, and what is to be told of that one's versions,
-    '' if nothing. What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
-    found, problems = newest(run_dir)
-    warning = check_versions(found, accept_versions) if found is not None else ""
-    for problem in problems:
-        log.warning("a snapshot is not used: %s", problem)
-    for folder in folders(run_dir):
-        if found is None or folder > found.folder:
-            remove(folder)
-    books = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
-    if books is None:
-        raise UsageError(f"there is no run in {run_dir} to go on with.")
-    return books, warning
-
-
-def books_to_recover(run_dir: Path) -> Books | None:
-    """The books of a run whose coordinator has died, if there is one. Snapshots that were under way are removed."""
-    books = restore(run_dir / FILE_NAME)
-    if books is not None:
-        for folder in set(folders(run_dir)) - set(finished(run_dir)):
-            remove(folder)
-    return books
-
-
 class BeginAnew(Exception):
     """The run is to go on from its newest snapshot, with processes that begin anew, this one too."""
-
-
-def _check_same(settings: Settings, books: Books, run_dir: Path) -> None:
-    for name in Settings.__struct_fields__:
-        asked, was = getattr(settings, name), getattr(books.head.settings, name)
-        if asked != was and books.tables:
-            raise UsageError(f"the run in {run_dir} has {name} = {was} and not {asked}: it goes on with the same settings only.")
-
-
-def _address_of_old(bind: str, file: Path) -> str:
-    """`bind` with the port that the others know, if it names none."""
-    if not bind.endswith(":0") or not file.exists():
-        return bind
-    return f"{bind.removesuffix(':0')}:{file.read_text(encoding='utf-8').strip().rpartition(':')[2]}"
-
-
-def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zmq.Socket[bytes], str]:
-    """A socket at `bind`, which may be in use for a moment yet by a process that has just died."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return router(context, bind)
-        except UsageError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(_TICK_MS / 1000)
-
-
-def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
-    """What `work`, done on another thread, returns. Who asks to join before that is told to wait."""
-    stamp = Stamp(sender="coordinator")
-    with ThreadPoolExecutor(1) as thread:
-        result = thread.submit(work)
-        while not result.done():
-            sock.poll(_TICK_MS)
-            with contextlib.suppress(WireError):
-                frames = receive(sock)
-                if frames is not None and len(frames) > 1 and isinstance(stamp.decode(frames[1].buffer).body, Hello):
-                    send(sock, stamp.encode(Beat()), to=frames[0].bytes)
-    return result.result()
 
 
 class Coordinator:
@@ -270,14 +155,11 @@ class Coordinator:
         self._samples_before = self._ledger.totals.samples
         self._leasing = Leasing(policy, self._ledger, self._membership)
         self._model = ModelFile(run_dir)
-        self._log = RunLog(run_dir / FILE_NAME)
+        self.journal = Journal(run_dir, self._head, self._membership, self._ledger, now)
+        self._log = self.journal.log
         #: Of what has been loaded here, whatever is installed meanwhile.
         self._versions = versions_here()
         arm("coordinator", run_dir)
-        self._keeper = Keeper()
-        #: What is to be sent once the books are on the disk, and whether somebody cannot go on without it.
-        self._promises: list[tuple[bytes, Body]] = []
-        self._is_urgent = False
         self._routes: dict[str, bytes] = {}
         #: Ids of processes that this one could see: not those of other containers, even of this host.
         self._seen: set[int] = set()
@@ -289,12 +171,11 @@ class Coordinator:
         #: Watches connections, once the loop runs.
         self._inflow: Inflow | None = None
         self._told_refused: Counter[str] = Counter()
-        #: Since when the event log cannot be written, if so, and when that was last told.
-        self._unlogged_since: float | None = None
-        self._alarmed_at = self._failure_told_at = float("-inf")
+        #: When it was last told that there is no snapshot.
+        self._failure_told_at = float("-inf")
         self._accuracy: float | None = None
         self._uploader: str | None = None
-        self._flushed_at = self._status_at = self._told_at = now
+        self._status_at = self._told_at = now
         self._progressed_at = now
         self._planned = 0
         self._training_since: float | None = None
@@ -357,9 +238,9 @@ class Coordinator:
         try:
             ticked_at = time.monotonic()
             while True:
-                poller.poll(_TICK_MS)
+                poller.poll(TICK_MS)
                 self._drain()
-                if (now := time.monotonic()) >= ticked_at + _TICK_MS / 1000:
+                if (now := time.monotonic()) >= ticked_at + TICK_MS / 1000:
                     ticked_at = now
                     self._inflow.look(now)
                     self._tick(now)
@@ -419,7 +300,7 @@ class Coordinator:
                 self._refusals.note(error, time.monotonic())
             if self._inflow is not None and frames:
                 self._inflow.took(frames[1:], known)
-        if self._is_urgent:
+        if self.journal.is_urgent:
             self._flush()
 
     def _tick(self, now: float) -> None:
@@ -441,14 +322,14 @@ class Coordinator:
         if forgotten:
             self._forget()
         self._write_rows(now)
-        if now >= self._status_at + _FLUSH_S:
+        if now >= self._status_at + _STATUS_S:
             self._status_at = now
             if not self._awaits_members(now):
                 for lease in self._leasing.deal(now):
                     self._give(lease)
             self._write_status()
             self._flush()
-        elif self._promises and now >= self._flushed_at + _PROMISE_S:
+        elif self.journal.is_due(now):
             self._flush()
         if self._ledger.planned and now >= self._told_at + _TELL_S:
             self._told_at = now
@@ -465,7 +346,7 @@ class Coordinator:
         log.warning("%s said hello, and nothing else has come from there", some([member.name for member in gone]))
         for member in gone:
             self._routes.pop(member.name, None)
-            self._keeper.forget(self._log, member)
+            self.journal.forget(member)
             self._log.status(StatusRow(member.name, "lost", -1, ""))
         gone.clear()
 
@@ -529,7 +410,8 @@ class Coordinator:
             settings=msgspec.structs.asdict(self._settings), files=files, versions=self._versions,
         )  # fmt: skip
         try:
-            self._enter(time.monotonic())
+            self._write_rows(time.monotonic())
+            self.journal.enter_state()
             self._log.flush()
             failpoint("completing", under.round)
             write_manifest(folder_of(self._run_dir, under.round), manifest)
@@ -546,66 +428,26 @@ class Coordinator:
     def _tell_of_failure(self, reason: str) -> None:
         """Once in a while, for the next try may fail for the same reason soon."""
         now = time.monotonic()
-        if now < self._failure_told_at + _ALARM_S:
+        if now < self._failure_told_at + ALARM_S:
             return
         self._failure_told_at = now
-        self.warn(f"no snapshot: {reason}")
+        self.journal.warn(f"no snapshot: {reason}")
 
     def _loss(self) -> str:
         loss = self._ledger.recent("loss")
         return "not logged" if loss is None else f"{loss:.4f}"
 
     def _write_rows(self, now: float) -> None:
-        for row in self._ledger.new_rounds:
-            epoch = self._ledger.epoch_of(row.round)
-            self._log.round(RoundRow(row.round, epoch, row.samples, row.micro_batches, row.dropped, row.metrics))
+        if self.journal.enter_rows():
             self._progressed_at = self._committed_at = now
-        self._ledger.new_rounds.clear()
-        for c in self._ledger.new_contributions:
-            self._log.contribution(
-                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
-            )
-            if c.outcome == "dropped in part":
-                self.warn(
-                    f"micro-batch {c.lo} of round {c.round} is not finite from all weights it was computed from, "
-                    f"and so some of its gradient was left out, that of {c.worker}, and some applied."
-                )
-        self._ledger.new_contributions.clear()
 
     def _flush(self) -> None:
         """Have the books on the disk, and keep what was promised for then."""
-        self._flushed_at = now = time.monotonic()
-        self._enter(now)
-        promises, self._promises, self._is_urgent = self._promises, [], False
-        try:
-            self._log.flush()
-        except Exception as error:  # a full disk must not stop the run; rows are kept for the next try, and who waits asks again
-            self._unlogged_since = self._unlogged_since or now
-            self._flushed_at = now + _FLUSH_AGAIN_S - _FLUSH_S
-            if now >= self._alarmed_at + _ALARM_S:
-                self._alarmed_at = now
-                text = f"the event log cannot be written ({error}): is the disk full? Training goes on, and nobody sees how far."
-                alarm.sound(text)
-                log.error(text)
-            return
-        failpoint("flushed", self._ledger.committed)
-        for route, body in promises:
-            self._reply(route, body)
-        if self._unlogged_since is not None:
-            text = f"the event log could not be written for {now - self._unlogged_since:.0f} s; {self._log.lost} rows are lost"
-            self._unlogged_since, self._alarmed_at = None, float("-inf")
-            alarm.sound("")
-            self.warn(text)
-
-    def warn(self, text: str) -> None:
-        """Tell of something in the log and, when it can be written, in the event log, which the launcher shows."""
-        log.warning("%s", text)
-        self._log.event(Event("warning", "coordinator", {"text": text}))
-
-    def _enter(self, now: float) -> None:
-        """Hand the log all that is new in the books; its next flush puts it on the disk."""
+        now = time.monotonic()
         self._write_rows(now)
-        self._keeper.keep(self._log, self._head, self._membership, self._ledger)
+        self.journal.enter_state()
+        for route, body in self.journal.flush(now):
+            self._reply(route, body)
 
     def _check_deadline(self, now: float) -> None:
         """Give up where nothing has moved for the whole time-out, or nobody is left to move anything."""
@@ -625,7 +467,7 @@ class Coordinator:
                 self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now)
             return
         waiting = self._whom_all_wait_for() or "every process"
-        if self._unlogged_since is not None:
+        if self.journal.unwritten_since is not None:
             waiting = "the disk, for the event log cannot be written"
         elif self._membership.awaits_workers:
             waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
@@ -679,12 +521,12 @@ class Coordinator:
         self._membership.heard(member, now)
         self._routes[member.name] = route
         if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch, now)) is not None:
-            self._promise(route, news)
+            self.journal.promise(route, news)
         match body:
             case Beat():
                 self._beat(member, body, now)
             case Report():
-                self._promise(route, self._ledger.report(number_of(member.name), body))
+                self.journal.promise(route, self._ledger.report(number_of(member.name), body))
                 failpoint("reported", body.version)
             case Arrived() | Norms():
                 self._decide(member, body)
@@ -694,7 +536,7 @@ class Coordinator:
                 answer = self._ledger.set_up(body)
                 if isinstance(answer, Ready):
                     answer = Ready("Setup", lacks=member.name in self._membership.names("worker")[:1])
-                self._promise(route, answer, urgent=True)
+                self.journal.promise(route, answer, urgent=True)
             case Plan():
                 self._plan(route, body, now)
             case Waiting():
@@ -744,7 +586,7 @@ class Coordinator:
         for name, body in news:
             to = self._routes.get(name) if name else asker
             if to is not None and isinstance(body, Welcome | Tables | Lost):
-                self._promise(to, body, urgent=isinstance(body, Welcome))
+                self.journal.promise(to, body, urgent=isinstance(body, Welcome))
             elif to is not None:
                 self._reply(to, body)
 
@@ -788,7 +630,7 @@ class Coordinator:
             self._send(member.name, Beat())
 
     def _plan(self, route: bytes, plan: Plan, now: float) -> None:
-        self._promise(route, self._ledger.plan(plan.segment), urgent=True)
+        self.journal.promise(route, self._ledger.plan(plan.segment), urgent=True)
         if self._ledger.planned != self._planned:
             self._planned = self._ledger.planned
             self._training_since = self._training_since or now
@@ -807,7 +649,7 @@ class Coordinator:
         return any(not member.lost and not member.early and name not in self._routes for name, member in members)
 
     def _metrics(self, route: bytes, worker: Member, metrics: Metrics, now: float) -> None:
-        self._promise(route, Ready("Metrics", metrics.id))
+        self.journal.promise(route, Ready("Metrics", metrics.id))
         if (worker.incarnation, metrics.id) in self._seen_metrics:
             return
         self._seen_metrics.add((worker.incarnation, metrics.id))
@@ -870,11 +712,6 @@ class Coordinator:
     def _reply(self, route: bytes, body: Body) -> None:
         send(self._sock, self._stamp.encode(body), to=route)
 
-    def _promise(self, route: bytes, body: Body, urgent: bool = False) -> None:
-        """Send `body` when what it says is in the books on the disk: soon, or `urgent` at once."""
-        self._promises.append((route, body))
-        self._is_urgent |= urgent
-
     def _to_servers(self, answers: Sequence[tuple[int, Body]]) -> None:
         for server, body in answers:
             self._send(f"server-{server}", body)
@@ -894,7 +731,7 @@ class Coordinator:
                 told_at = now
                 for route in self._routes.values():
                     self._reply(route, stop)
-            self._sock.poll(_TICK_MS)
+            self._sock.poll(TICK_MS)
             self._drain()
         with contextlib.suppress(Exception):  # it was told
             self._log.close()

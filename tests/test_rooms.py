@@ -103,7 +103,7 @@ def test_cluster_as_a_whole_loads_no_torch_and_no_other_process() -> None:
 
 
 def test_the_coordinator_needs_no_torch() -> None:
-    assert "torch" not in loaded_by("import ps.coordinator")
+    assert "torch" not in loaded_by("import ps.serving")
 
 
 def test_a_script_may_import_worker_before_it_joins_without_loading_torch_or_cluster() -> None:

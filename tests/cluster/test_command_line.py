@@ -111,7 +111,7 @@ def test_a_port_in_use_is_told(fail: Fail) -> None:
 
 
 def fail_of_coordinator(port: int) -> str:
-    from ps.coordinator import serve
+    from ps.serving import serve
 
     with pytest.raises(UsageError) as caught:
         serve(Settings(), f"tcp://127.0.0.1:{port}", Path("never"))

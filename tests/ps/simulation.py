@@ -70,9 +70,10 @@ from common.shared import Handle, Region
 from common.tree import fold
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
 from ps.books import Books
-from ps.coordinator import BeginAnew, Coordinator, books_to_recover, books_to_resume
+from ps.coordinator import BeginAnew, Coordinator
 from ps.membership import number_of
 from ps.server import _Server
+from ps.serving import books_to_recover, books_to_resume
 from ps.shard import Shard
 from worker import local
 from worker.classes import ShardedLinear, Shards, find_layers, sharded_cross_entropy
@@ -1367,7 +1368,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.coordinator.RunLog": RunLog if world.case.keeps_books else RecordedLog,
+            "ps.journal.RunLog": RunLog if world.case.keeps_books else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
             "worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long

@@ -13,7 +13,8 @@ from common.layout import TensorSpec
 from common.messages import Beat, Hello, Setup, Stop, Update
 from common.settings import Settings
 from common.wire import Stamp, dealer, receive, router, send
-from ps.coordinator import Coordinator, _meanwhile
+from ps.coordinator import Coordinator
+from ps.serving import _meanwhile
 from worker.link import Link
 
 

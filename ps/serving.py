@@ -1,0 +1,134 @@
+"""Starting a coordinator: at a run's beginning, in place of one that has died, or to go on from a snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+
+from common.errors import UsageError, WireError
+from common.messages import Beat, Hello
+from common.restart import restart
+from common.runlog import FILE_NAME
+from common.settings import Settings
+from common.snapshots import check_versions, finished, folders, newest, remove
+from common.wire import Stamp, allow_files, receive, router, send, write_address
+from ps.books import Books, restore
+from ps.coordinator import TICK_MS, BeginAnew, Coordinator
+
+log = logging.getLogger("ps.coordinator")
+
+T = TypeVar("T")
+
+#: Seconds for the old address of a coordinator to become free.
+_REBIND_S = 5.0
+
+
+def serve(
+    settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False, accept_versions: bool = False
+) -> None:
+    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
+    its newest snapshot on, which may be of another version of this program or of torch only if `accept_versions`.
+
+    With `recover`, go on with the run whose books are there, if there is one, in place of its coordinator, which has died: at the
+    address where that was, if `bind` leaves the port open. Writes the address it listens at to run_dir/address. Returns when the
+    run has finished and its results are written.
+    Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
+    """
+    allow_files(settings.workers + settings.servers)
+    books, warning = None, ""
+    if recover and not resume and (books := books_to_recover(run_dir)) is not None:
+        _check_same(settings, books, run_dir)
+        bind = _address_of_old(bind, run_dir / "address")
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        sock, bound = _listen(context, bind, _REBIND_S if resume or books is not None else 0.0)
+        if resume:
+            books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
+            address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
+            write_address(run_dir / "address", address)
+            if warning:
+                coordinator.journal.warn(warning)
+        except OSError as error:
+            raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
+        log.info("listening at %s", bound)
+        coordinator.run()
+    except BeginAnew:
+        context.destroy(linger=1000)
+        restart(["--resume", f"--bind={bound}"], without="--recover")
+    finally:
+        context.destroy(linger=1000)
+
+
+def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:
+    """The books of a run that goes on from its newest snapshot, put back to there, and what is to be told of that one's versions,
+    '' if nothing. What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
+    found, problems = newest(run_dir)
+    warning = check_versions(found, accept_versions) if found is not None else ""
+    for problem in problems:
+        log.warning("a snapshot is not used: %s", problem)
+    for folder in folders(run_dir):
+        if found is None or folder > found.folder:
+            remove(folder)
+    books = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
+    if books is None:
+        raise UsageError(f"there is no run in {run_dir} to go on with.")
+    return books, warning
+
+
+def books_to_recover(run_dir: Path) -> Books | None:
+    """The books of a run whose coordinator has died, if there is one. Snapshots that were under way are removed."""
+    books = restore(run_dir / FILE_NAME)
+    if books is not None:
+        for folder in set(folders(run_dir)) - set(finished(run_dir)):
+            remove(folder)
+    return books
+
+
+def _check_same(settings: Settings, books: Books, run_dir: Path) -> None:
+    for name in Settings.__struct_fields__:
+        asked, was = getattr(settings, name), getattr(books.head.settings, name)
+        if asked != was and books.tables:
+            raise UsageError(f"the run in {run_dir} has {name} = {was} and not {asked}: it goes on with the same settings only.")
+
+
+def _address_of_old(bind: str, file: Path) -> str:
+    """`bind` with the port that the others know, if it names none."""
+    if not bind.endswith(":0") or not file.exists():
+        return bind
+    return f"{bind.removesuffix(':0')}:{file.read_text(encoding='utf-8').strip().rpartition(':')[2]}"
+
+
+def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zmq.Socket[bytes], str]:
+    """A socket at `bind`, which may be in use for a moment yet by a process that has just died."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return router(context, bind)
+        except UsageError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(TICK_MS / 1000)
+
+
+def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
+    """What `work`, done on another thread, returns. Who asks to join before that is told to wait."""
+    stamp = Stamp(sender="coordinator")
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(work)
+        while not result.done():
+            sock.poll(TICK_MS)
+            with contextlib.suppress(WireError):
+                frames = receive(sock)
+                if frames is not None and len(frames) > 1 and isinstance(stamp.decode(frames[1].buffer).body, Hello):
+                    send(sock, stamp.encode(Beat()), to=frames[0].bytes)
+    return result.result()
