@@ -33,8 +33,9 @@ _SLICE_S = 0.001
 #: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
 _KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
 _SHORT_S = 60.0
-#: How many times slower workers are then; and where others join in every round, and seconds between two looks at it.
-_SLOWED, _CRAWLS = 20, 200
+#: How many times slower workers are then, and seconds after which it is asked anew which of them train; how many times slower they
+#: are where others join in every round, and seconds between two looks at it.
+_SLOWED, _LONGEST_S, _CRAWLS = 20, 0.5, 200
 _LOOK_S = 0.1
 #: Seconds for which there is an attack, and before it for which messages are overheard.
 ATTACK_S, _TAPPED_S = 4.0, 1.0
@@ -342,6 +343,17 @@ def _worker_pids(run: Cluster) -> list[int]:
     return [pid for name, pid in run.pids().items() if name.startswith("worker")]
 
 
+def _training(run: Cluster) -> list[int]:
+    """Workers that have joined since all began, or began anew: those that are about to are no part of training yet."""
+    pids: dict[str, int] = {}
+    for _, _, event in run.read(RunLogReader.events) or []:
+        if event.kind == "started":
+            pids.clear()
+        elif event.kind == "joined" and event.process.startswith("worker"):
+            pids[event.process] = int(event.data["pid"])
+    return [pid for name, pid in run.pids().items() if pids.get(name) == pid]
+
+
 def _workers(run: Cluster) -> set[str]:
     return {event.process for event in run.events("joined") if event.process.startswith("worker")}
 
@@ -356,7 +368,9 @@ def churn(seconds: float) -> Harm:
             if seconds <= _SHORT_S:
                 time.sleep(chance.uniform(*_KILLS_S))
             else:
-                _slow_down(run, _worker_pids(run), _SLOWED, chance.uniform(*_FEWER_KILLS_S))
+                until = time.monotonic() + chance.uniform(*_FEWER_KILLS_S)
+                while run.is_running and (left := until - time.monotonic()) > 0:
+                    _slow_down(run, _training(run), _SLOWED, min(left, _LONGEST_S))
             if not run.is_running:
                 code, out = run.end()
                 last = out.strip().splitlines()[-1:]
