@@ -33,7 +33,7 @@ _SLICE_S = 0.001
 #: Seconds between two kills, between that and that many: of random kills for so long at most, and for longer.
 _KILLS_S, _FEWER_KILLS_S = (0.5, 2.0), (2.0, 10.0)
 _SHORT_S = 60.0
-#: How many times slower workers are then, and seconds after which it is asked anew which of them train; how many times slower they
+#: How many times slower workers are then, and seconds after which it is asked anew which train; how many times slower they
 #: are where others join in every round, and seconds between two looks at it.
 _SLOWED, _LONGEST_S, _CRAWLS = 20, 0.5, 200
 _LOOK_S = 0.1
