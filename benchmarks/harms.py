@@ -301,7 +301,7 @@ def join_every_round(count: int) -> Harm:
     of one by one."""
 
     def harm(run: Cluster) -> Cluster:
-        slow = _worker_pids(run)
+        slow = _training(run)
 
         def crawl_until(ready: Callable[[], bool], what: str) -> None:
             deadline = time.monotonic() + _LIMIT_S
@@ -337,10 +337,6 @@ def _joining(run: Cluster, count: int) -> Iterator[Callable[..., object]]:
             time.sleep(0.1)
     joined = len(_workers(run) - before)
     assert joined == count, f"{joined} of {count} workers joined"
-
-
-def _worker_pids(run: Cluster) -> list[int]:
-    return [pid for name, pid in run.pids().items() if name.startswith("worker")]
 
 
 def _training(run: Cluster) -> list[int]:

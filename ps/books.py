@@ -185,7 +185,7 @@ def _read(db: sqlite3.Connection) -> Books | None:
     ledger.segments = _in_order({**state("planned", Segment), **told})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
-    ledger.left_out = [told for kept in state("left out", list[tuple[int, Contribution]]).values() for told in kept]
+    ledger.left_out = [row for rows in state("left out", list[Contribution]).values() for row in rows]
     books = Books(head, ledger, state("member", KeptMember))
     books.tables = [table for tables in state("tables", list[Table]).values() for table in tables]
     _count(db, books)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import zmq
@@ -86,8 +86,6 @@ from ps.ledger import Ledger
 from ps.membership import NEAR_S, Member, Membership, number_of
 
 log = logging.getLogger("ps.coordinator")
-
-T = TypeVar("T")
 
 TICK_MS = 50
 #: Seconds between two writings of the status of all processes, with the books.
@@ -410,8 +408,7 @@ class Coordinator:
             settings=msgspec.structs.asdict(self._settings), files=files, versions=self._versions,
         )  # fmt: skip
         try:
-            self._write_rows(time.monotonic())
-            self.journal.enter_state()
+            self._enter(time.monotonic())
             self._log.flush()
             failpoint("completing", under.round)
             write_manifest(folder_of(self._run_dir, under.round), manifest)
@@ -441,11 +438,15 @@ class Coordinator:
         if self.journal.enter_rows():
             self._progressed_at = self._committed_at = now
 
+    def _enter(self, now: float) -> None:
+        """Hand the log all that is new in the books; its next flush puts it on the disk."""
+        self._write_rows(now)
+        self.journal.enter_state()
+
     def _flush(self) -> None:
         """Have the books on the disk, and keep what was promised for then."""
         now = time.monotonic()
-        self._write_rows(now)
-        self.journal.enter_state()
+        self._enter(now)
         for route, body in self.journal.flush(now):
             self._reply(route, body)
 

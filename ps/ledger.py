@@ -85,8 +85,8 @@ class Ledger:
         self.reported: dict[int, Reported] = {}
         #: Applied on server 0, not yet everywhere.
         self.pending: list[Committed] = []
-        #: What servers have left out of rounds that are not committed, and which server.
-        self.left_out: list[tuple[int, Contribution]] = []
+        #: What servers have left out of rounds that are not committed.
+        self.left_out: list[Contribution] = []
         self._arrived: dict[int, dict[int, list[int]]] = {}
         self._closed: dict[int, list[int]] = {}
         self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
@@ -170,7 +170,7 @@ class Ledger:
             self.new_contributions += contributions
             for row in contributions:
                 self.count(row.outcome, row.staleness, 1, row.micro_batches)
-            self.left_out += [(server, row) for row in report.left_out if row.round >= self.committed]
+            self.left_out += [row for row in report.left_out if row.round >= self.committed]
             self._commit()
         return ReportAck(report.seq)
 
@@ -203,14 +203,14 @@ class Ledger:
     def _compare(self, round_: int, servers: int) -> None:
         """Find the micro-batches of a round that not all servers have dropped whole, though some have."""
         by_micro_batch: dict[int, list[Contribution]] = {}
-        for _, row in self.left_out:
+        for row in self.left_out:
             if row.round == round_:
                 by_micro_batch.setdefault(row.lo, []).append(row)
         for rows in by_micro_batch.values():
             if [row.outcome for row in rows] != ["dropped"] * servers:
                 self.count("dropped in part", None, 1, 1)
                 self.new_contributions.append(msgspec.structs.replace(rows[0], outcome="dropped in part"))
-        self.left_out = [told for told in self.left_out if told[1].round > round_]
+        self.left_out = [row for row in self.left_out if row.round > round_]
 
     def book(self, row: Committed) -> None:
         """Count a round that is applied everywhere, the next one after those before."""

@@ -101,19 +101,19 @@ class PushShard(Shard):
         self._seen_count = max(int(extra["seen"]) for extra in source.extra)
         own = set(self._ids)
         for number, extra in enumerate(source.extra):
+            mine = own if number == self.index else own - {ROWS, CLASSES}
             for round_, pairs in extra["applied"]:
                 if source.servers != self.settings.servers and any(chunk in (ROWS, CLASSES) for chunk, _ in pairs):
                     raise UsageError(
                         f"the snapshot of round {source.round} has rows of later rounds, and each of {source.servers} servers "
                         "knows its own: go on with as many servers, or from a snapshot of the run's end."
                     )
-                mine = own if number == self.index else own - {ROWS, CLASSES}
                 for chunk, k in pairs:
                     if chunk in mine:
                         self._applied.setdefault(int(round_), {}).setdefault(int(k), set()).add(int(chunk))
             for builtins, chunks in extra.get("drops", ()):
                 row = msgspec.convert(builtins, Contribution)
-                for chunk in own.intersection(chunks) if number == self.index else own.intersection(chunks) - {ROWS, CLASSES}:
+                for chunk in mine.intersection(chunks):
                     self._drop(row, chunk)
         if self.index == 0:
             for round_, k, values in source.extra[0]["metrics"]:
@@ -224,6 +224,7 @@ class PushShard(Shard):
         return [ack, *self._advance()]
 
     def _drop(self, row: Contribution, chunk: int) -> None:
+        """Note that this chunk of a micro-batch was dropped."""
         self._drops.setdefault(row.round, {}).setdefault(row.lo, (row, set()))[1].add(chunk)
 
     def _advance(self) -> list[Send]:

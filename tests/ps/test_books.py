@@ -15,9 +15,10 @@ from common.layout import TensorSpec
 from common.messages import Committed, Contribution, Hello, Mean, Report, Setup, Stop, Update
 from common.plan import Segment, make_segment
 from common.policies import load
-from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, RunLogReader
+from common.runlog import FILE_NAME, Event, RunLog, RunLogReader
 from common.settings import Settings
-from ps.books import Books, Head, Keeper, goes_on, restore
+from ps.books import Books, Head, goes_on, restore
+from ps.journal import Journal
 from ps.ledger import Ledger
 from ps.membership import Membership
 
@@ -32,8 +33,8 @@ class Kept:
         policy = load(SETTINGS)
         self.membership = Membership(SETTINGS, policy, "run", 0.0)
         self.ledger = Ledger(SETTINGS, policy)
-        self.log = RunLog(folder / FILE_NAME)
-        self.keeper = Keeper()
+        self.journal = Journal(folder, HEAD, self.membership, self.ledger, 0.0)
+        self.log = self.journal.log
         tensors = [TensorSpec("a", [3000, 1000], "float32", 0), TensorSpec("b", [7], "float32", 0)]
         self.ledger.set_up(Setup(tensors, Update("SGD", [{"lr": 0.1}])))
         before: Segment | None = None
@@ -45,17 +46,9 @@ class Kept:
             self.membership.hello(Hello("worker", number), 20 + number, 0.0)
 
     def flush(self) -> None:
-        for row in self.ledger.new_rounds:
-            epoch = self.ledger.epoch_of(row.round)
-            self.log.round(RoundRow(row.round, epoch, row.samples, row.micro_batches, row.dropped, row.metrics))
-        for c in self.ledger.new_contributions:
-            self.log.contribution(
-                ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)
-            )
-        self.ledger.new_rounds.clear()
-        self.ledger.new_contributions.clear()
-        self.keeper.keep(self.log, HEAD, self.membership, self.ledger)
-        self.log.flush()
+        self.journal.enter_rows()
+        self.journal.enter_state()
+        self.journal.flush(0.0)
 
 
 OUTCOMES = ("", "dropped", "dropped in part")
