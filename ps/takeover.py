@@ -6,6 +6,7 @@ and never a wrong sum: nothing here is needed for the result, only for speed, an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,8 +28,6 @@ _SENT_S = 3.0
 _SENT_FIRST_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
-#: Seconds until who had a micro-batch knows that it is leased to another.
-_LEASE_S = 0.01
 #: Seconds of work that a worker is dealt ahead of what nobody does, and the most micro-batches that it comes to.
 _DEALT_S = 0.5
 _MOST_DEALT = 64
@@ -279,15 +278,14 @@ def _computes(member: Member, round_: int) -> bool:
 def _may_begin(member: Member | None, now: float) -> int:
     """How many of a worker's micro-batches it may have begun without its word of it having come.
 
-    It begins the next one about when it has been at this one for as long as one takes, and word of that is soon here: where
-    none has come for longer, it is still at this one. Until a lease is known to it, it may begin what is leased to another.
+    It begins the next one about when it has been at this one for as long as one takes; word of that is soon here.
     """
     if member is None or not member.active or member.beat.seconds <= 0:
         return 0
     seconds, elapsed = member.beat.seconds, now - member.since
-    if elapsed >= 1.5 * seconds + 2 * _NEWS_S:
-        return 0
-    return int((elapsed + _LEASE_S) / seconds + 0.3)
+    if seconds < _NEWS_S:
+        return math.ceil(_NEWS_S / max(seconds, 1e-6)) if elapsed < 2 * _NEWS_S else 0
+    return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
 
 
 def _cost(worker: Member) -> float:
