@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from common.leases import Table, in_force
 from common.messages import Lease
 from ps.membership import Member
 
-#: A micro-batch being computed is done a second time when it has taken this many times what that costs the waiting worker.
-_PATIENCE = 2.0
+#: A micro-batch being computed is done a second time when, going by how long they have taken before, who computes it will take
+#: this many times longer than the waiting worker would from now;
+_GAIN = 1.25
+#: or when it has taken this many times as long as it takes who computes it, and this many times what it costs the other.
+_OVERDUE, _PATIENCE = 1.5, 2.0
 #: Seconds after which a lease that came to nothing is given again.
 _AGAIN_S = 2.0
 #: Seconds for which a micro-batch must be nowhere before it is leased: what servers say of themselves is as old as a beat.
@@ -26,8 +30,9 @@ _MISSING_S = 1.0
 _SENT_TIMES = 2.0
 _SENT_S = 3.0
 _SENT_FIRST_S = 15.0
-#: Seconds that a worker's news may take until they are known.
+#: Seconds that a worker's news may take until they are known; and that what is taken over is said to cost at least.
 _NEWS_S = 0.2
+_LEAST_COST_S = _NEWS_S / 2
 #: Seconds of work that a worker is dealt ahead of what nobody does, and the most micro-batches that it comes to.
 _DEALT_S = 0.5
 _MOST_DEALT = 64
@@ -44,12 +49,21 @@ class _Look:
     #: Micro-batches that workers have not begun, of those that have any; and those of them that are still in earlier rounds.
     runs: dict[str, list[int]]
     behind: set[str]
-    #: Who computes a micro-batch of the round, and since when, longest first.
-    computing: list[tuple[float, str]]
+    #: Since when those have been at their micro-batch that compute one of the round.
+    since: dict[str, float]
+    #: Which of them are overdue, longest first; and when the others are likely to have done theirs, last first.
+    overdue: list[tuple[float, str]]
+    due: list[tuple[float, str]]
 
     def keep_only(self, lacking: set[int]) -> None:
         """Servers have got all but these."""
         self.runs = {name: left for name, ks in self.runs.items() if (left := [k for k in ks if k in lacking])}
+
+    def late_for(self, waiting: Member, now: float) -> Iterator[str]:
+        """Those whose micro-batch `waiting` had better do too."""
+        cost = max(_cost(waiting), _LEAST_COST_S)
+        yield from (name for _, name in takewhile(lambda one: now - one[0] > _PATIENCE * cost, self.overdue))
+        yield from (name for _, name in takewhile(lambda one: one[0] - now > _GAIN * cost, self.due))
 
 
 class Takeover:
@@ -104,11 +118,9 @@ class Takeover:
                 if not look.runs[owner]:
                     del look.runs[owner]
                 return self._give(round_, k, waiting, owner, now)
-            for since, name in look.computing:
-                if not _is_late(since, workers[waiting], now):
-                    break
+            for name in look.late_for(workers[waiting], now):
                 other = workers[name]
-                still = _computes(other, round_) and other.since == since
+                still = _computes(other, round_) and look.since[name] == other.since
                 if still and name != waiting and self._has(name, (round_, other.beat.at)):
                     return self._give(round_, other.beat.at, waiting, name, now)
         return None
@@ -215,9 +227,11 @@ class Takeover:
     ) -> _Look:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
-        computing = sorted((member.since, name) for name, member in workers.items() if _computes(member, round_))
+        computing = {name: member for name, member in workers.items() if _computes(member, round_)}
+        overdue = sorted((m.since, name) for name, m in computing.items() if _is_overdue(m, now))
+        due = sorted(((m.since + _cost(m), name) for name, m in computing.items() if not _is_overdue(m, now)), reverse=True)
         behind = {w for w in runs if w in workers and workers[w].active and workers[w].reached < round_}
-        return _Look(until, runs, behind, computing)
+        return _Look(until, runs, behind, {name: m.since for name, m in computing.items()}, overdue, due)
 
     def _held(
         self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
@@ -229,7 +243,8 @@ class Takeover:
             if member.active and member.beat.round == round_:
                 if self._is_on_its_way(name, member, now):
                     held |= set(member.beat.sent)
-                if not _is_late(member.since, waiting, now):
+                patience_s = _PATIENCE * max(_cost(waiting), _LEAST_COST_S)
+                if not _is_overdue(member, now) or now - member.since <= patience_s:
                     held.add(member.beat.at)
         return held
 
@@ -303,6 +318,6 @@ def _is_worth_it(waiting: Member, owner: Member | None, look: _Look, name: str, 
     return len(look.runs[name]) * owner.beat.seconds >= waiting.beat.transfer
 
 
-def _is_late(since: float, waiting: Member, now: float) -> bool:
-    """Whether who has been at its micro-batch since then has been for so long that `waiting` had better do it too."""
-    return now - since > _PATIENCE * max(_cost(waiting), _NEWS_S / 2)
+def _is_overdue(member: Member, now: float) -> bool:
+    """Whether a worker has been at its micro-batch for longer than such take it, or nobody knows how long that is."""
+    return now - member.since > _OVERDUE * member.beat.seconds

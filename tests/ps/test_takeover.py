@@ -37,6 +37,14 @@ def test_what_a_late_one_computes_is_given_to_one_other() -> None:
     assert given == [Lease(0, 1, "worker-0", "worker-1"), None]
 
 
+@pytest.mark.parametrize("elapsed", [0.1, 1.0, 1.7, 1.8, 2.4, 3.0, 4.4, 4.6])
+def test_what_a_slow_one_computes_is_given_to_one_that_will_have_done_it_sooner_or_when_it_takes_too_long(elapsed: float) -> None:
+    takeover, members = Takeover(), workers([], since=0.0)
+    members["worker-1"].beat = Beat("computing", 0, 1, [], seconds=3.0)  # the others take 1 s
+    given = takeover.lease("worker-0", range(1), lambda _: 6, TABLES, members, now=elapsed)
+    assert given == (None if 1.75 < elapsed < 4.5 else Lease(0, 1, "worker-0", "worker-1"))
+
+
 def test_what_is_missing_for_a_second_is_given_once_in_a_while() -> None:
     takeover, members = Takeover(), workers([2, 3, 4], since=0.0)
 
