@@ -1,59 +1,29 @@
 """Weights that a forward pass may begin without: whatever touches one waits until it is here.
 
-So the first layers compute while the weights of later ones are still on their way. A parameter whose weights are missing is
-made an `Awaited` for the time being, which torch asks before it does anything with it, wherever that is: in its module's
-forward, in another's that shares it, in a penalty on all weights, in an evaluation. Code that torch knows nothing of is met at
-the door of the module that the parameter belongs to.
+So the first layers compute while the weights of later ones are still on their way. Code that torch knows nothing of is met at the
+door of the module that the parameter belongs to.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from worker.replica import Replica
+from worker.touch import Untouched, accessors, put_off, settle
 
 
-class Awaited(nn.Parameter):
+class Awaited(Untouched):
     """A parameter whose weights are still to come."""
 
-    arrive: Callable[[], None]
-
-    def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
-        return nn.Parameter(data, requires_grad)  # a copy of one, which has what it copied
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _HARMLESS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        for parameter in _awaited_in((args, kwargs)):
-            parameter.arrive()
-        return func(*args, **kwargs)
-
-
-#: What says nothing of a parameter's values.
-_HARMLESS = {
-    getattr(getattr(torch.Tensor, name), access)
-    for name in ("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse")
-    for access in ("__get__", "__set__")
-} | {getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")}
-
-
-def _awaited_in(thing: Any) -> Iterator[Awaited]:
-    if type(thing) is Awaited:
-        yield thing
-    elif isinstance(thing, dict):
-        yield from _awaited_in(list(thing.values()))
-    elif isinstance(thing, list | tuple):
-        for item in thing:
-            yield from _awaited_in(item)
+    harmless = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse") | {
+        getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")
+    }
 
 
 class AwaitedWeights:
@@ -97,9 +67,7 @@ class AwaitedWeights:
             for piece in self._replica.layout.chunks[chunk].pieces:
                 self._missing.setdefault(piece.tensor, set()).add(chunk)
         for index in self._missing:
-            parameter: Any = self._replica.tensors[index]
-            parameter.__class__ = Awaited
-            parameter.arrive = functools.partial(self._arrive, index)
+            put_off(self._replica.tensors[index], Awaited, functools.partial(self._arrive, index))
 
     def came(self, chunks: Iterable[int]) -> None:
         """These chunks are in the model, or nobody needs to wait for them any more."""
@@ -108,9 +76,7 @@ class AwaitedWeights:
             self._missing[index] -= found
             if not self._missing[index]:
                 del self._missing[index]
-                parameter: Any = self._replica.tensors[index]
-                parameter.__class__ = nn.Parameter
-                del parameter.arrive
+                settle(self._replica.tensors[index])
 
     def _before_forward(self, own: list[int], module: nn.Module, inputs: Any) -> None:
         for index in own if self._missing else ():

@@ -1,30 +1,40 @@
 """Gradients of linear layers' weights, computed right where they are contributed from.
 
 Left to itself, autograd allocates each gradient anew, and for a large one touching new memory takes longer than computing it.
-So the backward of `torch.nn.Linear` is given a place to write to. The arithmetic, and so each bit, is autograd's own.
+So the backward of `torch.nn.Linear` is given a place to write to, or may leave the gradient to be computed later. The arithmetic,
+and so each bit, is autograd's own.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
-#: Given a weight: where its gradient is to be written, a tensor of its shape; None to have it allocated.
-Place = Callable[[torch.Tensor], torch.Tensor | None]
+
+class Taker(Protocol):
+    """Who gets the gradients of weights."""
+
+    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> bool:
+        """Whether it computes dy^T x, which is the gradient, itself."""
+
+    def place(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Where the gradient is to be written, a tensor of the weight's shape; None to have it allocated."""
+
+    def written(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """It is there."""
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, with dW = (dy)^T x written to its place where it is what backward will accumulate."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, place: Place) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taker: Taker) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.place = place
+        ctx.taker = taker
         return linear(x, weight, bias)
 
     @staticmethod
@@ -35,10 +45,22 @@ class _Linear(torch.autograd.Function):
         dx = dy.mm(weight).view(x.shape) if needs_x else None
         dw = None
         if needs_weight:
-            flat = x.reshape(-1, weight.shape[1])
-            out = ctx.place(weight) if _accumulates(ctx.next_functions[1][0]) else None
-            dw = dy.t().mm(flat) if out is None else torch.mm(dy.t(), flat, out=out)
+            dw = _gradient(
+                weight, dy, x.reshape(-1, weight.shape[1]), ctx.taker if _accumulates(ctx.next_functions[1][0]) else None
+            )
         return dx, dw, dy.sum(0) if needs_bias else None, None
+
+
+def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: Taker | None) -> torch.Tensor | None:
+    if taker is None:
+        return dy.t().mm(x)
+    if taker.postpone(weight, dy, x):
+        return None
+    if (out := taker.place(weight)) is None:
+        return dy.t().mm(x)
+    torch.mm(dy.t(), x, out=out)
+    taker.written(weight, out)
+    return out
 
 
 def _accumulates(node: Any) -> bool:
@@ -51,13 +73,13 @@ def _accumulates(node: Any) -> bool:
         return False
 
 
-def install(model: nn.Module, place: Place) -> None:
-    """Have all plain linear layers of `model` ask `place` where to write their weights' gradients."""
+def install(model: nn.Module, taker: Taker) -> None:
+    """Have all plain linear layers of `model` ask `taker` what to do with their weights' gradients."""
 
     def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if not _is_usual(module, x):
             return nn.Linear.forward(module, x)
-        y: torch.Tensor = _Linear.apply(x, module.weight, module.bias, place)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _Linear.apply(x, module.weight, module.bias, taker)  # type: ignore[no-untyped-call]
         return y
 
     for module in model.modules():

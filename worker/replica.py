@@ -13,10 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from common.errors import UsageError
 from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, make_layout
-from common.sums import Sum, weighted
+from common.sums import Sum, adder, weighted
 from common.tensors import dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
 from worker.mapped import InPlane, MappedWeights
+from worker.postponed import Postponed
 from worker.slots import Slot
 
 #: Bytes to whose multiples torch aligns what it allocates. Elsewhere some matrix products come out with other bits.
@@ -66,11 +67,15 @@ class Replica:
         self._buffers: dict[int, torch.Tensor] = {}
         #: Parameters that lie in servers' memory.
         self._in_memory: set[int] = set()
-        #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and those whose
-        #: place has been given away already.
+        #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and, of those whose
+        #: place has been given away already, how often that was written to, and whether nothing but that is their gradient.
         self._slot: Slot | None = None
         self._places: dict[Slot, dict[int, torch.Tensor]] = {}
-        self._given: set[int] = set()
+        self._given: dict[int, int] = {}
+        self._whole: set[int] = set()
+        #: Whether gradients are added to what is in the slot; those that are not computed before that.
+        self._adds = False
+        self._postponed = Postponed()
         #: Called with a tensor's number when backward has made its gradient: of one at a time, though backward has a thread for
         #: each GPU.
         self.on_gradient: Callable[[int], None] | None = None
@@ -91,11 +96,11 @@ class Replica:
         for index, tensor in enumerate(self.tensors):
             if tensor.requires_grad and tensor.numel():
                 tensor.register_post_accumulate_grad_hook(functools.partial(self._catch, index))
-        direct.install(self.model, self._give_place)
+        direct.install(self.model, self)
 
     def contribute_to(self, slot: Slot) -> None:
         """The next gradients go to `slot`."""
-        self._slot, self._given = slot, set()
+        self._slot, self._adds, self._given, self._whole = slot, False, {}, set()
         if slot not in self._places:
             offsets, _ = gradient_offsets(self.layout)
             places = {
@@ -104,6 +109,10 @@ class Replica:
                 if tensor.requires_grad and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
             }
             self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % _ALIGNED == 0}
+
+    def add_to(self, slot: Slot) -> None:
+        """The next gradients are to be added, by `added`, to those of another micro-batch, which are in `slot`."""
+        self._slot, self._adds = slot, True
 
     def _is_plain(self, tensor: torch.Tensor, chunk: Chunk) -> bool:
         """Whether its gradient and its elements in chunks are one and the same memory, on the CPU."""
@@ -115,19 +124,29 @@ class Replica:
         place = slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
         return place.data  # with a count of its own of how often it is written to
 
-    def _give_place(self, weight: torch.Tensor) -> torch.Tensor | None:
+    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> bool:
+        """Where gradients are added, those of weights that had one from a single layer, the last time that was seen."""
+        return self._adds and self._slot is not None and id(weight) in self._whole and self._postponed.postpone(weight, dy, x)
+
+    def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient of `weight` is to be computed; None where that is not for this backward to decide."""
-        if self._slot is None or weight.grad is not None or id(weight) in self._given:
+        if self._slot is None or self._adds or weight.grad is not None or id(weight) in self._given:
             return None
         place = self._places[self._slot].get(id(weight))
         if place is None:
             return None
-        self._given.add(id(weight))
+        self._given[id(weight)] = -1
         return place.view(place.shape)  # a new tensor, for autograd keeps it only if nobody else does
+
+    def written(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._given[id(weight)] = gradient._version
 
     @torch.no_grad()
     def _catch(self, index: int, parameter: torch.Tensor) -> None:
         """Called by autograd when the gradient of a parameter has been accumulated."""
+        if self._adds:  # torch comes here even if there is none yet
+            self._postponed.caught(parameter)
+            return
         gradient = parameter.grad
         if self._slot is None or gradient is None or gradient.requires_grad or gradient.is_sparse:
             return
@@ -136,6 +155,8 @@ class Replica:
         place = self._places[self._slot].get(id(parameter))
         if place is not None and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
+        elif self._given.get(id(parameter)) == gradient._version:
+            self._whole.add(id(parameter))
         if self.on_gradient is not None:
             with self._made:
                 self.on_gradient(index)
@@ -152,17 +173,55 @@ class Replica:
         self.discard()
         return out
 
+    @torch.no_grad()
+    def added(self, samples: int, sums: Mapping[int, Sum]) -> dict[int, Sum]:
+        """`sums`, of another micro-batch of as many samples, a power of two, with the contribution of this one: to the bit what
+        adding what `gradient` gives makes of them, and where they are. The model's gradients are taken away."""
+        assert self._slot is not None
+        summed = {index for index, tensor in enumerate(self.tensors) if tensor in self._postponed}
+        for index in summed:
+            self._postponed.add_to(self.tensors[index], self._places[self._slot][id(self.tensors[index])])
+        out = {}
+        for chunk in self.layout.chunks:
+            total = sums[chunk.id]
+            if chunk.kind == "param":
+                present = self._add_pieces(chunk, total.values, summed)
+                out[chunk.id] = Sum(total.values, total.present | present, owned=True, scale=total.scale)
+            else:
+                values = torch.empty_like(total.values)
+                own = weighted(values, self._collect(chunk, values, {}), samples, chunk.kind)
+                out[chunk.id] = adder(chunk.kind)(total, own)
+        self.discard()
+        return out
+
+    def _add_pieces(self, chunk: Chunk, total: torch.Tensor, summed: Collection[int]) -> int:
+        """Add a chunk's gradients to `total`, but for those of tensors `summed`; the mask of all pieces that have one."""
+        present = 0
+        for bit, piece in enumerate(chunk.pieces):
+            part = total[piece.offset : piece.offset + piece.length]
+            gradient = self.tensors[piece.tensor].grad if piece.tensor not in summed else None
+            if gradient is not None:
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
+                part.add_(gradient.reshape(-1)[piece.start : piece.start + piece.length].to(part.device, part.dtype))
+            elif piece.tensor not in summed:
+                part.add_(0.0)  # as that of others is 0
+            present |= (gradient is not None or piece.tensor in summed) << bit
+        return present
+
     def discard(self) -> None:
         """Take away the model's gradients and contribute nothing."""
         self._slot = None
+        self._postponed.forget()
         for tensor in self.tensors:
             tensor.grad = None
 
     @torch.no_grad()
     def collect(self, chunk: Chunk, slot: Slot) -> int:
         """Have what the model contributes to a chunk in the slot, as far as it is not there already; the mask of its pieces."""
-        places = self._places[slot]
-        values, present = slot.chunks[chunk.id], 0
+        return self._collect(chunk, slot.chunks[chunk.id], self._places[slot])
+
+    def _collect(self, chunk: Chunk, values: torch.Tensor, places: Mapping[int, torch.Tensor]) -> int:
+        present = 0
         for bit, piece in enumerate(chunk.pieces):
             tensor = self.tensors[piece.tensor]
             source = tensor.grad if chunk.kind == "param" else tensor

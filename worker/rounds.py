@@ -41,6 +41,9 @@ log = logging.getLogger("worker.rounds")
 _PATIENCE_S = 0.05
 #: Weight of the newest micro-batch in the moving averages of speed.
 _NEWEST = 0.2
+#: A contribution is kept for the next one to be added to it where micro-batches take no longer than this, seconds: others may
+#: wait for it.
+_KEPT_S = 0.25
 
 STEP_MISSING = "opt.step() was not called for a batch: every batch of run.batches() needs backward() and step()."
 STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each batch of run.batches()."
@@ -100,8 +103,9 @@ class GradientWork:
         self._segment: Segment | None = None
         self._current: Task | None = None
         self._metrics: dict[str, float] = {}
-        #: Where the gradients of the current micro-batch are made.
+        #: Where the gradients of the current micro-batch are made, or the contribution of the one before that they are added to.
         self._slot: Slot | None = None
+        self._onto: Contribution | None = None
         #: What was computed of the own run and is not pushed yet, and the round it belongs to.
         self._sums: TreeSum[Contribution] | None = None
         self._sums_round = -1
@@ -171,22 +175,51 @@ class GradientWork:
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
             self._clip(self._clip_norm)
-        metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
-        assert self._slot is not None
-        early = self._settle()
-        sums = self.replica.gradient(samples, without=early)
-        rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
-        contribution = Contribution(self._slot, sums, rows, uses, metrics)
-        if self._run.settings.on_nonfinite == "skip":  # before anything is added, for sums depend on who computes what
-            contribution.finite = self._is_finite(contribution, task.round, task.k, task.k + 1)
+        lo, contribution = self._contribution(task, samples)
         self._meter.measured(time.monotonic() - self._begun_at, samples)
-        if not self._policy.combines or self._lies_apart(contribution.slot, task.round):
-            self._push(task.round, task.k, task.k + 1, contribution)
+        is_kept = self._is_added(task.round, task.k + 1) and self._is_next(task.round, task.k + 1)
+        if not self._policy.combines or (not is_kept and self._lies_apart(contribution.slot, task.round)):
+            self._push(task.round, lo, task.k + 1, contribution)
         else:
             if self._sums is None:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
-            self._sums.file((task.k, task.k + 1), contribution)
+            self._sums.file((lo, task.k + 1), contribution)
         self._advance()
+
+    def _contribution(self, task: Task, samples: int) -> tuple[int, Contribution]:
+        """What is contributed of the micro-batches from the one returned to `task`."""
+        metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
+        if self._onto is not None:
+            sums = self.replica.added(samples, self._onto.sums)
+        else:
+            sums = self.replica.gradient(samples, without=self._settle())
+        rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
+        if self._onto is not None:
+            assert self._sums is not None
+            del self._sums.held[task.k - 1, task.k]
+            return task.k - 1, self._joined(self._onto, Contribution(self._onto.slot, {}, rows, uses, metrics), sums)
+        assert self._slot is not None
+        contribution = Contribution(self._slot, sums, rows, uses, metrics)
+        if self._run.settings.on_nonfinite == "skip":  # before anything is added, for sums depend on who computes what
+            contribution.finite = self._is_finite(contribution, task.round, task.k, task.k + 1)
+        return task.k, contribution
+
+    def _is_added(self, round_: int, k: int) -> bool:
+        """Whether the gradients of a micro-batch may be added, as they are made, to those of the one before: both together are in
+        the tree, there is nothing to do to either first, and neither has to be multiplied by its samples."""
+        assert self._segment is not None
+        plan = self._segment.round(round_)
+        if k % 2 == 0 or k >= plan.micro_batches or not self._policy.combines:
+            return False
+        if self._clip_norm is not None or self._run.settings.on_nonfinite == "skip":
+            return False
+        samples = plan.samples_in(k, k + 1)
+        return samples == plan.samples_in(k - 1, k) and samples & (samples - 1) == 0
+
+    def _is_next(self, round_: int, k: int) -> bool:
+        """Whether this worker is about to compute that micro-batch, and soon done with it."""
+        with self._link.lock:
+            return k in self._tasks.left(round_) and self._meter.seconds <= _KEPT_S
 
     def _clip(self, norm: float) -> None:
         """Clip this micro-batch's gradient, that of rows included."""
@@ -205,37 +238,57 @@ class GradientWork:
 
     def _give_up(self) -> None:
         """Contribute nothing of this micro-batch: its round was closed before its weights were all here."""
-        assert self._slot is not None
         self._settle()
-        with self._link.lock:
-            self._slot.taken = False
+        if self._slot is not None:
+            with self._link.lock:
+                self._slot.taken = False
         self.replica.discard()
         self._rows.forget()
         self._shards.contribution(0)
         self._advance()
 
     def _take_slot(self) -> None:
-        """Have the next gradients made in a slot that no server needs any more.
+        """Have the next gradients made in a slot that no server needs any more, or added to those of the micro-batch before.
 
         Servers that apply once a round read a slot until they have applied it, as the weights after it show.
         """
+        self._onto = self._before()
+        if self._onto is not None:
+            self._slot = None
+            self.replica.add_to(self._onto.slot)
+            return
         with self._link.lock:
             self._slot = self._slots.take(self._is_needed)
         self.replica.contribute_to(self._slot)
 
-    def _push_early(self) -> None:
-        """Have what backward makes now pushed at once where it is sent, unless more is to be added to it."""
+    def _before(self) -> Contribution | None:
+        """The contribution of the micro-batch before, if that of this one is to be added to it."""
         task = self._current
-        assert task is not None and self._segment is not None and self._exchange is not None and self._slot is not None
+        assert task is not None
+        if self._sums is None or self._sums_round != task.round or not self._is_added(task.round, task.k):
+            return None
+        before = self._sums.held.get((task.k - 1, task.k))
+        is_whole = before is not None and len(before.sums) == len(self.replica.layout.chunks)
+        return before if is_whole and not self._is_pushed_early() else None
+
+    def _is_pushed_early(self) -> bool:
+        """Whether what backward makes now is to be pushed at once where it is sent."""
+        assert self._exchange is not None
         if self._run.settings.on_nonfinite == "skip":
-            return  # servers must know of all of a contribution before any of it counts
+            return False  # servers must know of all of a contribution before any of it counts
         if self._clip_norm is not None or not self._exchange.sends_any:
-            return
+            return False
         if self._exchange.transfer_s < self._meter.seconds:
-            return  # the network is not what is waited for, and to overlap costs time on the processor
+            return False  # the network is not what is waited for, and to overlap costs time on the processor
         with self._link.lock:
-            if self._policy.combines and not self._tasks.run_done:
-                return
+            return self._tasks.run_done or not self._policy.combines  # else more is to be added to it
+
+    def _push_early(self) -> None:
+        """Have what backward makes now pushed at once, if it is to be."""
+        if self._slot is None or not self._is_pushed_early():
+            return
+        task = self._current
+        assert task is not None and self._segment is not None and self._exchange is not None
         plan = self._segment.round(task.round)
         (lo, hi), joins = (task.k, task.k + 1), []
         held = self._sums.held if self._sums is not None else {}
@@ -297,11 +350,15 @@ class GradientWork:
     def _add_up(self, left: Contribution, right: Contribution) -> Contribution:
         both = left.sums.keys() & right.sums.keys()  # but for chunks that were pushed early
         sums = {chunk: self._add[chunk](left.sums[chunk], right.sums[chunk]) for chunk in both}
+        right.slot.taken = False  # both are owned, so the sum is where the left one was
+        return self._joined(left, right, sums)
+
+    def _joined(self, left: Contribution, right: Contribution, sums: dict[int, Sum]) -> Contribution:
+        """Two contributions as one, with these sums, which lie where the left one's do."""
         metrics = dict(left.metrics)
         for name, (value, samples) in right.metrics.items():
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + samples
-        right.slot.taken = False  # both are owned, so the sum is where the left one was
         rows, uses = self._rows.add(left.rows, right.rows), left.uses + right.uses
         return Contribution(left.slot, sums, rows, uses, metrics, left.finite and right.finite)
 

@@ -1,0 +1,216 @@
+"""A gradient that is added as it is computed leaves every bit of what adding it afterwards leaves, whatever the script does."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from common.sums import Sum, adder
+from worker import postponed
+from worker.replica import Replica
+from worker.slots import Slots
+from worker.touch import Untouched
+
+SAMPLES = 8
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(320, 480)
+        self.norm = nn.BatchNorm1d(480)
+        self.twice = nn.Linear(480, 480, bias=False)
+        self.tied = nn.Linear(480, 480)
+        self.tied.weight = self.twice.weight
+        self.last = nn.Linear(480, 320)
+        self.unused = nn.Linear(320, 320)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.norm(self.first(x)))
+        h = torch.tanh(self.twice(torch.tanh(self.tied(self.twice(h)))))
+        return self.last(h)
+
+
+Script = Callable[[Net, torch.Tensor], Any]
+
+
+def plain(model: Net, x: torch.Tensor) -> None:
+    model(x).square().mean().backward()
+
+
+def twice(model: Net, x: torch.Tensor) -> None:
+    plain(model, x)
+    plain(model, 2 * x)
+
+
+def penalised(model: Net, x: torch.Tensor) -> None:
+    (model(x).square().mean() + 1e-3 * sum(p.square().sum() for p in model.parameters())).backward()
+
+
+def clipped(model: Net, x: torch.Tensor) -> None:
+    plain(model, x)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def changed(model: Net, x: torch.Tensor) -> None:
+    plain(model, x)
+    model.last.weight.grad = model.last.weight.grad * 3
+    model.first.weight.grad.mul_(0.5)
+    model.first.bias.grad = None
+
+
+def zeroed(model: Net, x: torch.Tensor) -> None:
+    plain(model, x)
+    model.zero_grad()
+    plain(model, 3 * x)
+
+
+def overwritten_input(model: Net, x: torch.Tensor) -> None:
+    x = x.clone()
+    plain(model, x)
+    x.fill_(float("nan"))
+
+
+def retained(model: Net, x: torch.Tensor) -> None:
+    y = model(x)
+    y.retain_grad()
+    y.square().mean().backward()
+    assert y.grad is not None
+    y.grad.fill_(float("nan"))
+
+
+def evaluated(model: Net, x: torch.Tensor) -> None:
+    """The model is used and saved between backward and step."""
+    plain(model, x)
+    training = model.training
+    with torch.no_grad():
+        model.eval()(x)
+    model.train(training)
+    torch.save(model, io.BytesIO())
+    copy.deepcopy(model)
+
+
+def asked_for(model: Net, x: torch.Tensor) -> None:
+    torch.autograd.grad(model(x).sum(), [model.first.weight, model.last.weight])
+    plain(model, x)
+
+
+SCRIPTS = [plain, twice, penalised, clipped, changed, zeroed, overwritten_input, retained, evaluated, asked_for]
+
+
+class Side:
+    """A model as a worker has it."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        self.model = Net()
+        self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=2)
+        self.replica.catch_gradients()
+        self.slots = Slots(self.replica.layout, shared=False)
+        self.replica.load(self.replica.first_weights())
+
+    def first(self, script: Script, x: torch.Tensor) -> dict[int, Sum]:
+        slot = self.slots.take(lambda slot: False)
+        self.replica.reset_buffers()
+        self.replica.contribute_to(slot)
+        script(self.model, x)
+        return self.replica.gradient(SAMPLES)
+
+    def added(self, script: Script, x: torch.Tensor, sums: dict[int, Sum]) -> dict[int, Sum]:
+        self.replica.reset_buffers()
+        self.replica.add_to(self.slots._slots[0])
+        script(self.model, x)
+        return self.replica.added(SAMPLES, sums)
+
+    def flat(self, sums: dict[int, Sum]) -> torch.Tensor:
+        return torch.cat([sums[chunk.id].values * sums[chunk.id].scale for chunk in self.replica.layout.chunks])
+
+
+def compare(one: Script, other: Script, x: torch.Tensor, y: torch.Tensor) -> Side:
+    """Have `one` and `other` contribute x and y with and without adding as they go; the side that does."""
+    fused, apart = Side(), Side()
+    total = fused.added(other, y, fused.first(one, x))
+    left, right = apart.first(one, x), apart.first(other, y)
+    expected = {chunk.id: adder(chunk.kind)(left[chunk.id], right[chunk.id]) for chunk in apart.replica.layout.chunks}
+    assert torch.equal(fused.flat(total).view(torch.int32), apart.flat(expected).view(torch.int32))
+    assert {c: s.present for c, s in total.items()} == {c: s.present for c, s in expected.items()}
+    assert all(type(p) is nn.Parameter and p.grad is None for p in fused.model.parameters())
+    return fused
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights whose gradients were not computed by themselves."""
+    shapes: list[tuple[int, ...]] = []
+    real = postponed.Postponed.add_to
+
+    def add_to(self: Any, weight: torch.Tensor, total: torch.Tensor) -> None:
+        shapes.append(tuple(weight.shape))
+        real(self, weight, total)
+
+    monkeypatch.setattr(postponed.Postponed, "add_to", add_to)
+    return shapes
+
+
+@pytest.mark.parametrize("other", SCRIPTS)
+@pytest.mark.parametrize("one", [plain, twice, penalised])
+def test_sums_have_the_same_bits(one: Script, other: Script, added: list[tuple[int, ...]]) -> None:
+    x, y = torch.randn(2, SAMPLES, 320)
+    compare(one, other, x, y)
+    if one is plain and other in (plain, overwritten_input, retained, asked_for):
+        assert sorted(added) == [(320, 480), (480, 320)]
+    if one is penalised:
+        assert not added  # for gradients of weights were sums before
+
+
+def test_no_gradient_is_put_off_that_somebody_is_called_with(added: list[tuple[int, ...]]) -> None:
+    side, seen = Side(), []
+    side.model.first.weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    side.model.last.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.shape))
+    sums = side.first(plain, torch.randn(SAMPLES, 320))
+    side.added(plain, torch.randn(SAMPLES, 320), sums)
+    assert len(seen) == 4 and not added
+
+
+def test_what_a_product_adds_in_another_order_is_computed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postponed, "_LARGER", 0)
+    many = torch.randn(2, 4096, 320)
+    side = compare(plain, plain, *many)  # whichever it is for this library
+    fits = side.replica._postponed._fits
+    assert len(fits) == 2
+    for shape in fits:
+        fits[shape] = False
+    assert not side.replica._postponed.postpone(side.model.first.weight, torch.randn(4096, 480), torch.randn(4096, 320))
+
+
+def test_a_sum_that_comes_out_otherwise_is_made_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: real(self, a, b).mul_(1 + 1e-6))
+    x, y = torch.randn(2, SAMPLES, 320)
+    side = compare(plain, plain, x, y)
+    assert list(side.replica._postponed._fits.values()) == [False, False]
+
+
+def test_gradients_of_zero_tell_nothing_about_a_shape() -> None:
+    side = compare(plain, lambda model, x: (0 * model(x)).sum().backward(), *torch.randn(2, SAMPLES, 320))
+    assert not side.replica._postponed._fits
+
+
+def test_what_is_put_off_is_no_secret() -> None:
+    side = Side()
+    side.first(plain, torch.randn(SAMPLES, 320))
+    side.replica.add_to(side.slots._slots[0])
+    plain(side.model, x := torch.randn(SAMPLES, 320))
+    assert isinstance(side.model.first.weight, Untouched)
+    reference = Side().model
+    plain(reference, x)
+    for ours, theirs in zip(side.model.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
+    assert not any(isinstance(p, Untouched) for p in side.model.parameters())
+    side.replica.discard()

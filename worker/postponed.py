@@ -1,0 +1,110 @@
+"""Gradients of linear layers that are added to another gradient as they are computed.
+
+dW = dy^T x is one matrix product, and so is dW' + dy^T x, which spares writing dW, reading it again, and memory for it. Whether
+anybody wants to see dW by itself is known only when it is to be contributed: so it is put off until then, or until a script looks
+at the weight's `grad`.
+
+The sum has the bits of adding dW where the library adds up an element's products before it adds them to what is there, as it does
+for few samples. That is tried out on the first gradient of each shape, and what comes out differently is added as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+
+import torch
+
+from common.nonfinite import is_finite
+from worker.touch import Untouched, accessors, put_off, settle
+
+#: A weight has to have this many times the elements of dy and x, for those are copied: scripts may write to them meanwhile.
+_LARGER = 16
+#: Where these begin: at a multiple of so many bytes, as copies do, or some products come out with other bits.
+_ALIGNED = 64
+
+
+class Later(Untouched):
+    """A parameter whose gradient is still to be computed."""
+
+    harmless = accessors("requires_grad", "shape", "dtype", "device", "ndim", "is_leaf")
+
+
+class Postponed:
+    """The gradients that are put off: at most one of each weight."""
+
+    def __init__(self) -> None:
+        #: By id: the weight, dy (samples x outputs) and x (samples x inputs).
+        self._products: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        #: By what decides on how a product is computed: whether it has the right bits when it is added.
+        self._fits: dict[object, bool] = {}
+
+    def __contains__(self, weight: torch.Tensor) -> bool:
+        return id(weight) in self._products
+
+    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> bool:
+        """Put off weight.grad = dy^T x. False: it is to be computed now."""
+        if weight in self:  # used twice: torch adds one to the other
+            self.make(weight)
+            return False
+        if weight.grad is not None or _is_hooked(weight) or _LARGER * (dy.numel() + x.numel()) > weight.numel():
+            return False
+        if dy.data_ptr() % _ALIGNED or x.data_ptr() % _ALIGNED or not self._fits.get(_shape(dy, x), True):
+            return False
+        self._products[id(weight)] = weight, dy.clone(), x.clone()
+        put_off(weight, Later, functools.partial(self.make, weight))
+        return True
+
+    def caught(self, weight: torch.Tensor) -> None:
+        """Backward is done with the weight: if it has a gradient from elsewhere as well, the two are added now."""
+        with torch._C.DisableTorchFunctionSubclass():
+            is_alone = weight.grad is None
+        if weight in self and not is_alone:
+            self.make(weight)
+
+    @torch.no_grad()
+    def make(self, weight: torch.Tensor) -> None:
+        """Compute what was put off, for somebody looks."""
+        dy, x = self._take(weight)
+        made = dy.t().mm(x)
+        weight.grad = made if weight.grad is None else made.add_(weight.grad)
+
+    @torch.no_grad()
+    def add_to(self, weight: torch.Tensor, total: torch.Tensor) -> None:
+        """total += dy^T x, to the bit."""
+        dy, x = self._take(weight)
+        shape = _shape(dy, x)
+        if self._fits.get(shape):
+            total.addmm_(dy.t(), x)
+            return
+        with mmap.mmap(-1, total.nbytes) as memory:  # given back afterwards, unlike what torch allocates
+            right = torch.mm(dy.t(), x, out=torch.frombuffer(memory, dtype=total.dtype).view(total.shape))
+            tells = 2 * int(right.count_nonzero()) > right.numel() and is_finite(right)
+            right.add_(total)
+            total.addmm_(dy.t(), x)
+            fits = torch.equal(total.view(torch.uint8), right.view(torch.uint8))
+            if tells:
+                self._fits[shape] = fits
+            if not fits:
+                total.copy_(right)
+            del right  # or the memory could not be given back
+
+    def forget(self) -> None:
+        """Nobody needs what was put off."""
+        for weight, *_ in self._products.values():
+            settle(weight)
+        self._products.clear()
+
+    def _take(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        settle(weight)
+        _, dy, x = self._products.pop(id(weight))
+        return dy, x
+
+
+def _shape(dy: torch.Tensor, x: torch.Tensor) -> object:
+    return dy.dtype, dy.shape, dy.stride(), x.shape, x.stride()
+
+
+def _is_hooked(weight: torch.Tensor) -> bool:
+    """Whether somebody but the replica wants to be called with the gradient."""
+    return bool(weight._backward_hooks) or len(weight._post_accumulate_grad_hooks or ()) > 1
