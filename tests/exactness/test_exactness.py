@@ -31,10 +31,10 @@ def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return terms[0]
 
 
-def plain_loop(recipe: str, epochs: int = EPOCHS, whole_batches: bool = False, hidden: int = 64) -> nn.Module:
+def plain_loop(recipe: str, epochs: int = EPOCHS, whole_batches: bool = False, *size: int) -> nn.Module:
     """Train in this process with torch alone. `whole_batches`: an ordinary step on the mean loss of the global batch."""
     x, y = dataset().tensors
-    model = network(hidden)
+    model = network(*size)
     parameters = list(model.parameters())
     cls, hyper, schedule, clip_norm = RECIPES[recipe]
     opt = cls(parameters, **hyper)
@@ -42,8 +42,8 @@ def plain_loop(recipe: str, epochs: int = EPOCHS, whole_batches: bool = False, h
     for _ in range(epochs):
         for bx, by in zip(x.split(GLOBAL_BATCH), y.split(GLOBAL_BATCH), strict=True):
             terms = []
-            size = len(bx) if whole_batches else MICRO_BATCH
-            for mx, my in zip(bx.split(size), by.split(size), strict=True):
+            part = len(bx) if whole_batches else MICRO_BATCH
+            for mx, my in zip(bx.split(part), by.split(part), strict=True):
                 gradients = torch.autograd.grad(nn.functional.cross_entropy(model(mx), my), parameters)
                 terms.append([g * len(mx) for g in gradients])
             for parameter, total in zip(parameters, tree_sum(terms), strict=True):
@@ -80,15 +80,17 @@ def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -
     assert set(found.values()) == {expected}, found
 
 
-def test_large_contributions_are_left_where_they_lie_for_servers_to_add_up_to_the_same_weights(launch, tmp_path: Path) -> None:
-    hidden = (8 << 20) // (128 * 4)
-    args = ("momentum", "--epochs", 1, "--hidden", hidden)
+@pytest.mark.parametrize(("hidden", "layers"), [((8 << 20) // (128 * 4), 1), (1536, 2)])
+def test_large_contributions_are_added_to_the_one_before_or_left_where_they_lie_to_the_same_weights(
+    hidden: int, layers: int, launch, tmp_path: Path
+) -> None:
+    args = ("momentum", "--epochs", 1, "--hidden", hidden, "--layers", layers)
     summary = launch("--workers", 2, "--servers", 2, Path(__file__).with_name("train_exact.py"), "--", *args)
-    assert summary["weights_sha256"] == sha256(plain_loop("momentum", 1, hidden=hidden))
+    assert summary["weights_sha256"] == sha256(plain_loop("momentum", 1, False, hidden, layers))
     with contextlib.closing(RunLogReader(tmp_path / "run" / FILE_NAME)) as log:
-        rows = [row for row in log.contributions() if row.outcome == "committed"]
-    alone = sum(row.hi == row.lo + 1 for row in rows)
-    assert alone >= 9 * 4 and sum(row.hi - row.lo for row in rows) == 8 * 8 + 3  # in 9 rounds, 4 slots a worker and round
+        sizes = [row.hi - row.lo for row in log.contributions() if row.outcome == "committed"]
+    assert sum(sizes) == 8 * 8 + 3  # in 9 rounds
+    assert set(sizes) == {1, 2} and sizes.count(2) >= 9  # servers add up what is in up to 4 slots of a worker and round
 
 
 @pytest.mark.parametrize("codec", ["int8"])

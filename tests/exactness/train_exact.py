@@ -18,11 +18,12 @@ def dataset() -> TensorDataset:
     return TensorDataset(images[:1000], torch.tensor(digits.target[:1000]))
 
 
-def network(hidden: int = 64) -> nn.Module:
+def network(hidden: int = 64, layers: int = 1) -> nn.Module:
     torch.manual_seed(7)
+    more = [part for _ in range(layers - 1) for part in (nn.Linear(hidden, hidden), nn.Tanh())]
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(128, hidden), nn.Tanh(), nn.Linear(hidden, 10),
+        nn.Flatten(), nn.Linear(128, hidden), nn.Tanh(), *more, nn.Linear(hidden, 10),
     )  # fmt: skip
 
 
@@ -45,10 +46,11 @@ def main() -> None:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=1, help="hidden layers")
     parser.add_argument("--slow", type=int, default=-1, help="this worker takes five times as long")
     args = parser.parse_args()
     run = worker.join()
-    model = run.replicate(network(args.hidden))
+    model = run.replicate(network(args.hidden, args.layers))
     cls, hyper, schedule, clip_norm = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=clip_norm, **hyper)
     begun = time.monotonic()
