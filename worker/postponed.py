@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+from collections import Counter
 
 import torch
 
@@ -20,6 +21,8 @@ from worker.touch import Untouched, accessors, put_off, settle
 
 #: A weight has to have this many times the elements of dy and x, for those are copied: scripts may write to them meanwhile.
 _LARGER = 16
+#: Shapes that are tried, at most, and how often each if gradients tell nothing: of so many elements one at least must not be 0.
+_SHAPES, _TRIES, _TELLING = 64, 3, 16
 #: Where these begin: at a multiple of so many bytes, as copies do, or some products come out with other bits.
 _ALIGNED = 64
 
@@ -38,6 +41,7 @@ class Postponed:
         self._products: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         #: By what decides on how a product is computed: whether it has the right bits when it is added.
         self._fits: dict[object, bool] = {}
+        self._tried: Counter[object] = Counter()
 
     def __contains__(self, weight: torch.Tensor) -> bool:
         return id(weight) in self._products
@@ -49,7 +53,8 @@ class Postponed:
             return False
         if weight.grad is not None or _is_hooked(weight) or _LARGER * (dy.numel() + x.numel()) > weight.numel():
             return False
-        if dy.data_ptr() % _ALIGNED or x.data_ptr() % _ALIGNED or not self._fits.get(_shape(dy, x), True):
+        shape = _shape(dy, x)
+        if dy.data_ptr() % _ALIGNED or x.data_ptr() % _ALIGNED or not self._fits.get(shape, len(self._fits) < _SHAPES):
             return False
         self._products[id(weight)] = weight, dy.clone(), x.clone()
         put_off(weight, Later, functools.partial(self.make, weight))
@@ -79,12 +84,13 @@ class Postponed:
             return
         with mmap.mmap(-1, total.nbytes) as memory:  # given back afterwards, unlike what torch allocates
             right = torch.mm(dy.t(), x, out=torch.frombuffer(memory, dtype=total.dtype).view(total.shape))
-            tells = 2 * int(right.count_nonzero()) > right.numel() and is_finite(right)
+            tells = _TELLING * int(right.count_nonzero()) > right.numel() and is_finite(right)
             right.add_(total)
             total.addmm_(dy.t(), x)
             fits = torch.equal(total.view(torch.uint8), right.view(torch.uint8))
-            if tells:
-                self._fits[shape] = fits
+            self._tried[shape] += 1
+            if tells or not fits or self._tried[shape] == _TRIES:
+                self._fits[shape] = tells and fits
             if not fits:
                 total.copy_(right)
             del right  # or the memory could not be given back

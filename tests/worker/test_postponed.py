@@ -197,9 +197,30 @@ def test_a_sum_that_comes_out_otherwise_is_made_right(monkeypatch: pytest.Monkey
     assert list(side.replica._postponed._fits.values()) == [False, False]
 
 
-def test_gradients_of_zero_tell_nothing_about_a_shape() -> None:
-    side = compare(plain, lambda model, x: (0 * model(x)).sum().backward(), *torch.randn(2, SAMPLES, 320))
-    assert not side.replica._postponed._fits
+def zero(model: Net, x: torch.Tensor) -> None:
+    (0 * model(x)).sum().backward()
+
+
+def test_gradients_of_zero_tell_nothing_about_a_shape_and_are_not_looked_at_for_ever() -> None:
+    side, (x, y) = Side(), torch.randn(2, SAMPLES, 320)
+    for last, known in ((zero, []), (zero, []), (plain, [True, True])):
+        side.added(last, y, side.first(plain, x))
+        side.slots._slots[0].taken = False
+        assert list(side.replica._postponed._fits.values()) == known
+    side = Side()
+    for known in ([], [], [False, False]):
+        side.added(zero, y, side.first(plain, x))
+        side.slots._slots[0].taken = False
+        assert list(side.replica._postponed._fits.values()) == known
+
+
+def test_only_some_shapes_are_tried(monkeypatch: pytest.MonkeyPatch, added: list[tuple[int, ...]]) -> None:
+    monkeypatch.setattr(postponed, "_SHAPES", 2)
+    side = Side()
+    for samples in (8, 4, 8, 2):
+        side.added(plain, torch.randn(samples, 320), side.first(plain, torch.randn(samples, 320)))
+        side.slots._slots[0].taken = False
+    assert len(added) == 4 and len(side.replica._postponed._fits) == 2
 
 
 def test_what_is_put_off_is_no_secret() -> None:
