@@ -23,7 +23,7 @@ from worker.touch import Untouched, accessors, put_off, settle
 _LARGER = 16
 #: Shapes that are tried, at most, and how often each if gradients tell nothing: of so many elements one at least must not be 0.
 _SHAPES, _TRIES, _TELLING = 64, 3, 16
-#: Where these begin: at a multiple of so many bytes, as copies do, or some products come out with other bits.
+#: Copies begin at a multiple of so many bytes. Elsewhere some products come out with other bits.
 _ALIGNED = 64
 
 
@@ -53,8 +53,7 @@ class Postponed:
             return False
         if weight.grad is not None or _is_hooked(weight) or _LARGER * (dy.numel() + x.numel()) > weight.numel():
             return False
-        shape = _shape(dy, x)
-        if dy.data_ptr() % _ALIGNED or x.data_ptr() % _ALIGNED or not self._fits.get(shape, len(self._fits) < _SHAPES):
+        if not (_is_as_copied(dy) and _is_as_copied(x)) or not self._fits.get(_shape(dy, x), len(self._fits) < _SHAPES):
             return False
         self._products[id(weight)] = weight, dy.clone(), x.clone()
         put_off(weight, Later, functools.partial(self.make, weight))
@@ -108,7 +107,12 @@ class Postponed:
 
 
 def _shape(dy: torch.Tensor, x: torch.Tensor) -> object:
-    return dy.dtype, dy.shape, dy.stride(), x.shape, x.stride()
+    return dy.dtype, dy.shape, x.shape
+
+
+def _is_as_copied(tensor: torch.Tensor) -> bool:
+    """Whether it lies in memory as a copy of it does, so that its products have the same bits."""
+    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNED == 0
 
 
 def _is_hooked(weight: torch.Tensor) -> bool:

@@ -96,12 +96,17 @@ def evaluated(model: Net, x: torch.Tensor) -> None:
     copy.deepcopy(model)
 
 
+def summed(model: Net, x: torch.Tensor) -> None:
+    """The last layer's gradient is one number, expanded."""
+    model(x).sum().backward()
+
+
 def asked_for(model: Net, x: torch.Tensor) -> None:
     torch.autograd.grad(model(x).sum(), [model.first.weight, model.last.weight])
     plain(model, x)
 
 
-SCRIPTS = [plain, twice, penalised, clipped, changed, zeroed, overwritten_input, retained, evaluated, asked_for]
+SCRIPTS = [plain, twice, penalised, clipped, changed, zeroed, overwritten_input, retained, evaluated, summed, asked_for]
 
 
 class Side:
