@@ -10,6 +10,9 @@ import torch
 from common.errors import WireError
 from common.wire import bytes_of
 
+#: Bytes to whose multiples torch aligns what it allocates. Elsewhere some matrix products come out with other bits.
+ALIGNED = 64
+
 
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype called `name`, such as 'float32'."""

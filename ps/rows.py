@@ -36,14 +36,13 @@ from common.rows import (
     rows_on,
 )
 from common.tensorfile import Entry, TensorFiles
+from common.tensors import ALIGNED
 from common.wire import Frames
 from ps.store import Norm, with_tuples
 from ps.transfer import Part
 
 #: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
 _HOW = ("foreach", "fused")
-#: Bytes to whose multiples torch aligns what it allocates.
-_ALIGNED = 64
 _CPU = torch.device("cpu")
 
 
@@ -357,8 +356,8 @@ def zeros(rows: int, dim: int, device: torch.device = _CPU) -> torch.Tensor:
     are, for where memory begins matters to the last bit of matrix products."""
     if device.type != "cpu":
         return torch.zeros(rows, dim, device=device)
-    memory = np.zeros(rows * dim + _ALIGNED // 4, dtype=np.float32)
-    first = -memory.ctypes.data % _ALIGNED // 4
+    memory = np.zeros(rows * dim + ALIGNED // 4, dtype=np.float32)
+    first = -memory.ctypes.data % ALIGNED // 4
     return torch.from_numpy(memory[first : first + rows * dim].reshape(rows, dim))
 
 

@@ -30,9 +30,8 @@ _MISSING_S = 1.0
 _SENT_TIMES = 2.0
 _SENT_S = 3.0
 _SENT_FIRST_S = 15.0
-#: Seconds that a worker's news may take until they are known; and that what is taken over is said to cost at least.
+#: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
-_LEAST_COST_S = _NEWS_S / 2
 #: Seconds of work that a worker is dealt ahead of what nobody does, and the most micro-batches that it comes to.
 _DEALT_S = 0.5
 _MOST_DEALT = 64
@@ -49,21 +48,20 @@ class _Look:
     #: Micro-batches that workers have not begun, of those that have any; and those of them that are still in earlier rounds.
     runs: dict[str, list[int]]
     behind: set[str]
-    #: Since when those have been at their micro-batch that compute one of the round.
-    since: dict[str, float]
-    #: Which of them are overdue, longest first; and when the others are likely to have done theirs, last first.
+    #: Since when, and who computes a micro-batch of the round: who is overdue, longest first; and the others, after the time
+    #: at which they are likely to have done it, last first.
     overdue: list[tuple[float, str]]
-    due: list[tuple[float, str]]
+    due: list[tuple[float, float, str]]
 
     def keep_only(self, lacking: set[int]) -> None:
         """Servers have got all but these."""
         self.runs = {name: left for name, ks in self.runs.items() if (left := [k for k in ks if k in lacking])}
 
-    def late_for(self, waiting: Member, now: float) -> Iterator[str]:
-        """Those whose micro-batch `waiting` had better do too."""
-        cost = max(_cost(waiting), _LEAST_COST_S)
-        yield from (name for _, name in takewhile(lambda one: now - one[0] > _PATIENCE * cost, self.overdue))
-        yield from (name for _, name in takewhile(lambda one: one[0] - now > _GAIN * cost, self.due))
+    def late_for(self, waiting: Member, now: float) -> Iterator[tuple[float, str]]:
+        """Those whose micro-batch `waiting` had better do too, and since when they have been at it."""
+        cost = _cost_of_another(waiting)
+        yield from takewhile(lambda one: now - one[0] > _PATIENCE * cost, self.overdue)
+        yield from ((since, name) for _, since, name in takewhile(lambda one: one[0] - now > _GAIN * cost, self.due))
 
 
 class Takeover:
@@ -118,9 +116,9 @@ class Takeover:
                 if not look.runs[owner]:
                     del look.runs[owner]
                 return self._give(round_, k, waiting, owner, now)
-            for name in look.late_for(workers[waiting], now):
+            for since, name in look.late_for(workers[waiting], now):
                 other = workers[name]
-                still = _computes(other, round_) and look.since[name] == other.since
+                still = _computes(other, round_) and other.since == since
                 if still and name != waiting and self._has(name, (round_, other.beat.at)):
                     return self._give(round_, other.beat.at, waiting, name, now)
         return None
@@ -227,11 +225,15 @@ class Takeover:
     ) -> _Look:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
-        computing = {name: member for name, member in workers.items() if _computes(member, round_)}
-        overdue = sorted((m.since, name) for name, m in computing.items() if _is_overdue(m, now))
-        due = sorted(((m.since + _cost(m), name) for name, m in computing.items() if not _is_overdue(m, now)), reverse=True)
+        overdue, due = [], []
+        for name, member in workers.items():
+            if _computes(member, round_):
+                if _is_overdue(member, now):
+                    overdue.append((member.since, name))
+                else:
+                    due.append((member.since + _cost(member), member.since, name))
         behind = {w for w in runs if w in workers and workers[w].active and workers[w].reached < round_}
-        return _Look(until, runs, behind, {name: m.since for name, m in computing.items()}, overdue, due)
+        return _Look(until, runs, behind, sorted(overdue), sorted(due, reverse=True))
 
     def _held(
         self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
@@ -239,11 +241,11 @@ class Takeover:
         """Micro-batches of `round_` that somebody will do, does, or has just sent."""
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         held = {k for name, ks in runs.items() if name in workers and workers[name].active for k in ks}
+        patience_s = _PATIENCE * _cost_of_another(waiting)
         for name, member in workers.items():
             if member.active and member.beat.round == round_:
                 if self._is_on_its_way(name, member, now):
                     held |= set(member.beat.sent)
-                patience_s = _PATIENCE * max(_cost(waiting), _LEAST_COST_S)
                 if not _is_overdue(member, now) or now - member.since <= patience_s:
                     held.add(member.beat.at)
         return held
@@ -306,6 +308,11 @@ def _may_begin(member: Member | None, now: float) -> int:
 def _cost(worker: Member) -> float:
     """Seconds until a micro-batch that a worker takes over has arrived."""
     return worker.beat.seconds + worker.beat.transfer
+
+
+def _cost_of_another(waiting: Member) -> float:
+    """The same for one that waits, and no less than its news take on average, for what is known of others is as old."""
+    return max(_cost(waiting), _NEWS_S / 2)
 
 
 def _is_worth_it(waiting: Member, owner: Member | None, look: _Look, name: str, now: float) -> bool:

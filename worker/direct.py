@@ -45,9 +45,8 @@ class _Linear(torch.autograd.Function):
         dx = dy.mm(weight).view(x.shape) if needs_x else None
         dw = None
         if needs_weight:
-            dw = _gradient(
-                weight, dy, x.reshape(-1, weight.shape[1]), ctx.taker if _accumulates(ctx.next_functions[1][0]) else None
-            )
+            taker = ctx.taker if _accumulates(ctx.next_functions[1][0]) else None
+            dw = _gradient(weight, dy, x.reshape(-1, weight.shape[1]), taker)
         return dx, dw, dy.sum(0) if needs_bias else None, None
 
 

@@ -17,14 +17,13 @@ from collections import Counter
 import torch
 
 from common.nonfinite import is_finite
+from common.tensors import ALIGNED
 from worker.touch import Untouched, accessors, put_off, settle
 
 #: A weight has to have this many times the elements of dy and x, for those are copied: scripts may write to them meanwhile.
 _LARGER = 16
 #: Shapes that are tried, at most, and how often each if gradients tell nothing: of so many elements one at least must not be 0.
 _SHAPES, _TRIES, _TELLING = 64, 3, 16
-#: Copies begin at a multiple of so many bytes. Elsewhere some products come out with other bits.
-_ALIGNED = 64
 
 
 class Later(Untouched):
@@ -112,7 +111,7 @@ def _shape(dy: torch.Tensor, x: torch.Tensor) -> object:
 
 def _is_as_copied(tensor: torch.Tensor) -> bool:
     """Whether it lies in memory as a copy of it does, so that its products have the same bits."""
-    return tensor.is_contiguous() and tensor.data_ptr() % _ALIGNED == 0
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNED == 0
 
 
 def _is_hooked(weight: torch.Tensor) -> bool:

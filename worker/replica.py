@@ -14,14 +14,11 @@ from torch.nn.parameter import is_lazy
 from common.errors import UsageError
 from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, make_layout
 from common.sums import Sum, adder, weighted
-from common.tensors import dtype_name, dtype_of, from_frame, to_frame
+from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
 from worker.mapped import InPlane, MappedWeights
 from worker.postponed import Postponed
 from worker.slots import Slot
-
-#: Bytes to whose multiples torch aligns what it allocates. Elsewhere some matrix products come out with other bits.
-_ALIGNED = 64
 
 
 class Replica:
@@ -108,7 +105,7 @@ class Replica:
                 for index, tensor in enumerate(self.tensors)
                 if tensor.requires_grad and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
             }
-            self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % _ALIGNED == 0}
+            self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % ALIGNED == 0}
 
     def add_to(self, slot: Slot) -> None:
         """The next gradients are to be added, by `added`, to those of another micro-batch, which are in `slot`."""
@@ -198,14 +195,15 @@ class Replica:
         """Add a chunk's gradients to `total`, but for those of tensors `summed`; the mask of all pieces that have one."""
         present = 0
         for bit, piece in enumerate(chunk.pieces):
-            part = total[piece.offset : piece.offset + piece.length]
-            gradient = self.tensors[piece.tensor].grad if piece.tensor not in summed else None
-            if gradient is not None:
+            if piece.tensor not in summed:
+                part = total[piece.offset : piece.offset + piece.length]
+                gradient = self.tensors[piece.tensor].grad
+                if gradient is None:
+                    part.add_(0.0)  # as the contribution is 0 there
+                    continue
                 gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
                 part.add_(gradient.reshape(-1)[piece.start : piece.start + piece.length].to(part.device, part.dtype))
-            elif piece.tensor not in summed:
-                part.add_(0.0)  # as that of others is 0
-            present |= (gradient is not None or piece.tensor in summed) << bit
+            present |= 1 << bit
         return present
 
     def discard(self) -> None:
@@ -304,7 +302,7 @@ class Replica:
             return False
         places = [place for place in found if isinstance(place, InPlane)]
         flat = self.mapped.tensor(index, chunks, places) if len(places) == len(found) else None
-        if flat is None or flat.data_ptr() % _ALIGNED:
+        if flat is None or flat.data_ptr() % ALIGNED:
             if index in self._in_memory:  # a place of its own again
                 tensor.data = torch.empty_like(tensor)
                 self._in_memory.remove(index)

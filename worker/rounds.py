@@ -189,16 +189,14 @@ class GradientWork:
     def _contribution(self, task: Task, samples: int) -> tuple[int, Contribution]:
         """What is contributed of the micro-batches from the one returned to `task`."""
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
-        if self._onto is not None:
-            sums = self.replica.added(samples, self._onto.sums)
-        else:
-            sums = self.replica.gradient(samples, without=self._settle())
         rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
         if self._onto is not None:
             assert self._sums is not None
+            sums = self.replica.added(samples, self._onto.sums)
             del self._sums.held[task.k - 1, task.k]
             return task.k - 1, self._joined(self._onto, Contribution(self._onto.slot, {}, rows, uses, metrics), sums)
         assert self._slot is not None
+        sums = self.replica.gradient(samples, without=self._settle())
         contribution = Contribution(self._slot, sums, rows, uses, metrics)
         if self._run.settings.on_nonfinite == "skip":  # before anything is added, for sums depend on who computes what
             contribution.finite = self._is_finite(contribution, task.round, task.k, task.k + 1)
