@@ -21,11 +21,11 @@ from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
 from cluster.signals import StopSignals
 from common.errors import ClusterError
 
-#: Seconds between two looks at processor time; and at memory, at least, and so many times as long as a look takes: what many
-#: processes map takes long to count, on a processor that is theirs.
-_CPU_EVERY_S = 0.2
-_MEMORY_EVERY_S = 1.0
-_MEMORY_EVERY = 50
+#: Seconds between two looks at what processes use.
+_LOOK_EVERY_S = 0.2
+#: Proportional set sizes take long to count, on a processor that is the processes' own: they are counted when the resident
+#: sizes, which are at hand, have become so many times as large as when that was done last.
+_GROWTH = 1.02
 
 
 class Measurement(msgspec.Struct, frozen=True):
@@ -63,34 +63,32 @@ class Usage:
         #: (time, processor seconds of the tree until then, and of the whole machine)
         self.samples: list[tuple[float, float, float]] = []
         self.memory = 0
-        self._cpu_at = self._memory_due = float("-inf")
+        self._resident = 0
+        self._looked_at = float("-inf")
 
     def look(self, roots: Sequence[int]) -> None:
         """Take samples that are due."""
         now = time.monotonic()
-        if now < self._cpu_at + _CPU_EVERY_S:
+        if now < self._looked_at + _LOOK_EVERY_S:
             return
-        self._cpu_at = now
+        self._looked_at = now
         tree = []
         for pid in roots:
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(pid)
                 tree += [root, *root.children(recursive=True)]
+        resident = 0
         for process in tree:
             with contextlib.suppress(psutil.Error):
                 used = process.cpu_times()
                 self._cpu[process.pid, process.create_time()] = used.user + used.system
+                resident += process.memory_info().rss
         whole = psutil.cpu_times()
         busy = whole.user + whole.nice + whole.system + whole.irq + whole.softirq
         self.samples.append((now, sum(self._cpu.values()), busy))
-        if now >= self._memory_due:
-            total = 0
-            for process in tree:
-                with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            self.memory = max(self.memory, total)
-            ended = time.monotonic()
-            self._memory_due = ended + max(_MEMORY_EVERY_S, _MEMORY_EVERY * (ended - now))
+        if resident > _GROWTH * self._resident:
+            self._resident = resident
+            self.memory = max(self.memory, sum(map(_proportional, tree)))
 
     def between(self, start: float, end: float) -> tuple[float, float]:
         """Processor seconds of the tree, and of the whole machine, in this time."""
@@ -140,6 +138,14 @@ def watch(processes: Processes, signals: StopSignals, timeout: float, look: Call
             raise ClusterError(f"{late.name} has not ended after {timeout:.0f} s; its log is {late.log}.")
     if processes.failures():
         raise ClusterError(root_cause(processes.failures()).describe_end())
+
+
+def _proportional(process: psutil.Process) -> int:
+    """Its proportional set size, in bytes; 0 where it has ended."""
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0
 
 
 def _evaluate(steps: Path, usage: Usage, count: int, warmup: int) -> Measurement:
