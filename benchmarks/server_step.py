@@ -6,9 +6,10 @@ to be moved at least: each contribution, the old weights and the optimizer's sta
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import click
 import torch
@@ -38,8 +39,6 @@ def cli(values: int, contributions: int, times: int) -> None:
     """Measure a server's step beside memcpy."""
     torch.set_num_threads(1)
     source, target = torch.ones(values), torch.ones(values)
-    copied = 2 * source.nbytes / _median_s(lambda: target.copy_(source), times)
-    print(f"memcpy: {copied / 1e9:.1f} GB/s, read and written")
     for name, (optimizer, settings, states) in _OPTIMIZERS.items():
         layout = make_layout([TensorSpec("w", [values], "float32", 0)], 1)
         store = Store(layout, 0, Update(optimizer, [settings]), load(Settings()))
@@ -55,18 +54,19 @@ def cli(values: int, contributions: int, times: int) -> None:
 
         for _ in range(3):
             step()
-        seconds = _median_s(step, times)
-        moved = (contributions + 2 + 2 * states) * 4 * values / seconds
-        print(f"{name}: {seconds * 1e3:.1f} ms, {moved / 1e9:.1f} GB/s, {moved / copied:.0%} of memcpy")
+        copying, stepping = _medians_s((lambda: target.copy_(source), step), times)
+        copied, moved = 2 * source.nbytes / copying, (contributions + 2 + 2 * states) * source.nbytes / stepping
+        print(f"{name}: {stepping * 1e3:.1f} ms, {moved / 1e9:.1f} GB/s, {moved / copied:.0%} of memcpy's {copied / 1e9:.1f} GB/s")
 
 
-def _median_s(what: Callable[[], object], times: int) -> float:
-    seconds = []
-    for _ in range(times):
+def _medians_s(what: Sequence[Callable[[], object]], times: int) -> list[float]:
+    """Seconds that each takes; they take turns."""
+    seconds: list[list[float]] = [[] for _ in what]
+    for _, (of, do) in itertools.product(range(times), zip(seconds, what, strict=True)):
         began = time.perf_counter()
-        what()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        do()
+        of.append(time.perf_counter() - began)
+    return [statistics.median(of) for of in seconds]
 
 
 if __name__ == "__main__":
