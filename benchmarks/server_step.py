@@ -56,7 +56,8 @@ def cli(values: int, contributions: int, times: int) -> None:
             step()
         copying, stepping = _medians_s((lambda: target.copy_(source), step), times)
         copied, moved = 2 * source.nbytes / copying, (contributions + 2 + 2 * states) * source.nbytes / stepping
-        print(f"{name}: {stepping * 1e3:.1f} ms, {moved / 1e9:.1f} GB/s, {moved / copied:.0%} of memcpy's {copied / 1e9:.1f} GB/s")
+        shown = f"{moved / 1e9:.1f} GB/s, {moved / copied:.0%} of memcpy's {copied / 1e9:.1f} GB/s"
+        print(f"{name}: {stepping * 1e3:.1f} ms, {shown}")
 
 
 def _medians_s(what: Sequence[Callable[[], object]], times: int) -> list[float]:
