@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
+import gc
+import io
 import os
 import sys
 import sysconfig
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import click
 
@@ -49,6 +55,22 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str) -> int:
         return code
     finally:
         sys.excepthook = before
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as `sys.exit` does: threads are waited for, what was registered with atexit is called, and what was written
+    to files that are still open gets there. But Python is not taken apart, which with torch takes 0.2 s, and touches, and so copies,
+    all memory that processes made by a fork share.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    gc.collect()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), io.IOBase):
+            with contextlib.suppress(OSError, ValueError):
+                thing.flush()
+    ctypes.CDLL(None).fflush(None)
+    os._exit(code)
 
 
 def exit_code(error: BaseException) -> int:

@@ -17,8 +17,10 @@ from common.errors import UsageError
 
 #: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
 CHUNK_BYTES = 4 << 20
-#: Small tensors are packed together at least up to this many bytes.
+#: Small tensors are packed together at least up to this many bytes; and one into any chunk that has so many times its elements,
+#: such as a bias after its weight.
 _PACK_BYTES = 64 << 10
+_TIMES = 8
 #: Pieces of a chunk at most: which of them a contribution has is told by a bit each of a MessagePack integer.
 _MOST_PIECES = 64
 
@@ -186,9 +188,10 @@ def make_layout(
             continue
         key = (spec.kind, spec.dtype, spec.group)
         at = open_cut.get(key)
-        fits = at is not None and (_end(cuts[at]) + spec.numel) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
-        if at is not None and fits:
-            cuts[at].append(Piece(index, 0, spec.numel, _end(cuts[at])))
+        end = _end(cuts[at]) if at is not None else 0
+        most = CHUNK_BYTES if _TIMES * spec.numel <= end else pack_bytes
+        if at is not None and (end + spec.numel) * size <= most and len(cuts[at]) < _MOST_PIECES:
+            cuts[at].append(Piece(index, 0, spec.numel, end))
         else:
             open_cut[key] = len(cuts)
             cuts.append([Piece(index, 0, spec.numel, 0)])
