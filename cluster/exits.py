@@ -58,13 +58,12 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as `sys.exit` does: threads are waited for, what was registered with atexit is called, and what was written
-    to files that are still open gets there. But Python is not taken apart, which with torch takes 0.2 s, and touches, and so copies,
-    all memory that processes made by a fork share.
+    """End this process as `sys.exit` does: threads are waited for, what was registered with atexit is called, and what was
+    written to files that are still open gets there. But Python is not taken apart, which with torch takes 0.2 s, and touches,
+    and so copies, all memory that processes made by a fork share.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    gc.collect()
     for thing in gc.get_objects():
         if issubclass(type(thing), io.IOBase):
             with contextlib.suppress(OSError, ValueError):
