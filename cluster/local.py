@@ -271,7 +271,8 @@ class _Local:
         self._processes.again(child)
 
     def _fail(self) -> None:
-        """Give the others a moment to fail too, then raise for the one that failed first."""
+        """Give the others a moment to fail too, then raise for the one that failed first; or the coordinator one to end well, for
+        who came too late for a run has not failed it."""
         deadline = time.monotonic() + GATHER_S
         while time.monotonic() < deadline and self._processes.running() and not self._signals.name:
             cause = root_cause(self._processes.failures())
@@ -279,6 +280,10 @@ class _Local:
                 break  # nothing can explain this one
             time.sleep(TICK_S)
             self._processes.poll()
+            if self._crew is not None and self._processes.children[0].code == 0:
+                self._crew.look(self._screen.progress, finished=True)
+                if not self._processes.failures():
+                    return
         cause = root_cause(self._processes.failures())
         raise (UsageError if cause.code == USAGE else ClusterError)(cause.describe_end())
 
