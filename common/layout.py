@@ -17,10 +17,8 @@ from common.errors import UsageError
 
 #: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
 CHUNK_BYTES = 4 << 20
-#: Small tensors are packed together at least up to this many bytes; and one joins any tensor that has so many times its elements,
-#: as a bias does its weight.
+#: Small tensors are packed together at least up to this many bytes.
 _PACK_BYTES = 64 << 10
-_TIMES = 8
 #: Pieces of a chunk at most: which of them a contribution has is told by a bit each of a MessagePack integer.
 _MOST_PIECES = 64
 
@@ -188,7 +186,8 @@ def make_layout(
             continue
         key = (spec.kind, spec.dtype, spec.group)
         at = open_cut.get(key)
-        if at is not None and _fits(cuts[at], spec.numel, pack_bytes // size, CHUNK_BYTES // size):
+        fits = at is not None and (_end(cuts[at]) + spec.numel) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
+        if at is not None and fits:
             cuts[at].append(Piece(index, 0, spec.numel, _end(cuts[at])))
         else:
             open_cut[key] = len(cuts)
@@ -198,12 +197,6 @@ def make_layout(
         spec = tensors[pieces[0].tensor]
         chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.dtype, pieces))
     return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(classifiers))
-
-
-def _fits(pieces: list[Piece], numel: int, pack: int, most: int) -> bool:
-    """Whether a chunk takes in a tensor of `numel` elements: up to `pack` in all, or to `most` where it is small beside another."""
-    is_small = _TIMES * numel <= max(piece.length for piece in pieces)
-    return len(pieces) < _MOST_PIECES and _end(pieces) + numel <= (most if is_small else pack)
 
 
 def _end(pieces: list[Piece]) -> int:

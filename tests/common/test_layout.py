@@ -84,13 +84,6 @@ def test_small_tensors_share_a_chunk_and_a_large_model_packs_more_of_them() -> N
     assert sorted(len(c.pieces) for c in make_layout(large, 1).chunks) == [1, 40]
 
 
-def test_a_bias_shares_the_chunk_of_its_weight_if_that_is_no_whole_one() -> None:
-    sizes = [500_000, 1000, 500_000, 1000, 60_000, (1 << 20) - 10, 10, 10]
-    tensors = [TensorSpec(f"t{n}", [size], "float32", 0) for n, size in enumerate(sizes)]
-    pieces = [[p.tensor for p in chunk.pieces] for chunk in make_layout(tensors, 1).chunks]
-    assert pieces == [[0, 1], [2, 3, 4], [5, 6], [7]]
-
-
 @given(models, st.integers(1, 6), st.integers(1, 6), chunk_sizes)
 def test_the_cuts_do_not_depend_on_the_number_of_servers(tensors: list[TensorSpec], m: int, n: int, size: int) -> None:
     a, b = layout_of(tensors, m, size), layout_of(tensors, n, size)
