@@ -46,7 +46,7 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
 
 def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--rounds", 1000000, "--silence", 4)
+    run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--epochs", 1000, "--silence", 4)
     worker = None
     try:
         run.until(lambda: run.events("plan"), "training")
