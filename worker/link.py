@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -63,8 +63,6 @@ class Link:
         self._waits_for: Callable[[], str] | None = None
         self.answers = 0
         self._outbox: deque[Send] = deque()
-        #: Whether messages without frames wait for others to go out with, and whether some do.
-        self._gathers = self._gathered = False
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._woken.setblocking(False)
@@ -78,29 +76,9 @@ class Link:
 
     def send(self, *messages: Send) -> None:
         """Hand over messages; they go out at once, in order."""
-        if not messages:
-            return
-        with self.lock:
-            self._outbox.extend(messages)
-        if self._gathers and not any(message.frames for message in messages):
-            self._gathered = True
-        else:
-            self._notify()
-
-    @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Meanwhile messages without frames go out together: at the end, or as this thread begins to wait. To send each wakes a
-        thread here and a process there, at a time when all have much to do."""
-        self._gathers = True
-        try:
-            yield
-        finally:
-            self._gathers = False
-            self._send_gathered()
-
-    def _send_gathered(self) -> None:
-        if self._gathered:
-            self._gathered = False
+        if messages:
+            with self.lock:
+                self._outbox.extend(messages)
             self._notify()
 
     def wait(
@@ -111,7 +89,6 @@ class Link:
         With `every`, return None after so many seconds. Raises the error that ended the link, or NoAnswer after `timeout`
         seconds, saying `what()` was waited for.
         """
-        self._send_gathered()
         start = time.monotonic()
         limit = timeout if every is None else min(every, timeout)
         with self.lock:

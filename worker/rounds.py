@@ -15,7 +15,7 @@ from common.errors import NoAnswer, UsageError
 from common.failpoints import failpoint
 from common.messages import Beat, ClassPush, Push, RowPush, Sums, Waiting
 from common.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
-from common.plan import Round, Segment, derive_seed
+from common.plan import Segment, derive_seed
 from common.rows import RowSums
 from common.sums import Sum, adder
 from common.tree import TreeSum
@@ -171,11 +171,7 @@ class GradientWork:
         if self._spoilt:
             self._give_up()
             return
-        with self._link.gathering():  # the last contribution of a round, and the question for the weights after it
-            self._contribute(task, self._segment.round(task.round))
-            self._advance()
-
-    def _contribute(self, task: Task, plan: Round) -> None:
+        plan = self._segment.round(task.round)
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
             self._clip(self._clip_norm)
@@ -188,6 +184,7 @@ class GradientWork:
             if self._sums is None:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((lo, task.k + 1), contribution)
+        self._advance()
 
     def _contribution(self, task: Task, samples: int) -> tuple[int, Contribution]:
         """What is contributed of the micro-batches from the one returned to `task`."""
