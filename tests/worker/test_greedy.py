@@ -42,6 +42,11 @@ class Store:
         pass
 
 
+def score(point: float, target: float) -> float:
+    """Better the nearer it is, but for what rounding makes of a mean."""
+    return -abs(round(point - target, 9))
+
+
 class Worker:
     """A replica of one number, the better the nearer it is to `target`."""
 
@@ -68,7 +73,7 @@ class Worker:
 
     def weigh(self, evaluate: Callable[[], float] | None = None) -> int:
         values = {7: torch.tensor([self.point], dtype=torch.float64)}
-        return weigh(self.run, self.replica, values, evaluate or (lambda: -abs(self.now - self._target)), 0)
+        return weigh(self.run, self.replica, values, evaluate or (lambda: score(self.now, self._target)), 0)
 
 
 @settings(max_examples=30)
@@ -79,7 +84,7 @@ def test_all_choose_as_one_who_had_all_the_replicas_would(points: list[int], tar
     with ThreadPoolExecutor(len(workers)) as threads:
         found = list(threads.map(Worker.weigh, workers))
     chosen = greedy(
-        [-abs(point - target) for point in points], lambda numbers: -abs(sum(points[i] for i in numbers) / len(numbers) - target)
+        [score(point, target) for point in points], lambda numbers: score(sum(points[i] for i in numbers) / len(numbers), target)
     )
     assert found == [int(i in chosen) for i in range(len(points))]
     assert workers[0].logged["merged_parts"] == len(chosen)
