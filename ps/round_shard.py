@@ -56,6 +56,7 @@ from ps.shard import (
     AboutCopies,
     Send,
     Shard,
+    Waiter,
     add_metrics,
     contribution,
     mean_metrics,
@@ -593,7 +594,7 @@ class RoundShard(Shard):
         if not self._open or clock > self._version + 1:
             return []
         if clock == self._version + 1:
-            ready = self._ready(waiter.unsent)
+            ready = self._ready(waiter)
             if waiter.pull.shared or waiter.pull.masters or self._target is None or not ready:
                 return []
             coded = self._frames_for(waiter.pull, self._target)
@@ -609,11 +610,15 @@ class RoundShard(Shard):
         coded = self._frames_for(waiter.pull, plane)
         return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, coded)
 
-    def _ready(self, unsent: set[int]) -> set[int]:
+    def _ready(self, waiter: Waiter) -> set[int]:
         """Chunks of the next version to send now: none before those that are needed sooner, for gradients come in the opposite
-        order, and what comes last should be what the next forward can wait for."""
-        soonest = sorted(unsent, key=lambda chunk: urgency(self.chunks[chunk]))
-        return set(itertools.takewhile(self._next.__contains__, soonest))
+        order, and what comes last should be what the next forward can wait for. But rather than nothing one that is needed later,
+        for an idle network costs more than to be late by one chunk."""
+        soonest = sorted(waiter.unsent, key=lambda chunk: urgency(self.chunks[chunk]))
+        in_order = set(itertools.takewhile(self._next.__contains__, soonest))
+        if in_order or waiter.bytes_under_way:
+            return in_order
+        return set(itertools.islice(filter(self._next.__contains__, soonest), 1))
 
     def _frames_for(self, pull: Pull, plane: int) -> dict[int, memoryview]:
         """What to send instead of weights in `plane`, those of round `pull.clock`: changes only to who holds what they change."""
