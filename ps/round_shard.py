@@ -475,12 +475,13 @@ class RoundShard(Shard):
     def _book(self, filed: Filed) -> None:
         self._rounds += filed.rounds
         self._news += filed.contributions
-        self._left_out |= {(filed.round, k) for k in filed.left_out}
         if self._neighbours is not None:
             self._neighbours.remember(filed)
 
     def _commit(self, ending: Filed) -> None:
         self._book(ending)
+        # not of rounds that came back from a copy: what of them has come late since, may have been told as dropped already
+        self._left_out |= {(ending.round, k) for k in ending.left_out}
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version

@@ -165,6 +165,15 @@ def test_sharded_layers(policy: str, data: st.DataObject) -> None:
         check_exact(outcome)
 
 
+@pytest.mark.parametrize("seed", [15, 1602])
+def test_what_comes_late_of_a_round_is_not_told_twice_as_dropped_though_its_server_is_another_one(seed: int) -> None:
+    made = Settings(workers=4, servers=3, policy="backup", backup=1, global_batch=2, micro_batch=1, replicas=1)
+    paces = [Pace(0.1, pause_s=0.3, starts_s=0.5), Pace(0.7, pause_s=0.3), Pace(0.02), Pace(0.1)]
+    replaced = [(2, 1.7775121080300937, 0.1), (0, 6.0, 0.1)]
+    network = Network(loss=0.3, delay_s=0.6)
+    check(simulate(Case(made, paces, [(2, 1)], network, seed, credit=3, classes=10, memory="shared", replaced=replaced)))
+
+
 @few
 @given(killed("sync"), st.floats(0.5, 12.0), st.sampled_from([0.2, 2.0, 6.0]))
 def test_the_coordinator_is_killed_too(case: Case, at: float, away: float) -> None:
