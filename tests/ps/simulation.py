@@ -159,8 +159,9 @@ class Case:
     lr: float = 0.125
     rows: int = 0
     classes: int = 0
-    #: Whether workers share memory with servers; and `apart`, whether they leave what they compute for a round apart there.
-    memory: Literal["", "shared", "apart"] = ""
+    #: Whether workers share memory with servers: `beside`, each with one only; `apart`, and whether they leave what they compute
+    #: for a round apart there.
+    memory: Literal["", "shared", "beside", "apart"] = ""
     #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
     folder: Path | None = None
     resume: bool = False
@@ -985,7 +986,8 @@ class WorkerProcess(Process):
             return
         assert exchange is not None
         exchange.share, run._replica = Share(gradients), replica
-        for server in replica.layout.owners():
+        own = number_of(self.place) % replica.layout.servers
+        for server in [own] if self.world.case.memory == "beside" else replica.layout.owners():
             answer = yield from self._ask(f"server-{server}", Share(gradients), lambda reply: isinstance(reply, Shared))
             run._meet(server, answer)
 

@@ -84,7 +84,7 @@ def cases(
         network=draw(networks()),
         seed=draw(st.integers(0, 1 << 32)),
         real=draw(st.booleans()),
-        memory=draw(st.sampled_from(["", "shared", "apart"])) if codecs is None else "",
+        memory=draw(st.sampled_from(["", "shared", "beside", "apart"])) if codecs is None else "",
         planes=draw(st.sampled_from([2, 4])),
         credit=draw(st.sampled_from([1, 3])),
         **more,
