@@ -71,8 +71,6 @@ log = logging.getLogger("ps.round_shard")
 _PLANES = 4
 #: Seconds without anything having arrived after which nobody waits any more for weights on their way to a worker.
 _TAKES_S = 2.0
-#: Seconds between two looks at whether there are such weights, for there may be many workers.
-_LOOK_S = 0.01
 
 
 class RoundShard(Shard):
@@ -93,8 +91,8 @@ class RoundShard(Shard):
         self._told: list[Close | AllNorms] = []
         #: Copies of shards on other servers, if there are to be any.
         self._neighbours = Neighbours(index, settings, policy, self._head, self._made_again) if settings.replicas else None
-        #: The round whose weights workers on this host were told to leave the network to, and when; and when that was looked at.
-        self._leaving, self._told_at, self._looked_at = -1, float("-inf"), float("-inf")
+        #: The round whose weights workers on this host were told to leave the network to, and when.
+        self._leaving, self._told_at = -1, float("-inf")
         self._open_round()
 
     def _open_round(self) -> None:
@@ -620,10 +618,7 @@ class RoundShard(Shard):
 
     def _tell_of_leaving(self, now: float) -> list[Send]:
         """Tell workers on this host when weights begin to leave it and when all have; in between, that they do."""
-        if not self._regions or not self.policy.combines or now < self._looked_at + _LOOK_S:
-            return []
-        self._looked_at = now
-        leaving = any([self._takes(waiter, now) for waiter in self.waiters.values()])
+        leaving = self.policy.combines and any([self._takes(waiter, now) for waiter in self.waiters.values()])
         round_ = self._version if leaving else -1
         if round_ == self._leaving and (not leaving or now < self._told_at + LEAVING_AGAIN_S):
             return []
