@@ -319,13 +319,6 @@ class Got(Body, frozen=True):
     chunks: list[Count]
 
 
-class Leaving(Body, frozen=True):
-    """To workers that share memory with this server, and so are on its host: weights for round `round` are on their way to others
-    (-1: none are any more). Gradients of that round are to wait, for they share the network with what others wait for."""
-
-    round: CountOrNone
-
-
 class Gone(Body, frozen=True):
     """Round `clock` is over and its weights are gone; the newest are those of round `newest`."""
 
@@ -748,7 +741,7 @@ class KvReply(Body, frozen=True):
 
 Message = (
     Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Lost | Stop
-    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Owed | Pull | Weights | Got | Leaving | Gone
+    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Owed | Pull | Weights | Got | Gone
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
     | Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart

@@ -44,9 +44,6 @@ STOPPED_S = 1.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0
 SEND_AGAIN_S = 5.0
-#: Seconds after which a server says again that weights leave its host, and for which it is believed.
-LEAVING_AGAIN_S = 0.3
-LEAVING_HOLDS_S = 1.0
 #: Seconds, for each worker of the run, that one waits before it asks for something to take over: 2000 questions a second in all.
 PATIENCE_BY_WORKER_S = 5e-4
 

@@ -28,7 +28,6 @@ from common.messages import (
     ForwardClasses,
     ForwardRows,
     Gone,
-    Leaving,
     Norms,
     Pull,
     Push,
@@ -43,7 +42,7 @@ from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import Span, TreeSum, fold
-from common.wire import ASK_AGAIN_S, LEAVING_AGAIN_S, Frames
+from common.wire import ASK_AGAIN_S, Frames
 from ps.classes import contributed, tensors_of
 from ps.holdings import Holdings
 from ps.neighbours import Neighbours
@@ -69,8 +68,6 @@ log = logging.getLogger("ps.round_shard")
 
 #: Planes for weights: the current version's, the next one's, and two for those who lag behind.
 _PLANES = 4
-#: Seconds without anything having arrived after which nobody waits any more for weights on their way to a worker.
-_TAKES_S = 2.0
 
 
 class RoundShard(Shard):
@@ -91,8 +88,6 @@ class RoundShard(Shard):
         self._told: list[Close | AllNorms] = []
         #: Copies of shards on other servers, if there are to be any.
         self._neighbours = Neighbours(index, settings, policy, self._head, self._made_again) if settings.replicas else None
-        #: The round whose weights workers on this host were told to leave the network to, and when.
-        self._leaving, self._told_at = -1, float("-inf")
         self._open_round()
 
     def _open_round(self) -> None:
@@ -309,7 +304,7 @@ class RoundShard(Shard):
 
     def tick(self, now: float) -> list[Send]:
         self._have_kept()
-        effects = super().tick(now) + self._ask(now) + self._forwarded(now) + self._tell_of_leaving(now)
+        effects = super().tick(now) + self._ask(now) + self._forwarded(now)
         return effects + (self._neighbours.ask_back(now) if self._neighbours is not None and self.restoring else [])
 
     def _ask(self, now: float) -> list[Send]:
@@ -615,22 +610,6 @@ class RoundShard(Shard):
             return self._weights(worker, clock, -1, masters, True, {})
         coded = self._frames_for(waiter.pull, plane)
         return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, coded)
-
-    def _tell_of_leaving(self, now: float) -> list[Send]:
-        """Tell workers on this host when weights begin to leave it and when all have; in between, that they do."""
-        leaving = self.policy.combines and any([self._takes(waiter, now) for waiter in self.waiters.values()])
-        round_ = self._version if leaving else -1
-        if round_ == self._leaving and (not leaving or now < self._told_at + LEAVING_AGAIN_S):
-            return []
-        self._leaving, self._told_at = round_, now
-        return [Send(worker, Leaving(round_)) for worker in sorted(self._regions)]
-
-    def _takes(self, waiter: Waiter, now: float) -> bool:
-        """Whether the open round's weights are on their way to a worker, and it has not been too long since some arrived."""
-        if waiter.pull.clock != self._version or not waiter.bytes_under_way:
-            return False
-        waiter.got_at = now if waiter.got_at is None else waiter.got_at
-        return now < waiter.got_at + _TAKES_S
 
     def _ready(self, waiter: Waiter) -> set[int]:
         """Chunks of the next version to send now: none before those that are needed sooner, for gradients come in the opposite

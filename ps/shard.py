@@ -127,14 +127,13 @@ class _Early:
 
 @dataclass
 class Waiter:
-    """One who waits for weights: the chunks that were not sent yet, whether it was told that the round before is closed, the
-    bytes that are on their way to it, by chunk, and when some have arrived last."""
+    """One who waits for weights: the chunks that were not sent yet, whether it was told that the round before is closed, and
+    the bytes that are on their way to it, by chunk."""
 
     pull: Pull
     unsent: set[int]
     closed: bool = False
     bytes_under_way: dict[int, int] = field(default_factory=dict)
-    got_at: float | None = None
     #: Where each push is applied at once: the weights as they were when it was its turn, and the frames that some are sent in.
     weights: Mapping[int, torch.Tensor] | None = None
     coded: Mapping[int, memoryview] = field(default_factory=dict)
@@ -305,7 +304,7 @@ class Shard(ABC):
             case Pull():
                 return self._pull(sender, body, now)
             case Got():
-                return self._got(sender, body, now)
+                return self._got(sender, body)
             case Owed() if self.owing is not None:
                 self.owing.takes(sender, body, frames)
                 self._complete_cut(now)
@@ -733,11 +732,10 @@ class Shard(ABC):
         shares = self.owing.hand_out(sender, now) if self.owing is not None else []
         return [*(Send(sender, *share) for share in shares), *self._serve(sender)]
 
-    def _got(self, sender: str, got: Got, now: float) -> list[Send]:
+    def _got(self, sender: str, got: Got) -> list[Send]:
         waiter = self.waiters.get(sender)
         if waiter is None or waiter.pull.clock != got.clock or not set(got.chunks) <= set(self.chunks):
             return []
-        waiter.got_at = now
         for chunk in got.chunks:
             waiter.bytes_under_way.pop(chunk, None)
         return self._serve(sender)

@@ -18,11 +18,11 @@ import msgspec
 from common.errors import WireError
 from common.failpoints import failpoint
 from common.layout import Chunk, Layout, message_batches, urgency
-from common.messages import Ack, Body, Gone, Got, Leaving, Owed, Pull, Push, Ready, Share, Traffic, Weights
+from common.messages import Ack, Body, Gone, Got, Owed, Pull, Push, Ready, Share, Traffic, Weights
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import to_frame
-from common.wire import ASK_AGAIN_S, LEAVING_HOLDS_S, SEND_AGAIN_S, Frames, bytes_of
+from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, bytes_of
 from worker.coding import PushCoder, WeightDecoder
 from worker.mapped import InPlane
 from worker.resending import Sent, again, due
@@ -125,9 +125,6 @@ class Exchange:
         self.readers: set[int] = set()
         self.read: set[int] = set()
         self._planes: dict[int, int] = {}
-        #: By server on this host: the round whose weights are leaving it, as it said last, and when. And when it is.
-        self._leaving: dict[int, tuple[int, float]] = {}
-        self._now = float("-inf")
 
     # ---- pushing
 
@@ -208,7 +205,6 @@ class Exchange:
         """Send what there is credit for."""
         effects: list[Send] = []
         waiting = [o for o in self._outstanding if o.sent_at is None and o.server not in self.unknown]
-        waiting = [o for o in waiting if not self._yields(o, now)]
         if not waiting:
             return effects
         under_way: dict[int, int] = dict.fromkeys(self._chunks, 0)
@@ -221,10 +217,6 @@ class Exchange:
                 under_way[outstanding.server] += outstanding.bytes_under_way
                 effects.append(self._send(outstanding, outstanding.push, outstanding.frames))
         return effects
-
-    def _yields(self, o: _Outstanding, now: float) -> bool:
-        """Whether these gradients are to wait for weights of their round that are leaving this host."""
-        return bool(o.frames) and any(r == o.push.round and now <= at + LEAVING_HOLDS_S for r, at in self._leaving.values())
 
     def _urgency(self, outstanding: _Outstanding) -> tuple[int, bool, int]:
         """Word of where things are goes first, then what the next round needs first."""
@@ -379,8 +371,6 @@ class Exchange:
                 self._answers.append(Send(server, Ready("Owed", body.number)))
             case Ready(about="Owed"):
                 self._telling = [told for told in self._telling if (told.server, told.body.number) != (server, body.id)]
-            case Leaving():
-                self._leaving[number] = body.round, self._now
             case Weights() | Gone():
                 pass
             case _:
@@ -388,7 +378,6 @@ class Exchange:
 
     def tick(self, now: float) -> list[Send]:
         """What was not answered for too long is sent again, and what there is credit for is sent."""
-        self._now = now
         self._heard_at.update(dict.fromkeys(self._heard, now))
         self._heard.clear()
         if self._outstanding and self._busy_since is None:
@@ -442,7 +431,6 @@ class Exchange:
             outstanding.sent_at, outstanding.arrived = None, False
         self._heard_at.pop(server, None)
         self._planes.pop(server, None)
-        self._leaving.pop(server, None)
         self._decoder.forget(server)
         self._told.pop(server, None)
         self._to_tell.pop(server, None)

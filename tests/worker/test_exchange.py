@@ -12,11 +12,11 @@ from common.codecs import CodecSettings, load
 from common.codecs.chosen import for_pushes, for_weights, push_seed
 from common.errors import WireError
 from common.layout import Layout, TensorSpec, make_layout
-from common.messages import Ack, Gone, Leaving, Pull, Push, Weights
+from common.messages import Ack, Gone, Pull, Push, Weights
 from common.settings import Settings
 from common.sums import Sum
 from common.tensors import from_frame, to_frame
-from common.wire import LEAVING_HOLDS_S, SEND_AGAIN_S
+from common.wire import SEND_AGAIN_S
 from worker.exchange import Exchange, Send
 from worker.mapped import InPlane
 from worker.slots import Slot, Slots
@@ -77,22 +77,6 @@ def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it(
     assert [frame.nbytes for frame in message.frames] == [2 * NUMEL, 20]
     assert torch.equal(worker.sent(message), torch.full((NUMEL,), 3.0))
     assert whole(message).scale == 4.0  # of the chunk that is not coded
-
-
-def test_gradients_wait_for_weights_of_their_round_that_leave_this_host_but_not_for_ever() -> None:
-    for says_the_end in (True, False):
-        worker = Worker()
-        worker.exchange.tick(10.0)
-        worker.exchange.handle("server-0", Leaving(PUSH.round), ())
-        slot = worker.slot(0.5)
-        sums = {chunk: Sum(slot.chunks[chunk], 1) for chunk in (0, 1)}
-        assert worker.exchange.push(replace(PUSH, lo=2, hi=4, round=PUSH.round - 1), sums, 10.0, slot=slot)
-        assert worker.exchange.push(PUSH, sums, 10.0, slot=slot) == []
-        assert worker.exchange.tick(10.1) == []
-        if says_the_end:
-            worker.exchange.handle("server-0", Leaving(-1), ())
-        (message,) = worker.exchange.tick(10.1 if says_the_end else 10.2 + LEAVING_HOLDS_S)
-        assert whole(message) == replace(PUSH, chunks=[0, 1], present=[1, 1])
 
 
 @pytest.mark.parametrize("codec", ["int8", "topk", "randomk", "onebit"])
