@@ -612,13 +612,12 @@ class ForwardClasses(Body, frozen=True):
 
 
 class Filed(Body, frozen=True):
-    """All of `round` has been forwarded. Of server 0: what the books are to have of it, micro-batches that it left out, and that
-    the coordinator has all of the rounds below `reported`. Answered by Kept."""
+    """All of `round` has been forwarded. Of server 0: what the books are to have of it, and that the coordinator has all of the
+    rounds below `reported`. Answered by Kept."""
 
     round: Count
     rounds: list[Committed] = []
     contributions: list[Contribution] = []
-    left_out: list[Count] = []
     reported: Count = 0
 
 

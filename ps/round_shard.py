@@ -117,8 +117,9 @@ class RoundShard(Shard):
         self._awaits_copy = False
         self._asked: Body | None = None
         self._asked_at = float("-inf")
-        #: What the books are to have of the round, once all of it is applied.
+        #: What the books are to have of the round, once all of it is applied; and what had not come by then.
         self._ending: Filed | None = None
+        self._absent: set[int] = set()
 
     @property
     def version(self) -> int:
@@ -460,9 +461,9 @@ class RoundShard(Shard):
         """What the books are to have of the round: only server 0 tells them."""
         if self.index:
             return Filed(self._version)
-        rows, absent = list(self._filed.values()), set()
+        rows = list(self._filed.values())
         if self._closed is not None:
-            absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
+            self._absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
             rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
         if self._drops:
             rows, metrics = [_with_outcome(row, "dropped") for row in rows], {}
@@ -470,7 +471,7 @@ class RoundShard(Shard):
         dropped = 0 if self._closed is None else self._count - len(self._closed)
         samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
         round_ = Committed(self._version, samples, committed, dropped, metrics)
-        return Filed(self._version, [round_], rows, sorted(absent), max(self._reported_version, 0))
+        return Filed(self._version, [round_], rows, max(self._reported_version, 0))
 
     def _book(self, filed: Filed) -> None:
         self._rounds += filed.rounds
@@ -481,7 +482,7 @@ class RoundShard(Shard):
     def _commit(self, ending: Filed) -> None:
         self._book(ending)
         # not of rounds that came back from a copy: what of them has come late since, may have been told as dropped already
-        self._left_out |= {(ending.round, k) for k in ending.left_out}
+        self._left_out |= {(ending.round, k) for k in self._absent}
         self._version += 1
         if self._target is not None:
             self._contents[self._target] = self._version
