@@ -20,9 +20,10 @@ from torch import Tensor
 
 from common.errors import ClusterError, UsageError
 from common.settings import Settings
-from explore.layers import features_of, find_layer
+from explore.layers import features_of
 from explore.trained import Source, Trained, open_run, weights_at
 from worker.data import Samples
+from worker.layer_names import find_layer
 
 SCRIPT = Path(__file__).with_name("compute.py")
 #: Images that are computed together. The bits of features depend on it, and not on the number of workers.
@@ -128,7 +129,7 @@ def kept(run: Trained, source: Source, layer: str, workers: int, cluster: Cluste
 
 def default_file(run: Trained, layer: str) -> Path:
     """Where the features of a layer are kept if nobody says otherwise."""
-    return run.folder / "features" / f"{run.images.name}-{layer}.safetensors"
+    return run.folder / "features" / f"{run.images.name}-{run.called(layer)}.safetensors"
 
 
 def read(path: Path, run: Trained, layer: str) -> Features | None:
@@ -157,7 +158,7 @@ def _metadata(run: Trained, layer: str) -> dict[str, str]:
     images = run.images
     return {
         "format": "pt",
-        "layer": layer,
+        "layer": run.called(layer),
         "pooling": "none: outputs of more than one dimension are flattened, channels first",
         "model_sha256": run.model_sha256,
         "data": images.name,
@@ -172,4 +173,4 @@ def command(source: Source, layer: str, workers: int, out: Path | None, cluster:
     layer = find_layer(weights_at(run, "last"), layer)
     out = out or default_file(run, layer)
     count, width = extract(run, source, layer, workers, out, cluster).values.shape
-    return f"{count} images x {width} features of layer {layer} are in {out}"
+    return f"{count} images x {width} features of layer {run.called(layer)} are in {out}"

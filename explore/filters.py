@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from common.errors import UsageError
-from explore.layers import Field, find_layer, receptive_field, recording, short_name, short_names
-from explore.pictures import BETWEEN, OUTSIDE, Asked, Pixels, ask, figure, label_text, save, tiles, to_pixels
+from explore.layers import Field, receptive_field, recording
+from explore.pictures import BETWEEN, OUTSIDE, Asked, Pixels, ask, drawable, figure, label_text, save, tiles, to_pixels
 from explore.trained import Source, Trained, open_run, snapshots_of, weights_at
 from worker.data import Samples
+from worker.layer_names import find_layer, short_name, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +160,8 @@ def draw_maps(run: Trained, model: nn.Module, asked: Asked, path: Path) -> Path:
             axes.imshow(values.reshape(1, -1), cmap=colours, vmin=low, vmax=limit, interpolation="nearest", aspect="auto")
             axes.set(xticks=[], yticks=[])
     if logits.dim() == 2 and logits.shape[1] == run.images.classes <= _NAMED:
-        axes.set_xticks(range(run.images.classes), [label_text(label, run.images) for label in range(run.images.classes)])
+        names = [drawable(label_text(label, run.images)) for label in range(run.images.classes)]
+        axes.set_xticks(range(run.images.classes), names)
     answer = label_text(int(logits[0].argmax()), run.images) if logits.dim() == 2 else "no label"
     right = "" if asked.label is None else f" (its label is {label_text(asked.label, run.images)})"
     made.suptitle(f"{asked.name}, layer by layer; the network's answer is {answer}{right}", fontsize=12)

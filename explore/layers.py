@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,52 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UsageError
+from worker.layer_names import short_name, short_names
 
-#: What short names begin with; those of other kinds of modules begin with the name of their class.
-_KINDS: dict[type[nn.Module], str] = {
-    nn.Conv2d: "conv",
-    nn.Linear: "fc",
-    nn.BatchNorm2d: "bn",
-    nn.MaxPool2d: "pool",
-    nn.AvgPool2d: "pool",
-    nn.AdaptiveAvgPool2d: "pool",
-}
 _WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-
-
-def short_names(model: nn.Module) -> dict[str, str]:
-    """Short name → name in `named_modules()`, of every module that has none inside: conv1, relu1, pool1, fc1, ...
-
-    Modules of a kind are counted in the order in which they are registered, which in a Sequential is that of the forward.
-    """
-    found: Counter[str] = Counter()
-    names = {}
-    for name, module in model.named_modules():
-        if name and not list(module.children()):
-            kind = _KINDS.get(type(module), type(module).__name__.lower())
-            found[kind] += 1
-            names[f"{kind}{found[kind]}"] = name
-    return names
-
-
-def find_layer(model: nn.Module, name: str) -> str:
-    """The name in `named_modules()` of the layer called `name`, there or in short. Raises UsageError with the names there are."""
-    own = [known for known, _ in model.named_modules() if known]
-    if name in own:
-        return name
-    short = short_names(model)
-    if name in short:
-        return short[name]
-    inner = set(short.values())
-    there = [f"{key} ({value})" if key != value else key for key, value in short.items()] + [
-        known for known in own if known not in inner
-    ]
-    raise UsageError(f"the model has no layer '{name}'; there are {', '.join(there)}.")
-
-
-def short_name(model: nn.Module, layer: str) -> str:
-    """The short name of a layer, or its own where it has none, as a block of layers."""
-    return next((short for short, name in short_names(model).items() if name == layer), layer)
 
 
 def last_hidden(model: nn.Module) -> str:
@@ -101,7 +57,8 @@ def features_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
         model(images)
     output = seen.get(layer)
     if output is None or output.dim() == 0 or len(output) != len(images):
-        raise UsageError(f"the layer '{layer}' gives no tensor with a row for each image, so it has no features.")
+        called = short_name(model, layer)
+        raise UsageError(f"the layer '{called}' gives no tensor with a row for each image, so it has no features.")
     return output.reshape(len(images), -1).to("cpu", torch.float32)
 
 
@@ -137,7 +94,8 @@ def receptive_field(model: nn.Module, layer: str, image: Tensor) -> Field:
                 start[axis] -= pad * stride[axis]
                 stride[axis] *= step
         elif after.dim() != 4 or before.shape[2:] != after.shape[2:] or isinstance(module, nn.AdaptiveAvgPool2d):
-            raise UsageError(f"'{name}', a {type(module).__name__}, leaves no maps of places in the image to '{layer}'.")
+            before_it, called = short_name(model, name), short_name(model, layer)
+            raise UsageError(f"'{before_it}', a {type(module).__name__}, leaves no maps of places in the image to '{called}'.")
     return Field((size[0], size[1]), (stride[0], stride[1]), (start[0], start[1]))
 
 
@@ -158,14 +116,16 @@ def _chain(model: nn.Module, layer: str, image: Tensor) -> list[tuple[str, nn.Mo
             handle.remove()
     at = next((at for at, call in enumerate(calls) if call[0] == layer), None)
     if at is None:
-        raise UsageError(f"'{layer}' is no single layer of the model's forward, so what its units see is not known.")
+        called = short_name(model, layer)
+        raise UsageError(f"'{called}' is no single layer of the model's forward, so what its units see is not known.")
     given, giver = image, "the image"
     for name, _, before, after in calls[: at + 1]:
+        taker, called = short_name(model, name), short_name(model, layer)
         if before is not given:
             raise UsageError(
-                f"'{name}' does not get what {giver} gives as it is, so what the units of '{layer}' see is not known."
+                f"'{taker}' does not get what {giver} gives as it is, so what the units of '{called}' see is not known."
             )
-        given, giver = after, f"'{name}'"
+        given, giver = after, f"'{taker}'"
     return calls[: at + 1]
 
 

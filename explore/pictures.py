@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from common.errors import UsageError
 from worker.data import Images, Samples
+from worker.image_files import read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +28,9 @@ Colour = tuple[float, float, float]
 #: RGB of what is outside of an image, and of what is between images: colours that grey images do not have.
 OUTSIDE: Colour = (0.80, 0.87, 0.97)
 BETWEEN: Colour = (0.42, 0.55, 0.75)
+
+#: Comes with matplotlib.
+_USUAL_FONT = "DejaVu Sans"
 
 
 def to_pixels(image: Tensor, samples: Samples) -> Pixels:
@@ -69,11 +74,7 @@ def _from_file(path: Path, images: Images) -> Asked:
         raise UsageError(f"there is no image {path}; an image is a file's path, or {held_out}.")
     if channels not in (1, 3):
         raise UsageError(f"the images of '{images.name}' have {channels} channels, so a file cannot be one of them.")
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # of a damaged file, Pillow's decoders may raise nearly anything
-        raise UsageError(f"{path} cannot be read as an image: {error}.") from None
+    picture = read_image(path, "L" if channels == 1 else "RGB")
     note = ""
     if picture.size != (width, height):
         note = f"{path.name} was {picture.width}x{picture.height} and has been stretched to {width}x{height}"
@@ -107,12 +108,51 @@ def figure(width: float, height: float) -> Figure:
 
 def save(made: Figure, path: Path) -> Path:
     """Write the figure as a PNG. Raises UsageError where that cannot be."""
+    _write_names_as_they_are(made)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         made.savefig(path, dpi=120, facecolor="white")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.") from None
     return path
+
+
+def _write_names_as_they_are(made: Figure) -> None:
+    """Have each text drawn with fonts that have its characters, and without taking a `$` for the begin of a formula."""
+    from matplotlib.text import Text
+
+    for text in made.findobj(Text):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text(drawable(text.get_text()))
+        text.set_fontfamily(list(dict.fromkeys([_USUAL_FONT, *filter(None, map(_family_with, text.get_text()))])))
+
+
+def drawable(text: str) -> str:
+    """The text as a picture can show it: a character that no font of this machine has becomes its code, such as U+732B."""
+    return "".join(char if char.isspace() or _family_with(char) else f"U+{ord(char):04X}" for char in text)
+
+
+@functools.cache
+def _family_with(char: str) -> str | None:
+    """A family of fonts on this machine that has the character, the usual one if possible."""
+    return next((family for family, path in _fonts().items() if ord(char) in _characters(path)), None)
+
+
+@functools.cache
+def _fonts() -> dict[str, str]:
+    """Family → file of each font that can be drawn with, the usual one first; without the one whose glyphs are all boxes."""
+    from matplotlib.font_manager import fontManager
+
+    found = {font.name: font.fname for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
+    return {_USUAL_FONT: fontManager.findfont(_USUAL_FONT), **found}
+
+
+@functools.cache
+def _characters(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
 
 
 def tiles(pictures: list[Pixels], columns: int, between: Colour, gap: int = 1) -> Pixels:

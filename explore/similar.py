@@ -16,10 +16,11 @@ from torch import Tensor
 from common.errors import UsageError
 from explore.features import Cluster, Features, kept
 from explore.gallery import Gallery, Match, Row, draw, write_page
-from explore.layers import features_of, find_layer, last_hidden, short_name
+from explore.layers import features_of, last_hidden
 from explore.pictures import ask
 from explore.trained import Source, Trained, open_run, weights_at
 from worker.data import Samples
+from worker.layer_names import find_layer
 
 Metric = Literal["cosine", "euclidean"]
 Rows = npt.NDArray[np.int64]
@@ -162,9 +163,9 @@ def command(
         ]
         rows.append(Row(query, sorted(matches, key=lambda match: match.distance)))
     search = "approximate" if approximate else "exact"
-    what = f"{short_name(model, layer)} ({layer}), {features.values.shape[1]} numbers"
+    what = f"{run.called(layer)}, {features.values.shape[1]} numbers"
     title = f"Nearest training images of {images.name}, by {what}: {metric} distance, {search} search"
-    cells, note = _retrieval(run, train, test, short_name(model, layer), k, metric) if retrieval else ([], "")
+    cells, note = _retrieval(run, train, test, run.called(layer), k, metric) if retrieval else ([], "")
     gallery = Gallery(title, images, rows, cells, note)
     folder = out or run.folder / "similar"
     png, page = draw(gallery, folder / "gallery.png"), write_page(gallery, folder / "gallery.html")

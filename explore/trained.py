@@ -23,6 +23,7 @@ from worker import data, models
 from worker.data import Images
 from worker.example import load_weights
 from worker.factory import load_factory
+from worker.layer_names import short_names
 from worker.loader import seed_everything
 
 
@@ -58,6 +59,14 @@ class Trained:
         """Of the whole file of the trained model, buffers included."""
         with self.model_file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def called(self, layer: str) -> str:
+        """The short name of `layer`, a name in `named_modules()`."""
+        return self._short_names.get(layer, layer)
+
+    @functools.cached_property
+    def _short_names(self) -> dict[str, str]:
+        return {name: short for short, name in short_names(weights_at(self, "last")).items()}
 
 
 def open_run(source: Source) -> Trained:

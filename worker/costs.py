@@ -22,9 +22,10 @@ from common.settings import parse_shape
 from worker import data, models
 from worker.classes import OnServers
 from worker.factory import load_factory
+from worker.layer_names import short_names
 
 #: Columns that the table needs where nobody says how many there are.
-_WIDTH = 120
+_WIDTH = 130
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def costs(inputs: int, positions: int, maps: int, field: int) -> Weights:
 class LayerCost:
     """One use of a layer, on one image."""
 
+    #: In short, such as conv1, and in `named_modules()`.
     name: str
+    module: str
     #: The class of the layer.
     kind: str
     #: Without the batch.
@@ -71,6 +74,7 @@ def layers(model: nn.Module, shape: Sequence[int]) -> list[LayerCost]:
     Raises RuntimeError, ValueError or TypeError, as torch does, where the model cannot take it.
     """
     found: list[LayerCost] = []
+    short = {name: short for short, name in short_names(model).items()}
     seen: set[int] = set()
 
     def used(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -78,7 +82,17 @@ def layers(model: nn.Module, shape: Sequence[int]) -> list[LayerCost]:
         seen.update(own)
         size = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
         weights = _weights(layer, inputs[0].shape[1:], size) if inputs and isinstance(inputs[0], torch.Tensor) else None
-        found.append(LayerCost(name, type(layer).__name__, size, sum(own.values()), weights.local if weights else 0, weights))
+        found.append(
+            LayerCost(
+                short.get(name, name),
+                name,
+                type(layer).__name__,
+                size,
+                sum(own.values()),
+                weights.local if weights else 0,
+                weights,
+            )
+        )
 
     handles = [
         layer.register_forward_hook(lambda layer, inputs, output, name=name: used(name, layer, inputs, output))
@@ -161,13 +175,13 @@ def _table(found: list[LayerCost], parameters: int) -> Table:
         ("if fully connected", sum(w.full for w in weights)),
     ]
     table.add_column("layer", footer="sum")
+    table.add_column("module")
     table.add_column("")
     for header, total in columns:
         table.add_column(header, justify="right", footer="" if total is None else f"{total:,}")
     for layer in found:
         w = layer.weights
         numbers = [layer.parameters, layer.multiply_adds, *((w.shared, w.local, w.full) if w is not None else ())]
-        table.add_row(
-            layer.name, layer.kind, "x".join(map(str, layer.output)), *(f"{number:,}" if number else "" for number in numbers)
-        )
+        cells = [layer.name, layer.module, layer.kind, "x".join(map(str, layer.output))]
+        table.add_row(*cells, *(f"{number:,}" if number else "" for number in numbers))
     return table

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common import tensorfile
@@ -67,3 +70,16 @@ def test_what_is_no_state_dict_is_refused_and_never_run(tmp_path: Path, monkeypa
         with pytest.raises(UsageError, match=name):
             read_weights(Path(name))
     assert not Path("evil").exists()
+
+
+@given(st.binary(max_size=64))
+@example(b"junk")
+@example(b"")
+@example(b"\x80\x02.")
+@example(b"PK\x03\x04")
+def test_no_bytes_whatsoever_end_in_another_error(junk: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        file.write(junk)
+        file.flush()
+        with pytest.raises(UsageError, match=file.name):
+            read_weights(Path(file.name))

@@ -37,7 +37,7 @@ def run(folder: Path) -> Trained:
 
 @pytest.fixture(scope="session")
 def features(run: Trained) -> Features:
-    """What the workers have computed: layer 10, relu4."""
+    """What the workers have computed: the layer relu4, which is module 10."""
     found = read(default_file(run, "10"), run, "10")
     assert found is not None
     return found

@@ -37,7 +37,7 @@ def test_the_file_says_what_it_is_of_and_nothing_else_is_left(run: Trained) -> N
     with safe_open(path, framework="pt") as file:
         told = file.metadata()
         assert sorted(file.keys()) == ["features", "held_out", "indices", "labels"]
-    assert (told["layer"], told["data"], told["model_sha256"]) == ("10", "mnist-5k", run.model_sha256)
+    assert (told["layer"], told["data"], told["model_sha256"]) == ("relu4", "mnist-5k", run.model_sha256)
     assert [other.name for other in path.parent.iterdir()] == [path.name]
 
 

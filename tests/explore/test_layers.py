@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.errors import UsageError
-from explore.layers import features_of, find_layer, last_hidden, receptive_field, short_name, short_names
+from explore.layers import features_of, last_hidden, receptive_field
+from worker.layer_names import find_layer, short_name, short_names
 from worker.models import build
 
 
@@ -62,7 +63,7 @@ def test_a_layer_that_gives_no_row_for_each_image_has_no_features() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return x, x
 
-    with pytest.raises(UsageError, match="layer '1'"):
+    with pytest.raises(UsageError, match="layer 'odd1'"):
         features_of(nn.Sequential(nn.Identity(), Odd()), "1", torch.zeros(2, 3))
 
 
@@ -120,7 +121,7 @@ def test_what_a_unit_sees_is_unknown_where_layers_are_no_chain_of_maps() -> None
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.b(self.a(x) * 2)
 
-    with pytest.raises(UsageError, match="'b' does not get what 'a' gives"):
+    with pytest.raises(UsageError, match="'conv2' does not get what 'conv1' gives"):
         receptive_field(Branched(), "b", torch.zeros(1, 1, 8, 8))
     with pytest.raises(UsageError, match="Flatten"):
         receptive_field(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), "1", torch.zeros(1, 1, 8, 8))

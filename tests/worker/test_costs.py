@@ -89,11 +89,11 @@ def test_the_layers_of_a_model_come_in_their_order_and_parameters_used_twice_cou
 
     model = Net().to("meta")
     found = layers(model, (3, 5, 5))
-    assert [(layer.name, layer.parameters, layer.multiply_adds) for layer in found] == [
-        ("first", 112, 972),
-        ("norm", 8, 0),
-        ("last", 20, 16),
-        ("last", 0, 16),
+    assert [(layer.name, layer.module, layer.parameters, layer.multiply_adds) for layer in found] == [
+        ("conv1", "first", 112, 972),
+        ("bn1", "norm", 8, 0),
+        ("fc1", "last", 20, 16),
+        ("fc1", "last", 0, 16),
     ]
     assert model.training and not model.first._forward_hooks
 
@@ -124,7 +124,7 @@ def test_the_command_prints_a_line_a_layer_and_their_sums(capsys: pytest.Capture
     assert run_command(launch.cli, ["inspect", "lenet", "--data", "digits"], "launch.py") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "lenet on an image of 1x8x8, 10 classes"
-    assert lines[2].split() == ["0", "Conv2d", "16x8x8", "416", "25,600", "400", "25,600", "65,536"]
+    assert lines[2].split() == ["conv1", "0", "Conv2d", "16x8x8", "416", "25,600", "400", "25,600", "65,536"]
     assert lines[14].split()[:2] == ["sum", "39,742"]
     assert "1,000,000,000,000 weights" in (text := " ".join(" ".join(lines[15:]).split())) and "100,000,000 where" in text
 

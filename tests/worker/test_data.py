@@ -23,6 +23,7 @@ from worker.data._packaged import package_file, read_table
 from worker.data._pickled import read_batch
 from worker.data.cifar_10 import shift_and_flip
 from worker.data.synthetic import make
+from worker.image_files import read_image
 
 RANDOM = np.random.default_rng(0)
 
@@ -463,6 +464,27 @@ def test_folders_without_classes_or_with_strange_ones_are_refused(tmp_path: Path
     assert str(tmp_path / "val") in refusal("folder", tmp_path)
     paint(tmp_path / "val" / "c" / "0.png")
     assert str(tmp_path / "val" / "c") in refusal("folder", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_grey_values_of_16_bits_are_scaled_and_not_cut_off(kind: str, mode: str, tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"grey.{kind}")
+    pixels = np.asarray(read_image(tmp_path / f"grey.{kind}", mode)).reshape(64, 64, -1)
+    assert np.array_equal(pixels[..., 0], np.round(values / 257).astype(np.uint8))
+
+
+def test_image_files_that_would_harm_or_mislead_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "postscript.eps")
+    (tmp_path / "postscript.eps").rename(tmp_path / "postscript.png")  # Pillow would have another program draw it
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "wide.tif")
+    Image.new("L", (8, 8)).save(tmp_path / "large.png")
+    monkeypatch.setattr("worker.image_files.MOST_PIXELS", 63)
+    for name, reason in (("postscript.png", "cannot be read"), ("wide.tif", "32 bits"), ("large.png", "8x8 pixels; 63")):
+        with pytest.raises(UsageError, match=reason) as caught:
+            read_image(tmp_path / name, "RGB")
+        assert str(tmp_path / name) in str(caught.value)
 
 
 # --- synthetic

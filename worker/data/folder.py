@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.errors import UsageError
 from worker.data._images import Images, Request, Sample, Samples
+from worker.image_files import SUFFIXES, read_image
 
 #: Height and width, in pixels, that images are stretched to where no shape is asked for.
 SIDE = 64
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def load(request: Request) -> Images:
@@ -65,12 +65,7 @@ class FolderImages(Samples):
 
     def __getitem__(self, index: int) -> Sample:
         path, label = self.files[index]
-        try:
-            with Image.open(path) as opened:
-                upright = ImageOps.exif_transpose(opened)
-                image = upright.convert("RGB").resize(self._size, Image.Resampling.BILINEAR)
-        except Exception as error:  # of a damaged file, Pillow's decoders may raise nearly anything
-            raise UsageError(f"{path} cannot be read as an image ({error}): replace or remove it.") from None
+        image = read_image(path, "RGB").resize(self._size, Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return pixels.to(torch.float32).div(127.5).sub(1).contiguous(), label
 

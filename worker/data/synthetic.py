@@ -43,6 +43,7 @@ class DrawnImages(Samples):
     def __init__(self, seed: int, part: str, count: int, classes: int, shape: tuple[int, int, int]) -> None:
         self._seed, self._part, self._count, self._shape = seed, part, count, shape
         self._coarse = _coarse(classes, shape, torch.Generator().manual_seed(seed))
+        self.mean, self.std = (MEAN,) * shape[0], (STD,) * shape[0]
 
     def __len__(self) -> int:
         return self._count
