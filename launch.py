@@ -256,13 +256,14 @@ def list_checkpoints(run: str) -> None:
 @checkpoint.command()
 @click.argument("run")
 def verify(run: str) -> None:
-    """Compare all files of RUN's snapshots with their check sums.
+    """Compare all files of RUN's snapshots with their check sums, and restore each server from them as a resume does.
 
-    The exit code is 1 where one is damaged.
+    That takes the memory of one server at a time. The exit code is 1 where a snapshot cannot be used.
     """
     from cluster.checkpoints import verify_snapshots
+    from ps.restoring import hindrance
 
-    verify_snapshots(run)
+    verify_snapshots(run, hindrance)
 
 
 @checkpoint.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -32,15 +33,18 @@ def list_snapshots(run: str) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def verify_snapshots(run: str) -> None:
-    """Print what is wrong with each snapshot. Raises ClusterError where something is, UsageError where there is none."""
+def verify_snapshots(run: str, hindrance: Callable[[Snapshot], str]) -> None:
+    """Print what is wrong with each snapshot: with its files, or what hinders a restore from whole ones, as `hindrance` says.
+
+    Raises ClusterError where something is wrong, UsageError where there is no snapshot.
+    """
     console, damaged = Console(), 0
     for snapshot in _all(find_run(run)):
-        damage = snapshot.damage()
+        damage = snapshot.damage() or hindrance(snapshot)
         damaged += bool(damage)
         say(console, f"{snapshot.folder}: {damage or f'good, of {snapshot.manifest.versions}'}")
     if damaged:
-        raise ClusterError(f"{damaged} of the snapshots in {run} {'is' if damaged == 1 else 'are'} damaged.")
+        raise ClusterError(f"{damaged} of the snapshots in {run} cannot be used.")
 
 
 def export_model(run: str, round_: int | None, out: Path) -> None:

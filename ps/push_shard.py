@@ -98,9 +98,9 @@ class PushShard(Shard):
     def _resume(self, source: Source) -> None:
         """What was applied of later rounds, by whichever server, is not to be applied again."""
         self._slowest = source.round
-        self._seen_count = max(int(extra["seen"]) for extra in source.extra)
+        self._seen_count = max(int(extra["seen"]) for extra in source.extra.values())
         own = set(self._ids)
-        for number, extra in enumerate(source.extra):
+        for number, extra in source.extra.items():
             mine = own if number == self.index else own - {ROWS, CLASSES}
             for round_, pairs in extra["applied"]:
                 if source.servers != self.settings.servers and any(chunk in (ROWS, CLASSES) for chunk, _ in pairs):

@@ -554,7 +554,7 @@ class RoundShard(Shard):
         except (KeyError, RuntimeError) as error:
             raise UsageError(f"the copy of server-{self.index}'s shard, which came back, does not fit it: {error}.") from None
         self._uninitialised.clear()
-        self._source = Source(head.round, self.settings.servers, head.setup, state, [{}] * self.settings.servers)
+        self._source = Source(head.round, self.settings.servers, head.setup, state, {})
         self._resume(self._source)
         self._opened()
         for filed in head.filed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,23 @@ class Capture:
 @dataclass(frozen=True)
 class Source:
     """A snapshot to go on from: of `round`, taken on `servers` servers of a run whose model was `setup`. `extra` is what each
-    of them kept beside its tensors."""
+    of them that has written a file kept beside its tensors, by number. A server without a part of the model writes none."""
 
     round: int
     servers: int
     setup: Setup
     files: TensorFiles
-    extra: Sequence[dict[str, Any]]
+    extra: Mapping[int, dict[str, Any]]
 
 
 def open_source(run_dir: Path, round_: int) -> Source:
     """The snapshot of `round_` in a run directory. Raises UsageError where it cannot be read."""
     found = read_snapshot(folder_of(run_dir, round_))
-    files = TensorFiles(found.folder / file_of(server) for server in range(found.manifest.servers))
-    extra = [json.loads(metadata.get(_EXTRA, "{}")) for metadata in files.metadata]
-    return Source(round_, found.manifest.servers, found.manifest.setup, files, extra)
+    manifest = found.manifest
+    wrote = [server for server in range(manifest.servers) if file_of(server) in manifest.files]
+    files = TensorFiles(found.folder / file_of(server) for server in wrote)
+    extra = {server: json.loads(kept.get(_EXTRA, "{}")) for server, kept in zip(wrote, files.metadata, strict=True)}
+    return Source(round_, manifest.servers, manifest.setup, files, extra)
 
 
 class Writer:

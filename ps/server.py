@@ -46,7 +46,6 @@ from common.messages import (
     StatePart,
 )
 from common.no_compiler import no_compiler
-from common.policies import load
 from common.refusals import Refusals
 from common.restart import restart
 from common.watchdog import Watchdog
@@ -65,8 +64,7 @@ from common.wire import (
     send,
 )
 from ps.kv import KvStore
-from ps.push_shard import PushShard
-from ps.round_shard import RoundShard
+from ps.restoring import make_shard
 from ps.saving import Writer, open_source
 from ps.shard import COORDINATOR, KEEPER, AboutCopies, Send, Shard
 
@@ -286,12 +284,10 @@ class _Server:
             self._stamp.sender = welcome.process
             self._stamp.run = welcome.run
             allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
-            policy = load(welcome.settings)
-            kind = RoundShard if policy.applies == "round" else PushShard
             index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
             arm(welcome.process, run_dir)
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
-            self._shard = kind(index, welcome.settings, policy, source)
+            self._shard = make_shard(index, welcome.settings, source)
             self._shard.coordinator = self._attendance.coordinator
             self._shard.device = self._device
             self._shard.restoring = welcome.replaces

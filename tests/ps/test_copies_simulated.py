@@ -11,7 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, ServerProcess, same, sequential, simulate
-from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_head, check_rows, check_same_everywhere, few, some
+from test_rounds_simulated import (
+    PLAIN,
+    SPARE,
+    cases,
+    check_books,
+    check_exact,
+    check_head,
+    check_rows,
+    check_same_everywhere,
+    few,
+    some,
+)
 
 from common.messages import AllNorms, Body, Close
 from common.policies import load
@@ -26,8 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @st.composite
 def killed(draw: st.DrawFn, policy: str, codecs: dict[str, Any] | None = None, **more: Any) -> Case:
     """A run with two servers or more of which some are killed, one after the other."""
+    fewest, most = more.pop("servers", (2, 4))
     case = draw(cases(policy, codecs, **more))
-    servers = draw(st.integers(2, 4))
+    servers = draw(st.integers(fewest, most))
     kills = [
         (draw(st.integers(0, servers - 1)), draw(st.floats(0.2, 6.0)), draw(st.sampled_from([0.1, 2.0, 20.0])))
         for _ in range(draw(st.integers(1, 3)))
@@ -110,6 +122,14 @@ def test_what_was_decided_for_the_server_before_is_no_business_of_one_that_waits
 @some
 @given(killed("sync"))
 def test_sync_keeps_its_bits(case: Case) -> None:
+    outcome = simulate(case)
+    check(outcome)
+    check_exact(outcome)
+
+
+@few
+@given(killed("sync", **SPARE))
+def test_servers_without_a_part_of_the_model(case: Case) -> None:
     outcome = simulate(case)
     check(outcome)
     check_exact(outcome)

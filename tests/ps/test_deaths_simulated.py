@@ -17,6 +17,7 @@ from msgspec import structs
 from simulation import Case, Model, Network, Outcome, Pace, same, simulate
 from test_rounds_simulated import (
     PLAIN,
+    SPARE,
     cases,
     check_books,
     check_dropped_or_counted,
@@ -125,6 +126,13 @@ def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(drawn: tuple[Ca
 @given(data=st.data())
 def test_what_was_applied_at_once_counts_once(policy: str, data: st.DataObject) -> None:
     check_kept(run(data.draw(deaths(policy, **PLAIN))))
+
+
+@pytest.mark.parametrize("policy", ["sync", "ssp"])
+@few
+@given(data=st.data())
+def test_servers_without_a_part_of_the_model(policy: str, data: st.DataObject) -> None:
+    check_kept(run(data.draw(deaths(policy, **SPARE, **({} if policy == "sync" else PLAIN)))))
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])

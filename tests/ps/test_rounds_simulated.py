@@ -42,10 +42,12 @@ def cases(
     whole: bool = False,
     after: int = 0,
     merge: str | None = None,
+    servers: tuple[int, int] = (1, 3),
     **more: Any,
 ) -> Case:
     """A run of few rounds: K not always a power of two, a short last round, more workers than micro-batches, a late one.
-    `whole`: all rounds and micro-batches are of one size. `after`: most rounds after which local steps begin."""
+    `whole`: all rounds and micro-batches are of one size. `after`: most rounds after which local steps begin. `servers`: the
+    fewest and the most."""
     workers = draw(st.integers(1, 4))
     micro_batch = draw(st.integers(1, 3))
     count = draw(st.integers(2, 6))
@@ -66,7 +68,7 @@ def cases(
     return Case(
         Settings(
             workers=workers,
-            servers=draw(st.integers(1, 3)),
+            servers=draw(st.integers(*servers)),
             policy=policy,  # type: ignore[arg-type]
             global_batch=global_batch,
             micro_batch=micro_batch,
@@ -92,6 +94,8 @@ def cases(
 
 
 PLAIN = {"momentum": 0.0, "lr": 1.0}
+#: More servers than the model has chunks, which then are three: one of parameters, and one of each kind of buffer.
+SPARE: dict[str, Any] = {"servers": (4, 6), "chunk_bytes": 4000}
 
 
 def check_books(outcome: Outcome) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from simulation import HEAD, Case, Outcome, Pace, same, sequential, simulate
 from test_rounds_simulated import (
     PLAIN,
+    SPARE,
     cases,
     check_computed_is_counted_or_held,
     check_same_everywhere,
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Other numbers of servers and workers to go on with.
 others = st.tuples(st.integers(1, 3), st.integers(1, 3))
+#: So many that some servers have no part of a model of few chunks.
+more = st.tuples(st.integers(1, 6), st.integers(1, 3))
 
 
 def go_on(case: Case, servers: int, workers: int, both: list[Outcome] | None = None) -> Outcome:
@@ -108,6 +111,20 @@ def test_what_was_applied_ahead_to_sharded_layers_counts_once(case: Case, worker
         found = counted(outcome, tally)
         assert found == pytest.approx([1.0] * len(found), abs=0.02)
     check_same_everywhere(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "ssp", "async", "local"])
+@few
+@given(data=st.data())
+def test_servers_without_a_part_of_the_model_hinder_nobody(policy: str, data: st.DataObject) -> None:
+    case = data.draw(cases(policy, **SPARE, **({} if policy == "sync" else PLAIN)))
+    outcome = go_on(case, *(data.draw(more) if policy != "local" else (3, case.settings.workers)))
+    check_same_everywhere(outcome)
+    if policy == "sync":
+        assert same(sequential(case)[-1], next(iter(outcome.models.values())))
+    elif policy != "local":
+        found = counted(outcome, next(iter(outcome.models.values()))["account"])
+        assert found == pytest.approx([1.0] * len(found), abs=1e-3)
 
 
 def check_same_as_undisturbed(case: Case) -> None:

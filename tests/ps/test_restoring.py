@@ -1,0 +1,34 @@
+"""What `checkpoint verify` says of snapshots with whole files: whether servers can be restored from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from simulation import Case, Pace, simulate
+
+from common import snapshots
+from common.layout import CHUNK_BYTES, make_layout
+from common.settings import PolicyName, Settings
+from ps.restoring import hindrance
+
+
+@pytest.mark.parametrize("policy", ["sync", "async"])
+@pytest.mark.parametrize("servers", [1, 4])
+def test_a_snapshot_restores_if_its_manifest_names_all_files_that_were_written(
+    tmp_path: Path, policy: PolicyName, servers: int
+) -> None:
+    settings = Settings(workers=2, servers=servers, policy=policy, global_batch=8, micro_batch=2)
+    simulate(Case(settings, [Pace(0.1)] * 2, folder=tmp_path, chunk_bytes=CHUNK_BYTES))
+    (folder,) = snapshots.finished(tmp_path)[-1:]
+    whole = snapshots.read(folder)
+    setup, files = whole.manifest.setup, whole.manifest.files
+    owners = make_layout(setup.tensors, servers).owners()
+    assert files.keys() == {snapshots.file_of(server) for server in owners} and len(owners) == min(servers, 3)
+    assert hindrance(whole) == ""
+    for missing in files:
+        rest = {name: entry for name, entry in files.items() if name != missing}
+        snapshots.write_manifest(folder, msgspec.structs.replace(whole.manifest, files=rest))
+        found = snapshots.read(folder)
+        assert not found.damage() and str(folder) in hindrance(found)
