@@ -135,6 +135,7 @@ class Row:
     refused: Collection[str] = ()
     #: Whether the run is to fail, as its harm makes sure of, so that there are no results but its books.
     fails: bool = False
+    servers: int = _SERVERS
 
 
 def rows(churn_s: float, folder: Path) -> dict[str, Row]:
@@ -188,6 +189,9 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "power loss, then --resume": Row(harms.power_loss(damaged=False)),
         "power loss, newest snapshot damaged": Row(harms.power_loss(damaged=True)),
         "launcher killed, then --resume": Row(harms.launcher_killed),
+        "6 servers for 4 chunks, one that has none killed": Row(harms.kill("server-5"), servers=6),
+        "6 servers for 4 chunks, one that has one killed": Row(harms.kill("server-1"), servers=6),
+        "6 servers for 4 chunks, power loss, then --resume on 3": Row(harms.power_loss(False, "--servers", 3), servers=6),
         **_on_the_wire(folder),
         **_not_finite(),
         "disk full for 5 s": Row(harms.fill(5.0), _LONG, on_small_disk=True, bounds=None),
@@ -262,7 +266,7 @@ def measure(row: Row, expected: str, folder: Path) -> Outcome:
         with Processes(folder.with_name(f"{folder.name}-logs"), env) as processes:
             return _look(ByHand(folder, processes, _SERVERS, _WORKERS, *flags, env=row.env), row, expected)
     with harms.small_disk(folder) if row.on_small_disk else nullcontext(folder) as place:
-        size = ("--workers", _WORKERS, "--servers", _SERVERS)
+        size = ("--workers", _WORKERS, "--servers", row.servers)
         return _look(Cluster(place, "--run-dir", place, *flags, *size, env=row.env), row, expected)
 
 

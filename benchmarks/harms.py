@@ -141,8 +141,9 @@ def _slow_down(run: Cluster, pids: Sequence[int], factor: int, seconds: float) -
         tell(signal.SIGCONT)
 
 
-def power_loss(damaged: bool) -> Harm:
-    """All are killed at once, and the run goes on by `--resume`, with a bit of its newest snapshot changed if `damaged`."""
+def power_loss(damaged: bool, *flags: object) -> Harm:
+    """All are killed at once, and the run goes on by `--resume` with `flags`; if `damaged`, a bit of its newest snapshot is
+    changed before."""
 
     def harm(run: Cluster) -> Cluster:
         run.until(lambda: len(run.events("snapshot")) > 1, "second snapshot")
@@ -153,7 +154,7 @@ def power_loss(damaged: bool) -> Harm:
             data = bytearray(file.read_bytes())
             data[-1] ^= 1
             file.write_bytes(data)
-        return Cluster(run.folder, "--resume", run.folder)
+        return Cluster(run.folder, "--resume", run.folder, *flags)
 
     return harm
 

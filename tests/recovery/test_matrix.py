@@ -16,7 +16,13 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.mark.parametrize(
     "name",
-    ["a worker, at receiving", "a server, at applying", "the coordinator, at flushed", "all workers, each at another point"],
+    [
+        "a worker, at receiving",
+        "a server, at applying",
+        "the coordinator, at flushed",
+        "all workers, each at another point",
+        "6 servers for 4 chunks, power loss, then --resume on 3",
+    ],
 )
 def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(undisturbed: str, tmp_path: Path, name: str) -> None:
     outcome = measure(rows(1.0, tmp_path)[name], undisturbed, tmp_path / "run")
