@@ -17,6 +17,7 @@ import click
 from cluster.exits import leave, run_command
 from cluster.flags import Choice, Command, Option, check_address, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+from common.settings import START_S
 
 if TYPE_CHECKING:
     from common.settings import Settings
@@ -32,6 +33,11 @@ _COORDINATOR = click.option(
 _INDEX = click.option(
     "--index", type=click.IntRange(min=0), metavar="N", help="The number this process is to have; by default one that is free."
 )
+_START = click.option(
+    "--start-timeout", "start_s", type=click.FloatRange(0, min_open=True), default=START_S, show_default=True, metavar="X",
+    envvar="PS_START_TIMEOUT",
+    help="Seconds for the coordinator to answer, which may start later; by default those in the environment's PS_START_TIMEOUT.",
+)  # fmt: skip
 _ACCEPT_VERSIONS = (
     "With --resume: go on although the snapshot is of another version of this program or of torch, so that the same bits cannot "
     "be promised."
@@ -168,7 +174,8 @@ def coordinator(
 @click.option("--device", metavar="NAME", default="cpu", show_default=True,
               help="Where layers are that servers compute (ShardedLinear, ColumnParallelLinear), such as cuda:0; all else is in "
               "memory that workers reach.")  # fmt: skip
-def server(coordinator: str, bind: str, index: int | None, device: str) -> None:
+@_START
+def server(coordinator: str, bind: str, index: int | None, device: str, start_s: float) -> None:
     """Be one of a run's servers.
 
     Holds a part of the parameters and updates them, until the run ends.
@@ -177,7 +184,7 @@ def server(coordinator: str, bind: str, index: int | None, device: str) -> None:
     from ps.server import serve
 
     _log_to_stderr()
-    serve(coordinator, bind, index, find_device(device, "--device"))
+    serve(coordinator, bind, index, find_device(device, "--device"), start_s)
 
 
 @cli.command(cls=Command)
@@ -193,6 +200,7 @@ def server(coordinator: str, bind: str, index: int | None, device: str) -> None:
               help="With --colocate: how often the server is started again where it was killed; 0: never.")  # fmt: skip
 @click.option("--respawn-backoff", type=click.FloatRange(0), default=0.5, metavar="X", show_default=True,
               help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
+@_START
 @click.pass_context
 def worker(
     ctx: click.Context,
@@ -203,14 +211,17 @@ def worker(
     server_device: str,
     respawn: int,
     respawn_backoff: float,
+    start_s: float,
 ) -> None:
     """Be one of a run's workers.
 
     Runs SCRIPT with ARGS, or without one the built-in example.
     """
+    from worker import START_VARIABLE
     from worker.script import run_script
 
     _log_to_stderr()
+    os.environ[START_VARIABLE] = str(start_s)  # also the server's beside it
     with ExitStack() as beside:
         if colocate:
             from cluster.colocated import server_beside

@@ -22,7 +22,10 @@ from common.settings import FIELDS, Settings, check_values, choices, make_settin
 
 _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
-_CLUSTER = ("workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "replicas", "silence", "timeout", "away")
+_CLUSTER = (
+    "workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "replicas", "silence", "timeout",
+    "start_timeout", "away",
+)  # fmt: skip
 _POLICIES = choices("policy")
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,12 @@ from common.errors import ClusterError, UsageError
 from common.policies import load
 from common.restart import AGAIN_VARIABLE
 from common.runfiles import SETTINGS_FILE
-from common.settings import Settings
+from common.settings import START_S, Settings
 
-#: Seconds for the coordinator to listen.
-_ADDRESS_S = 30.0
+log = logging.getLogger("cluster.local")
+
+#: Seconds between two lines about what the launcher itself waits for.
+_TELL_S = 10.0
 #: Bytes of snapshots that a coordinator checks in a second before it listens, at least.
 _CHECKED_PER_S = 20e6
 #: Seconds for the fork server to have imported what servers and workers need; after that they do so themselves.
@@ -143,25 +146,31 @@ def start_coordinator(
     resume: bool = False,
     flags: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    start_s: float = START_S,
+    say: Callable[[str], None] = log.info,
 ) -> str:
     """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
     those settings, and `env` is added to its environment.
 
-    Calls `tick`, which waits a moment, and raises if need be. Raises ClusterError where the coordinator does not get so far.
+    Calls `tick`, which waits a moment, and raises if need be, and tells by `say` what is waited for. Raises ClusterError where
+    the coordinator does not get so far within `start_s` seconds, and those that it takes to look at snapshots.
     """
     command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
     command += [*flags, *["--resume"] * resume]
     bind = ["--bind", f"tcp://127.0.0.1:{port}"]
     child = processes.start("coordinator", [*program, *command, *bind], **_threads(1), **(env or {}))
-    patience_s = _ADDRESS_S + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
-    deadline = time.monotonic() + patience_s
-    log = folder / LOGS / "coordinator.log"
+    patience_s = start_s + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
+    told_at = time.monotonic()
+    deadline = told_at + patience_s
     while not (folder / ADDRESS_FILE).exists():
         tick()
+        if time.monotonic() > told_at + _TELL_S:
+            told_at = time.monotonic()
+            say("waits for the coordinator to listen.")
         if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
-            raise ClusterError(f"the coordinator ended at once; its log is {log}.")
+            raise ClusterError(f"the coordinator ended at once; its log is {child.log}.")
         if time.monotonic() > deadline:
-            raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {log}.")
+            raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {child.log}.")
     address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
     child.anew = [*(word for word in child.command if word != "--resume"), "--resume", f"--bind={address}"]
     return address
@@ -214,8 +223,9 @@ class _Local:
             flags = ["--accept-versions"] * order.accept_versions
             env = {**self._screen.alarm.env, **_AGAIN}
             address = start_coordinator(
-                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, env
-            )
+                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, env,
+                settings.start_timeout, self._screen.say,
+            )  # fmt: skip
             deadline = time.monotonic() + _PREPARED_S
             while fork_server.coming and time.monotonic() < deadline:
                 self._tick()

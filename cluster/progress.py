@@ -129,6 +129,8 @@ def _news(event: Event) -> str | None:
             return f"{event.process} is lost: {event.data['why']}; {then}."
         case "restarted":
             return f"all processes begin anew, from the newest snapshot: {event.data['reason']}"
+        case "waiting":
+            return f"the run waits for {event.data['for']}."
         case "rolled back":
             return f"the run goes on from round {event.data['to']}; {event.data['rounds']} rounds are computed again."
     return None

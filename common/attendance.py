@@ -8,14 +8,18 @@ A state machine: `handle` takes what the coordinator sent, `tick` returns what t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from common.settings import START_S
 from common.wire import ASK_AGAIN_S, BEAT_S, STOPPED_S
 
-#: Seconds to wait for the first answer of a coordinator, which may start later than the others.
-FIRST_ANSWER_S = 60.0
+log = logging.getLogger("common.attendance")
+
+#: Seconds between two lines about what this process waits for.
+TELL_S = 10.0
 #: Seconds between two beats at least, however much news there is.
 NEWS_S = 0.1
 
@@ -23,7 +27,8 @@ NEWS_S = 0.1
 class Attendance:
     """One process's standing with the coordinator at `address`."""
 
-    def __init__(self, hello: Hello, address: str, now: float) -> None:
+    def __init__(self, hello: Hello, address: str, now: float, start_s: float = START_S) -> None:
+        """The coordinator has `start_s` seconds to answer, for it may start later than the others."""
         self._hello = hello
         self._address = address
         #: None until the run starts.
@@ -33,7 +38,10 @@ class Attendance:
         #: The incarnation of the coordinator whose word counts: each that takes over the run has a higher one.
         self.coordinator = 0
         self._heard_at = now
-        self._silence_s = FIRST_ANSWER_S
+        self._silence_s = start_s
+        #: What the coordinator waited for when it last said so, and when this process last told what it waits for itself.
+        self._missing = ""
+        self._told_at = now
         self._sent_at = float("-inf")
         self._ticked_at = now
         #: Whether something has happened that the last beat did not tell.
@@ -53,6 +61,8 @@ class Attendance:
                 self._silence_s = body.settings.away
             case Stop():
                 self.stop = body
+            case Beat() if self.welcome is None:
+                self._missing = body.missing
             case Refused(about="Hello"):
                 raise UsageError(body.reason)
 
@@ -62,12 +72,28 @@ class Attendance:
             self._heard_at += stopped_s
         self._ticked_at = now
         if now - self._heard_at > self._silence_s:
-            raise ClusterError(f"the coordinator at {self._address} has not answered for {self._silence_s:.0f} s.")
+            raise ClusterError(self._silence(now) + f"; {self._flag()} says for how long it is waited for.")
+        if now - self._told_at >= TELL_S:
+            self._told_at = now
+            self._tell(now)
         every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else BEAT_S
         if now - self._sent_at < every_s:
             return []
         self._sent_at, self._news = now, False
         return [beat() if self.welcome else self._hello]
+
+    def _tell(self, now: float) -> None:
+        """Say what this process waits for, if it does."""
+        if now - self._heard_at >= TELL_S:
+            log.warning("%s", self._silence(now))
+        elif self.welcome is None:
+            log.info("waits for the run of %s to start: %s", self._address, self._missing or "others are to join")
+
+    def _silence(self, now: float) -> str:
+        return f"the coordinator at {self._address} has not answered for {now - self._heard_at:.0f} s"
+
+    def _flag(self) -> str:
+        return "--start-timeout" if self.welcome is None else "--away"
 
     def beat_soon(self, now: float) -> bool:
         """Have a beat sent as soon as may be, for there is news in it. Whether the next tick will."""

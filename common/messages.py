@@ -95,6 +95,8 @@ class Beat(Body, frozen=True):
     Where many rounds can be open, a worker in round `reached` may be at a micro-batch of an earlier one, and `taken` are those
     (round, micro-batch) that it has taken over and not begun, of other rounds than `round`; and `later` are micro-batches that
     have not arrived at a server, of each of the rounds after its earliest open one.
+
+    To a process that has joined a run which has not started, the coordinator says who is `missing`.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -111,6 +113,7 @@ class Beat(Body, frozen=True):
     reached: CountOrNone = -1
     taken: list[tuple[Count, Count]] = []
     later: list[list[Count]] = []
+    missing: Name = ""
 
 
 class Tables(Body, frozen=True):

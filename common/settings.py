@@ -17,6 +17,9 @@ from msgspec import Meta
 
 from common.errors import UsageError
 
+#: Seconds for all processes of a run to start and find each other, by default.
+START_S = 600.0
+
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
@@ -152,6 +155,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "that a server does not answer, where others can do what it had."
         ),
     ] = 300.0
+
+    start_timeout: Annotated[
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds for all servers and workers to be there; before that nothing is trained, and every 10 s a line says who is "
+            "missing. The servers and workers have a flag of the same name, for the coordinator to answer."
+        ),
+    ] = START_S
 
     away: Annotated[
         float,

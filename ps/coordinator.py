@@ -329,14 +329,32 @@ class Coordinator:
             self._flush()
         elif self.journal.is_due(now):
             self._flush()
-        if self._ledger.planned and now >= self._told_at + _TELL_S:
+        if now >= self._told_at + _TELL_S:
             self._told_at = now
-            log.info("round %d of %d, loss %s", self._ledger.committed, self._ledger.planned, self._loss())
-            if (refused := self._refused()) != self._told_refused:
-                self._told_refused = refused
-                self._log.event(Event("refused", "coordinator", dict(refused)))
+            self._tell_how_far(now)
         self._take_snapshots(now)
         self._check_deadline(now)
+
+    def _tell_how_far(self, now: float) -> None:
+        """Say which round it is, or who is missing."""
+        if missing := self._missing(now):
+            log.info("waits for %s", missing)
+            self._log.event(Event("waiting", "coordinator", {"for": missing}))
+        if self._ledger.planned:
+            log.info("round %d of %d, loss %s", self._ledger.committed, self._ledger.planned, self._loss())
+        if (refused := self._refused()) != self._told_refused:
+            self._told_refused = refused
+            self._log.event(Event("refused", "coordinator", dict(refused)))
+
+    def _missing(self, now: float) -> str:
+        """Who has to do something before anything moves; '' while something moves."""
+        if not self._membership.started:
+            return self._membership.missing()
+        if awaited := self._membership.awaited():
+            return awaited
+        if now < self._progressed_at + _TELL_S or not (names := self._whom_all_wait_for()):
+            return ""
+        return f"{names}; nothing has moved for {now - self._progressed_at:.0f} s"
 
     def _forget(self) -> None:
         """Keep nothing but the names of workers that have joined and never took part."""

@@ -13,6 +13,7 @@ A state machine without a socket or a clock. Invariants:
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,16 +22,17 @@ from common.errors import ClusterError
 from common.leases import Table, shares
 from common.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
 from common.policies import Policy
+from common.runlog import some
 from common.settings import Settings
 from common.wire import ASK_AGAIN_S, BEAT_S, STOPPED_S
 
-#: Seconds that processes have to join before the run is given up.
-JOIN_S = 120.0
 #: Seconds of silence after which a process counts as lost, unless the settings say otherwise: a worker on the coordinator's own
 #: host whose work others can do, and all else, where a false alarm costs more.
 NEAR_S = 3.0
 FAR_S = 15.0
 _LONGEST_S = 60.0
+#: Characters of a text on who is missing.
+_LONGEST_TEXT = 600
 #: Seconds between two looks at whether shares should follow the measured speeds.
 RESHARE_S = 2.0
 #: One that has been silent for so long has died, if another is there to take its place; else the newcomer is refused after so
@@ -201,8 +203,8 @@ class Membership:
         if self.started:
             told = self._change() if member.proven or taken is not None else []
             return member, [("", self._answer(member)), *told]
-        if self._missing():
-            return member, [("", Beat())]
+        if self._lacks("server") or self._lacks("worker"):
+            return member, [("", self._answer(member))]
         return member, self._start()
 
     def _is_free(self, role: str, number: int) -> bool:
@@ -294,7 +296,7 @@ class Membership:
 
     def _answer(self, member: Member) -> Body:
         if not self.started:
-            return Beat()
+            return Beat(missing=self.missing())
         return Welcome(
             member.name, self.run, self.settings, self.peers, self.tables, self._run_dir, self._resume, member.replaces
         )
@@ -333,8 +335,10 @@ class Membership:
             fewer = len(self.names("server")) == self.settings.servers and self.names("worker")
             if fewer and now - self._began_at > self.fewer_after_s:
                 return self._start()
-            if now - self._began_at > JOIN_S:
-                raise ClusterError(f"{self._missing()} did not join within {JOIN_S:.0f} s.")
+            if now - self._began_at > self.settings.start_timeout:
+                raise ClusterError(
+                    f"{self.missing()} did not join within {self.settings.start_timeout:g} s, as --start-timeout says."
+                )
             return []
         if self._is_change_due or any(member.proven for member, _ in lost):
             return self._change()
@@ -415,10 +419,32 @@ class Membership:
     def _to_workers(self, body: Body) -> list[tuple[str, Body]]:
         return [(name, body) for name in self.names("worker")]
 
-    def _missing(self) -> str:
-        roles = [("server", self.settings.servers), ("worker", self.settings.workers)]
-        there = {role: sum(member.active for member in self._of(role).values()) for role, _ in roles}
-        return " and ".join(f"{n - there[role]} of {n} {role}s" for role, n in roles if there[role] < n)
+    def _lacks(self, role: str) -> int:
+        """How many more of `role` are to join before the run starts."""
+        there = sum(member.active for member in self._of(role).values())
+        return max(0, self._wanted(role) - there)
+
+    def _wanted(self, role: str) -> int:
+        return self.settings.servers if role == "server" else self.settings.workers
+
+    def missing(self) -> str:
+        """Who is to join before the run starts, by role and number, and on which hosts the others are."""
+        lacks = []
+        for role in ("server", "worker"):
+            if count := self._lacks(role):
+                free = (name for n in itertools.count() if (name := f"{role}-{n}") not in self.members)
+                names = some(list(itertools.islice(free, count)))
+                lacks.append(f"{names} ({count} of {self._wanted(role)} {role}{'s' * (self._wanted(role) > 1)})")
+        there = [f"{member.name} on {member.hello.host}" for member in self.members.values() if member.active]
+        here = f"; {some(there)} {'is' if len(there) == 1 else 'are'} there" if there else ""
+        return f"{' and '.join(lacks)}{here}"[:_LONGEST_TEXT]
+
+    def awaited(self) -> str:
+        """Who is to join for a run that has started to go on, and who was there before it; '' if nobody is."""
+        gone = [member for member in self.servers.values() if member.lost]
+        if not gone and self.awaits_workers:
+            gone = [member for member in self.workers.values() if member.lost or member.early]
+        return some([f"another process in the place of {m.name}, which was on {m.hello.host}" for m in gone])[:_LONGEST_TEXT]
 
     # ---- shares
 

@@ -48,6 +48,7 @@ from common.messages import (
 from common.no_compiler import no_compiler
 from common.refusals import Refusals
 from common.restart import restart
+from common.settings import START_S
 from common.watchdog import Watchdog
 from common.wire import (
     BEAT_S,
@@ -79,24 +80,31 @@ _CPU = torch.device("cpu")
 _TICK_MS = 20
 
 
-def serve(coordinator: str, bind: str, index: int | None, device: torch.device) -> None:
+def serve(coordinator: str, bind: str, index: int | None, device: torch.device, start_s: float = START_S) -> None:
     """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends; what it computes is on `device`.
 
-    Raises UsageError if it cannot listen or is refused, ClusterError if the run fails or the coordinator falls silent.
+    The coordinator has `start_s` seconds to answer. Raises UsageError if it cannot listen or is refused, ClusterError if the run
+    fails or the coordinator falls silent.
     """
     torch.set_num_threads(1)
     keep_memory()
     context: zmq.Context[Any] = zmq.Context()
     try:
         with no_compiler():
-            _Server(context, coordinator, bind, index, device).run()
+            _Server(context, coordinator, bind, index, device, start_s).run()
     finally:
         context.destroy(linger=1000)
 
 
 class _Server:
     def __init__(
-        self, context: zmq.Context[Any], coordinator: str, bind: str, index: int | None, device: torch.device = _CPU
+        self,
+        context: zmq.Context[Any],
+        coordinator: str,
+        bind: str,
+        index: int | None,
+        device: torch.device = _CPU,
+        start_s: float = START_S,
     ) -> None:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
@@ -108,7 +116,7 @@ class _Server:
         self._poller = zmq.Poller()
         address = advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid())
-        self._attendance = Attendance(hello, coordinator, time.monotonic())
+        self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
         self._told, self._breathed_at = Beat("starting"), float("-inf")
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())

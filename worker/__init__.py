@@ -25,8 +25,8 @@ __all__ = ["ArcFace", "ColumnParallelLinear", "CosFace", "ShardedLinear", "embed
 ADDRESS_VARIABLE = "PS_COORDINATOR"
 INDEX_VARIABLE = "PS_WORKER_INDEX"
 
-#: Seconds to wait for all processes of a run to be there.
-_START_S = 180.0
+#: Seconds that the coordinator has to answer, where they are not the default.
+START_VARIABLE = "PS_START_TIMEOUT"
 
 
 def join() -> Run:
@@ -42,6 +42,7 @@ def join() -> Run:
     from common.errors import NoAnswer
     from common.messages import Hello
     from common.restart import LEAVE_SIGNAL
+    from common.settings import START_S
     from worker.link import Link
     from worker.run import Run, describe_failure
 
@@ -57,7 +58,8 @@ def join() -> Run:
     }
     index = os.environ.get(INDEX_VARIABLE)
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic)
-    run = Run(Link(address, hello), _START_S)
+    start_s = float(os.environ.get(START_VARIABLE, START_S))
+    run = Run(Link(address, hello, start_s))
     if threading.current_thread() is threading.main_thread():
         signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
     before = sys.excepthook

@@ -23,6 +23,7 @@ from common.failpoints import failpoint
 from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
 from common.refusals import Refusals
 from common.restart import restart
+from common.settings import START_S
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
 from worker.exchange import Send
 
@@ -43,7 +44,8 @@ class Link:
     `on_replaced(server)` when a server is another process from now on.
     """
 
-    def __init__(self, coordinator: str, hello: Hello) -> None:
+    def __init__(self, coordinator: str, hello: Hello, start_s: float = START_S) -> None:
+        """The coordinator has `start_s` seconds to answer."""
         self.lock = threading.Condition()
         self.on_message: Callable[[str, Body, Frames], None] = lambda sender, body, frames: None
         self.on_tick: Callable[[float], list[Send]] = lambda now: []
@@ -57,7 +59,7 @@ class Link:
         self._names: dict[Any, str] = {}
         self._peers: list[Peer] = []
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
-        self._attendance = Attendance(hello, coordinator, time.monotonic())
+        self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Refusals(log)
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
         self._waits_for: Callable[[], str] | None = None
@@ -159,9 +161,10 @@ class Link:
         if stop is not None and not stop.ok:
             raise ClusterError(f"stopped because {stop.reason}")
 
-    def joined(self, timeout: float) -> Welcome:
-        """Block until the run starts. Raises ClusterError if it ends first."""
-        self.wait(lambda: self._attendance.welcome or self.stopped, timeout, lambda: f"the run of {self._address} to start")
+    def joined(self) -> Welcome:
+        """Block until the run starts, for as long as the coordinator answers. Raises ClusterError if it ends first."""
+        what = f"the run of {self._address} to start"
+        self.wait(lambda: self._attendance.welcome or self.stopped, float("inf"), lambda: what)
         if self._attendance.welcome is None:
             raise ClusterError(f"the run of {self._address} has just ended.")
         return self._attendance.welcome

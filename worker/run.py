@@ -95,9 +95,9 @@ M = TypeVar("M", bound=nn.Module)
 class Run:
     """A script's part in a run. Made by `worker.join`."""
 
-    def __init__(self, link: Link, timeout: float) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        welcome = link.joined(timeout)
+        welcome = link.joined()
         #: What was set about the run, by flags or file.
         self.settings: Settings = welcome.settings
         #: This worker's number, from 0.

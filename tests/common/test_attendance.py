@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.attendance import FIRST_ANSWER_S, NEWS_S, Attendance
+from common.attendance import NEWS_S, TELL_S, Attendance
 from common.errors import ClusterError, UsageError
 from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
-from common.settings import Settings
+from common.settings import START_S, Settings
 from common.wire import ASK_AGAIN_S, BEAT_S
 
 HELLO = Hello("worker", 3)
@@ -61,9 +61,38 @@ def test_a_refusal_to_join_is_raised_with_its_reason_and_another_is_not() -> Non
 
 def test_a_coordinator_that_never_answers_is_named() -> None:
     attendance = Attendance(HELLO, "tcp://c:1", 10.0)
-    sent(attendance, 9.9 + FIRST_ANSWER_S, since=10.0)
-    with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {FIRST_ANSWER_S:.0f} s"):
-        attendance.tick(10.1 + FIRST_ANSWER_S, beat)
+    sent(attendance, 9.9 + START_S, step=0.5, since=10.0)
+    with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {START_S:.0f} s; --start-timeout says"):
+        attendance.tick(10.1 + START_S, beat)
+
+
+def test_it_has_as_many_seconds_to_answer_as_were_given() -> None:
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0, start_s=30.0)
+    sent(attendance, 29.9)
+    with pytest.raises(ClusterError, match="30 s"):
+        attendance.tick(30.1, beat)
+
+
+def test_every_ten_seconds_a_line_says_what_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    attendance = Attendance(HELLO, "tcp://c:1", 0.0)
+    sent(attendance, 2 * TELL_S + 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the coordinator at tcp://c:1 has not answered for {seconds} s" for seconds in (10, 20)
+    ]
+    caplog.clear()
+    since = 2 * TELL_S + 1
+    while since < 4 * TELL_S + 5:
+        attendance.handle(Beat(missing="server-1 (1 of 2 servers)"), since)
+        sent(attendance, since + 1, since=since)
+        since += 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "waits for the run of tcp://c:1 to start: server-1 (1 of 2 servers)"
+    ] * 2
+    caplog.clear()
+    attendance.handle(WELCOME, since)
+    sent(attendance, since + TELL_S + 1, since=since)
+    assert [record.getMessage() for record in caplog.records] == ["the coordinator at tcp://c:1 has not answered for 10 s"]
 
 
 def test_time_in_which_this_process_was_stopped_is_not_the_coordinators_silence() -> None:

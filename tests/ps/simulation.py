@@ -865,7 +865,7 @@ class WorkerProcess(Process):
     def script(self) -> None:
         """What a user writes; only for the real worker."""
         case, world = self.world.case, self.world
-        run = self.run = Run(self.link, 180.0)
+        run = self.run = Run(self.link)
         self._welcomed_at = world.now
         run.merge_by(lambda model: 0.0)
         model = run.replicate(self.model)
@@ -894,7 +894,7 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
         if self.pace.fails_s < float("inf"):
             self.world.at(self.world.now + self.pace.fails_s, self._fail)
-        run = self.run = Run(self.link, 180.0)
+        run = self.run = Run(self.link)
         run.merge_by(lambda model: 0.0)
         run.replicate(self.model)
         groups = self.model.groups()

@@ -49,7 +49,7 @@ def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path) -> None:
             sock, address = router(context, "tcp://127.0.0.1:0")
             coordinator = Coordinator(sock, Settings(), tmp_path)
             link = Link(address, Hello("worker"))
-            joined = threads.submit(link.joined, 30.0)
+            joined = threads.submit(link.joined)
             while not joined.done():
                 coordinator._tell(Stop(True))
             assert str(joined.exception()) == f"the run of {address} has just ended."

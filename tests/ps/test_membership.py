@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from common.errors import ClusterError
@@ -317,6 +319,22 @@ def test_thousands_of_workers_join_one_as_quickly_as_another() -> None:
 
 
 def test_processes_that_do_not_join_are_told() -> None:
-    membership = joining(1)
-    with pytest.raises(ClusterError, match="1 of 1 workers did not join"):
-        membership.tick(1000.0)
+    membership = joining(3)
+    membership.hello(Hello("worker", 1, host="far"), 2, 0.0)
+    text = "worker-0 and worker-2 (2 of 3 workers); server-0 on  and worker-1 on far are there"
+    assert membership.missing() == text
+    with pytest.raises(ClusterError, match=f"{re.escape(text)} did not join within 600 s, as --start-timeout says"):
+        membership.tick(601.0)
+
+
+def test_who_joins_before_the_others_is_told_who_is_missing() -> None:
+    membership = joining(2)
+    _, answers = membership.hello(Hello("worker", host="far"), 2, 0.0)
+    assert answers == [("", Beat(missing="worker-1 (1 of 2 workers); server-0 on  and worker-0 on far are there"))]
+
+
+def test_a_server_whose_place_is_free_is_awaited_by_name_and_host() -> None:
+    membership = started(2, replicas=0)
+    assert membership.awaited() == ""
+    membership.servers["server-0"].lost = True
+    assert membership.awaited() == "another process in the place of server-0, which was on "
