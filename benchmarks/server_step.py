@@ -41,7 +41,7 @@ def cli(values: int, contributions: int, times: int) -> None:
     source, target = torch.ones(values), torch.ones(values)
     for name, (optimizer, settings, states) in _OPTIMIZERS.items():
         layout = make_layout([TensorSpec("w", [values], "float32", 0)], 1)
-        store = Store(layout, 0, Update(optimizer, [settings]), load(Settings()))
+        store = Store(layout, 0, Update(optimizer, [{**settings}]), load(Settings()))
         planes, turn = Planes(layout.on(0), 2, shared=True), [0]
         total = {c.id: [Sum(torch.randn(c.numel), 1, scale=64.0) for _ in range(contributions)] for c in layout.on(0)}
 

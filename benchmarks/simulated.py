@@ -188,7 +188,7 @@ class _Worker:
 
     def handle(self, name: str, header: Any) -> None:
         """Raises PsError where the run has failed or this worker is refused."""
-        body = self._stamp.decode(header).body
+        body = self._stamp.open(header).read()
         now = time.monotonic()
         if name == COORDINATOR:
             self.attendance.handle(body, now)

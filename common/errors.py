@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """`text` on one line, without anything that would be more than letters on a terminal or in a log."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
 class PsError(Exception):
     """Base of every error this project raises on purpose; its text is a whole sentence for a person."""
 
@@ -19,7 +24,7 @@ class WireError(PsError):
     """
 
     def __init__(self, text: str, kind: str = "unfit") -> None:
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in text))
+        super().__init__(printable(text))
         self.kind = kind
 
 

@@ -44,7 +44,7 @@ _BYTES = {name: size for name, (size, _) in _DTYPES.items()}
 class TensorSpec(msgspec.Struct, frozen=True):
     """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model."""
 
-    name: str
+    name: Name
     shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
     dtype: Name
     group: CountOrNone
@@ -68,7 +68,7 @@ class TableSpec(msgspec.Struct, frozen=True):
     """A float32 parameter of which only rows are sent: `rows` x `dim`. It is in no chunk; `common/rows.py` says which server has
     what of it. `std`: servers draw its first values, with that standard deviation; None: worker 0 sends them."""
 
-    name: str
+    name: Name
     rows: Positive
     dim: Positive
     group: Count

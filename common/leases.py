@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import msgspec
 
-from common.bounds import Count, Name
+from common.bounds import Count, Many, Name
 
 
 class Table(msgspec.Struct, frozen=True, dict=True):
@@ -21,8 +21,8 @@ class Table(msgspec.Struct, frozen=True, dict=True):
 
     epoch: Count
     from_round: Count
-    workers: list[Name]
-    weights: list[Count]
+    workers: Many[Name]
+    weights: Many[Count]
 
     def __post_init__(self) -> None:
         if len(self.workers) != len(self.weights) or not any(self.weights):

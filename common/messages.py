@@ -7,23 +7,36 @@ and every message may be lost, repeated or late. docs/design.md says who sends w
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from common.bounds import Amount, Count, CountOrNone, Name
+from common.bounds import Amount, ByName, Count, CountOrNone, Few, Hypers, Many, Name, Text
+from common.errors import UsageError, WireError, printable
 from common.layout import ClassSpec, TableSpec, TensorSpec
 from common.leases import Table
 from common.plan import Segment
+from common.refusals import Kind
 from common.settings import Settings
 from common.shared import Handle
 
+T = TypeVar("T")
+
 #: Means of a micro-batch's metrics x samples, and the samples, by name.
-Sums = Annotated[dict[Name, tuple[float, Amount]], msgspec.Meta(max_length=1000)]
+Sums = ByName[tuple[float, Amount]]
+#: Micro-batches that a Beat tells of, the first ones, in each of its lists: it is kept, and every process has one.
+MOST_TOLD = 1 << 14
+Told = Annotated[list[Count], msgspec.Meta(max_length=MOST_TOLD)]
+_MOST_REASON = 4000
 
 
 class Body(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of all messages."""
+
+
+def _keep_printable(message: Refused | Stop | Saved | Goodbye) -> None:
+    """Cut the reason to what may be sent, and leave nothing in it that would be more than letters on a terminal or in a log."""
+    msgspec.structs.force_setattr(message, "reason", printable(message.reason)[:_MOST_REASON])
 
 
 # ---- joining (server or worker <-> coordinator)
@@ -37,7 +50,7 @@ class Hello(Body, frozen=True):
     address: Annotated[str, msgspec.Meta(max_length=300)] = ""
     host: Annotated[str, msgspec.Meta(max_length=300)] = ""
     pid: Count = 0
-    arithmetic: dict[str, str] = {}
+    arithmetic: ByName[Name] = {}
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):
@@ -52,12 +65,12 @@ class Welcome(Body, frozen=True):
     coordinator is; the run goes on from the snapshot of round `resume` in it (-1: it begins). `replaces`: you are in the place
     of a server that is gone, and the next one has a copy of its shard."""
 
-    process: str
-    run: str
+    process: Name
+    run: Name
     settings: Settings
-    servers: list[Peer]
-    tables: Annotated[list[Table], msgspec.Meta(min_length=1)]
-    run_dir: str = ""
+    servers: Many[Peer]
+    tables: Annotated[list[Table], msgspec.Meta(min_length=1, max_length=1000)]
+    run_dir: Text = ""
     resume: int = -1
     replaces: bool = False
 
@@ -65,8 +78,11 @@ class Welcome(Body, frozen=True):
 class Refused(Body, frozen=True):
     """No, and why, in a sentence. `about` is the type of the refused message."""
 
-    about: str
-    reason: str
+    about: Name
+    reason: Text
+
+    def __post_init__(self) -> None:
+        _keep_printable(self)
 
 
 # ---- staying in touch
@@ -102,25 +118,29 @@ class Beat(Body, frozen=True):
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
     round: CountOrNone = -1
     at: CountOrNone = -1
-    left: list[Count] = []
-    sent: list[Count] = []
+    left: Told = []
+    sent: Told = []
     seconds: Amount = 0.0
     rate: Amount = 0.0
     transfer: Amount = 0.0
     traffic: Traffic = Traffic()
-    keeps: list[Count] = []
-    refused: dict[Name, Count] = {}
+    keeps: Few[Count] = []
+    refused: Annotated[dict[Kind, Count], msgspec.Meta(max_length=20)] = {}
     reached: CountOrNone = -1
-    taken: list[tuple[Count, Count]] = []
-    later: list[list[Count]] = []
+    taken: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MOST_TOLD)] = []
+    later: Annotated[list[Told], msgspec.Meta(max_length=MOST_TOLD)] = []
     missing: Name = ""
+
+    def __post_init__(self) -> None:
+        if self.later and sum(map(len, self.later)) > MOST_TOLD:
+            raise ValueError(f"more than {MOST_TOLD} micro-batches are told to be missing in later rounds")
 
 
 class Tables(Body, frozen=True):
     """The shares in force from some rounds on, oldest first; a new one opens a membership epoch. The servers are these."""
 
-    tables: Annotated[list[Table], msgspec.Meta(min_length=1)]
-    servers: list[Peer] = []
+    tables: Annotated[list[Table], msgspec.Meta(min_length=1, max_length=1000)]
+    servers: Many[Peer] = []
 
 
 class Waiting(Body, frozen=True):
@@ -143,8 +163,8 @@ class Lost(Body, frozen=True):
     nothing for them. The servers are these. Who knows it has that epoch in its headers."""
 
     epoch: Count
-    workers: list[Name]
-    servers: list[Peer] = []
+    workers: Many[Name]
+    servers: Many[Peer] = []
 
 
 class Stop(Body, frozen=True):
@@ -152,8 +172,11 @@ class Stop(Body, frozen=True):
     just without you, so begin anew."""
 
     ok: bool
-    reason: str = ""
+    reason: Text = ""
     again: bool = False
+
+    def __post_init__(self) -> None:
+        _keep_printable(self)
 
 
 # ---- setting up (worker -> coordinator and servers)
@@ -166,18 +189,18 @@ class Update(msgspec.Struct, frozen=True):
     groups' arguments. `clip_norm` bounds the gradient's norm over all servers.
     """
 
-    optimizer: str | None
-    groups: list[dict[str, Any]]
+    optimizer: Name | None
+    groups: Many[Hypers]
     clip_norm: float | None = None
 
 
 class Setup(Body, frozen=True):
     """This is the model and its optimizer. The first one defines them; every other must be the same."""
 
-    tensors: list[TensorSpec]
+    tensors: Many[TensorSpec]
     update: Update
-    tables: list[TableSpec] = []
-    classifiers: list[ClassSpec] = []
+    tables: Many[TableSpec] = []
+    classifiers: Many[ClassSpec] = []
 
 
 class Plan(Body, frozen=True):
@@ -190,7 +213,7 @@ class Ready(Body, frozen=True):
     """Setup, Plan or Init number `id` is known here. In answer to Setup, `lacks` says that this server has no first weights yet,
     or, of the coordinator, that whoever asks is the one to send them."""
 
-    about: str
+    about: Name
     id: Count = 0
     lacks: bool = False
 
@@ -198,7 +221,7 @@ class Ready(Body, frozen=True):
 class Init(Body, frozen=True):
     """Weights to start from: one frame of weights (in their own dtype) for each of `chunks`. Only the first copy counts."""
 
-    chunks: list[Count]
+    chunks: Many[Count]
 
 
 class Share(Body, frozen=True):
@@ -237,15 +260,15 @@ class Push(Body, frozen=True):
     hi: Count
     samples: Count
     micro_batches: Count
-    chunks: list[Count]
-    present: list[int]
+    chunks: Many[Count]
+    present: Many[int]
     base: Count = 0
     metrics: Sums | None = None
-    hypers: list[dict[str, Any]] = []
+    hypers: Many[Hypers] = []
     slot: CountOrNone = -1
     scale: float = 1.0
     stage: Literal["whole", "early", "confirm"] = "whole"
-    coded: list[Count] = []
+    coded: Many[Count] = []
     finite: bool = True
     weight: Count = 0
 
@@ -262,10 +285,10 @@ class Ack(Body, frozen=True):
     round: Count
     lo: Count
     hi: Count
-    chunks: list[Count]
+    chunks: Many[Count]
     metrics: bool = False
     early: bool = False
-    ignored: list[Count] = []
+    ignored: Many[Count] = []
 
 
 class Owed(Body, frozen=True):
@@ -275,11 +298,11 @@ class Owed(Body, frozen=True):
     which is in this; from a server it is what that worker is to send. Answered by Ready with its `number`."""
 
     chunk: CountOrNone = -1
-    names: list[Name] = []
+    names: Few[Name] = []
     of: Count = 0
     number: Count = 0
     cut: CountOrNone = -1
-    taken: list[Count] = []
+    taken: Many[Count] = []
 
 
 class Pull(Body, frozen=True):
@@ -292,7 +315,7 @@ class Pull(Body, frozen=True):
 
     clock: Count
     number: Count = 0
-    have: list[Count] = []
+    have: Many[Count] = []
     settled: bool = False
     shared: bool = False
     plane: CountOrNone = -1
@@ -308,10 +331,10 @@ class Weights(Body, frozen=True):
 
     clock: Count
     version: Count
-    chunks: list[Count]
+    chunks: Many[Count]
     closed: bool = False
     plane: CountOrNone = -1
-    coded: list[Count] = []
+    coded: Many[Count] = []
     cut: CountOrNone = -1
 
 
@@ -319,7 +342,7 @@ class Got(Body, frozen=True):
     """The frames of these chunks of the weights for round `clock` are here: there is room for more."""
 
     clock: Count
-    chunks: list[Count]
+    chunks: Many[Count]
 
 
 class Gone(Body, frozen=True):
@@ -371,9 +394,9 @@ class RowPush(Body, frozen=True):
     lo: Count
     hi: Count
     samples: Count
-    counts: list[CountOrNone]
+    counts: Many[CountOrNone]
     base: Count = 0
-    hypers: list[dict[str, Any]] = []
+    hypers: Many[Hypers] = []
     finite: bool = True
 
 
@@ -450,11 +473,11 @@ class ClassPush(Body, frozen=True):
     lo: Count
     hi: Count
     samples: Count
-    uses: list[Use]
-    hypers: list[dict[str, Any]] = []
+    uses: Many[Use]
+    hypers: Many[Hypers] = []
     base: Count = 0
     finite: bool = True
-    asked: list[Classify] = []
+    asked: Many[Classify] = []
 
 
 class ClassAck(Body, frozen=True):
@@ -488,7 +511,7 @@ class Committed(msgspec.Struct, frozen=True):
     samples: Count
     micro_batches: Count
     dropped: Count
-    metrics: dict[str, float]
+    metrics: ByName[float]
 
 
 class Report(Body, frozen=True):
@@ -498,10 +521,10 @@ class Report(Body, frozen=True):
 
     seq: Count
     version: Count
-    rounds: list[Committed] = []
-    contributions: list[Contribution] = []
+    rounds: Many[Committed] = []
+    contributions: Many[Contribution] = []
     again: bool = False
-    left_out: list[Contribution] = []
+    left_out: Many[Contribution] = []
 
 
 class ReportAck(Body, frozen=True):
@@ -518,7 +541,7 @@ class Arrived(Body, frozen=True):
     """
 
     round: Count
-    ks: list[Count]
+    ks: Many[Count]
     coordinator: int = 0
 
 
@@ -526,7 +549,7 @@ class Close(Body, frozen=True):
     """`backup`: apply the round with exactly these micro-batches."""
 
     round: Count
-    ks: list[Count]
+    ks: Many[Count]
 
 
 class Norms(Body, frozen=True):
@@ -534,7 +557,7 @@ class Norms(Body, frozen=True):
     which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `Arrived` is."""
 
     round: Count
-    norms: list[tuple[Count, Count, float]]
+    norms: Many[tuple[Count, Count, float]]
     coordinator: int = 0
 
 
@@ -542,7 +565,7 @@ class AllNorms(Body, frozen=True):
     """Gradient norms of all servers' pieces, sorted."""
 
     round: Count
-    norms: list[tuple[Count, Count, float]]
+    norms: Many[tuple[Count, Count, float]]
 
 
 class Cut(Body, frozen=True):
@@ -562,10 +585,13 @@ class Saved(Body, frozen=True):
 
     round: Count
     state: Literal["waits", "missed", "writing", "written", "failed"]
-    sha256: str = ""
+    sha256: Name = ""
     bytes: Count = 0
-    reason: str = ""
+    reason: Text = ""
     done: Count = 0
+
+    def __post_init__(self) -> None:
+        _keep_printable(self)
 
 
 # ---- copies of shards (server <-> the server that keeps a copy of its shard)
@@ -578,7 +604,7 @@ class Forward(Body, frozen=True):
     round: Count
     chunk: Count
     present: int = 0
-    hypers: dict[str, Any] = {}
+    hypers: Hypers = {}
     factor: float | None = None
 
 
@@ -588,8 +614,8 @@ class ForwardRows(Body, frozen=True):
 
     round: Count
     samples: Count
-    counts: list[CountOrNone]
-    hypers: list[dict[str, Any]] = []
+    counts: Many[CountOrNone]
+    hypers: Many[Hypers] = []
     factor: float | None = None
 
 
@@ -609,8 +635,8 @@ class ForwardClasses(Body, frozen=True):
 
     round: Count
     samples: Count
-    terms: list[TermsOf]
-    hypers: list[dict[str, Any]] = []
+    terms: Many[TermsOf]
+    hypers: Many[Hypers] = []
     factor: float | None = None
 
 
@@ -619,8 +645,8 @@ class Filed(Body, frozen=True):
     rounds below `reported`. Answered by Kept."""
 
     round: Count
-    rounds: list[Committed] = []
-    contributions: list[Contribution] = []
+    rounds: Many[Committed] = []
+    contributions: Many[Contribution] = []
     reported: Count = 0
 
 
@@ -642,8 +668,8 @@ class State(Body, frozen=True):
     round: Count
     parts: Count
     setup: Setup
-    segments: list[Segment]
-    filed: list[Filed] = []
+    segments: Many[Segment]
+    filed: Many[Filed] = []
     pending: ForwardClasses | None = None
 
 
@@ -655,7 +681,7 @@ class StatePart(Body, frozen=True):
     number: Count
     name: Name
     dtype: Name
-    shape: list[Count]
+    shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
     first: CountOrNone = -1
 
 
@@ -674,7 +700,7 @@ class Mean(Body, frozen=True):
     """What is the mean of metric `name` over `epoch`? Answered by the same with `value`, final once `complete`."""
 
     epoch: Count
-    name: str
+    name: Name
     value: float | None = None
     complete: bool = False
 
@@ -684,7 +710,7 @@ class Metrics(Body, frozen=True):
 
     id: Count
     round: Count
-    values: Annotated[dict[Name, float], msgspec.Meta(max_length=1000)]
+    values: ByName[float]
 
 
 class Goodbye(Body, frozen=True):
@@ -692,9 +718,12 @@ class Goodbye(Body, frozen=True):
     goes on; answered by Stop, and others do what I have not done. `cut_off`: I failed as a server did not answer me, which may
     well answer others."""
 
-    reason: str = ""
+    reason: Text = ""
     early: bool = False
     cut_off: bool = False
+
+    def __post_init__(self) -> None:
+        _keep_printable(self)
 
 
 class Upload(Body, frozen=True):
@@ -706,7 +735,7 @@ class ModelPart(Body, frozen=True):
 
     part: Count
     parts: Count
-    weights_sha256: str = ""
+    weights_sha256: Name = ""
 
 
 # ---- key-value store (worker <-> server)
@@ -738,7 +767,7 @@ class KvReply(Body, frozen=True):
 
     id: Count
     version: Count
-    dtype: str = ""
+    dtype: Name = ""
 
 
 Message = (
@@ -751,13 +780,36 @@ Message = (
 )  # fmt: skip
 
 
+#: Bytes that a Hello may have.
+_MOST_HELLO_BYTES = 64 << 10
+_MESSAGE = msgspec.msgpack.Decoder(Message)
+_HELLO = msgspec.msgpack.Decoder(Hello)
+
+
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """What every header carries. `run` is empty until the coordinator's Welcome has told it; `epoch` is the newest
-    membership epoch of which the sender has been told: a worker its shares, a server its losses; 0 elsewhere."""
+    membership epoch of which the sender has been told: a worker its shares, a server its losses; 0 elsewhere. The message
+    itself is bytes until it is known from whom they are: a stranger's are never decoded, unless they say Hello."""
 
     protocol: int
     run: Name
     sender: Name
     incarnation: Count
     epoch: Count
-    body: Message
+    body: msgspec.Raw
+
+    def read(self) -> Message:
+        """The message. Raises WireError unless it is one."""
+        return self._decoded(_MESSAGE)
+
+    def read_hello(self) -> Hello:
+        """The same of somebody unknown, from whom only a Hello is taken."""
+        if memoryview(self.body).nbytes > _MOST_HELLO_BYTES:
+            raise WireError(f"a Hello of more than {_MOST_HELLO_BYTES} bytes", "oversized")
+        return self._decoded(_HELLO)
+
+    def _decoded(self, decoder: msgspec.msgpack.Decoder[T]) -> T:
+        try:
+            return decoder.decode(self.body)
+        except (msgspec.DecodeError, UnicodeDecodeError, UsageError, RecursionError) as error:
+            raise WireError(f"a message of {self.sender or 'a peer'} could not be read: {error}", "malformed") from None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from typing import Literal, cast
 
 from common.errors import WireError
+
+Kind = Literal["malformed", "oversized", "protocol", "run", "sender", "unfit", "flood", "unread"]
 
 #: Seconds between two lines on one kind.
 _LOG_S = 10.0
@@ -33,6 +36,6 @@ class Refusals:
             self._log.warning("refused%s: %s%s", f" from {who}" if who else "", str(error)[:500], since)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[Kind, int]:
         """How many of each kind."""
-        return dict(self._counts)
+        return cast(dict[Kind, int], dict(self._counts))

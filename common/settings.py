@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from common.bounds import Name, Text
 from common.errors import UsageError
 
 #: Seconds for all processes of a run to start and find each other, by default.
@@ -95,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0
 
-    model: Annotated[str, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
+    model: Annotated[Name, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
         "lenet"
     )
     parallel: Annotated[
@@ -103,29 +104,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _help("Built-in example: hybrid has the fully connected layers on the servers, which compute them."),
     ] = "data"
     data: Annotated[
-        str, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
+        Name, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
     ] = "mnist-5k"
-    data_dir: Annotated[str | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
+    data_dir: Annotated[Text | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
     init: Annotated[
-        str | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
+        Text | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
     ] = None
     image: Annotated[
-        str | None, _help("Built-in example: size of the images, where --data is synthetic or folder: 3x224x224, say.")
+        Name | None, _help("Built-in example: size of the images, where --data is synthetic or folder: 3x224x224, say.")
     ] = None
     classes: Annotated[Positive | None, _help("Built-in example: number of classes, where --data is synthetic.")] = None
     devices: Annotated[
-        str | None, _help("Built-in example: devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
+        Name | None, _help("Built-in example: devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
     ] = None
     loss: Annotated[Literal["cross-entropy", "mse"], _help("Built-in example: the loss; mse is against one-hot targets.")] = (
         "cross-entropy"
     )
-    optimizer: Annotated[str, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
+    optimizer: Annotated[Name, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
     lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
     momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9
     weight_decay: Annotated[float, Meta(ge=0), _help("Built-in example: weight decay.")] = 0.0
     clip_norm: Annotated[PositiveFloat | None, _help("Built-in example: clip the gradient to this global norm.")] = None
     schedule: Annotated[
-        str, _help("Built-in example: course of the learning rate: CosineAnnealingLR, OneCycleLR, LinearLR or none.")
+        Name, _help("Built-in example: course of the learning rate: CosineAnnealingLR, OneCycleLR, LinearLR or none.")
     ] = "CosineAnnealingLR"
     loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
 

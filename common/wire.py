@@ -8,6 +8,7 @@ blocks: a message that cannot go out now is dropped, because whoever waits for a
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -21,7 +22,7 @@ import msgspec
 import zmq
 
 from common.errors import ClusterError, UsageError, WireError
-from common.messages import Body, Classified, Classify, Envelope, Hello, KvPull, RowPull, Rows
+from common.messages import Body, Classified, Classify, Envelope, KvPull, RowPull, Rows
 
 PROTOCOL = 1
 
@@ -49,6 +50,9 @@ PATIENCE_BY_WORKER_S = 5e-4
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Envelope)
+#: Of the C library, which libzmq begins every ROUTER's own names of connections with. Nobody seeds it, and a peer that has chosen
+#: the name that comes next for itself makes libzmq abort this process.
+_LIBC = ctypes.CDLL(None)
 
 Frames = Sequence[Any]
 
@@ -76,21 +80,21 @@ class Stamp:
     def encode(self, body: Body) -> bytes:
         return _ENCODER.encode(Envelope(PROTOCOL, self.run, self.sender, self.incarnation, self.epoch, body))  # type: ignore[arg-type]
 
-    def decode(self, header: Any) -> Envelope:
+    def open(self, header: Any, joining: bool = False) -> Envelope:
         """The envelope in a header frame. Raises WireError if it is malformed, foreign or of another version.
 
-        Only who asks to join does not know the run's id yet.
+        `joining`: it may come from a process that does not know the run's id yet.
         """
         if len(header) > MAX_HEADER_BYTES:
             raise WireError(f"a header has {len(header)} bytes; {MAX_HEADER_BYTES} are allowed", "oversized")
         try:
             envelope = _DECODER.decode(header)
-        except (msgspec.DecodeError, UnicodeDecodeError, UsageError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise WireError(f"a header could not be read: {error}", "malformed") from None
         sender = envelope.sender or "a peer"
         if envelope.protocol != PROTOCOL:
             raise WireError(f"{sender} speaks protocol {envelope.protocol}, not {PROTOCOL}", "protocol")
-        if self.run and envelope.run != self.run and (envelope.run or not isinstance(envelope.body, Hello)):
+        if self.run and envelope.run != self.run and (envelope.run or not joining):
             raise ForeignRun(f"{sender} belongs to run {envelope.run or '(none)'}, not {self.run}", envelope.run)
         return envelope
 
@@ -117,6 +121,7 @@ def allow_files(count: int) -> None:
 
 def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str]:
     """A listening ROUTER and the address it really has. Raises UsageError where `bind` cannot be had."""
+    _LIBC.srand(int.from_bytes(os.urandom(4), "little"))
     sock = _socket(context, zmq.ROUTER, bind)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # without it, what cannot be routed vanishes silently
     try:
@@ -173,14 +178,27 @@ def send(sock: zmq.Socket[bytes], header: bytes, frames: Frames = (), to: bytes 
 
 
 def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
-    """The next message's frames without copying, or None if there is none now. Raises WireError for one with too many."""
+    """The next message's frames without copying, or None if there is none now. Raises WireError for one with too many, of which
+    nothing is kept."""
     try:
-        frames: list[zmq.Frame] = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+        frames = [sock.recv(zmq.NOBLOCK, copy=False)]
     except zmq.Again:
         return None
-    if len(frames) > MAX_FRAMES:
-        raise WireError(f"a message has {len(frames)} frames; {MAX_FRAMES} are allowed", "oversized")
+    while frames[-1].more:
+        if len(frames) == MAX_FRAMES:
+            count = MAX_FRAMES + _skip_message(sock)
+            raise WireError(f"a message has {count} frames; {MAX_FRAMES} are allowed", "oversized")
+        frames.append(sock.recv(copy=False))
     return frames
+
+
+def _skip_message(sock: zmq.Socket[bytes]) -> int:
+    """Read the frames that are left of a message; how many there were."""
+    count = 0
+    while sock.getsockopt(zmq.RCVMORE):
+        sock.recv()
+        count += 1
+    return count
 
 
 def is_bulk(body: Body, frames: Frames) -> bool:

@@ -286,7 +286,7 @@ class Coordinator:
                 if len(frames) < 2:
                     raise WireError("a message has no header", "malformed")
                 try:
-                    envelope = self._stamp.decode(frames[1].buffer)
+                    envelope = self._stamp.open(frames[1].buffer, joining=True)
                 except ForeignRun as error:
                     if error.run.partition(".")[0] == self._run:  # it has not heard that all begin anew
                         told = replace(self._stamp, run=error.run)
@@ -513,10 +513,10 @@ class Coordinator:
 
     def _handle(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
         now = time.monotonic()
-        body = envelope.body
-        if isinstance(body, Hello):
+        if not envelope.run:
+            hello = envelope.read_hello()
             if self._stop is None:
-                self._hello(route, body, envelope.incarnation, now)
+                self._hello(route, hello, envelope.incarnation, now)
             elif not self._stop.again:  # else it asks the one that comes after this one
                 self._reply(route, self._stop)
             return
@@ -526,6 +526,7 @@ class Coordinator:
                 route, Stop(False, f"{envelope.sender} is not a member of the run; it joins again as another.", again=True)
             )
             raise WireError(f"{envelope.sender} is not a member of this run, or another process than the one that is", "sender")
+        body = envelope.read()
         if not isinstance(body, _FROM[member.hello.role]):
             raise WireError(f"the coordinator has no use for {type(body).__name__} from {member.name}")
         if self._stop is not None:

@@ -63,7 +63,7 @@ class PushShard(Shard):
         found: list[list[int]] = []
         told = 0
         for round_ in range(self._slowest + 1, min(self._reached + 1, self._end)):
-            found.append(self._missing_from(round_))
+            found.append(self._missing_from(round_)[:_TOLD])
             told += len(found[-1])
             if told >= _TOLD or len(found) >= _TOLD:
                 break

@@ -19,6 +19,7 @@ from common.connections import Inflow, Outflow
 from common.errors import ClusterError, WireError
 from common.failpoints import arm
 from common.messages import (
+    MOST_TOLD,
     AllNorms,
     Arrived,
     Beat,
@@ -75,6 +76,8 @@ log = logging.getLogger("ps.server")
 _MOST_WORKERS = 100_000
 #: What the server says whose shard has a copy here.
 _FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
+#: What the first of these looks like that is sent by a server in another's place.
+_RESTORE = msgspec.Raw(msgspec.msgpack.encode(Restore()))
 _CPU = torch.device("cpu")
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
@@ -214,8 +217,8 @@ class _Server:
         if shard.restoring:
             return Beat("starting", refused=refused)
         return Beat(
-            "waiting", shard.version, shard.done, shard.missing(), traffic=shard.traffic, keeps=shard.keeps, refused=refused,
-            later=shard.missing_later(),
+            "waiting", shard.version, shard.done, shard.missing()[:MOST_TOLD], traffic=shard.traffic, keeps=shard.keeps,
+            refused=refused, later=shard.missing_later(),
         )  # fmt: skip
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
@@ -229,17 +232,18 @@ class _Server:
                 if frames is None:
                     return
                 if sock is self._coordinator:
-                    envelope = self._stamp.decode(frames[0].buffer)
+                    envelope = self._stamp.open(frames[0].buffer)
+                    body = envelope.read()
                     if self._attendance.is_current(envelope.incarnation):
-                        self._from_coordinator(envelope.body, frames[1:])
+                        self._from_coordinator(body, frames[1:])
                 elif sock is self._keeper:
-                    envelope = self._stamp.decode(frames[0].buffer)
+                    envelope = self._stamp.open(frames[0].buffer)
                     if self._is_peer(envelope, 1):
-                        self._about_copies(KEEPER, envelope.body, frames[1:])
+                        self._about_copies(KEEPER, envelope.read(), frames[1:])
                 else:
                     if len(frames) < 2:
                         raise WireError("a message has no header", "malformed")
-                    envelope = self._stamp.decode(frames[1].buffer)
+                    envelope = self._stamp.open(frames[1].buffer)
                     known = self._identify(envelope)
                     if known:
                         self._from_peer(frames[0].bytes, envelope, frames[2:])
@@ -251,10 +255,8 @@ class _Server:
     def _identify(self, envelope: Envelope) -> bool:
         """Whether a message comes from the worker or server it names. Raises WireError where it is not to come at all."""
         name = envelope.sender
-        if isinstance(envelope.body, _FROM_KEPT):
-            return self._is_peer(envelope, -1)
         if not is_worker(name):
-            raise WireError(f"'{name}' is no worker", "sender")
+            return self._is_peer(envelope, -1)
         if len(self._incarnations) >= _MOST_WORKERS and name not in self._incarnations:
             raise WireError(f"'{name}' is one worker too many", "sender")
         if self._incarnations.setdefault(name, envelope.incarnation) != envelope.incarnation:
@@ -271,10 +273,10 @@ class _Server:
     def _is_peer(self, envelope: Envelope, step: int) -> bool:
         """Whether a message comes from the server so many after this one. Raises WireError where it must not come."""
         if not self._peers or envelope.sender != f"server-{(number := self._neighbour(step))}":
-            raise WireError(f"{envelope.sender} has no business with the copy of a shard here", "sender")
+            raise WireError(f"'{envelope.sender}' is no worker, and has no copy of a shard here", "sender")
         if envelope.incarnation == self._peers[number].incarnation:
             return True
-        if isinstance(envelope.body, Restore):
+        if envelope.body == _RESTORE:
             return False  # the coordinator's word of it is still under way, and it asks again
         raise WireError(f"a process calls itself {envelope.sender} and is another than the one known by that name", "sender")
 
@@ -343,8 +345,10 @@ class _Server:
 
     def _from_peer(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
         assert self._shard is not None
-        sender, body = envelope.sender, envelope.body
-        if isinstance(body, _FROM_KEPT):
+        sender, body = envelope.sender, envelope.read()
+        if not is_worker(sender):
+            if not isinstance(body, _FROM_KEPT):
+                raise WireError(f"a server has no use for {type(body).__name__} of {sender}")
             self._routes[sender, False] = self._routes[sender, True] = route
             self._about_copies(sender, body, frames)
             return

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import zmq
 
 from common.errors import UsageError, WireError
-from common.messages import Beat, Hello
+from common.messages import Beat
 from common.restart import restart
 from common.runlog import FILE_NAME
 from common.settings import Settings
@@ -129,6 +129,6 @@ def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
             sock.poll(TICK_MS)
             with contextlib.suppress(WireError):
                 frames = receive(sock)
-                if frames is not None and len(frames) > 1 and isinstance(stamp.decode(frames[1].buffer).body, Hello):
+                if frames is not None and len(frames) > 1 and stamp.open(frames[1].buffer).read_hello():
                     send(sock, stamp.encode(Beat()), to=frames[0].bytes)
     return result.result()

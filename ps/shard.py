@@ -331,7 +331,7 @@ class Shard(ABC):
                 return self._init(sender, body, frames)
             case Share():
                 return self._share(sender, body)
-            case ReportAck():
+            case ReportAck() if sender == COORDINATOR:
                 self._acknowledged(body.seq)
                 return []
             case Lost() if sender == COORDINATOR:

@@ -238,8 +238,8 @@ class Link:
         with self.lock:
             while (frames := receive(sock)) is not None:
                 try:
-                    envelope = self._stamp.decode(frames[0].buffer)
-                    body: Body = envelope.body
+                    envelope = self._stamp.open(frames[0].buffer)
+                    body: Body = envelope.read()
                     if name == COORDINATOR:
                         if not self._attendance.is_current(envelope.incarnation):
                             continue

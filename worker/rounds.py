@@ -13,7 +13,7 @@ import torch
 from common.allocator import keep_memory
 from common.errors import NoAnswer, UsageError
 from common.failpoints import failpoint
-from common.messages import Beat, ClassPush, Push, RowPush, Sums, Waiting
+from common.messages import MOST_TOLD, Beat, ClassPush, Push, RowPush, Sums, Waiting
 from common.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
 from common.plan import Segment, derive_seed
 from common.rows import RowSums
@@ -550,6 +550,7 @@ class GradientWork:
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
         return Beat(
-            state, round_, at, self._tasks.left(round_), sent, self._meter.seconds, self._meter.rate, transfer,  # type: ignore[arg-type]
-            reached=self.round, taken=self._tasks.taken_elsewhere(round_),
+            state, round_, at, self._tasks.left(round_)[:MOST_TOLD], sent[:MOST_TOLD],  # type: ignore[arg-type]
+            self._meter.seconds, self._meter.rate, transfer, reached=self.round,
+            taken=self._tasks.taken_elsewhere(round_)[:MOST_TOLD],
         )  # fmt: skip

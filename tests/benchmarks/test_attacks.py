@@ -57,7 +57,7 @@ def kind_of(message: list[bytes]) -> str:
     if not message:
         return "oversized"
     try:
-        HERE.decode(message[0])
+        HERE.open(message[0]).read()
     except WireError as error:
         return error.kind
     return ""

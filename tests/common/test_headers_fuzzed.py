@@ -46,12 +46,13 @@ values = st.recursive(
 
 def look(header: bytes) -> None:
     try:
-        envelope = HERE.decode(header)
+        envelope = HERE.open(header, joining=True)
+        body = envelope.read() if envelope.run else envelope.read_hello()
     except WireError as error:
         assert str(error).isprintable()  # it is logged, and names in it are the sender's
         return
     assert envelope.protocol == PROTOCOL
-    assert envelope.run == HERE.run or (not envelope.run and isinstance(envelope.body, Hello))
+    assert envelope.run == HERE.run or (not envelope.run and isinstance(body, Hello))
 
 
 @many

@@ -1,13 +1,20 @@
-"""How many connections a process may have."""
+"""How many connections a process may have, and messages of too many frames."""
 
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import zmq
 
-from common.errors import UsageError
-from common.wire import allow_files
+from common.errors import UsageError, WireError
+from common.wire import MAX_FRAMES, allow_files, receive, router
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_limit_of_open_files_is_raised_only_as_far_as_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +35,37 @@ def test_a_limit_that_cannot_be_raised_is_one_sentence(monkeypatch: pytest.Monke
     monkeypatch.setattr(resource, "setrlimit", refuse)
     with pytest.raises(UsageError, match=r"^a process here needs \d+ open files .*, and the system allows 4096: "):
         allow_files(10_000)
+
+
+def test_a_message_of_too_many_frames_is_refused_and_the_next_one_is_whole() -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        sock, address = router(context, "tcp://127.0.0.1:0")
+        peer = context.socket(zmq.DEALER)
+        peer.connect(address)
+        peer.send_multipart([b""] * 50_000)
+        peer.send_multipart([b"x"] * (MAX_FRAMES - 1))
+        assert sock.poll(10_000)
+        with pytest.raises(WireError, match=r"a message has 50001 frames; 4096 are allowed") as raised:
+            receive(sock)
+        assert raised.value.kind == "oversized"
+        assert sock.poll(10_000)
+        whole = receive(sock)
+        assert whole is not None and [frame.bytes for frame in whole[1:]] == [b"x"] * (MAX_FRAMES - 1)
+        assert receive(sock) is None
+    finally:
+        context.destroy(linger=0)
+
+
+def test_nobody_can_foresee_the_names_that_a_listener_gives_to_connections() -> None:
+    """libzmq counts them from a number of the C library, which is the same in every process unless that is seeded."""
+    code = (
+        "import zmq; from common.wire import dealer, receive, router; c = zmq.Context(); "
+        "s, address = router(c, 'tcp://127.0.0.1:0'); d = dealer(c, address); d.send(b''); s.poll(5000); "
+        "print(receive(s)[0].bytes.hex()); c.destroy(linger=0)"
+    )
+    seen = {
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
+    assert len(seen) == 3 and all(len(name.strip()) == 10 for name in seen)

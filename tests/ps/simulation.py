@@ -359,6 +359,7 @@ class Port:
 
     def __init__(self, process: Process, peer: str | None) -> None:
         self.inbox: deque[list[zmq.Frame]] = deque()
+        self._rest: deque[zmq.Frame] = deque()
         self._process = process
         self.peer = peer
         self.closed = False
@@ -368,10 +369,15 @@ class Port:
         to = self.peer or data.pop(0).decode()
         self._process.world.post(self._process.key, to, data)
 
-    def recv_multipart(self, flags: int = 0, copy: bool = True) -> list[zmq.Frame]:
-        if not self.inbox:
-            raise zmq.Again
-        return self.inbox.popleft()
+    def recv(self, flags: int = 0, copy: bool = True) -> zmq.Frame:
+        """The next frame of the message at hand, or the first one of the next."""
+        if not self._rest:
+            if not self.inbox:
+                raise zmq.Again
+            self._rest.extend(self.inbox.popleft())
+            for frame in self._rest:
+                frame.more = frame is not self._rest[-1]
+        return self._rest.popleft()
 
     def poll(self, ms: float) -> None:
         """Let the world go on for so long. Raises Killed where the process is not there any more then."""
@@ -678,7 +684,7 @@ class ServerProcess(Process):
     def _is_from_keeper(self, frames: list[zmq.Frame]) -> bool:
         """Whether it would come by the socket to the keeper of its shard's copy. With two servers each is the other's."""
         try:
-            body = self.server._stamp.decode(frames[0].buffer).body
+            body = self.server._stamp.open(frames[0].buffer).read()
         except WireError:
             return False
         return isinstance(body, Kept) or (isinstance(body, State | StatePart | GotPart) and body.shard == self.number)
@@ -747,7 +753,7 @@ class WorkerProcess(Process):
     def is_deaf_to(self, header: bytes) -> bool:
         if not self.pace.deaf_s[0] <= self.world.now - 100.0 < self.pace.deaf_s[1]:
             return False
-        body = self.link._stamp.decode(header).body
+        body = self.link._stamp.open(header).read()
         return isinstance(body, Weights) and 0 in body.chunks
 
     @property

@@ -68,7 +68,7 @@ def test_who_asks_to_join_while_snapshots_are_looked_at_is_told_to_wait(tmp_path
         def look() -> str:
             assert asker.poll(30_000)
             frames = receive(asker)
-            assert frames is not None and isinstance(Stamp().decode(frames[0].buffer).body, Beat)
+            assert frames is not None and isinstance(Stamp().open(frames[0].buffer).read(), Beat)
             return "found"
 
         assert _meanwhile(sock, look) == "found"
