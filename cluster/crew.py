@@ -56,6 +56,8 @@ class Crew:
         self._respawn = respawn
         self._is_local = is_local
         self._say = say
+        #: Servers that hung and were killed, by process id.
+        self._ended: set[int] = set()
 
     @property
     def _workers(self) -> list[Child]:
@@ -88,7 +90,7 @@ class Crew:
         self._say(f"{count} {'worker' if count == 1 else 'workers'} from now on{told}.")
 
     def look(self, progress: Progress, finished: bool) -> None:
-        """Start again who was killed, as often as may be. What is no failure of the run is excused.
+        """Start again who was killed, as often as may be, and kill servers that hang. What is no failure of the run is excused.
 
         `finished`: the run has ended well. Raises ClusterError where no worker is left and none will come.
         """
@@ -99,10 +101,19 @@ class Crew:
                 self._start_again(child)
             elif child.failed and (child.leaves or (finished and _has_no_part(child, progress))):
                 child.excused = True
+            elif child.code is None and not is_worker and not finished and (child.name, child.popen.pid) in progress.lost:
+                self._end_hung(child)
             elif child.failed and child.code is not None and child.code < 0 and not finished:
                 child.excused = self._plan(child, now) or (is_worker and not self._is_local)
         if not finished:
             self._check_any_left(progress, now)
+
+    def _end_hung(self, child: Child) -> None:
+        """Kill a server that the coordinator has given up. It is ours by its name, and whatever its message said."""
+        if child.popen.pid not in self._ended:
+            self._ended.add(child.popen.pid)
+            self._say(f"{child.name} hangs, and is killed.")
+            child.popen.kill()
 
     def kill_late(self, progress: Progress) -> None:
         """End processes that have no part in the run, which has finished: stopped ones, and ones that came too late."""

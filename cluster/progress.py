@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sqlite3
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from common.place import here
 from common.runlog import Event, RoundRow, RunLogReader, StatusRow
 
 #: Speed and loss are means over so many seconds.
@@ -33,6 +33,8 @@ class Progress:
     #: What processes of this host, by id, are called in the run, the newest name of each; and who has left it.
     joined: Mapping[int, str] = field(default_factory=dict)
     left: Set[str] = frozenset()
+    #: Those of this host, by name and process id, that the coordinator has counted as lost.
+    lost: Set[tuple[str, int]] = frozenset()
     #: What is wrong that the event log cannot tell, for as long as it is; '' if nothing.
     alarm: str = ""
 
@@ -66,7 +68,7 @@ class Tracker:
     def _read(self, reader: RunLogReader, now: float) -> Progress:
         last = self._last
         total, over, news = last.total, False, []
-        joined, left = dict(last.joined), set(last.left)
+        joined, left, lost = dict(last.joined), set(last.left), set(last.lost)
         rounds, samples = last.rounds, last.samples
         for number, at, event in reader.events(after=self._last_event):
             self._last_event = number
@@ -75,8 +77,10 @@ class Tracker:
                 self._first_at = self._first_at or at
             elif event.kind == "started":  # from now on names are other processes'
                 joined, left = dict.fromkeys(joined, ""), set()
-            elif event.kind == "joined" and event.data["host"] == platform.node():
+            elif event.kind == "joined" and event.data["place"] == here().pids:
                 joined[event.data["pid"]] = event.process
+            elif event.kind == "lost":
+                lost |= {(name, pid) for pid, name in joined.items() if name == event.process}
             elif event.kind == "rolled back":
                 rounds, samples = self._go_back(reader, int(event.data["to"]))
             elif event.kind == "left":
@@ -103,6 +107,7 @@ class Tracker:
             news=news,
             joined=joined,
             left=left,
+            lost=lost,
         )
 
     def _go_back(self, reader: RunLogReader, to: int) -> tuple[int, int]:

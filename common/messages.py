@@ -15,6 +15,7 @@ from common.bounds import Amount, ByName, Count, CountOrNone, Few, Hypers, Many,
 from common.errors import UsageError, WireError, printable
 from common.layout import ClassSpec, TableSpec, TensorSpec
 from common.leases import Table
+from common.place import NOWHERE, Place
 from common.plan import Segment
 from common.refusals import Kind
 from common.settings import Settings
@@ -43,7 +44,8 @@ def _keep_printable(message: Refused | Stop | Saved | Goodbye) -> None:
 
 
 class Hello(Body, frozen=True):
-    """May I take part? `address` is where workers reach a server. `arithmetic` is what equal bits need to be equal."""
+    """May I take part? `address` is where workers reach a server. `arithmetic` is what equal bits need to be equal.
+    `host` is a name for people; `place` is what tells hosts apart."""
 
     role: Literal["server", "worker"]
     index: Count | None = None
@@ -51,6 +53,7 @@ class Hello(Body, frozen=True):
     host: Annotated[str, msgspec.Meta(max_length=300)] = ""
     pid: Count = 0
     arithmetic: ByName[Name] = {}
+    place: Place = NOWHERE
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):

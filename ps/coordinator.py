@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import secrets
-import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -49,6 +48,7 @@ from common.messages import (
     Waiting,
     Welcome,
 )
+from common.place import here
 from common.policies import load
 from common.refusals import Refusals
 from common.runfiles import MODEL_FILE
@@ -140,7 +140,7 @@ class Coordinator:
         self._stamp = Stamp(sender="coordinator", run=run, incarnation=self._head.incarnation)
         policy = load(settings)
         self._policy = policy
-        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), self._head.resume, self._head.host)
+        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), self._head.resume, here())
         if books is not None and not policy.is_local:
             self._membership.fewer_after_s = _FEWER_S  # by now there may be fewer on purpose
         self._cuts = Cuts(settings.snapshot_every, now)
@@ -303,22 +303,9 @@ class Coordinator:
 
     def _tick(self, now: float) -> None:
         self._tell_members(self._membership.tick(now, self._is_dead))
-        if self._membership.newly_lost or self._membership.broken:
-            self._end_silent_servers()
+        self._note_losses(now)
         if self._membership.broken:
             raise BeginAnew(self._membership.broken)
-        forgotten = {member.name for member in self._membership.newly_forgotten}
-        for name, why in self._membership.newly_lost:
-            if name in forgotten:
-                self._log.event(Event("forgotten", name, {"why": why}))
-                continue
-            then = "others do what it has not done" if name in self._membership.workers else "another is to take its place"
-            log.warning("%s is lost: %s; %s", name, why, then)
-            self._log.event(Event("lost", name, {"why": why}))
-            self._progressed_at = now
-        self._membership.newly_lost.clear()
-        if forgotten:
-            self._forget()
         self._write_rows(now)
         if now >= self._status_at + _STATUS_S:
             self._status_at = now
@@ -356,6 +343,21 @@ class Coordinator:
             return ""
         return f"{names}; nothing has moved for {now - self._progressed_at:.0f} s"
 
+    def _note_losses(self, now: float) -> None:
+        """Tell of those who were lost. Whoever has started one that hangs reads it in the event log, and may end it."""
+        forgotten = {member.name for member in self._membership.newly_forgotten}
+        for name, why in self._membership.newly_lost:
+            if name in forgotten:
+                self._log.event(Event("forgotten", name, {"why": why}))
+                continue
+            then = "others do what it has not done" if name in self._membership.workers else "another is to take its place"
+            log.warning("%s is lost: %s; %s", name, why, then)
+            self._log.event(Event("lost", name, {"why": why}))
+            self._progressed_at = now
+        self._membership.newly_lost.clear()
+        if forgotten:
+            self._forget()
+
     def _forget(self) -> None:
         """Keep nothing but the names of workers that have joined and never took part."""
         gone = self._membership.newly_forgotten
@@ -367,16 +369,8 @@ class Coordinator:
         gone.clear()
 
     def _is_dead(self, hello: Hello) -> bool:
-        """Whether it is certain that a process has ended: it is of this host, and could be seen from here."""
-        return hello.host == self._head.host and hello.pid in self._seen and not Path(f"/proc/{hello.pid}").exists()
-
-    def _end_silent_servers(self) -> None:
-        """Kill servers of this host that hang, so that whoever watches them starts them again."""
-        for member in self._membership.servers.values():
-            if member.lost and member.hello.host == self._head.host:
-                with contextlib.suppress(OSError):
-                    if b"server" in Path(f"/proc/{member.hello.pid}/cmdline").read_bytes():
-                        os.kill(member.hello.pid, signal.SIGKILL)
+        """Whether it is certain that a process has ended: its id means the same here, and could be seen."""
+        return hello.place.sees(here()) and hello.pid in self._seen and not Path(f"/proc/{hello.pid}").exists()
 
     # ---- snapshots
 
@@ -589,12 +583,12 @@ class Coordinator:
         if member is not None:
             self._routes[member.name] = route
             if not is_known:
-                if hello.host == self._head.host and Path(f"/proc/{hello.pid}").exists():
+                if hello.place.sees(here()) and Path(f"/proc/{hello.pid}").exists():
                     self._seen.add(hello.pid)
                 if member.replaces:
                     self._ledger.replaced(number_of(member.name))
                 data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
-                self._log.event(Event("joined", member.name, data))
+                self._log.event(Event("joined", member.name, {**data, "place": hello.place.pids}))
                 if member.proven:
                     self._progressed_at = now
         self._tell_members(answers, route)

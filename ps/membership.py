@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from common.errors import ClusterError
 from common.leases import Table, shares
 from common.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
+from common.place import NOWHERE, Place
 from common.policies import Policy
 from common.runlog import some
 from common.settings import Settings
@@ -31,6 +32,8 @@ from common.wire import ASK_AGAIN_S, BEAT_S, STOPPED_S
 NEAR_S = 3.0
 FAR_S = 15.0
 _LONGEST_S = 60.0
+#: How often that is doubled at most: more would be no number.
+_MOST_DOUBLINGS = 10
 #: Characters of a text on who is missing.
 _LONGEST_TEXT = 600
 #: Seconds between two looks at whether shares should follow the measured speeds.
@@ -88,17 +91,24 @@ class Membership:
     """All members of a run, by name."""
 
     def __init__(
-        self, settings: Settings, policy: Policy, run: str, now: float, run_dir: str = "", resume: int = -1, host: str = ""
+        self,
+        settings: Settings,
+        policy: Policy,
+        run: str,
+        now: float,
+        run_dir: str = "",
+        resume: int = -1,
+        place: Place = NOWHERE,
     ) -> None:
-        """The run directory is `run_dir` on the host `host`, and the run goes on from the snapshot of round `resume` in it, if
-        that is not -1."""
+        """The run directory is `run_dir` where the coordinator is, at `place`, and the run goes on from the snapshot of round
+        `resume` in it, if that is not -1."""
         self.settings = settings
         self.run = run
         #: The same, as people know it: without what tells it from itself before all began anew.
         self._name = run.partition(".")[0]
         self._run_dir = run_dir
         self._resume = resume
-        self._host = host
+        self._place = place
         #: Why the run must go on from its newest snapshot, once it must.
         self.broken = ""
         #: Since when new processes have been waiting for a place that seems to be taken, oldest first.
@@ -124,8 +134,8 @@ class Membership:
         #: Those of them that had a name and never took part.
         self.newly_forgotten: list[Member] = []
         self.losses = Lost(0, [])
-        #: How often a process, by host and id, was counted as lost.
-        self._alarms: Counter[tuple[str, int]] = Counter()
+        #: How often a process, by place and id, was counted as lost.
+        self._alarms: Counter[tuple[str, str, int]] = Counter()
         #: Seconds after which the run starts with fewer workers than it should have, if there are any.
         self.fewer_after_s = float("inf")
         self._policy = policy
@@ -382,8 +392,8 @@ class Membership:
         if self.settings.silence is not None:
             return self.settings.silence
         replaceable = member.hello.role == "worker" and not self._policy.is_local
-        bound = NEAR_S if replaceable and member.hello.host == self._host else FAR_S
-        return min(bound * 2.0 ** self._alarms[member.hello.host, member.hello.pid], _LONGEST_S)
+        bound = NEAR_S if replaceable and member.hello.place.sees(self._place) else FAR_S
+        return min(bound * 2.0 ** min(self._alarms[_process(member)], _MOST_DOUBLINGS), _LONGEST_S)
 
     def _why_lost(self, member: Member, now: float, is_dead: Callable[[Hello], bool]) -> str:
         """Why `member` counts as lost; empty if it does not."""
@@ -400,7 +410,7 @@ class Membership:
         member.lost = True
         self.newly_lost.append((member.name, why))
         if member.proven:
-            self._alarms[member.hello.host, member.hello.pid] += 1
+            self._alarms[_process(member)] += 1
         else:
             self._unproven -= 1
             self._forgotten.add(member.name)
@@ -497,6 +507,11 @@ class Membership:
         lead = _LEAD_ROUNDS + round(self._pace * (_LEAD_WITHOUT_S if any(gone) else _LEAD_S))
         first = max(self._newest_round() + lead, self.tables[-1].from_round + 1)
         self.tables = [*self.tables[-7:], Table(self.epoch, first, workers, self._weights(workers))]
+
+
+def _process(member: Member) -> tuple[str, str, int]:
+    """What is the same of one that joins again, and of no two that are there at once."""
+    return member.hello.place.pids, member.hello.host, member.hello.pid
 
 
 def number_of(name: str) -> int:

@@ -47,6 +47,7 @@ from common.messages import (
     StatePart,
 )
 from common.no_compiler import no_compiler
+from common.place import here
 from common.refusals import Refusals
 from common.restart import restart
 from common.settings import START_S
@@ -118,7 +119,7 @@ class _Server:
         self._keeper: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
         address = advertised(bound, coordinator)
-        hello = Hello("server", index, address, platform.node(), os.getpid())
+        hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
         self._told, self._breathed_at = Beat("starting"), float("-inf")

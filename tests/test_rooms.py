@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,3 +116,15 @@ def test_the_checker_sees_imports_at_any_depth(tmp_path: Path) -> None:
     file.write_text("if True:\n    import a.b\ndef f():\n    class C:\n        from c import d\nfrom . import e\n")
     found = [(one.package, one.inside) for one in imports_of(file)]
     assert found == [("a", ()), ("c", ("f",)), (tmp_path.name, ())]
+
+
+def test_only_those_who_start_processes_end_any() -> None:
+    """A process id that came in a message may be anybody's: `ps` and `worker` have nothing to kill with."""
+    ends = re.compile(r"\b(?:os\.(?:kill|killpg)|pidfd_send_signal)\b|\.(?:kill|terminate|send_signal)\(")
+    found = [
+        str(file.relative_to(ROOT))
+        for room in ("common", "ps", "worker")
+        for file in (ROOT / room).rglob("*.py")
+        if ends.search(file.read_text())
+    ]
+    assert sorted(found) == ["common/failpoints.py", "common/restart.py"]  # itself, and its own children

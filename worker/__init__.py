@@ -41,6 +41,7 @@ def join() -> Run:
 
     from common.errors import NoAnswer
     from common.messages import Hello
+    from common.place import here
     from common.restart import LEAVE_SIGNAL
     from common.settings import START_S
     from worker.link import Link
@@ -57,7 +58,7 @@ def join() -> Run:
         "machine": platform.machine(),
     }
     index = os.environ.get(INDEX_VARIABLE)
-    hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic)
+    hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
     start_s = float(os.environ.get(START_VARIABLE, START_S))
     run = Run(Link(address, hello, start_s))
     if threading.current_thread() is threading.main_thread():

@@ -15,7 +15,9 @@ from launched import Launched, wait_for_ends
 from cluster.rundir import write_settings
 from cluster.scale import scale
 from common.errors import UsageError
+from common.place import here
 from common.runfiles import SETTINGS_FILE
+from common.runlog import Event, RunLog
 from common.settings import Settings
 
 ALL = 4
@@ -243,3 +245,20 @@ def test_a_reader_that_goes_away_stops_the_run(stub: Stub) -> None:
     run.popen.stdout = None
     wait_for_ends(everybody, timeout=20.0)  # it notices at its next line, which comes every few seconds
     run.leaves_nothing(set())
+
+
+def test_a_server_that_hangs_is_killed_by_who_has_started_it_and_nobody_else_is(stub: Stub, tmp_path: Path) -> None:
+    run = stub(respawn="1")
+    pids = run.ready(ALL)
+    log = RunLog(tmp_path / "run" / "events.sqlite")
+    joined = {"host": "h", "place": here().pids}
+    for name, pid in (("server-7", pids["worker-0"]), ("worker-1", os.getpid()), ("server-0", pids["server-0"])):
+        log.event(Event("joined", name, {**joined, "pid": pid}))  # the first two lie
+        log.event(Event("lost", name, {"why": "silent."}))
+    log.close()
+    wait_for_ends({pids["server-0"]})
+    run.ready(ALL + 1)
+    assert {pids["worker-0"], pids["worker-1"]} <= run.members()
+    os.kill(run.popen.pid, signal.SIGTERM)
+    _, lines = run.end()
+    assert lines.count("server-0 hangs, and is killed.") == 1

@@ -17,7 +17,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-import platform
 import random
 import threading
 from collections import deque
@@ -61,6 +60,7 @@ from common.messages import (
     Waiting,
     Weights,
 )
+from common.place import Place, here
 from common.plan import Segment, make_segment
 from common.policies import load
 from common.rows import BLOCK, cut, owner_of, page_ids, pages
@@ -774,8 +774,8 @@ class WorkerProcess(Process):
         return since <= self.world.now - self._welcomed_at < until
 
     def begin(self) -> None:
-        host = platform.node() if self.world.case.near else ""
-        self.link = SimulatedLink(self, Hello("worker", self.index, host=host, pid=self.pid))
+        place = here() if self.world.case.near else Place()
+        self.link = SimulatedLink(self, Hello("worker", self.index, pid=self.pid, place=place))
         if not self.real:
             self._script = self._run()
             self._go_on(None)
@@ -1382,7 +1382,6 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
             "worker.run.new_incarnation": lambda: 0,
             "ps.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
-            "ps.coordinator.Coordinator._end_silent_servers": lambda coordinator: None,
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,

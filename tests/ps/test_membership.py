@@ -8,26 +8,27 @@ import pytest
 
 from common.errors import ClusterError
 from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
+from common.place import Place
 from common.policies import load
 from common.settings import Settings
 from common.wire import ASK_AGAIN_S
-from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership
+from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process
 
-HOST = "here"
+HERE, THERE = Place("here"), Place("there")
 
 
 def joining(workers: int, **settings: object) -> Membership:
     """A run whose server is there."""
     made = Settings(workers=workers, servers=1, **settings)  # type: ignore[arg-type]
-    membership = Membership(made, load(made), "run", now=0.0, host=HOST)
+    membership = Membership(made, load(made), "run", now=0.0, place=HERE)
     membership.hello(Hello("server", address="tcp://server:1"), 1, 0.0)
     return membership
 
 
-def started(workers: int, host: str = HOST, **settings: object) -> Membership:
+def started(workers: int, place: Place = HERE, **settings: object) -> Membership:
     membership = joining(workers, **settings)
     for number in range(workers):
-        _, answers = membership.hello(Hello("worker", number, host=host), 10 + number, 0.0)
+        _, answers = membership.hello(Hello("worker", number, host="same", place=place), 10 + number, 0.0)
     assert sorted(name for name, body in answers if isinstance(body, Welcome)) == sorted(membership.members)
     return membership
 
@@ -74,11 +75,14 @@ def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on()
     assert lost(membership) == []
 
 
-@pytest.mark.parametrize(("host", "settings", "bound"), [(HOST, {}, NEAR_S), ("there", {}, FAR_S), (HOST, {"silence": 6.0}, 6.0)])
+@pytest.mark.parametrize(
+    ("place", "settings", "bound"),
+    [(HERE, {}, NEAR_S), (THERE, {}, FAR_S), (Place(), {}, FAR_S), (HERE, {"silence": 6.0}, 6.0)],
+)
 def test_how_long_a_worker_may_be_silent_depends_on_where_it_is_and_on_the_settings(
-    host: str, settings: dict[str, object], bound: float
+    place: Place, settings: dict[str, object], bound: float
 ) -> None:
-    membership = started(2, host, **settings)
+    membership = started(2, place, **settings)
     go_on(membership, 0, bound, "server-0", "worker-0")
     assert lost(membership) == []
     go_on(membership, bound, bound + 1, "server-0", "worker-0")
@@ -117,21 +121,21 @@ def test_who_asks_for_the_number_of_one_that_is_alive_waits_and_is_refused_and_o
 
 def test_before_the_start_the_place_of_a_dead_one_is_free_again() -> None:
     membership = joining(2)
-    membership.hello(Hello("worker", 0, host=HOST), 10, 0.0)
-    assert membership.hello(Hello("worker", 0, host=HOST), 11, 0.0) == (None, [("", Beat())])
+    membership.hello(Hello("worker", 0, place=HERE), 10, 0.0)
+    assert membership.hello(Hello("worker", 0, place=HERE), 11, 0.0) == (None, [("", Beat())])
     go_on(membership, 0, NEAR_S + 1, "server-0")
     assert lost(membership) == ["worker-0"]
     for number in (0, 1):
-        membership.hello(Hello("worker", number, host=HOST), 20 + number, 5.0)
+        membership.hello(Hello("worker", number, place=HERE), 20 + number, 5.0)
     assert membership.started and membership.names("worker") == ["worker-0", "worker-1"]
-    member, _ = membership.hello(Hello("worker", host=HOST), 10, 5.0)  # it was not dead
+    member, _ = membership.hello(Hello("worker", place=HERE), 10, 5.0)  # it was not dead
     assert member is not None and member.name == "worker-2"
 
 
 def test_one_that_was_taken_for_dead_by_mistake_may_be_silent_for_twice_as_long() -> None:
     membership = joining(1)
     for incarnation in (10, 11):
-        membership.hello(Hello("worker", host=HOST, pid=7), incarnation, 0.0)
+        membership.hello(Hello("worker", place=HERE, pid=7), incarnation, 0.0)
         (member,) = [m for m in membership.workers.values() if m.active]
         assert membership.silence_s(member) == NEAR_S * (1 if incarnation == 10 else 2)
         go_on(membership, 0, NEAR_S + 1, "server-0")
@@ -166,7 +170,7 @@ def test_who_has_ended_and_falls_silent_before_the_run_is_over_is_lost_too() -> 
 def test_a_lost_replica_breaks_the_run() -> None:
     membership = started(2, policy="local")
     go_on(membership, 0, FAR_S + 1, "server-0", "worker-0")
-    assert membership.broken == "worker-1: process 0 on here was silent for 15 s."
+    assert membership.broken == "worker-1: process 0 on same was silent for 15 s."
 
 
 def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that_is_silent() -> None:
@@ -192,11 +196,11 @@ def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_the
 def taken_over(*heard_at: float) -> Membership:
     """A run whose coordinator was replaced at time 0, with as many servers, each of whose shards the next one has a copy of."""
     made = Settings(workers=1, servers=len(heard_at), replicas=1)
-    before = Membership(made, load(made), "run", now=0.0, host=HOST)
+    before = Membership(made, load(made), "run", now=0.0, place=HERE)
     for number in range(len(heard_at)):
         before.hello(Hello("server", number, f"tcp://server:{number}"), number, 0.0)
-    before.hello(Hello("worker", 0, host=HOST), 10, 0.0)
-    after = Membership(made, load(made), "run", now=0.0, host=HOST)
+    before.hello(Hello("worker", 0, place=HERE), 10, 0.0)
+    after = Membership(made, load(made), "run", now=0.0, place=HERE)
     heard = dict(zip(before.servers, heard_at, strict=True))
     kept = [Member(m.name, m.hello, m.incarnation, heard.get(m.name, 4.0)) for m in before.members.values()]
     after.restore(kept, before.tables)
@@ -225,7 +229,7 @@ def test_a_replica_that_is_started_again_is_known_to_have_died() -> None:
         for name in ("server-0", "worker-0"):
             membership.beat(name, Beat(), half / 2)
     assert membership.hello(Hello("worker", 1), 20, 2.0) == (None, [("", Beat())])
-    assert membership.broken.startswith("worker-1: process 0 on here has died")
+    assert membership.broken.startswith("worker-1: process 0 on same has died")
 
 
 def test_one_that_joins_late_has_a_share_when_it_has_said_more_than_hello() -> None:
@@ -262,7 +266,7 @@ def test_who_has_not_heard_of_an_epoch_is_told_once_in_a_while() -> None:
 
 def test_who_says_nothing_but_hello_is_forgotten_but_for_its_name_and_nobody_hears_of_it() -> None:
     membership = started(1)
-    membership.hello(Hello("worker", 7, host="there"), 20, 0.0)
+    membership.hello(Hello("worker", 7, place=THERE), 20, 0.0)
     assert go_on(membership, 0, FAR_S, "server-0", "worker-0") == [] and lost(membership) == []
     told = go_on(membership, FAR_S, FAR_S + 1, "server-0", "worker-0")
     assert lost(membership) == ["worker-7"] and told == [] and membership.losses.workers == []
@@ -338,3 +342,10 @@ def test_a_server_whose_place_is_free_is_awaited_by_name_and_host() -> None:
     assert membership.awaited() == ""
     membership.servers["server-0"].lost = True
     assert membership.awaited() == "another process in the place of server-0, which was on "
+
+
+def test_a_process_that_was_taken_for_dead_a_thousand_times_is_watched_no_longer_than_any() -> None:
+    membership = started(2)
+    member = membership.members["worker-1"]
+    membership._alarms[_process(member)] = 5000
+    assert membership.silence_s(member) == 60.0
