@@ -17,6 +17,7 @@ import click
 from cluster.exits import leave, run_command
 from cluster.flags import Choice, Command, Option, check_address, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+from cluster.output import open_standard_streams
 from common.settings import START_S
 
 if TYPE_CHECKING:
@@ -430,6 +431,7 @@ def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    open_standard_streams()
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
         die_with_parent(int(parent))

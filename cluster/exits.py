@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import click
 
+from cluster.output import check_names
 from common.errors import PsError, UsageError
 
 #: The exit code after a mistake of whoever gave the command.
@@ -39,6 +40,7 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str) -> int:
     """
     before, sys.excepthook = sys.excepthook, report
     try:
+        check_names(argv)
         with cli.make_context(prog, list(argv)) as ctx:
             cli.invoke(ctx)
             sys.stdout.flush()

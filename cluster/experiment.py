@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.local import Order, check_order, run_local
+from cluster.output import forgiving_output
 from cluster.report import TABLE_FILE, Outcome, write_report
 from cluster.rundir import claim, is_folder_name, read_summary, run_values
 from cluster.screen import Screen, results_line, say
@@ -165,6 +166,7 @@ def _label(key: str, value: Any) -> str:
     return value.replace("/", "-").strip(".-") if isinstance(value, str) else f"{key}-{str(value).lower()}"
 
 
+@forgiving_output()
 def run_experiment(
     experiment: Experiment, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool
 ) -> list[Outcome]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.crew import Crew, Respawn
 from cluster.exits import USAGE
+from cluster.output import forgiving_output
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
 from cluster.rundir import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
 from cluster.scale import take
@@ -110,6 +111,7 @@ def _check_port(port: int) -> None:
             raise UsageError(f"port {port} cannot be used: {error.strerror}.") from None
 
 
+@forgiving_output()
 def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], screen: Screen) -> dict[str, Any]:
     """Run `order` to its end and return its summary, having shown it on `screen`.
 

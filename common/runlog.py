@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.durable import rename
+
 FILE_NAME = "events.sqlite"
 #: Rows that are kept in memory while they cannot be written.
 _MOST_ROWS = 200_000
@@ -107,6 +109,31 @@ def some(names: Sequence[str]) -> str:
     return f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
+def connect_to_write(path: Path) -> sqlite3.Connection:
+    """Open the event log at `path` so that readers, now and later, do not keep anybody from writing to it.
+
+    A reader that is in the midst of a transaction may hold on to a log that was closed. Then the log goes on in a copy that takes
+    its place, and the reader keeps the file that it has open. Raises sqlite3.Error for what is no such file, OSError if no copy
+    can be made.
+    """
+    db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
+    try:
+        db.execute("PRAGMA journal_mode=WAL")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            db.close()
+            raise
+        copied = path.with_name(path.name + ".copy")
+        copied.unlink(missing_ok=True)
+        with contextlib.closing(db), contextlib.closing(sqlite3.connect(copied)) as copy:
+            db.backup(copy)
+        rename(copied, path)
+        db = sqlite3.connect(path, isolation_level=None)
+        db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA busy_timeout=5000")
+    return db
+
+
 class RunLog:
     """The writing end; one per run, in the coordinator. Rows are buffered until `flush`, after which they outlast a crash.
 
@@ -115,8 +142,7 @@ class RunLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db = connect_to_write(path)
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
         self._pending: deque[tuple[str, tuple[Any, ...]]] = deque()

@@ -26,7 +26,7 @@ from common.leases import Table
 from common.messages import Committed, Contribution, Hello, Setup, Stop
 from common.plan import Segment
 from common.policies import load
-from common.runlog import FILE_NAME, RunLog
+from common.runlog import FILE_NAME, RunLog, connect_to_write
 from common.settings import Settings
 from ps.ledger import Ledger, Reported
 from ps.membership import Member, Membership
@@ -134,7 +134,7 @@ def restore(path: Path, upto: int | None = None) -> Books | None:
     if not path.exists():
         return None
     try:
-        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        with closing(sqlite3.connect(path, isolation_level=None) if upto is None else connect_to_write(path)) as db:
             if upto is None:
                 return _read(db)
             db.execute("BEGIN IMMEDIATE")  # undone with the connection where an error is raised

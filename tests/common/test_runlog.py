@@ -126,6 +126,21 @@ def test_a_log_that_somebody_reads_can_be_closed(path: Path) -> None:
     assert len(reader.events()) == 1
 
 
+def test_a_reader_in_the_midst_of_a_transaction_keeps_nobody_from_going_on(path: Path) -> None:
+    log = RunLog(path)
+    log.event(Event("started", "coordinator", {}))
+    log.close()
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM events").fetchone() == (1,)
+    log = RunLog(path)
+    log.event(Event("joined", "worker-0", {}))
+    log.close()
+    assert [event.kind for _, _, event in RunLogReader(path).events()] == ["started", "joined"]
+    assert reader.execute("SELECT count(*) FROM events").fetchone() == (1,)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_a_reader_cannot_write(path: Path) -> None:
     RunLog(path).close()
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
