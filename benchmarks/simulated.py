@@ -116,6 +116,7 @@ class _Worker:
         self.done_at: dict[int, float] = {}
         self._context = context
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
+        self._ticket = 0
         self._gradient = gradient
         self._patience_s = max(_PATIENCE_S, PATIENCE_BY_WORKER_S * job.workers)
         self._tasks = Tasks("", [])
@@ -162,7 +163,8 @@ class _Worker:
 
     def _send(self, to: str, body: Body, frames: Frames = ()) -> None:
         bulk = to == SERVER and is_bulk(body, frames)
-        send(self.sockets[_BULK if bulk else to], self._stamp.encode(body), frames, copy=True)
+        header = self._stamp.encode(body, self._ticket if to == SERVER else None)
+        send(self.sockets[_BULK if bulk else to], header, frames, copy=True)
 
     def tick(self, now: float) -> None:
         for body in self.attendance.tick(now, self._beat):
@@ -212,11 +214,11 @@ class _Worker:
     def _begin(self, now: float) -> None:
         welcome = self.attendance.welcome
         if welcome is not None:
-            self._stamp.sender, self._stamp.run = welcome.process, welcome.run
+            self._stamp.sender, self._stamp.run, self._ticket = welcome.process, welcome.run, welcome.ticket
             self._tasks = Tasks(welcome.process, welcome.tables)
             for name in (SERVER, _BULK):
                 sock = self.sockets[name] = dealer(self._context, welcome.servers[0].address)
-                send(sock, self._stamp.encode(Beat()), copy=True)  # whose connection it is
+                send(sock, self._stamp.encode(Beat(), self._ticket), copy=True)  # whose connection it is
             self._go_on(None, now)
 
     def _go_on(self, answer: Body | None, now: float) -> None:

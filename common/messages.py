@@ -57,7 +57,8 @@ class Hello(Body, frozen=True):
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):
-    """A server, by where it is reached. Another incarnation is another process, which has the shard of the one before it."""
+    """A server, by where it is reached. Another incarnation is another process, which has the shard of the one before it. Only
+    servers are told the true one."""
 
     address: Annotated[str, msgspec.Meta(max_length=300)]
     incarnation: Count
@@ -66,7 +67,8 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
 class Welcome(Body, frozen=True):
     """You are `process` of run `run`. Sent when all expected processes are there. The run directory is `run_dir` where the
     coordinator is; the run goes on from the snapshot of round `resume` in it (-1: it begins). `replaces`: you are in the place
-    of a server that is gone, and the next one has a copy of its shard."""
+    of a server that is gone, and the next one has a copy of its shard. A worker writes `ticket` on what it sends to servers
+    (`common/tickets.py`), which check it with `key`."""
 
     process: Name
     run: Name
@@ -76,6 +78,8 @@ class Welcome(Body, frozen=True):
     run_dir: Text = ""
     resume: int = -1
     replaces: bool = False
+    ticket: Count = 0
+    key: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
 class Refused(Body, frozen=True):
@@ -790,7 +794,8 @@ _HELLO = msgspec.msgpack.Decoder(Hello)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """What every header carries. `run` is empty until the coordinator's Welcome has told it; `epoch` is the newest
+    """What every header carries. `run` is empty until the coordinator's Welcome has told it; `incarnation` tells a process
+    from others of its name, and of what workers send to servers is the worker's ticket; `epoch` is the newest
     membership epoch of which the sender has been told: a worker its shares, a server its losses; 0 elsewhere. The message
     itself is bytes until it is known from whom they are: a stranger's are never decoded, unless they say Hello."""
 

@@ -77,8 +77,10 @@ class Stamp:
     epoch: int = 0
     incarnation: int = 0
 
-    def encode(self, body: Body) -> bytes:
-        return _ENCODER.encode(Envelope(PROTOCOL, self.run, self.sender, self.incarnation, self.epoch, body))  # type: ignore[arg-type]
+    def encode(self, body: Body, ticket: int | None = None) -> bytes:
+        """A header. `ticket` stands in for the incarnation, where servers and workers are each other's receivers."""
+        incarnation = self.incarnation if ticket is None else ticket
+        return _ENCODER.encode(Envelope(PROTOCOL, self.run, self.sender, incarnation, self.epoch, body))  # type: ignore[arg-type]
 
     def open(self, header: Any, joining: bool = False) -> Envelope:
         """The envelope in a header frame. Raises WireError if it is malformed, foreign or of another version.

@@ -45,6 +45,8 @@ class Head(msgspec.Struct, frozen=True):
     host: str
     settings: Settings
     resume: int = -1
+    #: Of the tickets by which names are known.
+    key: bytes = b""
 
 
 class KeptMember(msgspec.Struct, frozen=True):

@@ -64,6 +64,7 @@ from common.snapshots import (
     remove,
     write_manifest,
 )
+from common.tickets import KEY_BYTES
 from common.versions import versions_here
 from common.watchdog import Watchdog
 from common.wire import (
@@ -134,13 +135,16 @@ class Coordinator:
             host=platform.node(),
             settings=settings,
             resume=-1 if books is None else books.head.resume,
+            key=books.head.key if books is not None and recovers else secrets.token_bytes(KEY_BYTES),
         )
         run = self._head.run
         self._run = run.partition(".")[0]
         self._stamp = Stamp(sender="coordinator", run=run, incarnation=self._head.incarnation)
         policy = load(settings)
         self._policy = policy
-        self._membership = Membership(settings, policy, run, now, str(run_dir.resolve()), self._head.resume, here())
+        self._membership = Membership(
+            settings, policy, run, now, str(run_dir.resolve()), self._head.resume, here(), self._head.key
+        )
         if books is not None and not policy.is_local:
             self._membership.fewer_after_s = _FEWER_S  # by now there may be fewer on purpose
         self._cuts = Cuts(settings.snapshot_every, now)

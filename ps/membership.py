@@ -25,6 +25,7 @@ from common.place import NOWHERE, Place
 from common.policies import Policy
 from common.runlog import some
 from common.settings import Settings
+from common.tickets import ticket
 from common.wire import ASK_AGAIN_S, BEAT_S, STOPPED_S
 
 #: Seconds of silence after which a process counts as lost, unless the settings say otherwise: a worker on the coordinator's own
@@ -99,9 +100,10 @@ class Membership:
         run_dir: str = "",
         resume: int = -1,
         place: Place = NOWHERE,
+        key: bytes = b"",
     ) -> None:
         """The run directory is `run_dir` where the coordinator is, at `place`, and the run goes on from the snapshot of round
-        `resume` in it, if that is not -1."""
+        `resume` in it, if that is not -1. Tickets are made with `key`."""
         self.settings = settings
         self.run = run
         #: The same, as people know it: without what tells it from itself before all began anew.
@@ -109,6 +111,7 @@ class Membership:
         self._run_dir = run_dir
         self._resume = resume
         self._place = place
+        self._key = key
         #: Why the run must go on from its newest snapshot, once it must.
         self.broken = ""
         #: Since when new processes have been waiting for a place that seems to be taken, oldest first.
@@ -272,9 +275,14 @@ class Membership:
 
     @property
     def peers(self) -> list[Peer]:
-        """All servers, by number."""
+        """All servers, by number, as servers know each other."""
         members = sorted(self.servers.values(), key=lambda member: number_of(member.name))
         return [Peer(member.hello.address, member.incarnation) for member in members]
+
+    @property
+    def peers_of_workers(self) -> list[Peer]:
+        """The same as workers are told them: who knew a server's incarnation could speak in its name."""
+        return [Peer(peer.address, ticket(self._key, f"server {peer.incarnation}")) for peer in self.peers]
 
     def _place_of(self, hello: Hello) -> Member | None:
         """Whose place a new process would take, if one's that is still part of the run: a server that of its number, a worker
@@ -307,9 +315,13 @@ class Membership:
     def _answer(self, member: Member) -> Body:
         if not self.started:
             return Beat(missing=self.missing())
-        return Welcome(
-            member.name, self.run, self.settings, self.peers, self.tables, self._run_dir, self._resume, member.replaces
-        )
+        told = self.run, self.settings
+        if member.hello.role == "worker":
+            return Welcome(
+                member.name, *told, self.peers_of_workers, self.tables, self._run_dir, self._resume,
+                ticket=ticket(self._key, member.name),
+            )  # fmt: skip
+        return Welcome(member.name, *told, self.peers, self.tables, self._run_dir, self._resume, member.replaces, key=self._key)
 
     def heard(self, member: Member, now: float) -> None:
         """Something has come from a member other than its Hello."""
@@ -379,7 +391,7 @@ class Membership:
     @property
     def shares(self) -> Tables:
         """What workers are to know."""
-        return Tables(self.tables, self.peers)
+        return Tables(self.tables, self.peers_of_workers)
 
     @property
     def awaits_workers(self) -> bool:

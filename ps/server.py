@@ -51,6 +51,7 @@ from common.place import here
 from common.refusals import Refusals
 from common.restart import restart
 from common.settings import START_S
+from common.tickets import ticket
 from common.watchdog import Watchdog
 from common.wire import (
     BEAT_S,
@@ -73,8 +74,6 @@ from ps.shard import COORDINATOR, KEEPER, AboutCopies, Send, Shard
 
 log = logging.getLogger("ps.server")
 
-#: Names of workers that are remembered.
-_MOST_WORKERS = 100_000
 #: What the server says whose shard has a copy here.
 _FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
 #: What the first of these looks like that is sent by a server in another's place.
@@ -134,8 +133,9 @@ class _Server:
         self._watchdog: Watchdog | None = None
         #: Messages of workers that may move something.
         self._handled = 0
-        #: The incarnation of each worker that was heard of: no name is used twice in a run, so another one is not that worker.
-        self._incarnations: dict[str, int] = {}
+        #: What workers' tickets are made with, and those of workers that were heard of: no name is used twice in a run.
+        self._key = b""
+        self._tickets: dict[str, int] = {}
         #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
         self._routes: dict[tuple[str, bool], bytes] = {}
         log.info("listening at %s", address)
@@ -258,10 +258,10 @@ class _Server:
         name = envelope.sender
         if not is_worker(name):
             return self._is_peer(envelope, -1)
-        if len(self._incarnations) >= _MOST_WORKERS and name not in self._incarnations:
-            raise WireError(f"'{name}' is one worker too many", "sender")
-        if self._incarnations.setdefault(name, envelope.incarnation) != envelope.incarnation:
-            raise WireError(f"a process calls itself {name} and is another than the one known by that name", "sender")
+        if self._tickets.get(name) != envelope.incarnation:
+            if ticket(self._key, name) != envelope.incarnation:
+                raise WireError(f"a process calls itself {name}, which is not the name that the coordinator gave it", "sender")
+            self._tickets[name] = envelope.incarnation
         if self._shard is not None and name in self._shard.lost:
             raise WireError(f"{name} is lost and is no part of the run any more", "sender")
         return True
@@ -293,7 +293,7 @@ class _Server:
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
-            self._stamp.run = welcome.run
+            self._stamp.run, self._key = welcome.run, welcome.key
             allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
             index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
             arm(welcome.process, run_dir)
@@ -370,7 +370,8 @@ class _Server:
 
     def _do(self, effects: list[Send]) -> None:
         for effect in effects:
-            header = self._stamp.encode(effect.body)
+            # what a worker is told could be said to the coordinator in this server's name
+            header = self._stamp.encode(effect.body, 0 if is_worker(effect.to) else None)
             if effect.to == COORDINATOR:
                 send(self._coordinator, header, effect.frames)
             elif effect.to == KEEPER:

@@ -59,6 +59,8 @@ class Link:
         self._names: dict[Any, str] = {}
         self._peers: list[Peer] = []
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
+        #: What servers know this worker by.
+        self._ticket = 0
         self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Refusals(log)
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
@@ -249,7 +251,7 @@ class Link:
                             restart()
                     self.answers += len(frames) > 1
                     if isinstance(body, Welcome) and not self._peers:
-                        self._stamp.sender, self._stamp.run = body.process, body.run
+                        self._stamp.sender, self._stamp.run, self._ticket = body.process, body.run, body.ticket
                         self._connect(body.servers, poller)
                     elif isinstance(body, Tables) and self._peers and body.servers and body.tables[-1].epoch > self.epoch:
                         self._connect(body.servers, poller)
@@ -272,7 +274,7 @@ class Link:
                 sock = self._sockets[key] = dealer(self._context, peer.address)
                 self._names[sock] = f"server-{number}"
                 poller.register(sock, zmq.POLLIN)
-                send(sock, self._stamp.encode(Beat()))  # whose connection it is
+                send(sock, self._stamp.encode(Beat(), self._ticket))  # whose connection it is
             if before:
                 log.warning("server-%d is another process from now on", number)
                 self.on_replaced(number)
@@ -288,8 +290,10 @@ class Link:
             messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._beat)]
             messages += self.on_tick(now)
         for message in messages:
-            bulk = message.to != COORDINATOR and is_bulk(message.body, message.frames)
-            send(self._sockets[message.to + _BULK * bulk], self._stamp.encode(message.body), message.frames, copy=self.copies)
+            to_server = message.to != COORDINATOR
+            bulk = to_server and is_bulk(message.body, message.frames)
+            header = self._stamp.encode(message.body, self._ticket if to_server else None)
+            send(self._sockets[message.to + _BULK * bulk], header, message.frames, copy=self.copies)
             if isinstance(message.body, Push):
                 failpoint("pushing", message.body.round)
         for message in messages:

@@ -36,7 +36,7 @@ from simulation import (
 
 from common.errors import ClusterError, PsError, WireError
 from common.layout import TableSpec, TensorSpec
-from common.messages import Setup, Update
+from common.messages import Body, Committed, Pull, Report, ReportAck, Setup, Update
 from common.policies import load
 from common.settings import Settings
 from common.wire import Stamp
@@ -186,7 +186,7 @@ def fingerprint(process: Process) -> Any:
              "_seen", "_means", "_norms")}  # fmt: skip
     copy = getattr(shard, "_copy", None)
     kept = (copy.version, {n: (sorted(r.means), r.filed) for n, r in copy._rounds.items()}) if copy is not None else None
-    return weights, states, early, rest, kept, server._routes, server._incarnations, str(vars(server._kv))
+    return weights, states, early, rest, kept, server._routes, server._tickets, str(vars(server._kv))
 
 
 def refused(process: Process) -> int:
@@ -255,14 +255,6 @@ class Attacked(World):
                     self.at(self.now + self.random.uniform(0.0, 0.02), lambda parts=parts: self._deliver("stranger", to, parts))  # type: ignore[misc]
         super().post(sender, to, data)
 
-    def _deliver(self, sender: str, to: str, data: list[bytes]) -> None:
-        if sender == "stranger" and to in self.processes and self.processes[to].key.startswith("server"):
-            process = self.processes[to]
-            assert isinstance(process, ServerProcess)
-            if process.server._shard is None or len(process.server._incarnations) < len(self.case.paces):
-                return  # who comes first has the name
-        super()._deliver(sender, to, data)
-
 
 @pytest.mark.parametrize("name", ["sync", "backup"])
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
@@ -330,3 +322,63 @@ def test_messages_of_an_earlier_process_of_the_same_name_are_refused_and_counted
         counted = Counter(owner._refusals.counts)
         deliver(world, "worker-1", to, [header, *frames])
         assert Counter(owner._refusals.counts) == counted  # it is the incarnation alone
+
+
+def forged(world: Recording, sender: str, to: str, body: Body, incarnation: int) -> list[bytes]:
+    """A message of somebody who knows the id of the run and all that a worker is told."""
+    run = world.coordinator._stamp.run
+    return [Stamp(sender, run, 0, incarnation).encode(body)]
+
+
+def told_to(world: Recording, worker: str) -> list[Any]:
+    """Everything that a worker has been told by anybody, decoded, as far down as it goes."""
+    found: list[Any] = []
+
+    def walk(value: Any) -> None:
+        found.append(value)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            walk(item)
+
+    for _, to, parts in world.messages:
+        if to == worker:
+            walk(msgspec.msgpack.decode(parts[0]))
+    return found
+
+
+def test_a_server_takes_nothing_under_a_name_that_the_coordinator_did_not_give() -> None:
+    with running(CASES["sync"], 1.0) as world:
+        server: Any = world.processes["server-0"]
+        known = dict(server.server._tickets)
+        assert set(known) == {"worker-0", "worker-1"}
+        for sender in ("worker-0", "worker-1", "worker-2", "worker-9000000", "server-1", "coordinator"):
+            for number in (0, 7, *known.values(), *(told for told in told_to(world, "worker-1") if isinstance(told, int))):
+                if known.get(sender) == number:
+                    continue
+                before, counted = fingerprint(server), refused(server)
+                deliver(world, "stranger", "server-0", forged(world, sender, "server-0", Pull(0, masters=True), number))
+                assert refused(server) == counted + 1 and fingerprint(server) == before
+        assert server.server._tickets == known  # 100,000 names that were made up take no room
+
+
+def test_what_workers_are_told_does_not_let_them_speak_for_a_server_or_for_each_other() -> None:
+    with running(CASES["sync"], 1.0) as world:
+        secrets = {member.incarnation for member in world.coordinator._membership.members.values()}
+        tickets = {"worker-0": world.processes["server-0"].server._tickets["worker-0"]}  # type: ignore[attr-defined]
+        told = told_to(world, "worker-1")
+        assert secrets and not secrets & {value for value in told if isinstance(value, int)}
+        assert tickets["worker-0"] not in told and not any(isinstance(value, bytes) and len(value) >= 32 for value in told)
+        coordinator = world.processes["coordinator"]
+        before = fingerprint(coordinator)
+        for number in {value for value in told if isinstance(value, int)}:
+            report = Report(10**6, 3, [Committed(0, 12, 4, 0, {"loss": 0.0})])
+            deliver(world, "stranger", "coordinator", forged(world, "server-0", "coordinator", report, number))
+        assert fingerprint(coordinator) == before
+
+
+def test_a_worker_cannot_have_a_servers_report_forgotten() -> None:
+    with running(CASES["sync"], 1.0) as world:
+        server: Any = world.processes["server-0"]
+        server.shard._report = Report(5, 1)
+        number = server.server._tickets["worker-1"]
+        deliver(world, "worker-1", "server-0", forged(world, "worker-1", "server-0", ReportAck(5), number))
+        assert server.shard._report == Report(5, 1) and refused(server) == 1
