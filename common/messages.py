@@ -499,7 +499,8 @@ class ClassAck(Body, frozen=True):
 
 
 class Contribution(msgspec.Struct, frozen=True):
-    """What became of one push, as the ledger has it."""
+    """What became of one push, as the ledger has it. A micro-batch that was dropped without one has a row without a `worker`; a
+    push of it that comes afterwards is `late`."""
 
     round: Count
     lo: Count
@@ -507,7 +508,7 @@ class Contribution(msgspec.Struct, frozen=True):
     worker: Name
     samples: Count
     micro_batches: Count
-    outcome: Literal["committed", "duplicate", "dropped", "dropped in part"]
+    outcome: Literal["committed", "duplicate", "dropped", "dropped in part", "late"]
     staleness: Count | None = None
 
 

@@ -7,6 +7,7 @@ through the whole run, over all its segments.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -50,6 +51,28 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         """Samples that all rounds of the segment use."""
         whole, rest = divmod(self.rounds, self.rounds_per_epoch)
         return whole * self.samples + min(rest * self.global_batch, self.samples)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of all rounds of the segment."""
+        epochs, rest = divmod(self.rounds, self.rounds_per_epoch)
+        return epochs * self._per_epoch + rest * self._per_round
+
+    def round_of(self, number: int) -> int:
+        """The round that has micro-batch `number` of the segment, if they are counted from 0 in the order of the plan."""
+        epoch, rest = divmod(number, self._per_epoch)
+        step = min(rest // self._per_round, self.rounds_per_epoch - 1)
+        return self.first_round + epoch * self.rounds_per_epoch + step
+
+    @property
+    def _per_round(self) -> int:
+        """Micro-batches of each round but the last of an epoch."""
+        return -(-self.global_batch // self.micro_batch)
+
+    @property
+    def _per_epoch(self) -> int:
+        last = self.samples - (self.rounds_per_epoch - 1) * self.global_batch
+        return (self.rounds_per_epoch - 1) * self._per_round + -(-last // self.micro_batch)
 
     def round(self, index: int) -> Round:
         """The plan of round `index`, counted through the run. Raises IndexError outside the segment."""
@@ -109,6 +132,16 @@ def make_segment(
         epochs=epochs,
         rounds=rounds,
     )
+
+
+def round_of(segments: Sequence[Segment], number: int) -> int:
+    """The round that has micro-batch `number` of the run, if they are counted from 0 in the order of the plan; the last round
+    where `segments` have no such micro-batch. There must be a segment."""
+    for segment in segments:
+        if number < segment.micro_batches:
+            return segment.round_of(number)
+        number -= segment.micro_batches
+    return segments[-1].end - 1
 
 
 def derive_seed(seed: int, purpose: str, *place: int) -> int:

@@ -75,8 +75,12 @@ class RoundRow:
 
 @dataclass(frozen=True)
 class ContributionRow:
-    """Micro-batches lo..hi-1 of `round`, sent by `worker`. `outcome` is committed, duplicate or dropped,
-    or, in a row more, "dropped in part": some servers have applied a gradient of it, and others have dropped one;
+    """Micro-batches lo..hi-1 of `round`, sent by `worker`.
+
+    `outcome` is committed, duplicate or dropped; each micro-batch has one row that is committed or dropped. One that was dropped
+    as nobody had sent it has no worker; if it is sent afterwards, that is a row more, "late". "dropped in part", also a row more:
+    some servers have applied a gradient of it, and others have dropped one. Where pushes are applied at once, rows are in the
+    order in which server 0 began to apply them.
     `staleness` counts updates between pull and push where the policy lets it be other than 0. `micro_batches` is hi - lo, but
     where workers step locally: there `lo` is a worker's number."""
 

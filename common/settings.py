@@ -91,7 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "average: what replicas count with: their samples, all the same, or (greedy) only those that help on held-out data."
         ),
     ] = "samples"
-    staleness_lr: Annotated[bool, _help("ssp, async: divide the learning rate by the staleness of the push.")] = False
+    staleness_lr: Annotated[bool, _help("ssp, async: divide the rate by the staleness of the push; the mean rate stays.")] = False
     delay_compensation: Annotated[
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0

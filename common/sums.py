@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.layout import Kind
+from common.layout import Chunk, Kind
 
 
 @dataclass
@@ -49,6 +49,22 @@ def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Su
     if samples & (samples - 1):
         return Sum(values.mul_(samples), present, owned=True)
     return Sum(values, present, owned=True, scale=float(samples))
+
+
+def is_change(chunk: Chunk) -> bool:
+    """Whether contributions to a chunk of buffers are their changes, where each is applied at once: those of means and counters
+    are, so that of micro-batches that began with the same values each one counts."""
+    return chunk.kind == "mean" or (chunk.kind == "max" and "int" in chunk.dtype)
+
+
+def move(chunk: Chunk, buffer: torch.Tensor, value: torch.Tensor) -> None:
+    """Apply one contribution to the buffers of a chunk, or to some of its elements."""
+    if is_change(chunk):
+        buffer.add_(value)
+    elif chunk.kind == "max":
+        torch.maximum(buffer, value, out=buffer)
+    else:
+        buffer.copy_(value)
 
 
 def adder(kind: Kind) -> Callable[[Sum, Sum], Sum]:

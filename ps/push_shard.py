@@ -1,9 +1,15 @@
-"""A server that applies each push at once: `ssp`, `async`."""
+"""A server that applies each push at once: `ssp`, `async`.
+
+A micro-batch may come in several messages, with those of others in between. All its parts are applied on the terms of the first
+one (`ps/course.py`), and server 0 enters it in the books when that comes. So rows of the books are in the order in which server 0
+began to apply micro-batches, and their staleness is that with which it applied them. Other servers may see another order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -18,6 +24,7 @@ from common.settings import Settings
 from common.sums import Sum
 from common.tree import fold
 from common.wire import Frames
+from ps.course import Course, Terms
 from ps.saving import Source
 from ps.shard import CLASSES, METRICS, ROWS, Metrics, Send, Shard, add_metrics, contribution, mean_metrics
 
@@ -40,8 +47,10 @@ class PushShard(Shard):
         self._metrics: dict[int, dict[int, Metrics]] = {}
         #: What was dropped of them as not finite, and which chunks.
         self._drops: dict[int, dict[int, tuple[Contribution, set[int]]]] = {}
-        #: Distinct micro-batches seen, which is what staleness is counted in.
-        self._seen_count = 0
+        #: Counts distinct micro-batches, which is what staleness is counted in.
+        self._course = Course(policy)
+        #: For rounds not complete: the terms on which each micro-batch is applied.
+        self._terms: dict[tuple[int, int], Terms] = {}
         #: On server 0, contributions to rounds that are not complete, as the ledger has them.
         self._ahead: dict[tuple[int, int], Contribution] = {}
         #: Copies of weights, by chunk, until the next update, and frames of the weight codec with the same; and those each worker
@@ -93,12 +102,12 @@ class PushShard(Shard):
         metrics = [(round_, k, values) for round_, found in self._metrics.items() for k, values in found.items()]
         counted = [msgspec.to_builtins(row) for row in self._ahead.values()]
         drops = [(msgspec.to_builtins(row), sorted(chunks)) for found in self._drops.values() for row, chunks in found.values()]
-        return {"seen": self._seen_count, "applied": applied, "metrics": metrics, "counted": counted, "drops": drops}
+        return {"seen": self._course.seen, "applied": applied, "metrics": metrics, "counted": counted, "drops": drops}
 
     def _resume(self, source: Source) -> None:
         """What was applied of later rounds, by whichever server, is not to be applied again."""
         self._slowest = source.round
-        self._seen_count = max(int(extra["seen"]) for extra in source.extra.values())
+        self._course = Course(self.policy, max(int(extra["seen"]) for extra in source.extra.values()))
         own = set(self._ids)
         for number, extra in source.extra.items():
             mine = own if number == self.index else own - {ROWS, CLASSES}
@@ -144,8 +153,8 @@ class PushShard(Shard):
             return [self._ack(sender, push)]
         assert self.store is not None
         failpoint("aggregating", push.round)
-        applied, staleness, lr_scale = self._arrives(push, plan)
-        hypers = push.hypers
+        applied, terms = self._arrives(sender, push, plan)
+        hypers = terms.hypers
         for chunk, value in zip(push.chunks, values, strict=True):
             if chunk in applied:
                 continue
@@ -158,22 +167,19 @@ class PushShard(Shard):
                 [value if push.finite else Sum(value.values, 0)],
                 push.samples,
                 hypers[self.chunks[chunk].group] if 0 <= self.chunks[chunk].group < len(hypers) else {},
-                lr_scale=lr_scale,
+                lr_scale=terms.lr_scale,
                 then=self._sent.get(sender, {}).get(chunk),
             )
             self._published.pop(chunk, None)
             self._coded.pop(chunk, None)
             failpoint("applying", push.round)
         if accounts and push.metrics is not None:
-            counted = METRICS not in applied
-            outcome: Any = "duplicate" if not counted else "committed" if push.finite else "dropped"
-            row = contribution(sender, push, outcome, staleness)
-            self._news.append(row)
-            if counted:
-                self._ahead[push.round, push.lo] = row
+            if METRICS in applied or self._ahead[push.round, push.lo].worker != sender:
+                self._news.append(contribution(sender, push, "duplicate"))
+            if METRICS not in applied:
                 applied.add(METRICS)
                 if not push.finite:
-                    self._drop(row, METRICS)
+                    self._drop(_dropped(sender, push), METRICS)
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics if push.finite else {}
         failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
@@ -184,14 +190,21 @@ class PushShard(Shard):
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
         return self.round_plan(push.round)
 
-    def _arrives(self, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[int], int, float]:
-        """What is applied of the push's micro-batch, its staleness, and what to multiply the learning rate by."""
+    def _arrives(self, sender: str, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[int], Terms]:
+        """What is applied of the push's micro-batch already, and the terms on which the rest is to be."""
+        key = push.round, push.lo
         self._reached = max(self._reached, push.round)
         applied = self._applied.setdefault(push.round, {}).setdefault(push.lo, set())
-        if not applied:
-            self._seen_count += 1
-        staleness = max(0, self._seen_count - 1 - push.base)
-        return applied, staleness, self.policy.lr_scale(staleness) * push.samples / plan.samples
+        if key not in self._terms:
+            terms = self._course.take(push.round, push.base, push.hypers, self.segments, is_new=not applied)
+            self._terms[key] = replace(terms, lr_scale=terms.lr_scale * push.samples / plan.samples)
+        if self.index == 0 and key not in self._ahead:
+            outcome: Literal["committed", "dropped"] = "committed" if push.finite else "dropped"
+            staleness = self._terms[key].staleness
+            row = Contribution(push.round, push.lo, push.hi, sender, push.samples, 1, outcome, staleness)
+            self._ahead[key] = row
+            self._news.append(row)
+        return applied, self._terms[key]
 
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]:
         plan = self._plan_of(sender, push)
@@ -200,13 +213,13 @@ class PushShard(Shard):
         if push.round < self._slowest:
             return [ack]
         assert self.tables is not None
-        applied, _, lr_scale = self._arrives(push, plan)
+        applied, terms = self._arrives(sender, push, plan)
         if ROWS not in applied:
             applied.add(ROWS)
             if not push.finite and self.layout is not None:
                 self._drop(_dropped(sender, push), ROWS)
                 rows = [no_rows(spec) for spec in self.layout.tables]
-            self.tables.apply(rows, push.samples, push.hypers, lr_scale)
+            self.tables.apply(rows, push.samples, terms.hypers, terms.lr_scale)
         return [ack, *self._advance()]
 
     def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
@@ -216,11 +229,12 @@ class PushShard(Shard):
             return [ack]  # what was asked is forgotten then
         parts = self._check_classes(sender, push, frames, plan)
         assert self.classifiers is not None
-        applied, _, lr_scale = self._arrives(push, plan)
+        applied, terms = self._arrives(sender, push, plan)
         applied.add(CLASSES)
         if not push.finite:
             self._drop(_dropped(sender, push), CLASSES)
-        self.classifiers.apply(parts if push.finite else [], push.round, push.samples, push.hypers, lr_scale)
+        counted = parts if push.finite else []
+        self.classifiers.apply(counted, push.round, push.samples, terms.hypers, terms.lr_scale)
         return [ack, *self._advance()]
 
     def _drop(self, row: Contribution, chunk: int) -> None:
@@ -242,6 +256,7 @@ class PushShard(Shard):
                 self._dropped.append(row if whole else msgspec.structs.replace(row, outcome="dropped in part"))
             self._applied.pop(self._slowest, None)
             self._ahead = {key: row for key, row in self._ahead.items() if key[0] > self._slowest}
+            self._terms = {key: terms for key, terms in self._terms.items() if key[0] > self._slowest}
             self._slowest += 1
             if self.classifiers is not None:
                 self.classifiers.forget_before(self._slowest)
@@ -260,7 +275,7 @@ class PushShard(Shard):
             may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
             if not self._open or not may:
                 return []
-            waiter.version = self._seen_count
+            waiter.version = self._course.seen
             waiter.weights = self._as_now(worker, pull, waiter.unsent)
             waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.masters}
         weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}

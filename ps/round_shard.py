@@ -82,7 +82,7 @@ class RoundShard(Shard):
         self._contents: dict[int, int] = {0: 0}
         #: By plane and chunk: frames of the weight codec.
         self._coded: dict[int, dict[int, memoryview]] = {}
-        #: `backup`: (round, micro-batch) left out of closed rounds, of which the ledger has had no row yet.
+        #: `backup`: (round, micro-batch) left out of closed rounds, that nobody has sent yet.
         self._left_out: set[tuple[int, int]] = set()
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
         self._told: list[Close | AllNorms] = []
@@ -200,7 +200,7 @@ class RoundShard(Shard):
             if accounts:
                 late = (push.round, push.lo) in self._left_out
                 self._left_out.discard((push.round, push.lo))
-                self._news.append(contribution(sender, push, "dropped" if late else "duplicate"))
+                self._news.append(contribution(sender, push, "late" if late else "duplicate"))
             return [self._ack(sender, push)]
         plan = None if self.policy.is_local else self.round_plan(push.round)
         values = self._check(sender, push, frames, plan, values)
@@ -465,6 +465,7 @@ class RoundShard(Shard):
         if self._closed is not None:
             self._absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
             rows = [row if row.lo in self._closed else _with_outcome(row, "dropped") for row in rows]
+            rows += [self._row_of_absent(k) for k in sorted(self._absent)]
         if self._drops:
             rows, metrics = [_with_outcome(row, "dropped") for row in rows], {}
         committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
@@ -472,6 +473,10 @@ class RoundShard(Shard):
         samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
         round_ = Committed(self._version, samples, committed, dropped, metrics)
         return Filed(self._version, [round_], rows, max(self._reported_version, 0))
+
+    def _row_of_absent(self, k: int) -> Contribution:
+        samples = self.round_plan(self._version).samples_in(k, k + 1)
+        return Contribution(self._version, k, k + 1, "", samples, 1, "dropped")
 
     def _book(self, filed: Filed) -> None:
         self._rounds += filed.rounds
@@ -481,7 +486,7 @@ class RoundShard(Shard):
 
     def _commit(self, ending: Filed) -> None:
         self._book(ending)
-        # not of rounds that came back from a copy: what of them has come late since, may have been told as dropped already
+        # not of rounds that came back from a copy: what of them has come late since, may have been told already
         self._left_out |= {(ending.round, k) for k in self._absent}
         self._version += 1
         if self._target is not None:

@@ -1,7 +1,9 @@
 """The rows that a server has of each table, and torch.optim's own optimizers stepping on those that were touched.
 
 An update is "lazy" as torch.optim.SparseAdam's is: a row that no sample of the round looked up does not move, and neither does
-its state. Adam's bias correction counts the rounds in which the table had a gradient, as SparseAdam's does.
+its state. Adam's bias correction counts the rounds in which the table had a gradient, as SparseAdam's does. All else is as in the
+class that the script names: Adam adds its eps after the correction of the second moment, where SparseAdam adds it before. So with
+the same eps, steps on gradients that are not far above it are larger than SparseAdam's in the first rounds.
 
 First values that servers draw are drawn when a row of their block is first asked for, so that a table takes up memory and time
 as it is used.

@@ -783,7 +783,7 @@ class Shard(ABC):
 
 
 def contribution(
-    sender: str, push: Push, outcome: Literal["committed", "duplicate", "dropped"], staleness: int | None = None
+    sender: str, push: Push, outcome: Literal["committed", "duplicate", "dropped", "late"], staleness: int | None = None
 ) -> Contribution:
     """The ledger's row for a push."""
     return Contribution(push.round, push.lo, push.hi, sender, push.samples, push.micro_batches, outcome, staleness)

@@ -17,7 +17,7 @@ from common.layout import Chunk, Layout, Piece
 from common.messages import Traffic, Update
 from common.nonfinite import is_finite
 from common.policies import Policy
-from common.sums import Sum, add_up, adder, put_off
+from common.sums import Sum, add_up, adder, move, put_off
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import bytes_of
@@ -153,6 +153,7 @@ class Store:
         double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
         self._norm_dtype = torch.float64 if double else torch.float32
         self._policy = policy
+        self._at_once = policy.applies == "push"
         self._checks = policy.settings.on_nonfinite == "fail" and policy.applies == "round" and not policy.is_local
         #: By dtype, memory for blocks: the first is for gradients, the others for what is added up on the way to them.
         self._scratch = {dt: [torch.empty(_FUSED_BLOCK, dtype=dt)] for dt in {p.sum_dtype for p in self._parts.values()}}
@@ -335,8 +336,9 @@ class Store:
 
         `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
         `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
-        happened since. The new weights are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in
-        `before`, left alone; without it they take the old ones' place. Returns what `settle` does.
+        happened since. Buffers become the mean, or where each push is applied at once, `move`. The new weights are written to
+        `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it they take the
+        old ones' place. Returns what `settle` does.
 
         Raises NotFinite where the run is to fail then; the chunk is half updated and of no use any more.
         """
@@ -353,7 +355,8 @@ class Store:
                 part.move(block, into)  # just before its update, for then it is in the cache
             if not present >> block.bit & 1:
                 continue
-            out = block.parameter if part.optimizer is None else self._scratch[part.sum_dtype][0][: block.length]
+            overwrites = part.optimizer is None and not self._at_once
+            out = block.parameter if overwrites else self._scratch[part.sum_dtype][0][: block.length]
             found = self._sum(part, block, total, out)
             may_divide = part.divides and found.values is out and factor is None and then is None
             scale = _for_kernel(samples / found.scale) if may_divide else None
@@ -369,6 +372,8 @@ class Store:
                 block.parameter.grad, part.optimizer.grad_scale = gradient, scale  # type: ignore[attr-defined]
                 part.optimizer.step()
                 block.parameter.grad = None
+            elif self._at_once:
+                move(part.chunk, block.parameter, gradient)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
         return self.settle(chunk, into, before) if into is not None else None

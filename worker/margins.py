@@ -8,6 +8,9 @@ from typing import Protocol
 
 import torch
 
+#: That of an angle of which the slope is still given as it is.
+_SMALLEST_SINE = 1e-3
+
 
 class Margin(Protocol):
     """Logits are `scale` x cosine, and that of a sample's own class `scale` x `own(cosine)`."""
@@ -34,16 +37,18 @@ class CosFace:
 class ArcFace:
     """cos(angle + margin) (Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019).
 
-    Where that would be past a half turn it goes on downwards as a straight line: cos - margin x sin(margin).
+    Where that would be past a half turn it goes on downwards as a straight line: cos - margin x sin(margin). The value is exact
+    at every angle. Its slope by the cosine grows without bound as the angle goes to 0; the one given is that at an angle of 0.001
+    where the angle is smaller.
     """
 
     scale: float = 64.0
     margin: float = 0.5
 
     def own(self, cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sine = (1.0 - cosine * cosine).clamp(min=1e-6).sqrt()
+        sine = ((1.0 - cosine) * (1.0 + cosine)).clamp(min=0.0).sqrt()
         shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
-        slope = math.cos(self.margin) + cosine / sine * math.sin(self.margin)
+        slope = math.cos(self.margin) + cosine / sine.clamp(min=_SMALLEST_SINE) * math.sin(self.margin)
         inside = cosine > math.cos(math.pi - self.margin)
         straight = cosine - self.margin * math.sin(self.margin)
         return torch.where(inside, shifted, straight), torch.where(inside, slope, 1.0)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from common.errors import UsageError
 from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, make_layout
-from common.sums import Sum, adder, weighted
+from common.sums import Sum, adder, is_change, weighted
 from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
 from worker.mapped import InPlane, MappedWeights
@@ -31,9 +31,10 @@ class Replica:
         servers: int,
         tables: Sequence[TableSpec] = (),
         classifiers: Sequence[ClassSpec] = (),
+        at_once: bool = False,
     ) -> None:
         """`groups` maps id(parameter) to its parameter group; parameters not in it are not trained. `tables` and
-        `classifiers` are on the servers, and not in it either.
+        `classifiers` are on the servers, and not in it either. `at_once`: servers apply each contribution by itself.
 
         Raises UsageError where a trained parameter has a dtype that servers cannot keep.
         """
@@ -59,6 +60,8 @@ class Replica:
         for chunk in self.layout.chunks:
             for piece in chunk.pieces:
                 self._chunks_of.setdefault(piece.tensor, []).append(chunk)
+        #: Chunks whose contributions are the changes of buffers.
+        self._changes = {chunk.id for chunk in self.layout.chunks if at_once and is_change(chunk)}
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
@@ -233,6 +236,8 @@ class Replica:
             if place is None or source.data_ptr() != place.data_ptr():
                 part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
             present |= (chunk.kind == "param" or self._changed(chunk, piece, part)) << bit
+        if chunk.id in self._changes:
+            values[: chunk.numel].sub_(self._buffers[chunk.id].to(values.dtype))
         return present
 
     def _changed(self, chunk: Chunk, piece: Piece, now: torch.Tensor) -> bool:

@@ -221,7 +221,7 @@ class Run:
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
         specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
-        replica = Replica(self._model, group_of, self._servers, specs, sharded)
+        replica = Replica(self._model, group_of, self._servers, specs, sharded, at_once=self._policy.applies == "push")
         check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)

@@ -4,9 +4,10 @@ Ho et al., "More effective distributed ML via a stale synchronous parallel param
 at most s clocks ahead of the slowest. A clock here is a round of micro-batches, so the slowest clock is the earliest round
 with a micro-batch outstanding. A push that is a part of a global batch moves the weights by that part of the learning rate
 (the linear scaling rule: Goyal et al., "Accurate, large minibatch SGD", 2017), so a rate means the same under every policy.
-Optionally the step is divided by the staleness: Zhang, Gupta, Lian and Liu,
-"Staleness-aware async-SGD for distributed deep learning" (IJCAI 2016); and optionally the gradient is corrected for the
-delay: Zheng et al., "Asynchronous stochastic gradient descent with delay compensation" (ICML 2017).
+Optionally the step is divided by the staleness: Zhang, Gupta, Lian and Liu, "Staleness-aware async-SGD for distributed deep
+learning" (IJCAI 2016). There the rate is that of a whole batch, so that the division is the linear scaling too; here that is done
+already, and `ps/course.py` keeps the mean of the rates. And optionally the gradient is corrected for the delay: Zheng et al.,
+"Asynchronous stochastic gradient descent with delay compensation" (ICML 2017).
 """
 
 from typing import Any, ClassVar, Literal

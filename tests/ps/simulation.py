@@ -908,7 +908,8 @@ class WorkerProcess(Process):
         specs = [table.spec for table in tables]
         layers = find_layers(self.model, groups)
         dense = {id(p): 0 for p in groups[0]["params"] if not p.is_meta}
-        replica = Replica(self.model, dense, case.settings.servers, specs, [one.spec for one in layers])
+        at_once = run._policy.applies == "push"
+        replica = Replica(self.model, dense, case.settings.servers, specs, [one.spec for one in layers], at_once=at_once)
         hyper = {"lr": case.lr, "momentum": case.momentum}
         example = example_optimizer(torch.optim.SGD, groups, hyper)
         work: SteppedWork | SteppedLocalWork

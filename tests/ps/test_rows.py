@@ -64,6 +64,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
     "Adagrad-settings": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2}),
     "Adam": (torch.optim.Adam, {"lr": 0.01}),
+    "Adam-eps": (torch.optim.Adam, {"lr": 0.01, "eps": 0.1}),
     "amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.0, "betas": (0.5, 0.9)}),
 }
@@ -191,6 +192,22 @@ def test_steps_are_those_of_torchs_sparse_optimizers(recipe: str, touched: list[
         optimizer.step()
         cluster.step(total, 4)
     torch.testing.assert_close(cluster.read(len(touched)), plain.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_adam_has_its_own_eps_and_not_that_of_sparse_adam() -> None:
+    cls, hyper = OPTIMIZERS["Adam-eps"]
+    cluster, plain, other = Cluster(2, "Adam-eps"), nn.Parameter(start()), nn.Parameter(start())
+    optimizer, sparse = cls([plain], **hyper), torch.optim.SparseAdam([other], **hyper)
+    for number in range(3):
+        total = rows_of(range(ROWS), number)  # with all rows there is nothing lazy about it
+        plain.grad = total.values / 4
+        other.grad = torch.sparse_coo_tensor(total.ids[None], total.values / 4, (ROWS, DIM), check_invariants=True)
+        optimizer.step()
+        sparse.step()
+        cluster.step(total, 4)
+    torch.testing.assert_close(cluster.read(3), plain.detach(), rtol=1e-6, atol=1e-7)
+    assert float((cluster.read(3) - other.detach()).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("recipe", OPTIMIZERS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -114,6 +116,19 @@ def test_arcface_goes_on_downwards_past_a_half_turn() -> None:
     assert bool((slope > 0).all())
     (found,) = torch.autograd.grad(value.sum(), cosine)
     torch.testing.assert_close(found, slope.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_arcface_is_exact_near_an_angle_of_0_and_its_slope_finite(dtype: torch.dtype) -> None:
+    angle = torch.tensor([0.0, 1e-4, 5e-4, 1e-3, 1e-2], dtype=torch.float64)
+    cosine = torch.cos(angle).to(dtype)
+    value, slope = ArcFace(64.0, 0.5).own(cosine)
+    exact = torch.cos(torch.acos(cosine.double()) + 0.5)
+    torch.testing.assert_close(value.double(), exact, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-7)
+    beyond, steepest = ArcFace(64.0, 0.5).own(torch.tensor([1.0, 1.0 + 1e-6], dtype=dtype))  # as a sum of products can be
+    assert bool(value.isfinite().all() and beyond.isfinite().all()) and 400 < float(steepest.max()) < 500
+    if dtype == torch.float64:
+        torch.testing.assert_close(slope[4:], math.cos(0.5) + math.sin(0.5) / torch.tan(angle[4:]))
 
 
 def test_a_sum_of_which_a_part_is_another_now_is_made_anew() -> None:
