@@ -53,6 +53,7 @@ from common.shared import Handle, NotShared
 from common.watchdog import Watchdog
 from common.wire import Frames, new_incarnation
 from worker import batchnorm, local, saving
+from worker.buffers import Rules
 from worker.classes import Shards, check_sharding, find_layers
 from worker.exchange import Exchange, Send
 from worker.kv import KvClient
@@ -111,6 +112,7 @@ class Run:
         self._tasks = Tasks(self.name, welcome.tables)
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
+        self._buffer_rules: Rules = {}
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
         #: Where memory may be shared with servers.
@@ -175,8 +177,14 @@ class Run:
 
     # ---- setting up
 
-    def replicate(self, model: M) -> M:
+    def replicate(self, model: M, buffers: Rules | None = None) -> M:
         """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end.
+
+        Each micro-batch begins with the buffers as they were at the round's beginning. Running statistics of normalisation layers
+        become the mean of what micro-batches make of them, weighted by samples. Any other buffer gets the value that the last
+        micro-batch in order has left, of those that changed it. `buffers` says otherwise: it maps names, or patterns with `*`, to
+        `mean`, `max`, `last`, or `own` (each worker has its own, as of a cache). A buffer that the model's file has not
+        (`persistent=False`) does not travel unless it is named, and must not change.
 
         The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
         that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
@@ -184,7 +192,7 @@ class Run:
         """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
-        self._model = model
+        self._model, self._buffer_rules = model, dict(buffers or {})
         return model
 
     def optimizer(
@@ -221,7 +229,8 @@ class Run:
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
         specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
-        replica = Replica(self._model, group_of, self._servers, specs, sharded, at_once=self._policy.applies == "push")
+        at_once = self._policy.applies == "push"
+        replica = Replica(self._model, group_of, self._servers, specs, sharded, self._buffer_rules, at_once)
         check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)

@@ -15,6 +15,7 @@ from common.layout import CHUNK_BYTES
 from common.messages import ModelPart
 from common.tensorfile import header
 from common.tensors import to_frame
+from worker.buffers import stored_parts
 
 #: Given a tensor of the model: its bytes in order where they are elsewhere, else None.
 Read = Callable[[torch.Tensor], Iterator[memoryview] | None]
@@ -27,10 +28,10 @@ def nothing(tensor: torch.Tensor) -> None:
 def model_parts(model: nn.Module, read: Read = nothing) -> Iterator[tuple[ModelPart, list[bytearray]]]:
     """The state of `model`, by the names of its state_dict, as messages and their frame of up to a chunk's bytes.
 
-    Tied weights are stored once for each of their names. Parameters come first, in the order of their names: their SHA-256 is
-    made on the way, so it is in the part that is sent last, which is the file's first.
+    Tied weights are stored once for each of their names, and sparse buffers by their parts. Parameters come first, in the order
+    of their names: their SHA-256 is made on the way, so it is in the part that is sent last, which is the file's first.
     """
-    state = dict(model.state_dict(keep_vars=True))
+    state = {f"{name}{end}": part for name, t in model.state_dict(keep_vars=True).items() for end, part in stored_parts(t)}
     trained = dict(sorted(model.named_parameters()))
     state = {name: state[name] for name in [*(n for n in trained if n in state), *(n for n in state if n not in trained)]}
     digest = hashlib.sha256()

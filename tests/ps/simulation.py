@@ -76,6 +76,7 @@ from ps.server import _Server
 from ps.serving import books_to_recover, books_to_resume
 from ps.shard import Shard
 from worker import local
+from worker.buffers import BufferRule
 from worker.classes import ShardedLinear, Shards, find_layers, sharded_cross_entropy
 from worker.exchange import Exchange, Send
 from worker.link import COORDINATOR, Link
@@ -206,7 +207,10 @@ class Case:
 
 
 class Model(nn.Module):
-    """See the top. `rare` has a gradient in even rounds only; `mean` and `most` are buffers of both kinds."""
+    """See the top. `rare` has a gradient in even rounds only; `mean`, `most` and `latest` are buffers of all kinds, the last of
+    which not every micro-batch changes."""
+
+    RULES: ClassVar[dict[str, BufferRule]] = {"mean": "mean", "most": "max"}
 
     def __init__(self, case: Case, sparse: bool = True) -> None:
         super().__init__()
@@ -221,6 +225,8 @@ class Model(nn.Module):
         self.most: torch.Tensor
         self.register_buffer("mean", torch.full((3,), 0.7))
         self.register_buffer("most", torch.zeros(2, dtype=torch.int64))
+        self.latest: torch.Tensor
+        self.register_buffer("latest", torch.zeros(2, dtype=torch.complex64))
         self.rows = case.rows
         if case.rows:
             self.table = nn.Embedding(case.rows + len(self.number), 2, sparse=sparse)
@@ -266,6 +272,8 @@ class Model(nn.Module):
         self.rare.grad = torch.randn(2, generator=generator) + self.rare if task.round % 2 == 0 else None
         self.mean.mul_(0.9).add_(torch.randn(3, generator=generator))
         self.most[task.k % 2] += task.k
+        if (task.round + task.k) % 3:
+            self.latest = self.latest + self.number[task] * 1j  # another tensor, as scripts do
         if self.rows:
             factors = torch.randn(2, generator=generator)
             with torch.enable_grad():
@@ -321,6 +329,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
         for k in ks:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+            latest = model.latest
             model.zero_grad()
             model.compute(Task(index, k))
             samples = plan.samples_in(k, k + 1)
@@ -328,6 +337,8 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
                 sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
             sums["mean"][k] = model.mean.clone() * samples
             sums["most"][k] = model.most.clone()
+            if model.latest is not latest:
+                sums["latest"][k] = model.latest.clone()
             shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
         for name, parameter in parameters.items():
             if parameter.grad is not None:
@@ -345,6 +356,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
         optimizer.step()
         model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total)
         model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
+        model.latest.copy_(sums["latest"][max(sums["latest"])] if sums["latest"] else buffers["latest"])
         out.append(state(model))
     if case.classes:
         out[-1][HEAD] = classes.rows()
@@ -874,7 +886,7 @@ class WorkerProcess(Process):
         run = self.run = Run(self.link)
         self._welcomed_at = world.now
         run.merge_by(lambda model: 0.0)
-        model = run.replicate(self.model)
+        model = run.replicate(self.model, Model.RULES)
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
@@ -902,14 +914,15 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.fails_s, self._fail)
         run = self.run = Run(self.link)
         run.merge_by(lambda model: 0.0)
-        run.replicate(self.model)
+        run.replicate(self.model, Model.RULES)
         groups = self.model.groups()
         tables = find_tables(self.model, groups)
         specs = [table.spec for table in tables]
         layers = find_layers(self.model, groups)
         dense = {id(p): 0 for p in groups[0]["params"] if not p.is_meta}
         at_once = run._policy.applies == "push"
-        replica = Replica(self.model, dense, case.settings.servers, specs, [one.spec for one in layers], at_once=at_once)
+        sharded_specs = [one.spec for one in layers]
+        replica = Replica(self.model, dense, case.settings.servers, specs, sharded_specs, Model.RULES, at_once)
         hyper = {"lr": case.lr, "momentum": case.momentum}
         example = example_optimizer(torch.optim.SGD, groups, hyper)
         work: SteppedWork | SteppedLocalWork

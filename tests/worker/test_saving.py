@@ -54,6 +54,19 @@ def test_parts_in_any_order_and_twice_make_a_file_that_safetensors_reads(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
 
 
+def test_a_file_has_pairs_for_a_dtype_without_a_name_and_the_parts_of_a_sparse_buffer(tmp_path: Path) -> None:
+    model, file = nn.Linear(2, 2), ModelFile(tmp_path)
+    model.register_buffer("turns", torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128))
+    model.register_buffer("adjacency", torch.tensor([[0.0, 5.0], [0.0, 0.0]]).to_sparse())
+    for body, frames in model_parts(model):
+        file.add(body, frames)
+    file.finish()
+    read = load_file(tmp_path / MODEL_FILE)
+    assert read["turns"].tolist() == [[1.0, 2.0], [3.0, -4.0]] and read["turns"].dtype == torch.float64
+    assert read["adjacency.indices"].tolist() == [[0], [1]] and read["adjacency.values"].tolist() == [5.0]
+    assert torch.equal(read["weight"], model.weight)
+
+
 @pytest.mark.parametrize(
     ("part", "frames"),
     [
