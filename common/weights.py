@@ -99,8 +99,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file that somebody else made, torch's readers raise nearly anything
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} holds no weights that can be read: {text}") from None
+        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        kinds = "a safetensors file nor a state_dict that torch.save wrote"
+        raise UsageError(f"{path} holds no weights that can be read: it is neither {kinds} ({text.rstrip('.')}).") from None
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UsageError(f"{path} is no state_dict: it must map names to tensors.")
     return found
