@@ -750,8 +750,8 @@ class ModelPart(Body, frozen=True):
 
 
 class KvPush(Body, frozen=True):
-    """Add to, or set, element block `block` of `key`, which has `numel` elements in all its blocks. `id` makes it count once,
-    however often it is sent."""
+    """Block `block` of what is added to `key`, or what it is set to: of push number `push`, which has `numel` elements in all its
+    blocks and counts when they are here. `id` makes the block count once, however often it is sent."""
 
     id: Count
     key: Name
@@ -759,23 +759,25 @@ class KvPush(Body, frozen=True):
     numel: Count
     dtype: Name
     op: Literal["add", "set"]
+    push: Count
 
 
 class KvPull(Body, frozen=True):
-    """Send block `block` of `key`, which has `numel` elements in all its blocks."""
+    """Send the value of `key`, which has `numel` elements."""
 
     id: Count
     key: Name
-    block: Count
     numel: Count
 
 
 class KvReply(Body, frozen=True):
-    """Done; for a pull a frame with the block's bytes follows. `version` counts the pushes applied to the block."""
+    """The block is here; to a pull, a frame follows with the bytes of block `block`, one of as many messages as there are blocks.
+    `version` counts the pushes applied to the key."""
 
     id: Count
     version: Count
     dtype: Name = ""
+    block: Count = 0
 
 
 Message = (

@@ -359,8 +359,8 @@ class _Server:
         self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
         try:
             if isinstance(body, KvPush | KvPull):
-                reply, out = self._kv.handle(sender, envelope.incarnation, body, frames)
-                self._do([Send(sender, reply, out)])
+                replies = self._kv.handle(sender, envelope.incarnation, body, frames)
+                self._do([Send(sender, *reply) for reply in replies])
             else:
                 self._do(self._shard.handle(sender, body, frames, time.monotonic()))
         except WireError as error:

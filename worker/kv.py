@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,14 +26,16 @@ from worker.link import Link
 
 @dataclass
 class _Request:
-    """One block's message, until it is answered."""
+    """One block of a push, or a pull, until it is answered."""
 
     server: str
     body: KvPush | KvPull
     frames: list[memoryview]
     sent_at: float
-    #: Where a pulled block goes.
-    out: torch.Tensor | None = None
+    #: Where the blocks of a pull go; the newest version of which some have come, and the blocks of it that have not.
+    out: Sequence[torch.Tensor] = ()
+    version: int = -1
+    missing: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -47,8 +49,9 @@ class _Timestamp:
 class KvClient:
     """Pushes to and pulls from keys. A push counts once, whatever is lost or repeated on the way.
 
-    Tensors are cut into blocks of a chunk's size, spread over the servers. Pushes by one worker to one key are applied in
-    order; those of several workers in any order, so `add` sums are exact only up to rounding.
+    A key is on one of the servers, which its name decides; use several keys to have a large value on several. Pushes by one
+    worker to one key are applied in order, those of several workers in any order, so that `add` sums are exact only up to
+    rounding. A pull sees each push whole or not at all.
     """
 
     def __init__(self, link: Link, servers: int, timeout: float) -> None:
@@ -76,8 +79,8 @@ class KvClient:
         step = CHUNK_BYTES // values.element_size()
         timestamp = self._new()
         for block, part in enumerate(values.split(step)):  # one is on its way while the next is copied
-            body = KvPush(self._take_id(), key, block, values.numel(), dtype_name(values.dtype), op)
-            self._submit(timestamp, self._server(key, block), body, [to_frame(part.clone())], None)
+            body = KvPush(self._take_id(), key, block, values.numel(), dtype_name(values.dtype), op, timestamp)
+            self._submit(timestamp, self._server(key), body, [to_frame(part.clone())])
         return timestamp
 
     def pull(self, key: str, out: torch.Tensor) -> int:
@@ -87,9 +90,8 @@ class KvClient:
             raise UsageError(f"the tensor to pull key '{key}' into must be contiguous and on the CPU.")
         flat = out.detach().view(-1)
         timestamp = self._new()
-        for block, part in enumerate(flat.split(CHUNK_BYTES // flat.element_size())):
-            body = KvPull(self._take_id(), key, block, flat.numel())
-            self._submit(timestamp, self._server(key, block), body, [], part)
+        body = KvPull(self._take_id(), key, flat.numel())
+        self._submit(timestamp, self._server(key), body, [], flat.split(CHUNK_BYTES // flat.element_size()))
         return timestamp
 
     def wait(self, timestamp: int) -> None:
@@ -121,12 +123,17 @@ class KvClient:
         self._next_id += 1
         return self._next_id - 1
 
-    def _server(self, key: str, block: int) -> str:
-        start = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
-        return f"server-{(start + block) % self._servers}"
+    def _server(self, key: str) -> str:
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+        return f"server-{number % self._servers}"
 
     def _submit(
-        self, timestamp: int, server: str, body: KvPush | KvPull, frames: list[memoryview], out: torch.Tensor | None
+        self,
+        timestamp: int,
+        server: str,
+        body: KvPush | KvPull,
+        frames: list[memoryview],
+        out: Sequence[torch.Tensor] = (),
     ) -> None:
         with self._link.lock:
             self._requests[body.id] = _Request(server, body, frames, time.monotonic(), out)
@@ -136,31 +143,44 @@ class KvClient:
 
     def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
         if isinstance(body, KvReply):
-            self._done(body.id, "", frames, body.dtype)
+            request = self._requests.get(body.id)
+            if request is not None and request.out:
+                self._take_block(request, body, frames)
+            elif request is not None:
+                self._done(body.id)
         elif isinstance(body, Refused) and body.about.startswith("Kv"):
-            self._done(int(body.about.partition(":")[2]), body.reason, (), "")
+            self._done(int(body.about.partition(":")[2]), body.reason)
         else:
             self._before_message(sender, body, frames)
 
-    def _done(self, request_id: int, error: str, frames: Frames, dtype: str) -> None:
-        request = self._requests.pop(request_id, None)
-        if request is None:
+    def _take_block(self, request: _Request, body: KvReply, frames: Frames) -> None:
+        """Take in a block of a pull, unless the newer answer to the same question has come by now."""
+        request.sent_at = time.monotonic()
+        if body.version < request.version:
+            return
+        if body.version > request.version:
+            request.version, request.missing = body.version, set(range(len(request.out)))
+        key, out = request.body.key, request.out[min(body.block, len(request.out) - 1)]
+        if body.dtype != dtype_name(out.dtype):
+            self._done(body.id, f"key '{key}' holds {body.dtype}, but was pulled into {dtype_name(out.dtype)}.")
+            return
+        try:
+            out.copy_(from_frame(frames[0], body.dtype, out.numel(), f"key '{key}'"))
+        except Exception as wrong:
+            self._done(body.id, f"key '{key}' does not fit: {wrong}.")
+            return
+        request.missing.discard(body.block)
+        if not request.missing:
+            self._done(body.id)
+
+    def _done(self, request_id: int, error: str = "") -> None:
+        if self._requests.pop(request_id, None) is None:
             return
         self.answered += 1
         state = self._timestamps.get(self._owner.pop(request_id))
-        if not error and request.out is not None:
-            key = request.body.key
-            if dtype != dtype_name(request.out.dtype):
-                error = f"key '{key}' holds {dtype}, but was pulled into {dtype_name(request.out.dtype)}."
-            else:
-                try:
-                    request.out.copy_(from_frame(frames[0], dtype, request.out.numel(), f"key '{key}'"))
-                except Exception as wrong:
-                    error = f"key '{key}' does not fit: {wrong}."
         if state is not None:
             state.outstanding.discard(request_id)
-            if error and (not state.error or request.body.block == 0):  # the first block is there if the key is
-                state.error = error
+            state.error = state.error or error
 
     def _on_tick(self, now: float) -> list[Send]:
         again = [r for r in self._requests.values() if now >= r.sent_at + SEND_AGAIN_S]

@@ -25,8 +25,8 @@ MICRO, COUNT, ROUNDS = 2, 3, 6  # samples of a micro-batch, micro-batches of a r
 LAMBDA = 0.7
 TENSORS = [
     TensorSpec("w", [5], "float64", 0),
-    TensorSpec("bn.running_mean", [3], "float32", -1),
-    TensorSpec("bn.num_batches_tracked", [], "int64", -1),
+    TensorSpec("bn.running_mean", [3], "float32", -1, "mean"),
+    TensorSpec("bn.num_batches_tracked", [], "int64", -1, "max"),
 ]
 FIRST = torch.linspace(-1, 1, 5, dtype=torch.float64), torch.full((3,), 2.0), torch.tensor([10])
 

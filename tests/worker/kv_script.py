@@ -11,6 +11,7 @@ from common.errors import UsageError
 
 BLOCKS = 2_500_000  # of float32: three blocks of a chunk's size
 PUSHES = 40
+READS = 60
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -50,6 +51,19 @@ def main() -> None:
     assert count.tolist() == [3 * sum(range(PUSHES)), 3 * PUSHES]
     assert torch.equal(large, torch.arange(BLOCKS, dtype=torch.float32) * 6)
     meet(kv, "read", run.workers)
+
+    # a pull sees each push whole or not at all, while others push
+    everywhere = torch.ones(BLOCKS)
+    if run.index == 0:
+        kv.wait(kv.push("whole", torch.zeros(BLOCKS), op="set"))
+    meet(kv, "whole", run.workers)
+    for _ in range(READS):
+        if run.index < 2:
+            kv.wait(kv.push("whole", everywhere))
+        else:
+            kv.wait(kv.pull("whole", large))
+            assert large.min() == large.max(), (large.min(), large.max())
+    meet(kv, "read whole", run.workers)
 
     # a worker's own pushes are applied in order, what is pushed is copied, and `set` may change size and type
     mine = f"mine {run.index}"
