@@ -172,6 +172,12 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "a worker stopped mid-message for 6 s, then woken": Row(
             harms.failpoint_then_wake(6.0, "worker-1"), _LONG, env={VARIABLE: stopped}
         ),
+        "a worker's script fails, and --worker-failures admits it": Row(
+            harms.failpoints(1), ("--worker-failures", 1), env={VARIABLE: f"worker-1:computing:{_FAIL_AT}:raise"}
+        ),
+        "a worker joins whose script fails": Row(
+            harms.scale_to(_WORKERS + 1), _LONG, env={VARIABLE: f"worker-{_WORKERS}:computing:0:raise"}
+        ),
         "all workers killed": Row(harms.kill(*workers)),
         "two of three servers killed": Row(harms.kill("server-0", "server-2")),
         "coordinator and a server killed": Row(harms.kill("coordinator", "server-1")),

@@ -19,6 +19,7 @@ from benchmarks.attacks import Item, Memory, attacking, targets
 from benchmarks.live import LAUNCH, ByHand, Cluster
 from benchmarks.wiretap import Wire, replay
 from cluster.processes import Processes
+from cluster.scale import scale
 from common import snapshots
 from common.errors import UsageError
 from common.failpoints import MARK
@@ -293,6 +294,16 @@ def join(count: int, every_s: float) -> Harm:
                     start(number)
                     time.sleep(every_s)
         return run
+
+    return harm
+
+
+def scale_to(workers: int) -> Harm:
+    """The launcher is to have so many workers, and a failpoint is waited for."""
+
+    def harm(run: Cluster) -> Cluster:
+        scale(str(run.folder), workers)
+        return failpoints(1)(run)
 
     return harm
 

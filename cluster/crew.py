@@ -103,10 +103,26 @@ class Crew:
                 child.excused = True
             elif child.code is None and not is_worker and not finished and (child.name, child.popen.pid) in progress.lost:
                 self._end_hung(child)
+            elif child.failed and is_worker and not finished and self._goes_on_without(child, progress):
+                child.excused = True
+                self._say(f"{child.describe_end().rstrip('.')}; the others go on.")
             elif child.failed and child.code is not None and child.code < 0 and not finished:
                 child.excused = self._plan(child, now) or (is_worker and not self._is_local)
         if not finished:
             self._check_any_left(progress, now)
+
+    def _goes_on_without(self, child: Child, progress: Progress) -> bool:
+        """Whether a worker's script has failed and the run goes on: the coordinator says so of one that had joined; one that had
+        not is missed by nobody once there is training."""
+        if child.code is None or child.code < 0:
+            return False
+        if child.popen.pid in progress.joined:
+            return (progress.joined[child.popen.pid], child.popen.pid) in progress.lost
+        return progress.total is not None and not self._is_local
+
+    def awaits_word(self, progress: Progress) -> bool:
+        """Whether the coordinator is yet to say what becomes of the run after a worker that was in it has failed."""
+        return any(child.failed and child.popen.pid in progress.joined for child in self._workers)
 
     def _end_hung(self, child: Child) -> None:
         """Kill a server that the coordinator has given up. It is ours by its name, and whatever its message said."""

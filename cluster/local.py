@@ -39,6 +39,8 @@ _PREPARED_S = 60.0
 _SERVERS_END_S = 10.0
 #: Seconds after a worker's end for its joining to be seen in the event log.
 _JOIN_S = 2.0
+#: Seconds for the coordinator to say whether a run goes on without a worker that has failed.
+_WORD_S = 15.0
 #: The environment of those who may be started again at once.
 _AGAIN = {AGAIN_VARIABLE: "1"}
 #: How often a coordinator that was killed is started again at least.
@@ -283,17 +285,22 @@ class _Local:
         self._processes.again(child)
 
     def _fail(self) -> None:
-        """Give the others a moment to fail too, then raise for the one that failed first; or the coordinator one to end well, for
-        who came too late for a run has not failed it."""
-        deadline = time.monotonic() + GATHER_S
-        while time.monotonic() < deadline and self._processes.running() and not self._signals.name:
+        """Give the others a moment to fail too, then raise for the one that failed first. Return if the run goes on without those
+        that failed, as the coordinator says of workers, or has ended well without them."""
+        began = time.monotonic()
+        while self._processes.running() and not self._signals.name:
             cause = root_cause(self._processes.failures())
             if cause.code is not None and cause.code < 0:
                 break  # nothing can explain this one
+            coordinator = self._processes.children[0]
+            awaits = coordinator.code is None and self._crew is not None and self._crew.awaits_word(self._screen.progress)
+            if time.monotonic() > began + (_WORD_S if awaits else GATHER_S):
+                break
             time.sleep(TICK_S)
             self._processes.poll()
-            if self._crew is not None and self._processes.children[0].code == 0:
-                self._crew.look(self._screen.progress, finished=True)
+            if self._crew is not None and coordinator.code in (None, 0):
+                self._screen.update()
+                self._crew.look(self._screen.progress, finished=coordinator.code == 0)
                 if not self._processes.failures():
                     return
         cause = root_cause(self._processes.failures())

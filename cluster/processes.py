@@ -36,7 +36,7 @@ TICK_S = 0.05
 
 _TAIL_BYTES = 16 << 10
 _ERROR_LINE = re.compile(r"^(?:\S+: )?error: (.+)$")
-_OTHERS_FAILURE = re.compile(r"^((?:worker|server)-\d+) failed: ")
+_OTHERS_FAILURE = re.compile(r"^((?:worker|server)-\d+)(?: on \S+)? failed: ")
 _TOLD_TO_STOP = re.compile(r"\b(?:stopped because|told to stop)\b")
 
 

@@ -133,6 +133,8 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]
     if told:
         lines.append(", ".join(told))
+    if failed := summary.get("workers_failed"):
+        lines.append(f"went on without {some(failed)}")
     if summary.get("weights_sha256"):
         lines.append(f"weights_sha256 {summary['weights_sha256'][:_SHORT_SHA]}")
     if (folder / MODEL_FILE).exists():

@@ -1,7 +1,8 @@
 """Points in the code at which a test or benchmark has a process fail: faults are declared by process, phase and round.
 
 PS_FAILPOINTS="server-1:applying:12:kill;worker-0:pushed:20:stop" has server-1 end as by kill -9 when it first comes to the point
-`applying` in round 12 or later, and worker-0 stop as by SIGSTOP at `pushed` in round 20 or later; `sleep` sleeps for `SLEEP_S`.
+`applying` in round 12 or later, and worker-0 stop as by SIGSTOP at `pushed` in round 20 or later; `sleep` sleeps for `SLEEP_S`,
+and `raise` raises a RuntimeError.
 Each happens once in a run directory, whoever has that name then. Not armed, a point costs a call and a look at a list.
 """
 
@@ -37,7 +38,7 @@ POINTS: Mapping[str, str] = {
     "completing": "coordinator: all files of a snapshot are written, its manifest is not",
     "ending": "coordinator: the model is written, the summary is not",
 }
-_ACTIONS = ("kill", "stop", "sleep")
+_ACTIONS = ("kill", "stop", "sleep", "raise")
 #: Seconds before a process fails in which what it has sent leaves it, and for which `sleep` sleeps.
 _LEAVES_S = 0.02
 SLEEP_S = 5.0
@@ -68,7 +69,7 @@ def arm(process: str, run_dir: Path) -> None:
 
 
 def failpoint(phase: str, round_: int) -> None:
-    """The process has come to `phase` in `round_`."""
+    """Note that the process has come to `phase` in `round_`. Raises RuntimeError where it is to fail so."""
     if _armed:
         _reach(phase, round_)
 
@@ -80,6 +81,8 @@ def _reach(phase: str, round_: int) -> None:
             fault.mark.touch(exist_ok=False)
         except OSError:  # it has happened before
             continue
+        if fault.action == "raise":
+            raise RuntimeError(f"failpoint {phase} in round {round_}")
         time.sleep(_LEAVES_S if fault.action != "sleep" else SLEEP_S)
         if fault.action != "sleep":
             os.kill(os.getpid(), signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP)

@@ -724,11 +724,12 @@ class Metrics(Body, frozen=True):
 class Goodbye(Body, frozen=True):
     """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload. `early`: I leave while the run
     goes on; answered by Stop, and others do what I have not done. `cut_off`: I failed as a server did not answer me, which may
-    well answer others."""
+    well answer others. `keyed`: I have used the key-value store, so nobody can do what I have not done."""
 
     reason: Text = ""
     early: bool = False
     cut_off: bool = False
+    keyed: bool = False
 
     def __post_init__(self) -> None:
         _keep_printable(self)

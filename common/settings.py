@@ -157,6 +157,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 300.0
 
+    worker_failures: Annotated[
+        NonNegative,
+        _help(
+            "Workers whose script may fail in mid-training without the run failing; others do what these have not done. Those "
+            "that fail before anything of theirs is in a committed round do not count."
+        ),
+    ] = 0
+
     start_timeout: Annotated[
         float,
         Meta(gt=0),
@@ -189,6 +197,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         if self.replicas and self.policy not in ("sync", "backup"):
             raise UsageError(f"replicas is {self.replicas} but policy is {self.policy}: only sync and backup keep copies.")
+        if self.worker_failures and self.policy in ("local", "average"):
+            raise UsageError(f"worker_failures is {self.worker_failures} but policy is {self.policy}, which needs all workers.")
         if self.replicas and self.servers < 2:
             raise UsageError(
                 f"replicas is {self.replicas} but there is one server: a copy needs another one, so set servers to 2."

@@ -72,6 +72,9 @@ class Books:
     #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy.
     metrics: set[tuple[int, int]] = field(default_factory=set)
     accuracy: float | None = None
+    #: Sentences on workers whose script has failed and that the run goes on without; how many `worker_failures` has admitted.
+    failed: list[str] = field(default_factory=list)
+    admitted: int = 0
     #: When the first plan was made, and when the newest round was committed.
     planned_at: float | None = None
     committed_at: float | None = None
@@ -207,6 +210,9 @@ def _read(db: sqlite3.Connection) -> Books | None:
                 books.planned_at = books.planned_at or at
             case "rolled back":
                 ledger.totals.micro_batches_recomputed += json.loads(text)["micro_batches"]
+            case "lost" if (failed := json.loads(text).get("failed")) is not None:
+                books.failed.append(json.loads(text)["why"])
+                books.admitted += failed == "admitted"
             case "stopped":
                 data = json.loads(text)
                 books.stop, books.stopped_at = Stop(data["ok"], data["reason"], data.get("again", False)), at
@@ -223,6 +229,8 @@ def _count(db: sqlite3.Connection, books: Books) -> None:
     for row in db.execute(counts):
         books.ledger.count(*row)
     books.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
+    query = "SELECT DISTINCT worker FROM contributions WHERE round >= ?"  # names from before are other processes'
+    books.ledger.contributors = {worker for (worker,) in db.execute(query, (books.head.resume,))}
 
 
 def goes_on(folder: Path, overwrite: bool) -> bool:

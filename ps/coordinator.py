@@ -19,7 +19,7 @@ import zmq
 
 from common import alarm
 from common.connections import Inflow
-from common.errors import ClusterError, PsError, WireError
+from common.errors import ClusterError, PsError, WireError, printable
 from common.failpoints import arm, failpoint
 from common.messages import (
     AllNorms,
@@ -38,6 +38,7 @@ from common.messages import (
     Norms,
     Plan,
     Ready,
+    Refused,
     Report,
     Saved,
     Setup,
@@ -167,6 +168,11 @@ class Coordinator:
         self._seen: set[int] = set()
         #: When each process's beat was last answered.
         self._answered_at: dict[str, float] = {}
+        #: Workers whose model or data are not the others'.
+        self._unlike: set[str] = set()
+        #: Sentences on workers whose script has failed and that the run goes on without; how many `worker_failures` has admitted.
+        self._failed = [] if books is None else books.failed
+        self._admitted = 0 if books is None else books.admitted
         #: By incarnation of the worker and number.
         self._seen_metrics: set[tuple[int, int]] = set()
         self._refusals = Refusals(log)
@@ -481,7 +487,7 @@ class Coordinator:
             return
         if behind := self._behind_the_end():
             for worker in behind:
-                self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now)
+                self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now, {})
             return
         waiting = self._whom_all_wait_for() or "every process"
         if self.journal.unwritten_since is not None:
@@ -554,9 +560,9 @@ class Coordinator:
                 answer = self._ledger.set_up(body)
                 if isinstance(answer, Ready):
                     answer = Ready("Setup", lacks=member.name in self._membership.names("worker")[:1])
-                self.journal.promise(route, answer, urgent=True)
+                self._answer(route, member, answer)
             case Plan():
-                self._plan(route, body, now)
+                self._plan(route, member, body, now)
             case Waiting():
                 if not self._awaits_members(now) and (lease := self._leasing.lease(member.name, body.round, now)) is not None:
                     self._give(lease)
@@ -647,8 +653,14 @@ class Coordinator:
             self._answered_at[member.name] = now
             self._send(member.name, Beat())
 
-    def _plan(self, route: bytes, plan: Plan, now: float) -> None:
-        self.journal.promise(route, self._ledger.plan(plan.segment), urgent=True)
+    def _answer(self, route: bytes, worker: Member, answer: Body) -> None:
+        """Tell a worker whether its model or data are the others'."""
+        if isinstance(answer, Refused):
+            self._unlike.add(worker.name)
+        self.journal.promise(route, answer, urgent=True)
+
+    def _plan(self, route: bytes, worker: Member, plan: Plan, now: float) -> None:
+        self._answer(route, worker, self._ledger.plan(plan.segment))
         if self._ledger.planned != self._planned:
             self._planned = self._ledger.planned
             self._training_since = self._training_since or now
@@ -679,9 +691,7 @@ class Coordinator:
 
     def _goodbye(self, route: bytes, member: Member, goodbye: Goodbye, now: float) -> None:
         if goodbye.reason:
-            if not goodbye.cut_off or not self._can_do_without(member):
-                raise ClusterError(f"{member.name} failed: {goodbye.reason}")
-            self._give_up(member, goodbye.reason, now)
+            self._script_failed(member, goodbye, now)
             return
         if not member.left:
             self._log.event(Event("left", member.name, {"early": True} if goodbye.early else {}))
@@ -695,6 +705,30 @@ class Coordinator:
             self._uploader = member.name
         if self._ledger.layout is not None and not self._model.complete and member.name == self._uploader:
             self._reply(route, Upload())
+
+    def _script_failed(self, worker: Member, goodbye: Goodbye, now: float) -> None:
+        """Go on without a worker whose script has failed, if others can do what it has not done and it is one that may fail:
+        it is cut off from a server, or nothing of its work counts yet, or `worker_failures` admits it."""
+        why = f"{_called(worker)} failed: {goodbye.reason}"
+        if worker.early:  # it says so again
+            self._send(worker.name, Stop(True))
+            return
+        is_new = self._is_beginner(worker)
+        may_fail = goodbye.cut_off or is_new or self._admitted < self._settings.worker_failures
+        if goodbye.keyed or not may_fail or not self._can_do_without(worker):
+            before = f" (before it, {some(self._failed)})" if self._failed else ""
+            raise ClusterError(f"{why}{before}")
+        self._admitted += not goodbye.cut_off and not is_new
+        self._failed.append(why)
+        kind = "cut off" if goodbye.cut_off else "beginner" if is_new else "admitted"
+        self._give_up(worker, why, now, {"failed": kind})
+
+    def _is_beginner(self, worker: Member) -> bool:
+        """Whether nothing of a worker's is in the books. One that has begun with the others, and whose model or data differ from
+        theirs before there is any round, is none: nobody knows who of them is right."""
+        first = self._membership.tables[0]
+        began_with_others = first.epoch == 1 and worker.name in first.workers and not self._ledger.committed
+        return worker.name not in self._ledger.contributors and not (began_with_others and worker.name in self._unlike)
 
     def _can_do_without(self, worker: Member) -> bool:
         """Whether there are others who can do what a worker has not done, be that only to hand in the model."""
@@ -712,11 +746,11 @@ class Coordinator:
         active = [worker for worker in self._membership.workers.values() if worker.active]
         return [worker for worker in active if worker.reached < rounds.segments[-1].end and self._can_do_without(worker)]
 
-    def _give_up(self, worker: Member, why: str, now: float) -> None:
-        """Go on without a worker that is cut off from a server."""
+    def _give_up(self, worker: Member, why: str, now: float, data: dict[str, str]) -> None:
+        """Go on without a worker. `data` is for the event log."""
         if not worker.early:
             log.warning("%s is given up, and others do what it has not done: %s", worker.name, why)
-            self._log.event(Event("lost", worker.name, {"why": why}))
+            self._log.event(Event("lost", worker.name, {"why": why, **data}))
             self._progressed_at = now
         self._tell_members(self._membership.leave(worker.name, early=True))
         self._send(worker.name, Stop(True))
@@ -831,6 +865,8 @@ class Coordinator:
         }
         if totals.dropped_in_part:
             summary["dropped_in_part"] = totals.dropped_in_part
+        if self._failed:
+            summary["workers_failed"] = self._failed
         if totals.staleness:
             summary["staleness"] = {str(k): n for k, n in sorted(totals.staleness.items())}
         return summary
@@ -844,3 +880,9 @@ class Coordinator:
         """What all processes have told of tensors in frames: bytes of workers, seconds of workers and servers."""
         told = [msgspec.structs.asdict(member.beat.traffic) for member in self._membership.members.values()]
         return {key: round(sum(traffic[key] for traffic in told), 3) for key in Traffic.__struct_fields__}
+
+
+def _called(member: Member) -> str:
+    """A member's name and host, for people."""
+    host = printable(member.hello.host)
+    return f"{member.name} on {host}" if host else member.name

@@ -79,6 +79,8 @@ class Ledger:
         self.committed = 0
         self.new_rounds: list[Committed] = []
         self.new_contributions: list[Contribution] = []
+        #: Workers of whose work something is in a round that a server has reported.
+        self.contributors: set[str] = set()
         #: Sample-weighted sums of each metric by epoch, and the samples they are over.
         self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
         self._policy = policy
@@ -98,6 +100,7 @@ class Ledger:
         self.layout = self.setup = None
         self.segments = []
         self.pending, self.left_out, self.reported = [], [], {}
+        self.contributors = set()
 
     # ---- what the run is
 
@@ -169,6 +172,7 @@ class Ledger:
             contributions = [row for row in report.contributions if row.round >= first]
             self.new_contributions += contributions
             for row in contributions:
+                self.contributors.add(row.worker)
                 self.count(row.outcome, row.staleness, 1, row.micro_batches)
             self.left_out += [row for row in report.left_out if row.round >= self.committed]
             self._commit()

@@ -472,8 +472,8 @@ class Run:
         self._finished = self._link.copies = True
         try:
             if self.failure:
-                cut_off = self.cut_off and self._kv is None  # keys that it was to push are nobody else's to push
-                self._link.send(Send(COORDINATOR, Goodbye(self.failure, cut_off=cut_off)))
+                goodbye = Goodbye(self.failure, cut_off=self.cut_off, keyed=self._kv is not None)
+                self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")

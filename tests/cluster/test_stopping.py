@@ -262,3 +262,22 @@ def test_a_server_that_hangs_is_killed_by_who_has_started_it_and_nobody_else_is(
     os.kill(run.popen.pid, signal.SIGTERM)
     _, lines = run.end()
     assert lines.count("server-0 hangs, and is killed.") == 1
+
+
+def test_a_worker_that_the_coordinator_goes_on_without_does_not_end_the_run(stub: Stub, tmp_path: Path) -> None:
+    over = f"await {tmp_path / 'over'}"
+    run = stub(coordinator=over, server_0=over, worker_0=over, worker_1="fail RuntimeError: no data (train.py line 3)")
+    pids = run.ready(ALL)
+    log = RunLog(tmp_path / "run" / "events.sqlite")
+    log.event(Event("joined", "worker-1", {"host": "h", "pid": pids["worker-1"], "place": here().pids}))
+    log.event(Event("lost", "worker-1", {"why": "worker-1 on h failed: RuntimeError: no data", "failed": "beginner"}))
+    log.close()
+    assert run.popen.stdout is not None
+    told = ""
+    while "the others go on" not in told:
+        told = run.popen.stdout.readline()
+        assert told, "it ended"
+    assert told.startswith("worker-1 failed: RuntimeError: no data (train.py line 3); its log is")
+    (tmp_path / "over").touch()
+    code, _ = run.end()
+    assert code == 0

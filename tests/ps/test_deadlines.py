@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import zmq
 
 from common.errors import ClusterError
 from common.layout import TensorSpec
-from common.messages import Beat, Hello, Setup, Stop, Update
+from common.messages import Beat, Body, Goodbye, Hello, Setup, Stop, Update
 from common.settings import Settings
 from common.wire import Stamp, dealer, receive, router, send
 from ps.coordinator import Coordinator
-from ps.serving import _meanwhile
+from ps.membership import Member
+from ps.serving import _meanwhile, books_to_recover
 from worker.link import Link
 
 
@@ -74,3 +76,74 @@ def test_who_asks_to_join_while_snapshots_are_looked_at_is_told_to_wait(tmp_path
         assert _meanwhile(sock, look) == "found"
     finally:
         context.destroy(linger=0)
+
+
+class Started:
+    """A coordinator whose run has started with one server and two workers on other hosts."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, **settings: object) -> None:
+        made = Settings(workers=2, servers=1, silence=1e6, **settings)  # type: ignore[arg-type]
+        self.coordinator = Coordinator(context.socket(zmq.ROUTER), made, folder)
+        self.join(Hello("server", 0, address="tcp://server:1"), 1)
+        for number in range(2):
+            self.join(Hello("worker", number, host=f"host-{number}"), 11 + number)
+
+    def join(self, hello: Hello, incarnation: int) -> Member:
+        self.coordinator._hello(b"route", hello, incarnation, self.coordinator._progressed_at)
+        return self.coordinator._membership._incarnations[incarnation]
+
+    def tell(self, name: str, body: Body) -> None:
+        """A message of a member."""
+        member = self.coordinator._membership.members[name]
+        header = Stamp(name, self.coordinator._stamp.run, 0, member.incarnation).encode(body)
+        envelope = self.coordinator._stamp.open(header)
+        self.coordinator._handle(b"route", envelope, ())
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Started]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield lambda **settings: Started(context, tmp_path, **settings)
+    context.destroy(linger=0)
+
+
+def setup(width: int) -> Setup:
+    return Setup([TensorSpec("w", [width], "float32", 0)], Update("SGD", [{"lr": 0.1}]))
+
+
+def test_of_workers_that_begin_together_with_other_models_nobody_knows_who_is_right(started: Callable[..., Started]) -> None:
+    run = started()
+    run.tell("worker-1", setup(128))
+    run.tell("worker-0", setup(256))
+    with pytest.raises(ClusterError, match=r"^worker-0 on host-0 failed: other model$"):
+        run.tell("worker-0", Goodbye("other model"))
+
+
+def test_who_joins_later_with_another_model_is_refused_alone(started: Callable[..., Started]) -> None:
+    run = started()
+    for worker in ("worker-0", "worker-1"):
+        run.tell(worker, setup(256))
+    run.join(Hello("worker", host="host-2"), 20)
+    run.tell("worker-2", setup(128))
+    run.tell("worker-2", Goodbye("other model"))
+    run.tell("worker-2", Goodbye("other model"))
+    assert run.coordinator._failed == ["worker-2 on host-2 failed: other model"]
+    assert run.coordinator._membership.names("worker") == ["worker-0", "worker-1"]
+
+
+def test_who_has_used_the_key_value_store_cannot_be_done_without(started: Callable[..., Started]) -> None:
+    run = started(worker_failures=9)
+    with pytest.raises(ClusterError, match=r"^worker-1 on host-1 failed: no$"):
+        run.tell("worker-1", Goodbye("no", keyed=True))
+
+
+def test_a_failure_counts_once_also_for_a_coordinator_that_comes_after(started: Callable[..., Started], tmp_path: Path) -> None:
+    run = started(worker_failures=1)
+    run.coordinator._ledger.contributors = {"worker-0", "worker-1"}
+    for _ in range(2):
+        run.tell("worker-1", Goodbye("no"))
+    assert run.coordinator._admitted == 1
+    run.coordinator._flush()
+    run.coordinator._log.close()
+    books = books_to_recover(tmp_path)
+    assert books is not None and (books.failed, books.admitted) == (["worker-1 on host-1 failed: no"], 1)

@@ -30,16 +30,18 @@ def fates(draw: st.DrawFn) -> Pace:
                 Pace(compute, dies_s=when, respawn_s=0.5),
                 Pace(compute, dies_s=when, respawn_s=5.0),
                 Pace(compute, leaves_s=when),
+                Pace(compute, fails_s=when),
+                Pace(compute, starts_s=3 * when, fails_s=0.01),
                 Pace(compute, cut_off_s=(when, when + 3 * NEAR_S)),
             ]
         )
     )
 
 
-def case(policy: str, paces: list[Pace], **more: Any) -> Case:
+def case(policy: str, paces: list[Pace], failures: int = 0, **more: Any) -> Case:
     first = sum(pace.starts_s == 0 for pace in paces)
     return Case(
-        Settings(workers=first, servers=2, policy=policy, global_batch=10, micro_batch=2),  # type: ignore[arg-type]
+        Settings(workers=first, servers=2, policy=policy, global_batch=10, micro_batch=2, worker_failures=failures),  # type: ignore[arg-type]
         paces,
         segments=[(28, 4), (20, 3)],
         near=True,
@@ -56,7 +58,7 @@ def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.Dat
     paces = data.draw(st.permutations([Pace(0.1), *data.draw(st.lists(fates(), min_size=1, max_size=3))]))
     network = Network(*data.draw(st.sampled_from([(0.0, 0.0, 0.01), (0.05, 0.2, 0.3)])))
     rows, seed = data.draw(st.sampled_from([0, 100])), data.draw(st.integers(0, 1 << 32))
-    check_promises(case(policy, paces, network=network, seed=seed, rows=rows))
+    check_promises(case(policy, paces, failures=3, network=network, seed=seed, rows=rows))
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
@@ -131,7 +133,35 @@ def test_who_does_not_get_the_last_weights_is_given_up_and_the_run_ends() -> Non
     check(outcome)
 
 
-@pytest.mark.parametrize("paces", [[Pace(0.1, fails_s=0.5, finds_no_server=True)], [Pace(0.1), Pace(0.1, fails_s=0.5)]])
+@pytest.mark.parametrize("paces", [[Pace(0.1, fails_s=0.5, finds_no_server=True)], [Pace(0.1), Pace(0.1, fails_s=1.0)]])
 def test_who_fails_otherwise_or_has_nobody_to_do_what_it_had_ends_the_run(paces: list[Pace]) -> None:
     with pytest.raises(ClusterError, match=r"^worker-\d failed: nothing came\.$"):
         simulate(short(paces))
+
+
+def failed(outcome: Outcome) -> list[str]:
+    """How workers have failed that the run went on without."""
+    return [event.data["failed"] for event in outcome.log.events if event.kind == "lost"]
+
+
+@pytest.mark.parametrize("policy", ["sync", "ssp", "async"])
+@pytest.mark.parametrize("starts_s", [0.0, 1.0])
+def test_who_fails_before_anything_of_it_counts_is_refused_alone(policy: str, starts_s: float) -> None:
+    outcome = simulate(case(policy, [Pace(0.1), Pace(0.1, starts_s=starts_s, fails_s=0.001)]))
+    assert failed(outcome) == ["beginner"]
+    assert outcome.world.coordinator._failed == ["worker-1 failed: nothing came."]
+    check(outcome)
+
+
+def test_failures_in_mid_training_are_admitted_as_often_as_is_allowed() -> None:
+    paces = [Pace(0.1), Pace(0.1, fails_s=1.0), Pace(0.1, fails_s=1.5)]
+    outcome = simulate(case("sync", paces, failures=2))
+    assert failed(outcome) == ["admitted"] * 2 and outcome.world.coordinator._summary()["workers_failed"]
+    check(outcome)
+    with pytest.raises(ClusterError, match=r"^worker-2 failed: nothing came\. \(before it, worker-1 failed: nothing came\.\)$"):
+        simulate(case("sync", paces, failures=1))
+
+
+def test_where_all_fail_at_once_the_run_fails_at_once_and_names_all() -> None:
+    with pytest.raises(ClusterError, match=r"^worker-\d failed: .* \(before it, worker-\d failed: nothing came\.\)$"):
+        simulate(case("sync", [Pace(0.1, fails_s=0.001), Pace(0.1, fails_s=0.002)]))

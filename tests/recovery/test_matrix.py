@@ -22,6 +22,7 @@ pytestmark = pytest.mark.timeout(240)
         "the coordinator, at flushed",
         "all workers, each at another point",
         "6 servers for 4 chunks, power loss, then --resume on 3",
+        "a worker's script fails, and --worker-failures admits it",
     ],
 )
 def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(undisturbed: str, tmp_path: Path, name: str) -> None:
