@@ -18,6 +18,8 @@ from cluster.exits import leave, run_command
 from cluster.flags import Choice, Command, Option, check_address, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
 from cluster.output import open_standard_streams
+from common.errors import OneLine
+from common.privacy import keep_private
 from common.settings import START_S
 
 if TYPE_CHECKING:
@@ -110,6 +112,7 @@ def local(
     from common.runfiles import find_run
     from common.runlog import FILE_NAME
 
+    keep_private()
     if resume is None:
         choice = choose(given(ctx), config, script, ctx.meta["args"])
     else:
@@ -156,6 +159,7 @@ def coordinator(
     from ps.serving import serve
 
     _log_to_stderr()
+    keep_private()
     choice = choose(given(ctx), config)
     if prepared:
         serve(choice.settings, bind, _folder(choice), resume, recover, accept_versions)
@@ -185,6 +189,7 @@ def server(coordinator: str, bind: str, index: int | None, device: str, start_s:
     from ps.server import serve
 
     _log_to_stderr()
+    keep_private()
     serve(coordinator, bind, index, find_device(device, "--device"), start_s)
 
 
@@ -460,7 +465,7 @@ def _folder(choice: Choice) -> Path:
 def _log_to_stderr() -> None:
     """Show what our packages log; a script's own logging is left alone."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("common", "ps", "worker"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)

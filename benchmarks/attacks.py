@@ -291,7 +291,7 @@ ITEMS: Mapping[str, Item] = {
     "garbage": Item(_garbage, ("malformed",)),
     "oversized frames": Item(_oversized, ("oversized",)),
     "endless frames": Item(_endless, ("flood",)),
-    "gradients of another size or type": Item(_misshapen, ("sender", "unfit")),
+    "gradients of another size or type": Item(_misshapen, ("sender",)),
     "unknown senders": Item(_unknown_senders, ("sender",)),
     "unknown rounds and chunks": Item(_unknown_rounds, ("sender", "unfit")),
     "another run's id": Item(_another_run, ("run",)),

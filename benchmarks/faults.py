@@ -146,7 +146,8 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
     for point, where in POINTS.items():
         kind = where.partition(":")[0]
         round_ = 0 if point in ("uploading", "ending") else _FAIL_AT
-        env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
+        who = workers if point == "uploading" else (_WHO[kind],)  # any of them hands in the model
+        env = {VARIABLE: ";".join(f"{one}:{point}:{round_}:kill" for one in who)}
         name = f"{'the' if kind == 'coordinator' else 'a'} {kind}, at {point}"
         table[name] = Row(harms.failpoints(1), env=env)
         if kind == "server":

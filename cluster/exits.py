@@ -20,7 +20,7 @@ from typing import NoReturn
 import click
 
 from cluster.output import check_names
-from common.errors import PsError, UsageError
+from common.errors import PsError, UsageError, printable
 
 #: The exit code after a mistake of whoever gave the command.
 USAGE = 2
@@ -96,7 +96,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
             return
         if not isinstance(error, PsError):
             traceback.print_exception(kind, error, trace)
-        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(describe(error))}", file=sys.stderr, flush=True)
 
 
 def _output_is_broken() -> bool:

@@ -23,7 +23,7 @@ from common.settings import FIELDS, Settings, check_values, choices, make_settin
 _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
 _CLUSTER = (
-    "workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "replicas", "silence", "timeout",
+    "workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "replicas", "kv_memory", "silence", "timeout",
     "worker_failures", "start_timeout", "away",
 )  # fmt: skip
 _POLICIES = choices("policy")

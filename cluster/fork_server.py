@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+from common import privacy
 
 #: Seconds for one that is ready to make a process.
 _FORK_S = 10.0
@@ -87,6 +88,7 @@ class ForkServer:
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
                 start_new_session=True,
+                umask=privacy.usual_umask,
             )
 
     @property

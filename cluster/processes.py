@@ -23,6 +23,7 @@ from types import TracebackType
 from cluster import guard
 from cluster.fork_server import Forked, ForkServer
 from cluster.lifeline import PARENT_VARIABLE
+from common import privacy
 from common.restart import AGAIN
 
 #: Seconds that a child has to end by itself after SIGTERM, before SIGKILL.
@@ -207,7 +208,13 @@ class Processes:
 def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         return subprocess.Popen(
-            list(argv), env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            list(argv),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            umask=privacy.usual_umask,
         )
 
 

@@ -16,7 +16,18 @@ from common.settings import FIELDS
 #: Settings that a run may go on with other values of: none changes what a round computes.
 _OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "lane", "loader_workers"})
 _OF_FAULTS = frozenset(
-    {"replicas", "snapshot_every", "snapshots_kept", "silence", "timeout", "worker_failures", "start_timeout", "away", "watchdog"}
+    {
+        "replicas",
+        "kv_memory",
+        "snapshot_every",
+        "snapshots_kept",
+        "silence",
+        "timeout",
+        "worker_failures",
+        "start_timeout",
+        "away",
+        "watchdog",
+    }
 )
 _FREE = _OF_DATA | _OF_FAULTS
 

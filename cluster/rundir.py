@@ -15,6 +15,7 @@ import msgspec
 
 from common import snapshots
 from common.errors import UsageError
+from common.privacy import make_run_dir
 from common.runfiles import MODEL_FILE, RUNS, SETTINGS_FILE, SETTINGS_HEADER, SUMMARY_FILE, is_run
 from common.runlog import FILE_NAME, RunLog
 from common.settings import Settings
@@ -79,7 +80,7 @@ def _next_free(default: str) -> tuple[Path, int]:
 def _lock(folder: Path) -> int | None:
     """Make `folder` if need be and lock it, which leaves no file behind; None if another process has it locked."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_run_dir(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, "Permission denied")
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 
 def printable(text: str) -> str:
     """`text` on one line, without anything that would be more than letters on a terminal or in a log."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+
+
+class OneLine(logging.Formatter):
+    """Log lines in which names and reasons that others have sent are letters and no more. What comes after a line, such as a
+    traceback, is as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 class PsError(Exception):

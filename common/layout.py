@@ -25,7 +25,9 @@ _MOST_PIECES = 64
 #: Models beyond this have more chunks than any process should keep track of.
 _MOST_BYTES = 1 << 40
 
-Kind = Literal["param", "mean", "max"]
+Kind = Literal["param", "mean", "max", "last"]
+#: How a round's contributions to a buffer are merged.
+Rule = Literal["mean", "max", "last"]
 
 #: dtype name -> (bytes an element has on the wire, dtype that gradients are summed and masters kept in)
 _DTYPES = {
@@ -39,15 +41,29 @@ _DTYPES = {
     "bool": (1, "bool"),
 }
 _BYTES = {name: size for name, (size, _) in _DTYPES.items()}
+#: dtype name -> bytes of an element, of all that can travel as bytes.
+_AS_BYTES = _BYTES | {
+    **dict.fromkeys(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("int16", "uint16"), 2),
+    **dict.fromkeys(("uint32", "complex32"), 4),
+    **dict.fromkeys(("uint64", "complex64"), 8),
+    "complex128": 16,
+}
 
 
-class TensorSpec(msgspec.Struct, frozen=True):
-    """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model."""
+class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model.
+
+    Of a buffer, `rule` says how a round's contributions are merged: `mean`, weighted by samples; `max`, element by element; or
+    `last`, the value that the last micro-batch in order has left which changed it. One of `last` may have any dtype, for it
+    travels as bytes.
+    """
 
     name: Name
     shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
     dtype: Name
     group: CountOrNone
+    rule: Rule = "last"
 
     @property
     def numel(self) -> int:
@@ -58,10 +74,18 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def kind(self) -> Kind:
-        """How contributions are merged: gradients through the optimizer, float buffers by mean, others by maximum."""
-        if self.group >= 0:
-            return "param"
-        return "mean" if "float" in self.dtype else "max"
+        """How contributions are merged: gradients through the optimizer, buffers by their rule."""
+        return "param" if self.group >= 0 else self.rule
+
+    @property
+    def units(self) -> int:
+        """The elements that it has in chunks: bytes, if it travels as bytes."""
+        return self.numel * (_AS_BYTES[self.dtype] if self.kind == "last" else 1)
+
+    @property
+    def unit(self) -> str:
+        """dtype of these elements."""
+        return "uint8" if self.kind == "last" else self.dtype
 
 
 class TableSpec(msgspec.Struct, frozen=True):
@@ -87,7 +111,8 @@ class ClassSpec(TableSpec, frozen=True):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk."""
+    """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk. Of a tensor that
+    travels as bytes, an element is a byte."""
 
     tensor: int
     start: int
@@ -167,9 +192,8 @@ def make_layout(
     Raises UsageError for a dtype that cannot be trained or sent.
     """
     for spec in tensors:
-        if spec.dtype not in _DTYPES or (spec.group >= 0 and "float" not in spec.dtype):
-            raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
-    total = sum(spec.numel * _BYTES[spec.dtype] for spec in tensors)
+        _check_dtype(spec)
+    total = sum(spec.units * _BYTES[spec.unit] for spec in tensors)
     if total > _MOST_BYTES:
         raise UsageError(f"the model takes {total >> 40} TiB; {_MOST_BYTES >> 40} TiB is the most that can be divided.")
     pack_bytes = min(CHUNK_BYTES, max(_PACK_BYTES, total // 16))
@@ -178,25 +202,35 @@ def make_layout(
     for index, spec in enumerate(tensors):
         if spec.numel == 0:
             continue
-        size = _BYTES[_DTYPES[spec.dtype][1]]
-        if spec.numel * size > CHUNK_BYTES:
+        units, size = spec.units, _BYTES[_DTYPES[spec.unit][1]]
+        if units * size > CHUNK_BYTES:
             step = CHUNK_BYTES // size
-            for start in range(0, spec.numel, step):
-                cuts.append([Piece(index, start, min(step, spec.numel - start), 0)])
+            for start in range(0, units, step):
+                cuts.append([Piece(index, start, min(step, units - start), 0)])
             continue
-        key = (spec.kind, spec.dtype, spec.group)
+        key = (spec.kind, spec.unit, spec.group)
         at = open_cut.get(key)
-        fits = at is not None and (_end(cuts[at]) + spec.numel) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
+        fits = at is not None and (_end(cuts[at]) + units) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
         if at is not None and fits:
-            cuts[at].append(Piece(index, 0, spec.numel, _end(cuts[at])))
+            cuts[at].append(Piece(index, 0, units, _end(cuts[at])))
         else:
             open_cut[key] = len(cuts)
-            cuts.append([Piece(index, 0, spec.numel, 0)])
+            cuts.append([Piece(index, 0, units, 0)])
     chunks = []
     for number, pieces in enumerate(cuts):
         spec = tensors[pieces[0].tensor]
-        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.dtype, pieces))
+        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces))
     return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(classifiers))
+
+
+def _check_dtype(spec: TensorSpec) -> None:
+    """Raise UsageError for a dtype that the tensor's kind cannot have."""
+    if spec.kind == "last" and spec.dtype in _AS_BYTES:
+        return
+    if spec.dtype not in _DTYPES or (spec.kind in ("param", "mean") and "float" not in spec.dtype):
+        if spec.kind == "param":
+            raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
+        raise UsageError(f"the buffer '{spec.name}' has dtype {spec.dtype}, which rule '{spec.kind}' cannot merge.")
 
 
 def _end(pieces: list[Piece]) -> int:

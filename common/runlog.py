@@ -228,7 +228,7 @@ class RunLogReader:
     """The reading end, safe to use while the run goes on. Every method reads afresh."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0, isolation_level=None)
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0, isolation_level=None)
 
     def rounds(self, after: int = -1) -> list[RoundRow]:
         rows = self._db.execute("SELECT * FROM rounds WHERE round > ? ORDER BY round", (after,))

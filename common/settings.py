@@ -77,6 +77,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 0
 
+    kv_memory: Annotated[
+        Positive, _help("Key-value store: MiB of memory that each server has for it at most, keys included.")
+    ] = 1024
+
     staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
     backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8

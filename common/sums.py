@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ def put_off(left: Sum, right: Sum) -> Sum:
 
 def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:
     """The contribution of a micro-batch with gradient `values`, which may be written to: times its samples."""
-    if kind == "max":
+    if kind in ("max", "last"):
         return Sum(values, present, owned=True)
     if samples & (samples - 1):
         return Sum(values.mul_(samples), present, owned=True)
@@ -67,9 +68,12 @@ def move(chunk: Chunk, buffer: torch.Tensor, value: torch.Tensor) -> None:
         buffer.copy_(value)
 
 
-def adder(kind: Kind) -> Callable[[Sum, Sum], Sum]:
-    """The function (left, right) -> sum for chunks of a kind; it reuses owned memory, and leaves alone what stays. Buffers that
-    are no floats take the maximum."""
+def adder(chunk: Chunk) -> Callable[[Sum, Sum], Sum]:
+    """The function (left, right) -> sum for contributions to `chunk`; it reuses owned memory, the left one's first, and leaves
+    alone what stays."""
+    if chunk.kind == "last":
+        return functools.partial(_later, chunk)
+    kind = chunk.kind
 
     def add(left: Sum, right: Sum) -> Sum:
         if left.stays and right.stays:
@@ -80,6 +84,21 @@ def adder(kind: Kind) -> Callable[[Sum, Sum], Sum]:
         return Sum(out, left.present | right.present, owned=True, scale=scale)
 
     return add
+
+
+def _later(chunk: Chunk, left: Sum, right: Sum) -> Sum:
+    """Of each piece the right one's value, if it has one, else the left one's."""
+    first, second, taken = (left, right, right.present) if left.owned or not right.owned else (right, left, ~right.present)
+    values = first.values if first.owned else first.values.clone()
+    for bit, piece in enumerate(chunk.pieces):
+        if taken >> bit & 1:
+            values[piece.offset : piece.offset + piece.length] = second.values[piece.offset : piece.offset + piece.length]
+    return Sum(values, left.present | right.present, owned=True)
+
+
+def last_of(parts: Sequence[Sum], bit: int) -> Sum:
+    """Of contributions in order, the last one that has piece number `bit`; the last of all if none has."""
+    return next((part for part in reversed(parts) if part.present >> bit & 1), parts[-1])
 
 
 def add_up(kind: Kind, total: Sum, out: Callable[[int], torch.Tensor], depth: int = 0) -> Sum:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from common.errors import WireError
+from common.layout import TensorSpec
 from common.wire import bytes_of
 
 #: Bytes to whose multiples torch aligns what it allocates. Elsewhere some matrix products come out with other bits.
@@ -25,6 +26,13 @@ def dtype_of(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """'float32' for torch.float32."""
     return str(dtype).removeprefix("torch.")
+
+
+def stored_as(spec: TensorSpec) -> tuple[torch.dtype, list[int]]:
+    """dtype and shape that a tensor has in files. Of a complex dtype that safetensors has no name for, pairs of reals are stored,
+    in one more dimension."""
+    pairs = {"complex128": torch.float64, "complex32": torch.float16}
+    return (pairs[spec.dtype], [*spec.shape, 2]) if spec.dtype in pairs else (dtype_of(spec.dtype), spec.shape)
 
 
 def to_frame(tensor: torch.Tensor) -> memoryview:

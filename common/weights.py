@@ -10,11 +10,10 @@ import torch
 from common import tensorfile
 from common.errors import UsageError
 from common.layout import TableSpec, TensorSpec
-from common.pages import BLOCK, pages
-from common.rows import draw, local_of, owner_of, page_ids
+from common.rows import BLOCK, draw, local_of, owner_of, page_ids, pages
 from common.snapshots import Snapshot
 from common.tensorfile import Entry, TensorFiles
-from common.tensors import dtype_of
+from common.tensors import dtype_of, stored_as
 
 
 def write_model(snapshot: Snapshot, path: Path) -> None:
@@ -22,7 +21,7 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
     alone a page at a time. OSError where that cannot be; then there is no such file."""
     setup, servers = snapshot.manifest.setup, snapshot.manifest.servers
     files, seed = TensorFiles(snapshot.paths), int(snapshot.manifest.settings["seed"])
-    entries = [Entry(spec.name, spec.shape, list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
+    entries = [Entry(spec.name, stored_as(spec)[1], list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
     for spec in setup.tables:
         entries.append(Entry(spec.name, [spec.rows, spec.dim], _rows(files, spec, servers, seed), torch.float32))
     for layer in setup.classifiers:
@@ -44,10 +43,11 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
 def _pieces(files: TensorFiles, spec: TensorSpec) -> Iterator[torch.Tensor]:
     """The tensor's elements, flat, in pieces."""
     done = 0
-    while done < spec.numel:
+    while done < spec.units:
         piece = files[f"weights/{spec.name}" if f"weights/{spec.name}" in files else f"weights/{spec.name}#{done}"].reshape(-1)
+        piece = piece.view(torch.uint8) if spec.kind == "last" else piece
         done += len(piece)
-        yield piece.to(dtype_of(spec.dtype))
+        yield piece.view(stored_as(spec)[0]) if spec.kind == "last" else piece.to(dtype_of(spec.dtype))
 
 
 def _rows(files: TensorFiles, spec: TableSpec, servers: int, seed: int) -> Iterator[torch.Tensor]:
@@ -99,8 +99,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a file that somebody else made, torch's readers raise nearly anything
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} holds no weights that can be read: {text}") from None
+        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        kinds = "a safetensors file nor a state_dict that torch.save wrote"
+        raise UsageError(f"{path} holds no weights that can be read: it is neither {kinds} ({text.rstrip('.')}).") from None
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise UsageError(f"{path} is no state_dict: it must map names to tensors.")
     return found

@@ -31,8 +31,9 @@ MAX_FRAME_BYTES = 16 << 20
 #: Frames a message may have at most, and bytes its header: what is decoded takes up many times as many.
 MAX_FRAMES = 4096
 MAX_HEADER_BYTES = 4 << 20
-#: Files that a process has open besides its connections, at most, those of strangers included.
+#: Files that a process has open besides its connections, at most, and more that it has for strangers where it can.
 _OTHER_FILES = 500
+_FILES_OF_STRANGERS = 4000
 #: Connections that may wait to be accepted.
 _BACKLOG = 1024
 #: A connection whose other end is gone without a word is closed after some 60 seconds.
@@ -110,11 +111,16 @@ def allow_files(count: int) -> None:
     """Have this process open `count` files, such as connections, and some more. Raises UsageError where the system forbids it."""
     needed = count + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
+    if soft == resource.RLIM_INFINITY or soft >= needed + _FILES_OF_STRANGERS:
         return
+    wanted = needed + _FILES_OF_STRANGERS
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        wanted = max(needed, hard)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard if hard == resource.RLIM_INFINITY else max(hard, needed)))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard if hard == resource.RLIM_INFINITY else max(hard, wanted)))
     except (OSError, ValueError):
+        if soft >= needed:
+            return
         raise UsageError(
             f"a process here needs {needed} open files for its connections, and the system allows {hard}: raise that limit "
             f"(ulimit -Hn {needed}), or use fewer workers."
@@ -188,6 +194,7 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
         return None
     while frames[-1].more:
         if len(frames) == MAX_FRAMES:
+            del frames[:]
             count = MAX_FRAMES + _skip_message(sock)
             raise WireError(f"a message has {count} frames; {MAX_FRAMES} are allowed", "oversized")
         frames.append(sock.recv(copy=False))
@@ -197,10 +204,9 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 def _skip_message(sock: zmq.Socket[bytes]) -> int:
     """Read the frames that are left of a message; how many there were."""
     count = 0
-    while sock.getsockopt(zmq.RCVMORE):
-        sock.recv()
+    while sock.recv(copy=False).more:
         count += 1
-    return count
+    return count + 1
 
 
 def is_bulk(body: Body, frames: Frames) -> bool:
@@ -216,7 +222,7 @@ def is_worker(name: str) -> bool:
 
 def is_address(text: str) -> bool:
     """Whether it looks like an address to connect to."""
-    return _ADDRESS.fullmatch(text) is not None
+    return text.isprintable() and _ADDRESS.fullmatch(text) is not None
 
 
 def bytes_of(frame: Any) -> memoryview:

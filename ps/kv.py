@@ -7,8 +7,8 @@ A push counts once, however often it is sent.
 
 from __future__ import annotations
 
-import os
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +22,12 @@ from common.wire import Frames, bytes_of
 
 #: How many of a client's latest pushes are remembered. A client has far fewer outstanding.
 _REMEMBERED = 4096
+#: Bytes that a block takes up besides its elements, and a key's value besides its blocks and the key's letters, at most.
+_BLOCK_BYTES, _VALUE_BYTES, _LETTER_BYTES = 500, 1000, 4
 #: What may be added up.
 _DTYPES = (
     "float32", "float64", "bfloat16", "float16", "complex64", "complex128", "int64", "int32", "int16", "int8", "uint8", "bool",
 )  # fmt: skip
-
-
-def _memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -45,10 +42,6 @@ class _Value:
     @property
     def dtype(self) -> str:
         return dtype_name(self.blocks[0].dtype)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(block.nbytes for block in self.blocks)
 
     def add(self, blocks: list[torch.Tensor]) -> None:
         if self.lent:
@@ -71,9 +64,10 @@ class _Client:
 
 
 class KvStore:
-    """Values by key."""
+    """Values by key, in so many `mib` of memory at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, mib: int) -> None:
+        self._mib = mib
         #: Of all values and incoming blocks together.
         self._bytes = 0
         self._values: dict[str, _Value] = {}
@@ -97,7 +91,7 @@ class KvStore:
         """It sends nothing any more: what has come of its last pushes counts for nothing unless they are complete."""
         for key in [key for key in self._clients if key[0] == worker]:
             client = self._clients.pop(key)
-            self._bytes -= sum(block.nbytes for blocks in client.incoming.values() for block in blocks.values())
+            self._bytes -= sum(_bytes_of(blocks.values()) for blocks in client.incoming.values())
 
     def _pull(self, pull: KvPull) -> list[tuple[Body, list[Any]]]:
         value = self._values.get(pull.key)
@@ -117,7 +111,7 @@ class KvStore:
         blocks = client.incoming.setdefault(push.push, {})
         if push.block not in blocks:
             blocks[push.block] = block
-            self._bytes += block.nbytes
+            self._bytes += _bytes_of([block])
         if len(blocks) == _count(push):
             self._let_go(client, push)
             self._apply(push, [blocks[number] for number in range(len(blocks))])
@@ -126,7 +120,7 @@ class KvStore:
 
     def _let_go(self, client: _Client, push: KvPush) -> None:
         """Forget the blocks that have come of a push."""
-        self._bytes -= sum(block.nbytes for block in client.incoming.pop(push.push, {}).values())
+        self._bytes -= _bytes_of(client.incoming.pop(push.push, {}).values())
 
     def _check(self, sender: str, push: KvPush, frames: Frames) -> torch.Tensor:
         """The block. Raises WireError for what cannot be a part of a push to this key as it is now."""
@@ -135,8 +129,11 @@ class KvStore:
         if push.dtype not in _DTYPES:
             raise WireError(f"a push of {sender} to '{push.key}' has dtype {push.dtype}; servers can keep {', '.join(_DTYPES)}")
         buffer = bytes_of(frames[0])
-        if self._bytes + len(buffer) > _memory():
-            raise WireError(f"a push of {sender} to '{push.key}' is more than there is memory for")
+        if self._bytes + buffer.nbytes + _BLOCK_BYTES + _VALUE_BYTES + _LETTER_BYTES * len(push.key) > self._mib << 20:
+            raise WireError(
+                f"a push of {sender} to '{push.key[:100]}' is more than a server keeps by key, {self._mib} MiB with what is on "
+                "its way: start the run with more --kv-memory, or on more servers"
+            )
         if push.block >= _count(push):
             raise WireError(f"a push of {sender} to '{push.key}' has a block {push.block}, which is beyond its end")
         length = min(_step(push), push.numel - push.block * _step(push))
@@ -158,11 +155,16 @@ class KvStore:
         value = self._values.get(push.key)
         if value is None or push.op == "set":
             new = _Value([block.clone() for block in blocks], push.numel, value.version if value else 0)
-            self._bytes += new.nbytes - (value.nbytes if value is not None else 0)
+            self._bytes += _bytes_of(new.blocks)
+            self._bytes += _VALUE_BYTES + _LETTER_BYTES * len(push.key) if value is None else -_bytes_of(value.blocks)
             value = self._values[push.key] = new
         else:
             value.add(blocks)
         value.version += 1
+
+
+def _bytes_of(blocks: Collection[torch.Tensor]) -> int:
+    return sum(_BLOCK_BYTES + block.nbytes for block in blocks)
 
 
 def _step(push: KvPush) -> int:

@@ -38,8 +38,7 @@ from common.messages import (
 from common.plan import Segment
 from common.policies import Policy, load
 from common.settings import Settings
-from ps.checks import check_file, check_setup
-from ps.parts import sizes
+from ps.checks import check_setup
 
 #: Decisions of how many rounds are kept for servers that ask again.
 _REMEMBERED = 16
@@ -110,11 +109,10 @@ class Ledger:
         if self.setup is None:
             try:
                 check_setup(setup)
-                layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
-                check_file(setup.file, sizes(layout))
+                self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
             except (UsageError, WireError) as error:
                 return Refused("Setup", str(error))
-            self.layout, self.setup = layout, setup
+            self.setup = setup
         elif setup != self.setup:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")

@@ -47,6 +47,10 @@ _TAKEN_S = 6.0
 _LOOKED_FOR_S = 2 * BEAT_S
 #: Workers beyond those expected that have said hello and nothing else, at most; others wait until some are proven or lost.
 MOST_UNPROVEN = 64
+#: Workers that take part at a time, as many times as were expected and so many more, at most; and names of workers in a run.
+_MOST_TIMES = 4
+_MOST_MORE = 64
+MOST_NAMES = 100_000
 #: A new table holds from so many rounds after the newest one known, and so many seconds at the speed of the last ones, for
 #: the news to get everywhere first. Where it does not, micro-batches are missing or done twice, and are leased again.
 _LEAD_ROUNDS = 2
@@ -57,7 +61,7 @@ _LEAD_WITHOUT_S = 0.3
 
 @dataclass
 class Member:
-    """A process that has joined. `left` is set when it said goodbye, `early` if others do what it has not done, `lost` when it
+    """A process that has joined. `left` is set when it said goodbye, `early` if it did so while the run goes on, `lost` when it
     fell silent."""
 
     name: str
@@ -70,9 +74,6 @@ class Member:
     left: bool = False
     lost: bool = False
     early: bool = False
-    #: The rounds that were in a worker's model when its script ended by itself, else -1; and why it failed after the last one.
-    ended_at: int = -1
-    failed: str = ""
     #: Whether it is a server in the place of one that is gone.
     replaces: bool = False
     #: Whether it takes part: it was there at the start, or has said something since it was welcomed.
@@ -135,8 +136,6 @@ class Membership:
         self.tables: list[Table] = []
         #: Grows whenever the workers or their shares change.
         self.epoch = 0
-        #: Whether all rounds are done that are known of: then nobody's part is missing.
-        self.over = False
         #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
         self.newly_lost: list[tuple[str, str]] = []
         #: Those of them that had a name and never took part.
@@ -202,11 +201,13 @@ class Membership:
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
-            if self.over or any(m.left and m.hello.index == hello.index is not None for m in there.values()):
+            if any(m.left and m.hello.index == hello.index is not None for m in there.values()):
                 return None, [("", Beat())]  # in the place of one that had ended its script, there is nothing to do but to wait
             return None, [("", Refused("Hello", self._why_full("worker")))]
         if hello.role == "worker" and (self._unproven if self.started else len(there) - expected) >= MOST_UNPROVEN:
             return None, [("", Beat())]
+        if hello.role == "worker" and (why := self._why_no_more()):
+            return None, [("", Refused("Hello", why))]
         number = hello.index
         if number is None or not self._is_free(hello.role, number):
             number = self._free_number(hello.role)
@@ -307,6 +308,17 @@ class Membership:
             return f"there is a {hello.role}-{hello.index} in run {self._name} already."
         return self._why_full(hello.role)
 
+    def _why_no_more(self) -> str:
+        """Why no other worker is taken in; empty if one is. Each takes up memory here, on the servers and in the books."""
+        if sum(member.active for member in self.workers.values()) >= (most := _MOST_TIMES * self.settings.workers + _MOST_MORE):
+            return (
+                f"run {self._name} has {most} workers, and takes no more where --workers is {self.settings.workers}: "
+                "start it with more."
+            )
+        if len(self.workers) + len(self._forgotten) >= MOST_NAMES:
+            return f"run {self._name} has had {MOST_NAMES} workers, and takes no more: stop it, and go on from its snapshot."
+        return ""
+
     def _why_full(self, role: str) -> str:
         if role == "server":
             expected = self.settings.servers
@@ -378,18 +390,12 @@ class Membership:
         return []
 
     def leave(self, name: str, early: bool) -> list[tuple[str, Body]]:
-        """A member says goodbye. One that is `early` may have been there until now, or have left as if it had done its part."""
+        """A member says goodbye."""
         member = self.members[name]
-        is_news = early and not member.early and not member.lost
-        member.left, member.early = True, member.early or early
-        return self._change() if is_news else []
-
-    def train_on(self) -> None:
-        """There are more rounds to do than were known of."""
-        self.over = False
-        if self._policy.is_local:
-            gone = [member.name for member in self.workers.values() if member.lost and not member.left]
-            self.broken = self.broken or (f"{some(gone)} died between two loops over batches." if gone else "")
+        was_active, member.left, member.early = member.active, True, member.early or early
+        if member.early:
+            member.beat = _counts_of(member.beat)
+        return self._change() if early and was_active else []
 
     def news(self, member: Member, epoch: int, now: float) -> Body | None:
         """What a member has not heard of that knows membership epoch `epoch`: not again while it may be on its way, for of many
@@ -408,8 +414,8 @@ class Membership:
 
     @property
     def awaits_workers(self) -> bool:
-        """Whether those who were to do the rest are gone and no script has ended by itself, so that others are waited for."""
-        return self.started and all(m.lost or (m.early and m.ended_at < 0) or not m.proven for m in self.workers.values())
+        """Whether those who were to do the rest are gone without having ended, so that others are waited for."""
+        return self.started and all(m.lost or m.early or not m.proven for m in self.workers.values())
 
     def silence_s(self, member: Member) -> float:
         """Seconds of silence after which `member` counts as lost. By default twice as long each time that the same process, which
@@ -432,7 +438,7 @@ class Membership:
     def _lose(self, member: Member, why: str) -> None:
         """Count a member as lost. One that has ended its script is watched too, for it may yet have to hand in the model. Before
         the start nothing was promised to anybody, so it is just forgotten, as is one that never took part."""
-        member.lost = True
+        member.lost, member.beat = True, _counts_of(member.beat)
         self.newly_lost.append((member.name, why))
         if member.proven:
             self._alarms[_process(member)] += 1
@@ -448,7 +454,7 @@ class Membership:
             needed = [server for server in self.servers.values() if server.lost or (server.replaces and server.beat.round < 0)]
             if not all(self._has_copy(server) for server in needed):
                 self.broken = f"{member.name}: {why}."
-        elif self._policy.is_local and not member.left and not self.over:
+        elif self._policy.is_local and not member.left:
             self.broken = f"{member.name}: {why}."
 
     def _to_workers(self, body: Body) -> list[tuple[str, Body]]:
@@ -537,6 +543,13 @@ class Membership:
 def _process(member: Member) -> tuple[str, str, int]:
     """What is the same of one that joins again, and of no two that are there at once."""
     return member.hello.place.pids, member.hello.host, member.hello.pid
+
+
+def _counts_of(beat: Beat) -> Beat:
+    """What is kept of the last word of one that is gone: what the summary counts, and where it was."""
+    return Beat(
+        round=beat.round, rate=beat.rate, reached=beat.reached, traffic=beat.traffic, keeps=beat.keeps, refused=beat.refused
+    )
 
 
 def number_of(name: str) -> int:

@@ -15,7 +15,7 @@ import zmq
 
 from common.allocator import keep_memory
 from common.attendance import Attendance
-from common.connections import Inflow, Outflow
+from common.connections import Inflow, Outflow, Standing
 from common.errors import ClusterError, WireError
 from common.failpoints import arm
 from common.messages import (
@@ -32,7 +32,6 @@ from common.messages import (
     ForwardClasses,
     ForwardRows,
     GotPart,
-    HandIn,
     Hello,
     KvPull,
     KvPush,
@@ -55,6 +54,7 @@ from common.settings import START_S
 from common.tickets import ticket
 from common.watchdog import Watchdog
 from common.wire import (
+    ASK_AGAIN_S,
     BEAT_S,
     Frames,
     Stamp,
@@ -117,6 +117,7 @@ class _Server:
         #: All servers, and the socket to the one that keeps a copy of this one's shard, if one does.
         self._peers: list[Peer] = []
         self._keeper: zmq.Socket[bytes] | None = None
+        self._greeted_at = float("-inf")
         self._poller = zmq.Poller()
         address = advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
@@ -126,7 +127,7 @@ class _Server:
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         self._shard: Shard | None = None
         self._writer: Writer | None = None
-        self._kv = KvStore()
+        self._kv: KvStore | None = None
         self._refusals = Refusals(log)
         #: Watches connections, once the loop runs; and what is on its way to them.
         self._inflow: Inflow | None = None
@@ -170,7 +171,7 @@ class _Server:
             if self._workers in ready and self._shard is not None and not self._shard.restoring:
                 self._drain(self._workers)
             now = time.monotonic()
-            self._inflow.look(now)
+            self._inflow.look(now, listening=self._shard is None or not self._shard.restoring)
             for body in self._attendance.tick(now, self._tell):
                 send(self._coordinator, self._stamp.encode(body))
             if self._shard is not None:
@@ -228,7 +229,7 @@ class _Server:
         until = time.monotonic() + BEAT_S
         while time.monotonic() < until:
             frames: list[zmq.Frame] | None = []
-            known = False
+            standing = Standing.STRANGER
             try:
                 frames = receive(sock)
                 if frames is None:
@@ -246,13 +247,13 @@ class _Server:
                     if len(frames) < 2:
                         raise WireError("a message has no header", "malformed")
                     envelope = self._stamp.open(frames[1].buffer)
-                    known = self._identify(envelope)
-                    if known:
+                    if self._identify(envelope):
+                        standing = Standing.MEMBER
                         self._from_peer(frames[0].bytes, envelope, frames[2:])
             except WireError as error:
                 self._refusals.note(error, time.monotonic())
             if self._inflow is not None and sock is self._workers and frames:
-                self._inflow.took(frames[1:], known)
+                self._inflow.took(frames[1:], standing)
 
     def _identify(self, envelope: Envelope) -> bool:
         """Whether a message comes from the worker or server it names. Raises WireError where it is not to come at all."""
@@ -290,11 +291,12 @@ class _Server:
             self._shard.coordinator = self._attendance.coordinator
             if isinstance(body, Lost):
                 self._lose(body, now)
-            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut | HandIn):
+            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
             self._stamp.run, self._key = welcome.run, welcome.key
+            self._kv = KvStore(welcome.settings.kv_memory)
             allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
             index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
             arm(welcome.process, run_dir)
@@ -325,6 +327,7 @@ class _Server:
                 self._keeper.close(linger=0)
             self._keeper = dealer(self._context, servers[keeper].address)
             self._poller.register(self._keeper, zmq.POLLIN)
+            self._greeted_at = float("-inf")
         is_other = [a != b for a, b in zip(before, servers, strict=True)]
         self._do(self._shard.changed(is_other[keeper], is_other[kept], time.monotonic()))
 
@@ -336,7 +339,7 @@ class _Server:
         self._do(self._shard.about_copies(sender, body, frames, time.monotonic()))
 
     def _lose(self, body: Lost, now: float) -> None:
-        assert self._shard is not None
+        assert self._shard is not None and self._kv is not None
         if body.epoch >= self._stamp.epoch and body.servers:
             self._know(body.servers)
         self._stamp.epoch = max(self._stamp.epoch, body.epoch)
@@ -346,9 +349,11 @@ class _Server:
             self._kv.forget(worker)
 
     def _from_peer(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
-        assert self._shard is not None
+        assert self._shard is not None and self._kv is not None
         sender, body = envelope.sender, envelope.read()
         if not is_worker(sender):
+            if isinstance(body, Beat):
+                return
             if not isinstance(body, _FROM_KEPT):
                 raise WireError(f"a server has no use for {type(body).__name__} of {sender}")
             self._routes[sender, False] = self._routes[sender, True] = route
@@ -377,9 +382,16 @@ class _Server:
                 send(self._coordinator, header, effect.frames)
             elif effect.to == KEEPER:
                 if self._keeper is not None:
+                    self._greet(self._keeper)
                     send(self._keeper, header, effect.frames)
             else:
                 self._to_peer(effect, header)
+
+    def _greet(self, keeper: zmq.Socket[bytes]) -> None:
+        """Say whose connection it is, unless that was said a moment ago, as workers do."""
+        if (now := time.monotonic()) >= self._greeted_at + ASK_AGAIN_S:
+            self._greeted_at = now
+            send(keeper, self._stamp.encode(Beat()))
 
     def _to_peer(self, effect: Send, header: bytes) -> None:
         """Send by the connection that is meant for it, or by the other where that has broken and the peer has sent nothing by the

@@ -14,6 +14,7 @@ import zmq
 
 from common.errors import UsageError, WireError
 from common.messages import Beat
+from common.privacy import make_run_dir
 from common.restart import restart
 from common.runlog import FILE_NAME
 from common.settings import Settings
@@ -52,7 +53,7 @@ def serve(
         if resume:
             books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
+            make_run_dir(run_dir)
             coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
             address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
             write_address(run_dir / "address", address)

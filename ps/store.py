@@ -17,9 +17,9 @@ from common.layout import Chunk, Layout, Piece
 from common.messages import Traffic, Update
 from common.nonfinite import is_finite
 from common.policies import Policy
-from common.sums import Sum, add_up, adder, move, put_off
+from common.sums import Sum, add_up, adder, last_of, move, put_off
 from common.tensorfile import Entry, TensorFiles
-from common.tensors import dtype_of, from_frame, to_frame
+from common.tensors import dtype_of, from_frame, stored_as, to_frame
 from common.wire import bytes_of
 
 Norm = tuple[int, int, float]
@@ -96,15 +96,21 @@ class _Part:
         out: list[tuple[str, Sequence[int], Piece]] = []
         for piece in self.chunk.pieces:
             spec = layout.tensors[piece.tensor]
-            whole = piece.length == spec.numel
-            out.append((spec.name if whole else f"{spec.name}#{piece.start}", spec.shape if whole else [piece.length], piece))
+            whole = piece.length == spec.units
+            shape = spec.shape if spec.kind != "last" else stored_as(spec)[1]
+            out.append((spec.name if whole else f"{spec.name}#{piece.start}", shape if whole else [piece.length], piece))
         return out
 
     def state(self, layout: Layout, copies: bool = True) -> Iterator[Entry]:
         """The master values and the optimizer's state, for a snapshot: `copies`, or where they are."""
         take = torch.Tensor.clone if copies else torch.Tensor.detach
         for bit, (key, shape, piece) in enumerate(self.keys(layout)):
-            yield Entry(f"weights/{key}", shape, [take(self.master[piece.offset : piece.offset + piece.length])])
+            values, spec = self.master[piece.offset : piece.offset + piece.length], layout.tensors[piece.tensor]
+            if spec.kind == "last":
+                whole = piece.length == spec.units
+                yield Entry(f"weights/{key}", shape, [values.clone().view(stored_as(spec)[0] if whole else torch.uint8)])
+                continue
+            yield Entry(f"weights/{key}", shape, [take(values)])
             blocks = [block for block in self.blocks if block.bit == bit]
             states = [self.optimizer.state.get(b.parameter, {}) for b in blocks] if self.optimizer is not None else []
             for name, first in states[0].items() if states else ():
@@ -116,7 +122,9 @@ class _Part:
     def restore(self, layout: Layout, files: TensorFiles) -> None:
         """Go on from what `state` gave."""
         for bit, (key, _, piece) in enumerate(self.keys(layout)):
-            self.master[piece.offset : piece.offset + piece.length].copy_(files[f"weights/{key}"].reshape(-1))
+            found = files[f"weights/{key}"].reshape(-1)
+            found = found.view(torch.uint8) if self.chunk.kind == "last" else found
+            self.master[piece.offset : piece.offset + piece.length].copy_(found)
             if self.optimizer is None:
                 continue
             each = {name: files[f"{_EACH}/{name}/{key}"].reshape(-1) for name in files.below(_EACH, key)}
@@ -178,11 +186,11 @@ class Store:
         part = self._parts[chunk].chunk
         if not 0 <= present < 1 << len(part.pieces):
             raise WireError(f"chunk {chunk} has {len(part.pieces)} pieces, not those of mask {present:#x}")
-        return Sum(values, present, scale=1.0 if part.kind == "max" else scale, stays=stays)
+        return Sum(values, present, scale=1.0 if part.kind in ("max", "last") else scale, stays=stays)
 
     def adder(self, chunk: int) -> Callable[[Sum, Sum], Sum]:
         """The function that adds two sums of `chunk`, left first."""
-        return adder(self._parts[chunk].chunk.kind)
+        return adder(self._parts[chunk].chunk)
 
     def load(self, chunk: int, frame: Any) -> None:
         """Start from the weights in `frame`, which have the chunk's own dtype."""
@@ -285,6 +293,8 @@ class Store:
 
     def _sum(self, of: _Part, block: _Block, total: Sequence[Sum], out: torch.Tensor) -> Sum:
         """The sum of a block, in `out` if anything was added; in this order, whatever the block and wherever the values lie."""
+        if of.chunk.kind == "last":
+            total = [last_of(total, block.bit)]
         whole = total[0] if len(total) == 1 else put_off(*total)
         scratch = self._scratch[of.sum_dtype]
 
@@ -381,7 +391,7 @@ class Store:
 
 def _divided(of: _Part, total: Sum, samples: int, out: torch.Tensor) -> torch.Tensor:
     """Write the mean whose sum `total` is to `out`."""
-    if of.chunk.kind == "max":
+    if of.chunk.kind in ("max", "last"):
         return out if total.values is out else out.copy_(total.values)
     return torch.div(total.values, samples / total.scale, out=out)
 

@@ -61,6 +61,8 @@ class Link:
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
         #: What servers know this worker by.
         self._ticket = 0
+        #: When each socket was last told whose it is.
+        self._greeted: dict[str, float] = {}
         self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Refusals(log)
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
@@ -274,10 +276,19 @@ class Link:
                 sock = self._sockets[key] = dealer(self._context, peer.address)
                 self._names[sock] = f"server-{number}"
                 poller.register(sock, zmq.POLLIN)
-                send(sock, self._stamp.encode(Beat(), self._ticket))  # whose connection it is
+                self._greeted.pop(key, None)
+                self._greet(key)
             if before:
                 log.warning("server-%d is another process from now on", number)
                 self.on_replaced(number)
+
+    def _greet(self, key: str) -> None:
+        """Say whose connection it is, unless that was said a moment ago. It may be another one than it was, and nobody tells
+        of that; and from a stranger's a server does not take as much as gradients are."""
+        now = time.monotonic()
+        if now >= self._greeted.get(key, float("-inf")) + ASK_AGAIN_S:
+            self._greeted[key] = now
+            send(self._sockets[key], self._stamp.encode(Beat(), self._ticket))
 
     def _beat(self) -> Beat:
         return msgspec.structs.replace(self.beat(), refused=self._refusals.counts)
@@ -292,8 +303,11 @@ class Link:
         for message in messages:
             to_server = message.to != COORDINATOR
             bulk = to_server and is_bulk(message.body, message.frames)
+            key = message.to + _BULK * bulk
+            if to_server and message.frames:
+                self._greet(key)
             header = self._stamp.encode(message.body, self._ticket if to_server else None)
-            send(self._sockets[message.to + _BULK * bulk], header, message.frames, copy=self.copies)
+            send(self._sockets[key], header, message.frames, copy=self.copies)
             if isinstance(message.body, Push):
                 failpoint("pushing", message.body.round)
         for message in messages:

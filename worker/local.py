@@ -127,6 +127,7 @@ class LocalWork:
         """Keep the gradients of this micro-batch; the inner optimizer steps when the round's last one is in."""
         if self._current is None or self._segment is None:
             raise UsageError(STEP_TOO_MUCH)
+        self.replica.check_constants()
         task, self._current = self._current, None
         samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
         for parameter in self.replica.tensors:
@@ -193,7 +194,9 @@ class LocalWork:
         for chunk in self.replica.layout.chunks:
             if chunk.kind == "param" and self._policy.contributes == "delta":
                 torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
-            if chunk.kind != "max":  # 0 times what is no number would be none
+            if chunk.kind == "last":
+                present[chunk.id] = present[chunk.id] if weight else 0
+            elif chunk.kind != "max":  # 0 times what is no number would be none
                 values[chunk.id] = values[chunk.id].mul_(weight) if weight else torch.zeros_like(values[chunk.id])
         me = self._run.index
         groups = len(self._inner.optimizer.param_groups)

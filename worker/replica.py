@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec
 from common.sums import Sum, adder, is_change, weighted
 from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
+from worker.buffers import Rules, as_bytes, find, parts_of, same_bytes
 from worker.mapped import InPlane, MappedWeights
 from worker.postponed import Postponed
 from worker.slots import Slot
@@ -31,12 +32,14 @@ class Replica:
         servers: int,
         tables: Sequence[TableSpec] = (),
         classifiers: Sequence[ClassSpec] = (),
+        rules: Rules | None = None,
         at_once: bool = False,
     ) -> None:
         """`groups` maps id(parameter) to its parameter group; parameters not in it are not trained. `tables` and
-        `classifiers` are on the servers, and not in it either. `at_once`: servers apply each contribution by itself.
+        `classifiers` are on the servers, and not in it either. `rules` are what the script says of buffers. `at_once`: servers
+        apply each contribution by itself.
 
-        Raises UsageError where a trained parameter has a dtype that servers cannot keep.
+        Raises UsageError where a trained parameter has a dtype that servers cannot keep, and for a rule that fits no buffer.
         """
         self.model = model
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -46,13 +49,17 @@ class Replica:
         strangers = len(groups) - len(named)
         if strangers:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
-        buffers = [(name, b, -1) for name, b in model.named_buffers() if b.numel()]
-        self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *buffers]]
+        buffers, self._constants = find(model, rules or {})
+        parts = [(name, part, buffer.rule) for buffer in buffers for name, part in buffer.parts()]
+        self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *parts]]
+        #: The buffer that a tensor is part number n of, and n.
+        self._buffer_of = dict(enumerate(((b, n) for b in buffers for n in range(len(b.parts()))), len(named)))
         places: dict[tuple[torch.device, int], str] = {}
-        for name, tensor, _ in [*named, *buffers]:
+        for name, tensor, _ in [*named, *parts]:
             if tensor.numel() and (other := places.setdefault((tensor.device, tensor.data_ptr()), name)) != name:
                 raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
-        self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in [*named, *buffers]]
+        self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in named]
+        self.specs += [TensorSpec(name, list(t.shape), dtype_name(t.dtype), -1, rule) for name, t, rule in parts]
         self.layout: Layout = make_layout(self.specs, servers, tables, classifiers)
         #: The memory of servers on this host, which parameters then lie in.
         self.mapped = MappedWeights(self.layout)
@@ -190,7 +197,7 @@ class Replica:
             else:
                 values = torch.empty_like(total.values)
                 own = weighted(values, self._collect(chunk, values, {}), samples, chunk.kind)
-                out[chunk.id] = adder(chunk.kind)(total, own)
+                out[chunk.id] = adder(chunk)(total, own)
         self.discard()
         return out
 
@@ -224,26 +231,62 @@ class Replica:
     def _collect(self, chunk: Chunk, values: torch.Tensor, places: Mapping[int, torch.Tensor]) -> int:
         present = 0
         for bit, piece in enumerate(chunk.pieces):
-            tensor = self.tensors[piece.tensor]
-            source = tensor.grad if chunk.kind == "param" else tensor
             part = values[piece.offset : piece.offset + piece.length]
+            if chunk.kind != "param":
+                part.copy_(self._elements(piece.tensor)[piece.start : piece.start + piece.length])
+                present |= self._changed(chunk, piece, part) << bit
+                continue
+            tensor = self.tensors[piece.tensor]
+            source = tensor.grad
             if source is None:
                 part.zero_()
                 continue
             if source.is_sparse:
                 source = source.to_dense()
-            place = places.get(id(tensor)) if chunk.kind == "param" else None
+            place = places.get(id(tensor))
             if place is None or source.data_ptr() != place.data_ptr():
                 part.copy_(source.detach().reshape(-1)[piece.start : piece.start + piece.length])
-            present |= (chunk.kind == "param" or self._changed(chunk, piece, part)) << bit
+            present |= 1 << bit
         if chunk.id in self._changes:
             values[: chunk.numel].sub_(self._buffers[chunk.id].to(values.dtype))
         return present
 
+    def _elements(self, index: int) -> torch.Tensor:
+        """The elements of tensor number `index` as the model has it now, flat, as chunks have them."""
+        if index not in self._buffer_of:
+            return self.tensors[index].detach().reshape(-1)
+        buffer, part = self._buffer_of[index]
+        now = list(parts_of(buffer.now()))[part][1]
+        return as_bytes(now) if buffer.rule == "last" else now.reshape(-1)
+
     def _changed(self, chunk: Chunk, piece: Piece, now: torch.Tensor) -> bool:
-        """Whether a buffer is not what it was when the round began. Else servers keep it: a mean would differ by rounding."""
-        then = self._buffers[chunk.id][piece.offset : piece.offset + piece.length]
+        """Whether a buffer is not what it was when the round began. Else servers keep it: a mean would differ by rounding. One
+        that travels as bytes has changed as a whole or not at all, lest it become a mixture."""
+        if chunk.kind == "last":
+            return self._changed_anywhere(piece.tensor)
+        then = self._began(chunk, piece)
         return not torch.equal(now.to(then.dtype), then)
+
+    def _changed_anywhere(self, index: int) -> bool:
+        """Whether the buffer that tensor number `index` is a part of is not what it was."""
+        buffer, part = self._buffer_of[index]
+        for number, (_, now) in enumerate(parts_of(buffer.now()), index - part):
+            elements = as_bytes(now)
+            for chunk in self._chunks_of.get(number, ()):
+                for piece in chunk.pieces:
+                    here = elements[piece.start : piece.start + piece.length]
+                    if piece.tensor == number and not same_bytes(here, self._began(chunk, piece)):
+                        return True
+        return False
+
+    def _began(self, chunk: Chunk, piece: Piece) -> torch.Tensor:
+        """A piece of a buffer as it was when the round began."""
+        return self._buffers[chunk.id][piece.offset : piece.offset + piece.length]
+
+    def check_constants(self) -> None:
+        """Raise UsageError where a buffer that does not travel has changed."""
+        for constant in self._constants:
+            constant.check()
 
     def present(self, values: Mapping[int, torch.Tensor]) -> dict[int, int]:
         """The mask of pieces to take over from `values`, which hold all tensors: parameters and changed buffers."""
@@ -266,7 +309,7 @@ class Replica:
     def _flat(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         values = torch.empty(chunk.numel, dtype=dtype)
         for piece in chunk.pieces:
-            source = self.tensors[piece.tensor].detach().reshape(-1)[piece.start : piece.start + piece.length]
+            source = self._elements(piece.tensor)[piece.start : piece.start + piece.length]
             values[piece.offset : piece.offset + piece.length].copy_(source)
         return values
 
@@ -287,6 +330,7 @@ class Replica:
         values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in chunks}
         tensors = {piece.tensor: [weights.get(c.id) for c in self._chunks_of[piece.tensor]] for c in chunks for piece in c.pieces}
         adopted = {index for index, found in tensors.items() if not copy and self._adopt(index, self._chunks_of[index], found)}
+        self._put_back(piece.tensor for chunk in chunks for piece in chunk.pieces)
         # only now, for what a script wrote into one of those may have hidden others on the same page
         for chunk in chunks:
             for piece in chunk.pieces:
@@ -320,14 +364,32 @@ class Replica:
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Put the buffers back to what they were when the round began."""
+        self._put_back(self._buffer_of)
         for chunk in self._buffer_chunks:
             for piece in chunk.pieces:
                 self._write(piece, self._buffers[chunk.id])
 
+    def _put_back(self, indices: Iterable[int]) -> None:
+        """Have the model use the tensors that are written to, for a script may have put others in the place of buffers."""
+        moved = [
+            b
+            for b, part in (self._buffer_of[index] for index in indices if index in self._buffer_of)
+            if not part and b.put_back()
+        ]
+        for index, (buffer, part) in self._buffer_of.items() if moved else ():
+            self.tensors[index] = buffer.parts()[part][1]
+
     def _write(self, piece: Piece, values: torch.Tensor) -> None:
         tensor = self.tensors[piece.tensor].data  # a graph that has kept it already is to see what comes now
         part = values[piece.offset : piece.offset + piece.length]
-        if piece.length == tensor.numel():
+        if self.specs[piece.tensor].kind == "last":
+            if not tensor.is_contiguous():
+                whole = as_bytes(tensor).clone()
+                whole[piece.start : piece.start + piece.length].copy_(part)
+                tensor.copy_(whole.view(tensor.dtype).view(tensor.shape))
+                return
+            as_bytes(tensor)[piece.start : piece.start + piece.length].copy_(part)
+        elif piece.length == tensor.numel():
             tensor.copy_(part.view(tensor.shape))
         elif tensor.is_contiguous():
             tensor.view(-1)[piece.start : piece.start + piece.length].copy_(part)

@@ -119,7 +119,7 @@ class GradientWork:
         self._early: Early | None = None
         self._begun_at = 0.0
         self._meter = Meter()
-        self._add = {chunk.id: adder(chunk.kind) for chunk in replica.layout.chunks}
+        self._add = {chunk.id: adder(chunk) for chunk in replica.layout.chunks}
         self._slots = slots
         replica.catch_gradients()
         self._go_to(0, fresh=True)
@@ -165,6 +165,7 @@ class GradientWork:
         if self._current is None or self._segment is None:
             raise UsageError(STEP_TOO_MUCH)
         self._await_all()
+        self.replica.check_constants()
         task, self._current = self._current, None
         failpoint("computing", task.round)
         self._spoilt = self._spoilt or self._shards.spoilt

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.errors import ClusterError, PsError, UsageError
-from common.failpoints import arm
+from common.failpoints import arm, failpoint
 from common.layout import message_batches
 from common.messages import (
     Beat,
@@ -32,16 +32,17 @@ from common.messages import (
     Metrics,
     Plan,
     Ready,
-    Recomputed,
     Refused,
     RowAck,
     Rows,
     Setup,
     Share,
     Shared,
+    Stop,
     Tables,
     Traffic,
     Update,
+    Upload,
 )
 from common.no_compiler import no_compiler
 from common.plan import Segment, derive_seed, make_segment
@@ -49,12 +50,11 @@ from common.policies import load
 from common.runlog import some
 from common.settings import Settings
 from common.shared import Handle, NotShared
-from common.tensors import to_frame
 from common.watchdog import Watchdog
 from common.wire import Frames, new_incarnation
-from worker import batchnorm, local
-from worker.classes import Sharded, Shards, check_sharding, find_layers
-from worker.contents import file_of
+from worker import batchnorm, local, saving
+from worker.buffers import Rules
+from worker.classes import Shards, check_sharding, find_layers
 from worker.exchange import Exchange, Send
 from worker.kv import KvClient
 from worker.link import COORDINATOR, Link
@@ -75,7 +75,7 @@ from worker.optimizer import (
 )
 from worker.replica import Replica
 from worker.rounds import GradientWork
-from worker.rows import RowSparse, Table, check_training, find_tables
+from worker.rows import RowSparse, check_training, find_tables
 from worker.slots import Slots
 from worker.tasks import Task, Tasks
 
@@ -85,8 +85,6 @@ log = logging.getLogger("worker.run")
 _FIRST_WEIGHTS_S = (0.1, 1.0)
 #: Seconds that one who leaves waits for servers to have what it has sent.
 _HAND_OVER_S = 10.0
-#: Tensors that a script has changed after the last round, of which the coordinator is told at most.
-_MOST_CHANGED = 100
 #: What one who has ended its script waits for.
 _END = "the coordinator to end the run, which others may still compute"
 #: Seconds after which the mean loss of an epoch is asked for again.
@@ -114,6 +112,7 @@ class Run:
         self._tasks = Tasks(self.name, welcome.tables)
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
+        self._buffer_rules: Rules = {}
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
         #: Where memory may be shared with servers.
@@ -126,11 +125,7 @@ class Run:
         self._evaluate: Callable[[nn.Module], float] | None = None
         self._metrics_sent = 0
         self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
-        #: What was computed anew from the last weights and is not in the model's file yet: message, frames, when it was sent.
-        self._recomputed: dict[int, tuple[Recomputed, list[memoryview], float]] = {}
-        self._recomputations = 0
-        #: How often each tensor of the model had been written to when the last loop over batches had ended.
-        self._written: dict[str, tuple[torch.Tensor, int]] = {}
+        self._upload_wanted = False
         self._finished = False
         #: Whether this worker is to leave after the micro-batch it is at, and whether it has stopped training for that.
         self.leaves = self.left_early = False
@@ -182,8 +177,14 @@ class Run:
 
     # ---- setting up
 
-    def replicate(self, model: M) -> M:
+    def replicate(self, model: M, buffers: Rules | None = None) -> M:
         """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end.
+
+        Each micro-batch begins with the buffers as they were at the round's beginning. Running statistics of normalisation layers
+        become the mean of what micro-batches make of them, weighted by samples. Any other buffer gets the value that the last
+        micro-batch in order has left, of those that changed it. `buffers` says otherwise: it maps names, or patterns with `*`, to
+        `mean`, `max`, `last`, or `own` (each worker has its own, as of a cache). A buffer that the model's file has not
+        (`persistent=False`) does not travel unless it is named, and must not change.
 
         The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
         that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
@@ -191,7 +192,7 @@ class Run:
         """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
-        self._model = model
+        self._model, self._buffer_rules = model, dict(buffers or {})
         return model
 
     def optimizer(
@@ -228,7 +229,8 @@ class Run:
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
         specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
-        replica = Replica(self._model, group_of, self._servers, specs, sharded, at_once=self._policy.applies == "push")
+        at_once = self._policy.applies == "push"
+        replica = Replica(self._model, group_of, self._servers, specs, sharded, self._buffer_rules, at_once)
         check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
@@ -243,7 +245,7 @@ class Run:
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
             check_training(tables, cls, update.groups, self._policy)
-        sends_first = self._set_up(replica, update, tables, layers)
+        sends_first = self._set_up(replica, update)
         timeout = self.settings.timeout + 20.0
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
@@ -270,11 +272,9 @@ class Run:
             self._work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
         return Optimizer(self._work.step, dense, [self._rows.forget, self._shards.forget])
 
-    def _set_up(self, replica: Replica, update: Update, tables: Sequence[Table], layers: Sequence[Sharded]) -> bool:
+    def _set_up(self, replica: Replica, update: Update) -> bool:
         """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
-        weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
-        file = file_of(replica.model, [*replica.tensors, *weights, *(sharded.layer.bias for sharded in layers)])
-        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
+        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
         sends_first = self._sends_first(setup)
         if sends_first:
             first = replica.first_weights()
@@ -394,10 +394,8 @@ class Run:
             collate_fn=collate_fn,
             forecast=lambda: self._forecast(segment),
         )
-        self._recomputed.clear()
         try:
             yield from self._work.batches(segment, loader)
-            self._written = {name: (tensor, tensor._version) for name, tensor in self._tensors().items()}
         finally:
             loader.close()
 
@@ -440,20 +438,11 @@ class Run:
         """Compute the running statistics of the model's batch normalisation anew, by one pass through training data.
 
         To be called by every worker when the loop is over, under `local` and `average`: the mean of the replicas' statistics is
-        not that of the merged weights. All get the same bits, and so does the model's file. Does nothing where there is no batch
-        normalisation.
+        not that of the merged weights. All get the same bits. Does nothing where there is no batch normalisation.
         """
         if self._model is None:
             raise UsageError("recompute_batchnorm() needs a model: call run.replicate(model) before it.")
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
-        if found := batchnorm.statistics(self._model):
-            message = Recomputed(self._recomputations, self.round, list(found))
-            self._recomputations += 1
-            self._written |= {name: (tensor, tensor._version) for name, tensor in found.items()}
-            frames = [to_frame(tensor.detach().cpu().clone(memory_format=torch.contiguous_format)) for tensor in found.values()]
-            with self._link.lock:
-                self._recomputed[message.id] = message, frames, 0.0
-            self._link.beat_soon()
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop.
@@ -483,30 +472,38 @@ class Run:
         self._finished = self._link.copies = True
         try:
             if self.failure:
-                goodbye = Goodbye(self.failure, cut_off=self.cut_off, keyed=self._kv is not None, round=self.round)
+                goodbye = Goodbye(self.failure, cut_off=self.cut_off, keyed=self._kv is not None)
                 self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
-            self._wait(lambda: not self._recomputed, lambda: "the coordinator to write the statistics that were computed anew")
             self._hand_over()
-            goodbye = Goodbye(early=self.left_early, round=self.round, changed=self._changed())
             while not self._link.stopped:
+                goodbye = Goodbye(early=self.left_early)
                 self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
-                self._link.wait(lambda: self._link.stopped, float("inf"), lambda: _END, every=1.0)
+                self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: _END, every=1.0)
+                if self._upload_wanted and self._model is not None and not self._link.stopped:
+                    self._upload_wanted = False
+                    self._fetch_masters()
+                    self._link.send(Send(COORDINATOR, self._beat()))
+                    for part, frames in saving.model_parts(self._model, self._contents):
+                        failpoint("uploading", self.round)
+                        self._request(
+                            COORDINATOR,
+                            part,
+                            lambda b, i=part.part: (
+                                isinstance(b, Stop) or (isinstance(b, Ready) and (b.about, b.id) == ("ModelPart", i))
+                            ),  # type: ignore[misc]
+                            frames,
+                        )
         finally:
             self._watchdog.stop()
             self._link.close()
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and buffers of the model, by name."""
-        return dict([*self._model.named_parameters(), *self._model.named_buffers()]) if self._model is not None else {}
-
-    def _changed(self) -> list[str]:
-        """Tensors of the model that the script has changed since its last loop over batches ended; some, if they are many."""
-        now = self._tensors()
-        changed = [name for name, (was, version) in self._written.items() if now.get(name) is not was or was._version != version]
-        return changed[:_MOST_CHANGED]
+    def _contents(self, tensor: torch.Tensor) -> Iterator[memoryview] | None:
+        """What the model's file has of a tensor that is on the servers alone."""
+        found = self._rows.contents(tensor) if self._rows is not None else None
+        return found or (self._shards.contents(tensor) if self._shards is not None else None)
 
     def _hand_over(self) -> None:
         """This worker computes no more: see that servers have all that it has sent, and keep what its codec has left out."""
@@ -557,14 +554,14 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
-            case Ready(about="Recomputed"):
-                self._recomputed.pop(body.id, None)
             case Ready(about="Owed") if self._exchange is not None:
                 self._exchange.handle(sender, body, frames)
             case Shared() if self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown:
                 self._meet(server, body)
             case Ready() | Shared() | Tables():
                 pass  # the second answer to something asked twice
+            case Upload():
+                self._upload_wanted = True
             case Refused():
                 raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
             case _:
@@ -606,10 +603,6 @@ class Run:
             if now > sent_at + 1.0:
                 self._unsent_metrics[number] = metrics, now
                 out.append(Send(COORDINATOR, metrics))
-        for number, (recomputed, frames, sent_at) in self._recomputed.items():
-            if now > sent_at + 1.0:
-                self._recomputed[number] = recomputed, frames, now
-                out.append(Send(COORDINATOR, recomputed, frames))
         return out
 
     def _progress(self) -> tuple[int, int, int] | None:

@@ -38,7 +38,7 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     assert loud["weights_sha256"] == quiet["weights_sha256"]
     assert (loud["samples"], loud["dropped"]) == (quiet["samples"], quiet["dropped"])
     assert run.is_exact()
-    assert loud["refused"].keys() >= {"malformed", "oversized", "flood", "sender", "unfit", "run", "protocol"}
+    assert loud["refused"].keys() >= {"malformed", "oversized", "flood", "sender", "run", "protocol"}
     assert not quiet["refused"]
     assert not [event for kind in ("lost", "restarted", "recovered") for event in run.events(kind)]
     assert memory.grown() < 3 * MOST_GROWN  # of all at once

@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from common import connections
-from common.connections import Inflow, Outflow
+from common.connections import Inflow, Outflow, Standing
 from common.refusals import Refusals
 
 MIB = 1 << 20
@@ -91,3 +91,71 @@ def test_a_connection_that_is_half_open_is_let_be_and_forgotten_when_it_ends(con
     assert refusals.counts == {}
     closed.close()
     inflow.close()
+
+
+def test_peers_that_do_not_read_have_what_is_beyond_their_own_share_together(
+    context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_OWN_BYTES", 4 * MIB)
+    monkeypatch.setattr(connections, "_UNREAD_IN_ALL", 16 * MIB)
+    refusals = Refusals(logging.getLogger("test"))
+    router, _ = listening(context, b"peer-", 6)
+    outflow = Outflow(refusals)
+    for _ in range(40):
+        for peer in range(6):
+            outflow.send(router, b"header", [bytes(MIB)], b"peer-%d" % peer, 0.0)
+    unread = sum(queue.left() for queue in outflow._under_way.values())
+    assert unread <= (6 * 5 + 16 + 1) * MIB and refusals.counts["unread"] > 0
+
+
+def test_of_more_strangers_than_there_are_files_for_the_oldest_are_shut_and_no_member(
+    context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "_files", lambda: 40)
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    refusals = Refusals(logging.getLogger("test"))
+    inflow = Inflow(router, refusals)
+    members = []
+    for standing in (Standing.JOINING, Standing.MEMBER):
+        members.append(context.socket(zmq.DEALER))
+        members[-1].connect(f"tcp://127.0.0.1:{port}")
+        members[-1].send(b"here")
+        assert router.poll(5000)
+        frames = router.recv_multipart(copy=False)
+        inflow.look(1.0)
+        inflow.took(frames[1:], standing)
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
+    now, deadline = 1.0, time.monotonic() + 10
+    while refusals.counts.get("flood", 0) < 20:
+        assert time.monotonic() < deadline
+        inflow.look(now := now + 1.0, listening=False)  # then nobody can have said who it is
+        assert not refusals.counts or now > 2.0
+        inflow.look(now := now + 1.0)
+        time.sleep(0.01)
+    for stranger in strangers:
+        stranger.setblocking(False)
+    time.sleep(0.1)
+    assert [_is_shut(stranger) for stranger in strangers] == [True] * 20 + [False] * 10
+    assert refusals.counts == {"flood": 20}
+    for member in members:
+        member.send(b"still here")
+        assert router.poll(5000) and router.recv_multipart()[-1] == b"still here"
+    inflow.close()
+    members[0].send(b"late")  # as the coordinator still listens while it says that the run is over
+    assert router.poll(5000)
+    inflow.took(router.recv_multipart(copy=False)[1:], Standing.MEMBER)
+    for stranger in strangers:
+        stranger.close()
+
+
+def _is_shut(sock: socket.socket) -> bool:
+    """Whether the other end has closed a connection by which it has sent no more than ZeroMQ's greeting."""
+    while True:
+        try:
+            if not sock.recv(1 << 16):
+                return True
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True

@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UsageError
-from common.layout import CHUNK_BYTES, Layout, TensorSpec, make_layout, message_batches
+from common.layout import CHUNK_BYTES, Layout, Rule, TensorSpec, make_layout, message_batches
 from common.messages import Push
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 shapes = st.lists(st.integers(0, 40), max_size=3)
 params = st.tuples(shapes, st.sampled_from(["float32", "float64", "bfloat16", "float16"]), st.integers(0, 2))
-buffers = st.tuples(shapes, st.sampled_from(sorted(BYTES)), st.just(-1))
+merged = st.tuples(shapes, st.sampled_from(sorted(BYTES)), st.just(-1), st.just("max"))
+as_bytes = st.tuples(shapes, st.sampled_from(["complex128", "int16", "float8_e5m2", *BYTES]), st.just(-1), st.just("last"))
+buffers = merged | as_bytes
 models = st.lists(params | buffers, max_size=12).map(lambda items: [TensorSpec(f"t{n}", *item) for n, item in enumerate(items)])
 chunk_sizes = st.sampled_from([64, 1000, 64 << 10])
 
@@ -32,7 +34,7 @@ def layout_of(tensors: list[TensorSpec], servers: int, chunk_bytes: int = CHUNK_
 
 @given(models, st.integers(1, 5), chunk_sizes)
 def test_every_element_is_in_exactly_one_piece(tensors: list[TensorSpec], servers: int, chunk_bytes: int) -> None:
-    found = [[0] * spec.numel for spec in tensors]
+    found = [[0] * spec.units for spec in tensors]
     for chunk in layout_of(tensors, servers, chunk_bytes).chunks:
         for piece in chunk.pieces:
             for at in range(piece.start, piece.start + piece.length):
@@ -50,7 +52,7 @@ def test_pieces_fill_their_chunk_without_gaps_and_are_of_one_kind(tensors: list[
             assert piece.length > 0 and piece.offset == end
             end += piece.length
             spec = tensors[piece.tensor]
-            assert (spec.kind, spec.dtype, spec.group) == (chunk.kind, chunk.dtype, chunk.group)
+            assert (spec.kind, spec.unit, spec.group) == (chunk.kind, chunk.dtype, chunk.group)
         assert chunk.numel == end
         assert chunk.weight_bytes == end * BYTES[chunk.dtype]
         assert chunk.sum_bytes == end * BYTES[chunk.sum_dtype] <= size
@@ -63,10 +65,27 @@ def test_gradients_of_half_precision_are_summed_in_float32() -> None:
     }  # fmt: skip
 
 
-def test_float_buffers_are_averaged_and_others_take_the_maximum() -> None:
-    kinds = {dtype: TensorSpec("b", [1], dtype, -1).kind for dtype in BYTES}
-    assert {dtype for dtype, kind in kinds.items() if kind == "mean"} == {"float32", "float64", "bfloat16", "float16"}
-    assert {dtype for dtype, kind in kinds.items() if kind == "max"} == {"int64", "int32", "uint8", "bool"}
+@pytest.mark.parametrize(
+    ("dtype", "rule", "units"),
+    [
+        ("float16", "mean", 6),
+        ("int64", "max", 6),
+        ("int64", "last", 48),
+        ("complex128", "last", 96),
+        ("float8_e4m3fn", "last", 6),
+    ],
+)
+def test_a_buffer_has_as_many_elements_in_chunks_as_it_has_bytes_if_it_travels_as_these(
+    dtype: str, rule: Rule, units: int
+) -> None:
+    (chunk,) = make_layout([TensorSpec("b", [2, 3], dtype, -1, rule)], 1).chunks
+    assert (chunk.kind, chunk.numel) == (rule, units)
+
+
+@pytest.mark.parametrize(("dtype", "rule"), [("int64", "mean"), ("bool", "mean"), ("complex64", "mean"), ("int8", "max")])
+def test_a_rule_that_cannot_merge_a_buffer_is_refused(dtype: str, rule: Rule) -> None:
+    with pytest.raises(UsageError, match=f"the buffer 'b' has dtype {dtype}, which rule '{rule}'"):
+        make_layout([TensorSpec("b", [2], dtype, -1, rule)], 1)
 
 
 @pytest.mark.parametrize("numel", [CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, CHUNK_BYTES // 4 + 1, 3 * CHUNK_BYTES])
@@ -113,8 +132,8 @@ def test_digests_are_equal_exactly_where_layouts_are(a: list[TensorSpec], b: lis
 
 
 def test_the_digest_is_the_same_in_every_process_and_release() -> None:
-    tensors = [TensorSpec("w", [3, 2], "float32", 0), TensorSpec("n", [], "int64", -1)]
-    assert make_layout(tensors, 2).digest().startswith("1a5a4516fc525031fbb0bedd7eea58e0")
+    tensors = [TensorSpec("w", [3, 2], "float32", 0), TensorSpec("n", [], "int64", -1, "max")]
+    assert make_layout(tensors, 2).digest().startswith("4b6339ac2ea22da7c6352409ae235e27")
 
 
 @given(st.dictionaries(st.integers(0, 50), st.integers(1, 100)), st.integers(50, 150))
@@ -127,7 +146,7 @@ def test_messages_hold_all_ids_in_order_and_no_more_than_a_chunk_unless_one_is_l
         assert sum(sizes[i] for i in batch) + sizes[after[0]] > size
 
 
-@pytest.mark.parametrize(("dtype", "group"), [("complex64", 0), ("float8_e4m3fn", 0), ("int64", 0), ("complex64", -1)])
+@pytest.mark.parametrize(("dtype", "group"), [("complex64", 0), ("float8_e4m3fn", 0), ("int64", 0), ("bits8", -1)])
 def test_a_dtype_that_servers_cannot_keep_is_refused_by_name(dtype: str, group: int) -> None:
     with pytest.raises(UsageError, match=f"'layer.w' has dtype {dtype}"):
         make_layout([TensorSpec("layer.w", [2], dtype, group)], 1)
@@ -142,7 +161,7 @@ def test_a_model_of_nothing_has_no_chunks(servers: int) -> None:
 
 def test_which_pieces_of_a_chunk_are_there_always_fits_into_a_message() -> None:
     """A ResNet-50 has more buffers of one kind than a MessagePack integer has bits."""
-    layout = make_layout([TensorSpec(f"norm{n}.running_mean", [64], "float32", -1) for n in range(161)], 2)
+    layout = make_layout([TensorSpec(f"norm{n}.running_mean", [64], "float32", -1, "mean") for n in range(161)], 2)
     assert [len(chunk.pieces) for chunk in layout.chunks] == [64, 64, 33]
     masks = [(1 << len(chunk.pieces)) - 1 for chunk in layout.chunks]
     push = Push(0, 0, 1, 1, 1, [0, 1, 2], masks)

@@ -17,14 +17,35 @@ from common.wire import MAX_FRAMES, allow_files, receive, router
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_limit_of_open_files_is_raised_only_as_far_as_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("soft", "hard", "least", "most"),
+    [
+        (1024, 4096, 4096, 4096),  # as far as the system allows, for strangers have connections too
+        (1024, 1 << 20, 5000, 6000),
+        (1024, 1200, 1500, 1500),  # where that is not enough, it is tried all the same: root may
+        (1 << 20, 1 << 20, None, None),
+    ],
+)
+def test_the_limit_of_open_files_leaves_room_for_strangers(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, least: int | None, most: int | None
+) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda what, limits: asked.append(limits))
-    allow_files(100)
-    assert asked == []
     allow_files(1000)
-    assert len(asked) == 1 and 1000 < asked[0][0] < 2000 and asked[0][1] == 4096
+    if least is None or most is None:
+        assert asked == []
+    else:
+        assert len(asked) == 1 and least <= asked[0][0] <= most and asked[0][1] == max(hard, asked[0][0])
+
+
+def test_a_limit_that_is_enough_for_the_run_is_no_error_where_it_cannot_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(what: int, limits: tuple[int, int]) -> None:
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (2000, 2000))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    allow_files(1000)
 
 
 def test_a_limit_that_cannot_be_raised_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

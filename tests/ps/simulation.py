@@ -34,7 +34,6 @@ import torch
 import zmq
 from at_once import rows_of, sharded
 from hypothesis import HealthCheck, Phase, settings
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -61,12 +60,10 @@ from common.messages import (
     Waiting,
     Weights,
 )
-from common.pages import BLOCK, pages
 from common.place import Place, here
 from common.plan import Segment, make_segment
 from common.policies import load
-from common.rows import cut, owner_of, page_ids
-from common.runfiles import MODEL_FILE
+from common.rows import BLOCK, cut, owner_of, page_ids, pages
 from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
 from common.shared import Handle, Region
@@ -79,8 +76,8 @@ from ps.server import _Server
 from ps.serving import books_to_recover, books_to_resume
 from ps.shard import Shard
 from worker import local
+from worker.buffers import BufferRule
 from worker.classes import ShardedLinear, Shards, find_layers, sharded_cross_entropy
-from worker.contents import file_of
 from worker.exchange import Exchange, Send
 from worker.link import COORDINATOR, Link
 from worker.optimizer import Hypers, example_optimizer, plain_settings
@@ -134,9 +131,8 @@ class Pace:
     deaf_s: tuple[float, float] = (0.0, 0.0)
     #: Seconds, counted likewise, in which nothing reaches the coordinator from it or it from the coordinator.
     cut_off_s: tuple[float, float] = (0.0, 0.0)
-    #: When it is told to leave early, and when its script breaks off its loop by itself, which the others know nothing of.
+    #: When it leaves early.
     leaves_s: float = float("inf")
-    breaks_s: float = float("inf")
     #: When it fails, and whether that is for a server that does not answer it.
     fails_s: float = float("inf")
     finds_no_server: bool = False
@@ -211,7 +207,10 @@ class Case:
 
 
 class Model(nn.Module):
-    """See the top. `rare` has a gradient in even rounds only; `mean` and `most` are buffers of both kinds."""
+    """See the top. `rare` has a gradient in even rounds only; `mean`, `most` and `latest` are buffers of all kinds, the last of
+    which not every micro-batch changes."""
+
+    RULES: ClassVar[dict[str, BufferRule]] = {"mean": "mean", "most": "max"}
 
     def __init__(self, case: Case, sparse: bool = True) -> None:
         super().__init__()
@@ -226,9 +225,9 @@ class Model(nn.Module):
         self.most: torch.Tensor
         self.register_buffer("mean", torch.full((3,), 0.7))
         self.register_buffer("most", torch.zeros(2, dtype=torch.int64))
+        self.latest: torch.Tensor
+        self.register_buffer("latest", torch.zeros(2, dtype=torch.complex64))
         self.rows = case.rows
-        self.table: nn.Embedding = None  # type: ignore[assignment]
-        self.head: ShardedLinear = None  # type: ignore[assignment]
         if case.rows:
             self.table = nn.Embedding(case.rows + len(self.number), 2, sparse=sparse)
             with torch.no_grad():
@@ -273,6 +272,8 @@ class Model(nn.Module):
         self.rare.grad = torch.randn(2, generator=generator) + self.rare if task.round % 2 == 0 else None
         self.mean.mul_(0.9).add_(torch.randn(3, generator=generator))
         self.most[task.k % 2] += task.k
+        if (task.round + task.k) % 3:
+            self.latest = self.latest + self.number[task] * 1j  # another tensor, as scripts do
         if self.rows:
             factors = torch.randn(2, generator=generator)
             with torch.enable_grad():
@@ -328,6 +329,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
         for k in ks:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
+            latest = model.latest
             model.zero_grad()
             model.compute(Task(index, k))
             samples = plan.samples_in(k, k + 1)
@@ -335,6 +337,8 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
                 sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
             sums["mean"][k] = model.mean.clone() * samples
             sums["most"][k] = model.most.clone()
+            if model.latest is not latest:
+                sums["latest"][k] = model.latest.clone()
             shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
         for name, parameter in parameters.items():
             if parameter.grad is not None:
@@ -352,6 +356,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
         optimizer.step()
         model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total)
         model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
+        model.latest.copy_(sums["latest"][max(sums["latest"])] if sums["latest"] else buffers["latest"])
         out.append(state(model))
     if case.classes:
         out[-1][HEAD] = classes.rows()
@@ -752,7 +757,7 @@ class WorkerProcess(Process):
         self.index = number_of(key) if index is None else index
         self.pace = pace
         self.real = real
-        self.done = self.breaks = False
+        self.done = False
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
         self._waits: Wait | None = None
@@ -795,10 +800,6 @@ class WorkerProcess(Process):
         self.world.killed += 1
         if away < float("inf"):
             self.world.at(self.world.now + away, lambda: self.world.start(self._successor(None)))
-
-    def _break_off(self) -> None:
-        """Leave the loop at the next batch."""
-        self.breaks = True
 
     def _fail(self) -> None:
         self.link.send(Send(COORDINATOR, Goodbye("nothing came.", cut_off=self.pace.finds_no_server)))
@@ -885,7 +886,7 @@ class WorkerProcess(Process):
         run = self.run = Run(self.link)
         self._welcomed_at = world.now
         run.merge_by(lambda model: 0.0)
-        model = run.replicate(self.model)
+        model = run.replicate(self.model, Model.RULES)
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
@@ -909,20 +910,19 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
         if self.pace.leaves_s < float("inf"):
             self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
-        if self.pace.breaks_s < float("inf"):
-            self.world.at(self.world.now + self.pace.breaks_s, self._break_off)
         if self.pace.fails_s < float("inf"):
             self.world.at(self.world.now + self.pace.fails_s, self._fail)
         run = self.run = Run(self.link)
         run.merge_by(lambda model: 0.0)
-        run.replicate(self.model)
+        run.replicate(self.model, Model.RULES)
         groups = self.model.groups()
         tables = find_tables(self.model, groups)
         specs = [table.spec for table in tables]
         layers = find_layers(self.model, groups)
         dense = {id(p): 0 for p in groups[0]["params"] if not p.is_meta}
         at_once = run._policy.applies == "push"
-        replica = Replica(self.model, dense, case.settings.servers, specs, [one.spec for one in layers], at_once=at_once)
+        sharded_specs = [one.spec for one in layers]
+        replica = Replica(self.model, dense, case.settings.servers, specs, sharded_specs, Model.RULES, at_once)
         hyper = {"lr": case.lr, "momentum": case.momentum}
         example = example_optimizer(torch.optim.SGD, groups, hyper)
         work: SteppedWork | SteppedLocalWork
@@ -959,13 +959,13 @@ class WorkerProcess(Process):
         except SystemExit:
             yield from self._hand_over()
             while not self.link.stopped:
-                self.link.send(Send(COORDINATOR, Goodbye(early=not self.breaks, round=run.round)))
+                self.link.send(Send(COORDINATOR, Goodbye(early=True)))
                 yield Wait(lambda: self.link.stopped, self.world.now + 1.0)
             return
         yield from self._hand_over()
         self.done = True
         while True:
-            self.link.send(Send(COORDINATOR, Goodbye(round=run.round)))
+            self.link.send(Send(COORDINATOR, Goodbye()))
             yield Wait(None, self.world.now + 1.0)
 
     def _hand_over(self) -> Script:
@@ -976,9 +976,7 @@ class WorkerProcess(Process):
         yield Wait(lambda: not exchange.not_told, float("inf"))
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
-        weights = [layer.weight for layer in (self.model.table, self.model.head) if layer is not None]
-        file = file_of(self.model, [*replica.tensors, *weights])
-        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
+        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
         servers = self.world.case.settings.servers
         while True:
             is_first = (yield from self._request(COORDINATOR, setup, "Setup", 0)).lacks
@@ -1054,8 +1052,6 @@ class SteppedWork(GradientWork):
             self._push_early()
             self._metrics = {}
             yield Wait(None, world.now + self.process.begins(task))
-            if self.process.breaks:
-                raise SystemExit
             yield from self._await_weights()
             if not self._spoilt:
                 self.process.has_weights(task)
@@ -1217,8 +1213,6 @@ class SteppedLocalWork(local.LocalWork):
             for k in table.run(self._run.name, plan.micro_batches):
                 self._current, self._metrics, self._begun_at = Task(index, k), {}, self.process.world.now
                 yield Wait(None, self.process.world.now + self.process.begins(self._current))
-                if self.process.breaks:
-                    raise SystemExit
                 self.process.model.compute(self._current)
                 self.log({"loss": float(k)})
                 self.step()
@@ -1396,7 +1390,6 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
-            "common.pages.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.journal.RunLog": RunLog if world.case.keeps_books else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
@@ -1412,8 +1405,6 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.link.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
             "ps.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
             "ps.transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
-            "ps.collecting.CREDIT_BYTES": 2 * world.case.chunk_bytes,
-            "ps.archive._HASH_BYTES": 64,
         }
         for name, value in replacements.items():
             stack.enter_context(mock.patch(name, value))
@@ -1448,7 +1439,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
             done = there and all(w.done or not w.useful for w in everybody)
-            return done and _is_settled(world) and coordinator.ledger.committed >= planned and coordinator.coordinator._has_model
+            return done and _is_settled(world) and coordinator.ledger.committed >= planned
 
         try:
             if case.real:
@@ -1471,26 +1462,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
                 whole[int(start) : int(start) + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
         shards = [_newest_of(world, number).shard for number in range(len(servers))]
-        outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
-        if not until_snapshot:
-            _check_file(outcome, coordinator.folder / MODEL_FILE)
-        return outcome
-
-
-def _check_file(outcome: Outcome, path: Path) -> None:
-    """The model's file has what the servers have in the end."""
-    file, layout = load_file(path), outcome.shards[0].layout
-    assert layout is not None and file.keys() == Model(outcome.case).state_dict().keys()
-    for chunk in layout.chunks:
-        store = outcome.shards[chunk.server].store
-        assert store is not None
-        for piece in chunk.pieces:
-            here = file[layout.tensors[piece.tensor].name].reshape(-1)[piece.start : piece.start + piece.length]
-            assert torch.equal(here, store.master(chunk.id)[piece.offset : piece.offset + piece.length])
-    if outcome.case.rows:
-        assert torch.equal(file["table.weight"], outcome.table())
-    if outcome.case.classes:
-        assert torch.equal(file["head.weight"], outcome.head())
+        return Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
 
 
 def _newest_of(world: World, number: int) -> ServerProcess:

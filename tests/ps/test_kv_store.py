@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def value_of(frames: list[Any]) -> torch.Tensor:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.integers(1, 4), st.integers(0, 1 << 40))
 def test_a_pull_sees_the_first_pushes_whole_and_nothing_of_the_others(writers: int, seed: int) -> None:
-    chance, store = random.Random(seed), KvStore()
+    chance, store = random.Random(seed), KvStore(1024)
     clients = [Client(f"worker-{number}") for number in range(writers)]
     unsent: list[list[tuple[KvPush, list[Any]]]] = [[] for _ in clients]
     after, sent, seen = [torch.zeros(0)], [], []
@@ -88,19 +89,19 @@ def test_a_pull_sees_the_first_pushes_whole_and_nothing_of_the_others(writers: i
 
 
 def test_a_push_that_its_worker_does_not_complete_counts_for_nothing() -> None:
-    store, one, two = KvStore(), Client("worker-0"), Client("worker-1")
+    store, one, two = KvStore(1024), Client("worker-0"), Client("worker-1")
     for part in one.push(torch.ones(NUMEL)):
         say(store, one, *part)
     for part in two.push(torch.full((NUMEL,), 5.0))[:-1]:
         say(store, two, *part)
     before = store._bytes
     store.forget("worker-1")
-    assert store._bytes == 4 * NUMEL < before
+    assert store._bytes == 4 * NUMEL + 2504 < before  # three blocks of a value
     assert value_of(pulled(store)[1]).tolist() == [1.0] * NUMEL
 
 
 def test_a_push_that_no_longer_fits_when_it_is_complete_is_refused_each_time_and_changes_nothing() -> None:
-    store, one, two = KvStore(), Client("worker-0"), Client("worker-1")
+    store, one, two = KvStore(1024), Client("worker-0"), Client("worker-1")
     first, *_, last = one.push(torch.ones(NUMEL))
     parts = one.push(torch.ones(NUMEL))
     for part in [first, *_, last, *parts[:-1]]:
@@ -111,11 +112,11 @@ def test_a_push_that_no_longer_fits_when_it_is_complete_is_refused_each_time_and
         with pytest.raises(WireError, match="holds 3 x float32; worker-0 added 11 x float32"):
             store.handle("worker-0", 1, *parts[-1])
     assert value_of(pulled(store, 3)[1]).tolist() == [0.0] * 3
-    assert store._bytes == 12
+    assert store._bytes == 1516  # 12 of numbers
 
 
 def test_blocks_that_cannot_be_are_refused() -> None:
-    store, one = KvStore(), Client("worker-0")
+    store, one = KvStore(1024), Client("worker-0")
     (push, frames), *_ = one.push(torch.ones(NUMEL))
     for bad, with_frames in [
         (KvPush(1, "k", 3, NUMEL, "float32", "add", 0), frames),
@@ -127,3 +128,41 @@ def test_blocks_that_cannot_be_are_refused() -> None:
             store.handle("worker-0", 1, bad, with_frames)
     ((answer, _),) = store.handle("worker-0", 1, KvPull(2, "k", NUMEL), [])
     assert isinstance(answer, Refused) and answer.about == "KvPull:2"
+
+
+def test_values_and_what_is_on_its_way_take_up_no_more_than_the_run_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps.kv.CHUNK_BYTES", 4 << 20)
+    store, client = KvStore(8), Client("worker-0")
+    numel = (2 << 20) // 4
+
+    def push(key: str, count: int = numel, op: str = "set", client: Client = client) -> None:
+        number = next(client._ids)
+        body = KvPush(number, key, 0, count, "float32", op, number)  # type: ignore[arg-type]
+        store.handle(client.name, 1, body, [to_frame(torch.zeros(count))])
+
+    for key in ("a", "b"):
+        push(key)
+    push("c", numel // 2)
+    with pytest.raises(WireError, match=r"more than a server keeps by key, 8 MiB .*: start the run with more --kv-memory"):
+        push("a", 2 * numel)
+    push("a", 10)  # what a value had is free again
+    push("d")
+    other = Client("worker-1")
+    with pytest.raises(WireError, match="more than a server keeps by key"):
+        for number in range(100):  # parts of pushes that never are whole
+            part = KvPush(next(other._ids), f"part {number}", 0, 2 << 20, "float32", "set", number)
+            store.handle("worker-1", 1, part, [to_frame(torch.zeros(1 << 20))])
+    store.forget("worker-1")
+    push("e", 10)
+    for key in "abcde":
+        with suppress(WireError):
+            push(key, 0)
+    assert store._bytes < 100_000
+
+
+def test_keys_without_values_are_counted_too() -> None:
+    store, made = KvStore(1), 0
+    with pytest.raises(WireError, match="more than a server keeps"):
+        for made in range(10_000):
+            store.handle("worker-0", 1, KvPush(made, f"{made:1000}", 0, 0, "float32", "set", made), [b""])
+    assert 100 < made < 300

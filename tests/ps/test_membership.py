@@ -311,7 +311,8 @@ def test_thousands_who_say_hello_before_the_start_are_few_too() -> None:
     assert member is not None and member.name == "worker-0"
 
 
-def test_thousands_of_workers_join_one_as_quickly_as_another() -> None:
+def test_thousands_of_workers_join_one_as_quickly_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps.membership._MOST_MORE", 3000)
     membership, told = started(1), 0
     for number in range(2000):
         member, answers = membership.hello(Hello("worker", number + 1), 100 + number, 0.0)
@@ -320,6 +321,34 @@ def test_thousands_of_workers_join_one_as_quickly_as_another() -> None:
         told += len(answers)
     assert told == 2000
     assert len(membership.tick(0.1)) == 2001 and membership.epoch == 2  # one table for all of them
+
+
+def test_no_more_workers_take_part_than_some_times_those_that_were_expected() -> None:
+    membership = started(2)
+    for number in range(1000):
+        member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
+        if member is None:
+            break
+        membership.beat(member.name, Beat("computing", 3, left=[1, 2, 3]), 0.0)
+    ((_, refused),) = answers
+    assert isinstance(refused, Refused) and "run run has 72 workers, and takes no more where --workers is 2" in refused.reason
+    assert len(membership.names("worker")) == 72
+    membership.leave("worker-5", early=True)
+    assert membership.members["worker-5"].beat == Beat(round=3)  # of one that is gone no more is kept than is needed
+    member, _ = membership.hello(Hello("worker"), 5000, 0.0)
+    assert member is not None and member.name == "worker-72"
+
+
+def test_names_of_workers_are_bounded_over_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps.membership.MOST_NAMES", 20)
+    membership = started(2)
+    for number in range(30):
+        member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
+        if member is not None:
+            membership.beat(member.name, Beat("computing"), 0.0)
+            membership.leave(member.name, early=True)
+    ((_, refused),) = answers
+    assert isinstance(refused, Refused) and "has had 20 workers" in refused.reason and len(membership.workers) == 20
 
 
 def test_processes_that_do_not_join_are_told() -> None:

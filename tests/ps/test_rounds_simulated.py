@@ -130,6 +130,7 @@ def check_same_everywhere(outcome: Outcome) -> None:
             held = weights_of(shard, chunk.id)
             for piece in chunk.pieces:
                 tensor = first[shard.layout.tensors[piece.tensor].name].reshape(-1)
+                tensor = tensor.view(torch.uint8) if chunk.kind == "last" else tensor
                 assert torch.equal(
                     tensor[piece.start : piece.start + piece.length], held[piece.offset : piece.offset + piece.length]
                 )

@@ -14,7 +14,7 @@ from torch import nn
 from common import tensorfile
 from common.codecs.chosen import for_pushes
 from common.errors import UsageError, WireError
-from common.layout import CHUNK_BYTES, TensorSpec, make_layout
+from common.layout import CHUNK_BYTES, Rule, TensorSpec, make_layout
 from common.messages import Update
 from common.policies import load
 from common.settings import Settings
@@ -43,9 +43,11 @@ Gradients = Sequence[torch.Tensor | None]
 class Cluster:
     """The stores of all servers, fed and read as whole tensors."""
 
-    def __init__(self, tensors: Tensors, groups: list[int], update: Update, servers: int, **settings: Any) -> None:
+    def __init__(
+        self, tensors: Tensors, groups: list[int], update: Update, servers: int, rule: Rule = "mean", **settings: Any
+    ) -> None:
         specs = [
-            TensorSpec(str(i), list(t.shape), dtype_name(t.dtype), group)
+            TensorSpec(str(i), list(t.shape), dtype_name(t.dtype), group, rule)
             for i, (t, group) in enumerate(zip(tensors, groups, strict=True))
         ]
         self.layout = make_layout(specs, servers)
@@ -359,7 +361,7 @@ def test_a_round_in_which_nothing_has_a_gradient_is_not_clipped_and_changes_noth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_floating_point_buffers_become_their_sample_weighted_mean(dtype: torch.dtype) -> None:
+def test_buffers_become_their_sample_weighted_mean(dtype: torch.dtype) -> None:
     start = torch.zeros(5, dtype=dtype)
     cluster = Cluster([start], [-1], Update("SGD", []), 1)
     values = [torch.tensor([1.0, -2.0, 0.5, 8.0, 3.0], dtype=dtype) * n for n in (1, 2, 3)]
@@ -371,10 +373,10 @@ def test_floating_point_buffers_become_their_sample_weighted_mean(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
-def test_other_buffers_become_their_maximum_whatever_the_samples(dtype: torch.dtype) -> None:
+def test_buffers_become_their_maximum_whatever_the_samples(dtype: torch.dtype) -> None:
     high = (1 << 62) + 1 if dtype == torch.int64 else 1
     values = [torch.tensor([high, 0, 0, 1]).to(dtype), torch.tensor([0, 0, 1, 1]).to(dtype)]
-    cluster = Cluster([torch.zeros(4).to(dtype)], [-1], Update("SGD", []), 1)
+    cluster = Cluster([torch.zeros(4).to(dtype)], [-1], Update("SGD", []), 1, "max")
     left, right = (cluster.receive([value], samples)[0] for value, samples in zip(values, (7, 3), strict=True))
     cluster.apply({0: cluster.stores[0].adder(0)(left, right)}, 10)
     assert cluster.weights()[0].tolist() == torch.tensor([high, 0, 1, 1]).to(dtype).tolist()

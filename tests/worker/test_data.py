@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,38 @@ def test_a_pickle_that_asks_for_anything_but_arrays_is_refused_and_nothing_is_ru
     text = refusal("cifar-10", tmp_path)
     assert "data_batch_2" in text and "mkdir" in text
     assert not (tmp_path / "owned").exists()
+
+
+_DTYPE = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR"
+#: Pickles of a few bytes, or of a few million, that ask for gigabytes.
+_BOMBS = {
+    "a memo with room for 2^27 objects": b"\x80\x02Nr" + struct.pack("<I", 1 << 27) + b".",
+    "the same in letters": b"Np134217728\n.",
+    "zeros instead of an array's bytes": (
+        b"\x80\x05cnumpy.core.numeric\n_frombuffer\n(\x8a\x05" + (1 << 33).to_bytes(5, "little") + _DTYPE + b"K\x01\x85U\x01CtR."
+    ),
+    "bytes that are not there": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"x.",
+    "an array that is not there": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"x.",
+    "the same text encoded again and again": (
+        b"\x80\x02](X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20) + b"q\x00c_codecs\nencode\nq\x01"
+        + b"h\x01(h\x00U\x06latin1tR" * 3000 + b"e."
+    ),
+    "millions of maps": b"\x80\x02(" + b"}" * 4_000_000 + b"l.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _BOMBS)
+def test_a_pickle_that_asks_for_more_memory_than_it_has_bytes_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(_BOMBS[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match="data_batch_1 cannot be read"):
+            read_batch(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * len(_BOMBS[name]) + (4 << 20)
 
 
 @pytest.mark.parametrize("array", [np.zeros((2, 3), dtype=object), np.zeros(3), np.zeros((2, 3), dtype=np.uint8, order="F")])

@@ -72,7 +72,7 @@ class Setting:
         out = {}
         for chunk, value in self.replica.gradient(self.samples).items():
             for n, other in enumerate(self.others):
-                add = adder("param")
+                add = adder(self.replica.layout.chunks[chunk])
                 value = add(other[chunk], value) if n % 2 else add(value, other[chunk])
             out[chunk] = value.values * value.scale, value.present
         return out

@@ -142,7 +142,7 @@ def compare(one: Script, other: Script, x: torch.Tensor, y: torch.Tensor) -> Sid
     fused, apart = Side(), Side()
     total = fused.added(other, y, fused.first(one, x))
     left, right = apart.first(one, x), apart.first(other, y)
-    expected = {chunk.id: adder(chunk.kind)(left[chunk.id], right[chunk.id]) for chunk in apart.replica.layout.chunks}
+    expected = {chunk.id: adder(chunk)(left[chunk.id], right[chunk.id]) for chunk in apart.replica.layout.chunks}
     assert torch.equal(fused.flat(total).view(torch.int32), apart.flat(expected).view(torch.int32))
     assert {c: s.present for c, s in total.items()} == {c: s.present for c, s in expected.items()}
     assert all(type(p) is nn.Parameter and p.grad is None for p in fused.model.parameters())

@@ -19,6 +19,7 @@ from common.sums import adder
 from common.tensors import to_frame
 from common.tree import fold
 from ps.store import Store
+from worker.buffers import Rules
 from worker.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings
 from worker.replica import Replica
 from worker.slots import Slots
@@ -29,11 +30,14 @@ Forward = Callable[[nn.Module, int], torch.Tensor]
 class Cluster:
     """One worker's replica and the stores of all servers, without anything between them."""
 
-    def __init__(self, model: nn.Module, servers: int, cls: Any, params: Any = None, **hyper: Any) -> None:
+    def __init__(
+        self, model: nn.Module, servers: int, cls: Any, params: Any = None, rules: Rules | None = None, **hyper: Any
+    ) -> None:
         groups = parameter_groups(model, params)
         check_elementwise(cls, hyper)
         update = Update(cls.__name__, plain_settings(example_optimizer(cls, groups, hyper)))
-        self.replica = Replica(model, {id(p): i for i, group in enumerate(groups) for p in group["params"]}, servers)
+        group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self.replica = Replica(model, group_of, servers, rules=rules)
         self.slots = Slots(self.replica.layout, shared=False)
         self.replica.catch_gradients()
         self.stores = [Store(self.replica.layout, number, update, load(Settings())) for number in range(servers)]
@@ -59,7 +63,7 @@ class Cluster:
             sums = self.replica.gradient(count)
             terms.append({i: self.store(i).receive(i, bytes(to_frame(s.values)), s.present, s.scale) for i, s in sums.items()})
         for chunk in self.replica.layout.chunks:
-            total = fold({k: term[chunk.id] for k, term in enumerate(terms)}, len(terms), adder(chunk.kind))
+            total = fold({k: term[chunk.id] for k, term in enumerate(terms)}, len(terms), adder(chunk))
             self.store(chunk.id).apply(chunk.id, [total], sum(samples), {})
         self.pull()
 
@@ -140,7 +144,7 @@ def test_a_buffer_that_did_not_change_keeps_its_bits_where_the_mean_would_not() 
     model = nn.Linear(1, 1)
     model.register_buffer("constant", values.clone())
     model.register_buffer("moving", torch.zeros(2))
-    cluster = Cluster(model, 1, torch.optim.SGD, lr=0.0)
+    cluster = Cluster(model, 1, torch.optim.SGD, rules={"*": "mean"}, lr=0.0)
 
     def loss(k: int) -> torch.Tensor:
         if k:  # not in the first micro-batch
