@@ -18,8 +18,8 @@ from torch.nn.functional import linear
 class Taker(Protocol):
     """Who gets the gradients of weights."""
 
-    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> bool:
-        """Whether it computes dy^T x, which is the gradient, itself."""
+    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """What stands for dy^T x, which is the gradient, to be computed later; None to have it computed now."""
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient is to be written, a tensor of the weight's shape; None to have it allocated."""
@@ -53,8 +53,8 @@ class _Linear(torch.autograd.Function):
 def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: Taker | None) -> torch.Tensor | None:
     if taker is None:
         return dy.t().mm(x)
-    if taker.postpone(weight, dy, x):
-        return None
+    if (later := taker.postpone(weight, dy, x)) is not None:
+        return later
     if (out := taker.place(weight)) is None:
         return dy.t().mm(x)
     torch.mm(dy.t(), x, out=out)
@@ -64,7 +64,7 @@ def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: Ta
 
 def _accumulates(node: Any) -> bool:
     """Whether this backward adds to the `grad` of the leaf behind `node`, and is not itself to be differentiated."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _is_transformed():
         return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
@@ -91,13 +91,25 @@ def _is_usual(module: nn.Linear, x: torch.Tensor) -> bool:
     """Whether nothing is going on that only torch's own forward knows about."""
     return (
         torch.is_grad_enabled()
+        and not _is_transformed()
         and type(x) is torch.Tensor
         and (x.dim() == 2 or (x.dim() == 3 and x.is_contiguous()))
         and type(module.weight) is nn.Parameter
         and module.weight.requires_grad
+        and module.weight.numel() > 0
         and module.weight.is_contiguous()
         and x.dtype == module.weight.dtype
         and x.device.type == module.weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether torch itself is to see each operation: for a transform of torch.func, for forward-mode differentiation, or because
+    it records a trace."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
     )

@@ -2,7 +2,8 @@
 
 dW = dy^T x is one matrix product, and so is dW' + dy^T x, which spares writing dW, reading it again, and memory for it. Whether
 anybody wants to see dW by itself is known only when it is to be contributed: so it is put off until then, or until a script looks
-at the weight's `grad`.
+at the weight's `grad`. Autograd is given a `Product` in its place. If autograd adds anything to that, it has dW to add to, in its
+own order: so a weight may be used any number of times.
 
 The sum has the bits of adding dW where the library adds up an element's products before it adds them to what is there, as it does
 for few samples. That is tried out on the first gradient of each shape, and what comes out differently is added as usual.
@@ -13,8 +14,10 @@ from __future__ import annotations
 import functools
 import mmap
 from collections import Counter
+from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from common.nonfinite import is_finite
 from common.tensors import ALIGNED
@@ -32,12 +35,36 @@ class Later(Untouched):
     harmless = accessors("requires_grad", "shape", "dtype", "device", "ndim", "is_leaf")
 
 
+class Product(torch.Tensor):
+    """dy^T x, for dy (samples x outputs) and x (samples x inputs). Torch computes it when it does more than hand it on."""
+
+    dy: torch.Tensor
+    x: torch.Tensor
+
+    def __new__(cls, dy: torch.Tensor, x: torch.Tensor) -> Product:
+        shape = dy.shape[1], x.shape[1]
+        product: Product = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dy.dtype, device=dy.device)
+        product.dy, product.x = dy, x
+        return product
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].dy, args[0].x)
+        args, kwargs = tree_map_only(cls, cls.made, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def made(self) -> torch.Tensor:
+        """The product itself."""
+        return self.dy.t().mm(self.x)
+
+
 class Postponed:
     """The gradients that are put off: at most one of each weight."""
 
     def __init__(self) -> None:
-        #: By id: the weight, dy (samples x outputs) and x (samples x inputs).
-        self._products: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        #: By id: the weight and its gradient.
+        self._products: dict[int, tuple[torch.Tensor, Product]] = {}
         #: By what decides on how a product is computed: whether it has the right bits when it is added.
         self._fits: dict[object, bool] = {}
         self._tried: Counter[object] = Counter()
@@ -45,37 +72,39 @@ class Postponed:
     def __contains__(self, weight: torch.Tensor) -> bool:
         return id(weight) in self._products
 
-    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> bool:
-        """Put off weight.grad = dy^T x. False: it is to be computed now."""
-        if weight in self:  # used twice: torch adds one to the other
+    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> Product | None:
+        """What to give autograd for dy^T x, to put off computing it. None: it is to be computed now."""
+        if weight in self:  # a second backward: torch adds its gradient to that of the first
             self.make(weight)
-            return False
+            return None
         if weight.grad is not None or _is_hooked(weight) or _LARGER * (dy.numel() + x.numel()) > weight.numel():
-            return False
+            return None
         if not (_is_as_copied(dy) and _is_as_copied(x)) or not self._fits.get(_shape(dy, x), len(self._fits) < _SHAPES):
-            return False
-        self._products[id(weight)] = weight, dy.clone(), x.clone()
-        put_off(weight, Later, functools.partial(self.make, weight))
-        return True
+            return None
+        return Product(dy.clone(), x.clone())
 
     def caught(self, weight: torch.Tensor) -> None:
-        """Backward is done with the weight: if it has a gradient from elsewhere as well, the two are added now."""
+        """Backward is done with the weight: what it has given it is put off if it is a product and nothing else."""
         with torch._C.DisableTorchFunctionSubclass():
-            is_alone = weight.grad is None
-        if weight in self and not is_alone:
-            self.make(weight)
+            gradient = weight.grad
+            if type(gradient) is Product:
+                weight.grad = None
+                self._products[id(weight)] = weight, gradient
+                put_off(weight, Later, functools.partial(self.make, weight))
+            elif gradient is not None and weight in self:
+                self.make(weight)
 
     @torch.no_grad()
     def make(self, weight: torch.Tensor) -> None:
         """Compute what was put off, for somebody looks."""
-        dy, x = self._take(weight)
-        made = dy.t().mm(x)
+        made = self._take(weight).made()
         weight.grad = made if weight.grad is None else made.add_(weight.grad)
 
     @torch.no_grad()
     def add_to(self, weight: torch.Tensor, total: torch.Tensor) -> None:
         """total += dy^T x, to the bit."""
-        dy, x = self._take(weight)
+        product = self._take(weight)
+        dy, x = product.dy, product.x
         shape = _shape(dy, x)
         if self._fits.get(shape):
             total.addmm_(dy.t(), x)
@@ -95,14 +124,13 @@ class Postponed:
 
     def forget(self) -> None:
         """Nobody needs what was put off."""
-        for weight, *_ in self._products.values():
+        for weight, _ in self._products.values():
             settle(weight)
         self._products.clear()
 
-    def _take(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _take(self, weight: torch.Tensor) -> Product:
         settle(weight)
-        _, dy, x = self._products.pop(id(weight))
-        return dy, x
+        return self._products.pop(id(weight))[1]
 
 
 def _shape(dy: torch.Tensor, x: torch.Tensor) -> object:

@@ -131,9 +131,11 @@ class Replica:
         place = slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
         return place.data  # with a count of its own of how often it is written to
 
-    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> bool:
+    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
         """Where gradients are added, those of weights that had one from a single layer, the last time that was seen."""
-        return self._adds and self._slot is not None and id(weight) in self._whole and self._postponed.postpone(weight, dy, x)
+        if not self._adds or self._slot is None or id(weight) not in self._whole:
+            return None
+        return self._postponed.postpone(weight, dy, x)
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient of `weight` is to be computed; None where that is not for this backward to decide."""
@@ -151,7 +153,7 @@ class Replica:
     @torch.no_grad()
     def _catch(self, index: int, parameter: torch.Tensor) -> None:
         """Called by autograd when the gradient of a parameter has been accumulated."""
-        if self._adds:  # torch comes here even if there is none yet
+        if self._adds:
             self._postponed.caught(parameter)
             return
         gradient = parameter.grad

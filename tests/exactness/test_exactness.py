@@ -16,7 +16,7 @@ from torch import nn
 from common.runlog import FILE_NAME, RunLogReader
 
 sys.path.insert(0, str(Path(__file__).parent))
-from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, dataset, network
+from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, Reused, dataset, network, reused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,10 +31,12 @@ def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return terms[0]
 
 
-def plain_loop(recipe: str, epochs: int = EPOCHS, whole_batches: bool = False, *size: int) -> nn.Module:
+def plain_loop(
+    recipe: str, epochs: int = EPOCHS, whole_batches: bool = False, *size: int, model: nn.Module | None = None
+) -> nn.Module:
     """Train in this process with torch alone. `whole_batches`: an ordinary step on the mean loss of the global batch."""
     x, y = dataset().tensors
-    model = network(*size)
+    model = network(*size) if model is None else model
     parameters = list(model.parameters())
     cls, hyper, schedule, clip_norm = RECIPES[recipe]
     opt = cls(parameters, **hyper)
@@ -91,6 +93,18 @@ def test_large_contributions_are_added_to_the_one_before_or_left_where_they_lie_
         sizes = [row.hi - row.lo for row in log.contributions() if row.outcome == "committed"]
     assert sum(sizes) == 8 * 8 + 3  # in 9 rounds
     assert set(sizes) == {1, 2} and sizes.count(2) >= 9  # servers add up what is in up to 4 slots of a worker and round
+
+
+def test_a_layer_may_be_used_another_number_of_times_in_each_micro_batch(launch) -> None:
+    uses = [Reused.uses(x) for batch in dataset().tensors[0].split(GLOBAL_BATCH) for x in batch.split(MICRO_BATCH)]
+    assert set(uses) == {1, 2, 3, 4}
+    expected = sha256(plain_loop("momentum", 1, model=reused()))
+    for number, (workers, servers) in enumerate([(1, 1), (2, 3)]):
+        summary = launch(
+            "--workers", workers, "--servers", servers, Path(__file__).with_name("train_exact.py"),
+            "--", "momentum", "--epochs", 1, "--reused", name=f"run-{number}",
+        )  # fmt: skip
+        assert summary["weights_sha256"] == expected
 
 
 @pytest.mark.parametrize("codec", ["int8"])

@@ -27,6 +27,30 @@ def network(hidden: int = 64, layers: int = 1) -> nn.Module:
     )  # fmt: skip
 
 
+class Reused(nn.Module):
+    """A layer that is used once to four times, as the data says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(64, 512), nn.Linear(512, 512, bias=False), nn.Linear(512, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x.flatten(1)))
+        for _ in range(self.uses(x)):
+            h = torch.tanh(self.again(h))
+        logits: torch.Tensor = self.last(h)
+        return logits
+
+    @staticmethod
+    def uses(x: torch.Tensor) -> int:
+        return 1 + int(x.sum()) % 4
+
+
+def reused() -> nn.Module:
+    torch.manual_seed(7)
+    return Reused()
+
+
 RECIPES = {
     "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}, None, None),
     "adamw": (
@@ -47,10 +71,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=1, help="hidden layers")
+    parser.add_argument("--reused", action="store_true", help="train the network with a layer that is used again")
     parser.add_argument("--slow", type=int, default=-1, help="this worker takes five times as long")
     args = parser.parse_args()
     run = worker.join()
-    model = run.replicate(network(args.hidden, args.layers))
+    model = run.replicate(reused() if args.reused else network(args.hidden, args.layers))
     cls, hyper, schedule, clip_norm = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=clip_norm, **hyper)
     begun = time.monotonic()

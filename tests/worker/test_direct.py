@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from worker.replica import Replica
 from worker.slots import Slot, Slots
@@ -155,3 +158,98 @@ def test_under_autocast_the_layers_are_torchs_own() -> None:
         assert y.dtype == torch.bfloat16
         y.float().square().mean().backward()
     assert torch.equal(flat(replica, replica.gradient(8)), expected(replica, theirs, 8))
+
+
+X, T = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
+
+
+def squares(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: plain(model, x)
+
+
+def of_parameters(model: nn.Module) -> Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]:
+    return lambda parameters, x: functional_call(model, parameters, (x,)).square().sum()
+
+
+def pulled_back(model: nn.Module) -> Any:
+    y, pull = vjp(model, X)
+    return y, pull(torch.ones_like(y))
+
+
+def of_each_sample(model: nn.Module) -> Any:
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return vmap(grad(of_parameters(model)), in_dims=(None, 0))(parameters, X[:, None])
+
+
+def dual(model: nn.Module) -> Any:
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(model(forward_ad.make_dual(X, T))))
+
+
+def dual_backward(model: nn.Module) -> Any:
+    y = model(X)
+    with forward_ad.dual_level():
+        y.backward(forward_ad.make_dual(torch.ones_like(y), y.detach()))
+        return [forward_ad.unpack_dual(p.grad).primal.clone() for p in model.parameters()]
+
+
+def batched(model: nn.Module) -> Any:
+    y = model(X)
+    return torch.autograd.grad(
+        y, list(model.parameters()), torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(2)), is_grads_batched=True
+    )
+
+
+def traced(model: nn.Module) -> Any:
+    model.traced = torch.jit.trace(model, (X,))
+    model.traced(T).sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+TRANSFORMED: dict[str, Callable[[nn.Module], Any]] = {
+    "grad": lambda model: grad(squares(model))(X),
+    "grad of parameters": lambda model: grad(of_parameters(model))(dict(model.named_parameters()), X),
+    "jvp": lambda model: jvp(model, (X,), (T,)),
+    "vjp": pulled_back,
+    "jacrev": lambda model: jacrev(squares(model))(X),
+    "jacfwd": lambda model: jacfwd(squares(model))(X),
+    "hessian": lambda model: hessian(squares(model))(X[:1]),
+    "vmap": lambda model: vmap(model)(torch.stack([X, T])),
+    "vmap of grad": of_each_sample,
+    "dual numbers": dual,
+    "dual numbers in backward": dual_backward,
+    "batched gradients": batched,
+    "hvp": lambda model: torch.autograd.functional.hvp(squares(model), X, T),
+    "trace": traced,
+}
+
+
+def leaves(found: Any) -> list[torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [leaf for part in (found.values() if isinstance(found, dict) else found or ()) for leaf in leaves(part)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("what", TRANSFORMED)
+def test_what_torch_can_do_with_a_function_it_can_do_with_a_replica(what: str) -> None:
+    model, _, _, _ = setting()
+    found, expected = leaves(TRANSFORMED[what](model)), leaves(TRANSFORMED[what](untouched()))
+    assert expected and all(map(torch.equal, found, expected)) and len(found) == len(expected)
+
+
+@pytest.mark.parametrize("sizes", [(24, 0, 7), (0, 7), (24, 5, 0)])
+def test_a_layer_without_inputs_or_outputs_is_trained_as_by_autograd(sizes: tuple[int, ...]) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(3)
+        with pytest.warns(UserWarning, match="zero-element"):
+            return nn.Sequential(*itertools.starmap(nn.Linear, itertools.pairwise(sizes)))
+
+    ours, theirs = network(), network()
+    replica = Replica(ours, {id(p): 0 for p in ours.parameters()}, servers=2)
+    replica.catch_gradients()
+    replica.contribute_to(Slots(replica.layout, shared=False).take(lambda slot: False))
+    for model in (ours, theirs):
+        model(X[:, : sizes[0]]).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert torch.equal(flat(replica, replica.gradient(6)), expected(replica, theirs, 6))

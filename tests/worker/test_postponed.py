@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from common.sums import Sum, adder
@@ -191,7 +193,8 @@ def test_what_a_product_adds_in_another_order_is_computed_first(monkeypatch: pyt
     assert len(fits) == 2
     for shape in fits:
         fits[shape] = False
-    assert not side.replica._postponed.postpone(side.model.first.weight, torch.randn(4096, 480), torch.randn(4096, 320))
+    dy, x = torch.randn(4096, 480), torch.randn(4096, 320)
+    assert side.replica._postponed.postpone(side.model.first.weight, dy, x) is None
 
 
 def test_a_sum_that_comes_out_otherwise_is_made_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,3 +243,59 @@ def test_what_is_put_off_is_no_secret() -> None:
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
     assert not any(isinstance(p, Untouched) for p in side.model.parameters())
     side.replica.discard()
+
+
+class Reused(nn.Module):
+    """A layer that is used as often as it is told, and in those ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.Linear(256, 256, bias=False)
+        self.last = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor, uses: list[str]) -> torch.Tensor:
+        h, penalty = x, torch.zeros(())
+        for use in uses:
+            if use == "layer":
+                h = torch.tanh(self.core(h))
+            elif use == "function":
+                h = torch.tanh(h @ self.core.weight.T)
+            else:
+                penalty = penalty + self.core.weight.square().sum()
+        return self.last(h).square().mean() + 1e-3 * penalty
+
+
+USES = st.lists(st.lists(st.sampled_from(["layer", "layer", "function", "penalty"]), max_size=4), min_size=1, max_size=2)
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(USES, USES), min_size=1, max_size=3), st.integers(0, 99))
+def test_a_weight_may_be_used_any_number_of_times_in_any_backward(rounds: list[tuple[Any, Any]], seed: int) -> None:
+    """Each round has two micro-batches, each of those one or two backwards, each of those so many uses of a layer's weight."""
+    torch.manual_seed(seed)
+    ours, theirs = Reused(), Reused()
+    theirs.load_state_dict(ours.state_dict())
+    replica = Replica(ours, {id(p): 0 for p in ours.parameters()}, servers=2)
+    replica.catch_gradients()
+    slot = Slots(replica.layout, shared=False).take(lambda slot: False)
+    for both in rounds:
+        sums: dict[int, Sum] = {}
+        expected: dict[str, torch.Tensor] = {}
+        for backwards in both:
+            x = torch.randn(len(backwards), SAMPLES, 256)
+            (replica.add_to if sums else replica.contribute_to)(slot)
+            for model in (ours, theirs):
+                for part, uses in zip(x, backwards, strict=True):
+                    model(part, uses).backward()
+            sums = replica.added(SAMPLES, sums) if sums else replica.gradient(SAMPLES)
+            for name, parameter in theirs.named_parameters():
+                if parameter.grad is not None:
+                    expected[name] = expected[name] + parameter.grad if name in expected else parameter.grad
+                parameter.grad = None
+        for chunk in replica.layout.chunks:
+            for bit, piece in enumerate(chunk.pieces):
+                name = replica.specs[piece.tensor].name
+                assert bool(sums[chunk.id].present >> bit & 1) == (name in expected)
+                values = sums[chunk.id].values[piece.offset : piece.offset + piece.length] * sums[chunk.id].scale
+                assert name not in expected or torch.equal(values, SAMPLES * expected[name].reshape(-1))
