@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
 from common.codecs.chosen import WEIGHT_SEED, for_pushes, for_weights, sends_changes
@@ -39,43 +42,98 @@ class NotFinite(Exception):
 
 @dataclass
 class _Block:
-    """Elements start .. start+length-1 of a chunk, all of piece number `bit`, as a parameter of the chunk's optimizer."""
+    """Elements start .. start+length-1 of a chunk, all of pieces in the mask `pieces`, as a parameter of an optimizer, `fused` or
+    not."""
 
     start: int
     length: int
-    bit: int
+    pieces: int
+    fused: bool
     parameter: torch.Tensor
 
 
 class _Part:
     """One chunk: master values (flat, `sum_dtype`) and the optimizer over its blocks. `rounds`: workers get its weights by way of
-    a codec."""
+    a codec. `joins`: pieces that have always had gradients at the same times share blocks."""
 
-    def __init__(self, chunk: Chunk, update: Update, rounds: bool) -> None:
+    def __init__(self, chunk: Chunk, update: Update, rounds: bool, joins: bool = True) -> None:
         self.chunk = chunk
         self.rounds = rounds
         self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
         self.master = torch.zeros(chunk.numel, dtype=self.sum_dtype)
-        settings = with_tuples(update.groups[chunk.group]) if chunk.kind == "param" else {}
-        fuses = update.optimizer == "SGD" and not any(settings.get(key) is not None for key in ("fused", "foreach"))
-        size = _FUSED_BLOCK if fuses or settings.get("fused") else _BLOCK
-        self.blocks = [
-            _Block(start, (end := min(start + size, p.offset + p.length)) - start, bit, self.master[start:end])
-            for bit, p in enumerate(chunk.pieces)
-            for start in range(p.offset, p.offset + p.length, size)
-        ]
-        self.optimizer: torch.optim.Optimizer | None = None
-        if chunk.kind == "param" and update.optimizer is not None:
-            optimizer_class = getattr(torch.optim, update.optimizer)
-            whole = [block.parameter for block in self.blocks if fuses and block.length % _WHOLE_VECTORS == 0]
-            rest = [block.parameter for block in self.blocks if not fuses or block.length % _WHOLE_VECTORS]
-            groups = [{"params": whole, **settings, "fused": True}, {"params": rest, **settings}]
-            # what the constructor takes is given to it, for some classes (Adagrad) make their first state there
-            known = _only(settings, inspect.signature(optimizer_class).parameters)
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **known)
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        #: Whether the optimizer can divide gradients as it reads them.
-        self.divides = len(groups) == 1 and bool(groups[0].get("fused"))
+        self._update = update if chunk.kind == "param" and update.optimizer is not None else None
+        self._settings = with_tuples(update.groups[chunk.group]) if self._update is not None else {}
+        is_own_choice = any(self._settings.get(key) is not None for key in ("fused", "foreach"))
+        self._fuses = self._update is not None and update.optimizer == "SGD" and not is_own_choice
+        self._size = _FUSED_BLOCK if self._fuses or self._settings.get("fused") else _BLOCK
+        #: The optimizer with and without fused kernels, as far as there are blocks for it.
+        self.optimizers: dict[bool, torch.optim.Optimizer] = {}
+        whole = range(len(chunk.pieces))
+        self.blocks = [b for bits in ([whole] if joins else zip(whole)) for b in self._blocks(bits, self.master, 0)]
+        self._make_optimizers()
+
+    def _blocks(self, bits: Sequence[int], values: torch.Tensor, first: int) -> Iterator[_Block]:
+        """Blocks of the pieces `bits`, side by side, as far as these are in `values`, which begin with element `first`."""
+        pieces = self.chunk.pieces
+        start = max(pieces[bits[0]].offset, first)
+        end = min(pieces[bits[-1]].offset + pieces[bits[-1]].length, first + len(values))
+        while start < end:
+            length = min(self._size, end - start)
+            fused = self._fuses and length >= _WHOLE_VECTORS
+            length -= length % _WHOLE_VECTORS if fused else 0
+            inside = (b for b in bits if pieces[b].offset < start + length and start < pieces[b].offset + pieces[b].length)
+            mask = sum(1 << bit for bit in inside)
+            yield _Block(start, length, mask, fused, values[start - first : start - first + length])
+            start += length
+
+    def _make_optimizers(self) -> None:
+        """Make those that are still to be made."""
+        if self._update is None:
+            return
+        optimizer_class = getattr(torch.optim, self._update.optimizer or "")
+        # what the constructor takes is given to it, for some classes (Adagrad) make their first state there
+        known = _only(self._settings, inspect.signature(optimizer_class).parameters)
+        for fused in {block.fused for block in self.blocks} - self.optimizers.keys():
+            group = {"params": [b.parameter for b in self.blocks if b.fused == fused], **self._settings}
+            self.optimizers[fused] = optimizer_class([group | {"fused": True} if fused else group], **known)
+
+    def separate(self, kinds: Sequence[object]) -> None:
+        """From now on pieces side by side share blocks only where `kinds`, one for each piece, are equal."""
+        blocks: list[_Block] = []
+        for block in self.blocks:
+            bits = [bit for bit in range(len(kinds)) if block.pieces >> bit & 1]
+            runs = [list(run) for _, run in itertools.groupby(bits, kinds.__getitem__)]
+            if len(runs) == 1:
+                blocks.append(block)
+                continue
+            parts = [part for run in runs for part in self._blocks(run, block.parameter, block.start)]
+            blocks += parts
+            self.blocks = [*blocks, block]
+            self._make_optimizers()
+            state = self.optimizers[block.fused].state.pop(block.parameter, {}) if self.optimizers else {}
+            for part in parts if state else ():
+                own = slice(part.start - block.start, part.start - block.start + part.length)
+                self.optimizers[part.fused].state[part.parameter] = {
+                    name: value[own].clone() if _is_each(value, block) else copy.deepcopy(value) for name, value in state.items()
+                }
+        self.blocks = blocks
+
+    def state_of(self, block: _Block) -> dict[str, Any]:
+        """What its optimizer has kept for a block."""
+        state: dict[str, Any] = self.optimizers[block.fused].state.get(block.parameter, {}) if self.optimizers else {}
+        return state
+
+    def divides(self, block: _Block) -> bool:
+        """Whether the optimizer can divide gradients as it reads them."""
+        return bool(self.optimizers) and bool(self.optimizers[block.fused].param_groups[0].get("fused"))
+
+    def step(self, block: _Block, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Update a block with a gradient, which its kernel is to divide by `scale`."""
+        optimizer = self.optimizers[block.fused]
+        optimizer.param_groups[0]["params"] = [block.parameter]
+        block.parameter.grad, optimizer.grad_scale = gradient, scale  # type: ignore[attr-defined]
+        optimizer.step()
+        block.parameter.grad = None
 
     def move(self, block: _Block, into: torch.Tensor) -> None:
         """Have the block's master values in `into` from now on."""
@@ -111,29 +169,50 @@ class _Part:
                 yield Entry(f"weights/{key}", shape, [values.clone().view(stored_as(spec)[0] if whole else torch.uint8)])
                 continue
             yield Entry(f"weights/{key}", shape, [take(values)])
-            blocks = [block for block in self.blocks if block.bit == bit]
-            states = [self.optimizer.state.get(b.parameter, {}) for b in blocks] if self.optimizer is not None else []
-            for name, first in states[0].items() if states else ():
-                if first is not None and first.shape == blocks[0].parameter.shape:
-                    yield Entry(f"{_EACH}/{name}/{key}", shape, [take(state[name]) for state in states])
+            parts = [(block, own, self.state_of(block)) for block, own, _ in self._within(bit)]
+            for name, first in parts[0][2].items():
+                if _is_each(first, parts[0][0]):
+                    yield Entry(f"{_EACH}/{name}/{key}", shape, [take(state[name][own]) for _, own, state in parts])
                 elif first is not None:  # the same for all blocks, such as the number of steps
                     yield Entry(f"{_COMMON}/{name}/{key}", first.shape, [first.clone()])
 
+    def _within(self, bit: int) -> Iterator[tuple[_Block, slice, slice]]:
+        """The blocks that piece number `bit` lies in, where it is in each, and what of the piece that is."""
+        piece = self.chunk.pieces[bit]
+        for block in self.blocks:
+            if block.pieces >> bit & 1:
+                start, end = max(piece.offset, block.start), min(piece.offset + piece.length, block.start + block.length)
+                yield block, slice(start - block.start, end - block.start), slice(start - piece.offset, end - piece.offset)
+
     def restore(self, layout: Layout, files: TensorFiles) -> None:
         """Go on from what `state` gave."""
-        for bit, (key, _, piece) in enumerate(self.keys(layout)):
+        each: list[dict[str, torch.Tensor]] = []
+        common: list[dict[str, torch.Tensor]] = []
+        for key, _, piece in self.keys(layout):
             found = files[f"weights/{key}"].reshape(-1)
             found = found.view(torch.uint8) if self.chunk.kind == "last" else found
             self.master[piece.offset : piece.offset + piece.length].copy_(found)
-            if self.optimizer is None:
-                continue
-            each = {name: files[f"{_EACH}/{name}/{key}"].reshape(-1) for name in files.below(_EACH, key)}
-            common = {name: files[f"{_COMMON}/{name}/{key}"] for name in files.below(_COMMON, key)}
-            for block in self.blocks:
-                if block.bit == bit and (each or common):
-                    start = block.start - piece.offset
-                    own = {name: value[start : start + block.length].clone() for name, value in each.items()}
-                    self.optimizer.state[block.parameter] = own | {name: value.clone() for name, value in common.items()}
+            named = self.optimizers or {}
+            each.append({name: files[f"{_EACH}/{name}/{key}"].reshape(-1) for name in (files.below(_EACH, key) if named else ())})
+            common.append({name: files[f"{_COMMON}/{name}/{key}"] for name in (files.below(_COMMON, key) if named else ())})
+        self.separate([(*sorted(e), *((n, c[n].tolist()) for n in sorted(c))) for e, c in zip(each, common, strict=True)])
+        own: dict[int, dict[str, list[torch.Tensor]]] = {}
+        for bit, values in enumerate(each):
+            for block, _, of_piece in self._within(bit):
+                for name, value in values.items():
+                    own.setdefault(block.start, {}).setdefault(name, []).append(value[of_piece])
+        for block in self.blocks:
+            first = (block.pieces & -block.pieces).bit_length() - 1
+            state = {name: torch.cat(values) for name, values in own.get(block.start, {}).items()}
+            state |= {name: value.clone() for name, value in common[first].items()}
+            if state:
+                self.optimizers[block.fused].state[block.parameter] = state
+
+    def not_finite(self, block: _Block, gradient: torch.Tensor) -> int:
+        """The number of the first tensor of which the gradient of a block has a number that is not finite."""
+        bits = [bit for bit in range(len(self.chunk.pieces)) if block.pieces >> bit & 1]
+        places = {bit: own for bit in bits for other, own, _ in self._within(bit) if other is block}
+        return next(self.chunk.pieces[bit].tensor for bit in bits if not is_finite(gradient[places[bit]]))
 
     def settle(self, into: torch.Tensor) -> None:
         """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
@@ -146,6 +225,43 @@ class _Part:
         self.master = into
 
 
+def _is_each(value: torch.Tensor | None, block: _Block) -> bool:
+    """Whether a value that an optimizer keeps for a block has a number for each element of it."""
+    return value is not None and value.shape == block.parameter.shape
+
+
+def _joins(chunk: Chunk, update: Update) -> bool:
+    """Whether pieces of a chunk may share blocks."""
+    if chunk.kind != "param" or update.optimizer is None or len(chunk.pieces) == 1:
+        return chunk.kind != "last"
+    return _may_join(update.optimizer, msgspec.msgpack.encode(update.groups[chunk.group]), chunk.sum_dtype)
+
+
+@functools.cache
+def _may_join(optimizer: str, settings: bytes, dtype: str) -> bool:
+    """Whether pieces can be updated as one with the same bits, which depends on the kernels: it is tried out."""
+    lengths = (1, 64, 3, 10, 32, 65, 17, 128, 7, 100, 31, 256, 5, 15) * 4
+    starts = itertools.accumulate(lengths, initial=0)
+    pieces = [Piece(number, 0, length, start) for number, (length, start) in enumerate(zip(lengths, starts, strict=False))]
+    chunk = Chunk(0, 0, "param", 0, dtype, pieces)
+    update = Update(optimizer, [msgspec.msgpack.decode(settings)])
+    one, apart = (_Part(chunk, update, rounds=False, joins=joins) for joins in (True, False))
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> torch.Tensor:
+        size = torch.randint(-5, 3, (chunk.numel,), generator=generator)
+        return (torch.randn(chunk.numel, generator=generator) * 10.0**size).to(one.sum_dtype)
+
+    start = drawn()
+    gradients = [drawn() for _ in range(4)]
+    for part in (one, apart):
+        part.master.copy_(start)
+        for gradient in gradients:
+            for block in part.blocks:
+                part.step(block, gradient[block.start : block.start + block.length].clone())
+    return torch.equal(one.master.view(torch.uint8), apart.master.view(torch.uint8))
+
+
 class Store:
     """The chunks of one server. Knows arithmetic only: when to do what is the shard's business."""
 
@@ -155,7 +271,8 @@ class Store:
         self._weight_codec = codec = for_weights(policy.settings, layout)
         self._sends_changes = sends_changes(policy.settings)
         self._parts = {
-            chunk.id: _Part(chunk, update, codec is not None and codec.covers(chunk.id)) for chunk in layout.on(server)
+            chunk.id: _Part(chunk, update, codec is not None and codec.covers(chunk.id), _joins(chunk, update))
+            for chunk in layout.on(server)
         }
         self._clip_norm = update.clip_norm
         double = any(spec.dtype == "float64" for spec in layout.tensors if spec.group >= 0)
@@ -294,7 +411,7 @@ class Store:
     def _sum(self, of: _Part, block: _Block, total: Sequence[Sum], out: torch.Tensor) -> Sum:
         """The sum of a block, in `out` if anything was added; in this order, whatever the block and wherever the values lie."""
         if of.chunk.kind == "last":
-            total = [last_of(total, block.bit)]
+            total = [last_of(total, block.pieces.bit_length() - 1)]  # of one piece
         whole = total[0] if len(total) == 1 else put_off(*total)
         scratch = self._scratch[of.sum_dtype]
 
@@ -354,7 +471,9 @@ class Store:
         """
         part = self._parts[chunk]
         present = _present(total)
-        groups = part.optimizer.param_groups if part.optimizer is not None else []
+        if any(0 < present & block.pieces < block.pieces for block in part.blocks):
+            part.separate([present >> bit & 1 for bit in range(len(part.chunk.pieces))])
+        groups = [optimizer.param_groups[0] for optimizer in part.optimizers.values()]
         for group in groups:
             group.update(with_tuples(hypers))
         rates = [group["lr"] for group in groups]
@@ -363,25 +482,23 @@ class Store:
         for block in part.blocks:
             if into is not None and part.moves:
                 part.move(block, into)  # just before its update, for then it is in the cache
-            if not present >> block.bit & 1:
+            if not present & block.pieces:
                 continue
-            overwrites = part.optimizer is None and not self._at_once
+            overwrites = not part.optimizers and not self._at_once
             out = block.parameter if overwrites else self._scratch[part.sum_dtype][0][: block.length]
             found = self._sum(part, block, total, out)
-            may_divide = part.divides and found.values is out and factor is None and then is None
+            may_divide = part.divides(block) and found.values is out and factor is None and then is None
             scale = _for_kernel(samples / found.scale) if may_divide else None
             gradient = out if scale is not None else _divided(part, found, samples, out)
             if self._checks and not is_finite(gradient):  # here, for it is in the cache
-                raise NotFinite(self._layout.tensors[part.chunk.pieces[block.bit].tensor].name)
-            if part.optimizer is not None:
+                raise NotFinite(self._layout.tensors[part.not_finite(block, gradient)].name)
+            if part.optimizers:
                 if factor is not None:
                     gradient.mul_(factor)
                 if then is not None:
                     old = then[block.start : block.start + block.length].to(part.sum_dtype)
                     gradient = self._policy.compensate(gradient, block.parameter, old)
-                block.parameter.grad, part.optimizer.grad_scale = gradient, scale  # type: ignore[attr-defined]
-                part.optimizer.step()
-                block.parameter.grad = None
+                part.step(block, gradient, scale)
             elif self._at_once:
                 move(part.chunk, block.parameter, gradient)
         for group, rate in zip(groups, rates, strict=True):

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from common import tensorfile
@@ -212,7 +214,7 @@ def test_who_divides_a_sum_as_it_is_read_does_so_to_the_same_bits(cls: Any, hype
     if cls is torch.optim.Adam:
         hyper = {key: value for key, value in hyper.items() if key != "momentum"}
     plain, optimizer, cluster = make(cls, {"lr": 0.02, **hyper}, {"lr": 0.005}, 2, dtype)
-    divided = [part.divides for store in cluster.stores for part in store._parts.values()]
+    divided = [part.divides(block) for store in cluster.stores for part in store._parts.values() for block in part.blocks]
     assert any(divided) == (cls is torch.optim.SGD or "fused" in hyper)
     for step in range(STEPS):
         left, right = gradients_of(step, dtype), gradients_of((step + 1) % STEPS, dtype)
@@ -252,9 +254,64 @@ def test_a_tensor_without_a_gradient_gets_no_state_no_decay_and_no_momentum() ->
         plain_step(plain, optimizer, gradients_of(step))
         cluster.step(gradients_of(step))
         assert [not torch.equal(before[i], cluster.weights()[i]) for i in (0, 1)] == moves
-    states = [part.optimizer.state for part in cluster.stores[0]._parts.values() if part.optimizer is not None]
-    blocks = sum(part.chunk.pieces[0].tensor == 1 and len(part.blocks) for part in cluster.stores[0]._parts.values())
-    assert sum(len(state) for state in states) == len(optimizer.state) - 1 + blocks  # the large tensor is in several
+    parts = [part for store in cluster.stores for part in store._parts.values()]
+    stated = {
+        p.tensor for part in parts for bit, p in enumerate(part.chunk.pieces) for b, *_ in part._within(bit) if part.state_of(b)
+    }
+    assert stated == {i for i, p in enumerate(plain) if p in optimizer.state}
+
+
+def test_small_tensors_are_updated_as_one_until_one_of_them_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [10, 64, 3, 100, 7]
+    plain = [nn.Parameter(torch.randn(size)) for size in sizes]
+    update = Update("Adam", plain_settings(example_optimizer(torch.optim.Adam, [{"params": plain}], {})))
+    cluster, optimizer = Cluster(plain, [0] * len(sizes), update, servers=1), torch.optim.Adam(plain)
+    stepped: list[int] = []
+    real = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self: stepped.append(len(self.param_groups[0]["params"][0])) or real(self)
+    )
+    for absent, lengths in ((-1, [184]), (-1, [184]), (2, [74, 107]), (-1, [74, 3, 107]), (0, [64, 3, 107])):
+        gradients = [None if i == absent else torch.randn(size) for i, size in enumerate(sizes)]
+        stepped.clear()
+        cluster.step(gradients, [{}])
+        assert stepped == lengths
+        for p, gradient in zip(plain, gradients, strict=True):
+            p.grad = gradient
+        real(optimizer)
+        assert all(same(cluster.weights(), plain))
+
+
+KERNELS = [
+    (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    (torch.optim.Adam, {"weight_decay": 0.1}),
+    (torch.optim.Adam, {"fused": True}),
+    (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+]
+MASKS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=5)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(MASKS, st.sampled_from(KERNELS), st.integers(1, 3), st.sets(st.integers(1, 4)), st.integers(0, 9))
+def test_whatever_is_absent_when_the_bits_are_those_of_plain_torch(
+    tmp_path: Path, masks: list[list[bool]], kernel: tuple[Any, Any], servers: int, restored: set[int], seed: int
+) -> None:
+    """`restored`: before these steps all goes on from a snapshot."""
+    torch.manual_seed(seed)
+    cls, hyper = kernel
+    sizes = [130, 5, 1, 64, 33, 200]
+    plain = [nn.Parameter(torch.randn(size)) for size in sizes]
+    update = Update(cls.__name__, plain_settings(example_optimizer(cls, [{"params": plain}], hyper)))
+    cluster, optimizer = Cluster(plain, [0] * len(sizes), update, servers), cls(plain, **hyper)
+    for step, mask in enumerate(masks):
+        if step in restored:
+            servers = servers % 3 + 1
+            zeros = [torch.zeros(size) for size in sizes]
+            cluster = moved(cluster, Cluster(zeros, [0] * len(sizes), update, servers), tmp_path)
+        gradients = [torch.randn(size) if is_there else None for is_there, size in zip(mask, sizes, strict=True)]
+        plain_step(plain, optimizer, gradients)
+        cluster.step(gradients, [{}])
+        assert all(same(cluster.weights(), plain))
 
 
 # ---- settings of a round
