@@ -311,7 +311,7 @@ def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], obje
     times = [0.0, *(at for committed_ in committed if (at := since(committed_.at)) > 0)]
     return Outcome(
         same=row.is_inexact or summary["weights_sha256"] == expected,
-        exact=run.is_exact() and (row.fails or len(committed) == summary["rounds"]),
+        exact=run.is_exact() and (row.fails or len(committed) == summary.get("merges", summary["rounds"])),
         noticed_s=min((at for at, event in events if at >= 0 and event.kind in _NOTICED), default=None),
         pause_s=max((b - a for a, b in itertools.pairwise(times)), default=0.0),
         rounds=sum(event.data["rounds"] for _, event in events if event.kind == "rolled back"),

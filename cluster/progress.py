@@ -37,6 +37,8 @@ class Progress:
     lost: Set[tuple[str, int]] = frozenset()
     #: What is wrong that the event log cannot tell, for as long as it is; '' if nothing.
     alarm: str = ""
+    #: Whether `rounds` and `total` count merges, which are of several rounds each.
+    merges: bool = False
 
 
 class Tracker:
@@ -67,13 +69,13 @@ class Tracker:
 
     def _read(self, reader: RunLogReader, now: float) -> Progress:
         last = self._last
-        total, over, news = last.total, False, []
+        total, merges, over, news = last.total, last.merges, False, []
         joined, left, lost = dict(last.joined), set(last.left), set(last.lost)
         rounds, samples = last.rounds, last.samples
         for number, at, event in reader.events(after=self._last_event):
             self._last_event = number
             if event.kind == "plan":
-                total = int(event.data["rounds"])
+                total, merges = int(event.data["rounds"]), bool(event.data.get("merges"))
                 self._first_at = self._first_at or at
             elif event.kind == "started":  # from now on names are other processes'
                 joined, left = dict.fromkeys(joined, ""), set()
@@ -99,6 +101,7 @@ class Tracker:
         return Progress(
             rounds=rounds + len(rows),
             total=total,
+            merges=merges,
             samples=samples + sum(row.samples for row in rows),
             samples_per_second=self._speed(now),
             loss=mean_metric(self._window, "loss"),

@@ -23,8 +23,8 @@ PLOT_FILE = "results.png"
 
 #: Columns taken from a run's summary, after those of the settings that differ.
 RESULTS = (
-    "rounds", "samples", "seconds", "samples_per_second", "loss", "accuracy", "micro_batches_recomputed", "dropped",
-    "pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds", "weights_sha256",
+    "rounds", "merges", "epochs", "samples", "seconds", "samples_per_second", "loss", "accuracy", "micro_batches_recomputed",
+    "dropped", "pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds", "weights_sha256",
 )  # fmt: skip
 
 #: Those of them that stand under `wire` there.

@@ -118,10 +118,13 @@ def results_line(summary: Mapping[str, Any]) -> str:
     """What came out of a run, in one line."""
     results = []
     if summary.get("accuracy") is not None:
-        results.append(f"accuracy {summary['accuracy']:.1%}")
+        results.append(f"accuracy {summary['accuracy']:.1%}{_of(summary.get('accuracy_of'))}")
     if summary.get("loss") is not None:
-        results.append(f"loss {summary['loss']:.4f}")
-    amounts = f"{summary['rounds']} rounds, {summary['samples']} samples in {summary['seconds']:.1f} s"
+        results.append(f"loss {summary['loss']:.4f}{_of(summary.get('loss_of'))}")
+    rounds = _count(summary["rounds"], "round")
+    if summary.get("merges") is not None:
+        rounds += f" in {_count(summary['merges'], 'merge')}"
+    amounts = f"{rounds}, {summary['samples']} samples in {summary['seconds']:.1f} s"
     if summary.get("samples_per_second") is not None:
         amounts += f" ({summary['samples_per_second']:.0f} samples/s)"
     return ", ".join([*results, amounts])
@@ -143,11 +146,20 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     return lines
 
 
+def _of(what: str | None) -> str:
+    return f" ({what})" if what else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _rounds(progress: Progress) -> str:
+    what = "merge" if progress.merges else "round"
     if progress.total is not None:
-        return f"round {progress.rounds}/{progress.total}"
+        return f"{what} {progress.rounds}/{progress.total}"
     if progress.rounds:
-        return f"round {progress.rounds}"
+        return f"{what} {progress.rounds}"
     there = len(progress.processes)
     return f"starting, {there} {'process has' if there == 1 else 'processes have'} joined"
 

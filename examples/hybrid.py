@@ -40,6 +40,6 @@ if run.is_chief:
     with torch.no_grad():
         held_out = torch.utils.data.DataLoader(images.test, batch_size=50)
         right = sum(int((head.topk(model(x), 1)[1][:, 0] == y).sum()) for x, y in held_out)
-    run.log(accuracy=right / len(images.test))
+    run.log(accuracy=right / len(images.test), held_out=len(images.test))
     megabytes = (run.traffic.pushed_bytes + run.traffic.pulled_bytes) / 1e6 / run.round
     print(f"held-out accuracy {right / len(images.test):.1%}; {megabytes:.1f} MB a round to and from this worker")

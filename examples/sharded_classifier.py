@@ -85,7 +85,7 @@ if run.is_chief:
             features = model.body(torch.stack([x for x, _ in items]))
             _, best = model.head.topk(features, 1, cosine=margin is not None)
             right += int((best[:, 0] == torch.tensor([label for _, label in items])).sum())
-    run.log(accuracy=right / len(held_out))
+    run.log(accuracy=right / len(held_out), held_out=len(held_out))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     weights = 4 * args.classes * args.features / 2**20
     print(f"{right / len(held_out):.1%} of {len(held_out)} held-out samples are right;")

@@ -34,5 +34,5 @@ for x, y in run.batches(images.train, micro_batch=16, global_batch=64, epochs=ar
 if run.is_chief:
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in torch.utils.data.DataLoader(images.test, batch_size=250))
-    run.log(accuracy=right / len(images.test))
+    run.log(accuracy=right / len(images.test), held_out=len(images.test))
     print(f"held-out accuracy {right / len(images.test):.1%}")

@@ -39,5 +39,5 @@ if run.is_chief:
     with torch.no_grad():
         held_out = torch.utils.data.DataLoader(images.test, batch_size=50)
         right = sum(int((model(x).argmax(1).cpu() == y).sum()) for x, y in held_out)
-    run.log(accuracy=right / len(images.test))
+    run.log(accuracy=right / len(images.test), held_out=len(images.test))
     print(f"held-out accuracy {right / len(images.test):.1%}")

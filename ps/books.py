@@ -8,7 +8,6 @@ workers tell it anew: where they are, what they wait for, and what was decided f
 from __future__ import annotations
 
 import json
-import math
 import platform
 import secrets
 import sqlite3
@@ -30,6 +29,7 @@ from common.runlog import FILE_NAME, RunLog, connect_to_write
 from common.settings import Settings
 from ps.ledger import Ledger, Reported
 from ps.membership import Member, Membership
+from ps.results import Measured, measured
 
 #: Seconds for which a run that has ended is told to be over when it is started again, rather than replaced: whoever starts a
 #: process again that has failed, such as a container engine, does so within them.
@@ -69,9 +69,9 @@ class Books:
     members: dict[str, KeptMember] = field(default_factory=dict)
     #: Empty where the run has not started.
     tables: list[Table] = field(default_factory=list)
-    #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy.
+    #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy that a script measured.
     metrics: set[tuple[int, int]] = field(default_factory=set)
-    accuracy: float | None = None
+    accuracy: Measured | None = None
     #: Sentences on workers whose script has failed and that the run goes on without; how many `worker_failures` has admitted.
     failed: list[str] = field(default_factory=list)
     admitted: int = 0
@@ -200,8 +200,10 @@ def _read(db: sqlite3.Connection) -> Books | None:
         books.committed_at = at
         books.samples_before += samples if round_ < head.resume else 0
     ledger.segments = _in_order(told)
-    for (value,) in db.execute("SELECT value FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"):
-        books.accuracy = math.nan if value is None else value
+    query = "SELECT round, incarnation, number FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"
+    for round_, *call in db.execute(query).fetchall():
+        values = db.execute("SELECT name, value FROM metrics WHERE incarnation = ? AND number = ?", call)
+        books.accuracy = measured(dict(values), round_)
     for at, kind, text in db.execute("SELECT at, kind, data FROM events ORDER BY seq"):
         match kind:
             case "started":

@@ -87,6 +87,7 @@ from ps.journal import ALARM_S, Journal
 from ps.leasing import Leasing
 from ps.ledger import Ledger
 from ps.membership import NEAR_S, Member, Membership, number_of
+from ps.results import Measured, measured, results
 
 log = logging.getLogger("ps.coordinator")
 
@@ -187,7 +188,7 @@ class Coordinator:
         self._told_refused: Counter[str] = Counter()
         #: When it was last told that there is no snapshot.
         self._failure_told_at = float("-inf")
-        self._accuracy: float | None = None
+        self._accuracy: Measured | None = None
         self._uploader: str | None = None
         self._status_at = self._told_at = now
         self._progressed_at = now
@@ -463,7 +464,7 @@ class Coordinator:
 
     def _loss(self) -> str:
         loss = self._ledger.recent("loss")
-        return "not logged" if loss is None else f"{loss:.4f}"
+        return "not logged" if loss is None else f"{loss.value:.4f}"
 
     def _write_rows(self, now: float) -> None:
         if self.journal.enter_rows():
@@ -673,7 +674,8 @@ class Coordinator:
         if self._ledger.planned != self._planned:
             self._planned = self._ledger.planned
             self._training_since = self._training_since or now
-            self._log.event(Event("plan", "coordinator", {"rounds": self._planned}))
+            merges = {"merges": True} if self._policy.is_local else {}
+            self._log.event(Event("plan", "coordinator", {"rounds": self._planned, **merges}))
 
     def _give(self, lease: Lease) -> None:
         self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
@@ -696,10 +698,9 @@ class Coordinator:
         self.journal.promise(route, Ready("Metrics", metrics.id))
         self._seen_metrics.add((worker.incarnation, metrics.id))
         self._progressed_at = now
+        self._accuracy = measured(metrics.values, metrics.round) or self._accuracy
         for name, value in metrics.values.items():
             self._log.metric(metrics.round, worker.name, name, value, worker.incarnation, metrics.id)
-            if name == "accuracy":
-                self._accuracy = value
 
     def _goodbye(self, route: bytes, member: Member, goodbye: Goodbye, now: float) -> None:
         if goodbye.reason:
@@ -853,19 +854,15 @@ class Coordinator:
         totals = self._ledger.totals
         began, ended = self._training_since, self._committed_at
         seconds = ended - began if began is not None and ended is not None else 0.0
-        accuracy = self._accuracy if self._accuracy is not None else self._ledger.recent("accuracy")
         summary: dict[str, Any] = {
             "run": self._run,
             "policy": self._settings.policy,
             "workers": self._settings.workers,
             "servers": self._settings.servers,
-            "rounds": totals.rounds,
-            "epochs": self._ledger.epochs,
             "samples": totals.samples,
             "seconds": round(seconds, 3),
             "samples_per_second": round((totals.samples - self._samples_before) / seconds, 1) if seconds else None,
-            "loss": self._ledger.recent("loss"),
-            "accuracy": accuracy,
+            **results(self._ledger, self._policy, self._accuracy),
             "weights_sha256": self._model.weights_sha256,
             "micro_batches_committed": totals.micro_batches_committed,
             "micro_batches_recomputed": totals.micro_batches_recomputed,

@@ -12,7 +12,7 @@ for the event log. Invariants:
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,14 @@ class Reported(msgspec.Struct, frozen=True):
     version: int
 
 
+@dataclass(frozen=True)
+class Recent:
+    """The mean of a metric over the samples of some of the newest rounds."""
+
+    value: float
+    rounds: range
+
+
 class Ledger:
     """Takes reports; `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
 
@@ -83,6 +91,8 @@ class Ledger:
         self.contributors: set[str] = set()
         #: Sample-weighted sums of each metric by epoch, and the samples they are over.
         self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
+        #: The newest updates, and the rounds in each: of an epoch's worth of rounds, or one that has more.
+        self._newest: deque[tuple[range, Committed]] = deque()
         self._policy = policy
         self.reported: dict[int, Reported] = {}
         #: Applied on server 0, not yet everywhere.
@@ -130,8 +140,14 @@ class Ledger:
         return sum(self._policy.updates(segment) for segment in self.segments)
 
     @property
-    def epochs(self) -> int:
-        return sum(segment.epochs for segment in self.segments)
+    def done(self) -> tuple[int, int]:
+        """Rounds that are committed, and passes over a dataset that are complete."""
+        rounds = epochs = first = 0
+        for segment in self.segments:
+            updates = self._policy.updates(segment)
+            done = self._policy.rounds_in(segment, max(0, min(self.totals.rounds - first, updates)))
+            rounds, epochs, first = rounds + done, epochs + done // segment.rounds_per_epoch, first + updates
+        return rounds, epochs
 
     def segment_of(self, update: int) -> Segment | None:
         """The segment that update number `update` belongs to."""
@@ -145,10 +161,13 @@ class Ledger:
     def epoch_of(self, update: int) -> int:
         """The epoch in which the data of an update begin."""
         segment = self.segment_of(update)
-        if segment is None:
-            return 0
-        earlier = sum(self._policy.updates(s) for s in self.segments[: segment.index])
-        return segment.round(segment.first_round + self._policy.rounds_in(segment, update - earlier)).epoch
+        return 0 if segment is None else segment.round(self._rounds_of(segment, update)[0]).epoch
+
+    def _rounds_of(self, segment: Segment, update: int) -> range:
+        """The rounds that an update of `segment` is made of."""
+        number = update - sum(self._policy.updates(earlier) for earlier in self.segments[: segment.index])
+        begin, end = (segment.first_round + self._policy.rounds_in(segment, n) for n in (number, number + 1))
+        return range(begin, end)
 
     def micro_batches(self, round_: int) -> int:
         """K of a round; 0 where no plan knows it."""
@@ -233,6 +252,15 @@ class Ledger:
         for name, value in row.metrics.items():
             total, samples = metrics.get(name, (0.0, 0))
             metrics[name] = total + value * row.samples, samples + row.samples
+        segment = self.segment_of(row.round)
+        if segment is None:
+            return
+        rounds = self._rounds_of(segment, row.round)
+        if self._policy.contributes == "weights":  # see LocalWork._keep
+            rounds = rounds[-segment.rounds_per_epoch :]
+        self._newest.append((rounds, row))
+        while len(self._newest) > 1 and rounds.stop - self._newest[1][0].start >= segment.rounds_per_epoch:
+            self._newest.popleft()
 
     def mean(self, ask: Mean) -> Mean:
         """The mean of a metric over the samples of an epoch, as far as its rounds are committed."""
@@ -240,9 +268,14 @@ class Ledger:
         complete = self.committed >= self.planned or self.epoch_of(self.committed) > ask.epoch
         return Mean(ask.epoch, ask.name, total / samples if samples else None, complete)
 
-    def recent(self, name: str) -> float | None:
-        """Mean of a metric over the newest epoch that has committed rounds."""
-        return self.mean(Mean(max(self._epoch_metrics, default=0), name)).value
+    def recent(self, name: str) -> Recent | None:
+        """Mean of a metric over the newest rounds, as many as an epoch has, or those of the newest update if that has more."""
+        having = [(rounds, row) for rounds, row in self._newest if name in row.metrics and row.samples]
+        samples = sum(row.samples for _, row in having)
+        if not samples:
+            return None
+        total = sum(row.metrics[name] * row.samples for _, row in having)
+        return Recent(total / samples, range(having[0][0].start, having[-1][0].stop))
 
     # ---- what all servers must decide alike
 

@@ -56,7 +56,7 @@ def main() -> None:
             run.merge_by(lambda model: score(run, model, images.train, choosing))
         run.before_merge(lambda: run.log(part_accuracy=accuracy(model, held_out)))
 
-    measured = run.epoch
+    measured, size = run.epoch, len(cast(Sized, held_out))
     for x, y in run.batches(images.train, num_workers=settings.loader_workers):
         out = model(x)
         y = y.to(out.device, non_blocking=True)
@@ -68,11 +68,11 @@ def main() -> None:
         opt.step()
         if run.is_chief and run.epoch != measured:
             measured = run.epoch
-            run.log(accuracy=accuracy(model, held_out, head))
+            run.log(accuracy=accuracy(model, held_out, head), held_out=size)
     if settings.policy in ("local", "average"):
         run.recompute_batchnorm(images.train)
     if run.is_chief:
-        run.log(accuracy=accuracy(model, held_out, head))
+        run.log(accuracy=accuracy(model, held_out, head), held_out=size)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from common.errors import UsageError
-from common.messages import Beat, Push
+from common.messages import Beat, Push, Sums
 from common.nonfinite import is_finite
 from common.plan import Segment, derive_seed
 from common.sums import Sum
@@ -61,10 +62,11 @@ class LocalWork:
         #: Merges of all segments so far, when they are done, and of those before the newest.
         self._planned = self._merged_before = 0
         self._start: dict[int, torch.Tensor] = {}
-        #: Since the last merge: samples and micro-batches computed, and sums of metrics.
+        #: Since the last merge: samples and micro-batches computed; and by round, sums of metrics and the samples that they are
+        #: over.
         self._samples = 0
         self._micro_batches = 0
-        self._means: dict[str, tuple[float, float]] = {}
+        self._logged: deque[tuple[int, Sums]] = deque()
         #: Of this epoch, the sum of this worker's losses x samples, and the samples.
         self._epoch_loss = (0.0, 0)
         #: In this round: the sum of gradients x samples, by parameter, and the samples.
@@ -139,12 +141,27 @@ class LocalWork:
         self._weight += samples
         self._samples += samples
         self._micro_batches += 1
-        for name, value in self._metrics.items():
-            total, weight = self._means.get(name, (0.0, 0.0))
-            self._means[name] = total + value * samples, weight + samples
+        self._keep(task.round, {name: (value * samples, float(samples)) for name, value in self._metrics.items()})
         if "loss" in self._metrics:
             self._epoch_loss = self._epoch_loss[0] + self._metrics["loss"] * samples, self._epoch_loss[1] + samples
         self._meter.measured(time.monotonic() - self._begun_at, samples)
+
+    def _keep(self, round_: int, sums: Sums) -> None:
+        """Keep the metrics of a micro-batch until the merge: where that comes only at the end, of an epoch's worth of rounds."""
+        assert self._segment is not None
+        self._logged.append((round_, sums))
+        while self._policy.contributes == "weights" and self._logged[0][0] <= round_ - self._segment.rounds_per_epoch:
+            self._logged.popleft()
+
+    def _told(self) -> Sums:
+        """The sums of the metrics that are kept."""
+        assert self._segment is not None
+        first = self._segment.end - self._segment.rounds_per_epoch if self._policy.contributes == "weights" else 0
+        out: Sums = {}
+        for name, (value, samples) in (item for round_, sums in self._logged if round_ >= first for item in sums.items()):
+            before = out.get(name, (0.0, 0.0))
+            out[name] = before[0] + value, before[1] + samples
+        return out
 
     def _step_inner(self) -> None:
         if not self._weight:
@@ -201,14 +218,15 @@ class LocalWork:
         me = self._run.index
         groups = len(self._inner.optimizer.param_groups)
         push = Push(
-            self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._means,
+            self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._told(),
             hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
         )  # fmt: skip
         sums = {chunk.id: Sum(values[chunk.id], present[chunk.id]) for chunk in self.replica.layout.chunks}
         with self._link.lock:
             messages = self._exchange.push(push, sums, time.monotonic())
         self._link.send(*messages)
-        self._samples, self._micro_batches, self._means = 0, 0, {}
+        self._samples, self._micro_batches = 0, 0
+        self._logged.clear()
         self._merges += 1
         self._load(self._merges)
 

@@ -412,7 +412,8 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Report metrics, numbers or one-element tensors. Between a batch and its `step` they join the round's means;
-        elsewhere (after an evaluation, say) each call is recorded on its own."""
+        elsewhere (after an evaluation, say) each call is recorded on its own. The last `accuracy` that is logged there is the
+        summary's. Log `held_out` with it, the number of samples that it is over, if nobody trains on these."""
         numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in values.items()}
         if self._work is not None and self._work.log(numbers):
             return

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.processes import Child, root_cause
 from cluster.progress import Progress, Tracker
-from cluster.screen import Screen, line, picture, summary_lines
+from cluster.screen import Screen, line, picture, results_line, summary_lines
 from common import alarm
 from common.plan import make_segment
 from common.policies import load
@@ -127,6 +127,18 @@ def test_a_summary_tells_results_and_where_they_are(tmp_path: Path) -> None:
         "weights_sha256 0123456789ab",
         f"the model is in {tmp_path / 'model.safetensors'}",
     ]
+
+
+def test_a_summary_tells_what_its_numbers_are_of() -> None:
+    summary = {
+        "rounds": 40, "merges": 1, "samples": 320, "seconds": 2.0,
+        "loss": 0.5, "loss_of": "training samples of rounds 20 to 39",
+        "accuracy": 0.25, "accuracy_of": "50 held-out samples, after round 40",
+    }  # fmt: skip
+    assert results_line(summary) == (
+        "accuracy 25.0% (50 held-out samples, after round 40), loss 0.5000 (training samples of rounds 20 to 39), "
+        "40 rounds in 1 merge, 320 samples in 2.0 s"
+    )
 
 
 def child(folder: Path, name: str, code: int, log: str, ended_at: float = 0.0) -> Child:

@@ -64,7 +64,8 @@ def test_replicas_that_step_apart_use_every_sample_once(flags: str, merges: int,
     assert {row.outcome for row in rows} == {"committed"}
     assert sum(row.samples for row in rows) == summary["samples"] == SAMPLES * EPOCHS
     assert summary["micro_batches_committed"] == sum(MICRO_BATCHES)
-    assert summary["rounds"] == merges and summary["dropped"] == 0
+    assert summary["merges"] == merges and summary["dropped"] == 0
+    assert (summary["rounds"], summary["epochs"]) == (ROUNDS, EPOCHS)
 
 
 @pytest.mark.parametrize("bound", [0, 2])

@@ -38,7 +38,7 @@ def test_a_greedy_merge_is_the_mean_of_the_replicas_that_help_and_leaves_a_ruine
     for name, tensor in ends[0].items():  # statistics too, and so in the model's file
         assert torch.equal(tensor, ends[1][name]) and torch.equal(tensor, ends[2][name])
         assert torch.equal(tensor, load_file(tmp_path / "run" / "model.safetensors")[name])
-    assert len(chosen) == summary["rounds"] == 2
+    assert len(chosen) == summary["merges"] == 2
     assert summary["samples"] == 480 * 4  # also of those that were left out
 
 
@@ -55,7 +55,7 @@ def test_rounds_before_local_steps_are_those_of_sync_but_for_rounding(launch: La
     flags = (*CLUSTER, "--data", "digits", "--model", "mlp", "--rounds", 12, "--lr", 0.05)
     launch(*flags, name="sync")
     summary = launch(*flags, "--policy", "local", "--local-after", 12, name="together")
-    assert summary["rounds"] == 12
+    assert summary["rounds"] == summary["merges"] == 12
     sync, together = (load_file(tmp_path / name / "model.safetensors") for name in ("sync", "together"))
     for name, tensor in sync.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)

@@ -21,6 +21,7 @@ from ps.books import Books, Head, goes_on, restore
 from ps.journal import Journal
 from ps.ledger import Ledger
 from ps.membership import Membership
+from ps.results import Measured
 
 SETTINGS = Settings(workers=2, servers=2, policy="backup", global_batch=8, micro_batch=2)
 HEAD = Head("run", 7, "here", SETTINGS)
@@ -77,11 +78,12 @@ def report(kept: Kept, round_: int, dropped: int, loss: float, outcome: str = ""
 def assert_same(books: Books, ledger: Ledger) -> None:
     found = books.ledger
     assert found.totals == ledger.totals
-    assert (found.committed, found.planned, found.epochs) == (ledger.committed, ledger.planned, ledger.epochs)
+    assert (found.committed, found.planned, found.done) == (ledger.committed, ledger.planned, ledger.done)
+    assert found.recent("loss") == ledger.recent("loss")
     assert (found.reported, found.pending, found.setup) == (ledger.reported, ledger.pending, ledger.setup)
     assert found.left_out == ledger.left_out
     assert found.layout == ledger.layout and found.segments == ledger.segments
-    for epoch in range(ledger.epochs):
+    for epoch in range(sum(segment.epochs for segment in ledger.segments)):
         assert found.mean(Mean(epoch, "loss")) == ledger.mean(Mean(epoch, "loss"))
 
 
@@ -121,6 +123,7 @@ def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
             report(kept, number, dropped, loss, outcomes[0])
             kept.ledger.report(1, Report(number, number + 1, left_out=left_out(number, outcomes[1])))
             kept.log.metric(number, "worker-0", "accuracy", number / 10, 20, number)
+            kept.log.metric(number, "worker-0", "held_out", 50 + number, 20, number)
     for kept in (whole, part):
         kept.flush()
     redone = whole.ledger.totals.micro_batches_committed - part.ledger.totals.micro_batches_committed + len(rounds) - upto
@@ -130,13 +133,13 @@ def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
     assert books is not None
     assert_same(books, part.ledger)
     assert books.metrics == {(20, number) for number in range(upto)}
-    assert books.accuracy == ((upto - 1) / 10 if upto else None)
+    assert books.accuracy == (Measured((upto - 1) / 10, upto - 1, 49 + upto) if upto else None)
     reader = RunLogReader(folders[0] / FILE_NAME)
     assert [row.round for row in reader.rounds()] == list(range(upto))
     assert reader.contributions() == RunLogReader(folders[1] / FILE_NAME).contributions()
     again = restore(folders[0] / FILE_NAME, upto)  # all begin anew once more, before anybody has told a plan
     assert again is not None and again.ledger.totals == books.ledger.totals
-    epochs = range(part.ledger.epochs)
+    epochs = range(sum(segment.epochs for segment in part.ledger.segments))
     part.ledger.segments = []
     assert [again.ledger.mean(Mean(e, "loss")).value for e in epochs] == [part.ledger.mean(Mean(e, "loss")).value for e in epochs]
     with pytest.raises(UsageError, match=f"has {upto} rounds of the {upto + 1}"):
