@@ -2,3 +2,10 @@
 
 `python -m benchmarks --help` says how to run them; nothing else of the project imports this package.
 """
+
+import importlib.util
+import sys
+
+if importlib.util.find_spec("psutil") is None:  # processes are measured with it
+    print("error: the benchmarks need psutil, of the extra 'dev': run pip install -e '.[dev]' in a checkout.", file=sys.stderr)
+    raise SystemExit(2)

@@ -116,6 +116,8 @@ def picture(progress: Progress) -> Group:
 
 def results_line(summary: Mapping[str, Any]) -> str:
     """What came out of a run, in one line."""
+    if not summary["rounds"] and "weights_sha256" in summary and summary["weights_sha256"] is None:
+        return "no model was trained"
     results = []
     if summary.get("accuracy") is not None:
         results.append(f"accuracy {summary['accuracy']:.1%}{_of(summary.get('accuracy_of'))}")
@@ -161,7 +163,8 @@ def _rounds(progress: Progress) -> str:
     if progress.rounds:
         return f"{what} {progress.rounds}"
     there = len(progress.processes)
-    return f"starting, {there} {'process has' if there == 1 else 'processes have'} joined"
+    doing = "at work" if any(row.state == "computing" for row in progress.processes) else "starting"
+    return f"{doing}, {there} {'process has' if there == 1 else 'processes have'} joined"
 
 
 def _numbers(progress: Progress) -> list[str]:

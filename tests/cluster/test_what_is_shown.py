@@ -141,6 +141,12 @@ def test_a_summary_tells_what_its_numbers_are_of() -> None:
     )
 
 
+def test_a_run_that_trains_nothing_is_told_as_that() -> None:
+    assert results_line({"rounds": 0, "samples": 0, "seconds": 0.0, "weights_sha256": None}) == "no model was trained"
+    rows = [StatusRow("server-0", "waiting", -1, ""), StatusRow("worker-0", "computing", -1, "")]
+    assert line(Progress(processes=rows)) == "at work, 2 processes have joined"
+
+
 def child(folder: Path, name: str, code: int, log: str, ended_at: float = 0.0) -> Child:
     path = folder / f"{name}.log"
     path.write_text(log)
