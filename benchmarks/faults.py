@@ -146,8 +146,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
     for point, where in POINTS.items():
         kind = where.partition(":")[0]
         round_ = 0 if point in ("uploading", "ending") else _FAIL_AT
-        who = workers if point == "uploading" else (_WHO[kind],)  # any of them hands in the model
-        env = {VARIABLE: ";".join(f"{one}:{point}:{round_}:kill" for one in who)}
+        env = {VARIABLE: f"{_WHO[kind]}:{point}:{round_}:kill"}
         name = f"{'the' if kind == 'coordinator' else 'a'} {kind}, at {point}"
         table[name] = Row(harms.failpoints(1), env=env)
         if kind == "server":

@@ -30,9 +30,9 @@ from common.messages import (
     Gone,
     Goodbye,
     Hello,
+    InFile,
     Init,
     Lease,
-    ModelPart,
     Plan,
     Pull,
     Push,
@@ -42,7 +42,6 @@ from common.messages import (
     Stop,
     Tables,
     Update,
-    Upload,
     Waiting,
     Weights,
 )
@@ -129,7 +128,8 @@ class _Worker:
     def _live(self) -> Generator[_Question, Body | None, None]:
         """Asks what a worker asks, in its order; goes on when that is answered."""
         job, segment = self.job, self.job.segment
-        setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]))
+        file = [InFile("w", "F32", [job.values], 0, True)]
+        setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]), file=file)
         chunks = [chunk.id for chunk in make_layout(setup.tensors, 1).chunks]
         for to in (COORDINATOR, SERVER):
             yield _Question(to, setup, _ready("Setup"))
@@ -150,8 +150,7 @@ class _Worker:
             self._compute()
             round_ += 1
         while True:
-            yield _Question(COORDINATOR, Goodbye(), lambda body: isinstance(body, Upload))
-            yield _Question(COORDINATOR, ModelPart(0, 1, ""), _ready("ModelPart"), [self._gradient])
+            yield _Question(COORDINATOR, Goodbye(round=job.rounds), lambda body: isinstance(body, Stop))
 
     def _compute(self) -> None:
         """Push what there is to compute."""

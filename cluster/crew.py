@@ -107,7 +107,9 @@ class Crew:
                 child.excused = True
                 self._say(f"{child.describe_end().rstrip('.')}; the others go on.")
             elif child.failed and child.code is not None and child.code < 0 and not finished:
-                child.excused = self._plan(child, now) or (is_worker and not self._is_local)
+                child.excused = self._plan(child, now) or (is_worker and (progress.has_model or not self._is_local))
+            elif child.failed and is_worker and progress.joined.get(child.popen.pid) in progress.failed_late:
+                child.excused = True
         if not finished:
             self._check_any_left(progress, now)
 
@@ -161,6 +163,8 @@ class Crew:
             return
         if any(row.process.startswith("worker") and row.state not in ("lost", "done") for row in progress.processes):
             return  # it may have been started elsewhere
+        if progress.has_model:
+            return  # nobody is needed any more
         last = max(workers, key=lambda child: child.ended_at)
         if last.code:
             raise ClusterError(f"no worker is left, and none is started again: {last.describe_end()}")

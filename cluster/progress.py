@@ -33,6 +33,9 @@ class Progress:
     #: What processes of this host, by id, are called in the run, the newest name of each; and who has left it.
     joined: Mapping[int, str] = field(default_factory=dict)
     left: Set[str] = frozenset()
+    #: Who of them failed when all rounds were done, which is no failure of the run; and whether the trained model is written.
+    failed_late: Set[str] = frozenset()
+    has_model: bool = False
     #: Those of this host, by name and process id, that the coordinator has counted as lost.
     lost: Set[tuple[str, int]] = frozenset()
     #: What is wrong that the event log cannot tell, for as long as it is; '' if nothing.
@@ -71,14 +74,16 @@ class Tracker:
         last = self._last
         total, merges, over, news = last.total, last.merges, False, []
         joined, left, lost = dict(last.joined), set(last.left), set(last.lost)
+        failed_late, has_model = set(last.failed_late), last.has_model
         rounds, samples = last.rounds, last.samples
         for number, at, event in reader.events(after=self._last_event):
             self._last_event = number
             if event.kind == "plan":
-                total, merges = int(event.data["rounds"]), bool(event.data.get("merges"))
+                total, has_model = int(event.data["rounds"]), False
+                merges = bool(event.data.get("merges"))
                 self._first_at = self._first_at or at
             elif event.kind == "started":  # from now on names are other processes'
-                joined, left = dict.fromkeys(joined, ""), set()
+                joined, left, failed_late, has_model = dict.fromkeys(joined, ""), set(), set(), False
             elif event.kind == "joined" and event.data["place"] == here().pids:
                 joined[event.data["pid"]] = event.process
             elif event.kind == "lost":
@@ -87,6 +92,10 @@ class Tracker:
                 rounds, samples = self._go_back(reader, int(event.data["to"]))
             elif event.kind == "left":
                 left.add(event.process)
+                if "failed" in event.data:
+                    failed_late.add(event.process)
+            elif event.kind == "model":
+                has_model = True
             over = over or (event.kind == "stopped" and not event.data.get("again"))  # else all begin anew
             if (line := _news(event)) is not None:
                 news.append(line)
@@ -110,6 +119,8 @@ class Tracker:
             news=news,
             joined=joined,
             left=left,
+            failed_late=failed_late,
+            has_model=has_model,
             lost=lost,
         )
 

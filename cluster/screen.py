@@ -141,6 +141,10 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
         lines.append(", ".join(told))
     if failed := summary.get("workers_failed"):
         lines.append(f"went on without {some(failed)}")
+    for name, round_ in summary.get("left_early", {}).items():
+        lines.append(f"{name} left after round {round_}, as its script ended; others did what it had not done")
+    for name, why in summary.get("failed_after_the_last_round", {}).items():
+        lines.append(f"{name} failed after the last round, which changes nothing of the model: {why}")
     if summary.get("weights_sha256"):
         lines.append(f"weights_sha256 {summary['weights_sha256'][:_SHORT_SHA]}")
     if (folder / MODEL_FILE).exists():

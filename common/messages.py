@@ -204,13 +204,29 @@ class Update(msgspec.Struct, frozen=True):
     clip_norm: float | None = None
 
 
+class InFile(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor of the model's file, under a name of the model's state_dict. `dtype` is what safetensors calls it.
+
+    `of` says which tensor of a Setup it is. Its tensors are counted first, then its tables, then the weights of its classifiers,
+    then their biases; -1 is an empty tensor, which no server has. `counts`: its bytes are among those of weights_sha256.
+    """
+
+    name: Name
+    dtype: Name
+    shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    of: CountOrNone
+    counts: bool = False
+
+
 class Setup(Body, frozen=True):
-    """This is the model and its optimizer. The first one defines them; every other must be the same."""
+    """This is the model and its optimizer. The first one defines them; every other must be the same. `file` are the tensors of
+    the model's file, in their order there."""
 
     tensors: Many[TensorSpec]
     update: Update
     tables: Many[TableSpec] = []
     classifiers: Many[ClassSpec] = []
+    file: Annotated[list[InFile], msgspec.Meta(max_length=1_000_000)] = []
 
 
 class Plan(Body, frozen=True):
@@ -376,7 +392,7 @@ class RowInit(Body, frozen=True):
 
 class RowPull(Body, frozen=True):
     """Send me rows as they are at the beginning of round `version`: those whose ids follow, which are sorted and all on this
-    server, or those of page `page` that are.
+    server.
 
     Where each push is applied at once, and where that version is gone, they are sent as they are now. `number` tells which
     question an answer is for.
@@ -386,7 +402,6 @@ class RowPull(Body, frozen=True):
     table: Count
     version: Count
     count: Count = 0
-    page: CountOrNone = -1
 
 
 class Rows(Body, frozen=True):
@@ -428,7 +443,6 @@ class Classify(Body, frozen=True):
     Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. Where each
     push is applied at once, everything is. `top`: I
     want the so many best classes of each sample. `normalised`: rows count as of length 1. `sums`: I need the sum of all rows too.
-    Or `page`: I want the rows of that page that are yours.
 
     Of a hidden layer: I want its outputs; only features follow. Or (`back_through` is the number of that question) its loss's
     gradient by the features; the gradient by your outputs follows, (count, rows), and then the features if you may not know
@@ -443,7 +457,6 @@ class Classify(Body, frozen=True):
     normalised: bool = False
     sums: bool = False
     top: Count = 0
-    page: CountOrNone = -1
     back_through: CountOrNone = -1
     again: bool = False
 
@@ -453,8 +466,8 @@ class Classified(Body, frozen=True):
     exp(z - largest), and the sum of exp(z - largest) x row follow, for each sample; then the sum of all rows where it was wanted;
     then the rows of labels that are here, in the order of the samples.
 
-    Or the best logits of each sample and their classes, int64; or the rows of a page; or of a hidden layer, this server's outputs
-    (count, rows) or its part of the features' gradient (count, D); or nothing, as the version that was wanted is `gone`.
+    Or the best logits of each sample and their classes, int64; or of a hidden layer, this server's outputs (count, rows) or its
+    part of the features' gradient (count, D); or nothing, as the version that was wanted is `gone`.
     """
 
     number: Count
@@ -725,29 +738,47 @@ class Metrics(Body, frozen=True):
 
 
 class Goodbye(Body, frozen=True):
-    """My script has ended. `reason` is a sentence if it failed. Answered by Stop, or by Upload. `early`: I leave while the run
-    goes on; answered by Stop, and others do what I have not done. `cut_off`: I failed as a server did not answer me, which may
-    well answer others. `keyed`: I have used the key-value store, so nobody can do what I have not done."""
+    """My script has ended, when `round` rounds were in my model. `reason` is a sentence if it failed. Answered by Stop when the
+    run is over; at once where others do what I have not done, as I leave before the last round, or as I was asked to (`early`).
+    `cut_off`: I failed as a server did not answer me, which may well answer others. `keyed`: I have used the key-value store, so
+    nobody can do what I have not done. `changed` are tensors of the model that the script has changed since its last round."""
 
     reason: Text = ""
     early: bool = False
     cut_off: bool = False
     keyed: bool = False
+    round: Count = 0
+    changed: Annotated[list[Name], msgspec.Meta(max_length=100)] = []
 
     def __post_init__(self) -> None:
         _keep_printable(self)
 
 
-class Upload(Body, frozen=True):
-    """You are to hand in the trained model."""
+class Recomputed(Body, frozen=True):
+    """From the weights after `round` rounds every worker has computed these tensors of the model's file anew; their bytes follow,
+    a frame for each. Only the first copy counts. Answered by Ready with the same `id`, once they are in the file."""
+
+    id: Count
+    round: Count
+    names: Annotated[list[Name], msgspec.Meta(max_length=4000)]
+
+
+# ---- the model's file (coordinator -> server, and back)
+
+
+class HandIn(Body, frozen=True):
+    """Send me these of your parts of the model, as they are when every round below `round` is applied and nothing else is.
+    `ps/parts.py` numbers them. Each is answered by a ModelPart."""
+
+    round: Count
+    parts: Annotated[list[Count], msgspec.Meta(max_length=4000)]
 
 
 class ModelPart(Body, frozen=True):
-    """Part `part` of `parts` of the model's safetensors file, in the one frame that follows. The last one sent has the hash."""
+    """Part number `part` of the sender's parts of the model, in the frames that follow."""
 
+    round: Count
     part: Count
-    parts: Count
-    weights_sha256: Name = ""
 
 
 # ---- key-value store (worker <-> server)
@@ -790,7 +821,7 @@ Message = (
     | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
     | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
     | Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
-    | Mean | Metrics | Goodbye | Upload | ModelPart | KvPush | KvPull | KvReply
+    | Mean | Metrics | Goodbye | Recomputed | HandIn | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 
 

@@ -16,13 +16,10 @@ import torch
 
 from common.errors import WireError
 from common.layout import CHUNK_BYTES, ClassSpec, TableSpec
+from common.pages import BLOCK, page_rows
 from common.plan import derive_seed
 from common.tensors import dtype_of, from_frame, to_frame
 from common.wire import Frames
-
-#: Rows that follow each other on one server, and whose first values are drawn together.
-BLOCK = 64
-
 
 # ---- where rows are
 
@@ -57,16 +54,6 @@ def draw(spec: TableSpec, seed: int, block: int, rows: torch.Tensor) -> None:
         rows.uniform_(-spec.std * 3**0.5, spec.std * 3**0.5, generator=generator)
     else:
         rows.normal_(0.0, spec.std, generator=generator)
-
-
-def page_rows(spec: TableSpec) -> int:
-    """Rows of a page, the unit in which whole tables are moved: about a chunk's bytes, in whole blocks."""
-    return max(1, CHUNK_BYTES // (4 * spec.dim * BLOCK)) * BLOCK
-
-
-def pages(spec: TableSpec) -> range:
-    """The numbers of a table's pages."""
-    return range(-(-spec.rows // page_rows(spec)))
 
 
 def page_ids(spec: TableSpec, page: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from common import safetensors_header
 from common.errors import UsageError
 from common.tensors import to_frame
 
@@ -36,17 +37,11 @@ class Entry:
 
 def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file whose tensors follow, contiguous and in this order."""
-    fields: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        fields[name] = {"dtype": _name_of(dtype), "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(fields).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    fields = [(n, name_of(dtype), shape, dtype.itemsize * torch.Size(shape).numel()) for n, (dtype, shape) in tensors.items()]
+    return safetensors_header.header(fields, metadata)
 
 
-def _name_of(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     """What safetensors calls a dtype, as it says itself."""
     empty = save({"": torch.empty(0, dtype=dtype)})
     name: str = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])[""]["dtype"]

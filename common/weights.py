@@ -10,7 +10,8 @@ import torch
 from common import tensorfile
 from common.errors import UsageError
 from common.layout import TableSpec, TensorSpec
-from common.rows import BLOCK, draw, local_of, owner_of, page_ids, pages
+from common.pages import BLOCK, pages
+from common.rows import draw, local_of, owner_of, page_ids
 from common.snapshots import Snapshot
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of, stored_as

@@ -58,6 +58,8 @@ class KeptMember(msgspec.Struct, frozen=True):
     lost: bool
     early: bool = False
     replaces: bool = False
+    ended_at: int = -1
+    failed: str = ""
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Books:
     committed_at: float | None = None
     #: Samples of the rounds before that of `head.resume`.
     samples_before: int = 0
+    #: The hash of the model that was written when all rounds were done, and after how many, if that was so.
+    model: tuple[str, int] | None = None
     #: How the run has ended, if it has, and when.
     stop: Stop | None = None
     stopped_at: float = 0.0
@@ -108,7 +112,10 @@ class Keeper:
 def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
     yield "run", "", head
     for name, member in membership.members.items():
-        kept = KeptMember(member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces)
+        kept = KeptMember(
+            member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces, member.ended_at,
+            member.failed,
+        )  # fmt: skip
         yield "member", name, kept
     yield "tables", "", membership.tables
     if ledger.setup is not None:
@@ -209,8 +216,12 @@ def _read(db: sqlite3.Connection) -> Books | None:
             case "started":
                 books.planned_at = None
             case "plan":
-                books.planned_at = books.planned_at or at
+                books.planned_at, books.model = books.planned_at or at, None
+            case "model":
+                data = json.loads(text)
+                books.model = data["weights_sha256"], data["round"]
             case "rolled back":
+                books.model = None
                 ledger.totals.micro_batches_recomputed += json.loads(text)["micro_batches"]
             case "lost" if (failed := json.loads(text).get("failed")) is not None:
                 books.failed.append(json.loads(text)["why"])

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from common.errors import WireError
-from common.messages import Setup, Update
+from common.messages import InFile, Setup, Update
+from common.safetensors_header import size_of
 
 #: Settings of a parameter group, and numbers in one of them, at most.
 _SETTINGS = 1000
@@ -63,3 +64,16 @@ def _is_like(value: Any, first: Any) -> bool:
     if _is_number(first):
         return _is_number(value) and abs(value) <= 1e300
     return type(value) is type(first) and bool(value == first)
+
+
+def check_file(file: Sequence[InFile], sizes: Sequence[int]) -> None:
+    """Raise WireError unless these can be the tensors of a model's file; `sizes` are those of the model's tensors, in bytes."""
+    if len({entry.name for entry in file}) != len(file):
+        raise WireError("the model's file has two tensors of one name")
+    for entry in file:
+        try:
+            size = size_of(entry.dtype, entry.shape)
+        except KeyError:
+            raise WireError(f"'{entry.name[:100]}' has dtype '{entry.dtype[:100]}', which safetensors has no name for") from None
+        if entry.of >= len(sizes) or size != (sizes[entry.of] if entry.of >= 0 else 0):
+            raise WireError(f"'{entry.name[:100]}' in the model's file is {entry.dtype} {entry.shape}, which it cannot be")

@@ -28,8 +28,9 @@ import torch
 from common.errors import WireError
 from common.layout import ClassSpec, Layout
 from common.messages import Classified, Classify, ClassPush, ForwardClasses, TermsOf, Update
+from common.pages import BLOCK, pages
 from common.plan import derive_seed
-from common.rows import BLOCK, cut, id_of, join, local_of, owner_of, pages
+from common.rows import cut, id_of, join, local_of, owner_of
 from common.tensorfile import Entry, TensorFiles
 from common.wire import Frames
 from ps.products import Products
@@ -212,12 +213,6 @@ class Classifier(Rows):
             best.add(normalised(tile) if ask.normalised else tile, start)
             yield
         return Classified(ask.number), [*cut(best.values.cpu()), *cut(self.ids(best.places).cpu())]
-
-    def page(self, ask: Classify) -> Job:
-        """Job: the answer about a page."""
-        rows = self.read(self.on_page(ask.page))
-        yield
-        return Classified(ask.number), cut(rows.cpu())
 
     def _negatives(self, round_: int) -> torch.Tensor | None:
         """Places of the classes that take part in a round, if not all; the same whenever they are asked for."""
@@ -437,39 +432,34 @@ class Classifiers:
         if ask.number < known.newest or (self._keeps_versions and ask.version > self._closed):
             return None
         one = self._classifiers[ask.classifier]
-        if ask.page >= 0:
-            if ask.page not in pages(one.spec):
-                raise WireError(f"'{one.spec.name}' has no page {ask.page}")
-            job = one.page(ask)
+        parts, what = iter(frames), f"a question of {sender}"
+        if ask.back_through >= 0:
+            back = self._back(ask, one, known.kept.get(ask.back_through), parts, what)
         else:
-            parts, what = iter(frames), f"a question of {sender}"
-            if ask.back_through >= 0:
-                back = self._back(ask, one, known.kept.get(ask.back_through), parts, what)
-            else:
-                features, labels = self._question(one.spec, ask, parts, what)
-            if next(parts, None) is not None:
-                raise WireError(f"{what} has too many frames")
-            if ask.back_through >= 0:
-                if back is None:
-                    known.newest, known.answer = ask.number, (Classified(ask.number, gone=True), [])
-                    return known.answer
-                known.kept[ask.number] = back
-                assert back.slopes is not None
-                job = one.back_through(back.slopes, ask)
-            elif one.spec.hidden:
-                samples = one.samples(features, labels)
-                if ask.keeps:
-                    known.kept[ask.number] = Kept(ask.version, ask.classifier, samples)
-                job = one.outputs(samples.features, ask)
-            elif ask.top:
-                ones = [features.new_ones(ask.count, 1)] * one.spec.bias
-                job = one.best(torch.cat([features, *ones], 1), ask)
-            else:
-                samples = one.samples(features, labels)
-                kept = Kept(ask.version, ask.classifier, samples, ask.normalised) if ask.keeps else None
-                job = one.sums(samples, ask, kept)
-                if kept is not None:
-                    known.kept[ask.number] = kept
+            features, labels = self._question(one.spec, ask, parts, what)
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        if ask.back_through >= 0:
+            if back is None:
+                known.newest, known.answer = ask.number, (Classified(ask.number, gone=True), [])
+                return known.answer
+            known.kept[ask.number] = back
+            assert back.slopes is not None
+            job = one.back_through(back.slopes, ask)
+        elif one.spec.hidden:
+            samples = one.samples(features, labels)
+            if ask.keeps:
+                known.kept[ask.number] = Kept(ask.version, ask.classifier, samples)
+            job = one.outputs(samples.features, ask)
+        elif ask.top:
+            ones = [features.new_ones(ask.count, 1)] * one.spec.bias
+            job = one.best(torch.cat([features, *ones], 1), ask)
+        else:
+            samples = one.samples(features, labels)
+            kept = Kept(ask.version, ask.classifier, samples, ask.normalised) if ask.keeps else None
+            job = one.sums(samples, ask, kept)
+            if kept is not None:
+                known.kept[ask.number] = kept
         known.newest, known.answer = ask.number, None
         if not self._keeps_versions:
             pass  # the rows are what they are when its turn comes
@@ -508,6 +498,13 @@ class Classifiers:
             raise WireError(f"{what} has labels that '{spec.name}' has no class for")
         return features, labels
 
+    def page(self, classifier: int, page: int) -> list[torch.Tensor]:
+        """This server's rows of a page as they are now, (N, D), and where there is one, the biases (N, 1) apart."""
+        one = self._classifiers[classifier]
+        rows = one.read(one.on_page(page)).cpu()
+        features = one.spec.dim - one.spec.bias
+        return [rows[:, :features].contiguous(), *([rows[:, features:].contiguous()] if one.spec.bias else [])]
+
     # ---- contributions
 
     def receive(self, sender: str, push: ClassPush, frames: Frames) -> list[Contributed]:
@@ -516,7 +513,7 @@ class Classifiers:
         kept = self._senders[sender].kept if sender in self._senders else {}
         told: dict[int, Kept] = {}
         for ask in push.asked:
-            good = 0 <= ask.classifier < len(self._classifiers) and ask.keeps and not ask.top and ask.page < 0
+            good = 0 <= ask.classifier < len(self._classifiers) and ask.keeps and not ask.top
             if not good or not self._keeps_versions:
                 raise WireError(f"{what} has questions that nothing can be contributed through")
             one = self._classifiers[ask.classifier]

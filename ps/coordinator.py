@@ -38,6 +38,7 @@ from common.messages import (
     Norms,
     Plan,
     Ready,
+    Recomputed,
     Refused,
     Report,
     Saved,
@@ -45,7 +46,6 @@ from common.messages import (
     Stop,
     Tables,
     Traffic,
-    Upload,
     Waiting,
     Welcome,
 )
@@ -74,6 +74,7 @@ from common.wire import (
     ForeignRun,
     Frames,
     Stamp,
+    bytes_of,
     is_address,
     new_incarnation,
     receive,
@@ -82,11 +83,13 @@ from common.wire import (
 from ps.allowance import Allowance
 from ps.archive import ModelFile, summarized_run, write_summary
 from ps.books import Books, Head, new_run
+from ps.collecting import Collecting
 from ps.cuts import Cuts, Under
 from ps.journal import ALARM_S, Journal
 from ps.leasing import Leasing
 from ps.ledger import Ledger
 from ps.membership import NEAR_S, Member, Membership, number_of
+from ps.parts import sizes
 from ps.results import Measured, measured, results
 
 log = logging.getLogger("ps.coordinator")
@@ -104,6 +107,8 @@ _FAREWELL_ANEW_S = 0.1
 _FEWER_S = 15.0
 #: Seconds for the servers' last reports to come in after all workers have left.
 _LEFT_S = 3.0
+#: Seconds after the last round in which those who go on with another loop say so: then its model is taken for the trained one.
+_SETTLED_S = 0.3
 #: Seconds for the others to connect to a coordinator that was started again.
 _REJOIN_S = 5.0
 #: Seconds that the others may need at least to find it, for which their silence is not counted.
@@ -114,8 +119,8 @@ _METRICS_BYTES_S, _METRICS_BYTES = 100e3, 4e6
 _ROW_BYTES = 100
 #: What servers and workers may send once they have joined.
 _FROM: dict[str, tuple[type[Body], ...]] = {
-    "server": (Beat, Report, Arrived, Norms, Close, AllNorms, Saved),
-    "worker": (Beat, Setup, Plan, Waiting, Mean, Metrics, ModelPart, Goodbye),
+    "server": (Beat, Report, Arrived, Norms, Close, AllNorms, Saved, ModelPart),
+    "worker": (Beat, Setup, Plan, Waiting, Mean, Metrics, Recomputed, Goodbye),
 }
 
 
@@ -162,7 +167,13 @@ class Coordinator:
         #: Samples of a run that goes on which were not trained on under this coordinator.
         self._samples_before = self._ledger.totals.samples
         self._leasing = Leasing(policy, self._ledger, self._membership)
-        self._model = ModelFile(run_dir)
+        #: The trained model, and how it is got from the servers, once all rounds that are known of are done: since when they are.
+        self._model: ModelFile | None = None
+        self._collecting: Collecting | None = None
+        self._trained_since: float | None = None
+        #: Whether there is something to hash, and the number of the last `Recomputed` that is in the file.
+        self._hashes = False
+        self._revised = -1
         self.journal = Journal(run_dir, self._head, self._membership, self._ledger, now)
         self._log = self.journal.log
         #: Of what has been loaded here, whatever is installed meanwhile.
@@ -189,7 +200,6 @@ class Coordinator:
         #: When it was last told that there is no snapshot.
         self._failure_told_at = float("-inf")
         self._accuracy: Measured | None = None
-        self._uploader: str | None = None
         self._status_at = self._told_at = now
         self._progressed_at = now
         self._planned = 0
@@ -222,6 +232,8 @@ class Coordinator:
                     lost=kept.lost,
                     early=kept.early,
                     replaces=kept.replaces,
+                    ended_at=kept.ended_at,
+                    failed=kept.failed,
                 )
                 for name, kept in books.members.items()
             ],
@@ -234,6 +246,9 @@ class Coordinator:
             self._training_since = books.planned_at + earlier
         if books.committed_at is not None:
             self._committed_at = books.committed_at + earlier
+        if books.model is not None and books.model[1] == self._ledger.planned:
+            self._model = self._new_model()
+            self._model.restore(books.model[0])
         self._recovered_at = now
         self._stop = books.stop or (Stop(True) if summarized_run(self._run_dir) == self._run else None)
         log.info("goes on with run %s after %d rounds", self._run, committed)
@@ -253,8 +268,9 @@ class Coordinator:
         try:
             ticked_at = time.monotonic()
             while True:
-                poller.poll(TICK_MS)
+                poller.poll(0 if self._hashes else TICK_MS)
                 self._drain()
+                self._collect(time.monotonic())
                 if (now := time.monotonic()) >= ticked_at + TICK_MS / 1000:
                     ticked_at = now
                     self._inflow.look(now)
@@ -324,7 +340,7 @@ class Coordinator:
     def _tick(self, now: float) -> None:
         self._tell_members(self._membership.tick(now, self._is_dead))
         self._note_losses(now)
-        if self._membership.broken:
+        if self._membership.broken and self._needs_servers():
             raise BeginAnew(self._membership.broken)
         self._write_rows(now)
         if now >= self._status_at + _STATUS_S:
@@ -340,6 +356,7 @@ class Coordinator:
             self._told_at = now
             self._tell_how_far(now)
         self._take_snapshots(now)
+        self._collect(now)
         self._check_deadline(now)
 
     def _tell_how_far(self, now: float) -> None:
@@ -359,6 +376,8 @@ class Coordinator:
             return self._membership.missing()
         if awaited := self._membership.awaited():
             return awaited
+        if self._has_model and (there := self._membership.names("worker")):
+            return f"the script of {some(there)}, which goes on after the last round"
         if now < self._progressed_at + _TELL_S or not (names := self._whom_all_wait_for()):
             return ""
         return f"{names}; nothing has moved for {now - self._progressed_at:.0f} s"
@@ -371,6 +390,8 @@ class Coordinator:
                 self._log.event(Event("forgotten", name, {"why": why}))
                 continue
             then = "others do what it has not done" if name in self._membership.workers else "another is to take its place"
+            if self._is_over and name in self._membership.workers:
+                self._membership.workers[name].failed, then = why, "all rounds are done, and nobody needs it"
             log.warning("%s is lost: %s; %s", name, why, then)
             self._log.event(Event("lost", name, {"why": why}))
             self._progressed_at = now
@@ -402,6 +423,10 @@ class Coordinator:
             owner: max(0, self._membership.servers[f"server-{owner}"].beat.round) for owner in self._ledger.layout.owners()
         }
         ended = not self._membership.names("worker") and self._ledger.committed >= self._ledger.planned
+        if self._all_have_left(now) and self._ledger.committed > 0:
+            ended = True
+            if self._cuts.under is not None and self._cuts.under.round > max(servers.values()):
+                remove(folder_of(self._run_dir, self._cuts.give_up()))
         round_ = self._cuts.due(servers, self._ledger.planned, ended, now)
         if round_ is not None:
             self._begin_snapshot(round_, now, ended)
@@ -488,11 +513,18 @@ class Coordinator:
         if not self._membership.started:
             return
         nobody = not self._membership.names("worker") and not self._membership.awaits_workers
-        if idle_s > _LEFT_S and nobody and self._are_all_here(now) and not self._leasing.all_applied:
-            raise ClusterError(
-                f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
-                "a script must go on until run.batches() ends; --rounds sets where that is."
-            )
+        if self._all_have_left(now):
+            if self._cuts.under is None:
+                raise ClusterError(
+                    f"all workers have left after {rounds.committed} of {rounds.planned} rounds: "
+                    "a script must go on until run.batches() ends; --rounds sets where that is."
+                )
+            return
+        if nobody and self._may_go_on and (failed := [m for m in self._membership.workers.values() if m.left and m.failed]):
+            raise ClusterError(f"{failed[0].name} failed between two loops over run.batches(): {failed[0].failed}")
+        if self._has_model and not self._behind_the_end():
+            self._progressed_at = now  # whoever is there is at something of its own, which may take as long as it likes
+            return
         if idle_s <= self._settings.timeout:
             return
         if behind := self._behind_the_end():
@@ -502,12 +534,23 @@ class Coordinator:
         waiting = self._whom_all_wait_for() or "every process"
         if self.journal.unwritten_since is not None:
             waiting = "the disk, for the event log cannot be written"
+        elif self._collecting is not None:
+            missing = [f"server-{number}" for number in self._collecting.missing]
+            waiting = (
+                f"{some(missing)}, for a part of the trained model" if missing else "the disk, for the model cannot be written"
+            )
         elif self._membership.awaits_workers:
             waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
         raise ClusterError(
             f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}"
             f"{self._missing_text()}."
         )
+
+    def _all_have_left(self, now: float) -> bool:
+        """Whether all scripts have ended before the last round, and what they have handed in is applied."""
+        if now <= self._progressed_at + _LEFT_S or not self._membership.started or self._membership.names("worker"):
+            return False
+        return not self._membership.awaits_workers and self._are_all_here(now) and not self._leasing.all_applied
 
     def _are_all_here(self, now: float) -> bool:
         """Whether all servers are heard of and have what they are to have, and so is everybody after another coordinator."""
@@ -522,6 +565,116 @@ class Coordinator:
             f"; {name} lacks micro-batch{'es' * (len(beat.left) > 1)} {some(list(map(str, beat.left)))} of round {beat.round}"
             for name, beat in beats.items()
         )
+
+    # ---- the trained model
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether all rounds are done that are known of."""
+        return 0 < self._ledger.planned <= self._ledger.committed
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether more rounds may be to come when all are done that are known of: scripts loop over batches more than once, and
+        none of them has ended by itself."""
+        ended = any(worker.left and worker.ended_at >= 0 and not worker.failed for worker in self._membership.workers.values())
+        return len(self._ledger.segments) > 1 and not ended
+
+    @property
+    def _has_model(self) -> bool:
+        """Whether the model after the last round that is known of is written."""
+        return self._model is not None and self._model.complete
+
+    def _needs_servers(self) -> bool:
+        """Whether the run cannot do without its servers: not once the model is written, unless scripts may ask for rows."""
+        layout = self._ledger.layout
+        has_rows = layout is not None and bool(layout.tables or layout.classifiers)
+        return not self._has_model or (has_rows and bool(self._membership.names("worker")))
+
+    def _new_model(self) -> ModelFile:
+        setup, layout = self._ledger.setup, self._ledger.layout
+        assert setup is not None and layout is not None
+        return ModelFile(self._run_dir, setup.file, sizes(layout))
+
+    def _is_trained(self, now: float) -> bool:
+        """Whether the weights are final, as far as can be known: all rounds are done, and nobody has begun others."""
+        rounds = self._ledger
+        if rounds.layout is None or not self._membership.started or rounds.committed < rounds.planned:
+            self._trained_since = None
+            return False
+        self._membership.over = self._is_over
+        self._trained_since = now if self._trained_since is None else self._trained_since
+        if not self._membership.names("worker"):
+            return self._is_over or any(worker.left for worker in self._membership.workers.values())
+        return self._is_over and now >= self._trained_since + _SETTLED_S
+
+    def _collect(self, now: float) -> None:
+        """Once the model is trained, get it from the servers, and have it under its name."""
+        self._hashes = False
+        if self._has_model or not self._is_trained(now):
+            return
+        try:
+            if self._collecting is None or self._model is None:
+                self._model = self._new_model()
+                self._model.begin()
+                self._collecting = Collecting(self._ledger.layout, self._ledger.committed)  # type: ignore[arg-type]
+                self._progressed_at = now
+            for server, body in self._collecting.ask(now):
+                self._send(f"server-{server}", body)
+            self._hashes = self._model.hash_some()
+            if self._model.hashed:
+                self._model.finish()
+                self._collecting, self._progressed_at = None, now
+                data = {"round": self._ledger.committed, "weights_sha256": self._model.weights_sha256}
+                self._log.event(Event("model", "coordinator", data))
+                log.info("the model of round %d is in %s", self._ledger.committed, self._run_dir / MODEL_FILE)
+        except OSError as error:
+            self._tell_of_unwritten(error)
+
+    def _tell_of_unwritten(self, error: OSError) -> None:
+        """Once in a while, for it is tried again."""
+        now = time.monotonic()
+        if now >= self._failure_told_at + ALARM_S:
+            self._failure_told_at = now
+            self.journal.warn(f"the model cannot be written to {self._run_dir}, and is tried again: {error.strerror or error}.")
+
+    def _part(self, server: Member, body: ModelPart, frames: Frames, now: float) -> None:
+        if self._collecting is None or self._model is None:
+            return  # it was asked for before it was known that training goes on, or twice
+        number = number_of(server.name)
+        pieces = self._collecting.take(number, body, frames)
+        try:
+            self._model.write(pieces)
+        except OSError as error:
+            self._tell_of_unwritten(error)
+            return  # it is asked for again
+        self._collecting.took(number, body)
+        self._progressed_at = now
+
+    def _recomputed(self, route: bytes, body: Recomputed, frames: Frames) -> None:
+        """Have in the model's file what workers have computed anew, unless they train on."""
+        if body.id > self._revised and self._has_done_all(body.round):
+            if self._model is None or not self._model.complete:
+                return  # it is sent again
+            try:
+                self._model.revise(body.names, [bytes_of(frame) for frame in frames])
+            except OSError as error:
+                self._tell_of_unwritten(error)
+                return
+            self._revised = body.id
+        self._reply(route, Ready("Recomputed", body.id))
+
+    def _train_on(self) -> None:
+        """There are more rounds to do than were known of."""
+        if self._model is not None:
+            self._model.discard()
+        self._model = self._collecting = self._trained_since = None
+        for worker in self._membership.workers.values():
+            if worker.left and worker.failed:
+                raise ClusterError(f"{worker.name} failed: {worker.failed}")
+            worker.failed = ""
+        self._membership.train_on()
+        self._note_early_leavers()
 
     # ---- messages
 
@@ -583,14 +736,9 @@ class Coordinator:
             case Metrics():
                 self._metrics(route, member, body, now)
             case ModelPart():
-                if not member.left:
-                    raise WireError(f"{member.name} hands in a model before its script has ended")
-                try:
-                    self._model.add(body, frames)
-                except OSError as error:
-                    raise self._unwritten(error) from None
-                self._progressed_at = now
-                self._reply(route, Ready("ModelPart", body.part))
+                self._part(member, body, frames, now)
+            case Recomputed():
+                self._recomputed(route, body, frames)
             case Goodbye():
                 self._goodbye(route, member, body, now)
 
@@ -676,6 +824,8 @@ class Coordinator:
             self._training_since = self._training_since or now
             merges = {"merges": True} if self._policy.is_local else {}
             self._log.event(Event("plan", "coordinator", {"rounds": self._planned, **merges}))
+            if self._ledger.committed < self._planned:
+                self._train_on()
 
     def _give(self, lease: Lease) -> None:
         self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
@@ -703,21 +853,50 @@ class Coordinator:
             self._log.metric(metrics.round, worker.name, name, value, worker.incarnation, metrics.id)
 
     def _goodbye(self, route: bytes, member: Member, goodbye: Goodbye, now: float) -> None:
-        if goodbye.reason:
+        if goodbye.reason and not self._is_over and not self._has_done_all(goodbye.round):
             self._script_failed(member, goodbye, now)
             return
         if not member.left:
-            self._log.event(Event("left", member.name, {"early": True} if goodbye.early else {}))
+            member.ended_at, member.failed = -1 if goodbye.early else goodbye.round, goodbye.reason
+            self._tell_members(self._membership.leave(member.name, goodbye.early or bool(goodbye.reason)))
+            self._log.event(Event("left", member.name, self._how_left(member, goodbye)))
+            if goodbye.reason:
+                self.journal.warn(
+                    f"{member.name} failed after the last round, which changes nothing of the model: {goodbye.reason}"
+                )
+            if goodbye.changed:
+                self.journal.warn(
+                    f"the script of {member.name} has changed {some(goodbye.changed)} after the last round: {MODEL_FILE} has the "
+                    "model of the last round, without that; a script can save its own with torch.save()."
+                )
             self._progressed_at = now
-        self._tell_members(self._membership.leave(member.name, goodbye.early))
+            self._note_early_leavers()
         if member.early:
-            self._reply(route, Stop(True))
-            return
-        uploader = self._membership.members.get(self._uploader or "")
-        if uploader is None or uploader.lost or uploader.early or not uploader.left:
-            self._uploader = member.name
-        if self._ledger.layout is not None and not self._model.complete and member.name == self._uploader:
-            self._reply(route, Upload())
+            self.journal.promise(route, Stop(True))
+
+    def _how_left(self, member: Member, goodbye: Goodbye) -> dict[str, Any]:
+        how: dict[str, Any] = {"round": goodbye.round}
+        if goodbye.early:
+            how["early"] = True
+        if goodbye.reason:
+            how["failed"] = goodbye.reason
+        return how
+
+    def _has_done_all(self, round_: int) -> bool:
+        """Whether who has so many rounds in its model has all that are known of."""
+        return bool(self._ledger.segments) and round_ >= self._ledger.segments[-1].end
+
+    def _note_early_leavers(self) -> None:
+        """Have others do what those have not done whose scripts ended before the last round."""
+        rounds = self._ledger
+        for worker in self._membership.workers.values():
+            if not worker.left or worker.early or worker.lost or not rounds.segments or self._has_done_all(worker.ended_at):
+                continue
+            text = f"{worker.name} left after round {worker.ended_at} of {rounds.segments[-1].end}, as its script ended"
+            if self._policy.is_local:
+                raise ClusterError(f"{text}, and policy {self._settings.policy} needs all workers up to the last round.")
+            self._tell_members(self._membership.leave(worker.name, early=True))
+            self.journal.warn(f"{text}; others do what it has not done.")
 
     def _script_failed(self, worker: Member, goodbye: Goodbye, now: float) -> None:
         """Go on without a worker whose script has failed, if others can do what it has not done and it is one that may fail:
@@ -827,25 +1006,21 @@ class Coordinator:
             self._log.status(StatusRow(member.name, state, beat.round, waits, beat.rate))
 
     def _finished(self) -> bool:
-        """All workers have left, the books are complete, and the model has been handed in."""
-        workers = self._membership.workers.values()
-        if not self._membership.started or any(m.active for m in workers) or not any(m.left for m in workers):
+        """All workers have left, the books are complete, and the model is written."""
+        if not self._membership.started or self._membership.names("worker"):
             return False
         if self._ledger.layout is None:
-            return True
-        if self._ledger.committed < self._ledger.planned or not self._model.complete:
+            return any(worker.left for worker in self._membership.workers.values())
+        if not self._has_model or self._may_go_on:
             return False
-        return self._cuts.ended(self._ledger.committed)
+        return self._cuts.ended(self._ledger.committed) or bool(self._membership.lost_servers)
 
     def _write_results(self) -> None:
         try:
-            if self._model.complete:
-                self._model.finish()
             failpoint("ending", self._ledger.committed)
             write_summary(self._run_dir, self._summary())
         except OSError as error:
             raise self._unwritten(error) from None
-        log.info("the model is in %s", self._run_dir / MODEL_FILE)
 
     def _unwritten(self, error: OSError) -> ClusterError:
         return ClusterError(f"the results could not be written to {self._run_dir}: {error.strerror or error}.")
@@ -863,7 +1038,7 @@ class Coordinator:
             "seconds": round(seconds, 3),
             "samples_per_second": round((totals.samples - self._samples_before) / seconds, 1) if seconds else None,
             **results(self._ledger, self._policy, self._accuracy),
-            "weights_sha256": self._model.weights_sha256,
+            "weights_sha256": self._model.weights_sha256 if self._model is not None else None,
             "micro_batches_committed": totals.micro_batches_committed,
             "micro_batches_recomputed": totals.micro_batches_recomputed,
             "duplicates_ignored": totals.duplicates_ignored,
@@ -872,6 +1047,13 @@ class Coordinator:
             "wire": self._wire(),
             "refused": dict(sorted(self._refused().items())),
         }
+        workers = self._membership.workers.values()
+        if early := {
+            worker.name: worker.ended_at for worker in workers if worker.early and worker.ended_at >= 0 and not worker.failed
+        }:
+            summary["left_early"] = early
+        if failed := {worker.name: worker.failed for worker in workers if worker.failed}:
+            summary["failed_after_the_last_round"] = failed
         if totals.dropped_in_part:
             summary["dropped_in_part"] = totals.dropped_in_part
         if self._failed:

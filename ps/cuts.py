@@ -129,6 +129,12 @@ class Cuts:
             since = max(since, now if under.reached_at is None else under.reached_at)
         return state != "written" and now > since + _PATIENCE_S
 
+    def give_up(self) -> int:
+        """The round of the cut under way, which will not come: another may be begun at once."""
+        assert self.under is not None
+        round_, self.under = self.under.round, None
+        return round_
+
     def end(self, failure: str, now: float) -> None:
         """The cut is over: complete, or not for the reason `failure`."""
         assert self.under is not None

@@ -38,7 +38,8 @@ from common.messages import (
 from common.plan import Segment
 from common.policies import Policy, load
 from common.settings import Settings
-from ps.checks import check_setup
+from ps.checks import check_file, check_setup
+from ps.parts import sizes
 
 #: Decisions of how many rounds are kept for servers that ask again.
 _REMEMBERED = 16
@@ -119,10 +120,11 @@ class Ledger:
         if self.setup is None:
             try:
                 check_setup(setup)
-                self.layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
+                layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
+                check_file(setup.file, sizes(layout))
             except (UsageError, WireError) as error:
                 return Refused("Setup", str(error))
-            self.setup = setup
+            self.layout, self.setup = layout, setup
         elif setup != self.setup:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")

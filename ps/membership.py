@@ -61,7 +61,7 @@ _LEAD_WITHOUT_S = 0.3
 
 @dataclass
 class Member:
-    """A process that has joined. `left` is set when it said goodbye, `early` if it did so while the run goes on, `lost` when it
+    """A process that has joined. `left` is set when it said goodbye, `early` if others do what it has not done, `lost` when it
     fell silent."""
 
     name: str
@@ -74,6 +74,9 @@ class Member:
     left: bool = False
     lost: bool = False
     early: bool = False
+    #: The rounds that were in a worker's model when its script ended by itself, else -1; and why it failed after the last one.
+    ended_at: int = -1
+    failed: str = ""
     #: Whether it is a server in the place of one that is gone.
     replaces: bool = False
     #: Whether it takes part: it was there at the start, or has said something since it was welcomed.
@@ -136,6 +139,8 @@ class Membership:
         self.tables: list[Table] = []
         #: Grows whenever the workers or their shares change.
         self.epoch = 0
+        #: Whether all rounds are done that are known of: then nobody's part is missing.
+        self.over = False
         #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
         self.newly_lost: list[tuple[str, str]] = []
         #: Those of them that had a name and never took part.
@@ -201,7 +206,7 @@ class Membership:
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
-            if any(m.left and m.hello.index == hello.index is not None for m in there.values()):
+            if self.over or any(m.left and m.hello.index == hello.index is not None for m in there.values()):
                 return None, [("", Beat())]  # in the place of one that had ended its script, there is nothing to do but to wait
             return None, [("", Refused("Hello", self._why_full("worker")))]
         if hello.role == "worker" and (self._unproven if self.started else len(there) - expected) >= MOST_UNPROVEN:
@@ -390,12 +395,20 @@ class Membership:
         return []
 
     def leave(self, name: str, early: bool) -> list[tuple[str, Body]]:
-        """A member says goodbye."""
+        """A member says goodbye. One that is `early` may have been there until now, or have left as if it had done its part."""
         member = self.members[name]
-        was_active, member.left, member.early = member.active, True, member.early or early
+        is_news = early and not member.early and not member.lost
+        member.left, member.early = True, member.early or early
         if member.early:
             member.beat = _counts_of(member.beat)
-        return self._change() if early and was_active else []
+        return self._change() if is_news else []
+
+    def train_on(self) -> None:
+        """There are more rounds to do than were known of."""
+        self.over = False
+        if self._policy.is_local:
+            gone = [member.name for member in self.workers.values() if member.lost and not member.left]
+            self.broken = self.broken or (f"{some(gone)} died between two loops over batches." if gone else "")
 
     def news(self, member: Member, epoch: int, now: float) -> Body | None:
         """What a member has not heard of that knows membership epoch `epoch`: not again while it may be on its way, for of many
@@ -414,8 +427,8 @@ class Membership:
 
     @property
     def awaits_workers(self) -> bool:
-        """Whether those who were to do the rest are gone without having ended, so that others are waited for."""
-        return self.started and all(m.lost or m.early or not m.proven for m in self.workers.values())
+        """Whether those who were to do the rest are gone and no script has ended by itself, so that others are waited for."""
+        return self.started and all(m.lost or (m.early and m.ended_at < 0) or not m.proven for m in self.workers.values())
 
     def silence_s(self, member: Member) -> float:
         """Seconds of silence after which `member` counts as lost. By default twice as long each time that the same process, which
@@ -454,7 +467,7 @@ class Membership:
             needed = [server for server in self.servers.values() if server.lost or (server.replaces and server.beat.round < 0)]
             if not all(self._has_copy(server) for server in needed):
                 self.broken = f"{member.name}: {why}."
-        elif self._policy.is_local and not member.left:
+        elif self._policy.is_local and not member.left and not self.over:
             self.broken = f"{member.name}: {why}."
 
     def _to_workers(self, body: Body) -> list[tuple[str, Body]]:

@@ -22,21 +22,8 @@ import torch
 from common.errors import WireError
 from common.layout import Layout, TableSpec
 from common.messages import ForwardRows, RowPull, RowPush, Update
-from common.rows import (
-    BLOCK,
-    RowSum,
-    RowSums,
-    cut,
-    draw,
-    join,
-    join_sums,
-    local_of,
-    owner_of,
-    page_ids,
-    page_rows,
-    pages,
-    rows_on,
-)
+from common.pages import BLOCK, page_rows, pages
+from common.rows import RowSum, RowSums, cut, draw, join, join_sums, local_of, owner_of, page_ids, rows_on
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import ALIGNED
 from common.wire import Frames
@@ -316,12 +303,14 @@ class RowTables:
         if self._keeps_versions and pull.version > self._version:
             return None
         one = self._tables[pull.table]
-        if pull.page in pages(one.spec):
-            at = one.on_page(pull.page)
-        else:
-            at = one.places(join(iter(frames), "int64", pull.count, "a question"), "a question")
+        at = one.places(join(iter(frames), "int64", pull.count, "a question"), "a question")
         rows = one.read(at, before=self._keeps_versions and pull.version == self._version - 1)
         return len(rows), cut(rows)
+
+    def page(self, table: int, page: int) -> torch.Tensor:
+        """A copy (N, dim) of this server's rows of a page, as they are now."""
+        one = self._tables[table]
+        return one.read(one.on_page(page))
 
     def receive(self, push: RowPush | ForwardRows, frames: Frames, what: str) -> RowSums:
         """A contribution to all tables. Raises WireError naming `what` where it does not fit."""

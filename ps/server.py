@@ -32,6 +32,7 @@ from common.messages import (
     ForwardClasses,
     ForwardRows,
     GotPart,
+    HandIn,
     Hello,
     KvPull,
     KvPush,
@@ -291,7 +292,7 @@ class _Server:
             self._shard.coordinator = self._attendance.coordinator
             if isinstance(body, Lost):
                 self._lose(body, now)
-            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut):
+            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut | HandIn):
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process

@@ -23,6 +23,7 @@ import torch
 
 from common.codecs.chosen import push_seed
 from common.errors import UsageError, WireError
+from common.failpoints import failpoint
 from common.layout import Chunk, Layout, make_layout, message_batches, urgency
 from common.messages import (
     Ack,
@@ -38,9 +39,11 @@ from common.messages import (
     ForwardRows,
     Got,
     GotPart,
+    HandIn,
     Init,
     Kept,
     Lost,
+    ModelPart,
     Owed,
     Plan,
     Pull,
@@ -65,7 +68,7 @@ from common.messages import (
 )  # fmt: skip
 from common.plan import Round, Segment
 from common.policies import Policy
-from common.rows import RowSums
+from common.rows import RowSums, cut
 from common.settings import Settings
 from common.shared import NotShared, Region, attach
 from common.slots import memory_of, views
@@ -77,6 +80,7 @@ from ps.checks import check_distinct, check_hypers, check_setup
 from ps.classes import Classifiers, Contributed
 from ps.memory import check_memory
 from ps.owed import Owing
+from ps.parts import Part, parts_on
 from ps.planes import Planes, Readers
 from ps.rows import RowTables
 from ps.saving import Capture, Source
@@ -219,6 +223,9 @@ class Shard(ABC):
         self.before_tables_change: Callable[[], None] = lambda: None
         #: The incarnation of the coordinator whose word counts.
         self.coordinator = 0
+        #: The parts of the trained model that are here, and the numbers of those that the coordinator wants of which round.
+        self._parts: list[Part] = []
+        self._wanted: tuple[int, set[int]] = -1, set()
 
     # ---- what differs
 
@@ -288,6 +295,10 @@ class Shard(ABC):
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         if isinstance(body, Cut):
             return self._asked_to_cut(body)
+        if isinstance(body, HandIn):
+            known = self._wanted[1] if self._wanted[0] == body.round else set()
+            self._wanted = body.round, known.union(body.parts)
+            return self._hand_in()
         raise WireError(f"a server has no use for {type(body).__name__}")
 
     # ---- events
@@ -392,7 +403,7 @@ class Shard(ABC):
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
         self._complete_cut(now)
-        return [] if done is None else [Send(done[0], *done[1])]
+        return [*([] if done is None else [Send(done[0], *done[1])]), *self._hand_in()]
 
     def _acknowledged(self, seq: int) -> None:
         if self._report is not None and self._report.seq == seq:
@@ -519,6 +530,32 @@ class Shard(ABC):
         self._read_parts += 1
         self.breathe()
 
+    # ---- the trained model
+
+    def _hand_in(self) -> list[Send]:
+        """Send the coordinator the parts of the model that it wants, once all updates before that round are done and no others.
+        By then every server has closed the rounds before it."""
+        round_, numbers = self._wanted
+        if not numbers or round_ != self.version or not self._at_border or not self._open:
+            return []
+        if self.classifiers:
+            self.classifiers.begin_update()
+            if self.classifiers.version != self.classifiers.accepted:
+                return []
+        self._wanted = -1, set()
+        failpoint("uploading", round_)
+        known = sorted(number for number in numbers if number < len(self._parts))
+        return [Send(COORDINATOR, ModelPart(round_, number), self._frames_of(self._parts[number])) for number in known]
+
+    def _frames_of(self, part: Part) -> list[memoryview]:
+        """The frames of a part, whose order ps/parts.py tells."""
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
+        if part.kind == "chunk":
+            return [to_frame(self.store.master(part.number))]
+        if part.kind == "table":
+            return cut(self.tables.page(part.number, part.page))
+        return [frame for tensor in self.classifiers.page(part.number, part.page) for frame in cut(tensor)]
+
     # ---- setting up
 
     def _set_up(self, sender: str, setup: Setup) -> list[Send]:
@@ -530,6 +567,7 @@ class Shard(ABC):
             self.classifiers.may_update = self._may_update_classifiers
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
+            self._parts = parts_on(layout, self.index)
             self.owing = Owing(layout, layout.on(self.index), self.settings)
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
             self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")

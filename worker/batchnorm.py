@@ -24,6 +24,17 @@ def has_statistics(model: nn.Module) -> bool:
     return any(layer.track_running_stats for layer in layers)
 
 
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics in it, by the name of each in the state_dict of `model`."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, layer in layers
+        if layer.track_running_stats
+        for key, buffer in layer.named_buffers(recurse=False)
+    }
+
+
 def recompute(model: nn.Module, dataset: Dataset[Any], batch: int, seed: int) -> None:
     """Replace the running statistics of `model` by means over one pass through a map-style `dataset`, in batches of `batch`.
 

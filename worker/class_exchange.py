@@ -15,7 +15,7 @@ import torch
 from common.errors import WireError
 from common.layout import ClassSpec
 from common.messages import Body, ClassAck, Classified, Classify, ClassPush, Traffic
-from common.rows import cut, join, owner_of, page_ids, rows_on
+from common.rows import cut, join, owner_of, rows_on
 from common.wire import SEND_AGAIN_S, Frames, bytes_of
 from worker.exchange import Send
 from worker.resending import Pushes, Sent, again, due
@@ -44,7 +44,7 @@ class Best:
     classes: torch.Tensor
 
 
-#: What a server has answered; rows for a page, or what is asked of a hidden layer; None where it has no more of that version.
+#: What a server has answered; or what is asked of a hidden layer; None where it has no more of that version.
 Answer = Sums | Best | torch.Tensor | None
 
 
@@ -145,16 +145,6 @@ class ClassExchange:
         best, order = torch.cat([answer.values for answer in answers], 1).topk(self._question.top, 1)
         return best, torch.cat([answer.classes for answer in answers], 1).gather(1, order)
 
-    def take_page(self) -> torch.Tensor:
-        """The rows of the page asked for, (N, dim), in the order of their classes."""
-        assert self.complete and self._question is not None
-        ids = page_ids(self._specs[self._question.classifier], self._question.page)
-        owners, rows = owner_of(ids, self._servers), torch.empty(len(ids), self._specs[self._question.classifier].dim)
-        for server, answer in self._answers.items():
-            if isinstance(answer, torch.Tensor):
-                rows[owners == server] = answer
-        return rows
-
     def take_outputs(self) -> torch.Tensor:
         """Of a hidden layer, all outputs (B, rows)."""
         assert self.complete and not self.gone and self._question is not None
@@ -182,9 +172,6 @@ class ClassExchange:
         decoded: Answer
         if answer.gone:
             decoded = None
-        elif ask.page >= 0:
-            ids = page_ids(spec, ask.page)
-            decoded = part(int((owner_of(ids, self._servers) == server).sum()), spec.dim)
         elif ask.back_through >= 0:
             decoded = part(ask.count, spec.dim - spec.bias)
         elif spec.hidden:

@@ -6,7 +6,7 @@ A forward asks every server what its classes come to (`Classify`), which is all 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -17,9 +17,9 @@ from torch import nn
 from common.errors import UsageError
 from common.layout import ClassSpec
 from common.messages import Classify, ClassPush, RowInit, Use
+from common.pages import pages
 from common.policies import Policy
-from common.rows import cut, owner_of, page_ids, pages
-from common.tensors import to_frame
+from common.rows import cut, owner_of, page_ids
 from worker.class_exchange import ClassExchange, Sums
 from worker.exchange import Send
 from worker.link import Link
@@ -248,7 +248,7 @@ class HiddenContribution:
 
 
 class Shards:
-    """The sharded layers of one worker's model: asked, contributed to, and read as a whole at the end. There may be none."""
+    """The sharded layers of one worker's model: asked and contributed to. There may be none."""
 
     def __init__(
         self,
@@ -422,23 +422,6 @@ class Shards:
             with self._link.lock:
                 messages = self.exchange.push(push, tensors, bases, time.monotonic())
             self._link.send(*messages)
-
-    # ---- the end
-
-    def contents(self, tensor: torch.Tensor) -> Iterator[memoryview] | None:
-        """The bytes of the weight or bias whose place in the model `tensor` has, a page at a time; None for other tensors."""
-        for layer in self._layers:
-            if layer.weight is tensor:
-                return self._pages(layer, slice(layer.in_features))
-            if layer.bias is not None and layer.bias is tensor:
-                return self._pages(layer, slice(layer.in_features, None))
-        return None
-
-    def _pages(self, layer: OnServers, columns: slice) -> Iterator[memoryview]:
-        number = self._number(layer)
-        for page in pages(self._specs[number]):
-            self._ask(layer, Classify(0, number, self._version(), page=page), [])
-            yield to_frame(self.exchange.take_page()[:, columns].contiguous())
 
 
 # ---- arithmetic

@@ -14,7 +14,7 @@ import torch
 from common.errors import WireError
 from common.layout import TableSpec
 from common.messages import Body, RowAck, RowPull, RowPush, Rows, Traffic
-from common.rows import RowSums, cut, cut_sums, join, owner_of, page_ids, split
+from common.rows import RowSums, cut, cut_sums, join, owner_of, split
 from common.wire import Frames, bytes_of
 from worker.exchange import Send
 from worker.resending import Pushes, Sent, again, due
@@ -43,11 +43,6 @@ class RowExchange:
     def pull(self, table: int, ids: torch.Tensor, version: int, now: float) -> list[Send]:
         """Ask for the rows with these sorted, distinct ids; whatever was asked for before is let go."""
         return self._ask(table, ids, lambda number, part: (RowPull(number, table, version, len(part)), cut(part)), now)
-
-    def pull_page(self, table: int, page: int, version: int, now: float) -> list[Send]:
-        """Ask for the rows of a page, likewise."""
-        ids = page_ids(self._tables[table], page)
-        return self._ask(table, ids, lambda number, _: (RowPull(number, table, version, page=page), []), now)
 
     def _ask(
         self, table: int, ids: torch.Tensor, question: Callable[[int, torch.Tensor], tuple[RowPull, Frames]], now: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch.nn.functional import embedding
 from common.errors import UsageError
 from common.layout import TableSpec
 from common.messages import Body, Ready, RowInit, RowPush
+from common.pages import pages
 from common.policies import Policy
-from common.rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids, pages
-from common.tensors import to_frame
+from common.rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids
 from worker.link import Link
 from worker.optimizer import Groups
 from worker.row_exchange import RowExchange
@@ -111,7 +111,7 @@ def check_training(
 
 
 class RowSparse:
-    """The tables of one worker's model: looked up, contributed to, and read as a whole at the end. There may be none."""
+    """The tables of one worker's model: looked up and contributed to. There may be none."""
 
     def __init__(
         self,
@@ -225,20 +225,6 @@ class RowSparse:
             with self._link.lock:
                 messages = self.exchange.push(push, sums, bases, time.monotonic())
             self._link.send(*messages)
-
-    # ---- the end
-
-    def contents(self, weight: torch.Tensor) -> Iterator[memoryview] | None:
-        """The bytes of the table whose place in the model `weight` has, a page at a time; None for other tensors."""
-        table = next((number for number, known in enumerate(self._weights) if known is weight), None)
-        return None if table is None else self._pages(table)
-
-    def _pages(self, table: int) -> Iterator[memoryview]:
-        for page in pages(self._specs[table]):
-            with self._link.lock:
-                messages = self.exchange.pull_page(table, page, self._version(), time.monotonic())
-            self._link.send(*messages)
-            yield to_frame(self._wait(table))
 
 
 def is_ready(id_: int) -> Callable[[Body], bool]:

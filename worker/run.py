@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.errors import ClusterError, PsError, UsageError
-from common.failpoints import arm, failpoint
+from common.failpoints import arm
 from common.layout import message_batches
 from common.messages import (
     Beat,
@@ -32,17 +32,16 @@ from common.messages import (
     Metrics,
     Plan,
     Ready,
+    Recomputed,
     Refused,
     RowAck,
     Rows,
     Setup,
     Share,
     Shared,
-    Stop,
     Tables,
     Traffic,
     Update,
-    Upload,
 )
 from common.no_compiler import no_compiler
 from common.plan import Segment, derive_seed, make_segment
@@ -50,11 +49,13 @@ from common.policies import load
 from common.runlog import some
 from common.settings import Settings
 from common.shared import Handle, NotShared
+from common.tensors import to_frame
 from common.watchdog import Watchdog
 from common.wire import Frames, new_incarnation
-from worker import batchnorm, local, saving
+from worker import batchnorm, local
 from worker.buffers import Rules
-from worker.classes import Shards, check_sharding, find_layers
+from worker.classes import Sharded, Shards, check_sharding, find_layers
+from worker.contents import file_of
 from worker.exchange import Exchange, Send
 from worker.kv import KvClient
 from worker.link import COORDINATOR, Link
@@ -75,7 +76,7 @@ from worker.optimizer import (
 )
 from worker.replica import Replica
 from worker.rounds import GradientWork
-from worker.rows import RowSparse, check_training, find_tables
+from worker.rows import RowSparse, Table, check_training, find_tables
 from worker.slots import Slots
 from worker.tasks import Task, Tasks
 
@@ -85,6 +86,8 @@ log = logging.getLogger("worker.run")
 _FIRST_WEIGHTS_S = (0.1, 1.0)
 #: Seconds that one who leaves waits for servers to have what it has sent.
 _HAND_OVER_S = 10.0
+#: Tensors that a script has changed after the last round, of which the coordinator is told at most.
+_MOST_CHANGED = 100
 #: What one who has ended its script waits for.
 _END = "the coordinator to end the run, which others may still compute"
 #: Seconds after which the mean loss of an epoch is asked for again.
@@ -125,7 +128,11 @@ class Run:
         self._evaluate: Callable[[nn.Module], float] | None = None
         self._metrics_sent = 0
         self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
-        self._upload_wanted = False
+        #: What was computed anew from the last weights and is not in the model's file yet: message, frames, when it was sent.
+        self._recomputed: dict[int, tuple[Recomputed, list[memoryview], float]] = {}
+        self._recomputations = 0
+        #: How often each tensor of the model had been written to when the last loop over batches had ended.
+        self._written: dict[str, tuple[torch.Tensor, int]] = {}
         self._finished = False
         #: Whether this worker is to leave after the micro-batch it is at, and whether it has stopped training for that.
         self.leaves = self.left_early = False
@@ -245,7 +252,7 @@ class Run:
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
             check_training(tables, cls, update.groups, self._policy)
-        sends_first = self._set_up(replica, update)
+        sends_first = self._set_up(replica, update, tables, layers)
         timeout = self.settings.timeout + 20.0
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
@@ -272,9 +279,11 @@ class Run:
             self._work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
         return Optimizer(self._work.step, dense, [self._rows.forget, self._shards.forget])
 
-    def _set_up(self, replica: Replica, update: Update) -> bool:
+    def _set_up(self, replica: Replica, update: Update, tables: Sequence[Table], layers: Sequence[Sharded]) -> bool:
         """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
-        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
+        weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
+        file = file_of(replica.model, [*replica.tensors, *weights, *(sharded.layer.bias for sharded in layers)], replica.specs)
+        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
         sends_first = self._sends_first(setup)
         if sends_first:
             first = replica.first_weights()
@@ -394,8 +403,10 @@ class Run:
             collate_fn=collate_fn,
             forecast=lambda: self._forecast(segment),
         )
+        self._recomputed.clear()
         try:
             yield from self._work.batches(segment, loader)
+            self._written = {name: (tensor, tensor._version) for name, tensor in self._tensors().items()}
         finally:
             loader.close()
 
@@ -439,11 +450,20 @@ class Run:
         """Compute the running statistics of the model's batch normalisation anew, by one pass through training data.
 
         To be called by every worker when the loop is over, under `local` and `average`: the mean of the replicas' statistics is
-        not that of the merged weights. All get the same bits. Does nothing where there is no batch normalisation.
+        not that of the merged weights. All get the same bits, and so does the model's file. Does nothing where there is no batch
+        normalisation.
         """
         if self._model is None:
             raise UsageError("recompute_batchnorm() needs a model: call run.replicate(model) before it.")
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
+        if found := batchnorm.statistics(self._model):
+            message = Recomputed(self._recomputations, self.round, list(found))
+            self._recomputations += 1
+            self._written |= {name: (tensor, tensor._version) for name, tensor in found.items()}
+            frames = [to_frame(tensor.detach().cpu().clone(memory_format=torch.contiguous_format)) for tensor in found.values()]
+            with self._link.lock:
+                self._recomputed[message.id] = message, frames, 0.0
+            self._link.beat_soon()
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop.
@@ -473,38 +493,30 @@ class Run:
         self._finished = self._link.copies = True
         try:
             if self.failure:
-                goodbye = Goodbye(self.failure, cut_off=self.cut_off, keyed=self._kv is not None)
+                goodbye = Goodbye(self.failure, cut_off=self.cut_off, keyed=self._kv is not None, round=self.round)
                 self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
             self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
+            self._wait(lambda: not self._recomputed, lambda: "the coordinator to write the statistics that were computed anew")
             self._hand_over()
+            goodbye = Goodbye(early=self.left_early, round=self.round, changed=self._changed())
             while not self._link.stopped:
-                goodbye = Goodbye(early=self.left_early)
                 self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
-                self._link.wait(lambda: self._link.stopped or self._upload_wanted, float("inf"), lambda: _END, every=1.0)
-                if self._upload_wanted and self._model is not None and not self._link.stopped:
-                    self._upload_wanted = False
-                    self._fetch_masters()
-                    self._link.send(Send(COORDINATOR, self._beat()))
-                    for part, frames in saving.model_parts(self._model, self._contents):
-                        failpoint("uploading", self.round)
-                        self._request(
-                            COORDINATOR,
-                            part,
-                            lambda b, i=part.part: (
-                                isinstance(b, Stop) or (isinstance(b, Ready) and (b.about, b.id) == ("ModelPart", i))
-                            ),  # type: ignore[misc]
-                            frames,
-                        )
+                self._link.wait(lambda: self._link.stopped, float("inf"), lambda: _END, every=1.0)
         finally:
             self._watchdog.stop()
             self._link.close()
 
-    def _contents(self, tensor: torch.Tensor) -> Iterator[memoryview] | None:
-        """What the model's file has of a tensor that is on the servers alone."""
-        found = self._rows.contents(tensor) if self._rows is not None else None
-        return found or (self._shards.contents(tensor) if self._shards is not None else None)
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of the model, by name."""
+        return dict([*self._model.named_parameters(), *self._model.named_buffers()]) if self._model is not None else {}
+
+    def _changed(self) -> list[str]:
+        """Tensors of the model that the script has changed since its last loop over batches ended; some, if they are many."""
+        now = self._tensors()
+        changed = [name for name, (was, version) in self._written.items() if now.get(name) is not was or was._version != version]
+        return changed[:_MOST_CHANGED]
 
     def _hand_over(self) -> None:
         """This worker computes no more: see that servers have all that it has sent, and keep what its codec has left out."""
@@ -555,14 +567,14 @@ class Run:
                 self._tasks.leased(body)
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
+            case Ready(about="Recomputed"):
+                self._recomputed.pop(body.id, None)
             case Ready(about="Owed") if self._exchange is not None:
                 self._exchange.handle(sender, body, frames)
             case Shared() if self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown:
                 self._meet(server, body)
             case Ready() | Shared() | Tables():
                 pass  # the second answer to something asked twice
-            case Upload():
-                self._upload_wanted = True
             case Refused():
                 raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
             case _:
@@ -604,6 +616,10 @@ class Run:
             if now > sent_at + 1.0:
                 self._unsent_metrics[number] = metrics, now
                 out.append(Send(COORDINATOR, metrics))
+        for number, (recomputed, frames, sent_at) in self._recomputed.items():
+            if now > sent_at + 1.0:
+                self._recomputed[number] = recomputed, frames, now
+                out.append(Send(COORDINATOR, recomputed, frames))
         return out
 
     def _progress(self) -> tuple[int, int, int] | None:

@@ -34,6 +34,7 @@ import torch
 import zmq
 from at_once import rows_of, sharded
 from hypothesis import HealthCheck, Phase, settings
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -60,10 +61,12 @@ from common.messages import (
     Waiting,
     Weights,
 )
+from common.pages import BLOCK, pages
 from common.place import Place, here
 from common.plan import Segment, make_segment
 from common.policies import load
-from common.rows import BLOCK, cut, owner_of, page_ids, pages
+from common.rows import cut, owner_of, page_ids
+from common.runfiles import MODEL_FILE
 from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
 from common.shared import Handle, Region
@@ -78,6 +81,7 @@ from ps.shard import Shard
 from worker import local
 from worker.buffers import BufferRule
 from worker.classes import ShardedLinear, Shards, find_layers, sharded_cross_entropy
+from worker.contents import file_of
 from worker.exchange import Exchange, Send
 from worker.link import COORDINATOR, Link
 from worker.optimizer import Hypers, example_optimizer, plain_settings
@@ -131,8 +135,9 @@ class Pace:
     deaf_s: tuple[float, float] = (0.0, 0.0)
     #: Seconds, counted likewise, in which nothing reaches the coordinator from it or it from the coordinator.
     cut_off_s: tuple[float, float] = (0.0, 0.0)
-    #: When it leaves early.
+    #: When it is told to leave early, and when its script breaks off its loop by itself, which the others know nothing of.
     leaves_s: float = float("inf")
+    breaks_s: float = float("inf")
     #: When it fails, and whether that is for a server that does not answer it.
     fails_s: float = float("inf")
     finds_no_server: bool = False
@@ -228,6 +233,8 @@ class Model(nn.Module):
         self.latest: torch.Tensor
         self.register_buffer("latest", torch.zeros(2, dtype=torch.complex64))
         self.rows = case.rows
+        self.table: nn.Embedding = None  # type: ignore[assignment]
+        self.head: ShardedLinear = None  # type: ignore[assignment]
         if case.rows:
             self.table = nn.Embedding(case.rows + len(self.number), 2, sparse=sparse)
             with torch.no_grad():
@@ -757,7 +764,7 @@ class WorkerProcess(Process):
         self.index = number_of(key) if index is None else index
         self.pace = pace
         self.real = real
-        self.done = False
+        self.done = self.breaks = False
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
         self._waits: Wait | None = None
@@ -800,6 +807,10 @@ class WorkerProcess(Process):
         self.world.killed += 1
         if away < float("inf"):
             self.world.at(self.world.now + away, lambda: self.world.start(self._successor(None)))
+
+    def _break_off(self) -> None:
+        """Leave the loop at the next batch."""
+        self.breaks = True
 
     def _fail(self) -> None:
         self.link.send(Send(COORDINATOR, Goodbye("nothing came.", cut_off=self.pace.finds_no_server)))
@@ -910,6 +921,8 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + self.pace.dies_s, self._die)
         if self.pace.leaves_s < float("inf"):
             self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
+        if self.pace.breaks_s < float("inf"):
+            self.world.at(self.world.now + self.pace.breaks_s, self._break_off)
         if self.pace.fails_s < float("inf"):
             self.world.at(self.world.now + self.pace.fails_s, self._fail)
         run = self.run = Run(self.link)
@@ -959,13 +972,13 @@ class WorkerProcess(Process):
         except SystemExit:
             yield from self._hand_over()
             while not self.link.stopped:
-                self.link.send(Send(COORDINATOR, Goodbye(early=True)))
+                self.link.send(Send(COORDINATOR, Goodbye(early=not self.breaks, round=run.round)))
                 yield Wait(lambda: self.link.stopped, self.world.now + 1.0)
             return
         yield from self._hand_over()
         self.done = True
         while True:
-            self.link.send(Send(COORDINATOR, Goodbye()))
+            self.link.send(Send(COORDINATOR, Goodbye(round=run.round)))
             yield Wait(None, self.world.now + 1.0)
 
     def _hand_over(self) -> Script:
@@ -976,7 +989,9 @@ class WorkerProcess(Process):
         yield Wait(lambda: not exchange.not_told, float("inf"))
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
-        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers)
+        weights = [layer.weight for layer in (self.model.table, self.model.head) if layer is not None]
+        file = file_of(self.model, [*replica.tensors, *weights], replica.specs)
+        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
         servers = self.world.case.settings.servers
         while True:
             is_first = (yield from self._request(COORDINATOR, setup, "Setup", 0)).lacks
@@ -1052,6 +1067,8 @@ class SteppedWork(GradientWork):
             self._push_early()
             self._metrics = {}
             yield Wait(None, world.now + self.process.begins(task))
+            if self.process.breaks:
+                raise SystemExit
             yield from self._await_weights()
             if not self._spoilt:
                 self.process.has_weights(task)
@@ -1213,6 +1230,8 @@ class SteppedLocalWork(local.LocalWork):
             for k in table.run(self._run.name, plan.micro_batches):
                 self._current, self._metrics, self._begun_at = Task(index, k), {}, self.process.world.now
                 yield Wait(None, self.process.world.now + self.process.begins(self._current))
+                if self.process.breaks:
+                    raise SystemExit
                 self.process.model.compute(self._current)
                 self.log({"loss": float(k)})
                 self.step()
@@ -1390,6 +1409,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
+            "common.pages.CHUNK_BYTES": world.case.chunk_bytes,
             "ps.journal.RunLog": RunLog if world.case.keeps_books else RecordedLog,
             "ps.server.Watchdog": mock.Mock(),
             "worker.run.Watchdog": mock.Mock(),
@@ -1405,6 +1425,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             "worker.link.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
             "ps.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
             "ps.transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "ps.collecting.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "ps.archive._HASH_BYTES": 64,
         }
         for name, value in replacements.items():
             stack.enter_context(mock.patch(name, value))
@@ -1439,7 +1461,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
             done = there and all(w.done or not w.useful for w in everybody)
-            return done and _is_settled(world) and coordinator.ledger.committed >= planned
+            return done and _is_settled(world) and coordinator.ledger.committed >= planned and coordinator.coordinator._has_model
 
         try:
             if case.real:
@@ -1462,7 +1484,30 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
                 whole[int(start) : int(start) + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
         shards = [_newest_of(world, number).shard for number in range(len(servers))]
-        return Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
+        outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
+        if not until_snapshot:
+            _check_file(outcome, coordinator.folder / MODEL_FILE)
+        return outcome
+
+
+def _check_file(outcome: Outcome, path: Path) -> None:
+    """The model's file has what the servers have in the end."""
+    file, layout = load_file(path), outcome.shards[0].layout
+    assert layout is not None and file.keys() == Model(outcome.case).state_dict().keys()
+    for chunk in layout.chunks:
+        store = outcome.shards[chunk.server].store
+        assert store is not None
+        for piece in chunk.pieces:
+            spec = layout.tensors[piece.tensor]
+            flat = file[spec.name].reshape(-1)
+            flat = flat.view(torch.uint8) if spec.kind == "last" else flat
+            assert torch.equal(
+                flat[piece.start : piece.start + piece.length], store.master(chunk.id)[piece.offset : piece.offset + piece.length]
+            )
+    if outcome.case.rows:
+        assert torch.equal(file["table.weight"], outcome.table())
+    if outcome.case.classes:
+        assert torch.equal(file["head.weight"], outcome.head())
 
 
 def _newest_of(world: World, number: int) -> ServerProcess:

@@ -173,7 +173,8 @@ def fingerprint(process: Process) -> Any:
         c = process.coordinator
         ledger = c._ledger
         members = {m.name: (m.incarnation, m.beat, m.left, m.lost) for m in c._membership.members.values()}
-        return str((members, c._membership.tables, vars(ledger), c._model._there, c._uploader))
+        model = [vars(one) for one in (c._model, c._collecting) if one is not None]
+        return str((members, c._membership.tables, vars(ledger), model))
     assert isinstance(process, ServerProcess)
     shard, server = process.shard, process.server
     store = shard.store

@@ -439,7 +439,7 @@ def test_questions_about_rounds_that_are_over_and_of_the_lost_are_forgotten() ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"classifier": 1}, {"classifier": -1}, {"count": BATCH + 1}, {"count": 0}, {"top": CLASSES + 1}, {"page": 99}, {"top": 1}],
+    [{"classifier": 1}, {"classifier": -1}, {"count": BATCH + 1}, {"count": 0}, {"top": CLASSES + 1}, {"top": 1}],
 )
 def test_questions_that_cannot_be_meant_are_refused(change: dict[str, Any]) -> None:
     x, y = batch(0)

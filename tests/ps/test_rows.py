@@ -31,10 +31,10 @@ from common.messages import (
     Update,
     Weights,
 )  # fmt: skip
+from common.pages import BLOCK, pages
 from common.plan import make_segment
 from common.policies import load
 from common.rows import (
-    BLOCK,
     RowSum,
     add_rows,
     cut,
@@ -45,7 +45,6 @@ from common.rows import (
     no_rows,
     owner_of,
     page_ids,
-    pages,
     rows_on,
     split,
 )  # fmt: skip
@@ -145,6 +144,7 @@ def test_a_row_that_only_one_side_has_keeps_every_bit() -> None:
 
 def test_contributions_come_out_of_frames_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.rows.CHUNK_BYTES", 64)
+    monkeypatch.setattr("common.pages.CHUNK_BYTES", 64)
     specs = make_layout([], 1, [TableSpec(name, ROWS, DIM, 0) for name in "abc"]).tables
     sums = [rows_of(range(30)), rows_of([]), no_rows(specs[2])]
     frames = cut_sums(sums)
@@ -256,7 +256,6 @@ def test_rows_that_servers_draw_are_the_same_whoever_has_them_and_whenever_they_
         (RowPull(1, 0, 0, 1), [BLOCK]),
         (RowPull(1, 0, 0, 2), [1]),
         (RowPull(1, 1, 0, 1), [1]),
-        (RowPull(1, 0, 0, 1, page=9), []),
     ],
 )
 def test_questions_for_rows_that_are_not_here_are_refused(pull: RowPull, ids: list[int]) -> None:

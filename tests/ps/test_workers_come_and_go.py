@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +15,9 @@ from simulation import Case, Network, Outcome, Pace, schedules, simulate
 from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises
 
 from common.errors import ClusterError
+from common.runlog import FILE_NAME, RunLogReader
 from common.settings import Settings
+from common.snapshots import newest
 from ps.membership import NEAR_S
 
 
@@ -32,6 +36,7 @@ def fates(draw: st.DrawFn) -> Pace:
                 Pace(compute, leaves_s=when),
                 Pace(compute, fails_s=when),
                 Pace(compute, starts_s=3 * when, fails_s=0.01),
+                Pace(compute, breaks_s=when),
                 Pace(compute, cut_off_s=(when, when + 3 * NEAR_S)),
             ]
         )
@@ -98,11 +103,38 @@ def test_with_all_workers_dead_the_next_to_join_goes_on(policy: str, when: float
 
 def test_who_leaves_early_has_handed_over_what_it_did_and_others_do_the_rest() -> None:
     outcome = simulate(case("sync", [Pace(0.1), Pace(0.1, leaves_s=1.0)]))
-    assert [event.data for event in outcome.log.events if event.kind == "left" and event.process == "worker-1"] == [
-        {"early": True}
-    ]
+    (left,) = [event.data for event in outcome.log.events if event.kind == "left" and event.process == "worker-1"]
+    assert left["early"] and left["round"] in (1, 2)  # after a second, of rounds that take half of one
     assert outcome.ledger.totals.micro_batches_recomputed <= 1
     check(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "ssp", "async"])
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_script_that_breaks_off_has_left_and_others_do_the_rest(policy: str, who: int) -> None:
+    outcome = simulate(case(policy, [Pace(0.1, breaks_s=1.0 if n == who else float("inf")) for n in range(2)]))
+    (left,) = [event.data for event in outcome.log.events if event.kind == "left" and event.process == f"worker-{who}"]
+    (warning,) = [event.data["text"] for event in outcome.log.events if event.kind == "warning"]
+    assert warning.startswith(f"worker-{who} left after round {left['round']} of 12, as its script ended; others")
+    assert all(shard.lost == {f"worker-{who}"} for shard in outcome.shards)
+    assert outcome.world.coordinator._summary()["left_early"] == {f"worker-{who}": left["round"]}
+    check(outcome)
+
+
+def test_where_all_scripts_break_off_the_run_ends_with_a_snapshot_of_what_is_done(tmp_path: Path) -> None:
+    paces = [Pace(0.1, breaks_s=1.0), Pace(0.1, breaks_s=1.2)]
+    with pytest.raises(ClusterError, match=r"^all workers have left after \d+ of 9 rounds: a script must go on"):
+        simulate(short(paces, folder=tmp_path))
+    with closing(RunLogReader(tmp_path / FILE_NAME)) as reader:
+        assert newest(tmp_path)[0].manifest.round == len(reader.rounds())  # type: ignore[union-attr]
+    outcome = simulate(short([Pace(0.1)], folder=tmp_path, resume=True))
+    check(outcome)
+
+
+@pytest.mark.parametrize("policy", ["local", "average"])
+def test_where_no_worker_can_be_done_without_a_script_that_breaks_off_ends_the_run(policy: str) -> None:
+    with pytest.raises(ClusterError, match=rf"^worker-1 left after round \d of 9, .*policy {policy} needs all workers"):
+        simulate(replace(case(policy, [Pace(0.1), Pace(0.1, breaks_s=0.7)]), segments=[(28, 3)]))
 
 
 def test_where_nobody_waits_others_do_what_a_dead_worker_had_soon_and_not_at_the_end() -> None:

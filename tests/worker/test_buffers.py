@@ -18,13 +18,28 @@ from common.messages import Update
 from common.policies import load
 from common.settings import Settings
 from common.tensorfile import TensorFiles
+from ps.parts import sizes
 from ps.store import Store
 from worker.buffers import Rules, find
+from worker.contents import file_of
+from worker.replica import Replica
 
 DTYPES = [
-    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-    torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128,
-]  # fmt: skip
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.complex64,
+    torch.complex128,
+]  # fmt: skipfrom worker.contents import file_of
 
 
 class Net(nn.Module):
@@ -191,3 +206,16 @@ def test_a_buffer_that_is_in_no_file_does_not_travel_and_must_not_change() -> No
     own = train(net, lambda net: net.rotary.add_(1), rules={"rotary": "own"})
     own.replica.check_constants()
     assert len(own.replica.specs) == 1 and net.rotary.tolist() == [1] * 4  # type: ignore[operator, union-attr]
+
+
+def test_the_models_file_has_pairs_for_a_dtype_without_a_name_and_the_parts_of_a_sparse_buffer() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("turns", torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex128))
+    model.register_buffer("adjacency", torch.tensor([[0.0, 5.0], [0.0, 0.0]]).to_sparse())
+    replica = Replica(model, {id(model.weight): 0, id(model.bias): 0}, 1)
+    names = [spec.name for spec in replica.specs]
+    file = {entry.name: entry for entry in file_of(model, replica.tensors, replica.specs)}
+    assert (file["turns"].dtype, file["turns"].shape) == ("F64", [2, 2])
+    assert (file["adjacency.indices"].shape, file["adjacency.values"].dtype) == ([2, 1], "F32")
+    assert {name: names[entry.of] for name, entry in file.items()} == {name: name for name in names}
+    assert sizes(replica.layout)[file["turns"].of] == 32

@@ -26,7 +26,6 @@ from common.settings import Settings
 from common.wire import SEND_AGAIN_S
 from worker.class_exchange import ClassExchange
 from worker.classes import ShardedLinear, check_sharding, find_layers, sharded_cross_entropy
-from worker.saving import model_parts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ps"))
 from at_once import sharded
@@ -131,12 +130,6 @@ def test_a_round_that_is_over_gives_no_contribution_and_says_so() -> None:
     shards.forget()  # zero_grad, as some call it between forward and backward
     loss.backward()
     assert shards.spoilt and shards.contribution(1) == [] and not shards.spoilt
-
-
-def test_the_models_file_has_the_whole_layer_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.rows.CHUNK_BYTES", 64 * 4 * (DIM + 1))
-    plain, ours, shards, _ = pair(servers=3)
-    assert list(model_parts(ours, shards.contents)) == list(model_parts(plain))
 
 
 def test_a_layer_takes_up_no_memory_and_a_copy_of_it_has_nothing_to_do_with_the_run() -> None:

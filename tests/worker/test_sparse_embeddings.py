@@ -27,7 +27,6 @@ from worker.exchange import Send
 from worker.link import Link
 from worker.row_exchange import RowExchange
 from worker.rows import RowSparse, Table, check_training, find_tables
-from worker.saving import model_parts
 
 ROWS, DIM = 300, 4
 SETTINGS = [{"lr": 1.0, "momentum": 0, "weight_decay": 0}]
@@ -177,14 +176,6 @@ def test_a_copy_looks_up_and_contributes_nothing_and_a_saved_model_has_nothing_t
     torch.save(ours, buffer)
     buffer.seek(0)
     assert torch.load(buffer, weights_only=False).table.forward.__func__ is nn.Embedding.forward
-
-
-def test_the_models_file_has_the_whole_tables_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.rows.CHUNK_BYTES", 64 * 4 * DIM)
-    plain, ours, rows, _ = pair(3)
-    with torch.no_grad():
-        ours.frozen.weight.copy_(plain.frozen.weight)
-    assert list(model_parts(ours, rows.contents)) == list(model_parts(plain))
 
 
 def test_an_embedding_that_servers_draw_takes_up_no_memory() -> None:
