@@ -151,7 +151,7 @@ def short(paces: list[Pace], **more: Any) -> Case:
 
 def test_who_is_cut_off_from_a_server_is_given_up_and_others_do_what_it_had() -> None:
     outcome = simulate(short([Pace(0.1), Pace(0.1, fails_s=0.5, finds_no_server=True)]))
-    assert [event.data["why"] for event in outcome.log.events if event.kind == "lost"] == ["nothing came."]
+    assert [event.data["why"] for event in outcome.log.events if event.kind == "lost"] == ["worker-1 failed: nothing came."]
     assert all(shard.lost == {"worker-1"} for shard in outcome.shards)
     check(outcome)
 
