@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.exits import leave, run_command
-from cluster.flags import Choice, Command, Option, check_address, choose, given, run_options, settings_options
+from cluster.flags import Choice, Command, Option, check_address, check_advertised, choose, given, run_options, settings_options
 from cluster.lifeline import PARENT_VARIABLE, die_with_parent
 from cluster.output import open_standard_streams
 from common.errors import OneLine
@@ -180,7 +180,10 @@ def coordinator(
               help="Where layers are that servers compute (ShardedLinear, ColumnParallelLinear), such as cuda:0; all else is in "
               "memory that workers reach.")  # fmt: skip
 @_START
-def server(coordinator: str, bind: str, index: int | None, device: str, start_s: float) -> None:
+@click.option("--advertise", callback=check_advertised, metavar="ADDRESS",
+              help="Where others are to connect, HOST, HOST:PORT or tcp://HOST:PORT, such as a router's address that is "
+              "forwarded here; by default where it listens, as seen from the coordinator.")  # fmt: skip
+def server(coordinator: str, bind: str, index: int | None, device: str, start_s: float, advertise: str | None) -> None:
     """Be one of a run's servers.
 
     Holds a part of the parameters and updates them, until the run ends.
@@ -190,7 +193,7 @@ def server(coordinator: str, bind: str, index: int | None, device: str, start_s:
 
     _log_to_stderr()
     keep_private()
-    serve(coordinator, bind, index, find_device(device, "--device"), start_s)
+    serve(coordinator, bind, index, find_device(device, "--device"), start_s, advertise)
 
 
 @cli.command(cls=Command)
@@ -207,6 +210,9 @@ def server(coordinator: str, bind: str, index: int | None, device: str, start_s:
 @click.option("--respawn-backoff", type=click.FloatRange(0), default=0.5, metavar="X", show_default=True,
               help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
 @_START
+@click.option("--advertise", callback=check_advertised, metavar="ADDRESS",
+              help="With --colocate: where others are to connect to its server, HOST, HOST:PORT or tcp://HOST:PORT. The server "
+              "listens at PORT, too.")  # fmt: skip
 @click.pass_context
 def worker(
     ctx: click.Context,
@@ -218,6 +224,7 @@ def worker(
     respawn: int,
     respawn_backoff: float,
     start_s: float,
+    advertise: str | None,
 ) -> None:
     """Be one of a run's workers.
 
@@ -234,7 +241,7 @@ def worker(
             from cluster.crew import Respawn
 
             again = Respawn(respawn, respawn_backoff)
-            beside.enter_context(server_beside(_program(), coordinator, index, script, again, server_device))
+            beside.enter_context(server_beside(_program(), coordinator, index, script, again, server_device, advertise))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
 
 

@@ -27,6 +27,7 @@ from cluster.crew import Respawn
 from cluster.exits import exit_code
 from cluster.local import check_script, start_server
 from cluster.processes import GATHER_S, TICK_S, Child, Processes
+from common.addresses import as_told, split
 from common.errors import ClusterError, PsError, UsageError
 
 log = logging.getLogger("cluster.colocated")
@@ -43,10 +44,17 @@ _SHORTEST_S = 0.2
 
 @contextlib.contextmanager
 def server_beside(
-    program: Sequence[str], coordinator: str, index: int | None, script: str | None, respawn: Respawn, device: str
+    program: Sequence[str],
+    coordinator: str,
+    index: int | None,
+    script: str | None,
+    respawn: Respawn,
+    device: str,
+    advertise: str | None = None,
 ) -> Iterator[None]:
     """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
 
+    The server tells others to connect to `advertise`, if that is not None, and listens at its port, if it has one.
     What the server logs goes to stderr. Where it is killed it is started again, as `respawn` says. Within the context, which is
     the main thread's, its failure is raised: UsageError where it was refused, else ClusterError. After that it goes on until
     the run or this process ends.
@@ -57,7 +65,10 @@ def server_beside(
     try:
         with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
             processes = cleanup.enter_context(Processes(Path(folder), os.environ))
-            server = start_server(processes, program, coordinator, index, device, bind="tcp://*:0")
+            bind, flags = "tcp://*:0", []
+            if advertise is not None:
+                bind, flags = f"tcp://*:{split(as_told(advertise, bind))[1]}", ["--advertise", advertise]
+            server = start_server(processes, program, coordinator, index, device, bind, flags)
             told = server.log.open("rb")
         server.log = Path(f"/proc/self/fd/{told.fileno()}")
     except OSError as error:

@@ -61,8 +61,10 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str) -> int:
 
 def leave(code: int) -> NoReturn:
     """End this process as `sys.exit` does: threads are waited for, what was registered with atexit is called, and what was
-    written to files that are still open gets there. But Python is not taken apart, which with torch takes 0.2 s, and touches,
-    and so copies, all memory that processes made by a fork share.
+    written to files that are still open gets there. If such a function has put a PsError into sys.last_value, the process fails.
+
+    Python is not taken apart, which with torch takes 0.2 s, and touches, and so copies, all memory that processes made by a fork
+    share.
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -71,7 +73,8 @@ def leave(code: int) -> NoReturn:
             with contextlib.suppress(OSError, ValueError):
                 thing.flush()
     ctypes.CDLL(None).fflush(None)
-    os._exit(code)
+    told = getattr(sys, "last_value", None)
+    os._exit(code or (exit_code(told) if isinstance(told, PsError) else 0))
 
 
 def exit_code(error: BaseException) -> int:

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from cluster.crew import Respawn
 from cluster.rundir import is_folder_name
+from common.addresses import as_told
 from common.errors import UsageError
 from common.runfiles import RUNS
 from common.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
@@ -131,6 +132,13 @@ def check_address(ctx: click.Context, option: click.Parameter, value: str) -> st
         raise click.BadParameter(f"'{value}' is no address; it looks like tcp://HOST:PORT.")
     if int(found[1]) > 65535:
         raise click.BadParameter(f"'{value}' is no address: a port is at most 65535.")
+    return value
+
+
+def check_advertised(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """The callback of an option that takes HOST, HOST:PORT or tcp://HOST:PORT."""
+    if value is not None:
+        as_told(value, "tcp://*:0")
     return value
 
 

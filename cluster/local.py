@@ -187,11 +187,12 @@ def start_server(
     index: int | None,
     device: str = "cpu",
     bind: str = "tcp://127.0.0.1:0",
+    flags: Sequence[str] = (),
     **env: str,
 ) -> Child:
-    """Start a server of the run whose coordinator is at `address`, with this number or any that is free."""
+    """Start a server of the run whose coordinator is at `address`, with this number or any that is free, and with `flags`."""
     number = [] if index is None else ["--index", str(index)]
-    command = ["server", "--coordinator", address, "--bind", bind, *number, "--device", device]
+    command = ["server", "--coordinator", address, "--bind", bind, *number, "--device", device, *flags]
     return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1), **env)
 
 

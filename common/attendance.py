@@ -9,6 +9,7 @@ A state machine: `handle` takes what the coordinator sent, `tick` returns what t
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Callable
 
 from common.errors import ClusterError, UsageError
@@ -37,7 +38,7 @@ class Attendance:
         self.stop: Stop | None = None
         #: The incarnation of the coordinator whose word counts: each that takes over the run has a higher one.
         self.coordinator = 0
-        self._heard_at = now
+        self._heard_at, self._was_heard = now, False
         self._silence_s = start_s
         #: What the coordinator waited for when it last said so, and when this process last told what it waits for itself.
         self._missing = ""
@@ -54,7 +55,7 @@ class Attendance:
 
     def handle(self, body: Body, now: float) -> None:
         """Raises UsageError where the coordinator refuses this process."""
-        self._heard_at = now
+        self._heard_at, self._was_heard = now, True
         match body:
             case Welcome():
                 self.welcome = self.welcome or body
@@ -90,7 +91,10 @@ class Attendance:
             log.info("waits for the run of %s to start: %s", self._address, self._missing or "others are to join")
 
     def _silence(self, now: float) -> str:
-        return f"the coordinator at {self._address} has not answered for {now - self._heard_at:.0f} s"
+        text = f"the coordinator at {self._address} has not answered for {now - self._heard_at:.0f} s"
+        if self._was_heard:
+            return text
+        return f"{text}; {platform.node()} asks for it: it must listen there (its --bind), and no firewall may close that port"
 
     def _flag(self) -> str:
         return "--start-timeout" if self.welcome is None else "--away"

@@ -122,7 +122,8 @@ class Beat(Body, frozen=True):
     (round, micro-batch) that it has taken over and not begun, of other rounds than `round`; and `later` are micro-batches that
     have not arrived at a server, of each of the rounds after its earliest open one.
 
-    To a process that has joined a run which has not started, the coordinator says who is `missing`.
+    `unreached` are numbers of servers to which this process has had no connection for a while. To a process that has joined a
+    run which has not started, the coordinator says who is `missing`.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -140,6 +141,7 @@ class Beat(Body, frozen=True):
     taken: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MOST_TOLD)] = []
     later: Annotated[list[Told], msgspec.Meta(max_length=MOST_TOLD)] = []
     missing: Name = ""
+    unreached: Few[Count] = []
 
     def __post_init__(self) -> None:
         if self.later and sum(map(len, self.later)) > MOST_TOLD:

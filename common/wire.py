@@ -12,8 +12,7 @@ import ctypes
 import os
 import re
 import resource
-import socket as stdlib_socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from common.errors import ClusterError, UsageError, WireError
+from common.addresses import needs_ipv6
+from common.errors import UsageError, WireError
 from common.messages import Body, Classified, Classify, Envelope, KvPull, RowPull, Rows
 
 PROTOCOL = 1
@@ -128,12 +128,22 @@ def allow_files(count: int) -> None:
 
 
 def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str]:
-    """A listening ROUTER and the address it really has. Raises UsageError where `bind` cannot be had."""
+    """Make a listening ROUTER; it and the address it really has. At tcp://*:PORT it listens by IPv4 and IPv6 alike.
+
+    Raises UsageError where `bind` cannot be had.
+    """
     _LIBC.srand(int.from_bytes(os.urandom(4), "little"))
-    sock = _socket(context, zmq.ROUTER, bind)
-    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # without it, what cannot be routed vanishes silently
+    is_any = bind.startswith("tcp://*:")
+    sock = _listening(context, bind, is_any or "[" in bind)
     try:
-        sock.bind(bind)
+        try:
+            sock.bind(bind)
+        except zmq.ZMQError as error:
+            if not is_any or error.errno == zmq.EADDRINUSE:
+                raise
+            sock.close()
+            sock = _listening(context, bind, ipv6=False)  # this host has none
+            sock.bind(bind)
     except zmq.ZMQError as error:
         sock.close()
         if error.errno == zmq.EADDRINUSE:
@@ -142,9 +152,20 @@ def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str
     return sock, sock.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def dealer(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
-    """A DEALER connected to `address`. Raises UsageError where that is no address."""
-    sock = _socket(context, zmq.DEALER, address)
+def _listening(context: zmq.Context[Any], bind: str, ipv6: bool) -> zmq.Socket[bytes]:
+    sock = _socket(context, zmq.ROUTER, ipv6)
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # without it, what cannot be routed vanishes silently
+    return sock
+
+
+def dealer(
+    context: zmq.Context[Any], address: str, watch: Callable[[zmq.Socket[bytes]], object] | None = None
+) -> zmq.Socket[bytes]:
+    """Make a DEALER connected to `address`, which is handed to `watch` before it connects. Raises UsageError where that is no
+    address."""
+    sock = _socket(context, zmq.DEALER, needs_ipv6(address))
+    if watch is not None:
+        watch(sock)
     try:
         sock.connect(address)
     except zmq.ZMQError as error:
@@ -153,7 +174,7 @@ def dealer(context: zmq.Context[Any], address: str) -> zmq.Socket[bytes]:
     return sock
 
 
-def _socket(context: zmq.Context[Any], kind: int, address: str) -> zmq.Socket[bytes]:
+def _socket(context: zmq.Context[Any], kind: int, ipv6: bool) -> zmq.Socket[bytes]:
     sock: zmq.Socket[bytes] = context.socket(kind)
     sock.setsockopt(zmq.LINGER, 1000)
     sock.setsockopt(zmq.IMMEDIATE, 0)  # queue while connecting: what is stale by then is refused by its header
@@ -163,7 +184,7 @@ def _socket(context: zmq.Context[Any], kind: int, address: str) -> zmq.Socket[by
     sock.setsockopt(zmq.BACKLOG, _BACKLOG)
     for option, value in _KEEPALIVE.items():
         sock.setsockopt(option, value)
-    sock.setsockopt(zmq.IPV6, int("[" in address))
+    sock.setsockopt(zmq.IPV6, int(ipv6))
     sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     sock.setsockopt(zmq.SNDHWM, 10000)
     sock.setsockopt(zmq.RCVHWM, 10000)
@@ -228,22 +249,6 @@ def is_address(text: str) -> bool:
 def bytes_of(frame: Any) -> memoryview:
     """The bytes of a frame, whether ZeroMQ's own or any buffer."""
     return frame.buffer if isinstance(frame, zmq.Frame) else memoryview(frame)
-
-
-def advertised(bound: str, towards: str) -> str:
-    """The address others reach the listener `bound` at: a wildcard host becomes this host's address towards `towards`."""
-    host, _, port = bound.removeprefix("tcp://").rpartition(":")
-    if host.strip("[]") not in ("0.0.0.0", "::", "*", ""):
-        return bound
-    peer, _, peer_port = towards.removeprefix("tcp://").rpartition(":")
-    try:
-        family, _, _, _, target = stdlib_socket.getaddrinfo(peer.strip("[]"), int(peer_port), type=stdlib_socket.SOCK_DGRAM)[0]
-        with stdlib_socket.socket(family, stdlib_socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing; picks the route
-            own = probe.getsockname()[0]
-    except (OSError, ValueError) as error:
-        raise ClusterError(f"the coordinator's address {towards} cannot be resolved: {error}.") from None
-    return f"tcp://[{own}]:{port}" if ":" in own else f"tcp://{own}:{port}"
 
 
 def write_address(path: Path, address: str) -> None:

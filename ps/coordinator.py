@@ -197,6 +197,10 @@ class Coordinator:
         #: Watches connections, once the loop runs.
         self._inflow: Inflow | None = None
         self._told_refused: Counter[str] = Counter()
+        #: When it was last told that somebody may not join.
+        self._refused_at = float("-inf")
+        #: Incarnations of workers and of servers that those cannot reach, as was told.
+        self._told_unreached: set[tuple[int, int]] = set()
         #: When it was last told that there is no snapshot.
         self._failure_told_at = float("-inf")
         self._accuracy: Measured | None = None
@@ -759,6 +763,10 @@ class Coordinator:
                 self._log.event(Event("joined", member.name, {**data, "place": hello.place.pids}))
                 if member.proven:
                     self._progressed_at = now
+        for _, body in answers:
+            if isinstance(body, Refused) and now >= self._refused_at + _TELL_S:
+                self._refused_at = now
+                log.warning("a %s on %s may not join: %s", hello.role, printable(hello.host), printable(body.reason))
         self._tell_members(answers, route)
         if self._membership.started and not started:
             self._warn_of_unequal_arithmetic()
@@ -807,6 +815,7 @@ class Coordinator:
         if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
             self._progressed_at = now
         self._membership.beat(member.name, beat, now)
+        self._tell_of_unreached(member)
         if now >= self._answered_at.get(member.name, 0.0) + BEAT_S / 2:  # beats with news come much more often
             self._answered_at[member.name] = now
             self._send(member.name, Beat())
@@ -986,8 +995,25 @@ class Coordinator:
         """When something last moved. Called by the watchdog's thread."""
         return self._progressed_at if self._membership.started else None
 
+    def _tell_of_unreached(self, worker: Member) -> None:
+        """Repeat what a worker says of servers that it cannot reach, once of each process."""
+        for number in worker.beat.unreached:
+            server = self._membership.servers.get(f"server-{number}")
+            if server is not None and (pair := (worker.incarnation, server.incarnation)) not in self._told_unreached:
+                self._told_unreached.add(pair)
+                self.journal.warn(_cannot_reach(worker, server))
+
+    def _unreached(self) -> str:
+        """Which workers cannot reach which servers; '' if all can."""
+        servers, active = self._membership.servers, self._membership.names("worker")
+        workers = [worker for name in active if (worker := self._membership.members[name]).beat.unreached]
+        pairs = [(w, servers[name]) for w in workers for n in w.beat.unreached if (name := f"server-{n}") in servers]
+        return some([_cannot_reach(worker, server) for worker, server in pairs])
+
     def _whom_all_wait_for(self) -> str:
         """Workers that have something left to do in the open round, else servers that have not applied it."""
+        if unreached := self._unreached():
+            return f"a connection ({unreached})"
         members = self._membership.members
         round_ = self._ledger.committed
         if gone := self._membership.lost_servers:
@@ -1077,3 +1103,9 @@ def _called(member: Member) -> str:
     """A member's name and host, for people."""
     host = printable(member.hello.host)
     return f"{member.name} on {host}" if host else member.name
+
+
+def _cannot_reach(worker: Member, server: Member) -> str:
+    return (
+        f"{_called(worker)} cannot reach {_called(server)} at {printable(server.hello.address)}: see its --bind and --advertise"
+    )

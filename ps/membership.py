@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from common.addresses import is_loopback
 from common.errors import ClusterError
 from common.leases import Table, shares
 from common.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
@@ -191,6 +192,8 @@ class Membership:
         if member is not None:
             member.heard_at = now
             return member, [("", self._answer(member))]
+        if reason := self._why_apart(hello):
+            return None, [("", Refused("Hello", reason))]
         if (taken := self._place_of(hello)) is not None:
             is_gone = now - taken.heard_at > _DEAD_S or is_dead(taken.hello)
             if is_gone and not self._awaits_keeper(taken, now):
@@ -230,6 +233,19 @@ class Membership:
         if self._lacks("server") or self._lacks("worker"):
             return member, [("", self._answer(member))]
         return member, self._start()
+
+    def _why_apart(self, hello: Hello) -> str:
+        """Why a server and somebody who needs it cannot reach each other, if one of them is the newcomer; '' if they may."""
+        newcomer, there = Member("this server", hello, 0, 0.0), [member for member in self.members.values() if member.active]
+        for server, other in [*((member, newcomer) for member in there), *((newcomer, member) for member in there)]:
+            needs = server.hello.role == "server" and (other.hello.role == "worker" or self.settings.replicas > 0)
+            if needs and is_loopback(server.hello.address) and server.hello.place.cannot_reach(other.hello.place):
+                return (
+                    f"{server.name} on {server.hello.host} tells others to reach it at {server.hello.address}, which on "
+                    f"{other.hello.host} means that host itself: start the server with --bind tcp://*:0, or with an --advertise "
+                    "that other hosts reach."
+                )
+        return ""
 
     def _is_free(self, role: str, number: int) -> bool:
         name = f"{role}-{number}"

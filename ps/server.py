@@ -13,6 +13,7 @@ import msgspec
 import torch
 import zmq
 
+from common.addresses import advertised, as_told, await_route
 from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.connections import Inflow, Outflow, Standing
@@ -59,7 +60,6 @@ from common.wire import (
     BEAT_S,
     Frames,
     Stamp,
-    advertised,
     allow_files,
     dealer,
     is_bulk,
@@ -85,18 +85,27 @@ _CPU = torch.device("cpu")
 _TICK_MS = 20
 
 
-def serve(coordinator: str, bind: str, index: int | None, device: torch.device, start_s: float = START_S) -> None:
+def serve(
+    coordinator: str,
+    bind: str,
+    index: int | None,
+    device: torch.device,
+    start_s: float = START_S,
+    advertise: str | None = None,
+) -> None:
     """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends; what it computes is on `device`.
 
-    The coordinator has `start_s` seconds to answer. Raises UsageError if it cannot listen or is refused, ClusterError if the run
+    The coordinator has `start_s` seconds to answer. Others are told to connect to `advertise`, which is HOST, HOST:PORT or
+    tcp://HOST:PORT, if that is not None. Raises UsageError if it cannot listen or is refused, ClusterError if the run
     fails or the coordinator falls silent.
     """
     torch.set_num_threads(1)
     keep_memory()
     context: zmq.Context[Any] = zmq.Context()
     try:
+        await_route(coordinator, start_s)
         with no_compiler():
-            _Server(context, coordinator, bind, index, device, start_s).run()
+            _Server(context, coordinator, bind, index, device, start_s, advertise).run()
     finally:
         context.destroy(linger=1000)
 
@@ -110,6 +119,7 @@ class _Server:
         index: int | None,
         device: torch.device = _CPU,
         start_s: float = START_S,
+        advertise: str | None = None,
     ) -> None:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
@@ -120,7 +130,7 @@ class _Server:
         self._keeper: zmq.Socket[bytes] | None = None
         self._greeted_at = float("-inf")
         self._poller = zmq.Poller()
-        address = advertised(bound, coordinator)
+        address = as_told(advertise, bound) if advertise is not None else advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
@@ -141,7 +151,7 @@ class _Server:
         self._tickets: dict[str, int] = {}
         #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
         self._routes: dict[tuple[str, bool], bytes] = {}
-        log.info("listening at %s", address)
+        log.info("listening at %s%s", bound, "" if address == bound else f"; others are told {address}")
 
     def run(self) -> None:
         self._poller.register(self._workers, zmq.POLLIN)

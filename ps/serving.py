@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import zmq
 
+from common.addresses import advertised
 from common.errors import UsageError, WireError
 from common.messages import Beat
 from common.privacy import make_run_dir
@@ -55,13 +56,13 @@ def serve(
         try:
             make_run_dir(run_dir)
             coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
-            address = bound.replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
+            address = advertised(bound, "tcp://127.0.0.1:1")
             write_address(run_dir / "address", address)
             if warning:
                 coordinator.journal.warn(warning)
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
-        log.info("listening at %s", bound)
+        log.info("listening at %s", address if address == bound else f"{bound}; others find it at {address}")
         coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)

@@ -39,6 +39,7 @@ def join() -> Run:
     """
     import torch
 
+    from common.addresses import await_route
     from common.errors import NoAnswer
     from common.messages import Hello
     from common.place import here
@@ -60,6 +61,7 @@ def join() -> Run:
     index = os.environ.get(INDEX_VARIABLE)
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
     start_s = float(os.environ.get(START_VARIABLE, START_S))
+    await_route(address, start_s)
     run = Run(Link(address, hello, start_s))
     if threading.current_thread() is threading.main_thread():
         signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
@@ -70,8 +72,20 @@ def join() -> Run:
         before(kind, error, traceback)
 
     sys.excepthook = failed
-    atexit.register(run.finish)
+    atexit.register(_finish, run)
     return run
+
+
+def _finish(run: Run) -> None:
+    """Leave the run when the script has ended. If the run has failed elsewhere, `launch.py` finds that in sys.last_value."""
+    from common.errors import PsError
+
+    try:
+        run.finish()
+    except PsError as error:
+        if not run.failure:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.last_value = error if run.failed_elsewhere else None
 
 
 def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:

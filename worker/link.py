@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 import zmq
 
-from common.attendance import Attendance
+from common.attendance import TELL_S, Attendance
 from common.errors import ClusterError, NoAnswer, PsError, UsageError, WireError
 from common.failpoints import failpoint
 from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
+from common.reach import UNREACHED_S, Reach
 from common.refusals import Refusals
 from common.restart import restart
+from common.runlog import some
 from common.settings import START_S
 from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
 from worker.exchange import Send
@@ -34,6 +38,8 @@ COORDINATOR = "coordinator"
 #: Ending of the name of a server's second socket, which tensors go by.
 _BULK = "/bulk"
 _TICK_MS = 20
+#: Servers that a Beat tells of as ones that cannot be reached.
+_MOST_UNREACHED = 100
 
 
 class Link:
@@ -65,6 +71,11 @@ class Link:
         self._greeted: dict[str, float] = {}
         self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Refusals(log)
+        #: To which servers there are connections; those, by number, to which there has been none for a while, with addresses; and
+        #: when that was last told.
+        self._reach = Reach()
+        self._unreached: dict[int, str] = {}
+        self._unreached_told_at = float("-inf")
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
         self._waits_for: Callable[[], str] | None = None
         self.answers = 0
@@ -108,7 +119,7 @@ class Link:
                 if rest <= 0:
                     if limit < timeout:
                         return None
-                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}{self._unreached_text()}.")
                 self.lock.wait(min(rest, 1.0))
 
     def request(
@@ -143,7 +154,7 @@ class Link:
                 self.send(Send(to, body, frames))
                 self.wait(lambda: bool(replies), timeout, lambda: name, every=again)
                 if not replies and time.monotonic() >= deadline:
-                    raise NoAnswer(f"waited {timeout:.0f} s for {name}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {name}{self._unreached_text()}.")
         finally:
             with self.lock:
                 self.on_message = before
@@ -186,6 +197,11 @@ class Link:
     def stopped(self) -> bool:
         """Whether the coordinator has said that the run is over and saved."""
         return self._attendance.stop is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has said that the run has failed."""
+        return self._attendance.stop is not None and not self._attendance.stop.ok
 
     def beat_soon(self) -> None:
         """Tell the coordinator where this worker is, unless it was told just now."""
@@ -272,8 +288,10 @@ class Link:
                 if (old := self._sockets.get(key)) is not None:
                     poller.unregister(old)
                     del self._names[old]
+                    self._reach.forget(key)
                     old.close(linger=0)
-                sock = self._sockets[key] = dealer(self._context, peer.address)
+                watch = partial(self._reach.watch, key, peer.address, time.monotonic()) if not key.endswith(_BULK) else None
+                sock = self._sockets[key] = dealer(self._context, peer.address, watch)
                 self._names[sock] = f"server-{number}"
                 poller.register(sock, zmq.POLLIN)
                 self._greeted.pop(key, None)
@@ -291,7 +309,26 @@ class Link:
             send(self._sockets[key], self._stamp.encode(Beat(), self._ticket))
 
     def _beat(self) -> Beat:
-        return msgspec.structs.replace(self.beat(), refused=self._refusals.counts)
+        unreached = sorted(self._unreached)[:_MOST_UNREACHED]
+        return msgspec.structs.replace(self.beat(), refused=self._refusals.counts, unreached=unreached)
+
+    def _look_at_connections(self, now: float) -> None:
+        """Find out which servers cannot be reached, and say so once in a while."""
+        welcome = self._attendance.welcome
+        if welcome is None:
+            return
+        found = self._reach.unreached(now, min(UNREACHED_S, welcome.settings.timeout / 2))
+        before, self._unreached = self._unreached, {int(name.rpartition("-")[2]): address for name, address in found.items()}
+        if self._unreached.keys() - before.keys():
+            self._attendance.beat_soon(now)
+        if self._unreached and now >= self._unreached_told_at + TELL_S:
+            self._unreached_told_at = now
+            log.warning("there is no connection%s", self._unreached_text(" to "))
+
+    def _unreached_text(self, before: str = ", and cannot reach ") -> str:
+        """Which servers cannot be reached, at which address and from where; '' if all can."""
+        names = [f"server-{number} at {address}" for number, address in sorted(self._unreached.items())]
+        return f"{before}{some(names)} from {platform.node()}: see --bind and --advertise of the server" if names else ""
 
     def _send_all(self) -> None:
         now = time.monotonic()
@@ -300,6 +337,7 @@ class Link:
             self._outbox.clear()
             messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._beat)]
             messages += self.on_tick(now)
+            self._look_at_connections(now)
         for message in messages:
             to_server = message.to != COORDINATOR
             bulk = to_server and is_bulk(message.body, message.frames)

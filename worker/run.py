@@ -552,6 +552,11 @@ class Run:
             weights, _ = exchange.take()
         self._work.replica.load(weights)
 
+    @property
+    def failed_elsewhere(self) -> bool:
+        """Whether the coordinator has said that the run has failed."""
+        return self._link.failed
+
     # ---- for the parts of this package
 
     def _wait(self, ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from common.errors import UsageError, WireError
-from common.wire import MAX_FRAMES, allow_files, receive, router
+from common.wire import MAX_FRAMES, allow_files, dealer, receive, router
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,3 +90,18 @@ def test_nobody_can_foresee_the_names_that_a_listener_gives_to_connections() -> 
         for _ in range(3)
     }
     assert len(seen) == 3 and all(len(name.strip()) == 10 for name in seen)
+
+
+@pytest.mark.parametrize("bind", ["tcp://*:0", "tcp://[::]:0"])
+def test_who_listens_at_all_addresses_does_so_by_both_protocols(bind: str) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        sock, bound = router(context, bind)
+        if "[" not in bound:
+            pytest.skip("this host has no IPv6")
+        for host in ("127.0.0.1", "[::1]", "localhost"):
+            asker = dealer(context, f"tcp://{host}:{bound.rpartition(':')[2]}")
+            asker.send(b"here")
+            assert sock.poll(20_000) and sock.recv_multipart()[1] == b"here"
+    finally:
+        context.destroy(linger=0)

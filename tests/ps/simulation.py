@@ -1384,7 +1384,7 @@ def _stand_ins(world: World) -> Iterator[None]:
     clock = SimpleNamespace(monotonic=lambda: world.now, sleep=lambda s: None, time=lambda: world.now)
     null = SimpleNamespace(setblocking=lambda flag: None, send=lambda data: None, close=lambda: None)
 
-    def port(process: Process, address: str) -> Port:
+    def port(process: Process, address: str, watch: object = None) -> Port:
         return Port(process, address.removeprefix("tcp://").removesuffix(":1"))
 
     with ExitStack() as stack:
@@ -1419,6 +1419,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "ps.server.router": lambda process, bind: (Port(process, None), bind),
             "ps.server.dealer": port,
             "worker.link.dealer": port,
+            "worker.link.Reach": mock.Mock(return_value=mock.Mock(unreached=lambda now, patience_s: {})),
             "worker.link.restart": _restart,
             "worker.link.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "worker.link.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),

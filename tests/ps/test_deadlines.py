@@ -147,3 +147,18 @@ def test_a_failure_counts_once_also_for_a_coordinator_that_comes_after(started: 
     run.coordinator._log.close()
     books = books_to_recover(tmp_path)
     assert books is not None and (books.failed, books.admitted) == (["worker-1 on host-1 failed: no"], 1)
+
+
+def test_a_server_that_a_worker_cannot_reach_is_named_with_its_address_and_both_hosts(
+    started: Callable[..., Started], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = started(timeout=5.0)
+    text = "worker-1 on host-1 cannot reach server-0 at tcp://server:1: see its --bind and --advertise"
+    for _ in range(3):
+        run.tell("worker-1", Beat("starting", unreached=[0, 7]))
+    assert [record.getMessage() for record in caplog.records].count(text) == 1
+    assert run.coordinator._whom_all_wait_for() == f"a connection ({text})"
+    with pytest.raises(ClusterError, match=r"^nothing has moved for 5 s: round 0 waits for a connection"):
+        run.coordinator._check_deadline(run.coordinator._progressed_at + 5.1)
+    run.tell("worker-1", Beat("starting"))
+    assert run.coordinator._whom_all_wait_for() == "worker-0 and worker-1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 import pytest
 
@@ -378,3 +379,42 @@ def test_a_process_that_was_taken_for_dead_a_thousand_times_is_watched_no_longer
     member = membership.members["worker-1"]
     membership._alarms[_process(member)] = 5000
     assert membership.silence_s(member) == 60.0
+
+
+def reached(host: str, network: str, role: Literal["server", "worker"], address: str = "") -> Hello:
+    return Hello(role, address=address, host=host, place=Place(network=network))
+
+
+def refusal(answers: list[tuple[str, Body]]) -> str:
+    return next((body.reason for _, body in answers if isinstance(body, Refused)), "")
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:7", "tcp://[::1]:7", "tcp://localhost:7"])
+@pytest.mark.parametrize("server_first", [True, False])
+def test_a_loopback_address_is_never_told_to_another_host(address: str, server_first: bool) -> None:
+    made = Settings(workers=2, servers=1)
+    membership = Membership(made, load(made), "run", now=0.0)
+    hellos = [reached("a", "A", "server", address), reached("b", "B", "worker")]
+    for number, hello in enumerate(hellos if server_first else hellos[::-1]):
+        member, answers = membership.hello(hello, 1 + number, 0.0)
+        assert (member is None) is (number == 1)
+    who = "server-0" if server_first else "this server"
+    assert refusal(answers).startswith(f"{who} on a tells others to reach it at {address}, which on b means that host itself: ")
+
+
+def test_a_loopback_address_is_fine_on_one_network_and_where_nothing_is_known() -> None:
+    for place in ("A", ""):
+        made = Settings(workers=1, servers=1)
+        membership = Membership(made, load(made), "run", now=0.0)
+        membership.hello(reached("a", "A", "server", "tcp://127.0.0.1:7"), 1, 0.0)
+        membership.hello(reached("b", place, "worker"), 2, 0.0)
+        assert membership.started
+
+
+def test_servers_need_each_other_only_where_they_keep_copies() -> None:
+    for replicas, joins in ((0, True), (1, False)):
+        made = Settings(workers=1, servers=2, replicas=replicas)
+        membership = Membership(made, load(made), "run", now=0.0)
+        membership.hello(reached("a", "A", "server", "tcp://127.0.0.1:7"), 1, 0.0)
+        member, answers = membership.hello(reached("b", "B", "server", "tcp://10.0.0.2:7"), 2, 0.0)
+        assert (member is not None, not refusal(answers)) == (joins, joins)

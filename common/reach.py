@@ -1,0 +1,65 @@
+"""Which of the addresses that a process connects to can be reached.
+
+ZeroMQ connects, and tries again, by itself and without a word. Its monitor tells here when a connection is there and when not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+#: Seconds without a connection after which an address counts as one that cannot be reached.
+UNREACHED_S = 10.0
+#: Seconds between two looks.
+_LOOK_S = 0.25
+
+
+@dataclass
+class _Watched:
+    address: str
+    sock: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    #: Since when there is no connection; None if there is one.
+    since: float | None
+
+
+class Reach:
+    """Sockets by name. Belongs to the thread of the sockets."""
+
+    def __init__(self) -> None:
+        self._watched: dict[str, _Watched] = {}
+        self._looked_at = float("-inf")
+
+    def watch(self, name: str, address: str, now: float, sock: zmq.Socket[bytes]) -> None:
+        """Follow a socket that is about to connect to `address`, in place of an earlier one of that name."""
+        self.forget(name)
+        monitor = sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._watched[name] = _Watched(address, sock, monitor, now)
+
+    def forget(self, name: str) -> None:
+        """Follow it no longer, before it is closed."""
+        watched = self._watched.pop(name, None)
+        if watched is not None:
+            watched.sock.disable_monitor()
+            watched.monitor.close(linger=0)
+
+    def unreached(self, now: float, patience_s: float = UNREACHED_S) -> dict[str, str]:
+        """Addresses by name to which there has been no connection for `patience_s` seconds."""
+        if now >= self._looked_at + _LOOK_S:
+            self._looked_at = now
+            for watched in self._watched.values():
+                _follow(watched, now)
+        there = self._watched.items()
+        return {name: one.address for name, one in there if one.since is not None and now - one.since >= patience_s}
+
+
+def _follow(watched: _Watched, now: float) -> None:
+    while watched.monitor.poll(0):
+        event: Any = recv_monitor_message(watched.monitor)
+        if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            watched.since = None
+        elif watched.since is None:
+            watched.since = now
