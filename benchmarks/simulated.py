@@ -135,8 +135,8 @@ class _Worker:
             yield _Question(to, setup, _ready("Setup"))
         if self.index == 0:
             yield _Question(SERVER, Init(chunks), _ready("Init"), [self._gradient])
-        for to in (COORDINATOR, SERVER):
-            yield _Question(to, Plan(segment), _ready("Plan"))
+        ready = yield _Question(COORDINATOR, Plan(segment), _ready("Plan"))
+        yield _Question(SERVER, Plan(segment, ready.seal if isinstance(ready, Ready) else 0), _ready("Plan"))
         round_ = 0
         for number in itertools.count(1):
             answer = yield _Question(SERVER, Pull(round_, number), _weights(round_), again_s=SEND_AGAIN_S)

@@ -232,18 +232,21 @@ class Setup(Body, frozen=True):
 
 
 class Plan(Body, frozen=True):
-    """The next rounds are these. The first one defines them; every other must be the same."""
+    """The next rounds are these. The first one defines them; every other must be the same. Servers take it with the `seal` that
+    the coordinator gave."""
 
     segment: Segment
+    seal: Count = 0
 
 
 class Ready(Body, frozen=True):
     """Setup, Plan or Init number `id` is known here. In answer to Setup, `lacks` says that this server has no first weights yet,
-    or, of the coordinator, that whoever asks is the one to send them."""
+    or, of the coordinator, that whoever asks is the one to send them. `seal` is for the Plan."""
 
     about: Name
     id: Count = 0
     lacks: bool = False
+    seal: Count = 0
 
 
 class Init(Body, frozen=True):

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import hmac
 
+import msgspec
+
+from common.plan import Segment
+
 KEY_BYTES = 32
 #: Of a ticket: as many as an incarnation has.
 _BYTES = 6
@@ -18,3 +22,8 @@ _BYTES = 6
 def ticket(key: bytes, text: str) -> int:
     """The number that goes with `text`."""
     return int.from_bytes(hmac.digest(key, text.encode(), "sha256")[:_BYTES], "little")
+
+
+def seal(key: bytes, segment: Segment) -> int:
+    """By which servers know a plan that the coordinator has agreed to."""
+    return ticket(key, f"plan {msgspec.json.encode(segment).decode()}")

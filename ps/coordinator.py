@@ -65,7 +65,7 @@ from common.snapshots import (
     remove,
     write_manifest,
 )
-from common.tickets import KEY_BYTES
+from common.tickets import KEY_BYTES, seal
 from common.versions import versions_here
 from common.watchdog import Watchdog
 from common.wire import (
@@ -827,7 +827,13 @@ class Coordinator:
         self.journal.promise(route, answer, urgent=True)
 
     def _plan(self, route: bytes, worker: Member, plan: Plan, now: float) -> None:
-        self._answer(route, worker, self._ledger.plan(plan.segment))
+        trusted = self._membership.starters | self._ledger.contributors
+        may_define = worker.name in trusted or trusted.isdisjoint(self._membership.names("worker"))
+        answer = self._ledger.plan(plan.segment, may_define)
+        if isinstance(answer, Ready):
+            answer = msgspec.structs.replace(answer, seal=seal(self._head.key, plan.segment))
+        if answer is not None:
+            self._answer(route, worker, answer)
         if self._ledger.planned != self._planned:
             self._planned = self._ledger.planned
             self._training_since = self._training_since or now

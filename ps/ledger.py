@@ -129,8 +129,11 @@ class Ledger:
             return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
         return Ready("Setup")
 
-    def plan(self, segment: Segment) -> Body:
+    def plan(self, segment: Segment, may_define: bool = True) -> Body | None:
+        """What a worker is to know of the plan it asks for; None where that is new and another is to define it."""
         if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
+            if not may_define:
+                return None
             self.segments.append(segment)
         elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
             return Refused("Plan", "this worker's data or batch sizes are not the other workers'.")

@@ -137,6 +137,8 @@ class Membership:
         #: Whether workers take part that have no share yet.
         self._is_change_due = False
         self.started = False
+        #: Workers that were there when the run started under this coordinator.
+        self.starters: frozenset[str] = frozenset()
         self.tables: list[Table] = []
         #: Grows whenever the workers or their shares change.
         self.epoch = 0
@@ -261,6 +263,7 @@ class Membership:
     def _start(self) -> list[tuple[str, Body]]:
         self.started = True
         workers = self.names("worker")
+        self.starters = frozenset(workers)
         self.epoch = 1
         self.tables = [Table(self.epoch, 0, workers, [1] * len(workers))]
         self.losses = Lost(0, [], self.peers)

@@ -40,6 +40,7 @@ from common.messages import (
     Lost,
     Norms,
     Peer,
+    Plan,
     Pull,
     Refused,
     ReportAck,
@@ -53,7 +54,7 @@ from common.place import here
 from common.refusals import Refusals
 from common.restart import restart
 from common.settings import START_S
-from common.tickets import ticket
+from common.tickets import seal, ticket
 from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
@@ -378,6 +379,8 @@ class _Server:
             if isinstance(body, KvPush | KvPull):
                 replies = self._kv.handle(sender, envelope.incarnation, body, frames)
                 self._do([Send(sender, *reply) for reply in replies])
+            elif isinstance(body, Plan) and body.seal != seal(self._key, body.segment):
+                raise WireError(f"{sender} has a plan that the coordinator has not agreed to")
             else:
                 self._do(self._shard.handle(sender, body, frames, time.monotonic()))
         except WireError as error:

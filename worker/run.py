@@ -392,8 +392,11 @@ class Run:
             round_limit=settings.rounds,
         )
         self._segments.append(segment)
+        plan = Plan(segment)
         for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
-            self._request(name, Plan(segment), lambda b: isinstance(b, Ready) and (b.about, b.id) == ("Plan", segment.index))
+            ready = self._request(name, plan, lambda b: isinstance(b, Ready) and (b.about, b.id) == ("Plan", segment.index))
+            if name == COORDINATOR and isinstance(ready, Ready):
+                plan = Plan(segment, ready.seal)
         loader = Loader(
             dataset,
             segment,

@@ -966,8 +966,10 @@ class WorkerProcess(Process):
         yield from work.join()
         try:
             for segment in case.plans():
+                plan = Plan(segment)
                 for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
-                    yield from self._request(name, Plan(segment), "Plan", segment.index)
+                    ready = yield from self._request(name, plan, "Plan", segment.index)
+                    plan = Plan(segment, ready.seal) if name == COORDINATOR else plan
                 yield from work.train(segment)
         except SystemExit:
             yield from self._hand_over()

@@ -36,9 +36,11 @@ from simulation import (
 
 from common.errors import ClusterError, PsError, WireError
 from common.layout import TableSpec, TensorSpec
-from common.messages import Body, Committed, Pull, Report, ReportAck, Setup, Update
+from common.messages import Body, Committed, Hello, Plan, Pull, Report, ReportAck, Setup, Update, Welcome
+from common.plan import make_segment
 from common.policies import load
 from common.settings import Settings
+from common.tickets import seal
 from common.wire import Stamp
 from ps.ledger import Ledger
 from ps.push_shard import PushShard
@@ -383,3 +385,28 @@ def test_a_worker_cannot_have_a_servers_report_forgotten() -> None:
         number = server.server._tickets["worker-1"]
         deliver(world, "worker-1", "server-0", forged(world, "worker-1", "server-0", ReportAck(5), number))
         assert server.shard._report == Report(5, 1) and refused(server) == 1
+
+
+def test_a_plan_of_one_who_has_done_nothing_is_no_plan_and_servers_take_none_that_was_not_agreed_to() -> None:
+    with running(CASES["sync"], 1.0) as world:
+        coordinator: Any = world.processes["coordinator"]
+        ledger, membership = coordinator.ledger, coordinator.coordinator._membership
+        (before,) = ledger.segments
+        more = make_segment(before=before, samples=24, global_batch=12, micro_batch=3, epochs=5, round_limit=None)
+        run = coordinator.coordinator._stamp.run
+        late, answers = membership.hello(Hello("worker"), 77, world.now)
+        assert late is not None and isinstance(answers[0][1], Welcome)
+        deliver(world, "late", "coordinator", [Stamp(late.name, run, 0, 77).encode(Plan(more))])
+        assert ledger.segments == [before] and late.proven
+        other = msgspec.structs.replace(before, samples=25)
+        for name, incarnation in ((late.name, 77), ("worker-1", membership.members["worker-1"].incarnation)):
+            deliver(world, "late", "coordinator", [Stamp(name, run, 0, incarnation).encode(Plan(other))])
+        assert ledger.segments == [before]
+        server: Any = world.processes["server-0"]
+        counted, known = refused(server), answers[0][1].ticket
+        for plan in (Plan(more), Plan(more, 1), Plan(more, known), Plan(more, seal(b"", more))):
+            deliver(world, "late", "server-0", [Stamp(late.name, run, 0, known).encode(plan)])
+        assert refused(server) == counted + 4 and server.shard.segments == [before]
+        number = membership.members["worker-1"].incarnation
+        deliver(world, "worker-1", "coordinator", [Stamp("worker-1", run, 0, number).encode(Plan(more))])
+        assert ledger.segments == [before, more]  # one who was there from the start may
