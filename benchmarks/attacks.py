@@ -1,6 +1,7 @@
-"""What strangers can do to a process that listens: items of bad input on the wire, one by one, for the fault matrix and tests.
+"""What strangers can do to processes that listen, and workers that have joined to a run, for the fault matrix and tests.
 
-An item is done once to one process, and again and again while `attacking`, to all processes of a run at once.
+An item is done once to one process, and again and again while `attacking`, to all processes of a run at once. Everything is
+done to processes on this machine that a test has started, and is bounded in count and time. docs/attacks.md has the table.
 """
 
 from __future__ import annotations
@@ -20,8 +21,38 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 import zmq
 
 from benchmarks.live import Cluster
-from common.messages import Body, Goodbye, Lost, Pull, Push, Stop
-from common.wire import MAX_FRAME_BYTES, MAX_FRAMES, MAX_HEADER_BYTES, PROTOCOL, Stamp, allow_files
+from common.errors import WireError
+from common.messages import (
+    Beat,
+    Body,
+    Committed,
+    Goodbye,
+    Hello,
+    KvPush,
+    Lost,
+    Metrics,
+    Peer,
+    Plan,
+    Pull,
+    Push,
+    Report,
+    Stop,
+    Welcome,
+)
+from common.plan import make_segment
+from common.wire import (
+    MAX_FRAME_BYTES,
+    MAX_FRAMES,
+    MAX_HEADER_BYTES,
+    PROTOCOL,
+    Frames,
+    Stamp,
+    allow_files,
+    dealer,
+    new_incarnation,
+    receive,
+    send,
+)
 
 #: How a ZeroMQ peer of the DEALER kind begins.
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -43,6 +74,10 @@ _ROUNDS, _CHUNKS = 40, 6
 _MICRO_BATCH = 16
 #: Bytes that its largest layers would have as float16 and as float64; no chunk of it has so many as float32.
 _HALF, _DOUBLE = 1 << 15, 1 << 18
+#: What libzmq begins the names of connections with, in a process's first listener and its second, if the C library is not seeded;
+#: and how many names after these are chosen.
+_UNSEEDED = (0x6B8B4567, 0xE43C9869)
+_NAMES = 40
 #: Linux: what a connection in repair sends as it is closed is nothing.
 _TCP_REPAIR = 19
 
@@ -193,7 +228,40 @@ def _misshapen(target: Target) -> None:
     say(target.address, messages)
 
 
+def _empty_frames(target: Target) -> None:
+    """A message of three million frames without a byte, six megabytes in all."""
+    with _peer(target) as sock:
+        sock.sendall(b"\x01\x00" * 3_000_000 + b"\x00\x00")
+        time.sleep(_STAY_S)
+
+
 # ---- headers
+
+
+def _colliding(target: Target) -> None:
+    """Maps whose keys are arrays of -1 and -2, which all have one hash: to make one takes the square of its size."""
+    pairs = b"".join(b"\x9a" + bytes(0xFF - (n >> bit & 1) for bit in range(10)) + b"\xc0" for n in range(1 << 10))
+    bomb = msgspec.Raw(b"\xdf" + struct.pack(">I", 40 << 10) + pairs * 40)
+    body = {
+        "type": "Push",
+        "round": 0,
+        "lo": 0,
+        "hi": 1,
+        "samples": 1,
+        "micro_batches": 1,
+        "chunks": [],
+        "present": [],
+        "hypers": [bomb],
+    }
+    for run in (target.run, ""):
+        for sender in (_NOBODY, "worker-0", "server-0"):
+            say(target.address, [[msgspec.msgpack.encode([PROTOCOL, run, sender, 7, 0, body])]])
+
+
+def _made_up_names(target: Target) -> None:
+    """Names of workers that there may be one day, by thousands."""
+    pull = Pull(0)
+    say(target.address, [[_header(target, pull, f"worker-{number}")] for number in range(3000)])
 
 
 def _unknown_senders(target: Target) -> None:
@@ -223,6 +291,32 @@ def _another_protocol(target: Target) -> None:
 
 
 # ---- connections
+
+
+def _ready_as(name: bytes) -> bytes:
+    """As `_READY`, of a peer that has chosen the name of its connection."""
+    said = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity" + struct.pack(">I", len(name)) + name
+    return b"\x04" + bytes([len(said)]) + said
+
+
+def _chosen_names(target: Target) -> None:
+    """Peers with the names that libzmq would give next if nobody had seeded the C library: it would abort the process."""
+    with contextlib.ExitStack() as stack:
+        for first in _UNSEEDED:
+            for number in range(first, first + _NAMES):
+                sock = stack.enter_context(_plain(target, _GREETING))
+                sock.recv(len(_GREETING), socket.MSG_WAITALL)
+                sock.sendall(_ready_as(b"\0" + struct.pack(">I", number)))
+        for _ in range(2 * _NAMES):
+            stack.enter_context(_peer(target))
+
+
+def _idle(target: Target) -> None:
+    """Connections that say hello as ZeroMQ does, and nothing else."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * _STORM):
+            stack.enter_context(_peer(target))
+        time.sleep(2 * _STAY_S)
 
 
 def _web(target: Target) -> None:
@@ -302,7 +396,207 @@ ITEMS: Mapping[str, Item] = {
     "handshakes that are never finished": Item(_half_open),
     "peers that vanish without a word": Item(_vanishing),
     f"a storm of {_STORM} connections": Item(_storm, ("sender",)),
+    "a message of three million frames": Item(_empty_frames, ("flood",)),
+    "headers that take long to decode": Item(_colliding, ("malformed", "sender")),
+    "names that were made up": Item(_made_up_names, ("sender",)),
+    "connections with the next one's name": Item(_chosen_names),
+    f"{2 * _STORM} connections that say nothing": Item(_idle),
 }
+
+
+# ---- workers that have joined
+
+
+class Joined:
+    """A worker that has joined as anybody can who reaches the coordinator, and does nothing but what it is told here."""
+
+    def __init__(self, coordinator: Target) -> None:
+        self.coordinator = coordinator
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._stamp = Stamp("worker", "", 0, new_incarnation())
+        self._sockets = {"coordinator": dealer(self._context, coordinator.address)}
+        self.welcome = self._join()
+
+    def _join(self) -> Welcome:
+        deadline = time.monotonic() + _ENDS_S
+        while time.monotonic() < deadline:
+            self.tell(Hello("worker", host="a stranger's"))
+            self._sockets["coordinator"].poll(200)
+            for body in self.heard("coordinator"):
+                if isinstance(body, Welcome):
+                    self._stamp.sender, self._stamp.run = body.process, body.run
+                    for number, peer in enumerate(body.servers):
+                        self._sockets[f"server-{number}"] = dealer(self._context, peer.address)
+                    return body
+        raise AssertionError("a worker more is not taken in")
+
+    def heard(self, name: str) -> list[Body]:
+        """What has come from a process since the last time."""
+        found: list[Body] = []
+        with contextlib.suppress(WireError):
+            while (frames := receive(self._sockets[name])) is not None:
+                found.append(self._stamp.open(frames[0].buffer).read())
+        return found
+
+    def tell(self, body: Body, frames: Frames = (), to: str = "coordinator", sender: str = "", number: int | None = None) -> None:
+        """Send a message, as `sender` with that number if it is to be another's."""
+        own = None if to == "coordinator" else self.welcome.ticket
+        stamp = Stamp(sender, self._stamp.run, 0, number or 0) if sender else self._stamp
+        send(self._sockets[to], stamp.encode(body, None if sender else own), frames, copy=True)
+
+    @property
+    def servers(self) -> list[str]:
+        return [name for name in self._sockets if name != "coordinator"]
+
+    def close(self) -> None:
+        self.tell(Goodbye(early=True))
+        self._context.destroy(linger=round(_STAY_S * 1000))
+
+
+def _plans(joined: Joined) -> None:
+    """Ten rounds more than everybody else wants, to be done after all others."""
+    settings = joined.welcome.settings
+    for samples in (settings.global_batch, 10 * settings.global_batch):
+        before = None
+        for _ in range(2):
+            before = make_segment(
+                before=before, samples=samples, global_batch=settings.global_batch, micro_batch=settings.micro_batch,
+                epochs=settings.epochs, round_limit=None,
+            )  # fmt: skip
+            plan = msgspec.structs.replace(before, first_round=joined.coordinator.round() if before.index else 0)
+            for segment in (before, plan):
+                joined.tell(Plan(segment))
+                for server in joined.servers:
+                    joined.tell(Plan(segment, joined.welcome.ticket), to=server)
+
+
+def _fails(joined: Joined) -> None:
+    """It says that it has failed, in letters that would clear a screen."""
+    joined.tell(Goodbye("\x1b[2J\x1b]0;all is lost\x07 and so the run is over"))
+
+
+def _model(joined: Joined) -> None:
+    """Another model, and its hash, after a goodbye."""
+    joined.tell(Goodbye())
+    part = {"type": "ModelPart", "round": joined.coordinator.round(), "part": 0, "parts": 1, "weights_sha256": "c0ffee" * 10}
+    joined.tell(_Encoded(part), [b"another model" * 1000])  # type: ignore[arg-type]
+
+
+def _reports(joined: Joined) -> None:
+    """Rounds that a server has applied, told in its name with every number that a worker gets to know."""
+    welcome = joined.welcome
+    numbers = [welcome.ticket, *(peer.incarnation for peer in welcome.servers if isinstance(peer, Peer))]
+    for number in (*numbers, 0, 1):
+        for server in joined.servers:
+            report = Report(1 << 50, 1 << 40, [Committed(joined.coordinator.round() + 1, 64, 4, 0, {"loss": 0.0})])
+            joined.tell(report, sender=server, number=number)
+            joined.tell(Beat("waiting", 1 << 40), sender=server, number=number)
+        for other in ("worker-0", "worker-1"):
+            joined.tell(Goodbye("x"), sender=other, number=number)
+            joined.tell(Push(0, 0, 1, 1, 1, [], []), to=joined.servers[0], sender=other, number=number)
+
+
+def _metrics(joined: Joined) -> None:
+    """As many metrics as fit, with long names."""
+    for _ in range(4):
+        values = {f"{os.urandom(8).hex()}{'x' * 900}": 0.0 for _ in range(900)}
+        joined.tell(Metrics(random.randrange(1 << 50), joined.coordinator.round(), values))
+
+
+def _beats(joined: Joined) -> None:
+    """Words of itself that would have to be kept, or written down again and again."""
+    beat = {"type": "Beat", "state": "computing"}
+    for field, value in (
+        ("later", [[]] * 500_000),
+        ("taken", [[0, 0]] * 200_000),
+        ("left", [0] * 1_000_000),
+        ("refused", {os.urandom(8).hex() * 30: 1 for _ in range(1000)}),
+    ):
+        joined.tell(_Encoded({**beat, field: value}))  # type: ignore[arg-type]
+
+
+class _Encoded(dict[str, object]):
+    """A body that is no message of ours."""
+
+
+def _keys(joined: Joined) -> None:
+    """Values by key that nobody has asked for, until no more are taken, and keys without values."""
+    for server in joined.servers:
+        for _ in range(10):
+            number, size = random.randrange(1 << 50), 4 << 20
+            joined.tell(KvPush(number, f"key {number}", 0, size, "uint8", "set", number), [bytes(size)], to=server)
+            joined.tell(KvPush(number + 1, f"key {number + 1:900}", 0, 0, "uint8", "set", number + 1), [b""], to=server)
+
+
+def _unfit(joined: Joined) -> None:
+    """Gradients of other sizes and types than those of the model."""
+    for round_ in range(joined.coordinator.round(), joined.coordinator.round() + _ROUNDS):
+        frames = [[], [bytes(3)], [bytes(_HALF)], [bytes(_DOUBLE)], [bytes(4)] * 2][round_ % 5]
+        for server in joined.servers:
+            joined.tell(_push(round_, random.randrange(_CHUNKS)), frames, to=server)
+
+
+@dataclass(frozen=True)
+class Deed:
+    """What a worker does that has joined, once or again and again; kinds of refusals as of an `Item`; flags of the run."""
+
+    act: Callable[[Joined], None]
+    refused: Collection[str] = ()
+    flags: Sequence[object] = ()
+    #: Whether it has left by that, so that another has to join.
+    leaves: bool = False
+
+
+DEEDS: Mapping[str, Deed] = {
+    "a plan of more rounds": Deed(_plans, ("unfit",)),
+    "a failure that it has not had": Deed(_fails, leaves=True),
+    "another model in place of the trained one": Deed(_model, leaves=True),
+    "reports in a server's name": Deed(_reports, ("sender",)),
+    "metrics without end": Deed(_metrics, ("flood",)),
+    "words of itself without end": Deed(_beats, ("malformed",)),
+    "values by key without end": Deed(_keys, ("unfit",), ("--kv-memory", 64)),
+    "gradients of another size or type": Deed(_unfit, ("unfit",)),
+}
+#: What only keys can stop, for whoever reaches the coordinator may join, and whoever is on the wire reads it.
+NEED_KEYS: Mapping[str, str] = {
+    "gradients of its own making, by a worker that has joined": "they count as anybody's",
+    "to pull all weights, by a worker that has joined": "it is what workers do",
+    "to take the place of a server that is lost, by a stranger": "it is given its shard where there are copies",
+    "to be the coordinator that a worker asks, at an address that was mistyped": "the worker does what its settings say",
+    "to read or change what is on the wire": "nothing on it is encrypted",
+    "the names of many connections, held for hours by a member": "libzmq aborts where its own next name is among them",
+}
+
+
+@contextlib.contextmanager
+def joining(deed: Deed, coordinator: Target) -> Iterator[None]:
+    """A worker joins and does this again and again."""
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def repeat() -> None:
+        joined = Joined(coordinator)
+        try:
+            while not over.wait(10 * _AGAIN_S):
+                deed.act(joined)
+                for name in ("coordinator", *joined.servers):
+                    joined.heard(name)
+                if deed.leaves:
+                    joined.close()
+                    joined = Joined(coordinator)
+        except AssertionError as error:
+            failures.append(error)
+        finally:
+            joined.close()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=2 * _ENDS_S)
+    assert not failures, str(failures[0])
 
 
 # ---- memory

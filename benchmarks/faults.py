@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from benchmarks import harms, network, spread
-from benchmarks.attacks import ITEMS
+from benchmarks.attacks import DEEDS, ITEMS
 from benchmarks.harms import Harm
 from benchmarks.live import TRAINING, ByHand, Cluster
 from benchmarks.wiretap import Wire
@@ -230,6 +230,11 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
     found = {
         f"strangers: {name}": Row(harms.strangers(item), _SOCKETS, bounds=_UNHARMED, refused=item.refused)
         for name, item in ITEMS.items()
+    } | {
+        f"a worker that has joined: {name}": Row(
+            harms.joined(deed), (*_SOCKETS, *deed.flags), bounds=_UNHARMED, refused=deed.refused
+        )
+        for name, deed in DEEDS.items()
     }
     again, lost, anew = (Wire(folder / name) for name in ("again", "lost", "anew"))
     unruly = Wire(folder / "unruly", is_unruly=True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.attacks import Item, Memory, attacking, targets
+from benchmarks.attacks import Deed, Item, Memory, attacking, joining, targets
 from benchmarks.live import LAUNCH, ByHand, Cluster
 from benchmarks.wiretap import Wire, replay
 from cluster.processes import Processes
@@ -186,6 +186,17 @@ def strangers(item: Item) -> Harm:
 
     def harm(run: Cluster) -> Cluster:
         with _withstanding(run), attacking([item], targets(run)):
+            _wait(run, ATTACK_S)
+        return run
+
+    return harm
+
+
+def joined(deed: Deed) -> Harm:
+    """A worker joins, and does this again and again for some seconds. Nobody may end or grow by it."""
+
+    def harm(run: Cluster) -> Cluster:
+        with _withstanding(run), joining(deed, targets(run)[0]):
             _wait(run, ATTACK_S)
         return run
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from benchmarks.attacks import ITEMS, Memory, attacking, say, targets
+import pytest
+
+from benchmarks.attacks import DEEDS, ITEMS, Memory, attacking, joining, say, targets
 from benchmarks.harms import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
 from common.messages import Hello
@@ -21,11 +25,22 @@ FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--lane", "socket")
 CHOSEN = (
     "garbage", "oversized frames", "endless frames", "gradients of another size or type", "unknown senders", "another run's id",
     "another version of the protocol", "HTTP requests", "port scans", "slow peers", "handshakes that are never finished",
+    "a message of three million frames", "headers that take long to decode", "names that were made up",
+    "connections with the next one's name",
 )  # fmt: skip
 
 
-def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
-    quiet = Cluster(tmp_path / "quiet", "--run-dir", tmp_path / "quiet", *FLAGS).summary()
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of a run that nobody attacks."""
+    folder = tmp_path_factory.mktemp("quiet")
+    summary = Cluster(folder, "--run-dir", folder, *FLAGS).summary()
+    for path in (folder, *folder.rglob("*")):
+        assert not path.stat().st_mode & 0o077, f"{path} is not for its user alone"
+    return summary
+
+
+def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path, quiet: dict[str, Any]) -> None:
     run = Cluster(tmp_path / "loud", "--run-dir", tmp_path / "loud", *FLAGS)
     try:
         run.until(lambda: run.rounds() > 5, "training")
@@ -42,6 +57,29 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path) ->
     assert not quiet["refused"]
     assert not [event for kind in ("lost", "restarted", "recovered") for event in run.events(kind)]
     assert memory.grown() < 3 * MOST_GROWN  # of all at once
+
+
+def test_workers_that_join_and_do_harm_change_no_bit(tmp_path: Path, quiet: dict[str, Any]) -> None:
+    run = Cluster(tmp_path / "loud", "--run-dir", tmp_path / "loud", *FLAGS, "--kv-memory", 64)
+    try:
+        run.until(lambda: run.rounds() > 5, "training")
+        memory = Memory(run)
+        with ExitStack() as all_at_once:
+            for deed in DEEDS.values():
+                all_at_once.enter_context(joining(deed, targets(run)[0]))
+            time.sleep(ATTACK_S)
+        loud = run.summary()
+    finally:
+        run.close()
+    assert loud["weights_sha256"] == quiet["weights_sha256"]
+    assert (loud["samples"], loud["dropped"], loud["rounds"]) == (quiet["samples"], quiet["dropped"], quiet["rounds"])
+    assert run.is_exact() and memory.grown() < 3 * MOST_GROWN
+    assert loud["refused"].keys() >= {kind for deed in DEEDS.values() for kind in deed.refused}
+    assert not [event for kind in ("restarted", "recovered", "failed") for event in run.events(kind)]
+    size = (run.folder / "events.sqlite").stat().st_size
+    assert size < 60 << 20, f"the event log has {size >> 20} MiB"
+    shown = "".join(log.read_text() for log in (run.folder / "logs").glob("*"))
+    assert "\x1b" not in shown and "\x07" not in shown
 
 
 def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
