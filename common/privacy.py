@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-#: What this process's umask was before `keep_private`, for programs of the user's that it starts; -1 where it is that still.
+#: The umask of this process before `keep_private`, for programs of the user's that it starts; -1 if it is that still.
 usual_umask = -1
 
 

@@ -1,9 +1,9 @@
 """Numbers that only the coordinator can make, and by which a name is known to be its bearer's.
 
-The coordinator has a key, which it tells the servers. A worker gets the ticket of its name with its Welcome and writes it on what
-it sends to servers, so that nobody else can speak under that name, and servers need no list of names. A server's incarnation is
-its own secret likewise, shared with the coordinator and the other servers: workers are told a ticket made of it, which says no
-more than that it is another process than before.
+The coordinator has a key, which it tells the servers. A worker gets the ticket of its name with its Welcome, and writes it on all
+that it sends to servers. So nobody else can speak under that name, and servers need no list of names. A server's incarnation is a
+secret that it shares with the coordinator and the other servers. Workers are told a ticket made of it, which says no more than
+that the server is another process than before.
 """
 
 from __future__ import annotations

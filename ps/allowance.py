@@ -9,7 +9,7 @@ class Allowance:
     def __init__(self, rate: float, most: float) -> None:
         self._rate = rate
         self._most = most
-        #: What is left to each, and since when.
+        #: The amount that is left to each, and since when.
         self._left: dict[str, tuple[float, float]] = {}
 
     def take(self, name: str, amount: float, now: float) -> bool:

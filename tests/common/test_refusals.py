@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 
-from common.errors import WireError
+from common.errors import OneLine, WireError
 from common.refusals import Refusals
 
 
@@ -24,3 +25,14 @@ def test_of_a_flood_all_is_counted_and_a_line_comes_every_ten_seconds_for_each_k
     assert [line for line in lines if "x" * 9 in line] == [
         f"refused: {'x' * 500}{text}" for text in ("", more.format(999), more.format(999))
     ]
+
+
+def test_what_others_have_sent_is_one_line_of_letters_in_a_log_and_our_own_traceback_is_as_it_is() -> None:
+    record = logging.LogRecord("ps", logging.ERROR, __file__, 1, "lost %s", ("\x1b[2J\nERROR ps: all is well\x07",), None)
+    line = OneLine("%(levelname)s %(name)s: %(message)s").format(record)
+    assert line == "ERROR ps: lost ?[2J ERROR ps: all is well?"
+    try:
+        raise ValueError("x")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    assert "Traceback" in OneLine("%(message)s").format(record).splitlines()[1]

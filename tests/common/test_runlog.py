@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.runlog import ContributionRow, Event, RoundRow, RunLog, RunLogReader, StatusRow
+from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, RunLogReader, StatusRow
 
 
 @pytest.fixture
@@ -175,3 +175,14 @@ def test_on_a_full_disk_rows_are_kept_and_written_when_there_is_room(path: Path,
     log.close()
     assert [event.data.get("n") for _, _, event in reader.events()][-5000:] == list(range(5000))
     assert [row.round for row in reader.rounds()] == [row.round for row in reader.contributions()] == list(range(10))
+
+
+def test_the_name_of_a_folder_is_a_name_and_no_address_with_options(tmp_path: Path) -> None:
+    for name in ("x?mode=rwc&y=", "a#b", "50%", "plain"):
+        folder = tmp_path / name
+        folder.mkdir()
+        RunLog(folder / FILE_NAME).close()
+        reader = RunLogReader(folder / FILE_NAME)
+        assert reader.rounds() == []
+        reader.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x?mode=rwc&y=", "a#b", "50%", "plain"])
