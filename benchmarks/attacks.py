@@ -253,9 +253,11 @@ def _colliding(target: Target) -> None:
         "present": [],
         "hypers": [bomb],
     }
-    for run in (target.run, ""):
-        for sender in (_NOBODY, "worker-0", "server-0"):
-            say(target.address, [[msgspec.msgpack.encode([PROTOCOL, run, sender, 7, 0, body])]])
+    small = msgspec.Raw(b"\xdf" + struct.pack(">I", 3 << 10) + pairs * 3)
+    hello = {"type": "Hello", "role": "worker", "arithmetic": small}
+    said = [(run, sender, body) for run in (target.run, "") for sender in (_NOBODY, "worker-0", "server-0")]
+    for run, sender, what in [*said, ("", "worker", hello)]:
+        say(target.address, [[msgspec.msgpack.encode([PROTOCOL, run, sender, 7, 0, what])]])
 
 
 def _made_up_names(target: Target) -> None:
@@ -397,7 +399,7 @@ ITEMS: Mapping[str, Item] = {
     "peers that vanish without a word": Item(_vanishing),
     f"a storm of {_STORM} connections": Item(_storm, ("sender",)),
     "a message of three million frames": Item(_empty_frames, ("flood",)),
-    "headers that take long to decode": Item(_colliding, ("malformed", "sender")),
+    "headers that take long to decode": Item(_colliding, ("malformed", "oversized", "sender")),
     "names that were made up": Item(_made_up_names, ("sender",)),
     "connections with the next one's name": Item(_chosen_names),
     f"{2 * _STORM} connections that say nothing": Item(_idle),
