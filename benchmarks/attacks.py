@@ -552,6 +552,7 @@ class Deed:
 DEEDS: Mapping[str, Deed] = {
     "a plan of more rounds": Deed(_plans, ("unfit",)),
     "a failure that it has not had": Deed(_fails, leaves=True),
+    "another model in place of the trained one": Deed(_model, ("unfit",), leaves=True),
     "reports in a server's name": Deed(_reports, ("sender",)),
     "metrics without end": Deed(_metrics, ("flood",)),
     "words of itself without end": Deed(_beats, ("malformed",)),
