@@ -60,6 +60,7 @@ _SOCKETS = (*_LONG, "--lane", "socket")
 _COPIES = ("--replicas", 1)
 _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
 
+_TO_THE_END = str(Path(__file__).with_name("train_to_the_end.py"))
 _NOT_FINITE = str(Path(__file__).with_name("train_not_finite.py"))
 _FAILED = r"error: \S+ failed: worker-\d's gradient of .* in micro-batch.* of round \d+ is not finite.*--on-nonfinite skip"
 
@@ -197,6 +198,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "6 servers for 4 chunks, one that has none killed": Row(harms.kill("server-5"), servers=6),
         "6 servers for 4 chunks, one that has one killed": Row(harms.kill("server-1"), servers=6),
         "6 servers for 4 chunks, power loss, then --resume on 3": Row(harms.power_loss(False, "--servers", 3), servers=6),
+        **_at_the_end(),
         **_on_the_wire(folder),
         **_not_finite(),
         "disk full for 5 s": Row(harms.fill(5.0), _LONG, on_small_disk=True, bounds=None),
@@ -248,6 +250,25 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
         ),
         "all connections reset, again and again": Row(harms.broken_connections, _SOCKETS, bounds=_CUT),
         "messages sent twice, and after later ones": Row(harms.unruly(unruly), _SOCKETS, unruly.env, bounds=_UNHARMED),
+    }
+
+
+def _at_the_end() -> dict[str, Row]:
+    """What scripts do before and after the last round, and what happens meanwhile. The run must end well with the model."""
+
+    def script(how: str, *flags: object) -> Sequence[object]:
+        return (*flags, _TO_THE_END, "--", how)
+
+    return {
+        "a worker's script ends early": Row(harms.nothing, script("leave"), bounds=_UNHARMED),
+        "the first worker's script ends early": Row(harms.nothing, script("exit"), bounds=_UNHARMED),
+        "a worker evaluates for longer than --timeout": Row(harms.nothing, script("evaluate", "--timeout", 5), bounds=None),
+        "a worker fails after the last round": Row(harms.nothing, script("raise"), bounds=None),
+        "a worker is killed after the last round": Row(harms.nothing, script("kill"), bounds=None),
+        "a server killed while a worker evaluates": Row(harms.kill_with_model("server-1"), script("evaluate"), bounds=None),
+        "the coordinator killed while a worker evaluates": Row(
+            harms.kill_with_model("coordinator"), script("evaluate"), bounds=None
+        ),
     }
 
 

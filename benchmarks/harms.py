@@ -64,6 +64,18 @@ def nothing(run: Cluster) -> Cluster:
     return run
 
 
+def kill_with_model(*names: str) -> Harm:
+    """kill -9 once the trained model is written."""
+
+    def harm(run: Cluster) -> Cluster:
+        run.until(lambda: run.events("model"), "the model was written")
+        for name in names:
+            run.signal(name)
+        return run
+
+    return harm
+
+
 def failpoints(count: int) -> Harm:
     """Nothing but to wait until so many processes have failed by themselves, at their failpoints."""
 

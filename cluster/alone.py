@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.local import start_coordinator, start_server
-from cluster.processes import TICK_S, Processes
+from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
 from cluster.rundir import LOGS, claim, read_summary, tidy_log, write_settings
 from cluster.screen import summary_lines
-from common.errors import ClusterError
+from common.errors import ClusterError, PsError
 from common.runfiles import SETTINGS_FILE
 from common.settings import Settings
 
@@ -60,9 +60,18 @@ def _end(cleanup: ExitStack, processes: Processes, folder: Path) -> None:
     """Called when the script has ended and the worker has left the run."""
     with cleanup:
         deadline = time.monotonic() + _END_S
-        while processes.running() and not processes.failures() and time.monotonic() < deadline:
+        while processes.running() and time.monotonic() < deadline:
             time.sleep(TICK_S)
             processes.poll()
+            if processes.failures():  # the others may say why in a moment
+                deadline = min(deadline, time.monotonic() + GATHER_S)
+        why = root_cause(failures).describe_end() if (failures := processes.failures()) else f"its logs are in {folder / LOGS}."
     summary = read_summary(folder)
-    lines = summary_lines(summary, folder) if summary else [f"the run is not finished; its logs are in {folder / LOGS}."]
-    print("\n".join(lines), file=sys.stderr)
+    if summary is not None:
+        print("\n".join(summary_lines(summary, folder)), file=sys.stderr)
+        return
+    print(f"error: the run is not finished: {why}", file=sys.stderr)
+    if isinstance(getattr(sys, "last_value", None), PsError | None):  # the script itself ended as if all were well
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

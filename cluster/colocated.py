@@ -32,8 +32,8 @@ from common.errors import ClusterError, PsError, UsageError
 
 log = logging.getLogger("cluster.colocated")
 
-#: Seconds for the server to end after the worker has left the run.
-_END_S = 10.0
+#: Seconds between two words of a worker that has left a run which goes on, and for which its server is still needed.
+_TELL_S = 10.0
 #: Tells the main thread that the server has failed: nobody else uses it, and without a handler it does nothing.
 _SIGNAL = signal.SIGURG
 #: Environment variable that says how often the server was started again: this process may have begun anew since.
@@ -81,7 +81,7 @@ def server_beside(
     try:
         yield
     except BaseException as error:
-        watch.patience_s = 0.0 if exit_code(error) else _END_S
+        watch.patience_s = 0.0 if exit_code(error) else float("inf")
         raise
     finally:
         signal.signal(_SIGNAL, before)
@@ -94,8 +94,9 @@ class _Watch(threading.Thread):
         super().__init__(name="server", daemon=True)
         #: Set when nobody needs the server any more.
         self.over = threading.Event()
-        #: Seconds for the server to end by itself: none where the worker has failed, which may not have been in the run yet.
-        self.patience_s = _END_S
+        #: Seconds for the server to end by itself, as it does with the run, which may go on without the worker: none where the
+        #: worker has failed, which may not have been in the run yet.
+        self.patience_s = float("inf")
         self._processes = processes
         self._server = server
         self._told = told
@@ -145,5 +146,9 @@ def _end(cleanup: ExitStack, watch: _Watch) -> None:
     """Called when the script has ended and the worker has left the run."""
     watch.over.set()
     with cleanup:
-        watch.join(watch.patience_s)
+        until = time.monotonic() + watch.patience_s
+        while watch.is_alive() and time.monotonic() < until:
+            watch.join(_TELL_S)
+            if watch.is_alive():
+                log.info("this worker has left; the server beside it serves the others until the run ends.")
     watch.join(4 * TICK_S)  # for its last words

@@ -131,6 +131,8 @@ class Run:
         #: What was computed anew from the last weights and is not in the model's file yet: message, frames, when it was sent.
         self._recomputed: dict[int, tuple[Recomputed, list[memoryview], float]] = {}
         self._recomputations = 0
+        #: Whether a loop over batches goes on, or was left before its end.
+        self._is_training = True
         #: How often each tensor of the model had been written to when the last loop over batches had ended.
         self._written: dict[str, tuple[torch.Tensor, int]] = {}
         self._finished = False
@@ -407,8 +409,10 @@ class Run:
             forecast=lambda: self._forecast(segment),
         )
         self._recomputed.clear()
+        self._is_training = True
         try:
             yield from self._work.batches(segment, loader)
+            self._is_training = False
             self._written = {name: (tensor, tensor._version) for name, tensor in self._tensors().items()}
         finally:
             loader.close()
@@ -459,7 +463,8 @@ class Run:
         if self._model is None:
             raise UsageError("recompute_batchnorm() needs a model: call run.replicate(model) before it.")
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
-        if found := batchnorm.statistics(self._model):
+        found = batchnorm.statistics(self._model)
+        if found and not self._is_training:  # else it is a candidate for a merge that was judged
             message = Recomputed(self._recomputations, self.round, list(found))
             self._recomputations += 1
             self._written |= {name: (tensor, tensor._version) for name, tensor in found.items()}

@@ -1,0 +1,55 @@
+"""What the fault matrix trains where something happens at the end: digits, with the bits of the built-in example.
+
+The command line says how scripts end. `leave`: that of worker 1 breaks off its loop; `exit`: that of worker 0 ends early.
+After the last round worker 0 may `evaluate` for long, `raise`, or be killed (`kill`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import worker
+from worker import data, models
+from worker.example import optimizer_arguments, optimizer_class, schedule
+
+#: The round from which on a script ends early, and how long worker 0 evaluates, seconds.
+ROUND, SECONDS = 60, 8.0
+
+
+def main() -> None:
+    how = sys.argv[1]
+    run = worker.join()
+    settings = run.settings
+    images = data.chosen(settings)
+    model = run.replicate(models.build(settings.model, images.shape, images.classes, settings.devices))
+    optimizer = optimizer_class(settings.optimizer)
+    rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
+    arguments, course = optimizer_arguments(optimizer, settings), schedule(settings, rounds)
+    opt = run.optimizer(optimizer, **arguments, clip_norm=settings.clip_norm, schedule=course)
+    for x, y in run.batches(images.train):
+        loss = torch.nn.functional.cross_entropy(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
+        run.log(loss=loss)
+        opt.step()
+        if how == "leave" and run.index == 1 and run.round >= ROUND:
+            break
+        if how == "exit" and run.index == 0 and run.round >= ROUND:
+            sys.exit(0)
+    if run.index == 0 and how == "evaluate":
+        time.sleep(SECONDS)
+        run.log(accuracy=0.5)
+    elif run.index == 0 and how == "raise":
+        raise ValueError("the evaluation failed")
+    elif run.index == 0 and how == "kill":
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
