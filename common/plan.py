@@ -7,7 +7,6 @@ through the whole run, over all its segments.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -132,16 +131,6 @@ def make_segment(
         epochs=epochs,
         rounds=rounds,
     )
-
-
-def round_of(segments: Sequence[Segment], number: int) -> int:
-    """The round that has micro-batch `number` of the run, if they are counted from 0 in the order of the plan; the last round
-    where `segments` have no such micro-batch. There must be a segment."""
-    for segment in segments:
-        if number < segment.micro_batches:
-            return segment.round_of(number)
-        number -= segment.micro_batches
-    return segments[-1].end - 1
 
 
 def derive_seed(seed: int, purpose: str, *place: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.plan import Segment, round_of
+from common.plan import Segment
 from common.policies import Policy
 
 Hypers = Sequence[Mapping[str, Any]]
@@ -44,6 +44,8 @@ class Course:
         self._policy = policy
         #: By round, the settings that its first push had; those of rounds that the plan has left behind are forgotten.
         self._told: dict[int, Hypers] = {}
+        #: The segment that the plan has got to, and micro-batches before it.
+        self._at = self._before = 0
         #: A moving mean of the policy's factors, over how many at most, and what they have taken and was not handed out yet.
         self._mean, self._count, self._owed = 1.0, 0, 0.0
 
@@ -53,7 +55,16 @@ class Course:
         number = self.seen
         self.seen += is_new
         staleness = max(0, number - base)
-        return Terms(staleness, self._factor(staleness), self._planned(round_of(segments, number), round_, hypers))
+        return Terms(staleness, self._factor(staleness), self._planned(self._round_of(number, segments), round_, hypers))
+
+    def _round_of(self, number: int, segments: Sequence[Segment]) -> int:
+        """The round that has micro-batch `number` of the run, if all are counted from 0 in the order of the plan; the last round
+        where there is no such micro-batch."""
+        while self._at + 1 < len(segments) and number >= self._before + segments[self._at].micro_batches:
+            self._before += segments[self._at].micro_batches
+            self._at += 1
+        segment = segments[self._at]
+        return min(segment.round_of(number - self._before), segment.end - 1)
 
     def _planned(self, planned: int, round_: int, hypers: Hypers) -> Hypers:
         self._told.setdefault(round_, hypers)

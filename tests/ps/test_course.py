@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.plan import Segment, make_segment, round_of
+from common.plan import Segment, make_segment
 from common.policies import load
 from common.settings import Settings
 from ps.course import Course, Terms
@@ -31,9 +31,10 @@ def test_micro_batches_are_numbered_through_all_rounds_of_all_segments(epochs: i
     plans = segments(epochs, limit)
     rounds = [segment.round(r) for segment in plans for r in range(segment.first_round, segment.end)]
     expected = [plan.index for plan in rounds for _ in range(plan.micro_batches)]
-    assert [round_of(plans, number) for number in range(len(expected))] == expected
+    one = course()
+    assert [one._round_of(number, plans) for number in range(len(expected))] == expected
     assert sum(segment.micro_batches for segment in plans) == len(expected)
-    assert round_of(plans, len(expected)) == expected[-1]
+    assert one._round_of(len(expected), plans) == expected[-1]
 
 
 def rate_of(terms: Terms) -> int:

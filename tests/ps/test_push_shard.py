@@ -15,7 +15,7 @@ from simulation import schedules
 
 from common.layout import TensorSpec
 from common.messages import Ack, Contribution, Init, Plan, Pull, Push, Report, Setup, Update, Weights
-from common.plan import make_segment, round_of
+from common.plan import make_segment
 from common.policies import load
 from common.settings import Settings
 from common.tensors import from_frame, to_frame
@@ -164,7 +164,7 @@ def test_the_books_replayed_give_the_weights_whatever_comes_in_parts_twice_or_la
 
 def rate_for(server: Server, rows: list[Contribution]) -> float:
     """The rate of the last of these: that which is planned for so many micro-batches, of those that had been told."""
-    told, planned = {row.round for row in rows}, round_of([server.plan], len(rows) - 1)
+    told, planned = {row.round for row in rows}, server.plan.round_of(len(rows) - 1)
     return rate(max((round_ for round_ in told if round_ <= planned), default=min(told)))
 
 
