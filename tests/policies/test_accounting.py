@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from common.runlog import FILE_NAME, ContributionRow, RunLogReader
 
@@ -84,3 +85,16 @@ def test_under_ssp_nobody_leads_by_more_than_the_bound(bound: int, launch: Launc
 def test_more_workers_than_micro_batches_leave_some_idle(launch: Launch) -> None:
     summary = launch("--workers", 4, "--data", "digits", "--global-batch", 32, "--rounds", 8)
     assert (summary["rounds"], summary["samples"], summary["micro_batches_committed"]) == (8, 256, 16)
+
+
+@pytest.mark.parametrize(("flags", "within"), [("ssp --staleness 1", 1e-5), ("async --staleness-lr", 0.06)])
+def test_weights_move_as_far_as_the_schedule_plans_and_counters_as_often(
+    flags: str, within: float, launch: Launch, tmp_path: Path
+) -> None:
+    summary = launch("--workers", 3, "--servers", 2, "--policy", *flags.split(), Path(__file__).with_name("train_drift.py"))
+    model = load_file(tmp_path / "run" / "model.safetensors")
+    rounds, micro_batches = 32, 128
+    planned = sum(0.1 * (1 - number / rounds) for number in range(rounds))
+    assert -model["drift"].item() == pytest.approx(planned, rel=within)
+    assert model["layers.1.num_batches_tracked"].item() == summary["micro_batches_committed"] == micro_batches
+    assert summary["rounds"] == rounds
