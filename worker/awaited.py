@@ -35,11 +35,7 @@ class AwaitedWeights:
         self._arrive = arrive
         #: Chunks still to come, by tensor.
         self._missing: dict[int, set[int]] = {}
-        numbers = {id(tensor): index for index, tensor in enumerate(replica.tensors)}
-        for module in replica.model.modules():
-            own = [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
-            if own:
-                module.register_forward_pre_hook(functools.partial(self._before_forward, own))
+        self._is_at_doors = False
         self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in replica.model.modules())
 
     @property
@@ -66,8 +62,19 @@ class AwaitedWeights:
         for chunk in chunks:
             for piece in self._replica.layout.chunks[chunk].pieces:
                 self._missing.setdefault(piece.tensor, set()).add(chunk)
+        if self._missing and not self._is_at_doors:
+            self._go_to_doors()
         for index in self._missing:
             put_off(self._replica.tensors[index], Awaited, functools.partial(self._arrive, index))
+
+    def _go_to_doors(self) -> None:
+        """Be called before each module's forward."""
+        self._is_at_doors = True
+        numbers = {id(tensor): index for index, tensor in enumerate(self._replica.tensors)}
+        for module in self._replica.model.modules():
+            own = [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
+            if own:
+                module.register_forward_pre_hook(functools.partial(self._before_forward, own))
 
     def came(self, chunks: Iterable[int]) -> None:
         """These chunks are in the model, or nobody needs to wait for them any more."""

@@ -14,6 +14,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+#: Weights of fewer bytes are torch's own business, for a call of ours takes longer than a copy of their gradient.
+_LARGE_BYTES = 256 << 10
+
 
 class Taker(Protocol):
     """Who gets the gradients of weights."""
@@ -73,7 +76,7 @@ def _accumulates(node: Any) -> bool:
 
 
 def install(model: nn.Module, taker: Taker) -> None:
-    """Have all plain linear layers of `model` ask `taker` what to do with their weights' gradients."""
+    """Have all large plain linear layers of `model` ask `taker` what to do with their weights' gradients."""
 
     def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if not _is_usual(module, x):
@@ -82,7 +85,7 @@ def install(model: nn.Module, taker: Taker) -> None:
         return y
 
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):
+        if type(module) is nn.Linear and "forward" not in vars(module) and module.weight.nbytes >= _LARGE_BYTES:
             # a copy of the model takes this along, and one read back from a file has torch's own again
             module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 

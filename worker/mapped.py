@@ -45,6 +45,8 @@ class MappedWeights:
         self._offsets = {server: weight_offsets(layout.on(server)) for server in range(layout.servers)}
         self._tensors: dict[tuple[int, tuple[InPlane, ...]], torch.Tensor] = {}
         self._chunks: dict[tuple[int, InPlane], torch.Tensor] = {}
+        #: Of chunks of whole tensors, the tensors.
+        self._shaped: dict[tuple[int, InPlane], Sequence[torch.Tensor]] = {}
         self._pagemap = -1
 
     def attach(self, server: int, handle: Handle) -> int:
@@ -68,6 +70,13 @@ class MappedWeights:
             self._chunks[key] = torch.frombuffer(memory, dtype=dtype, count=chunk.numel, offset=self._offset(chunk, at))
         return self._chunks[key]
 
+    def shaped(self, chunk: Chunk, at: InPlane, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The weights of a chunk of whole tensors, each in the shape of the one in `like`."""
+        key = chunk.id, at
+        if key not in self._shaped:
+            self._shaped[key] = shaped(self.chunk(chunk, at), like)
+        return self._shaped[key]
+
     def _let_go(self, at: InPlane) -> None:
         """Weights of a server are in new memory from now on: nobody comes back to what it had before."""
         for server, number in [key for key in self._regions if key[0] == at.server and key[1] < at.region]:
@@ -75,6 +84,7 @@ class MappedWeights:
         old = [key for key in self._chunks if key[1].server == at.server and key[1].region < at.region]
         for key in old:
             del self._chunks[key]
+            self._shaped.pop(key, None)
         for whole in [w for w in self._tensors if any(p.server == at.server and p.region < at.region for p in w[1])]:
             del self._tensors[whole]
 
@@ -118,6 +128,12 @@ class MappedWeights:
             size = (last + 1 - first) * mmap.PAGESIZE
             if _libc().madvise(first * mmap.PAGESIZE, size, mmap.MADV_DONTNEED):
                 raise OSError(ctypes.get_errno(), "weights written by the script cannot be given up")
+
+
+def shaped(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Views of `flat`, which the tensors in `like` make up, in their shapes."""
+    views: Sequence[torch.Tensor] = torch._C._nn.unflatten_dense_tensors(flat, list(like))
+    return views
 
 
 def _map(at: int | None, size: int, fd: int, offset: int) -> int:

@@ -17,9 +17,12 @@ from common.sums import Sum, adder, is_change, weighted
 from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
 from worker.buffers import Rules, as_bytes, find, parts_of, same_bytes
-from worker.mapped import InPlane, MappedWeights
+from worker.mapped import InPlane, MappedWeights, shaped
 from worker.postponed import Postponed
 from worker.slots import Slot
+
+#: Gradients of fewer bytes are taken over together when all are made, for a call each takes longer than the copy.
+_SMALL_BYTES = 64 << 10
 
 
 class Replica:
@@ -69,6 +72,14 @@ class Replica:
                 self._chunks_of.setdefault(piece.tensor, []).append(chunk)
         #: Chunks whose contributions are the changes of buffers.
         self._changes = {chunk.id for chunk in self.layout.chunks if at_once and is_change(chunk)}
+        #: The tensors of chunks that have whole parameters only.
+        self._packed = {
+            chunk.id: [self.tensors[piece.tensor] for piece in chunk.pieces]
+            for chunk in self.layout.chunks
+            if chunk.kind == "param" and all(p.length == self.tensors[p.tensor].numel() for p in chunk.pieces)
+        }
+        #: Of those, by chunk and slot, where each tensor's gradient is contributed from.
+        self._parts: dict[tuple[int, Slot], Sequence[torch.Tensor]] = {}
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
@@ -83,10 +94,10 @@ class Replica:
         #: Whether gradients are added to what is in the slot; those that are not computed before that.
         self._adds = False
         self._postponed = Postponed()
-        #: Called with a tensor's number when backward has made its gradient: of one at a time, though backward has a thread for
-        #: each GPU.
-        self.on_gradient: Callable[[int], None] | None = None
+        self._on_gradient: Callable[[int], None] | None = None
         self._made = threading.Lock()
+        #: Tensors whose gradients are not caught.
+        self._not_caught: list[int] = []
 
     def __deepcopy__(self, memo: object) -> Replica:
         """There is one. Who copies the model copies its hooks, which lead here and do nothing for other parameters."""
@@ -99,11 +110,28 @@ class Replica:
     # ---- out of the model
 
     def catch_gradients(self) -> None:
-        """From now on have backward leave each gradient in the slot given to `contribute_to`."""
-        for index, tensor in enumerate(self.tensors):
-            if tensor.requires_grad and tensor.numel():
-                tensor.register_post_accumulate_grad_hook(functools.partial(self._catch, index))
+        """From now on have backward leave each large gradient in the slot given to `contribute_to`."""
+        trained = [index for index, tensor in enumerate(self.tensors) if tensor.requires_grad and tensor.numel()]
+        self._not_caught = [index for index in trained if self.tensors[index].nbytes < _SMALL_BYTES]
+        self._catch_these(set(trained).difference(self._not_caught))
         direct.install(self.model, self)
+
+    def _catch_these(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.tensors[index].register_post_accumulate_grad_hook(functools.partial(self._catch, index))
+
+    @property
+    def on_gradient(self) -> Callable[[int], None] | None:
+        """Called with a tensor's number when backward has made its gradient: of one at a time, though backward has a thread for
+        each GPU."""
+        return self._on_gradient
+
+    @on_gradient.setter
+    def on_gradient(self, called: Callable[[int], None] | None) -> None:
+        self._on_gradient = called
+        if called is not None:
+            self._catch_these(self._not_caught)
+            self._not_caught = []
 
     def contribute_to(self, slot: Slot) -> None:
         """The next gradients go to `slot`."""
@@ -166,9 +194,9 @@ class Replica:
             parameter.grad = place.copy_(gradient)
         elif self._given.get(id(parameter)) == gradient._version:
             self._whole.add(id(parameter))
-        if self.on_gradient is not None:
+        if self._on_gradient is not None:
             with self._made:
-                self.on_gradient(index)
+                self._on_gradient(index)
 
     @torch.no_grad()
     def gradient(self, samples: int, without: Collection[int] = ()) -> dict[int, Sum]:
@@ -205,7 +233,7 @@ class Replica:
 
     def _add_pieces(self, chunk: Chunk, total: torch.Tensor, summed: Collection[int]) -> int:
         """Add a chunk's gradients to `total`, but for those of tensors `summed`; the mask of all pieces that have one."""
-        present = 0
+        present, parts, gradients = 0, [], []
         for bit, piece in enumerate(chunk.pieces):
             if piece.tensor not in summed:
                 part = total[piece.offset : piece.offset + piece.length]
@@ -214,8 +242,11 @@ class Replica:
                     part.add_(0.0)  # as the contribution is 0 there
                     continue
                 gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
-                part.add_(gradient.reshape(-1)[piece.start : piece.start + piece.length].to(part.device, part.dtype))
+                parts.append(part)
+                gradients.append(gradient.reshape(-1)[piece.start : piece.start + piece.length].to(part.device, part.dtype))
             present |= 1 << bit
+        if parts:
+            torch._foreach_add_(parts, gradients)
         return present
 
     def discard(self) -> None:
@@ -228,7 +259,30 @@ class Replica:
     @torch.no_grad()
     def collect(self, chunk: Chunk, slot: Slot) -> int:
         """Have what the model contributes to a chunk in the slot, as far as it is not there already; the mask of its pieces."""
+        if chunk.id in self._packed:
+            return self._collect_packed(chunk, slot)
         return self._collect(chunk, slot.chunks[chunk.id], self._places[slot])
+
+    def _collect_packed(self, chunk: Chunk, slot: Slot) -> int:
+        """`collect` for a chunk of whole parameters, in few calls."""
+        tensors, key = self._packed[chunk.id], (chunk.id, slot)
+        if key not in self._parts:
+            self._parts[key] = shaped(slot.chunks[chunk.id], tensors)
+        present, parts, gradients = 0, [], []
+        for bit, (tensor, part) in enumerate(zip(tensors, self._parts[key], strict=True)):
+            gradient = tensor.grad
+            if gradient is None:
+                part.zero_()
+                continue
+            present |= 1 << bit
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            if gradient.data_ptr() != part.data_ptr():
+                parts.append(part)
+                gradients.append(gradient)
+        if parts:
+            torch._foreach_copy_(parts, gradients)
+        return present
 
     def _collect(self, chunk: Chunk, values: torch.Tensor, places: Mapping[int, torch.Tensor]) -> int:
         present = 0
@@ -330,16 +384,45 @@ class Replica:
     def _load(self, weights: Mapping[int, Any], copy: bool) -> None:
         chunks = [self.layout.chunks[chunk] for chunk in sorted(weights)]
         values = {chunk.id: self._values(chunk, weights[chunk.id]) for chunk in chunks}
-        tensors = {piece.tensor: [weights.get(c.id) for c in self._chunks_of[piece.tensor]] for c in chunks for piece in c.pieces}
-        adopted = {index for index, found in tensors.items() if not copy and self._adopt(index, self._chunks_of[index], found)}
-        self._put_back(piece.tensor for chunk in chunks for piece in chunk.pieces)
-        # only now, for what a script wrote into one of those may have hidden others on the same page
         for chunk in chunks:
+            if chunk.id in self._packed:
+                self._load_packed(chunk, weights[chunk.id], values[chunk.id], copy)
+        cut = [chunk for chunk in chunks if chunk.id not in self._packed]
+        tensors = {piece.tensor: [weights.get(c.id) for c in self._chunks_of[piece.tensor]] for c in cut for piece in c.pieces}
+        adopted = {index for index, found in tensors.items() if not copy and self._adopt(index, self._chunks_of[index], found)}
+        # only now, for what a script wrote into one of those may have hidden others on the same page
+        for chunk in cut:
             for piece in chunk.pieces:
                 if piece.tensor not in adopted:
                     self._write(piece, values[chunk.id])
+        for chunk in chunks:
             if chunk.kind != "param":
                 self._buffers[chunk.id] = values[chunk.id].clone()
+
+    def _load_packed(self, chunk: Chunk, found: Any, values: torch.Tensor, copy: bool) -> None:
+        """Load a chunk of whole parameters, in few calls."""
+        tensors = self._packed[chunk.id]
+        adopts = isinstance(found, InPlane) and not copy
+        if adopts:
+            self.mapped.forget_writes(values)
+        views = self.mapped.shaped(chunk, found, tensors) if isinstance(found, InPlane) else shaped(values, tensors)
+        targets, sources = [], []
+        for piece, tensor, view in zip(chunk.pieces, tensors, views, strict=True):
+            if adopts and view.data_ptr() % ALIGNED == 0 and tensor.device.type == "cpu" and tensor.is_contiguous():
+                tensor.data = view
+                self._in_memory.add(piece.tensor)
+                continue
+            if not copy and piece.tensor in self._in_memory:
+                self._move_out(piece.tensor)
+            targets.append(tensor.data)  # a graph that has kept it already is to see what comes now
+            sources.append(view)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _move_out(self, index: int) -> None:
+        """Have a place of its own again for a parameter that lies in a server's memory."""
+        self.tensors[index].data = torch.empty_like(self.tensors[index])
+        self._in_memory.remove(index)
 
     def _values(self, chunk: Chunk, found: Any) -> torch.Tensor:
         if isinstance(found, InPlane):
@@ -354,9 +437,8 @@ class Replica:
         places = [place for place in found if isinstance(place, InPlane)]
         flat = self.mapped.tensor(index, chunks, places) if len(places) == len(found) else None
         if flat is None or flat.data_ptr() % ALIGNED:
-            if index in self._in_memory:  # a place of its own again
-                tensor.data = torch.empty_like(tensor)
-                self._in_memory.remove(index)
+            if index in self._in_memory:
+                self._move_out(index)
             return False
         self.mapped.forget_writes(flat)
         tensor.data = flat.view(tensor.shape)

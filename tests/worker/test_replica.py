@@ -210,3 +210,24 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(make: Callable[[], nn.M
     with pytest.raises(UsageError) as caught:
         Cluster(make(), 2, torch.optim.SGD)
     assert str(caught.value).startswith(said) and str(caught.value).endswith(".") and "\n" not in str(caught.value)
+
+
+def test_small_gradients_are_taken_over_together_unless_each_is_waited_for() -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(40)))
+    replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
+    replica.catch_gradients()
+    slot = Slots(replica.layout, shared=False).take(lambda slot: False)
+    made: list[int] = []
+    for is_told in (False, True):
+        replica.contribute_to(slot)
+        replica.on_gradient = made.append if is_told else None
+        model[3:](torch.randn(4, 5)).sum().backward()
+        model[5].weight.grad = model[5].weight.grad.to_sparse()
+        expected = [None if p.grad is None else p.grad.to_dense().flatten() for p in model.parameters()]
+        sums = replica.gradient(4)
+        for chunk in replica.layout.chunks:
+            for bit, piece in enumerate(chunk.pieces):
+                values, gradient = sums[chunk.id].values[piece.offset : piece.offset + piece.length], expected[piece.tensor]
+                assert bool(sums[chunk.id].present >> bit & 1) == (gradient is not None)
+                assert torch.equal(values, torch.zeros(piece.length) if gradient is None else gradient)
+        assert sorted(made) == (list(range(6, 80)) if is_told else [])
