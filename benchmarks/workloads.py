@@ -67,6 +67,69 @@ class Clicks(Workload):
         return nn.functional.binary_cross_entropy_with_logits(model(x), y)
 
 
+@dataclass(frozen=True)
+class Text(Workload):
+    """Samples are ids (`shape`) out of `classes`; labels are the ids that follow."""
+
+    def dataset(self, workers: int) -> TensorDataset:
+        generator = torch.Generator().manual_seed(_SEED)
+        ids = torch.randint(self.classes, (BATCHES * workers * self.batch, self.shape[0] + 1), generator=generator)
+        return TensorDataset(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+    def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+class _Layer(nn.Module):
+    """One layer of `GPT`: features (B, T, dim) to features."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.before, self.between = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, dim = x.shape
+        q, k, v = self.qkv(self.before(x)).view(batch, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).reshape(batch, length, dim))
+        added: torch.Tensor = x + self.mlp(self.between(x))
+        return added
+
+
+class GPT(nn.Module):
+    """Radford et al. 2019, of six layers, with 13.8 M parameters; its first and last weight are one."""
+
+    def __init__(self, words: int = 8192, dim: int = 384, layers: int = 6, heads: int = 6, length: int = 128) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, dim), nn.Embedding(length, dim)
+        self.layers = nn.Sequential(*(_Layer(dim, heads) for _ in range(layers)), nn.LayerNorm(dim))
+        self.head = nn.Linear(dim, words, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, words) of ids (B, T)."""
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        logits: torch.Tensor = self.head(self.layers(x))
+        return logits
+
+
+class _Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        other = [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.past = nn.Sequential(*(other if stride > 1 or inputs != outputs else ()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.relu(self.main(x) + self.past(x))
+
+
 class WideAndDeep(nn.Module):
     """Cheng et al. 2016, without crosses: `fields` ids a sample, each out of `rows`; numbers of each id for both parts."""
 
@@ -113,12 +176,29 @@ def _cnn() -> nn.Module:
     )  # fmt: skip
 
 
+def _resnet() -> nn.Module:
+    """He et al.'s ResNet-18, whose first layers are those for small images."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)]
+    for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        layers += [_Residual(inputs, outputs, outputs // inputs), _Residual(outputs, outputs, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def _many() -> nn.Module:
+    """2,004 small tensors."""
+    layers = [layer for _ in range(500) for layer in (nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU())]
+    return nn.Sequential(nn.Linear(64, 32), *layers, nn.Linear(32, 10))
+
+
 WORKLOADS: Mapping[str, Workload] = {
     w.name: w
     for w in (
         Workload("mlp", _mlp, (1024,), 1000, 64, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
         Workload("alexnet", _alexnet, (3, 64, 64), 1000, 32, torch.optim.Adam, {"lr": 1e-4}),
         Workload("cnn", _cnn, (3, 32, 32), 10, 64, torch.optim.SGD, {"lr": 0.01}),
+        Workload("resnet", _resnet, (3, 32, 32), 10, 16, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+        Text("gpt", GPT, (128,), 8192, 4, torch.optim.AdamW, {"lr": 3e-4}),
+        Workload("many", _many, (64,), 10, 64, torch.optim.Adam, {"lr": 1e-4}),
         Clicks("widedeep", lambda: WideAndDeep(26, 40_000, 32), (26,), 40_000, 256, torch.optim.Adagrad, {"lr": 0.01}),
     )
 }

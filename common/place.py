@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import uuid
 from functools import cache
@@ -29,6 +30,18 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
     def cannot_reach(self, other: Place) -> bool:
         """Whether it is certain that the loopback address of one is not the other's."""
         return bool(self.network) and bool(other.network) and self.network != other.network
+
+
+def is_own(address: str) -> bool:
+    """Whether `address`, tcp://HOST:PORT, is one of this host's own. False where that cannot be told."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    try:
+        family, kind, _, _, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(found)  # sends nothing
+            return bool(probe.getsockname()[0] == probe.getpeername()[0])
+    except (OSError, ValueError):
+        return False
 
 
 #: Of who has not said.

@@ -9,6 +9,7 @@ found that the gradients are still those that were sent.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ class Early:
         #: What gradients looked like when they were made, by tensor; and, by chunk, when it was sent.
         self._made: dict[int, tuple[int, int, int]] = {}
         self._sent: dict[int, list[tuple[int, int, int]]] = {}
+        #: How long all of this has taken.
+        self.seconds = 0.0
         #: By chunk, what was sent.
         self.values: dict[int, torch.Tensor] = {}
 
@@ -67,6 +70,7 @@ class Early:
         chunks = [c for c in self._replica.chunks_of(index) if c.id not in self._sent and self._sends(c.id)]
         if not chunks:
             return
+        began = time.monotonic()
         self._made[index] = self._look(index)
         for chunk in chunks:
             if all(piece.tensor in self._made for piece in chunk.pieces):
@@ -74,13 +78,17 @@ class Early:
                 value = self._add_up(chunk, Sum(self._slot.chunks[chunk.id], self._replica.collect(chunk, self._slot)))
                 self.values[chunk.id] = value.values
                 self._send(chunk.id, value, self._slot if value.values is self._slot.chunks[chunk.id] else self._memory)
+        self.seconds += time.monotonic() - began
 
     def unchanged(self) -> set[int]:
         """Chunks that were sent and whose gradients are still the same."""
+        began = time.monotonic()
         tensors = {piece.tensor for chunk in self._sent for piece in self._replica.layout.chunks[chunk].pieces}
         now = {index: self._look(index) for index in tensors}
         pieces = {chunk: self._replica.layout.chunks[chunk].pieces for chunk in self._sent}
-        return {chunk for chunk, then in self._sent.items() if then == [now[piece.tensor] for piece in pieces[chunk]]}
+        same = {chunk for chunk, then in self._sent.items() if then == [now[piece.tensor] for piece in pieces[chunk]]}
+        self.seconds += time.monotonic() - began
+        return same
 
     def _look(self, index: int) -> tuple[int, int, int]:
         """Where a gradient is, how often torch has written to it, and a sum over its bits, for there are other ways to write."""

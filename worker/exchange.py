@@ -91,9 +91,13 @@ class Exchange:
         self.share: Share | None = None
         self.unknown: dict[int, float] = {}
         self._regions: dict[int, int] = {}
-        #: Since when something has been outstanding; and how long that lasts, a moving average, seconds.
+        #: Since when something has been outstanding, and whether some of that was sent early; and how long that lasts where
+        #: nothing was, a moving average, seconds.
         self._busy_since: float | None = None
+        self._overlaps = False
         self.transfer_s = 0.0
+        #: Servers on this host.
+        self.near: set[int] = set()
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.clock: int | None = None
         self._settled = False
@@ -173,10 +177,16 @@ class Exchange:
         """Whether contributions to some chunk are sent."""
         return any(chunks and server not in self.readers for server, chunks in self._chunks.items())
 
+    @property
+    def sends_away(self) -> bool:
+        """Whether contributions to some chunk are sent to another host."""
+        return any(chunks and server not in self.readers | self.near for server, chunks in self._chunks.items())
+
     def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
         """Send a contribution to one chunk, which is to count only when `settle` has said so; likewise."""
         if any(o.push.key == push.key and chunk in o.push.chunks for o in self._outstanding):
             return []
+        self._overlaps = True
         server = self._server_of[chunk]
         coded = self._coder.encode(push, chunk, value)
         message = msgspec.structs.replace(
@@ -383,8 +393,9 @@ class Exchange:
         if self._outstanding and self._busy_since is None:
             self._busy_since = now
         elif not self._outstanding and self._busy_since is not None:
-            self.transfer_s += _NEWEST * (now - self._busy_since - self.transfer_s)
-            self._busy_since = None
+            if not self._overlaps:
+                self.transfer_s += _NEWEST * (now - self._busy_since - self.transfer_s)
+            self._busy_since, self._overlaps = None, False
         effects, self._answers = self._answers, []
         for o in self._outstanding:
             if o.sent_at is not None and not o.early and self._is_silent(o.server, o.sent_at, now):

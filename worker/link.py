@@ -23,6 +23,7 @@ from common.attendance import TELL_S, Attendance
 from common.errors import ClusterError, NoAnswer, PsError, UsageError, WireError
 from common.failpoints import failpoint
 from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
+from common.place import is_own
 from common.reach import UNREACHED_S, Reach
 from common.refusals import Refusals
 from common.restart import restart
@@ -277,6 +278,10 @@ class Link:
                 except WireError as error:
                     self._refusals.note(error, time.monotonic(), name)
             self.lock.notify_all()
+
+    def is_near(self, server: int) -> bool:
+        """Whether what is sent to a server stays on this host."""
+        return is_own(self._peers[server].address)
 
     def _connect(self, servers: list[Peer], poller: zmq.Poller) -> None:
         """The servers are these: have connections to them, new ones to those that are other processes than before."""

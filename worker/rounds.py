@@ -117,6 +117,8 @@ class GradientWork:
         self._spoilt = False
         #: The contribution being made, where it is pushed as it comes.
         self._early: Early | None = None
+        #: How long it takes to push one so, a moving average, seconds.
+        self._overlap_s = 0.0
         self._begun_at = 0.0
         self._meter = Meter()
         self._add = {chunk.id: adder(chunk) for chunk in replica.layout.chunks}
@@ -277,8 +279,10 @@ class GradientWork:
             return False  # servers must know of all of a contribution before any of it counts
         if self._clip_norm is not None or not self._exchange.sends_any:
             return False
-        if self._exchange.transfer_s < self._meter.seconds:
-            return False  # the network is not what is waited for, and to overlap costs time on the processor
+        # on one host both take time on the same processors, so nothing is gained unless the transfer is what is waited for
+        costs_s = self._overlap_s if self._exchange.sends_away else self._meter.seconds
+        if self._exchange.transfer_s <= costs_s:
+            return False
         with self._link.lock:
             return self._tasks.run_done or not self._policy.combines  # else more is to be added to it
 
@@ -315,6 +319,7 @@ class GradientWork:
             return set()
         assert self._exchange is not None
         good = early.unchanged() if not self._spoilt else set()
+        self._overlap_s += _NEWEST * (early.seconds - self._overlap_s)
         if self._run.settings.on_nonfinite == "fail":
             good = {chunk for chunk in good if is_finite(early.values[chunk])}  # what is not is pushed anew, and found there
         with self._link.lock:

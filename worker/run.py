@@ -298,8 +298,10 @@ class Run:
                         lambda body, i=batch[0]: isinstance(body, Ready) and (body.about, body.id) == ("Init", i),  # type: ignore[misc]
                         [first[i] for i in batch],
                     )
+        near = {server for server in range(self._servers) if self._link.is_near(server)}
         with self._link.lock:
             self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
+            self._exchange.near = near
         return sends_first
 
     def _sends_first(self, setup: Setup) -> bool:

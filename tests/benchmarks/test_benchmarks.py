@@ -183,7 +183,16 @@ def test_all_systems_of_the_command_line_are_there_and_all_our_codecs_and_polici
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "most"), [("mlp", 19e6, 21e6), ("alexnet", 61e6, 61.2e6), ("cnn", 0.5e6, 0.7e6), ("widedeep", 34e6, 35e6)]
+    ("name", "least", "most"),
+    [
+        ("mlp", 19e6, 21e6),
+        ("alexnet", 61e6, 61.2e6),
+        ("cnn", 0.5e6, 0.7e6),
+        ("gpt", 13e6, 14e6),
+        ("resnet", 11e6, 12e6),
+        ("many", 5e5, 6e5),
+        ("widedeep", 34e6, 35e6),
+    ],
 )
 def test_models_have_their_sizes_and_data_are_always_the_same(name: str, least: float, most: float) -> None:
     workload = WORKLOADS[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.place import Place, here
+from common.place import Place, here, is_own
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,3 +47,11 @@ def test_where_proc_shows_other_processes_than_the_own_nobody_is_looked_up() -> 
 
 def test_of_who_does_not_tell_nothing_is_known() -> None:
     assert not Place().sees(Place()) and not Place().cannot_reach(here()) and not here().cannot_reach(Place())
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("tcp://127.0.0.1:5555", True), ("tcp://localhost:1", True), ("tcp://192.0.2.1:53", False), ("junk", False)],
+)
+def test_an_address_of_this_host_is_known_as_such(address: str, expected: bool) -> None:
+    assert is_own(address) == expected

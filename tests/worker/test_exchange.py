@@ -307,3 +307,21 @@ def test_who_comes_late_begins_in_the_earliest_round_that_is_open_anywhere() -> 
     exchange.pull(43, False, 0.0)
     exchange.handle("server-0", Gone(0, 44), ())  # late
     assert not exchange.gone and exchange.over is None
+
+
+def test_how_long_a_transfer_takes_is_measured_where_nothing_was_sent_early() -> None:
+    worker = Worker()
+    worker.exchange.near = {0}
+    assert worker.exchange.sends_any and not worker.exchange.sends_away
+    message = worker.push(worker.slot(1.0))
+    worker.exchange.tick(1.0)
+    worker.ack(whole(message), [])
+    worker.exchange.tick(3.0)
+    assert worker.exchange.transfer_s == 1.0  # the newest of 2 s counts half
+    slot, later = worker.slot(2.0), replace(PUSH, round=4)
+    (early,) = worker.exchange.push_early(later, 0, Sum(slot.chunks[0], 1), 4.0, {}, slot)
+    worker.exchange.tick(5.0)
+    worker.exchange.settle({0}, 9.0)
+    worker.ack(whole(early), [])
+    worker.exchange.tick(10.0)
+    assert worker.exchange.idle and worker.exchange.transfer_s == 1.0
