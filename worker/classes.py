@@ -20,6 +20,7 @@ from common.messages import Classify, ClassPush, RowInit, Use
 from common.pages import pages
 from common.policies import Policy
 from common.rows import cut, owner_of, page_ids
+from worker.absent import absent
 from worker.class_exchange import ClassExchange, Sums
 from worker.exchange import Send
 from worker.link import Link
@@ -279,9 +280,10 @@ class Shards:
             if sends_first and sharded.spec.std is None:
                 self._send_first(number, sharded, tables)
             layer = sharded.layer
-            layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"))
+            name = sharded.spec.name
+            layer.weight = absent(layer.weight, name)
             if layer.bias is not None:
-                layer.bias = nn.Parameter(torch.empty_like(layer.bias, device="meta"))
+                layer.bias = absent(layer.bias, f"{name.removesuffix('weight')}bias")
             layer._shards = self
 
     def _send_first(self, number: int, of: Sharded, tables: int) -> None:

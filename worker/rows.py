@@ -23,6 +23,7 @@ from common.messages import Body, Ready, RowInit, RowPush
 from common.pages import pages
 from common.policies import Policy
 from common.rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids
+from worker.absent import absent
 from worker.link import Link
 from worker.optimizer import Groups
 from worker.row_exchange import RowExchange
@@ -158,7 +159,7 @@ class RowSparse:
 
         # a copy of the model takes this along but contributes nothing; one read back from a file has torch's own again
         layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
-        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), layer.weight.requires_grad)
+        layer.weight = absent(layer.weight, self._specs[number].name, layer.weight.requires_grad)
         self._weights.append(layer.weight)
 
     # ---- forward and backward
