@@ -165,7 +165,8 @@ def of_somebody_else(header: bytes, chance: random.Random) -> bytes:
     elif kind == 2:
         envelope[0] += 1
     else:
-        envelope[2] = chance.choice(["coordinator", "server-0", "worker-00", "worker--1", "worker-9 ", "", "worker"])
+        names = ["coordinator", "server-0", "worker-00", "worker--1", "worker-9 ", "", "worker"]
+        envelope[2] = chance.choice([name for name in names if name != envelope[2]])
     return msgspec.msgpack.encode(envelope)
 
 
