@@ -182,7 +182,8 @@ def fingerprint(process: Process) -> Any:
     shard, server = process.shard, process.server
     store = shard.store
     weights = [part.master.numpy().tobytes() for part in store._parts.values()] if store is not None else []
-    states = [str(part.optimizer.state_dict()) for part in store._parts.values() if part.optimizer] if store is not None else []
+    parts = store._parts.values() if store is not None else ()
+    states = [str(list(optimizer.state.values())) for part in parts for optimizer in part.optimizers.values()]
     early = {who: {key: sorted(e.values) for key, e in held.items()} for who, held in shard._early.items()}
     rest = {name: str(vars(shard).get(name)) for name in
             ("_version", "_slowest", "_sums", "_leaves", "_filed", "_next", "_hypers", "_closed", "_applied", "segments",
