@@ -19,7 +19,7 @@ from ps.parts import Part, Span, parts_on, spans
 #: Bytes that may be under way from one server, and from all.
 CREDIT_BYTES, ALL_BYTES = 8 << 20, 64 << 20
 #: Parts that a server is asked for at once at most, and the longest time, in seconds, after which they are asked for again.
-_MOST_PARTS, _LONGEST_S = 1000, 60.0
+_MOST_PARTS, _LONGEST_S = 1000, 20.0
 
 
 @dataclass
@@ -66,6 +66,11 @@ class Collecting:
                 server.again_at = now + server.patience_s
                 out.append((number, HandIn(self.round, new)))
         return out
+
+    def replaced(self, server: int) -> None:
+        """Another process is in the place of a server, which was asked for nothing yet."""
+        one = self._servers[server]
+        one.again_at, one.patience_s = float("-inf"), SEND_AGAIN_S
 
     def _next(self, server: _Server, room: int) -> Iterator[int]:
         """Parts to ask for besides those that are asked for."""

@@ -759,6 +759,8 @@ class Coordinator:
                     self._seen.add(hello.pid)
                 if member.replaces:
                     self._ledger.replaced(number_of(member.name))
+                    if self._collecting is not None:
+                        self._collecting.replaced(number_of(member.name))
                 data = {"host": hello.host, "pid": hello.pid, "arithmetic": hello.arithmetic, "address": hello.address}
                 self._log.event(Event("joined", member.name, {**data, "place": hello.place.pids}))
                 if member.proven:

@@ -195,6 +195,15 @@ def test_a_part_is_taken_only_from_the_server_that_was_asked_and_with_its_size()
     assert b"".join(bytes(data) for _, data in collecting.take(server, body, frames)) == b"".join(map(bytes, frames))
 
 
+def test_a_server_in_the_place_of_another_is_asked_at_once() -> None:
+    _, _, layout, _ = made(2)
+    collecting = Collecting(layout, 0)
+    first = dict(collecting.ask(0.0))
+    assert collecting.ask(1.0) == []
+    collecting.replaced(1)
+    assert collecting.ask(1.0) == [(1, first[1])]
+
+
 def test_a_server_that_is_past_the_round_or_not_there_yet_hands_in_nothing() -> None:
     _, _, _, (shard,) = made(1)
     assert deliver([shard], [(0, HandIn(1, [0]))]) == []
