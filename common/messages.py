@@ -13,6 +13,7 @@ import msgspec
 
 from common.bounds import Amount, ByName, Count, CountOrNone, Few, Hypers, Many, Name, Text
 from common.errors import UsageError, WireError, printable
+from common.facts import Facts
 from common.layout import ClassSpec, TableSpec, TensorSpec
 from common.leases import Table
 from common.place import NOWHERE, Place
@@ -222,21 +223,23 @@ class InFile(msgspec.Struct, frozen=True, array_like=True):
 
 class Setup(Body, frozen=True):
     """This is the model and its optimizer. The first one defines them; every other must be the same. `file` are the tensors of
-    the model's file, in their order there."""
+    the model's file, in their order there. The coordinator is told of `facts` too, which all workers must have in common."""
 
     tensors: Many[TensorSpec]
     update: Update
     tables: Many[TableSpec] = []
     classifiers: Many[ClassSpec] = []
     file: Annotated[list[InFile], msgspec.Meta(max_length=1_000_000)] = []
+    facts: Facts = []
 
 
 class Plan(Body, frozen=True):
-    """The next rounds are these. The first one defines them; every other must be the same. Servers take it with the `seal` that
-    the coordinator gave."""
+    """The next rounds are these. The first one defines them; every other must be the same; `facts` as in Setup. Servers take it
+    with the `seal` that the coordinator gave."""
 
     segment: Segment
     seal: Count = 0
+    facts: Facts = []
 
 
 class Ready(Body, frozen=True):

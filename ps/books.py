@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from common.errors import UsageError
+from common.facts import Told
 from common.leases import Table
 from common.messages import Committed, Contribution, Hello, Setup, Stop
 from common.plan import Segment
@@ -122,6 +123,8 @@ def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple
         yield "setup", "", ledger.setup
     for segment in ledger.segments:
         yield "plan", str(segment.index), segment
+    for about, told in ledger.told.items():
+        yield "told", about, told
     for server, reported in ledger.reported.items():
         yield "reported", str(server), reported
     yield "pending", "", list(ledger.pending)
@@ -192,9 +195,10 @@ def _read(db: sqlite3.Connection) -> Books | None:
     ledger = Ledger(head.settings, load(head.settings))
     for setup in state("setup", Setup).values():
         ledger.set_up(setup)
-    told = state("plan", Segment)
+    ledger.told = state("told", Told)
+    plans = state("plan", Segment)
     # the plans of rounds before `head.resume` may not have been told again since all began anew
-    ledger.segments = _in_order({**state("planned", Segment), **told})
+    ledger.segments = _in_order({**state("planned", Segment), **plans})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
     ledger.left_out = [row for rows in state("left out", list[Contribution]).values() for row in rows]
@@ -206,7 +210,7 @@ def _read(db: sqlite3.Connection) -> Books | None:
         ledger.book(Committed(round_, samples, micro_batches, dropped, json.loads(metrics)))
         books.committed_at = at
         books.samples_before += samples if round_ < head.resume else 0
-    ledger.segments = _in_order(told)
+    ledger.segments = _in_order(plans)
     query = "SELECT round, incarnation, number FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"
     for round_, *call in db.execute(query).fetchall():
         values = db.execute("SELECT name, value FROM metrics WHERE incarnation = ? AND number = ?", call)

@@ -9,7 +9,7 @@ import platform
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,8 @@ class Coordinator:
         self._refused_at = float("-inf")
         #: Incarnations of workers and of servers that those cannot reach, as was told.
         self._told_unreached: set[tuple[int, int]] = set()
+        #: Kinds of arithmetic that were told of, as they are not the first worker's.
+        self._arithmetic_told: set[tuple[tuple[str, str], ...]] = set()
         #: When it was last told that there is no snapshot.
         self._failure_told_at = float("-inf")
         self._accuracy: Measured | None = None
@@ -724,7 +726,7 @@ class Coordinator:
             case Close() | AllNorms() if member.hello.role == "server":
                 self._to_servers(self._ledger.decided(body))
             case Setup():
-                answer = self._ledger.set_up(body)
+                answer = self._ledger.set_up(body, member.who)
                 if isinstance(answer, Ready):
                     answer = Ready("Setup", lacks=member.name in self._membership.names("worker")[:1])
                 self._answer(route, member, answer)
@@ -771,7 +773,9 @@ class Coordinator:
                 log.warning("a %s on %s may not join: %s", hello.role, printable(hello.host), printable(body.reason))
         self._tell_members(answers, route)
         if self._membership.started and not started:
-            self._warn_of_unequal_arithmetic()
+            self._warn_of_unequal_arithmetic(self._membership.workers.values())
+        elif started and not is_known and member is not None and hello.role == "worker":
+            self._warn_of_unequal_arithmetic([member])
 
     def _tell_members(self, news: Sequence[tuple[str, Body]], asker: bytes | None = None) -> None:
         """Send what the membership says, to members by name and '' to `asker`, once it is in the books."""
@@ -804,14 +808,19 @@ class Coordinator:
                 for name in set(self._membership.names("server")) - {server.name}:
                     self._send(name, question)
 
-    def _warn_of_unequal_arithmetic(self) -> None:
-        """Equal bits need equal arithmetic: say so where workers differ."""
-        workers = self._membership.names("worker")
-        kinds = {tuple(sorted(self._membership.members[w].hello.arithmetic.items())) for w in workers}
-        if len(kinds) > 1:
-            text = "workers differ in torch's build or processor: the result is valid, but its bits depend on who computed what"
-            log.warning(text)
-            self._log.event(Event("warning", "coordinator", {"text": text, "kinds": [dict(kind) for kind in kinds]}))
+    def _warn_of_unequal_arithmetic(self, workers: Iterable[Member]) -> None:
+        """Equal bits need equal arithmetic: say so of each kind of worker that differs from the first, once."""
+        first = next((self._membership.members[name] for name in self._membership.names("worker")), None)
+        if first is None:
+            return
+        for member in workers:
+            a, b = first.hello.arithmetic, member.hello.arithmetic
+            keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+            kind = tuple(sorted(b.items()))
+            if keys and kind not in self._arithmetic_told:
+                self._arithmetic_told.add(kind)
+                has = " and ".join(f"{key} {b.get(key, 'unknown')} where {first.who} has {a.get(key, 'unknown')}" for key in keys)
+                self.journal.warn(f"{member.who} has {has}: the result is valid, but its bits depend on who computes what.")
 
     def _beat(self, member: Member, beat: Beat, now: float) -> None:
         if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
@@ -831,7 +840,7 @@ class Coordinator:
     def _plan(self, route: bytes, worker: Member, plan: Plan, now: float) -> None:
         trusted = self._membership.starters | self._ledger.contributors
         may_define = worker.name in trusted or trusted.isdisjoint(self._membership.names("worker"))
-        answer = self._ledger.plan(plan.segment, may_define)
+        answer = self._ledger.plan(plan.segment, plan.facts, worker.who, may_define)
         if isinstance(answer, Ready):
             answer = msgspec.structs.replace(answer, seal=seal(self._head.key, plan.segment))
         if answer is not None:

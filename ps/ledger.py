@@ -13,12 +13,14 @@ for the event log. Invariants:
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from common.errors import UsageError, WireError
+from common.facts import Fact, Told, difference
 from common.layout import Layout, make_layout
 from common.messages import (
     AllNorms,
@@ -38,6 +40,7 @@ from common.messages import (
 from common.plan import Segment
 from common.policies import Policy, load
 from common.settings import Settings
+from ps import differences
 from ps.checks import check_file, check_setup
 from ps.parts import sizes
 
@@ -83,6 +86,8 @@ class Ledger:
         self.layout: Layout | None = None
         self.setup: Setup | None = None
         self.segments: list[Segment] = []
+        #: What the first worker has told that all are to have in common: with its Setup, and with each Plan.
+        self.told: dict[str, Told] = {}
         self.totals = Totals()
         #: Rounds below are applied on every server that takes part.
         self.committed = 0
@@ -109,14 +114,15 @@ class Ledger:
         """Be the books of the same run with other settings, whose workers say anew what the model and the plan are."""
         self.settings, self._policy = settings, load(settings)
         self.layout = self.setup = None
-        self.segments = []
+        self.segments, self.told = [], {}
         self.pending, self.left_out, self.reported = [], [], {}
         self.contributors = set()
 
     # ---- what the run is
 
-    def set_up(self, setup: Setup) -> Body:
-        """A worker's model. Servers say what differs; here only the layout matters."""
+    def set_up(self, setup: Setup, who: str = "") -> Body:
+        """The model of a worker, which is `who` to people."""
+        facts, setup = setup.facts, msgspec.structs.replace(setup, facts=[])
         if self.setup is None:
             try:
                 check_setup(setup)
@@ -126,18 +132,30 @@ class Ledger:
                 return Refused("Setup", str(error))
             self.layout, self.setup = layout, setup
         elif setup != self.setup:
-            return Refused("Setup", "this worker's model or optimizer is not the other workers'.")
-        return Ready("Setup")
+            return Refused("Setup", differences.of_setups(self.setup, self._owner("setup"), setup, who))
+        reason = self._differs("setup", facts, who)
+        return Refused("Setup", reason) if reason else Ready("Setup")
 
-    def plan(self, segment: Segment, may_define: bool = True) -> Body | None:
-        """What a worker is to know of the plan it asks for; None where that is new and another is to define it."""
+    def plan(self, segment: Segment, facts: Sequence[Fact] = (), who: str = "", may_define: bool = True) -> Body | None:
+        """What a worker, which is `who` to people, is to know of the plan it asks for; None where that is new and another is to
+        define it."""
         if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             if not may_define:
                 return None
             self.segments.append(segment)
         elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
-            return Refused("Plan", "this worker's data or batch sizes are not the other workers'.")
-        return Ready("Plan", segment.index)
+            return Refused("Plan", differences.of_plans(self.segments, self._owner(f"plan {segment.index}"), segment, who))
+        reason = self._differs(f"plan {segment.index}", facts, who)
+        return Refused("Plan", reason) if reason else Ready("Plan", segment.index)
+
+    def _differs(self, about: str, facts: Sequence[Fact], who: str) -> str:
+        """A sentence on what a worker has not in common with the first one that told of it."""
+        known = self.told.setdefault(about, Told(who, list(facts)))
+        return difference(known, facts, who)
+
+    def _owner(self, about: str) -> str:
+        """The worker that all others are compared with."""
+        return self.told[about].by if about in self.told and self.told[about].by else "the other workers"
 
     @property
     def planned(self) -> int:

@@ -87,6 +87,11 @@ class Member:
     told_at: float = 0.0
 
     @property
+    def who(self) -> str:
+        """What people are told of it: 'worker-0 on HOST'."""
+        return f"{self.name} on {self.hello.host or 'an unknown host'}"
+
+    @property
     def active(self) -> bool:
         return self.proven and not self.left and not self.lost
 

@@ -76,6 +76,7 @@ from common.sums import Sum
 from common.tensors import to_frame
 from common.tree import is_node
 from common.wire import ASK_AGAIN_S, Frames, bytes_of
+from ps import differences
 from ps.checks import check_distinct, check_hypers, check_setup
 from ps.classes import Classifiers, Contributed
 from ps.memory import check_memory
@@ -559,9 +560,10 @@ class Shard(ABC):
     # ---- setting up
 
     def _set_up(self, sender: str, setup: Setup) -> list[Send]:
+        setup = msgspec.structs.replace(setup, facts=[])  # which are the coordinator's to compare
         if self._setup is None:
             if self._source is not None and setup != self._source.setup:
-                return [Send(sender, Refused("Setup", _difference(self._source.setup, "the snapshot", setup, sender)))]
+                return [Send(sender, Refused("Setup", differences.of_setups(self._source.setup, "the snapshot", setup, sender)))]
             layout, self.store, self.tables, self.classifiers = self._made(setup)
             self.tables.before_update = self._before_tables_change
             self.classifiers.may_update = self._may_update_classifiers
@@ -579,7 +581,7 @@ class Shard(ABC):
             if not self._uninitialised and not self.restoring:
                 self._opened()
         elif setup != self._setup[0]:
-            return [Send(sender, Refused("Setup", _difference(*self._setup, setup, sender)))]
+            return [Send(sender, Refused("Setup", differences.of_setups(*self._setup, setup, sender)))]
         return [Send(sender, Ready("Setup", lacks=bool(self._uninitialised)))]
 
     def _made(self, setup: Setup) -> tuple[Layout, Store, RowTables, Classifiers]:
@@ -602,11 +604,7 @@ class Shard(ABC):
         if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             self.segments.append(segment)
         elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
-            reason = (
-                f"{sender} asks for other batches than the workers before it ({segment.samples} samples, global batch "
-                f"{segment.global_batch}, micro-batch {segment.micro_batch}, {segment.epochs} epochs): every worker must run "
-                "the same script on the same data."
-            )
+            reason = differences.of_plans(self.segments, "another worker", segment, sender)
             return [Send(sender, Refused("Plan", reason))]
         return [Send(sender, Ready("Plan", segment.index))]
 
@@ -825,20 +823,3 @@ def contribution(
 ) -> Contribution:
     """The ledger's row for a push."""
     return Contribution(push.round, push.lo, push.hi, sender, push.samples, push.micro_batches, outcome, staleness)
-
-
-def _difference(known: Setup, owner: str, other: Setup, sender: str) -> str:
-    """One sentence on how two workers' models differ."""
-    for a, b in zip(known.tensors, other.tensors, strict=False):
-        if a != b:
-            return (
-                f"{sender}'s model is not {owner}'s: {b.name} is {b.dtype} {b.shape} (group {b.group}) where {owner} has "
-                f"{a.name}, {a.dtype} {a.shape} (group {a.group}); a run has one model from its beginning to its end."
-            )
-    if len(known.tensors) != len(other.tensors):
-        return f"{sender}'s model has {len(other.tensors)} parameters and buffers where {owner}'s has {len(known.tensors)}."
-    if known.classifiers != other.classifiers:
-        return f"{sender}'s sharded layers are not {owner}'s: {other.classifiers} instead of {known.classifiers}."
-    if known.tables != other.tables:
-        return f"{sender}'s row-sparse tables are not {owner}'s: {other.tables} instead of {known.tables}."
-    return f"{sender} asks for another optimizer than {owner}: {other.update} instead of {known.update}."

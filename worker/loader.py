@@ -46,7 +46,7 @@ def dataset_size(dataset: Dataset[Any]) -> int:
     return size
 
 
-class _Samples(Dataset[Any]):
+class Samples(Dataset[Any]):
     """The user's dataset, with the random numbers of each sample seeded by (seed, epoch, sample)."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
@@ -74,7 +74,7 @@ class Loader:
         forecast: Callable[[], Iterator[Task]],
     ) -> None:
         """`forecast()` yields the tasks that this worker will probably be given, without an end in sight."""
-        self._samples = _Samples(dataset, seed)
+        self._samples = Samples(dataset, seed)
         self._segment = segment
         self._seed = seed
         self._shuffle = shuffle

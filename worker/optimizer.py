@@ -140,6 +140,15 @@ class Hypers:
         self._note_changes()
         self._optimizer.step()  # a scheduler warns if it is stepped before its optimizer; without gradients this does nothing
 
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """All settings of the parameter groups, as they are in the round that was asked for last."""
+        return self._optimizer.param_groups
+
+    @property
+    def scheduler(self) -> LRScheduler | None:
+        return self._scheduler
+
     def at(self, round_: int, epoch: int) -> list[dict[str, Any]]:
         """Settings that the schedule has ever changed, for each group; empty without a schedule.
 

@@ -52,7 +52,8 @@ class Replica:
         strangers = len(groups) - len(named)
         if strangers:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
-        buffers, self._constants = find(model, rules or {})
+        #: Buffers that do not travel.
+        buffers, self.constants = find(model, rules or {})
         parts = [(name, part, buffer.rule) for buffer in buffers for name, part in buffer.parts()]
         self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *parts]]
         #: The buffer that a tensor is part number n of, and n.
@@ -341,7 +342,7 @@ class Replica:
 
     def check_constants(self) -> None:
         """Raise UsageError where a buffer that does not travel has changed."""
-        for constant in self._constants:
+        for constant in self.constants:
             constant.check()
 
     def present(self, values: Mapping[int, torch.Tensor]) -> dict[int, int]:

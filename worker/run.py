@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from common.errors import ClusterError, PsError, UsageError
+from common.facts import Fact
 from common.failpoints import arm
 from common.layout import message_batches
 from common.messages import (
@@ -52,7 +53,7 @@ from common.shared import Handle, NotShared
 from common.tensors import to_frame
 from common.watchdog import Watchdog
 from common.wire import Frames, new_incarnation
-from worker import batchnorm, local
+from worker import alike, batchnorm, local
 from worker.buffers import Rules
 from worker.classes import Sharded, Shards, check_sharding, find_layers
 from worker.contents import file_of
@@ -116,6 +117,9 @@ class Run:
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
+        #: What is told of the schedule, and the data set of which samples were told.
+        self._schedule: alike.ScheduleFacts | None = None
+        self._told_of: object = None
         self._work: GradientWork | local.LocalWork | None = None
         self._exchange: Exchange | None = None
         #: Where memory may be shared with servers.
@@ -254,7 +258,8 @@ class Run:
             server_clips = clip_norm if self._policy.applies == "round" else None
             update = Update(cls.__name__, plain_settings(example), server_clips)
             check_training(tables, cls, update.groups, self._policy)
-        sends_first = self._set_up(replica, update, tables, layers)
+        facts = self._facts(cls, groups, hyper, schedule, schedule_per, clip_norm)
+        sends_first = self._set_up(replica, update, tables, layers, facts)
         timeout = self.settings.timeout + 20.0
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
@@ -281,12 +286,37 @@ class Run:
             self._work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
         return Optimizer(self._work.step, dense, [self._rows.forget, self._shards.forget])
 
-    def _set_up(self, replica: Replica, update: Update, tables: Sequence[Table], layers: Sequence[Sharded]) -> bool:
+    def _facts(
+        self,
+        cls: type[torch.optim.Optimizer],
+        groups: list[dict[str, Any]],
+        hyper: dict[str, Any],
+        schedule: Schedule | None,
+        per: Per,
+        clip_norm: float | None,
+    ) -> list[Fact]:
+        """What the script has said of the optimizer and is in no Update. Has the schedule ready to be told of."""
+        facts = [alike.setting("clip_norm", clip_norm), alike.setting("schedule_per", per)]
+        facts.append(alike.setting("the schedule", "none" if schedule is None else "set"))
+        with no_compiler():
+            try:
+                example = example_optimizer(cls, groups, hyper)
+                if self._policy.is_local:
+                    facts += alike.optimizer_facts(example)
+                self._schedule = alike.ScheduleFacts(Hypers(example, schedule, per, lambda epoch: None)) if schedule else None
+            except Exception:
+                if not self._policy.is_local:  # where any class will do, it may be one that needs the model's own tensors
+                    raise
+        return facts
+
+    def _set_up(
+        self, replica: Replica, update: Update, tables: Sequence[Table], layers: Sequence[Sharded], facts: Sequence[Fact]
+    ) -> bool:
         """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
         weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
         file = file_of(replica.model, [*replica.tensors, *weights, *(sharded.layer.bias for sharded in layers)], replica.specs)
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
-        sends_first = self._sends_first(setup)
+        sends_first = self._sends_first(setup, [*facts, *alike.constant_facts(replica.constants)])
         if sends_first:
             first = replica.first_weights()
             for server in range(self._servers):
@@ -304,12 +334,12 @@ class Run:
             self._exchange.near = near
         return sends_first
 
-    def _sends_first(self, setup: Setup) -> bool:
+    def _sends_first(self, setup: Setup, facts: list[Fact]) -> bool:
         """Tell everybody of the model. Whether first weights are to come from here; waits while another is to send them."""
         deadline = time.monotonic() + self.settings.timeout + 20.0
         lacking, pause_s = [f"server-{number}" for number in range(self._servers)], _FIRST_WEIGHTS_S[0]
         while True:
-            is_first = self._lacks(COORDINATOR, setup)
+            is_first = self._lacks(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
             lacking = [server for server in lacking if self._lacks(server, setup)]
             if is_first or not lacking:
                 return bool(lacking)
@@ -396,7 +426,7 @@ class Run:
             round_limit=settings.rounds,
         )
         self._segments.append(segment)
-        plan = Plan(segment)
+        plan = Plan(segment, facts=self._facts_of(segment, dataset, shuffle, num_workers, collate_fn))
         for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
             ready = self._request(name, plan, lambda b: isinstance(b, Ready) and (b.about, b.id) == ("Plan", segment.index))
             if name == COORDINATOR and isinstance(ready, Ready):
@@ -418,6 +448,25 @@ class Run:
             self._written = {name: (tensor, tensor._version) for name, tensor in self._tensors().items()}
         finally:
             loader.close()
+
+    def _facts_of(
+        self,
+        segment: Segment,
+        dataset: Dataset[Any],
+        shuffle: bool,
+        num_workers: int,
+        collate_fn: Callable[[list[Any]], Any] | None,
+    ) -> list[Fact]:
+        """What all workers must have in common in a segment."""
+        facts = [
+            alike.setting("shuffle", shuffle),
+            alike.setting("the data set", alike.called(type(dataset))),
+            alike.setting("collate_fn", alike.called(collate_fn) if collate_fn is not None else "none"),
+        ]
+        if dataset is not self._told_of:
+            self._told_of = dataset
+            facts += alike.sample_facts(dataset, self.settings.seed, segment.first_epoch, segment.samples, not num_workers)
+        return facts + (self._schedule.of(segment) if self._schedule is not None else [])
 
     def _forecast(self, segment: Segment) -> Iterator[Task]:
         round_ = segment.first_round

@@ -102,12 +102,13 @@ def test_where_workers_step_locally_any_class_will_do(cls: Any) -> None:
     class Stop(Exception):
         pass
 
-    def set_up(replica: Any, update: Any) -> None:
+    def set_up(replica: Any, update: Any, *more: Any) -> None:
         made.append(update)
         raise Stop
 
-    policy = SimpleNamespace(is_local=True, outer_optimizer=None)
-    run: Any = SimpleNamespace(_model=nn.Linear(2, 3, bias=False), _work=None, _servers=1, _policy=policy, _set_up=set_up)
+    run: Any = Run.__new__(Run)
+    run._model, run._work, run._servers, run._set_up, run._buffer_rules = nn.Linear(2, 3, bias=False), None, 1, set_up, {}
+    run._policy = SimpleNamespace(is_local=True, outer_optimizer=None, applies="round")
     with pytest.raises(Stop):
         Run.optimizer(run, cls, lr=0.1)
     assert made[0].optimizer is None
