@@ -8,6 +8,7 @@ to their owners.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.errors import ClusterError
+from common.layout import Chunk
+from common.sums import Sum, adder
 from common.tensors import dtype_of, to_frame
+from worker import constraints
 from worker.merging import greedy, mean
 from worker.replica import Replica
 
@@ -45,6 +49,7 @@ class _Soup:
         self._replica = replica
         self._evaluate = evaluate
         self._workers = run.settings.workers
+        self._began = replica.began()
         #: Keys: who has a score, and which; whether the choice is made, the means tried so far, and who is chosen.
         self._scores, self._choice = f"merge/{merge}/scores", f"merge/{merge}/choice"
         self._parts = f"merge/{merge}/part"
@@ -77,8 +82,9 @@ class _Soup:
                 parts[number] = parts.get(number) or self._pull(number)
             for number in parts.keys() - set(numbers):
                 del parts[number]
-            merged = mean([parts[number] for number in numbers], [1.0] * len(numbers))
+            merged = self._merged([parts[number] for number in sorted(numbers)])
             self._replica.load({chunk: to_frame(values) for chunk, values in merged.items()})
+            constraints.put_back(self._replica.model)
             found = float(self._evaluate())
             self._run.log(merge_score=found)
             self._add(self._choice, _at(2 + count, [1]))
@@ -87,6 +93,24 @@ class _Soup:
         chosen = greedy(seen[count:].tolist(), score)
         self._run.log(merged_parts=len(chosen))
         self._add(self._choice, _at(2 + count, [0, *(2 + number for number in chosen)]))
+
+    def _merged(self, parts: Sequence[Part]) -> Part:
+        """What servers would make of these replicas, each of weight 1, in the order of their workers."""
+        out = mean(parts, [1.0] * len(parts))
+        for chunk in self._replica.layout.chunks:
+            each = [part[chunk.id] for part in parts]
+            if chunk.kind == "max":
+                out[chunk.id] = functools.reduce(torch.maximum, each)
+            elif chunk.kind == "last":
+                sums = [Sum(values, self._changed(chunk, values)) for values in each]
+                out[chunk.id] = functools.reduce(adder(chunk), sums).values
+        return out
+
+    def _changed(self, chunk: Chunk, values: torch.Tensor) -> int:
+        """The mask of pieces in which a replica's buffers are not what all began with."""
+        began = self._began[chunk.id]
+        pieces = [slice(piece.offset, piece.offset + piece.length) for piece in chunk.pieces]
+        return sum((not torch.equal(values[at], began[at])) << bit for bit, at in enumerate(pieces))
 
     def _pull(self, worker: int) -> Part:
         chunks = self._replica.layout.chunks

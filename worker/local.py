@@ -17,7 +17,7 @@ from common.messages import Beat, Push, Sums
 from common.nonfinite import is_finite
 from common.plan import Segment, derive_seed
 from common.sums import Sum
-from worker import greedy
+from worker import constraints, greedy
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from worker.replica import Replica
@@ -253,6 +253,8 @@ class LocalWork:
         with self._link.lock:
             frames, _ = exchange.take()
         self.replica.load(frames)
+        if version:
+            constraints.put_back(self.replica.model)
         if self._policy.contributes == "delta":
             self._start = self.replica.weights()
 

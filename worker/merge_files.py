@@ -18,6 +18,7 @@ from common.runfiles import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE
 from common.settings import Settings, make_settings
 from common.weights import read_weights
 from worker import batchnorm, data, models
+from worker.constraints import fitted
 from worker.example import accuracy, halves
 from worker.merging import greedy, mean
 
@@ -78,7 +79,9 @@ def merge_files(
         warnings.append(f"not measured: {error}")
     tensors = [part.tensors for part in parts]
     weights = _weights(parts, how, judge) if weights is None else _checked(weights, parts)
-    merged = mean(tensors, weights)
+    merged = fitted(
+        mean(tensors, weights), next(t for t, weight in zip(reversed(tensors), reversed(weights), strict=True) if weight)
+    )
     measured = None
     if judge is not None:
         merged, measured = judge.settle(merged), [judge.judge(part.tensors) for part in parts]

@@ -340,6 +340,10 @@ class Replica:
         """A piece of a buffer as it was when the round began."""
         return self._buffers[chunk.id][piece.offset : piece.offset + piece.length]
 
+    def began(self) -> dict[int, torch.Tensor]:
+        """Buffers as they were when the round began, by chunk."""
+        return dict(self._buffers)
+
     def check_constants(self) -> None:
         """Raise UsageError where a buffer that does not travel has changed."""
         for constant in self.constants:

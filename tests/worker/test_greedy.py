@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from common.errors import ClusterError
 from common.tensors import from_frame
@@ -54,8 +55,9 @@ class Worker:
         self.point = self.now = point
         self._target = target
         self.logged: dict[str, float] = {}
-        chunks = [SimpleNamespace(id=7, numel=1, dtype="float64")]
-        self.replica = cast(Replica, SimpleNamespace(layout=SimpleNamespace(chunks=chunks), load=self._load))
+        chunks = [SimpleNamespace(id=7, numel=1, dtype="float64", kind="param")]
+        layout = SimpleNamespace(chunks=chunks)
+        self.replica = cast(Replica, SimpleNamespace(layout=layout, load=self._load, began=dict, model=nn.Module()))
         self.run = cast(
             Run,
             SimpleNamespace(
