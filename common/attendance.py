@@ -74,9 +74,7 @@ class Attendance:
         self._ticked_at = now
         if now - self._heard_at > self._silence_s:
             raise ClusterError(self._silence(now) + f"; {self._flag()} says for how long it is waited for.")
-        if now - self._told_at >= TELL_S:
-            self._told_at = now
-            self._tell(now)
+        self._tell(now)
         every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else BEAT_S
         if now - self._sent_at < every_s:
             return []
@@ -84,10 +82,14 @@ class Attendance:
         return [beat() if self.welcome else self._hello]
 
     def _tell(self, now: float) -> None:
-        """Say what this process waits for, if it does."""
-        if now - self._heard_at >= TELL_S:
+        """Say what this process waits for, if it does and has not said so just now."""
+        is_silent = now - self._heard_at >= TELL_S
+        if now - self._told_at < TELL_S or not (is_silent or self.welcome is None):
+            return
+        self._told_at = now
+        if is_silent:
             log.warning("%s", self._silence(now))
-        elif self.welcome is None:
+        else:
             log.info("waits for the run of %s to start: %s", self._address, self._missing or "others are to join")
 
     def _silence(self, now: float) -> str:
