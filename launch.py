@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -20,6 +18,7 @@ from cluster.lifeline import PARENT_VARIABLE, die_with_parent
 from cluster.output import open_standard_streams
 from common.errors import OneLine
 from common.privacy import keep_private
+from common.runfiles import How
 from common.settings import START_S
 
 if TYPE_CHECKING:
@@ -45,6 +44,12 @@ _ACCEPT_VERSIONS = (
     "With --resume: go on although the snapshot is of another version of this program or of torch, so that the same bits cannot "
     "be promised."
 )
+_RESUME = click.option(
+    "--resume", cls=Option, section="Run", metavar="RUN|auto",
+    help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers and servers,"
+    " or up to other --rounds or --epochs if you like. auto: with that in the run directory, in whatever way fits, or begin it "
+    "where there is none; to be given from the first time on.",
+)  # fmt: skip
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
                         help="Workers that compute the features.")  # fmt: skip
 
@@ -91,9 +96,7 @@ def cli() -> None:
 @click.option("--server-device", cls=Option, section="Cluster", metavar="NAME,...", default="cpu", show_default=True,
               help="Where layers are that servers compute, such as cuda:0; of several names, servers take turns.")  # fmt: skip
 @run_options
-@click.option("--resume", cls=Option, section="Run", metavar="RUN",
-              help="Go on with this run, a folder or a name under runs/, from its newest snapshot: on other numbers of workers "
-              "and servers, or up to other --rounds or --epochs if you like.")  # fmt: skip
+@_RESUME
 @click.option("--accept-versions", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
 @click.pass_context
 def local(
@@ -106,24 +109,20 @@ def local(
     from rich.console import Console
 
     from cluster.local import Order, check_order, run_local
-    from cluster.resume import resumed
     from cluster.rundir import claim
     from cluster.screen import Screen
-    from common.runfiles import find_run
     from common.runlog import FILE_NAME
 
     keep_private()
-    if resume is None:
-        choice = choose(given(ctx), config, script, ctx.meta["args"])
-    else:
-        choice = resumed(find_run(resume), given(ctx), script, ctx.meta["args"], accept_versions)
+    choice, take_up = _going_on(resume, given(ctx), config, script, ctx.meta["args"], False, accept_versions, click.echo)
     check_order(choice.settings, choice.script, choice.port)
-    with claim(choice.run_dir, choice.default_name, choice.overwrite, resume is not None) as folder:
-        order = Order(
-            choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, resume is not None,
-            accept_versions=accept_versions, devices=choice.server_device.split(","),
-        )  # fmt: skip
-        run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
+    with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
+        if how != "nothing":
+            order = Order(
+                choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, how,
+                accept_versions=accept_versions, devices=choice.server_device.split(","),
+            )  # fmt: skip
+            run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
 
 
 @cli.command(cls=Command)
@@ -131,11 +130,10 @@ def local(
               show_default=True, help="Where to listen.")  # fmt: skip
 @settings_options
 @run_options
-@click.option("--recover", cls=Option, section="Run", is_flag=True,
-              help="Go on with the run in the run directory in place of its coordinator, which has died; its servers and workers "
-              "have not. Where there is none that goes on, begin.")  # fmt: skip
-@click.option("--prepared", is_flag=True, hidden=True, help="The run directory has been claimed by whoever started this.")
-@click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its newest snapshot.")
+@_RESUME
+@click.option("--recover", is_flag=True, hidden=True, help="The same as --resume auto.")
+@click.option("--prepared", type=click.Choice(get_args(How)), hidden=True,
+              help="What to do in the run directory, which has been claimed by whoever started this.")  # fmt: skip
 @click.option("--accept-versions", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
 @click.pass_context
 def coordinator(
@@ -143,9 +141,9 @@ def coordinator(
     /,
     bind: str,
     config: str | None,
+    resume: str | None,
     recover: bool,
-    prepared: bool,
-    resume: bool,
+    prepared: How | None,
     accept_versions: bool,
     **_: Any,
 ) -> None:
@@ -153,22 +151,23 @@ def coordinator(
 
     Waits for as many servers and workers as the settings say, and writes the run directory.
     """
+    from cluster.resume import AUTO
     from cluster.rundir import claim, write_settings
     from common.runfiles import SETTINGS_FILE
-    from ps.books import goes_on
     from ps.serving import serve
 
     _log_to_stderr()
     keep_private()
-    choice = choose(given(ctx), config)
-    if prepared:
-        serve(choice.settings, bind, _folder(choice), resume, recover, accept_versions)
+    if prepared is not None:
+        choice = choose(given(ctx), config)
+        serve(choice.settings, bind, _folder(choice), prepared, accept_versions)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the run is over then, and not to be recovered
-    keeps = partial(goes_on, overwrite=choice.overwrite) if recover else None
-    with claim(choice.run_dir, choice.default_name, choice.overwrite, resume, keeps) as folder:
-        write_settings(folder / SETTINGS_FILE, choice.settings)
-        serve(choice.settings, bind, folder, resume, recover, accept_versions)
+    resume = AUTO if recover else resume
+    choice, take_up = _going_on(resume, given(ctx), config, None, (), True, accept_versions, logging.getLogger("ps").info)
+    with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
+        if how != "nothing":
+            write_settings(folder / SETTINGS_FILE, choice.settings)
+        serve(choice.settings, bind, folder, how, accept_versions)
 
 
 @cli.command(cls=Command)
@@ -463,6 +462,28 @@ def _on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, 
     from common.runlog import FILE_NAME
 
     run_local(Order(settings, folder, script, args), _program(), os.environ, LiveOnly(Console(), folder / FILE_NAME))
+
+
+def _going_on(
+    resume: str | None,
+    flags: Mapping[str, Any],
+    config: str | None,
+    script: str | None,
+    args: tuple[str, ...],
+    recovers: bool,
+    accept_versions: bool,
+    say: Callable[[str], None],
+) -> tuple[Choice, Callable[[Path], How] | None]:
+    """What the user chose, and what is done in the run directory according to --resume; None: it is to be empty."""
+    from cluster.resume import AUTO, resumed, take_up
+    from common.runfiles import find_run
+
+    if resume is not None and resume != AUTO:
+        return resumed(find_run(resume), flags, script, args, accept_versions), lambda folder: "resume"
+    choice = choose(flags, config, script, args)
+    if resume is None:
+        return choice, None
+    return choice, lambda folder: take_up(folder, choice, recovers, accept_versions, say)
 
 
 def _folder(choice: Choice) -> Path:

@@ -32,7 +32,7 @@ def start_companions(script: str) -> str:
     """
     cleanup = ExitStack()
     try:
-        folder = cleanup.enter_context(claim(None, Path(script).stem or "run", overwrite=False))
+        folder, _ = cleanup.enter_context(claim(None, Path(script).stem or "run", overwrite=False))
         write_settings(folder / SETTINGS_FILE, Settings(workers=1, servers=1))
         cleanup.callback(tidy_log, folder)
         processes = cleanup.enter_context(Processes(folder / LOGS, os.environ))

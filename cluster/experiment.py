@@ -222,7 +222,7 @@ def _finished(order: Order) -> dict[str, Any] | None:
 
 def _run(case: Case, order: Order, program: Sequence[str], env: Mapping[str, str], console: Console) -> Outcome:
     try:
-        with claim(order.run_dir, case.name, overwrite=True) as folder:
+        with claim(order.run_dir, case.name, overwrite=True) as (folder, _):
             summary = run_local(order, program, env, Screen(console, folder / FILE_NAME))
         return case.outcome(order.run_dir, summary)
     except PsError as error:

@@ -24,7 +24,7 @@ from common import snapshots
 from common.errors import ClusterError, UsageError
 from common.policies import load
 from common.restart import AGAIN_VARIABLE
-from common.runfiles import SETTINGS_FILE
+from common.runfiles import SETTINGS_FILE, How
 from common.settings import START_S, Settings
 
 log = logging.getLogger("cluster.local")
@@ -57,9 +57,9 @@ class Order:
     args: tuple[str, ...] = ()
     port: int = 0
     respawn: Respawn = field(default_factory=Respawn)
-    #: Whether the run in `run_dir` goes on from its newest snapshot.
-    resume: bool = False
-    #: Whether that may be of another version of this program or of torch.
+    #: What is done with the run in `run_dir`.
+    how: How = "begin"
+    #: Whether a snapshot to go on from may be of another version of this program or of torch.
     accept_versions: bool = False
     #: What is imported once for all servers and workers.
     modules: tuple[str, ...] = ("ps.server", "worker.example")
@@ -147,7 +147,7 @@ def start_coordinator(
     folder: Path,
     port: int,
     tick: Callable[[], None],
-    resume: bool = False,
+    how: How = "begin",
     flags: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     start_s: float = START_S,
@@ -159,11 +159,10 @@ def start_coordinator(
     Calls `tick`, which waits a moment, and raises if need be, and tells by `say` what is waited for. Raises ClusterError where
     the coordinator does not get so far within `start_s` seconds, and those that it takes to look at snapshots.
     """
-    command = ["coordinator", "--prepared", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
-    command += [*flags, *["--resume"] * resume]
+    command = ["coordinator", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder), *flags]
     bind = ["--bind", f"tcp://127.0.0.1:{port}"]
-    child = processes.start("coordinator", [*program, *command, *bind], **_threads(1), **(env or {}))
-    patience_s = start_s + (snapshots.size(folder) / _CHECKED_PER_S if resume else 0.0)
+    child = processes.start("coordinator", [*program, *_prepared(command, how), *bind], **_threads(1), **(env or {}))
+    patience_s = start_s + (snapshots.size(folder) / _CHECKED_PER_S if how == "resume" else 0.0)
     told_at = time.monotonic()
     deadline = told_at + patience_s
     while not (folder / ADDRESS_FILE).exists():
@@ -176,7 +175,7 @@ def start_coordinator(
         if time.monotonic() > deadline:
             raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {child.log}.")
     address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
-    child.anew = [*(word for word in child.command if word != "--resume"), "--resume", f"--bind={address}"]
+    child.anew = _prepared(child.command, "resume", f"--bind={address}")
     return address
 
 
@@ -228,7 +227,7 @@ class _Local:
             flags = ["--accept-versions"] * order.accept_versions
             env = {**self._screen.alarm.env, **_AGAIN}
             address = start_coordinator(
-                self._processes, self._program, order.run_dir, order.port, self._tick, order.resume, flags, env,
+                self._processes, self._program, order.run_dir, order.port, self._tick, order.how, flags, env,
                 settings.start_timeout, self._screen.say,
             )  # fmt: skip
             deadline = time.monotonic() + _PREPARED_S
@@ -282,7 +281,7 @@ class _Local:
             return
         self._recoveries -= 1
         self._screen.say(f"the coordinator {child.end()}; it is started again and goes on with the run.")
-        child.command = [*(word for word in child.command if word not in ("--resume", "--recover")), "--recover"]
+        child.command = _prepared(child.command, "recover")
         self._processes.again(child)
 
     def _fail(self) -> None:
@@ -334,6 +333,11 @@ class _Local:
                     f"{late[0].name} still runs {patience_s:.0f} s after the run has ended, and was stopped; "
                     f"its log is {late[0].log}."
                 )
+
+
+def _prepared(command: Sequence[str], how: How, *more: str) -> list[str]:
+    """A coordinator's command with another word on what it is to do."""
+    return [*(word for word in command if not word.startswith("--prepared")), f"--prepared={how}", *more]
 
 
 def _threads(count: int) -> dict[str, str]:

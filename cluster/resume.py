@@ -1,17 +1,23 @@
-"""Going on with a run that was stopped, has crashed or was to end early: what may be given anew, and what must be as it was."""
+"""Going on with a run that was stopped, has crashed or was to end early: how, what may be given anew, what must be as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.flags import Choice, choose
 from common import snapshots
 from common.errors import UsageError
-from common.runfiles import SETTINGS_FILE
+from common.runfiles import SETTINGS_FILE, SUMMARY_FILE, How
+from common.runlog import FILE_NAME, Event, RunLogReader
 from common.settings import FIELDS
+from common.snapshots import Snapshot
 
 #: Settings that a run may go on with other values of: none changes what a round computes.
 _OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "lane", "loader_workers"})
@@ -30,6 +36,58 @@ _OF_FAULTS = frozenset(
     }
 )
 _FREE = _OF_DATA | _OF_FAULTS
+#: A run that ended so many seconds ago is told to be over, rather than replaced: a container engine that starts a failed process
+#: again does so within them.
+_JUST_NOW_S = 10.0
+#: The word in place of a run's name that lets the run directory say what fits.
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run directory holds of a run. `rounds` are committed, of `planned`; nothing was written for `idle_s` seconds."""
+
+    rounds: int
+    planned: int
+    idle_s: float
+    #: Whether its coordinator has told all that it is over, or that they are to begin anew.
+    is_over: bool
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether something would be lost with it."""
+        return self.rounds > 0
+
+
+def look(folder: Path) -> Before | None:
+    """What is in the run directory `folder`; None where no coordinator has written anything.
+
+    Raises UsageError where its books cannot be read.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    idle_s = _idle_s(path)
+    try:
+        with closing(RunLogReader(path)) as log:
+            events = [event for _, _, event in log.events()]
+            rounds = log.count_rounds()
+    except sqlite3.Error as error:
+        raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
+    planned = [int(event.data["rounds"]) for event in events if event.kind == "plan"]
+    told: list[Event] = [event for event in events if event.kind in ("started", "recovered", "stopped")]
+    return Before(rounds, planned[-1] if planned else 0, idle_s, told[-1].kind == "stopped") if told else None
+
+
+def _idle_s(path: Path) -> float:
+    """Seconds since the event log was last written, by the clock of its own file system."""
+    files = [path, path.with_name(path.name + "-wal")]
+    written = max(file.stat().st_mtime for file in files if file.exists())
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            return max(0.0, os.fstat(probe.fileno()).st_mtime - written)
+    except OSError as error:
+        raise UsageError(f"the run directory {path.parent} cannot be written: {error.strerror}.") from None
 
 
 def resumed(
@@ -40,22 +98,97 @@ def resumed(
     Raises UsageError where they would make another run of it, or there is no snapshot to go on from; or where the newest is of
     another version of this program or of torch, unless `accept_versions`.
     """
-    config = str(folder / SETTINGS_FILE)
-    before = choose({}, config)
-    now = choose(flags, config, script, args)
+    now = choose(flags, str(folder / SETTINGS_FILE), script, args)
+    _check_same(folder, now, script is not None or bool(args))
+    found = _newest(folder)
+    if found is None:
+        raise UsageError(
+            f"the run in {folder} has no snapshot to go on from: it ended before its first, or had --snapshot-every 0."
+        )
+    snapshots.check_versions(found, accept_versions)
+    _check_end(folder, now, found.manifest.round)
+    return replace(now, run_dir=folder)
+
+
+def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool, say: Callable[[str], None]) -> How:
+    """Decide how a command that is to begin a run or go on with one does so in `folder`, and say which it is.
+
+    `recovers`: servers and workers may be waiting for another coordinator. Raises UsageError as `resumed` does, but a run without
+    a snapshot begins again, with its books.
+    """
+    before = look(folder)
+    if before is None:
+        say(f"begins a run in {folder}")
+        return "begin"
+    if (folder / SUMMARY_FILE).exists() and (how := _take_up_finished(folder, choice, before, recovers, say)) is not None:
+        return how
+    changed = _check_same(folder, choice, has_script=not recovers)
+    if recovers and not before.is_over and not changed and before.idle_s < choice.settings.away:
+        say(f"recovers the run in {folder}, which stopped {before.idle_s:.0f} s ago at round {before.rounds}")
+        return "recover"
+    found = _newest(folder)
+    if found is None:
+        say(f"begins the run in {folder} again: it had come to round {before.rounds} and had no snapshot")
+        return "resume"
+    snapshots.check_versions(found, accept_versions)
+    _check_end(folder, choice, found.manifest.round)
+    further = f", of the {before.rounds} that were done" if before.rounds > found.manifest.round else ""
+    say(f"resumes the run in {folder} from the snapshot of round {found.manifest.round}{further}")
+    return "resume"
+
+
+def _take_up_finished(folder: Path, choice: Choice, before: Before, recovers: bool, say: Callable[[str], None]) -> How | None:
+    """Likewise for a run that has finished; None where it is to go on for longer."""
+    if recovers and before.idle_s < _JUST_NOW_S:
+        say(f"the run in {folder} has finished just now")
+        return "recover"
+    if choice.overwrite:
+        say(f"begins a run in {folder} in place of one that has finished")
+        return "begin"
+    was = choose({}, str(folder / SETTINGS_FILE)).settings
+    if (choice.settings.epochs, choice.settings.rounds) != (was.epochs, was.rounds):
+        return None
+    say(
+        f"the run in {folder} has finished, and nothing is left to do: other --epochs or --rounds go on with it, and --overwrite "
+        "replaces it"
+    )
+    return "nothing"
+
+
+def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
+    """Whether settings differ that may. Raises UsageError where others do, or the script."""
+    before = choose({}, str(folder / SETTINGS_FILE))
+    changed = False
     for key in FIELDS:
         old, new = getattr(before.settings, key), getattr(now.settings, key)
         if old != new and key not in _FREE:
             raise UsageError(
-                f"the run in {folder} has {key} = {old} and cannot go on with {new}: leave --{key.replace('_', '-')} out, or "
-                "begin a new run."
+                f"the run in {folder} has {key} = {old} and cannot go on with {new}: leave --{key.replace('_', '-')} as it was, "
+                "or begin a new run."
             )
-    if (script is not None or args) and (before.script, before.args) != (now.script, now.args):
+        changed |= old != new
+    if has_script and (before.script, before.args) != (now.script, now.args):
         told = " ".join([before.script or "the built-in example", *before.args])
         raise UsageError(f"the run in {folder} is one of {told}: leave the script and its arguments out, or begin a new run.")
+    return changed
+
+
+def _newest(folder: Path) -> Snapshot | None:
+    """The newest whole snapshot. Raises UsageError where there are some and none is whole."""
     found, problems = snapshots.newest(folder)
-    if found is None:
-        why = " ".join(problems) or "it ended before its first, or had --snapshot-every 0."
-        raise UsageError(f"the run in {folder} has no snapshot to go on from: {why}")
-    snapshots.check_versions(found, accept_versions)
-    return replace(now, run_dir=folder)
+    if found is None and problems:
+        raise UsageError(f"the run in {folder} has no snapshot to go on from: {' '.join(problems)}")
+    return found
+
+
+def _check_end(folder: Path, now: Choice, done: int) -> None:
+    """Raises UsageError where a run is to go on for fewer rounds than are `done` in the snapshot."""
+    before, was = look(folder), choose({}, str(folder / SETTINGS_FILE)).settings
+    rounds, epochs = now.settings.rounds, now.settings.epochs
+    if rounds is not None and rounds < done:
+        raise UsageError(f"the run in {folder} has done {done} rounds, and --rounds {rounds} is fewer: give more.")
+    if before is None or was.rounds is not None or not before.planned or epochs >= was.epochs:
+        return
+    epochs_done = done * was.epochs / before.planned
+    if epochs < epochs_done:
+        raise UsageError(f"the run in {folder} has done {epochs_done:.3g} epochs, and --epochs {epochs} is fewer: give more.")

@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import msgspec
 from common import snapshots
 from common.errors import UsageError
 from common.privacy import make_run_dir
-from common.runfiles import MODEL_FILE, RUNS, SETTINGS_FILE, SETTINGS_HEADER, SUMMARY_FILE, is_run
-from common.runlog import FILE_NAME, RunLog
+from common.runfiles import MODEL_FILE, RUNS, SETTINGS_FILE, SETTINGS_HEADER, SUMMARY_FILE, How, is_run
+from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
 
 ADDRESS_FILE = "address"
@@ -35,18 +36,17 @@ def is_folder_name(name: str) -> bool:
 
 @contextlib.contextmanager
 def claim(
-    path: Path | None, default: str, overwrite: bool, resume: bool = False, keeps: Callable[[Path], bool] | None = None
-) -> Iterator[Path]:
-    """The folder for a new run, empty of other runs' files, locked against other launchers for the time of the context.
-
-    With `resume`, the folder `path` of a run that is to go on, without what it left when it ended.
+    path: Path | None, default: str, overwrite: bool, take_up: Callable[[Path], How] | None = None
+) -> Iterator[tuple[Path, How]]:
+    """The folder for a run, locked against other launchers for the time of the context, and what is to be done there. Where that
+    is to begin one, it is empty of other runs' files.
 
     `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free. With
-    `keeps` it is never another one, and where `keeps(folder)` it is as it was, for its run goes on.
-    Raises UsageError where the folder holds a finished run and not `overwrite`, is in use, or is no run's folder; then
-    nothing was removed.
+    `take_up` it is never another one, and that says of the locked folder what is to be done.
+    Raises UsageError where the folder holds a run and not `overwrite`, is in use, or is no run's folder; then nothing was
+    removed.
     """
-    if path is None and not overwrite and keeps is None:
+    if path is None and not overwrite and take_up is None:
         folder, lock = _next_free(default)
     else:
         folder = path or RUNS / default
@@ -55,11 +55,12 @@ def claim(
             raise UsageError(f"{folder} is in use by another run: wait for its end, or give another --run-dir or --name.")
         lock = wanted
     try:
-        if resume:
+        how = "begin" if take_up is None else take_up(folder)
+        if how == "resume":
             _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE))
-        elif keeps is None or not keeps(folder):
+        elif how == "begin":
             _make_room(folder, overwrite)
-        yield folder
+        yield folder, how
     finally:
         os.close(lock)
 
@@ -104,9 +105,26 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         return
     if not is_run(folder):
         raise UsageError(f"{folder} is not empty and holds no run: give an empty or new folder as --run-dir.")
-    if (folder / SUMMARY_FILE).exists() and not overwrite:
-        raise UsageError(f"{folder} holds a finished run: give --overwrite to replace it, or another --run-dir or --name.")
+    if not overwrite and (found := _kept(folder)):
+        raise UsageError(f"{folder} holds {found} --overwrite to replace it, or another --run-dir or --name.")
     _remove(folder, _FILES)
+
+
+def _kept(folder: Path) -> str:
+    """What there is of a run in `folder` that is not to be removed unasked, as the beginning of a sentence; '' if nothing."""
+    if (folder / SUMMARY_FILE).exists():
+        return "a finished run: give"
+    goes_on = "give --resume auto to go on with it,"
+    if snapshots.folders(folder):
+        return f"a run that has not finished, with snapshots: {goes_on}"
+    if not (folder / FILE_NAME).exists():
+        return ""
+    try:
+        with contextlib.closing(RunLogReader(folder / FILE_NAME)) as log:
+            rounds = log.count_rounds()
+    except sqlite3.Error:  # of which nobody knows what is in it
+        return "a run whose books cannot be read: give"
+    return f"a run that has not finished, after {rounds} rounds: {goes_on}" if rounds else ""
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:

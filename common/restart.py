@@ -17,9 +17,9 @@ AGAIN_VARIABLE = "PS_AGAIN"
 AGAIN = 75
 
 
-def restart(extra: Sequence[str] = (), without: str = "") -> NoReturn:
-    """Replace this process by a new one of the same command line, with the arguments `extra` that it has not yet, less one: under
-    the same process id, unless it is started again (AGAIN_VARIABLE) by who knows of these.
+def restart(options: Sequence[str] | None = None) -> NoReturn:
+    """Replace this process by a new one of the same command line, with `options` in place of its own, if given: under the same
+    process id, unless it is started again (AGAIN_VARIABLE) by who knows of these.
 
     May be called on any thread. Processes that this one has started are killed: whoever is begun anew starts its own.
     """
@@ -31,8 +31,8 @@ def restart(extra: Sequence[str] = (), without: str = "") -> NoReturn:
             os.kill(child, signal.SIGKILL)
     if AGAIN_VARIABLE in os.environ:
         os._exit(AGAIN)
-    command = [sys.executable, *(argument for argument in sys.orig_argv[1:] if argument != without)]
-    os.execv(sys.executable, [*command, *(argument for argument in extra if argument not in command)])
+    own = len(sys.argv) - 2 if options is not None else 0  # the first of our arguments names the command
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - own], *(options or ())])
 
 
 def _children() -> list[int]:

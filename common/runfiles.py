@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Literal
 
 from common.errors import UsageError
 from common.runlog import FILE_NAME
@@ -12,6 +13,10 @@ SETTINGS_FILE = "settings.toml"
 SUMMARY_FILE = "summary.json"
 MODEL_FILE = "model.safetensors"
 RUNS = Path("runs")
+
+#: What a coordinator does with the run directory: it begins a run; goes on in place of a coordinator that has died, whose servers
+#: and workers wait; goes on from the newest snapshot; or has nothing left to do but to tell who asks that the run has finished.
+How = Literal["begin", "recover", "resume", "nothing"]
 
 #: The first line of a run's settings file.
 SETTINGS_HEADER = "# The settings of this run; give this file to --config to repeat it.\n"

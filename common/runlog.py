@@ -234,6 +234,10 @@ class RunLogReader:
         rows = self._db.execute("SELECT * FROM rounds WHERE round > ? ORDER BY round", (after,))
         return [RoundRow(r, epoch, n, k, dropped, json.loads(m), at) for r, at, epoch, n, k, dropped, m in rows]
 
+    def count_rounds(self) -> int:
+        count: int = self._db.execute("SELECT count(*) FROM rounds").fetchone()[0]
+        return count
+
     def contributions(self) -> list[ContributionRow]:
         query = "SELECT round, lo, hi, worker, samples, outcome, staleness, micro_batches FROM contributions ORDER BY seq"
         return [ContributionRow(*row) for row in self._db.execute(query)]

@@ -8,7 +8,6 @@ workers tell it anew: where they are, what they wait for, and what was decided f
 from __future__ import annotations
 
 import json
-import platform
 import secrets
 import sqlite3
 import time
@@ -26,15 +25,11 @@ from common.leases import Table
 from common.messages import Committed, Contribution, Hello, Setup, Stop
 from common.plan import Segment
 from common.policies import load
-from common.runlog import FILE_NAME, RunLog, connect_to_write
+from common.runlog import RunLog, connect_to_write
 from common.settings import Settings
 from ps.ledger import Ledger, Reported
 from ps.membership import Member, Membership
 from ps.results import Measured, measured
-
-#: Seconds for which a run that has ended is told to be over when it is started again, rather than replaced: whoever starts a
-#: process again that has failed, such as a container engine, does so within them.
-_JUST_NOW_S = 10.0
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -248,23 +243,3 @@ def _count(db: sqlite3.Connection, books: Books) -> None:
     books.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
     query = "SELECT DISTINCT worker FROM contributions WHERE round >= ?"  # names from before are other processes'
     books.ledger.contributors = {worker for (worker,) in db.execute(query, (books.head.resume,))}
-
-
-def goes_on(folder: Path, overwrite: bool) -> bool:
-    """Whether a coordinator that is started in `folder` to go on with what is there has something to go on with.
-
-    It has not where the run is over, unless it ended just now. Raises UsageError for the run of a coordinator on another host,
-    such as an earlier container, whose processes cannot be told to come here; not if that may be overwritten.
-    """
-    books = restore(folder / FILE_NAME)
-    if books is None:
-        return False
-    if books.stop is not None and not books.stop.again and time.time() > books.stopped_at + _JUST_NOW_S:
-        return False
-    if books.head.host == platform.node():
-        return True
-    if overwrite:
-        return False
-    raise UsageError(
-        f"the run in {folder} is coordinated on {books.head.host}: start it there, or give --overwrite to begin another here."
-    )

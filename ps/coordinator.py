@@ -132,10 +132,16 @@ class Coordinator:
     """One run's coordinator. `run` is the loop; everything else handles one kind of message."""
 
     def __init__(
-        self, sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, books: Books | None = None, recovers: bool = False
+        self,
+        sock: zmq.Socket[bytes],
+        settings: Settings,
+        run_dir: Path,
+        books: Books | None = None,
+        recovers: bool = False,
+        late_s: float | None = None,
     ) -> None:
         """With `books` it goes on with the run whose they are: with processes that begin anew, or if it `recovers`, in place of
-        the coordinator that has kept them."""
+        the coordinator that has kept them. With `late_s` that run is over, and as many as it had may ask for so long."""
         now = time.monotonic()
         self._sock = sock
         self._settings = settings
@@ -216,6 +222,9 @@ class Coordinator:
         self._recovered_at: float | None = None
         self._inherits_to: int | None = None
         self._stop: Stop | None = None
+        #: Seconds for those who come too late, and who of them has heard, by incarnation.
+        self._late_s = late_s
+        self._late: set[int] = set()
         if books is not None and recovers:
             self._take_over(books, now)
         else:
@@ -691,6 +700,7 @@ class Coordinator:
             if self._stop is None:
                 self._hello(route, hello, envelope.incarnation, now)
             elif not self._stop.again:  # else it asks the one that comes after this one
+                self._late.add(envelope.incarnation)
                 self._reply(route, self._stop)
             return
         member = self._membership.members.get(envelope.sender)
@@ -996,7 +1006,9 @@ class Coordinator:
         coordinator, wait for those who have not found this one yet."""
         self._stop = stop
         until, told_at = time.monotonic() + (_FAREWELL_ANEW_S if stop.again else _FAREWELL_S), float("-inf")
-        while (now := time.monotonic()) < until or self._awaits_members(now):
+        late_until = until + (self._late_s or 0.0)
+        expected = self._settings.servers + self._settings.workers
+        while (now := time.monotonic()) < until or self._awaits_members(now) or (now < late_until and len(self._late) < expected):
             if now >= told_at + ASK_AGAIN_S / 4:
                 told_at = now
                 for route in self._routes.values():

@@ -17,6 +17,7 @@ from common.errors import UsageError, WireError
 from common.messages import Beat
 from common.privacy import make_run_dir
 from common.restart import restart
+from common.runfiles import SETTINGS_FILE, How
 from common.runlog import FILE_NAME
 from common.settings import Settings
 from common.snapshots import check_versions, finished, folders, newest, remove
@@ -30,32 +31,33 @@ T = TypeVar("T")
 
 #: Seconds for the old address of a coordinator to become free.
 _REBIND_S = 5.0
+#: Seconds for all servers and workers to hear that the run has finished, which were started as if it had not.
+_LATE_S = 30.0
 
 
-def serve(
-    settings: Settings, bind: str, run_dir: Path, resume: bool = False, recover: bool = False, accept_versions: bool = False
-) -> None:
-    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`; with `resume` the one that is there, from
-    its newest snapshot on, which may be of another version of this program or of torch only if `accept_versions`.
+def serve(settings: Settings, bind: str, run_dir: Path, how: How = "begin", accept_versions: bool = False) -> None:
+    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`. `how` says what is done with what is
+    there. The newest snapshot to resume from may be of another version of this program or of torch only if `accept_versions`.
 
-    With `recover`, go on with the run whose books are there, if there is one, in place of its coordinator, which has died: at the
-    address where that was, if `bind` leaves the port open. Writes the address it listens at to run_dir/address. Returns when the
-    run has finished and its results are written.
+    One that recovers a run is at the address of the coordinator before it, if `bind` leaves the port open. Writes the address it
+    listens at to run_dir/address. Returns when the run has finished and its results are written.
     Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
     """
     allow_files(settings.workers + settings.servers)
     books, warning = None, ""
-    if recover and not resume and (books := books_to_recover(run_dir)) is not None:
-        _check_same(settings, books, run_dir)
+    if how in ("recover", "nothing") and (books := books_to_recover(run_dir)) is not None:
+        if books.stop is None:
+            _check_same(settings, books, run_dir)
         bind = _address_of_old(bind, run_dir / "address")
     context: zmq.Context[Any] = zmq.Context()
     try:
-        sock, bound = _listen(context, bind, _REBIND_S if resume or books is not None else 0.0)
-        if resume:
+        sock, bound = _listen(context, bind, _REBIND_S if how != "begin" else 0.0)
+        if how == "resume":
             books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
         try:
             make_run_dir(run_dir)
-            coordinator = Coordinator(sock, settings, run_dir, books, recovers=recover)
+            patience_s = _LATE_S if how == "nothing" else None
+            coordinator = Coordinator(sock, settings, run_dir, books, recovers=how != "resume", late_s=patience_s)
             address = advertised(bound, "tcp://127.0.0.1:1")
             write_address(run_dir / "address", address)
             if warning:
@@ -66,7 +68,8 @@ def serve(
         coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)
-        restart(["--resume", f"--bind={bound}"], without="--recover")
+        resumes = ("--config", str(run_dir / SETTINGS_FILE), "--run-dir", str(run_dir), "--bind", bound, "--resume", "auto")
+        restart([*resumes, *["--accept-versions"] * accept_versions])
     finally:
         context.destroy(linger=1000)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from cluster.rundir import LOGS, claim, write_settings
+from common import snapshots
 from common.errors import UsageError
 from common.runfiles import SETTINGS_FILE, SUMMARY_FILE, is_run
+from common.runlog import FILE_NAME, RoundRow, RunLog
 from common.settings import Settings
 
 
@@ -34,15 +36,36 @@ def test_a_finished_run_is_kept_unless_told_otherwise() -> None:
     with pytest.raises(UsageError, match="holds a finished run: give --overwrite"), claim(folder, "x", overwrite=False):
         pass
     assert (folder / SUMMARY_FILE).exists()
-    with claim(folder, "x", overwrite=True) as claimed:
-        assert claimed == folder
+    with claim(folder, "x", overwrite=True) as (claimed, how):
+        assert (claimed, how) == (folder, "begin")
         assert [path.name for path in folder.rglob("*")] == [LOGS]
 
 
-def test_a_run_that_was_broken_off_is_replaced() -> None:
+def test_a_run_that_was_broken_off_before_its_first_round_is_replaced() -> None:
     make_run(Path("r"), finished=False)
+    RunLog(Path("r", FILE_NAME)).close()
     with claim(Path("r"), "x", overwrite=False):
         assert not is_run(Path("r"))
+
+
+@pytest.mark.parametrize("what", ["rounds", "snapshot", "books that cannot be read"])
+def test_what_is_not_finished_is_never_deleted_unasked(what: str) -> None:
+    folder = Path("r")
+    make_run(folder, finished=False)
+    if what == "rounds":
+        log = RunLog(folder / FILE_NAME)
+        log.round(RoundRow(0, 0, 8, 2, 0, {}))
+        log.close()
+    elif what == "snapshot":
+        snapshots.folder_of(folder, 3).mkdir(parents=True)
+    else:
+        (folder / FILE_NAME).write_bytes(b"SQLite format 3 and no more" * 100)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UsageError, match="--overwrite to replace it, or another --run-dir"), claim(folder, "x", overwrite=False):
+        pass
+    assert sorted(folder.rglob("*")) == before
+    with claim(folder, "x", overwrite=True):
+        assert not is_run(folder) and not snapshots.folders(folder)
 
 
 def test_files_that_are_no_runs_are_never_touched() -> None:
@@ -60,7 +83,7 @@ def test_files_that_are_no_runs_are_never_touched() -> None:
 def test_without_a_name_each_run_gets_the_next_free_folder() -> None:
     make_run(Path("runs/x"), finished=True)
     make_run(Path("runs/x-2"), finished=False)
-    with claim(None, "x", overwrite=False) as third, claim(None, "x", overwrite=False) as fourth:
+    with claim(None, "x", overwrite=False) as (third, _), claim(None, "x", overwrite=False) as (fourth, _):
         assert (third, fourth) == (Path("runs/x-3"), Path("runs/x-4"))
 
 

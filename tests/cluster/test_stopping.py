@@ -72,7 +72,7 @@ def test_a_coordinator_killed_with_9_is_started_again_but_not_for_ever(stub: Stu
     for count in range(6):
         pid = run.ready(ALL + count)["coordinator"]
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        assert command.count(b"--recover") == (count > 0)
+        assert command.count(b"--prepared=recover") == (count > 0)
         os.kill(pid, signal.SIGKILL)
     code, lines = run.end()
     assert code == 1

@@ -505,7 +505,7 @@ class Restarted(Exception):
     """Stands for a process that is replaced by a new one of the same command."""
 
 
-def _restart(extra: Sequence[str] = ()) -> None:
+def _restart(options: Sequence[str] | None = None) -> None:
     raise Restarted
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ from hypothesis import strategies as st
 
 from common.errors import UsageError
 from common.layout import TensorSpec
-from common.messages import Committed, Contribution, Hello, Mean, Report, Setup, Stop, Update
+from common.messages import Committed, Contribution, Hello, Mean, Report, Setup, Update
 from common.plan import Segment, make_segment
 from common.policies import load
-from common.runlog import FILE_NAME, Event, RunLog, RunLogReader
+from common.runlog import FILE_NAME, RunLog, RunLogReader
 from common.settings import Settings
-from ps.books import Books, Head, goes_on, restore
+from ps.books import Books, Head, restore
 from ps.journal import Journal
 from ps.ledger import Ledger
 from ps.membership import Membership
@@ -169,29 +168,6 @@ def test_a_member_that_left_or_was_lost_is_known_as_such_and_all_others_again(tm
     assert {name: (m.left, m.lost) for name, m in books.members.items()} == {
         "server-0": (False, False), "server-1": (False, False), "worker-0": (True, False), "worker-1": (False, True),
     }  # fmt: skip
-
-
-def test_there_is_something_to_go_on_with_unless_the_run_is_over_or_another_hosts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("platform.node", lambda: "here")
-    assert not goes_on(tmp_path, False)
-    kept = Kept(tmp_path)
-    kept.flush()
-    assert goes_on(tmp_path, False)
-    monkeypatch.setattr("platform.node", lambda: "there")
-    assert not goes_on(tmp_path, True)
-    with pytest.raises(UsageError, match="is coordinated on here: start it there"):
-        goes_on(tmp_path, False)
-    monkeypatch.setattr("platform.node", lambda: "here")
-    kept.log.event(Event("stopped", "coordinator", {"ok": False, "reason": "no."}))
-    kept.log.flush()
-    assert goes_on(tmp_path, False)  # who starts it again now does not know that it has failed
-    later = time.time() + 60.0
-    monkeypatch.setattr("time.time", lambda: later)
-    assert not goes_on(tmp_path, False)
-    books = restore(tmp_path / FILE_NAME)
-    assert books is not None and books.stop == Stop(False, "no.")
 
 
 def test_a_file_that_holds_something_else_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_the
     assert code == 0 and f"{newest}: good, of roundtable {here.program} with torch 1.0" in text
     assert re.search(rf" {re.escape(here.program)} +1\.0 ", launch("checkpoint", "list", folder)[1])
     sentence = f"{newest} is of roundtable {here.program} with torch 1.0, and here is {here}, so the same bits"
-    for command in (("local", "--resume", folder), ("coordinator", "--prepared", "--resume", "--run-dir", folder)):
+    for command in (("local", "--resume", folder), ("coordinator", "--prepared=resume", "--run-dir", folder)):
         code, text = launch(*command)
         assert code == 2 and sentence in text.splitlines()[-1] and snapshots.finished(folder)[-1] == newest
     assert (folder / "summary.json").exists()
