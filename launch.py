@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -151,8 +152,10 @@ def coordinator(
 
     Waits for as many servers and workers as the settings say, and writes the run directory.
     """
-    from cluster.resume import AUTO
+    from cluster.resume import AUTO, told_to_stop
     from cluster.rundir import claim, write_settings
+    from cluster.signals import stopped
+    from common.errors import Stopped
     from common.runfiles import SETTINGS_FILE
     from ps.serving import serve
 
@@ -160,14 +163,20 @@ def coordinator(
     keep_private()
     if prepared is not None:
         choice = choose(given(ctx), config)
-        serve(choice.settings, bind, _folder(choice), prepared, accept_versions)
+        # SIGTERM ends it at once, when whoever started it has no more use for it
+        serve(choice.settings, bind, _folder(choice), prepared, accept_versions, [signal.SIGINT])
         return
     resume = AUTO if recover else resume
     choice, take_up = _going_on(resume, given(ctx), config, None, (), True, accept_versions, logging.getLogger("ps").info)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
         if how != "nothing":
             write_settings(folder / SETTINGS_FILE, choice.settings)
-        serve(choice.settings, bind, folder, how, accept_versions)
+        signal.signal(signal.SIGTERM, stopped)
+        signal.signal(signal.SIGINT, stopped)
+        try:
+            serve(choice.settings, bind, folder, how, accept_versions, [signal.SIGINT, signal.SIGTERM])
+        except Stopped as error:
+            raise Stopped(error.number, told_to_stop(error.number, folder, ["coordinator", "--bind", bind])) from None
 
 
 @cli.command(cls=Command)

@@ -127,7 +127,7 @@ def watch(processes: Processes, signals: StopSignals, timeout: float, look: Call
         if look is not None:
             look()
         processes.poll()
-        if signals.name:
+        if signals.first:
             raise KeyboardInterrupt
         if processes.failures():
             failed_at = min(failed_at, time.monotonic())

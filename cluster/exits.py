@@ -8,6 +8,7 @@ import ctypes
 import gc
 import io
 import os
+import signal
 import sys
 import sysconfig
 import threading
@@ -20,10 +21,12 @@ from typing import NoReturn
 import click
 
 from cluster.output import check_names
-from common.errors import PsError, UsageError, printable
+from common.errors import PsError, RunStopped, Stopped, UsageError, printable
 
 #: The exit code after a mistake of whoever gave the command.
 USAGE = 2
+#: That of a server or worker whose run was told to stop and can go on: whoever starts it again has it join then.
+STOPPED = 75
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OURS = tuple(str(_ROOT / name) for name in ("launch.py", "common", "ps", "worker", "cluster", "explore"))
@@ -82,13 +85,18 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+    if isinstance(error, RunStopped):
+        return STOPPED
     return USAGE if isinstance(error, UsageError) else 1
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say on stderr why a command ends: a sentence for an expected error, after a traceback for any other."""
     if isinstance(error, KeyboardInterrupt):
+        with contextlib.suppress(OSError):
+            if str(error):
+                print(error, file=sys.stderr, flush=True)
         return
     if isinstance(error, BrokenPipeError) and _output_is_broken():
         return

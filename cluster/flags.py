@@ -25,7 +25,7 @@ _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
 _CLUSTER = (
     "workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "replicas", "kv_memory", "silence", "timeout",
-    "worker_failures", "start_timeout", "away",
+    "worker_failures", "start_timeout", "stop_timeout", "away",
 )  # fmt: skip
 _POLICIES = choices("policy")
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")

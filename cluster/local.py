@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +18,13 @@ from cluster.crew import Crew, Respawn
 from cluster.exits import USAGE
 from cluster.output import forgiving_output
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
+from cluster.resume import told_to_stop
 from cluster.rundir import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
 from cluster.scale import take
 from cluster.screen import Screen, summary_lines
 from cluster.signals import StopSignals
 from common import snapshots
-from common.errors import ClusterError, UsageError
+from common.errors import ClusterError, Stopped, UsageError
 from common.policies import load
 from common.restart import AGAIN_VARIABLE
 from common.runfiles import SETTINGS_FILE, How
@@ -119,7 +122,7 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
 
     `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
     Raises ClusterError, naming the process and its log, when one fails, or UsageError where its user made a mistake;
-    KeyboardInterrupt on Ctrl-C, SIGTERM and SIGHUP.
+    Stopped on Ctrl-C, SIGTERM and SIGHUP, the first of which has the run make a snapshot before.
     However it ends, no process is left.
     """
     folder = order.run_dir
@@ -128,9 +131,9 @@ def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], scre
             try:
                 with screen, Processes(folder / LOGS, env) as processes:
                     _Local(order, program, processes, signals, screen).run()
-            except _Stopped as stopped:
-                screen.say(f"stopped by {stopped}; the run in {folder} is not finished.")
-                raise KeyboardInterrupt from None
+            except Stopped as stopped:
+                screen.say(told_to_stop(stopped.number, folder, ["local"]))
+                raise
     finally:
         tidy_log(folder)
     summary = read_summary(folder)
@@ -195,10 +198,6 @@ def start_server(
     return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1), **env)
 
 
-class _Stopped(Exception):
-    """A signal asked us to stop; the text is its name."""
-
-
 class _Local:
     """The loop that starts and watches one run's processes. Whoever runs it stops them afterwards."""
 
@@ -212,6 +211,8 @@ class _Local:
         self._crew: Crew | None = None
         #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
         self._started_at = float("-inf")
+        #: Until when the coordinator may make a snapshot, once a signal has come.
+        self._stops_until: float | None = None
 
     def run(self) -> None:
         """Returns when every process has ended well."""
@@ -239,8 +240,9 @@ class _Local:
             raise ClusterError(f"the run's processes cannot be started: {error.strerror or error}.") from None
         while self._processes.running():
             self._tick()
-            self._check_workers_joined()
-            self._check_end()
+            if not self._is_stopping:
+                self._check_workers_joined()
+                self._check_end()
 
     def _start_others(self, address: str) -> None:
         settings = self._order.settings
@@ -262,8 +264,9 @@ class _Local:
         """Wait a moment, and look at everything. Raises what ends the run."""
         time.sleep(TICK_S)
         self._processes.poll()
-        if self._signals.name:
-            raise _Stopped(self._signals.name)
+        if self._is_stopping and self._signals.first is not None:
+            self._stop(self._signals.first)
+            return
         self._recover_coordinator()
         if self._crew is not None and (code := self._processes.children[0].code) in (None, 0):
             if (count := take(self._order.run_dir)) is not None:
@@ -273,6 +276,28 @@ class _Local:
             self._fail()
         if self._crew is not None:  # not before the coordinator has put back the log of a run that goes on
             self._screen.update()
+
+    @property
+    def _is_stopping(self) -> bool:
+        """Whether a signal has come, and not just as the run was ending well."""
+        has_ended_well = bool(self._processes.children) and self._processes.children[0].code == 0
+        return self._signals.first is not None and (self._signals.count > 1 or not has_ended_well)
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Raise Stopped once the coordinator has made a snapshot and has ended, or at a second signal."""
+        coordinator = self._processes.running("coordinator")
+        is_over = not coordinator or self._crew is None or self._signals.count > 1
+        if self._stops_until is None and not is_over:
+            stop_s = self._order.settings.stop_timeout
+            self._screen.say(f"{number.name}: the round in progress is ended and a snapshot made, in {stop_s:g} s at most; "
+                             "a second signal stops at once.")  # fmt: skip
+            self._processes.start_no_more()
+            self._stops_until = time.monotonic() + stop_s + _SERVERS_END_S
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(coordinator[0].popen.pid, signal.SIGINT)
+        if is_over or time.monotonic() > (self._stops_until or 0.0):
+            raise Stopped(number)
+        self._screen.update()
 
     def _recover_coordinator(self) -> None:
         """Start a coordinator that was killed again; the others wait for it and lose nothing. One that failed says why."""
@@ -288,7 +313,7 @@ class _Local:
         """Give the others a moment to fail too, then raise for the one that failed first. Return if the run goes on without those
         that failed, as the coordinator says of workers, or has ended well without them."""
         began = time.monotonic()
-        while self._processes.running() and not self._signals.name:
+        while self._processes.running() and self._signals.first is None:
             cause = root_cause(self._processes.failures())
             if cause.code is not None and cause.code < 0:
                 break  # nothing can explain this one

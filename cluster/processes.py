@@ -171,6 +171,10 @@ class Processes:
         """Children that ended other than with exit code 0 and are not excused."""
         return [child for child in self.children if child.failed]
 
+    def start_no_more(self) -> None:
+        """Have no child started again that asks for it: all are about to be stopped."""
+        self._stops = True
+
     def stop(self) -> None:
         """End every child and all that these have started: SIGTERM, and after `term_s` seconds SIGKILL."""
         self._stops = True

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import signal
 import sqlite3
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +35,7 @@ _OF_FAULTS = frozenset(
         "timeout",
         "worker_failures",
         "start_timeout",
+        "stop_timeout",
         "away",
         "watchdog",
     }
@@ -192,3 +197,22 @@ def _check_end(folder: Path, now: Choice, done: int) -> None:
     epochs_done = done * was.epochs / before.planned
     if epochs < epochs_done:
         raise UsageError(f"the run in {folder} has done {epochs_done:.3g} epochs, and --epochs {epochs} is fewer: give more.")
+
+
+def told_to_stop(number: int, folder: Path, command: Sequence[str]) -> str:
+    """What is said of a run in `folder` that the signal `number` has stopped: how far it has come, and how to go on with it.
+
+    `command` is the part of the command line that goes on with it, without --resume.
+    """
+    done = 0
+    with contextlib.suppress(UsageError):
+        done = before.rounds if (before := look(folder)) is not None else 0
+    newest = snapshots.finished(folder)
+    saved = f"with a snapshot of round {snapshots.round_of(newest[-1])}" if newest else "without a snapshot"
+    program = [sys.orig_argv[0], sys.argv[0]]
+    words = [*program, command[0], "--resume", str(folder), *command[1:]]
+    if not newest:  # which --resume RUN would need
+        place = ["--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
+        words = [*program, command[0], "--resume", AUTO, *place, *command[1:]]
+    name = signal.Signals(number).name
+    return f"stopped by {name} after {done} rounds, {saved}; the run in {folder} goes on with: {shlex.join(words)}"

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from common.errors import Stopped
+
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopSignals:
-    """A context in which SIGINT, SIGTERM and SIGHUP do nothing but set `name`; more of them change nothing.
+    """A context in which SIGINT, SIGTERM and SIGHUP do nothing but to be counted.
 
     SIGHUP stays ignored where it was, as under nohup.
     """
 
     def __init__(self) -> None:
-        #: The first signal that came, such as 'SIGINT', or None.
-        self.name: str | None = None
+        #: The first signal that came, if any, and how many have.
+        self.first: signal.Signals | None = None
+        self.count = 0
         self._before: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> StopSignals:
@@ -33,4 +36,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = self.name or signal.Signals(number).name
+        self.first = self.first or signal.Signals(number)
+        self.count += 1
+
+
+def stopped(number: int, frame: FrameType | None) -> None:
+    """A handler that has the main thread raise Stopped."""
+    raise Stopped(number)

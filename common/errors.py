@@ -44,3 +44,15 @@ class ClusterError(PsError):
 
 class NoAnswer(ClusterError):
     """Another process has not answered for the whole of a deadline. Names who was waited for."""
+
+
+class RunStopped(ClusterError):
+    """The run was told to stop before its end, and can go on."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has told this process to stop. The text says what became of its work; it may be empty."""
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(text)
+        self.number = number

@@ -182,11 +182,12 @@ class Lost(Body, frozen=True):
 
 class Stop(Body, frozen=True):
     """The run is over. `ok`: finished and saved. Else `reason` is a sentence; `again`: it goes on, from its newest snapshot or
-    just without you, so begin anew."""
+    just without you, so begin anew; `told`: somebody has told it to stop, and it can go on later."""
 
     ok: bool
     reason: Text = ""
     again: bool = False
+    told: bool = False
 
     def __post_init__(self) -> None:
         _keep_printable(self)

@@ -14,7 +14,7 @@ from typing import NoReturn
 LEAVE_SIGNAL = signal.SIGUSR1
 #: Set where whoever started this process starts it again at once when it ends with the exit code AGAIN, which is quicker there.
 AGAIN_VARIABLE = "PS_AGAIN"
-AGAIN = 75
+AGAIN = 79
 
 
 def restart(options: Sequence[str] | None = None) -> NoReturn:

@@ -178,6 +178,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = START_S
 
+    stop_timeout: Annotated[
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds in which a run that is told to stop (Ctrl-C or SIGTERM on launcher or coordinator) ends the round in "
+            "progress and makes a snapshot; a second signal stops it at once."
+        ),
+    ] = 25.0
+
     away: Annotated[
         float,
         Meta(gt=0),

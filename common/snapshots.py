@@ -95,6 +95,11 @@ def folder_of(run_dir: Path, round_: int) -> Path:
     return run_dir / FOLDER / f"round-{round_:08d}"
 
 
+def round_of(folder: Path) -> int:
+    """The round of the snapshot in `folder`, by its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def file_of(server: int) -> str:
     """The name of a server's file in a snapshot."""
     return f"server-{server}.safetensors"

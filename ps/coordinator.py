@@ -19,7 +19,7 @@ import zmq
 
 from common import alarm
 from common.connections import Inflow, Standing
-from common.errors import ClusterError, PsError, WireError, printable
+from common.errors import ClusterError, PsError, Stopped, WireError, printable
 from common.failpoints import arm, failpoint
 from common.messages import (
     AllNorms,
@@ -60,9 +60,11 @@ from common.snapshots import (
     FileEntry,
     Manifest,
     file_of,
+    finished,
     folder_of,
     folders,
     remove,
+    round_of,
     write_manifest,
 )
 from common.tickets import KEY_BYTES, seal
@@ -222,6 +224,9 @@ class Coordinator:
         self._recovered_at: float | None = None
         self._inherits_to: int | None = None
         self._stop: Stop | None = None
+        #: The signal that has told it to stop, if any, and until when that may take, once it is at it.
+        self._signal = 0
+        self._stops_until: float | None = None
         #: Seconds for those who come too late, and who of them has heard, by incarnation.
         self._late_s = late_s
         self._late: set[int] = set()
@@ -300,14 +305,46 @@ class Coordinator:
             self._log.event(Event("failed", "coordinator", {"reason": str(error)}))
             self._farewell(Stop(False, str(error)))
             raise
-        except KeyboardInterrupt:
-            self._farewell(Stop(False, "the coordinator was interrupted."))
+        except Stopped as error:
+            self._farewell(Stop(False, f"the run was told to stop: {error}.", told=True))
             raise
         finally:
             self._inflow.close()
             watchdog.stop()
         self._log.event(Event("finished", "coordinator", {}))
         self._farewell(Stop(True))
+
+    def stop(self, number: int) -> None:
+        """Have the run stop after the round in progress, with a snapshot, for the signal `number`; at once when called again.
+
+        A signal's handler may call it.
+        """
+        if self._signal:
+            raise Stopped(number, self._how_far())
+        self._signal = number
+
+    def _stop_soon(self, now: float) -> None:
+        """Raise Stopped once a snapshot is made, or cannot be."""
+        if self._stops_until is None:
+            self._stops_until = now + self._settings.stop_timeout
+            log.warning("is told to stop: ends the round in progress and makes a snapshot; a second signal stops it at once")
+            self._log.event(Event("stopping", "coordinator", {"seconds": self._settings.stop_timeout}))
+            self._cuts.hurry(now)
+        cuts, is_trained = self._cuts, self._membership.started and self._ledger.planned > 0
+        is_made = cuts.is_made or (cuts.under is None and cuts.newest == self._ledger.committed)
+        cannot = not is_trained or not self._settings.snapshot_every or self._membership.broken or cuts.failure
+        if is_made or cannot or now > self._stops_until:
+            raise Stopped(self._signal, self._how_far())
+
+    def _how_far(self) -> str:
+        """What there is to go on from, if the run stops now."""
+        done, newest = self._ledger.committed, finished(self._run_dir)
+        saved = f"with a snapshot of round {round_of(newest[-1])}" if newest else "without a snapshot"
+        why = ""
+        if not self._cuts.is_made and done:
+            merges = f", which policy {self._settings.policy} makes at merges only" if self._policy.is_local else ""
+            why = f", as none was made in time{merges}" if self._settings.snapshot_every else ", as --snapshot-every 0 says"
+        return f"it has done {done} rounds, {saved}{why}"
 
     def _end_as_told(self, stop: Stop) -> None:
         """The one before has ended the run, and may have died before all have heard of it."""
@@ -355,6 +392,8 @@ class Coordinator:
     def _tick(self, now: float) -> None:
         self._tell_members(self._membership.tick(now, self._is_dead))
         self._note_losses(now)
+        if self._signal:
+            self._stop_soon(now)
         if self._membership.broken and self._needs_servers():
             raise BeginAnew(self._membership.broken)
         self._write_rows(now)
@@ -437,7 +476,8 @@ class Coordinator:
         servers = {
             owner: max(0, self._membership.servers[f"server-{owner}"].beat.round) for owner in self._ledger.layout.owners()
         }
-        ended = not self._membership.names("worker") and self._ledger.committed >= self._ledger.planned
+        done = self._ledger.committed >= self._ledger.planned
+        ended = not self._membership.names("worker") and (done or self._stops_until is not None)
         if self._all_have_left(now) and self._ledger.committed > 0:
             ended = True
             if self._cuts.under is not None and self._cuts.under.round > max(servers.values()):
@@ -997,7 +1037,7 @@ class Coordinator:
             self._send(f"server-{server}", body)
 
     def _farewell(self, stop: Stop) -> None:
-        self._log.event(Event("stopped", "coordinator", {"ok": stop.ok, "reason": stop.reason, "again": stop.again}))
+        self._log.event(Event("stopped", "coordinator", msgspec.structs.asdict(stop)))
         self._flush()
         self._tell(stop)
 

@@ -49,6 +49,9 @@ class Cuts:
         self._every_s = every_s
         self._due_at = now + every_s
         self._stretch = 1
+        #: Whether one is wanted as soon as may be, and whether one has been completed since.
+        self._hurries = False
+        self.is_made = False
         #: The cut under way, if any.
         self.under: Under | None = None
         #: Round of the newest complete snapshot, and why the last try failed, '' if it did not.
@@ -66,12 +69,17 @@ class Cuts:
         then, before = self._pace_from
         if now - then >= 1.0:
             self._pace, self._pace_from = (newest - before) / (now - then), (now, newest)
-        if ended:
+        if ended or (self._hurries and newest >= planned):
             final = min(versions.values())
             return final if newest == final != self.newest and not self.failure else None
         if now < self._due_at or newest >= planned:
             return None
-        return min(newest + self._stretch * (_LEAD_ROUNDS + math.ceil(_LEAD_S * self._pace)), planned)
+        lead = 1 + round(_LEAD_S * self._pace) if self._hurries else _LEAD_ROUNDS + math.ceil(_LEAD_S * self._pace)
+        return min(newest + self._stretch * lead, planned)
+
+    def hurry(self, now: float) -> None:
+        """Have a snapshot of the end of the round in progress, be that the one under way; `is_made` once it is there."""
+        self._hurries, self.is_made, self._due_at, self.failure = True, False, now, ""
 
     def ended(self, round_: int) -> bool:
         """Whether nothing is to come any more once the run is over after `round_` rounds."""
@@ -140,7 +148,7 @@ class Cuts:
         assert self.under is not None
         missed = any(said.state == "missed" for said in self.under.said.values())
         if not failure:
-            self.newest = self.under.round
+            self.newest, self.is_made = self.under.round, True
         self._stretch = min(2 * self._stretch, _FURTHEST) if missed else 1
         self._due_at = now if missed else now + self._every_s
         self.failure = "" if missed else failure

@@ -17,7 +17,7 @@ from common.addresses import advertised, as_told, await_route
 from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.connections import Inflow, Outflow, Standing
-from common.errors import ClusterError, WireError
+from common.errors import ClusterError, RunStopped, WireError
 from common.failpoints import arm
 from common.messages import (
     MOST_TOLD,
@@ -169,7 +169,7 @@ class _Server:
             log.warning("begins anew: %s", stop.reason)
             restart()
         if stop is not None and not stop.ok:
-            raise ClusterError(f"stopped because {stop.reason}")
+            raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
 
     def _loop(self) -> None:
         assert self._inflow is not None

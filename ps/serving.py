@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,13 +36,21 @@ _REBIND_S = 5.0
 _LATE_S = 30.0
 
 
-def serve(settings: Settings, bind: str, run_dir: Path, how: How = "begin", accept_versions: bool = False) -> None:
+def serve(
+    settings: Settings,
+    bind: str,
+    run_dir: Path,
+    how: How = "begin",
+    accept_versions: bool = False,
+    signals: Sequence[signal.Signals] = (),
+) -> None:
     """Coordinate one run, listening at `bind`, with its books and results in `run_dir`. `how` says what is done with what is
     there. The newest snapshot to resume from may be of another version of this program or of torch only if `accept_versions`.
 
     One that recovers a run is at the address of the coordinator before it, if `bind` leaves the port open. Writes the address it
     listens at to run_dir/address. Returns when the run has finished and its results are written.
-    Raises UsageError where it cannot listen, read or write, ClusterError where the run failed, naming who and why.
+    The first of `signals` that comes has it stop, with a snapshot, and a second one at once. Raises UsageError where it cannot
+    listen, read or write, ClusterError where the run failed, naming who and why, and Stopped where one of `signals` has come.
     """
     allow_files(settings.workers + settings.servers)
     books, warning = None, ""
@@ -65,13 +74,25 @@ def serve(settings: Settings, bind: str, run_dir: Path, how: How = "begin", acce
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
         log.info("listening at %s", address if address == bound else f"{bound}; others find it at {address}")
-        coordinator.run()
+        with _handled(signals, coordinator.stop):
+            coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)
         resumes = ("--config", str(run_dir / SETTINGS_FILE), "--run-dir", str(run_dir), "--bind", bound, "--resume", "auto")
         restart([*resumes, *["--accept-versions"] * accept_versions])
     finally:
         context.destroy(linger=1000)
+
+
+@contextlib.contextmanager
+def _handled(signals: Sequence[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
+    """Have `handler` called with each of these signals that comes."""
+    before = {number: signal.signal(number, lambda number, frame: handler(number)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:

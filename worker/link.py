@@ -20,7 +20,7 @@ import msgspec
 import zmq
 
 from common.attendance import TELL_S, Attendance
-from common.errors import ClusterError, NoAnswer, PsError, UsageError, WireError
+from common.errors import ClusterError, NoAnswer, PsError, RunStopped, UsageError, WireError
 from common.failpoints import failpoint
 from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
 from common.place import is_own
@@ -175,7 +175,7 @@ class Link:
             raise self._error
         stop = self._attendance.stop
         if stop is not None and not stop.ok:
-            raise ClusterError(f"stopped because {stop.reason}")
+            raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
 
     def joined(self) -> Welcome:
         """Block until the run starts, for as long as the coordinator answers. Raises ClusterError if it ends first."""

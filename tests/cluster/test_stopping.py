@@ -31,8 +31,10 @@ def test_a_signal_to_the_launcher_or_its_group_stops_everything(stub: Stub, numb
     run.ready(ALL)
     (os.kill if whom == "launcher" else os.killpg)(run.popen.pid, number)
     code, lines = run.end()
-    assert code == 130
-    assert lines[-1].endswith(f"stopped by {number.name}; the run in {lines[0].partition(': ')[0]} is not finished.")
+    assert code == 128 + number
+    folder = lines[0].partition(": ")[0]
+    assert f"stopped by {number.name} after 0 rounds, without a snapshot; the run in {folder} goes on with: " in lines[-1]
+    assert "--resume auto" in lines[-1]
     run.leaves_nothing(set())
 
 
@@ -117,7 +119,7 @@ def test_who_wants_more_or_fewer_workers_than_a_run_can_have_is_told_why(stub: S
             scale(str(folder), 3)
     os.kill(run.popen.pid, signal.SIGTERM)
     code, lines = run.end()
-    assert code == 130
+    assert code == 143
     assert "3 workers from now on; worker-2 started." in lines
     assert "1 worker from now on; worker-1 and worker-2 told to leave." in lines
     run.leaves_nothing(set())
@@ -168,7 +170,7 @@ def test_a_run_goes_on_without_its_guard_and_its_fork_server_and_ends_well(stub:
     os.kill(pids["worker-0"], signal.SIGKILL)
     assert run.ready(ALL + 1)["worker-0"] != pids["worker-0"]
     os.kill(run.popen.pid, signal.SIGTERM)
-    assert run.end()[0] == 130
+    assert run.end()[0] == 143
     run.leaves_nothing(set())
 
 
