@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.errors import WireError
+from common.errors import Stopped, WireError
 from common.layout import message_batches
 from common.messages import (
     Body,
@@ -57,6 +57,7 @@ from common.messages import (
     Shared,
     State,
     StatePart,
+    Stop,
     Update,
     Waiting,
     Weights,
@@ -174,6 +175,8 @@ class Case:
     #: Who is killed (coordinator, server-N, worker-N, or who is in its place by then), when, and after how many seconds another
     #: process is in its place.
     killed: Sequence[tuple[str, float, float]] = ()
+    #: When the coordinator gets a SIGTERM, and after how many seconds the run is started again; others are killed by one.
+    stopped: Sequence[tuple[float, float]] = ()
     #: Whether workers are on the coordinator's host, and so are soon counted as lost.
     near: bool = False
     #: Where servers keep copies: which server is killed when, and after how many seconds another process is in its place.
@@ -182,7 +185,7 @@ class Case:
     @property
     def keeps_books(self) -> bool:
         """Whether the books are real, and so there for a coordinator that comes after."""
-        return bool(self.killed) or self.folder is not None
+        return bool(self.killed or self.stopped) or self.folder is not None
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -427,6 +430,8 @@ class World:
         self.given_up = self.fenced = 0
         #: Processes that were killed, and how often all began anew.
         self.killed = self.begun_anew = 0
+        #: How often the run was told to stop and did.
+        self.stopped = 0
         #: How often a server had no more of the version that it was asked about.
         self.asked_too_late = 0
         #: Workers that are there or will be.
@@ -548,8 +553,9 @@ class CoordinatorProcess(Process):
     def __init__(self, world: World, key: str, folder: Path) -> None:
         super().__init__(world, key)
         self.folder = folder
-        #: Whether it tells the others that all begin anew.
+        #: Whether it tells the others that all begin anew, or end; and seconds until the run is started again, once it is to end.
         self.leaves = False
+        self.away = 0.2
 
     def begin(self) -> None:
         self._start(books_to_resume(self.folder)[0] if self.world.case.resume else None)
@@ -569,6 +575,12 @@ class CoordinatorProcess(Process):
         self._end(away, self._recover)
         self.coordinator._log._db.close()
 
+    def stop(self, away: float) -> None:
+        """Tell it to stop, as a signal does."""
+        if self.alive and not self.leaves and not self.world.over and self.coordinator._stop is None:
+            self.away = away
+            self._until_it_ends(lambda: self.coordinator.stop(15))
+
     def _end(self, away: float, then: Callable[[], None]) -> None:
         self.alive = False
         self.port.close()
@@ -577,19 +589,19 @@ class CoordinatorProcess(Process):
     def _recover(self) -> None:
         self._start(books_to_recover(self.folder), recovers=True)
         if (stop := self.coordinator._stop) is not None:
+            self.world.begun_anew += 1
             self._leave(lambda: self.coordinator._end_as_told(stop))
         self.world._tick(self)
 
-    def _leave(self, tell: Callable[[], None]) -> None:
-        """Begin anew, once all are told to."""
+    def _leave(self, tell: Callable[[], None], away: float = 0.2) -> None:
+        """Begin anew after so many seconds, once all are told to."""
         self.leaves = True
         try:
             with suppress(BeginAnew):
                 tell()
         except Killed:  # before it was done
             return
-        self.world.begun_anew += 1
-        self._end(0.2, self._begin_anew)
+        self._end(away, self._begin_anew)
 
     def _begin_anew(self) -> None:
         self._start(books_to_resume(self.folder)[0])
@@ -616,11 +628,19 @@ class CoordinatorProcess(Process):
 
     def tick(self) -> None:
         if not self.leaves:
-            try:
-                self.coordinator._tick(self.world.now)
-            except BeginAnew as error:
-                reason = str(error)
-                self._leave(lambda: self.coordinator._have_all_begin_anew(reason))
+            self._until_it_ends(lambda: self.coordinator._tick(self.world.now))
+
+    def _until_it_ends(self, what: Callable[[], None]) -> None:
+        """Do what may be the last of this process."""
+        try:
+            what()
+        except BeginAnew as error:
+            reason = str(error)
+            self.world.begun_anew += 1
+            self._leave(lambda: self.coordinator._have_all_begin_anew(reason))
+        except Stopped:
+            self.world.stopped += 1
+            self._leave(lambda: self.coordinator._farewell(Stop(False, "it was told to.", told=True)), self.away)
 
     def describe(self) -> str:
         return f"{self.ledger.committed} rounds committed of {self.ledger.planned}"
@@ -657,8 +677,8 @@ class ServerProcess(Process):
     def _begin_anew_if_told(self) -> None:
         stop = self.server._attendance.stop
         if stop is not None and self.alive:
-            assert stop.again, f"{self.key} is told to stop: {stop.reason}"
-            self._end(0.3)
+            assert stop.again or stop.told, f"{self.key} is told to stop: {stop.reason}"
+            self._end(0.3)  # somebody starts it again
 
     @property
     def shard(self) -> Shard:
@@ -836,6 +856,9 @@ class WorkerProcess(Process):
             try:
                 self.link._receive(port, mock.Mock())
             except Restarted:
+                self.begin_anew()
+                return
+            if (stop := self.link._attendance.stop) is not None and stop.told and not self.done:
                 self.begin_anew()
                 return
             self.link._send_all()
@@ -1454,6 +1477,8 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
             world.at(100.0 + at, lambda n=number, away=away: _newest_of(world, n).kill_once_copied(away))  # type: ignore[misc]
         for name, at, away in case.killed:
             world.at(100.0 + at, lambda name=name, away=away: _kill(world, name, away))  # type: ignore[misc]
+        for at, away in case.stopped:
+            world.at(100.0 + at, lambda away=away: coordinator.stop(away))  # type: ignore[misc]
         for worker in workers:
             world.at(100.0 + worker.pace.starts_s, lambda w=worker: world.start(w))  # type: ignore[misc]
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())

@@ -1,5 +1,5 @@
-"""Anybody is killed at any moment, several at once too, and no shard has a copy: all begin anew from the newest snapshot, or from
-nothing, and every promise of the policy is kept."""
+"""Anybody is killed at any moment, several at once too, and no shard has a copy, or the run is told to stop: all begin anew from
+the newest snapshot, or from nothing, and every promise of the policy is kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def deaths(draw: st.DrawFn, policy: str, **more: Any) -> tuple[Case, bool]:
     at = draw(st.floats(0.2, 8.0))
     together = draw(st.lists(st.sampled_from(names), min_size=1, max_size=len(names), unique=True))
     killed += [(name, at, draw(away)) for name in together]
-    return replace(case, killed=killed, real=False), draw(st.booleans())
+    stopped = draw(st.lists(st.tuples(st.floats(0.0, 12.0), away), max_size=2))
+    return replace(case, killed=killed, stopped=stopped, real=False), draw(st.booleans())
 
 
 def run(drawn: tuple[Case, bool]) -> Outcome:
