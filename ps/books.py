@@ -80,9 +80,8 @@ class Books:
     samples_before: int = 0
     #: The hash of the model that was written when all rounds were done, and after how many, if that was so.
     model: tuple[str, int] | None = None
-    #: How the run has ended, if it has, and when.
+    #: How the run has ended, if it has.
     stop: Stop | None = None
-    stopped_at: float = 0.0
 
 
 class Keeper:
@@ -227,7 +226,7 @@ def _read(db: sqlite3.Connection) -> Books | None:
                 books.admitted += failed == "admitted"
             case "stopped":
                 data = json.loads(text)
-                books.stop, books.stopped_at = Stop(data["ok"], data["reason"], data.get("again", False)), at
+                books.stop = Stop(data["ok"], data["reason"], data.get("again", False), data.get("told", False))
     return books
 
 

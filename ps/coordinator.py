@@ -18,8 +18,7 @@ import msgspec
 import zmq
 
 from common import alarm
-from common.connections import Inflow, Standing
-from common.errors import ClusterError, PsError, Stopped, WireError, printable
+from common.errors import ClusterError, PsError, RunStopped, Stopped, WireError, printable
 from common.failpoints import arm, failpoint
 from common.messages import (
     AllNorms,
@@ -352,7 +351,7 @@ class Coordinator:
         if stop.again:
             raise BeginAnew(stop.reason)
         if not stop.ok:
-            raise ClusterError(stop.reason)
+            raise (RunStopped if stop.told else ClusterError)(stop.reason)
 
     def _have_all_begin_anew(self, reason: str) -> None:
         self._log.event(Event("restarted", "coordinator", {"reason": reason}))

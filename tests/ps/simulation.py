@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.errors import Stopped, WireError
+from common.errors import RunStopped, Stopped, WireError
 from common.layout import message_batches
 from common.messages import (
     Body,
@@ -597,7 +597,7 @@ class CoordinatorProcess(Process):
         """Begin anew after so many seconds, once all are told to."""
         self.leaves = True
         try:
-            with suppress(BeginAnew):
+            with suppress(BeginAnew, RunStopped):
                 tell()
         except Killed:  # before it was done
             return
