@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from common import alarm
+from common.connections import Inflow, Standing
 from common.errors import ClusterError, PsError, RunStopped, Stopped, WireError, printable
 from common.failpoints import arm, failpoint
 from common.messages import (
