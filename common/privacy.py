@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -17,5 +18,8 @@ def keep_private() -> None:
 
 def make_run_dir(folder: Path) -> None:
     """Make a run directory, if there is none, that is its user's alone. OSError where that cannot be."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder.parent)) from None
     folder.mkdir(mode=0o700, exist_ok=True)

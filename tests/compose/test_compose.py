@@ -153,3 +153,21 @@ def test_a_worker_is_killed_and_a_server_crashes_and_the_others_train_to_the_sam
     assert rounds < found["rounds"] and found["samples"] == 10 * 1437
     assert {name: one["RestartCount"] for name, one in cluster.containers().items()} == dict.fromkeys(NAMES, 0) | {"server-1": 1}
     assert found["weights_sha256"] == launch("--workers", 3, "--servers", 2, *flags)["weights_sha256"]
+
+
+def test_up_after_an_edit_goes_on_with_the_run_and_deletes_nothing(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
+    flags = ("--data", "digits", "--lr", "0.05", "--snapshot-every", "1")
+    cluster.up(*flags, "--epochs", "9")
+    while cluster.rounds() < 10:
+        assert cluster.containers()["coordinator-1"]["State"]["Running"]
+    cluster.up(*flags, "--epochs", "10")
+    assert cluster.wait() == dict.fromkeys(NAMES, 0)
+
+    found = cluster.results(tmp_path / "volume")
+    with contextlib.closing(RunLogReader(tmp_path / "volume" / FILE_NAME)) as log:
+        (back,) = [event.data["to"] for _, _, event in log.events() if event.kind == "rolled back"]
+    assert back >= 10 and found["samples"] == 10 * 1437
+    before = {name: one["Id"] for name, one in cluster.containers().items()}
+    cluster.up(*flags, "--epochs", "10")
+    assert cluster.wait()["coordinator-1"] == 0 and before.keys() == NAMES
+    assert cluster.results(tmp_path / "again")["weights_sha256"] == found["weights_sha256"]
