@@ -51,8 +51,16 @@ _AS_BYTES = _BYTES | {
 }
 
 
+def is_trainable(dtype: str) -> bool:
+    """Whether servers can train a parameter of this dtype."""
+    return dtype in _DTYPES and "float" in dtype
+
+
 class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model.
+
+    A `frozen` parameter required no gradient when the optimizer was made. If it was not given to the optimizer, its `group` is
+    -1, and it may have any dtype, for it travels as bytes.
 
     Of a buffer, `rule` says how a round's contributions are merged: `mean`, weighted by samples; `max`, element by element; or
     `last`, the value that the last micro-batch in order has left which changed it. One of `last` may have any dtype, for it
@@ -64,6 +72,7 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     dtype: Name
     group: CountOrNone
     rule: Rule = "last"
+    frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -75,17 +84,22 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def kind(self) -> Kind:
         """How contributions are merged: gradients through the optimizer, buffers by their rule."""
-        return "param" if self.group >= 0 else self.rule
+        return "param" if self.group >= 0 or self.frozen else self.rule
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it travels as bytes."""
+        return self.kind == "last" or (self.frozen and self.group < 0)
 
     @property
     def units(self) -> int:
         """The elements that it has in chunks: bytes, if it travels as bytes."""
-        return self.numel * (_AS_BYTES[self.dtype] if self.kind == "last" else 1)
+        return self.numel * (_AS_BYTES[self.dtype] if self.is_bytes else 1)
 
     @property
     def unit(self) -> str:
         """dtype of these elements."""
-        return "uint8" if self.kind == "last" else self.dtype
+        return "uint8" if self.is_bytes else self.dtype
 
 
 class TableSpec(msgspec.Struct, frozen=True):
@@ -120,8 +134,8 @@ class Piece(msgspec.Struct, frozen=True):
     offset: int
 
 
-class Chunk(msgspec.Struct, frozen=True):
-    """The unit of sending, summing and updating. All pieces have one kind, dtype and group.
+class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The unit of sending, summing and updating. All pieces have one kind, dtype and group, and are all `frozen` or not.
 
     Ids follow the order in which the model registers its tensors, which for most is the order of the forward pass:
     the lower an id, the sooner the next forward needs it.
@@ -133,6 +147,11 @@ class Chunk(msgspec.Struct, frozen=True):
     group: int
     dtype: str
     pieces: list[Piece]
+    frozen: bool = False
+
+    def has_values(self, present: int) -> bool:
+        """Whether a contribution that is `present` in these pieces has values: parameters without a gradient have none."""
+        return self.kind != "param" or present != 0
 
     @property
     def numel(self) -> int:
@@ -198,7 +217,7 @@ def make_layout(
         raise UsageError(f"the model takes {total >> 40} TiB; {_MOST_BYTES >> 40} TiB is the most that can be divided.")
     pack_bytes = min(CHUNK_BYTES, max(_PACK_BYTES, total // 16))
     cuts: list[list[Piece]] = []
-    open_cut: dict[tuple[str, str, int], int] = {}
+    open_cut: dict[tuple[str, str, int, bool], int] = {}
     for index, spec in enumerate(tensors):
         if spec.numel == 0:
             continue
@@ -208,7 +227,7 @@ def make_layout(
             for start in range(0, units, step):
                 cuts.append([Piece(index, start, min(step, units - start), 0)])
             continue
-        key = (spec.kind, spec.unit, spec.group)
+        key = (spec.kind, spec.unit, spec.group, spec.frozen)
         at = open_cut.get(key)
         fits = at is not None and (_end(cuts[at]) + units) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
         if at is not None and fits:
@@ -219,15 +238,15 @@ def make_layout(
     chunks = []
     for number, pieces in enumerate(cuts):
         spec = tensors[pieces[0].tensor]
-        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces))
+        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces, spec.frozen))
     return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(classifiers))
 
 
 def _check_dtype(spec: TensorSpec) -> None:
     """Raise UsageError for a dtype that the tensor's kind cannot have."""
-    if spec.kind == "last" and spec.dtype in _AS_BYTES:
+    if spec.is_bytes and spec.dtype in _AS_BYTES:
         return
-    if spec.dtype not in _DTYPES or (spec.kind in ("param", "mean") and "float" not in spec.dtype):
+    if spec.dtype not in _DTYPES or (spec.kind in ("param", "mean") and not is_trainable(spec.dtype)):
         if spec.kind == "param":
             raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
         raise UsageError(f"the buffer '{spec.name}' has dtype {spec.dtype}, which rule '{spec.kind}' cannot merge.")

@@ -276,7 +276,8 @@ class Shared(Body, frozen=True):
 
 
 class Push(Body, frozen=True):
-    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples), one frame for each of `chunks`.
+    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples), one frame for each of `chunks` but those of parameters
+    none of which had a gradient.
 
     Where worker and server share memory there are no frames: the values are in `slot` of the worker's region, and stay there
     until the round is applied. They are still to be multiplied by `scale`, a power of two.
@@ -346,6 +347,7 @@ class Pull(Body, frozen=True):
     `shared`: tell me where they are in the server's memory instead; `plane` is the one that the model's weights are in now.
     `number` counts a worker's pulls: it is the same when one is sent again. `holds` is the version that the worker has got whole
     from this server in frames (-1: none), and changes can be added to. `masters`: send the weights that no codec has rounded.
+    Frozen chunks that nothing was contributed to are sent only for `still`.
     """
 
     clock: Count
@@ -356,13 +358,16 @@ class Pull(Body, frozen=True):
     plane: CountOrNone = -1
     holds: CountOrNone = -1
     masters: bool = False
+    still: bool = False
 
 
 class Weights(Body, frozen=True):
     """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
     that they lie in. `closed`: the server has got and applied all there is to earlier rounds; weights that are still missing
     then follow by themselves. The frames of `coded`, some of `chunks`, are the weight codec's: of the weights, or of their change
-    since the version before. `cut` is the round of a snapshot for which the server is to be told what is Owed (-1: none)."""
+    since the version before. `cut` is the round of a snapshot for which the server is to be told what is Owed (-1: none).
+    `still` are more chunks, frozen ones that lie in the plane `home`, which nobody writes to again. `moved`, in what is `closed`,
+    are all frozen chunks that something was contributed to: they come with every round."""
 
     clock: Count
     version: Count
@@ -371,6 +376,9 @@ class Weights(Body, frozen=True):
     plane: CountOrNone = -1
     coded: Many[Count] = []
     cut: CountOrNone = -1
+    still: Many[Count] = []
+    home: CountOrNone = -1
+    moved: Many[Count] = []
 
 
 class Got(Body, frozen=True):

@@ -22,6 +22,8 @@ PAGE = mmap.PAGESIZE
 #: Bytes at a region's beginning that hold its token; what is kept in it comes after.
 HEADER_BYTES = PAGE
 _TOKEN_BYTES = 16
+#: MAP_NORESERVE, which the module mmap does not name.
+_NO_RESERVE = 0x4000
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -86,7 +88,10 @@ def attach(handle: Handle, *, private: bool = False) -> Region:
     try:
         if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or os.fstat(fd).st_size != handle.size:
             raise NotShared(f"the memory of process {handle.pid} is not what was offered.")
-        memory = mmap.mmap(fd, handle.size, access=mmap.ACCESS_COPY if private else mmap.ACCESS_READ)
+        if private:  # without a claim to as much memory again, for what is never written to takes up none
+            memory = mmap.mmap(fd, handle.size, mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            memory = mmap.mmap(fd, handle.size, access=mmap.ACCESS_READ)
         if memory[:_TOKEN_BYTES].hex() != handle.token:
             raise NotShared(f"process {handle.pid} here is not the one that offered its memory.")
     except (OSError, ValueError) as error:  # not such a file at all

@@ -17,7 +17,8 @@ class Sum:
 
     `values` is flat, of the chunk's `sum_dtype`; bit p of `present` says that piece p had a gradient. `owned` memory may be
     written to; other memory belongs to a received frame. What is meant is `values` x `scale`, a power of two: multiplying by
-    it changes no bit of what comes later, so it is put off until values are touched anyway.
+    it changes no bit of what comes later, so it is put off until values are touched anyway. Of parameters without a gradient
+    there are no values: to add `nothing` changes nothing.
 
     Memory that `stays` as it is until the round is over need not be read before, so adding is put off too: such a sum has
     `halves`, left and right, and no values.
@@ -30,6 +31,11 @@ class Sum:
     stays: bool = False
     halves: tuple[Sum, Sum] | None = None
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether there are no values, as none of the parameters had a gradient."""
+        return self.halves is None and not self.present and not len(self.values)
+
     def section(self, start: int, length: int) -> Sum:
         """Elements start .. start+length-1, in the same memory."""
         if self.halves is not None:
@@ -38,8 +44,15 @@ class Sum:
         return Sum(self.values[start : start + length], self.present, self.owned, self.scale, self.stays)
 
 
+def nothing() -> Sum:
+    """The contribution to parameters that have no gradient."""
+    return Sum(torch.empty(0), 0)
+
+
 def put_off(left: Sum, right: Sum) -> Sum:
     """The sum of two contributions, to be added later."""
+    if left.is_nothing or right.is_nothing:
+        return right if left.is_nothing else left
     return Sum(torch.empty(0), left.present | right.present, stays=left.stays and right.stays, halves=(left, right))
 
 
@@ -76,7 +89,7 @@ def adder(chunk: Chunk) -> Callable[[Sum, Sum], Sum]:
     kind = chunk.kind
 
     def add(left: Sum, right: Sum) -> Sum:
-        if left.stays and right.stays:
+        if left.is_nothing or right.is_nothing or (left.stays and right.stays):
             return put_off(left, right)
         left, right = _added_up(kind, left), _added_up(kind, right)
         out = left.values if left.owned else right.values if right.owned else torch.empty_like(left.values)

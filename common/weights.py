@@ -46,9 +46,9 @@ def _pieces(files: TensorFiles, spec: TensorSpec) -> Iterator[torch.Tensor]:
     done = 0
     while done < spec.units:
         piece = files[f"weights/{spec.name}" if f"weights/{spec.name}" in files else f"weights/{spec.name}#{done}"].reshape(-1)
-        piece = piece.view(torch.uint8) if spec.kind == "last" else piece
+        piece = piece.view(torch.uint8) if spec.is_bytes else piece
         done += len(piece)
-        yield piece.view(stored_as(spec)[0]) if spec.kind == "last" else piece.to(dtype_of(spec.dtype))
+        yield piece.view(stored_as(spec)[0]) if spec.is_bytes else piece.to(dtype_of(spec.dtype))
 
 
 def _rows(files: TensorFiles, spec: TableSpec, servers: int, seed: int) -> Iterator[torch.Tensor]:

@@ -143,7 +143,8 @@ class Copy:
         try:
             self._all.arrived(self._incoming)
             for chunk, into in self._planes[self.version % 2].items():
-                self._store.settle(chunk, into)
+                still = self._store.is_still(chunk)
+                self._store.settle(chunk, self._planes[self._planes.home][chunk] if still else into)
                 self._store.restore_seen(chunk, self._incoming, into)
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the state of server-{self.server} does not fit its shard: {error}") from None
@@ -211,7 +212,7 @@ class Copy:
         if round_.means:
             chunk = next(iter(round_.means))
             body, mean = round_.means.pop(chunk)
-            before = self._planes[self.version % 2][chunk]
+            before = self._planes[self._planes.home if self._store.is_still(chunk) else self.version % 2][chunk]
             self._store.apply(chunk, [mean], 1, body.hypers, self._factor(body.factor), into=into[chunk], before=before)
         elif round_.rows is not None:
             told, rows = round_.rows

@@ -16,7 +16,7 @@ from ps.rows import first_state
 def check_memory(layout: Layout, server: int, update: Update, device: torch.device, replicas: int) -> None:
     """Raise WireError for chunks that this machine has no memory for, and for layers that servers compute, with the optimizer's
     state and copies for other servers. Tables of rows take up memory as they are used."""
-    dense = sum(chunk.sum_bytes + chunk.weight_bytes for chunk in layout.on(server))
+    dense = sum(chunk.weight_bytes + (0 if chunk.frozen else chunk.sum_bytes) for chunk in layout.on(server))
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if dense > there:
         raise WireError(f"the model takes {dense >> 30} GiB on this server, whose machine has {there >> 30}")

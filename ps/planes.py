@@ -4,6 +4,9 @@ Workers that share the memory compute right from it, so a plane must not be writ
 is, follows from what workers ask for: a worker reads the plane that its model is in until it has got another. Two planes
 are enough while all go along; one that lags behind pins another. Where there are no more, the plane of whoever lags most is
 taken: the round it computes is closed, so whatever comes of it is refused. Nothing here knows what a version means.
+
+One more plane, `home`, is for the first weights of frozen chunks, which lie still until somebody contributes to them. Nobody
+writes there again, so a reader of it is in nobody's way. Memory that nothing is written to takes up none.
 """
 
 from __future__ import annotations
@@ -23,13 +26,15 @@ class Planes:
     def __init__(self, chunks: Sequence[Chunk], count: int, shared: bool) -> None:
         """Raises nothing where shared memory cannot be had: `refused` then says why."""
         self.refused = ""
+        #: The number of the plane for chunks that lie still.
+        self.home = count
         self._chunks = chunks
         self._offsets, self._bytes = weight_offsets(chunks)
         self._region: Region | None = None
         self._views: dict[int, dict[int, torch.Tensor]] = {}
         if shared and chunks:
             try:
-                self._region = create(count * self._bytes)
+                self._region = create((count + 1) * self._bytes)
             except NotShared as error:
                 self.refused = str(error)
 

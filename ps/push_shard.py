@@ -88,7 +88,8 @@ class PushShard(Shard):
         return self.segments[-1].end if self.segments else 0
 
     def _opened(self) -> None:
-        pass
+        self._settle_still()
+        self._moves(0)
 
     @property
     def _at_border(self) -> bool:
@@ -168,8 +169,9 @@ class PushShard(Shard):
                 push.samples,
                 hypers[self.chunks[chunk].group] if 0 <= self.chunks[chunk].group < len(hypers) else {},
                 lr_scale=terms.lr_scale,
-                then=self._sent.get(sender, {}).get(chunk),
+                then=self._computed_from(sender, chunk),
             )
+            self._moves(0)
             self._published.pop(chunk, None)
             self._coded.pop(chunk, None)
             failpoint("applying", push.round)
@@ -183,6 +185,12 @@ class PushShard(Shard):
                 self._metrics.setdefault(push.round, {})[push.lo] = push.metrics if push.finite else {}
         failpoint("applied", push.round)
         return [self._ack(sender, push), *self._advance()]
+
+    def _computed_from(self, sender: str, chunk: int) -> torch.Tensor | None:
+        """The weights that a worker's contribution was computed from, where those are kept."""
+        assert self.planes is not None
+        first = self.planes[self.planes.home][chunk] if chunk in self._frozen and self.settings.delay_compensation else None
+        return self._sent.get(sender, {}).get(chunk, first)
 
     def _plan_of(self, sender: str, push: Push | RowPush | ClassPush) -> Round:
         """The plan of a push's round. Raises WireError where it is not of one micro-batch."""
@@ -275,6 +283,7 @@ class PushShard(Shard):
             may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
             if not self._open or not may:
                 return []
+            self._needs(waiter)
             waiter.version = self._course.seen
             waiter.weights = self._as_now(worker, pull, waiter.unsent)
             waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.masters}
@@ -293,6 +302,11 @@ class PushShard(Shard):
         assert self.store is not None and self.planes is not None
         if pull.masters:
             return {chunk: self.store.master(chunk) for chunk in chunks}
+        still = {chunk: self.planes[self.planes.home][chunk] for chunk in chunks if self._lies_still(chunk, pull.clock)}
+        return {**still, **self._moving_now(worker, pull, chunks - still.keys())}
+
+    def _moving_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:
+        assert self.store is not None and self.planes is not None
         plane = self._plane(worker, pull)
         if plane >= 0:
             held = {chunk: self.planes[plane][chunk] for chunk in chunks}

@@ -144,8 +144,12 @@ class RoundShard(Shard):
 
     def _opened(self) -> None:
         assert self.store is not None and self.planes is not None
+        self._settle_still()
+        self._moves(self._version)
         plane = self._plane_of(self._version)
         for chunk, into in self.planes[plane].items():
+            if self._lies_still(chunk, self._version):
+                continue
             self._keep_frame(plane, chunk, self.store.settle(chunk, into))
             if self._source is not None:
                 self.store.restore_seen(chunk, self._source.files, into)
@@ -157,8 +161,15 @@ class RoundShard(Shard):
 
     @property
     def _seen(self) -> dict[int, torch.Tensor]:
+        return {chunk: self._weights_of(self._version, chunk) for chunk in self.chunks}
+
+    def _weights_of(self, version: int, chunk: int) -> torch.Tensor:
+        """The weights of a version that is there still, or of the one that is being made."""
         assert self.planes is not None
-        return self.planes[self._plane_of(self._version)]
+        plane = self._plane_of(version) if version <= self._version else self._target
+        if self._lies_still(chunk, version) or plane is None:
+            plane = self.planes.home
+        return self.planes[plane][chunk]
 
     def _resume(self, source: Source) -> None:
         self._version, self._contents = source.round, {0: source.round}
@@ -401,7 +412,7 @@ class RoundShard(Shard):
         assert self.store is not None and self.planes is not None
         if self._target is None:
             self._target = self._take_plane()
-        into, before = self.planes[self._target][chunk], self.planes[self._plane_of(self._version)][chunk]
+        into, before = self.planes[self._target][chunk], self._weights_of(self._version, chunk)
         hypers = self._group_hypers(self.chunks[chunk])
         if self._drops or not samples:  # the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
@@ -416,6 +427,7 @@ class RoundShard(Shard):
         except NotFinite as error:
             raise self._not_finite(str(error)) from None
         self._keep_frame(self._target, chunk, frame)
+        self._moves(self._version + 1)
         self._next.add(chunk)
         failpoint("applying", self._version)
 
@@ -605,17 +617,18 @@ class RoundShard(Shard):
             if waiter.pull.shared or waiter.pull.masters or self._target is None or not ready:
                 return []
             coded = self._frames_for(waiter.pull, self._target)
-            return self._weights(worker, clock, self._target, self._in_plane(self._target, ready), False, coded)
+            return self._weights(worker, clock, self._target, {i: self._weights_of(clock, i) for i in ready}, False, coded)
         plane = self._plane_of(clock)
         if plane < 0:
             del self.waiters[worker]
             return [Send(worker, Gone(clock, self._version))]
+        self._needs(waiter)
         if waiter.pull.masters and clock == self._version:
             assert self.store is not None
             masters = {chunk: self.store.master(chunk) for chunk in waiter.unsent}
             return self._weights(worker, clock, -1, masters, True, {})
         coded = self._frames_for(waiter.pull, plane)
-        return self._weights(worker, clock, plane, self._in_plane(plane, waiter.unsent), True, coded)
+        return self._weights(worker, clock, plane, {i: self._weights_of(clock, i) for i in waiter.unsent}, True, coded)
 
     def _ready(self, waiter: Waiter) -> set[int]:
         """Chunks of the next version to send now: none before those that are needed sooner, for gradients come in the opposite
@@ -632,11 +645,6 @@ class RoundShard(Shard):
         if sends_changes(self.settings) and pull.holds != pull.clock - 1:
             return {}
         return self._coded.get(plane, {})
-
-    def _in_plane(self, plane: int, chunks: set[int]) -> dict[int, torch.Tensor]:
-        assert self.planes is not None
-        held = self.planes[plane]
-        return {chunk: held[chunk] for chunk in chunks}
 
 
 def _with_outcome(row: Contribution, outcome: Any) -> Contribution:

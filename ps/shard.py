@@ -132,11 +132,12 @@ class _Early:
 
 @dataclass
 class Waiter:
-    """One who waits for weights: the chunks that were not sent yet, whether it was told that the round before is closed, and
-    the bytes that are on their way to it, by chunk."""
+    """One who waits for weights: the chunks that were not sent yet, all that it is known to need, whether it was told that the
+    round before is closed, and the bytes that are on their way to it, by chunk."""
 
     pull: Pull
-    unsent: set[int]
+    unsent: set[int] = field(default_factory=set)
+    needed: set[int] = field(default_factory=set)
     closed: bool = False
     bytes_under_way: dict[int, int] = field(default_factory=dict)
     #: Where each push is applied at once: the weights as they were when it was its turn, and the frames that some are sent in.
@@ -190,6 +191,9 @@ class Shard(ABC):
         self._setup: tuple[Setup, str] | None = None
         #: Chunks, and pages of tables, whose first weights are still to come.
         self._uninitialised: set[int | tuple[int, int]] = set()
+        #: Frozen chunks; and from which version on those are in the same planes as others that something was contributed to.
+        self._frozen: set[int] = set()
+        self._moved_at: dict[int, int] = {}
         self.waiters: dict[str, Waiter] = {}
         #: The number of each worker's newest pull.
         self._asked_for: dict[str, int] = {}
@@ -570,6 +574,7 @@ class Shard(ABC):
             self.layout = layout
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._parts = parts_on(layout, self.index)
+            self._frozen = {chunk.id for chunk in self.chunks.values() if chunk.frozen}
             self.owing = Owing(layout, layout.on(self.index), self.settings)
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
             self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
@@ -689,8 +694,11 @@ class Shard(ABC):
             raise WireError(f"{sender} pushed before the first weights were set")
         check_distinct(push.chunks, self.chunks, f"a push of {sender}")
         check_distinct(push.coded, push.chunks, f"a push of {sender}")
-        count_of_frames = len(push.chunks) if push.slot < 0 and values is None else 0
-        if len(push.chunks) != len(push.present) or len(frames) != count_of_frames:
+        if len(push.chunks) != len(push.present):
+            raise WireError(f"a push of {sender} names chunks {push.chunks} and says what is present of {len(push.present)}")
+        full = {i for i, bits in zip(push.chunks, push.present, strict=True) if self.chunks[i].has_values(bits)}
+        count_of_frames = len(full) if push.slot < 0 and values is None else 0
+        if len(frames) != count_of_frames or not full.issuperset(push.coded):
             raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
         if not push.scale > 0 or math.frexp(push.scale)[0] != 0.5:
             raise WireError(f"a push of {sender} is to be multiplied by {push.scale}, which is no power of two")
@@ -707,7 +715,8 @@ class Shard(ABC):
             stays = self.policy.applies == "round" and not self.policy.is_local
             present = zip(push.chunks, push.present, strict=True)
             return [self.store.view(i, slot[i], bits, push.scale, stays) for i, bits in present]
-        parts = zip(push.chunks, frames, push.present, strict=True)
+        left = iter(frames)
+        parts = [(i, next(left) if i in full else None, bits) for i, bits in zip(push.chunks, push.present, strict=True)]
         return [self._received(push, chunk, frame, present) for chunk, frame, present in parts]
 
     def _received(self, push: Push, chunk: int, frame: Any, present: int) -> Sum:
@@ -763,10 +772,36 @@ class Shard(ABC):
         if len(pull.have) > len(self.chunks):
             raise WireError(f"a pull of {sender} says that it has {len(pull.have)} chunks of {len(self.chunks)}")
         self._asked_for[sender] = pull.number
-        self.waiters[sender] = Waiter(pull, set(self.chunks) - set(pull.have))
+        self.waiters[sender] = waiter = Waiter(pull)
+        self._needs(waiter)
         self.readers.asks(sender, pull.plane)
         shares = self.owing.hand_out(sender, now) if self.owing is not None else []
         return [*(Send(sender, *share) for share in shares), *self._serve(sender)]
+
+    def _needs(self, waiter: Waiter) -> None:
+        """Have a waiter's `unsent` reach to all chunks that it is now known to need."""
+        pull = waiter.pull
+        needed = {i for i in self.chunks if pull.still or not self._lies_still(i, pull.clock)} - set(pull.have)
+        waiter.unsent |= needed - waiter.needed
+        waiter.needed |= needed
+
+    def _lies_still(self, chunk: int, version: int) -> bool:
+        """Whether the weights of `version` of a frozen chunk are the first ones, which lie in the plane for those."""
+        return self.chunks[chunk].frozen and version < self._moved_at.get(chunk, version + 1)
+
+    def _moves(self, version: int) -> None:
+        """Note the frozen chunks that are still no more, from the weights of `version` on."""
+        assert self.store is not None
+        for chunk in self._frozen - self._moved_at.keys():
+            if not self.store.is_still(chunk):
+                self._moved_at[chunk] = version
+
+    def _settle_still(self) -> None:
+        """Have the first weights of frozen chunks where they stay."""
+        assert self.store is not None and self.planes is not None
+        for chunk in self._frozen:
+            if self.store.is_still(chunk):
+                self.store.settle(chunk, self.planes[self.planes.home][chunk])
 
     def _got(self, sender: str, got: Got) -> list[Send]:
         waiter = self.waiters.get(sender)
@@ -793,16 +828,20 @@ class Shard(ABC):
         Ends the wait when all is sent."""
         waiter = self.waiters[to]
         clock = waiter.pull.clock
+        moved = [chunk for chunk, since in self._moved_at.items() if since <= clock] if closed else []
         if plane >= 0:
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
         cut = self.owing.asks(to) if self.owing is not None else -1
         if waiter.pull.shared and plane >= 0:
+            assert self.planes is not None
             del self.waiters[to]
-            return [Send(to, Weights(clock, version, sorted(weights), closed, plane, cut=cut))]
+            still = sorted(chunk for chunk in weights if self._lies_still(chunk, version))
+            moving, home = sorted(weights.keys() - set(still)), self.planes.home
+            return [Send(to, Weights(clock, version, moving, closed, plane, cut=cut, still=still, home=home, moved=moved))]
         effects = []
         if closed and not waiter.closed:
             waiter.closed = True
-            effects.append(Send(to, Weights(clock, version, [], closed, cut=cut)))
+            effects.append(Send(to, Weights(clock, version, [], closed, cut=cut, moved=moved)))
         sizes = {i: coded[i].nbytes if i in coded else self.chunks[i].weight_bytes for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
         for ids in message_batches(soonest, sizes.__getitem__):

@@ -20,7 +20,7 @@ from common.layout import Chunk, Layout, Piece
 from common.messages import Traffic, Update
 from common.nonfinite import is_finite
 from common.policies import Policy
-from common.sums import Sum, add_up, adder, last_of, move, put_off
+from common.sums import Sum, add_up, adder, last_of, move, nothing, put_off
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of, from_frame, stored_as, to_frame
 from common.wire import bytes_of
@@ -54,22 +54,39 @@ class _Block:
 
 class _Part:
     """One chunk: master values (flat, `sum_dtype`) and the optimizer over its blocks. `rounds`: workers get its weights by way of
-    a codec. `joins`: pieces that have always had gradients at the same times share blocks."""
+    a codec. `joins`: pieces that have always had gradients at the same times share blocks.
+
+    A frozen chunk is `still` until something is contributed to it: then its values are what came, in the chunk's own dtype, and
+    there are no blocks and no optimizers.
+    """
 
     def __init__(self, chunk: Chunk, update: Update, rounds: bool, joins: bool = True) -> None:
         self.chunk = chunk
         self.rounds = rounds
         self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
-        self.master = torch.zeros(chunk.numel, dtype=self.sum_dtype)
-        self._update = update if chunk.kind == "param" and update.optimizer is not None else None
+        self.still = chunk.frozen
+        self.master = torch.zeros(chunk.numel, dtype=self.dtype if self.still else self.sum_dtype)
+        self._update = update if chunk.group >= 0 and update.optimizer is not None else None
         self._settings = with_tuples(update.groups[chunk.group]) if self._update is not None else {}
         is_own_choice = any(self._settings.get(key) is not None for key in ("fused", "foreach"))
         self._fuses = self._update is not None and update.optimizer == "SGD" and not is_own_choice
         self._size = _FUSED_BLOCK if self._fuses or self._settings.get("fused") else _BLOCK
         #: The optimizer with and without fused kernels, as far as there are blocks for it.
         self.optimizers: dict[bool, torch.optim.Optimizer] = {}
-        whole = range(len(chunk.pieces))
-        self.blocks = [b for bits in ([whole] if joins else zip(whole)) for b in self._blocks(bits, self.master, 0)]
+        self.blocks: list[_Block] = []
+        self._joins = joins
+        if not self.still:
+            self._make_blocks()
+
+    def stir(self) -> None:
+        """Something is contributed to a chunk that was still."""
+        self.still = False
+        self.master = self.master.to(self.sum_dtype, copy=True)
+        self._make_blocks()
+
+    def _make_blocks(self) -> None:
+        whole = range(len(self.chunk.pieces))
+        self.blocks = [b for bits in ([whole] if self._joins else zip(whole)) for b in self._blocks(bits, self.master, 0)]
         self._make_optimizers()
 
     def _blocks(self, bits: Sequence[int], values: torch.Tensor, first: int) -> Iterator[_Block]:
@@ -155,20 +172,22 @@ class _Part:
         for piece in self.chunk.pieces:
             spec = layout.tensors[piece.tensor]
             whole = piece.length == spec.units
-            shape = spec.shape if spec.kind != "last" else stored_as(spec)[1]
+            shape = stored_as(spec)[1] if spec.is_bytes else spec.shape
             out.append((spec.name if whole else f"{spec.name}#{piece.start}", shape if whole else [piece.length], piece))
         return out
 
     def state(self, layout: Layout, copies: bool = True) -> Iterator[Entry]:
         """The master values and the optimizer's state, for a snapshot: `copies`, or where they are."""
-        take = torch.Tensor.clone if copies else torch.Tensor.detach
+        take = torch.Tensor.clone if copies and not self.still else torch.Tensor.detach
         for bit, (key, shape, piece) in enumerate(self.keys(layout)):
             values, spec = self.master[piece.offset : piece.offset + piece.length], layout.tensors[piece.tensor]
-            if spec.kind == "last":
+            if spec.is_bytes:
                 whole = piece.length == spec.units
-                yield Entry(f"weights/{key}", shape, [values.clone().view(stored_as(spec)[0] if whole else torch.uint8)])
+                yield Entry(f"weights/{key}", shape, [take(values).view(stored_as(spec)[0] if whole else torch.uint8)])
                 continue
             yield Entry(f"weights/{key}", shape, [take(values)])
+            if self.still:
+                continue
             parts = [(block, own, self.state_of(block)) for block, own, _ in self._within(bit)]
             for name, first in parts[0][2].items():
                 if _is_each(first, parts[0][0]):
@@ -186,11 +205,13 @@ class _Part:
 
     def restore(self, layout: Layout, files: TensorFiles) -> None:
         """Go on from what `state` gave."""
+        if self.still and any(self._was_stirred(files, key) for key, *_ in self.keys(layout)):
+            self.stir()
         each: list[dict[str, torch.Tensor]] = []
         common: list[dict[str, torch.Tensor]] = []
         for key, _, piece in self.keys(layout):
             found = files[f"weights/{key}"].reshape(-1)
-            found = found.view(torch.uint8) if self.chunk.kind == "last" else found
+            found = found.view(torch.uint8) if layout.tensors[piece.tensor].is_bytes else found
             self.master[piece.offset : piece.offset + piece.length].copy_(found)
             named = self.optimizers or {}
             each.append({name: files[f"{_EACH}/{name}/{key}"].reshape(-1) for name in (files.below(_EACH, key) if named else ())})
@@ -214,8 +235,18 @@ class _Part:
         places = {bit: own for bit in bits for other, own, _ in self._within(bit) if other is block}
         return next(self.chunk.pieces[bit].tensor for bit in bits if not is_finite(gradient[places[bit]]))
 
+    def _was_stirred(self, files: TensorFiles, key: str) -> bool:
+        """Whether a snapshot has more of a piece than the weights it began with."""
+        if self.chunk.group < 0:
+            return False
+        with_state = files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files
+        return bool(with_state) or files[f"weights/{key}"].dtype != self.dtype
+
     def settle(self, into: torch.Tensor) -> None:
         """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
+        if self.still:
+            self.master = into.copy_(self.master)
+            return
         if not self.moves:
             into.copy_(self.master)
             return
@@ -232,7 +263,7 @@ def _is_each(value: torch.Tensor | None, block: _Block) -> bool:
 
 def _joins(chunk: Chunk, update: Update) -> bool:
     """Whether pieces of a chunk may share blocks."""
-    if chunk.kind != "param" or update.optimizer is None or len(chunk.pieces) == 1:
+    if chunk.group < 0 or update.optimizer is None or len(chunk.pieces) == 1:
         return chunk.kind != "last"
     return _may_join(update.optimizer, msgspec.msgpack.encode(update.groups[chunk.group]), chunk.sum_dtype)
 
@@ -286,6 +317,8 @@ class Store:
     def receive(self, chunk: int, frame: Any, present: int, scale: float = 1.0) -> Sum:
         """A contribution out of a frame. Raises WireError if it has not the chunk's size or names pieces it lacks."""
         part = self._parts[chunk].chunk
+        if not part.has_values(present):
+            return nothing()
         return self.view(chunk, from_frame(frame, part.sum_dtype, part.numel, f"chunk {chunk}"), present, scale)
 
     def decode(self, chunk: int, frame: Any, present: int, seed: int) -> Sum:
@@ -303,7 +336,15 @@ class Store:
         part = self._parts[chunk].chunk
         if not 0 <= present < 1 << len(part.pieces):
             raise WireError(f"chunk {chunk} has {len(part.pieces)} pieces, not those of mask {present:#x}")
+        if present and part.frozen and part.group < 0:
+            raise WireError(f"a gradient came for chunk {chunk}, which was not given to the optimizer")
+        if not part.has_values(present):
+            return nothing()
         return Sum(values, present, scale=1.0 if part.kind in ("max", "last") else scale, stays=stays)
+
+    def is_still(self, chunk: int) -> bool:
+        """Whether it is a frozen chunk whose weights are those that came first, for nothing was contributed to it."""
+        return self._parts[chunk].still
 
     def adder(self, chunk: int) -> Callable[[Sum, Sum], Sum]:
         """The function that adds two sums of `chunk`, left first."""
@@ -321,7 +362,7 @@ class Store:
         the weights, or of their change since `before`; None where they are sent as they are.
         """
         part = self._parts[chunk]
-        if not part.rounds:
+        if part.still or not part.rounds:
             part.settle(into)
             return None
         return self._round(part, into, before)
@@ -351,14 +392,14 @@ class Store:
         that sends weights, not changes, has rounded them, and `frame` tells how they are sent."""
         part = self._parts[chunk]
         into = torch.empty(part.chunk.numel, dtype=part.dtype) if into is None else into
-        if part.rounds and not self._sends_changes:
+        if part.rounds and not part.still and not self._sends_changes:
             self._round(part, into, None)
             return into
         return into.copy_(part.master)
 
     def frame(self, chunk: int, weights: torch.Tensor) -> memoryview | None:
         """What to send instead of weights that `publish` gave; None if they are sent as they are."""
-        if not self._parts[chunk].rounds or self._weight_codec is None:
+        if not self._parts[chunk].rounds or self._parts[chunk].still or self._weight_codec is None:
             return None
         coded = self._weight_codec.encode(chunk, weights, WEIGHT_SEED, None)
         return to_frame(coded.frame) if coded is not None else None
@@ -368,7 +409,7 @@ class Store:
         compute from now: where these get changes from one round to the next, they are not what the masters are."""
         for number, part in self._parts.items():
             yield from part.state(self._layout, copies)
-            if part.rounds and self._sends_changes:
+            if part.rounds and self._sends_changes and not part.still:
                 for key, shape, piece in part.keys(self._layout):
                     yield Entry(f"seen/{key}", shape, [seen[number][piece.offset : piece.offset + piece.length].clone()])
 
@@ -380,7 +421,7 @@ class Store:
     def restore_seen(self, chunk: int, files: TensorFiles, into: torch.Tensor) -> None:
         """Have in `into` what workers computed from."""
         part = self._parts[chunk]
-        if part.rounds and self._sends_changes:
+        if part.rounds and self._sends_changes and not part.still:
             for key, _, piece in part.keys(self._layout):
                 into[piece.offset : piece.offset + piece.length].copy_(files[f"seen/{key}"].reshape(-1))
 
@@ -400,9 +441,12 @@ class Store:
 
     def mean(self, chunk: int, total: Sequence[Sum], samples: int) -> Sum:
         """The sample-weighted mean whose sum `total` is, alone or in two halves, in memory of its own."""
-        part = self._parts[chunk]
+        part, present = self._parts[chunk], _present(total)
+        if not part.chunk.has_values(present):
+            return nothing()
+        if part.still:
+            part.stir()
         out = torch.empty(part.chunk.numel, dtype=part.sum_dtype)
-        present = _present(total)
         for block in part.blocks:
             place = out[block.start : block.start + block.length]
             _divided(part, self._sum(part, block, total, place), samples, place)
@@ -465,12 +509,16 @@ class Store:
         `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
         happened since. Buffers become the mean, or where each push is applied at once, `move`. The new weights are written to
         `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it they take the
-        old ones' place. Returns what `settle` does.
+        old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `settle` does.
 
         Raises NotFinite where the run is to fail then; the chunk is half updated and of no use any more.
         """
         part = self._parts[chunk]
         present = _present(total)
+        if part.still:
+            if not present:
+                return None
+            part.stir()
         if any(0 < present & block.pieces < block.pieces for block in part.blocks):
             part.separate([present >> bit & 1 for bit in range(len(part.chunk.pieces))])
         groups = [optimizer.param_groups[0] for optimizer in part.optimizers.values()]

@@ -107,6 +107,8 @@ class Early:
             value.scale = float(self._samples)
         for join in self._joins:
             other = join.sums[chunk.id]
+            if other.is_nothing:
+                continue
             left, right = (other, value) if join.on_left else (value, other)
             out = self._memory.chunks[chunk.id]
             scale = add_values(chunk.kind, left, right, out)

@@ -80,7 +80,14 @@ class Exchange:
         self._decoder = WeightDecoder(settings, layout)
         self._pushed_bytes = self._pulled_bytes = 0
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
+        self._chunk_of = layout.chunks
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
+        #: By server, the frozen chunks that it says something was contributed to: as with others, there are new weights every
+        #: round. And whether weights of the others, which lie still, are here.
+        self._moved: dict[int, set[int]] = {}
+        self._has_still = False
+        #: Whether the next pull is to bring them again, of all servers, as a tensor may lie on several.
+        self._asks_for_still = False
         self._urgencies = {chunk.id: urgency(chunk) for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
         #: Where servers may be replaced: what was acknowledged of the open round and is still here.
@@ -154,10 +161,11 @@ class Exchange:
             metrics = push.metrics if server == 0 and tells else None
             if not ids and metrics is None:
                 continue
-            coded = {} if reads else {i: frame for i in ids if (frame := self._coder.encode(push, i, sums[i])) is not None}
-            frames = {} if reads else {i: coded[i] if i in coded else to_frame(sums[i].values) for i in ids}
-            size = {i: frame.nbytes for i, frame in frames.items()}.__getitem__
-            for batch in [ids] if reads else message_batches(ids, size) or [[]]:
+            sent = [] if reads else [i for i in ids if not sums[i].is_nothing]
+            coded = {i: frame for i in sent if (frame := self._coder.encode(push, i, sums[i])) is not None}
+            frames = {i: coded[i] if i in coded else to_frame(sums[i].values) for i in sent}
+            size = {i: frame.nbytes for i, frame in frames.items()}
+            for batch in [ids] if reads else message_batches(ids, lambda i: size.get(i, 0)) or [[]]:  # noqa: B023
                 message = msgspec.structs.replace(
                     push, chunks=batch, present=[sums[i].present for i in batch], base=(bases or {}).get(server, 0),
                     metrics=metrics, slot=slot.index if reads and slot is not None else -1,
@@ -165,7 +173,7 @@ class Exchange:
                 )  # fmt: skip
                 metrics = None
                 lies_in = None if batch and len(message.coded) == len(batch) else slot
-                self._outstanding.append(_Outstanding(server, message, [frames[i] for i in batch if not reads], lies_in))
+                self._outstanding.append(_Outstanding(server, message, [frames[i] for i in batch if i in frames], lies_in))
         return self._flow(now)
 
     def sends(self, chunk: int) -> bool:
@@ -260,7 +268,8 @@ class Exchange:
         self._pulls += 1
         self._repeatable = [o for o in self._repeatable if o.push.round >= clock - 1]
         self._decoder.begin()
-        self._staged, self._versions, self._closed_on = {}, {}, set()
+        self._staged, self._versions, self._closed_on, self._moved = {}, {}, set(), {}
+        self._has_still, self._asks_for_still = self._has_still and not self._asks_for_still, False
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
         return self._ask(now)
 
@@ -281,10 +290,19 @@ class Exchange:
         assert self.clock is not None
         shared, plane = server in self.read and not self._masters, self._planes.get(server, -1)
         holds = self._decoder.holds(server)
-        return Pull(self.clock, self._pulls, have, self._settled, shared, plane, holds, self._masters)
+        still = not self._has_still
+        return Pull(self.clock, self._pulls, have, self._settled, shared, plane, holds, self._masters, still)
+
+    def _lacks(self, server: int) -> list[int]:
+        """Chunks of a server that are to come and are not here, as far as it has told."""
+        moved = self._moved.get(server, ())
+        return [c.id for c in self._chunks[server] if c.id not in self._staged and (self._comes(c) or c.id in moved)]
+
+    def _comes(self, chunk: Chunk) -> bool:
+        return not chunk.frozen or not self._has_still
 
     def _done(self, server: int) -> bool:
-        return server in self._closed_on and all(c.id in self._staged for c in self._chunks[server])
+        return server in self._closed_on and not self._lacks(server)
 
     @property
     def complete(self) -> bool:
@@ -298,11 +316,18 @@ class Exchange:
 
     def usable(self, needed: Collection[int]) -> bool:
         """Whether the round can be begun, as nobody can be asked for anything of the one before and `needed` chunks are here."""
-        return self.clock is not None and self._closed_on >= self._chunks.keys() and self._staged.keys() >= set(needed)
+        return self.clock is not None and self._closed_on >= self._chunks.keys() and self.has(needed)
 
     def has(self, chunks: Collection[int]) -> bool:
-        """Whether these chunks, which were to come, are here or were taken already."""
-        return self.clock is None or self._staged.keys() >= set(chunks)
+        """Whether all of these chunks that were to come are here or were taken already."""
+        return not self.to_come.intersection(chunks)
+
+    @property
+    def to_come(self) -> set[int]:
+        """Chunks that the pull under way is still to bring."""
+        if self.clock is None:
+            return set()
+        return {chunk for server in self._chunks for chunk in self._lacks(server)}
 
     @property
     def gone(self) -> bool:
@@ -319,11 +344,7 @@ class Exchange:
 
     def missing(self) -> list[tuple[str, list[int]]]:
         """Servers whose answer is not complete, and the chunks still to come."""
-        return [
-            (f"server-{server}", [c.id for c in chunks if c.id not in self._staged])
-            for server, chunks in self._chunks.items()
-            if not self._done(server)
-        ]
+        return [(f"server-{server}", self._lacks(server)) for server in self._chunks if not self._done(server)]
 
     def missing_text(self) -> str:
         """The same as it is told, with the round that the weights are to start."""
@@ -334,11 +355,12 @@ class Exchange:
         """The weights that have come since the last call, by chunk, and their versions by server. Ends the pull when all are."""
         staged = {chunk: found for chunk, found in self._staged.items() if found is not None}
         for found in staged.values():
-            if isinstance(found, InPlane) and found.region == self._regions.get(found.server, 0):
+            if isinstance(found, InPlane) and not found.still and found.region == self._regions.get(found.server, 0):
                 self._planes[found.server] = found.plane
         if self.complete:
             if not self._masters:
                 self._decoder.got_all(self._versions)
+                self._has_still = True
             self.clock, self._staged = None, {}
         else:
             self._staged.update(dict.fromkeys(staged))
@@ -354,10 +376,12 @@ class Exchange:
             case Ack():
                 self._acknowledged(number, body)
             case Weights() if body.clock == self.clock:
-                place = InPlane(number, body.plane, self._regions.get(number, 0))
-                found = frames if body.plane < 0 else [place] * len(body.chunks)
+                region = self._regions.get(number, 0)
+                found = frames if body.plane < 0 else [InPlane(number, body.plane, region)] * len(body.chunks)
                 if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
+                for chunk in body.still:
+                    self._staged.setdefault(chunk, InPlane(number, body.home, region, still=True))
                 self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
                 for chunk, one in zip(body.chunks, found, strict=True):
                     if chunk not in self._staged:
@@ -369,6 +393,7 @@ class Exchange:
                     self._told[number] = self._to_tell[number] = body.cut
                 if body.closed:
                     self._closed_on.add(number)
+                    self._moved[number] = set(body.moved)
                 failpoint("receiving", body.clock)
             case Gone() if body.clock == self.clock:
                 self._gone[number] = body.newest
@@ -443,6 +468,7 @@ class Exchange:
         self._heard_at.pop(server, None)
         self._planes.pop(server, None)
         self._decoder.forget(server)
+        self._asks_for_still = True
         self._told.pop(server, None)
         self._to_tell.pop(server, None)
         again(self._telling, f"server-{server}")
@@ -470,7 +496,9 @@ class Exchange:
             return
         for outstanding in self._outstanding:
             if outstanding.server == server and outstanding.push.slot >= 0 and (slot := outstanding.slot) is not None:
-                outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in outstanding.push.chunks]
+                given = zip(outstanding.push.chunks, outstanding.push.present, strict=True)
+                full = [chunk for chunk, present in given if self._chunk_of[chunk].has_values(present)]
+                outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in full]
                 outstanding.push = msgspec.structs.replace(outstanding.push, slot=-1)
 
     # ---- what a codec has left out

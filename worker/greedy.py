@@ -47,6 +47,8 @@ class _Soup:
         self._run = run
         self._kv = run.kv()
         self._replica = replica
+        #: What has been trained.
+        self._chunks: list[Chunk] = []
         self._evaluate = evaluate
         self._workers = run.settings.workers
         self._began = replica.began()
@@ -55,7 +57,8 @@ class _Soup:
         self._parts = f"merge/{merge}/part"
 
     def weight(self, values: Part) -> int:
-        me, chunks = self._run.index, self._replica.layout.chunks
+        me = self._run.index
+        self._chunks = chunks = [chunk for chunk in self._replica.layout.chunks if chunk.id in values]
         self._wait([self._kv.push(f"{self._parts}/{me}/{c.id}", values[c.id].to(dtype_of(c.dtype)), "set") for c in chunks])
         self._add(self._choice, _zeros(2 + self._workers))
         score = float(self._evaluate())
@@ -97,7 +100,7 @@ class _Soup:
     def _merged(self, parts: Sequence[Part]) -> Part:
         """What servers would make of these replicas, each of weight 1, in the order of their workers."""
         out = mean(parts, [1.0] * len(parts))
-        for chunk in self._replica.layout.chunks:
+        for chunk in self._chunks:
             each = [part[chunk.id] for part in parts]
             if chunk.kind == "max":
                 out[chunk.id] = functools.reduce(torch.maximum, each)
@@ -113,8 +116,7 @@ class _Soup:
         return sum((not torch.equal(values[at], began[at])) << bit for bit, at in enumerate(pieces))
 
     def _pull(self, worker: int) -> Part:
-        chunks = self._replica.layout.chunks
-        part = {c.id: torch.empty(c.numel, dtype=dtype_of(c.dtype)) for c in chunks}
+        part = {c.id: torch.empty(c.numel, dtype=dtype_of(c.dtype)) for c in self._chunks}
         self._wait([self._kv.pull(f"{self._parts}/{worker}/{chunk}", values) for chunk, values in part.items()])
         return part
 

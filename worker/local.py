@@ -16,7 +16,7 @@ from common.errors import UsageError
 from common.messages import Beat, Push, Sums
 from common.nonfinite import is_finite
 from common.plan import Segment, derive_seed
-from common.sums import Sum
+from common.sums import Sum, nothing
 from worker import constraints, greedy
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
@@ -132,7 +132,9 @@ class LocalWork:
         self.replica.check_constants()
         task, self._current = self._current, None
         samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
-        for parameter in self.replica.tensors:
+        if (thawed := self.replica.thawed()) and self._policy.contributes == "delta":
+            self._start |= self.replica.weights(thawed)
+        for parameter in self.replica.trainable:
             if parameter.grad is not None:
                 gradient = parameter.grad.mul_(samples)
                 known = self._sums.get(parameter)
@@ -208,7 +210,7 @@ class LocalWork:
         values = self.replica.weights()
         present = self.replica.present(values)
         weight = self._weigh(values)
-        for chunk in self.replica.layout.chunks:
+        for chunk in [chunk for chunk in self.replica.layout.chunks if chunk.id in values]:
             if chunk.kind == "param" and self._policy.contributes == "delta":
                 torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
             if chunk.kind == "last":
@@ -221,7 +223,7 @@ class LocalWork:
             self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._told(),
             hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
         )  # fmt: skip
-        sums = {chunk.id: Sum(values[chunk.id], present[chunk.id]) for chunk in self.replica.layout.chunks}
+        sums = {c.id: Sum(values[c.id], present[c.id]) if c.id in values else nothing() for c in self.replica.layout.chunks}
         with self._link.lock:
             messages = self._exchange.push(push, sums, time.monotonic())
         self._link.send(*messages)

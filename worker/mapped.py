@@ -28,11 +28,12 @@ _COMBINATIONS = 32
 @dataclass(frozen=True)
 class InPlane:
     """Where a chunk's weights are: `plane` of the memory of server `server`, which is its `region`-th, from 0: where a server is
-    replaced, there is another."""
+    replaced, there is another. `still`: nobody writes to that plane again."""
 
     server: int
     plane: int
     region: int = 0
+    still: bool = False
 
 
 class MappedWeights:

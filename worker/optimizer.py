@@ -25,18 +25,18 @@ Per = Literal["round", "epoch"]
 
 
 def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
-    """Groups as torch.optim takes them: dicts whose 'params' are lists of parameters that require gradients."""
+    """Groups as torch.optim takes them: dicts whose 'params' are lists of parameters. Some may require no gradient for now."""
     given = list(model.parameters()) if params is None else list(params)
     groups = [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
     seen: set[int] = set()
     for group in groups:
         found = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
         tensors = [p[1] if isinstance(p, tuple) else p for p in found]  # torch.optim takes (name, parameter) as well
-        group["params"] = [p for p in tensors if p.requires_grad]
+        group["params"] = tensors
         if len({id(p) for p in tensors} - seen) < len(tensors):
             raise UsageError("a parameter is given to the optimizer twice; it can be in one group only, once.")
         seen |= {id(p) for p in tensors}
-    if not any(group["params"] for group in groups):
+    if not any(p.requires_grad for group in groups for p in group["params"]):
         raise UsageError("the model has no parameter that requires a gradient, so there is nothing to train.")
     return groups
 

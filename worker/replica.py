@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from common.errors import UsageError
-from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, make_layout
-from common.sums import Sum, adder, is_change, weighted
+from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, is_trainable, make_layout
+from common.sums import Sum, adder, is_change, nothing, weighted
 from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
 from worker.buffers import Rules, as_bytes, find, parts_of, same_bytes
@@ -37,33 +37,45 @@ class Replica:
         classifiers: Sequence[ClassSpec] = (),
         rules: Rules | None = None,
         at_once: bool = False,
+        elsewhere: Collection[int] = (),
     ) -> None:
-        """`groups` maps id(parameter) to its parameter group; parameters not in it are not trained. `tables` and
-        `classifiers` are on the servers, and not in it either. `rules` are what the script says of buffers. `at_once`: servers
-        apply each contribution by itself.
+        """`groups` maps id(parameter) to its parameter group. A parameter is frozen if it is not in it or requires no gradient.
+        `tables` and `classifiers` are on the servers alone, and `elsewhere` has the ids of their parameters. `rules` are what the
+        script says of buffers. `at_once`: servers apply each contribution by itself.
 
-        Raises UsageError where a trained parameter has a dtype that servers cannot keep, and for a rule that fits no buffer.
+        Raises UsageError where a parameter has a dtype that servers cannot keep, and for a rule that fits no buffer.
         """
         self.model = model
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if is_lazy(tensor):
                 raise UsageError(f"'{name}' has no shape yet: pass one batch through the model before run.optimizer().")
-        named = [(name, p, groups[id(p)]) for name, p in model.named_parameters() if id(p) in groups]
-        strangers = len(groups) - len(named)
+        strangers = len(groups.keys() - {id(p) for p in model.parameters()})
         if strangers:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
+        here = [
+            (name, p) for name, p in model.named_parameters() if id(p) not in elsewhere and (p.requires_grad or not p.is_meta)
+        ]
+        trained = [(name, p) for name, p in here if id(p) in groups and p.requires_grad]
+        frozen = [(name, p) for name, p in here if not (id(p) in groups and p.requires_grad)]
         #: Buffers that do not travel.
         buffers, self.constants = find(model, rules or {})
         parts = [(name, part, buffer.rule) for buffer in buffers for name, part in buffer.parts()]
-        self.tensors: list[torch.Tensor] = [tensor for _, tensor, _ in [*named, *parts]]
+        named = [*trained, *frozen, *((name, part) for name, part, _ in parts)]
+        self.tensors: list[torch.Tensor] = [tensor for _, tensor in named]
         #: The buffer that a tensor is part number n of, and n.
-        self._buffer_of = dict(enumerate(((b, n) for b in buffers for n in range(len(b.parts()))), len(named)))
+        first = len(trained) + len(frozen)
+        self._buffer_of = dict(enumerate(((b, n) for b in buffers for n in range(len(b.parts()))), first))
         places: dict[tuple[torch.device, int], str] = {}
-        for name, tensor, _ in [*named, *parts]:
+        for name, tensor in named:
+            if tensor.layout != torch.strided:
+                raise UsageError(f"the parameter '{name}' is {tensor.layout}, which cannot travel: make it dense, or a buffer.")
             if tensor.numel() and (other := places.setdefault((tensor.device, tensor.data_ptr()), name)) != name:
                 raise UsageError(f"'{name}' and '{other}' are two tensors in the same memory: assign one to both names, or copy.")
-        self.specs = [TensorSpec(name, list(t.shape), dtype_name(t.dtype), group) for name, t, group in named]
-        self.specs += [TensorSpec(name, list(t.shape), dtype_name(t.dtype), -1, rule) for name, t, rule in parts]
+        self.specs = [
+            *(_spec(name, p, groups[id(p)]) for name, p in trained),
+            *(_spec(name, p, groups.get(id(p), -1), frozen=True) for name, p in frozen),
+            *(TensorSpec(name, list(t.shape), dtype_name(t.dtype), -1, rule) for name, t, rule in parts),
+        ]
         self.layout: Layout = make_layout(self.specs, servers, tables, classifiers)
         #: The memory of servers on this host, which parameters then lie in.
         self.mapped = MappedWeights(self.layout)
@@ -77,10 +89,16 @@ class Replica:
         self._packed = {
             chunk.id: [self.tensors[piece.tensor] for piece in chunk.pieces]
             for chunk in self.layout.chunks
-            if chunk.kind == "param" and all(p.length == self.tensors[p.tensor].numel() for p in chunk.pieces)
+            if chunk.kind == "param" and all(self._is_whole(piece) for piece in chunk.pieces)
         }
         #: Of those, by chunk and slot, where each tensor's gradient is contributed from.
         self._parts: dict[tuple[int, Slot], Sequence[torch.Tensor]] = {}
+        #: Parameters that may be trained; and of these, by number, those without a hook for their gradient: torch takes none
+        #: before they require one.
+        self.trainable = [tensor for tensor, spec in zip(self.tensors, self.specs, strict=True) if spec.group >= 0]
+        self._uncaught = {i for i, spec in enumerate(self.specs) if spec.group >= 0 and spec.numel}
+        #: Frozen chunks that have had no gradient so far.
+        self._frozen = {chunk.id: chunk for chunk in self.layout.chunks if chunk.frozen}
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
@@ -112,10 +130,17 @@ class Replica:
 
     def catch_gradients(self) -> None:
         """From now on have backward leave each large gradient in the slot given to `contribute_to`."""
-        trained = [index for index, tensor in enumerate(self.tensors) if tensor.requires_grad and tensor.numel()]
-        self._not_caught = [index for index in trained if self.tensors[index].nbytes < _SMALL_BYTES]
-        self._catch_these(set(trained).difference(self._not_caught))
+        self._catch_all()
         direct.install(self.model, self)
+
+    def _catch_all(self) -> None:
+        """Catch the gradients of those that have become able to have one: small ones only where each is pushed as it comes."""
+        for index in [index for index in self._uncaught if self.tensors[index].requires_grad]:
+            self._uncaught.remove(index)
+            if self.tensors[index].nbytes < _SMALL_BYTES and self._on_gradient is None:
+                self._not_caught.append(index)
+            else:
+                self._catch_these([index])
 
     def _catch_these(self, indices: Iterable[int]) -> None:
         for index in indices:
@@ -134,15 +159,23 @@ class Replica:
             self._catch_these(self._not_caught)
             self._not_caught = []
 
+    def thawed(self) -> list[Chunk]:
+        """Frozen chunks that have a gradient for the first time."""
+        chunks = [c for c in self._frozen.values() if any(self.tensors[piece.tensor].grad is not None for piece in c.pieces)]
+        for chunk in chunks:
+            del self._frozen[chunk.id]
+        return chunks
+
     def contribute_to(self, slot: Slot) -> None:
         """The next gradients go to `slot`."""
+        self._catch_all()
         self._slot, self._adds, self._given, self._whole = slot, False, {}, set()
         if slot not in self._places:
             offsets, _ = gradient_offsets(self.layout)
             places = {
                 id(tensor): self._place(slot, offsets, tensor, self._chunks_of[index])
                 for index, tensor in enumerate(self.tensors)
-                if tensor.requires_grad and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
+                if self.specs[index].group >= 0 and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
             }
             self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % ALIGNED == 0}
 
@@ -207,7 +240,8 @@ class Replica:
         slot, out = self._slot, {}
         for chunk in self.layout.chunks:
             if chunk.id not in without:
-                out[chunk.id] = weighted(slot.chunks[chunk.id], self.collect(chunk, slot), samples, chunk.kind)
+                is_nothing, values = self._has_none(chunk), slot.chunks[chunk.id]
+                out[chunk.id] = nothing() if is_nothing else weighted(values, self.collect(chunk, slot), samples, chunk.kind)
         self.discard()
         return out
 
@@ -222,15 +256,29 @@ class Replica:
         out = {}
         for chunk in self.layout.chunks:
             total = sums[chunk.id]
-            if chunk.kind == "param":
+            if total.is_nothing:
+                out[chunk.id] = self._own(chunk, self._slot.chunks[chunk.id], {}, samples)
+            elif chunk.kind == "param":
                 present = self._add_pieces(chunk, total.values, summed)
                 out[chunk.id] = Sum(total.values, total.present | present, owned=True, scale=total.scale)
             else:
                 values = torch.empty_like(total.values)
-                own = weighted(values, self._collect(chunk, values, {}), samples, chunk.kind)
-                out[chunk.id] = adder(chunk)(total, own)
+                out[chunk.id] = adder(chunk)(total, self._own(chunk, values, {}, samples))
         self.discard()
         return out
+
+    def _is_whole(self, piece: Piece) -> bool:
+        return piece.length == self.tensors[piece.tensor].numel() and not self.specs[piece.tensor].is_bytes
+
+    def _has_none(self, chunk: Chunk) -> bool:
+        """Whether no parameter in it has a gradient."""
+        return chunk.kind == "param" and all(self.tensors[piece.tensor].grad is None for piece in chunk.pieces)
+
+    def _own(self, chunk: Chunk, values: torch.Tensor, places: Mapping[int, torch.Tensor], samples: int) -> Sum:
+        """What the model contributes to a chunk now, times its samples, in `values`."""
+        if self._has_none(chunk):
+            return nothing()
+        return weighted(values, self._collect(chunk, values, places), samples, chunk.kind)
 
     def _add_pieces(self, chunk: Chunk, total: torch.Tensor, summed: Collection[int]) -> int:
         """Add a chunk's gradients to `total`, but for those of tensors `summed`; the mask of all pieces that have one."""
@@ -311,7 +359,8 @@ class Replica:
     def _elements(self, index: int) -> torch.Tensor:
         """The elements of tensor number `index` as the model has it now, flat, as chunks have them."""
         if index not in self._buffer_of:
-            return self.tensors[index].detach().reshape(-1)
+            tensor = self.tensors[index].detach()
+            return as_bytes(tensor) if self.specs[index].is_bytes else tensor.reshape(-1)
         buffer, part = self._buffer_of[index]
         now = list(parts_of(buffer.now()))[part][1]
         return as_bytes(now) if buffer.rule == "last" else now.reshape(-1)
@@ -350,22 +399,25 @@ class Replica:
             constant.check()
 
     def present(self, values: Mapping[int, torch.Tensor]) -> dict[int, int]:
-        """The mask of pieces to take over from `values`, which hold all tensors: parameters and changed buffers."""
+        """The mask of pieces to take over from `values`, which are those of `weights`: parameters and changed buffers."""
         return {
             chunk.id: sum(
                 (chunk.kind == "param" or self._changed(chunk, p, values[chunk.id][p.offset : p.offset + p.length])) << bit
                 for bit, p in enumerate(chunk.pieces)
             )
             for chunk in self.layout.chunks
+            if chunk.id in values
         }
 
-    def weights(self) -> dict[int, torch.Tensor]:
-        """A copy of all tensors by chunk, flat, in the dtype that servers keep."""
-        return {chunk.id: self._flat(chunk, dtype_of(chunk.sum_dtype)) for chunk in self.layout.chunks}
+    def weights(self, chunks: Iterable[Chunk] | None = None) -> dict[int, torch.Tensor]:
+        """A copy of some tensors by chunk, flat, in the dtype that servers keep; of all that are not as they came first."""
+        chunks = self.layout.chunks if chunks is None else chunks
+        return {chunk.id: self._flat(chunk, dtype_of(chunk.sum_dtype)) for chunk in chunks if chunk.id not in self._frozen}
 
-    def first_weights(self) -> dict[int, memoryview]:
-        """All tensors by chunk, as frames in their own dtype."""
-        return {chunk.id: to_frame(self._flat(chunk, dtype_of(chunk.dtype))) for chunk in self.layout.chunks}
+    def first_weights(self, chunk: int) -> memoryview:
+        """The tensors of a chunk, as a frame in their own dtype."""
+        wanted = self.layout.chunks[chunk]
+        return to_frame(self._flat(wanted, dtype_of(wanted.dtype)))
 
     def _flat(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
         values = torch.empty(chunk.numel, dtype=dtype)
@@ -446,7 +498,7 @@ class Replica:
                 self._move_out(index)
             return False
         self.mapped.forget_writes(flat)
-        tensor.data = flat.view(tensor.shape)
+        tensor.data = flat.view(tensor.dtype).view(tensor.shape)
         self._in_memory.add(index)
         return True
 
@@ -471,7 +523,7 @@ class Replica:
     def _write(self, piece: Piece, values: torch.Tensor) -> None:
         tensor = self.tensors[piece.tensor].data  # a graph that has kept it already is to see what comes now
         part = values[piece.offset : piece.offset + piece.length]
-        if self.specs[piece.tensor].kind == "last":
+        if self.specs[piece.tensor].is_bytes:
             if not tensor.is_contiguous():
                 whole = as_bytes(tensor).clone()
                 whole[piece.start : piece.start + piece.length].copy_(part)
@@ -486,3 +538,8 @@ class Replica:
             whole = tensor.contiguous()
             whole.view(-1)[piece.start : piece.start + piece.length].copy_(part)
             tensor.copy_(whole)
+
+
+def _spec(name: str, tensor: torch.Tensor, group: int, frozen: bool = False) -> TensorSpec:
+    dtype = dtype_name(tensor.dtype)
+    return TensorSpec(name, list(tensor.shape), dtype, group if is_trainable(dtype) or not frozen else -1, frozen=frozen)

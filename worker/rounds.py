@@ -114,6 +114,7 @@ class GradientWork:
         self._stale = False
         #: Which weights are not here yet; and whether they will never be, so that nothing computed in this round is of use.
         self._awaited = AwaitedWeights(replica, self._await)
+        self._to_come: set[int] = set()
         self._spoilt = False
         #: The contribution being made, where it is pushed as it comes.
         self._early: Early | None = None
@@ -224,7 +225,7 @@ class GradientWork:
 
     def _clip(self, norm: float) -> None:
         """Clip this micro-batch's gradient, that of rows included."""
-        parts = [tensor for tensor in self.replica.tensors if tensor.grad is not None]
+        parts = [tensor for tensor in self.replica.trainable if tensor.grad is not None]
         for gradient in self._rows.gradients():
             rows = torch.empty_like(gradient)
             rows.grad = gradient
@@ -353,7 +354,14 @@ class GradientWork:
 
     def _add_up(self, left: Contribution, right: Contribution) -> Contribution:
         both = left.sums.keys() & right.sums.keys()  # but for chunks that were pushed early
-        sums = {chunk: self._add[chunk](left.sums[chunk], right.sums[chunk]) for chunk in both}
+        is_one_scale = _scale(left) == _scale(right)
+        sums = {}
+        for chunk in both:
+            a, b = left.sums[chunk], right.sums[chunk]
+            if a.is_nothing or b.is_nothing:
+                sums[chunk] = _alone(b if a.is_nothing else a, left.slot.chunks[chunk], is_one_scale)
+            else:
+                sums[chunk] = self._add[chunk](a, b)
         right.slot.taken = False  # both are owned, so the sum is where the left one was
         return self._joined(left, right, sums)
 
@@ -506,9 +514,8 @@ class GradientWork:
             return None
         if state == "gone":
             return self._fetch(self._exchange.over or 0, settled, unless_leased)  # not lazily, for that may be the end
-        came = self._load()
-        self._awaited.came(came)
-        self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
+        self._awaited.came(self._load())
+        self._awaited.expect(self._to_come)
         self._stale = False
         return clock
 
@@ -517,6 +524,7 @@ class GradientWork:
         assert self._exchange is not None
         with self._link.lock:
             found, self._versions = self._exchange.take()
+            self._to_come = self._exchange.to_come  # now, for what comes next is not in the model yet
         self.replica.load(found, copy=False)
         return set(found)
 
@@ -560,3 +568,19 @@ class GradientWork:
             self._meter.seconds, self._meter.rate, transfer, reached=self.round,
             taken=self._tasks.taken_elsewhere(round_)[:MOST_TOLD],
         )  # fmt: skip
+
+
+def _scale(contribution: Contribution) -> float:
+    """What a contribution's values are to be multiplied by."""
+    return max((total.scale for total in contribution.sums.values()), default=1.0)
+
+
+def _alone(total: Sum, out: torch.Tensor, keeps_scale: bool) -> Sum:
+    """A sum to which the other half of a contribution adds nothing, in `out`, with the scale of the others."""
+    if total.is_nothing:
+        return total
+    if total.values.data_ptr() != out.data_ptr():
+        out.copy_(total.values)
+    if not keeps_scale and total.scale != 1.0:
+        out.mul_(total.scale)
+    return Sum(out, total.present, owned=True, scale=total.scale if keeps_scale else 1.0)

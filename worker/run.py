@@ -236,14 +236,15 @@ class Run:
         if clip_norm is not None and clip_norm <= 0:
             raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
         groups = parameter_groups(self._model, params)
-        tables = find_tables(self._model, groups)
-        layers = find_layers(self._model, groups)
+        trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        tables = find_tables(self._model, trained)
+        layers = find_layers(self._model, trained)
         weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
         dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
         group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
         specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
         at_once = self._policy.applies == "push"
-        replica = Replica(self._model, group_of, self._servers, specs, sharded, self._buffer_rules, at_once)
+        replica = Replica(self._model, group_of, self._servers, specs, sharded, self._buffer_rules, at_once, weights)
         check_sharding(layers, self._policy, clip_norm is not None)
         if self._policy.is_local:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
@@ -318,15 +319,15 @@ class Run:
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
         sends_first = self._sends_first(setup, [*facts, *alike.constant_facts(replica.constants)])
         if sends_first:
-            first = replica.first_weights()
+            size = {chunk.id: chunk.weight_bytes for chunk in replica.layout.chunks}
             for server in range(self._servers):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
-                for batch in message_batches(ids, lambda i: len(first[i])):
+                for batch in message_batches(ids, size.__getitem__):
                     self._request(
                         f"server-{server}",
                         Init(batch),
                         lambda body, i=batch[0]: isinstance(body, Ready) and (body.about, body.id) == ("Init", i),  # type: ignore[misc]
-                        [first[i] for i in batch],
+                        [replica.first_weights(i) for i in batch],
                     )
         near = {server for server in range(self._servers) if self._link.is_near(server)}
         with self._link.lock:

@@ -216,7 +216,8 @@ class Case:
 
 class Model(nn.Module):
     """See the top. `rare` has a gradient in even rounds only; `mean`, `most` and `latest` are buffers of all kinds, the last of
-    which not every micro-batch changes."""
+    which not every micro-batch changes. `late` and `kept` are frozen at first: `late` has a gradient in the second round, the
+    fifth and so on, and `kept` in none."""
 
     RULES: ClassVar[dict[str, BufferRule]] = {"mean": "mean", "most": "max"}
 
@@ -229,6 +230,8 @@ class Model(nn.Module):
         self.b = nn.Parameter(torch.linspace(0, 1, 7) ** 2)
         self.c = nn.Parameter(torch.full((2, 2), 0.3))
         self.rare = nn.Parameter(torch.ones(2))
+        self.late = nn.Parameter(torch.linspace(-2, 2, 6), requires_grad=False)
+        self.kept = nn.Parameter(torch.arange(5), requires_grad=False)
         self.mean: torch.Tensor
         self.most: torch.Tensor
         self.register_buffer("mean", torch.full((3,), 0.7))
@@ -280,6 +283,7 @@ class Model(nn.Module):
         for parameter in (self.a, self.b, self.c):
             parameter.grad = torch.randn(parameter.shape, generator=generator) + parameter.sin() + self.mean.sum()
         self.rare.grad = torch.randn(2, generator=generator) + self.rare if task.round % 2 == 0 else None
+        self.late.grad = torch.randn(6, generator=generator) + self.late if task.round % 3 == 1 else None
         self.mean.mul_(0.9).add_(torch.randn(3, generator=generator))
         self.most[task.k % 2] += task.k
         if (task.round + task.k) % 3:
@@ -958,7 +962,8 @@ class WorkerProcess(Process):
         dense = {id(p): 0 for p in groups[0]["params"] if not p.is_meta}
         at_once = run._policy.applies == "push"
         sharded_specs = [one.spec for one in layers]
-        replica = Replica(self.model, dense, case.settings.servers, specs, sharded_specs, Model.RULES, at_once)
+        elsewhere = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
+        replica = Replica(self.model, dense, case.settings.servers, specs, sharded_specs, Model.RULES, at_once, elsewhere)
         hyper = {"lr": case.lr, "momentum": case.momentum}
         example = example_optimizer(torch.optim.SGD, groups, hyper)
         work: SteppedWork | SteppedLocalWork
@@ -1027,11 +1032,11 @@ class WorkerProcess(Process):
                 break
             yield Wait(None, self.world.now + 0.1)
         if lacking:
-            first = replica.first_weights()
+            chunks = replica.layout.chunks
             for server in range(servers):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
-                for batch in message_batches(ids, lambda i: len(first[i])):
-                    frames = [first[i] for i in batch]
+                for batch in message_batches(ids, lambda i: chunks[i].weight_bytes):
+                    frames = [replica.first_weights(i) for i in batch]
                     yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
             for page in [page for spec in replica.layout.tables for page in pages(spec)]:
                 ids = page_ids(replica.layout.tables[0], page)
@@ -1206,9 +1211,8 @@ class SteppedWork(GradientWork):
             return None
         if found == "gone":
             return (yield from self._fetch(exchange.over or 0, settled, unless_leased))
-        came = self._load()
-        self._awaited.came(came)
-        self._awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.id not in came)
+        self._awaited.came(self._load())
+        self._awaited.expect(self._to_come)
         self._stale = False
         return clock
 
@@ -1528,7 +1532,7 @@ def _check_file(outcome: Outcome, path: Path) -> None:
         for piece in chunk.pieces:
             spec = layout.tensors[piece.tensor]
             flat = file[spec.name].reshape(-1)
-            flat = flat.view(torch.uint8) if spec.kind == "last" else flat
+            flat = flat.view(torch.uint8) if spec.is_bytes else flat
             assert torch.equal(
                 flat[piece.start : piece.start + piece.length], store.master(chunk.id)[piece.offset : piece.offset + piece.length]
             )

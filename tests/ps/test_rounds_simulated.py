@@ -129,8 +129,9 @@ def check_same_everywhere(outcome: Outcome) -> None:
             assert shard.store is not None and shard.layout is not None
             held = weights_of(shard, chunk.id)
             for piece in chunk.pieces:
-                tensor = first[shard.layout.tensors[piece.tensor].name].reshape(-1)
-                tensor = tensor.view(torch.uint8) if chunk.kind == "last" else tensor
+                spec = shard.layout.tensors[piece.tensor]
+                tensor = first[spec.name].reshape(-1)
+                tensor = tensor.view(torch.uint8) if spec.is_bytes else tensor
                 assert torch.equal(
                     tensor[piece.start : piece.start + piece.length], held[piece.offset : piece.offset + piece.length]
                 )
@@ -140,7 +141,7 @@ def weights_of(shard: Shard, chunk: int) -> torch.Tensor:
     """A chunk's newest weights as workers get them."""
     assert shard.store is not None and shard.planes is not None
     if isinstance(shard, RoundShard):
-        return shard.planes[shard._plane_of(shard.version)][chunk]
+        return shard._weights_of(shard.version, chunk)
     return shard.store.publish(chunk)
 
 

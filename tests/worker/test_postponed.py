@@ -120,7 +120,7 @@ class Side:
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=2)
         self.replica.catch_gradients()
         self.slots = Slots(self.replica.layout, shared=False)
-        self.replica.load(self.replica.first_weights())
+        self.replica.load({chunk.id: self.replica.first_weights(chunk.id) for chunk in self.replica.layout.chunks})
 
     def first(self, script: Script, x: torch.Tensor) -> dict[int, Sum]:
         slot = self.slots.take(lambda slot: False)

@@ -41,8 +41,8 @@ class Cluster:
         self.slots = Slots(self.replica.layout, shared=False)
         self.replica.catch_gradients()
         self.stores = [Store(self.replica.layout, number, update, load(Settings())) for number in range(servers)]
-        for chunk, frame in self.replica.first_weights().items():
-            self.store(chunk).load(chunk, bytes(frame))
+        for chunk in range(len(self.replica.layout.chunks)):
+            self.store(chunk).load(chunk, bytes(self.replica.first_weights(chunk)))
         self.pull()
 
     def store(self, chunk: int) -> Store:

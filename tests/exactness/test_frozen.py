@@ -1,0 +1,58 @@
+"""Layers that are frozen, and unfrozen in mid-training, have the bits of a plain loop; all workers have the first one's."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_frozen import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, THAWS, dataset, network, trained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCRIPT = Path(__file__).with_name("train_frozen.py")
+
+
+def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    while len(terms) > 1:
+        paired = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(terms[::2], terms[1::2], strict=False)]
+        terms = paired + ([terms[-1]] if len(terms) % 2 else [])
+    return terms[0]
+
+
+def plain_loop() -> dict[str, torch.Tensor]:
+    model = network(0)
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1)
+    x, y = dataset().tensors
+    for epoch in range(EPOCHS):
+        model[2].requires_grad_(epoch >= THAWS)
+        having = [p for p in parameters if p.requires_grad]
+        for bx, by in zip(x.split(GLOBAL_BATCH), y.split(GLOBAL_BATCH), strict=True):
+            terms = []
+            for mx, my in zip(bx.split(MICRO_BATCH), by.split(MICRO_BATCH), strict=True):
+                gradients = torch.autograd.grad(nn.functional.mse_loss(model(mx.clone()), my.clone()), having)
+                terms.append([g * len(mx) for g in gradients])
+            for parameter, total in zip(having, tree_sum(terms), strict=True):
+                parameter.grad = total / len(bx)
+            optimizer.step()
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("workers", "servers", "lane", "loops"), [(1, 1, "auto", "one-loop"), (3, 2, "auto", "loops"), (2, 3, "socket", "one-loop")]
+)
+def test_frozen_and_unfrozen_layers_have_the_bits_of_a_plain_loop(
+    workers: int, servers: int, lane: str, loops: str, launch: Any, tmp_path: Path
+) -> None:
+    launch("--workers", workers, "--servers", servers, "--lane", lane, SCRIPT, "--", loops)
+    found, expected = load_file(tmp_path / "run" / "model.safetensors"), plain_loop()
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+    assert not torch.equal(found["2.weight"], network(0)[2].weight)
