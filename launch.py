@@ -110,7 +110,7 @@ def local(
     from rich.console import Console
 
     from cluster.local import Order, check_order, run_local
-    from cluster.rundir import claim
+    from cluster.rundir import claim, passed_over
     from cluster.screen import Screen
     from common.runlog import FILE_NAME
 
@@ -118,6 +118,8 @@ def local(
     choice, take_up = _going_on(resume, given(ctx), config, script, ctx.meta["args"], False, accept_versions, click.echo)
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
+        if choice.run_dir is None and (before := passed_over(folder, choice.default_name)) is not None:
+            click.echo(f"{before} holds a run that has not finished: --resume {before} goes on with it. This one begins.")
         if how != "nothing":
             order = Order(
                 choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, how,

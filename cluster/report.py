@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from cluster.progress import mean_metric
-from common.runlog import FILE_NAME, RunLogReader
+from common.runlog import FILE_NAME, Event, RunLogReader
 from common.settings import FIELDS, Settings
 
 TABLE_FILE = "results.csv"
@@ -120,16 +120,37 @@ def read_curve(name: str, log: Path) -> Curve:
         return Curve(name)
     try:
         with closing(RunLogReader(log)) as reader:
-            start = next((at for _, at, event in reader.events() if event.kind == "plan"), None)
+            events, rounds = reader.events(), reader.rounds()
+            start = next((at for _, at, event in events if event.kind == "plan"), None)
             if start is None:
                 return Curve(name)
-            rounds = reader.rounds()
+            pauses = _pauses([(at, event) for _, at, event in events], [row.at for row in rounds])
+
+            def trained_s(at: float) -> float:
+                """Seconds of training until `at`."""
+                return at - start - sum(min(at, end) - began for began, end in pauses if began < at)
+
             size = -(-len(rounds) // _POINTS) or 1
             parts = [rounds[at : at + size] for at in range(0, len(rounds), size)]
-            loss = [(part[-1].at - start, mean) for part in parts if (mean := mean_metric(part, "loss")) is not None]
-            return Curve(name, loss, [(at - start, value) for at, _, _, value in reader.metrics("accuracy")])
+            loss = [(trained_s(part[-1].at), mean) for part in parts if (mean := mean_metric(part, "loss")) is not None]
+            return Curve(name, loss, [(trained_s(at), value) for at, _, _, value in reader.metrics("accuracy")])
     except sqlite3.Error:  # a run that was stopped before it wrote anything
         return Curve(name)
+
+
+def _pauses(events: Sequence[tuple[float, Event]], rounds: Sequence[float]) -> list[tuple[float, float]]:
+    """When the run was at rest: from the last that was written before somebody started it again, until it had a plan.
+
+    Where all have begun anew by themselves, that is a part of the run. Times are unix seconds.
+    """
+    found, begins_anew, last = [], False, float("-inf")
+    for number, (at, event) in enumerate(events):
+        if event.kind == "started" and number and not begins_anew:
+            began = max([last, *(time for time in rounds if time <= at)])
+            found.append((began, next((then for then, other in events[number:] if other.kind == "plan"), at)))
+        if event.kind != "rolled back":  # which is entered as the run is started again
+            begins_anew, last = event.kind == "restarted" or (begins_anew and event.kind == "stopped"), at
+    return found
 
 
 def draw(curves: Sequence[Curve], title: str, path: Path) -> None:

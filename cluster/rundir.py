@@ -65,6 +65,18 @@ def claim(
         os.close(lock)
 
 
+def passed_over(folder: Path, default: str) -> Path | None:
+    """The newest run of runs/<default>, -2, ... before `folder`, if that is one of them, that has not finished and can go on."""
+    found = None
+    for number in itertools.count(1):
+        one = RUNS / (default if number == 1 else f"{default}-{number}")
+        if one == folder or not one.is_dir():
+            return found if one == folder else None
+        if not (one / SUMMARY_FILE).exists() and _kept(one) and not is_in_use(one):
+            found = one
+    raise AssertionError("counting does not end")
+
+
 def _next_free(default: str) -> tuple[Path, int]:
     for number in itertools.count(1):
         folder = RUNS / (default if number == 1 else f"{default}-{number}")

@@ -41,6 +41,8 @@ def scale(run: str, workers: int) -> Path:
     deadline = time.monotonic() + _TAKEN_S
     try:
         while file.exists():
+            if not is_in_use(folder):
+                raise UsageError(f"the run in {folder} has ended meanwhile: only a run that goes on can be scaled.")
             if time.monotonic() > deadline:
                 raise UsageError(f"nobody looks after the workers of the run in {folder}: `launch.py local` has not started it.")
             time.sleep(TICK_S)

@@ -143,8 +143,9 @@ class Replica:
                 self._catch_these([index])
 
     def _catch_these(self, indices: Iterable[int]) -> None:
-        for index in indices:
-            self.tensors[index].register_post_accumulate_grad_hook(functools.partial(self._catch, index))
+        with torch._C.DisableTorchFunctionSubclass():  # a hook needs no weights, which may still be awaited
+            for index in indices:
+                self.tensors[index].register_post_accumulate_grad_hook(functools.partial(self._catch, index))
 
     @property
     def on_gradient(self) -> Callable[[int], None] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rundir import LOGS, claim, write_settings
+from cluster.rundir import LOGS, claim, passed_over, write_settings
 from common import snapshots
 from common.errors import UsageError
 from common.runfiles import SETTINGS_FILE, SUMMARY_FILE, is_run
@@ -85,6 +85,15 @@ def test_without_a_name_each_run_gets_the_next_free_folder() -> None:
     make_run(Path("runs/x-2"), finished=False)
     with claim(None, "x", overwrite=False) as (third, _), claim(None, "x", overwrite=False) as (fourth, _):
         assert (third, fourth) == (Path("runs/x-3"), Path("runs/x-4"))
+
+
+def test_whoever_begins_anew_beside_a_run_that_has_not_finished_is_told_of_it() -> None:
+    make_run(Path("runs/x"), finished=False)
+    snapshots.folder_of(Path("runs/x"), 3).mkdir(parents=True)
+    make_run(Path("runs/x-2"), finished=True)
+    assert passed_over(Path("runs/x-3"), "x") == Path("runs/x")
+    assert passed_over(Path("runs/x"), "x") is None
+    assert passed_over(Path("elsewhere"), "x") is None
 
 
 def test_a_folder_in_use_is_refused_to_another_process_until_the_first_ends() -> None:

@@ -6,13 +6,15 @@ import contextlib
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from launched import Launched, wait_for_ends
 
-from cluster.rundir import write_settings
+from cluster.rundir import SCALE_FILE, write_settings
 from cluster.scale import scale
 from common.errors import UsageError
 from common.place import here
@@ -123,6 +125,19 @@ def test_who_wants_more_or_fewer_workers_than_a_run_can_have_is_told_why(stub: S
     assert "3 workers from now on; worker-2 started." in lines
     assert "1 worker from now on; worker-1 and worker-2 told to leave." in lines
     run.leaves_nothing(set())
+
+
+def test_who_wants_more_workers_as_a_run_ends_is_told_that_it_has_ended(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_settings(folder / SETTINGS_FILE, Settings())
+    with pytest.raises(UsageError, match="has ended meanwhile"), ThreadPoolExecutor(1) as thread:
+        with claim_of(folder):
+            asked = thread.submit(scale, str(folder), 3)
+            while not (folder / SCALE_FILE).exists():
+                time.sleep(0.01)
+        asked.result(10.0)
+    assert not (folder / SCALE_FILE).exists()
 
 
 @contextlib.contextmanager
