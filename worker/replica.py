@@ -448,6 +448,7 @@ class Replica:
         cut = [chunk for chunk in chunks if chunk.id not in self._packed]
         tensors = {piece.tensor: [weights.get(c.id) for c in self._chunks_of[piece.tensor]] for c in cut for piece in c.pieces}
         adopted = {index for index, found in tensors.items() if not copy and self._adopt(index, self._chunks_of[index], found)}
+        self._put_back(piece.tensor for chunk in cut for piece in chunk.pieces)
         # only now, for what a script wrote into one of those may have hidden others on the same page
         for chunk in cut:
             for piece in chunk.pieces:

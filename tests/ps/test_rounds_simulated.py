@@ -519,7 +519,8 @@ def test_a_slow_workers_micro_batches_are_taken_over_by_those_that_wait() -> Non
     check_exact(outcome)
     done = Counter(worker for worker, _ in outcome.world.computed)
     assert done["worker-0"] > 0.75 * len(case.micro_batches())
-    assert outcome.world.now - 100.0 < 4 * 8 / 2 * 2.0 / 2  # half of what the slow one's equal shares would take
+    ends_s = 0.5  # until the model is written
+    assert outcome.world.now - 100.0 < 4 * 8 / 2 * 2.0 / 2 + ends_s  # half of what the slow one's equal shares would take
 
 
 def test_speeds_move_the_shares_and_the_bits_stay() -> None:
