@@ -273,6 +273,10 @@ class Exchange:
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
         return self._ask(now)
 
+    def want_all(self) -> None:
+        """The next pull is to bring all weights, also those that lie still and have come before."""
+        self._asks_for_still = True
+
     def _ask(self, now: float) -> list[Send]:
         """Ask the servers that were not asked yet or seem not to have heard it."""
         servers = [s for s, at in self._asked_at.items() if not self._done(s) and self._is_silent(s, at, now)]

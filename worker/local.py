@@ -18,6 +18,7 @@ from common.nonfinite import is_finite
 from common.plan import Segment, derive_seed
 from common.sums import Sum, nothing
 from worker import constraints, greedy
+from worker.edits import Edits
 from worker.loader import Loader, seed_everything
 from worker.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from worker.replica import Replica
@@ -76,7 +77,12 @@ class LocalWork:
         self._metrics: dict[str, float] = {}
         self._begun_at = 0.0
         self._meter = Meter()
-        self._load(0)
+        self.edits = Edits(run, replica, only_frozen=True)
+
+    def join(self) -> None:
+        """Have the merged weights in the model, whatever was there."""
+        self._load(self._merges)
+        self.edits.note()
 
     @property
     def epoch(self) -> int:
@@ -102,6 +108,8 @@ class LocalWork:
                 yield batch
                 if self._current is not None:
                     raise UsageError(STEP_MISSING)
+                self.edits.check_places()
+                self.edits.check(self._merges)
             self._step_inner()
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
             self.round = index + 1
@@ -130,6 +138,7 @@ class LocalWork:
         if self._current is None or self._segment is None:
             raise UsageError(STEP_TOO_MUCH)
         self.replica.check_constants()
+        self.edits.check(self._merges)
         task, self._current = self._current, None
         samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
         if (thawed := self.replica.thawed()) and self._policy.contributes == "delta":

@@ -99,6 +99,8 @@ class Replica:
         self._uncaught = {i for i, spec in enumerate(self.specs) if spec.group >= 0 and spec.numel}
         #: Frozen chunks that have had no gradient so far.
         self._frozen = {chunk.id: chunk for chunk in self.layout.chunks if chunk.frozen}
+        #: Parameters by number.
+        self.parameters = dict(enumerate(self.tensors[:first]))
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
@@ -159,6 +161,11 @@ class Replica:
         if called is not None:
             self._catch_these(self._not_caught)
             self._not_caught = []
+
+    @property
+    def frozen(self) -> dict[int, torch.Tensor]:
+        """Parameters, by number, in chunks that have had no gradient so far."""
+        return {piece.tensor: self.tensors[piece.tensor] for chunk in self._frozen.values() for piece in chunk.pieces}
 
     def thawed(self) -> list[Chunk]:
         """Frozen chunks that have a gradient for the first time."""

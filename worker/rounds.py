@@ -23,6 +23,7 @@ from common.wire import PATIENCE_BY_WORKER_S
 from worker import classes
 from worker.awaited import AwaitedWeights
 from worker.early import Early, Join
+from worker.edits import Edits
 from worker.exchange import Send
 from worker.link import COORDINATOR
 from worker.loader import Loader, seed_everything
@@ -124,8 +125,13 @@ class GradientWork:
         self._meter = Meter()
         self._add = {chunk.id: adder(chunk) for chunk in replica.layout.chunks}
         self._slots = slots
+        self.edits = Edits(run, replica)
         replica.catch_gradients()
-        self._go_to(0, fresh=True)
+
+    def join(self) -> None:
+        """Have the servers' weights in the model, whatever was there."""
+        self._go_to(self.round, fresh=True)
+        self.edits.note()
         keep_memory()  # not before, for what the model was made in is given back now
 
     @property
@@ -151,6 +157,14 @@ class GradientWork:
             yield batch
             if self._current is not None:
                 raise UsageError(STEP_MISSING)
+            self.edits.check_places()
+            self._check_edits()
+
+    def _check_edits(self) -> None:
+        if self.edits.lost():
+            self._await_all()
+            if not self._spoilt:
+                self.edits.check(self.round if self._per_round else None)
 
     def _begin(self, segment: Segment) -> None:
         self._segment = segment
@@ -169,6 +183,7 @@ class GradientWork:
             raise UsageError(STEP_TOO_MUCH)
         self._await_all()
         self.replica.check_constants()
+        self._check_edits()
         task, self._current = self._current, None
         failpoint("computing", task.round)
         self._spoilt = self._spoilt or self._shards.spoilt

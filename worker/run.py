@@ -6,6 +6,7 @@ to send again is decided by the state machines in `worker.tasks` and `worker.exc
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -127,6 +128,9 @@ class Run:
         self._rows: RowSparse | None = None
         self._shards: Shards | None = None
         self._kv: KvClient | None = None
+        #: What is left to do until servers have first weights, None: nothing; and whether they had none when this worker came.
+        self._to_begin: Callable[[], bool] | None = None
+        self._begins = False
         self._segments: list[Segment] = []
         self._callbacks: list[Callable[[], None]] = []
         self._evaluate: Callable[[nn.Module], float] | None = None
@@ -191,7 +195,16 @@ class Run:
     # ---- setting up
 
     def replicate(self, model: M, buffers: Rules | None = None) -> M:
-        """Make `model` this worker's replica: it gets the cluster's weights from `optimizer` on, at every round's end.
+        """Make `model` this worker's replica: it gets the cluster's weights at the first batch and at every round's end.
+
+        The first weights are those that the first worker's model has at its first `batches()`. Other workers have their own until
+        theirs. In a model with row-sparse tables or sharded layers `optimizer` sends the first weights. If the run has weights
+        already, as it goes on or as this worker joins later, `optimizer` puts these into the model.
+
+        From then on servers hold all parameters, frozen ones too, and a script must not change them: `step` raises UsageError and
+        names the parameter. Under `local` and `average` this is so for frozen ones alone. A script may write other values and put
+        the old ones back before it goes on, but not under `ssp` and `async`. Writes to `parameter.data` are not seen: they are
+        lost.
 
         Each micro-batch begins with the buffers as they were at the round's beginning. Running statistics of normalisation layers
         become the mean of what micro-batches make of them, weighted by samples. Any other buffer gets the value that the last
@@ -275,17 +288,21 @@ class Run:
             sends_first,
             replicas,
         )
+        work: GradientWork | local.LocalWork
         if self._policy.is_local:
             self._share(replica, None)
-            self._work = local.LocalWork(self, replica, inner, self._callbacks)
+            work = local.LocalWork(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
             slots = Slots(replica.layout, shared=self.settings.lane == "auto")
             self._share(replica, slots.handle)
-            self._work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
-        return Optimizer(self._work.step, dense, [self._rows.forget, self._shards.forget])
+            work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
+        self._work = work
+        if self._to_begin is None:
+            work.join()
+        return Optimizer(work.step, dense, [self._rows.forget, self._shards.forget])
 
     def _facts(
         self,
@@ -317,7 +334,20 @@ class Run:
         weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
         file = file_of(replica.model, [*replica.tensors, *weights, *(sharded.layer.bias for sharded in layers)], replica.specs)
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
-        sends_first = self._sends_first(setup, [*facts, *alike.constant_facts(replica.constants)])
+        with self._link.lock:
+            self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
+            self._exchange.near = {server for server in range(self._servers) if self._link.is_near(server)}
+        facts = [*facts, *alike.constant_facts(replica.constants)]
+        self._lacks(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
+        self._begins = any([self._lacks(f"server-{number}", setup) for number in range(self._servers)])
+        if self._begins and not tables and not layers:
+            self._to_begin = functools.partial(self._send_first, replica, setup, facts)
+            return False
+        return self._send_first(replica, setup, facts)
+
+    def _send_first(self, replica: Replica, setup: Setup, facts: list[Fact]) -> bool:
+        """See that servers have first weights: those of this worker if it is the first one. Whether it is."""
+        sends_first = self._sends_first(setup, facts)
         if sends_first:
             size = {chunk.id: chunk.weight_bytes for chunk in replica.layout.chunks}
             for server in range(self._servers):
@@ -329,11 +359,27 @@ class Run:
                         lambda body, i=batch[0]: isinstance(body, Ready) and (body.about, body.id) == ("Init", i),  # type: ignore[misc]
                         [replica.first_weights(i) for i in batch],
                     )
-        near = {server for server in range(self._servers) if self._link.is_near(server)}
-        with self._link.lock:
-            self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
-            self._exchange.near = near
         return sends_first
+
+    def _begin(self) -> None:
+        """Have the run's weights in the model. If the run begins, those that it has here are the first ones."""
+        work, exchange = self._work, self._exchange
+        assert work is not None and exchange is not None
+        if self._to_begin is not None:
+            self._to_begin()
+            self._to_begin = None
+        else:
+            written = work.edits.written()
+            if not written:
+                return
+            changed = f"the script has changed {work.edits.named(written)} after run.optimizer()"
+            if self._begins:
+                raise UsageError(
+                    f"{changed}, which has sent the first weights: in a model with tables or sharded layers, change them before."
+                )
+            log.warning("%s, but the run has weights already: they are put back.", changed)
+            exchange.want_all()
+        work.join()
 
     def _sends_first(self, setup: Setup, facts: list[Fact]) -> bool:
         """Tell everybody of the model. Whether first weights are to come from here; waits while another is to send them."""
@@ -426,6 +472,8 @@ class Run:
             epochs=epochs or settings.epochs,
             round_limit=settings.rounds,
         )
+        if not self._segments:
+            self._begin()
         self._segments.append(segment)
         plan = Plan(segment, facts=self._facts_of(segment, dataset, shuffle, num_workers, collate_fn))
         for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
@@ -557,6 +605,8 @@ class Run:
                 self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
+            if self._to_begin is not None:
+                self._begin()
             self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
             self._wait(lambda: not self._recomputed, lambda: "the coordinator to write the statistics that were computed anew")
             self._hand_over()

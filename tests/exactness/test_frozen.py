@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+import train_edited
 from train_frozen import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, THAWS, dataset, network, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCRIPT = Path(__file__).with_name("train_frozen.py")
+EDITED = Path(__file__).with_name("train_edited.py")
 
 
 def tree_sum(terms: list[list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -56,3 +58,17 @@ def test_frozen_and_unfrozen_layers_have_the_bits_of_a_plain_loop(
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     assert not torch.equal(found["2.weight"], network(0)[2].weight)
+
+
+@pytest.mark.parametrize("lane", ["auto", "socket"])
+def test_what_is_written_before_the_first_batch_makes_the_first_weights(lane: str, launch: Any, tmp_path: Path) -> None:
+    """And values that are put back are no change."""
+    launch("--workers", 2, "--servers", 2, "--lane", lane, EDITED, "--", "stays")
+    found, expected = load_file(tmp_path / "run" / "model.safetensors"), train_edited.network(5).state_dict()
+    nn.init.constant_(expected["0.bias"], 0.25)
+    assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
+
+
+def test_a_frozen_layer_that_is_moved_fails_the_run_by_name(launch: Any) -> None:
+    with pytest.raises(AssertionError, match=r"error: .*the script has changed '2\.weight' in round"):
+        launch("--workers", 2, EDITED, "--", "moves")
