@@ -10,6 +10,8 @@ import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -18,11 +20,26 @@ import torch
 _NAME = "torch._dynamo"
 
 
+class _There(Loader):
+    """Have importlib take a module that is there already, as it is."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self._spec = module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
+
+
 @contextlib.contextmanager
 def no_compiler() -> Iterator[None]:
     """Inside, optimizers can be made and stepped without the compiler being imported; afterwards all is as it was.
 
-    Where it is imported already, nothing is done; where more of it is asked for than to keep out, it is imported after all.
+    Where it is imported already, nothing is done; where more of it is asked for than to keep out, a module in it for one, it is
+    imported after all.
     """
     if _NAME in sys.modules:
         yield
@@ -40,13 +57,22 @@ def no_compiler() -> Iterator[None]:
             del sys.modules[_NAME]
         return getattr(importlib.import_module(_NAME), name)
 
-    idle = ModuleType(_NAME)
-    idle.__dict__.update(disable=disable, graph_break=lambda: None, __getattr__=import_it)
+    class Finder(MetaPathFinder):
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+            if not fullname.startswith(f"{_NAME}.") or sys.modules.get(_NAME) is not idle:
+                return None
+            del sys.modules[_NAME]
+            return ModuleSpec(fullname, _There(importlib.import_module(fullname)))
+
+    idle, finder = ModuleType(_NAME), Finder()
+    idle.__dict__.update(disable=disable, graph_break=lambda: None, __getattr__=import_it, __path__=[])
     sys.modules[_NAME] = idle
+    sys.meta_path.insert(0, finder)
     torch._dynamo = idle
     try:
         yield
     finally:
+        sys.meta_path.remove(finder)
         if sys.modules.get(_NAME) is idle:
             del sys.modules[_NAME]
             delattr(torch, "_dynamo")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from worker.replica import Replica
 from worker.touch import Untouched, accessors, put_off, settle
@@ -35,14 +37,21 @@ class AwaitedWeights:
         self._arrive = arrive
         #: Chunks still to come, by tensor.
         self._missing: dict[int, set[int]] = {}
-        self._is_at_doors = False
-        self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in replica.model.modules())
+        numbers = {id(tensor): index for index, tensor in enumerate(replica.tensors)}
+        #: By module, its own parameters.
+        self._own = {
+            module: [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
+            for module in replica.model.modules()
+        }
+        #: At the doors of all modules, while something is awaited: a hook of one module would be copied and saved with it, and
+        #: scripted modules take none.
+        self._hook: RemovableHandle | None = None
 
     @property
     def needed_first(self) -> set[int]:
         """Chunks without which nothing can begin: those with buffers, and parameters of a kind of their own. All of them where
         the model is compiled, for then torch does not ask."""
-        whole = self._scripted or "torch._dynamo" in sys.modules
+        whole = self._replica.is_scripted or "torch._dynamo" in sys.modules
         return {
             chunk.id
             for chunk in self._replica.layout.chunks
@@ -62,19 +71,10 @@ class AwaitedWeights:
         for chunk in chunks:
             for piece in self._replica.layout.chunks[chunk].pieces:
                 self._missing.setdefault(piece.tensor, set()).add(chunk)
-        if self._missing and not self._is_at_doors:
-            self._go_to_doors()
         for index in self._missing:
             put_off(self._replica.tensors[index], Awaited, functools.partial(self._arrive, index))
-
-    def _go_to_doors(self) -> None:
-        """Be called before each module's forward."""
-        self._is_at_doors = True
-        numbers = {id(tensor): index for index, tensor in enumerate(self._replica.tensors)}
-        for module in self._replica.model.modules():
-            own = [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
-            if own:
-                module.register_forward_pre_hook(functools.partial(self._before_forward, own))
+        if self._missing and self._hook is None:
+            self._hook = register_module_forward_pre_hook(self._before_forward)
 
     def came(self, chunks: Iterable[int]) -> None:
         """These chunks are in the model, or nobody needs to wait for them any more."""
@@ -84,8 +84,11 @@ class AwaitedWeights:
             if not self._missing[index]:
                 del self._missing[index]
                 settle(self._replica.tensors[index])
+        if not self._missing and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
-    def _before_forward(self, own: list[int], module: nn.Module, inputs: Any) -> None:
-        for index in own if self._missing else ():
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        for index in self._own.get(module, ()):
             if index in self._missing:
                 self._arrive(index)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.layout import ALIGN_BYTES, Chunk, Layout, weight_offsets
+from common.layout import ALIGN_BYTES, Chunk, Layout, Piece, weight_offsets
 from common.shared import HEADER_BYTES, Handle, NotShared, Region, attach
 from common.tensors import dtype_of
 
@@ -75,7 +75,8 @@ class MappedWeights:
         """The weights of a chunk of whole tensors, each in the shape of the one in `like`."""
         key = chunk.id, at
         if key not in self._shaped:
-            self._shaped[key] = shaped(self.chunk(chunk, at), like)
+            flat = zip(chunk.pieces, like, strict=True)
+            self._shaped[key] = [self._alone(chunk, piece, at).view(tensor.shape) for piece, tensor in flat]
         return self._shaped[key]
 
     def _let_go(self, at: InPlane) -> None:
@@ -99,7 +100,7 @@ class MappedWeights:
         if key not in self._tensors:
             if len(chunks) == 1:
                 piece = next(piece for piece in chunks[0].pieces if piece.tensor == index)
-                self._tensors[key] = self.chunk(chunks[0], at[0])[piece.offset : piece.offset + piece.length]
+                self._tensors[key] = self._alone(chunks[0], piece, at[0])
             else:
                 known = sum(other == index for other, _ in self._tensors)
                 whole = all(chunk.weight_bytes % ALIGN_BYTES == 0 for chunk in chunks[:-1])
@@ -107,6 +108,14 @@ class MappedWeights:
                     return None
                 self._tensors[key] = self._join(chunks, at)
         return self._tensors[key]
+
+    def _alone(self, chunk: Chunk, piece: Piece, at: InPlane) -> torch.Tensor:
+        """Give the elements of a piece a storage of their own, for whoever saves a tensor saves its storage."""
+        whole = self.chunk(chunk, at)
+        if piece.length in (0, chunk.numel):
+            return whole[: piece.length]
+        start = self._offset(chunk, at) + piece.offset * whole.itemsize
+        return torch.frombuffer(self._regions[at.server, at.region].memory, dtype=whole.dtype, count=piece.length, offset=start)
 
     def _join(self, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor:
         size = sum(chunk.weight_bytes for chunk in chunks)

@@ -46,6 +46,9 @@ class Replica:
         Raises UsageError where a parameter has a dtype that servers cannot keep, and for a rule that fits no buffer.
         """
         self.model = model
+        self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+        if self.is_scripted:  # else torch rewrites the code after a few calls, and the bits depend on how many there were
+            torch._C._set_graph_executor_optimize(False)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if is_lazy(tensor):
                 raise UsageError(f"'{name}' has no shape yet: pass one batch through the model before run.optimizer().")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from common.no_compiler import no_compiler
 
 PROGRAM = """
 import inspect, sys
@@ -46,3 +51,34 @@ def test_optimizers_step_without_the_compiler_which_is_there_for_whoever_asks_fo
     result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=root, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:2] == ["clean", "[2.0, 2.0]"]
+
+
+IMPORTS = """
+import importlib, sys
+import torch
+from common.no_compiler import no_compiler
+
+with no_compiler():
+    module = importlib.import_module(sys.argv[1])
+name = sys.argv[1].rpartition(".")[2]
+real = sys.modules["torch._dynamo"]
+assert torch._dynamo is real and real.__file__
+assert getattr(real, name) is module is sys.modules[sys.argv[1]]
+assert module.__spec__.origin == module.__file__ and module.__loader__ is module.__spec__.loader
+assert not any("no_compiler" in type(finder).__module__ for finder in sys.meta_path)
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist())
+"""
+
+
+@pytest.mark.parametrize("module", ["_trace_wrapped_higher_order_op", "profiler"])
+def test_a_part_of_the_compiler_may_be_imported_meanwhile(module: str) -> None:
+    """The first one is imported by the compiler itself, the second one is not."""
+    root, name = Path(__file__).parents[2], f"torch._dynamo.{module}"
+    result = subprocess.run([sys.executable, "-c", IMPORTS, name], cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["[2.0,", "2.0]"]
+
+
+def test_a_part_of_the_compiler_that_there_is_not_is_told_as_ever() -> None:
+    with no_compiler(), pytest.raises(ModuleNotFoundError, match=r"torch\._dynamo\.nothing"):
+        importlib.import_module("torch._dynamo.nothing")
