@@ -56,6 +56,10 @@ def main() -> None:
             run.merge_by(lambda model: score(run, model, images.train, choosing))
         run.before_merge(lambda: run.log(part_accuracy=accuracy(model, held_out)))
 
+    def log_accuracy() -> None:
+        with run.masters():  # as the model's file has them
+            run.log(accuracy=accuracy(model, held_out, head), held_out=size)
+
     measured, size = run.epoch, len(cast(Sized, held_out))
     for x, y in run.batches(images.train, num_workers=settings.loader_workers):
         out = model(x)
@@ -68,11 +72,11 @@ def main() -> None:
         opt.step()
         if run.is_chief and run.epoch != measured:
             measured = run.epoch
-            run.log(accuracy=accuracy(model, held_out, head), held_out=size)
+            log_accuracy()
     if settings.policy in ("local", "average"):
         run.recompute_batchnorm(images.train)
     if run.is_chief:
-        run.log(accuracy=accuracy(model, held_out, head), held_out=size)
+        log_accuracy()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -448,6 +449,17 @@ class Replica:
         """
         with torch._C.DisableTorchFunctionSubclass():  # parameters that are awaited are to come here
             self._load(weights, copy)
+
+    @contextlib.contextmanager
+    def holding(self, weights: Mapping[int, Any]) -> Iterator[None]:
+        """Have other parameters while this lasts; buffers stay as they are."""
+        before = {index: tensor.detach().clone() for index, tensor in self.parameters.items()}
+        self.load({chunk: found for chunk, found in weights.items() if self.layout.chunks[chunk].kind == "param"})
+        try:
+            yield
+        finally:
+            for index, values in before.items():
+                self.parameters[index].data.copy_(values)
 
     def _load(self, weights: Mapping[int, Any], copy: bool) -> None:
         chunks = [self.layout.chunks[chunk] for chunk in sorted(weights)]

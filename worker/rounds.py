@@ -570,6 +570,11 @@ class GradientWork:
         assert self._exchange is not None
         return f"the weights {self._exchange.missing_text()}"
 
+    def version(self) -> int | None:
+        """The round whose weights are in the model, all of them; None if that round is over."""
+        self._await_all()
+        return None if self._spoilt else self.round
+
     def beat(self) -> Beat:
         """Where this worker is. Called by the link's thread, with the lock held."""
         now = self._current

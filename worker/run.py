@@ -6,6 +6,7 @@ to send again is decided by the state machines in `worker.tasks` and `worker.exc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -553,6 +554,21 @@ class Run:
         """
         self._evaluate = evaluate
 
+    @contextlib.contextmanager
+    def masters(self) -> Iterator[None]:
+        """Have the servers' own weights in the model while this lasts, for an evaluation: `with run.masters(): ...`.
+
+        They differ from those that the model is trained with where `--weight-codec` rounds these, and they are what the model's
+        file has. Otherwise this does nothing. Do not train within it. If other workers have ended the round meanwhile, the model
+        keeps the weights that it has. After the last round this cannot be.
+        """
+        weights = self._masters()
+        if not weights or self._work is None:
+            yield
+            return
+        with self._work.replica.holding(weights):
+            yield
+
     def recompute_batchnorm(self, dataset: Dataset[Any]) -> None:
         """Compute the running statistics of the model's batch normalisation anew, by one pass through training data.
 
@@ -649,18 +665,24 @@ class Run:
         parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
         return all(part is None or part.idle for part in parts)
 
-    def _fetch_masters(self) -> None:
-        """Have the servers' own weights in the model where a codec has rounded those that it was trained with."""
-        if self.settings.weight_codec == "none" or self._exchange is None or self._work is None:
-            return
+    def _masters(self) -> dict[int, Any]:
+        """The servers' own weights for the round that the model is in, by chunk. None if no codec rounds what the model has, or
+        the round is over."""
+        exchange, work = self._exchange, self._work
+        if self.settings.weight_codec == "none" or exchange is None or not isinstance(work, GradientWork):
+            return {}
+        clock = work.version()
+        if clock is None:
+            return {}
         with self._link.lock:
-            messages = self._exchange.pull(self.round, True, time.monotonic(), masters=True)
+            messages = exchange.pull(clock, False, time.monotonic(), masters=True)
         self._link.send(*messages)
-        exchange = self._exchange
-        self._wait(lambda: exchange.complete, lambda: f"the trained weights {exchange.missing_text()}")
+        self._wait(lambda: exchange.complete or exchange.gone, lambda: f"the trained weights {exchange.missing_text()}")
+        if not exchange.complete:
+            return {}
         with self._link.lock:
             weights, _ = exchange.take()
-        self._work.replica.load(weights)
+        return weights
 
     @property
     def failed_elsewhere(self) -> bool:
