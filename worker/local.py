@@ -137,6 +137,7 @@ class LocalWork:
         """Keep the gradients of this micro-batch; the inner optimizer steps when the round's last one is in."""
         if self._current is None or self._segment is None:
             raise UsageError(STEP_TOO_MUCH)
+        self.replica.check_dtypes()
         self.replica.check_constants()
         self.edits.check(self._merges)
         task, self._current = self._current, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from worker.slots import Slot
 
 #: Gradients of fewer bytes are taken over together when all are made, for a call each takes longer than the copy.
 _SMALL_BYTES = 64 << 10
+_dtype = operator.attrgetter("dtype")
 
 
 class Replica:
@@ -105,6 +107,7 @@ class Replica:
         self._frozen = {chunk.id: chunk for chunk in self.layout.chunks if chunk.frozen}
         #: Parameters by number.
         self.parameters = dict(enumerate(self.tensors[:first]))
+        self._dtypes = list(map(_dtype, self.parameters.values()))
         self._buffer_chunks = [chunk for chunk in self.layout.chunks if chunk.kind != "param"]
         #: Buffers as they were when the round began: every micro-batch starts from these.
         self._buffers: dict[int, torch.Tensor] = {}
@@ -216,7 +219,7 @@ class Replica:
         if self._slot is None or self._adds or weight.grad is not None or id(weight) in self._given:
             return None
         place = self._places[self._slot].get(id(weight))
-        if place is None:
+        if place is None or place.dtype != weight.dtype:
             return None
         self._given[id(weight)] = -1
         return place.view(place.shape)  # a new tensor, for autograd keeps it only if nobody else does
@@ -236,7 +239,7 @@ class Replica:
         if parameter is not self.tensors[index]:
             return  # of a copy of the model
         place = self._places[self._slot].get(id(parameter))
-        if place is not None and gradient.data_ptr() != place.data_ptr():
+        if place is not None and gradient.dtype == place.dtype and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
         elif self._given.get(id(parameter)) == gradient._version:
             self._whole.add(id(parameter))
@@ -405,6 +408,16 @@ class Replica:
         """Buffers as they were when the round began, by chunk."""
         return dict(self._buffers)
 
+    def check_dtypes(self) -> None:
+        """Raise UsageError where a parameter no longer has the dtype that servers keep."""
+        now = list(map(_dtype, self.parameters.values()))
+        if now != self._dtypes:
+            index = next(index for index, dtype in enumerate(self._dtypes) if now[index] != dtype)
+            raise UsageError(
+                f"the script has made '{self.specs[index].name}' {now[index]}, but servers have it as {self._dtypes[index]}: "
+                "convert the model before run.replicate() and run.optimizer()."
+            )
+
     def check_constants(self) -> None:
         """Raise UsageError where a buffer that does not travel has changed."""
         for constant in self.constants:
@@ -448,6 +461,7 @@ class Replica:
         wrong size.
         """
         with torch._C.DisableTorchFunctionSubclass():  # parameters that are awaited are to come here
+            self.check_dtypes()
             self._load(weights, copy)
 
     @contextlib.contextmanager
@@ -562,6 +576,13 @@ class Replica:
             whole = tensor.contiguous()
             whole.view(-1)[piece.start : piece.start + piece.length].copy_(part)
             tensor.copy_(whole)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Find the model inside of what torch.compile makes of it: the same parameters, by the names that the script gave them."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
 
 
 def _spec(name: str, tensor: torch.Tensor, group: int, frozen: bool = False) -> TensorSpec:

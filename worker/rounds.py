@@ -149,6 +149,7 @@ class GradientWork:
         seed = self._run.settings.seed
         while (task := self._next_task()) is not None:
             batch = loader.load(task)
+            self.replica.check_dtypes()
             self.replica.reset_buffers()
             self._take_slot()
             self._push_early()
@@ -182,6 +183,7 @@ class GradientWork:
         if self._current is None or self._segment is None:
             raise UsageError(STEP_TOO_MUCH)
         self._await_all()
+        self.replica.check_dtypes()
         self.replica.check_constants()
         self._check_edits()
         task, self._current = self._current, None

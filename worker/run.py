@@ -77,7 +77,7 @@ from worker.optimizer import (
     plain_settings,
     silence_scheduler_warnings,
 )
-from worker.replica import Replica
+from worker.replica import Replica, uncompiled
 from worker.rounds import GradientWork
 from worker.rows import RowSparse, Table, check_training, find_tables
 from worker.slots import Slots
@@ -216,10 +216,12 @@ class Run:
         The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
         that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
         which there never was memory here.
+
+        Convert the model to its dtype before. Of one that torch.compile has made, tensors have the names in the model inside.
         """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
-        self._model, self._buffer_rules = model, dict(buffers or {})
+        self._model, self._buffer_rules = uncompiled(model), dict(buffers or {})
         return model
 
     def optimizer(
@@ -350,6 +352,7 @@ class Run:
         """See that servers have first weights: those of this worker if it is the first one. Whether it is."""
         sends_first = self._sends_first(setup, facts)
         if sends_first:
+            replica.check_dtypes()
             size = {chunk.id: chunk.weight_bytes for chunk in replica.layout.chunks}
             for server in range(self._servers):
                 ids = [chunk.id for chunk in replica.layout.on(server)]

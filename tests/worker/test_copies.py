@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from common.errors import UsageError
 from common.layout import Chunk
 from ps.planes import Planes
 from worker import direct
@@ -210,3 +211,38 @@ def test_scripted_models_have_the_bits_of_plain_ones_at_each_call() -> None:
             assert torch.equal(ours.grad, theirs.grad)
         replica.gradient(4)
         slot.taken = False
+
+
+def to_double(training: Training) -> None:
+    training.model.double()
+
+
+def last_to_half(training: Training) -> None:
+    training.model[3].half()
+
+
+@pytest.mark.parametrize(
+    ("convert", "text"), [(to_double, "'0.weight' torch.float64"), (last_to_half, "'3.weight' torch.float16")]
+)
+@pytest.mark.parametrize("lane", ["auto", "socket"])
+@pytest.mark.parametrize("moment", [before, at_the_beginning, after_backward, while_weights_are_awaited, at_the_end])
+def test_a_dtype_that_servers_have_not_is_told(
+    moment: Callable[[Training], None], lane: str, convert: Callable[[Training], None], text: str
+) -> None:
+    training = Training(lane)
+    moment(training)
+    convert(training)
+    for check in (training.replica.check_dtypes, training.arrive):
+        with pytest.raises(UsageError) as caught:
+            check()
+        assert text in str(caught.value)
+        assert "as torch.float32: convert the model before" in str(caught.value)
+
+
+def test_backward_of_a_converted_model_leaves_it_to_the_check() -> None:
+    training = Training("auto")
+    training.begin()
+    training.model.double()
+    training.model(torch.randn(4, 1100, dtype=torch.float64)).square().mean().backward()
+    with pytest.raises(UsageError):
+        training.replica.check_dtypes()
