@@ -128,7 +128,7 @@ class _Worker:
     def _live(self) -> Generator[_Question, Body | None, None]:
         """Asks what a worker asks, in its order; goes on when that is answered."""
         job, segment = self.job, self.job.segment
-        file = [InFile("w", "F32", [job.values], 0, True)]
+        file = [InFile("w", "F32", [job.values], [0], True)]
         setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]), file=file)
         chunks = [chunk.id for chunk in make_layout(setup.tensors, 1).chunks]
         for to in (COORDINATOR, SERVER):

@@ -211,14 +211,15 @@ class Update(msgspec.Struct, frozen=True):
 class InFile(msgspec.Struct, frozen=True, array_like=True):
     """A tensor of the model's file, under a name of the model's state_dict. `dtype` is what safetensors calls it.
 
-    `of` says which tensor of a Setup it is. Its tensors are counted first, then its tables, then the weights of its classifiers,
-    then their biases; -1 is an empty tensor, which no server has. `counts`: its bytes are among those of weights_sha256.
+    `of` says which tensor of a Setup it is, or which several, one after another; none of an empty tensor, which no server has. A
+    Setup's tensors are counted first, then its tables, then the weights of its classifiers, then their biases. `counts`: its
+    bytes are among those of weights_sha256.
     """
 
     name: Name
     dtype: Name
     shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
-    of: CountOrNone
+    of: Annotated[list[Count], msgspec.Meta(max_length=64)]
     counts: bool = False
 
 

@@ -43,13 +43,12 @@ class ModelFile:
         self.weights_sha256: str | None = None
         at = len(self._header("0" * 64))
         for entry in file:
-            size = sizes[entry.of] if entry.of >= 0 else 0
-            if entry.of >= 0:
-                self._places.setdefault(entry.of, []).append(at)
-                self._missing[entry.of] = size
-            if entry.counts and size:
-                self._to_hash.append((entry.of, at, size))
-            at += size
+            for number in entry.of:
+                self._places.setdefault(number, []).append(at)
+                self._missing[number] = sizes[number]
+                if entry.counts and sizes[number]:
+                    self._to_hash.append((number, at, sizes[number]))
+                at += sizes[number]
         self._bytes = at
 
     def begin(self) -> None:
@@ -119,7 +118,7 @@ class ModelFile:
         """
         if not self.complete or len(names) != len(values):
             raise WireError("tensors were computed anew for a model that is not complete, or without their values")
-        known = {entry.name: entry.of for entry in self._file if entry.of >= 0 and not entry.counts}
+        known = {entry.name: entry.of[0] for entry in self._file if len(entry.of) == 1 and not entry.counts}
         for name, data in zip(names, values, strict=True):
             if name not in known or self._sizes[known[name]] != len(data):
                 raise WireError(f"'{name[:100]}' was computed anew, and is no tensor of the model's file for which that can be")

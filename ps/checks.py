@@ -75,5 +75,5 @@ def check_file(file: Sequence[InFile], sizes: Sequence[int]) -> None:
             size = size_of(entry.dtype, entry.shape)
         except KeyError:
             raise WireError(f"'{entry.name[:100]}' has dtype '{entry.dtype[:100]}', which safetensors has no name for") from None
-        if entry.of >= len(sizes) or size != (sizes[entry.of] if entry.of >= 0 else 0):
+        if any(number >= len(sizes) for number in entry.of) or size != sum(sizes[number] for number in entry.of):
             raise WireError(f"'{entry.name[:100]}' in the model's file is {entry.dtype} {entry.shape}, which it cannot be")

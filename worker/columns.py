@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from common.devices import find_device
 from common.errors import UsageError
+from worker.contents import JOINED
 from worker.parts import side_after
 
 #: (first, second).
@@ -239,6 +240,7 @@ def _join_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -
     for whole, (first, second) in _names(module, prefix).items():
         halves = state.pop(first), state.pop(second)
         state[whole] = torch.cat([halves[0], halves[1].to(halves[0].device)])
+        setattr(state[whole], JOINED, halves)
 
 
 def _divide_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -83,7 +83,7 @@ def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, li
     shards: list[Shard] = [kind(server, settings, load(settings)) for server in range(servers)]
     for shard in shards:
         shard.handle("worker-0", setup, (), 0.0)
-    first = replica.first_weights()
+    first = {chunk.id: replica.first_weights(chunk.id) for chunk in layout.chunks}
     for shard in shards:
         for ids in message_batches(shard.chunks, lambda i: len(first[i])):
             shard.handle("worker-0", Init(ids), [first[i] for i in ids], 0.0)
@@ -256,7 +256,8 @@ def test_statistics_that_were_computed_anew_are_put_in_place_and_parameters_are_
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": "again.weight"}, {"dtype": "F64"}, {"dtype": "strange"}, {"shape": [50, 41]}, {"of": 10_000}, {"of": -1},
+        {"name": "again.weight"}, {"dtype": "F64"}, {"dtype": "strange"}, {"shape": [50, 41]}, {"of": [10_000]}, {"of": []},
+        {"of": [0, 0]},
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_refused_with_the_setup(change: dict[str, Any]) -> None:

@@ -217,5 +217,5 @@ def test_the_models_file_has_pairs_for_a_dtype_without_a_name_and_the_parts_of_a
     file = {entry.name: entry for entry in file_of(model, replica.tensors, replica.specs)}
     assert (file["turns"].dtype, file["turns"].shape) == ("F64", [2, 2])
     assert (file["adjacency.indices"].shape, file["adjacency.values"].dtype) == ([2, 1], "F32")
-    assert {name: names[entry.of] for name, entry in file.items()} == {name: name for name in names}
-    assert sizes(replica.layout)[file["turns"].of] == 32
+    assert {name: names[entry.of[0]] for name, entry in file.items()} == {name: name for name in names}
+    assert sizes(replica.layout)[file["turns"].of[0]] == 32
