@@ -87,7 +87,8 @@ class Tracker:
             elif event.kind == "joined" and event.data["place"] == here().pids:
                 joined[event.data["pid"]] = event.process
             elif event.kind == "lost":
-                lost |= {(name, pid) for pid, name in joined.items() if name == event.process}
+                if joined.get(pid := event.data.get("pid", -1)) == event.process:  # another may have its name by now
+                    lost.add((event.process, pid))
             elif event.kind == "rolled back":
                 rounds, samples = self._go_back(reader, int(event.data["to"]))
             elif event.kind == "left":

@@ -439,7 +439,7 @@ class Coordinator:
     def _note_losses(self, now: float) -> None:
         """Tell of those who were lost. Whoever has started one that hangs reads it in the event log, and may end it."""
         forgotten = {member.name for member in self._membership.newly_forgotten}
-        for name, why in self._membership.newly_lost:
+        for name, why, pid in self._membership.newly_lost:
             if name in forgotten:
                 self._log.event(Event("forgotten", name, {"why": why}))
                 continue
@@ -447,7 +447,7 @@ class Coordinator:
             if self._is_over and name in self._membership.workers:
                 self._membership.workers[name].failed, then = why, "all rounds are done, and nobody needs it"
             log.warning("%s is lost: %s; %s", name, why, then)
-            self._log.event(Event("lost", name, {"why": why}))
+            self._log.event(Event("lost", name, {"why": why, "pid": pid}))
             self._progressed_at = now
         self._membership.newly_lost.clear()
         if forgotten:
@@ -1018,7 +1018,7 @@ class Coordinator:
         """Go on without a worker. `data` is for the event log."""
         if not worker.early:
             log.warning("%s is given up, and others do what it has not done: %s", worker.name, why)
-            self._log.event(Event("lost", worker.name, {"why": why, **data}))
+            self._log.event(Event("lost", worker.name, {"why": why, "pid": worker.hello.pid, **data}))
             self._progressed_at = now
         self._tell_members(self._membership.leave(worker.name, early=True))
         self._send(worker.name, Stop(True))

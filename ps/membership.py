@@ -149,8 +149,9 @@ class Membership:
         self.epoch = 0
         #: Whether all rounds are done that are known of: then nobody's part is missing.
         self.over = False
-        #: Who was lost, and why, until whoever tells of it has taken note; and all workers that are gone, as servers are to know.
-        self.newly_lost: list[tuple[str, str]] = []
+        #: Members that were lost, why, and their process ids, until this is told of; and all workers that are gone, as servers are
+        #: to know.
+        self.newly_lost: list[tuple[str, str, int]] = []
         #: Those of them that had a name and never took part.
         self.newly_forgotten: list[Member] = []
         self.losses = Lost(0, [])
@@ -476,7 +477,7 @@ class Membership:
         """Count a member as lost. One that has ended its script is watched too, for it may yet have to hand in the model. Before
         the start nothing was promised to anybody, so it is just forgotten, as is one that never took part."""
         member.lost, member.beat = True, _counts_of(member.beat)
-        self.newly_lost.append((member.name, why))
+        self.newly_lost.append((member.name, why, member.hello.pid))
         if member.proven:
             self._alarms[_process(member)] += 1
         else:

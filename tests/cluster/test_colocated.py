@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import signal
 import time
@@ -119,8 +120,8 @@ def test_a_killed_server_is_started_again_and_when_that_is_too_often_fails_its_w
     ends = [one.end() for one in (second, cluster.coordinator, first)]
     assert [code for code, _ in ends] == [1, 1, 1]
     lasts = [lines[-1] for _, lines in ends]
-    assert lasts[0] == f"error: {sentence}" and lasts[1] == f"error: worker-1 failed: {sentence}"
-    assert lasts[2] == f"error: stopped because worker-1 failed: {sentence}"
+    assert lasts[0] == f"error: {sentence}" and lasts[1] == f"error: worker-1 on {platform.node()} failed: {sentence}"
+    assert lasts[2] == f"error: stopped because worker-1 on {platform.node()} failed: {sentence}"
     first.leaves_nothing(set())
     second.leaves_nothing(set())
 

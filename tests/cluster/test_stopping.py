@@ -275,7 +275,7 @@ def test_a_server_that_hangs_is_killed_by_who_has_started_it_and_nobody_else_is(
     joined = {"host": "h", "place": here().pids}
     for name, pid in (("server-7", pids["worker-0"]), ("worker-1", os.getpid()), ("server-0", pids["server-0"])):
         log.event(Event("joined", name, {**joined, "pid": pid}))  # the first two lie
-        log.event(Event("lost", name, {"why": "silent."}))
+        log.event(Event("lost", name, {"why": "silent.", "pid": pid}))
     log.close()
     wait_for_ends({pids["server-0"]})
     run.ready(ALL + 1)
@@ -291,7 +291,7 @@ def test_a_worker_that_the_coordinator_goes_on_without_does_not_end_the_run(stub
     pids = run.ready(ALL)
     log = RunLog(tmp_path / "run" / "events.sqlite")
     log.event(Event("joined", "worker-1", {"host": "h", "pid": pids["worker-1"], "place": here().pids}))
-    log.event(Event("lost", "worker-1", {"why": "worker-1 on h failed: RuntimeError: no data", "failed": "beginner"}))
+    log.event(Event("lost", "worker-1", {"why": "worker-1 on h failed: no data", "failed": "beginner", "pid": pids["worker-1"]}))
     log.close()
     assert run.popen.stdout is not None
     told = ""

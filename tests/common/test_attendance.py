@@ -94,7 +94,7 @@ def test_every_ten_seconds_a_line_says_what_is_waited_for(caplog: pytest.LogCapt
     caplog.clear()
     attendance.handle(WELCOME, since)
     sent(attendance, since + 2 * TELL_S - 1, since=since)
-    assert [record.getMessage() for record in caplog.records] == ["the coordinator at tcp://c:1 has not answered for 15 s"]
+    assert [record.getMessage() for record in caplog.records] == ["the coordinator at tcp://c:1 has not answered for 10 s"]
 
 
 def test_time_in_which_this_process_was_stopped_is_not_the_coordinators_silence() -> None:

@@ -35,7 +35,7 @@ def started(workers: int, place: Place = HERE, **settings: object) -> Membership
 
 
 def lost(membership: Membership) -> list[str]:
-    return [name for name, _ in membership.newly_lost]
+    return [name for name, *_ in membership.newly_lost]
 
 
 def ask(membership: Membership, hello: Hello, incarnation: int, since: float, until: float) -> tuple[str, list[Body]]:

@@ -6,16 +6,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Start
 from safetensors.torch import load_file
 
 from benchmarks.faults import measure, rows
-from benchmarks.live import LAUNCH, TRAINING
+from benchmarks.live import LAUNCH, TRAINING, Cluster
 from common.runfiles import MODEL_FILE
+
+Start = Callable[..., Cluster]
 
 pytestmark = pytest.mark.timeout(240)
 ENDS = str(LAUNCH.parent / "benchmarks" / "train_to_the_end.py")
