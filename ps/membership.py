@@ -149,8 +149,8 @@ class Membership:
         self.epoch = 0
         #: Whether all rounds are done that are known of: then nobody's part is missing.
         self.over = False
-        #: Members that were lost, why, and their process ids, until this is told of; and all workers that are gone, as servers are
-        #: to know.
+        #: Members that were lost, why, and their process ids, until this is told of; and all workers that are gone, as servers
+        #: are to know.
         self.newly_lost: list[tuple[str, str, int]] = []
         #: Those of them that had a name and never took part.
         self.newly_forgotten: list[Member] = []
