@@ -102,6 +102,8 @@ class Processes:
         self._env = {**env, **ours, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self._term_s = term_s
         self._guard: subprocess.Popen[bytes] | None = None
+        #: Processes that were there when all were about to be stopped.
+        self._seen: set[int] = set()
         self._fork_server: ForkServer | None = None
         self._stops = False
 
@@ -172,15 +174,20 @@ class Processes:
         return [child for child in self.children if child.failed]
 
     def start_no_more(self) -> None:
-        """Have no child started again that asks for it: all are about to be stopped."""
+        """Have no child started again that asks for it: all are about to be stopped. What these have started by now may end
+        before that, and leave shared memory behind."""
         self._stops = True
+        self._seen = guard.relatives(self._groups(), self._family)
+
+    def _groups(self) -> set[int]:
+        return {child.popen.pid for child in self.children if not child.gone}
 
     def stop(self) -> None:
         """End every child and all that these have started: SIGTERM, and after `term_s` seconds SIGKILL."""
         self._stops = True
         self.poll()
-        groups = {child.popen.pid for child in self.children if not child.gone}
-        seen = {child.popen.pid for child in self.children}
+        groups = self._groups()
+        seen = {child.popen.pid for child in self.children} | self._seen
         for number, patience_s in ((signal.SIGTERM, self._term_s), (signal.SIGKILL, _KILL_S)):
             told: set[int] = set()
             deadline = time.monotonic() + patience_s
