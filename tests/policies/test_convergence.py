@@ -44,7 +44,7 @@ def test_codecs_come_within_a_point_of_plain_training_with_a_fraction_of_the_byt
     found = {name: launch(*CLUSTER, *flags[name].split(), *TRAINING, name=name) for name in flags}
     plain = found["plain"]
     assert min(summary["accuracy"] for summary in found.values()) >= plain["accuracy"] - POINT, found
-    most = {"int8-bf16": (0.3, 0.55), "topk-int8": (0.25, 0.3), "memory": (0.0, 0.002)}  # in the end masters are sent once
+    most = {"int8-bf16": (0.3, 0.55), "topk-int8": (0.25, 0.3), "memory": (0.0, 0.02)}  # masters are sent for each evaluation
     for name, (pushed, pulled) in most.items():
         assert found[name]["wire"]["pushed_bytes"] <= pushed * plain["wire"]["pushed_bytes"], found
         assert found[name]["wire"]["pulled_bytes"] <= pulled * plain["wire"]["pulled_bytes"], found
