@@ -5,14 +5,13 @@ Its own layer knows how to use it. Anything else that would need its values is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from common.errors import UsageError
-from worker.touch import accessors
+from worker.touch import accessors, instances_in
 
 #: What gives a tensor that has nothing to do with the parameter any more, or needs no values.
 _PLAIN: set[Any] = {
@@ -53,7 +52,7 @@ class _Part(torch.Tensor):
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
     """Call a function of torch, unless it needs values that are not here."""
     with torch._C.DisableTorchFunctionSubclass():
-        tensors = list(_tensors_in((args, kwargs)))
+        tensors = list(instances_in((args, kwargs), torch.Tensor))
         first = next(tensor for tensor in tensors if isinstance(tensor, _Absent | _Part))
         name = first.called if isinstance(first, _Part) else _names.get(id(first), "a parameter")
         error = UsageError(
@@ -71,13 +70,3 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
         part = found.as_subclass(_Part)
         part.called = name
         return part
-
-
-def _tensors_in(thing: Any) -> Iterator[torch.Tensor]:
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        yield from _tensors_in(list(thing.values()))
-    elif isinstance(thing, list | tuple):
-        for item in thing:
-            yield from _tensors_in(item)

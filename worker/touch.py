@@ -7,10 +7,12 @@ that is: in a module's forward, in a penalty on all weights, in a script's own l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 #: By id, what to do when a parameter is touched. Not in the parameter, for what that has is saved along with a model.
 _touched: dict[int, Callable[[], None]] = {}
@@ -31,7 +33,7 @@ class Untouched(nn.Parameter):
         if func in cls.harmless:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for parameter in _untouched_in((args, kwargs)):
+        for parameter in instances_in((args, kwargs), Untouched):
             _touched[id(parameter)]()
         return func(*args, **kwargs)
 
@@ -53,11 +55,12 @@ def settle(parameter: torch.Tensor) -> None:
     del _touched[id(parameter)]
 
 
-def _untouched_in(thing: Any) -> Iterator[Untouched]:
-    if isinstance(thing, Untouched):
+def instances_in(thing: Any, kind: type[T]) -> Iterator[T]:
+    """All of a kind that are in nested lists, tuples and dicts."""
+    if isinstance(thing, kind):
         yield thing
     elif isinstance(thing, dict):
-        yield from _untouched_in(list(thing.values()))
+        yield from instances_in(list(thing.values()), kind)
     elif isinstance(thing, list | tuple):
         for item in thing:
-            yield from _untouched_in(item)
+            yield from instances_in(item, kind)
