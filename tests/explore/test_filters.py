@@ -148,7 +148,7 @@ def test_without_a_chain_of_layers_the_other_pictures_are_drawn_and_the_user_is_
     }
     save_file(weights, tmp_path / "model.safetensors")
     _, note, last = command(Source(str(tmp_path), "digits", None, f"{tmp_path}/net.py:Net"), "c", "0", [], None)
-    assert note.startswith("note: there are no patches: 'b' does not get what 'a' gives")
+    assert note.startswith("note: there are no patches: 'conv2' does not get what 'conv1' gives")
     assert last == f"the pictures are in {tmp_path / 'filters'}"
     assert sorted(path.name for path in (tmp_path / "filters").iterdir()) == ["filters-conv3.png", "maps-held-out-0.png"]
 

@@ -1515,7 +1515,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
                 whole = unsent.setdefault(name, torch.zeros(len(Model(case).get_parameter(name).view(-1))))
                 whole[int(start) : int(start) + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
-        shards = [_newest_of(world, number).shard for number in range(len(servers))]
+        shards = [_last_shard(world, number) for number in range(len(servers))]
         outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
         if not until_snapshot:
             _check_file(outcome, coordinator.folder / MODEL_FILE)
@@ -1547,6 +1547,13 @@ def _newest_of(world: World, number: int) -> ServerProcess:
     newest = world.newest(f"server-{number}")
     assert isinstance(newest, ServerProcess)
     return newest
+
+
+def _last_shard(world: World, number: int) -> Shard:
+    """Of the last process that had it: nobody needs it any more if that one died after the model had been written."""
+    place = f"server-{number}"
+    those = [p.shard for p in world.processes.values() if p.place == place and isinstance(p, ServerProcess) and p.server._shard]
+    return next((shard for shard in reversed(those) if shard.store is not None), those[-1])
 
 
 def _is_settled(world: World) -> bool:

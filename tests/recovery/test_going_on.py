@@ -165,7 +165,7 @@ def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: S
     run = cluster("--workers", 1, "--servers", 1, script)
     run.summary()
     script.write_text(SCRIPT.replace("WIDTH", "9"))
-    code, out = launch("local", "--resume", run.folder, "--epochs", 4)
+    code, out = launch("local", "--resume", run.folder, "--epochs", 20)
     assert code == 2
     assert "worker-0's model is not the snapshot's: 0.weight is float32 [9, 4]" in out and "0.weight, float32 [8, 4]" in out
 
