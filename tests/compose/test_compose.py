@@ -143,6 +143,12 @@ def test_a_worker_is_killed_and_a_server_crashes_and_the_others_train_to_the_sam
     for name, one in containers.items():
         users = run("docker", "top", one["Id"], "-eo", "pid,uid").split()[3::2]
         assert users and "0" not in users, f"{name} runs as root"
+        limits = one["HostConfig"]
+        assert limits["ReadonlyRootfs"] and limits["CapDrop"] == ["ALL"], name
+        assert limits["Memory"] > 0 and limits["PidsLimit"] > 0, name
+        written = ["docker", "exec", one["Id"], "touch", "/tmp/new", "/home/trainer/new"]
+        assert "/home/trainer/new" in (told := subprocess.run(written, capture_output=True, text=True).stderr), name
+        assert "Read-only file system" in told and "/tmp/new" not in told, told
     while (rounds := cluster.rounds()) < 5:
         assert cluster.containers()["coordinator-1"]["State"]["Running"]
     run("docker", "exec", containers["server-1"]["Id"], "sh", "-c", "kill -9 -1")  # all but its init: it is started again
