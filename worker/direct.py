@@ -1,8 +1,7 @@
 """Gradients of linear layers' weights, computed right where they are contributed from.
 
 Left to itself, autograd allocates each gradient anew, and for a large one touching new memory takes longer than computing it.
-So the backward of `torch.nn.Linear` is given a place to write to, or may leave the gradient to be computed later. The arithmetic,
-and so each bit, is autograd's own.
+So the backward of `torch.nn.Linear` is given a place to write to. The arithmetic, and so each bit, is autograd's own.
 """
 
 from __future__ import annotations
@@ -20,9 +19,6 @@ _LARGE_BYTES = 256 << 10
 
 class Taker(Protocol):
     """Who gets the gradients of weights."""
-
-    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """What stands for dy^T x, which is the gradient, to be computed later; None to have it computed now."""
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient is to be written, a tensor of the weight's shape; None to have it allocated."""
@@ -54,11 +50,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: Taker | None) -> torch.Tensor | None:
-    if taker is None:
-        return dy.t().mm(x)
-    if (later := taker.postpone(weight, dy, x)) is not None:
-        return later
-    if (out := taker.place(weight)) is None:
+    if taker is None or (out := taker.place(weight)) is None:
         return dy.t().mm(x)
     torch.mm(dy.t(), x, out=out)
     taker.written(weight, out)

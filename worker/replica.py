@@ -20,7 +20,6 @@ from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
 from worker import direct
 from worker.buffers import Rules, as_bytes, find, parts_of, same_bytes
 from worker.mapped import InPlane, MappedWeights, shaped
-from worker.postponed import Postponed
 from worker.slots import Slot
 
 #: Gradients of fewer bytes are taken over together when all are made, for a call each takes longer than the copy.
@@ -114,14 +113,12 @@ class Replica:
         #: Parameters that lie in servers' memory.
         self._in_memory: set[int] = set()
         #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and, of those whose
-        #: place has been given away already, how often that was written to, and whether nothing but that is their gradient.
+        #: place has been given away already, how often that was written to.
         self._slot: Slot | None = None
         self._places: dict[Slot, dict[int, torch.Tensor]] = {}
         self._given: dict[int, int] = {}
-        self._whole: set[int] = set()
-        #: Whether gradients are added to what is in the slot; those that are not computed before that.
+        #: Whether gradients are added to what is in the slot.
         self._adds = False
-        self._postponed = Postponed()
         self._on_gradient: Callable[[int], None] | None = None
         self._made = threading.Lock()
         #: Tensors whose gradients are not caught.
@@ -184,7 +181,7 @@ class Replica:
     def contribute_to(self, slot: Slot) -> None:
         """The next gradients go to `slot`."""
         self._catch_all()
-        self._slot, self._adds, self._given, self._whole = slot, False, {}, set()
+        self._slot, self._adds, self._given = slot, False, {}
         if slot not in self._places:
             offsets, _ = gradient_offsets(self.layout)
             places = {
@@ -208,12 +205,6 @@ class Replica:
         place = slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
         return place.data  # with a count of its own of how often it is written to
 
-    def postpone(self, weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        """Where gradients are added, those of weights that had one from a single layer, the last time that was seen."""
-        if not self._adds or self._slot is None or id(weight) not in self._whole:
-            return None
-        return self._postponed.postpone(weight, dy, x)
-
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient of `weight` is to be computed; None where that is not for this backward to decide."""
         if self._slot is None or self._adds or weight.grad is not None or id(weight) in self._given:
@@ -230,19 +221,14 @@ class Replica:
     @torch.no_grad()
     def _catch(self, index: int, parameter: torch.Tensor) -> None:
         """Called by autograd when the gradient of a parameter has been accumulated."""
-        if self._adds:
-            self._postponed.caught(parameter)
-            return
         gradient = parameter.grad
-        if self._slot is None or gradient is None or gradient.requires_grad or gradient.is_sparse:
+        if self._slot is None or self._adds or gradient is None or gradient.requires_grad or gradient.is_sparse:
             return
         if parameter is not self.tensors[index]:
             return  # of a copy of the model
         place = self._places[self._slot].get(id(parameter))
         if place is not None and gradient.dtype == place.dtype and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
-        elif self._given.get(id(parameter)) == gradient._version:
-            self._whole.add(id(parameter))
         if self._on_gradient is not None:
             with self._made:
                 self._on_gradient(index)
@@ -265,16 +251,13 @@ class Replica:
         """`sums`, of another micro-batch of as many samples, a power of two, with the contribution of this one: to the bit what
         adding what `gradient` gives makes of them, and where they are. The model's gradients are taken away."""
         assert self._slot is not None
-        summed = {index for index, tensor in enumerate(self.tensors) if tensor in self._postponed}
-        for index in summed:
-            self._postponed.add_to(self.tensors[index], self._places[self._slot][id(self.tensors[index])])
         out = {}
         for chunk in self.layout.chunks:
             total = sums[chunk.id]
             if total.is_nothing:
                 out[chunk.id] = self._own(chunk, self._slot.chunks[chunk.id], {}, samples)
             elif chunk.kind == "param":
-                present = self._add_pieces(chunk, total.values, summed)
+                present = self._add_pieces(chunk, total.values)
                 out[chunk.id] = Sum(total.values, total.present | present, owned=True, scale=total.scale)
             else:
                 values = torch.empty_like(total.values)
@@ -295,19 +278,18 @@ class Replica:
             return nothing()
         return weighted(values, self._collect(chunk, values, places), samples, chunk.kind)
 
-    def _add_pieces(self, chunk: Chunk, total: torch.Tensor, summed: Collection[int]) -> int:
-        """Add a chunk's gradients to `total`, but for those of tensors `summed`; the mask of all pieces that have one."""
+    def _add_pieces(self, chunk: Chunk, total: torch.Tensor) -> int:
+        """Add a chunk's gradients to `total`; the mask of the pieces that have one."""
         present, parts, gradients = 0, [], []
         for bit, piece in enumerate(chunk.pieces):
-            if piece.tensor not in summed:
-                part = total[piece.offset : piece.offset + piece.length]
-                gradient = self.tensors[piece.tensor].grad
-                if gradient is None:
-                    part.add_(0.0)  # as the contribution is 0 there
-                    continue
-                gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
-                parts.append(part)
-                gradients.append(gradient.reshape(-1)[piece.start : piece.start + piece.length].to(part.device, part.dtype))
+            part = total[piece.offset : piece.offset + piece.length]
+            gradient = self.tensors[piece.tensor].grad
+            if gradient is None:
+                part.add_(0.0)  # as the contribution is 0 there
+                continue
+            gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
+            parts.append(part)
+            gradients.append(gradient.reshape(-1)[piece.start : piece.start + piece.length].to(part.device, part.dtype))
             present |= 1 << bit
         if parts:
             torch._foreach_add_(parts, gradients)
@@ -316,7 +298,6 @@ class Replica:
     def discard(self) -> None:
         """Take away the model's gradients and contribute nothing."""
         self._slot = None
-        self._postponed.forget()
         for tensor in self.tensors:
             tensor.grad = None
 

@@ -1,4 +1,4 @@
-"""A gradient that is added as it is computed leaves every bit of what adding it afterwards leaves, whatever the script does."""
+"""Check that gradients added in the shared slot have the bits of gradients added afterwards, whatever the script does."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.sums import Sum, adder
-from worker import postponed
 from worker.replica import Replica
 from worker.slots import Slots
-from worker.touch import Untouched
 
 SAMPLES = 8
 
@@ -139,110 +137,18 @@ class Side:
         return torch.cat([sums[chunk.id].values * sums[chunk.id].scale for chunk in self.replica.layout.chunks])
 
 
-def compare(one: Script, other: Script, x: torch.Tensor, y: torch.Tensor) -> Side:
-    """Have `one` and `other` contribute x and y with and without adding as they go; the side that does."""
-    fused, apart = Side(), Side()
-    total = fused.added(other, y, fused.first(one, x))
-    left, right = apart.first(one, x), apart.first(other, y)
-    expected = {chunk.id: adder(chunk)(left[chunk.id], right[chunk.id]) for chunk in apart.replica.layout.chunks}
-    assert torch.equal(fused.flat(total).view(torch.int32), apart.flat(expected).view(torch.int32))
-    assert {c: s.present for c, s in total.items()} == {c: s.present for c, s in expected.items()}
-    assert all(type(p) is nn.Parameter and p.grad is None for p in fused.model.parameters())
-    return fused
-
-
-@pytest.fixture
-def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the weights whose gradients were not computed by themselves."""
-    shapes: list[tuple[int, ...]] = []
-    real = postponed.Postponed.add_to
-
-    def add_to(self: Any, weight: torch.Tensor, total: torch.Tensor) -> None:
-        shapes.append(tuple(weight.shape))
-        real(self, weight, total)
-
-    monkeypatch.setattr(postponed.Postponed, "add_to", add_to)
-    return shapes
-
-
 @pytest.mark.parametrize("other", SCRIPTS)
 @pytest.mark.parametrize("one", [plain, twice, penalised])
-def test_sums_have_the_same_bits(one: Script, other: Script, added: list[tuple[int, ...]]) -> None:
+def test_sums_have_the_same_bits(one: Script, other: Script) -> None:
+    """Have `one` and `other` contribute x and y, added where the first one is, and apart."""
     x, y = torch.randn(2, SAMPLES, 320)
-    compare(one, other, x, y)
-    if one is plain and other in (plain, overwritten_input, retained, asked_for):
-        assert sorted(added) == [(320, 480), (480, 320)]
-    if one is penalised:
-        assert not added  # for gradients of weights were sums before
-
-
-def test_no_gradient_is_put_off_that_somebody_is_called_with(added: list[tuple[int, ...]]) -> None:
-    side, seen = Side(), []
-    side.model.first.weight.register_hook(lambda gradient: seen.append(gradient.shape))
-    side.model.last.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.shape))
-    sums = side.first(plain, torch.randn(SAMPLES, 320))
-    side.added(plain, torch.randn(SAMPLES, 320), sums)
-    assert len(seen) == 4 and not added
-
-
-def test_what_a_product_adds_in_another_order_is_computed_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postponed, "_LARGER", 0)
-    many = torch.randn(2, 4096, 320)
-    side = compare(plain, plain, *many)  # whichever it is for this library
-    fits = side.replica._postponed._fits
-    assert len(fits) == 2
-    for shape in fits:
-        fits[shape] = False
-    dy, x = torch.randn(4096, 480), torch.randn(4096, 320)
-    assert side.replica._postponed.postpone(side.model.first.weight, dy, x) is None
-
-
-def test_a_sum_that_comes_out_otherwise_is_made_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = torch.Tensor.addmm_
-    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: real(self, a, b).mul_(1 + 1e-6))
-    x, y = torch.randn(2, SAMPLES, 320)
-    side = compare(plain, plain, x, y)
-    assert list(side.replica._postponed._fits.values()) == [False, False]
-
-
-def zero(model: Net, x: torch.Tensor) -> None:
-    (0 * model(x)).sum().backward()
-
-
-def test_gradients_of_zero_tell_nothing_about_a_shape_and_are_not_looked_at_for_ever() -> None:
-    side, (x, y) = Side(), torch.randn(2, SAMPLES, 320)
-    for last, known in ((zero, []), (zero, []), (plain, [True, True])):
-        side.added(last, y, side.first(plain, x))
-        side.slots._slots[0].taken = False
-        assert list(side.replica._postponed._fits.values()) == known
-    side = Side()
-    for known in ([], [], [False, False]):
-        side.added(zero, y, side.first(plain, x))
-        side.slots._slots[0].taken = False
-        assert list(side.replica._postponed._fits.values()) == known
-
-
-def test_only_some_shapes_are_tried(monkeypatch: pytest.MonkeyPatch, added: list[tuple[int, ...]]) -> None:
-    monkeypatch.setattr(postponed, "_SHAPES", 2)
-    side = Side()
-    for samples in (8, 4, 8, 2):
-        side.added(plain, torch.randn(samples, 320), side.first(plain, torch.randn(samples, 320)))
-        side.slots._slots[0].taken = False
-    assert len(added) == 4 and len(side.replica._postponed._fits) == 2
-
-
-def test_what_is_put_off_is_no_secret() -> None:
-    side = Side()
-    side.first(plain, torch.randn(SAMPLES, 320))
-    side.replica.add_to(side.slots._slots[0])
-    plain(side.model, x := torch.randn(SAMPLES, 320))
-    assert isinstance(side.model.first.weight, Untouched)
-    reference = Side().model
-    plain(reference, x)
-    for ours, theirs in zip(side.model.parameters(), reference.parameters(), strict=True):
-        assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
-    assert not any(isinstance(p, Untouched) for p in side.model.parameters())
-    side.replica.discard()
+    inside, apart = Side(), Side()
+    total = inside.added(other, y, inside.first(one, x))
+    left, right = apart.first(one, x), apart.first(other, y)
+    expected = {chunk.id: adder(chunk)(left[chunk.id], right[chunk.id]) for chunk in apart.replica.layout.chunks}
+    assert torch.equal(inside.flat(total).view(torch.int32), apart.flat(expected).view(torch.int32))
+    assert {c: s.present for c, s in total.items()} == {c: s.present for c, s in expected.items()}
+    assert all(type(p) is nn.Parameter and p.grad is None for p in inside.model.parameters())
 
 
 class Reused(nn.Module):
