@@ -27,6 +27,7 @@ from cluster.crew import Respawn
 from cluster.exits import exit_code
 from cluster.local import check_script, start_server
 from cluster.processes import GATHER_S, TICK_S, Child, Processes
+from common import vital
 from common.addresses import as_told, split
 from common.errors import ClusterError, PsError, UsageError
 
@@ -55,16 +56,18 @@ def server_beside(
     """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
 
     The server tells others to connect to `advertise`, if that is not None, and listens at its port, if it has one.
-    What the server logs goes to stderr. Where it is killed it is started again, as `respawn` says. Within the context, which is
-    the main thread's, its failure is raised: UsageError where it was refused, else ClusterError. After that it goes on until
-    the run or this process ends.
+    What the server logs goes to stderr. If it hangs, it is killed; where it is killed it is started again, as `respawn` says.
+    Within the context, which is the main thread's, its failure is raised: UsageError where it was refused, else ClusterError.
+    After that it goes on until the run or this process ends.
     """
     if script is not None:
         check_script(script)  # before there is a server that others would have to do without
     cleanup = ExitStack()
+    signs = cleanup.enter_context(contextlib.closing(vital.Listener()))
     try:
         with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
-            processes = cleanup.enter_context(Processes(Path(folder), os.environ))
+            env = {**os.environ, vital.VARIABLE: str(signs.write)}
+            processes = cleanup.enter_context(Processes(Path(folder), env, files=[signs.write]))
             bind, flags = "tcp://*:0", []
             if advertise is not None:
                 bind, flags = f"tcp://*:{split(as_told(advertise, bind))[1]}", ["--advertise", advertise]
@@ -74,7 +77,7 @@ def server_beside(
     except OSError as error:
         cleanup.close()
         raise ClusterError(f"the server beside this worker cannot be started: {error.strerror or error}.") from None
-    watch = _Watch(processes, server, told, respawn)
+    watch = _Watch(processes, server, told, respawn, signs)
     atexit.register(_end, cleanup, watch)
     before = signal.signal(_SIGNAL, watch.on_signal)
     watch.start()
@@ -88,9 +91,10 @@ def server_beside(
 
 
 class _Watch(threading.Thread):
-    """Copies the server's log to stderr, starts it again, and has the main thread raise when it has failed for good."""
+    """Copies the server's log to stderr, kills it if it hangs, starts it again, and has the main thread raise when it has failed
+    for good."""
 
-    def __init__(self, processes: Processes, server: Child, told: BinaryIO, respawn: Respawn) -> None:
+    def __init__(self, processes: Processes, server: Child, told: BinaryIO, respawn: Respawn, signs: vital.Listener) -> None:
         super().__init__(name="server", daemon=True)
         #: Set when nobody needs the server any more.
         self.over = threading.Event()
@@ -101,6 +105,7 @@ class _Watch(threading.Thread):
         self._server = server
         self._told = told
         self._respawn = respawn
+        self._signs = signs
 
     def run(self) -> None:
         self._until_it_ends()
@@ -118,6 +123,10 @@ class _Watch(threading.Thread):
             with contextlib.suppress(OSError, ValueError):  # ours is closed
                 sys.stderr.buffer.write(self._told.read())
                 sys.stderr.flush()
+            if self._server.code is None and self._signs.hangs(time.monotonic()):
+                log.warning("the server beside this worker hangs, and is killed.")
+                self._signs.begins()
+                self._server.popen.kill()
 
     def _starts_again(self) -> bool:
         """Start a server again that was killed, after a pause; whether there was reason to."""

@@ -93,14 +93,15 @@ class Child:
 class Processes:
     """Children with logs in the folder `log_dir`. As a context, it stops them all at its end."""
 
-    def __init__(self, log_dir: Path, env: Mapping[str, str], term_s: float = TERM_S) -> None:
-        """`env` is the environment that children get, with what `start` adds."""
+    def __init__(self, log_dir: Path, env: Mapping[str, str], term_s: float = TERM_S, files: Sequence[int] = ()) -> None:
+        """`env` is the environment that children get, with what `start` adds, and `files` are ours that they have open too."""
         self.children: list[Child] = []
         self._log_dir = log_dir
         self._family = secrets.token_hex(8)
         ours = {PARENT_VARIABLE: str(os.getpid()), guard.FAMILY_VARIABLE: self._family}
         self._env = {**env, **ours, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self._term_s = term_s
+        self._files = files
         self._guard: subprocess.Popen[bytes] | None = None
         #: Processes that were there when all were about to be stopped.
         self._seen: set[int] = set()
@@ -145,8 +146,8 @@ class Processes:
     def _spawn(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | Forked:
         env = {**self._env, **env}
         log.open("ab").close()  # OSError here and now
-        forked = self._fork_server.start(argv, env, log) if self._fork_server is not None else None
-        popen = forked or _popen(argv, env, log)
+        forked = self._fork_server.start(argv, env, log) if self._fork_server is not None and not self._files else None
+        popen = forked or _popen(argv, env, log, self._files)
         assert self._guard is not None and self._guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the guard; the run does not need it
             self._guard.stdin.write(b"%d\n" % popen.pid)
@@ -216,7 +217,7 @@ class Processes:
             self._guard = None
 
 
-def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path, files: Sequence[int]) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         return subprocess.Popen(
             list(argv),
@@ -226,6 +227,7 @@ def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess
             stderr=subprocess.STDOUT,
             start_new_session=True,
             umask=privacy.usual_umask,
+            pass_fds=files,
         )
 
 

@@ -55,6 +55,7 @@ from common.refusals import Refusals
 from common.restart import restart
 from common.settings import START_S
 from common.tickets import seal, ticket
+from common.vital import Signs
 from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
@@ -71,6 +72,7 @@ from common.wire import (
     send,
 )
 from ps.kv import KvStore
+from ps.membership import FAR_S
 from ps.restoring import make_shard
 from ps.saving import Writer, open_source
 from ps.shard import COORDINATOR, KEEPER, AboutCopies, Send, Shard
@@ -136,6 +138,7 @@ class _Server:
         self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
         self._told, self._breathed_at = Beat("starting"), float("-inf")
+        self._signs = Signs()
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         self._shard: Shard | None = None
         self._writer: Writer | None = None
@@ -167,6 +170,7 @@ class _Server:
         stop = self._attendance.stop
         if stop is not None and stop.again:
             log.warning("begins anew: %s", stop.reason)
+            self._signs.pause()
             restart()
         if stop is not None and not stop.ok:
             raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
@@ -186,6 +190,7 @@ class _Server:
             self._inflow.look(now, listening=self._shard is None or not self._shard.restoring)
             for body in self._attendance.tick(now, self._tell):
                 send(self._coordinator, self._stamp.encode(body))
+            self._signs.give(self._silence_s())
             if self._shard is not None:
                 self._do(self._shard.tick(now))
                 self._do(self._shard.work(now))
@@ -220,6 +225,12 @@ class _Server:
         if self._shard is not None and (now := time.monotonic()) >= self._breathed_at + BEAT_S:
             self._breathed_at = now
             send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, at=self._shard.done)))
+            self._signs.give(self._silence_s())
+
+    def _silence_s(self) -> float:
+        """Seconds of silence after which the coordinator counts this server as lost, the first time."""
+        welcome = self._attendance.welcome
+        return FAR_S if welcome is None or welcome.settings.silence is None else welcome.settings.silence
 
     def _tell(self) -> Beat:
         self._told = self._beat()

@@ -126,6 +126,22 @@ def test_a_killed_server_is_started_again_and_when_that_is_too_often_fails_its_w
     second.leaves_nothing(set())
 
 
+def test_a_server_that_hangs_is_killed_by_the_worker_that_started_it_and_another_takes_its_place(
+    start: Start, tmp_path: Path
+) -> None:
+    cluster = Cluster(start, tmp_path, 2, 2, "--replicas", 1, "--silence", 4)
+    for worker in (workers := [cluster.worker("--index", index, "endless.py") for index in range(2)]):
+        worker.ready(1)
+    before = cluster.pids()
+    os.kill(before["server-1"], signal.SIGSTOP)
+    cluster.until(lambda: cluster.pids()["server-1"] != before["server-1"])
+    assert cluster.pids()["server-1"] in workers[1].members()
+    assert before["server-1"] not in workers[1].members()
+    rounds = cluster.rounds()
+    cluster.until(lambda: cluster.rounds() > rounds + 1)
+    assert before["worker-1"] == cluster.pids()["worker-1"]
+
+
 def test_where_there_are_more_such_workers_than_servers_wanted_the_last_one_is_told(start: Start, tmp_path: Path) -> None:
     cluster = Cluster(start, tmp_path, 2, 1)
     workers = [cluster.worker("endless.py") for _ in range(2)]
