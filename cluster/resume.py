@@ -41,8 +41,7 @@ _OF_FAULTS = frozenset(
     }
 )
 _FREE = _OF_DATA | _OF_FAULTS
-#: A run that ended so many seconds ago is told to be over, rather than replaced: a container engine that starts a failed process
-#: again does so within them.
+#: A run that ended so many seconds ago is not replaced: an engine that starts a failed process again does so within them.
 _JUST_NOW_S = 10.0
 #: The word in place of a run's name that lets the run directory say what fits.
 AUTO = "auto"
@@ -144,10 +143,7 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
 
 def _take_up_finished(folder: Path, choice: Choice, before: Before, recovers: bool, say: Callable[[str], None]) -> How | None:
     """Likewise for a run that has finished; None where it is to go on for longer."""
-    if recovers and before.idle_s < _JUST_NOW_S:
-        say(f"the run in {folder} has finished just now")
-        return "recover"
-    if choice.overwrite:
+    if choice.overwrite and not (recovers and before.idle_s < _JUST_NOW_S):
         say(f"begins a run in {folder} in place of one that has finished")
         return "begin"
     was = choose({}, str(folder / SETTINGS_FILE)).settings

@@ -1046,9 +1046,7 @@ class Coordinator:
         coordinator, wait for those who have not found this one yet."""
         self._stop = stop
         until, told_at = time.monotonic() + (_FAREWELL_ANEW_S if stop.again else _FAREWELL_S), float("-inf")
-        late_until = until + (self._late_s or 0.0)
-        expected = self._settings.servers + self._settings.workers
-        while (now := time.monotonic()) < until or self._awaits_members(now) or (now < late_until and len(self._late) < expected):
+        while (now := time.monotonic()) < until or self._awaits_members(now) or self._awaits_late_ones(now - until):
             if now >= told_at + ASK_AGAIN_S / 4:
                 told_at = now
                 for route in self._routes.values():
@@ -1057,6 +1055,11 @@ class Coordinator:
             self._drain()
         with contextlib.suppress(Exception):  # it was told
             self._log.close()
+
+    def _awaits_late_ones(self, waited_s: float) -> bool:
+        """Whether somebody may yet come to a run that is over, and is to be told so."""
+        heard, expected = len(self._routes) + len(self._late), self._settings.servers + self._settings.workers
+        return self._late_s is not None and waited_s < self._late_s and heard < expected and not self._signal
 
     # ---- telling
 

@@ -32,8 +32,9 @@ T = TypeVar("T")
 
 #: Seconds for the old address of a coordinator to become free.
 _REBIND_S = 5.0
-#: Seconds for all servers and workers to hear that the run has finished, which were started as if it had not.
-_LATE_S = 30.0
+#: Seconds for all servers and workers to hear that the run has finished, which were started as if it had not: on a busy machine
+#: it takes them long to start. Once all have heard, nobody waits.
+_LATE_S = 60.0
 
 
 def serve(

@@ -178,11 +178,14 @@ class Link:
             raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
 
     def joined(self) -> Welcome:
-        """Block until the run starts, for as long as the coordinator answers. Raises ClusterError if it ends first."""
+        """Block until the run starts, for as long as the coordinator answers. Raises SystemExit, with exit code 0, if that says
+        that the run has finished, and ClusterError if it has failed."""
         what = f"the run of {self._address} to start"
         self.wait(lambda: self._attendance.welcome or self.stopped, float("inf"), lambda: what)
         if self._attendance.welcome is None:
-            raise ClusterError(f"the run of {self._address} has just ended.")
+            self.check()
+            log.info("the run of %s has finished: there is nothing left to do", self._address)
+            raise SystemExit(0)
         return self._attendance.welcome
 
     @property

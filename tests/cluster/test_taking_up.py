@@ -93,7 +93,7 @@ def test_a_finished_run_is_left_alone_until_it_is_to_be_replaced_or_to_go_on_for
     assert decide(folder, overwrite=True)[0] == "begin"
     assert decide(folder, epochs=20)[0] == "resume"
     make_run(tmp_path / "now", finished=True)
-    assert decide(tmp_path / "now", overwrite=True)[0] == "recover"  # an engine starts it again that has not heard
+    assert decide(tmp_path / "now", overwrite=True)[0] == "nothing"  # an engine starts it again that has not heard
     assert decide(tmp_path / "now", recovers=False, overwrite=True)[0] == "begin"
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,10 @@ def test_up_after_an_edit_goes_on_with_the_run_and_deletes_nothing(cluster: Clus
     with contextlib.closing(RunLogReader(tmp_path / "volume" / FILE_NAME)) as log:
         (back,) = [event.data["to"] for _, _, event in log.events() if event.kind == "rolled back"]
     assert back >= 10 and found["samples"] == 10 * 1437
+
+    began = time.monotonic()
+    cluster.up(*flags, "--epochs", "10")
+    assert cluster.wait() == dict.fromkeys(NAMES, 0)
+    assert time.monotonic() < began + 120.0, "somebody waits for a run that has finished"
+    assert cluster.results(tmp_path / "again")["weights_sha256"] == found["weights_sha256"]
+    assert all(one["RestartCount"] == 0 for one in cluster.containers().values())

@@ -44,7 +44,8 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
         context.destroy(linger=0)
 
 
-def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "told"), [(Stop(True), "0"), (Stop(False, "it failed."), "stopped because it failed.")])
+def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path, stop: Stop, told: str) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with ThreadPoolExecutor() as threads:
         try:
@@ -53,8 +54,8 @@ def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path) -> None:
             link = Link(address, Hello("worker"))
             joined = threads.submit(link.joined)
             while not joined.done():
-                coordinator._tell(Stop(True))
-            assert str(joined.exception()) == f"the run of {address} has just ended."
+                coordinator._tell(stop)
+            assert str(joined.exception()) == told
             link.close()
         finally:
             context.destroy(linger=0)

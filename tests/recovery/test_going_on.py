@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.live import LAUNCH, TRAINING, Cluster
+from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
+from cluster.processes import Processes
 from common import snapshots
 from common.failpoints import VARIABLE
 from common.versions import versions_here
@@ -94,6 +96,20 @@ def test_a_run_that_was_stopped_by_ctrl_c_goes_on_with_the_same_bits(
     summary = resumed().summary()
     assert summary["weights_sha256"] == undisturbed and summary["rounds"] == run.rounds()
     assert run.is_exact()
+
+
+def test_all_that_are_started_again_when_the_run_has_finished_are_told_so_and_end(tmp_path: Path) -> None:
+    folder, hashes = tmp_path / "run", set()
+    for number in range(2):
+        with Processes(tmp_path / f"logs-{number}", os.environ) as processes:
+            run = ByHand(folder, processes, 1, 2, *TRAINING, "--rounds", 5, "--resume", "auto")
+            try:
+                hashes.add(run.summary()["weights_sha256"])
+                processes.poll()
+                assert [child.code for child in processes.children] == [0, 0, 0]
+            finally:
+                run.close()
+    assert len(hashes) == 1 and "there is nothing left to do" in (tmp_path / "logs-1" / "worker-1.log").read_text()
 
 
 def test_a_damaged_snapshot_is_told_of_and_the_one_before_it_used(
