@@ -1,7 +1,8 @@
 """What the fault matrix trains where something happens at the end: digits, with the bits of the built-in example.
 
 The command line says how scripts end. `leave`: that of worker 1 breaks off its loop; `exit`: that of worker 0 ends early.
-After the last round worker 0 may `evaluate` for long, `raise`, or be killed (`kill`).
+After the last round worker 0 may `evaluate` for long, `raise`, or be killed (`kill`). `wait FILE`: no worker goes on before there
+is such a file, so that something can happen to all of them meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,7 +20,7 @@ import worker
 from worker import data, models
 from worker.example import optimizer_arguments, optimizer_class, schedule
 
-#: The round from which on a script ends early, and how long worker 0 evaluates, seconds.
+#: The round from which on a script ends early or waits, and how long worker 0 evaluates, seconds.
 ROUND, SECONDS = 60, 8.0
 
 
@@ -37,6 +39,8 @@ def main() -> None:
         loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
         run.log(loss=loss)
         opt.step()
+        while how == "wait" and run.round >= ROUND and not Path(sys.argv[2]).exists():
+            time.sleep(0.05)
         if how == "leave" and run.index == 1 and run.round >= ROUND:
             break
         if how == "exit" and run.index == 0 and run.round >= ROUND:

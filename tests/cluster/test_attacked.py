@@ -20,7 +20,9 @@ from common.wire import Stamp
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--lane", "socket")
+FLAGS = ("--workers", 2, "--servers", 2, "--data", "digits", "--model", "mlp", "--rounds", 100, "--lane", "socket")
+#: Trains 60 rounds, and the rest once there is a file `go`: so no machine is so fast that a run ends before an attack does.
+SCRIPT = (ROOT / "benchmarks" / "train_to_the_end.py", "--", "wait")
 #: What is refused under another kind each, and what needs little time of a small machine's processors.
 CHOSEN = (
     "garbage", "oversized frames", "endless frames", "gradients of another size or type", "unknown senders", "another run's id",
@@ -34,19 +36,21 @@ CHOSEN = (
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of a run that nobody attacks."""
     folder = tmp_path_factory.mktemp("quiet")
-    summary = Cluster(folder, "--run-dir", folder, *FLAGS).summary()
+    (go := folder.with_name("go")).touch()
+    summary = Cluster(folder, "--run-dir", folder, *FLAGS, *SCRIPT, go).summary()
     for path in (folder, *folder.rglob("*")):
         assert not path.stat().st_mode & 0o077, f"{path} is not for its user alone"
     return summary
 
 
 def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path, quiet: dict[str, Any]) -> None:
-    run = Cluster(tmp_path / "loud", "--run-dir", tmp_path / "loud", *FLAGS)
+    run = Cluster(tmp_path / "loud", "--run-dir", tmp_path / "loud", *FLAGS, *SCRIPT, tmp_path / "go")
     try:
         run.until(lambda: run.rounds() > 5, "training")
         memory = Memory(run)
         with attacking([ITEMS[name] for name in CHOSEN], targets(run)):
             time.sleep(ATTACK_S)
+        (tmp_path / "go").touch()
         loud = run.summary()
     finally:
         run.close()
@@ -60,7 +64,7 @@ def test_an_attacked_run_gives_the_bits_of_an_undisturbed_one(tmp_path: Path, qu
 
 
 def test_workers_that_join_and_do_harm_change_no_bit(tmp_path: Path, quiet: dict[str, Any]) -> None:
-    run = Cluster(tmp_path / "loud", "--run-dir", tmp_path / "loud", *FLAGS, "--kv-memory", 64)
+    run = Cluster(tmp_path / "loud", "--run-dir", tmp_path / "loud", *FLAGS, "--kv-memory", 64, *SCRIPT, tmp_path / "go")
     try:
         run.until(lambda: run.rounds() > 5, "training")
         memory = Memory(run)
@@ -68,6 +72,7 @@ def test_workers_that_join_and_do_harm_change_no_bit(tmp_path: Path, quiet: dict
             for deed in DEEDS.values():
                 all_at_once.enter_context(joining(deed, targets(run)[0]))
             time.sleep(ATTACK_S)
+        (tmp_path / "go").touch()
         loud = run.summary()
     finally:
         run.close()
