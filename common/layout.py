@@ -25,9 +25,9 @@ _MOST_PIECES = 64
 #: Models beyond this have more chunks than any process should keep track of.
 _MOST_BYTES = 1 << 40
 
-Kind = Literal["param", "mean", "max", "last"]
+Kind = Literal["param", "mean", "max", "sum", "last"]
 #: How a round's contributions to a buffer are merged.
-Rule = Literal["mean", "max", "last"]
+Rule = Literal["mean", "max", "sum", "last"]
 
 #: dtype name -> (bytes an element has on the wire, dtype that gradients are summed and masters kept in)
 _DTYPES = {
@@ -62,9 +62,9 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     A `frozen` parameter required no gradient when the optimizer was made. If it was not given to the optimizer, its `group` is
     -1, and it may have any dtype, for it travels as bytes.
 
-    Of a buffer, `rule` says how a round's contributions are merged: `mean`, weighted by samples; `max`, element by element; or
-    `last`, the value that the last micro-batch in order has left which changed it. One of `last` may have any dtype, for it
-    travels as bytes.
+    Of a buffer, `rule` says how a round's contributions are merged: `mean`, weighted by samples; `max`, element by element;
+    `sum`, of what each has added; or `last`, the value that the last micro-batch in order has left which changed it. One of
+    `last` may have any dtype, for it travels as bytes.
     """
 
     name: Name
@@ -85,6 +85,10 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     def kind(self) -> Kind:
         """How contributions are merged: gradients through the optimizer, buffers by their rule."""
         return "param" if self.group >= 0 or self.frozen else self.rule
+
+    @property
+    def is_buffer(self) -> bool:
+        return self.kind != "param"
 
     @property
     def is_bytes(self) -> bool:
@@ -246,7 +250,11 @@ def _check_dtype(spec: TensorSpec) -> None:
     """Raise UsageError for a dtype that the tensor's kind cannot have."""
     if spec.is_bytes and spec.dtype in _AS_BYTES:
         return
-    if spec.dtype not in _DTYPES or (spec.kind in ("param", "mean") and not is_trainable(spec.dtype)):
+    if (
+        spec.dtype not in _DTYPES
+        or (spec.kind in ("param", "mean") and not is_trainable(spec.dtype))
+        or (spec.kind == "sum" and spec.dtype == "bool")
+    ):
         if spec.kind == "param":
             raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(_DTYPES)}.")
         raise UsageError(f"the buffer '{spec.name}' has dtype {spec.dtype}, which rule '{spec.kind}' cannot merge.")

@@ -28,6 +28,8 @@ T = TypeVar("T")
 Sums = ByName[tuple[float, Amount]]
 #: Micro-batches that a Beat tells of, the first ones, in each of its lists: it is kept, and every process has one.
 MOST_TOLD = 1 << 14
+#: Tensors that one message names whose values were computed anew.
+MOST_RECOMPUTED = 1000
 Told = Annotated[list[Count], msgspec.Meta(max_length=MOST_TOLD)]
 _MOST_REASON = 4000
 
@@ -778,7 +780,7 @@ class Recomputed(Body, frozen=True):
 
     id: Count
     round: Count
-    names: Annotated[list[Name], msgspec.Meta(max_length=4000)]
+    names: Annotated[list[Name], msgspec.Meta(max_length=MOST_RECOMPUTED)]
 
 
 # ---- the model's file (coordinator -> server, and back)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
+#: Key of a model file's metadata: what merges each buffer in it, as JSON, by name.
+BUFFERS = "buffers"
 #: Bits that an element has, by what safetensors calls its dtype.
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),

@@ -58,22 +58,22 @@ def put_off(left: Sum, right: Sum) -> Sum:
 
 def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:
     """The contribution of a micro-batch with gradient `values`, which may be written to: times its samples."""
-    if kind in ("max", "last"):
+    if kind in ("max", "sum", "last"):
         return Sum(values, present, owned=True)
     if samples & (samples - 1):
         return Sum(values.mul_(samples), present, owned=True)
     return Sum(values, present, owned=True, scale=float(samples))
 
 
-def is_change(chunk: Chunk) -> bool:
-    """Whether contributions to a chunk of buffers are their changes, where each is applied at once: those of means and counters
-    are, so that of micro-batches that began with the same values each one counts."""
-    return chunk.kind == "mean" or (chunk.kind == "max" and "int" in chunk.dtype)
+def is_change(chunk: Chunk, at_once: bool) -> bool:
+    """Whether contributions to a chunk of buffers are their changes: those of sums always, and those of means and counters if
+    each is applied `at_once`, so that of micro-batches that began with the same values each one counts."""
+    return chunk.kind == "sum" or (at_once and (chunk.kind == "mean" or (chunk.kind == "max" and "int" in chunk.dtype)))
 
 
 def move(chunk: Chunk, buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Apply one contribution to the buffers of a chunk, or to some of its elements."""
-    if is_change(chunk):
+    """Apply one contribution to the buffers of a chunk, or to some of its elements, at once."""
+    if is_change(chunk, at_once=True):
         buffer.add_(value)
     elif chunk.kind == "max":
         torch.maximum(buffer, value, out=buffer)

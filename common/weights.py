@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 
 from common import tensorfile
 from common.errors import UsageError
-from common.layout import TableSpec, TensorSpec
+from common.layout import Rule, TableSpec, TensorSpec
 from common.pages import BLOCK, pages
 from common.rows import draw, local_of, owner_of, page_ids
+from common.safetensors_header import BUFFERS
 from common.snapshots import Snapshot
 from common.tensorfile import Entry, TensorFiles
 from common.tensors import dtype_of, stored_as
@@ -35,7 +38,8 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
             entries.append(Entry(name, [layer.rows], biases, torch.float32))
     temporary = path.with_name(path.name + ".tmp")
     try:
-        tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round)})
+        rules = json.dumps({spec.name: spec.rule for spec in setup.tensors if spec.is_buffer})
+        tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round), BUFFERS: rules})
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -83,6 +87,17 @@ def _draw(
         block = int(ids[start]) // BLOCK
         if block % servers == server and not drawn[block // servers]:
             draw(spec, seed, block, out[start : start + BLOCK])
+
+
+def read_rules(path: Path) -> dict[str, Rule]:
+    """What merges the buffers in a model's file, by name: empty where the file does not say so, as it was made elsewhere."""
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":
+            return {}
+    try:
+        return msgspec.json.decode(TensorFiles([path]).metadata[0].get(BUFFERS, "{}"), type=dict[str, Rule])
+    except msgspec.MsgspecError:
+        return {}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.durable import rename, write_whole
 from common.errors import WireError
-from common.messages import InFile
+from common.messages import InFile, Setup
 from common.runfiles import MODEL_FILE, SUMMARY_FILE
-from common.safetensors_header import header, size_of
+from common.safetensors_header import BUFFERS, header, size_of
 from ps.parts import Span
 
 #: Bytes after which what is written is waited for to be on the disk, so that it does not take long at the end; and bytes that are
@@ -24,11 +24,14 @@ _SYNC_BYTES, _HASH_BYTES = 64 << 20, 8 << 20
 class ModelFile:
     """Writes the model's file, whose bytes come in any order, hashes what it has written, and gives it its name at the end."""
 
-    def __init__(self, folder: Path, file: Sequence[InFile], sizes: Sequence[int]) -> None:
-        """Of these tensors; see ps/checks.py. Nothing is written yet."""
+    def __init__(
+        self, folder: Path, file: Sequence[InFile], sizes: Sequence[int], rules: Mapping[str, str] | None = None
+    ) -> None:
+        """Of these tensors; see ps/checks.py. `rules` merge its buffers. Nothing is written yet."""
         self._path = folder / MODEL_FILE
         self._temporary = folder / (MODEL_FILE + ".tmp")
         self._file = file
+        self._rules = json.dumps(rules or {})
         #: Where each tensor begins, by the number that `InFile` has for it: as often as it has names. And the sizes.
         self._places: dict[int, list[int]] = {}
         self._sizes = sizes
@@ -63,7 +66,7 @@ class ModelFile:
 
     def _header(self, sha256: str) -> bytes:
         tensors = [(entry.name, entry.dtype, entry.shape, size_of(entry.dtype, entry.shape)) for entry in self._file]
-        return header(tensors, {"format": "pt", "weights_sha256": sha256})
+        return header(tensors, {"format": "pt", "weights_sha256": sha256, BUFFERS: self._rules})
 
     def write(self, pieces: Iterable[tuple[Span, memoryview]]) -> None:
         """Put bytes where they belong; those of tensors that are not in the file are left out. OSError where that cannot be."""
@@ -134,6 +137,13 @@ class ModelFile:
     def discard(self) -> None:
         """Training goes on: what was written is not the trained model any more."""
         (self._path if self.complete else self._temporary).unlink(missing_ok=True)
+
+
+def rules_in(setup: Setup) -> dict[str, str]:
+    """What merges the buffers in the model's file, by their names there."""
+    known = dict(enumerate(setup.tensors))
+    named = {entry.name: known[entry.of[0]] for entry in setup.file if len(entry.of) == 1 and entry.of[0] in known}
+    return {name: spec.rule for name, spec in named.items() if spec.is_buffer}
 
 
 def _write_at(file: int, data: memoryview, at: int) -> None:

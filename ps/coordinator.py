@@ -83,7 +83,7 @@ from common.wire import (
     send,
 )
 from ps.allowance import Allowance
-from ps.archive import ModelFile, summarized_run, write_summary
+from ps.archive import ModelFile, rules_in, summarized_run, write_summary
 from ps.books import Books, Head, new_run
 from ps.collecting import Collecting
 from ps.cuts import Cuts, Under
@@ -649,7 +649,7 @@ class Coordinator:
     def _new_model(self) -> ModelFile:
         setup, layout = self._ledger.setup, self._ledger.layout
         assert setup is not None and layout is not None
-        return ModelFile(self._run_dir, setup.file, sizes(layout))
+        return ModelFile(self._run_dir, setup.file, sizes(layout), rules_in(setup))
 
     def _is_trained(self, now: float) -> bool:
         """Whether the weights are final, as far as can be known: all rounds are done, and nobody has begun others."""

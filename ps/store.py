@@ -340,7 +340,7 @@ class Store:
             raise WireError(f"a gradient came for chunk {chunk}, which was not given to the optimizer")
         if not part.has_values(present):
             return nothing()
-        return Sum(values, present, scale=1.0 if part.kind in ("max", "last") else scale, stays=stays)
+        return Sum(values, present, scale=1.0 if part.kind in ("max", "sum", "last") else scale, stays=stays)
 
     def is_still(self, chunk: int) -> bool:
         """Whether it is a frozen chunk whose weights are those that came first, for nothing was contributed to it."""
@@ -507,9 +507,9 @@ class Store:
 
         `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
         `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
-        happened since. Buffers become the mean, or where each push is applied at once, `move`. The new weights are written to
-        `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it they take the
-        old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `settle` does.
+        happened since. Buffers become the mean; sums, and all buffers where each push is applied at once, `move`. The new weights
+        are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it
+        they take the old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `settle` does.
 
         Raises NotFinite where the run is to fail then; the chunk is half updated and of no use any more.
         """
@@ -532,7 +532,7 @@ class Store:
                 part.move(block, into)  # just before its update, for then it is in the cache
             if not present & block.pieces:
                 continue
-            overwrites = not part.optimizers and not self._at_once
+            overwrites = not (part.optimizers or self._at_once or part.chunk.kind == "sum")
             out = block.parameter if overwrites else self._scratch[part.sum_dtype][0][: block.length]
             found = self._sum(part, block, total, out)
             may_divide = part.divides(block) and found.values is out and factor is None and then is None
@@ -547,7 +547,7 @@ class Store:
                     old = then[block.start : block.start + block.length].to(part.sum_dtype)
                     gradient = self._policy.compensate(gradient, block.parameter, old)
                 part.step(block, gradient, scale)
-            elif self._at_once:
+            elif not overwrites:
                 move(part.chunk, block.parameter, gradient)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
@@ -556,7 +556,7 @@ class Store:
 
 def _divided(of: _Part, total: Sum, samples: int, out: torch.Tensor) -> torch.Tensor:
     """Write the mean whose sum `total` is to `out`."""
-    if of.chunk.kind in ("max", "last"):
+    if of.chunk.kind in ("max", "sum", "last"):
         return out if total.values is out else out.copy_(total.values)
     return torch.div(total.values, samples / total.scale, out=out)
 

@@ -2,7 +2,8 @@
 
 Every micro-batch begins with the buffers as they were when the round began. What it leaves in them is merged by a rule: running
 statistics of normalisation layers are averaged, weighted by samples; any other buffer gets the value of the last micro-batch, in
-order, that changed it. A mean of queues, of unit vectors or of codebooks is none.
+order, that changed it. A mean of queues, of unit vectors or of codebooks is none. A counter under the rule `sum` gets
+what all of them have counted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from common.errors import UsageError
 from common.layout import Rule
 
 #: What a script can say of a buffer; `own`: each worker has its own, which is neither sent nor put back.
-BufferRule = Literal["mean", "max", "last", "own"]
+BufferRule = Literal["mean", "max", "sum", "last", "own"]
 Rules = Mapping[str, BufferRule]
 
 _STATISTICS = ("running_mean", "running_var")
@@ -149,9 +150,9 @@ def _check_rules(rules: Rules, buffers: Mapping[str, torch.Tensor]) -> None:
         for name in fits:
             if rule == "mean" and not buffers[name].is_floating_point():
                 raise UsageError(
-                    f"the buffer '{name}' is {described(buffers[name])}, of which there is no mean: give 'last' or 'max'."
+                    f"the buffer '{name}' is {described(buffers[name])}, of which there is no mean: give 'last', 'max' or 'sum'."
                 )
-            if rule in ("mean", "max") and buffers[name].layout != torch.strided:
+            if rule in ("mean", "max", "sum") and buffers[name].layout != torch.strided:
                 raise UsageError(f"the buffer '{name}' is sparse: give 'last' or 'own'.")
 
 

@@ -34,6 +34,18 @@ def put_back(model: nn.Module) -> None:
                 _fit(several)
 
 
+def unit_vectors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Find the unit vectors of all spectral norms in `model`, by the name of each in its state_dict."""
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+        ours = [f"{hook.name}_{end}" for hook in hooks for end in "uv"]
+        ours += ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
+        buffers = dict(module.named_buffers(recurse=False))
+        found |= {f"{name}.{key}" if name else key: buffers[key] for key in ours if key in buffers}
+    return found
+
+
 def _fit(several: Any) -> None:
     """Likewise of all parametrizations of one weight, each of which makes another weight for the next."""
     weight: Any = getattr(several, "original", None)  # others have several

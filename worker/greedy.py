@@ -104,6 +104,9 @@ class _Soup:
             each = [part[chunk.id] for part in parts]
             if chunk.kind == "max":
                 out[chunk.id] = functools.reduce(torch.maximum, each)
+            elif chunk.kind == "sum":
+                began = self._began[chunk.id].to(each[0].dtype)
+                out[chunk.id] = functools.reduce(torch.add, [values - began for values in each], began)
             elif chunk.kind == "last":
                 sums = [Sum(values, self._changed(chunk, values)) for values in each]
                 out[chunk.id] = functools.reduce(adder(chunk), sums).values

@@ -219,14 +219,18 @@ class LocalWork:
             callback()
         values = self.replica.weights()
         present = self.replica.present(values)
+        added = {c.id: self.replica.added_to(c, values[c.id]) for c in self.replica.layout.chunks if c.kind == "sum"}
         weight = self._weigh(values)
+        values |= added
         for chunk in [chunk for chunk in self.replica.layout.chunks if chunk.id in values]:
             if chunk.kind == "param" and self._policy.contributes == "delta":
                 torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
             if chunk.kind == "last":
                 present[chunk.id] = present[chunk.id] if weight else 0
-            elif chunk.kind != "max":  # 0 times what is no number would be none
-                values[chunk.id] = values[chunk.id].mul_(weight) if weight else torch.zeros_like(values[chunk.id])
+            elif not weight and chunk.kind != "max":  # 0 times what is no number would be none
+                values[chunk.id] = torch.zeros_like(values[chunk.id])
+            elif chunk.kind in ("param", "mean"):
+                values[chunk.id].mul_(weight)
         me = self._run.index
         groups = len(self._inner.optimizer.param_groups)
         push = Push(

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from common.errors import UsageError
+from common.layout import Rule
 from common.runfiles import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE
+from common.safetensors_header import BUFFERS
 from common.settings import Settings, make_settings
-from common.weights import read_weights
+from common.weights import read_rules, read_weights
 from worker import batchnorm, data, models
 from worker.constraints import fitted
 from worker.example import accuracy, halves
@@ -34,6 +36,8 @@ class Part:
 
     path: Path
     tensors: Tensors
+    #: What merges its buffers, as far as the file says so.
+    rules: Mapping[str, Rule]
     settings: Mapping[str, Any]
     summary: Mapping[str, Any]
 
@@ -79,8 +83,9 @@ def merge_files(
         warnings.append(f"not measured: {error}")
     tensors = [part.tensors for part in parts]
     weights = _weights(parts, how, judge) if weights is None else _checked(weights, parts)
+    rules = next((part.rules for part in parts if part.rules), {})
     merged = fitted(
-        mean(tensors, weights), next(t for t, weight in zip(reversed(tensors), reversed(weights), strict=True) if weight)
+        mean(tensors, weights, rules), next(t for t, weight in zip(reversed(tensors), reversed(weights), strict=True) if weight)
     )
     measured = None
     if judge is not None:
@@ -90,15 +95,15 @@ def merge_files(
             "running statistics of batch normalisation were averaged, and do not fit the mean of the weights: compute them anew, "
             "with torch.optim.swa_utils.update_bn."
         )
-    _write(out, merged, {str(part.path): weight for part, weight in zip(parts, weights, strict=True)})
+    _write(out, merged, {str(part.path): weight for part, weight in zip(parts, weights, strict=True)}, rules)
     return Merged(list(weights), warnings, measured, judge.judge(merged) if judge is not None else None)
 
 
 def read_part(path: Path) -> Part:
     """Raises UsageError where there is no model."""
     path = path / MODEL_FILE if path.is_dir() else path
-    found = read_weights(path)
-    return Part(path, found, _beside(path, SETTINGS_FILE, tomllib.loads), _beside(path, SUMMARY_FILE, json.loads))
+    found, rules = read_weights(path), read_rules(path)
+    return Part(path, found, rules, _beside(path, SETTINGS_FILE, tomllib.loads), _beside(path, SUMMARY_FILE, json.loads))
 
 
 def _beside(model: Path, name: str, parse: Callable[[str], Any]) -> Mapping[str, Any]:
@@ -217,10 +222,11 @@ def _judge(parts: Sequence[Part]) -> _Judge | None:
     return judge
 
 
-def _write(out: Path, tensors: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> None:
+def _write(out: Path, tensors: Tensors, weights: Mapping[str, float], rules: Mapping[str, Rule]) -> None:
     temporary = out.with_name(out.name + ".tmp")
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt", "merged": json.dumps(weights)})
+        metadata = {"format": "pt", "merged": json.dumps(weights), BUFFERS: json.dumps(rules)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
         temporary.rename(out)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{out} cannot be written: {error}.") from None

@@ -6,36 +6,49 @@ time" (ICML 2022).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
+from common.layout import Rule
+
 K = TypeVar("K")
 
 
-def mean(models: Sequence[Mapping[K, torch.Tensor]], weights: Sequence[float]) -> dict[K, torch.Tensor]:
+def mean(
+    models: Sequence[Mapping[K, torch.Tensor]], weights: Sequence[float], rules: Mapping[K, Rule] | None = None
+) -> dict[K, torch.Tensor]:
     """The weighted mean of models that have the same names and shapes, tensor by tensor, in the first one's dtypes.
 
     It is summed in double precision. A tensor that has no fractions, such as a counter of batches, is not averaged: it is the
-    largest of them all. A weight of 0 leaves a model out, even one whose weights are no numbers. The weights need not sum to 1.
+    largest of them all. `rules` says otherwise of buffers: `max`, `sum`, or `last`, the value in the last model. A weight of 0
+    leaves a model out, even one whose weights are no numbers. The weights need not sum to 1.
     """
     counted = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight]
     total = math.fsum(weight for _, weight in counted)
-    out = {}
-    for name, first in counted[0][0].items():
-        if first.is_floating_point() or first.is_complex():
-            wide = torch.promote_types(first.dtype, torch.float64)
-            value = torch.zeros(first.shape, dtype=wide)
-            for model, weight in counted:
-                value += model[name].to(wide) * (weight / total)
-        else:
-            value = first
-            for model, _ in counted[1:]:
-                value = torch.maximum(value, model[name])
-        out[name] = value.to(first.dtype)
-    return out
+    shares = [weight / total for _, weight in counted]
+    return {
+        name: _merged([model[name] for model, _ in counted], shares, (rules or {}).get(name, "mean")) for name in counted[0][0]
+    }
+
+
+def _merged(values: Sequence[torch.Tensor], shares: Sequence[float], rule: Rule) -> torch.Tensor:
+    """One tensor of several models."""
+    first = values[0]
+    if rule == "last":
+        return values[-1]
+    has_fractions = first.is_floating_point() or first.is_complex()
+    wide = torch.complex128 if first.is_complex() else torch.float64 if has_fractions else torch.int64
+    if rule == "mean" and has_fractions:
+        out = torch.zeros(first.shape, dtype=wide)
+        for value, share in zip(values, shares, strict=True):
+            out += value.to(wide) * share
+        return out.to(first.dtype)
+    combine = torch.add if rule == "sum" else torch.maximum
+    return functools.reduce(combine, [value.to(wide) for value in values]).to(first.dtype)
 
 
 def greedy(scores: Sequence[float], evaluate: Callable[[Sequence[int]], float]) -> list[int]:

@@ -89,7 +89,7 @@ class Replica:
             for piece in chunk.pieces:
                 self._chunks_of.setdefault(piece.tensor, []).append(chunk)
         #: Chunks whose contributions are the changes of buffers.
-        self._changes = {chunk.id for chunk in self.layout.chunks if at_once and is_change(chunk)}
+        self._changes = {chunk.id for chunk in self.layout.chunks if is_change(chunk, at_once)}
         #: The tensors of chunks that have whole parameters only.
         self._packed = {
             chunk.id: [self.tensors[piece.tensor] for piece in chunk.pieces]
@@ -384,6 +384,10 @@ class Replica:
     def _began(self, chunk: Chunk, piece: Piece) -> torch.Tensor:
         """A piece of a buffer as it was when the round began."""
         return self._buffers[chunk.id][piece.offset : piece.offset + piece.length]
+
+    def added_to(self, chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
+        """What was added to the buffers of a chunk since the round began, given what they are now."""
+        return values - self._buffers[chunk.id].to(values.dtype)
 
     def began(self) -> dict[int, torch.Tensor]:
         """Buffers as they were when the round began, by chunk."""

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from common.facts import Fact
 from common.failpoints import arm
 from common.layout import message_batches
 from common.messages import (
+    MOST_RECOMPUTED,
     Beat,
     Body,
     ClassAck,
@@ -55,7 +56,7 @@ from common.shared import Handle, NotShared
 from common.tensors import to_frame
 from common.watchdog import Watchdog
 from common.wire import Frames, new_incarnation
-from worker import alike, batchnorm, local
+from worker import alike, batchnorm, constraints, local
 from worker.buffers import Rules
 from worker.classes import Sharded, Shards, check_sharding, find_layers
 from worker.contents import file_of
@@ -140,6 +141,8 @@ class Run:
         #: What was computed anew from the last weights and is not in the model's file yet: message, frames, when it was sent.
         self._recomputed: dict[int, tuple[Recomputed, list[memoryview], float]] = {}
         self._recomputations = 0
+        #: Names of tensors in the model's file.
+        self._in_file: set[str] = set()
         #: Whether a loop over batches goes on, or was left before its end.
         self._is_training = True
         #: How often each tensor of the model had been written to when the last loop over batches had ended.
@@ -210,8 +213,9 @@ class Run:
         Each micro-batch begins with the buffers as they were at the round's beginning. Running statistics of normalisation layers
         become the mean of what micro-batches make of them, weighted by samples. Any other buffer gets the value that the last
         micro-batch in order has left, of those that changed it. `buffers` says otherwise: it maps names, or patterns with `*`, to
-        `mean`, `max`, `last`, or `own` (each worker has its own, as of a cache). A buffer that the model's file has not
-        (`persistent=False`) does not travel unless it is named, and must not change.
+        `mean`, `max`, `last`, `sum` (of what each micro-batch adds, as of a counter of tokens), or `own` (each worker has its
+        own, as of a cache). A buffer that the model's file has not (`persistent=False`) does not travel unless it is named, and
+        must not change.
 
         The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
         that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
@@ -336,6 +340,7 @@ class Run:
         """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
         weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
         file = file_of(replica.model, [*replica.tensors, *weights, *(sharded.layer.bias for sharded in layers)], replica.specs)
+        self._in_file = {entry.name for entry in file}
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
         with self._link.lock:
             self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
@@ -498,6 +503,8 @@ class Run:
         try:
             yield from self._work.batches(segment, loader)
             self._is_training = False
+            if self._policy.is_local:
+                self._hand_in(constraints.unit_vectors(self._work.replica.model))
             self._written = {name: (tensor, tensor._version) for name, tensor in self._tensors().items()}
         finally:
             loader.close()
@@ -582,14 +589,22 @@ class Run:
         if self._model is None:
             raise UsageError("recompute_batchnorm() needs a model: call run.replicate(model) before it.")
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
-        found = batchnorm.statistics(self._model)
-        if found and not self._is_training:  # else it is a candidate for a merge that was judged
-            message = Recomputed(self._recomputations, self.round, list(found))
-            self._recomputations += 1
+        if not self._is_training:  # else it is a candidate for a merge that was judged
+            found = batchnorm.statistics(self._model)
             self._written |= {name: (tensor, tensor._version) for name, tensor in found.items()}
-            frames = [to_frame(tensor.detach().cpu().clone(memory_format=torch.contiguous_format)) for tensor in found.values()]
+            self._hand_in(found)
+
+    def _hand_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Have tensors that every worker has computed anew, with the same bits, in the model's file as far as it has them."""
+        names = [name for name, tensor in tensors.items() if name in self._in_file and tensor.numel()]
+        for start in range(0, len(names), MOST_RECOMPUTED):
+            some_names = names[start : start + MOST_RECOMPUTED]
+            message = Recomputed(self._recomputations, self.round, some_names)
+            self._recomputations += 1
+            copies = [tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in some_names]
             with self._link.lock:
-                self._recomputed[message.id] = message, frames, 0.0
+                self._recomputed[message.id] = message, list(map(to_frame, copies)), 0.0
+        if names:
             self._link.beat_soon()
 
     def kv(self) -> KvClient:

@@ -82,7 +82,9 @@ def test_a_buffer_has_as_many_elements_in_chunks_as_it_has_bytes_if_it_travels_a
     assert (chunk.kind, chunk.numel) == (rule, units)
 
 
-@pytest.mark.parametrize(("dtype", "rule"), [("int64", "mean"), ("bool", "mean"), ("complex64", "mean"), ("int8", "max")])
+@pytest.mark.parametrize(
+    ("dtype", "rule"), [("int64", "mean"), ("bool", "mean"), ("complex64", "mean"), ("int8", "max"), ("bool", "sum")]
+)
 def test_a_rule_that_cannot_merge_a_buffer_is_refused(dtype: str, rule: Rule) -> None:
     with pytest.raises(UsageError, match=f"the buffer 'b' has dtype {dtype}, which rule '{rule}'"):
         make_layout([TensorSpec("b", [2], dtype, -1, rule)], 1)

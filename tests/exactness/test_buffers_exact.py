@@ -53,6 +53,8 @@ def plain_loop() -> dict[str, torch.Tensor]:
                     continue
                 if name in means:
                     start[name] = tree_sum([value * samples for value, samples in values]) / len(bx)
+                elif name == "tokens":
+                    start[name] = start[name] + sum(value - start[name] for value, _ in values)
                 elif name in most:
                     start[name] = torch.stack([value for value, _ in values]).amax(0)
                 else:
@@ -76,6 +78,7 @@ def test_buffers_of_every_kind_have_the_bits_of_a_plain_loop(
     workers: int, servers: int, lane: str, launch: Any, tmp_path: Path
 ) -> None:
     expected = plain_loop()
+    assert expected["tokens"].tolist() == (EPOCHS * dataset().tensors[1].bincount(minlength=3)).tolist()
     assert len(set(expected["place"].tolist() for _ in [0])) == 1 and expected["turns"].dtype == torch.float64
     launch("--workers", workers, "--servers", servers, "--lane", lane, SCRIPT)
     written = tmp_path / "exported.safetensors"

@@ -10,12 +10,12 @@ from torch.utils.data import TensorDataset
 GLOBAL_BATCH, MICRO_BATCH, EPOCHS, SAMPLES, QUEUE = 18, 4, 3, 50, 12
 
 #: What the script says of buffers.
-RULES = {"seen": "max", "mean_norm": "mean", "cache": "own"}
+RULES = {"seen": "max", "tokens": "sum", "mean_norm": "mean", "cache": "own"}
 
 
 class Net(nn.Module):
-    """A queue and the place in it, a codebook, unit vectors, running statistics, a counter, a sparse, a complex and a quantised
-    buffer, one that is changed now and then, one that only some micro-batches change, one that is a cache, and constants."""
+    """A queue and the place in it, a codebook, unit vectors, running statistics, counters, a sparse, a complex and a quantised
+    buffer, one that only some micro-batches change, one that is a cache, and constants."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +30,7 @@ class Net(nn.Module):
         self.register_buffer("levels", torch.zeros(8, dtype=torch.int8))
         self.register_buffer("eighths", torch.zeros(8, dtype=torch.float8_e5m2))
         self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("tokens", torch.zeros(3, dtype=torch.int32))
         self.register_buffer("mean_norm", torch.zeros(1))
         self.register_buffer("rotary", torch.polar(torch.ones(8), torch.arange(8.0)), persistent=False)
         self.register_buffer("cache", torch.zeros(0, 8), persistent=False)
@@ -49,6 +50,7 @@ class Net(nn.Module):
             self.levels.copy_((h[0] * 20).clamp(-100, 100))
             self.eighths = h[0].to(torch.float8_e5m2)
             self.seen.index_add_(0, y, torch.ones_like(y))
+            self.tokens += y.bincount(minlength=3)
             self.mean_norm.mul_(0.9).add_(0.1 * h.norm(dim=1).mean())
             self.cache = torch.cat([self.cache, h[:1]])
         logits: torch.Tensor = self.head(h) + self.codebook.sum() + self.turns.real.sum().float() + self.levels.sum() * 1e-3

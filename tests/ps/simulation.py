@@ -215,11 +215,11 @@ class Case:
 
 
 class Model(nn.Module):
-    """See the top. `rare` has a gradient in even rounds only; `mean`, `most` and `latest` are buffers of all kinds, the last of
-    which not every micro-batch changes. `late` and `kept` are frozen at first: `late` has a gradient in the second round, the
-    fifth and so on, and `kept` in none."""
+    """See the top. `rare` has a gradient in even rounds only; `mean`, `most`, `seen` and `latest` are buffers of all kinds, the
+    last of which not every micro-batch changes. `late` and `kept` are frozen at first: `late` has a gradient in the second round,
+    the fifth and so on, and `kept` in none."""
 
-    RULES: ClassVar[dict[str, BufferRule]] = {"mean": "mean", "most": "max"}
+    RULES: ClassVar[dict[str, BufferRule]] = {"mean": "mean", "most": "max", "seen": "sum"}
 
     def __init__(self, case: Case, sparse: bool = True) -> None:
         super().__init__()
@@ -236,6 +236,8 @@ class Model(nn.Module):
         self.most: torch.Tensor
         self.register_buffer("mean", torch.full((3,), 0.7))
         self.register_buffer("most", torch.zeros(2, dtype=torch.int64))
+        self.seen: torch.Tensor
+        self.register_buffer("seen", torch.zeros(len(self.number), dtype=torch.int32))
         self.latest: torch.Tensor
         self.register_buffer("latest", torch.zeros(2, dtype=torch.complex64))
         self.rows = case.rows
@@ -286,6 +288,7 @@ class Model(nn.Module):
         self.late.grad = torch.randn(6, generator=generator) + self.late if task.round % 3 == 1 else None
         self.mean.mul_(0.9).add_(torch.randn(3, generator=generator))
         self.most[task.k % 2] += task.k
+        self.seen[self.number[task]] += 1
         if (task.round + task.k) % 3:
             self.latest = self.latest + self.number[task] * 1j  # another tensor, as scripts do
         if self.rows:
@@ -351,6 +354,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
                 sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
             sums["mean"][k] = model.mean.clone() * samples
             sums["most"][k] = model.most.clone()
+            sums["seen"][k] = model.seen - buffers["seen"]
             if model.latest is not latest:
                 sums["latest"][k] = model.latest.clone()
             shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
@@ -370,6 +374,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
         optimizer.step()
         model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total)
         model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
+        model.seen.copy_(buffers["seen"] + fold(sums["seen"], plan.micro_batches, torch.add))
         model.latest.copy_(sums["latest"][max(sums["latest"])] if sums["latest"] else buffers["latest"])
         out.append(state(model))
     if case.classes:

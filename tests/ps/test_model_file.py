@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from common.rows import cut, owner_of, page_ids
 from common.runfiles import MODEL_FILE
 from common.settings import Settings
 from common.tensors import to_frame
-from ps.archive import ModelFile
+from ps.archive import ModelFile, rules_in
 from ps.checks import check_file
 from ps.collecting import Collecting
 from ps.ledger import Ledger
@@ -130,7 +131,7 @@ def test_parts_in_any_order_and_twice_make_the_file_of_the_state_dict(servers: i
     model, setup, layout, shards = made(servers, policy)
     check_file(setup.file, sizes(layout))
     chance = random.Random(3)
-    file, collecting = ModelFile(tmp_path, setup.file, sizes(layout)), Collecting(layout, 0)
+    file, collecting = ModelFile(tmp_path, setup.file, sizes(layout), rules_in(setup)), Collecting(layout, 0)
     file.begin()
     now, most = 0.0, 0
     while not collecting.complete:
@@ -156,7 +157,13 @@ def test_parts_in_any_order_and_twice_make_the_file_of_the_state_dict(servers: i
     digest = hashlib.sha256(b"".join(bytes(to_frame(p.detach().contiguous())) for _, p in sorted(model.named_parameters())))
     assert file.complete and file.weights_sha256 == digest.hexdigest()
     with safe_open(tmp_path / MODEL_FILE, "pt") as opened:
-        assert opened.metadata() == {"format": "pt", "weights_sha256": digest.hexdigest()}
+        assert json.loads(opened.metadata()["buffers"]) == {
+            "norm.running_mean": "mean",
+            "norm.running_var": "mean",
+            "norm.num_batches_tracked": "max",
+            "mask": "last",
+        }
+        assert opened.metadata() == {"format": "pt", "weights_sha256": digest.hexdigest(), "buffers": mock.ANY}
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_FILE]
 
 

@@ -154,11 +154,12 @@ def check_close_to_masters(outcome: Outcome, at_most: float) -> None:
 
 
 def check_counted_once(outcome: Outcome) -> None:
-    """Every micro-batch counts once, in a parameter and in a counter."""
+    """Every micro-batch counts once, in a parameter and in counters."""
     tasks = outcome.case.micro_batches()
     assert outcome.counted() == pytest.approx([1.0] * len(tasks), abs=1e-3)
-    counter = next(iter(outcome.models.values()))["most"]
-    assert counter.tolist() == [sum(task.k for task in tasks if task.k % 2 == side) for side in (0, 1)]
+    model = next(iter(outcome.models.values()))
+    assert model["seen"].tolist() == [1] * len(tasks)
+    assert model["most"].tolist() == [sum(task.k for task in tasks if task.k % 2 == side) for side in (0, 1)]
 
 
 def check_exact(outcome: Outcome) -> None:

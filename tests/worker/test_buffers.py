@@ -180,8 +180,8 @@ def test_what_is_merged_how_depends_on_the_layer_and_on_what_the_script_says() -
     ("rules", "said"),
     [
         ({"quue": "last"}, "no buffer of the model is called 'quue', for which there is a rule; there are 'queue', 'place'."),
-        ({"queue": "first"}, "there is no rule 'first' for the buffer 'queue': it is one of mean, max, last, own."),
-        ({"*": "mean"}, "the buffer 'place' is int64 [1], of which there is no mean: give 'last' or 'max'."),
+        ({"queue": "first"}, "there is no rule 'first' for the buffer 'queue': it is one of mean, max, sum, last, own."),
+        ({"*": "mean"}, "the buffer 'place' is int64 [1], of which there is no mean: give 'last', 'max' or 'sum'."),
     ],
 )
 def test_a_rule_that_means_nothing_is_refused(rules: Any, said: str) -> None:

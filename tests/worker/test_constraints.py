@@ -79,8 +79,16 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import TensorDataset
 g = torch.Generator().manual_seed(1)
 data = TensorDataset(torch.randn(64, 16, generator=g), torch.randint(0, 4, (64,), generator=g))
+class Counting(nn.ReLU):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    def forward(self, x):
+        self.seen += len(x)
+        return super().forward(x)
 run = worker.join()
-m = run.replicate(nn.Sequential(spectral_norm(nn.Linear(16, 32)), nn.ReLU(), spectral_norm(nn.Linear(32, 4))))
+m = nn.Sequential(spectral_norm(nn.Linear(16, 32)), Counting(), spectral_norm(nn.Linear(32, 4)))
+run.replicate(m, buffers={"*.seen": "sum"})
 run.merge_by(lambda model: 0.0)
 opt = run.optimizer(torch.optim.SGD, lr=0.5)
 for x, y in run.batches(data, micro_batch=4, global_batch=16, epochs=6):
@@ -97,5 +105,13 @@ def test_replicas_that_were_merged_keep_them(flags: list[str], launch: Callable[
     launch("--workers", 2, "--policy", *flags, tmp_path / "script.py")
     values = [value for *_, value in RunLogReader(tmp_path / "run" / FILE_NAME).metrics("largest")]
     assert len(values) == 2 and all(0.97 < value < 1.1 for value in values)
-    units = [t for name, t in load_file(tmp_path / "run" / "model.safetensors").items() if name.endswith(("._u", "._v"))]
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    seen = int(found.pop("1.seen"))  # greedy merges some of the replicas
+    assert seen == 64 * 6 if "greedy" not in flags else seen > 0
+    units = [t for name, t in found.items() if name.endswith(("._u", "._v"))]
     assert [float(unit.norm()) for unit in units] == pytest.approx([1.0] * 4)
+    model = nn.Sequential(spectral_norm(nn.Linear(16, 32)), nn.ReLU(), spectral_norm(nn.Linear(32, 4)))
+    model.load_state_dict(found)
+    model.eval()
+    in_file = max(float(torch.linalg.matrix_norm(model[n].weight.detach(), 2)) for n in (0, 2))  # type: ignore[arg-type]
+    assert values == pytest.approx([in_file] * 2, abs=1e-6)

@@ -61,6 +61,23 @@ def test_files_count_all_the_same_by_samples_or_as_asked(save: Save, tmp_path: P
         assert json.loads(file.metadata()["merged"]) == {str(a / "model.safetensors"): 3, str(b / "model.pt"): 1}
 
 
+def test_buffers_are_merged_as_the_runs_have_merged_them(tmp_path: Path) -> None:
+    paths, rules = [tmp_path / name for name in "ab"], {"queue": "last", "tokens": "sum", "norm": "mean", "gone": "last"}
+    for n, path in enumerate(paths):
+        tensors = {"queue": torch.full((2,), float(n)), "tokens": torch.tensor(4 + n), "norm": torch.tensor(2.0 * n)}
+        save_file(tensors, path, metadata={"buffers": json.dumps(rules)})
+    out = tmp_path / "out.safetensors"
+    merge_files(paths, out, "uniform")
+    merge_files([out, paths[0]], tmp_path / "again.safetensors", "uniform")
+    found, again = load_file(out), load_file(tmp_path / "again.safetensors")
+    assert (found["queue"].tolist(), found["tokens"].item(), found["norm"].item()) == ([1.0, 1.0], 9, 1.0)
+    assert (again["queue"].tolist(), again["tokens"].item(), again["norm"].item()) == ([0.0, 0.0], 13, 0.5)
+    save_file({"queue": torch.zeros(2)}, paths[0], metadata={"buffers": "no"})
+    save_file({"queue": torch.ones(2)}, paths[1])
+    merge_files(paths, out, "uniform", overwrite=True)
+    assert load_file(out)["queue"].tolist() == [0.5, 0.5]
+
+
 def test_what_cannot_be_merged_is_named(save: Save, tmp_path: Path) -> None:
     a = save("a", {"w": torch.zeros(2), "v": torch.zeros(1)})
     out = tmp_path / "out.safetensors"

@@ -30,6 +30,19 @@ def test_counters_are_not_averaged_but_the_largest_is_taken() -> None:
     assert merged["b"].tolist() == [True, False]
 
 
+def test_buffers_are_merged_by_their_rules_whatever_their_dtype() -> None:
+    models = [
+        {"q": torch.tensor([1.0]), "n": torch.tensor([i, 1], dtype=torch.uint16), "m": torch.tensor([float(i)])} for i in (3, 2)
+    ]
+    models[1]["q"] = torch.tensor([9.0])
+    models = [model | {"e": model["m"].to(torch.float8_e5m2)} for model in models]
+    merged = mean(models, [1, 3], {"q": "last", "n": "sum", "m": "max"})
+    assert [merged[name].tolist() for name in "qnme"] == [[9.0], [5, 2], [3.0], [2.0]]
+    assert (merged["n"].dtype, merged["e"].dtype) == (torch.uint16, torch.float8_e5m2)
+    assert mean(models, [1, 0], {"q": "last"})["q"].item() == 1.0
+    assert mean(models, [1, 1])["n"].tolist() == [3, 1]
+
+
 def test_what_has_no_weight_is_left_out_even_if_it_is_no_number() -> None:
     ruined = {"w": torch.tensor([math.nan, math.inf]), "n": torch.tensor(99)}
     good = {"w": torch.tensor([1.0, -1.0]), "n": torch.tensor(1)}
