@@ -22,7 +22,7 @@ import click
 from benchmarks import harms, network, spread
 from benchmarks.attacks import DEEDS, ITEMS
 from benchmarks.harms import Harm
-from benchmarks.live import TRAINING, ByHand, Cluster
+from benchmarks.live import LOOPBACK, TRAINING, ByHand, Cluster
 from benchmarks.wiretap import Wire
 from cluster.processes import Processes
 from common.errors import PsError, UsageError
@@ -93,8 +93,9 @@ class Bounds:
 
 
 #: A process dies on this machine, and training is to move 5 s after that is noticed; a server is stopped, which cannot be
-#: told from a slow one; a link is cut; nothing is harmed.
-_DEAD, _SILENT, _CUT, _UNHARMED = Bounds(3.0, 8.0), Bounds(15.0, 20.0), Bounds(None, 20.0), Bounds(None, 5.0)
+#: told from a slow one; one is that nobody starts again, until it is woken; a link is cut; nothing is harmed.
+_DEAD, _SILENT, _WOKEN = Bounds(3.0, 8.0), Bounds(15.0, 20.0), Bounds(15.0, 23.0)
+_CUT, _UNHARMED = Bounds(None, 20.0), Bounds(None, 5.0)
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,11 @@ class Row:
     on_small_disk: bool = False
     #: Whether all processes are started one by one, and none is started again.
     by_hand: bool = False
-    #: Of a run on two hosts: what happens to the network; and seconds that all takes between them.
+    #: Where a coordinator is that is started by hand.
+    bind: str = LOOPBACK
+    #: Of a run on two hosts: what happens to it; what the run is like; and seconds that all takes between them.
     network: spread.Change | None = None
+    scene: spread.Scene = spread.Spread
     delay_s: float = 0.0
     #: What is promised of it, if anything is.
     bounds: Bounds | None = _DEAD
@@ -220,6 +224,16 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "network between a worker and a server cut for good, so that the worker is given up": Row(
             harms.nothing, ("--epochs", 60, "--timeout", 5), network=spread.cut_off, bounds=_CUT
         ),
+        "a server that a worker cannot reach from the beginning, so that the others train": Row(
+            harms.nothing, ("--timeout", 12), network=spread.cannot_reach, scene=spread.Unreached, bounds=None
+        ),
+        "names of the coordinator and of a server that nobody knows at first": Row(
+            harms.nothing, network=lambda run: None, scene=spread.Unresolved, bounds=_UNHARMED
+        ),
+        "two hosts with one name: a server with the coordinator's process id and a worker with a stranger's stopped 18 s": Row(
+            harms.nothing, _COPIES, network=spread.stop_namesakes, scene=spread.Namesakes, bounds=_WOKEN
+        ),
+        "by IPv6, coordinator killed, another started by hand": Row(harms.coordinator_killed, by_hand=True, bind="tcp://[::1]:0"),
         "every message 200 ms late": Row(harms.nothing, ("--rounds", 30), delay_s=0.2, bounds=_UNHARMED),
         f"{churn_s:.0f} s of random kills": Row(harms.churn(churn_s), churn, bounds=None),
         f"{churn_s:.0f} s of random kills, with copies": Row(harms.churn(churn_s), (*churn, *_COPIES), bounds=None),
@@ -290,12 +304,13 @@ def measure(row: Row, expected: str, folder: Path) -> Outcome:
             if row.delay_s:
                 spread.delay(made, processes, row.delay_s)
             near = 0 if row.delay_s else _WORKERS - 1
-            run = spread.Spread(folder, processes, made, _SERVERS, near, _WORKERS - near, *flags)
+            run = row.scene(folder, processes, made, _SERVERS, near, _WORKERS - near, *flags)
             return _look(run, row, expected, lambda _: row.network and row.network(run))
     if row.by_hand:
         env = {**os.environ, **row.env, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with Processes(folder.with_name(f"{folder.name}-logs"), env) as processes:
-            return _look(ByHand(folder, processes, _SERVERS, _WORKERS, *flags, env=row.env), row, expected)
+            by_hand = ByHand(folder, processes, _SERVERS, _WORKERS, *flags, env=row.env, bind=row.bind)
+            return _look(by_hand, row, expected)
     with harms.small_disk(folder) if row.on_small_disk else nullcontext(folder) as place:
         size = ("--workers", _WORKERS, "--servers", row.servers)
         return _look(Cluster(place, "--run-dir", place, *flags, *size, env=row.env), row, expected)

@@ -499,7 +499,15 @@ def slow_disk(folder: Path, wait_s: float, seconds: float) -> tuple[Harm, dict[s
     return harm, {"LD_PRELOAD": str(library)}
 
 
-# ---- the clock
+# ---- the coordinator, and the clock
+
+
+def coordinator_killed(run: Cluster) -> Cluster:
+    """kill -9 of the coordinator; where it was started by hand another one is."""
+    run.signal("coordinator")
+    if isinstance(run, ByHand):
+        run.recover()
+    return run
 
 
 def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
@@ -512,9 +520,6 @@ def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
     def harm(run: Cluster) -> Cluster:
         flag.touch()
         time.sleep(1.0)
-        run.signal("coordinator")  # the one that takes over reads times of the other clock
-        if isinstance(run, ByHand):
-            run.recover()
-        return run
+        return coordinator_killed(run)  # the one that takes over reads times of the other clock
 
     return harm, {"PYTHONPATH": path}

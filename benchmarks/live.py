@@ -26,6 +26,8 @@ from common.runlog import FILE_NAME, Event, RunLogReader
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
 TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-every", 0.4)
+#: Where a coordinator listens that is started by hand.
+LOOPBACK = "tcp://127.0.0.1:0"
 #: Seconds for anything to happen, on a machine that others use too.
 _PATIENCE_S = 90.0
 #: Seconds between two looks at whether rounds go on.
@@ -183,12 +185,19 @@ class ByHand(Cluster):
     """A coordinator, servers and workers on this machine that were started one by one: nobody starts any of them again."""
 
     def __init__(
-        self, folder: Path, processes: Processes, servers: int, workers: int, *flags: object, env: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        processes: Processes,
+        servers: int,
+        workers: int,
+        *flags: object,
+        env: Mapping[str, str] | None = None,
+        bind: str = LOOPBACK,
     ):
         """`env` is the coordinator's; that of the others is what `processes` gives them."""
         self._processes = processes
         self._env = env
-        self._flags = ("--bind", "tcp://127.0.0.1:0", "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
+        self._flags = ("--bind", bind, "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
         super().__init__(folder, *self._flags, env=env, command="coordinator")
         self.until((folder / "address").exists, "listening")
         address = (folder / "address").read_text().strip()

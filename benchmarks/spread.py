@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped,unused-ignore]
+
 from benchmarks import network
 from benchmarks.live import LAUNCH, Cluster
+from cluster.lifeline import PARENT_VARIABLE
 from cluster.processes import Processes
 from common.errors import UsageError
 
@@ -21,7 +25,19 @@ _PORT, _PROXY_PORT = 5555, 5556
 _NAMED = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"')
 #: Before a command that is to end when this process does.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
-#: Seconds for the proxy to listen.
+#: A host on which processes see each other, and which has ids of its own for them.
+_SHARED = ("unshare", "--fork", "--pid", "--uts", "--mount-proc", "--kill-child", "sh", "-c", 'hostname "$0" && exec sleep 1d')
+#: Has a command have the process id $0.
+_NUMBERED = ("sh", "-c", 'echo $(($0 - 1)) > /proc/sys/kernel/ns_last_pid && { "$@" & wait $!; }')
+#: Seconds for which processes are stopped: for longer than it takes to notice that on another host.
+_STOPPED_S = 18.0
+#: A server whose port or name matters; names of the coordinator's and its address; and seconds for which each is not known.
+_FIXED, _FIXED_PORT = "server-1", 6001
+_HEAD, _STORE = "head.test", "store.test"
+_UNKNOWN_S = 12.0
+#: Has a command look names up in the file $0.
+_LOOKED_UP = ("sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"')
+#: Seconds for the proxy to listen, or a process to be there.
 _LISTENS_S = 20.0
 
 
@@ -33,21 +49,34 @@ class Spread(Cluster):
     ):
         """`near` workers are on the coordinator's host, `far` ones on the other."""
         self.hosts, self.processes = hosts, processes
-        address = f"tcp://{hosts[0].address}:{_PORT}"
+        self._near = near
+        bind = ("--bind", f"tcp://{hosts[0].address}:{_PORT}", "--run-dir", folder)
         size = ("--servers", servers, "--workers", near + far)
-        bind = ("--bind", address, "--run-dir", folder)
-        super().__init__(folder, *bind, *size, *flags, command="coordinator", prefix=(*_WITH_US, *self._on(0)))
-        for number in range(servers):
-            self._start(f"server-{number}", 0, "server", "--coordinator", address)
-        for number in range(near + far):
-            self._start(f"worker-{number}", int(number >= near), "worker", "--coordinator", address)
+        prefix = (*_WITH_US, *self._on(0, "coordinator"))
+        super().__init__(folder, *bind, *size, *flags, command="coordinator", prefix=prefix)
+        self._start_all([f"server-{number}" for number in range(servers)] + [f"worker-{number}" for number in range(near + far)])
 
-    def _on(self, host: int) -> tuple[str, ...]:
+    def _start_all(self, names: list[str]) -> None:
+        for name in names:
+            role, _, number = name.partition("-")
+            command = (role, "--coordinator", self._coordinator(), "--index", number, *self._flags(name))
+            self.processes.start(name, [*self._on(self._host(name), name), sys.executable, str(LAUNCH), *command])
+
+    def _coordinator(self) -> str:
+        """Its address, as the others are told it."""
+        return f"tcp://{self.hosts[0].address}:{_PORT}"
+
+    def _host(self, name: str) -> int:
+        """The number of the host that a process is on."""
+        role, _, number = name.partition("-")
+        return int(role == "worker" and int(number) >= self._near)
+
+    def _flags(self, name: str) -> tuple[str, ...]:
+        return ()
+
+    def _on(self, host: int, name: str) -> tuple[str, ...]:
+        """Give the words before a command that is to run on a host, as the process of this name."""
         return (*self.hosts[host].prefix, *_NAMED, f"host{host}")
-
-    def _start(self, name: str, host: int, *command: str) -> None:
-        number = name.rpartition("-")[2]
-        self.processes.start(name, [*self._on(host), sys.executable, str(LAUNCH), *command, "--index", number])
 
     def pids(self) -> dict[str, int]:
         return {}  # each process has a numbering of its own
@@ -59,6 +88,74 @@ class Spread(Cluster):
         _run("ip", "netns", "exec", self.hosts[host].prefix[3], "iptables", *rule)
 
 
+class Unreached(Spread):
+    """A server is where no worker of the other host gets to, from the beginning."""
+
+    def _start_all(self, names: list[str]) -> None:
+        self.firewall(1, "-A", "OUTPUT", "-p", "tcp", "--dport", str(_FIXED_PORT), "-j", "DROP")
+        super()._start_all(names)
+
+    def _flags(self, name: str) -> tuple[str, ...]:
+        return ("--bind", f"tcp://*:{_FIXED_PORT}") if name == _FIXED else ()
+
+
+class Unresolved(Spread):
+    """For some time nobody knows the names under which the coordinator and a server are to be reached."""
+
+    def _start_all(self, names: list[str]) -> None:
+        self._names().write_text("127.0.0.1 localhost\n", encoding="utf-8")
+        super()._start_all(names)
+        for name in (_HEAD, _STORE):
+            time.sleep(_UNKNOWN_S)
+            assert not self.rounds(), f"training goes on though nobody knows {name}"
+            with self._names().open("a", encoding="utf-8") as file:
+                file.write(f"{self.hosts[0].address} {name}\n")
+
+    def _names(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-names")
+
+    def _coordinator(self) -> str:
+        return f"tcp://{_HEAD}:{_PORT}"
+
+    def _flags(self, name: str) -> tuple[str, ...]:
+        return ("--bind", f"tcp://*:{_FIXED_PORT}", "--advertise", f"{_STORE}:{_FIXED_PORT}") if name == _FIXED else ()
+
+    def _on(self, host: int, name: str) -> tuple[str, ...]:
+        lookup = () if name == "coordinator" else (*_LOOKED_UP, str(self._names()))
+        return (*super()._on(host, name), *lookup)
+
+
+class Namesakes(Spread):
+    """Two hosts with one name. On the second one a server has the coordinator's process id, and a worker that of a stranger to
+    the run, which is on the first one."""
+
+    def __init__(
+        self, folder: Path, processes: Processes, hosts: list[network.Host], servers: int, near: int, far: int, *flags: object
+    ):
+        begun = [processes.start(f"host-{n}", [*host.prefix[:4], *_SHARED, "twin"]) for n, host in enumerate(hosts)]
+        self._hosts = [_inside(child.popen.pid, "sleep") for child in begun]
+        self._ids = {"coordinator": 1000, f"server-{servers - 1}": 1000, "stranger": 2000, f"worker-{near}": 2000}
+        processes.start("stranger", [*self._inside(0, 2000), "sleep", "1d"])
+        super().__init__(folder, processes, hosts, servers, near, far, *flags)
+
+    def _host(self, name: str) -> int:
+        return int(name in self._ids)
+
+    def _on(self, host: int, name: str) -> tuple[str, ...]:
+        return self._inside(host, self._ids.get(name, 0))
+
+    def _inside(self, host: int, number: int) -> tuple[str, ...]:
+        entered = ("nsenter", "--target", str(self._hosts[host]), "--pid", "--uts", "--net", "--mount")
+        return (*entered, "env", "--unset", PARENT_VARIABLE, *((*_NUMBERED, str(number)) if number else ()))
+
+    def pids(self) -> dict[str, int]:
+        """As they are outside of the hosts, of those that were given an id there."""
+        started = {child.name: child.popen.pid for child in self.processes.children} | {"coordinator": self._popen.pid}
+        return {name: _inside(started[name], "sleep" if name == "stranger" else sys.executable) for name in self._ids}
+
+
+#: Makes a run on two hosts; does something to it.
+Scene = Callable[..., Spread]
 Change = Callable[[Spread], None]
 
 
@@ -93,6 +190,29 @@ def cut_off(run: Spread) -> None:
     run.until(lambda: any(event.process == "worker-2" for event in run.events("lost")), "giving up of worker-2")
 
 
+def stop_namesakes(run: Spread) -> None:
+    """The server and the worker of `Namesakes` are stopped for longer than that takes to be noticed, and woken."""
+    pids = run.pids()
+    ids = {name: Path(f"/proc/{pid}/status").read_text(encoding="ascii").partition("NSpid:")[2].split("\n")[0].split()[-1]
+           for name, pid in pids.items()}  # fmt: skip
+    far = [name for name in pids if name.startswith(("server", "worker"))]
+    assert sorted(ids[name] for name in far) == sorted(ids[name] for name in pids if name not in far), f"the ids are {ids}"
+    for name in far:
+        run.signal(name, signal.SIGSTOP)
+    time.sleep(_STOPPED_S)
+    for name in far:
+        run.signal(name, signal.SIGCONT)
+    run.until(lambda: {event.process for event in run.events("lost")} >= set(far), f"loss of {' and '.join(far)}")
+    there = psutil.Process(pids["stranger"])
+    assert there.is_running() and there.status() == psutil.STATUS_SLEEPING, "a stranger was harmed"
+
+
+def cannot_reach(run: Spread) -> None:
+    """Nothing but to wait until it is told which address worker-2 cannot reach from its host."""
+    told = f"worker-2 on host1 cannot reach {_FIXED} on host0 at tcp://{run.hosts[0].address}:{_FIXED_PORT}"
+    run.until(lambda: any(told in event.data["text"] for event in run.events("warning")), f"word that {told}")
+
+
 def delay(made: list[network.Host], processes: Processes, seconds: float) -> None:
     """All that goes between the hosts takes so long, in each direction. Called before a run is started."""
     prefix = made[0].prefix
@@ -106,6 +226,18 @@ def delay(made: list[network.Host], processes: Processes, seconds: float) -> Non
         time.sleep(0.1)
     redirect = ("-j", "REDIRECT", "--to-ports", str(_PROXY_PORT))
     _run(*inside, "iptables", "-t", "nat", "-A", "PREROUTING", "-i", made[0].interface, "-p", "tcp", *redirect)
+
+
+def _inside(pid: int, program: str) -> int:
+    """The process that runs `program` and was started by way of `pid`, once it is there. Raises UsageError where it is not."""
+    deadline = time.monotonic() + _LISTENS_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(psutil.Error, IndexError):
+            for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+                if process.cmdline()[0] == program:
+                    return int(process.pid)
+        time.sleep(0.05)
+    raise UsageError(f"{program} was not started on a host of its own; nsenter and unshare are needed for that.")
 
 
 def _run(*command: str) -> None:

@@ -18,7 +18,7 @@ _MOST_BYTES = 1 << 16
 
 
 class Signs:
-    """What a process gives that was started by one which listens; does nothing in any other."""
+    """Gives signs to the process that has started this one, if that listens; else does nothing."""
 
     def __init__(self) -> None:
         number = os.environ.get(VARIABLE, "")
