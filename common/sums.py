@@ -72,8 +72,8 @@ def is_change(chunk: Chunk, at_once: bool) -> bool:
 
 
 def move(chunk: Chunk, buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Apply one contribution to the buffers of a chunk, or to some of its elements, at once."""
-    if is_change(chunk, at_once=True):
+    """Apply one contribution to the buffers of a chunk, or to some of its elements, at once. Of parameters it is their change."""
+    if chunk.kind == "param" or is_change(chunk, at_once=True):
         buffer.add_(value)
     elif chunk.kind == "max":
         torch.maximum(buffer, value, out=buffer)

@@ -507,7 +507,8 @@ class Store:
 
         `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
         `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
-        happened since. Buffers become the mean; sums, and all buffers where each push is applied at once, `move`. The new weights
+        happened since. What has no optimizer becomes the mean; sums, parameters that were frozen at first, and all buffers where
+        each push is applied at once, `move`. The new weights
         are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it
         they take the old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `settle` does.
 
@@ -532,7 +533,7 @@ class Store:
                 part.move(block, into)  # just before its update, for then it is in the cache
             if not present & block.pieces:
                 continue
-            overwrites = not (part.optimizers or self._at_once or part.chunk.kind == "sum")
+            overwrites = not (part.optimizers or self._at_once or part.chunk.kind == "sum" or part.chunk.frozen)
             out = block.parameter if overwrites else self._scratch[part.sum_dtype][0][: block.length]
             found = self._sum(part, block, total, out)
             may_divide = part.divides(block) and found.values is out and factor is None and then is None

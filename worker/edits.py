@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,18 @@ _WAY_OUT = (
     "buffer or outside of the model, and evaluate other weights in a copy of it."
 )
 _version = operator.attrgetter("_version")
+
+
+def check_layers(model: nn.Module, may_change: Container[int]) -> None:
+    """Raise UsageError for a layer that writes to its weight in the forward, unless its id is among those that may change."""
+    for name, module in model.named_modules():
+        writes = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        if writes and id(module.weight) not in may_change:
+            raise UsageError(
+                f"the layer '{name}' has max_norm={module.max_norm:g}, so it writes to its weight in each forward; that would be "
+                "lost, as servers hold the weights: leave max_norm out and scale the rows that are looked up in the forward, or "
+                "train it under --policy local or average."
+            )
 
 
 class Edits:

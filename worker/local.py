@@ -62,6 +62,8 @@ class LocalWork:
         self._merges = 0
         #: Merges of all segments so far, when they are done, and of those before the newest.
         self._planned = self._merged_before = 0
+        #: By chunk, the weights that a contributed change is counted from. Where replicas contribute weights, only chunks that
+        #: were frozen at first are here: others may have these frozen still.
         self._start: dict[int, torch.Tensor] = {}
         #: Since the last merge: samples and micro-batches computed; and by round, sums of metrics and the samples that they are
         #: over.
@@ -142,7 +144,7 @@ class LocalWork:
         self.edits.check(self._merges)
         task, self._current = self._current, None
         samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
-        if (thawed := self.replica.thawed()) and self._policy.contributes == "delta":
+        if thawed := self.replica.thawed():
             self._start |= self.replica.weights(thawed)
         for parameter in self.replica.trainable:
             if parameter.grad is not None:
@@ -223,8 +225,9 @@ class LocalWork:
         weight = self._weigh(values)
         values |= added
         for chunk in [chunk for chunk in self.replica.layout.chunks if chunk.id in values]:
-            if chunk.kind == "param" and self._policy.contributes == "delta":
-                torch.sub(self._start[chunk.id], values[chunk.id], out=values[chunk.id])
+            if chunk.id in self._start and chunk.kind == "param":
+                change = values[chunk.id].sub_(self._start[chunk.id])
+                values[chunk.id] = change.neg_() if self._policy.contributes == "delta" else change
             if chunk.kind == "last":
                 present[chunk.id] = present[chunk.id] if weight else 0
             elif not weight and chunk.kind != "max":  # 0 times what is no number would be none
@@ -251,6 +254,7 @@ class LocalWork:
         if self._merge_by == "greedy":
             evaluate = self._run._evaluate
             assert evaluate is not None
+            values = values | self.replica.frozen_weights()  # which others may have trained
             return greedy.weigh(self._run, self.replica, values, lambda: evaluate(self.replica.model), self._merges)
         return min(1, self._samples) if self._merge_by == "uniform" else self._samples
 
@@ -271,8 +275,8 @@ class LocalWork:
         self.replica.load(frames)
         if version:
             constraints.put_back(self.replica.model)
-        if self._policy.contributes == "delta":
-            self._start = self.replica.weights()
+        known = None if self._policy.contributes == "delta" else [self.replica.layout.chunks[chunk] for chunk in self._start]
+        self._start = self.replica.weights(known)
 
     def _waited_for(self) -> str:
         assert self._exchange is not None

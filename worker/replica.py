@@ -421,8 +421,13 @@ class Replica:
 
     def weights(self, chunks: Iterable[Chunk] | None = None) -> dict[int, torch.Tensor]:
         """A copy of some tensors by chunk, flat, in the dtype that servers keep; of all that are not as they came first."""
-        chunks = self.layout.chunks if chunks is None else chunks
-        return {chunk.id: self._flat(chunk, dtype_of(chunk.sum_dtype)) for chunk in chunks if chunk.id not in self._frozen}
+        if chunks is None:
+            chunks = [chunk for chunk in self.layout.chunks if chunk.id not in self._frozen]
+        return {chunk.id: self._flat(chunk, dtype_of(chunk.sum_dtype)) for chunk in chunks}
+
+    def frozen_weights(self) -> dict[int, torch.Tensor]:
+        """Likewise of those that are as they came first but may be trained."""
+        return self.weights([chunk for chunk in self._frozen.values() if chunk.group >= 0])
 
     def first_weights(self, chunk: int) -> memoryview:
         """The tensors of a chunk, as a frame in their own dtype."""

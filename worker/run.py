@@ -60,6 +60,7 @@ from worker import alike, batchnorm, constraints, local
 from worker.buffers import Rules
 from worker.classes import Sharded, Shards, check_sharding, find_layers
 from worker.contents import file_of
+from worker.edits import check_layers
 from worker.exchange import Exchange, Send
 from worker.kv import KvClient
 from worker.link import COORDINATOR, Link
@@ -257,6 +258,7 @@ class Run:
             raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
         groups = parameter_groups(self._model, params)
         trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        check_layers(self._model, {id(p) for group in trained for p in group["params"]} if self._policy.is_local else ())
         tables = find_tables(self._model, trained)
         layers = find_layers(self._model, trained)
         weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}

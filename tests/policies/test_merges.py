@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -59,3 +60,24 @@ def test_rounds_before_local_steps_are_those_of_sync_but_for_rounding(launch: La
     sync, together = (load_file(tmp_path / name / "model.safetensors") for name in ("sync", "together"))
     for name, tensor in sync.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("local", "--local-steps", 4, "--outer-lr", 1, "--outer-momentum", 0), ("average",), ("average", "--merge", "greedy")],
+    ids=lambda flags: " ".join(map(str, flags[:3])),
+)
+def test_workers_may_unfreeze_a_layer_at_different_merges(flags: tuple[Any, ...], launch: Launch, tmp_path: Path) -> None:
+    launch(*CLUSTER, "--policy", *flags, SCRIPT.with_name("train_thaws.py"), "--", tmp_path, flags[0])
+    merges = 4 if flags[0] == "local" else 2
+    for merge in {2: (1, 2), 4: (4,)}[merges]:
+        parts = [load_file(tmp_path / f"before-{merge}-{worker}.safetensors") for worker in range(3)]
+        found = [load_file(tmp_path / f"after-{merge}-{worker}.safetensors") for worker in range(3)]
+        assert not torch.equal(parts[0]["2.weight"], parts[2]["2.weight"])
+        merged = [mean(parts, [1, 1, 1])]
+        if "greedy" in flags:
+            merged = [mean([parts[i] for i in chosen], [1.0] * len(chosen)) for chosen in ([0], [1], [2], [0, 1], [0, 2], [1, 2])]
+        for one in found:
+            assert any(all(torch.allclose(one[name], m[name], rtol=1e-5, atol=1e-6) for name in m) for m in merged)
+    final = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(torch.equal(tensor, final[name]) for name, tensor in found[0].items())

@@ -16,7 +16,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from common.errors import UsageError
 from common.tensors import to_frame
-from worker.edits import Edits
+from worker.edits import Edits, check_layers
 from worker.replica import Replica
 from worker.run import Run
 from worker.slots import Slots
@@ -159,6 +159,15 @@ def test_what_torch_and_this_package_write_is_no_change_by_the_script(make: Call
         script.train(torch.randn(4, 4))
         script.edits.check_places()
         assert not script.edits.lost()
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+def test_a_layer_that_writes_to_its_weight_is_refused_unless_workers_have_their_own(make: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(make(5, 2), make(5, 2, max_norm=1.5))
+    with pytest.raises(UsageError, match=r"the layer '1' has max_norm=1\.5, so it writes to its weight .* leave max_norm out"):
+        check_layers(model, ())
+    check_layers(model, {id(p) for p in model.parameters()})
+    check_layers(nn.Sequential(make(5, 2)), ())
 
 
 def test_looking_at_two_thousand_parameters_takes_no_time_to_speak_of() -> None:
