@@ -6,6 +6,7 @@ door of the module that the parameter belongs to.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from worker.replica import Replica
-from worker.touch import Untouched, accessors, put_off, settle
+from worker.touch import Untouched, accessors, put_off, settle, transforms_touch_all
 
 
 class Awaited(Untouched):
@@ -46,6 +47,8 @@ class AwaitedWeights:
         #: At the doors of all modules, while something is awaited: a hook of one module would be copied and saved with it, and
         #: scripted modules take none.
         self._hook: RemovableHandle | None = None
+        #: Open as long.
+        self._transforms = contextlib.ExitStack()
 
     @property
     def needed_first(self) -> set[int]:
@@ -75,6 +78,7 @@ class AwaitedWeights:
             put_off(self._replica.tensors[index], Awaited, functools.partial(self._arrive, index))
         if self._missing and self._hook is None:
             self._hook = register_module_forward_pre_hook(self._before_forward)
+            self._transforms.enter_context(transforms_touch_all())
 
     def came(self, chunks: Iterable[int]) -> None:
         """These chunks are in the model, or nobody needs to wait for them any more."""
@@ -87,6 +91,7 @@ class AwaitedWeights:
         if not self._missing and self._hook is not None:
             self._hook.remove()
             self._hook = None
+            self._transforms.close()
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         for index in self._own.get(module, ()):

@@ -6,16 +6,24 @@ that is: in a module's forward, in a penalty on all weights, in a script's own l
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import _vmap_internals, nn
+from torch._functorch import eager_transforms, vmap
 
 T = TypeVar("T")
 
 #: By id, what to do when a parameter is touched. Not in the parameter, for what that has is saved along with a model.
 _touched: dict[int, Callable[[], None]] = {}
+
+
+#: Where torch has its transforms, and the functions that each of them calls first.
+_TRANSFORMS = (eager_transforms, vmap, _vmap_internals)
+_BEGINNINGS = tuple(f"_{kind}_increment_nesting" for kind in ("grad", "jvp", "vmap", "func"))
 
 
 class Untouched(nn.Parameter):
@@ -53,6 +61,35 @@ def settle(parameter: torch.Tensor) -> None:
     """Nothing of `parameter` is put off any more."""
     parameter.__class__ = nn.Parameter
     del _touched[id(parameter)]
+
+
+def settle_all() -> None:
+    """Touch all parameters of which something is put off."""
+    while _touched:
+        next(iter(_touched.values()))()
+
+
+@contextlib.contextmanager
+def transforms_touch_all() -> Iterator[None]:
+    """Have each transform of torch.func touch all parameters as it begins, while this lasts. A transform takes what is in a tensor,
+    and does not ask the tensor's class."""
+
+    def first(begin: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(begin)
+        def begins(*arguments: Any) -> Any:
+            settle_all()
+            return begin(*arguments)
+
+        return begins
+
+    found = [(module, name, vars(module)[name]) for module in _TRANSFORMS for name in _BEGINNINGS if name in vars(module)]
+    for module, name, begin in found:
+        setattr(module, name, first(begin))
+    try:
+        yield
+    finally:
+        for module, name, begin in found:
+            setattr(module, name, begin)
 
 
 def instances_in(thing: Any, kind: type[T]) -> Iterator[T]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import func, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from worker.awaited import AwaitedWeights
 from worker.replica import Replica
@@ -69,6 +71,31 @@ class Kept(torch.autograd.Function):
         return gradients[0] * 2 * weight
 
 
+def dual(m: Net) -> torch.Tensor:
+    with forward_ad.dual_level():
+        made = forward_ad.make_dual(m.own, torch.ones(4))
+        return torch.stack(forward_ad.unpack_dual(made * made)[:2])  # type: ignore[arg-type]
+
+
+def stateless(m: Net, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = func.functional_call(m.first, dict(m.first.named_parameters()), (x,))
+    return out
+
+
+def per_sample(m: Net) -> torch.Tensor:
+    weights = dict(m.first.named_parameters())
+
+    def loss(given: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = func.functional_call(m.first, given, (x,)).square().sum()
+        return out
+
+    return func.vmap(func.grad(loss), in_dims=(None, 0))(weights, torch.ones(3, 4))["weight"]
+
+
+def square(w: torch.Tensor) -> torch.Tensor:
+    return w * w
+
+
 USES: dict[str, Callable[[Net], Any]] = {
     "forward": lambda m: m(torch.ones(3, 4)).sum(),
     "a layer": lambda m: m.first(torch.ones(3, 4)),
@@ -83,6 +110,23 @@ USES: dict[str, Callable[[Net], Any]] = {
     "a vector": lambda m: nn.utils.parameters_to_vector(m.parameters()),
     "another's forward": lambda m: nn.functional.linear(torch.ones(1, 4), m.first.weight),
     "a function of one's own": lambda m: Kept.apply(m.own),
+    "a functional call": lambda m: stateless(m, torch.ones(3, 4)),
+    "another module's call": lambda m: func.functional_call(nn.Linear(4, 5), dict(m.first.named_parameters()), torch.ones(3, 4)),
+    "grad": lambda m: func.grad(lambda w: (w**3).sum())(m.own),
+    "grad of what is closed over": lambda m: func.grad(lambda x: (x * m.own).sum())(torch.ones(4)),
+    "gradients of samples": per_sample,
+    "vmap": lambda m: func.vmap(lambda w: w * w)(m.own),
+    "vmap over what is closed over": lambda m: func.vmap(lambda x: x * m.own)(torch.ones(2, 4)),
+    "vjp": lambda m: func.vjp(square, m.own)[1](torch.ones(4))[0],
+    "jvp": lambda m: torch.stack(func.jvp(square, (m.own,), (torch.ones(4),))),
+    "linearize": lambda m: func.linearize(square, m.own)[1](torch.ones(4)),
+    "hessian": lambda m: func.hessian(lambda w: (w**3).sum())(m.own),
+    "jacobian": lambda m: func.jacfwd(square)(m.own),
+    "functionalize": lambda m: func.functionalize(square)(m.own),
+    "forward mode": dual,
+    "autograd's hessian": lambda m: torch.autograd.functional.hessian(lambda w: (w**3).sum(), m.own),
+    "a checkpoint": lambda m: checkpoint(square, m.own, use_reentrant=False),
+    "a map": lambda m: torch.utils._pytree.tree_map(square, [m.own])[0],
     "recurrence": lambda m: m.recurrent(torch.ones(2, 4))[0],
 }
 
