@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from common.errors import UsageError
 from common.layout import Rule
+from worker import names
 
 #: What a script can say of a buffer; `own`: each worker has its own, which is neither sent nor put back.
 BufferRule = Literal["mean", "max", "sum", "last", "own"]
@@ -120,7 +121,7 @@ def find(model: nn.Module, rules: Rules) -> tuple[list[Buffer], list[Constant]]:
     for module in model.modules():
         for name, tensor in module.named_buffers(recurse=False):
             places.setdefault(id(tensor), []).append(Place(module, name))
-    found = dict(model.named_buffers())
+    found = dict(names.buffers(model))
     _check_rules(rules, found)
     buffers, constants = [], []
     for name, tensor in found.items():

@@ -20,6 +20,7 @@ from common.messages import Classify, ClassPush, RowInit, Use
 from common.pages import pages
 from common.policies import Policy
 from common.rows import cut, owner_of, page_ids
+from worker import names
 from worker.absent import absent
 from worker.class_exchange import ClassExchange, Sums
 from worker.exchange import Send
@@ -166,7 +167,7 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
     for name, layer in model.named_modules():
         if not isinstance(layer, OnServers):
             continue
-        name = f"{name}.weight" if name else "weight"
+        name = names.plain(f"{name}.weight" if name else "weight")
         parts = [p for p in (layer.weight, layer.bias) if p is not None]
         if len({group_of.get(id(p), -1) for p in parts}) > 1 or id(layer.weight) not in group_of:
             raise UsageError(f"'{name}' is sharded: it and its bias must be trained, and be in one parameter group.")

@@ -11,6 +11,7 @@ from torch import nn
 from common.layout import TensorSpec
 from common.messages import InFile
 from common.tensorfile import name_of
+from worker import names
 from worker.buffers import stored_parts
 
 log = logging.getLogger("worker.contents")
@@ -29,9 +30,10 @@ def file_of(model: nn.Module, tensors: Sequence[torch.Tensor | None], specs: Seq
     """
     number_of = {id(tensor): number for number, tensor in enumerate(tensors)}
     by_name = {spec.name: number for number, spec in enumerate(specs)}
-    buffers = {id(buffer): name for name, buffer in model.named_buffers()}
-    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    trained = dict(sorted(model.named_parameters()))
+    buffers = {id(buffer): name for name, buffer in names.buffers(model)}
+    values = model.state_dict(keep_vars=True).items()
+    state = {names.plain(name): value for name, value in values if isinstance(value, torch.Tensor)}
+    trained = dict(sorted(names.parameters(model)))
     parameters = {id(parameter) for parameter in trained.values()}
     file, unknown = [], []
     for name, whole in state.items():

@@ -17,7 +17,7 @@ from common.errors import UsageError
 from common.layout import Chunk, ClassSpec, Layout, Piece, TableSpec, TensorSpec, gradient_offsets, is_trainable, make_layout
 from common.sums import Sum, adder, is_change, nothing, weighted
 from common.tensors import ALIGNED, dtype_name, dtype_of, from_frame, to_frame
-from worker import direct
+from worker import direct, names
 from worker.buffers import Rules, as_bytes, find, parts_of, same_bytes
 from worker.mapped import InPlane, MappedWeights, shaped
 from worker.slots import Slot
@@ -51,15 +51,13 @@ class Replica:
         self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         if self.is_scripted:  # else torch rewrites the code after a few calls, and the bits depend on how many there were
             torch._C._set_graph_executor_optimize(False)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in [*names.parameters(model), *names.buffers(model)]:
             if is_lazy(tensor):
                 raise UsageError(f"'{name}' has no shape yet: pass one batch through the model before run.optimizer().")
         strangers = len(groups.keys() - {id(p) for p in model.parameters()})
         if strangers:
             raise UsageError(f"{strangers} of the optimizer's parameters are not in the model that was replicated.")
-        here = [
-            (name, p) for name, p in model.named_parameters() if id(p) not in elsewhere and (p.requires_grad or not p.is_meta)
-        ]
+        here = [(name, p) for name, p in names.parameters(model) if id(p) not in elsewhere and (p.requires_grad or not p.is_meta)]
         trained = [(name, p) for name, p in here if id(p) in groups and p.requires_grad]
         frozen = [(name, p) for name, p in here if not (id(p) in groups and p.requires_grad)]
         #: Buffers that do not travel.
@@ -566,13 +564,6 @@ class Replica:
             whole = tensor.contiguous()
             whole.view(-1)[piece.start : piece.start + piece.length].copy_(part)
             tensor.copy_(whole)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Find the model inside of what torch.compile makes of it: the same parameters, by the names that the script gave them."""
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        model = inner
-    return model
 
 
 def _spec(name: str, tensor: torch.Tensor, group: int, frozen: bool = False) -> TensorSpec:

@@ -23,6 +23,7 @@ from common.messages import Body, Ready, RowInit, RowPush
 from common.pages import pages
 from common.policies import Policy
 from common.rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids
+from worker import names
 from worker.absent import absent
 from worker.link import Link
 from worker.optimizer import Groups
@@ -60,7 +61,7 @@ def find_tables(model: nn.Module, groups: Groups) -> list[Table]:
     tables = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.sparse and id(module.weight) in group_of:
-            name = f"{name}.weight" if name else "weight"
+            name = names.plain(f"{name}.weight" if name else "weight")
             _check_module(name, module, model)
             weight = module.weight
             std = float(getattr(module, _STD, 1.0)) if weight.is_meta else None

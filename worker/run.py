@@ -56,7 +56,7 @@ from common.shared import Handle, NotShared
 from common.tensors import to_frame
 from common.watchdog import Watchdog
 from common.wire import Frames, new_incarnation
-from worker import alike, batchnorm, constraints, local
+from worker import alike, batchnorm, constraints, local, names
 from worker.buffers import Rules
 from worker.classes import Sharded, Shards, check_sharding, find_layers
 from worker.contents import file_of
@@ -79,7 +79,7 @@ from worker.optimizer import (
     plain_settings,
     silence_scheduler_warnings,
 )
-from worker.replica import Replica, uncompiled
+from worker.replica import Replica
 from worker.rounds import GradientWork
 from worker.rows import RowSparse, Table, check_training, find_tables
 from worker.slots import Slots
@@ -222,11 +222,12 @@ class Run:
         that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
         which there never was memory here.
 
-        Convert the model to its dtype before. Of one that torch.compile has made, tensors have the names in the model inside.
+        Convert the model to its dtype before. Where torch.compile has made it, or a part of it, tensors have the names that
+        they had before.
         """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
-        self._model, self._buffer_rules = uncompiled(model), dict(buffers or {})
+        self._model, self._buffer_rules = names.uncompiled(model), dict(buffers or {})
         return model
 
     def optimizer(
@@ -593,20 +594,20 @@ class Run:
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
         if not self._is_training:  # else it is a candidate for a merge that was judged
             found = batchnorm.statistics(self._model)
-            self._written |= {name: (tensor, tensor._version) for name, tensor in found.items()}
+            self._written |= {names.plain(name): (tensor, tensor._version) for name, tensor in found.items()}
             self._hand_in(found)
 
     def _hand_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have tensors that every worker has computed anew, with the same bits, in the model's file as far as it has them."""
-        names = [name for name, tensor in tensors.items() if name in self._in_file and tensor.numel()]
-        for start in range(0, len(names), MOST_RECOMPUTED):
-            some_names = names[start : start + MOST_RECOMPUTED]
-            message = Recomputed(self._recomputations, self.round, some_names)
+        known = {names.plain(name): tensor for name, tensor in tensors.items() if tensor.numel()}
+        ours = [name for name in known if name in self._in_file]
+        for start in range(0, len(ours), MOST_RECOMPUTED):
+            message = Recomputed(self._recomputations, self.round, ours[start : start + MOST_RECOMPUTED])
             self._recomputations += 1
-            copies = [tensors[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in some_names]
+            copies = [known[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in message.names]
             with self._link.lock:
                 self._recomputed[message.id] = message, list(map(to_frame, copies)), 0.0
-        if names:
+        if ours:
             self._link.beat_soon()
 
     def kv(self) -> KvClient:
@@ -656,7 +657,7 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the model, by name."""
-        return dict([*self._model.named_parameters(), *self._model.named_buffers()]) if self._model is not None else {}
+        return dict([*names.parameters(self._model), *names.buffers(self._model)]) if self._model is not None else {}
 
     def _changed(self) -> list[str]:
         """Tensors of the model that the script has changed since its last loop over batches ended; some, if they are many."""

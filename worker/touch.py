@@ -71,8 +71,8 @@ def settle_all() -> None:
 
 @contextlib.contextmanager
 def transforms_touch_all() -> Iterator[None]:
-    """Have each transform of torch.func touch all parameters as it begins, while this lasts. A transform takes what is in a tensor,
-    and does not ask the tensor's class."""
+    """Have each transform of torch.func touch all parameters as it begins, while this lasts. One takes what is in a tensor, and
+    does not ask the tensor's class."""
 
     def first(begin: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(begin)

@@ -23,6 +23,8 @@ if __name__ == "__main__":
     data = TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 4, (32,), generator=generator))
     run = worker.join()
     net = network()
+    if mode == "compiled":
+        net[1], net[2] = (torch.compile(net[n], backend="eager") for n in (1, 2))  # parts too
     model = run.replicate(torch.compile(net, backend="eager") if mode == "compiled" else net)
     opt = run.optimizer(torch.optim.AdamW, lr=0.01)
     if mode == "before":
