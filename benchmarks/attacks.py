@@ -271,12 +271,15 @@ def _unknown_senders(target: Target) -> None:
     say(target.address, [[_header(target, body, sender)] for body in _bodies() for sender in names])
 
 
-def _unknown_rounds(target: Target) -> None:
+def _of_unknown_rounds(target: Target) -> list[Body]:
     rounds, chunks = (10**6, 10**15), (10**3, 10**15)
     bodies: list[Body] = [_push(round_, 0) for round_ in rounds]
     bodies += [_push(target.round() + later, chunk) for later in range(_ROUNDS) for chunk in chunks]
-    bodies += [Pull(round_, have=list(chunks)) for round_ in rounds]
-    say(target.address, [[_header(target, body), bytes(4)] for body in bodies])
+    return bodies + [Pull(round_, have=list(chunks)) for round_ in rounds]
+
+
+def _unknown_rounds(target: Target) -> None:
+    say(target.address, [[_header(target, body), bytes(4)] for body in _of_unknown_rounds(target)])
 
 
 def _another_run(target: Target) -> None:
@@ -389,7 +392,7 @@ ITEMS: Mapping[str, Item] = {
     "endless frames": Item(_endless, ("flood",)),
     "gradients of another size or type": Item(_misshapen, ("sender",)),
     "unknown senders": Item(_unknown_senders, ("sender",)),
-    "unknown rounds and chunks": Item(_unknown_rounds, ("sender", "unfit")),
+    "unknown rounds and chunks": Item(_unknown_rounds, ("sender",)),
     "another run's id": Item(_another_run, ("run",)),
     "another version of the protocol": Item(_another_protocol, ("protocol",)),
     "HTTP requests": Item(_web),
@@ -538,6 +541,13 @@ def _unfit(joined: Joined) -> None:
             joined.tell(_push(round_, random.randrange(_CHUNKS)), frames, to=server)
 
 
+def _nowhere(joined: Joined) -> None:
+    """Gradients of rounds and chunks that there are not, and questions for such."""
+    for body in _of_unknown_rounds(joined.coordinator):
+        for server in joined.servers:
+            joined.tell(body, [bytes(4)] if isinstance(body, Push) else (), to=server)
+
+
 @dataclass(frozen=True)
 class Deed:
     """What a worker does that has joined, once or again and again; kinds of refusals as of an `Item`; flags of the run."""
@@ -558,6 +568,7 @@ DEEDS: Mapping[str, Deed] = {
     "words of itself without end": Deed(_beats, ("malformed",)),
     "values by key without end": Deed(_keys, ("unfit",), ("--kv-memory", 64)),
     "gradients of another size or type": Deed(_unfit, ("unfit",)),
+    "unknown rounds and chunks": Deed(_nowhere, ("unfit",)),
 }
 #: What only keys can stop, for whoever reaches the coordinator may join, and whoever is on the wire reads it.
 NEED_KEYS: Mapping[str, str] = {
