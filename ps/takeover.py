@@ -52,10 +52,22 @@ class _Look:
     #: at which they are likely to have done it, last first.
     overdue: list[tuple[float, str]]
     due: list[tuple[float, float, str]]
+    #: Micro-batches that slow workers may have begun by now, after the time at which each is likely to be done, last first.
+    next: list[tuple[float, str, int]]
 
     def keep_only(self, lacking: set[int]) -> None:
         """Servers have got all but these."""
         self.runs = {name: left for name, ks in self.runs.items() if (left := [k for k in ks if k in lacking])}
+        self.next = [one for one in self.next if one[2] in lacking]
+
+    def take_next(self, waiting: Member, now: float) -> tuple[str, int] | None:
+        """Whose micro-batch `waiting` will have done sooner than a slow worker that may have begun it, and which."""
+        for one in self.next:
+            done_at, owner, k = one
+            if owner != waiting.name and done_at - now > _GAIN * _cost_of_another(waiting):
+                self.next.remove(one)
+                return owner, k
+        return None
 
     def late_for(self, waiting: Member, now: float) -> Iterator[tuple[float, str]]:
         """Those whose micro-batch `waiting` had better do too, and since when they have been at it."""
@@ -116,6 +128,8 @@ class Takeover:
                 if not look.runs[owner]:
                     del look.runs[owner]
                 return self._give(round_, k, waiting, owner, now)
+            if (found := look.take_next(workers[waiting], now)) is not None:
+                return self._give(round_, found[1], waiting, found[0], now)
             for since, name in look.late_for(workers[waiting], now):
                 other = workers[name]
                 still = _computes(other, round_) and other.since == since
@@ -224,7 +238,9 @@ class Takeover:
         self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float, until: float
     ) -> _Look:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
-        runs = {w: ks for w, all_ in runs.items() if (ks := all_[_may_begin(workers.get(w), now) :])}
+        begun = {name: _may_begin(workers.get(name), now) for name in runs}
+        next_ = [(_done_next_at(workers[w]), w, ks[0]) for w, ks in runs.items() if begun[w] and ks and not _is_quick(workers[w])]
+        runs = {w: ks for w, all_ in runs.items() if (ks := all_[begun[w] :])}
         overdue, due = [], []
         for name, member in workers.items():
             if _computes(member, round_):
@@ -233,7 +249,7 @@ class Takeover:
                 else:
                     due.append((member.since + _cost(member), member.since, name))
         behind = {w for w in runs if w in workers and workers[w].active and workers[w].reached < round_}
-        return _Look(until, runs, behind, sorted(overdue), sorted(due, reverse=True))
+        return _Look(until, runs, behind, sorted(overdue), sorted(due, reverse=True), sorted(next_, reverse=True))
 
     def _held(
         self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
@@ -300,9 +316,19 @@ def _may_begin(member: Member | None, now: float) -> int:
     if member is None or not member.active or member.beat.seconds <= 0:
         return 0
     seconds, elapsed = member.beat.seconds, now - member.since
-    if seconds < _NEWS_S:
+    if _is_quick(member):
         return math.ceil(_NEWS_S / max(seconds, 1e-6)) if elapsed < 2 * _NEWS_S else 0
     return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
+
+
+def _is_quick(member: Member) -> bool:
+    """Whether a worker may have done several micro-batches before word of the first one is here."""
+    return member.beat.seconds < _NEWS_S
+
+
+def _done_next_at(member: Member) -> float:
+    """When what a worker begins next is likely to have arrived."""
+    return member.since + member.beat.seconds + _cost(member)
 
 
 def _cost(worker: Member) -> float:

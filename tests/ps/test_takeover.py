@@ -45,6 +45,21 @@ def test_what_a_slow_one_computes_is_given_to_one_that_will_have_done_it_sooner_
     assert given == (None if 1.75 < elapsed < 4.5 else Lease(0, 1, "worker-0", "worker-1"))
 
 
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 3.0])
+def test_what_one_may_just_have_begun_is_given_to_one_that_will_have_done_it_sooner(seconds: float) -> None:
+    takeover, members = Takeover(), workers([2], since=0.0)
+    members["worker-1"].beat = Beat("computing", 0, 1, [2], seconds=seconds)
+    members["worker-0"].beat = Beat("waiting", 0, seconds=0.1)  # worker 1 will have done it after twice its time
+    given = [takeover.lease("worker-0", range(1), lambda _: 6, TABLES, members, now=0.9 * seconds) for _ in range(2)]
+    # nor does a quick one wait for it at what the slow one is at, if that takes it longer
+    assert given[0] == Lease(0, 2, "worker-0", "worker-1")
+    assert given[1] == (Lease(0, 1, "worker-0", "worker-1") if 0.1 * seconds > 1.25 * 0.1 else None)
+    takeover, slow = Takeover(), workers([2], since=0.0)
+    slow["worker-1"].beat = members["worker-1"].beat
+    slow["worker-0"].beat = Beat("waiting", 0, seconds=seconds)  # it would have done it at about the same time
+    assert takeover.lease("worker-0", range(1), lambda _: 6, TABLES, slow, now=0.9 * seconds) is None
+
+
 def test_what_is_missing_for_a_second_is_given_once_in_a_while() -> None:
     takeover, members = Takeover(), workers([2, 3, 4], since=0.0)
 
