@@ -165,8 +165,7 @@ def coordinator(
     keep_private()
     if prepared is not None:
         choice = choose(given(ctx), config)
-        # SIGTERM ends it at once, when whoever started it has no more use for it
-        serve(choice.settings, bind, _folder(choice), prepared, accept_versions, [signal.SIGINT])
+        serve(choice.settings, bind, _folder(choice), prepared, accept_versions, [signal.SIGINT, signal.SIGTERM])
         return
     resume = AUTO if recover else resume
     choice, take_up = _going_on(resume, given(ctx), config, None, (), True, accept_versions, logging.getLogger("ps").info)
@@ -315,7 +314,7 @@ def export(run: str, round_: int | None, out: Path) -> None:
 
 @cli.command(cls=Command)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Run again what has finished before.")
+@click.option("--overwrite", is_flag=True, help="Run all again, also what has finished or was begun before.")
 def experiment(file: Path, overwrite: bool) -> None:
     """Run many settings and compare them.
 
@@ -323,8 +322,8 @@ def experiment(file: Path, overwrite: bool) -> None:
     with a name and settings of their own, each run with every combination of the matrix; optional are script, args, name, and
     out, the folder for the runs and results, which by default is runs/experiments/NAME.
 
-    The runs go one after another; what has finished before with the same settings is not run again. A table (CSV and Markdown)
-    and a plot of loss and accuracy over time are written.
+    The runs go one after another; what has finished before with the same settings is not run again, and what was begun goes on.
+    A table (CSV and Markdown) and a plot of loss and accuracy over time are written.
     """
     from rich.console import Console
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.local import start_coordinator, start_server
 from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
+from cluster.resume import told_to_stop
 from cluster.rundir import LOGS, claim, read_summary, tidy_log, write_settings
 from cluster.screen import summary_lines
 from common.errors import ClusterError, PsError
@@ -24,16 +27,17 @@ _FLAGS = ("--silence", "1e6")
 _LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 
 
-def start_companions(script: str) -> str:
+def start_companions(script: str, was_told: Callable[[], int] = lambda: 0) -> str:
     """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
 
-    The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr.
+    The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr: or how
+    to go on, if a signal has told the worker to stop, whose number `was_told` returns.
     Raises UsageError where the run directory cannot be had, ClusterError where they do not start.
     """
     cleanup = ExitStack()
     try:
         folder, _ = cleanup.enter_context(claim(None, Path(script).stem or "run", overwrite=False))
-        write_settings(folder / SETTINGS_FILE, Settings(workers=1, servers=1))
+        write_settings(folder / SETTINGS_FILE, Settings(workers=1, servers=1), script, sys.argv[1:])
         cleanup.callback(tidy_log, folder)
         processes = cleanup.enter_context(Processes(folder / LOGS, os.environ))
         program = [sys.executable, str(_LAUNCH)]
@@ -52,13 +56,16 @@ def start_companions(script: str) -> str:
     except BaseException:
         cleanup.close()
         raise
-    atexit.register(_end, cleanup, processes, folder)
+    atexit.register(_end, cleanup, processes, folder, was_told)
     return address
 
 
-def _end(cleanup: ExitStack, processes: Processes, folder: Path) -> None:
-    """Called when the script has ended and the worker has left the run."""
+def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_told: Callable[[], int]) -> None:
+    """Called when the script has ended and the worker has left the run, be it that a signal has told it to."""
     with cleanup:
+        if number := was_told():
+            for child in processes.running("coordinator"):  # which has made a snapshot, and lets the worker leave
+                os.kill(child.popen.pid, signal.SIGINT)
         deadline = time.monotonic() + _END_S
         while processes.running() and time.monotonic() < deadline:
             time.sleep(TICK_S)
@@ -66,6 +73,9 @@ def _end(cleanup: ExitStack, processes: Processes, folder: Path) -> None:
             if processes.failures():  # the others may say why in a moment
                 deadline = min(deadline, time.monotonic() + GATHER_S)
         why = root_cause(failures).describe_end() if (failures := processes.failures()) else f"its logs are in {folder / LOGS}."
+    if number:
+        print(told_to_stop(number, folder, ["local"], str(_LAUNCH)), file=sys.stderr)
+        return
     summary = read_summary(folder)
     if summary is not None:
         print("\n".join(summary_lines(summary, folder)), file=sys.stderr)

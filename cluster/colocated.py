@@ -30,6 +30,7 @@ from cluster.processes import GATHER_S, TICK_S, Child, Processes
 from common import vital
 from common.addresses import as_told, split
 from common.errors import ClusterError, PsError, UsageError
+from common.signals import handled
 
 log = logging.getLogger("cluster.colocated")
 
@@ -84,7 +85,9 @@ def server_beside(
     try:
         yield
     except BaseException as error:
-        watch.patience_s = 0.0 if exit_code(error) else float("inf")
+        code = exit_code(error)
+        watch.told = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else 0
+        watch.patience_s = 0.0 if code and not watch.told else float("inf")
         raise
     finally:
         signal.signal(_SIGNAL, before)
@@ -101,6 +104,8 @@ class _Watch(threading.Thread):
         #: Seconds for the server to end by itself, as it does with the run, which may go on without the worker: none where the
         #: worker has failed, which may not have been in the run yet.
         self.patience_s = float("inf")
+        #: The signal that has told the worker to stop, if any: the server leaves too.
+        self.told = 0
         self._processes = processes
         self._server = server
         self._told = told
@@ -111,7 +116,7 @@ class _Watch(threading.Thread):
         self._until_it_ends()
         while self._starts_again():
             self._until_it_ends()
-        if self._server.failed:
+        if self._server.failed and not self._server.was_told:
             if self._server.code != -signal.SIGKILL:
                 time.sleep(GATHER_S)  # where the run has failed, the worker is told too, and says it better
             signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
@@ -131,7 +136,8 @@ class _Watch(threading.Thread):
     def _starts_again(self) -> bool:
         """Start a server again that was killed, after a pause; whether there was reason to."""
         done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
-        if self.over.is_set() or code is None or code >= 0 or done >= self._respawn.times:
+        was_ended = code is not None and (code < 0 or self._server.was_told)
+        if self.over.is_set() or not was_ended or done >= self._respawn.times:
             return False
         pause_s = max(_SHORTEST_S, self._respawn.pause_s(done))
         log.warning("the server beside this worker %s; %s.", self._server.end(), self._respawn.plan(done, pause_s))
@@ -145,6 +151,12 @@ class _Watch(threading.Thread):
             return False
         return True
 
+    def tell(self, number: int) -> None:
+        """Pass a signal that the worker has got on to the server; 0 is none."""
+        with contextlib.suppress(ProcessLookupError):
+            if number and self._server.code is None:
+                os.kill(self._server.popen.pid, number)
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._server.failed:
             kind: type[PsError] = UsageError if self._server.code == 2 else ClusterError
@@ -154,7 +166,8 @@ class _Watch(threading.Thread):
 def _end(cleanup: ExitStack, watch: _Watch) -> None:
     """Called when the script has ended and the worker has left the run."""
     watch.over.set()
-    with cleanup:
+    watch.tell(watch.told)
+    with cleanup, handled((signal.SIGTERM, signal.SIGINT), watch.tell):
         until = time.monotonic() + watch.patience_s
         while watch.is_alive() and time.monotonic() < until:
             watch.join(_TELL_S)

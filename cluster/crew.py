@@ -103,6 +103,12 @@ class Crew:
                 child.excused = True
             elif child.code is None and not is_worker and not finished and (child.name, child.popen.pid) in progress.lost:
                 self._end_hung(child)
+            elif child.was_told and is_worker and not finished and progress.joined.get(child.popen.pid) in progress.left:
+                if not child.excused:
+                    self._say(f"{child.name} {child.end()}, and has left; the others go on.")
+                child.excused = True
+            elif child.was_told and child.failed and not finished and (not is_worker or self._is_lost(child, progress)):
+                child.excused = self._plan(child, now)
             elif child.failed and is_worker and not finished and self._goes_on_without(child, progress):
                 child.excused = True
                 self._say(f"{child.describe_end().rstrip('.')}; the others go on.")
@@ -119,8 +125,13 @@ class Crew:
         if child.code is None or child.code < 0:
             return False
         if child.popen.pid in progress.joined:
-            return (progress.joined[child.popen.pid], child.popen.pid) in progress.lost
+            return self._is_lost(child, progress)
         return progress.total is not None and not self._is_local
+
+    def _is_lost(self, child: Child, progress: Progress) -> bool:
+        """Whether the coordinator goes on without a process."""
+        pid = child.popen.pid
+        return (progress.joined.get(pid, ""), pid) in progress.lost
 
     def awaits_word(self, progress: Progress) -> bool:
         """Whether the coordinator is yet to say what becomes of the run after a worker that was in it has failed."""

@@ -18,19 +18,21 @@ from __future__ import annotations
 import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from cluster.flags import Choice
 from cluster.local import Order, check_order, run_local
 from cluster.output import forgiving_output
 from cluster.report import TABLE_FILE, Outcome, write_report
-from cluster.rundir import claim, is_folder_name, read_summary, run_values
+from cluster.resume import take_up
+from cluster.rundir import claim, is_folder_name, kept, read_summary, run_values
 from cluster.screen import Screen, results_line, say
 from common.errors import ClusterError, PsError, UsageError
-from common.runfiles import RUNS, SETTINGS_FILE
+from common.runfiles import RUNS, SETTINGS_FILE, How
 from common.runlog import FILE_NAME
 from common.settings import Settings, check_values, make_settings, read_toml, unknown_key
 
@@ -171,6 +173,7 @@ def run_experiment(
     experiment: Experiment, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool
 ) -> list[Outcome]:
     """Run what has not finished before with the same settings, all with `overwrite`, and report; `program` as in run_local.
+    What was begun and has not finished goes on; with other settings, it is left alone, and reported as failed.
 
     The report is written anew after each run, so that one that was interrupted is of use. Raises ClusterError at the end if
     a run failed, UsageError where the `out` folder cannot be had, KeyboardInterrupt as run_local does.
@@ -183,7 +186,10 @@ def run_experiment(
         order = experiment.order(case)
         finished = None if overwrite else _finished(order)
         say(console, f"[{number}/{len(settings)}] {case.name}" + (" has finished before" if finished is not None else ""))
-        outcomes.append(_run(case, order, program, env, console) if finished is None else case.outcome(order.run_dir, finished))
+        if finished is not None:
+            outcomes.append(case.outcome(order.run_dir, finished))
+        else:
+            outcomes.append(_run(case, order, program, env, console, overwrite))
         try:
             paths = write_report(outcomes, settings, experiment.name, experiment.out)
         except OSError as error:
@@ -197,7 +203,7 @@ def run_experiment(
 
 
 def _check_out(experiment: Experiment) -> None:
-    """An experiment replaces its own earlier runs without asking, so its folder must not be one of anything else."""
+    """An experiment replaces its own finished runs without asking, so its folder must not be one of anything else."""
     out = experiment.out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -220,10 +226,18 @@ def _finished(order: Order) -> dict[str, Any] | None:
     return summary if before == run_values(order.settings, order.script, order.args) else None
 
 
-def _run(case: Case, order: Order, program: Sequence[str], env: Mapping[str, str], console: Console) -> Outcome:
+def _run(case: Case, order: Order, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool) -> Outcome:
+    """Run a case, or go on with it if it has not finished. One that has finished with other settings is replaced."""
+
+    def how(folder: Path) -> How:
+        if overwrite or read_summary(folder) is not None or not kept(folder):
+            return "begin"
+        choice = Choice(order.settings, folder, overwrite, 0, order.script, order.args)
+        return take_up(folder, choice, recovers=False, accept_versions=False, say=lambda line: say(console, line))
+
     try:
-        with claim(order.run_dir, case.name, overwrite=True) as (folder, _):
-            summary = run_local(order, program, env, Screen(console, folder / FILE_NAME))
+        with claim(order.run_dir, case.name, True, how) as (folder, chosen):
+            summary = run_local(replace(order, how=chosen), program, env, Screen(console, folder / FILE_NAME))
         return case.outcome(order.run_dir, summary)
     except PsError as error:
         sentence = " ".join(str(error).split())

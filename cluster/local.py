@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.crew import Crew, Respawn
-from cluster.exits import USAGE
+from cluster.exits import STOPPED, USAGE
 from cluster.output import forgiving_output
 from cluster.processes import GATHER_S, TICK_S, Child, Processes, root_cause
 from cluster.resume import told_to_stop
@@ -267,6 +267,7 @@ class _Local:
         if self._is_stopping and self._signals.first is not None:
             self._stop(self._signals.first)
             return
+        self._check_told()
         self._recover_coordinator()
         if self._crew is not None and (code := self._processes.children[0].code) in (None, 0):
             if (count := take(self._order.run_dir)) is not None:
@@ -299,6 +300,18 @@ class _Local:
             raise Stopped(number)
         self._screen.update()
 
+    def _check_told(self) -> None:
+        """Raise Stopped if somebody has told the coordinator to stop. It says so to the others first, which then end."""
+        coordinator = next((child for child in self._processes.children if child.name == "coordinator"), None)
+        if coordinator is None or not (coordinator.was_told or any(c.code == STOPPED for c in self._processes.children)):
+            return
+        deadline = time.monotonic() + _SERVERS_END_S
+        while coordinator.code is None and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+            self._processes.poll()
+        if coordinator.code is not None and coordinator.was_told:
+            raise Stopped(coordinator.code - 128)
+
     def _recover_coordinator(self) -> None:
         """Start a coordinator that was killed again; the others wait for it and lose nothing. One that failed says why."""
         child = next((child for child in self._processes.failures() if child.name == "coordinator"), None)
@@ -314,6 +327,7 @@ class _Local:
         that failed, as the coordinator says of workers, or has ended well without them."""
         began = time.monotonic()
         while self._processes.running() and self._signals.first is None:
+            self._check_told()
             cause = root_cause(self._processes.failures())
             if cause.code is not None and cause.code < 0:
                 break  # nothing can explain this one

@@ -35,6 +35,8 @@ GATHER_S = 2.0
 #: How often waiting loops look.
 TICK_S = 0.05
 
+#: Exit codes of those that a signal has told to stop.
+_TOLD = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _TAIL_BYTES = 16 << 10
 _ERROR_LINE = re.compile(r"^(?:\S+: )?error: (.+)$")
 _OTHERS_FAILURE = re.compile(r"^((?:worker|server)-\d+)(?: on \S+)? failed: ")
@@ -68,6 +70,11 @@ class Child:
     def failed(self) -> bool:
         return bool(self.code) and not self.excused
 
+    @property
+    def was_told(self) -> bool:
+        """Whether it has ended because a signal has told it to stop."""
+        return self.code in _TOLD
+
     def describe_end(self) -> str:
         """One sentence on how and why it ended, for one that failed."""
         assert self.code is not None
@@ -83,6 +90,8 @@ class Child:
         assert self.code is not None
         if self.code < 0:
             return f"was killed by signal {-self.code} ({_signal_name(-self.code)})"
+        if self.was_told:
+            return f"was told to stop by {_signal_name(self.code - 128)}"
         reason = error_in(self.log)
         if reason is not None:
             return f"failed: {reason.rstrip('.')}"
@@ -184,12 +193,13 @@ class Processes:
         return {child.popen.pid for child in self.children if not child.gone}
 
     def stop(self) -> None:
-        """End every child and all that these have started: SIGTERM, and after `term_s` seconds SIGKILL."""
+        """End every child and all that these have started: SIGTERM, of which the second means at once, and after `term_s` seconds
+        SIGKILL."""
         self._stops = True
         self.poll()
         groups = self._groups()
         seen = {child.popen.pid for child in self.children} | self._seen
-        for number, patience_s in ((signal.SIGTERM, self._term_s), (signal.SIGKILL, _KILL_S)):
+        for number, patience_s in ((signal.SIGTERM, TICK_S), (signal.SIGTERM, self._term_s), (signal.SIGKILL, _KILL_S)):
             told: set[int] = set()
             deadline = time.monotonic() + patience_s
             while left := guard.relatives(groups, self._family):

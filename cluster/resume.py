@@ -195,17 +195,18 @@ def _check_end(folder: Path, now: Choice, done: int) -> None:
         raise UsageError(f"the run in {folder} has done {epochs_done:.3g} epochs, and --epochs {epochs} is fewer: give more.")
 
 
-def told_to_stop(number: int, folder: Path, command: Sequence[str]) -> str:
+def told_to_stop(number: int, folder: Path, command: Sequence[str], launch: str = "") -> str:
     """What is said of a run in `folder` that the signal `number` has stopped: how far it has come, and how to go on with it.
 
-    `command` is the part of the command line that goes on with it, without --resume.
+    `command` is the part of the command line that goes on with it, without --resume; `launch` is launch.py, if that is not what
+    this process runs.
     """
     done = 0
     with contextlib.suppress(UsageError):
         done = before.rounds if (before := look(folder)) is not None else 0
     newest = snapshots.finished(folder)
     saved = f"with a snapshot of round {snapshots.round_of(newest[-1])}" if newest else "without a snapshot"
-    program = [sys.orig_argv[0], sys.argv[0]]
+    program = [sys.orig_argv[0], launch or sys.argv[0]]
     words = [*program, command[0], "--resume", str(folder), *command[1:]]
     if not newest:  # which --resume RUN would need
         place = ["--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]

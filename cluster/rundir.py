@@ -72,7 +72,7 @@ def passed_over(folder: Path, default: str) -> Path | None:
         one = RUNS / (default if number == 1 else f"{default}-{number}")
         if one == folder or not one.is_dir():
             return found if one == folder else None
-        if not (one / SUMMARY_FILE).exists() and _kept(one) and not is_in_use(one):
+        if not (one / SUMMARY_FILE).exists() and kept(one) and not is_in_use(one):
             found = one
     raise AssertionError("counting does not end")
 
@@ -117,19 +117,19 @@ def _make_room(folder: Path, overwrite: bool) -> None:
         return
     if not is_run(folder):
         raise UsageError(f"{folder} is not empty and holds no run: give an empty or new folder as --run-dir.")
-    if not overwrite and (found := _kept(folder)):
+    if not overwrite and (found := kept(folder)):
         raise UsageError(f"{folder} holds {found} --overwrite to replace it, or another --run-dir or --name.")
     _remove(folder, _FILES)
 
 
-def _kept(folder: Path) -> str:
+def kept(folder: Path) -> str:
     """What there is of a run in `folder` that is not to be removed unasked, as the beginning of a sentence; '' if nothing."""
     if (folder / SUMMARY_FILE).exists():
         return "a finished run: give"
     goes_on = "give --resume auto to go on with it,"
     if snapshots.folders(folder):
         return f"a run that has not finished, with snapshots: {goes_on}"
-    if not (folder / FILE_NAME).exists():
+    if not (folder / FILE_NAME).exists() or not (folder / FILE_NAME).stat().st_size:
         return ""
     try:
         with contextlib.closing(RunLogReader(folder / FILE_NAME)) as log:

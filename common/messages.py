@@ -127,6 +127,9 @@ class Beat(Body, frozen=True):
 
     `unreached` are numbers of servers to which this process has had no connection for a while. To a process that has joined a
     run which has not started, the coordinator says who is `missing`.
+
+    A process that was told to stop says that it `leaves`, and goes on until it may. The coordinator answers a worker likewise,
+    and counts a server as lost.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -145,6 +148,7 @@ class Beat(Body, frozen=True):
     later: Annotated[list[Told], msgspec.Meta(max_length=MOST_TOLD)] = []
     missing: Name = ""
     unreached: Few[Count] = []
+    leaves: bool = False
 
     def __post_init__(self) -> None:
         if self.later and sum(map(len, self.later)) > MOST_TOLD:
@@ -248,12 +252,13 @@ class Plan(Body, frozen=True):
 
 class Ready(Body, frozen=True):
     """Setup, Plan or Init number `id` is known here. In answer to Setup, `lacks` says that this server has no first weights yet,
-    or, of the coordinator, that whoever asks is the one to send them. `seal` is for the Plan."""
+    or, of the coordinator, that whoever asks is the one to send them, and `first` names that worker. `seal` is for the Plan."""
 
     about: Name
     id: Count = 0
     lacks: bool = False
     seal: Count = 0
+    first: Name = ""
 
 
 class Init(Body, frozen=True):

@@ -173,8 +173,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(gt=0),
         _help(
-            "Seconds for all servers and workers to be there; before that nothing is trained, and every 10 s a line says who is "
-            "missing. The servers and workers have a flag of the same name, for the coordinator to answer."
+            "Seconds for all servers and workers to be there, and then for the first worker to come to its first batch; before "
+            "that nothing is trained, and every 10 s a line says who is missing. The servers and workers have a flag of the same "
+            "name, for the coordinator to answer."
         ),
     ] = START_S
 

@@ -43,6 +43,8 @@ _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIV
 BEAT_S = 0.5
 GONE_S = 20.0
 STOPPED_S = 1.0
+#: Seconds, besides those for a snapshot, after which one that was told to stop leaves without the coordinator's word.
+GO_S = 5.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0
 SEND_AGAIN_S = 5.0

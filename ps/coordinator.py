@@ -224,9 +224,13 @@ class Coordinator:
         self._recovered_at: float | None = None
         self._inherits_to: int | None = None
         self._stop: Stop | None = None
-        #: The signal that has told it to stop, if any, and until when that may take, once it is at it.
+        #: The signal that has told it to stop, if any, and whether it is at it.
         self._signal = 0
+        self._is_stopping = False
+        #: Until when a snapshot may take that is made because somebody is to stop.
         self._stops_until: float | None = None
+        #: Workers that were told to stop and may leave.
+        self._dismissed: set[str] = set()
         #: Seconds for those who come too late, and who of them has heard, by incarnation.
         self._late_s = late_s
         self._late: set[int] = set()
@@ -315,26 +319,62 @@ class Coordinator:
         self._farewell(Stop(True))
 
     def stop(self, number: int) -> None:
-        """Have the run stop after the round in progress, with a snapshot, for the signal `number`; at once when called again.
+        """Have the run stop after the round in progress, with a snapshot, for the signal `number`; at once when called again with
+        the same. (If all processes of a host are told to stop, a launcher among them tells it too, by another signal.)
 
         A signal's handler may call it.
         """
-        if self._signal:
+        if self._signal == number:
             raise Stopped(number, self._how_far())
-        self._signal = number
+        self._signal = self._signal or number
 
     def _stop_soon(self, now: float) -> None:
         """Raise Stopped once a snapshot is made, or cannot be."""
-        if self._stops_until is None:
-            self._stops_until = now + self._settings.stop_timeout
+        if not self._is_stopping:
+            self._is_stopping, self._stops_until = True, None
             log.warning("is told to stop: ends the round in progress and makes a snapshot; a second signal stops it at once")
             self._log.event(Event("stopping", "coordinator", {"seconds": self._settings.stop_timeout}))
+        if self._is_saved(now):
+            raise Stopped(self._signal, self._how_far())
+
+    def _is_saved(self, now: float) -> bool:
+        """Have a snapshot made of the end of the round in progress, because somebody is to stop then. Whether it is there, or
+        will not be in time."""
+        if self._stops_until is None:
+            self._stops_until = now + self._settings.stop_timeout
             self._cuts.hurry(now)
         cuts, is_trained = self._cuts, self._membership.started and self._ledger.planned > 0
         is_made = cuts.is_made or (cuts.under is None and cuts.newest == self._ledger.committed)
         cannot = not is_trained or not self._settings.snapshot_every or self._membership.broken or cuts.failure
-        if is_made or cannot or now > self._stops_until:
-            raise Stopped(self._signal, self._how_far())
+        return bool(is_made or cannot or now > self._stops_until)
+
+    def _let_leave(self, now: float) -> None:
+        """Let those leave that were told to stop: a worker at once if others stay, who do what it has not done; all else after a
+        snapshot, for the run may have to go on from that. If the run itself is to stop, all leave with it."""
+        asking = [member for member in self._membership.members.values() if member.active and member.beat.leaves]
+        asking = [member for member in asking if member.name not in self._dismissed]
+        if self._signal or not asking:
+            self._stops_until = self._stops_until if self._signal else None
+            return
+        spared = [member for member in asking if self._is_spared(member)]
+        if len(spared) < len(asking) and self._is_saved(now):
+            spared = asking
+        for member in spared:
+            log.info("%s was told to stop, and leaves", _called(member))
+            self._progressed_at = now
+            if member.hello.role == "worker" and not self._policy.is_local:
+                self._dismissed.add(member.name)
+                self._send(member.name, Beat(leaves=True))
+            else:
+                self._tell_members(self._membership.dismiss(member.name))
+                self._send(member.name, self._membership.fence(member))
+
+    def _is_spared(self, member: Member) -> bool:
+        """Whether the run goes on without a member that leaves as if it had never been there."""
+        if member.hello.role == "server":
+            return not self._needs_servers()
+        stays = any(other.active and not other.beat.leaves for other in self._membership.workers.values())
+        return self._is_over or (stays and not self._policy.is_local)
 
     def _how_far(self) -> str:
         """What there is to go on from, if the run stops now."""
@@ -391,6 +431,7 @@ class Coordinator:
 
     def _tick(self, now: float) -> None:
         self._tell_members(self._membership.tick(now, self._is_dead))
+        self._let_leave(now)
         self._note_losses(now)
         if self._signal:
             self._stop_soon(now)
@@ -580,7 +621,7 @@ class Coordinator:
         if self._has_model and not self._behind_the_end():
             self._progressed_at = now  # whoever is there is at something of its own, which may take as long as it likes
             return
-        if idle_s <= self._settings.timeout:
+        if idle_s <= self._settings.timeout or (not self._has_begun and idle_s <= self._settings.start_timeout):
             return
         if behind := self._behind_the_end():
             for worker in behind:
@@ -600,6 +641,13 @@ class Coordinator:
             f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}"
             f"{self._missing_text()}."
         )
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether somebody trains, or would if it reached all servers. Before that the first worker may be at something of its
+        own, such as loading data."""
+        members = self._membership.members.values()
+        return bool(self._ledger.planned) or any(member.beat.round > 0 or member.beat.unreached for member in members)
 
     def _all_have_left(self, now: float) -> bool:
         """Whether all scripts have ended before the last round, and what they have handed in is applied."""
@@ -778,7 +826,8 @@ class Coordinator:
             case Setup():
                 answer = self._ledger.set_up(body, member.who)
                 if isinstance(answer, Ready):
-                    answer = Ready("Setup", lacks=member.name in self._membership.names("worker")[:1])
+                    first = next(iter(self._membership.names("worker")), member.name)
+                    answer = Ready("Setup", lacks=member.name == first, first=self._membership.members[first].who)
                 self._answer(route, member, answer)
             case Plan():
                 self._plan(route, member, body, now)
@@ -879,7 +928,7 @@ class Coordinator:
         self._tell_of_unreached(member)
         if now >= self._answered_at.get(member.name, 0.0) + BEAT_S / 2:  # beats with news come much more often
             self._answered_at[member.name] = now
-            self._send(member.name, Beat())
+            self._send(member.name, Beat(leaves=member.name in self._dismissed))
 
     def _answer(self, route: bytes, worker: Member, answer: Body) -> None:
         """Tell a worker whether its model or data are the others'."""
@@ -896,7 +945,7 @@ class Coordinator:
         if answer is not None:
             self._answer(route, worker, answer)
         if self._ledger.planned != self._planned:
-            self._planned = self._ledger.planned
+            self._planned, self._progressed_at = self._ledger.planned, now
             self._training_since = self._training_since or now
             merges = {"merges": True} if self._policy.is_local else {}
             self._log.event(Event("plan", "coordinator", {"rounds": self._planned, **merges}))
@@ -947,6 +996,10 @@ class Coordinator:
                 )
             self._progressed_at = now
             self._note_early_leavers()
+        elif goodbye.early and not member.early:  # its script had ended, and it does not wait for the run's end
+            self._tell_members(self._membership.leave(member.name, early=True))
+        if goodbye.early and self._policy.is_local and not self._is_over and not member.lost:
+            self._tell_members(self._membership.dismiss(member.name))
         if member.early:
             self.journal.promise(route, Stop(True))
 

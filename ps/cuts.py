@@ -148,7 +148,7 @@ class Cuts:
         assert self.under is not None
         missed = any(said.state == "missed" for said in self.under.said.values())
         if not failure:
-            self.newest, self.is_made = self.under.round, True
+            self.newest, self.is_made, self._hurries = self.under.round, True, False
         self._stretch = min(2 * self._stretch, _FURTHEST) if missed else 1
         self._due_at = now if missed else now + self._every_s
         self.failure = "" if missed else failure

@@ -328,6 +328,8 @@ class Membership:
             name = f"server-{hello.index}"
             asked = (m for m in there.values() if m.hello.index == hello.index or m.name == name)
             return next((member for member in asked if member.active), None)
+        if hello.role == "server" and self._gone_server(None) is not None:
+            return None  # there is a place that is free
         full = len(there) >= (self.settings.servers if hello.role == "server" else self.settings.workers)
         if full and (hello.role == "server" or self._policy.is_local):
             return min((m for m in there.values() if m.active), key=lambda member: member.heard_at, default=None)
@@ -427,6 +429,12 @@ class Membership:
         if member.early:
             member.beat = _counts_of(member.beat)
         return self._change() if is_news else []
+
+    def dismiss(self, name: str) -> list[tuple[str, Body]]:
+        """Have a member leave that was told to stop, and whose part nobody has: it counts as lost."""
+        member = self.members[name]
+        self._lose(member, f"process {member.hello.pid} on {member.hello.host} was told to stop")
+        return self._change()
 
     def train_on(self) -> None:
         """There are more rounds to do than were known of."""

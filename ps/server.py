@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from common.addresses import advertised, as_told, await_route
 from common.allocator import keep_memory
 from common.attendance import Attendance
 from common.connections import Inflow, Outflow, Standing
-from common.errors import ClusterError, RunStopped, WireError
+from common.errors import ClusterError, RunStopped, Stopped, WireError
 from common.failpoints import arm
 from common.messages import (
     MOST_TOLD,
@@ -54,12 +55,14 @@ from common.place import here
 from common.refusals import Refusals
 from common.restart import restart
 from common.settings import START_S
+from common.signals import handled
 from common.tickets import seal, ticket
 from common.vital import Signs
 from common.watchdog import Watchdog
 from common.wire import (
     ASK_AGAIN_S,
     BEAT_S,
+    GO_S,
     Frames,
     Stamp,
     allow_files,
@@ -100,7 +103,7 @@ def serve(
 
     The coordinator has `start_s` seconds to answer. Others are told to connect to `advertise`, which is HOST, HOST:PORT or
     tcp://HOST:PORT, if that is not None. Raises UsageError if it cannot listen or is refused, ClusterError if the run
-    fails or the coordinator falls silent.
+    fails or the coordinator falls silent, and Stopped on SIGTERM and Ctrl-C: of the first once the coordinator lets it leave.
     """
     torch.set_num_threads(1)
     keep_memory()
@@ -108,7 +111,9 @@ def serve(
     try:
         await_route(coordinator, start_s)
         with no_compiler():
-            _Server(context, coordinator, bind, index, device, start_s, advertise).run()
+            server = _Server(context, coordinator, bind, index, device, start_s, advertise)
+            with handled((signal.SIGTERM, signal.SIGINT), server.stop):
+                server.run()
     finally:
         context.destroy(linger=1000)
 
@@ -140,6 +145,8 @@ class _Server:
         self._told, self._breathed_at = Beat("starting"), float("-inf")
         self._signs = Signs()
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
+        #: The signal that has told it to stop, if any, and when.
+        self.told, self._told_at = 0, float("inf")
         self._shard: Shard | None = None
         self._writer: Writer | None = None
         self._kv: KvStore | None = None
@@ -168,12 +175,28 @@ class _Server:
             if self._watchdog is not None:
                 self._watchdog.stop()
         stop = self._attendance.stop
+        if stop is not None and not stop.ok and self.told:
+            raise Stopped(self.told, "has left the run, as it was told to stop.")
         if stop is not None and stop.again:
             log.warning("begins anew: %s", stop.reason)
             self._signs.pause()
             restart()
         if stop is not None and not stop.ok:
             raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
+
+    def stop(self, number: int) -> None:
+        """Leave the run, for the signal `number`, when the coordinator lets this server. If called again, or if it is in no run,
+        raise Stopped. A signal's handler may call it."""
+        if self.told or self._shard is None:
+            raise Stopped(number)
+        self.told, self._told_at = number, time.monotonic()
+
+    def _look_whether_told(self, now: float) -> None:
+        """Ask the coordinator to be let go, if this server was told to stop. Raises Stopped if that takes too long."""
+        if self.told and self._shard is not None:
+            self._attendance.beat_soon(now)
+            if now > self._told_at + self._shard.settings.stop_timeout + GO_S:
+                raise Stopped(self.told, "leaves the run, as it was told to stop, and was not let go in time.")
 
     def _loop(self) -> None:
         assert self._inflow is not None
@@ -187,6 +210,7 @@ class _Server:
             if self._workers in ready and self._shard is not None and not self._shard.restoring:
                 self._drain(self._workers)
             now = time.monotonic()
+            self._look_whether_told(now)
             self._inflow.look(now, listening=self._shard is None or not self._shard.restoring)
             for body in self._attendance.tick(now, self._tell):
                 send(self._coordinator, self._stamp.encode(body))
@@ -241,10 +265,10 @@ class _Server:
             return Beat("starting", refused=self._refusals.counts)
         shard, refused = self._shard, self._refusals.counts
         if shard.restoring:
-            return Beat("starting", refused=refused)
+            return Beat("starting", refused=refused, leaves=bool(self.told))
         return Beat(
             "waiting", shard.version, shard.done, shard.missing()[:MOST_TOLD], traffic=shard.traffic, keeps=shard.keeps,
-            refused=refused, later=shard.missing_later(),
+            refused=refused, later=shard.missing_later(), leaves=bool(self.told),
         )  # fmt: skip
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:

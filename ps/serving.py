@@ -6,7 +6,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from common.restart import restart
 from common.runfiles import SETTINGS_FILE, How
 from common.runlog import FILE_NAME
 from common.settings import Settings
+from common.signals import handled
 from common.snapshots import check_versions, finished, folders, newest, remove
 from common.wire import Stamp, allow_files, receive, router, send, write_address
 from ps.books import Books, restore
@@ -75,7 +76,7 @@ def serve(
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
         log.info("listening at %s", address if address == bound else f"{bound}; others find it at {address}")
-        with _handled(signals, coordinator.stop):
+        with handled(signals, coordinator.stop):
             coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)
@@ -83,17 +84,6 @@ def serve(
         restart([*resumes, *["--accept-versions"] * accept_versions])
     finally:
         context.destroy(linger=1000)
-
-
-@contextlib.contextmanager
-def _handled(signals: Sequence[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
-    """Have `handler` called with each of these signals that comes."""
-    before = {number: signal.signal(number, lambda number, frame: handler(number)) for number in signals}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:

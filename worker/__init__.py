@@ -25,6 +25,12 @@ __all__ = ["ArcFace", "ColumnParallelLinear", "CosFace", "ShardedLinear", "embed
 ADDRESS_VARIABLE = "PS_COORDINATOR"
 INDEX_VARIABLE = "PS_WORKER_INDEX"
 
+#: Signals that tell a worker to leave, and what handles them in scripts that have no handler of their own.
+_USUAL: tuple[tuple[signal.Signals, Any], ...] = (
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+)
+
 #: Seconds that the coordinator has to answer, where they are not the default.
 START_VARIABLE = "PS_START_TIMEOUT"
 
@@ -48,11 +54,12 @@ def join() -> Run:
     from worker.link import Link
     from worker.run import Run, describe_failure
 
+    runs: list[Run] = []
     address = os.environ.get(ADDRESS_VARIABLE)
     if address is None:
         from cluster.alone import start_companions
 
-        address = start_companions(sys.argv[0])
+        address = start_companions(sys.argv[0], lambda: runs[0].told if runs else 0)
     arithmetic = {
         "torch": str(torch.__version__),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -63,12 +70,19 @@ def join() -> Run:
     start_s = float(os.environ.get(START_VARIABLE, START_S))
     await_route(address, start_s)
     run = Run(Link(address, hello, start_s))
+    runs.append(run)
     if threading.current_thread() is threading.main_thread():
         signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
+        for number, usual in _USUAL:
+            if signal.getsignal(number) == usual:  # else the script has one of its own
+                signal.signal(number, run.told_to_stop)
     before = sys.excepthook
 
     def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        run.failure, run.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
+        if isinstance(error, KeyboardInterrupt):
+            run.interrupted = True
+        elif not (isinstance(error, SystemExit) and run.left_early):
+            run.failure, run.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
         before(kind, error, traceback)
 
     sys.excepthook = failed
@@ -78,14 +92,19 @@ def join() -> Run:
 
 def _finish(run: Run) -> None:
     """Leave the run when the script has ended. If the run has failed elsewhere, `launch.py` finds that in sys.last_value."""
-    from common.errors import PsError
+    from common.errors import PsError, Stopped
 
     try:
         run.finish()
+    except Stopped:
+        pass
     except PsError as error:
         if not run.failure:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.last_value = error if run.failed_elsewhere else None
+    for number, usual in _USUAL:
+        if signal.getsignal(number) == run.told_to_stop:
+            signal.signal(number, usual)
 
 
 def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:

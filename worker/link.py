@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
+import signal
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ import msgspec
 import zmq
 
 from common.attendance import TELL_S, Attendance
-from common.errors import ClusterError, NoAnswer, PsError, RunStopped, UsageError, WireError
+from common.errors import ClusterError, NoAnswer, PsError, RunStopped, Stopped, UsageError, WireError
 from common.failpoints import failpoint
 from common.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
 from common.place import is_own
@@ -29,7 +30,7 @@ from common.refusals import Refusals
 from common.restart import restart
 from common.runlog import some
 from common.settings import START_S
-from common.wire import ASK_AGAIN_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
+from common.wire import ASK_AGAIN_S, GO_S, SEND_AGAIN_S, Frames, Stamp, dealer, is_bulk, new_incarnation, receive, send
 from worker.exchange import Send
 
 log = logging.getLogger("worker.link")
@@ -87,6 +88,9 @@ class Link:
         #: Why the thread ended, if it did.
         self._error: PsError | None = None
         self._closing = False
+        #: The signal that has told this worker to stop, if any, and when.
+        self.told, self.told_at = 0, float("inf")
+        self._is_interrupted = False
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
 
@@ -175,6 +179,8 @@ class Link:
             raise self._error
         stop = self._attendance.stop
         if stop is not None and not stop.ok:
+            if self.told:
+                raise Stopped(self.told)
             raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
 
     def joined(self) -> Welcome:
@@ -213,6 +219,12 @@ class Link:
             due = self._attendance.beat_soon(time.monotonic())
         if due:
             self._notify()
+
+    def interrupt(self) -> None:
+        """Have the main thread end the script where it is: this worker was told to stop, and need not wait any more."""
+        if not self._is_interrupted:
+            self._is_interrupted = True
+            signal.pthread_kill(threading.main_thread().ident or 0, self.told)
 
     def close(self) -> None:
         """Send what is left to send and end the thread."""
@@ -269,6 +281,9 @@ class Link:
                             continue
                         self._attendance.handle(body, time.monotonic())
                         if isinstance(body, Stop) and body.again:
+                            if self.told:
+                                self.interrupt()
+                                return
                             log.warning("begins anew: %s", body.reason)
                             restart()
                     self.answers += len(frames) > 1
@@ -318,7 +333,15 @@ class Link:
 
     def _beat(self) -> Beat:
         unreached = sorted(self._unreached)[:_MOST_UNREACHED]
-        return msgspec.structs.replace(self.beat(), refused=self._refusals.counts, unreached=unreached)
+        return msgspec.structs.replace(self.beat(), refused=self._refusals.counts, unreached=unreached, leaves=self.told > 0)
+
+    def _look_whether_told(self, now: float) -> None:
+        """Ask the coordinator to be let go, if this worker was told to stop, and go if that takes too long."""
+        welcome = self._attendance.welcome
+        if self.told and welcome is not None:
+            self._attendance.beat_soon(now)
+            if now > self.told_at + welcome.settings.stop_timeout + GO_S:
+                self.interrupt()
 
     def _look_at_connections(self, now: float) -> None:
         """Find out which servers cannot be reached, and say so once in a while."""
@@ -341,6 +364,7 @@ class Link:
     def _send_all(self) -> None:
         now = time.monotonic()
         with self.lock:
+            self._look_whether_told(now)
             messages = list(self._outbox)
             self._outbox.clear()
             messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._beat)]

@@ -468,7 +468,7 @@ class GradientWork:
         if self._run.leaves:
             self._push_sums()
             self._run.left_early = True
-            raise SystemExit(0)
+            raise SystemExit(128 + self._run.told if self._run.told else 0)
 
     def _has_task(self) -> bool:
         """Whether there is a micro-batch to compute. Where nothing is left of the own run, what was computed of it is pushed:

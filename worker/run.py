@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.errors import ClusterError, PsError, UsageError
+from common.attendance import TELL_S
+from common.errors import ClusterError, PsError, Stopped, UsageError
 from common.facts import Fact
 from common.failpoints import arm
 from common.layout import message_batches
@@ -151,6 +154,9 @@ class Run:
         self._finished = False
         #: Whether this worker is to leave after the micro-batch it is at, and whether it has stopped training for that.
         self.leaves = self.left_early = False
+        #: Whether the script was interrupted, so that what it was at is given up.
+        self.interrupted = False
+        self._pid = os.getpid()
         #: Why the script failed, if it did: told to the coordinator in `finish`.
         self.failure = ""
         #: Whether that was for a server that did not answer.
@@ -349,8 +355,8 @@ class Run:
             self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
             self._exchange.near = {server for server in range(self._servers) if self._link.is_near(server)}
         facts = [*facts, *alike.constant_facts(replica.constants)]
-        self._lacks(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
-        self._begins = any([self._lacks(f"server-{number}", setup) for number in range(self._servers)])
+        self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
+        self._begins = any([self._tell_setup(f"server-{number}", setup).lacks for number in range(self._servers)])
         if self._begins and not tables and not layers:
             self._to_begin = functools.partial(self._send_first, replica, setup, facts)
             return False
@@ -394,22 +400,29 @@ class Run:
         work.join()
 
     def _sends_first(self, setup: Setup, facts: list[Fact]) -> bool:
-        """Tell everybody of the model. Whether first weights are to come from here; waits while another is to send them."""
-        deadline = time.monotonic() + self.settings.timeout + 20.0
+        """Tell everybody of the model. Whether first weights are to come from here; waits while another is to send them, for as
+        long as all may take to join."""
+        began = told_at = time.monotonic()
+        patience_s = self.settings.start_timeout
         lacking, pause_s = [f"server-{number}" for number in range(self._servers)], _FIRST_WEIGHTS_S[0]
         while True:
-            is_first = self._lacks(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
-            lacking = [server for server in lacking if self._lacks(server, setup)]
-            if is_first or not lacking:
+            told = self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
+            lacking = [server for server in lacking if self._tell_setup(server, setup).lacks]
+            if told.lacks or not lacking:
                 return bool(lacking)
-            if time.monotonic() > deadline:
-                raise ClusterError(f"{' and '.join(lacking)} got no first weights from the first worker.")
+            missing = f"{told.first or 'the first worker'}, whose weights are the first ones, has not come to its first batch"
+            if (now := time.monotonic()) > began + patience_s:
+                raise ClusterError(f"{missing} in {patience_s:g} s, as --start-timeout says.")
+            if now > told_at + TELL_S:
+                told_at = now
+                log.info("waits: %s for %.0f s", missing, now - began)
             self._wait(lambda: None, lambda: "", every=pause_s)
             pause_s = min(2 * pause_s, _FIRST_WEIGHTS_S[1])
 
-    def _lacks(self, name: str, setup: Setup) -> bool:
+    def _tell_setup(self, name: str, setup: Setup) -> Ready:
         answer = self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
-        return isinstance(answer, Ready) and answer.lacks
+        assert isinstance(answer, Ready)
+        return answer
 
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
         """Find out with which servers this worker shares memory: only those that touch the same do."""
@@ -628,6 +641,29 @@ class Run:
         effect where replicas train apart (`local`, `average`). May be called by a signal's handler."""
         self.leaves = not self._policy.is_local
 
+    def told_to_stop(self, number: int, frame: object = None) -> None:
+        """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a snapshot.
+        If called again, raise Stopped."""
+        if os.getpid() != self._pid:  # a process that the script has made of this one
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif self._link.told and not self._finished:
+            raise Stopped(number)
+        elif not self._link.told:
+            self._link.told, self._link.told_at = number, time.monotonic()
+
+    def _may_leave(self) -> None:
+        """The coordinator lets this worker go, which was told to stop. Between two micro-batches it hands over what it has;
+        where it is at something else of its script, there is nothing to be handed over."""
+        self.leaves = True
+        if not self._segments or self.round >= self._segments[-1].end:
+            self._link.interrupt()
+
+    @property
+    def told(self) -> int:
+        """The signal that has told this worker to stop; 0 if none has."""
+        return self._link.told
+
     def finish(self) -> None:
         """Leave the run: report what is left, hand in the model if asked to, and wait until the results are saved.
 
@@ -637,8 +673,10 @@ class Run:
             return
         self._finished = self._link.copies = True
         try:
-            if self.failure:
-                goodbye = Goodbye(self.failure, cut_off=self.cut_off, keyed=self._kv is not None, round=self.round)
+            if self.failure or self.interrupted:
+                goodbye = Goodbye(
+                    self.failure, self.interrupted, cut_off=self.cut_off, keyed=self._kv is not None, round=self.round
+                )
                 self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
@@ -647,8 +685,9 @@ class Run:
             self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
             self._wait(lambda: not self._recomputed, lambda: "the coordinator to write the statistics that were computed anew")
             self._hand_over()
-            goodbye = Goodbye(early=self.left_early, round=self.round, changed=self._changed())
+            changed = self._changed()
             while not self._link.stopped:
+                goodbye = Goodbye(early=self.left_early or self._link.told > 0, round=self.round, changed=changed)
                 self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
                 self._link.wait(lambda: self._link.stopped, float("inf"), lambda: _END, every=1.0)
         finally:
@@ -723,6 +762,8 @@ class Run:
                 self._link.epoch = body.tables[-1].epoch
             case Lease():
                 self._tasks.leased(body)
+            case Beat(leaves=True):
+                self._may_leave()
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
             case Ready(about="Recomputed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -160,3 +161,32 @@ def test_a_script_that_is_not_there_is_noticed_before_a_server_joins(start: Star
     cluster = Cluster(start, tmp_path, 1, 1)
     code, lines = cluster.worker("nothing.py").end(START_S)
     assert (code, lines) == (2, ["error: there is no script nothing.py."])
+
+
+def test_a_worker_that_is_told_to_stop_leaves_with_the_server_beside_it(two: tuple[Cluster, list[Launched]]) -> None:
+    cluster, (first, second) = two
+    rounds = cluster.rounds()
+    os.kill(second.popen.pid, signal.SIGTERM)
+    code, lines = second.end(START_S)
+    assert code == 143, lines
+    second.leaves_nothing(set())
+    newcomer = cluster.worker("endless.py")
+    newcomer.ready(1)
+    assert cluster.rounds() >= rounds, "it began again from the beginning"
+    assert first.popen.poll() is None
+
+
+def test_a_script_that_ends_early_leaves_its_server_to_the_others(start: Start, tmp_path: Path) -> None:
+    cluster = Cluster(start, tmp_path, 2, 2, "--rounds", 40)
+    (tmp_path / "leaves.py").write_text(
+        ENDLESS.replace("    opt.step()\n", "    opt.step()\n    if number == 2:\n        break\n")
+    )
+    leaver, other = cluster.worker("--index", 1, "leaves.py"), cluster.worker("--index", 0, "endless.py")
+    other.ready(1)
+    for one in (other, leaver, cluster.coordinator):
+        code, lines = one.end(START_S)
+        assert code == 0, lines
+        one.leaves_nothing(set())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["left_early"]) == ["worker-1"] and summary["rounds"] == 40
+    assert len(summary["weights_sha256"]) == 64

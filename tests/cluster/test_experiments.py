@@ -14,7 +14,9 @@ from rich.console import Console
 
 from cluster.experiment import read_experiment, run_experiment
 from cluster.report import Outcome, rows, to_csv, to_markdown
+from cluster.rundir import kept
 from common.errors import ClusterError, UsageError
+from common.runlog import FILE_NAME, Event, RoundRow, RunLog
 from common.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +107,27 @@ def test_a_run_is_run_again_if_its_settings_have_changed_or_if_told_to() -> None
     assert numbered(run(one)[0]) == ["[1/1] seed-0 has finished before"]
     assert numbered(run(one, overwrite=True)[0]) == ["[1/1] seed-0"]
     assert numbered(run(one.replace("workers = 1", "workers = 1\nlr = 0.5"))[0]) == ["[1/1] seed-0"]
+
+
+def test_a_case_that_has_not_finished_goes_on_and_is_deleted_only_if_told_to() -> None:
+    one = "[settings]\nworkers = 1\nservers = 1\n[matrix]\nseed = [0]\n"
+    run(one)
+    folder = Path("runs/experiments/e/seed-0")
+    (folder / "summary.json").unlink()
+    log = RunLog(folder / FILE_NAME)
+    log.event(Event("started", "coordinator", {"run": "r"}))
+    log.round(RoundRow(0, 0, 8, 2, 0, {}))
+    log.close()
+    lines, error = run(one.replace("workers = 1", "workers = 1\nlr = 0.5"))
+    assert "1 of 1 runs failed" in error and any("has lr = 0.02 and cannot go on with 0.5" in line for line in lines)
+    assert kept(folder).startswith("a run that has not finished, after 1 rounds")
+    lines, _ = run(one)
+    assert any("begins the run in runs/experiments/e/seed-0 again: it had come to round 1" in line for line in lines)
+    (folder / "summary.json").unlink()
+    assert kept(folder)
+    run(one, overwrite=True)
+    (folder / "summary.json").unlink()
+    assert not kept(folder)
 
 
 def test_a_folder_of_other_things_is_not_touched() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import pty
 import re
 import signal
@@ -97,6 +98,18 @@ def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_agai
     )
     run.leaves_nothing(everybody)
     assert sorted(path.name for path in (tmp_path / "run").glob("events.sqlite*")) == ["events.sqlite"]
+
+
+def test_workers_wait_for_a_slow_first_one_for_longer_than_the_timeout_and_say_so(start: Start, tmp_path: Path) -> None:
+    slow = "import time\n" + ENDLESS.replace("epochs=10**6", "epochs=1").replace(
+        "for number,", "time.sleep(13 * run.is_chief)\nfor number,"
+    )
+    (tmp_path / "slow.py").write_text(slow.replace("if number == 2", "if False"))
+    run = start(LAUNCH, "local", "--workers", 2, "--timeout", 8, "--run-dir", "run", "slow.py")
+    code, lines = run.end(START_S)
+    assert code == 0, lines
+    told = re.compile(rf"waits: worker-0 on {re.escape(platform.node())}, whose weights are the first ones, has not come to its")
+    assert told.search((tmp_path / "run/logs/worker-1.log").read_text())
 
 
 def test_a_script_that_raises_is_told_with_its_line_and_the_traceback_is_in_its_log(start: Start, tmp_path: Path) -> None:

@@ -177,6 +177,8 @@ class Case:
     killed: Sequence[tuple[str, float, float]] = ()
     #: When the coordinator gets a SIGTERM, and after how many seconds the run is started again; others are killed by one.
     stopped: Sequence[tuple[float, float]] = ()
+    #: Which server or worker gets a SIGTERM (as in `killed`), when, and after how many seconds another process is in its place.
+    told: Sequence[tuple[str, float, float]] = ()
     #: Whether workers are on the coordinator's host, and so are soon counted as lost.
     near: bool = False
     #: Where servers keep copies: which server is killed when, and after how many seconds another process is in its place.
@@ -185,7 +187,7 @@ class Case:
     @property
     def keeps_books(self) -> bool:
         """Whether the books are real, and so there for a coordinator that comes after."""
-        return bool(self.killed or self.stopped) or self.folder is not None
+        return bool(self.killed or self.stopped or self.told) or self.folder is not None
 
     def plans(self) -> list[Segment]:
         out: list[Segment] = []
@@ -439,8 +441,8 @@ class World:
         self.given_up = self.fenced = 0
         #: Processes that were killed, and how often all began anew.
         self.killed = self.begun_anew = 0
-        #: How often the run was told to stop and did.
-        self.stopped = 0
+        #: How often the run was told to stop and did, and how often a member left that was.
+        self.stopped = self.left = 0
         #: How often a server had no more of the version that it was asked about.
         self.asked_too_late = 0
         #: Workers that are there or will be.
@@ -519,6 +521,10 @@ class Restarted(Exception):
     """Stands for a process that is replaced by a new one of the same command."""
 
 
+class Interrupted(Exception):
+    """Stands for a script that a second signal ends where it is."""
+
+
 def _restart(options: Sequence[str] | None = None) -> None:
     raise Restarted
 
@@ -538,6 +544,10 @@ class Process:
 
     def kill(self, away: float) -> None:
         """End it at once, and start another in its place after so many seconds."""
+        raise NotImplementedError
+
+    def tell(self, away: float) -> None:
+        """Tell it to stop, as a signal does, and start another in its place so many seconds after its end."""
         raise NotImplementedError
 
     def is_deaf_to(self, header: bytes) -> bool:
@@ -658,6 +668,9 @@ class CoordinatorProcess(Process):
 class ServerProcess(Process):
     """`key` is server-N, or of one in the place of another that was killed, server-N.M."""
 
+    #: Seconds until another is in the place of one that was told to stop.
+    away = 0.3
+
     def begin(self) -> None:
         self.number = number_of(self.place)
         self.server = _Server(self, _COORDINATOR, f"tcp://{self.key}:1", self.number)  # type: ignore[arg-type]
@@ -665,6 +678,17 @@ class ServerProcess(Process):
     def kill(self, away: float) -> None:
         self.world.killed += 1
         self._end(away)
+
+    def tell(self, away: float) -> None:
+        self.away = away
+        self._until_it_leaves(lambda: self.server.stop(15))
+
+    def _until_it_leaves(self, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Stopped:
+            self.world.left += 1
+            self._end(self.away)
 
     def _end(self, away: float) -> None:
         """Have another process in its place after so many seconds."""
@@ -687,7 +711,8 @@ class ServerProcess(Process):
         stop = self.server._attendance.stop
         if stop is not None and self.alive:
             assert stop.again or stop.told, f"{self.key} is told to stop: {stop.reason}"
-            self._end(0.3)  # somebody starts it again
+            self.world.left += self.server.told > 0
+            self._end(self.away if self.server.told else 0.3)  # somebody starts it again
 
     @property
     def shard(self) -> Shard:
@@ -721,6 +746,9 @@ class ServerProcess(Process):
 
     def tick(self) -> None:
         now = self.world.now
+        self._until_it_leaves(lambda: self.server._look_whether_told(now))
+        if not self.alive:
+            return
         for body in self.server._attendance.tick(now, self.server._beat):
             self.server._coordinator.send_multipart([self.server._stamp.encode(body)])
         if self.server._shard is not None:
@@ -780,6 +808,9 @@ class SimulatedLink(Link):
         if self.process.alive:
             self._send_all()
 
+    def interrupt(self) -> None:
+        raise Interrupted
+
     def close(self) -> None:
         pass
 
@@ -831,6 +862,33 @@ class WorkerProcess(Process):
     def _die(self) -> None:
         self.kill(self.pace.respawn_s)
 
+    #: Seconds until another is in the place of one that was told to stop.
+    away = 0.3
+
+    def tell(self, away: float) -> None:
+        self.away = away
+        if self.link._attendance.welcome is None or not hasattr(self, "run") or self.done:
+            self.kill(away)
+        else:
+            try:
+                self.run.told_to_stop(15)
+            except Stopped:
+                self._interrupted()
+
+    def _interrupted(self) -> None:
+        """It gives up what it is at, and says so."""
+        self.link._outbox.clear()
+        self.link._outbox.append(Send(COORDINATOR, Goodbye(early=True, round=self.run.round)))
+        self.link.told = 0
+        self.link._send_all()
+        self.alive = False
+        self._has_left()
+
+    def _has_left(self) -> None:
+        self.world.left += 1
+        if self.away < float("inf"):
+            self.world.at(self.world.now + self.away, lambda: self.world.start(self._successor(None)))
+
     def kill(self, away: float) -> None:
         self.alive = False
         self.world.killed += 1
@@ -867,6 +925,9 @@ class WorkerProcess(Process):
             except Restarted:
                 self.begin_anew()
                 return
+            except Interrupted:
+                self._interrupted()
+                return
             if (stop := self.link._attendance.stop) is not None and stop.told and not self.done:
                 self.begin_anew()
                 return
@@ -874,7 +935,11 @@ class WorkerProcess(Process):
             self._look()
 
     def tick(self) -> None:
-        self.link._send_all()
+        try:
+            self.link._send_all()
+        except Interrupted:
+            self._interrupted()
+            return
         self._look()
 
     def describe(self) -> str:
@@ -1003,12 +1068,15 @@ class WorkerProcess(Process):
                 for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
                     ready = yield from self._request(name, plan, "Plan", segment.index)
                     plan = Plan(segment, ready.seal) if name == COORDINATOR else plan
+                run._segments.append(segment)
                 yield from work.train(segment)
         except SystemExit:
             yield from self._hand_over()
             while not self.link.stopped:
                 self.link.send(Send(COORDINATOR, Goodbye(early=not self.breaks, round=run.round)))
                 yield Wait(lambda: self.link.stopped, self.world.now + 1.0)
+            if self.link.told:
+                self._has_left()
             return
         yield from self._hand_over()
         self.done = True
@@ -1486,6 +1554,8 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
             world.at(100.0 + at, lambda n=number, away=away: _newest_of(world, n).kill_once_copied(away))  # type: ignore[misc]
         for name, at, away in case.killed:
             world.at(100.0 + at, lambda name=name, away=away: _kill(world, name, away))  # type: ignore[misc]
+        for name, at, away in case.told:
+            world.at(100.0 + at, lambda name=name, away=away: _tell(world, name, away))  # type: ignore[misc]
         for at, away in case.stopped:
             world.at(100.0 + at, lambda away=away: coordinator.stop(away))  # type: ignore[misc]
         for worker in workers:
@@ -1567,9 +1637,16 @@ def _is_settled(world: World) -> bool:
     coordinator: Coordinator = process.coordinator
     servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
     are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator._head.run for s in servers)
-    begins_anew = process.leaves or coordinator._membership.broken or coordinator._membership.lost_servers
+    begins_anew = process.leaves or coordinator._signal or coordinator._membership.broken or coordinator._membership.lost_servers
     is_saved = coordinator._cuts.ended(coordinator._ledger.committed)
     return are_there and not begins_anew and (is_saved or world.case.real)  # which does not say that it leaves
+
+
+def _tell(world: World, name: str, away: float) -> None:
+    """Tell who has that name or is in its place to stop, if somebody is."""
+    process = world.newest(name)
+    if process is not None and process.alive and not world.over:
+        process.tell(away)
 
 
 def _kill(world: World, name: str, away: float) -> None:

@@ -13,7 +13,7 @@ from common.place import Place
 from common.policies import load
 from common.settings import Settings
 from common.wire import ASK_AGAIN_S
-from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process
+from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process, number_of
 
 HERE, THERE = Place("here"), Place("there")
 
@@ -206,6 +206,16 @@ def taken_over(*heard_at: float) -> Membership:
     kept = [Member(m.name, m.hello, m.incarnation, heard.get(m.name, 4.0)) for m in before.members.values()]
     after.restore(kept, before.tables)
     return after
+
+
+def test_a_newcomer_without_a_number_takes_the_place_of_a_server_that_is_lost_already() -> None:
+    membership = taken_over(4.0, 4.0, 4.0)
+    for name in ("server-0", "server-1", "server-2"):
+        membership.beat(name, Beat("waiting", 5, keeps=[(number_of(name) - 1) % 3]), 4.0)
+    membership.dismiss("server-1")
+    assert lost(membership) == ["server-1"] and not membership.broken
+    member, _ = membership.hello(Hello("server", None, "tcp://server:9"), 20, 4.5)
+    assert member is not None and member.name == "server-1" and member.replaces
 
 
 def test_after_another_coordinator_a_server_is_not_lost_before_it_is_known_whether_there_is_a_copy_of_its_shard() -> None:

@@ -52,6 +52,52 @@ def test_a_server_that_is_away_makes_it_stop_without_a_snapshot(tmp_path: Path) 
     check_exact(outcome)
 
 
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+def test_a_worker_that_is_told_to_stop_hands_over_what_it_has(tmp_path: Path, policy: PolicyName) -> None:
+    settings = Settings(workers=3, servers=2, policy=policy, global_batch=8, micro_batch=2)
+    told = [("worker-1", 2.0, float("inf"))]
+    outcome = simulate(Case(settings, [Pace(0.3)] * 3, ((48, 3),), **PLAIN, folder=tmp_path, told=told))  # type: ignore[arg-type]
+    assert outcome.world.left == 1 and not rolled_back(outcome)
+    kinds = {event.kind for event in outcome.log.events if event.process == "worker-1"}
+    assert "left" in kinds and "lost" not in kinds
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_kept(outcome)
+
+
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_a_server_that_is_told_to_stop_leaves_after_a_snapshot(tmp_path: Path, replicas: int) -> None:
+    settings = Settings(workers=2, servers=2, global_batch=8, micro_batch=2, replicas=replicas)
+    told = [("server-1", 3.0, 1.0)]
+    outcome = simulate(Case(settings, [Pace(0.3)] * 2, ((48, 3),), folder=tmp_path, told=told))
+    assert outcome.world.left == 1 and outcome.world.begun_anew == 1 - replicas
+    back = rolled_back(outcome)
+    assert not back if replicas else back[0][0] > 0 and back[0][1] <= 2
+    check_books(outcome)
+    check_exact(outcome)
+
+
+def test_a_worker_of_replicas_that_are_trained_apart_leaves_after_a_merge(tmp_path: Path) -> None:
+    settings = Settings(workers=2, servers=2, policy="local", global_batch=8, micro_batch=2, local_steps=2)
+    told = [("worker-1", 3.0, 1.0)]
+    case = Case(settings, [Pace(0.3)] * 2, ((48, 3),), **PLAIN, folder=tmp_path, told=told)  # type: ignore[arg-type]
+    outcome = simulate(case)
+    assert outcome.world.left == 1 and outcome.world.begun_anew == 1 and rolled_back(outcome)[0][0] > 0
+    check_books(outcome)
+
+
+@pytest.mark.parametrize("with_coordinator", [True, False])
+def test_all_are_told_at_once(tmp_path: Path, with_coordinator: bool) -> None:
+    settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
+    told = [(name, 3.0, 1.0) for name in ("worker-0", "worker-1", "worker-2", "server-0", "server-1")]
+    stopped = [(3.5, 1.0)] if with_coordinator else []
+    outcome = simulate(Case(settings, [Pace(0.3)] * 3, ((48, 3),), folder=tmp_path, told=told, stopped=stopped))
+    assert outcome.world.stopped == with_coordinator
+    assert all(to > 0 and lost <= 2 for to, lost in rolled_back(outcome))
+    check_books(outcome)
+    check_exact(outcome)
+
+
 @st.composite
 def stops(draw: st.DrawFn, policy: str, **more: object) -> Case:
     """A run that is told to stop, more than once maybe, or twice at once."""
@@ -63,12 +109,38 @@ def stops(draw: st.DrawFn, policy: str, **more: object) -> Case:
     return replace(case, stopped=stopped, real=False)
 
 
+@st.composite
+def leavings(draw: st.DrawFn, policy: str, **more: object) -> Case:
+    """A run of which servers and workers are told to stop, some of them twice or all at once; maybe the coordinator too."""
+    case = draw(cases(policy, **more))  # type: ignore[arg-type]
+    names = [f"server-{n}" for n in range(case.settings.servers)] + [f"worker-{n}" for n in range(len(case.paces))]
+    away, at = st.sampled_from([0.05, 1.0, 20.0]), st.floats(0.0, 12.0)
+    told = draw(st.lists(st.tuples(st.sampled_from(names), at, away), min_size=1, max_size=4))
+    if draw(st.booleans()):
+        then = draw(at)
+        told += [(name, then, 1.0) for name in names]
+    stopped = draw(st.lists(st.tuples(at, away), max_size=1))
+    return replace(case, told=told, stopped=stopped, real=False)
+
+
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
 @few
 @given(data=st.data())
 def test_whatever_it_was_at_the_run_goes_on(tmp_path_factory: pytest.TempPathFactory, policy: str, data: st.DataObject) -> None:
     more = data.draw(st.sampled_from([{}, SPARE]))
     case = data.draw(stops(policy, **more, **({} if policy == "sync" else PLAIN)))
+    outcome = simulate(replace(case, folder=tmp_path_factory.mktemp("run")))
+    check_books(outcome)
+    check_same_everywhere(outcome)
+    check_kept(outcome)
+
+
+@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@few
+@given(data=st.data())
+def test_whoever_is_told_to_stop(tmp_path_factory: pytest.TempPathFactory, policy: str, data: st.DataObject) -> None:
+    more = data.draw(st.sampled_from([{}, SPARE]))
+    case = data.draw(leavings(policy, **more, **({} if policy == "sync" else PLAIN)))
     outcome = simulate(replace(case, folder=tmp_path_factory.mktemp("run")))
     check_books(outcome)
     check_same_everywhere(outcome)
