@@ -95,6 +95,8 @@ class Bounds:
 #: A process dies on this machine, and training is to move 5 s after that is noticed; a server is stopped, which cannot be
 #: told from a slow one; one is that nobody starts again, until it is woken; a link is cut; nothing is harmed.
 _DEAD, _SILENT, _WOKEN = Bounds(3.0, 8.0), Bounds(15.0, 20.0), Bounds(15.0, 23.0)
+#: Nobody is dead, and the run is started again as soon as it has ended.
+_STOPPED = Bounds(None, 8.0)
 _CUT, _UNHARMED = Bounds(None, 20.0), Bounds(None, 5.0)
 
 
@@ -203,6 +205,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "6 servers for 4 chunks, one that has one killed": Row(harms.kill("server-1"), servers=6),
         "6 servers for 4 chunks, power loss, then --resume on 3": Row(harms.power_loss(False, "--servers", 3), servers=6),
         **_at_the_end(),
+        **_told_to_stop(everybody),
         **_on_the_wire(folder),
         **_not_finite(),
         "disk full for 5 s": Row(harms.fill(5.0), _LONG, on_small_disk=True, bounds=None),
@@ -264,6 +267,20 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
         ),
         "all connections reset, again and again": Row(harms.broken_connections, _SOCKETS, bounds=_CUT),
         "messages sent twice, and after later ones": Row(harms.unruly(unruly), _SOCKETS, unruly.env, bounds=_UNHARMED),
+    }
+
+
+def _told_to_stop(everybody: Sequence[str]) -> dict[str, Row]:
+    """SIGTERM. A run that ends with it goes on by `--resume auto`: a pause is until then."""
+    late = ("--timeout", 5, _TO_THE_END, "--", "late")
+    return {
+        "SIGTERM of the launcher, then --resume auto": Row(harms.told_to_stop(), bounds=_STOPPED),
+        "SIGTERM of the coordinator, then --resume auto": Row(harms.told_to_stop("coordinator"), bounds=_STOPPED),
+        "SIGTERM of all but the launcher, then --resume auto": Row(harms.told_to_stop(*everybody), bounds=_STOPPED),
+        "SIGTERM of a worker": Row(harms.tell("worker-1"), bounds=_UNHARMED),
+        "SIGTERM of a server": Row(harms.tell("server-1")),
+        "SIGTERM of a server, with copies": Row(harms.tell("server-1"), _COPIES),
+        "the first worker comes late to its first batch": Row(harms.nothing, late, bounds=None),
     }
 
 

@@ -23,6 +23,7 @@ from cluster.scale import scale
 from common import snapshots
 from common.errors import UsageError
 from common.failpoints import MARK
+from common.runfiles import SETTINGS_FILE
 from common.runlog import RunLogReader
 
 Harm = Callable[[Cluster], Cluster]
@@ -176,6 +177,36 @@ def launcher_killed(run: Cluster) -> Cluster:
     """The launcher alone is killed; all that it has started must end by itself, and the run goes on by `--resume`."""
     run.kill_launcher()
     return Cluster(run.folder, "--resume", run.folder)
+
+
+def tell(*names: str) -> Harm:
+    """SIGTERM to these processes at once."""
+
+    def harm(run: Cluster) -> Cluster:
+        pids = [run.pids()[name] for name in names]
+        run.harmed_at = time.time()
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        return run
+
+    return harm
+
+
+def told_to_stop(*names: str) -> Harm:
+    """SIGTERM to these processes, or to the launcher if there are none; the run must end with a snapshot, and goes on by
+    `--resume auto`."""
+
+    def harm(run: Cluster) -> Cluster:
+        if names:
+            tell(*names)(run)
+        else:
+            run.stop()
+        code, out = run.end()
+        assert code == 128 + signal.SIGTERM, f"exit code {code}"
+        assert "with a snapshot of round" in out and "goes on with" in out, out.strip().splitlines()[-1]
+        return Cluster(run.folder, "--resume", "auto", "--config", run.folder / SETTINGS_FILE, "--run-dir", run.folder)
+
+    return harm
 
 
 def fails(last: str) -> Harm:

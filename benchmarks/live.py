@@ -172,6 +172,11 @@ class Cluster:
             time.sleep(0.05)
         self._popen.communicate()
 
+    def stop(self) -> None:
+        """Tell the launcher to stop."""
+        self.harmed_at = self.harmed_at or time.time()
+        self._popen.send_signal(signal.SIGTERM)
+
     def close(self) -> None:
         if self._popen.poll() is None:
             self._popen.send_signal(signal.SIGTERM)

@@ -2,7 +2,7 @@
 
 The command line says how scripts end. `leave`: that of worker 1 breaks off its loop; `exit`: that of worker 0 ends early.
 After the last round worker 0 may `evaluate` for long, `raise`, or be killed (`kill`). `wait FILE`: no worker goes on before there
-is such a file, so that something can happen to all of them meanwhile.
+is such a file, so that something can happen to all of them meanwhile. Worker 0 may come `late` to its first batch.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def main() -> None:
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
     arguments, course = optimizer_arguments(optimizer, settings), schedule(settings, rounds)
     opt = run.optimizer(optimizer, **arguments, clip_norm=settings.clip_norm, schedule=course)
+    if run.index == 0 and how == "late":
+        time.sleep(SECONDS)
     for x, y in run.batches(images.train):
         loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()  # type: ignore[no-untyped-call,unused-ignore]
