@@ -130,6 +130,8 @@ class Beat(Body, frozen=True):
 
     A process that was told to stop says that it `leaves`, and goes on until it may. The coordinator answers a worker likewise,
     and counts a server as lost.
+
+    `unsteady` is the first parameter whose gradient had other bits when a worker computed its first micro-batch a second time.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
@@ -149,6 +151,7 @@ class Beat(Body, frozen=True):
     missing: Name = ""
     unreached: Few[Count] = []
     leaves: bool = False
+    unsteady: Name = ""
 
     def __post_init__(self) -> None:
         if self.later and sum(map(len, self.later)) > MOST_TOLD:

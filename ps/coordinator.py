@@ -119,6 +119,12 @@ _FIND_S = 4.0
 #: Bytes of metrics that a worker may log a second, and at once; and of a row of them besides the name.
 _METRICS_BYTES_S, _METRICS_BYTES = 100e3, 4e6
 _ROW_BYTES = 100
+#: What is told of a worker whose first micro-batch had two gradients.
+_UNSTEADY = (
+    "{who} has computed its first micro-batch twice, from the same weights, samples and seed, and the gradient of '{name}' "
+    "differs: the script carries something from batch to batch (a hidden state, a counter, a generator of its own), or its "
+    "arithmetic is not deterministic. So the result depends on who computes what. Have such state in a buffer of the model."
+)
 #: What servers and workers may send once they have joined.
 _FROM: dict[str, tuple[type[Body], ...]] = {
     "server": (Beat, Report, Arrived, Norms, Close, AllNorms, Saved, ModelPart),
@@ -924,6 +930,8 @@ class Coordinator:
     def _beat(self, member: Member, beat: Beat, now: float) -> None:
         if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
             self._progressed_at = now
+        if beat.unsteady and not member.beat.unsteady:
+            self.journal.warn(_UNSTEADY.format(who=member.who, name=printable(beat.unsteady)))
         self._membership.beat(member.name, beat, now)
         self._tell_of_unreached(member)
         if now >= self._answered_at.get(member.name, 0.0) + BEAT_S / 2:  # beats with news come much more often

@@ -171,6 +171,7 @@ class PushShard(Shard):
                 lr_scale=terms.lr_scale,
                 then=self._computed_from(sender, chunk),
             )
+            self._did_part()
             self._moves(0)
             self._published.pop(chunk, None)
             self._coded.pop(chunk, None)

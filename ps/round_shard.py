@@ -357,6 +357,7 @@ class RoundShard(Shard):
                 self._means[chunk] = self.store.mean(chunk, total, self._weight())
             else:
                 self._apply(chunk, total, self._weight(), now)
+            self._did_part()
         if clips and self._own_norms is None:
             self._own_norms = self._measured()
         waits = clips and self._norms is None
@@ -364,6 +365,7 @@ class RoundShard(Shard):
         if not waits:
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, now, factor)
+                self._did_part()
         if self.tables and not waits and ROWS not in self._next and (rows := self._total(ROWS)) and self._may_change_rows():
             if self._drops:
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows

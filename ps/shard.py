@@ -223,7 +223,7 @@ class Shard(ABC):
         self.bytes_saved: Callable[[], int] = lambda: 0
         #: Called in the middle of what takes long; and how much of a snapshot was read so far, in parts.
         self.breathe: Callable[[], None] = lambda: None
-        self._read_parts = 0
+        self._parts_done = 0
         #: Called before tables change: what `capture` has of them must be written by then.
         self.before_tables_change: Callable[[], None] = lambda: None
         #: The incarnation of the coordinator whose word counts.
@@ -402,7 +402,7 @@ class Shard(ABC):
     @property
     def done(self) -> int:
         """A number that grows while what takes long goes on: answers and updates of classifiers, reading, and writing."""
-        return self.bytes_saved() + self._read_parts + (self.classifiers.steps if self.classifiers is not None else 0)
+        return self.bytes_saved() + self._parts_done + (self.classifiers.steps if self.classifiers is not None else 0)
 
     def work(self, now: float) -> list[Send]:
         """Do a little of what takes long."""
@@ -519,7 +519,7 @@ class Shard(ABC):
     def _go_on(self, source: Source) -> None:
         """Have the state of a snapshot, on however many servers it was taken."""
         assert self.store is not None and self.tables is not None and self.classifiers is not None and self.owing is not None
-        source.files.on_read = self._has_read
+        source.files.on_read = self._did_part
         try:
             self.store.restore(source.files)
             self.tables.restore(source.files, source.servers, source.round)
@@ -530,9 +530,9 @@ class Shard(ABC):
         self._uninitialised.clear()
         self._resume(source)
 
-    def _has_read(self) -> None:
-        """A part of a snapshot is read."""
-        self._read_parts += 1
+    def _did_part(self) -> None:
+        """A part of something long is done: a piece of a snapshot is read, or a chunk updated."""
+        self._parts_done += 1
         self.breathe()
 
     # ---- the trained model

@@ -28,6 +28,7 @@ from worker.exchange import Send
 from worker.link import COORDINATOR
 from worker.loader import Loader, seed_everything
 from worker.optimizer import Hypers
+from worker.repeat import LONGEST_S, Repeat, may_repeat
 from worker.replica import Replica
 from worker.rows import RowSparse
 from worker.slots import Slot, Slots
@@ -123,6 +124,9 @@ class GradientWork:
         self._overlap_s = 0.0
         self._begun_at = 0.0
         self._meter = Meter()
+        #: Of the micro-batch that is computed twice; and the parameter of which it had two gradients.
+        self._repeat: Repeat | None = None
+        self._unsteady = ""
         self._add = {chunk.id: adder(chunk) for chunk in replica.layout.chunks}
         self._slots = slots
         self.edits = Edits(run, replica)
@@ -146,20 +150,36 @@ class GradientWork:
 
     def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
         self._begin(segment)
-        seed = self._run.settings.seed
         while (task := self._next_task()) is not None:
             batch = loader.load(task)
             self.replica.check_dtypes()
             self.replica.reset_buffers()
             self._take_slot()
-            self._push_early()
-            seed_everything(derive_seed(seed, "micro-batch", task.round, task.k))
-            self._metrics = {}
-            yield batch
-            if self._current is not None:
-                raise UsageError(STEP_MISSING)
-            self.edits.check_places()
-            self._check_edits()
+            if self._is_repeated(task):
+                self._repeat = Repeat(self.replica)
+            else:
+                self._push_early()
+            yield from self._compute(task, batch)
+            if self._repeat is not None:
+                batch = loader.load(task)  # anew, for the script may have written to the first
+                self.replica.reset_buffers()
+                self._current = task
+                yield from self._compute(task, batch)
+
+    def _compute(self, task: Task, batch: Any) -> Iterator[Any]:
+        """Have the script compute a micro-batch."""
+        seed_everything(derive_seed(self._run.settings.seed, "micro-batch", task.round, task.k))
+        self._metrics = {}
+        yield batch
+        if self._current is not None:
+            raise UsageError(STEP_MISSING)
+        self.edits.check_places()
+        self._check_edits()
+
+    def _is_repeated(self, task: Task) -> bool:
+        """Whether the script is to compute a micro-batch twice: the first of a run, on one worker of several."""
+        run, is_first = self._run, task.round == 0 and not self._meter.seconds
+        return is_first and run.is_chief and run.settings.workers > 1 and self._per_round and may_repeat(self.replica)
 
     def _check_edits(self) -> None:
         if self.edits.lost():
@@ -187,11 +207,17 @@ class GradientWork:
         self.replica.check_constants()
         self._check_edits()
         task, self._current = self._current, None
+        if self._repeat is not None and self._repeat.once:
+            self._end_repeat()
+            return
         failpoint("computing", task.round)
         self._spoilt = self._spoilt or self._shards.spoilt
         if self._spoilt:
+            self._repeat = None
             self._give_up()
             return
+        if self._repeat is not None:
+            self._repeat.note()
         plan = self._segment.round(task.round)
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
@@ -205,6 +231,19 @@ class GradientWork:
             if self._sums is None:
                 self._sums, self._sums_round = TreeSum(plan.micro_batches, self._add_up), task.round
             self._sums.file((lo, task.k + 1), contribution)
+        if self._meter.seconds > LONGEST_S:
+            self._repeat = None
+        if self._repeat is None:
+            self._advance()
+        else:
+            self._has_task()  # what is done of the own run is pushed, but the weights stay
+
+    def _end_repeat(self) -> None:
+        """Compare the gradients of a micro-batch that was computed twice. Nothing else comes of the second."""
+        assert self._repeat is not None
+        self._unsteady = self._repeat.differs() or ""
+        self._repeat = None
+        self.replica.discard()
         self._advance()
 
     def _contribution(self, task: Task, samples: int) -> tuple[int, Contribution]:
@@ -588,7 +627,7 @@ class GradientWork:
         return Beat(
             state, round_, at, self._tasks.left(round_)[:MOST_TOLD], sent[:MOST_TOLD],  # type: ignore[arg-type]
             self._meter.seconds, self._meter.rate, transfer, reached=self.round,
-            taken=self._tasks.taken_elsewhere(round_)[:MOST_TOLD],
+            taken=self._tasks.taken_elsewhere(round_)[:MOST_TOLD], unsteady=self._unsteady,
         )  # fmt: skip
 
 

@@ -837,7 +837,8 @@ class Run:
     def _beat(self) -> Beat:
         traffic = self.traffic
         if self._finished:
-            return Beat("done", self.round, traffic=traffic)
+            unsteady = self._work.beat().unsteady if self._work is not None else ""
+            return Beat("done", self.round, traffic=traffic, unsteady=unsteady)
         if self._work is not None:
             return msgspec.structs.replace(self._work.beat(), traffic=traffic)
         return Beat("starting") if self._kv is None else Beat("computing", at=self._kv.answered)
