@@ -126,7 +126,9 @@ def results_line(summary: Mapping[str, Any]) -> str:
     rounds = _count(summary["rounds"], "round")
     if summary.get("merges") is not None:
         rounds += f" in {_count(summary['merges'], 'merge')}"
-    amounts = f"{rounds}, {summary['samples']} samples in {summary['seconds']:.1f} s"
+    before = summary.get("samples_before_resume", 0)
+    since = f", {summary['samples'] - before} of them since it went on," if before else ""
+    amounts = f"{rounds}, {summary['samples']} samples{since} in {summary['seconds']:.1f} s"
     if summary.get("samples_per_second") is not None:
         amounts += f" ({summary['samples_per_second']:.0f} samples/s)"
     return ", ".join([*results, amounts])

@@ -1213,6 +1213,8 @@ class Coordinator:
             summary["left_early"] = early
         if failed := {worker.name: worker.failed for worker in workers if worker.failed}:
             summary["failed_after_the_last_round"] = failed
+        if self._samples_before:
+            summary["samples_before_resume"] = self._samples_before  # which `seconds` does not cover
         if totals.dropped_in_part:
             summary["dropped_in_part"] = totals.dropped_in_part
         if self._failed:

@@ -188,3 +188,8 @@ def test_the_failure_that_brought_about_the_others_is_told(tmp_path: Path) -> No
     assert root_cause([told, reported]) is reported
     assert root_cause([told, reported, own]) is own
     assert root_cause([told, reported, own, killed]) is killed
+
+
+def test_a_summary_tells_how_many_samples_its_seconds_are_for_after_a_resume() -> None:
+    summary = {"rounds": 9, "samples": 320, "seconds": 2.0, "weights_sha256": "ab", "samples_before_resume": 200}
+    assert results_line(summary) == "9 rounds, 320 samples, 120 of them since it went on, in 2.0 s"
