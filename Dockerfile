@@ -18,7 +18,8 @@ COPY --from=requirements /requirements.txt ./
 COPY constraints.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -r requirements.txt
 
-COPY launch.py ./
+COPY pyproject.toml README.md launch.py ./
+COPY roundtable roundtable
 COPY common common
 COPY ps ps
 COPY worker worker

@@ -19,9 +19,9 @@ from benchmarks.report import Result, Results, read_results, to_markdown, write_
 from benchmarks.systems import Entry, Job, names, parse_entry
 from benchmarks.training import WORKERS
 from benchmarks.workloads import WORKLOADS
-from cluster.exits import run_command
-from cluster.signals import StopSignals
-from common.errors import ClusterError, UsageError
+from roundtable.cluster.process.signals import StopSignals
+from roundtable.cluster.run.exit_codes import run_command
+from roundtable.common.runtime.errors import ClusterError, UsageError
 
 #: What is compared by default.
 SYSTEMS = ("independent", "ddp", "rpc", "ours", "ours:socket")

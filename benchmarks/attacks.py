@@ -21,8 +21,8 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 import zmq
 
 from benchmarks.live import Cluster
-from common.errors import WireError
-from common.messages import (
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.protocol.messages import (
     Beat,
     Body,
     Committed,
@@ -39,8 +39,7 @@ from common.messages import (
     Stop,
     Welcome,
 )
-from common.plan import make_segment
-from common.wire import (
+from roundtable.common.protocol.transport import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,
     MAX_HEADER_BYTES,
@@ -53,6 +52,7 @@ from common.wire import (
     receive,
     send,
 )
+from roundtable.common.runtime.errors import WireError
 
 #: How a ZeroMQ peer of the DEALER kind begins.
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
@@ -98,7 +98,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Item:
-    """What is done, and the kinds (`common/refusals.py`) under which some of it is to be counted as refused."""
+    """What is done, and the kinds (`common/protocol/rejections.py`) under which some of it is to be counted as refused."""
 
     act: Callable[[Target], None]
     refused: Collection[str] = ()

@@ -17,11 +17,11 @@ import click
 from benchmarks.measure import Usage, watch
 from benchmarks.report import markdown_table
 from benchmarks.systems import ROOT
-from cluster.processes import Processes
-from cluster.rundir import LOGS
-from cluster.signals import StopSignals
-from common.errors import ClusterError
-from common.runlog import FILE_NAME, RunLogReader
+from roundtable.cluster.process.children import Processes
+from roundtable.cluster.process.signals import StopSignals
+from roundtable.cluster.run.run_directory import LOGS
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
 FEATURES, MICRO_BATCHES = 128, 2
 _TRAVELLED = re.compile(r"and ([\d.]+) MB travelled")

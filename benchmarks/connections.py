@@ -24,14 +24,14 @@ from benchmarks.measure import Usage, watch
 from benchmarks.report import markdown_table
 from benchmarks.simulated import FILES_PER_WORKER, Job
 from benchmarks.systems import ROOT, module_command
-from cluster.local import start_coordinator, start_server
-from cluster.processes import TICK_S, Processes
-from cluster.rundir import LOGS, write_settings
-from cluster.signals import StopSignals
-from common.layout import CHUNK_BYTES
-from common.runfiles import SETTINGS_FILE
-from common.settings import Settings
-from common.wire import allow_files
+from roundtable.cluster.launch.local import start_coordinator, start_server
+from roundtable.cluster.process.children import TICK_S, Processes
+from roundtable.cluster.process.signals import StopSignals
+from roundtable.cluster.run.run_directory import LOGS, write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import CHUNK_BYTES
+from roundtable.common.protocol.transport import allow_files
+from roundtable.common.storage.run_files import SETTINGS_FILE
 
 _PROCESSES = 2
 _WARMUP = 3
@@ -157,6 +157,6 @@ def _per_round(measured: Measurement) -> str:
 
 
 if __name__ == "__main__":
-    from cluster.exits import run_command
+    from roundtable.cluster.run.exit_codes import run_command
 
     sys.exit(run_command(cli, sys.argv[1:], "python -m benchmarks.connections"))

@@ -1,7 +1,8 @@
 """The fault matrix: real runs to which something happens, and whether the result is that of a run to which nothing did.
 
-`python -m benchmarks.faults` prints a table in Markdown. A process fails at a named point of the code (`common/failpoints.py`),
-or is killed or stopped while rounds go on, at whatever it is doing just then; a row can be repeated so that this differs.
+`python -m benchmarks.faults` prints a table in Markdown. A process fails at a named point of the code
+(`common/runtime/failpoints.py`), or is killed or stopped while rounds go on, at whatever it is doing just then; a row can be
+repeated so that this differs.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from benchmarks.attacks import DEEDS, ITEMS
 from benchmarks.harms import Harm
 from benchmarks.live import LOOPBACK, TRAINING, ByHand, Cluster
 from benchmarks.wiretap import Wire
-from cluster.processes import Processes
-from common.errors import PsError, UsageError
-from common.failpoints import MARK, POINTS, VARIABLE
-from common.runlog import RunLogReader
+from roundtable.cluster.process.children import Processes
+from roundtable.common.runtime.errors import PsError, UsageError
+from roundtable.common.runtime.failpoints import MARK, POINTS, VARIABLE
+from roundtable.common.storage.event_log import RunLogReader
 
 _SERVERS = 3
 _WORKERS = 3
@@ -138,7 +139,7 @@ class Row:
     delay_s: float = 0.0
     #: What is promised of it, if anything is.
     bounds: Bounds | None = _DEAD
-    #: Kinds of messages that must have been refused (`common/refusals.py`).
+    #: Kinds of messages that must have been refused (`common/protocol/rejections.py`).
     refused: Collection[str] = ()
     #: Whether the run is to fail, as its harm makes sure of, so that there are no results but its books.
     fails: bool = False

@@ -18,13 +18,13 @@ from pathlib import Path
 from benchmarks.attacks import Deed, Item, Memory, attacking, joining, targets
 from benchmarks.live import LAUNCH, ByHand, Cluster
 from benchmarks.wiretap import Wire, replay
-from cluster.processes import Processes
-from cluster.scale import scale
-from common import snapshots
-from common.errors import UsageError
-from common.failpoints import MARK
-from common.runfiles import SETTINGS_FILE
-from common.runlog import RunLogReader
+from roundtable.cluster.launch.scale import scale
+from roundtable.cluster.process.children import Processes
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.failpoints import MARK
+from roundtable.common.storage import checkpoint
+from roundtable.common.storage.event_log import RunLogReader
+from roundtable.common.storage.run_files import SETTINGS_FILE
 
 Harm = Callable[[Cluster], Cluster]
 
@@ -163,8 +163,8 @@ def power_loss(damaged: bool, *flags: object) -> Harm:
         run.until(lambda: len(run.events("snapshot")) > 1, "second snapshot")
         run.cut_power()
         if damaged:
-            whole = snapshots.finished(run.folder)
-            file = whole[-1] / snapshots.file_of(0)
+            whole = checkpoint.finished(run.folder)
+            file = whole[-1] / checkpoint.file_of(0)
             data = bytearray(file.read_bytes())
             data[-1] ^= 1
             file.write_bytes(data)

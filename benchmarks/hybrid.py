@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from benchmarks.train_hybrid import FEATURES, HIDDEN
-from common.runlog import RunLogReader
+from roundtable.common.storage.event_log import RunLogReader
 
 _ROOT = Path(__file__).resolve().parents[1]
 #: A machine that is busy must not lose a worker, for what another one then does in its place is no part of a round.

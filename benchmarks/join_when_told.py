@@ -5,11 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-from worker import example
+from roundtable.worker.tools import builtin_script
 
 if __name__ == "__main__":
     folder, number = Path(sys.argv[1]), sys.argv[2]
     (folder / f"ready-{number}").touch()
     while not (folder / f"go-{number}").exists():
         time.sleep(0.005)
-    example.main()
+    builtin_script.main()

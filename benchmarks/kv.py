@@ -30,8 +30,8 @@ def cli(values: int, times: int, servers: Sequence[int], flags: Sequence[str]) -
     """Measure push + wait and pull + wait of the key-value client, with one worker."""
     from benchmarks.measure import watch
     from benchmarks.systems import ROOT
-    from cluster.processes import Processes
-    from cluster.signals import StopSignals
+    from roundtable.cluster.process.children import Processes
+    from roundtable.cluster.process.signals import StopSignals
 
     for count in servers:
         with tempfile.TemporaryDirectory() as temporary, StopSignals() as signals:
@@ -49,9 +49,9 @@ def cli(values: int, times: int, servers: Sequence[int], flags: Sequence[str]) -
 
 def work(values: int, times: int, out: Path) -> None:
     """Be the worker."""
-    import worker
+    import roundtable
 
-    run = worker.join()
+    run = roundtable.join()
     kv = run.kv()
     here, there = torch.randn(values), torch.empty(values)
     kv.wait(kv.push("values", here, "set"))
@@ -74,6 +74,6 @@ if __name__ == "__main__":
     if _TIMES_VARIABLE in os.environ and len(sys.argv) == 3:
         work(int(sys.argv[1]), int(sys.argv[2]), Path(os.environ[_TIMES_VARIABLE]))
     else:
-        from cluster.exits import run_command
+        from roundtable.cluster.run.exit_codes import run_command
 
         sys.exit(run_command(cli, sys.argv[1:], "python -m benchmarks.kv"))

@@ -18,10 +18,10 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
-from cluster.lifeline import PARENT_VARIABLE
-from cluster.processes import Processes
-from common.runfiles import SUMMARY_FILE
-from common.runlog import FILE_NAME, Event, RunLogReader
+from roundtable.cluster.process.children import Processes
+from roundtable.cluster.process.parent_death import PARENT_VARIABLE
+from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
+from roundtable.common.storage.run_files import SUMMARY_FILE
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
@@ -228,7 +228,8 @@ class ByHand(Cluster):
 def _is_ours(pid: int) -> bool:
     """Whether this process lives, and is none that only has the number of a process of a run."""
     try:
-        return LAUNCH.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"launch.py" in command or b"cli.py" in command  # as which the launcher calls itself
     except OSError:
         return False
 

@@ -17,9 +17,9 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from benchmarks.systems import ROOT, Command, Job, Wire
 from benchmarks.training import STEPS_VARIABLE, WORKERS
-from cluster.processes import GATHER_S, TICK_S, Processes, root_cause
-from cluster.signals import StopSignals
-from common.errors import ClusterError
+from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
+from roundtable.cluster.process.signals import StopSignals
+from roundtable.common.runtime.errors import ClusterError
 
 #: Seconds between two looks at what processes use.
 _LOOK_EVERY_S = 0.2

@@ -17,14 +17,15 @@ from statistics import mean, stdev
 import click
 from safetensors.torch import load_file
 
-from cluster.exits import run_command
-from cluster.report import TABLE_FILE
-from common.errors import UsageError
-from common.runfiles import MODEL_FILE, SETTINGS_FILE
-from common.runlog import FILE_NAME, RunLogReader
-from common.settings import Settings, make_settings, read_toml
-from worker import data, models
-from worker.example import accuracy, halves
+from roundtable.cluster.commands.report import TABLE_FILE
+from roundtable.cluster.run.exit_codes import run_command
+from roundtable.common.config.settings import Settings, make_settings, read_toml
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
+from roundtable.common.storage.run_files import MODEL_FILE, SETTINGS_FILE
+from roundtable.worker import data
+from roundtable.worker.models import builtin
+from roundtable.worker.tools.builtin_script import accuracy, halves
 
 #: By name of a case, its results over the seeds.
 Column = dict[str, list[float]]
@@ -63,7 +64,7 @@ def _runs(folder: Path) -> list[Path]:
 def measure(file: Path, settings: Settings) -> float:
     """The accuracy of a model of the built-in example on the half of the held-out images that nothing was chosen by."""
     images = data.chosen(settings)
-    model = models.build(settings.model, images.shape, images.classes)
+    model = builtin.build(settings.model, images.shape, images.classes)
     model.load_state_dict(load_file(file))
     return accuracy(model, halves(images.test)[1])
 

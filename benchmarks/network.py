@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.lifeline import PARENT_VARIABLE
-from common.errors import UsageError
+from roundtable.cluster.process.parent_death import PARENT_VARIABLE
+from roundtable.common.runtime.errors import UsageError
 
 HOSTS = 2
 LOOPBACK = "loopback"

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.measure import Measurement
-from common.errors import UsageError
+from roundtable.common.runtime.errors import UsageError
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"

@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 import click
 import torch
 
-from common.layout import TensorSpec, make_layout
-from common.messages import Update
-from common.policies import load
-from common.settings import Settings
-from common.sums import Sum
-from ps.planes import Planes
-from ps.store import Store
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import make_layout
+from roundtable.common.model.partial_sum import Sum
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.ps.params.dense import Store
+from roundtable.ps.params.weight_buffers import Planes
 
 #: Name -> class of torch.optim, its settings, and the tensors of state that it reads and writes for each weight.
 _OPTIMIZERS = {

@@ -20,10 +20,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from common.attendance import Attendance
-from common.errors import ClusterError, PsError, WireError
-from common.layout import TensorSpec, make_layout
-from common.messages import (
+from roundtable.common.config.batch_plan import Segment, make_segment
+from roundtable.common.model.layout import make_layout
+from roundtable.common.protocol.messages import (
     Ack,
     Beat,
     Body,
@@ -45,8 +44,9 @@ from common.messages import (
     Waiting,
     Weights,
 )
-from common.plan import Segment, make_segment
-from common.wire import (
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.protocol.session import Attendance
+from roundtable.common.protocol.transport import (
     ASK_AGAIN_S,
     PATIENCE_BY_WORKER_S,
     SEND_AGAIN_S,
@@ -59,7 +59,8 @@ from common.wire import (
     receive,
     send,
 )
-from worker.tasks import Tasks
+from roundtable.common.runtime.errors import ClusterError, PsError, WireError
+from roundtable.worker.loop.task_queue import Tasks
 
 COORDINATOR, SERVER = "coordinator", "server-0"
 #: The second socket to the server, which tensors go by.
@@ -295,7 +296,7 @@ def _loop(workers: list[_Worker], deadline: float) -> None:
 
 
 if __name__ == "__main__":
-    from cluster.exits import report
+    from roundtable.cluster.run.exit_codes import report
 
     try:
         run(msgspec.json.decode(sys.argv[1], type=Job))

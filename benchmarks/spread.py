@@ -15,9 +15,9 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 
 from benchmarks import network
 from benchmarks.live import LAUNCH, Cluster
-from cluster.lifeline import PARENT_VARIABLE
-from cluster.processes import Processes
-from common.errors import UsageError
+from roundtable.cluster.process.children import Processes
+from roundtable.cluster.process.parent_death import PARENT_VARIABLE
+from roundtable.common.runtime.errors import UsageError
 
 #: Where workers and servers of both hosts find the coordinator; and a proxy's port.
 _PORT, _PROXY_PORT = 5555, 5556

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import worker
-from common.messages import Traffic
-from worker.hybrid import shard_fully_connected
+import roundtable
+from roundtable.common.protocol.messages import Traffic
+from roundtable.worker.models.hybrid import shard_fully_connected
 
 #: Activities before the fully connected layers, and outputs of the two hidden ones, as in AlexNet; the convolutions are one small
 #: one here, for they are the same both ways.
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--hybrid", action="store_true")
     args = parser.parse_args()
-    run = worker.join()
+    run = roundtable.join()
     convolutions = nn.Conv2d(3, MAPS, 4, stride=4), nn.ReLU(), nn.Flatten()
     hidden = nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU()
     model = nn.Sequential(*convolutions, *hidden, nn.Linear(HIDDEN, args.classes))
@@ -40,7 +40,7 @@ def main() -> None:
         if run.round == 1:  # the first round is for getting started, and what first weights come to is no part of a round
             began, moved = time.monotonic(), bytes_of(run.traffic)
         out = model(x)
-        loss = nn.functional.cross_entropy(out, y) if head is None else worker.sharded_cross_entropy(out, y)
+        loss = nn.functional.cross_entropy(out, y) if head is None else roundtable.sharded_cross_entropy(out, y)
         loss.backward()
         opt.step()
     rounds = max(1, args.rounds - 1)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch.utils.data import Dataset
 
-import worker
-from worker import data, models
+import roundtable
+from roundtable.worker import data
+from roundtable.worker.models import builtin
 
 #: From which round on, and the number of the sample.
 ROUND, SAMPLE = 60, 17
@@ -27,9 +28,9 @@ class Numbered(Dataset[tuple[torch.Tensor, int, int]]):
 
 
 def main() -> None:
-    run = worker.join()
+    run = roundtable.join()
     images = data.load("digits", None, 0)
-    model = models.build("mlp", images.shape, images.classes)
+    model = builtin.build("mlp", images.shape, images.classes)
     run.replicate(model)
     opt = run.optimizer(torch.optim.SGD, lr=0.1)
     for x, y, numbers in run.batches(Numbered(images.train)):

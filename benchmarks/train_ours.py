@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import worker
+import roundtable
 from benchmarks.training import WORKERS, Brake, StepLog, parse_task
 from benchmarks.workloads import BATCHES
 
@@ -10,7 +10,7 @@ from benchmarks.workloads import BATCHES
 def main() -> None:
     """Train for as many rounds as the run's settings say; a step is a round."""
     task = parse_task()
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(task.workload.model())
     opt = run.optimizer(task.workload.optimizer, **task.workload.hyper)
     log, brake, before = StepLog(run.index), Brake(run.index, task.slow), task.loss(model)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-import worker
-from worker import data, models
-from worker.example import optimizer_arguments, optimizer_class, schedule
+import roundtable
+from roundtable.worker import data
+from roundtable.worker.models import builtin
+from roundtable.worker.tools.builtin_script import optimizer_arguments, optimizer_class, schedule
 
 #: The round from which on a script ends early or waits, and how long worker 0 evaluates, seconds.
 ROUND, SECONDS = 60, 8.0
@@ -26,10 +27,10 @@ ROUND, SECONDS = 60, 8.0
 
 def main() -> None:
     how = sys.argv[1]
-    run = worker.join()
+    run = roundtable.join()
     settings = run.settings
     images = data.chosen(settings)
-    model = run.replicate(models.build(settings.model, images.shape, images.classes, settings.devices))
+    model = run.replicate(builtin.build(settings.model, images.shape, images.classes, settings.devices))
     optimizer = optimizer_class(settings.optimizer)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
     arguments, course = optimizer_arguments(optimizer, settings), schedule(settings, rounds)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import WORKLOADS, Workload
-from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+from roundtable.cluster.process.parent_death import PARENT_VARIABLE, die_with_parent
 
 #: Environment variable with the folder that workers write their steps to, as rank-N.jsonl.
 STEPS_VARIABLE = "BENCHMARK_STEPS"

@@ -9,10 +9,10 @@ import argparse
 
 import torch
 
-import worker
-from worker.data import load
-from worker.hybrid import shard_fully_connected
-from worker.models import build
+import roundtable
+from roundtable.worker.data import load
+from roundtable.worker.models.builtin import build
+from roundtable.worker.models.hybrid import shard_fully_connected
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", help="the images")
@@ -24,13 +24,13 @@ args = parser.parse_args()
 
 images = load("folder", args.folder, seed=0, shape=(3, args.side, args.side))
 
-run = worker.join()
+run = roundtable.join()
 model = build(args.model, images.shape, images.classes)
-head = shard_fully_connected(model, images.classes)  # or write worker.ColumnParallelLinear and ShardedLinear into your own
+head = shard_fully_connected(model, images.classes)  # or write roundtable.ColumnParallelLinear and ShardedLinear into your own
 run.replicate(model)
 opt = run.optimizer(torch.optim.AdamW, lr=args.lr)
 for x, y in run.batches(images.train, micro_batch=16, global_batch=64, epochs=args.epochs, num_workers=1):
-    loss = worker.sharded_cross_entropy(model(x), y)
+    loss = roundtable.sharded_cross_entropy(model(x), y)
     loss.backward()
     run.log(loss=loss)
     opt.step()

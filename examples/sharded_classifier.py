@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import worker
+import roundtable
 
 INPUTS = 32
 
@@ -54,21 +54,21 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(INPUTS, 256), nn.ReLU(), nn.Linear(256, args.features))
-        self.head = worker.ShardedLinear(args.features, args.classes, sample_rate=args.sample_rate)
+        self.head = roundtable.ShardedLinear(args.features, args.classes, sample_rate=args.sample_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = self.head(self.body(x))
         return features
 
 
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(Net())
 opt = run.optimizer(torch.optim.SGD, lr=args.lr, momentum=args.momentum, clip_norm=args.clip_norm)
-margin = {"none": None, "cosface": worker.CosFace(16.0, 0.2), "arcface": worker.ArcFace(16.0, 0.2)}[args.margin]
+margin = {"none": None, "cosface": roundtable.CosFace(16.0, 0.2), "arcface": roundtable.ArcFace(16.0, 0.2)}[args.margin]
 began = time.monotonic()
 sizes = {"micro_batch": args.micro_batch, "global_batch": args.global_batch, "epochs": args.epochs}
 for x, labels in run.batches(Pictures(args.samples, 1 << 32), **sizes):
-    loss = worker.sharded_cross_entropy(model(x), labels, margin=margin)
+    loss = roundtable.sharded_cross_entropy(model(x), labels, margin=margin)
     loss.backward()
     run.log(loss=loss)
     opt.step()

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-import worker
-from worker.data import load
+import roundtable
+from roundtable.worker.data import load
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--data", default="digits", help="the images to train on: digits or mnist-5k")
@@ -22,7 +22,7 @@ class Net(torch.nn.Sequential):
 
 images = load(args.data, data_dir=None, seed=0)  # any map-style torch data set will do
 
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(Net(math.prod(images.shape), images.classes))
 opt = run.optimizer(torch.optim.AdamW, lr=args.lr)
 for x, y in run.batches(images.train, micro_batch=16, global_batch=64, epochs=args.epochs):

@@ -7,9 +7,9 @@ import argparse
 
 import torch
 
-import worker
-from worker.data import load
-from worker.models import build
+import roundtable
+from roundtable.worker.data import load
+from roundtable.worker.models.builtin import build
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", help="the images")
@@ -24,7 +24,7 @@ args = parser.parse_args()
 
 images = load("folder", args.folder, seed=0, shape=(3, args.side, args.side))
 
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(build(args.model, images.shape, images.classes, args.devices))
 opt = run.optimizer(torch.optim.AdamW, lr=args.lr)
 for x, y in run.batches(images.train, micro_batch=16, global_batch=64, epochs=args.epochs, num_workers=1):

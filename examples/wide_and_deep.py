@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 FIELDS = 8  # user, item, publisher, ...
 CROSSES = [(0, 1), (0, 2), (1, 2), (3, 4)]  # pairs of fields whose combinations the wide part looks at
@@ -45,8 +45,8 @@ class WideAndDeep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         # like nn.Embedding(rows, dim, sparse=True), which will do as well, but never in this process's memory
-        self.wide = worker.embedding((FIELDS + len(CROSSES)) * args.rows, 1, std=0.0)
-        self.embedding = worker.embedding(FIELDS * args.rows, args.dim, std=0.05)
+        self.wide = roundtable.embedding((FIELDS + len(CROSSES)) * args.rows, 1, std=0.0)
+        self.embedding = roundtable.embedding(FIELDS * args.rows, args.dim, std=0.05)
         self.deep = nn.Sequential(nn.Linear(FIELDS * args.dim, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return (float(ranks[labels == 1].sum()) - hits * (hits + 1) / 2) / (hits * (len(labels) - hits))
 
 
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(WideAndDeep())
 opt = run.optimizer(torch.optim.Adagrad, lr=args.lr)
 loss_of = nn.BCEWithLogitsLoss()

@@ -8,15 +8,15 @@ import msgspec
 import torch
 from torch import nn
 
-import worker
-from explore.features import AllImages, Job
-from explore.layers import features_of
-from explore.trained import open_run, weights_at
+import roundtable
+from roundtable.explore.features import AllImages, Job
+from roundtable.explore.layers import features_of
+from roundtable.explore.trained import open_run, weights_at
 
 
 def main() -> None:
     """Compute the micro-batches that this worker is leased. Rows that two workers write are the same."""
-    run = worker.join()
+    run = roundtable.join()
     job = msgspec.json.decode(sys.argv[1], type=Job)
     trained = open_run(job.source)
     model = weights_at(trained, "last").to(run.device)

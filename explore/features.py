@@ -1,7 +1,7 @@
 """The features of all images of a data set, computed by the workers of a cluster and kept in one safetensors file.
 
-The workers run `explore.compute`, a script like a user's: a micro-batch of images is leased, computed, and taken over from one
-who fails, as in training. Each writes its rows into one file that all have mapped, and so the parts are merged.
+The workers run `roundtable.explore.compute`, a script like a user's: a micro-batch of images is leased, computed, and taken over
+from one who fails, as in training. Each writes its rows into one file that all have mapped, and so the parts are merged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import ClusterError, UsageError
-from common.settings import Settings
-from explore.layers import features_of
-from explore.trained import Source, Trained, open_run, weights_at
-from worker.data import Samples
-from worker.layer_names import find_layer
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import ClusterError, UsageError
+from roundtable.explore.layers import features_of
+from roundtable.explore.trained import Source, Trained, open_run, weights_at
+from roundtable.worker.data import Samples
+from roundtable.worker.models.layer_names import find_layer
 
 SCRIPT = Path(__file__).with_name("compute.py")
 #: Images that are computed together. The bits of features depend on it, and not on the number of workers.

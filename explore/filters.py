@@ -13,12 +13,12 @@ from matplotlib import colormaps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from common.errors import UsageError
-from explore.layers import Field, receptive_field, recording
-from explore.pictures import BETWEEN, OUTSIDE, Asked, Pixels, ask, drawable, figure, label_text, save, tiles, to_pixels
-from explore.trained import Source, Trained, open_run, snapshots_of, weights_at
-from worker.data import Samples
-from worker.layer_names import find_layer, short_name, short_names
+from roundtable.common.runtime.errors import UsageError
+from roundtable.explore.layers import Field, receptive_field, recording
+from roundtable.explore.pictures import BETWEEN, OUTSIDE, Asked, Pixels, ask, drawable, figure, label_text, save, tiles, to_pixels
+from roundtable.explore.trained import Source, Trained, open_run, snapshots_of, weights_at
+from roundtable.worker.data import Samples
+from roundtable.worker.models.layer_names import find_layer, short_name, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

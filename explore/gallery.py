@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from common.errors import UsageError
-from explore.pictures import Asked, data_uri, figure, label_text, save, to_pixels
-from worker.data import Images
+from roundtable.common.runtime.errors import UsageError
+from roundtable.explore.pictures import Asked, data_uri, figure, label_text, save, to_pixels
+from roundtable.worker.data import Images
 
 _SAME, _OTHER, _QUERY = "#2e8b57", "#d0342c", "#404040"
 

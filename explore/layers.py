@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UsageError
-from worker.layer_names import short_name, short_names
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.models.layer_names import short_name, short_names
 
 _WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 

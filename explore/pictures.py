@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.errors import UsageError
-from worker.data import Images, Samples
-from worker.image_files import read_image
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data import Images, Samples
+from roundtable.worker.data.image_files import read_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.errors import UsageError
-from explore.features import Cluster, Features, kept
-from explore.gallery import Gallery, Match, Row, draw, write_page
-from explore.layers import features_of, last_hidden
-from explore.pictures import ask
-from explore.trained import Source, Trained, open_run, weights_at
-from worker.data import Samples
-from worker.layer_names import find_layer
+from roundtable.common.runtime.errors import UsageError
+from roundtable.explore.features import Cluster, Features, kept
+from roundtable.explore.gallery import Gallery, Match, Row, draw, write_page
+from roundtable.explore.layers import features_of, last_hidden
+from roundtable.explore.pictures import ask
+from roundtable.explore.trained import Source, Trained, open_run, weights_at
+from roundtable.worker.data import Samples
+from roundtable.worker.models.layer_names import find_layer
 
 Metric = Literal["cosine", "euclidean"]
 Rows = npt.NDArray[np.int64]

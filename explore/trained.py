@@ -13,18 +13,19 @@ import msgspec
 import torch
 from torch import nn
 
-from common import snapshots
-from common.errors import UsageError
-from common.plan import derive_seed
-from common.runfiles import MODEL_FILE, SETTINGS_FILE, find_run
-from common.settings import FIELDS, Settings, make_settings, parse_shape, read_toml
-from common.weights import write_model
-from worker import data, models
-from worker.data import Images
-from worker.example import load_weights
-from worker.factory import load_factory
-from worker.layer_names import short_names
-from worker.loader import seed_everything
+from roundtable.common.config.batch_plan import derive_seed
+from roundtable.common.config.settings import FIELDS, Settings, make_settings, parse_shape, read_toml
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import checkpoint
+from roundtable.common.storage.model_file import write_model
+from roundtable.common.storage.run_files import MODEL_FILE, SETTINGS_FILE, find_run
+from roundtable.worker import data
+from roundtable.worker.data import Images
+from roundtable.worker.data.loader import seed_everything
+from roundtable.worker.models import builtin
+from roundtable.worker.models.layer_names import short_names
+from roundtable.worker.models.user_model import load_factory
+from roundtable.worker.tools.builtin_script import load_weights
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -96,7 +97,7 @@ def open_run(source: Source) -> Trained:
     if source.model_file is not None:
         make = load_factory(source.model_file)
     else:
-        make = functools.partial(models.build, settings.model, images.shape, images.classes)
+        make = functools.partial(builtin.build, settings.model, images.shape, images.classes)
     trained = Trained(folder, settings, images, data_dir, make)
     _check_fit(trained)
     return trained
@@ -119,7 +120,7 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
     if not path.is_dir():
         load_weights(model, path)
         return model.eval()
-    snapshot = snapshots.read(path)
+    snapshot = checkpoint.read(path)
     if damage := snapshot.damage():
         raise UsageError(damage)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +131,7 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
 
 def snapshots_of(run: Trained) -> list[Path]:
     """The folders of the run's finished snapshots, in the order in which they were made."""
-    return snapshots.finished(run.folder)
+    return checkpoint.finished(run.folder)
 
 
 def _read_settings(folder: Path) -> tuple[Settings, str | None]:

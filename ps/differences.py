@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from common.layout import TensorSpec
-from common.messages import Setup, Update
-from common.plan import Segment
-from common.runlog import some
+from roundtable.common.config.batch_plan import Segment
+from roundtable.common.protocol.messages import Setup, Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.storage.event_log import some
 
 ADVICE = "every worker must run the same script on the same data"
 #: Fields of a segment as people call them.

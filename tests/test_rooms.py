@@ -127,4 +127,4 @@ def test_only_those_who_start_processes_end_any() -> None:
         for file in (ROOT / room).rglob("*.py")
         if ends.search(file.read_text())
     ]
-    assert sorted(found) == ["common/failpoints.py", "common/restart.py"]  # itself, and its own children
+    assert sorted(found) == ["common/runtime/failpoints.py", "common/runtime/restart.py"]  # itself, and its own children

@@ -1,7 +1,8 @@
 """`Run`: what a training script holds. It joins the cluster, keeps a replica up to date and hands in its contributions.
 
-Everything here happens on the script's own thread; sockets are served by `worker.link`, and what to compute next and what
-to send again is decided by the state machines in `worker.tasks` and `worker.exchange`, which both threads use under one lock.
+Everything here happens on the script's own thread; sockets are served by `roundtable.worker.client.io_thread`, and what to
+compute next and what to send again is decided by the state machines in `roundtable.worker.loop.task_queue` and
+`roundtable.worker.client.push_pull`, which both threads use under one lock.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.attendance import TELL_S
-from common.errors import ClusterError, PsError, Stopped, UsageError
-from common.facts import Fact
-from common.failpoints import arm
-from common.layout import message_batches
-from common.messages import (
+from roundtable.common.config.batch_plan import Segment, Task, derive_seed, make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.config.worker_facts import Fact
+from roundtable.common.model.layout import message_batches
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import COORDINATOR, Send
+from roundtable.common.protocol.messages import (
     MOST_RECOMPUTED,
     Beat,
     Body,
@@ -50,25 +53,28 @@ from common.messages import (
     Traffic,
     Update,
 )
-from common.no_compiler import no_compiler
-from common.plan import Segment, derive_seed, make_segment
-from common.policies import load
-from common.runlog import some
-from common.settings import Settings
-from common.shared import Handle, NotShared
-from common.tensors import to_frame
-from common.watchdog import Watchdog
-from common.wire import Frames, new_incarnation
-from worker import alike, batchnorm, constraints, local, names
-from worker.buffers import Rules
-from worker.classes import Sharded, Shards, check_sharding, find_layers
-from worker.contents import file_of
-from worker.edits import check_layers
-from worker.exchange import Exchange, Send
-from worker.kv import KvClient
-from worker.link import COORDINATOR, Link
-from worker.loader import Loader, dataset_size, seed_everything
-from worker.optimizer import (
+from roundtable.common.protocol.session import TELL_S
+from roundtable.common.protocol.shared_memory import Handle, NotShared
+from roundtable.common.protocol.transport import Frames, new_incarnation
+from roundtable.common.runtime.errors import ClusterError, PsError, Stopped, UsageError
+from roundtable.common.runtime.failpoints import arm
+from roundtable.common.runtime.skip_dynamo import no_compiler
+from roundtable.common.runtime.watchdog import Watchdog
+from roundtable.common.storage.event_log import some
+from roundtable.worker import facts as alike
+from roundtable.worker import tensor_names
+from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.kv_client import KvClient
+from roundtable.worker.client.push_pull import Exchange
+from roundtable.worker.data.loader import Loader, dataset_size, seed_everything
+from roundtable.worker.layers.sharded_linear import Sharded, Shards, check_sharding, find_layers
+from roundtable.worker.layers.sparse_embedding import RowSparse, Table, check_training, find_tables
+from roundtable.worker.loop import local_sgd
+from roundtable.worker.loop.gradient_loop import GradientWork
+from roundtable.worker.loop.task_queue import Tasks
+from roundtable.worker.merge import batchnorm, constraints
+from roundtable.worker.model_contents import file_of
+from roundtable.worker.optim.optimizer import (
     NO_LOSS,
     Hypers,
     Optimizer,
@@ -82,13 +88,12 @@ from worker.optimizer import (
     plain_settings,
     silence_scheduler_warnings,
 )
-from worker.replica import Replica
-from worker.rounds import GradientWork
-from worker.rows import RowSparse, Table, check_training, find_tables
-from worker.slots import Slots
-from worker.tasks import Task, Tasks
+from roundtable.worker.replica.buffers import Rules
+from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.replica import Replica
+from roundtable.worker.replica.script_edits import check_layers
 
-log = logging.getLogger("worker.run")
+log = logging.getLogger("roundtable.worker.run")
 
 #: Seconds between two questions whether servers have got the first weights, at first and at most.
 _FIRST_WEIGHTS_S = (0.1, 1.0)
@@ -105,7 +110,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Run:
-    """A script's part in a run. Made by `worker.join`."""
+    """A script's part in a run. Made by `roundtable.join`."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -127,7 +132,7 @@ class Run:
         #: What is told of the schedule, and the data set of which samples were told.
         self._schedule: alike.ScheduleFacts | None = None
         self._told_of: object = None
-        self._work: GradientWork | local.LocalWork | None = None
+        self._work: GradientWork | local_sgd.LocalWork | None = None
         self._exchange: Exchange | None = None
         #: Where memory may be shared with servers.
         self._replica: Replica | None = None
@@ -225,7 +230,7 @@ class Run:
         must not change.
 
         The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
-        that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `worker.embedding` makes one for
+        that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `roundtable.embedding` makes one for
         which there never was memory here.
 
         Convert the model to its dtype before. Where torch.compile has made it, or a part of it, tensors have the names that
@@ -233,7 +238,7 @@ class Run:
         """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
-        self._model, self._buffer_rules = names.uncompiled(model), dict(buffers or {})
+        self._model, self._buffer_rules = tensor_names.uncompiled(model), dict(buffers or {})
         return model
 
     def optimizer(
@@ -279,7 +284,7 @@ class Run:
             check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
             outer = self._policy.outer_optimizer
             update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
-            inner = local.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
+            inner = local_sgd.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
         else:
             check_sendable(cls)
             with no_compiler():
@@ -304,10 +309,10 @@ class Run:
             sends_first,
             replicas,
         )
-        work: GradientWork | local.LocalWork
+        work: GradientWork | local_sgd.LocalWork
         if self._policy.is_local:
             self._share(replica, None)
-            work = local.LocalWork(self, replica, inner, self._callbacks)
+            work = local_sgd.LocalWork(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
@@ -435,9 +440,9 @@ class Run:
             assert isinstance(answer, Shared)
             with self._link.lock:
                 self._meet(server, answer)
-        names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
-        if names:
-            log.info("memory is shared with %s", ", ".join(names))
+        tensor_names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
+        if tensor_names:
+            log.info("memory is shared with %s", ", ".join(tensor_names))
 
     def _epoch_loss(self, epoch: int) -> float | None:
         """The mean of the logged loss over an epoch; None where pushes are applied at once and it is not over everywhere."""
@@ -607,12 +612,12 @@ class Run:
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
         if not self._is_training:  # else it is a candidate for a merge that was judged
             found = batchnorm.statistics(self._model)
-            self._written |= {names.plain(name): (tensor, tensor._version) for name, tensor in found.items()}
+            self._written |= {tensor_names.plain(name): (tensor, tensor._version) for name, tensor in found.items()}
             self._hand_in(found)
 
     def _hand_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have tensors that every worker has computed anew, with the same bits, in the model's file as far as it has them."""
-        known = {names.plain(name): tensor for name, tensor in tensors.items() if tensor.numel()}
+        known = {tensor_names.plain(name): tensor for name, tensor in tensors.items() if tensor.numel()}
         ours = [name for name in known if name in self._in_file]
         for start in range(0, len(ours), MOST_RECOMPUTED):
             message = Recomputed(self._recomputations, self.round, ours[start : start + MOST_RECOMPUTED])
@@ -696,7 +701,9 @@ class Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the model, by name."""
-        return dict([*names.parameters(self._model), *names.buffers(self._model)]) if self._model is not None else {}
+        return (
+            dict([*tensor_names.parameters(self._model), *tensor_names.buffers(self._model)]) if self._model is not None else {}
+        )
 
     def _changed(self) -> list[str]:
         """Tensors of the model that the script has changed since its last loop over batches ended; some, if they are many."""

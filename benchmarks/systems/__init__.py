@@ -21,7 +21,7 @@ import msgspec
 
 from benchmarks.network import Host
 from benchmarks.workloads import Workload
-from common.errors import UsageError
+from roundtable.common.runtime.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ from typing import get_args
 
 from benchmarks.systems import ROOT, Command, Job, Wire
 from benchmarks.training import WORKERS
-from cluster.rundir import read_summary
-from common.settings import PolicyName, PushCodec, WeightCodec
+from roundtable.cluster.run.run_directory import read_summary
+from roundtable.common.config.settings import PolicyName, PushCodec, WeightCodec
 
 FLAGS = None
 

@@ -66,5 +66,5 @@ class Codec:
 
 def load(name: str, settings: CodecSettings) -> Codec:
     """The codec of that name: none, bf16, fp16, int8, onebit, topk or randomk."""
-    codec: type[Codec] = importlib.import_module(f"common.codecs.{name}").CODEC
+    codec: type[Codec] = importlib.import_module(f"roundtable.common.codecs.{name}").CODEC
     return codec(settings)

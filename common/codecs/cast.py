@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from common.codecs import Codec, Coded, State
-from common.codecs.spans import SPAN, spans
-from common.tensors import dtype_name, from_frame
+from roundtable.common.codecs import Codec, Coded, State
+from roundtable.common.codecs.blocks import SPAN, spans
+from roundtable.common.model.tensor_bytes import dtype_name, from_frame
 
 
 class Cast(Codec):

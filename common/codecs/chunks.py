@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from common.codecs import Codec, Coded, State
-from common.errors import WireError
-from common.layout import Chunk, Layout, Piece
-from common.tensors import from_frame
-from common.wire import Frames
+from roundtable.common.codecs import Codec, Coded, State
+from roundtable.common.model.layout import Chunk, Layout, Piece
+from roundtable.common.model.tensor_bytes import from_frame
+from roundtable.common.protocol.transport import Frames
+from roundtable.common.runtime.errors import WireError
 
 #: Tensors with fewer elements are not compressed.
 MIN_NUMEL = 1024

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from common.codecs import State
+from roundtable.common.codecs import State
 
 
 class Feedback:

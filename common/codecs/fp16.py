@@ -2,7 +2,7 @@
 
 import torch
 
-from common.codecs.cast import Cast
+from roundtable.common.codecs.cast import Cast
 
 
 class Fp16(Cast):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from common.codecs import Codec, Coded, State
-from common.tensors import from_frame
+from roundtable.common.codecs import Codec, Coded, State
+from roundtable.common.model.tensor_bytes import from_frame
 
 
 class Uncompressed(Codec):

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.codecs import Codec, CodecSettings, Coded, State
-from common.codecs.spans import SPAN, spans
-from common.errors import WireError
-from common.tensors import from_frame
+from roundtable.common.codecs import Codec, CodecSettings, Coded, State
+from roundtable.common.codecs.blocks import SPAN, spans
+from roundtable.common.model.tensor_bytes import from_frame
+from roundtable.common.runtime.errors import WireError
 
 BLOCK = 1024
 

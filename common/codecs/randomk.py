@@ -14,9 +14,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common.codecs import Codec, Coded, State
-from common.codecs.topk import Positions, kept
-from common.tensors import from_frame
+from roundtable.common.codecs import Codec, Coded, State
+from roundtable.common.codecs.topk import Positions, kept
+from roundtable.common.model.tensor_bytes import from_frame
 
 
 class RandomK(Codec):

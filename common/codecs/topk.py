@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.codecs import Codec, Coded, State
-from common.codecs.spans import SPAN, spans
-from common.errors import WireError
-from common.tensors import to_frame
+from roundtable.common.codecs import Codec, Coded, State
+from roundtable.common.codecs.blocks import SPAN, spans
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.runtime.errors import WireError
 
 Positions = npt.NDArray[np.int64]
 

@@ -11,8 +11,8 @@ import keyword
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from common.plan import Segment
-from common.settings import Settings
+from roundtable.common.config.batch_plan import Segment
+from roundtable.common.config.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,5 @@ class Policy:
 def load(settings: Settings) -> Policy:
     """The policy that `settings.policy` names."""
     name = settings.policy + "_" * keyword.iskeyword(settings.policy)
-    policy: type[Policy] = importlib.import_module(f"common.policies.{name}").POLICY
+    policy: type[Policy] = importlib.import_module(f"roundtable.common.policies.{name}").POLICY
     return policy(settings)

@@ -4,7 +4,7 @@ Recht, Re, Wright and Niu, "Hogwild!" (NIPS 2011); Dean et al., "Large scale dis
 SGD). It is `ssp` without a bound, with the same options against staleness.
 """
 
-from common.policies.ssp import Ssp
+from roundtable.common.policies.ssp import Ssp
 
 
 class Async(Ssp):

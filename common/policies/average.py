@@ -4,13 +4,13 @@ Zinkevich, Weimer, Li and Smola, "Parallelized stochastic gradient descent" (NIP
 "Distributed training strategies for the structured perceptron" (NAACL 2010). All parts start from the same weights. `merge`
 says what parts count with: `samples` with those they have seen, `uniform` all the same, and `greedy` only those that help, which
 is recipe 1 of Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
-inference time" (ICML 2022); `worker/greedy.py` agrees on them.
+inference time" (ICML 2022); `worker/merge/greedy_soup.py` agrees on them.
 """
 
 from typing import ClassVar, Literal
 
-from common.plan import Segment
-from common.policies import Policy
+from roundtable.common.config.batch_plan import Segment
+from roundtable.common.policies import Policy
 
 
 class Average(Policy):

@@ -7,7 +7,7 @@ the coordinator fixes which ones, so all servers apply the same set. The rest ar
 
 from typing import ClassVar
 
-from common.policies import Policy
+from roundtable.common.policies import Policy
 
 
 class Backup(Policy):

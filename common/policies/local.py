@@ -13,8 +13,8 @@ as SGD with momentum is, those rounds are `sync` but for rounding.
 
 from typing import Any, ClassVar, Literal
 
-from common.plan import Segment
-from common.policies import Policy
+from roundtable.common.config.batch_plan import Segment
+from roundtable.common.policies import Policy
 
 
 class Local(Policy):

@@ -6,13 +6,13 @@ with a micro-batch outstanding. A push that is a part of a global batch moves th
 (the linear scaling rule: Goyal et al., "Accurate, large minibatch SGD", 2017), so a rate means the same under every policy.
 Optionally the step is divided by the staleness: Zhang, Gupta, Lian and Liu, "Staleness-aware async-SGD for distributed deep
 learning" (IJCAI 2016). There the rate is that of a whole batch, so that the division is the linear scaling too; here that is done
-already, and `ps/course.py` keeps the mean of the rates. And optionally the gradient is corrected for the delay: Zheng et al.,
-"Asynchronous stochastic gradient descent with delay compensation" (ICML 2017).
+already, and `ps/params/planned_rates.py` keeps the mean of the rates. And optionally the gradient is corrected for the delay:
+Zheng et al., "Asynchronous stochastic gradient descent with delay compensation" (ICML 2017).
 """
 
 from typing import Any, ClassVar, Literal
 
-from common.policies import Policy
+from roundtable.common.policies import Policy
 
 
 class Ssp(Policy):

@@ -4,7 +4,7 @@ Valiant, "A bridging model for parallel computation" (CACM 1990); for parameter 
 machine learning with the parameter server" (OSDI 2014). With the summation tree the result equals one process's to the bit.
 """
 
-from common.policies import Policy
+from roundtable.common.policies import Policy
 
 
 class Sync(Policy):

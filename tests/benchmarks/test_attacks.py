@@ -16,8 +16,8 @@ import zmq
 
 from benchmarks.attacks import ITEMS, Target, attacking, resident
 from benchmarks.wiretap import Wire, replay
-from common.errors import WireError
-from common.wire import Stamp, receive, router
+from roundtable.common.protocol.transport import Stamp, receive, router
+from roundtable.common.runtime.errors import WireError
 
 HERE = Stamp("server-0", "abc")
 

@@ -19,8 +19,8 @@ from benchmarks.measure import Measurement, step_durations
 from benchmarks.report import Result, Results
 from benchmarks.systems import Wire, names, parse_entry
 from benchmarks.workloads import WORKLOADS
-from common.errors import UsageError
-from common.settings import PolicyName, PushCodec, WeightCodec
+from roundtable.common.config.settings import PolicyName, PushCodec, WeightCodec
+from roundtable.common.runtime.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 

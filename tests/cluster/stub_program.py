@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from cluster.lifeline import PARENT_VARIABLE, die_with_parent
+from roundtable.cluster.process.parent_death import PARENT_VARIABLE, die_with_parent
 
 DEAF = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]; print(flush=True); signal.pause()"
 
@@ -35,11 +35,11 @@ def launcher(folder: Path) -> int:
     import click
     from rich.console import Console
 
-    from cluster.crew import Respawn
-    from cluster.exits import run_command
-    from cluster.local import Order, run_local
-    from cluster.screen import Screen
-    from common.settings import Settings
+    from roundtable.cluster.launch.local import Order, run_local
+    from roundtable.cluster.process.restart_policy import Respawn
+    from roundtable.cluster.run.console import Screen
+    from roundtable.cluster.run.exit_codes import run_command
+    from roundtable.common.config.settings import Settings
 
     @click.command()
     def local() -> None:

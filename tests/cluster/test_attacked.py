@@ -14,9 +14,9 @@ import pytest
 from benchmarks.attacks import DEEDS, ITEMS, Memory, attacking, joining, say, targets
 from benchmarks.harms import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
-from common.messages import Hello
-from common.runlog import RunLogReader
-from common.wire import Stamp
+from roundtable.common.protocol.messages import Hello
+from roundtable.common.protocol.transport import Stamp
+from roundtable.common.storage.event_log import RunLogReader
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from launched import START_S, Launched, wait_for_ends
 
-from common.runlog import FILE_NAME, RunLogReader
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 Start = Callable[..., Launched]
@@ -24,9 +24,9 @@ Start = Callable[..., Launched]
 ENDLESS = """
 import os
 import torch
-import worker
+import roundtable
 
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(torch.nn.Linear(8, 4))
 opt = run.optimizer(torch.optim.SGD, lr=0.1)
 data = torch.utils.data.TensorDataset(torch.ones(640, 8), torch.zeros(640, dtype=torch.int64))

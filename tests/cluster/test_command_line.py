@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import pytest
 
-import launch
-from cluster.exits import run_command
-from cluster.flags import Choice, choose
-from cluster.local import check_order
-from cluster.rundir import run_values, to_toml, write_settings
-from common.errors import UsageError
-from common.settings import FIELDS, Settings
+from roundtable import cli as launch
+from roundtable.cluster.launch.local import check_order
+from roundtable.cluster.options.flags import Choice, choose
+from roundtable.cluster.run.exit_codes import run_command
+from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings
+from roundtable.common.config.settings import FIELDS, Settings
+from roundtable.common.runtime.errors import UsageError
 
 Fail = Callable[..., str]
 
@@ -111,7 +111,7 @@ def test_a_port_in_use_is_told(fail: Fail) -> None:
 
 
 def fail_of_coordinator(port: int) -> str:
-    from ps.serving import serve
+    from roundtable.ps.coordinator.main import serve
 
     with pytest.raises(UsageError) as caught:
         serve(Settings(), f"tcp://127.0.0.1:{port}", Path("never"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.report import read_curve
-from common.runlog import FILE_NAME, Event, RoundRow, RunLog
+from roundtable.cluster.commands.report import read_curve
+from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
 
 
 def run_with(folder: Path, *happened: tuple[float, str]) -> Path:

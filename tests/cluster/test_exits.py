@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-from cluster.exits import leave
+from roundtable.cluster.run.exit_codes import leave
 
 class Told:
     def __init__(self):

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.experiment import read_experiment, run_experiment
-from cluster.report import Outcome, rows, to_csv, to_markdown
-from cluster.rundir import kept
-from common.errors import ClusterError, UsageError
-from common.runlog import FILE_NAME, Event, RoundRow, RunLog
-from common.settings import Settings
+from roundtable.cluster.commands.experiment import read_experiment, run_experiment
+from roundtable.cluster.commands.report import Outcome, rows, to_csv, to_markdown
+from roundtable.cluster.run.run_directory import kept
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import ClusterError, UsageError
+from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(Path(__file__).with_name("stub_program.py"))]

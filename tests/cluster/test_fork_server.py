@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.processes import Processes
-from common.restart import AGAIN_VARIABLE
+from roundtable.cluster.process.children import Processes
+from roundtable.common.runtime.restart import AGAIN_VARIABLE
 
 SCRIPT = """
 import json, os, signal, sys
@@ -87,7 +87,8 @@ def test_a_signal_that_killed_it_is_known_and_so_is_one_without_a_fork_server(
 
 def test_who_begins_anew_is_started_again_at_once_as_often_as_it_wants(processes: Processes, tmp_path: Path) -> None:
     (tmp_path / "anew.py").write_text(
-        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from common.restart import restart\n"
+        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); "
+        "from roundtable.common.runtime.restart import restart\n"
         "print(os.getpid(), flush=True)\n"
         "if Path(sys.argv[2]).read_text().count(chr(10)) < 3: restart()\n"
     )

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.output import Forgiving, forgiving_output
-from cluster.screen import say
+from roundtable.cluster.process.output import Forgiving, forgiving_output
+from roundtable.cluster.run.console import say
 
 ROOT = Path(__file__).resolve().parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

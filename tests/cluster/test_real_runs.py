@@ -25,7 +25,7 @@ Start = Callable[..., Launched]
 ENDLESS = """
 import os, sys
 import torch
-import worker
+import roundtable
 
 class Data(torch.utils.data.Dataset):
     def __len__(self):
@@ -33,7 +33,7 @@ class Data(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return torch.ones(8), index % 4
 
-run = worker.join()
+run = roundtable.join()
 if len(sys.argv) > 1:
     torch.multiprocessing.set_sharing_strategy(sys.argv[1])
 model = run.replicate(torch.nn.Linear(8, 4))
@@ -113,7 +113,7 @@ def test_workers_wait_for_a_slow_first_one_for_longer_than_the_timeout_and_say_s
 
 
 def test_a_script_that_raises_is_told_with_its_line_and_the_traceback_is_in_its_log(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("import worker\nrun = worker.join()\nraise ValueError('no more')\n")
+    (tmp_path / "train.py").write_text("import roundtable\nrun = roundtable.join()\nraise ValueError('no more')\n")
     run = start(LAUNCH, "local", "--workers", 1, "--servers", 1, "--run-dir", "run", "train.py")
     code, lines = run.end(START_S)
     assert code == 1 and "Traceback" not in "".join(lines)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rundir import LOGS, claim, passed_over, write_settings
-from common import snapshots
-from common.errors import UsageError
-from common.runfiles import SETTINGS_FILE, SUMMARY_FILE, is_run
-from common.runlog import FILE_NAME, RoundRow, RunLog
-from common.settings import Settings
+from roundtable.cluster.run.run_directory import LOGS, claim, passed_over, write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import checkpoint
+from roundtable.common.storage.event_log import FILE_NAME, RoundRow, RunLog
+from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, is_run
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_what_is_not_finished_is_never_deleted_unasked(what: str) -> None:
         log.round(RoundRow(0, 0, 8, 2, 0, {}))
         log.close()
     elif what == "snapshot":
-        snapshots.folder_of(folder, 3).mkdir(parents=True)
+        checkpoint.folder_of(folder, 3).mkdir(parents=True)
     else:
         (folder / FILE_NAME).write_bytes(b"SQLite format 3 and no more" * 100)
     before = sorted(folder.rglob("*"))
@@ -65,7 +65,7 @@ def test_what_is_not_finished_is_never_deleted_unasked(what: str) -> None:
         pass
     assert sorted(folder.rglob("*")) == before
     with claim(folder, "x", overwrite=True):
-        assert not is_run(folder) and not snapshots.folders(folder)
+        assert not is_run(folder) and not checkpoint.folders(folder)
 
 
 def test_files_that_are_no_runs_are_never_touched() -> None:
@@ -89,7 +89,7 @@ def test_without_a_name_each_run_gets_the_next_free_folder() -> None:
 
 def test_whoever_begins_anew_beside_a_run_that_has_not_finished_is_told_of_it() -> None:
     make_run(Path("runs/x"), finished=False)
-    snapshots.folder_of(Path("runs/x"), 3).mkdir(parents=True)
+    checkpoint.folder_of(Path("runs/x"), 3).mkdir(parents=True)
     make_run(Path("runs/x-2"), finished=True)
     assert passed_over(Path("runs/x-3"), "x") == Path("runs/x")
     assert passed_over(Path("runs/x"), "x") is None
@@ -97,7 +97,8 @@ def test_whoever_begins_anew_beside_a_run_that_has_not_finished_is_told_of_it() 
 
 
 def test_a_folder_in_use_is_refused_to_another_process_until_the_first_ends() -> None:
-    code = "from pathlib import Path; from cluster.rundir import claim\nwith claim(Path('r'), 'x', True): print('had')"
+    code = "from pathlib import Path; from roundtable.cluster.run.run_directory import claim\n"
+    code += "with claim(Path('r'), 'x', True): print('had')"
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with claim(Path("r"), "x", overwrite=True):
         second = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from launched import Launched, wait_for_ends
 
-from cluster.rundir import SCALE_FILE, write_settings
-from cluster.scale import scale
-from common.errors import UsageError
-from common.place import here
-from common.runfiles import SETTINGS_FILE
-from common.runlog import Event, RunLog
-from common.settings import Settings
+from roundtable.cluster.launch.scale import scale
+from roundtable.cluster.run.run_directory import SCALE_FILE, write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.common.network.host_identity import here
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.event_log import Event, RunLog
+from roundtable.common.storage.run_files import SETTINGS_FILE
 
 ALL = 4
 Stub = Callable[..., Launched]
@@ -208,7 +208,7 @@ def test_a_worker_that_ends_well_without_joining_ends_the_run(stub: Stub) -> Non
     run = stub(worker_0="exit 0")
     code, lines = run.end(60)
     assert code == 1
-    assert "worker-0 did not join the run: the example ended without calling worker.join()" in lines[-1]
+    assert "worker-0 did not join the run: the example ended without calling roundtable.join()" in lines[-1]
     run.leaves_nothing(set())
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from cluster.flags import Choice, choose
-from cluster.resume import resumed, take_up
-from cluster.rundir import write_settings
-from common import snapshots
-from common.errors import UsageError
-from common.messages import Setup, Update
-from common.runfiles import SETTINGS_FILE, SUMMARY_FILE, How
-from common.runlog import FILE_NAME, Event, RoundRow, RunLog
-from common.settings import Settings
-from common.snapshots import Manifest
-from common.versions import versions_here
+from roundtable.cluster.options.flags import Choice, choose
+from roundtable.cluster.options.resume import resumed, take_up
+from roundtable.cluster.run.run_directory import write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.common.protocol.messages import Setup, Update
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.versions import versions_here
+from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage.checkpoint import Manifest
+from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
+from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
 
 #: Rounds that were done, of how many, in a run of ten epochs.
 ROUNDS, PLANNED = 34, 100

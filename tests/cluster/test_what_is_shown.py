@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.processes import Child, root_cause
-from cluster.progress import Progress, Tracker
-from cluster.screen import Screen, line, picture, results_line, summary_lines
-from common import alarm
-from common.plan import make_segment
-from common.policies import load
-from common.runlog import Event, RoundRow, RunLog, StatusRow
-from common.settings import Settings
-from ps.books import Head, Keeper, restore
-from ps.ledger import Ledger
-from ps.membership import Membership
+from roundtable.cluster.process.children import Child, root_cause
+from roundtable.cluster.run.console import Screen, line, picture, results_line, summary_lines
+from roundtable.cluster.run.progress import Progress, Tracker
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import load
+from roundtable.common.storage import disk_alarm
+from roundtable.common.storage.event_log import Event, RoundRow, RunLog, StatusRow
+from roundtable.ps.coordinator.recovery import Head, Keeper, restore
+from roundtable.ps.coordinator.state.ledger import Ledger
+from roundtable.ps.coordinator.state.membership import Membership
 
 ROWS = [
     StatusRow("server-0", "waiting", 4, ""),
@@ -54,7 +54,7 @@ def test_an_alarm_that_the_log_cannot_tell_is_shown_for_as_long_as_it_lasts(
     with Screen(Console(file=out, width=100), tmp_path / "none", lambda: now[0]) as screen:
         monkeypatch.setenv(*next(iter(screen.alarm.env.items())))
         for text in ("", "the disk is full.", "the disk is full.", ""):
-            alarm.sound(text)
+            disk_alarm.sound(text)
             for _ in range(12):
                 now[0] += 0.5
                 screen.update()

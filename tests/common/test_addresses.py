@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from common import addresses
-from common.addresses import advertised, as_told, await_route, is_loopback, join, needs_ipv6, outward, split
-from common.errors import ClusterError, UsageError
+from roundtable.common.network import addresses
+from roundtable.common.network.addresses import advertised, as_told, await_route, is_loopback, join, needs_ipv6, outward, split
+from roundtable.common.runtime.errors import ClusterError, UsageError
 
 ROOT = Path(__file__).parents[2]
 BOUND = "tcp://[::]:4242"
@@ -70,7 +70,7 @@ def test_a_loopback_address_is_told_to_nobody_by_a_listener_on_all_addresses(mon
 def test_an_interface_without_a_default_route_is_found() -> None:
     script = (
         "ip link set lo up && ip link add v0 type veth peer name v1 && ip addr add 10.97.0.1/24 dev v0 && ip link set v0 up && "
-        f"ip link set v1 up && {sys.executable} -c 'from common.addresses import outward; print(outward())'"
+        f"ip link set v1 up && {sys.executable} -c 'from roundtable.common.network.addresses import outward; print(outward())'"
     )
     done = subprocess.run(["unshare", "--net", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.attendance import NEWS_S, TELL_S, Attendance
-from common.errors import ClusterError, UsageError
-from common.messages import Beat, Body, Hello, Refused, Stop, Welcome
-from common.settings import START_S, Settings
-from common.wire import ASK_AGAIN_S, BEAT_S
+from roundtable.common.config.settings import START_S, Settings
+from roundtable.common.protocol.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from roundtable.common.protocol.session import NEWS_S, TELL_S, Attendance
+from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S
+from roundtable.common.runtime.errors import ClusterError, UsageError
 
 HELLO = Hello("worker", 3)
 AWAY_S = Settings().away

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import CodecSettings, load
-from common.codecs.chunks import ChunkCodec, coded_runs
-from common.errors import WireError
-from common.layout import Layout, TensorSpec, make_layout
-from common.tensors import to_frame
+from roundtable.common.codecs import CodecSettings, load
+from roundtable.common.codecs.chunks import ChunkCodec, coded_runs
+from roundtable.common.model.layout import Layout, make_layout
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.runtime.errors import WireError
 
 NAMES = ["none", "bf16", "fp16", "int8", "onebit", "topk", "randomk"]
 
@@ -26,7 +27,7 @@ models = st.lists(
 
 
 def layout_of(tensors: list[tuple[list[int], str, int]], chunk_bytes: int = 4 << 20, servers: int = 2) -> Layout:
-    with mock.patch("common.layout.CHUNK_BYTES", chunk_bytes):
+    with mock.patch("roundtable.common.model.layout.CHUNK_BYTES", chunk_bytes):
         return make_layout([TensorSpec(f"t{n}", *spec) for n, spec in enumerate(tensors)], servers)
 
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codecs import Codec, CodecSettings, Coded, State, load
-from common.codecs.int8 import Int8
-from common.codecs.randomk import _positions
-from common.codecs.spans import SPAN, spans
-from common.errors import WireError
-from common.tensors import to_frame
+from roundtable.common.codecs import Codec, CodecSettings, Coded, State, load
+from roundtable.common.codecs.blocks import SPAN, spans
+from roundtable.common.codecs.int8 import Int8
+from roundtable.common.codecs.randomk import _positions
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.runtime.errors import WireError
 
 STATELESS = ["none", "bf16", "fp16", "int8"]
 WITH_FEEDBACK = ["onebit", "topk", "randomk"]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import zmq
 
-from common import connections
-from common.connections import Inflow, Outflow, Standing
-from common.refusals import Refusals
+from roundtable.common.protocol import flow_limits as connections
+from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
+from roundtable.common.protocol.rejections import Refusals
 
 MIB = 1 << 20
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import UsageError
-from common.failpoints import VARIABLE, arm, failpoint
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.failpoints import VARIABLE, arm, failpoint
 
 #: Comes to two points in rounds 0 to 4, and tells of each that it has passed.
 SCRIPT = """
 import sys
 from pathlib import Path
-from common.failpoints import arm, failpoint
+from roundtable.common.runtime.failpoints import arm, failpoint
 arm("worker-0", Path(sys.argv[1]))
 for round_ in range(5):
     for phase in ("computing", "pushed"):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.codecs.feedback import Feedback
+from roundtable.common.codecs.feedback import Feedback
 
 NUMEL = 5
 

@@ -8,10 +8,26 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import WireError
-from common.messages import Ack, Beat, Body, Classify, ClassPush, Cut, Hello, Lease, Owed, Plan, Pull, Push, Saved, Use, Weights
-from common.plan import make_segment
-from common.wire import MAX_HEADER_BYTES, PROTOCOL, Stamp
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.protocol.messages import (
+    Ack,
+    Beat,
+    Body,
+    Classify,
+    ClassPush,
+    Cut,
+    Hello,
+    Lease,
+    Owed,
+    Plan,
+    Pull,
+    Push,
+    Saved,
+    Use,
+    Weights,
+)
+from roundtable.common.protocol.transport import MAX_HEADER_BYTES, PROTOCOL, Stamp
+from roundtable.common.runtime.errors import WireError
 
 HERE = Stamp(sender="server-0", run="abc", epoch=3, incarnation=5)
 BODIES: list[Body] = [

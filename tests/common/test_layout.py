@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UsageError
-from common.layout import CHUNK_BYTES, Layout, Rule, TensorSpec, make_layout, message_batches
-from common.messages import Push
+from roundtable.common.model.layout import CHUNK_BYTES, Layout, make_layout, message_batches
+from roundtable.common.protocol.messages import Push
+from roundtable.common.protocol.model_spec import Rule, TensorSpec
+from roundtable.common.runtime.errors import UsageError
 
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
@@ -28,7 +29,7 @@ chunk_sizes = st.sampled_from([64, 1000, 64 << 10])
 
 def layout_of(tensors: list[TensorSpec], servers: int, chunk_bytes: int = CHUNK_BYTES) -> Layout:
     """A layout with smaller chunks, for tensors that a test can afford."""
-    with mock.patch("common.layout.CHUNK_BYTES", chunk_bytes):
+    with mock.patch("roundtable.common.model.layout.CHUNK_BYTES", chunk_bytes):
         return make_layout(tensors, servers)
 
 
@@ -140,7 +141,7 @@ def test_the_digest_is_the_same_in_every_process_and_release() -> None:
 
 @given(st.dictionaries(st.integers(0, 50), st.integers(1, 100)), st.integers(50, 150))
 def test_messages_hold_all_ids_in_order_and_no_more_than_a_chunk_unless_one_is_larger(sizes: dict[int, int], size: int) -> None:
-    with mock.patch("common.layout.CHUNK_BYTES", size):
+    with mock.patch("roundtable.common.model.layout.CHUNK_BYTES", size):
         batches = message_batches(sizes, sizes.__getitem__)
     assert [i for batch in batches for i in batch] == list(sizes)
     assert all(len(batch) == 1 or sum(sizes[i] for i in batch) <= size for batch in batches)

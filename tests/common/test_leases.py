@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from common.leases import Table, in_force, shares
+from roundtable.common.config.work_shares import Table, in_force, shares
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=12).filter(any)
 

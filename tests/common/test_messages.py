@@ -10,9 +10,9 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from common.errors import WireError
-from common.messages import MOST_TOLD, Beat, Envelope, Goodbye, Hello, Message, Push, Refused, Stop
-from common.wire import PROTOCOL, Stamp
+from roundtable.common.protocol.messages import MOST_TOLD, Beat, Envelope, Goodbye, Hello, Message, Push, Refused, Stop
+from roundtable.common.protocol.transport import PROTOCOL, Stamp
+from roundtable.common.runtime.errors import WireError
 
 HERE = Stamp("coordinator", "abc")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from common.no_compiler import no_compiler
+from roundtable.common.runtime.skip_dynamo import no_compiler
 
 PROGRAM = """
 import inspect, sys
 import torch
-from common.no_compiler import no_compiler
+from roundtable.common.runtime.skip_dynamo import no_compiler
 
 skipped = {"Optimizer", "LBFGS", "SparseAdam"}
 classes = [c for name, c in vars(torch.optim).items() if inspect.isclass(c) and name not in skipped]
@@ -56,7 +56,7 @@ def test_optimizers_step_without_the_compiler_which_is_there_for_whoever_asks_fo
 IMPORTS = """
 import importlib, sys
 import torch
-from common.no_compiler import no_compiler
+from roundtable.common.runtime.skip_dynamo import no_compiler
 
 with no_compiler():
     module = importlib.import_module(sys.argv[1])

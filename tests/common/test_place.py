@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from common.place import Place, here, is_own
+from roundtable.common.network.host_identity import Place, here, is_own
 
 ROOT = Path(__file__).parents[2]
 
 
 def elsewhere(*flags: str) -> Place:
     """The place of a process in namespaces of its own."""
-    code = "from common.place import here; print(here().pids); print(here().network)"
+    code = "from roundtable.common.network.host_identity import here; print(here().pids); print(here().network)"
     done = subprocess.run(["unshare", *flags, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no namespaces can be made here: {done.stderr.strip()}")
@@ -25,7 +25,9 @@ def elsewhere(*flags: str) -> Place:
 
 def test_processes_of_one_host_know_that() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from common.place import here; print(here().pids)"], cwd=ROOT, capture_output=True
+        [sys.executable, "-c", "from roundtable.common.network.host_identity import here; print(here().pids)"],
+        cwd=ROOT,
+        capture_output=True,
     )
     assert here().sees(Place(done.stdout.decode().strip())) and os.getpid() != 0
 

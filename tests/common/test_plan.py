@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.plan import Segment, derive_seed, make_segment
+from roundtable.common.config.batch_plan import Segment, derive_seed, make_segment
 
 sizes = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.integers(1, 3)).map(
     lambda t: {"samples": t[0], "global_batch": max(t[1], t[2]), "micro_batch": min(t[1], t[2]), "epochs": t[3]}

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.plan import Segment, make_segment
-from common.policies import Policy, load
-from common.settings import PolicyName, Settings
+from roundtable.common.config.batch_plan import Segment, make_segment
+from roundtable.common.config.settings import PolicyName, Settings
+from roundtable.common.policies import Policy, load
 
 clocks = st.integers(0, 100)
 ALL = get_args(PolicyName)
@@ -41,7 +41,7 @@ def test_what_is_sent_and_when_it_is_applied(name: str) -> None:
 
 def test_a_policy_is_one_file_found_by_name() -> None:
     assert {name: type(policy(name)).__name__ for name in ALL} == {name: name.capitalize() for name in ALL}
-    assert type(policy("async")).__module__ == "common.policies.async_"  # the word itself is a keyword
+    assert type(policy("async")).__module__ == "roundtable.common.policies.async_"  # the word itself is a keyword
 
 
 @given(clocks, clocks)

@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 import zmq
 
-from common.errors import UsageError
-from common.reach import Reach
-from common.wire import dealer, router
+from roundtable.common.network.reachability import Reach
+from roundtable.common.protocol.transport import dealer, router
+from roundtable.common.runtime.errors import UsageError
 
 PATIENCE_S = 0.5
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from common.errors import OneLine, WireError
-from common.refusals import Refusals
+from roundtable.common.protocol.rejections import Refusals
+from roundtable.common.runtime.errors import OneLine, WireError
 
 
 def test_of_a_flood_all_is_counted_and_a_line_comes_every_ten_seconds_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:

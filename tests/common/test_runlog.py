@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.runlog import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, RunLogReader, StatusRow
+from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, Event, RoundRow, RunLog, RunLogReader, StatusRow
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_a_reader_cannot_write(path: Path) -> None:
 
 
 def test_on_a_full_disk_rows_are_kept_and_written_when_there_is_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.runlog._MOST_ROWS", 5000)
+    monkeypatch.setattr("roundtable.common.storage.event_log._MOST_ROWS", 5000)
     log = RunLog(path)
     log.event(Event("joined", "worker-0", {}))
     log.flush()

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import UsageError
-from common.settings import FIELDS, Settings, check_values, choices, make_settings, parse_shape, read_toml
+from roundtable.common.config.settings import FIELDS, Settings, check_values, choices, make_settings, parse_shape, read_toml
+from roundtable.common.runtime.errors import UsageError
 
 
 def refusal(values: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from common.shared import HEADER_BYTES, Handle, NotShared, attach, create
+from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotShared, attach, create
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 OWNER = """
 import sys
 import msgspec
-from common.shared import HEADER_BYTES, create
+from roundtable.common.protocol.shared_memory import HEADER_BYTES, create
 region = create(100)
 region.memory[HEADER_BYTES:HEADER_BYTES + 5] = b"hello"
 print(msgspec.json.encode(region.handle).decode(), flush=True)
@@ -100,7 +100,7 @@ def test_nobody_can_pull_the_memory_away_from_under_a_reader() -> None:
 
 def test_where_the_system_gives_no_memory_that_is_said_and_nothing_is_left_open() -> None:
     code = (
-        "import os, resource; from common.shared import NotShared, create\n"
+        "import os, resource; from roundtable.common.protocol.shared_memory import NotShared, create\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "before = len(os.listdir('/proc/self/fd'))\n"
         "try: create(1 << 30)\n"

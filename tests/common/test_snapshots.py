@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from common import snapshots
-from common.errors import UsageError
-from common.layout import TensorSpec
-from common.messages import Setup, Update
-from common.snapshots import FileEntry, Manifest
-from common.versions import Versions, versions_here
+from roundtable.common.protocol.messages import Setup, Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.versions import Versions, versions_here
+from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage.checkpoint import FileEntry, Manifest
 
 SETUP = Setup([TensorSpec("w", [2], "float32", 0)], Update("SGD", [{"lr": 0.1}]))
 

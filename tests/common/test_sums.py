@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.layout import Chunk, Kind, Piece
-from common.sums import Sum, add_up, adder, last_of
-from common.tree import TreeSum, fold
+from roundtable.common.model.layout import Chunk, Piece
+from roundtable.common.model.partial_sum import Sum, add_up, adder, last_of
+from roundtable.common.model.reduction_tree import TreeSum, fold
+from roundtable.common.protocol.model_spec import Kind
 
 SIZE = 50
 

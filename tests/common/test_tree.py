@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.tree import Span, TreeSum, fold, halves, is_node, parent
+from roundtable.common.model.reduction_tree import Span, TreeSum, fold, halves, is_node, parent
 
 counts = st.integers(1, 40)
 

@@ -9,30 +9,30 @@ from collections.abc import Iterator
 
 import pytest
 
-from common import vital
+from roundtable.common.protocol import liveness
 
 
 @pytest.fixture
-def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[vital.Listener, vital.Signs]]:
-    with contextlib.closing(vital.Listener()) as listener:
-        monkeypatch.setenv(vital.VARIABLE, str(listener.write))
-        yield listener, vital.Signs()
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[liveness.Listener, liveness.Signs]]:
+    with contextlib.closing(liveness.Listener()) as listener:
+        monkeypatch.setenv(liveness.VARIABLE, str(listener.write))
+        yield listener, liveness.Signs()
 
 
-def hangs_after(listener: vital.Listener, seconds: float) -> bool:
+def hangs_after(listener: liveness.Listener, seconds: float) -> bool:
     """Whether it is taken to hang at any look until then, ten of which there are each second."""
     begun = time.monotonic()
     return any([listener.hangs(begun + tick / 10) for tick in range(round(seconds * 10) + 1)])
 
 
-def test_one_that_falls_silent_hangs_after_the_time_it_named(pipe: tuple[vital.Listener, vital.Signs]) -> None:
+def test_one_that_falls_silent_hangs_after_the_time_it_named(pipe: tuple[liveness.Listener, liveness.Signs]) -> None:
     listener, signs = pipe
     signs.give(4.0)
     assert not hangs_after(listener, 3.9)
     assert hangs_after(listener, 4.2)
 
 
-def test_one_that_has_not_begun_or_begins_anew_may_take_its_time(pipe: tuple[vital.Listener, vital.Signs]) -> None:
+def test_one_that_has_not_begun_or_begins_anew_may_take_its_time(pipe: tuple[liveness.Listener, liveness.Signs]) -> None:
     listener, signs = pipe
     assert not hangs_after(listener, 100)
     signs.give(1.0)
@@ -42,7 +42,7 @@ def test_one_that_has_not_begun_or_begins_anew_may_take_its_time(pipe: tuple[vit
     assert not hangs_after(listener, 100)
 
 
-def test_nobody_hangs_whose_starter_was_stopped_itself(pipe: tuple[vital.Listener, vital.Signs]) -> None:
+def test_nobody_hangs_whose_starter_was_stopped_itself(pipe: tuple[liveness.Listener, liveness.Signs]) -> None:
     listener, signs = pipe
     signs.give(4.0)
     now = time.monotonic()
@@ -51,11 +51,13 @@ def test_nobody_hangs_whose_starter_was_stopped_itself(pipe: tuple[vital.Listene
     assert not listener.hangs(now + 60.9)
 
 
-def test_signs_that_nobody_reads_stop_nobody(pipe: tuple[vital.Listener, vital.Signs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_that_nobody_reads_stop_nobody(
+    pipe: tuple[liveness.Listener, liveness.Signs], monkeypatch: pytest.MonkeyPatch
+) -> None:
     listener, signs = pipe
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(listener.write, bytes(1 << 12))
     signs.give(4.0)
-    monkeypatch.delenv(vital.VARIABLE)
-    vital.Signs().give(4.0)  # of one that was started by hand
+    monkeypatch.delenv(liveness.VARIABLE)
+    liveness.Signs().give(4.0)  # of one that was started by hand

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from common.watchdog import Watchdog
+from roundtable.common.runtime.watchdog import Watchdog
 
 
 def test_stacks_are_dumped_once_per_stall() -> None:
@@ -21,7 +21,7 @@ def test_stacks_are_dumped_once_per_stall() -> None:
 
 def test_the_log_says_what_is_waited_for_and_where_every_thread_is() -> None:
     script = (
-        "import logging, time; from common.watchdog import Watchdog; logging.basicConfig()\n"
+        "import logging, time; from roundtable.common.runtime.watchdog import Watchdog; logging.basicConfig()\n"
         "def stuck(): time.sleep(1.5)\n"
         "dog = Watchdog(0.4, lambda: 1, lambda: 'the weights of round 3 from server-1'); stuck(); dog.stop()"
     )

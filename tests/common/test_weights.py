@@ -12,10 +12,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from common import tensorfile
-from common.errors import UsageError
-from common.tensorfile import Entry, TensorFiles
-from common.weights import read_weights
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage.model_file import read_weights
+from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
 
 def test_a_file_written_piece_by_piece_is_a_safetensors_file(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import zmq
 
-from common.errors import UsageError, WireError
-from common.wire import MAX_FRAMES, allow_files, dealer, receive, router
+from roundtable.common.protocol.transport import MAX_FRAMES, allow_files, dealer, receive, router
+from roundtable.common.runtime.errors import UsageError, WireError
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +81,7 @@ def test_a_message_of_too_many_frames_is_refused_and_the_next_one_is_whole() -> 
 def test_nobody_can_foresee_the_names_that_a_listener_gives_to_connections() -> None:
     """libzmq counts them from a number of the C library, which is the same in every process unless that is seeded."""
     code = (
-        "import zmq; from common.wire import dealer, receive, router; c = zmq.Context(); "
+        "import zmq; from roundtable.common.protocol.transport import dealer, receive, router; c = zmq.Context(); "
         "s, address = router(c, 'tcp://127.0.0.1:0'); d = dealer(c, address); d.send(b''); s.poll(5000); "
         "print(receive(s)[0].bytes.hex()); c.destroy(linger=0)"
     )

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from common.runlog import FILE_NAME, RunLogReader
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
 # An image that is not there yet is built, which fetches torch: two minutes on an idle machine, more on a busy one or a slow line.
 pytestmark = pytest.mark.timeout(1800)

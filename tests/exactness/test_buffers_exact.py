@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from worker.buffers import stored_parts
+from roundtable.worker.replica.buffers import stored_parts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_buffers import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, dataset, network

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from common.runlog import RunLogReader
+from roundtable.common.storage.event_log import RunLogReader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_edges import CALLS, ROUNDS, dataset, network

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.runlog import FILE_NAME, RunLogReader
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_exact import GLOBAL_BATCH, MICRO_BATCH, RECIPES, Reused, dataset, network, reused

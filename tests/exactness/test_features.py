@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from common.plan import derive_seed
-from common.runlog import RunLogReader
+from roundtable.common.config.batch_plan import derive_seed
+from roundtable.common.storage.event_log import RunLogReader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_features import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, SAMPLES, Images, Net, collate, groups

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from common.runlog import RunLogReader
+from roundtable.common.storage.event_log import RunLogReader
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_classes import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, RECIPES, SAMPLES, Net, dataset, make, schedule

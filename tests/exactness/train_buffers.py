@@ -68,9 +68,9 @@ def network() -> Net:
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(network(), buffers=RULES)  # type: ignore[arg-type]
     opt = run.optimizer(torch.optim.AdamW, lr=0.01)
     for x, y in run.batches(dataset(), global_batch=GLOBAL_BATCH, micro_batch=MICRO_BATCH, epochs=EPOCHS, shuffle=False):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 SAMPLES, GLOBAL_BATCH, MICRO_BATCH = 230, 50, 7
 FEATURES, CLASSES = 12, 701
@@ -55,11 +55,11 @@ def main() -> None:
     parser.add_argument("--smoothing", type=float, default=0.0)
     parser.add_argument("--clip", type=float, default=None)
     args = parser.parse_args()
-    run = worker.join()
+    run = roundtable.join()
     body, head = make(args.bias)
-    layer = worker.ShardedLinear.of(head)
+    layer = roundtable.ShardedLinear.of(head)
     if args.hidden:
-        body[0] = worker.ColumnParallelLinear.of(body[0])
+        body[0] = roundtable.ColumnParallelLinear.of(body[0])
     model = run.replicate(Net(body, layer))
     cls, hyper = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=args.clip, **hyper)
@@ -67,12 +67,12 @@ def main() -> None:
     sizes = {"global_batch": GLOBAL_BATCH, "micro_batch": MICRO_BATCH, "epochs": EPOCHS}
     for bx, by in run.batches(dataset(), shuffle=False, **sizes):
         opt.zero_grad()
-        loss = worker.sharded_cross_entropy(model(bx), by, label_smoothing=args.smoothing)
+        loss = roundtable.sharded_cross_entropy(model(bx), by, label_smoothing=args.smoothing)
         loss.backward()
         run.log(loss=loss)
         opt.step()
     with torch.no_grad():
-        final = worker.sharded_cross_entropy(model(x), y, label_smoothing=args.smoothing)
+        final = roundtable.sharded_cross_entropy(model(x), y, label_smoothing=args.smoothing)
         values, classes = layer.topk(body(x), 5)
         run.log(final=final, top=values.double().sum(), checksum=float(classes.sum()))
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 
 def network() -> nn.Sequential:
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     mode = sys.argv[1]
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 4, (32,), generator=generator))
-    run = worker.join()
+    run = roundtable.join()
     net = network()
     if mode == "compiled":
         net[1], net[2] = (torch.compile(net[n], backend="eager") for n in (1, 2))  # parts too

@@ -25,9 +25,9 @@ def network() -> nn.Module:
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(network())
     opt = run.optimizer(torch.optim.AdamW, lr=0.02, clip_norm=0.5)
     for call, (_, whole, micro, epochs) in enumerate(CALLS):

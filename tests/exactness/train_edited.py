@@ -17,9 +17,9 @@ def network(seed: int) -> nn.Sequential:
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(network(run.index))
     opt = run.optimizer(torch.optim.SGD, lr=0.0)
     model.load_state_dict(network(run.index + 5).state_dict())

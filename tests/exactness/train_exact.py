@@ -64,7 +64,7 @@ GLOBAL_BATCH, MICRO_BATCH = 120, 16
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", choices=RECIPES)
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--reused", action="store_true", help="train the network with a layer that is used again")
     parser.add_argument("--slow", type=int, default=-1, help="this worker takes five times as long")
     args = parser.parse_args()
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(reused() if args.reused else network(args.hidden, args.layers))
     cls, hyper, schedule, clip_norm = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=clip_norm, **hyper)

@@ -81,14 +81,14 @@ def evaluate(model: nn.Module, data: Images) -> float:
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", choices=["float32", "bfloat16"])
     parser.add_argument("--loaders", type=int, default=0)
     parser.add_argument("--calls", type=int, default=1, help="calls of batches() that the epochs are divided among")
     args = parser.parse_args()
-    run = worker.join()
+    run = roundtable.join()
     data = Images()
     torch.manual_seed(3)
     net = Net().to(getattr(torch, args.recipe))

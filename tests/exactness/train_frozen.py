@@ -33,9 +33,9 @@ def trained(model: nn.Sequential) -> list[nn.Parameter]:
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(network(run.index))
     opt = run.optimizer(torch.optim.AdamW, trained(model), lr=0.02, weight_decay=0.1)
     in_one_loop = sys.argv[1] == "one-loop"

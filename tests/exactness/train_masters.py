@@ -10,9 +10,9 @@ from torch.utils.data import TensorDataset
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(nn.Sequential(nn.Linear(6, 700), nn.BatchNorm1d(700), nn.Linear(700, 3)))
     opt = run.optimizer(torch.optim.SGD, lr=0.001)
     data = TensorDataset(torch.randn(40, 6), torch.randn(40, 3))

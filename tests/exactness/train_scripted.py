@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 generator = torch.Generator().manual_seed(1)
 data = TensorDataset(torch.randn(32, 8, generator=generator), torch.randint(0, 4, (32,), generator=generator))
@@ -22,7 +22,7 @@ def warmup(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaL
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
 
 
-run = worker.join()
+run = roundtable.join()
 plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 model = run.replicate(nn.Sequential(torch.jit.script(plain), nn.LayerNorm(4)))
 opt = run.optimizer(torch.optim.AdamW, lr=0.01, schedule=warmup)

@@ -49,15 +49,15 @@ def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 
 
 def main() -> None:
-    import worker
+    import roundtable
 
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--dies", type=int, default=-1, help="this worker is killed in its fifth micro-batch")
     parser.add_argument("--clip", type=float, default=None)
     args = parser.parse_args()
-    run = worker.join()
-    model = run.replicate(Net(worker.embedding(DRAWN, 1, std=0.3), sparse=True))
+    run = roundtable.join()
+    model = run.replicate(Net(roundtable.embedding(DRAWN, 1, std=0.3), sparse=True))
     cls, hyper = RECIPES[args.recipe]
     opt = run.optimizer(cls, schedule=schedule, clip_norm=args.clip, **hyper)
     x, y = dataset().tensors

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.exits import run_command
-from explore.features import Features, default_file, read
-from explore.trained import Source, Trained, open_run
 from launch import cli
+from roundtable.cluster.run.exit_codes import run_command
+from roundtable.explore.features import Features, default_file, read
+from roundtable.explore.trained import Source, Trained, open_run
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from common.errors import ClusterError
-from common.settings import Settings
-from explore.features import MICRO_BATCH, AllImages, Features, default_file, extract, read
-from explore.layers import features_of
-from explore.trained import Source, Trained, weights_at
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.explore.features import MICRO_BATCH, AllImages, Features, default_file, extract, read
+from roundtable.explore.layers import features_of
+from roundtable.explore.trained import Source, Trained, weights_at
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from cluster.rundir import write_settings
-from common.settings import Settings
-from explore.filters import Stage, command, cut, draw_filters, filter_pictures, find_peaks
-from explore.layers import Field, receptive_field
-from explore.pictures import OUTSIDE, tiles
-from explore.trained import Source, Trained, weights_at
+from roundtable.cluster.run.run_directory import write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.explore.filters import Stage, command, cut, draw_filters, filter_pictures, find_peaks
+from roundtable.explore.layers import Field, receptive_field
+from roundtable.explore.pictures import OUTSIDE, tiles
+from roundtable.explore.trained import Source, Trained, weights_at
 
 
 def test_a_filter_of_one_input_is_blue_white_and_red_by_its_own_largest_weight() -> None:
@@ -102,10 +102,12 @@ def test_what_there_is_from_during_training_stands_between_and_who_has_none_is_t
     run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[list[str]] = []
-    monkeypatch.setattr("explore.filters.snapshots_of", lambda run: [])
-    monkeypatch.setattr("explore.filters.draw_filters", lambda stages, title, path: drawn.append([one.when for one in stages]))
-    monkeypatch.setattr("explore.filters.draw_maps", lambda *args: None)
-    monkeypatch.setattr("explore.filters.draw_patches", lambda *args: None)
+    monkeypatch.setattr("roundtable.explore.filters.snapshots_of", lambda run: [])
+    monkeypatch.setattr(
+        "roundtable.explore.filters.draw_filters", lambda stages, title, path: drawn.append([one.when for one in stages])
+    )
+    monkeypatch.setattr("roundtable.explore.filters.draw_maps", lambda *args: None)
+    monkeypatch.setattr("roundtable.explore.filters.draw_patches", lambda *args: None)
     halfway = tmp_path / "halfway.safetensors"
     save_file({name: value / 2 for name, value in weights_at(run, "last").state_dict().items()}, halfway)
     told = [command(Source(str(run.folder)), "conv1", "901", also, tmp_path) for also in ([halfway], [])]

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.errors import UsageError
-from explore.layers import features_of, last_hidden, receptive_field
-from worker.layer_names import find_layer, short_name, short_names
-from worker.models import build
+from roundtable.common.runtime.errors import UsageError
+from roundtable.explore.layers import features_of, last_hidden, receptive_field
+from roundtable.worker.models.builtin import build
+from roundtable.worker.models.layer_names import find_layer, short_name, short_names
 
 
 def test_layers_have_short_names_by_kind_in_their_order() -> None:

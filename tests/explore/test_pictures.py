@@ -9,9 +9,9 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from explore import pictures
-from explore.pictures import drawable, figure, save, to_pixels
-from worker.data import load
+from roundtable.explore import pictures
+from roundtable.explore.pictures import drawable, figure, save, to_pixels
+from roundtable.worker.data import load
 
 
 def test_drawn_images_are_shown_as_they_were_drawn() -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from explore.features import Features
-from explore.pictures import ask, to_pixels
-from explore.similar import Neighbours, chance, command, measure, raw_pixels
-from explore.trained import Source, Trained
+from roundtable.explore.features import Features
+from roundtable.explore.pictures import ask, to_pixels
+from roundtable.explore.similar import Neighbours, chance, command, measure, raw_pixels
+from roundtable.explore.trained import Source, Trained
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cluster.rundir import write_settings
-from common.errors import UsageError
-from common.runfiles import find_run
-from common.settings import Settings
-from explore.trained import Source, Trained, open_run, snapshots_of, weights_at
+from roundtable.cluster.run.run_directory import write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.run_files import find_run
+from roundtable.explore.trained import Source, Trained, open_run, snapshots_of, weights_at
 
 MODEL = """
 import torch

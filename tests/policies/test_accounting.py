@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from common.runlog import FILE_NAME, ContributionRow, RunLogReader
+from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, RunLogReader
 
 SCRIPT = Path(__file__).parents[1] / "exactness" / "train_exact.py"
 SAMPLES, EPOCHS, ROUNDS = 1000, 2, 18  # of 120 samples, the ninth of each epoch of 40

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from common.runlog import FILE_NAME, RunLogReader
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
 pytestmark = pytest.mark.timeout(600)
 

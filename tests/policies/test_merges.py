@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.runlog import FILE_NAME, RunLogReader
-from worker.merging import mean
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
+from roundtable.worker.merge.averaging import mean
 
 SCRIPT = Path(__file__).parent / "train_parts.py"
 CLUSTER = ("--workers", 3, "--servers", 2)

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 SAMPLES, EPOCHS, GLOBAL, MICRO = 128, 4, 16, 4
 ROUNDS = SAMPLES * EPOCHS // GLOBAL
@@ -26,7 +26,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(SAMPLES, 6, generator=generator)
     data = TensorDataset(x, (x @ torch.randn(6, 3, generator=generator)).argmax(1))
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(Model())
     opt = run.optimizer(torch.optim.SGD, lr=0.1, schedule=lambda o: LinearLR(o, 1.0, 0.0, total_iters=ROUNDS))
     for inputs, labels in run.batches(data, global_batch=GLOBAL, micro_batch=MICRO, epochs=EPOCHS):

@@ -5,16 +5,16 @@ import sys
 import torch
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
-run = worker.join()
+run = roundtable.join()
 generator = torch.Generator().manual_seed(0)
 x, y = torch.randn(64, 5, generator=generator), torch.randint(3, (64,), generator=generator)
 x[17, 2] = float("nan")
 is_sharded = "sharded" in sys.argv[1:]
-net = torch.nn.Sequential(torch.nn.Linear(5, 4), worker.ShardedLinear(4, 200)) if is_sharded else torch.nn.Linear(5, 3)
+net = torch.nn.Sequential(torch.nn.Linear(5, 4), roundtable.ShardedLinear(4, 200)) if is_sharded else torch.nn.Linear(5, 3)
 model = run.replicate(net)
-loss_of = worker.sharded_cross_entropy if is_sharded else torch.nn.functional.cross_entropy
+loss_of = roundtable.sharded_cross_entropy if is_sharded else torch.nn.functional.cross_entropy
 opt = run.optimizer(torch.optim.Adam, lr=0.01)
 for batch, labels in run.batches(TensorDataset(x, y), epochs=2):
     loss_of(model(batch), labels).backward()

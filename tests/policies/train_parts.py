@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 folder = Path(sys.argv[1])
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
 generator = torch.Generator().manual_seed(5)
 x = torch.randn(480, 6, generator=generator)

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 
 def main() -> None:
     folder, local = Path(sys.argv[1]), sys.argv[2] == "local"
-    run = worker.join()
+    run = roundtable.join()
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     model[2].requires_grad_(False)

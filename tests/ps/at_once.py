@@ -8,14 +8,15 @@ from typing import Any, cast
 
 import torch
 
-from common.layout import ClassSpec, make_layout
-from common.messages import ClassAck, Classify, ClassPush, Ready, RowInit, Update
-from common.rows import owner_of
-from ps.classes import Classifiers
-from ps.store import Norm
-from worker.classes import Shards, find_layers
-from worker.exchange import Send
-from worker.link import Link
+from roundtable.common.model.layout import make_layout
+from roundtable.common.model.sparse_rows import owner_of
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import ClassAck, Classify, ClassPush, Ready, RowInit, Update
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.ps.params.dense import Norm
+from roundtable.ps.sharded.layers import Classifiers
+from roundtable.worker.client.io_thread import Link
+from roundtable.worker.layers.sharded_linear import Shards, find_layers
 
 
 class AtOnce:

@@ -2,8 +2,8 @@
 
 Coordinator, servers and the workers' link are the real ones over sockets that only look like ZeroMQ's. A worker's loop blocks,
 so only one worker can be the real one (`real=True`: worker 0, which runs the world while it waits); the others run
-`SteppedWork` and `SteppedLocalWork`, where every blocking method of worker/rounds.py and worker/local.py is a generator of
-`Wait` that does the same, line by line.
+`SteppedWork` and `SteppedLocalWork`, where every blocking method of worker/loop/gradient_loop.py and worker/loop/local_sgd.py is
+a generator of `Wait` that does the same, line by line.
 
 The model is such that its weights tell on the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the
 run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
@@ -38,9 +38,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from common.errors import RunStopped, Stopped, WireError
-from common.layout import message_batches
-from common.messages import (
+from roundtable.common.config.batch_plan import Segment, Task, make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import message_batches
+from roundtable.common.model.reduction_tree import fold
+from roundtable.common.model.row_pages import BLOCK, pages
+from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
+from roundtable.common.network.host_identity import Place, here
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import COORDINATOR, Send
+from roundtable.common.protocol.messages import (
     Body,
     Classify,
     ClassPush,
@@ -62,36 +69,29 @@ from common.messages import (
     Waiting,
     Weights,
 )
-from common.pages import BLOCK, pages
-from common.place import Place, here
-from common.plan import Segment, make_segment
-from common.policies import load
-from common.rows import cut, owner_of, page_ids
-from common.runfiles import MODEL_FILE
-from common.runlog import FILE_NAME, RunLog, RunLogReader
-from common.settings import Settings
-from common.shared import Handle, Region
-from common.tree import fold
-from common.wire import ASK_AGAIN_S, SEND_AGAIN_S
-from ps.books import Books
-from ps.coordinator import BeginAnew, Coordinator
-from ps.membership import number_of
-from ps.server import _Server
-from ps.serving import books_to_recover, books_to_resume
-from ps.shard import Shard
-from worker import local
-from worker.buffers import BufferRule
-from worker.classes import ShardedLinear, Shards, find_layers, sharded_cross_entropy
-from worker.contents import file_of
-from worker.exchange import Exchange, Send
-from worker.link import COORDINATOR, Link
-from worker.optimizer import Hypers, example_optimizer, plain_settings
-from worker.replica import Replica
-from worker.rounds import _PATIENCE_S, GradientWork
-from worker.rows import RowSparse, find_tables
-from worker.run import Run
-from worker.slots import Slots
-from worker.tasks import Task
+from roundtable.common.protocol.shared_memory import Handle, Region
+from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S
+from roundtable.common.runtime.errors import RunStopped, Stopped, WireError
+from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
+from roundtable.common.storage.run_files import MODEL_FILE
+from roundtable.ps.coordinator.coordinator import BeginAnew, Coordinator
+from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
+from roundtable.ps.coordinator.recovery import Books
+from roundtable.ps.coordinator.state.membership import number_of
+from roundtable.ps.server.server import _Server
+from roundtable.ps.server.shard import Shard
+from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.push_pull import Exchange
+from roundtable.worker.layers.sharded_linear import ShardedLinear, Shards, find_layers, sharded_cross_entropy
+from roundtable.worker.layers.sparse_embedding import RowSparse, find_tables
+from roundtable.worker.loop import local_sgd as local
+from roundtable.worker.loop.gradient_loop import _PATIENCE_S, GradientWork
+from roundtable.worker.model_contents import file_of
+from roundtable.worker.optim.optimizer import Hypers, example_optimizer, plain_settings
+from roundtable.worker.replica.buffers import BufferRule
+from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.replica import Replica
+from roundtable.worker.run import Run
 
 _TICK_S = 0.1
 _COORDINATOR = "tcp://coordinator:1"
@@ -1492,44 +1492,46 @@ def _stand_ins(world: World) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(Mapped.close_all)
         for module in (
-            "ps.coordinator",
-            "ps.server",
-            "worker.link",
-            "worker.rounds",
-            "worker.rows",
-            "worker.classes",
-            "worker.local",
+            "roundtable.ps.coordinator.coordinator",
+            "roundtable.ps.server.server",
+            "roundtable.worker.client.io_thread",
+            "roundtable.worker.loop.gradient_loop",
+            "roundtable.worker.layers.sparse_embedding",
+            "roundtable.worker.layers.sharded_linear",
+            "roundtable.worker.loop.local_sgd",
         ):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
-            "common.codecs.chunks.MIN_NUMEL": 1,
-            "worker.slots._LARGE_BYTES": 0 if world.case.memory == "apart" else 1 << 30,
-            "common.shared.Region": Mapped,
-            "worker.awaited.sys": SimpleNamespace(modules={}),  # tests have torch's compiler, with which nothing is awaited
-            "ps.round_shard._PLANES": world.case.planes,
-            "common.layout.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
-            "worker.exchange.CREDIT_BYTES": 2 * world.case.chunk_bytes,
-            "common.rows.CHUNK_BYTES": world.case.chunk_bytes,
-            "common.pages.CHUNK_BYTES": world.case.chunk_bytes,
-            "ps.journal.RunLog": RunLog if world.case.keeps_books else RecordedLog,
-            "ps.server.Watchdog": mock.Mock(),
-            "worker.run.Watchdog": mock.Mock(),
-            "worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
-            "worker.run.new_incarnation": lambda: 0,
-            "ps.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
-            "ps.server.router": lambda process, bind: (Port(process, None), bind),
-            "ps.server.dealer": port,
-            "worker.link.dealer": port,
-            "worker.link.Reach": mock.Mock(return_value=mock.Mock(unreached=lambda now, patience_s: {})),
-            "worker.link.restart": _restart,
-            "worker.link.socket": SimpleNamespace(socketpair=lambda: (null, null)),
-            "worker.link.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
-            "worker.link.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
-            "ps.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
-            "ps.transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
-            "ps.collecting.CREDIT_BYTES": 2 * world.case.chunk_bytes,
-            "ps.archive._HASH_BYTES": 64,
+            "roundtable.common.codecs.chunks.MIN_NUMEL": 1,
+            "roundtable.worker.replica.gradient_buffers._LARGE_BYTES": 0 if world.case.memory == "apart" else 1 << 30,
+            "roundtable.common.protocol.shared_memory.Region": Mapped,
+            "roundtable.worker.replica.lazy_weights.sys": SimpleNamespace(
+                modules={}
+            ),  # tests have torch's compiler, with which nothing is awaited
+            "roundtable.ps.server.sync_shard._PLANES": world.case.planes,
+            "roundtable.common.model.layout.CHUNK_BYTES": world.case.chunk_bytes,
+            "roundtable.ps.server.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
+            "roundtable.worker.client.push_pull.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "roundtable.common.model.sparse_rows.CHUNK_BYTES": world.case.chunk_bytes,
+            "roundtable.common.model.row_pages.CHUNK_BYTES": world.case.chunk_bytes,
+            "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_books else RecordedLog,
+            "roundtable.ps.server.server.Watchdog": mock.Mock(),
+            "roundtable.worker.run.Watchdog": mock.Mock(),
+            "roundtable.worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
+            "roundtable.worker.run.new_incarnation": lambda: 0,
+            "roundtable.ps.coordinator.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
+            "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
+            "roundtable.ps.server.server.dealer": port,
+            "roundtable.worker.client.io_thread.dealer": port,
+            "roundtable.worker.client.io_thread.Reach": mock.Mock(return_value=mock.Mock(unreached=lambda now, patience_s: {})),
+            "roundtable.worker.client.io_thread.restart": _restart,
+            "roundtable.worker.client.io_thread.socket": SimpleNamespace(socketpair=lambda: (null, null)),
+            "roundtable.worker.client.io_thread.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
+            "roundtable.worker.client.io_thread.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
+            "roundtable.ps.server.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
+            "roundtable.ps.replication.state_transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "roundtable.ps.coordinator.state.model_collection.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "roundtable.ps.coordinator.results._HASH_BYTES": 64,
         }
         for name, value in replacements.items():
             stack.enter_context(mock.patch(name, value))

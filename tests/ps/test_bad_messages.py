@@ -34,17 +34,17 @@ from simulation import (
     simulate,
 )
 
-from common.errors import ClusterError, PsError, WireError
-from common.layout import TableSpec, TensorSpec
-from common.messages import Body, Committed, Hello, Plan, Pull, Report, ReportAck, Setup, Update, Welcome
-from common.plan import make_segment
-from common.policies import load
-from common.settings import Settings
-from common.tickets import seal
-from common.wire import Stamp
-from ps.ledger import Ledger
-from ps.push_shard import PushShard
-from ps.round_shard import RoundShard
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Body, Committed, Hello, Plan, Pull, Report, ReportAck, Setup, Update, Welcome
+from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
+from roundtable.common.protocol.tickets import seal
+from roundtable.common.protocol.transport import Stamp
+from roundtable.common.runtime.errors import ClusterError, PsError, WireError
+from roundtable.ps.coordinator.state.ledger import Ledger
+from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.sync_shard import RoundShard
 
 PACES = (Pace(), Pace(0.15))
 CASES = {

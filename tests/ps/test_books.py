@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import UsageError
-from common.layout import TensorSpec
-from common.messages import Committed, Contribution, Hello, Mean, Report, Setup, Update
-from common.plan import Segment, make_segment
-from common.policies import load
-from common.runlog import FILE_NAME, RunLog, RunLogReader
-from common.settings import Settings
-from ps.books import Books, Head, restore
-from ps.journal import Journal
-from ps.ledger import Ledger
-from ps.membership import Membership
-from ps.results import Measured
+from roundtable.common.config.batch_plan import Segment, make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Committed, Contribution, Hello, Mean, Report, Setup, Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
+from roundtable.ps.coordinator.group_commit import Journal
+from roundtable.ps.coordinator.recovery import Books, Head, restore
+from roundtable.ps.coordinator.state.ledger import Ledger
+from roundtable.ps.coordinator.state.membership import Membership
+from roundtable.ps.coordinator.summary_metrics import Measured
 
 SETTINGS = Settings(workers=2, servers=2, policy="backup", global_batch=8, micro_batch=2)
 HEAD = Head("run", 7, "here", SETTINGS)

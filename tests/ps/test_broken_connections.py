@@ -10,10 +10,10 @@ import msgspec
 import pytest
 import zmq
 
-from common.messages import Ack, Weights
-from common.wire import dealer
-from ps.server import _Server
-from ps.shard import Send
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Ack, Weights
+from roundtable.common.protocol.transport import dealer
+from roundtable.ps.server.server import _Server
 
 
 @pytest.fixture

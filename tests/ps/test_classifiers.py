@@ -13,15 +13,16 @@ from at_once import AtOnce, rows_of, sharded
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common import tensorfile
-from common.errors import WireError
-from common.layout import ClassSpec, make_layout
-from common.messages import Classified, Classify, ClassPush, Update, Use
-from common.rows import cut, id_of, local_of, owner_of
-from ps.classes import Classifier, Classifiers, Contributed
-from ps.softmax import OnlineSoftmax, Terms
-from worker.class_exchange import Sums
-from worker.classes import ShardedLinear, Shards, combine, sharded_cross_entropy
+from roundtable.common.model.layout import make_layout
+from roundtable.common.model.sparse_rows import cut, id_of, local_of, owner_of
+from roundtable.common.protocol.messages import Classified, Classify, ClassPush, Update, Use
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.runtime.errors import WireError
+from roundtable.common.storage import tensor_file
+from roundtable.ps.sharded.layers import Classifier, Classifiers, Contributed
+from roundtable.ps.sharded.softmax import OnlineSoftmax, Terms
+from roundtable.worker.client.sharded_client import Sums
+from roundtable.worker.layers.sharded_linear import ShardedLinear, Shards, combine, sharded_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -482,9 +483,9 @@ def test_training_goes_on_from_saved_state_on_any_number_of_servers(name: str, m
     for number, server in enumerate(link.servers):
         server.settle()
         assert server.version == 2
-        tensorfile.write(tmp_path / str(number), server.state(), {})
+        tensor_file.write(tmp_path / str(number), server.state(), {})
     others, resumed = sharded(other, machines[1], update_of(name))
-    files = tensorfile.TensorFiles(tmp_path / str(number) for number in range(machines[0]))
+    files = tensor_file.TensorFiles(tmp_path / str(number) for number in range(machines[0]))
     for server in resumed.servers:
         server.restore(files, machines[0], 2)
     resumed.round = 2

@@ -24,12 +24,12 @@ from test_rounds_simulated import (
     some,
 )
 
-from common.messages import AllNorms, Body, Close
-from common.policies import load
-from common.settings import Settings
-from ps.coordinator import Coordinator
-from ps.round_shard import RoundShard
-from ps.shard import COORDINATOR
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import COORDINATOR
+from roundtable.common.protocol.messages import AllNorms, Body, Close
+from roundtable.ps.coordinator.coordinator import Coordinator
+from roundtable.ps.server.sync_shard import RoundShard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.plan import Segment, make_segment
-from common.policies import load
-from common.settings import Settings
-from ps.course import Course, Terms
+from roundtable.common.config.batch_plan import Segment, make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import load
+from roundtable.ps.params.planned_rates import Course, Terms
 
 SAMPLES, GLOBAL, MICRO = 26, 8, 2  # rounds of 4, 4, 4 and 1 micro-batches
 

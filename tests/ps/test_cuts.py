@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.messages import Cut, Saved
-from ps.cuts import Cuts
+from roundtable.common.protocol.messages import Cut, Saved
+from roundtable.ps.coordinator.checkpoint_scheduler import Cuts
 
 
 def test_there_are_none_where_none_are_wanted() -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import zmq
 
-from common.errors import ClusterError
-from common.layout import TensorSpec
-from common.messages import Beat, Body, Goodbye, Hello, Setup, Stop, Update
-from common.settings import Settings
-from common.wire import Stamp, dealer, receive, router, send
-from ps.coordinator import Coordinator
-from ps.membership import Member
-from ps.serving import _meanwhile, books_to_recover
-from worker.link import Link
+from roundtable.common.config.settings import Settings
+from roundtable.common.protocol.messages import Beat, Body, Goodbye, Hello, Setup, Stop, Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.protocol.transport import Stamp, dealer, receive, router, send
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.ps.coordinator.coordinator import Coordinator
+from roundtable.ps.coordinator.main import _meanwhile, books_to_recover
+from roundtable.ps.coordinator.state.membership import Member
+from roundtable.worker.client.io_thread import Link
 
 
 def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batches_each_server_lacks(tmp_path: Path) -> None:

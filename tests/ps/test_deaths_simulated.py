@@ -31,8 +31,8 @@ from test_rounds_simulated import (
     some,
 )
 
-from common.settings import Settings
-from worker.tasks import Task
+from roundtable.common.config.batch_plan import Task
+from roundtable.common.config.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

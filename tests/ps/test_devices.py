@@ -12,15 +12,15 @@ from at_once import AtOnce, sharded
 from elsewhere import DEVICE, Elsewhere, There
 from torch import nn
 
-from common import tensorfile
-from common.devices import find_device
-from common.errors import UsageError
-from common.messages import ClassPush, Update
-from common.rows import cut
-from common.tensorfile import TensorFiles
-from ps.classes import contributed, tensors_of
-from worker.classes import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
-from worker.margins import CosFace
+from roundtable.common.model.sparse_rows import cut
+from roundtable.common.protocol.messages import ClassPush, Update
+from roundtable.common.runtime.devices import find_device
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage.tensor_file import TensorFiles
+from roundtable.ps.sharded.layers import contributed, tensors_of
+from roundtable.worker.layers.margin_losses import CosFace
+from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

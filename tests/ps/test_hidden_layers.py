@@ -10,14 +10,21 @@ from at_once import AtOnce, sharded
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import UsageError, WireError
-from common.layout import ClassSpec, make_layout
-from common.messages import Classify, ClassPush, Update, Use
-from common.rows import cut
-from ps.classes import Classifiers, contributed, tensors_of
-from ps.products import Products
-from worker.classes import ColumnParallelLinear, HiddenContribution, ShardedLinear, Shards, sharded_cross_entropy
-from worker.hybrid import shard_fully_connected
+from roundtable.common.model.layout import make_layout
+from roundtable.common.model.sparse_rows import cut
+from roundtable.common.protocol.messages import Classify, ClassPush, Update, Use
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.runtime.errors import UsageError, WireError
+from roundtable.ps.sharded.column_parallel import Products
+from roundtable.ps.sharded.layers import Classifiers, contributed, tensors_of
+from roundtable.worker.layers.sharded_linear import (
+    ColumnParallelLinear,
+    HiddenContribution,
+    ShardedLinear,
+    Shards,
+    sharded_cross_entropy,
+)
+from roundtable.worker.models.hybrid import shard_fully_connected
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,17 +12,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import WireError
-from common.messages import KvPull, KvPush, KvReply, Refused
-from common.tensors import from_frame, to_frame
-from ps.kv import KvStore
+from roundtable.common.model.tensor_bytes import from_frame, to_frame
+from roundtable.common.protocol.messages import KvPull, KvPush, KvReply, Refused
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.server.kv_store import KvStore
 
 NUMEL, BLOCK = 11, 4  # elements of the key and of a block
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ps.kv.CHUNK_BYTES", 4 * BLOCK)
+    monkeypatch.setattr("roundtable.ps.server.kv_store.CHUNK_BYTES", 4 * BLOCK)
 
 
 class Client:
@@ -131,7 +131,7 @@ def test_blocks_that_cannot_be_are_refused() -> None:
 
 
 def test_values_and_what_is_on_its_way_take_up_no_more_than_the_run_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ps.kv.CHUNK_BYTES", 4 << 20)
+    monkeypatch.setattr("roundtable.ps.server.kv_store.CHUNK_BYTES", 4 << 20)
     store, client = KvStore(8), Client("worker-0")
     numel = (2 << 20) // 4
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 import pytest
 
-from common.errors import ClusterError
-from common.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
-from common.place import Place
-from common.policies import load
-from common.settings import Settings
-from common.wire import ASK_AGAIN_S
-from ps.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process, number_of
+from roundtable.common.config.settings import Settings
+from roundtable.common.network.host_identity import Place
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
+from roundtable.common.protocol.transport import ASK_AGAIN_S
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.ps.coordinator.state.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process, number_of
 
 HERE, THERE = Place("here"), Place("there")
 
@@ -323,7 +323,7 @@ def test_thousands_who_say_hello_before_the_start_are_few_too() -> None:
 
 
 def test_thousands_of_workers_join_one_as_quickly_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ps.membership._MOST_MORE", 3000)
+    monkeypatch.setattr("roundtable.ps.coordinator.state.membership._MOST_MORE", 3000)
     membership, told = started(1), 0
     for number in range(2000):
         member, answers = membership.hello(Hello("worker", number + 1), 100 + number, 0.0)
@@ -351,7 +351,7 @@ def test_no_more_workers_take_part_than_some_times_those_that_were_expected() ->
 
 
 def test_names_of_workers_are_bounded_over_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ps.membership.MOST_NAMES", 20)
+    monkeypatch.setattr("roundtable.ps.coordinator.state.membership.MOST_NAMES", 20)
     membership = started(2)
     for number in range(30):
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)

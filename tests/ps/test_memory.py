@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import WireError
-from common.layout import ClassSpec, Layout, TableSpec, TensorSpec, make_layout
-from common.messages import Update
-from ps.memory import check_memory
+from roundtable.common.model.layout import Layout, make_layout
+from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.server.memory_budget import check_memory
 
 CPU = torch.device("cpu")
 #: Of which 1 GiB is 2 ** 22 rows of 64 numbers.

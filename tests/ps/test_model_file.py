@@ -16,28 +16,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-import worker
-from common.errors import WireError
-from common.layout import Layout, message_batches
-from common.messages import HandIn, InFile, Init, ModelPart, RowInit, Setup, Update
-from common.pages import pages
-from common.policies import load
-from common.rows import cut, owner_of, page_ids
-from common.runfiles import MODEL_FILE
-from common.settings import Settings
-from common.tensors import to_frame
-from ps.archive import ModelFile, rules_in
-from ps.checks import check_file
-from ps.collecting import Collecting
-from ps.ledger import Ledger
-from ps.parts import parts_on, sizes, spans
-from ps.push_shard import PushShard
-from ps.round_shard import RoundShard
-from ps.shard import COORDINATOR, Shard
-from worker.classes import OnServers, find_layers
-from worker.contents import file_of
-from worker.replica import Replica
-from worker.rows import find_tables
+import roundtable
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import Layout, message_batches
+from roundtable.common.model.row_pages import pages
+from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import COORDINATOR
+from roundtable.common.protocol.messages import HandIn, InFile, Init, ModelPart, RowInit, Setup, Update
+from roundtable.common.runtime.errors import WireError
+from roundtable.common.storage.run_files import MODEL_FILE
+from roundtable.ps.coordinator.results import ModelFile, rules_in
+from roundtable.ps.coordinator.state.ledger import Ledger
+from roundtable.ps.coordinator.state.model_collection import Collecting
+from roundtable.ps.model_parts import parts_on, sizes, spans
+from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.shard import Shard
+from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.validation import check_file
+from roundtable.worker.layers.sharded_linear import OnServers, find_layers
+from roundtable.worker.layers.sparse_embedding import find_tables
+from roundtable.worker.model_contents import file_of
+from roundtable.worker.replica.replica import Replica
 
 #: A chunk, so that most tensors are in several parts.
 CHUNK = 4096
@@ -60,8 +61,8 @@ class Network(nn.Module):
         self.tied.weight = self.a.weight
         self.none = nn.Parameter(torch.empty(0, 3))
         self.table = nn.Embedding(1000, 5, sparse=True)
-        self.head = worker.ShardedLinear.of(nn.Linear(6, 700))
-        self.wide = worker.ColumnParallelLinear.of(nn.Linear(4, 300, bias=False))
+        self.head = roundtable.ShardedLinear.of(nn.Linear(6, 700))
+        self.wide = roundtable.ColumnParallelLinear.of(nn.Linear(4, 300, bias=False))
         self.register_buffer("mask", torch.tensor([True, False]))
         self.register_buffer("nothing", torch.empty(0, 4))
         self.register_buffer("scratch", torch.ones(9), persistent=False)
@@ -118,12 +119,12 @@ def deliver(shards: Sequence[Shard], asked: Sequence[tuple[int, HandIn]]) -> lis
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("common.layout", "common.rows", "common.pages"):
+    for module in ("roundtable.common.model.layout", "roundtable.common.model.sparse_rows", "roundtable.common.model.row_pages"):
         monkeypatch.setattr(f"{module}.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("ps.collecting.CREDIT_BYTES", 2 * CHUNK)
-    monkeypatch.setattr("ps.collecting.ALL_BYTES", 4 * CHUNK)
-    monkeypatch.setattr("ps.archive._HASH_BYTES", 1000)
-    monkeypatch.setattr("ps.archive._SYNC_BYTES", 3 * CHUNK)
+    monkeypatch.setattr("roundtable.ps.coordinator.state.model_collection.CREDIT_BYTES", 2 * CHUNK)
+    monkeypatch.setattr("roundtable.ps.coordinator.state.model_collection.ALL_BYTES", 4 * CHUNK)
+    monkeypatch.setattr("roundtable.ps.coordinator.results._HASH_BYTES", 1000)
+    monkeypatch.setattr("roundtable.ps.coordinator.results._SYNC_BYTES", 3 * CHUNK)
 
 
 @pytest.mark.parametrize(("servers", "policy"), [(1, "sync"), (3, "sync"), (2, "async")])

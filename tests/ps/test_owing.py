@@ -8,15 +8,16 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from common import tensorfile
-from common.errors import WireError
-from common.layout import Layout, TensorSpec, make_layout
-from common.messages import Owed
-from common.settings import Settings
-from common.tensorfile import TensorFiles
-from common.tensors import to_frame
-from common.wire import SEND_AGAIN_S, Frames
-from ps.owed import Owing
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import Layout, make_layout
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.protocol.messages import Owed
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
+from roundtable.common.runtime.errors import WireError
+from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage.tensor_file import TensorFiles
+from roundtable.ps.params.residuals import Owing
 
 SETTINGS = Settings(workers=2, push_codec="topk", codec_momentum=0.5)
 

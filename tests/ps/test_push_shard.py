@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulation import schedules
 
-from common.layout import TensorSpec
-from common.messages import Ack, Contribution, Init, Plan, Pull, Push, Report, Setup, Update, Weights
-from common.plan import make_segment
-from common.policies import load
-from common.settings import Settings
-from common.tensors import from_frame, to_frame
-from ps.push_shard import PushShard
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.tensor_bytes import from_frame, to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Ack, Contribution, Init, Plan, Pull, Push, Report, Setup, Update, Weights
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.ps.server.async_shard import PushShard
 
 MICRO, COUNT, ROUNDS = 2, 3, 6  # samples of a micro-batch, micro-batches of a round, rounds
 LAMBDA = 0.7

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from simulation import Case, Pace, simulate
 
-from common import snapshots
-from common.layout import CHUNK_BYTES, make_layout
-from common.settings import PolicyName, Settings
-from ps.restoring import hindrance
+from roundtable.common.config.settings import PolicyName, Settings
+from roundtable.common.model.layout import CHUNK_BYTES, make_layout
+from roundtable.common.storage import checkpoint as snapshots
+from roundtable.ps.server.restoring import hindrance
 
 
 @pytest.mark.parametrize("policy", ["sync", "async"])

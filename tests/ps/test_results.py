@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from common.layout import TensorSpec
-from common.messages import Committed, Report, Setup, Update
-from common.plan import Segment, make_segment
-from common.policies import load
-from common.settings import Settings
-from ps.ledger import Ledger
-from ps.results import Measured, measured, results
+from roundtable.common.config.batch_plan import Segment, make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Committed, Report, Setup, Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.ps.coordinator.state.ledger import Ledger
+from roundtable.ps.coordinator.summary_metrics import Measured, measured, results
 
 
 class Run:

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulation import HEAD, Case, Model, Network, Outcome, Pace, World, same, schedules, sequential, simulate
 
-from common.settings import Settings
-from ps.round_shard import RoundShard
-from ps.shard import Shard
-from worker.tasks import Task
+from roundtable.common.config.batch_plan import Task
+from roundtable.common.config.settings import Settings
+from roundtable.ps.server.shard import Shard
+from roundtable.ps.server.sync_shard import RoundShard
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
@@ -375,7 +375,7 @@ def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_
 
 def every_other_is_chosen() -> Any:
     """Have replicas agree at once on which of them make the merged model better."""
-    return mock.patch("worker.greedy.weigh", lambda run, *others: 1 - run.index % 2)
+    return mock.patch("roundtable.worker.merge.greedy_soup.weigh", lambda run, *others: 1 - run.index % 2)
 
 
 @few

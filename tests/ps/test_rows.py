@@ -11,9 +11,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from common.errors import WireError
-from common.layout import Layout, TableSpec, TensorSpec, make_layout
-from common.messages import (
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import Layout, make_layout
+from roundtable.common.model.reduction_tree import fold
+from roundtable.common.model.row_pages import BLOCK, pages
+from roundtable.common.model.sparse_rows import (
+    RowSum,
+    add_rows,
+    cut,
+    cut_sums,
+    join,
+    join_sums,
+    local_of,
+    no_rows,
+    owner_of,
+    page_ids,
+    rows_on,
+    split,
+)  # fmt: skip
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import (
     Ack,
     Close,
     Init,
@@ -31,30 +51,12 @@ from common.messages import (
     Update,
     Weights,
 )  # fmt: skip
-from common.pages import BLOCK, pages
-from common.plan import make_segment
-from common.policies import load
-from common.rows import (
-    RowSum,
-    add_rows,
-    cut,
-    cut_sums,
-    join,
-    join_sums,
-    local_of,
-    no_rows,
-    owner_of,
-    page_ids,
-    rows_on,
-    split,
-)  # fmt: skip
-from common.settings import Settings
-from common.tensors import to_frame
-from common.tree import fold
-from ps.push_shard import PushShard
-from ps.round_shard import RoundShard
-from ps.rows import RowTables
-from ps.shard import Send, Shard
+from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.params.embedding import RowTables
+from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.shard import Shard
+from roundtable.ps.server.sync_shard import RoundShard
 
 DIM = 5
 ROWS = 300
@@ -143,8 +145,8 @@ def test_a_row_that_only_one_side_has_keeps_every_bit() -> None:
 
 
 def test_contributions_come_out_of_frames_as_they_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.rows.CHUNK_BYTES", 64)
-    monkeypatch.setattr("common.pages.CHUNK_BYTES", 64)
+    monkeypatch.setattr("roundtable.common.model.sparse_rows.CHUNK_BYTES", 64)
+    monkeypatch.setattr("roundtable.common.model.row_pages.CHUNK_BYTES", 64)
     specs = make_layout([], 1, [TableSpec(name, ROWS, DIM, 0) for name in "abc"]).tables
     sums = [rows_of(range(30)), rows_of([]), no_rows(specs[2])]
     frames = cut_sums(sums)

@@ -23,9 +23,9 @@ from test_rounds_simulated import (
     few,
 )
 
-from common import snapshots
-from common.settings import Settings
-from ps.server import _Server
+from roundtable.common.config.settings import Settings
+from roundtable.common.storage import checkpoint
+from roundtable.ps.server.server import _Server
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,9 +42,9 @@ def go_on(case: Case, servers: int, workers: int, both: list[Outcome] | None = N
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         both.append(simulate(replace(case, folder=folder), until_snapshot=True))
-        found, problems = snapshots.newest(folder)
+        found, problems = checkpoint.newest(folder)
         assert not problems
-        assert (found is not None) == bool(snapshots.finished(folder))
+        assert (found is not None) == bool(checkpoint.finished(folder))
         settings = msgspec.structs.replace(case.settings, servers=servers, workers=workers)
         paces = [Pace(0.1)] * workers
         both.append(simulate(replace(case, settings=settings, paces=paces, folder=folder, resume=True, seed=case.seed + 1)))

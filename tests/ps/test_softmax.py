@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from common.rows import local_of, owner_of, rows_on
-from ps.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
-from worker.class_exchange import Sums
-from worker.classes import combine
-from worker.margins import ArcFace, CosFace, Margin
+from roundtable.common.model.sparse_rows import local_of, owner_of, rows_on
+from roundtable.ps.sharded.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
+from roundtable.worker.client.sharded_client import Sums
+from roundtable.worker.layers.margin_losses import ArcFace, CosFace, Margin
+from roundtable.worker.layers.sharded_linear import combine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

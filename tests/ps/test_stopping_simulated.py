@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from simulation import Case, Outcome, Pace, simulate
 from test_rounds_simulated import PLAIN, SPARE, cases, check_books, check_exact, check_kept, check_same_everywhere, few
 
-from common.settings import PolicyName, Settings
+from roundtable.common.config.settings import PolicyName, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,20 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common import tensorfile
-from common.codecs.chosen import for_pushes
-from common.errors import UsageError, WireError
-from common.layout import CHUNK_BYTES, Rule, TensorSpec, make_layout
-from common.messages import Update
-from common.policies import load
-from common.settings import Settings
-from common.sums import Sum, put_off
-from common.tensorfile import TensorFiles
-from common.tensors import dtype_name, to_frame
-from common.tree import fold
-from ps.store import NotFinite, Store
-from worker.coding import WeightDecoder
-from worker.optimizer import check_elementwise, example_optimizer, plain_settings
+from roundtable.common.codecs.registry import for_pushes
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import CHUNK_BYTES, make_layout
+from roundtable.common.model.partial_sum import Sum, put_off
+from roundtable.common.model.reduction_tree import fold
+from roundtable.common.model.tensor_bytes import dtype_name, to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.model_spec import Rule, TensorSpec
+from roundtable.common.runtime.errors import UsageError, WireError
+from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage.tensor_file import TensorFiles
+from roundtable.ps.params.dense import NotFinite, Store
+from roundtable.worker.client.compression import WeightDecoder
+from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, plain_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

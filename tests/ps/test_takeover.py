@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from common.leases import Table
-from common.messages import Beat, Hello, Lease
-from ps.membership import Member
-from ps.takeover import Takeover
+from roundtable.common.config.work_shares import Table
+from roundtable.common.protocol.messages import Beat, Hello, Lease
+from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.speculation import Takeover
 
 TABLES = [Table(1, 0, ["worker-0", "worker-1", "worker-2"], [1, 4, 1])]
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import zmq
 
-from common.facts import Fact
-from common.layout import TensorSpec
-from common.messages import Hello, Plan, Ready, Refused, Setup, Update
-from common.plan import make_segment
-from common.policies import load
-from common.runlog import FILE_NAME, RunLogReader
-from common.settings import Settings
-from ps.books import restore
-from ps.coordinator import Coordinator
-from ps.ledger import Ledger
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.config.worker_facts import Fact
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Hello, Plan, Ready, Refused, Setup, Update
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
+from roundtable.ps.coordinator.coordinator import Coordinator
+from roundtable.ps.coordinator.recovery import restore
+from roundtable.ps.coordinator.state.ledger import Ledger
 
 TENSORS = [TensorSpec("w", [3], "float32", 0), TensorSpec("queue", [2], "float32", -1)]
 GROUPS = [{"lr": 0.1, "momentum": 0.9}]

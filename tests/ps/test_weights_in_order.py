@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from common.layout import TensorSpec
-from common.messages import Got, Init, Plan, Pull, Push, Setup, Update, Weights
-from common.plan import make_segment
-from common.policies import load
-from common.settings import Settings
-from common.tensors import to_frame
-from ps.round_shard import RoundShard
-from ps.shard import Send
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Got, Init, Plan, Pull, Push, Setup, Update, Weights
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.ps.server.sync_shard import RoundShard
 
 TENSORS = [TensorSpec(f"t{n}", [20_000], "float32", 0) for n in range(4)]  # each is a chunk
 

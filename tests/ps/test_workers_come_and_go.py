@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, schedules, simulate
 from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises
 
-from common.errors import ClusterError
-from common.runlog import FILE_NAME, RunLogReader
-from common.settings import Settings
-from common.snapshots import newest
-from ps.membership import NEAR_S
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.storage.checkpoint import newest
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
+from roundtable.ps.coordinator.state.membership import NEAR_S
 
 
 @st.composite

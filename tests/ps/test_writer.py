@@ -14,19 +14,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from common import snapshots
-from common.messages import Saved
-from common.tensorfile import Entry
-from ps.saving import Capture, Writer
+from roundtable.common.protocol.messages import Saved
+from roundtable.common.storage import checkpoint
+from roundtable.common.storage.tensor_file import Entry
+from roundtable.ps.server.checkpoint_writer import Capture, Writer
 
 CAPTURE = Capture(7, "token", [Entry("weights/w", [2], [torch.tensor([1.0, 2.0])])], {"seen": 3})
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = snapshots.folder_of(tmp_path, 7)
+    folder = checkpoint.folder_of(tmp_path, 7)
     folder.mkdir(parents=True)
-    (folder / snapshots.TOKEN_FILE).write_text("token")
+    (folder / checkpoint.TOKEN_FILE).write_text("token")
     return folder
 
 
@@ -41,7 +41,7 @@ def written(run_dir: Path) -> Saved:
 
 def test_it_holds_the_state_and_what_is_not_tensors(folder: Path, tmp_path: Path) -> None:
     saved = written(tmp_path)
-    path = folder / snapshots.file_of(1)
+    path = folder / checkpoint.file_of(1)
     assert (saved.round, saved.state, saved.bytes) == (7, "written", path.stat().st_size)
     with safe_open(path, framework="pt") as file:
         assert file.get_tensor("weights/w").tolist() == [1.0, 2.0]
@@ -49,10 +49,10 @@ def test_it_holds_the_state_and_what_is_not_tensors(folder: Path, tmp_path: Path
 
 
 def test_a_folder_that_is_not_the_coordinator_s_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    (folder / snapshots.TOKEN_FILE).write_text("another")
+    (folder / checkpoint.TOKEN_FILE).write_text("another")
     saved = written(tmp_path)
     assert saved.state == "failed" and "server-1 does not reach the run directory" in saved.reason
-    assert not (folder / snapshots.file_of(1)).exists()
+    assert not (folder / checkpoint.file_of(1)).exists()
     assert "does not reach" in written(tmp_path / "elsewhere").reason
 
 
@@ -63,9 +63,9 @@ def test_a_full_disk_is_told_and_raises_nothing(folder: Path, tmp_path: Path) ->
 
 
 def test_one_that_is_wanted_meanwhile_is_written_next(folder: Path, tmp_path: Path) -> None:
-    later = snapshots.folder_of(tmp_path, 8)
+    later = checkpoint.folder_of(tmp_path, 8)
     later.mkdir()
-    (later / snapshots.TOKEN_FILE).write_text("token")
+    (later / checkpoint.TOKEN_FILE).write_text("token")
     writer, may_end = Writer(1, tmp_path), threading.Event()
     with mock.patch("os.fsync", side_effect=lambda fd: may_end.wait(10.0)):
         writer.start(CAPTURE)
@@ -74,5 +74,5 @@ def test_one_that_is_wanted_meanwhile_is_written_next(folder: Path, tmp_path: Pa
         writer.wait(may_end.set)  # called because it takes long
     saved = writer.poll()
     assert saved is not None and (saved.round, saved.state) == (8, "written") and not writer.busy
-    sizes = [(f / snapshots.file_of(1)).stat().st_size for f in (folder, later)]
+    sizes = [(f / checkpoint.file_of(1)).stat().st_size for f in (folder, later)]
     assert writer.bytes == sum(sizes)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from train_accounts import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, SAMPLES
 
 from benchmarks.live import Cluster
-from common.failpoints import VARIABLE
-from common.runfiles import MODEL_FILE
-from common.runlog import RunLogReader
+from roundtable.common.runtime.failpoints import VARIABLE
+from roundtable.common.storage.event_log import RunLogReader
+from roundtable.common.storage.run_files import MODEL_FILE
 
 pytestmark = pytest.mark.timeout(240)
 

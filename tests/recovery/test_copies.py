@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.live import TRAINING, Cluster
-from common.failpoints import VARIABLE
+from roundtable.common.runtime.failpoints import VARIABLE
 
 pytestmark = pytest.mark.timeout(240)
 

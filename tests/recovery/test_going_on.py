@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
-from cluster.processes import Processes
-from common import snapshots
-from common.failpoints import VARIABLE
-from common.versions import versions_here
+from roundtable.cluster.process.children import Processes
+from roundtable.common.runtime.failpoints import VARIABLE
+from roundtable.common.runtime.versions import versions_here
+from roundtable.common.storage import checkpoint as snapshots
 
 pytestmark = pytest.mark.timeout(240)
 
 Start = Callable[..., Cluster]
 SCRIPT = """
-import torch, worker
-run = worker.join()
+import torch, roundtable
+run = roundtable.join()
 model = run.replicate(torch.nn.Sequential(torch.nn.Linear(4, WIDTH), torch.nn.Linear(WIDTH, 2)))
 opt = run.optimizer(torch.optim.SGD, lr=0.1)
 data = torch.utils.data.TensorDataset(torch.ones(64, 4), torch.zeros(64, dtype=torch.long))

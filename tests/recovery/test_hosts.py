@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import network
 from benchmarks.live import LAUNCH
-from common.errors import UsageError
+from roundtable.common.runtime.errors import UsageError
 
 pytestmark = pytest.mark.timeout(240)
 #: Seconds for a run to end, on a machine that others use too.

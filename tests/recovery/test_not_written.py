@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.live import TRAINING, Cluster
-from common.runlog import RunLogReader
+from roundtable.common.storage.event_log import RunLogReader
 
 pytestmark = pytest.mark.timeout(240)
 

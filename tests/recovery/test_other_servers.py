@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_going_on import launch
 
 from benchmarks.live import Cluster
-from common.runlog import RunLogReader
+from roundtable.common.storage.event_log import RunLogReader
 
 pytestmark = pytest.mark.timeout(240)
 

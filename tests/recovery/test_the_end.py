@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks.faults import measure, rows
 from benchmarks.live import LAUNCH, TRAINING, Cluster
-from common.runfiles import MODEL_FILE
+from roundtable.common.storage.run_files import MODEL_FILE
 
 Start = Callable[..., Cluster]
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.timeout(240)
 ENDS = str(LAUNCH.parent / "benchmarks" / "train_to_the_end.py")
 #: A script with batch normalisation, whose running statistics are computed anew, that saves what it should find in the file.
 RECOMPUTES = """
-import torch, worker
+import torch, roundtable
 g = torch.Generator().manual_seed(3)
 data = torch.utils.data.TensorDataset(torch.randn(256, 16, generator=g), torch.randint(2, (256,), generator=g))
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)))
 opt = run.optimizer(torch.optim.SGD, lr=0.05)
 for x, y in run.batches(data, micro_batch=16, global_batch=64, epochs=2):
@@ -41,10 +41,10 @@ if run.is_chief:
 """
 #: One that breaks off, if it is told to.
 BREAKS = """
-import sys, torch, worker
+import sys, torch, roundtable
 g = torch.Generator().manual_seed(3)
 data = torch.utils.data.TensorDataset(torch.randn(256, 16, generator=g), torch.randint(2, (256,), generator=g))
-run = worker.join()
+run = roundtable.join()
 model = run.replicate(torch.nn.Linear(16, 2))
 opt = run.optimizer(torch.optim.SGD, lr=0.05)
 for number, (x, y) in enumerate(run.batches(data, micro_batch=16, global_batch=64, epochs=3)):

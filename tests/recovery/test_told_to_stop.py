@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
-from cluster.processes import Processes
+from roundtable.cluster.process.children import Processes
 
 pytestmark = pytest.mark.timeout(240)
 

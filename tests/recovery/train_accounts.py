@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import worker
+import roundtable
 
 SAMPLES, GLOBAL_BATCH, MICRO_BATCH, EPOCHS = 1024, 64, 8, 10
 
@@ -22,7 +22,7 @@ class Accounts(nn.Module):
 
 
 def main() -> None:
-    run = worker.join()
+    run = roundtable.join()
     model = run.replicate(Accounts())
     opt = run.optimizer(torch.optim.SGD, lr=1.0)
     data = TensorDataset(torch.arange(SAMPLES))

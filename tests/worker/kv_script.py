@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-import worker
-from common.errors import UsageError
+import roundtable
+from roundtable.common.runtime.errors import UsageError
 
 BLOCKS = 2_500_000  # of float32: three blocks of a chunk's size
 PUSHES = 40
@@ -22,7 +22,7 @@ def refusal(call: Callable[[], object]) -> str:
     raise AssertionError("nothing was refused")
 
 
-def meet(kv: worker.run.KvClient, place: str, workers: int) -> None:
+def meet(kv: roundtable.worker.run.KvClient, place: str, workers: int) -> None:
     """Go on when all workers are here."""
     kv.wait(kv.push(f"barrier {place}", torch.ones(1)))
     here = torch.zeros(1)
@@ -31,7 +31,7 @@ def meet(kv: worker.run.KvClient, place: str, workers: int) -> None:
 
 
 def main() -> None:
-    run = worker.join()
+    run = roundtable.join()
     kv = run.kv()
     assert run.kv() is kv
 

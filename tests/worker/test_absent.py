@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.errors import UsageError
-from worker.absent import absent
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.replica.absent_parameter import absent
 
 IDS = torch.tensor([1, 3])
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.sums import Sum, adder
-from worker.replica import Replica
-from worker.slots import Slots
+from roundtable.common.model.partial_sum import Sum, adder
+from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.replica import Replica
 
 SAMPLES = 8
 

@@ -13,11 +13,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import Dataset
 
-from common.facts import Fact, Told, difference
-from common.messages import Plan
-from common.plan import make_segment
-from worker import alike
-from worker.optimizer import Hypers
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.worker_facts import Fact, Told, difference
+from roundtable.common.protocol.messages import Plan
+from roundtable.worker import facts as alike
+from roundtable.worker.optim.optimizer import Hypers
 
 ROUNDS = 12
 

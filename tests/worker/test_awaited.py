@@ -13,8 +13,8 @@ from torch import func, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from worker.awaited import AwaitedWeights
-from worker.replica import Replica
+from roundtable.worker.replica.lazy_weights import AwaitedWeights
+from roundtable.worker.replica.replica import Replica
 
 
 class Net(nn.Module):

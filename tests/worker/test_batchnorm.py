@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from worker.batchnorm import has_statistics, recompute
+from roundtable.worker.merge.batchnorm import has_statistics, recompute
 
 
 def network() -> nn.Sequential:

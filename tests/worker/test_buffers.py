@@ -11,18 +11,18 @@ import torch
 from test_replica import Cluster
 from torch import nn
 
-from common import tensorfile
-from common.errors import UsageError
-from common.layout import CHUNK_BYTES
-from common.messages import Update
-from common.policies import load
-from common.settings import Settings
-from common.tensorfile import TensorFiles
-from ps.parts import sizes
-from ps.store import Store
-from worker.buffers import Rules, find
-from worker.contents import file_of
-from worker.replica import Replica
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import CHUNK_BYTES
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Update
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage.tensor_file import TensorFiles
+from roundtable.ps.model_parts import sizes
+from roundtable.ps.params.dense import Store
+from roundtable.worker.model_contents import file_of
+from roundtable.worker.replica.buffers import Rules, find
+from roundtable.worker.replica.replica import Replica
 
 DTYPES = [
     torch.float32,

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
-from common.errors import UsageError
-from worker.columns import PAPER, TEXT, Convolution, ResponseNorm, Sizes, TwoColumns, alexnet, parse_devices, whole_state
-from worker.models import build
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.models.alexnet_two_columns import (
+    PAPER,
+    TEXT,
+    Convolution,
+    ResponseNorm,
+    Sizes,
+    TwoColumns,
+    alexnet,
+    parse_devices,
+    whole_state,
+)
+from roundtable.worker.models.builtin import build
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_replica import Cluster

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from common.runlog import FILE_NAME, RunLogReader
-from worker.constraints import put_back
-from worker.merge_files import merge_files
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
+from roundtable.worker.merge.constraints import put_back
+from roundtable.worker.tools.merge_models import merge_files
 
 
 def network(seed: int) -> nn.Sequential:
@@ -72,7 +72,7 @@ def test_a_merged_file_has_unit_vectors_that_fit_its_weights(how: str, tmp_path:
 
 
 SCRIPT = """
-import torch, worker
+import torch, roundtable
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrizations import spectral_norm
@@ -86,7 +86,7 @@ class Counting(nn.ReLU):
     def forward(self, x):
         self.seen += len(x)
         return super().forward(x)
-run = worker.join()
+run = roundtable.join()
 m = nn.Sequential(spectral_norm(nn.Linear(16, 32)), Counting(), spectral_norm(nn.Linear(32, 4)))
 run.replicate(m, buffers={"*.seen": "sum"})
 run.merge_by(lambda model: 0.0)

@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import launch
-from cluster.exits import run_command
-from common.errors import UsageError
-from worker.classes import ColumnParallelLinear, ShardedLinear
-from worker.costs import LayerCost, Weights, costs, inspect, layers
-from worker.models import build
+from roundtable import cli as launch
+from roundtable.cluster.run.exit_codes import run_command
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear
+from roundtable.worker.models.builtin import build
+from roundtable.worker.tools.layer_costs import LayerCost, Weights, costs, inspect, layers
 
 BIASES = 96 + 256 + 384 + 384 + 256 + 4096 + 4096 + 1000
 FILE = """

@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UsageError
-from common.settings import choices
-from worker.data import Images, load, names
-from worker.data._packaged import package_file, read_table
-from worker.data._pickled import read_batch
-from worker.data.cifar_10 import shift_and_flip
-from worker.data.synthetic import make
-from worker.image_files import read_image
+from roundtable.common.config.settings import choices
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data import Images, load, names
+from roundtable.worker.data.formats.packaged import package_file, read_table
+from roundtable.worker.data.formats.pickled import read_batch
+from roundtable.worker.data.image_files import read_image
+from roundtable.worker.data.sources.cifar_10 import shift_and_flip
+from roundtable.worker.data.sources.synthetic import make
 
 RANDOM = np.random.default_rng(0)
 
@@ -513,7 +513,7 @@ def test_image_files_that_would_harm_or_mislead_are_refused_by_name(tmp_path: Pa
     (tmp_path / "postscript.eps").rename(tmp_path / "postscript.png")  # Pillow would have another program draw it
     Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "wide.tif")
     Image.new("L", (8, 8)).save(tmp_path / "large.png")
-    monkeypatch.setattr("worker.image_files.MOST_PIXELS", 63)
+    monkeypatch.setattr("roundtable.worker.data.image_files.MOST_PIXELS", 63)
     for name, reason in (("postscript.png", "cannot be read"), ("wide.tif", "32 bits"), ("large.png", "8x8 pixels; 63")):
         with pytest.raises(UsageError, match=reason) as caught:
             read_image(tmp_path / name, "RGB")

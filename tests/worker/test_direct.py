@@ -14,15 +14,15 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from worker import direct
-from worker.replica import Replica
-from worker.slots import Slot, Slots
+from roundtable.worker.replica import inplace_wgrad
+from roundtable.worker.replica.gradient_buffers import Slot, Slots
+from roundtable.worker.replica.replica import Replica
 
 
 @pytest.fixture(autouse=True)
 def every_layer_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_LARGE_BYTES", 0)
-    monkeypatch.setattr("worker.replica._SMALL_BYTES", 0)
+    monkeypatch.setattr(inplace_wgrad, "_LARGE_BYTES", 0)
+    monkeypatch.setattr("roundtable.worker.replica.replica._SMALL_BYTES", 0)
 
 
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from common.sums import Sum, adder
-from worker.early import Early, Join
-from worker.replica import Replica
-from worker.slots import Slot, Slots
+from roundtable.common.model.partial_sum import Sum, adder
+from roundtable.worker.replica.backward_overlap import Early, Join
+from roundtable.worker.replica.gradient_buffers import Slot, Slots
+from roundtable.worker.replica.replica import Replica
 
 
 class Net(nn.Module):

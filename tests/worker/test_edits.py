@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
-from common.errors import UsageError
-from common.tensors import to_frame
-from worker.edits import Edits, check_layers
-from worker.replica import Replica
-from worker.run import Run
-from worker.slots import Slots
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.replica import Replica
+from roundtable.worker.replica.script_edits import Edits, check_layers
+from roundtable.worker.run import Run
 
 
 class Script:

@@ -8,18 +8,20 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from common.codecs import CodecSettings, load
-from common.codecs.chosen import for_pushes, for_weights, push_seed
-from common.errors import WireError
-from common.layout import Layout, TensorSpec, make_layout
-from common.messages import Ack, Gone, Pull, Push, Weights
-from common.settings import Settings
-from common.sums import Sum
-from common.tensors import from_frame, to_frame
-from common.wire import SEND_AGAIN_S
-from worker.exchange import Exchange, Send
-from worker.mapped import InPlane
-from worker.slots import Slot, Slots
+from roundtable.common.codecs import CodecSettings, load
+from roundtable.common.codecs.registry import for_pushes, for_weights, push_seed
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import Layout, make_layout
+from roundtable.common.model.partial_sum import Sum
+from roundtable.common.model.tensor_bytes import from_frame, to_frame
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Ack, Gone, Pull, Push, Weights
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.protocol.transport import SEND_AGAIN_S
+from roundtable.common.runtime.errors import WireError
+from roundtable.worker.client.push_pull import Exchange
+from roundtable.worker.replica.gradient_buffers import Slot, Slots
+from roundtable.worker.replica.mapped_weights import InPlane
 
 ROWS, COLUMNS = 40, 30
 NUMEL = ROWS * COLUMNS

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.errors import ClusterError
-from common.tensors import from_frame
-from worker.greedy import weigh
-from worker.merging import greedy
-from worker.replica import Replica
-from worker.run import Run
+from roundtable.common.model.tensor_bytes import from_frame
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.worker.merge.averaging import greedy
+from roundtable.worker.merge.greedy_soup import weigh
+from roundtable.worker.replica.replica import Replica
+from roundtable.worker.run import Run
 
 
 class Store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.runlog import RunLogReader
+from roundtable.common.storage.event_log import RunLogReader
 
 
 def test_pushes_of_all_workers_add_up_over_two_servers_and_what_cannot_be_is_refused_in_a_sentence(

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import UsageError
-from common.messages import KvPull, KvReply, Refused
-from common.tensors import to_frame
-from worker.exchange import Send
-from worker.kv import KvClient
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import KvPull, KvReply, Refused
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.client.kv_client import KvClient
 
 BLOCK = 4
 
@@ -34,7 +34,7 @@ class FakeLink:
 
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> FakeLink:
-    monkeypatch.setattr("worker.kv.CHUNK_BYTES", 4 * BLOCK)
+    monkeypatch.setattr("roundtable.worker.client.kv_client.CHUNK_BYTES", 4 * BLOCK)
     return FakeLink()
 
 
@@ -61,7 +61,7 @@ def test_blocks_of_two_answers_to_one_question_are_not_mixed(link: FakeLink) -> 
 
 def test_while_blocks_keep_coming_the_question_is_not_asked_again(link: FakeLink, monkeypatch: pytest.MonkeyPatch) -> None:
     client, out, now = KvClient(link, 1, 1.0), torch.zeros(3 * BLOCK), [100.0]  # type: ignore[arg-type]
-    monkeypatch.setattr("worker.kv.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("roundtable.worker.client.kv_client.time.monotonic", lambda: now[0])
     client.pull("key", out)
     body: Any = link.sent[-1].body
     for block in range(2):

@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from common.errors import UsageError
-from common.plan import Segment, derive_seed, make_segment
-from worker.loader import Loader, dataset_size
-from worker.tasks import Task
+from roundtable.common.config.batch_plan import Segment, Task, derive_seed, make_segment
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data.loader import Loader, dataset_size
 
 SEED = 11
 

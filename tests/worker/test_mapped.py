@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from common.layout import CHUNK_BYTES
-from common.tensors import to_frame
-from ps.planes import Planes
-from worker.mapped import InPlane
-from worker.replica import Replica
+from roundtable.common.model.layout import CHUNK_BYTES
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.ps.params.weight_buffers import Planes
+from roundtable.worker.replica.mapped_weights import InPlane
+from roundtable.worker.replica.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import UsageError
-from worker import data, models
-from worker.merge_files import merge_files
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker import data
+from roundtable.worker.models import builtin
+from roundtable.worker.tools.merge_models import merge_files
 
 Save = Callable[..., Path]
 SETTINGS = 'model = "mlp"\ndata = "digits"\nseed = 0\nglobal_batch = 64\n'
@@ -122,7 +123,7 @@ def test_averaged_statistics_of_batch_normalisation_are_warned_of_where_the_data
 def test_greedy_takes_the_parts_that_help_on_held_out_images(save: Save, tmp_path: Path, one_thread: None) -> None:
     images = data.load("digits", None, 0)
     torch.manual_seed(0)
-    model = models.build("mlp", images.shape, images.classes)
+    model = builtin.build("mlp", images.shape, images.classes)
     parts = [save("start", model.state_dict(), SETTINGS)]
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     x = torch.stack([images.train[i][0] for i in range(600)])
@@ -145,7 +146,7 @@ def test_of_runs_of_the_built_in_example_the_statistics_of_batch_normalisation_f
     save: Save, tmp_path: Path, one_thread: None
 ) -> None:
     images = data.load("digits", None, 0)
-    model = models.build("cnn", images.shape, images.classes)
+    model = builtin.build("cnn", images.shape, images.classes)
     state = model.state_dict()
     for name, tensor in state.items():
         if name.endswith("running_var"):

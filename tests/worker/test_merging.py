@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.merging import greedy, mean
+from roundtable.worker.merge.averaging import greedy, mean
 
 numbers = st.floats(-10, 10, allow_nan=False)
 

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from common.errors import UsageError
-from common.layout import Chunk
-from ps.planes import Planes
-from worker import direct
-from worker.awaited import AwaitedWeights
-from worker.mapped import InPlane
-from worker.replica import Replica
-from worker.slots import Slots
+from roundtable.common.model.layout import Chunk
+from roundtable.common.runtime.errors import UsageError
+from roundtable.ps.params.weight_buffers import Planes
+from roundtable.worker.replica import inplace_wgrad
+from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.lazy_weights import AwaitedWeights
+from roundtable.worker.replica.mapped_weights import InPlane
+from roundtable.worker.replica.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,7 +175,7 @@ def test_a_copy_is_plain_and_has_memory_of_its_own(
 
 
 def test_a_copy_is_trained_and_the_model_knows_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(direct, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(inplace_wgrad, "_LARGE_BYTES", 0)
     training = Training("auto")
     training.begin()
     other = copy.deepcopy(training.model)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from common.errors import UsageError
-from worker.models import MODELS, Shape, build
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.models.builtin import MODELS, Shape, build
 
 FITTING = [
     *((name, (1, side, side)) for name in ("lenet", "mlp", "cnn") for side in (8, 28)),

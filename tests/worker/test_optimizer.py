@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
-from common.errors import UsageError
-from worker.optimizer import (
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.optim.optimizer import (
     Hypers,
     Schedule,
     check_elementwise,
@@ -29,7 +29,7 @@ from worker.optimizer import (
     parameter_groups,
     plain_settings,
 )
-from worker.run import Run
+from roundtable.worker.run import Run
 
 CLASSES = [cls for cls in vars(torch.optim).values() if inspect.isclass(cls) and cls is not torch.optim.Optimizer]
 #: Classes of torch.optim whose update looks at more than one element, and a word of the reason that is given.

@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, tensor
 from torch.utils.data import DataLoader
 
-from common.settings import choices
-from worker.data import load
-from worker.example import accuracy
-from worker.models import build
-from worker.parts import LOSSES, convolution, cross_entropy, max_pooling, mean_pooling, mse, side_after, sigmoid, softmax
+from roundtable.common.config.settings import choices
+from roundtable.worker.data import load
+from roundtable.worker.models.builtin import build
+from roundtable.worker.models.cnn_blocks import (
+    LOSSES,
+    convolution,
+    cross_entropy,
+    max_pooling,
+    mean_pooling,
+    mse,
+    side_after,
+    sigmoid,
+    softmax,
+)
+from roundtable.worker.tools.builtin_script import accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from common.runlog import FILE_NAME, RunLogReader
-from worker.repeat import Repeat, may_repeat
-from worker.replica import Replica
+from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
+from roundtable.worker.loop.repeat import Repeat, may_repeat
+from roundtable.worker.replica.replica import Replica
 
 SCRIPT = """
-import torch, worker
+import torch, roundtable
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 g = torch.Generator().manual_seed(1)
 data = TensorDataset(torch.randn(64, 16, generator=g), torch.randint(0, 4, (64,), generator=g))
-run = worker.join()
+run = roundtable.join()
 m = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(), nn.Linear(32, 4))
 run.replicate(m)
 opt = run.optimizer(torch.optim.SGD, lr=0.1)

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import UsageError
-from common.layout import CHUNK_BYTES
-from common.messages import Update
-from common.policies import load
-from common.settings import Settings
-from common.sums import adder
-from common.tensors import to_frame
-from common.tree import fold
-from ps.store import Store
-from worker.buffers import Rules
-from worker.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings
-from worker.replica import Replica
-from worker.slots import Slots
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import CHUNK_BYTES
+from roundtable.common.model.partial_sum import adder
+from roundtable.common.model.reduction_tree import fold
+from roundtable.common.model.tensor_bytes import to_frame
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Update
+from roundtable.common.runtime.errors import UsageError
+from roundtable.ps.params.dense import Store
+from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings
+from roundtable.worker.replica.buffers import Rules
+from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.replica import Replica
 
 Forward = Callable[[nn.Module, int], torch.Tensor]
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from common.errors import UsageError
-from common.layout import TensorSpec, make_layout
-from common.messages import Owed
-from common.plan import make_segment
-from common.settings import Settings
-from worker.exchange import Exchange
-from worker.local import LocalWork
-from worker.resending import Sent
-from worker.rounds import GradientWork
-from worker.run import Run
+from roundtable.common.config.batch_plan import make_segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import make_layout
+from roundtable.common.protocol.messages import Owed
+from roundtable.common.protocol.model_spec import TensorSpec
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.client.push_pull import Exchange
+from roundtable.worker.client.retransmit import Sent
+from roundtable.worker.loop.gradient_loop import GradientWork
+from roundtable.worker.loop.local_sgd import LocalWork
+from roundtable.worker.run import Run
 
 DATA = TensorDataset(torch.zeros(8))
 

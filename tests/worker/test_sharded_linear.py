@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import worker
-from common.errors import UsageError, WireError
-from common.layout import ClassSpec
-from common.messages import ClassAck, Classified, Classify, ClassPush, Update
-from common.policies import load
-from common.rows import cut, owner_of, rows_on
-from common.settings import Settings
-from common.wire import SEND_AGAIN_S
-from worker.class_exchange import ClassExchange
-from worker.classes import ShardedLinear, check_sharding, find_layers, sharded_cross_entropy
+import roundtable
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.sparse_rows import cut, owner_of, rows_on
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import ClassAck, Classified, Classify, ClassPush, Update
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.transport import SEND_AGAIN_S
+from roundtable.common.runtime.errors import UsageError, WireError
+from roundtable.worker.client.sharded_client import ClassExchange
+from roundtable.worker.layers.sharded_linear import ShardedLinear, check_sharding, find_layers, sharded_cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ps"))
 from at_once import sharded
@@ -133,7 +133,7 @@ def test_a_round_that_is_over_gives_no_contribution_and_says_so() -> None:
 
 
 def test_a_layer_takes_up_no_memory_and_a_copy_of_it_has_nothing_to_do_with_the_run() -> None:
-    layer = worker.ShardedLinear(128, 10_000_000)
+    layer = roundtable.ShardedLinear(128, 10_000_000)
     assert layer.weight.is_meta and layer.weight.shape == (10_000_000, 128) and layer.bias is None
     _, ours, _, _ = pair()
     assert ours.head.weight.is_meta and ours.head.bias.is_meta  # type: ignore[union-attr]
@@ -168,8 +168,8 @@ def refusal(what: Callable[[], Any]) -> str:
         ({"labels": torch.zeros(1, dtype=torch.int64)}, "must be integers, one for each sample"),
         ({"features": torch.zeros(BATCH, DIM + 1)}, f"takes (samples, {DIM})"),
         ({"label_smoothing": 1.0}, "below 1"),
-        ({"label_smoothing": 0.1, "margin": worker.CosFace()}, "goes neither with a margin"),
-        ({"margin": worker.ArcFace()}, "has a bias"),
+        ({"label_smoothing": 0.1, "margin": roundtable.CosFace()}, "goes neither with a margin"),
+        ({"margin": roundtable.ArcFace()}, "has a bias"),
         ({"reduction": "max"}, "mean, sum and none"),
         ({"layer": None}, "has returned"),
     ],

@@ -14,19 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import worker
-from common.errors import UsageError, WireError
-from common.layout import TableSpec, make_layout
-from common.messages import Ready, RowAck, RowInit, RowPull, RowPush, Rows, Update
-from common.policies import load
-from common.rows import RowSum, cut, cut_sums, join_sums, owner_of
-from common.settings import Settings
-from common.wire import SEND_AGAIN_S
-from ps.rows import RowTables
-from worker.exchange import Send
-from worker.link import Link
-from worker.row_exchange import RowExchange
-from worker.rows import RowSparse, Table, check_training, find_tables
+import roundtable
+from roundtable.common.config.settings import Settings
+from roundtable.common.model.layout import make_layout
+from roundtable.common.model.sparse_rows import RowSum, cut, cut_sums, join_sums, owner_of
+from roundtable.common.policies import load
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Ready, RowAck, RowInit, RowPull, RowPush, Rows, Update
+from roundtable.common.protocol.model_spec import TableSpec
+from roundtable.common.protocol.transport import SEND_AGAIN_S
+from roundtable.common.runtime.errors import UsageError, WireError
+from roundtable.ps.params.embedding import RowTables
+from roundtable.worker.client.embedding_client import RowExchange
+from roundtable.worker.client.io_thread import Link
+from roundtable.worker.layers.sparse_embedding import RowSparse, Table, check_training, find_tables
 
 ROWS, DIM = 300, 4
 SETTINGS = [{"lr": 1.0, "momentum": 0, "weight_decay": 0}]
@@ -179,7 +180,7 @@ def test_a_copy_looks_up_and_contributes_nothing_and_a_saved_model_has_nothing_t
 
 
 def test_an_embedding_that_servers_draw_takes_up_no_memory() -> None:
-    module = worker.embedding(10_000_000, 64, std=0.01)
+    module = roundtable.embedding(10_000_000, 64, std=0.01)
     (table,) = find_tables(module, groups_of(module))
     assert table.spec == TableSpec("weight", 10_000_000, 64, 0, 0.01) and module.weight.is_meta
     (drawn,) = find_tables(m := nn.Embedding(10, 2, sparse=True, device="meta"), groups_of(m))

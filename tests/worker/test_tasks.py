@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from common.leases import Table
-from common.messages import Lease
-from worker.tasks import Task, Tasks
+from roundtable.common.config.batch_plan import Task
+from roundtable.common.config.work_shares import Table
+from roundtable.common.protocol.messages import Lease
+from roundtable.worker.loop.task_queue import Tasks
 
 
 def test_what_is_left_of_a_round_is_of_no_other() -> None:

@@ -1,6 +1,6 @@
-"""Images to train on, by name. Adding a source is adding a file here: `my_scans.py` with a function `load` is `my-scans`.
+"""Images to train on, by name.
 
-Files whose names start with an underscore are helpers, not sources.
+Adding a source is adding a file to `sources`: `my_scans.py` with a function `load` is `my-scans`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from common.errors import UsageError
-from common.settings import Settings, parse_shape
-from worker.data._images import Images, Request, Sample, Samples
+from roundtable.common.config.settings import Settings, parse_shape
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data import sources
+from roundtable.worker.data.formats.images import Images, Request, Sample, Samples
 
 __all__ = ["Images", "Sample", "Samples", "chosen", "load", "names"]
 
 
 def names() -> list[str]:
     """The names that `load` knows, sorted."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+    found = (module.name for module in pkgutil.iter_modules(sources.__path__))
+    return sorted(name.replace("_", "-") for name in found)
 
 
 def chosen(settings: Settings) -> Images:
@@ -49,7 +50,7 @@ def load(
     """
     if name not in names():
         raise UsageError(f"there is no data source '{name}'; there are {', '.join(names())}.")
-    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    module = importlib.import_module(f"{sources.__name__}.{name.replace('-', '_')}")
     source: Callable[[Request], Images] = module.load
     images = source(Request(name, data_dir, seed, augment, shape, classes))
     if shape not in (None, images.shape):

@@ -1,0 +1,176 @@
+"""A server on the host of a worker: a child of the worker's process, watched by it, that ends with it and is started again where
+it was killed.
+
+With one beside each of N workers, a server holds 1/N of the parameters. A worker reaches the one on its host through shared
+memory, so a host sends (N-1)/N of the gradients and of the weights, and receives as much: the traffic of a ring all-reduce
+(Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import BinaryIO
+
+from roundtable.cluster.launch.local import check_script, start_server
+from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes
+from roundtable.cluster.process.restart_policy import Respawn
+from roundtable.cluster.run.exit_codes import exit_code
+from roundtable.common.network.addresses import as_told, split
+from roundtable.common.protocol import liveness
+from roundtable.common.runtime.errors import ClusterError, PsError, UsageError
+from roundtable.common.runtime.signal_handlers import handled
+
+log = logging.getLogger("roundtable.cluster.colocated")
+
+#: Seconds between two words of a worker that has left a run which goes on, and for which its server is still needed.
+_TELL_S = 10.0
+#: Tells the main thread that the server has failed: nobody else uses it, and without a handler it does nothing.
+_SIGNAL = signal.SIGURG
+#: Environment variable that says how often the server was started again: this process may have begun anew since.
+_COUNT_VARIABLE = "PS_SERVER_RESPAWNS"
+#: The shortest pause before that, seconds: a worker that begins anew kills its server just before.
+_SHORTEST_S = 0.2
+
+
+@contextlib.contextmanager
+def server_beside(
+    program: Sequence[str],
+    coordinator: str,
+    index: int | None,
+    script: str | None,
+    respawn: Respawn,
+    device: str,
+    advertise: str | None = None,
+) -> Iterator[None]:
+    """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
+
+    The server tells others to connect to `advertise`, if that is not None, and listens at its port, if it has one.
+    What the server logs goes to stderr. If it hangs, it is killed; where it is killed it is started again, as `respawn` says.
+    Within the context, which is the main thread's, its failure is raised: UsageError where it was refused, else ClusterError.
+    After that it goes on until the run or this process ends.
+    """
+    if script is not None:
+        check_script(script)  # before there is a server that others would have to do without
+    cleanup = ExitStack()
+    signs = cleanup.enter_context(contextlib.closing(liveness.Listener()))
+    try:
+        with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
+            env = {**os.environ, liveness.VARIABLE: str(signs.write)}
+            processes = cleanup.enter_context(Processes(Path(folder), env, files=[signs.write]))
+            bind, flags = "tcp://*:0", []
+            if advertise is not None:
+                bind, flags = f"tcp://*:{split(as_told(advertise, bind))[1]}", ["--advertise", advertise]
+            server = start_server(processes, program, coordinator, index, device, bind, flags)
+            told = server.log.open("rb")
+        server.log = Path(f"/proc/self/fd/{told.fileno()}")
+    except OSError as error:
+        cleanup.close()
+        raise ClusterError(f"the server beside this worker cannot be started: {error.strerror or error}.") from None
+    watch = _Watch(processes, server, told, respawn, signs)
+    atexit.register(_end, cleanup, watch)
+    before = signal.signal(_SIGNAL, watch.on_signal)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        code = exit_code(error)
+        watch.told = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else 0
+        watch.patience_s = 0.0 if code and not watch.told else float("inf")
+        raise
+    finally:
+        signal.signal(_SIGNAL, before)
+
+
+class _Watch(threading.Thread):
+    """Copies the server's log to stderr, kills it if it hangs, starts it again, and has the main thread raise when it has failed
+    for good."""
+
+    def __init__(self, processes: Processes, server: Child, told: BinaryIO, respawn: Respawn, signs: liveness.Listener) -> None:
+        super().__init__(name="server", daemon=True)
+        #: Set when nobody needs the server any more.
+        self.over = threading.Event()
+        #: Seconds for the server to end by itself, as it does with the run, which may go on without the worker: none where the
+        #: worker has failed, which may not have been in the run yet.
+        self.patience_s = float("inf")
+        #: The signal that has told the worker to stop, if any: the server leaves too.
+        self.told = 0
+        self._processes = processes
+        self._server = server
+        self._told = told
+        self._respawn = respawn
+        self._signs = signs
+
+    def run(self) -> None:
+        self._until_it_ends()
+        while self._starts_again():
+            self._until_it_ends()
+        if self._server.failed and not self._server.was_told:
+            if self._server.code != -signal.SIGKILL:
+                time.sleep(GATHER_S)  # where the run has failed, the worker is told too, and says it better
+            signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
+
+    def _until_it_ends(self) -> None:
+        while self._server.code is None:
+            time.sleep(TICK_S)
+            self._processes.poll()
+            with contextlib.suppress(OSError, ValueError):  # ours is closed
+                sys.stderr.buffer.write(self._told.read())
+                sys.stderr.flush()
+            if self._server.code is None and self._signs.hangs(time.monotonic()):
+                log.warning("the server beside this worker hangs, and is killed.")
+                self._signs.begins()
+                self._server.popen.kill()
+
+    def _starts_again(self) -> bool:
+        """Start a server again that was killed, after a pause; whether there was reason to."""
+        done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
+        was_ended = code is not None and (code < 0 or self._server.was_told)
+        if self.over.is_set() or not was_ended or done >= self._respawn.times:
+            return False
+        pause_s = max(_SHORTEST_S, self._respawn.pause_s(done))
+        log.warning("the server beside this worker %s; %s.", self._server.end(), self._respawn.plan(done, pause_s))
+        if self.over.wait(pause_s):
+            return False
+        os.environ[_COUNT_VARIABLE] = str(done + 1)
+        try:
+            self._processes.again(self._server)
+        except OSError as error:
+            log.error("the server beside this worker cannot be started again: %s.", error.strerror or error)
+            return False
+        return True
+
+    def tell(self, number: int) -> None:
+        """Pass a signal that the worker has got on to the server; 0 is none."""
+        with contextlib.suppress(ProcessLookupError):
+            if number and self._server.code is None:
+                os.kill(self._server.popen.pid, number)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._server.failed:
+            kind: type[PsError] = UsageError if self._server.code == 2 else ClusterError
+            raise kind(f"the server beside this worker {self._server.end()}.")
+
+
+def _end(cleanup: ExitStack, watch: _Watch) -> None:
+    """Called when the script has ended and the worker has left the run."""
+    watch.over.set()
+    watch.tell(watch.told)
+    with cleanup, handled((signal.SIGTERM, signal.SIGINT), watch.tell):
+        until = time.monotonic() + watch.patience_s
+        while watch.is_alive() and time.monotonic() < until:
+            watch.join(_TELL_S)
+            if watch.is_alive():
+                log.info("this worker has left; the server beside it serves the others until the run ends.")
+    watch.join(4 * TICK_S)  # for its last words

@@ -1,0 +1,63 @@
+"""Changing how many workers a run has that a launcher looks after: by a file, which the launcher takes away."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from roundtable.cluster.options.flags import choose
+from roundtable.cluster.process.children import TICK_S
+from roundtable.cluster.run.run_directory import SCALE_FILE, is_in_use
+from roundtable.common.policies import load
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.run_files import SETTINGS_FILE, find_run
+
+#: Seconds for the launcher to take note.
+_TAKEN_S = 30.0
+
+
+def scale(run: str, workers: int) -> Path:
+    """Have the launcher of `run` see to it that there are `workers` workers; the run's folder.
+
+    Raises UsageError where there is no such run, it is not going, or its workers cannot be others.
+    """
+    folder = find_run(run)
+    if not is_in_use(folder):
+        raise UsageError(f"the run in {folder} is not going: only a run that goes on can be scaled.")
+    settings = choose({}, str(folder / SETTINGS_FILE)).settings
+    if load(settings).is_local:
+        raise UsageError(
+            f"the run in {folder} has policy {settings.policy}, where each worker is a part of it: it cannot be scaled."
+        )
+    file = folder / SCALE_FILE
+    temporary = folder / f".{SCALE_FILE}-{os.getpid()}"
+    try:
+        temporary.write_text(f"{workers}\n", encoding="utf-8")
+        temporary.rename(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"{file} cannot be written: {error.strerror or error}.") from None
+    deadline = time.monotonic() + _TAKEN_S
+    try:
+        while file.exists():
+            if not is_in_use(folder):
+                raise UsageError(f"the run in {folder} has ended meanwhile: only a run that goes on can be scaled.")
+            if time.monotonic() > deadline:
+                raise UsageError(f"nobody looks after the workers of the run in {folder}: `launch.py local` has not started it.")
+            time.sleep(TICK_S)
+    finally:
+        file.unlink(missing_ok=True)
+    return folder
+
+
+def take(folder: Path) -> int | None:
+    """The number of workers that was asked for since the last time, if any."""
+    taken = folder / f"{SCALE_FILE}.tmp"
+    try:
+        (folder / SCALE_FILE).rename(taken)  # so that none is lost which comes just now
+        count = int(taken.read_text(encoding="utf-8"))
+        taken.unlink()
+    except (OSError, ValueError):
+        return None
+    return count if count > 0 else None

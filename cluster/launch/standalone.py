@@ -1,0 +1,88 @@
+"""The cluster of one: a script that was started by itself gets a coordinator and a server of its own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import roundtable
+from roundtable.cluster.launch.local import start_coordinator, start_server
+from roundtable.cluster.options.resume import told_to_stop
+from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
+from roundtable.cluster.run.console import summary_lines
+from roundtable.cluster.run.run_directory import LOGS, claim, read_summary, tidy_log, write_settings
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import ClusterError, PsError
+from roundtable.common.storage.run_files import SETTINGS_FILE
+
+#: Seconds for the companions to end after the worker has.
+_END_S = 10.0
+#: Flags of the coordinator: nobody could do what the one worker has, and it may be stopped for a while, as by Ctrl-Z.
+_FLAGS = ("--silence", "1e6")
+_LAUNCH = Path(roundtable.__file__).with_name("cli.py")
+
+
+def start_companions(script: str, was_told: Callable[[], int] = lambda: 0) -> str:
+    """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
+
+    The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr: or how
+    to go on, if a signal has told the worker to stop, whose number `was_told` returns.
+    Raises UsageError where the run directory cannot be had, ClusterError where they do not start.
+    """
+    cleanup = ExitStack()
+    try:
+        folder, _ = cleanup.enter_context(claim(None, Path(script).stem or "run", overwrite=False))
+        write_settings(folder / SETTINGS_FILE, Settings(workers=1, servers=1), script, sys.argv[1:])
+        cleanup.callback(tidy_log, folder)
+        processes = cleanup.enter_context(Processes(folder / LOGS, os.environ))
+        program = [sys.executable, str(_LAUNCH)]
+
+        def tick() -> None:
+            time.sleep(TICK_S)
+            processes.poll()
+            for child in processes.failures():
+                raise ClusterError(child.describe_end())
+
+        address = start_coordinator(processes, program, folder, 0, tick, flags=_FLAGS)
+        start_server(processes, program, address, 0)
+    except OSError as error:
+        cleanup.close()
+        raise ClusterError(f"the coordinator and server of this script cannot be started: {error.strerror or error}.") from None
+    except BaseException:
+        cleanup.close()
+        raise
+    atexit.register(_end, cleanup, processes, folder, was_told)
+    return address
+
+
+def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_told: Callable[[], int]) -> None:
+    """Called when the script has ended and the worker has left the run, be it that a signal has told it to."""
+    with cleanup:
+        if number := was_told():
+            for child in processes.running("coordinator"):  # which has made a snapshot, and lets the worker leave
+                os.kill(child.popen.pid, signal.SIGINT)
+        deadline = time.monotonic() + _END_S
+        while processes.running() and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+            processes.poll()
+            if processes.failures():  # the others may say why in a moment
+                deadline = min(deadline, time.monotonic() + GATHER_S)
+        why = root_cause(failures).describe_end() if (failures := processes.failures()) else f"its logs are in {folder / LOGS}."
+    if number:
+        print(told_to_stop(number, folder, ["local"], str(_LAUNCH)), file=sys.stderr)
+        return
+    summary = read_summary(folder)
+    if summary is not None:
+        print("\n".join(summary_lines(summary, folder)), file=sys.stderr)
+        return
+    print(f"error: the run is not finished: {why}", file=sys.stderr)
+    if isinstance(getattr(sys, "last_value", None), PsError | None):  # the script itself ended as if all were well
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

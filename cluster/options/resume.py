@@ -1,0 +1,215 @@
+"""Going on with a run that was stopped, has crashed or was to end early: how, what may be given anew, what must be as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from roundtable.cluster.options.flags import Choice, choose
+from roundtable.common.config.settings import FIELDS
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage.checkpoint import Snapshot
+from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
+from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
+
+#: Settings that a run may go on with other values of: none changes what a round computes.
+_OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "lane", "loader_workers"})
+_OF_FAULTS = frozenset(
+    {
+        "replicas",
+        "kv_memory",
+        "snapshot_every",
+        "snapshots_kept",
+        "silence",
+        "timeout",
+        "worker_failures",
+        "start_timeout",
+        "stop_timeout",
+        "away",
+        "watchdog",
+    }
+)
+_FREE = _OF_DATA | _OF_FAULTS
+#: A run that ended so many seconds ago is not replaced: an engine that starts a failed process again does so within them.
+_JUST_NOW_S = 10.0
+#: The word in place of a run's name that lets the run directory say what fits.
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run directory holds of a run. `rounds` are committed, of `planned`; nothing was written for `idle_s` seconds."""
+
+    rounds: int
+    planned: int
+    idle_s: float
+    #: Whether its coordinator has told all that it is over, or that they are to begin anew.
+    is_over: bool
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether something would be lost with it."""
+        return self.rounds > 0
+
+
+def look(folder: Path) -> Before | None:
+    """What is in the run directory `folder`; None where no coordinator has written anything.
+
+    Raises UsageError where its books cannot be read.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return None
+    idle_s = _idle_s(path)
+    try:
+        with closing(RunLogReader(path)) as log:
+            events = [event for _, _, event in log.events()]
+            rounds = log.count_rounds()
+    except sqlite3.Error as error:
+        raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
+    planned = [int(event.data["rounds"]) for event in events if event.kind == "plan"]
+    told: list[Event] = [event for event in events if event.kind in ("started", "recovered", "stopped")]
+    return Before(rounds, planned[-1] if planned else 0, idle_s, told[-1].kind == "stopped") if told else None
+
+
+def _idle_s(path: Path) -> float:
+    """Seconds since the event log was last written, by the clock of its own file system."""
+    files = [path, path.with_name(path.name + "-wal")]
+    written = max(file.stat().st_mtime for file in files if file.exists())
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            return max(0.0, os.fstat(probe.fileno()).st_mtime - written)
+    except OSError as error:
+        raise UsageError(f"the run directory {path.parent} cannot be written: {error.strerror}.") from None
+
+
+def resumed(
+    folder: Path, flags: Mapping[str, Any], script: str | None, args: tuple[str, ...], accept_versions: bool = False
+) -> Choice:
+    """The settings of the run in `folder`, with `flags` instead of some.
+
+    Raises UsageError where they would make another run of it, or there is no snapshot to go on from; or where the newest is of
+    another version of this program or of torch, unless `accept_versions`.
+    """
+    now = choose(flags, str(folder / SETTINGS_FILE), script, args)
+    _check_same(folder, now, script is not None or bool(args))
+    found = _newest(folder)
+    if found is None:
+        raise UsageError(
+            f"the run in {folder} has no snapshot to go on from: it ended before its first, or had --snapshot-every 0."
+        )
+    snapshots.check_versions(found, accept_versions)
+    _check_end(folder, now, found.manifest.round)
+    return replace(now, run_dir=folder)
+
+
+def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool, say: Callable[[str], None]) -> How:
+    """Decide how a command that is to begin a run or go on with one does so in `folder`, and say which it is.
+
+    `recovers`: servers and workers may be waiting for another coordinator. Raises UsageError as `resumed` does, but a run without
+    a snapshot begins again, with its books.
+    """
+    before = look(folder)
+    if before is None:
+        say(f"begins a run in {folder}")
+        return "begin"
+    if (folder / SUMMARY_FILE).exists() and (how := _take_up_finished(folder, choice, before, recovers, say)) is not None:
+        return how
+    changed = _check_same(folder, choice, has_script=not recovers)
+    if recovers and not before.is_over and not changed and before.idle_s < choice.settings.away:
+        say(f"recovers the run in {folder}, which stopped {before.idle_s:.0f} s ago at round {before.rounds}")
+        return "recover"
+    found = _newest(folder)
+    if found is None:
+        say(f"begins the run in {folder} again: it had come to round {before.rounds} and had no snapshot")
+        return "resume"
+    snapshots.check_versions(found, accept_versions)
+    _check_end(folder, choice, found.manifest.round)
+    further = f", of the {before.rounds} that were done" if before.rounds > found.manifest.round else ""
+    say(f"resumes the run in {folder} from the snapshot of round {found.manifest.round}{further}")
+    return "resume"
+
+
+def _take_up_finished(folder: Path, choice: Choice, before: Before, recovers: bool, say: Callable[[str], None]) -> How | None:
+    """Likewise for a run that has finished; None where it is to go on for longer."""
+    if choice.overwrite and not (recovers and before.idle_s < _JUST_NOW_S):
+        say(f"begins a run in {folder} in place of one that has finished")
+        return "begin"
+    was = choose({}, str(folder / SETTINGS_FILE)).settings
+    if (choice.settings.epochs, choice.settings.rounds) != (was.epochs, was.rounds):
+        return None
+    say(
+        f"the run in {folder} has finished, and nothing is left to do: other --epochs or --rounds go on with it, and --overwrite "
+        "replaces it"
+    )
+    return "nothing"
+
+
+def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
+    """Whether settings differ that may. Raises UsageError where others do, or the script."""
+    before = choose({}, str(folder / SETTINGS_FILE))
+    changed = False
+    for key in FIELDS:
+        old, new = getattr(before.settings, key), getattr(now.settings, key)
+        if old != new and key not in _FREE:
+            raise UsageError(
+                f"the run in {folder} has {key} = {old} and cannot go on with {new}: leave --{key.replace('_', '-')} as it was, "
+                "or begin a new run."
+            )
+        changed |= old != new
+    if has_script and (before.script, before.args) != (now.script, now.args):
+        told = " ".join([before.script or "the built-in example", *before.args])
+        raise UsageError(f"the run in {folder} is one of {told}: leave the script and its arguments out, or begin a new run.")
+    return changed
+
+
+def _newest(folder: Path) -> Snapshot | None:
+    """The newest whole snapshot. Raises UsageError where there are some and none is whole."""
+    found, problems = snapshots.newest(folder)
+    if found is None and problems:
+        raise UsageError(f"the run in {folder} has no snapshot to go on from: {' '.join(problems)}")
+    return found
+
+
+def _check_end(folder: Path, now: Choice, done: int) -> None:
+    """Raises UsageError where a run is to go on for fewer rounds than are `done` in the snapshot."""
+    before, was = look(folder), choose({}, str(folder / SETTINGS_FILE)).settings
+    rounds, epochs = now.settings.rounds, now.settings.epochs
+    if rounds is not None and rounds < done:
+        raise UsageError(f"the run in {folder} has done {done} rounds, and --rounds {rounds} is fewer: give more.")
+    if before is None or was.rounds is not None or not before.planned or epochs >= was.epochs:
+        return
+    epochs_done = done * was.epochs / before.planned
+    if epochs < epochs_done:
+        raise UsageError(f"the run in {folder} has done {epochs_done:.3g} epochs, and --epochs {epochs} is fewer: give more.")
+
+
+def told_to_stop(number: int, folder: Path, command: Sequence[str], launch: str = "") -> str:
+    """What is said of a run in `folder` that the signal `number` has stopped: how far it has come, and how to go on with it.
+
+    `command` is the part of the command line that goes on with it, without --resume; `launch` is launch.py, if that is not what
+    this process runs.
+    """
+    done = 0
+    with contextlib.suppress(UsageError):
+        done = before.rounds if (before := look(folder)) is not None else 0
+    newest = snapshots.finished(folder)
+    saved = f"with a snapshot of round {snapshots.round_of(newest[-1])}" if newest else "without a snapshot"
+    program = [sys.orig_argv[0], launch or sys.argv[0]]
+    words = [*program, command[0], "--resume", str(folder), *command[1:]]
+    if not newest:  # which --resume RUN would need
+        place = ["--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
+        words = [*program, command[0], "--resume", AUTO, *place, *command[1:]]
+    name = signal.Signals(number).name
+    return f"stopped by {name} after {done} rounds, {saved}; the run in {folder} goes on with: {shlex.join(words)}"

@@ -1,0 +1,192 @@
+"""A process that has imported torch already, and of which the servers and workers on this machine are made.
+
+To import torch takes seconds of a processor; a fork takes milliseconds, and shares the memory. So a run starts sooner, and who
+was killed is back sooner. (What is imported touches no device, so a child may use CUDA; untested.)
+
+Run as a script, this file is the fork server. It reads requests, one JSON a line, and forks twice for each: the process between
+the two ends at once, so that the kernel gives the child to the launcher (PR_SET_CHILD_SUBREAPER), which is its parent from then
+on and waits for it as for one that it has started itself. The end of the fork server harms nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from roundtable.cluster.process.parent_death import PARENT_VARIABLE, die_with_parent
+from roundtable.common.storage import private_files
+
+#: Seconds for one that is ready to make a process.
+_FORK_S = 10.0
+_PR_SET_CHILD_SUBREAPER = 36
+#: Room for the command lines of children, in bytes: they stand in place of the fork server's own.
+_COMMAND_BYTES = 1024
+_TICK_S = 0.001
+
+
+class Forked:
+    """A process that a fork server has made, as subprocess.Popen has it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """None while it runs, else its exit code, or minus the signal that killed it."""
+        if self._code is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # whoever started the launcher has it ignore SIGCHLD, so nobody knows
+                pid, status = self.pid, 0
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def wait(self, timeout: float) -> int:
+        """Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(_TICK_S)
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL, unless its end is known."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class ForkServer:
+    """The launcher's side. Linux only; elsewhere, and where it has failed, it is never ready."""
+
+    def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
+        """Start one that imports `modules`, if there are any; `env` is its environment."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        if modules and sys.platform.startswith("linux") and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, *modules, " " * _COMMAND_BYTES],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                start_new_session=True,
+                umask=private_files.usual_umask,
+            )
+
+    @property
+    def coming(self) -> bool:
+        """Whether it is yet to be ready."""
+        if self._process is None or self._ready:
+            return False
+        if self._answers(0.0):
+            self._ready = self._line() == b"ready"
+            if not self._ready:
+                self.stop()
+        return self._process is not None and not self._ready
+
+    def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Forked | None:
+        """A process of `argv`, a command line of Python with a script, whose output is added to `log`; None if there is none."""
+        if self._process is None or not self._ready or self._process.stdin is None or argv[0] != sys.executable:
+            return None
+        request = json.dumps({"argv": list(argv), "env": dict(env), "log": str(log.absolute()), "cwd": str(Path.cwd())})
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(request.encode() + b"\n")
+            if self._answers(_FORK_S) and (pid := self._line()):
+                return Forked(int(pid))
+        self.stop()
+        return None
+
+    def stop(self) -> None:
+        """End it; the processes that it has made go on."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _answers(self, patience_s: float) -> bool:
+        assert self._process is not None and self._process.stdout is not None
+        return bool(select.select([self._process.stdout], [], [], patience_s)[0])
+
+    def _line(self) -> bytes:
+        """The next line, which is short and comes at once; empty if the fork server has ended."""
+        assert self._process is not None and self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+def main() -> None:
+    """Import, and then make a process for each request. Returns in the processes that were made, when they are over."""
+    parent = int(os.environ.pop(PARENT_VARIABLE))
+    die_with_parent(parent)
+    for module in sys.argv[1:-1]:
+        with contextlib.suppress(Exception):  # those who need it will say what is wrong
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a child would have it copy all that it shares
+    os.write(1, b"ready\n")
+    with open(0, "rb", closefd=False) as requests:
+        while line := requests.readline():
+            if os.fork() == 0:
+                if os.fork():
+                    os._exit(0)
+                break
+            os.wait()
+        else:
+            return
+    request = json.loads(line)
+    _settle(request["argv"], request["env"], request["log"], request["cwd"], parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _settle(argv: Sequence[str], env: Mapping[str, str], log: str, cwd: str, parent: int) -> None:
+    """Be a process that was started with `argv`, and tell the launcher, `parent`, once this is its child."""
+    os.setsid()
+    while os.getppid() != parent and Path(f"/proc/{parent}").exists():
+        time.sleep(_TICK_S)
+    answers = os.dup(1)
+    for fd, path, mode in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
+        opened = os.open(path, mode, 0o644)
+        os.dup2(opened, fd)
+        os.close(opened)
+    os.dup2(1, 2)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv[:], sys.orig_argv[:] = argv[1:], argv
+    sys.path[0] = str(Path(argv[1]).resolve().parent)
+    _show(argv)
+    if "torch" in sys.modules and env.get("OMP_NUM_THREADS", threads) != threads:
+        sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # Python has its own seeded anew after a fork
+    os.write(answers, b"%d\n" % os.getpid())
+    os.close(answers)
+
+
+def _show(argv: Sequence[str]) -> None:
+    """Have ps, top and pgrep show this command line, which is written over the one that this process was born with."""
+    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    line = b"\0".join(os.fsencode(arg) for arg in argv)[: end - start - 1]
+    ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""How far a run is, read from its event log while it goes on."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from roundtable.common.network.host_identity import here
+from roundtable.common.storage.event_log import Event, RoundRow, RunLogReader, StatusRow
+
+#: Speed and loss are means over so many seconds.
+_WINDOW_S = 5.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known at one moment. `total` is None while nobody has said how many rounds there will be."""
+
+    rounds: int = 0
+    total: int | None = None
+    samples: int = 0
+    samples_per_second: float = 0.0
+    loss: float | None = None
+    accuracy: float | None = None
+    processes: Sequence[StatusRow] = ()
+    #: What has happened since the last look that somebody may have to do something about, a line each.
+    news: Sequence[str] = ()
+    #: What processes of this host, by id, are called in the run, the newest name of each; and who has left it.
+    joined: Mapping[int, str] = field(default_factory=dict)
+    left: Set[str] = frozenset()
+    #: Who of them failed when all rounds were done, which is no failure of the run; and whether the trained model is written.
+    failed_late: Set[str] = frozenset()
+    has_model: bool = False
+    #: Those of this host, by name and process id, that the coordinator has counted as lost.
+    lost: Set[tuple[str, int]] = frozenset()
+    #: What is wrong that the event log cannot tell, for as long as it is; '' if nothing.
+    alarm: str = ""
+    #: Whether `rounds` and `total` count merges, which are of several rounds each.
+    merges: bool = False
+
+
+class Tracker:
+    """Reads what is new in the event log at `path`, which need not exist yet.
+
+    It opens the file for each look and keeps off once the run is over, for the coordinator closes its log better alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = Progress()
+        self._last_round = -1
+        self._last_event = 0
+        self._window: deque[RoundRow] = deque()
+        self._first_at: float | None = None
+        self._over = False
+
+    def look(self, now: float | None = None) -> Progress:
+        """The state of the run at the unix time `now`."""
+        if self._over or not self._path.exists():
+            return replace(self._last, news=())
+        try:
+            with closing(RunLogReader(self._path)) as reader:
+                self._last = self._read(reader, time.time() if now is None else now)
+        except sqlite3.Error:
+            return replace(self._last, news=())  # not written to yet, or just being closed: the next look will tell
+        return self._last
+
+    def _read(self, reader: RunLogReader, now: float) -> Progress:
+        last = self._last
+        total, merges, over, news = last.total, last.merges, False, []
+        joined, left, lost = dict(last.joined), set(last.left), set(last.lost)
+        failed_late, has_model = set(last.failed_late), last.has_model
+        rounds, samples = last.rounds, last.samples
+        for number, at, event in reader.events(after=self._last_event):
+            self._last_event = number
+            if event.kind == "plan":
+                total, has_model = int(event.data["rounds"]), False
+                merges = bool(event.data.get("merges"))
+                self._first_at = self._first_at or at
+            elif event.kind == "started":  # from now on names are other processes'
+                joined, left, failed_late, has_model = dict.fromkeys(joined, ""), set(), set(), False
+            elif event.kind == "joined" and event.data["place"] == here().pids:
+                joined[event.data["pid"]] = event.process
+            elif event.kind == "lost":
+                if joined.get(pid := event.data.get("pid", -1)) == event.process:  # another may have its name by now
+                    lost.add((event.process, pid))
+            elif event.kind == "rolled back":
+                rounds, samples = self._go_back(reader, int(event.data["to"]))
+            elif event.kind == "left":
+                left.add(event.process)
+                if "failed" in event.data:
+                    failed_late.add(event.process)
+            elif event.kind == "model":
+                has_model = True
+            over = over or (event.kind == "stopped" and not event.data.get("again"))  # else all begin anew
+            if (line := _news(event)) is not None:
+                news.append(line)
+        rows = reader.rounds(after=self._last_round)
+        if rows:
+            self._last_round = rows[-1].round
+            self._window.extend(rows)
+        while len(self._window) > 1 and self._window[0].at < now - _WINDOW_S:
+            self._window.popleft()
+        accuracies = reader.metrics("accuracy")
+        self._over = over
+        return Progress(
+            rounds=rounds + len(rows),
+            total=total,
+            merges=merges,
+            samples=samples + sum(row.samples for row in rows),
+            samples_per_second=self._speed(now),
+            loss=mean_metric(self._window, "loss"),
+            accuracy=accuracies[-1][3] if accuracies else None,
+            processes=reader.statuses(),
+            news=news,
+            joined=joined,
+            left=left,
+            failed_late=failed_late,
+            has_model=has_model,
+            lost=lost,
+        )
+
+    def _go_back(self, reader: RunLogReader, to: int) -> tuple[int, int]:
+        """Rounds from `to` on are done again; how many there are before, and their samples."""
+        self._last_round = to - 1
+        self._window = deque(row for row in self._window if row.round < to)
+        kept = [row for row in reader.rounds() if row.round < to]
+        return len(kept), sum(row.samples for row in kept)
+
+    def _speed(self, now: float) -> float:
+        recent = [row for row in self._window if row.at >= now - _WINDOW_S]
+        start = max(self._first_at or (self._window[0].at if self._window else now), now - _WINDOW_S)
+        return sum(row.samples for row in recent) / (now - start) if now > start else 0.0
+
+
+def _news(event: Event) -> str | None:
+    """An event as a line for the screen, for those kinds that are shown."""
+    match event.kind:
+        case "warning":
+            return f"warning: {event.data['text']}"
+        case "lost":
+            is_server = event.process.startswith("server")
+            then = "the others wait for another in its place" if is_server else "the others do what it has not done"
+            return f"{event.process} is lost: {event.data['why']}; {then}."
+        case "restarted":
+            return f"all processes begin anew, from the newest snapshot: {event.data['reason']}"
+        case "waiting":
+            return f"the run waits for {event.data['for']}."
+        case "rolled back":
+            return f"the run goes on from round {event.data['to']}; {event.data['rounds']} rounds are computed again."
+    return None
+
+
+def mean_metric(rows: Sequence[RoundRow] | deque[RoundRow], name: str) -> float | None:
+    """The mean of a metric over the samples of `rows`; None where no round has it."""
+    having = [row for row in rows if name in row.metrics and row.samples > 0]
+    samples = sum(row.samples for row in having)
+    return sum(row.metrics[name] * row.samples for row in having) / samples if samples else None

@@ -1,0 +1,214 @@
+"""The run directory: which folder a run gets, that no two runs share one, and what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage import checkpoint
+from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
+from roundtable.common.storage.private_files import make_run_dir
+from roundtable.common.storage.run_files import MODEL_FILE, RUNS, SETTINGS_FILE, SETTINGS_HEADER, SUMMARY_FILE, How, is_run
+
+ADDRESS_FILE = "address"
+SCALE_FILE = "scale"
+LOGS = "logs"
+
+_FILES = (SETTINGS_FILE, SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE, FILE_NAME)
+_SUFFIXES = ("", ".tmp", "-wal", "-shm", "-journal")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether `name` can be that of a folder inside another, and is not hidden."""
+    return name == Path(name).name and not name.startswith(".") and "\0" not in name and bool(name)
+
+
+@contextlib.contextmanager
+def claim(
+    path: Path | None, default: str, overwrite: bool, take_up: Callable[[Path], How] | None = None
+) -> Iterator[tuple[Path, How]]:
+    """The folder for a run, locked against other launchers for the time of the context, and what is to be done there. Where that
+    is to begin one, it is empty of other runs' files.
+
+    `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free. With
+    `take_up` it is never another one, and that says of the locked folder what is to be done.
+    Raises UsageError where the folder holds a run and not `overwrite`, is in use, or is no run's folder; then nothing was
+    removed.
+    """
+    if path is None and not overwrite and take_up is None:
+        folder, lock = _next_free(default)
+    else:
+        folder = path or RUNS / default
+        wanted = _lock(folder)
+        if wanted is None:
+            raise UsageError(f"{folder} is in use by another run: wait for its end, or give another --run-dir or --name.")
+        lock = wanted
+    try:
+        how = "begin" if take_up is None else take_up(folder)
+        if how == "resume":
+            _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE))
+        elif how == "begin":
+            _make_room(folder, overwrite)
+        yield folder, how
+    finally:
+        os.close(lock)
+
+
+def passed_over(folder: Path, default: str) -> Path | None:
+    """The newest run of runs/<default>, -2, ... before `folder`, if that is one of them, that has not finished and can go on."""
+    found = None
+    for number in itertools.count(1):
+        one = RUNS / (default if number == 1 else f"{default}-{number}")
+        if one == folder or not one.is_dir():
+            return found if one == folder else None
+        if not (one / SUMMARY_FILE).exists() and kept(one) and not is_in_use(one):
+            found = one
+    raise AssertionError("counting does not end")
+
+
+def _next_free(default: str) -> tuple[Path, int]:
+    for number in itertools.count(1):
+        folder = RUNS / (default if number == 1 else f"{default}-{number}")
+        if folder.is_dir() and _contents(folder):
+            continue
+        lock = _lock(folder)
+        if lock is not None and not _contents(folder):
+            return folder, lock
+        if lock is not None:
+            os.close(lock)
+    raise AssertionError("counting does not end")
+
+
+def _lock(folder: Path) -> int | None:
+    """Make `folder` if need be and lock it, which leaves no file behind; None if another process has it locked."""
+    try:
+        make_run_dir(folder)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(None, "Permission denied")
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileExistsError:
+        raise UsageError(f"{folder} is a file; a run directory must be a folder.") from None
+    except OSError as error:
+        raise UsageError(f"the run directory {folder} cannot be written: {error.strerror}.") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        pass  # a file system without locks: then there is none
+    return handle
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Remove what an earlier run left in `folder`, file by file: never anything that a run has not written."""
+    if not _contents(folder):
+        return
+    if not is_run(folder):
+        raise UsageError(f"{folder} is not empty and holds no run: give an empty or new folder as --run-dir.")
+    if not overwrite and (found := kept(folder)):
+        raise UsageError(f"{folder} holds {found} --overwrite to replace it, or another --run-dir or --name.")
+    _remove(folder, _FILES)
+
+
+def kept(folder: Path) -> str:
+    """What there is of a run in `folder` that is not to be removed unasked, as the beginning of a sentence; '' if nothing."""
+    if (folder / SUMMARY_FILE).exists():
+        return "a finished run: give"
+    goes_on = "give --resume auto to go on with it,"
+    if checkpoint.folders(folder):
+        return f"a run that has not finished, with snapshots: {goes_on}"
+    if not (folder / FILE_NAME).exists() or not (folder / FILE_NAME).stat().st_size:
+        return ""
+    try:
+        with contextlib.closing(RunLogReader(folder / FILE_NAME)) as log:
+            rounds = log.count_rounds()
+    except sqlite3.Error:  # of which nobody knows what is in it
+        return "a run whose books cannot be read: give"
+    return f"a run that has not finished, after {rounds} rounds: {goes_on}" if rounds else ""
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    """Remove files of an earlier run, and if its event log is among them all else that a run writes."""
+    try:
+        for name, suffix in itertools.product(names, _SUFFIXES):
+            (folder / (name + suffix)).unlink(missing_ok=True)
+        if FILE_NAME in names:
+            for log in (folder / LOGS).glob("*.log"):
+                log.unlink()
+            for snapshot in checkpoint.folders(folder):
+                checkpoint.remove(snapshot)
+    except OSError as error:
+        raise UsageError(f"the earlier run in {folder} cannot be removed: {error.strerror}.") from None
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a run goes on in `folder`: another process has claimed it."""
+    lock = _lock(folder)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def _contents(folder: Path) -> list[str]:
+    """Names in `folder` without those of hidden files."""
+    try:
+        return [path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != "lost+found"]
+    except OSError as error:
+        raise UsageError(f"the run directory {folder} cannot be read: {error.strerror}.") from None
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What the coordinator wrote at the end of the run in `folder`; None if it has not finished."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder / SUMMARY_FILE} cannot be read: {error}.") from None
+    return summary
+
+
+def write_settings(path: Path, settings: Settings, script: str | None = None, args: Sequence[str] = ()) -> None:
+    """Write all that --config needs to repeat a run. OSError where that cannot be."""
+    path.write_text(SETTINGS_HEADER + to_toml(run_values(settings, script, args)), encoding="utf-8")
+
+
+def run_values(settings: Settings, script: str | None, args: Sequence[str]) -> dict[str, Any]:
+    """What the settings file of such a run holds: all that is not None."""
+    values = msgspec.structs.asdict(settings)
+    if script is not None:
+        values |= {"script": script, "args": list(args)}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A flat TOML table. TOML has no None."""
+
+    def literal(value: Any) -> str:
+        if isinstance(value, list):
+            return "[" + ", ".join(map(literal, value)) + "]"
+        if isinstance(value, float):
+            return repr(value)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    return "".join(f"{key} = {literal(value)}\n" for key, value in values.items())
+
+
+def tidy_log(folder: Path) -> None:
+    """Fold the side files, which a killed coordinator leaves, into the event log."""
+    path = folder / FILE_NAME
+    if path.with_name(FILE_NAME + "-wal").exists() or path.with_name(FILE_NAME + "-shm").exists():
+        with contextlib.suppress(Exception):  # the log is as readable as before
+            RunLog(path).close()

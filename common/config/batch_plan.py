@@ -1,0 +1,147 @@
+"""Which samples every micro-batch of every round consists of: a pure function that all processes share.
+
+A segment is what one call of `Run.batches` asks for: some epochs over one dataset. Rounds and epochs are numbered
+through the whole run, over all its segments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+
+from roundtable.common.config.field_types import Count, Positive
+
+#: Micro-batches that a round may have.
+MOST_MICRO_BATCHES = 1 << 20
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """Epochs over a dataset of `samples` samples, starting at `first_round` and `first_epoch` of the run."""
+
+    index: Count
+    first_round: Count
+    first_epoch: Count
+    samples: Positive
+    global_batch: Positive
+    micro_batch: Positive
+    epochs: Positive
+    #: Rounds in this segment: all its epochs, or fewer where the run's limit of rounds comes first.
+    rounds: Count
+
+    @property
+    def end(self) -> int:
+        """One past this segment's last round."""
+        return self.first_round + self.rounds
+
+    def follows(self, before: Segment | None) -> bool:
+        """Whether its numbers go on from those of `before`, the segment before it, and make sense."""
+        first = (0, 0, 0) if before is None else (before.index + 1, before.end, before.first_epoch + before.epochs)
+        fits = self.rounds <= self.rounds_per_epoch * self.epochs and self.global_batch <= MOST_MICRO_BATCHES * self.micro_batch
+        return fits and (self.index, self.first_round, self.first_epoch) == first
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        return -(-self.samples // self.global_batch)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples that all rounds of the segment use."""
+        whole, rest = divmod(self.rounds, self.rounds_per_epoch)
+        return whole * self.samples + min(rest * self.global_batch, self.samples)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of all rounds of the segment."""
+        epochs, rest = divmod(self.rounds, self.rounds_per_epoch)
+        return epochs * self._per_epoch + rest * self._per_round
+
+    def round_of(self, number: int) -> int:
+        """The round that has micro-batch `number` of the segment, if they are counted from 0 in the order of the plan."""
+        epoch, rest = divmod(number, self._per_epoch)
+        step = min(rest // self._per_round, self.rounds_per_epoch - 1)
+        return self.first_round + epoch * self.rounds_per_epoch + step
+
+    @property
+    def _per_round(self) -> int:
+        """Micro-batches of each round but the last of an epoch."""
+        return -(-self.global_batch // self.micro_batch)
+
+    @property
+    def _per_epoch(self) -> int:
+        last = self.samples - (self.rounds_per_epoch - 1) * self.global_batch
+        return (self.rounds_per_epoch - 1) * self._per_round + -(-last // self.micro_batch)
+
+    def round(self, index: int) -> Round:
+        """The plan of round `index`, counted through the run. Raises IndexError outside the segment."""
+        if not self.first_round <= index < self.end:
+            raise IndexError(f"round {index} is not in rounds {self.first_round}..{self.end - 1}")
+        epoch, step = divmod(index - self.first_round, self.rounds_per_epoch)
+        start = step * self.global_batch
+        return Round(
+            index=index,
+            epoch=self.first_epoch + epoch,
+            start=start,
+            samples=min(self.global_batch, self.samples - start),
+            micro_batch=self.micro_batch,
+        )
+
+
+@dataclass(frozen=True)
+class Round:
+    """One global batch: `samples` samples from place `start` of the epoch's order on, cut into micro-batches."""
+
+    index: int
+    epoch: int
+    start: int
+    samples: int
+    micro_batch: int
+
+    @property
+    def micro_batches(self) -> int:
+        """K: the last of them may be short."""
+        return -(-self.samples // self.micro_batch)
+
+    def places(self, k: int) -> range:
+        """Places in the epoch's order that micro-batch `k` takes."""
+        lo = self.start + k * self.micro_batch
+        return range(lo, min(lo + self.micro_batch, self.start + self.samples))
+
+    def samples_in(self, lo: int, hi: int) -> int:
+        """Samples in micro-batches lo..hi-1."""
+        return min(hi * self.micro_batch, self.samples) - min(lo * self.micro_batch, self.samples)
+
+
+def make_segment(
+    *, before: Segment | None, samples: int, global_batch: int, micro_batch: int, epochs: int, round_limit: int | None
+) -> Segment:
+    """The segment that follows `before` (None for the first); `round_limit` counts the rounds of the whole run."""
+    first_round = before.end if before else 0
+    rounds = -(-samples // global_batch) * epochs
+    if round_limit is not None:
+        rounds = max(0, min(rounds, round_limit - first_round))
+    return Segment(
+        index=before.index + 1 if before else 0,
+        first_round=first_round,
+        first_epoch=before.first_epoch + before.epochs if before else 0,
+        samples=samples,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        epochs=epochs,
+        rounds=rounds,
+    )
+
+
+def derive_seed(seed: int, purpose: str, *place: int) -> int:
+    """A 63-bit seed for one purpose at one place of the run, such as ('sample', epoch, index). The same everywhere."""
+    text = ":".join([str(seed), purpose, *map(str, place)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """Micro-batch `k` of `round`."""
+
+    round: int
+    k: int

@@ -1,0 +1,316 @@
+"""The one definition of what can be set about a run.
+
+Flags, TOML keys, the coordinator's WELCOME and the summary are all made from `Settings`; nothing else names them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+from msgspec import Meta
+
+from roundtable.common.config.field_types import Name, Text
+from roundtable.common.runtime.errors import UsageError
+
+#: Seconds for all processes of a run to start and find each other, by default.
+START_S = 600.0
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
+MergeName = Literal["uniform", "samples", "greedy"]
+PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk", "randomk"]
+WeightCodec = Literal["none", "bf16", "fp16", "int8", "onebit"]
+
+
+def _help(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a run that its processes must agree on. Field descriptions are the flags' help texts."""
+
+    workers: Annotated[Positive, _help("Worker processes, each with a replica of the model.")] = 2
+    servers: Annotated[Positive, _help("Parameter servers, among which the parameters are divided.")] = 2
+    policy: Annotated[PolicyName, _help("When updates are applied and when a worker may go on.")] = "sync"
+    global_batch: Annotated[Positive, _help("Samples per round, over all workers.")] = 64
+    micro_batch: Annotated[Positive, _help("Samples per micro-batch, the unit of work that is leased to workers.")] = 16
+    epochs: Annotated[Positive, _help("Passes over the training data.")] = 10
+    rounds: Annotated[Positive | None, _help("Stop after this many rounds, even in the middle of an epoch.")] = None
+    seed: Annotated[NonNegative, _help("Seed of weights, data order, augmentation and dropout.")] = 0
+    threads: Annotated[Positive, _help("Torch threads per worker; the bits of the result depend on it.")] = 1
+
+    lane: Annotated[
+        Literal["auto", "socket"],
+        _help("How tensors travel: through shared memory where a worker and a server can both reach it (auto), or never."),
+    ] = "auto"
+    push_codec: Annotated[
+        PushCodec, _help("How what workers send is compressed; memory that is shared needs none, so on one host see --lane.")
+    ] = "none"
+    weight_codec: Annotated[
+        WeightCodec, _help("How weights are compressed, those read from shared memory too; int8 and onebit send their changes.")
+    ] = "none"
+    codec_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk, randomk: share of the elements that is sent.")] = 0.01
+    codec_momentum: Annotated[
+        float, Meta(ge=0, lt=1), _help("topk: momentum on the workers (DGC), instead of the optimizer's own; 0 is none.")
+    ] = 0.0
+
+    snapshot_every: Annotated[
+        float,
+        Meta(ge=0),
+        _help("Seconds between two snapshots of the whole run, to go on from after a crash; 0: none, not even at the end."),
+    ] = 60.0
+    snapshots_kept: Annotated[int, Meta(ge=2), _help("Snapshots that are kept, the newest ones.")] = 2
+    replicas: Annotated[
+        int,
+        Meta(ge=0, le=1),
+        _help(
+            "sync, backup: servers that each keep a copy of another one's parameters, tables and sharded layers; with 1, a "
+            "server's death loses no round, and servers take up twice the memory."
+        ),
+    ] = 0
+
+    kv_memory: Annotated[
+        Positive, _help("Key-value store: MiB of memory that each server has for it at most, keys included.")
+    ] = 1024
+
+    staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
+    backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
+    local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
+    local_after: Annotated[
+        NonNegative, _help("local: rounds at the beginning in which every step is merged (post-local SGD); 0 is none.")
+    ] = 0
+    outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
+    outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
+    merge: Annotated[
+        MergeName,
+        _help(
+            "average: what replicas count with: their samples, all the same, or (greedy) only those that help on held-out data."
+        ),
+    ] = "samples"
+    staleness_lr: Annotated[bool, _help("ssp, async: divide the rate by the staleness of the push; the mean rate stays.")] = False
+    delay_compensation: Annotated[
+        float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
+    ] = 0.0
+
+    model: Annotated[Name, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
+        "lenet"
+    )
+    parallel: Annotated[
+        Literal["data", "hybrid"],
+        _help("Built-in example: hybrid has the fully connected layers on the servers, which compute them."),
+    ] = "data"
+    data: Annotated[
+        Name, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
+    ] = "mnist-5k"
+    data_dir: Annotated[Text | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
+    init: Annotated[
+        Text | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
+    ] = None
+    image: Annotated[
+        Name | None, _help("Built-in example: size of the images, where --data is synthetic or folder: 3x224x224, say.")
+    ] = None
+    classes: Annotated[Positive | None, _help("Built-in example: number of classes, where --data is synthetic.")] = None
+    devices: Annotated[
+        Name | None, _help("Built-in example: devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
+    ] = None
+    loss: Annotated[Literal["cross-entropy", "mse"], _help("Built-in example: the loss; mse is against one-hot targets.")] = (
+        "cross-entropy"
+    )
+    optimizer: Annotated[Name, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
+    lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
+    momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9
+    weight_decay: Annotated[float, Meta(ge=0), _help("Built-in example: weight decay.")] = 0.0
+    clip_norm: Annotated[PositiveFloat | None, _help("Built-in example: clip the gradient to this global norm.")] = None
+    schedule: Annotated[
+        Name, _help("Built-in example: course of the learning rate: CosineAnnealingLR, OneCycleLR, LinearLR or none.")
+    ] = "CosineAnnealingLR"
+    loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
+
+    on_nonfinite: Annotated[
+        Literal["fail", "skip", "allow"],
+        _help(
+            "A gradient that is NaN or infinite: the run fails, its round is dropped (ssp, async: its push), or it is applied."
+        ),
+    ] = "fail"
+    watchdog: Annotated[
+        float,
+        Meta(ge=0),
+        _help("Seconds without progress after which a process writes its threads' stacks to its log, once; 0 is never."),
+    ] = 60.0
+    silence: Annotated[
+        PositiveFloat | None,
+        _help(
+            "Seconds of silence after which a process counts as lost; by default 3 for a worker on the coordinator's host, if "
+            "others can do what it had, and 15 for all else."
+        ),
+    ] = None
+    timeout: Annotated[
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds without any progress after which the run is given up, naming who was waited for; or, 20 s later, a worker "
+            "that a server does not answer, where others can do what it had."
+        ),
+    ] = 300.0
+
+    worker_failures: Annotated[
+        NonNegative,
+        _help(
+            "Workers whose script may fail in mid-training without the run failing; others do what these have not done. Those "
+            "that fail before anything of theirs is in a committed round do not count."
+        ),
+    ] = 0
+
+    start_timeout: Annotated[
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds for all servers and workers to be there, and then for the first worker to come to its first batch; before "
+            "that nothing is trained, and every 10 s a line says who is missing. The servers and workers have a flag of the same "
+            "name, for the coordinator to answer."
+        ),
+    ] = START_S
+
+    stop_timeout: Annotated[
+        float,
+        Meta(gt=0),
+        _help(
+            "Seconds in which a run that is told to stop (Ctrl-C or SIGTERM on launcher or coordinator) ends the round in "
+            "progress and makes a snapshot; a second signal stops it at once."
+        ),
+    ] = 25.0
+
+    away: Annotated[
+        float,
+        Meta(gt=0),
+        _help("Seconds for which servers and workers go on without the coordinator, which can be started again meanwhile."),
+    ] = 60.0
+
+    def __post_init__(self) -> None:
+        for key in self.__struct_fields__:
+            value = getattr(self, key)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{key} is {value}: it must be a number that is not infinite.")
+        if self.micro_batch > self.global_batch:
+            raise UsageError(
+                f"micro_batch is {self.micro_batch} but global_batch is only {self.global_batch}: "
+                "a micro-batch is a part of the global batch, so make it no larger."
+            )
+        micro_batches = -(-self.global_batch // self.micro_batch)
+        if self.policy == "backup" and self.backup >= micro_batches:
+            raise UsageError(
+                f"backup is {self.backup} but a round has only {micro_batches} micro-batches: leave at least one to apply."
+            )
+        if self.replicas and self.policy not in ("sync", "backup"):
+            raise UsageError(f"replicas is {self.replicas} but policy is {self.policy}: only sync and backup keep copies.")
+        if self.worker_failures and self.policy in ("local", "average"):
+            raise UsageError(f"worker_failures is {self.worker_failures} but policy is {self.policy}, which needs all workers.")
+        if self.replicas and self.servers < 2:
+            raise UsageError(
+                f"replicas is {self.replicas} but there is one server: a copy needs another one, so set servers to 2."
+            )
+        self._check_codecs()
+        if self.image is not None:
+            parse_shape(self.image)
+        if self.parallel == "hybrid" and self.loss != "cross-entropy":
+            raise UsageError(
+                f"loss is {self.loss} but parallel is hybrid, and servers compute cross-entropy: choose one of the two."
+            )
+        if self.parallel == "hybrid" and self.devices is not None:
+            raise UsageError(
+                f"devices is {self.devices} but parallel is hybrid: fully connected layers are on two devices or on the servers, "
+                "so choose one of the two."
+            )
+
+    def _check_codecs(self) -> None:
+        push, weights = self.push_codec, self.weight_codec
+        if self.codec_momentum and push != "topk":
+            raise UsageError(f"codec_momentum is {self.codec_momentum} but push_codec is {push}: only topk has a momentum.")
+        if self.policy == "average" and push != "none":
+            raise UsageError(f"push_codec is {push} but policy average sends whole weights, not changes: set push_codec to none.")
+        if self.policy in ("local", "average") and weights != "none":
+            raise UsageError(f"weight_codec is {weights} but policy {self.policy} takes none: set weight_codec to none.")
+        if self.policy in ("ssp", "async") and weights in ("int8", "onebit"):
+            raise UsageError(
+                f"weight_codec is {weights}, which sends changes from one round to the next, but policy {self.policy} has no "
+                "rounds that all workers share: choose bf16 or fp16, or policy sync or backup."
+            )
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """(channels, height, width) of "3x224x224". Raises UsageError for anything else."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if found is None:
+        raise UsageError(f"image is '{text}': it must be channels x height x width, such as 3x224x224.")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Settings)}
+
+
+def unknown_key(key: str, known: list[str], where: str) -> UsageError:
+    """The error for a key nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1)
+    return UsageError(f"{where}: there is no setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "."))
+
+
+def make_settings(values: dict[str, Any], where: str) -> Settings:
+    """Check `values` and build Settings from them; `where` (a file, 'the command line') is named in errors.
+
+    Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
+    """
+    return msgspec.convert(check_values(values, where), Settings)
+
+
+def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` with underscores in their keys, each checked by itself, as part of what `make_settings` will get."""
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in values:
+        if key not in FIELDS:
+            raise unknown_key(key, sorted(FIELDS), where)
+    for key, value in values.items():
+        try:
+            msgspec.convert(value, FIELDS[key].type)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"{where}: {key} = {value!r} cannot be: {_plain(error, key)}") from None
+    return values
+
+
+def _plain(error: msgspec.ValidationError, key: str) -> str:
+    choices = _choices(key)
+    if choices:
+        return f"it must be one of {', '.join(choices)}."
+    text = str(error)
+    return text[0].lower() + text[1:].replace("`", "") + "."
+
+
+def _choices(key: str) -> tuple[str, ...]:
+    """The values a Literal setting may take, or ()."""
+    annotated: Any = FIELDS[key].type
+    inner = get_args(annotated)[0] if get_args(annotated) else annotated
+    return tuple(v for v in get_args(inner) if isinstance(v, str))
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The values that setting `key` may take where they are a fixed list of words, else ()."""
+    return _choices(key)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file. Raises UsageError where there is none or it does not parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}; --config takes the path of a TOML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.") from None

@@ -1,0 +1,223 @@
+"""How a model's parameters and buffers are cut into chunks and placed on servers.
+
+A pure function of (names, shapes, dtypes, groups, number of servers): every process computes it and compares digests.
+Where a tensor is cut never depends on the number of servers, so neither do the bits of anything computed on chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from roundtable.common.protocol.model_spec import (
+    BYTES_OF_ANY,
+    DTYPES,
+    ELEMENT_BYTES,
+    ClassSpec,
+    Kind,
+    TableSpec,
+    TensorSpec,
+    is_trainable,
+)
+from roundtable.common.runtime.errors import UsageError
+
+#: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
+CHUNK_BYTES = 4 << 20
+#: Small tensors are packed together at least up to this many bytes.
+_PACK_BYTES = 64 << 10
+#: Pieces of a chunk at most: which of them a contribution has is told by a bit each of a MessagePack integer.
+_MOST_PIECES = 64
+
+#: Models beyond this have more chunks than any process should keep track of.
+_MOST_BYTES = 1 << 40
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk. Of a tensor that
+    travels as bytes, an element is a byte."""
+
+    tensor: int
+    start: int
+    length: int
+    offset: int
+
+
+class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The unit of sending, summing and updating. All pieces have one kind, dtype and group, and are all `frozen` or not.
+
+    Ids follow the order in which the model registers its tensors, which for most is the order of the forward pass:
+    the lower an id, the sooner the next forward needs it.
+    """
+
+    id: int
+    server: int
+    kind: Kind
+    group: int
+    dtype: str
+    pieces: list[Piece]
+    frozen: bool = False
+
+    def has_values(self, present: int) -> bool:
+        """Whether a contribution that is `present` in these pieces has values: parameters without a gradient have none."""
+        return self.kind != "param" or present != 0
+
+    @property
+    def numel(self) -> int:
+        last = self.pieces[-1]
+        return last.offset + last.length
+
+    @property
+    def sum_dtype(self) -> str:
+        """dtype of contributions, of their sum, and of the master copy on the server."""
+        return DTYPES[self.dtype][1]
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.numel * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def sum_bytes(self) -> int:
+        return self.numel * ELEMENT_BYTES[self.sum_dtype]
+
+
+def urgency(chunk: Chunk) -> tuple[bool, int]:
+    """Sorts chunks by how soon the next round needs them: buffers before it begins, parameters as the forward pass goes."""
+    return chunk.kind == "param", chunk.id
+
+
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Every tensor of a model and the chunks they are cut into, and the tables and classifiers that are not."""
+
+    tensors: list[TensorSpec]
+    chunks: list[Chunk]
+    servers: int
+    tables: list[TableSpec] = []
+    classifiers: list[ClassSpec] = []
+
+    def on(self, server: int) -> list[Chunk]:
+        """The chunks placed on `server`, by id."""
+        return [chunk for chunk in self.chunks if chunk.server == server]
+
+    def owners(self) -> list[int]:
+        """Servers that take part in rounds: 0 with the metrics, and those with a chunk; all with tables or classifiers."""
+        if self.tables or self.classifiers:
+            return list(range(self.servers))
+        return sorted({0} | {chunk.server for chunk in self.chunks})
+
+    def digest(self) -> str:
+        """SHA-256 over everything above, as hexadecimal digits."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+def make_layout(
+    tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = (), classifiers: Sequence[ClassSpec] = ()
+) -> Layout:
+    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first. `tables` and `classifiers` are
+    left as they are.
+
+    A tensor above CHUNK_BYTES is cut into several chunks; small ones of one kind, dtype and group share one.
+    Raises UsageError for a dtype that cannot be trained or sent.
+    """
+    for spec in tensors:
+        _check_dtype(spec)
+    total = sum(spec.units * ELEMENT_BYTES[spec.unit] for spec in tensors)
+    if total > _MOST_BYTES:
+        raise UsageError(f"the model takes {total >> 40} TiB; {_MOST_BYTES >> 40} TiB is the most that can be divided.")
+    pack_bytes = min(CHUNK_BYTES, max(_PACK_BYTES, total // 16))
+    cuts: list[list[Piece]] = []
+    open_cut: dict[tuple[str, str, int, bool], int] = {}
+    for index, spec in enumerate(tensors):
+        if spec.numel == 0:
+            continue
+        units, size = spec.units, ELEMENT_BYTES[DTYPES[spec.unit][1]]
+        if units * size > CHUNK_BYTES:
+            step = CHUNK_BYTES // size
+            for start in range(0, units, step):
+                cuts.append([Piece(index, start, min(step, units - start), 0)])
+            continue
+        key = (spec.kind, spec.unit, spec.group, spec.frozen)
+        at = open_cut.get(key)
+        fits = at is not None and (_end(cuts[at]) + units) * size <= pack_bytes and len(cuts[at]) < _MOST_PIECES
+        if at is not None and fits:
+            cuts[at].append(Piece(index, 0, units, _end(cuts[at])))
+        else:
+            open_cut[key] = len(cuts)
+            cuts.append([Piece(index, 0, units, 0)])
+    chunks = []
+    for number, pieces in enumerate(cuts):
+        spec = tensors[pieces[0].tensor]
+        chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces, spec.frozen))
+    return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(classifiers))
+
+
+def _check_dtype(spec: TensorSpec) -> None:
+    """Raise UsageError for a dtype that the tensor's kind cannot have."""
+    if spec.is_bytes and spec.dtype in BYTES_OF_ANY:
+        return
+    if (
+        spec.dtype not in DTYPES
+        or (spec.kind in ("param", "mean") and not is_trainable(spec.dtype))
+        or (spec.kind == "sum" and spec.dtype == "bool")
+    ):
+        if spec.kind == "param":
+            raise UsageError(f"'{spec.name}' has dtype {spec.dtype}; servers can keep {', '.join(DTYPES)}.")
+        raise UsageError(f"the buffer '{spec.name}' has dtype {spec.dtype}, which rule '{spec.kind}' cannot merge.")
+
+
+def _end(pieces: list[Piece]) -> int:
+    return pieces[-1].offset + pieces[-1].length
+
+
+def _place(chunks: list[Chunk], servers: int) -> list[Chunk]:
+    load = [0] * servers
+    server_of: dict[int, int] = {}
+    for chunk in sorted(chunks, key=lambda c: (-c.sum_bytes, c.id)):
+        server_of[chunk.id] = load.index(min(load))
+        load[server_of[chunk.id]] += chunk.sum_bytes
+    return [msgspec.structs.replace(chunk, server=server_of[chunk.id]) for chunk in chunks]
+
+
+#: Chunks in memory begin at multiples of this many bytes, so that each can be mapped by itself: a page everywhere.
+ALIGN_BYTES = 4096
+
+
+def gradient_offsets(layout: Layout) -> tuple[dict[int, int], int]:
+    """Byte offsets of the contributions to all chunks in one memory, by chunk, and the bytes of it all.
+
+    A tensor that is cut into several chunks lies there in one piece.
+    """
+    offsets, end = {}, 0
+    for chunk in layout.chunks:
+        if chunk.pieces[0].start == 0:
+            end = _aligned(end)
+        offsets[chunk.id] = end
+        end += chunk.sum_bytes
+    return offsets, _aligned(end)
+
+
+def weight_offsets(chunks: Iterable[Chunk]) -> tuple[dict[int, int], int]:
+    """Byte offsets of the weights of a server's chunks in one memory, by chunk, and the bytes of it all."""
+    offsets, end = {}, 0
+    for chunk in chunks:
+        offsets[chunk.id] = end
+        end = _aligned(end + chunk.weight_bytes)
+    return offsets, end
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def message_batches(ids: Iterable[int], size: Callable[[int], int]) -> list[list[int]]:
+    """Cut chunk ids into lists whose bytes, as `size` gives them, fill one message: a chunk's worth, or one chunk."""
+    out: list[list[int]] = []
+    room = 0
+    for i in ids:
+        if not out or size(i) > room:
+            out.append([])
+            room = CHUNK_BYTES
+        out[-1].append(i)
+        room -= size(i)
+    return out

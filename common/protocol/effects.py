@@ -1,0 +1,34 @@
+"""What state machines ask their drivers to do, and the names of those whom they may have to send to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from roundtable.common.protocol.messages import (
+    Body,
+    Filed,
+    Forward,
+    ForwardClasses,
+    ForwardRows,
+    GotPart,
+    Kept,
+    Restore,
+    State,
+    StatePart,
+)
+from roundtable.common.protocol.transport import Frames
+
+COORDINATOR = "coordinator"
+#: The server that keeps a copy of this one's shard.
+KEEPER = "keeper"
+#: What servers say to each other.
+AboutCopies = Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
+
+
+@dataclass(frozen=True)
+class Send:
+    """Effect: send `body` and `frames` to the process called `to`."""
+
+    to: str
+    body: Body
+    frames: Frames = ()

@@ -1,0 +1,110 @@
+"""What a model consists of, as processes tell each other: its parameters, buffers, tables of rows and sharded layers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from roundtable.common.config.field_types import Amount, Count, CountOrNone, Name, Positive
+
+Kind = Literal["param", "mean", "max", "sum", "last"]
+#: How a round's contributions to a buffer are merged.
+Rule = Literal["mean", "max", "sum", "last"]
+#: dtype name -> (bytes an element has on the wire, dtype that gradients are summed and masters kept in)
+DTYPES = {
+    "float32": (4, "float32"),
+    "float64": (8, "float64"),
+    "bfloat16": (2, "float32"),
+    "float16": (2, "float32"),
+    "int64": (8, "int64"),
+    "int32": (4, "int32"),
+    "uint8": (1, "uint8"),
+    "bool": (1, "bool"),
+}
+ELEMENT_BYTES = {name: size for name, (size, _) in DTYPES.items()}
+#: dtype name -> bytes of an element, of all that can travel as bytes.
+BYTES_OF_ANY = ELEMENT_BYTES | {
+    **dict.fromkeys(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("int16", "uint16"), 2),
+    **dict.fromkeys(("uint32", "complex32"), 4),
+    **dict.fromkeys(("uint64", "complex64"), 8),
+    "complex128": 16,
+}
+
+
+def is_trainable(dtype: str) -> bool:
+    """Whether servers can train a parameter of this dtype."""
+    return dtype in DTYPES and "float" in dtype
+
+
+class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model.
+
+    A `frozen` parameter required no gradient when the optimizer was made. If it was not given to the optimizer, its `group` is
+    -1, and it may have any dtype, for it travels as bytes.
+
+    Of a buffer, `rule` says how a round's contributions are merged: `mean`, weighted by samples; `max`, element by element;
+    `sum`, of what each has added; or `last`, the value that the last micro-batch in order has left which changed it. One of
+    `last` may have any dtype, for it travels as bytes.
+    """
+
+    name: Name
+    shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    dtype: Name
+    group: CountOrNone
+    rule: Rule = "last"
+    frozen: bool = False
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def kind(self) -> Kind:
+        """How contributions are merged: gradients through the optimizer, buffers by their rule."""
+        return "param" if self.group >= 0 or self.frozen else self.rule
+
+    @property
+    def is_buffer(self) -> bool:
+        return self.kind != "param"
+
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it travels as bytes."""
+        return self.kind == "last" or (self.frozen and self.group < 0)
+
+    @property
+    def units(self) -> int:
+        """The elements that it has in chunks: bytes, if it travels as bytes."""
+        return self.numel * (BYTES_OF_ANY[self.dtype] if self.is_bytes else 1)
+
+    @property
+    def unit(self) -> str:
+        """dtype of these elements."""
+        return "uint8" if self.is_bytes else self.dtype
+
+
+class TableSpec(msgspec.Struct, frozen=True):
+    """A float32 parameter of which only rows are sent: `rows` x `dim`. It is in no chunk; `common/model/sparse_rows.py` says
+    which server has what of it. `std`: servers draw its first values, with that standard deviation; None: worker 0 sends them."""
+
+    name: Name
+    rows: Positive
+    dim: Positive
+    group: Count
+    std: Amount | None = None
+
+
+class ClassSpec(TableSpec, frozen=True):
+    """A classifier of which servers keep and compute all: `rows` classes and `dim` numbers for each, the last of which is the
+    bias where it has one. `std`: as above, but drawn evenly from -sqrt(3)*std .. sqrt(3)*std. A share of `sample_rate` of the
+    classes, drawn anew for each round, are the negative ones. `hidden`: it is no classifier but a layer whose `rows` outputs go
+    on into another one."""
+
+    bias: bool = False
+    sample_rate: float = 1.0
+    hidden: bool = False

@@ -1,0 +1,107 @@
+"""How a server or worker joins the coordinator and stays in touch: ask until welcomed, then beat, and notice silence.
+
+While a coordinator is away, which may be started again, rounds go on without it: so its silence is endured for longer than that
+of others, the setting `away`.
+
+A state machine: `handle` takes what the coordinator sent, `tick` returns what to send it now.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+
+from roundtable.common.config.settings import START_S
+from roundtable.common.protocol.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S, STOPPED_S
+from roundtable.common.runtime.errors import ClusterError, UsageError
+
+log = logging.getLogger("roundtable.common.attendance")
+
+#: Seconds between two lines about what this process waits for.
+TELL_S = 10.0
+#: Seconds between two beats at least, however much news there is.
+NEWS_S = 0.1
+
+
+class Attendance:
+    """One process's standing with the coordinator at `address`."""
+
+    def __init__(self, hello: Hello, address: str, now: float, start_s: float = START_S) -> None:
+        """The coordinator has `start_s` seconds to answer, for it may start later than the others."""
+        self._hello = hello
+        self._address = address
+        #: None until the run starts.
+        self.welcome: Welcome | None = None
+        #: None until the run is over.
+        self.stop: Stop | None = None
+        #: The incarnation of the coordinator whose word counts: each that takes over the run has a higher one.
+        self.coordinator = 0
+        self._heard_at, self._was_heard = now, False
+        self._silence_s = start_s
+        #: What the coordinator waited for when it last said so, and when this process last told what it waits for itself.
+        self._missing = ""
+        self._told_at = now
+        self._sent_at = float("-inf")
+        self._ticked_at = now
+        #: Whether something has happened that the last beat did not tell.
+        self._news = False
+
+    def is_current(self, incarnation: int) -> bool:
+        """Whether a message of this coordinator counts. An earlier one's, that was long on its way, does not."""
+        self.coordinator = incarnation if self.welcome is None else max(self.coordinator, incarnation)
+        return incarnation == self.coordinator
+
+    def handle(self, body: Body, now: float) -> None:
+        """Raises UsageError where the coordinator refuses this process."""
+        self._heard_at, self._was_heard = now, True
+        match body:
+            case Welcome():
+                self.welcome = self.welcome or body
+                self._silence_s = body.settings.away
+            case Stop():
+                self.stop = body
+            case Beat() if self.welcome is None:
+                self._missing = body.missing
+            case Refused(about="Hello"):
+                raise UsageError(body.reason)
+
+    def tick(self, now: float, beat: Callable[[], Beat]) -> list[Body]:
+        """Raises ClusterError if the coordinator has been silent for too long, not counting while this process was stopped."""
+        if (stopped_s := now - self._ticked_at) > STOPPED_S:
+            self._heard_at += stopped_s
+        self._ticked_at = now
+        if now - self._heard_at > self._silence_s:
+            raise ClusterError(self._silence(now) + f"; {self._flag()} says for how long it is waited for.")
+        self._tell(now)
+        every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else BEAT_S
+        if now - self._sent_at < every_s:
+            return []
+        self._sent_at, self._news = now, False
+        return [beat() if self.welcome else self._hello]
+
+    def _tell(self, now: float) -> None:
+        """Say what this process waits for, if it does and has not said so just now."""
+        is_silent = now - self._heard_at >= TELL_S
+        if now - self._told_at < TELL_S or not (is_silent or self.welcome is None):
+            return
+        self._told_at = now
+        if is_silent:
+            log.warning("%s", self._silence(now))
+        else:
+            log.info("waits for the run of %s to start: %s", self._address, self._missing or "others are to join")
+
+    def _silence(self, now: float) -> str:
+        text = f"the coordinator at {self._address} has not answered for {now - self._heard_at:.0f} s"
+        if self._was_heard:
+            return text
+        return f"{text}; {platform.node()} asks for it: it must listen there (its --bind), and no firewall may close that port"
+
+    def _flag(self) -> str:
+        return "--start-timeout" if self.welcome is None else "--away"
+
+    def beat_soon(self, now: float) -> bool:
+        """Have a beat sent as soon as may be, for there is news in it. Whether the next tick will."""
+        self._news = self.welcome is not None
+        return self._news and now - self._sent_at >= NEWS_S

@@ -1,0 +1,88 @@
+"""Points in the code at which a test or benchmark has a process fail: faults are declared by process, phase and round.
+
+PS_FAILPOINTS="server-1:applying:12:kill;worker-0:pushed:20:stop" has server-1 end as by kill -9 when it first comes to the point
+`applying` in round 12 or later, and worker-0 stop as by SIGSTOP at `pushed` in round 20 or later; `sleep` sleeps for `SLEEP_S`,
+and `raise` raises a RuntimeError.
+Each happens once in a run directory, whoever has that name then. Not armed, a point costs a call and a look at a list.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from roundtable.common.runtime.errors import UsageError
+
+VARIABLE = "PS_FAILPOINTS"
+#: What a run directory has for each fault that has happened: an empty file whose name ends in the fault's number.
+MARK = "failpoint-"
+#: Each point, and where in its process it is.
+POINTS: Mapping[str, str] = {
+    "computing": "worker: a gradient is made, and nobody has it",
+    "pushing": "worker: the first message of a contribution is sent, others are not",
+    "pushed": "worker: a contribution is sent, no acknowledgement is read",
+    "receiving": "worker: the first weights of a round have come",
+    "aggregating": "server: a contribution has come, and is not applied or acknowledged",
+    "applying": "server: the first chunk of a round is applied, or of a push where each is at once",
+    "applied": "server: a round is applied, or likewise a push, and nobody knows",
+    "saving": "server: a part of a snapshot's file is written",
+    "saved": "server: a snapshot's file is written, and nobody knows",
+    "uploading": "server: parts of the trained model are about to be handed in, others are or are not",
+    "reported": "coordinator: a server's report is read, not written down",
+    "flushed": "coordinator: the books are written, and nobody knows",
+    "cutting": "coordinator: servers have been asked for a snapshot",
+    "completing": "coordinator: all files of a snapshot are written, its manifest is not",
+    "ending": "coordinator: the model is written, the summary is not",
+}
+_ACTIONS = ("kill", "stop", "sleep", "raise")
+#: Seconds before a process fails in which what it has sent leaves it, and for which `sleep` sleeps.
+_LEAVES_S = 0.02
+SLEEP_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Fault:
+    phase: str
+    round: int
+    action: str
+    mark: Path
+
+
+_armed: list[_Fault] = []
+
+
+def arm(process: str, run_dir: Path) -> None:
+    """Arm what the environment has for `process`, which has just learnt its name. Raises UsageError for what cannot be read."""
+    _armed.clear()
+    for number, text in enumerate(filter(None, os.environ.get(VARIABLE, "").split(";"))):
+        name, _, rest = text.partition(":")
+        phase, _, rest = rest.partition(":")
+        round_, _, action = rest.partition(":")
+        if phase not in POINTS or not round_.isdecimal() or action not in _ACTIONS:
+            raise UsageError(f"{VARIABLE} has '{text}': it must be process:point:round:action, such as worker-0:pushed:12:kill.")
+        if name == process:
+            _armed.append(_Fault(phase, int(round_), action, run_dir / f"{MARK}{number}"))
+
+
+def failpoint(phase: str, round_: int) -> None:
+    """Note that the process has come to `phase` in `round_`. Raises RuntimeError where it is to fail so."""
+    if _armed:
+        _reach(phase, round_)
+
+
+def _reach(phase: str, round_: int) -> None:
+    for fault in [fault for fault in _armed if fault.phase == phase and round_ >= fault.round]:
+        _armed.remove(fault)
+        try:
+            fault.mark.touch(exist_ok=False)
+        except OSError:  # it has happened before
+            continue
+        if fault.action == "raise":
+            raise RuntimeError(f"failpoint {phase} in round {round_}")
+        time.sleep(_LEAVES_S if fault.action != "sleep" else SLEEP_S)
+        if fault.action != "sleep":
+            os.kill(os.getpid(), signal.SIGKILL if fault.action == "kill" else signal.SIGSTOP)

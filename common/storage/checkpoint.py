@@ -1,0 +1,206 @@
+"""Snapshots of a run on disk: RUN/snapshots/round-00000120 holds a file of each server and, written last, a manifest.
+
+A snapshot is one cut through the whole run: every update before its round, and nothing of later ones. Its files are
+safetensors, which plain PyTorch reads without this project. A folder without a manifest is none; one whose files are not what
+its manifest says is damaged, and then the one before is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from roundtable.common.protocol.messages import Setup
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.versions import Versions, versions_here
+from roundtable.common.storage.atomic_files import sync_folder, write_whole
+
+FOLDER = "snapshots"
+MANIFEST_FILE = "manifest.json"
+TOKEN_FILE = "token"
+#: Version of the format that is written and read here.
+FORMAT = 1
+
+_NAME = re.compile(r"round-(\d{8,})")
+_PIECE_BYTES = 4 << 20
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """A file of a snapshot: its SHA-256 in hexadecimal digits, and its size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a snapshot is of: every update before `round` of run `run`, whose model and optimizer are `setup`. It was written by
+    `versions`."""
+
+    format: int = FORMAT
+    versions: Versions = Versions()
+    run: str
+    round: int
+    servers: int
+    setup: Setup
+    settings: dict[str, Any]
+    files: dict[str, FileEntry]
+
+
+class _Format(msgspec.Struct, frozen=True):
+    """What can be read of a manifest of any format."""
+
+    format: int
+    versions: Versions = Versions()
+
+
+class _OtherFormat(UsageError):
+    """A snapshot is of a format that this version of the program does not know."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot whose manifest could be read."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / name for name in sorted(self.manifest.files)]
+
+    def damage(self) -> str:
+        """What is wrong with its files, in a sentence; '' where nothing is."""
+        for name, entry in sorted(self.manifest.files.items()):
+            path = self.folder / name
+            try:
+                digest, size = _hash(path)
+            except OSError as error:
+                return f"{path} cannot be read: {error.strerror or error}."
+            if size != entry.bytes:
+                return f"{path} has {size} bytes instead of {entry.bytes}."
+            if digest != entry.sha256:
+                return f"{path} is damaged: its SHA-256 is not the manifest's."
+        return ""
+
+
+def folder_of(run_dir: Path, round_: int) -> Path:
+    """Where the snapshot of `round_` is, or is to be."""
+    return run_dir / FOLDER / f"round-{round_:08d}"
+
+
+def round_of(folder: Path) -> int:
+    """The round of the snapshot in `folder`, by its name."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def file_of(server: int) -> str:
+    """The name of a server's file in a snapshot."""
+    return f"server-{server}.safetensors"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Make the files in `folder` a snapshot. OSError where that cannot be."""
+    (folder / TOKEN_FILE).unlink(missing_ok=True)
+    write_whole(folder / MANIFEST_FILE, [msgspec.json.format(msgspec.json.encode(manifest), indent=1)])
+    for above in (folder.parent, folder.parent.parent):
+        sync_folder(above)
+
+
+def read(folder: Path) -> Snapshot:
+    """The snapshot in `folder`. Raises UsageError where there is none, or one of another format."""
+    path = folder / MANIFEST_FILE
+    try:
+        data = path.read_bytes()
+        written = msgspec.json.decode(data, type=_Format)
+        if written.format != FORMAT:
+            raise _OtherFormat(
+                f"the snapshot {folder} has format {written.format}, of {written.versions}, and here is {versions_here()}, which "
+                f"reads format {FORMAT}: go on with the other version, or begin a new run."
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except FileNotFoundError:
+        raise UsageError(f"{folder} is no snapshot, or one that was not finished: it has no {MANIFEST_FILE}.") from None
+    except _OtherFormat:
+        raise
+    except (OSError, msgspec.DecodeError, UsageError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.") from None
+    return Snapshot(folder, manifest)
+
+
+def check_versions(snapshot: Snapshot, accepted: bool) -> str:
+    """What is to be told of a snapshot of another version of the program or of torch, which must be `accepted`; '' of any other.
+
+    Raises UsageError for one that is not accepted.
+    """
+    was, here = snapshot.manifest.versions, versions_here()
+    if was == here:
+        return ""
+    text = f"the snapshot {snapshot.folder} is of {was}, and here is {here}, so the same bits cannot be promised"
+    if not accepted:
+        raise UsageError(f"{text}: go on with the other version, or give --accept-versions.")
+    return f"{text}."
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """The folders of snapshots in a run directory, finished or not, oldest round first."""
+    try:
+        found = [path for path in (run_dir / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UsageError(f"the snapshots in {run_dir} cannot be read: {error.strerror or error}.") from None
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def finished(run_dir: Path) -> list[Path]:
+    """Those of `folders` that hold a manifest: the others were being written when the run was stopped."""
+    return [folder for folder in folders(run_dir) if (folder / MANIFEST_FILE).exists()]
+
+
+def size(run_dir: Path) -> int:
+    """Bytes of all finished snapshots together."""
+    return sum(path.stat().st_size for folder in finished(run_dir) for path in folder.iterdir())
+
+
+def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
+    """The newest snapshot that is whole, and what is wrong with those that are newer, a sentence each.
+
+    Raises UsageError where a newer one is of another format, for then it is not the newest that would be gone on from.
+    """
+    problems = []
+    for folder in reversed(finished(run_dir)):
+        try:
+            snapshot = read(folder)
+        except _OtherFormat:
+            raise
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        if damage := snapshot.damage():
+            problems.append(damage)
+            continue
+        return snapshot, problems
+    return None, problems
+
+
+def remove(folder: Path) -> None:
+    """Remove a snapshot's folder, the manifest first, so that what is left at any moment is none."""
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hash(path: Path) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return digest.hexdigest(), size

@@ -1,0 +1,42 @@
+"""A run directory: what the files in it are called, and how the one that a user names is found."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.event_log import FILE_NAME
+
+SETTINGS_FILE = "settings.toml"
+SUMMARY_FILE = "summary.json"
+MODEL_FILE = "model.safetensors"
+RUNS = Path("runs")
+
+#: What a coordinator does with the run directory: it begins a run; goes on in place of a coordinator that has died, whose servers
+#: and workers wait; goes on from the newest snapshot; or has nothing left to do but to tell who asks that the run has finished.
+How = Literal["begin", "recover", "resume", "nothing"]
+
+#: The first line of a run's settings file.
+SETTINGS_HEADER = "# The settings of this run; give this file to --config to repeat it.\n"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run, finished or not, has written to `folder`."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if (folder / FILE_NAME).read_bytes()[:15] == b"SQLite format 3":
+            return True
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / SETTINGS_FILE).read_text(encoding="utf-8").startswith(SETTINGS_HEADER)
+    return False
+
+
+def find_run(name: str) -> Path:
+    """The folder of the run that a user calls `name`: a run directory, or a name under runs/. Raises UsageError for none."""
+    for folder in (Path(name), RUNS / name):
+        if folder.is_dir() and is_run(folder):
+            return folder
+    there = sorted(path.name for path in RUNS.glob("*") if is_run(path))
+    known = f"{RUNS}/ has {', '.join(there)}" if there else f"there are none in {RUNS}/ either"
+    raise UsageError(f"there is no run {name}: give a run directory, or the name of one under {RUNS}/; {known}.")

@@ -1,0 +1,151 @@
+"""Starting a coordinator: at a run's beginning, in place of one that has died, or to go on from a snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import zmq
+
+from roundtable.common.config.settings import Settings
+from roundtable.common.network.addresses import advertised
+from roundtable.common.protocol.messages import Beat
+from roundtable.common.protocol.transport import Stamp, allow_files, receive, router, send, write_address
+from roundtable.common.runtime.errors import UsageError, WireError
+from roundtable.common.runtime.restart import restart
+from roundtable.common.runtime.signal_handlers import handled
+from roundtable.common.storage.checkpoint import check_versions, finished, folders, newest, remove
+from roundtable.common.storage.event_log import FILE_NAME
+from roundtable.common.storage.private_files import make_run_dir
+from roundtable.common.storage.run_files import SETTINGS_FILE, How
+from roundtable.ps.coordinator.coordinator import TICK_MS, BeginAnew, Coordinator
+from roundtable.ps.coordinator.recovery import Books, restore
+
+log = logging.getLogger("roundtable.ps.coordinator")
+
+T = TypeVar("T")
+
+#: Seconds for the old address of a coordinator to become free.
+_REBIND_S = 5.0
+#: Seconds for all servers and workers to hear that the run has finished, which were started as if it had not: on a busy machine
+#: it takes them long to start. Once all have heard, nobody waits.
+_LATE_S = 60.0
+
+
+def serve(
+    settings: Settings,
+    bind: str,
+    run_dir: Path,
+    how: How = "begin",
+    accept_versions: bool = False,
+    signals: Sequence[signal.Signals] = (),
+) -> None:
+    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`. `how` says what is done with what is
+    there. The newest snapshot to resume from may be of another version of this program or of torch only if `accept_versions`.
+
+    One that recovers a run is at the address of the coordinator before it, if `bind` leaves the port open. Writes the address it
+    listens at to run_dir/address. Returns when the run has finished and its results are written.
+    The first of `signals` that comes has it stop, with a snapshot, and a second one at once. Raises UsageError where it cannot
+    listen, read or write, ClusterError where the run failed, naming who and why, and Stopped where one of `signals` has come.
+    """
+    allow_files(settings.workers + settings.servers)
+    books, warning = None, ""
+    if how in ("recover", "nothing") and (books := books_to_recover(run_dir)) is not None:
+        if books.stop is None:
+            _check_same(settings, books, run_dir)
+        bind = _address_of_old(bind, run_dir / "address")
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        sock, bound = _listen(context, bind, _REBIND_S if how != "begin" else 0.0)
+        if how == "resume":
+            books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
+        try:
+            make_run_dir(run_dir)
+            patience_s = _LATE_S if how == "nothing" else None
+            coordinator = Coordinator(sock, settings, run_dir, books, recovers=how != "resume", late_s=patience_s)
+            address = advertised(bound, "tcp://127.0.0.1:1")
+            write_address(run_dir / "address", address)
+            if warning:
+                coordinator.journal.warn(warning)
+        except OSError as error:
+            raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
+        log.info("listening at %s", address if address == bound else f"{bound}; others find it at {address}")
+        with handled(signals, coordinator.stop):
+            coordinator.run()
+    except BeginAnew:
+        context.destroy(linger=1000)
+        resumes = ("--config", str(run_dir / SETTINGS_FILE), "--run-dir", str(run_dir), "--bind", bound, "--resume", "auto")
+        restart([*resumes, *["--accept-versions"] * accept_versions])
+    finally:
+        context.destroy(linger=1000)
+
+
+def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:
+    """The books of a run that goes on from its newest snapshot, put back to there, and what is to be told of that one's versions,
+    '' if nothing. What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
+    found, problems = newest(run_dir)
+    warning = check_versions(found, accept_versions) if found is not None else ""
+    for problem in problems:
+        log.warning("a snapshot is not used: %s", problem)
+    for folder in folders(run_dir):
+        if found is None or folder > found.folder:
+            remove(folder)
+    books = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
+    if books is None:
+        raise UsageError(f"there is no run in {run_dir} to go on with.")
+    return books, warning
+
+
+def books_to_recover(run_dir: Path) -> Books | None:
+    """The books of a run whose coordinator has died, if there is one. Snapshots that were under way are removed."""
+    books = restore(run_dir / FILE_NAME)
+    if books is not None:
+        for folder in set(folders(run_dir)) - set(finished(run_dir)):
+            remove(folder)
+    return books
+
+
+def _check_same(settings: Settings, books: Books, run_dir: Path) -> None:
+    for name in Settings.__struct_fields__:
+        asked, was = getattr(settings, name), getattr(books.head.settings, name)
+        if asked != was and books.tables:
+            raise UsageError(f"the run in {run_dir} has {name} = {was} and not {asked}: it goes on with the same settings only.")
+
+
+def _address_of_old(bind: str, file: Path) -> str:
+    """`bind` with the port that the others know, if it names none."""
+    if not bind.endswith(":0") or not file.exists():
+        return bind
+    return f"{bind.removesuffix(':0')}:{file.read_text(encoding='utf-8').strip().rpartition(':')[2]}"
+
+
+def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zmq.Socket[bytes], str]:
+    """A socket at `bind`, which may be in use for a moment yet by a process that has just died."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return router(context, bind)
+        except UsageError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(TICK_MS / 1000)
+
+
+def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
+    """What `work`, done on another thread, returns. Who asks to join before that is told to wait."""
+    stamp = Stamp(sender="coordinator")
+    with ThreadPoolExecutor(1) as thread:
+        result = thread.submit(work)
+        while not result.done():
+            sock.poll(TICK_MS)
+            with contextlib.suppress(WireError):
+                frames = receive(sock)
+                if frames is not None and len(frames) > 1 and stamp.open(frames[1].buffer).read_hello():
+                    send(sock, stamp.encode(Beat()), to=frames[0].bytes)
+    return result.result()

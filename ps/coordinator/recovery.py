@@ -1,0 +1,245 @@
+"""A run's books as they are on the disk: what a coordinator that is started again goes on from.
+
+Everything is in the event log, `common/storage/event_log.py`: rounds, contributions and metrics as rows, and the rest as `state`.
+What was promised to anybody (an acknowledged report, a name, a plan) is there before the promise is sent. Not there, because
+servers and workers tell it anew: where they are, what they wait for, and what was decided for the open round
+(`ps/coordinator/state/ledger.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from roundtable.common.config.batch_plan import Segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.config.work_shares import Table
+from roundtable.common.config.worker_facts import Told
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages import Committed, Contribution, Hello, Setup, Stop
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.storage.event_log import RunLog, connect_to_write
+from roundtable.ps.coordinator.state.ledger import Ledger, Reported
+from roundtable.ps.coordinator.state.membership import Member, Membership
+from roundtable.ps.coordinator.summary_metrics import Measured, measured
+
+
+class Head(msgspec.Struct, frozen=True):
+    """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round
+    of the snapshot that its processes began from, -1 where they began from nothing."""
+
+    run: str
+    incarnation: int
+    host: str
+    settings: Settings
+    resume: int = -1
+    #: Of the tickets by which names are known.
+    key: bytes = b""
+
+
+class KeptMember(msgspec.Struct, frozen=True):
+    """What must be known of a member to know it again."""
+
+    hello: Hello
+    incarnation: int
+    left: bool
+    lost: bool
+    early: bool = False
+    replaces: bool = False
+    ended_at: int = -1
+    failed: str = ""
+
+
+@dataclass
+class Books:
+    """What `restore` found. Times are unix seconds."""
+
+    head: Head
+    ledger: Ledger
+    members: dict[str, KeptMember] = field(default_factory=dict)
+    #: Empty where the run has not started.
+    tables: list[Table] = field(default_factory=list)
+    #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy that a script measured.
+    metrics: set[tuple[int, int]] = field(default_factory=set)
+    accuracy: Measured | None = None
+    #: Sentences on workers whose script has failed and that the run goes on without; how many `worker_failures` has admitted.
+    failed: list[str] = field(default_factory=list)
+    admitted: int = 0
+    #: When the first plan was made, and when the newest round was committed.
+    planned_at: float | None = None
+    committed_at: float | None = None
+    #: Samples of the rounds before that of `head.resume`.
+    samples_before: int = 0
+    #: The hash of the model that was written when all rounds were done, and after how many, if that was so.
+    model: tuple[str, int] | None = None
+    #: How the run has ended, if it has.
+    stop: Stop | None = None
+
+
+class Keeper:
+    """Puts down what has changed of a run's state since it was last put down."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    def keep(self, log: RunLog, head: Head, membership: Membership, ledger: Ledger) -> None:
+        """Hand `log` what is new; it is on the disk after its next flush."""
+        for kind, key, value in _state(head, membership, ledger):
+            if self._kept.get((kind, key)) != value:
+                self._kept[kind, key] = value
+                log.state(kind, key, msgspec.msgpack.encode(value))
+
+    def forget(self, log: RunLog, member: Member) -> None:
+        """Of a worker that never took part only the name is kept, which is no other's."""
+        self._kept.pop(("member", member.name), None)
+        kept = KeptMember(Hello("worker"), member.incarnation, left=False, lost=True)
+        log.state("member", member.name, msgspec.msgpack.encode(kept))
+
+
+def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
+    yield "run", "", head
+    for name, member in membership.members.items():
+        kept = KeptMember(
+            member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces, member.ended_at,
+            member.failed,
+        )  # fmt: skip
+        yield "member", name, kept
+    yield "tables", "", membership.tables
+    if ledger.setup is not None:
+        yield "setup", "", ledger.setup
+    for segment in ledger.segments:
+        yield "plan", str(segment.index), segment
+    for about, told in ledger.told.items():
+        yield "told", about, told
+    for server, reported in ledger.reported.items():
+        yield "reported", str(server), reported
+    yield "pending", "", list(ledger.pending)
+    yield "left out", "", list(ledger.left_out)
+
+
+def new_run(before: str = "") -> str:
+    """A name for a run, or with `before` another one for that run, whose processes all begin anew."""
+    return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
+
+
+def restore(path: Path, upto: int | None = None) -> Books | None:
+    """The books in the event log at `path`, or None where no coordinator has written any.
+
+    With `upto` they are put back to what they were when the rounds below were committed and no other: rows of that round and
+    later ones are deleted for good, as is what servers have reported of them, and counted as computed again. Who took part and
+    what was planned is forgotten too, but for what rounds before `upto` need, and the run has another name, for whoever goes on
+    makes those rounds anew, as processes that tell all that themselves. A crash leaves all of that done or nothing.
+
+    Raises UsageError where the file cannot be read, or rounds below `upto` are missing from it.
+    """
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None) if upto is None else connect_to_write(path)) as db:
+            if upto is None:
+                return _read(db)
+            db.execute("BEGIN IMMEDIATE")  # undone with the connection where an error is raised
+            _put_back(db, path, upto)
+            books = _read(db)
+            if books is not None:
+                head = books.head
+                books.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
+                db.execute("UPDATE OR REPLACE state SET kind = 'planned' WHERE kind = 'plan'")
+                db.execute("DELETE FROM state WHERE kind != 'planned'")
+                db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(books.head),))
+                books.members, books.tables = {}, []
+            db.execute("COMMIT")
+            return books
+    except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
+
+
+def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
+    (there,) = db.execute("SELECT count(*) FROM rounds WHERE round < ?", (upto,)).fetchone()
+    if there < upto:
+        raise UsageError(f"{path} has {there} rounds of the {upto} before the one to go on from.")
+    (rounds,) = db.execute("SELECT count(*) FROM rounds WHERE round >= ?", (upto,)).fetchone()
+    query = "SELECT coalesce(sum(micro_batches), 0) FROM contributions WHERE round >= ? AND outcome NOT LIKE 'dropped%'"
+    (micro_batches,) = db.execute(query, (upto,)).fetchone()
+    for table in ("rounds", "contributions", "metrics"):
+        db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
+    db.execute("DELETE FROM status")  # names are other processes' from now on
+    db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending', 'left out')")
+    db.execute("DELETE FROM events WHERE kind = 'stopped'")
+    data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
+    db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
+
+
+def _read(db: sqlite3.Connection) -> Books | None:
+    def state(kind: str, type_: type[Any]) -> dict[str, Any]:
+        rows = db.execute("SELECT key, value FROM state WHERE kind = ?", (kind,))
+        return {key: msgspec.msgpack.decode(value, type=type_) for key, value in rows}
+
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone() or not (heads := state("run", Head)):
+        return None
+    head: Head = heads[""]
+    ledger = Ledger(head.settings, load(head.settings))
+    for setup in state("setup", Setup).values():
+        ledger.set_up(setup)
+    ledger.told = state("told", Told)
+    plans = state("plan", Segment)
+    # the plans of rounds before `head.resume` may not have been told again since all began anew
+    ledger.segments = _in_order({**state("planned", Segment), **plans})
+    ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
+    ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
+    ledger.left_out = [row for rows in state("left out", list[Contribution]).values() for row in rows]
+    books = Books(head, ledger, state("member", KeptMember))
+    books.tables = [table for tables in state("tables", list[Table]).values() for table in tables]
+    _count(db, books)
+    query = "SELECT round, samples, micro_batches, dropped, metrics, at FROM rounds ORDER BY round"
+    for round_, samples, micro_batches, dropped, metrics, at in db.execute(query):
+        ledger.book(Committed(round_, samples, micro_batches, dropped, json.loads(metrics)))
+        books.committed_at = at
+        books.samples_before += samples if round_ < head.resume else 0
+    ledger.segments = _in_order(plans)
+    query = "SELECT round, incarnation, number FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"
+    for round_, *call in db.execute(query).fetchall():
+        values = db.execute("SELECT name, value FROM metrics WHERE incarnation = ? AND number = ?", call)
+        books.accuracy = measured(dict(values), round_)
+    for at, kind, text in db.execute("SELECT at, kind, data FROM events ORDER BY seq"):
+        match kind:
+            case "started":
+                books.planned_at = None
+            case "plan":
+                books.planned_at, books.model = books.planned_at or at, None
+            case "model":
+                data = json.loads(text)
+                books.model = data["weights_sha256"], data["round"]
+            case "rolled back":
+                books.model = None
+                ledger.totals.micro_batches_recomputed += json.loads(text)["micro_batches"]
+            case "lost" if (failed := json.loads(text).get("failed")) is not None:
+                books.failed.append(json.loads(text)["why"])
+                books.admitted += failed == "admitted"
+            case "stopped":
+                data = json.loads(text)
+                books.stop = Stop(data["ok"], data["reason"], data.get("again", False), data.get("told", False))
+    return books
+
+
+def _in_order(segments: dict[str, Segment]) -> list[Segment]:
+    return sorted(segments.values(), key=lambda segment: segment.index)
+
+
+def _count(db: sqlite3.Connection, books: Books) -> None:
+    """Count what there are many rows of without reading each."""
+    counts = "SELECT outcome, staleness, count(*), sum(micro_batches) FROM contributions GROUP BY outcome, staleness"
+    for row in db.execute(counts):
+        books.ledger.count(*row)
+    books.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
+    query = "SELECT DISTINCT worker FROM contributions WHERE round >= ?"  # names from before are other processes'
+    books.ledger.contributors = {worker for (worker,) in db.execute(query, (books.head.resume,))}

@@ -1,0 +1,164 @@
+"""What a finished run leaves behind: the trained model and the summary, each written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from roundtable.common.protocol.messages import InFile, Setup
+from roundtable.common.runtime.errors import WireError
+from roundtable.common.storage.atomic_files import rename, write_whole
+from roundtable.common.storage.run_files import MODEL_FILE, SUMMARY_FILE
+from roundtable.common.storage.safetensors_header import BUFFERS, header, size_of
+from roundtable.ps.model_parts import Span
+
+#: Bytes after which what is written is waited for to be on the disk, so that it does not take long at the end; and bytes that are
+#: hashed at a time.
+_SYNC_BYTES, _HASH_BYTES = 64 << 20, 8 << 20
+
+
+class ModelFile:
+    """Writes the model's file, whose bytes come in any order, hashes what it has written, and gives it its name at the end."""
+
+    def __init__(
+        self, folder: Path, file: Sequence[InFile], sizes: Sequence[int], rules: Mapping[str, str] | None = None
+    ) -> None:
+        """Of these tensors; see ps/validation.py. `rules` merge its buffers. Nothing is written yet."""
+        self._path = folder / MODEL_FILE
+        self._temporary = folder / (MODEL_FILE + ".tmp")
+        self._file = file
+        self._rules = json.dumps(rules or {})
+        #: Where each tensor begins, by the number that `InFile` has for it: as often as it has names. And the sizes.
+        self._places: dict[int, list[int]] = {}
+        self._sizes = sizes
+        #: Bytes that are missing of each tensor, by number.
+        self._missing: dict[int, int] = {}
+        self._digest = hashlib.sha256()
+        #: What is to be hashed still: number of the tensor, place in the file, length.
+        self._to_hash: list[tuple[int, int, int]] = []
+        self._unsynced = 0
+        self.complete = False
+        #: SHA-256 over the bytes of the model's parameters in the order of their names, once it is complete.
+        self.weights_sha256: str | None = None
+        at = len(self._header("0" * 64))
+        for entry in file:
+            for number in entry.of:
+                self._places.setdefault(number, []).append(at)
+                self._missing[number] = sizes[number]
+                if entry.counts and sizes[number]:
+                    self._to_hash.append((number, at, sizes[number]))
+                at += sizes[number]
+        self._bytes = at
+
+    def begin(self) -> None:
+        """Begin to write. OSError where that cannot be."""
+        with self._temporary.open("wb") as out:
+            out.truncate(self._bytes)
+
+    def restore(self, weights_sha256: str) -> None:
+        """Take over the file that an earlier coordinator has completed, if it is there still."""
+        if self._path.is_file() and self._path.stat().st_size == self._bytes:
+            self.complete, self.weights_sha256, self._to_hash, self._missing = True, weights_sha256, [], {}
+
+    def _header(self, sha256: str) -> bytes:
+        tensors = [(entry.name, entry.dtype, entry.shape, size_of(entry.dtype, entry.shape)) for entry in self._file]
+        return header(tensors, {"format": "pt", "weights_sha256": sha256, BUFFERS: self._rules})
+
+    def write(self, pieces: Iterable[tuple[Span, memoryview]]) -> None:
+        """Put bytes where they belong; those of tensors that are not in the file are left out. OSError where that cannot be."""
+        with self._temporary.open("r+b", buffering=0) as out:
+            done = []
+            for span, data in pieces:
+                for at in self._places.get(span.of, ()):
+                    _write_at(out.fileno(), data, at + span.start)
+                    self._unsynced += len(data)
+                done.append(span)
+            if self._unsynced >= _SYNC_BYTES:
+                os.fdatasync(out.fileno())
+                self._unsynced = 0
+        for span in done:
+            if span.of in self._missing:
+                self._missing[span.of] -= span.length
+
+    def hash_some(self) -> bool:
+        """Hash some of what is there; whether there is more to hash."""
+        if not self._to_hash or self._missing[self._to_hash[0][0]]:
+            return False
+        of, at, left = self._to_hash[0]
+        with self._temporary.open("rb") as file:
+            file.seek(at)
+            data = file.read(min(left, _HASH_BYTES))
+        self._digest.update(data)
+        if len(data) < left:
+            self._to_hash[0] = of, at + len(data), left - len(data)
+        else:
+            self._to_hash.pop(0)
+        return bool(self._to_hash) and not self._missing[self._to_hash[0][0]]
+
+    @property
+    def hashed(self) -> bool:
+        """Whether all is there and hashed, so that `finish` may be called."""
+        return not self.complete and not self._to_hash and not any(self._missing.values())
+
+    def finish(self) -> None:
+        """Have the file under its name, on the disk. OSError where that cannot be."""
+        digest = self._digest.hexdigest()
+        with self._temporary.open("r+b") as file:
+            file.write(self._header(digest))
+            file.flush()
+            os.fsync(file.fileno())
+        rename(self._temporary, self._path)
+        self.complete, self.weights_sha256 = True, digest
+
+    def revise(self, names: Sequence[str], values: Sequence[memoryview]) -> None:
+        """Put other bytes into tensors of the complete file. Meanwhile it has not its name, so that it is never there in part.
+
+        Raises WireError where they are not the file's tensors or not of their size, OSError where they cannot be written.
+        """
+        if not self.complete or len(names) != len(values):
+            raise WireError("tensors were computed anew for a model that is not complete, or without their values")
+        known = {entry.name: entry.of[0] for entry in self._file if len(entry.of) == 1 and not entry.counts}
+        for name, data in zip(names, values, strict=True):
+            if name not in known or self._sizes[known[name]] != len(data):
+                raise WireError(f"'{name[:100]}' was computed anew, and is no tensor of the model's file for which that can be")
+        if self._path.exists():  # else this is tried again
+            rename(self._path, self._temporary)
+        with self._temporary.open("r+b", buffering=0) as out:
+            for name, data in zip(names, values, strict=True):
+                for at in self._places[known[name]]:
+                    _write_at(out.fileno(), data, at)
+            os.fsync(out.fileno())
+        rename(self._temporary, self._path)
+
+    def discard(self) -> None:
+        """Training goes on: what was written is not the trained model any more."""
+        (self._path if self.complete else self._temporary).unlink(missing_ok=True)
+
+
+def rules_in(setup: Setup) -> dict[str, str]:
+    """What merges the buffers in the model's file, by their names there."""
+    known = dict(enumerate(setup.tensors))
+    named = {entry.name: known[entry.of[0]] for entry in setup.file if len(entry.of) == 1 and entry.of[0] in known}
+    return {name: spec.rule for name, spec in named.items() if spec.is_buffer}
+
+
+def _write_at(file: int, data: memoryview, at: int) -> None:
+    while data:
+        written = os.pwrite(file, data, at)
+        at, data = at + written, data[written:]
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    write_whole(folder / SUMMARY_FILE, [(json.dumps(summary, indent=2) + "\n").encode()])
+
+
+def summarized_run(folder: Path) -> str | None:
+    """The run whose summary is in `folder`, if any."""
+    try:
+        return str(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

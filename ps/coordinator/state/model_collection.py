@@ -1,0 +1,118 @@
+"""How the coordinator gets the trained model: it asks the servers for their parts, and says where their bytes belong.
+
+A state machine without a socket, a clock or a disk. Invariants: a part is taken only from the server that has it, while that
+server is asked for it, and once; no more than the credit is under way, or one part of each server; what is missing is asked for
+again, so that a server in the place of another is asked too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from roundtable.common.model.layout import Layout
+from roundtable.common.protocol.messages import HandIn, ModelPart
+from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.model_parts import Part, Span, parts_on, spans
+
+#: Bytes that may be under way from one server, and from all.
+CREDIT_BYTES, ALL_BYTES = 8 << 20, 64 << 20
+#: Parts that a server is asked for at once at most, and the longest time, in seconds, after which they are asked for again.
+_MOST_PARTS, _LONGEST_S = 1000, 20.0
+
+
+@dataclass
+class _Server:
+    """What is missing of one server's parts, by number; what it is asked for; and when it is to be asked again."""
+
+    missing: dict[int, Part]
+    asked: dict[int, int] = field(default_factory=dict)
+    again_at: float = float("-inf")
+    patience_s: float = SEND_AGAIN_S
+
+
+class Collecting:
+    """The model as it is when `round_` rounds are applied and nothing else is."""
+
+    def __init__(self, layout: Layout, round_: int) -> None:
+        self.round = round_
+        self._layout = layout
+        self._servers = {server: _Server(dict(enumerate(parts_on(layout, server)))) for server in range(layout.servers)}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part has been taken."""
+        return not any(server.missing for server in self._servers.values())
+
+    @property
+    def missing(self) -> list[int]:
+        """Servers of which a part is missing."""
+        return [number for number, server in self._servers.items() if server.missing]
+
+    def ask(self, now: float) -> list[tuple[int, HandIn]]:
+        """What to ask of which server now."""
+        out = []
+        under_way = sum(sum(server.asked.values()) for server in self._servers.values())
+        for number, server in self._servers.items():
+            if server.asked and now >= server.again_at:
+                server.again_at = now + server.patience_s
+                server.patience_s = min(2 * server.patience_s, _LONGEST_S)
+                out.append((number, HandIn(self.round, sorted(server.asked))))
+            elif new := list(self._next(server, ALL_BYTES - under_way)):
+                for part in new:
+                    server.asked[part] = server.missing[part].bytes
+                    under_way += server.asked[part]
+                server.again_at = now + server.patience_s
+                out.append((number, HandIn(self.round, new)))
+        return out
+
+    def replaced(self, server: int) -> None:
+        """Another process is in the place of a server, which was asked for nothing yet."""
+        one = self._servers[server]
+        one.again_at, one.patience_s = float("-inf"), SEND_AGAIN_S
+
+    def _next(self, server: _Server, room: int) -> Iterator[int]:
+        """Parts to ask for besides those that are asked for."""
+        under_way, count = sum(server.asked.values()), len(server.asked)
+        for number, part in server.missing.items():
+            if number in server.asked:
+                continue
+            if count >= _MOST_PARTS or (under_way and part.bytes > min(room, CREDIT_BYTES - under_way)):
+                return
+            yield number
+            under_way, room, count = under_way + part.bytes, room - part.bytes, count + 1
+
+    def take(self, server: int, body: ModelPart, frames: Frames) -> list[tuple[Span, memoryview]]:
+        """The bytes of a part, and where they belong. It is missing until `took` says that they are there.
+
+        Raises WireError for a part that nobody was asked for, or that has not its size.
+        """
+        one = self._servers.get(server)
+        if one is None or body.round != self.round or body.part not in one.asked:
+            raise WireError(f"server-{server} hands in part {body.part} of round {body.round}, which it is not asked for")
+        part = one.missing[body.part]
+        data = [bytes_of(frame) for frame in frames]
+        if sum(frame.nbytes for frame in data) != part.bytes:
+            raise WireError(f"part {body.part} of server-{server} has not the {part.bytes} bytes that belong to it")
+        return list(_cut(data, spans(self._layout, server, part)))
+
+    def took(self, server: int, body: ModelPart) -> None:
+        """What `take` gave is where it belongs."""
+        one = self._servers[server]
+        del one.missing[body.part], one.asked[body.part]
+        one.patience_s = SEND_AGAIN_S
+
+
+def _cut(data: Sequence[memoryview], places: Iterator[Span]) -> Iterator[tuple[Span, memoryview]]:
+    """The same bytes, which are as many as `places` have, cut at their ends as well."""
+    left = iter(data)
+    frame = memoryview(b"")
+    for place in places:
+        start, end = place.start, place.start + place.length
+        while start < end:
+            while not frame:
+                frame = next(left)
+            taken = frame[: end - start]
+            yield Span(place.of, start, len(taken)), taken
+            start, frame = start + len(taken), frame[len(taken) :]

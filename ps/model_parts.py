@@ -1,0 +1,91 @@
+"""The parts in which a server hands in what it has of the trained model, and where their bytes belong in the model's tensors.
+
+A function of the layout alone, so that server and coordinator number parts alike: the server's chunks, then the pages of tables,
+then those of classifiers. A chunk's bytes are the weights in their own dtype, piece by piece. A page's bytes are the rows that
+the server has of it, in order; where a classifier has a bias, all rows without it come first, and then their biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from roundtable.common.model.layout import Chunk, Layout
+from roundtable.common.model.row_pages import pages, runs_on
+from roundtable.common.protocol.model_spec import TableSpec
+
+#: Bytes of an element of a table or classifier.
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Chunk number `number` of the layout, or page `page` of the table or classifier of that number; and its size."""
+
+    kind: Literal["chunk", "table", "classifier"]
+    number: int
+    page: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes `start` .. `start + length - 1` of tensor number `of`, as `InFile` counts tensors."""
+
+    of: int
+    start: int
+    length: int
+
+
+def parts_on(layout: Layout, server: int) -> list[Part]:
+    """All parts of a server, in the order of their numbers."""
+    parts = [Part("chunk", chunk.id, 0, chunk.weight_bytes) for chunk in layout.on(server)]
+    for kind, specs in (("table", layout.tables), ("classifier", layout.classifiers)):
+        for number, spec in enumerate(specs):
+            for page in pages(spec):
+                rows = sum(count for _, count in runs_on(spec, page, server, layout.servers))
+                if rows:
+                    parts.append(Part(kind, number, page, rows * spec.dim * _FLOAT_BYTES))  # type: ignore[arg-type]
+    return parts
+
+
+def spans(layout: Layout, server: int, part: Part) -> Iterator[Span]:
+    """Where the bytes of a part belong, in their order."""
+    tables, classifiers = len(layout.tables), len(layout.classifiers)
+    first = len(layout.tensors)
+    if part.kind == "chunk":
+        chunk = layout.chunks[part.number]
+        size = _element_bytes(chunk)
+        yield from (Span(piece.tensor, piece.start * size, piece.length * size) for piece in chunk.pieces)
+    elif part.kind == "table":
+        spec = layout.tables[part.number]
+        yield from _rows(spec, part.page, server, layout.servers, first + part.number, spec.dim)
+    else:
+        layer = layout.classifiers[part.number]
+        weight = first + tables + part.number
+        yield from _rows(layer, part.page, server, layout.servers, weight, layer.dim - layer.bias)
+        if layer.bias:
+            yield from _rows(layer, part.page, server, layout.servers, weight + classifiers, 1)
+
+
+def _element_bytes(chunk: Chunk) -> int:
+    return chunk.weight_bytes // chunk.numel
+
+
+def _rows(spec: TableSpec, page: int, server: int, servers: int, of: int, columns: int) -> Iterator[Span]:
+    size = columns * _FLOAT_BYTES
+    for first, count in runs_on(spec, page, server, servers):
+        yield Span(of, first * size, count * size)
+
+
+def sizes(layout: Layout) -> Sequence[int]:
+    """Bytes of each tensor, by the number that `InFile` has for it."""
+    tensors = [0] * len(layout.tensors)
+    for chunk in layout.chunks:
+        for piece in chunk.pieces:
+            tensors[piece.tensor] += piece.length * _element_bytes(chunk)
+    tables = [spec.rows * spec.dim * _FLOAT_BYTES for spec in layout.tables]
+    weights = [spec.rows * (spec.dim - spec.bias) * _FLOAT_BYTES for spec in layout.classifiers]
+    biases = [spec.rows * spec.bias * _FLOAT_BYTES for spec in layout.classifiers]
+    return [*tensors, *tables, *weights, *biases]

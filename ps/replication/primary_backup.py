@@ -1,0 +1,244 @@
+"""A copy of each shard on another server, so that nothing is lost with one server (`--replicas 1`).
+
+Primary and backup, as Alsberg and Day have it ("A principle for resilient sharing of distributed resources", ICSE 1976): the
+keeper of server m's shard is the server after it. Server m forwards what it applies, the mean contribution of each round, the
+sums of rows, and of classifiers what their tiles are updated from; the keeper applies the same with the same optimizer, so the
+copy has the same bits. A round is closed, and workers go on to the next, only when the keeper has all of it. So whoever takes
+the place of a server that is gone finds at the keeper every round that anybody has gone on from; of the open one, workers send
+again what they have, and compute what nobody has any more.
+
+Classifiers are updated late, when somebody asks about the next round (ps/sharded/layers.py): until then somebody may still ask
+about the last one. So the copy puts an update off as well, until the next round is complete, which shows that all have got there.
+
+State machines without a socket or a clock. Invariants: the copy is the state between two rounds, of which none is skipped;
+the keeper acknowledges only what it has whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from roundtable.common.model.layout import Layout
+from roundtable.common.model.partial_sum import Sum
+from roundtable.common.model.sparse_rows import RowSums
+from roundtable.common.policies import Policy
+from roundtable.common.protocol.messages import Body, Filed, Forward, ForwardClasses, ForwardRows, GotPart, Kept, State, StatePart
+from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.params.dense import Store
+from roundtable.ps.params.embedding import RowTables
+from roundtable.ps.params.state_part import Part
+from roundtable.ps.params.weight_buffers import Planes
+from roundtable.ps.replication.shard_state import Holdings
+from roundtable.ps.replication.state_transfer import Incoming, Outgoing
+from roundtable.ps.sharded.layers import Classifiers, Contributed
+
+#: Rounds that the keeper may have and not have applied: the primary is never further ahead than by the open one.
+_AHEAD = 4
+#: Rounds of which it is remembered what was left out.
+_REMEMBERED = 64
+
+
+def remembered(before: list[Filed], new: Filed) -> list[Filed]:
+    """The newest rounds with one more: those that the coordinator may not have been told of, and some for what they left out."""
+    return [filed for filed in before if filed.round >= min(new.reported, new.round - _REMEMBERED)] + [new]
+
+
+class Forwarder:
+    """A shard's side: what its keeper is sent. Without one nobody keeps a copy, and rounds are closed all the same."""
+
+    def __init__(self, round_: int, state: Outgoing | None = None) -> None:
+        """The keeper has a copy as of `round_`, or has yet to get this state."""
+        #: Every round below is kept.
+        self._kept = round_
+        self._state = state
+        #: What the keeper must have of the open round, and when it was last sent all of it; what is to be sent now.
+        self._open: list[tuple[Body, Frames]] = []
+        self._sent_at = float("inf")
+        self._outbox: list[tuple[Body, Frames]] = []
+
+    def send(self, body: Forward | ForwardRows | ForwardClasses | Filed, frames: Frames, now: float) -> None:
+        """Tell the keeper of something in the open round."""
+        self._open.append((body, frames))
+        self._outbox.append((body, frames))
+        self._sent_at = now
+
+    @property
+    def sends_state(self) -> bool:
+        """Whether the state that the copy begins with is still on its way."""
+        return self._state is not None
+
+    def has(self, round_: int) -> bool:
+        """Whether the keeper has all of a round, so that it may be closed."""
+        return self._kept > round_
+
+    def handle(self, body: Kept | GotPart) -> None:
+        """An answer of the keeper."""
+        if isinstance(body, GotPart):
+            if self._state is not None:
+                self._state.got(body)
+                self._state = None if self._state.done else self._state
+        elif self._open and isinstance(filed := self._open[-1][0], Filed) and filed.round == body.round:
+            self._kept, self._open, self._outbox, self._sent_at = body.round + 1, [], [], float("inf")
+
+    def due(self, now: float) -> list[tuple[Body, Frames]]:
+        """What to send the keeper now. Only what the last message of a round calls for is sent again."""
+        out = list(self._state.due(now)) if self._state is not None else []
+        if now >= self._sent_at + SEND_AGAIN_S:
+            self._outbox, self._sent_at = list(self._open), now
+        out += self._outbox
+        self._outbox = []
+        return out
+
+
+@dataclass
+class _Round:
+    """What has come of a round: mean contributions by chunk, with what tells how to apply them."""
+
+    means: dict[int, tuple[Forward, Sum]] = field(default_factory=dict)
+    rows: tuple[ForwardRows, RowSums] | None = None
+    classes: tuple[ForwardClasses, list[Contributed]] | None = None
+    filed: Filed | None = None
+
+
+class Copy:
+    """The keeper's side: the shard of server `server`, from the state that `head` announces on."""
+
+    def __init__(self, server: int, layout: Layout, policy: Policy, head: State, seed: int) -> None:
+        """`seed` is the run's."""
+        self.server = server
+        self.head = head
+        self.version = head.round
+        self._chunks = {chunk.id: chunk for chunk in layout.on(server)}
+        self._store = Store(layout, server, head.setup.update, policy)
+        self._tables = RowTables(layout, server, head.setup.update, seed, keeps_versions=True)
+        self._classifiers = Classifiers(layout, server, head.setup.update, seed)
+        self._all = Holdings(self._store, self._tables, self._classifiers)
+        self._planes = Planes(layout.on(server), 2, shared=False)
+        self._incoming: Incoming | None = Incoming(head, self._all.put)
+        self._rounds: dict[int, _Round] = {}
+        #: What the coordinator may not have been told of.
+        self._filed = list(head.filed)
+        if self._incoming.complete:
+            self._settle()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the shard can be had from here."""
+        return self._incoming is None
+
+    def put(self, part: StatePart, frames: Frames) -> GotPart | None:
+        """A part of the state. Raises WireError for what is none."""
+        if part.round != self.head.round:
+            return None
+        if self._incoming is not None:
+            self._incoming.put(part, frames)
+            if self._incoming.complete:
+                self._settle()
+        return GotPart(part.shard, part.round, part.number)
+
+    def _settle(self) -> None:
+        assert self._incoming is not None
+        try:
+            self._all.arrived(self._incoming)
+            for chunk, into in self._planes[self.version % 2].items():
+                still = self._store.is_still(chunk)
+                self._store.settle(chunk, self._planes[self._planes.home][chunk] if still else into)
+                self._store.restore_seen(chunk, self._incoming, into)
+        except (KeyError, RuntimeError) as error:
+            raise WireError(f"the state of server-{self.server} does not fit its shard: {error}") from None
+        self._incoming = None
+
+    def forward(self, body: Forward, frames: Frames) -> None:
+        """A contribution. Raises WireError for what does not fit."""
+        if self._has_all(body.round):
+            return
+        if body.chunk not in self._chunks or len(frames) != bool(body.present):
+            raise WireError(f"server-{self.server} forwarded chunk {body.chunk} with {len(frames)} frames")
+        values = self._store.receive(body.chunk, frames[0], body.present) if body.present else Sum(torch.empty(0), 0)
+        self._round(body.round).means.setdefault(body.chunk, (body, values))
+
+    def forward_rows(self, body: ForwardRows, frames: Frames) -> None:
+        """A contribution to tables. Raises WireError for what does not fit."""
+        if self._has_all(body.round):
+            return
+        rows = self._tables.receive(body, frames, f"what server-{self.server} forwarded")
+        self._round(body.round).rows = body, rows
+
+    def forward_classes(self, body: ForwardClasses, frames: Frames) -> None:
+        """A contribution to classifiers. Raises WireError for what does not fit."""
+        if self._has_all(body.round):
+            return
+        parts = self._classifiers.received(body, frames, f"what server-{self.server} forwarded")
+        self._round(body.round).classes = body, parts
+
+    def _has_all(self, round_: int) -> bool:
+        return round_ < self.version or (round_ in self._rounds and self._rounds[round_].filed is not None)
+
+    def file(self, body: Filed) -> Kept | None:
+        """All of a round was forwarded: the acknowledgement, if all of it is here."""
+        if body.round >= self.version:
+            round_ = self._round(body.round)
+            if round_.filed is None:
+                lacks_rows = bool(self._tables) and round_.rows is None
+                lacks_classes = bool(self._classifiers) and round_.classes is None
+                if len(round_.means) < len(self._chunks) or lacks_rows or lacks_classes:
+                    return None
+                round_.filed = body
+                self._filed = remembered(self._filed, body)
+        return Kept(body.round)
+
+    def _round(self, number: int) -> _Round:
+        if number > self.version + _AHEAD:
+            raise WireError(f"server-{self.server} is in round {number} and its copy in round {self.version}")
+        return self._rounds.setdefault(number, _Round())
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to apply."""
+        if not self.whole:
+            return False
+        return self._classifiers.busy or (self.version in self._rounds and self._rounds[self.version].filed is not None)
+
+    def work(self) -> None:
+        """Apply one contribution of a round that is here whole, or to a tile of a classifier."""
+        if not self.busy:
+            return
+        if self._classifiers.busy:
+            self._classifiers.work()
+            return
+        round_, into = self._rounds[self.version], self._planes[(self.version + 1) % 2]
+        if round_.means:
+            chunk = next(iter(round_.means))
+            body, mean = round_.means.pop(chunk)
+            before = self._planes[self._planes.home if self._store.is_still(chunk) else self.version % 2][chunk]
+            self._store.apply(chunk, [mean], 1, body.hypers, self._factor(body.factor), into=into[chunk], before=before)
+        elif round_.rows is not None:
+            told, rows = round_.rows
+            self._tables.apply(rows, told.samples, told.hypers, factor=self._factor(told.factor))
+            round_.rows = None
+        elif round_.classes is not None:
+            what, parts = round_.classes
+            self._classifiers.close(parts, what.samples, what.hypers, self._factor(what.factor))
+            round_.classes = None
+        if not round_.means and round_.rows is None and round_.classes is None:
+            del self._rounds[self.version]
+            self.version += 1
+
+    def _factor(self, factor: float | None) -> torch.Tensor | None:
+        return None if factor is None else self._store.factor(factor)
+
+    @property
+    def steps(self) -> int:
+        """A number that grows while updates of classifiers go on."""
+        return self._classifiers.steps
+
+    def hand_over(self) -> tuple[int, list[Filed], ForwardClasses | None, list[Part]]:
+        """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what classifiers
+        lack, and the tensors. What has come of later rounds is let go, for it comes again, and not before the state has
+        arrived."""
+        assert not self.busy
+        self._rounds.clear()
+        return self.version, self._filed, self._classifiers.pending, self._all.parts(self._planes[self.version % 2])

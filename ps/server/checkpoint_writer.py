@@ -1,0 +1,131 @@
+"""A server's part in snapshots: its state as entries of a file, written by a thread, and read again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roundtable.common.protocol.messages import Saved, Setup
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.failpoints import failpoint
+from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage.checkpoint import TOKEN_FILE, file_of, folder_of
+from roundtable.common.storage.checkpoint import read as read_snapshot
+from roundtable.common.storage.tensor_file import Entry, TensorFiles
+
+#: Key of a file's metadata under which a server keeps what is not tensors, as JSON.
+_EXTRA = "extra"
+#: Seconds between two signs of life while one waits for a file.
+_BREATH_S = 0.1
+
+
+@dataclass(frozen=True)
+class Capture:
+    """State to be written for a Cut: what `entries` refer to stays as it is until it is written."""
+
+    round: int
+    token: str
+    entries: Sequence[Entry]
+    extra: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A snapshot to go on from: of `round`, taken on `servers` servers of a run whose model was `setup`. `extra` is what each
+    of them that has written a file kept beside its tensors, by number. A server without a part of the model writes none."""
+
+    round: int
+    servers: int
+    setup: Setup
+    files: TensorFiles
+    extra: Mapping[int, dict[str, Any]]
+
+
+def open_source(run_dir: Path, round_: int) -> Source:
+    """The snapshot of `round_` in a run directory. Raises UsageError where it cannot be read."""
+    found = read_snapshot(folder_of(run_dir, round_))
+    manifest = found.manifest
+    wrote = [server for server in range(manifest.servers) if file_of(server) in manifest.files]
+    files = TensorFiles(found.folder / file_of(server) for server in wrote)
+    extra = {server: json.loads(kept.get(_EXTRA, "{}")) for server, kept in zip(wrote, files.metadata, strict=True)}
+    return Source(round_, manifest.servers, manifest.setup, files, extra)
+
+
+class Writer:
+    """Writes a server's file of one snapshot at a time, on a thread.
+
+    Another one may be wanted while a file is still being written, as a cut is given up when some other server fails.
+    """
+
+    def __init__(self, server: int, run_dir: Path) -> None:
+        self._server = server
+        self._run_dir = run_dir
+        self._thread: threading.Thread | None = None
+        self._result: Saved | None = None
+        #: What is to be written next; what comes later takes its place.
+        self._next: Capture | None = None
+        #: How many were written so far, of all files.
+        self.bytes = 0
+
+    def start(self, capture: Capture) -> None:
+        """Write `capture` once what was begun before is done; does not wait for that."""
+        self._next = capture
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._next is not None and (self._thread is None or not self._thread.is_alive()):
+            capture, self._next, self._result = self._next, None, None
+            self._thread = threading.Thread(target=self._write, args=(capture,), name="snapshot", daemon=True)
+            self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being written, or to be."""
+        return self._next is not None or (self._thread is not None and self._thread.is_alive())
+
+    def wait(self, breathe: Callable[[], None]) -> None:
+        """Block until nothing is being written any more; `breathe` is called from time to time."""
+        while self._thread is not None:
+            self._thread.join(_BREATH_S)
+            if self._thread.is_alive():
+                breathe()
+            else:
+                self._thread = None
+                self._go_on()
+
+    def poll(self) -> Saved | None:
+        """What came of it, once, when it is done."""
+        result, self._result = self._result, None
+        self._go_on()
+        return result
+
+    def _wrote(self, size: int, round_: int) -> None:
+        self.bytes += size
+        failpoint("saving", round_)
+
+    def _write(self, capture: Capture) -> None:
+        folder = folder_of(self._run_dir, capture.round)
+        path = folder / file_of(self._server)
+        try:
+            if (folder / TOKEN_FILE).read_text(encoding="utf-8") != capture.token:
+                raise FileNotFoundError
+            metadata = {"format": "pt", _EXTRA: json.dumps(capture.extra)}
+            digest, size = tensorfile.write(path, capture.entries, metadata, lambda size: self._wrote(size, capture.round))
+            failpoint("saved", capture.round)
+            self._result = Saved(capture.round, "written", digest, size)
+        except FileNotFoundError:
+            reason = (
+                f"server-{self._server} does not reach the run directory {self._run_dir} of the coordinator: have the folder "
+                "on every host of a server, under the same path."
+            )
+            self._result = Saved(capture.round, "failed", reason=reason)
+        except (OSError, UsageError) as error:
+            text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+            self._result = Saved(capture.round, "failed", reason=f"server-{self._server} could not write {path}: {text}.")
+        except Exception as error:  # a snapshot less must not end the run
+            reason = f"server-{self._server} could not write {path}: {type(error).__name__}: {error}."
+            self._result = Saved(capture.round, "failed", reason=reason)

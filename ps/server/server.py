@@ -1,0 +1,460 @@
+"""The server process: a loop that moves messages between sockets and its state machines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import zmq
+
+from roundtable.common.config.settings import START_S
+from roundtable.common.network.addresses import advertised, as_told, await_route
+from roundtable.common.network.host_identity import here
+from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
+from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
+from roundtable.common.protocol.liveness import Signs
+from roundtable.common.protocol.messages import (
+    MOST_TOLD,
+    AllNorms,
+    Arrived,
+    Beat,
+    Body,
+    Close,
+    Cut,
+    Envelope,
+    Filed,
+    Forward,
+    ForwardClasses,
+    ForwardRows,
+    GotPart,
+    HandIn,
+    Hello,
+    KvPull,
+    KvPush,
+    Lost,
+    Norms,
+    Peer,
+    Plan,
+    Pull,
+    Refused,
+    ReportAck,
+    Restore,
+    RowPull,
+    State,
+    StatePart,
+)
+from roundtable.common.protocol.rejections import Refusals
+from roundtable.common.protocol.session import Attendance
+from roundtable.common.protocol.tickets import seal, ticket
+from roundtable.common.protocol.transport import (
+    ASK_AGAIN_S,
+    BEAT_S,
+    GO_S,
+    Frames,
+    Stamp,
+    allow_files,
+    dealer,
+    is_bulk,
+    is_worker,
+    new_incarnation,
+    receive,
+    router,
+    send,
+)
+from roundtable.common.runtime.allocator import keep_memory
+from roundtable.common.runtime.errors import ClusterError, RunStopped, Stopped, WireError
+from roundtable.common.runtime.failpoints import arm
+from roundtable.common.runtime.restart import restart
+from roundtable.common.runtime.signal_handlers import handled
+from roundtable.common.runtime.skip_dynamo import no_compiler
+from roundtable.common.runtime.watchdog import Watchdog
+from roundtable.ps.coordinator.state.membership import FAR_S
+from roundtable.ps.server.checkpoint_writer import Writer, open_source
+from roundtable.ps.server.kv_store import KvStore
+from roundtable.ps.server.restoring import make_shard
+from roundtable.ps.server.shard import Shard
+
+log = logging.getLogger("roundtable.ps.server")
+
+#: What the server says whose shard has a copy here.
+_FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
+#: What the first of these looks like that is sent by a server in another's place.
+_RESTORE = msgspec.Raw(msgspec.msgpack.encode(Restore()))
+_CPU = torch.device("cpu")
+#: Milliseconds between two looks at the clock when no message comes.
+_TICK_MS = 20
+
+
+def serve(
+    coordinator: str,
+    bind: str,
+    index: int | None,
+    device: torch.device,
+    start_s: float = START_S,
+    advertise: str | None = None,
+) -> None:
+    """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends; what it computes is on `device`.
+
+    The coordinator has `start_s` seconds to answer. Others are told to connect to `advertise`, which is HOST, HOST:PORT or
+    tcp://HOST:PORT, if that is not None. Raises UsageError if it cannot listen or is refused, ClusterError if the run
+    fails or the coordinator falls silent, and Stopped on SIGTERM and Ctrl-C: of the first once the coordinator lets it leave.
+    """
+    torch.set_num_threads(1)
+    keep_memory()
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        await_route(coordinator, start_s)
+        with no_compiler():
+            server = _Server(context, coordinator, bind, index, device, start_s, advertise)
+            with handled((signal.SIGTERM, signal.SIGINT), server.stop):
+                server.run()
+    finally:
+        context.destroy(linger=1000)
+
+
+class _Server:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        coordinator: str,
+        bind: str,
+        index: int | None,
+        device: torch.device = _CPU,
+        start_s: float = START_S,
+        advertise: str | None = None,
+    ) -> None:
+        self._workers, bound = router(context, bind)
+        self._coordinator = dealer(context, coordinator)
+        self._context = context
+        self._device = device
+        #: All servers, and the socket to the one that keeps a copy of this one's shard, if one does.
+        self._peers: list[Peer] = []
+        self._keeper: zmq.Socket[bytes] | None = None
+        self._greeted_at = float("-inf")
+        self._poller = zmq.Poller()
+        address = as_told(advertise, bound) if advertise is not None else advertised(bound, coordinator)
+        hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
+        self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
+        #: The last beat, and when one was last sent besides those.
+        self._told, self._breathed_at = Beat("starting"), float("-inf")
+        self._signs = Signs()
+        self._stamp = Stamp(sender="server", incarnation=new_incarnation())
+        #: The signal that has told it to stop, if any, and when.
+        self.told, self._told_at = 0, float("inf")
+        self._shard: Shard | None = None
+        self._writer: Writer | None = None
+        self._kv: KvStore | None = None
+        self._refusals = Refusals(log)
+        #: Watches connections, once the loop runs; and what is on its way to them.
+        self._inflow: Inflow | None = None
+        self._outflow = Outflow(self._refusals)
+        self._watchdog: Watchdog | None = None
+        #: Messages of workers that may move something.
+        self._handled = 0
+        #: What workers' tickets are made with, and those of workers that were heard of: no name is used twice in a run.
+        self._key = b""
+        self._tickets: dict[str, int] = {}
+        #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
+        self._routes: dict[tuple[str, bool], bytes] = {}
+        log.info("listening at %s%s", bound, "" if address == bound else f"; others are told {address}")
+
+    def run(self) -> None:
+        self._poller.register(self._workers, zmq.POLLIN)
+        self._poller.register(self._coordinator, zmq.POLLIN)
+        self._inflow = Inflow(self._workers, self._refusals)
+        try:
+            self._loop()
+        finally:
+            self._inflow.close()
+            if self._watchdog is not None:
+                self._watchdog.stop()
+        stop = self._attendance.stop
+        if stop is not None and not stop.ok and self.told:
+            raise Stopped(self.told, "has left the run, as it was told to stop.")
+        if stop is not None and stop.again:
+            log.warning("begins anew: %s", stop.reason)
+            self._signs.pause()
+            restart()
+        if stop is not None and not stop.ok:
+            raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
+
+    def stop(self, number: int) -> None:
+        """Leave the run, for the signal `number`, when the coordinator lets this server. If called again, or if it is in no run,
+        raise Stopped. A signal's handler may call it."""
+        if self.told or self._shard is None:
+            raise Stopped(number)
+        self.told, self._told_at = number, time.monotonic()
+
+    def _look_whether_told(self, now: float) -> None:
+        """Ask the coordinator to be let go, if this server was told to stop. Raises Stopped if that takes too long."""
+        if self.told and self._shard is not None:
+            self._attendance.beat_soon(now)
+            if now > self._told_at + self._shard.settings.stop_timeout + GO_S:
+                raise Stopped(self.told, "leaves the run, as it was told to stop, and was not let go in time.")
+
+    def _loop(self) -> None:
+        assert self._inflow is not None
+        while self._attendance.stop is None:
+            busy = self._shard is not None and self._shard.busy
+            ready = dict(self._poller.poll(0 if busy else _TICK_MS))
+            if self._coordinator in ready:
+                self._drain(self._coordinator)
+            if self._keeper in ready and self._keeper is not None:
+                self._drain(self._keeper)
+            if self._workers in ready and self._shard is not None and not self._shard.restoring:
+                self._drain(self._workers)
+            now = time.monotonic()
+            self._look_whether_told(now)
+            self._inflow.look(now, listening=self._shard is None or not self._shard.restoring)
+            for body in self._attendance.tick(now, self._tell):
+                send(self._coordinator, self._stamp.encode(body))
+            self._signs.give(self._silence_s())
+            if self._shard is not None:
+                self._do(self._shard.tick(now))
+                self._do(self._shard.work(now))
+                self._save()
+
+    def _save(self) -> None:
+        """Have a snapshot written that is due, and tell of one that is written."""
+        assert self._shard is not None and self._writer is not None
+        if self._shard.capture is not None:
+            self._writer.start(self._shard.capture)
+            self._shard.capture = None
+        if (saved := self._writer.poll()) is not None:
+            self._do(self._shard.saved(saved))
+
+    def _finish_saving(self) -> None:
+        """Called before tables change, for what a snapshot has of them is not a copy."""
+        self._save()
+        if self._writer is not None:
+            self._writer.wait(self._breathe)
+
+    def _progress(self) -> tuple[int, int] | None:
+        """What changes while something is trained here. Called by the watchdog's thread."""
+        shard = self._shard
+        return (shard.version, self._handled + shard.done) if shard is not None and shard.segments else None
+
+    def _waits_for(self) -> str:
+        shard = self._shard
+        return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
+
+    def _breathe(self) -> None:
+        """Give a sign of life in the middle of what takes long: reading a snapshot, and waiting for one to be written."""
+        if self._shard is not None and (now := time.monotonic()) >= self._breathed_at + BEAT_S:
+            self._breathed_at = now
+            send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, at=self._shard.done)))
+            self._signs.give(self._silence_s())
+
+    def _silence_s(self) -> float:
+        """Seconds of silence after which the coordinator counts this server as lost, the first time."""
+        welcome = self._attendance.welcome
+        return FAR_S if welcome is None or welcome.settings.silence is None else welcome.settings.silence
+
+    def _tell(self) -> Beat:
+        self._told = self._beat()
+        return self._told
+
+    def _beat(self) -> Beat:
+        if self._shard is None:
+            return Beat("starting", refused=self._refusals.counts)
+        shard, refused = self._shard, self._refusals.counts
+        if shard.restoring:
+            return Beat("starting", refused=refused, leaves=bool(self.told))
+        return Beat(
+            "waiting", shard.version, shard.done, shard.missing()[:MOST_TOLD], traffic=shard.traffic, keeps=shard.keeps,
+            refused=refused, later=shard.missing_later(), leaves=bool(self.told),
+        )  # fmt: skip
+
+    def _drain(self, sock: zmq.Socket[bytes]) -> None:
+        """Handle what has come in at `sock`, for about as long as a beat at most."""
+        until = time.monotonic() + BEAT_S
+        while time.monotonic() < until:
+            frames: list[zmq.Frame] | None = []
+            standing = Standing.STRANGER
+            try:
+                frames = receive(sock)
+                if frames is None:
+                    return
+                if sock is self._coordinator:
+                    envelope = self._stamp.open(frames[0].buffer)
+                    body = envelope.read()
+                    if self._attendance.is_current(envelope.incarnation):
+                        self._from_coordinator(body, frames[1:])
+                elif sock is self._keeper:
+                    envelope = self._stamp.open(frames[0].buffer)
+                    if self._is_peer(envelope, 1):
+                        self._about_copies(KEEPER, envelope.read(), frames[1:])
+                else:
+                    if len(frames) < 2:
+                        raise WireError("a message has no header", "malformed")
+                    envelope = self._stamp.open(frames[1].buffer)
+                    if self._identify(envelope):
+                        standing = Standing.MEMBER
+                        self._from_peer(frames[0].bytes, envelope, frames[2:])
+            except WireError as error:
+                self._refusals.note(error, time.monotonic())
+            if self._inflow is not None and sock is self._workers and frames:
+                self._inflow.took(frames[1:], standing)
+
+    def _identify(self, envelope: Envelope) -> bool:
+        """Whether a message comes from the worker or server it names. Raises WireError where it is not to come at all."""
+        name = envelope.sender
+        if not is_worker(name):
+            return self._is_peer(envelope, -1)
+        if self._tickets.get(name) != envelope.incarnation:
+            if ticket(self._key, name) != envelope.incarnation:
+                raise WireError(f"a process calls itself {name}, which is not the name that the coordinator gave it", "sender")
+            self._tickets[name] = envelope.incarnation
+        if self._shard is not None and name in self._shard.lost:
+            raise WireError(f"{name} is lost and is no part of the run any more", "sender")
+        return True
+
+    def _neighbour(self, step: int) -> int:
+        """The server so many after this one."""
+        assert self._shard is not None
+        return (self._shard.index + step) % len(self._peers)
+
+    def _is_peer(self, envelope: Envelope, step: int) -> bool:
+        """Whether a message comes from the server so many after this one. Raises WireError where it must not come."""
+        if not self._peers or envelope.sender != f"server-{(number := self._neighbour(step))}":
+            raise WireError(f"'{envelope.sender}' is no worker, and has no copy of a shard here", "sender")
+        if envelope.incarnation == self._peers[number].incarnation:
+            return True
+        if envelope.body == _RESTORE:
+            return False  # the coordinator's word of it is still under way, and it asks again
+        raise WireError(f"a process calls itself {envelope.sender} and is another than the one known by that name", "sender")
+
+    def _from_coordinator(self, body: Body, frames: Frames) -> None:
+        now = time.monotonic()
+        self._attendance.handle(body, now)
+        welcome = self._attendance.welcome
+        if self._shard is not None:
+            self._shard.coordinator = self._attendance.coordinator
+            if isinstance(body, Lost):
+                self._lose(body, now)
+            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut | HandIn):
+                self._do(self._shard.handle(COORDINATOR, body, frames, now))
+        elif welcome is not None:
+            self._stamp.sender = welcome.process
+            self._stamp.run, self._key = welcome.run, welcome.key
+            self._kv = KvStore(welcome.settings.kv_memory)
+            allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
+            index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
+            arm(welcome.process, run_dir)
+            source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
+            self._shard = make_shard(index, welcome.settings, source)
+            self._shard.coordinator = self._attendance.coordinator
+            self._shard.device = self._device
+            self._shard.restoring = welcome.replaces
+            self._know(welcome.servers)
+            self._shard.before_tables_change = self._finish_saving
+            self._shard.breathe = self._breathe
+            self._writer = writer = Writer(index, run_dir)
+            self._shard.is_writing = lambda: writer.busy
+            self._shard.bytes_saved = lambda: writer.bytes
+            self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
+            log.info("this is %s of run %s", welcome.process, welcome.run)
+
+    def _know(self, servers: list[Peer]) -> None:
+        """The servers are these."""
+        assert self._shard is not None
+        before, self._peers = self._peers or servers, servers
+        if not self._shard.settings.replicas:
+            return
+        keeper, kept = self._neighbour(1), self._neighbour(-1)
+        if self._keeper is None or before[keeper] != servers[keeper]:
+            if self._keeper is not None:
+                self._poller.unregister(self._keeper)
+                self._keeper.close(linger=0)
+            self._keeper = dealer(self._context, servers[keeper].address)
+            self._poller.register(self._keeper, zmq.POLLIN)
+            self._greeted_at = float("-inf")
+        is_other = [a != b for a, b in zip(before, servers, strict=True)]
+        self._do(self._shard.changed(is_other[keeper], is_other[kept], time.monotonic()))
+
+    def _about_copies(self, sender: str, body: Body, frames: Frames) -> None:
+        """A message of the keeper of this shard's copy (KEEPER), or of the server whose shard has a copy here."""
+        assert self._shard is not None
+        if not isinstance(body, AboutCopies):
+            raise WireError(f"a server has no use for {type(body).__name__}")
+        self._do(self._shard.about_copies(sender, body, frames, time.monotonic()))
+
+    def _lose(self, body: Lost, now: float) -> None:
+        assert self._shard is not None and self._kv is not None
+        if body.epoch >= self._stamp.epoch and body.servers:
+            self._know(body.servers)
+        self._stamp.epoch = max(self._stamp.epoch, body.epoch)
+        self._do(self._shard.handle(COORDINATOR, body, (), now))
+        self._routes = {key: route for key, route in self._routes.items() if key[0] not in self._shard.lost}
+        for worker in body.workers:
+            self._kv.forget(worker)
+
+    def _from_peer(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
+        assert self._shard is not None and self._kv is not None
+        sender, body = envelope.sender, envelope.read()
+        if not is_worker(sender):
+            if isinstance(body, Beat):
+                return
+            if not isinstance(body, _FROM_KEPT):
+                raise WireError(f"a server has no use for {type(body).__name__} of {sender}")
+            self._routes[sender, False] = self._routes[sender, True] = route
+            self._about_copies(sender, body, frames)
+            return
+        if isinstance(body, Beat):  # the first message of a connection, which tells whose it is
+            return
+        self._routes[sender, is_bulk(body, frames)] = route
+        self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
+        try:
+            if isinstance(body, KvPush | KvPull):
+                replies = self._kv.handle(sender, envelope.incarnation, body, frames)
+                self._do([Send(sender, *reply) for reply in replies])
+            elif isinstance(body, Plan) and body.seal != seal(self._key, body.segment):
+                raise WireError(f"{sender} has a plan that the coordinator has not agreed to")
+            else:
+                self._do(self._shard.handle(sender, body, frames, time.monotonic()))
+        except WireError as error:
+            about = type(body).__name__ + (f":{body.id}" if isinstance(body, KvPush | KvPull) else "")
+            self._do([Send(sender, Refused(about, f"{self._stamp.sender} refused: {error}."))])
+            raise
+
+    def _do(self, effects: list[Send]) -> None:
+        for effect in effects:
+            # what a worker is told could be said to the coordinator in this server's name
+            header = self._stamp.encode(effect.body, 0 if is_worker(effect.to) else None)
+            if effect.to == COORDINATOR:
+                send(self._coordinator, header, effect.frames)
+            elif effect.to == KEEPER:
+                if self._keeper is not None:
+                    self._greet(self._keeper)
+                    send(self._keeper, header, effect.frames)
+            else:
+                self._to_peer(effect, header)
+
+    def _greet(self, keeper: zmq.Socket[bytes]) -> None:
+        """Say whose connection it is, unless that was said a moment ago, as workers do."""
+        if (now := time.monotonic()) >= self._greeted_at + ASK_AGAIN_S:
+            self._greeted_at = now
+            send(keeper, self._stamp.encode(Beat()))
+
+    def _to_peer(self, effect: Send, header: bytes) -> None:
+        """Send by the connection that is meant for it, or by the other where that has broken and the peer has sent nothing by the
+        one in its place."""
+        bulk = is_bulk(effect.body, effect.frames)
+        for key in ((effect.to, bulk), (effect.to, not bulk)):
+            route = self._routes.get(key)
+            if route is None:
+                continue
+            if effect.frames:
+                sent = self._outflow.send(self._workers, header, effect.frames, route, time.monotonic())
+            else:
+                sent = send(self._workers, header, to=route)
+            if sent is not None:
+                return
+            del self._routes[key]

@@ -1,0 +1,79 @@
+"""What cannot be meant although it is well-formed: looked at before anything is done, so that what is refused has no effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from roundtable.common.protocol.messages import InFile, Setup, Update
+from roundtable.common.runtime.errors import WireError
+from roundtable.common.storage.safetensors_header import size_of
+
+#: Settings of a parameter group, and numbers in one of them, at most.
+_SETTINGS = 1000
+
+
+def check_setup(setup: Setup) -> None:
+    """Raise WireError for a model or an update that names parameter groups it has not, or settings that are none."""
+    update, groups = setup.update, len(setup.update.groups)
+    named = [spec.group for spec in setup.tensors] + [spec.group for spec in (*setup.tables, *setup.classifiers)]
+    if any(group >= groups for group in named):
+        raise WireError(f"a model has parameters in groups beyond the {groups} that its optimizer has")
+    if update.clip_norm is not None and not update.clip_norm > 0:
+        raise WireError(f"a gradient cannot be clipped to the norm {update.clip_norm}")
+    for group in update.groups:
+        if len(group) > _SETTINGS or "params" in group or not all(_is_plain(value) for value in group.values()):
+            raise WireError("the optimizer's settings are no plain values")
+
+
+def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:
+    """Raise WireError unless these are settings of the optimizer's groups, of the same kinds and finite."""
+    if not hypers:
+        return
+    if len(hypers) != len(update.groups):
+        raise WireError(f"a push has settings for {len(hypers)} parameter groups where there are {len(update.groups)}")
+    for given, first in zip(hypers, update.groups, strict=True):
+        for key, value in given.items():
+            if key == "nesterov" and key in first and isinstance(value, bool):
+                continue  # post-local SGD begins without, and torch does as it is told at every step
+            if key not in first or not _is_like(value, first[key]):
+                raise WireError(f"a push sets the optimizer's {key[:100]} to {str(value)[:100]}, which it cannot be")
+
+
+def check_distinct(ids: Sequence[int], known: Collection[int], what: str) -> None:
+    """Raise WireError naming `what` unless `ids` are among `known`, each once."""
+    if len(ids) > len(known) or len(set(ids)) != len(ids) or not all(i in known for i in ids):
+        raise WireError(f"{what} names chunks {list(ids[:20])!s} that are not all here, or some twice")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= _SETTINGS and all(_is_plain(item) and not isinstance(item, list | tuple) for item in value)
+    return value is None or isinstance(value, bool | str) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_like(value: Any, first: Any) -> bool:
+    """Whether a setting may change from `first` to `value`: a number to another, anything else not at all."""
+    if isinstance(first, list | tuple) and isinstance(value, list | tuple):
+        return len(first) == len(value) and all(_is_like(a, b) for a, b in zip(value, first, strict=True))
+    if _is_number(first):
+        return _is_number(value) and abs(value) <= 1e300
+    return type(value) is type(first) and bool(value == first)
+
+
+def check_file(file: Sequence[InFile], sizes: Sequence[int]) -> None:
+    """Raise WireError unless these can be the tensors of a model's file; `sizes` are those of the model's tensors, in bytes."""
+    if len({entry.name for entry in file}) != len(file):
+        raise WireError("the model's file has two tensors of one name")
+    for entry in file:
+        try:
+            size = size_of(entry.dtype, entry.shape)
+        except KeyError:
+            raise WireError(f"'{entry.name[:100]}' has dtype '{entry.dtype[:100]}', which safetensors has no name for") from None
+        if any(number >= len(sizes) for number in entry.of) or size != sum(sizes[number] for number in entry.of):
+            raise WireError(f"'{entry.name[:100]}' in the model's file is {entry.dtype} {entry.shape}, which it cannot be")

@@ -1,0 +1,47 @@
+"""The library that a training script uses: `run = roundtable.join()`, then see `roundtable.Run`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from roundtable.common.runtime.errors import ClusterError, NoAnswer, PsError, RunStopped, UsageError
+from roundtable.worker.joining import embedding, join
+
+if TYPE_CHECKING:
+    from roundtable.worker.layers.margin_losses import ArcFace, CosFace
+    from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
+    from roundtable.worker.run import Run
+
+__all__ = [
+    "ArcFace",
+    "ClusterError",
+    "ColumnParallelLinear",
+    "CosFace",
+    "NoAnswer",
+    "PsError",
+    "Run",
+    "RunStopped",
+    "ShardedLinear",
+    "UsageError",
+    "embedding",
+    "join",
+    "sharded_cross_entropy",
+]
+
+#: Modules that import torch, by what they give.
+_NEED_TORCH = {
+    "ArcFace": "worker.layers.margin_losses",
+    "CosFace": "worker.layers.margin_losses",
+    "ColumnParallelLinear": "worker.layers.sharded_linear",
+    "ShardedLinear": "worker.layers.sharded_linear",
+    "sharded_cross_entropy": "worker.layers.sharded_linear",
+    "Run": "worker.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is used."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module 'roundtable' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"roundtable.{_NEED_TORCH[name]}"), name)

@@ -1,0 +1,131 @@
+"""A worker's dealings with the servers about rows of tables: the one pull that it waits for, and pushes until acknowledged.
+
+A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when it is acknowledged; what is
+taken are the rows that were asked for last, and all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import torch
+
+from roundtable.common.model.sparse_rows import RowSums, cut, cut_sums, join, owner_of, split
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Body, RowAck, RowPull, RowPush, Rows, Traffic
+from roundtable.common.protocol.model_spec import TableSpec
+from roundtable.common.protocol.transport import Frames, bytes_of
+from roundtable.common.runtime.errors import WireError
+from roundtable.worker.client.retransmit import Pushes, Sent, again, due
+
+
+class RowExchange:
+    """One worker's pulls and pushes of rows."""
+
+    def __init__(self, tables: Sequence[TableSpec], servers: int, may_be_replaced: bool = False) -> None:
+        """`may_be_replaced`: a server may be another process later on, which has closed as many rounds."""
+        self._tables = tables
+        self._servers = servers
+        self._pushes = Pushes(may_be_replaced)
+        #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
+        self._questions: dict[int, Sent[RowPull]] = {}
+        self._places: dict[int, torch.Tensor] = {}
+        self._answers: dict[int, torch.Tensor] = {}
+        self._number = 0
+        #: How many rows were asked for, and their length.
+        self._shape = 0, 0
+        #: Of tensors, repetitions included.
+        self._pushed_bytes = self._pulled_bytes = 0
+
+    # ---- pulling
+
+    def pull(self, table: int, ids: torch.Tensor, version: int, now: float) -> list[Send]:
+        """Ask for the rows with these sorted, distinct ids; whatever was asked for before is let go."""
+        return self._ask(table, ids, lambda number, part: (RowPull(number, table, version, len(part)), cut(part)), now)
+
+    def _ask(
+        self, table: int, ids: torch.Tensor, question: Callable[[int, torch.Tensor], tuple[RowPull, Frames]], now: float
+    ) -> list[Send]:
+        self._questions, self._places, self._answers = {}, {}, {}
+        self._shape = len(ids), self._tables[table].dim
+        owners = owner_of(ids, self._servers)
+        for server in range(self._servers):
+            places = (owners == server).nonzero().flatten()
+            if len(places):
+                self._number += 1
+                self._places[self._number] = places
+                self._questions[self._number] = Sent(f"server-{server}", *question(self._number, ids[places]), now)
+        return [self._send(sent) for sent in self._questions.values()]
+
+    def _send(self, sent: Sent[Body]) -> Send:
+        self._pushed_bytes += sum(frame.nbytes for frame in sent.frames)
+        return Send(sent.server, sent.body, sent.frames)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows asked for are here."""
+        return not self._questions
+
+    def missing(self) -> list[str]:
+        """Servers that have not answered."""
+        return [sent.server for sent in self._questions.values()]
+
+    def take(self) -> torch.Tensor:
+        """The rows asked for, (N, dim), in the order of their ids."""
+        assert self.complete
+        rows = torch.empty(self._shape)
+        for number, values in self._answers.items():
+            rows.index_copy_(0, self._places[number], values)
+        return rows
+
+    # ---- pushing
+
+    def push(self, push: RowPush, sums: RowSums, bases: Mapping[int, int], now: float) -> list[Send]:
+        """Send every server its part of a contribution. `push` holds what all messages of it share; `bases` are the versions,
+        by server, of the weights that it was computed from."""
+        effects = []
+        for server, part in enumerate(split(sums, self._servers)):
+            body = msgspec.structs.replace(push, counts=[one.count for one in part], base=bases.get(server, 0))
+            sent = Sent(f"server-{server}", body, cut_sums(part), now)
+            self._pushes.add(sent)
+            effects.append(self._send(sent))
+        return effects
+
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+        return not self._pushes.sent
+
+    def unacknowledged(self, round_: int) -> set[int]:
+        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        return self._pushes.of_round(round_)
+
+    # ---- events
+
+    def handle(self, server: str, body: Rows | RowAck, frames: Frames) -> None:
+        """One message of a server. Raises WireError where it does not fit."""
+        if isinstance(body, RowAck):
+            self._pushes.acknowledged(server, body)
+        elif body.number in self._questions:
+            count, dim = len(self._places[body.number]), self._shape[1]
+            if body.count != count:
+                raise WireError(f"{server} sent {body.count} rows where {count} were asked for")
+            self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
+            self._answers[body.number] = join(iter(frames), "float32", count * dim, f"an answer of {server}").view(count, dim)
+            del self._questions[body.number]
+
+    def replaced(self, server: int) -> None:
+        """A server is another process: what the one before it has not answered, and of the open round all, is sent anew."""
+        self._pushes.replaced(f"server-{server}")
+        again(self._questions.values(), f"server-{server}")
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of rows so far."""
+        return Traffic(self._pushed_bytes, self._pulled_bytes)
+
+    def tick(self, now: float) -> list[Send]:
+        """What was not answered for too long is sent again."""
+        late = due([*self._pushes.sent, *self._questions.values()], now)
+        return [self._send(sent) for sent in late]

@@ -1,0 +1,73 @@
+"""Messages that are sent again until they are answered, and contributions among them until they are acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from roundtable.common.protocol.messages import Body, ClassAck, ClassPush, RowAck, RowPush
+from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
+
+B = TypeVar("B", bound=Body, covariant=True)
+
+
+@dataclass
+class Sent(Generic[B]):
+    """A message to a server, and when it was sent last."""
+
+    server: str
+    body: B
+    frames: Frames
+    sent_at: float
+    #: Seconds after which it is sent again.
+    patience_s: float = SEND_AGAIN_S
+
+
+def due(messages: Iterable[Sent[Body]], now: float, at_most_s: float = SEND_AGAIN_S) -> list[Sent[Body]]:
+    """Those to send again now. Each time twice as long is waited, up to `at_most_s` seconds: a server may be at it for long."""
+    again = [sent for sent in messages if now >= sent.sent_at + sent.patience_s]
+    for sent in again:
+        sent.sent_at, sent.patience_s = now, min(2 * sent.patience_s, at_most_s)
+    return again
+
+
+def again(messages: Iterable[Sent[B]], server: str) -> list[Sent[B]]:
+    """Those to this server, which are to be sent again at once."""
+    found = [sent for sent in messages if sent.server == server]
+    for sent in found:
+        sent.sent_at, sent.patience_s = float("-inf"), SEND_AGAIN_S
+    return found
+
+
+class Pushes:
+    """Contributions that servers have not acknowledged; where servers may be replaced, those of the newest round are kept."""
+
+    def __init__(self, may_be_replaced: bool) -> None:
+        self.sent: list[Sent[RowPush | ClassPush]] = []
+        self._may_be_replaced = may_be_replaced
+        #: What was acknowledged of the newest round.
+        self._repeatable: list[Sent[RowPush | ClassPush]] = []
+
+    def add(self, new: Sent[RowPush | ClassPush]) -> None:
+        """One is sent. That there is one of its round shows that all servers have closed those before."""
+        self._repeatable = [sent for sent in self._repeatable if sent.body.round >= new.body.round]
+        self.sent.append(new)
+
+    def acknowledged(self, server: str, ack: RowAck | ClassAck) -> None:
+        """One server has got one."""
+        whose = server, ack.round, ack.lo, ack.hi
+        known = [(s, (s.server, s.body.round, s.body.lo, s.body.hi) == whose) for s in self.sent]
+        self.sent = [s for s, is_meant in known if not is_meant]
+        if self._may_be_replaced:
+            self._repeatable += [s for s, is_meant in known if is_meant]
+
+    def replaced(self, server: str) -> list[Sent[RowPush | ClassPush]]:
+        """A server is another process: what it is to get anew, at once."""
+        self.sent += [sent for sent in self._repeatable if sent.server == server]
+        self._repeatable = [sent for sent in self._repeatable if sent.server != server]
+        return again(self.sent, server)
+
+    def of_round(self, round_: int) -> set[int]:
+        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        return {k for sent in self.sent if sent.body.round == round_ for k in range(sent.body.lo, sent.body.hi)}

@@ -1,0 +1,236 @@
+"""A worker's dealings with the servers about sharded layers: the one question that it waits for, and pushes until acknowledged.
+
+A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when it is acknowledged; what is
+taken are the answers of all servers to the question asked last, or word that one of them refused it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from roundtable.common.model.sparse_rows import cut, join, owner_of, rows_on
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Body, ClassAck, Classified, Classify, ClassPush, Traffic
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
+from roundtable.common.runtime.errors import WireError
+from roundtable.worker.client.retransmit import Pushes, Sent, again, due
+
+#: Seconds after which what is not answered is sent again at the latest.
+_PATIENCE_S = 4 * SEND_AGAIN_S
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One server's answer, see `Classified`: largest and total (B), rows (B, D), the sum of all rows (dim) where it was wanted,
+    and the rows of labels that it has (N, dim)."""
+
+    largest: torch.Tensor
+    total: torch.Tensor
+    rows: torch.Tensor
+    sum_of_rows: torch.Tensor
+    own: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Best:
+    """The largest logits of each sample on one server (B, k), and their classes."""
+
+    values: torch.Tensor
+    classes: torch.Tensor
+
+
+#: What a server has answered; or what is asked of a hidden layer; None where it has no more of that version.
+Answer = Sums | Best | torch.Tensor | None
+
+
+class ClassExchange:
+    """One worker's questions about classifiers, and its pushes."""
+
+    def __init__(self, specs: Sequence[ClassSpec], servers: int, first_number: int, may_be_replaced: bool = False) -> None:
+        """Questions are counted from `first_number`, which no earlier process of the same name has used. `may_be_replaced`: a
+        server may be another process later on, which has closed as many rounds."""
+        self._specs = specs
+        self._servers = servers
+        self._number = first_number
+        self._pushes = Pushes(may_be_replaced)
+        self._may_be_replaced = may_be_replaced
+        #: Questions of the newest round about which something may be contributed, with the frames that tell each server all about
+        #: them; and for each server that was replaced, the newest question that it may not know.
+        self._asked: dict[int, tuple[Classify, Sequence[Frames]]] = {}
+        self._unknown_to: dict[str, int] = {}
+        self._question: Classify | None = None
+        #: By server: how many of the labels it has, questions that are not answered, and answers.
+        self._own: list[int] = []
+        self._unanswered: dict[int, Sent[Classify]] = {}
+        self._answers: dict[int, Answer] = {}
+        #: Of tensors, repetitions included.
+        self._pushed_bytes = 0
+        self._pulled_bytes = 0
+
+    # ---- asking
+
+    def ask(self, question: Classify, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
+        """Ask all servers: `question`, whose number is still to be set, and `tensors`, features and labels as far as it has them.
+        What was asked before is let go."""
+        owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
+        self._own = [int((owners == server).sum()) for server in range(self._servers)]
+        frames = [frame for tensor in tensors for frame in cut(tensor)]
+        return self._ask(question, [frames] * self._servers, [frames] * self._servers, now)
+
+    def ask_back(self, question: Classify, slopes: torch.Tensor, features: torch.Tensor, now: float) -> list[Send]:
+        """Likewise for the way back through a hidden layer: `slopes` (B, rows) is the loss's gradient by its outputs, `features`
+        (B, D) what these were of."""
+        owners = owner_of(torch.arange(slopes.shape[1]), self._servers)
+        frames = [cut(slopes[:, owners == server]) for server in range(self._servers)]
+        again_ = cut(features)
+        return self._ask(question, frames, [[*own, *again_] for own in frames], now)
+
+    def _ask(self, question: Classify, frames: Sequence[Frames], whole: Sequence[Frames], now: float) -> list[Send]:
+        """`frames` are what to ask each server with, `whole` what to ask one with that knows nothing of earlier questions."""
+        self._number += 1
+        self._question = msgspec.structs.replace(question, number=self._number)
+        if self._may_be_replaced and question.keeps:
+            self._asked = {n: kept for n, kept in self._asked.items() if kept[0].version >= question.version}
+            told = msgspec.structs.replace(self._question, again=question.back_through >= 0)
+            self._asked[self._number] = told, whole
+        self._unanswered = {n: Sent(f"server-{n}", self._question, frames[n], now) for n in range(self._servers)}
+        self._answers = {}
+        return [self._send(sent) for sent in self._unanswered.values()]
+
+    def _send(self, sent: Sent[Body]) -> Send:
+        body, frames = sent.body, sent.frames
+        number, newest = int(sent.server.rpartition("-")[2]), self._unknown_to.get(sent.server, -1)
+        if isinstance(body, ClassPush):
+            asked = [self._asked[use.number] for use in body.uses if use.number <= newest and use.number in self._asked]
+            body = msgspec.structs.replace(body, asked=[question for question, _ in asked])
+            frames = [*(frame for _, of in asked for frame in of[number]), *frames]
+        elif isinstance(body, Classify) and 0 <= body.back_through <= newest:
+            body, frames = self._asked[body.number][0], self._asked[body.number][1][number]
+        self._pushed_bytes += sum(frame.nbytes for frame in frames)
+        return Send(sent.server, body, frames)
+
+    @property
+    def number(self) -> int:
+        """Of the question asked last."""
+        return self._number
+
+    @property
+    def gone(self) -> bool:
+        """Whether a server has no more of the version asked about."""
+        return None in self._answers.values()
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return not self._unanswered or self.gone
+
+    def missing(self) -> list[str]:
+        """Servers that have not answered."""
+        return [f"server-{server}" for server in self._unanswered]
+
+    def take(self) -> list[Sums]:
+        """The answers, by server."""
+        assert self.complete and not self.gone
+        return [answer for _, answer in sorted(self._answers.items()) if isinstance(answer, Sums)]
+
+    def take_best(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest logits of each sample (B, k), in order, and their classes."""
+        assert self.complete and self._question is not None
+        answers = [answer for _, answer in sorted(self._answers.items()) if isinstance(answer, Best)]
+        best, order = torch.cat([answer.values for answer in answers], 1).topk(self._question.top, 1)
+        return best, torch.cat([answer.classes for answer in answers], 1).gather(1, order)
+
+    def take_outputs(self) -> torch.Tensor:
+        """Of a hidden layer, all outputs (B, rows)."""
+        assert self.complete and not self.gone and self._question is not None
+        rows = self._specs[self._question.classifier].rows
+        owners, out = owner_of(torch.arange(rows), self._servers), torch.empty(self._question.count, rows)
+        for server, answer in self._answers.items():
+            if isinstance(answer, torch.Tensor):
+                out[:, owners == server] = answer
+        return out
+
+    def take_slopes(self) -> torch.Tensor:
+        """Of a hidden layer, the loss's gradient by its features (B, D): the sum of the servers' parts, in their order."""
+        assert self.complete and not self.gone
+        return torch.stack([answer for _, answer in sorted(self._answers.items()) if isinstance(answer, torch.Tensor)]).sum(0)
+
+    def _decode(self, server: int, answer: Classified, frames: Frames) -> Answer:
+        """Raises WireError for what does not answer the question."""
+        ask, parts, what = self._question, iter(frames), f"an answer of server-{server}"
+        assert ask is not None
+        spec = self._specs[ask.classifier]
+
+        def part(*shape: int, dtype: str = "float32") -> torch.Tensor:
+            return join(parts, dtype, torch.Size(shape).numel(), what).view(shape)
+
+        decoded: Answer
+        if answer.gone:
+            decoded = None
+        elif ask.back_through >= 0:
+            decoded = part(ask.count, spec.dim - spec.bias)
+        elif spec.hidden:
+            decoded = part(ask.count, rows_on(server, self._servers, spec.rows))
+        elif ask.top:
+            top = min(ask.top, rows_on(server, self._servers, spec.rows))
+            decoded = Best(part(ask.count, top), part(ask.count, top, dtype="int64"))
+        else:
+            per_sample = part(ask.count), part(ask.count), part(ask.count, spec.dim - spec.bias)
+            decoded = Sums(*per_sample, part(spec.dim * ask.sums), part(self._own[server], spec.dim))
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        return decoded
+
+    # ---- pushing
+
+    def push(self, push: ClassPush, tensors: Sequence[torch.Tensor], bases: Mapping[int, int], now: float) -> list[Send]:
+        """Send every server a contribution; `bases` are the versions, by server, of the other weights it was computed from."""
+        frames = [frame for tensor in tensors for frame in cut(tensor)]
+        bodies = [msgspec.structs.replace(push, base=bases.get(number, 0)) for number in range(self._servers)]
+        sent = [Sent(f"server-{number}", body, frames, now) for number, body in enumerate(bodies)]
+        for one in sent:
+            self._pushes.add(one)
+        return [self._send(one) for one in sent]
+
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+        return not self._pushes.sent
+
+    def unacknowledged(self, round_: int) -> set[int]:
+        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        return self._pushes.of_round(round_)
+
+    # ---- events
+
+    def handle(self, server: str, body: Classified | ClassAck, frames: Frames) -> None:
+        """One message of a server. Raises WireError where it does not fit."""
+        number = int(server.rpartition("-")[2])
+        if isinstance(body, ClassAck):
+            self._pushes.acknowledged(server, body)
+        elif body.number == self._number and number in self._unanswered:
+            self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
+            self._answers[number] = self._decode(number, body, frames)
+            del self._unanswered[number]
+
+    def replaced(self, server: int) -> None:
+        """A server is another process: what the one before it has not answered, and of the open round all, is sent anew."""
+        name = f"server-{server}"
+        self._unknown_to[name] = self._number
+        self._pushes.replaced(name)
+        again(self._unanswered.values(), name)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of questions, answers and pushes so far."""
+        return Traffic(self._pushed_bytes, self._pulled_bytes)
+
+    def tick(self, now: float) -> list[Send]:
+        """What was not answered for too long is sent again."""
+        late = due([*self._pushes.sent, *self._unanswered.values()], now, _PATIENCE_S)
+        return [self._send(sent) for sent in late]

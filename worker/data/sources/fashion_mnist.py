@@ -1,0 +1,11 @@
+"""Fashion-MNIST: 60,000 pictures of clothes to train on and 10,000 to test on, from its four IDX files."""
+
+from __future__ import annotations
+
+from roundtable.worker.data.formats.idx import load_idx
+from roundtable.worker.data.formats.images import Images, Request
+
+
+def load(request: Request) -> Images:
+    """1x28x28, ten classes. Raises UsageError naming the file that is missing or damaged."""
+    return load_idx(request, "FashionMNIST", mean=0.2860, std=0.3530)

@@ -1,0 +1,113 @@
+"""Joining a run: what `roundtable.join()` and `roundtable.embedding()` do."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import platform
+import signal
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from roundtable.worker.run import Run
+
+#: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
+ADDRESS_VARIABLE = "PS_COORDINATOR"
+INDEX_VARIABLE = "PS_WORKER_INDEX"
+
+#: Signals that tell a worker to leave, and what handles them in scripts that have no handler of their own.
+_USUAL: tuple[tuple[signal.Signals, Any], ...] = (
+    (signal.SIGTERM, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+)
+
+#: Seconds that the coordinator has to answer, where they are not the default.
+START_VARIABLE = "PS_START_TIMEOUT"
+
+
+def join() -> Run:
+    """Join the cluster that the environment names, or, alone, one that this process starts for itself.
+
+    Seeds torch, numpy and Python by the run's seed, so that every worker builds the same model afterwards; sets torch's
+    number of threads, which the bits of the result depend on. When the script ends, the worker leaves the run by itself.
+
+    Raises UsageError where the coordinator refuses this worker, ClusterError where it cannot be reached.
+    """
+    import torch
+
+    from roundtable.common.config.settings import START_S
+    from roundtable.common.network.addresses import await_route
+    from roundtable.common.network.host_identity import here
+    from roundtable.common.protocol.messages import Hello
+    from roundtable.common.runtime.errors import NoAnswer
+    from roundtable.common.runtime.restart import LEAVE_SIGNAL
+    from roundtable.worker.client.io_thread import Link
+    from roundtable.worker.run import Run, describe_failure
+
+    runs: list[Run] = []
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if address is None:
+        from roundtable.cluster.launch.standalone import start_companions
+
+        address = start_companions(sys.argv[0], lambda: runs[0].told if runs else 0)
+    arithmetic = {
+        "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+    }
+    index = os.environ.get(INDEX_VARIABLE)
+    hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
+    start_s = float(os.environ.get(START_VARIABLE, START_S))
+    await_route(address, start_s)
+    run = Run(Link(address, hello, start_s))
+    runs.append(run)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
+        for number, usual in _USUAL:
+            if signal.getsignal(number) == usual:  # else the script has one of its own
+                signal.signal(number, run.told_to_stop)
+    before = sys.excepthook
+
+    def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            run.interrupted = True
+        elif not (isinstance(error, SystemExit) and run.left_early):
+            run.failure, run.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
+        before(kind, error, traceback)
+
+    sys.excepthook = failed
+    atexit.register(_finish, run)
+    return run
+
+
+def _finish(run: Run) -> None:
+    """Leave the run when the script has ended. If the run has failed elsewhere, `launch.py` finds that in sys.last_value."""
+    from roundtable.common.runtime.errors import PsError, Stopped
+
+    try:
+        run.finish()
+    except Stopped:
+        pass
+    except PsError as error:
+        if not run.failure:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.last_value = error if run.failed_elsewhere else None
+    for number, usual in _USUAL:
+        if signal.getsignal(number) == run.told_to_stop:
+            signal.signal(number, usual)
+
+
+def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:
+    """An `nn.Embedding(rows, dim, sparse=True)` that takes up no memory here: servers draw its rows from N(0, std^2).
+
+    What is drawn is a function of the run's seed, the table's name and the row. The layer can be used once the model that it is
+    in is replicated and has an optimizer.
+    """
+    from roundtable.worker.layers.sparse_embedding import make_embedding
+
+    return make_embedding(rows, dim, std)

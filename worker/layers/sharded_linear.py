@@ -1,0 +1,527 @@
+"""Classifiers that servers keep and compute: a layer whose weight is never here, and its loss.
+
+A forward asks every server what its classes come to (`Classify`), which is all that backward needs too: docs/model-parallel.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+import msgspec
+import torch
+from torch import nn
+
+from roundtable.common.model.row_pages import pages
+from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
+from roundtable.common.policies import Policy
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages import Classify, ClassPush, RowInit, Use
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker import tensor_names
+from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.sharded_client import ClassExchange, Sums
+from roundtable.worker.layers.margin_losses import Margin
+from roundtable.worker.layers.sparse_embedding import is_ready
+from roundtable.worker.optim.optimizer import Groups
+from roundtable.worker.replica.absent_parameter import absent
+
+#: More than any table has pages: where ids of first values are counted from for each layer.
+_FIRST_ID = 1 << 32
+#: What the features that a layer has returned are known by.
+_LAYER = "roundtable_layer"
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class OnServers(nn.Module):
+    """A layer with the weight (rows, in_features) of an `nn.Linear`, and perhaps its bias, whose rows are dealt out to the
+    servers: here they are empty tensors of device "meta". The servers draw first values as nn.Linear does; `of` takes over a
+    layer's own."""
+
+    def __init__(self, in_features: int, rows: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(rows, in_features, device="meta"))
+        self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
+        self._shards: Shards | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """A layer that begins with the values of `linear`: those that worker 0 has."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        layer.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        return layer
+
+    @property
+    def shards(self) -> Shards:
+        if self._shards is None:
+            raise UsageError(
+                f"a {type(self).__name__} is on the servers: call run.replicate(model) and run.optimizer(...) before it is used."
+            )
+        return self._shards
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one read back from a file, has nothing to do with the run."""
+        return {**self.__dict__, "_shards": None}
+
+
+class ShardedLinear(OnServers):
+    """The last layer of a classifier, `nn.Linear(in_features, num_classes)`, whose rows are dealt out to the servers.
+
+    Called with features (B, in_features) it returns them, for `sharded_cross_entropy`; its logits are nowhere.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, bias: bool = False, sample_rate: float = 1.0) -> None:
+        """With `sample_rate` below 1 a round looks at that share of the classes, drawn anew each time, and at each sample's own
+        (An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021)."""
+        if in_features < 1 or num_classes < 2 or not 0.0 < sample_rate <= 1.0:
+            raise UsageError(
+                f"ShardedLinear({in_features}, {num_classes}, sample_rate={sample_rate:g}) cannot be: it needs 1 feature, 2 "
+                "classes and a share of them above 0, at most 1."
+            )
+        super().__init__(in_features, num_classes, bias)
+        self.num_classes, self.sample_rate = num_classes, sample_rate
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """The same features (B, in_features), which `sharded_cross_entropy` then knows to be this layer's."""
+        marked = features.view_as(features)
+        setattr(marked, _LAYER, self)
+        return marked
+
+    def topk(self, features: torch.Tensor, k: int, cosine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k largest logits (B, k) of each of `features` (B, in_features), largest first, and their classes (B, k), int64.
+
+        `cosine`: those of the largest cosine between features and row, as is right after training with a margin.
+        """
+        return self.shards.topk(self, features, k, cosine)
+
+
+class ColumnParallelLinear(OnServers):
+    """`nn.Linear(in_features, out_features)` whose outputs are dealt out to the servers, which compute them: float32.
+
+    A forward is one round trip to all servers, and a backward another; the weight's gradient is made on the servers at the end
+    of a round ("column parallel": Shoeybi et al., "Megatron-LM", 2019).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        if in_features < 1 or out_features < 1:
+            raise UsageError(f"ColumnParallelLinear({in_features}, {out_features}) cannot be: it needs a feature and an output.")
+        super().__init__(in_features, out_features, bias)
+        self.out_features = out_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Outputs (..., out_features) of features (..., in_features), on their device and of their dtype."""
+        flat = features.reshape(-1, features.shape[-1]) if features.dim() else features
+        return self.shards.outputs(self, flat).view(*features.shape[:-1], self.out_features)
+
+
+def sharded_cross_entropy(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    layer: ShardedLinear | None = None,
+    label_smoothing: float = 0.0,
+    margin: Margin | None = None,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """`nn.functional.cross_entropy(linear(features), labels)` where linear is a ShardedLinear: in one round trip, float32.
+
+    features (B, in_features), labels (B) of integers. `layer` is the one that returned the features, or is to be given. `margin`,
+    `CosFace` or `ArcFace`, normalises features and rows. Where no gradients are wanted, it evaluates over all classes, whatever
+    the layer's sample_rate. Raises UsageError for labels that the layer has no class for, and arguments that do not go together.
+    """
+    layer = layer if layer is not None else getattr(features, _LAYER, None)
+    if not isinstance(layer, ShardedLinear):
+        raise UsageError("sharded_cross_entropy() needs what a ShardedLinear has returned, or the layer itself as `layer`.")
+    losses = layer.shards.losses(layer, features, labels, label_smoothing, margin)
+    match reduction:
+        case "mean":
+            return losses.mean()
+        case "sum":
+            return losses.sum()
+        case "none":
+            return losses
+    raise UsageError(f"reduction is '{reduction}'; there are mean, sum and none.")
+
+
+# ---- setting up
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A layer, and what servers must know of it."""
+
+    spec: ClassSpec
+    layer: OnServers
+
+
+def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
+    """All sharded layers of `model`. Raises UsageError for one that cannot be trained."""
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, OnServers):
+            continue
+        name = tensor_names.plain(f"{name}.weight" if name else "weight")
+        parts = [p for p in (layer.weight, layer.bias) if p is not None]
+        if len({group_of.get(id(p), -1) for p in parts}) > 1 or id(layer.weight) not in group_of:
+            raise UsageError(f"'{name}' is sharded: it and its bias must be trained, and be in one parameter group.")
+        if any(p.dtype != torch.float32 for p in parts):
+            raise UsageError(f"'{name}' is {layer.weight.dtype}, and sharded layers are kept in torch.float32.")
+        std = (3 * layer.in_features) ** -0.5 if layer.weight.is_meta else None
+        dim, bias = layer.in_features + len(parts) - 1, layer.bias is not None
+        rate, hidden = (layer.sample_rate, False) if isinstance(layer, ShardedLinear) else (1.0, True)
+        spec = ClassSpec(name, len(layer.weight), dim, group_of[id(layer.weight)], std, bias, rate, hidden)
+        found.append(Sharded(spec, layer))
+    return found
+
+
+def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> None:
+    """Raise UsageError where sharded layers cannot be trained like this."""
+    for sharded in layers:
+        name, its = f"'{sharded.spec.name}' is sharded", f"policy {policy.settings.policy}"
+        if policy.is_local:
+            raise UsageError(f"{name}, and {its} trains replicas that have all parameters: choose another policy.")
+        if policy.applies == "push" and clips:
+            raise UsageError(
+                f"{name}, and under {its} workers clip their own gradients, of which this layer's part is on the servers: "
+                "leave out clip_norm, or choose sync or backup."
+            )
+        if policy.settings.delay_compensation:
+            raise UsageError(f"{name}, and servers do not keep old rows: leave out --delay-compensation.")
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one use of a layer contributes: the question it is about, and log_total, g and own_gradient (B) of `ClassPush`."""
+
+    number: int
+    smoothing: float
+    log_total: torch.Tensor
+    g: torch.Tensor
+    own_gradient: torch.Tensor
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is sent of it, in this order."""
+        return [self.log_total, self.g, self.own_gradient]
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """What is to be finite."""
+        return self.tensors
+
+    @property
+    def use(self) -> Use:
+        return Use(self.number, len(self.g), self.smoothing)
+
+    def times(self, samples: int) -> Contribution:
+        """That of a micro-batch of so many samples, of whose mean this is."""
+        return replace(self, g=self.g * samples, own_gradient=self.own_gradient * samples)
+
+
+@dataclass(frozen=True)
+class HiddenContribution:
+    """Likewise of a hidden layer: servers have the gradient by its outputs (B, rows) from the question."""
+
+    number: int
+    slopes: torch.Tensor
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return []
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [self.slopes]
+
+    @property
+    def use(self) -> Use:
+        return Use(self.number, len(self.slopes), scale=self.scale)
+
+    def times(self, samples: int) -> HiddenContribution:
+        return replace(self, scale=self.scale * samples)
+
+
+class Shards:
+    """The sharded layers of one worker's model: asked and contributed to. There may be none."""
+
+    def __init__(
+        self,
+        link: Link,
+        layers: Sequence[Sharded],
+        servers: int,
+        version: Callable[[], int],
+        timeout: float,
+        first_number: int,
+        tables: int,
+        sends_first: bool,
+        may_be_replaced: bool = False,
+    ) -> None:
+        """Servers have the Setup. Sends first values (`sends_first`), which are counted after those of `tables` tables; the
+        memory of the layers is given up. `version()` is the round that is computed; questions are counted from
+        `first_number`, see ClassExchange, and there for `may_be_replaced`."""
+        self._link = link
+        self._specs = [sharded.spec for sharded in layers]
+        self._servers = servers
+        self._version = version
+        self._timeout = timeout
+        self.exchange = ClassExchange(self._specs, servers, first_number, may_be_replaced)
+        self._layers = [sharded.layer for sharded in layers]
+        self._used: list[Contribution | HiddenContribution] = []
+        #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
+        self.spoilt = False
+        for number, sharded in enumerate(layers):
+            if sends_first and sharded.spec.std is None:
+                self._send_first(number, sharded, tables)
+            layer = sharded.layer
+            name = sharded.spec.name
+            layer.weight = absent(layer.weight, name)
+            if layer.bias is not None:
+                layer.bias = absent(layer.bias, f"{name.removesuffix('weight')}bias")
+            layer._shards = self
+
+    def _send_first(self, number: int, of: Sharded, tables: int) -> None:
+        parts = [of.layer.weight, *([of.layer.bias[:, None]] if of.layer.bias is not None else [])]
+        rows = torch.cat([part.detach().cpu() for part in parts], 1)
+        for page in pages(of.spec):
+            ids = page_ids(of.spec, page)
+            owners = owner_of(ids, self._servers)
+            id_ = _FIRST_ID * (number + 1) + page
+            for server in range(self._servers):
+                frames = cut(rows[ids[owners == server]])
+                self._link.request(f"server-{server}", RowInit(id_, tables + number, page), is_ready(id_), self._timeout, frames)
+
+    # ---- asking
+
+    def _ask(self, layer: OnServers, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the answers are here; False where the round is over."""
+        with self._link.lock:
+            messages = self.exchange.ask(question, tensors, time.monotonic())
+        return self._is_answered(layer, messages)
+
+    def _ask_back(self, layer: OnServers, question: Classify, slopes: torch.Tensor, features: torch.Tensor) -> bool:
+        """Likewise."""
+        with self._link.lock:
+            messages = self.exchange.ask_back(question, slopes, features, time.monotonic())
+        return self._is_answered(layer, messages)
+
+    def _is_answered(self, layer: OnServers, messages: Sequence[Send]) -> bool:
+        self._link.send(*messages)
+        self._wait(layer)
+        return not self.exchange.gone
+
+    def _wait(self, layer: OnServers) -> None:
+        exchange, name = self.exchange, self._specs[self._number(layer)].name
+
+        def waited_for() -> str:
+            return f"what '{name}' comes to for round {self._version()} from {' and '.join(exchange.missing())}"
+
+        self._link.wait(lambda: exchange.complete, self._timeout, waited_for)
+
+    def _number(self, layer: OnServers) -> int:
+        return next(number for number, known in enumerate(self._layers) if known is layer)
+
+    def _features(self, layer: OnServers, features: torch.Tensor) -> torch.Tensor:
+        if features.dim() != 2 or features.shape[1] != layer.in_features or not len(features):
+            kind = type(layer).__name__
+            raise UsageError(f"features are {tuple(features.shape)}, and a {kind} takes (samples, {layer.in_features}).")
+        return features.detach().to("cpu", torch.float32).contiguous()
+
+    def losses(
+        self, layer: ShardedLinear, features: torch.Tensor, labels: torch.Tensor, smoothing: float, margin: Margin | None
+    ) -> torch.Tensor:
+        """See `sharded_cross_entropy`: (B)."""
+        name = self._specs[self._number(layer)].name
+        if labels.shape != features.shape[:1] or labels.is_floating_point():
+            raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; they must be integers, one for each sample.")
+        wrong = labels[(labels < 0) | (labels >= layer.num_classes)]
+        if len(wrong):
+            raise UsageError(f"label {int(wrong[0])} is none of the {layer.num_classes} classes of '{name}', which count from 0.")
+        if not 0.0 <= smoothing < 1.0:
+            raise UsageError(f"label_smoothing is {smoothing}; it must be 0 or more, and below 1.")
+        if smoothing and (margin is not None or layer.sample_rate < 1.0):
+            raise UsageError("label_smoothing goes neither with a margin nor with a sample_rate below 1: leave out one of them.")
+        if margin is not None:
+            if layer.bias is not None:
+                raise UsageError(f"'{name}' has a bias, and a margin is between directions: make it with bias=False.")
+            features = nn.functional.normalize(features) * margin.scale
+        contributes = torch.is_grad_enabled()
+        question = Classify(
+            0, self._number(layer), self._version(), len(features), contributes, margin is not None, sums=smoothing > 0.0
+        )
+        x, y = self._features(layer, features), labels.detach().to("cpu", torch.int64).contiguous()
+        if not self._ask(layer, question, [x, y]):
+            self.spoilt = True
+            return torch.zeros(len(features), device=features.device, requires_grad=contributes)
+        found = combine(self.exchange.take(), x, y, self._servers, layer.num_classes, smoothing, margin)
+        if not contributes:
+            return found.losses.to(features.device)
+        number, smoothed = self.exchange.number, smoothing / layer.num_classes
+
+        def backward(g: torch.Tensor) -> None:
+            g = g.cpu()
+            self._used.append(Contribution(number, smoothed, found.log_total, g, g * found.own_slope))
+
+        device = features.device
+        anchor = torch.zeros((), requires_grad=True)  # backward comes by, even where features want no gradient
+        return _Losses.apply(features, anchor, found.losses.to(device), found.slope.to(device), backward)  # type: ignore[no-any-return, no-untyped-call]
+
+    def outputs(self, layer: ColumnParallelLinear, features: torch.Tensor) -> torch.Tensor:
+        """Of a hidden layer: (B, out_features) of features (B, D)."""
+        x, number, contributes = self._features(layer, features), self._number(layer), torch.is_grad_enabled()
+        question = Classify(0, number, self._version(), len(x), contributes)
+        if self.spoilt or not self._ask(layer, question, [x]):
+            self.spoilt = True
+            return features.new_zeros(len(x), layer.out_features, requires_grad=contributes)
+        y = self.exchange.take_outputs().to(features)
+        if not contributes:
+            return y
+        question = msgspec.structs.replace(question, back_through=self.exchange.number)
+
+        def backward(g: torch.Tensor) -> torch.Tensor:
+            slopes = g.to("cpu", torch.float32).contiguous()
+            if self.spoilt or not self._ask_back(layer, question, slopes, x):
+                self.spoilt = True
+                return torch.zeros_like(features)
+            self._used.append(HiddenContribution(self.exchange.number, slopes))
+            return self.exchange.take_slopes().to(features)
+
+        return _Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
+
+    def topk(self, layer: ShardedLinear, features: torch.Tensor, k: int, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ShardedLinear.topk`."""
+        if not 1 <= k <= layer.num_classes:
+            raise UsageError(f"k is {k}; there are {layer.num_classes} classes.")
+        x = self._features(layer, nn.functional.normalize(features) if cosine else features)
+        self._ask(layer, Classify(0, self._number(layer), self._version(), len(x), normalised=cosine, top=k), [x])
+        values, classes = self.exchange.take_best()
+        return values.to(features.device), classes.to(features.device)
+
+    # ---- contributions
+
+    def contribution(self, samples: int) -> list[Contribution | HiddenContribution]:
+        """What backward has come by since the last one, times the samples of the micro-batch."""
+        used = [use.times(samples) for use in self._used]
+        self.forget()
+        self.spoilt = False
+        return used
+
+    def forget(self) -> None:
+        """Let it go, as zero_grad does."""
+        self._used = []
+
+    def push(self, push: ClassPush, uses: Sequence[Contribution | HiddenContribution], bases: Mapping[int, int]) -> None:
+        """Contribute; `push` lacks the uses, and what differs between servers."""
+        if self._layers:
+            tensors = [tensor for use in uses for tensor in use.tensors]
+            push = msgspec.structs.replace(push, uses=[use.use for use in uses])
+            with self._link.lock:
+                messages = self.exchange.push(push, tensors, bases, time.monotonic())
+            self._link.send(*messages)
+
+
+# ---- arithmetic
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What all servers' sums come to, (B) each but for `slope` (B, D): losses, the logarithm of the sum of exp(z) over all
+    classes; and the gradients of the losses by the logit of a sample's own class, margin included, and by its features."""
+
+    losses: torch.Tensor
+    log_total: torch.Tensor
+    own_slope: torch.Tensor
+    slope: torch.Tensor
+
+
+def combine(
+    sums: Sequence[Sums],
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    servers: int,
+    classes: int,
+    smoothing: float,
+    margin: Margin | None,
+) -> Combined:
+    """The loss of each sample, and what backward needs, from the sums of each server over the classes that are not its own.
+
+    With t the logit of its own class and q = 1 - p of that class: loss = softplus(log of the others' sum - t), and its gradient
+    by the features is the sum of p x row over the others - q x own row. With smoothing s over C classes the target is
+    1 - s + s/C for its own class and s/C for the others.
+    """
+    own = torch.empty(len(features), sums[0].own.shape[1], dtype=features.dtype)
+    owners = owner_of(labels, servers)
+    for server, part in enumerate(sums):
+        own[owners == server] = part.own
+    dim = features.shape[1]
+    t, margin_slope = (own[:, :dim] * features).sum(1), torch.ones(len(features), dtype=features.dtype)
+    t = t + own[:, dim] if own.shape[1] > dim else t
+    if margin is not None:
+        cosine, margin_slope = margin.own(t / margin.scale)
+        t = cosine * margin.scale
+    others = torch.logsumexp(torch.stack([part.largest + part.total.log() for part in sums]), 0)
+    log_total = torch.logaddexp(others, t)
+    q = torch.sigmoid(others - t)
+    losses = nn.functional.softplus(others - t)
+    slope = torch.zeros_like(features)
+    for part in sums:
+        slope += torch.exp(part.largest - log_total)[:, None] * part.rows
+    if smoothing:
+        of_all = torch.stack([part.sum_of_rows for part in sums]).sum(0)
+        logits = features @ of_all[:dim] + (of_all[dim] if len(of_all) > dim else 0.0)
+        losses = losses + smoothing * t - smoothing / classes * logits
+        slope -= smoothing / classes * of_all[:dim]
+    slope -= ((q - smoothing) * margin_slope)[:, None] * own[:, :dim]
+    return Combined(losses, log_total, (smoothing - q) * margin_slope - smoothing / classes, slope)
+
+
+class _Losses(torch.autograd.Function):
+    """Losses that are known already, with the features' part in them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        anchor: torch.Tensor,
+        losses: torch.Tensor,
+        slope: torch.Tensor,
+        backward: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slope)
+        ctx.dtype, ctx.told = features.dtype, backward
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        (slope,) = ctx.saved_tensors
+        ctx.told(g.detach())
+        return (g[:, None] * slope).to(ctx.dtype), None, None, None, None
+
+
+class _Outputs(torch.autograd.Function):
+    """Outputs that are known already, of features whose gradient is asked for when it is wanted. What is returned is no input,
+    so that a layer behind it may work in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        anchor: torch.Tensor,
+        outputs: Callable[[], torch.Tensor],
+        backward: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.ask = backward
+        return outputs()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return ctx.ask(g.detach()), None, None, None

@@ -1,0 +1,294 @@
+"""Stepping locally, for policies that merge replicas now and then: `local`, `average`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from roundtable.common.config.batch_plan import Segment, Task, derive_seed
+from roundtable.common.model.nonfinite import is_finite
+from roundtable.common.model.partial_sum import Sum, nothing
+from roundtable.common.protocol.messages import Beat, Push, Sums
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data.loader import Loader, seed_everything
+from roundtable.worker.loop.gradient_loop import STEP_MISSING, STEP_TOO_MUCH, Meter
+from roundtable.worker.merge import constraints, greedy_soup
+from roundtable.worker.optim.optimizer import NO_LOSS, Per, Schedule, make_schedule
+from roundtable.worker.replica.replica import Replica
+from roundtable.worker.replica.script_edits import Edits
+
+if TYPE_CHECKING:
+    from roundtable.worker.run import Run
+
+log = logging.getLogger("roundtable.worker.local")
+UNJUDGED = "merge is greedy, but nothing says which of two models is better: call run.merge_by(evaluate) before run.batches()."
+
+
+@dataclass
+class Inner:
+    """The user's own optimizer, stepping on this worker's replica."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule | None
+    schedule_per: Per
+    clip_norm: float | None
+
+
+class LocalWork:
+    """One worker's loop: in each round a step on its own run of micro-batches; after as many rounds as the policy says, and at
+    the end of the data, a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
+
+    def __init__(self, run: Run, replica: Replica, inner: Inner, before_merge: list[Callable[[], None]]) -> None:
+        self.replica = replica
+        self.round = 0
+        self._run = run
+        self._link = run._link
+        self._exchange = run._exchange
+        self._policy = run._policy
+        self._inner = inner
+        self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
+        self._before_merge = before_merge
+        self._merge_by = run.settings.merge if self._policy.contributes == "weights" else "samples"
+        self._segment: Segment | None = None
+        #: Merges done, which is the version of the weights.
+        self._merges = 0
+        #: Merges of all segments so far, when they are done, and of those before the newest.
+        self._planned = self._merged_before = 0
+        #: By chunk, the weights that a contributed change is counted from. Where replicas contribute weights, only chunks that
+        #: were frozen at first are here: others may have these frozen still.
+        self._start: dict[int, torch.Tensor] = {}
+        #: Since the last merge: samples and micro-batches computed; and by round, sums of metrics and the samples that they are
+        #: over.
+        self._samples = 0
+        self._micro_batches = 0
+        self._logged: deque[tuple[int, Sums]] = deque()
+        #: Of this epoch, the sum of this worker's losses x samples, and the samples.
+        self._epoch_loss = (0.0, 0)
+        #: In this round: the sum of gradients x samples, by parameter, and the samples.
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._weight = 0
+        self._current: Task | None = None
+        self._metrics: dict[str, float] = {}
+        self._begun_at = 0.0
+        self._meter = Meter()
+        self.edits = Edits(run, replica, only_frozen=True)
+
+    def join(self) -> None:
+        """Have the merged weights in the model, whatever was there."""
+        self._load(self._merges)
+        self.edits.note()
+
+    @property
+    def epoch(self) -> int:
+        if self._segment is None:
+            return 0
+        if self.round >= self._segment.end:
+            return self._segment.first_epoch + self._segment.epochs
+        return self._segment.round(self.round).epoch
+
+    def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
+        if self._merge_by == "greedy" and self._run._evaluate is None:
+            raise UsageError(UNJUDGED)
+        self._segment = segment
+        table = self._run._tasks.tables[0]
+        seed = self._run.settings.seed
+        for index in range(self._first(segment), segment.end):
+            self.round = index
+            plan = segment.round(index)
+            for k in table.run(self._run.name, plan.micro_batches):
+                batch = loader.load(Task(index, k))
+                seed_everything(derive_seed(seed, "micro-batch", index, k))
+                self._current, self._metrics, self._begun_at = Task(index, k), {}, time.monotonic()
+                yield batch
+                if self._current is not None:
+                    raise UsageError(STEP_MISSING)
+                self.edits.check_places()
+                self.edits.check(self._merges)
+            self._step_inner()
+            self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
+            self.round = index + 1
+            if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
+                self._merge()
+
+    def _first(self, segment: Segment) -> int:
+        """The round of `segment` to begin at: the first that is not in the weights, which may be those of a run that goes on.
+
+        The inner optimizer's own state was in no snapshot, so it begins anew; its schedule does not.
+        """
+        self._merged_before, self._planned = self._planned, self._planned + self._policy.updates(segment)
+        first = segment.first_round + self._policy.rounds_in(segment, max(0, self._merges - self._merged_before))
+        for index in range(segment.first_round, first):
+            self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
+        self.round = first
+        return first
+
+    def log(self, numbers: dict[str, float]) -> bool:
+        if self._current is not None:
+            self._metrics.update(numbers)
+        return self._current is not None
+
+    def step(self) -> None:
+        """Keep the gradients of this micro-batch; the inner optimizer steps when the round's last one is in."""
+        if self._current is None or self._segment is None:
+            raise UsageError(STEP_TOO_MUCH)
+        self.replica.check_dtypes()
+        self.replica.check_constants()
+        self.edits.check(self._merges)
+        task, self._current = self._current, None
+        samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
+        if thawed := self.replica.thawed():
+            self._start |= self.replica.weights(thawed)
+        for parameter in self.replica.trainable:
+            if parameter.grad is not None:
+                gradient = parameter.grad.mul_(samples)
+                known = self._sums.get(parameter)
+                self._sums[parameter] = gradient if known is None else known.add_(gradient)
+                parameter.grad = None
+        self._weight += samples
+        self._samples += samples
+        self._micro_batches += 1
+        self._keep(task.round, {name: (value * samples, float(samples)) for name, value in self._metrics.items()})
+        if "loss" in self._metrics:
+            self._epoch_loss = self._epoch_loss[0] + self._metrics["loss"] * samples, self._epoch_loss[1] + samples
+        self._meter.measured(time.monotonic() - self._begun_at, samples)
+
+    def _keep(self, round_: int, sums: Sums) -> None:
+        """Keep the metrics of a micro-batch until the merge: where that comes only at the end, of an epoch's worth of rounds."""
+        assert self._segment is not None
+        self._logged.append((round_, sums))
+        while self._policy.contributes == "weights" and self._logged[0][0] <= round_ - self._segment.rounds_per_epoch:
+            self._logged.popleft()
+
+    def _told(self) -> Sums:
+        """The sums of the metrics that are kept."""
+        assert self._segment is not None
+        first = self._segment.end - self._segment.rounds_per_epoch if self._policy.contributes == "weights" else 0
+        out: Sums = {}
+        for name, (value, samples) in (item for round_, sums in self._logged if round_ >= first for item in sums.items()):
+            before = out.get(name, (0.0, 0.0))
+            out[name] = before[0] + value, before[1] + samples
+        return out
+
+    def _step_inner(self) -> None:
+        if not self._weight:
+            return
+        for parameter, total in self._sums.items():
+            parameter.grad = total.div_(self._weight)
+        if self._run.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
+            text = f"{self._run.name}'s gradient in round {self.round} is not finite"
+            if self._run.settings.on_nonfinite == "fail":
+                raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow lets them be.")
+            log.warning("%s: the step is left out.", text)
+            self._samples -= self._weight
+            for parameter in self._sums:
+                parameter.grad = None
+            self._sums, self._weight = {}, 0
+            return
+        if self._inner.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(self._sums), self._inner.clip_norm)
+        try:
+            self._inner.optimizer.step()
+        except TypeError as error:
+            name = type(self._inner.optimizer).__name__
+            raise UsageError(f"{name} cannot be used: its step() needs more than gradients ({error}).") from None
+        for parameter in self._sums:
+            parameter.grad = None
+        self._sums, self._weight = {}, 0
+
+    def _step_schedule(self, epoch_ends: bool) -> None:
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            if epoch_ends:
+                total, weight = self._epoch_loss
+                if not weight:
+                    raise UsageError(NO_LOSS)
+                self._scheduler.step(total / weight)
+                self._epoch_loss = 0.0, 0
+        elif self._scheduler is not None and (epoch_ends or self._inner.schedule_per == "round"):
+            self._scheduler.step()
+
+    def _merge(self) -> None:
+        """Contribute this replica, and go on from the merged one."""
+        assert self._exchange is not None
+        for callback in self._before_merge:
+            callback()
+        values = self.replica.weights()
+        present = self.replica.present(values)
+        added = {c.id: self.replica.added_to(c, values[c.id]) for c in self.replica.layout.chunks if c.kind == "sum"}
+        weight = self._weigh(values)
+        values |= added
+        for chunk in [chunk for chunk in self.replica.layout.chunks if chunk.id in values]:
+            if chunk.id in self._start and chunk.kind == "param":
+                change = values[chunk.id].sub_(self._start[chunk.id])
+                values[chunk.id] = change.neg_() if self._policy.contributes == "delta" else change
+            if chunk.kind == "last":
+                present[chunk.id] = present[chunk.id] if weight else 0
+            elif not weight and chunk.kind != "max":  # 0 times what is no number would be none
+                values[chunk.id] = torch.zeros_like(values[chunk.id])
+            elif chunk.kind in ("param", "mean"):
+                values[chunk.id].mul_(weight)
+        me = self._run.index
+        groups = len(self._inner.optimizer.param_groups)
+        push = Push(
+            self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._told(),
+            hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
+        )  # fmt: skip
+        sums = {c.id: Sum(values[c.id], present[c.id]) if c.id in values else nothing() for c in self.replica.layout.chunks}
+        with self._link.lock:
+            messages = self._exchange.push(push, sums, time.monotonic())
+        self._link.send(*messages)
+        self._samples, self._micro_batches = 0, 0
+        self._logged.clear()
+        self._merges += 1
+        self._load(self._merges)
+
+    def _weigh(self, values: dict[int, torch.Tensor]) -> int:
+        """What this replica, whose weights are `values`, counts with in the merge that is due."""
+        if self._merge_by == "greedy":
+            evaluate = self._run._evaluate
+            assert evaluate is not None
+            values = values | self.replica.frozen_weights()  # which others may have trained
+            return greedy_soup.weigh(self._run, self.replica, values, lambda: evaluate(self.replica.model), self._merges)
+        return min(1, self._samples) if self._merge_by == "uniform" else self._samples
+
+    def _load(self, version: int) -> None:
+        """Wait for the merged weights number `version` and go on from them."""
+        exchange = self._exchange
+        assert exchange is not None
+        with self._link.lock:
+            messages = exchange.pull(version, False, time.monotonic())
+        self._link.send(*messages)
+        self._run._wait(lambda: exchange.complete or exchange.over is not None, self._waited_for)
+        if exchange.over is not None:  # the run goes on from a snapshot
+            self._merges = exchange.over
+            self._load(self._merges)
+            return
+        with self._link.lock:
+            frames, _ = exchange.take()
+        self.replica.load(frames)
+        if version:
+            constraints.put_back(self.replica.model)
+        known = None if self._policy.contributes == "delta" else [self.replica.layout.chunks[chunk] for chunk in self._start]
+        self._start = self.replica.weights(known)
+
+    def _waited_for(self) -> str:
+        assert self._exchange is not None
+        return f"the merged weights {self._exchange.missing_text()}"
+
+    def beat(self) -> Beat:
+        """Where this worker is. Called by the link's thread, with the lock held."""
+        waiting = self._exchange is not None and self._exchange.clock is not None
+        current = self._current
+        return Beat(
+            "waiting" if waiting else "computing",
+            self.round,
+            current.k if current is not None else -1,
+            seconds=self._meter.seconds,
+            rate=self._meter.rate,
+        )

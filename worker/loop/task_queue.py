@@ -1,0 +1,100 @@
+"""Which micro-batch a worker computes next: its run of each round by the table in force, minus what others took over,
+plus what it takes over itself.
+
+A state machine without a socket or a clock. Invariants: a micro-batch of the open round or a later one is handed out at most
+once; none is handed out before its round is open, for the weights to compute it from are not there; none of a round that was
+dropped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from roundtable.common.config.batch_plan import Task
+from roundtable.common.config.work_shares import Table, in_force
+from roundtable.common.protocol.messages import Lease
+
+
+class Tasks:
+    """One worker's work list. `round` is the round it is in; -1 before the first."""
+
+    def __init__(self, worker: str, tables: list[Table]) -> None:
+        self.worker = worker
+        self.tables = tables
+        self.round = -1
+        #: Own micro-batches of this round not begun, in order.
+        self._run: deque[Task] = deque()
+        #: Micro-batches taken over, in order, also of rounds to come; they come after the own run.
+        self._taken: deque[Task] = deque()
+        #: Micro-batches of rounds to come that others took over.
+        self._given: set[Task] = set()
+        #: Handed out in this round or later ones.
+        self._begun: set[Task] = set()
+        #: Nothing of rounds before this one is taken over.
+        self._floor = 0
+
+    def open(self, round_: int, count: int) -> None:
+        """Start round `round_` of `count` micro-batches; what is left of earlier rounds is dropped."""
+        self.round = round_
+        run = in_force(self.tables, round_).run(self.worker, count)
+        self._run = deque(task for k in run if (task := Task(round_, k)) not in self._given and task not in self._begun)
+        self._taken = deque(task for task in self._taken if task not in self._run)
+        self._given = {task for task in self._given if task.round > round_}
+        self._begun = {task for task in self._begun if task.round >= round_}
+
+    def leased(self, lease: Lease) -> None:
+        """A micro-batch changes hands. Leases may come twice, late, or for rounds not open yet."""
+        task = Task(lease.round, lease.k)
+        if lease.to == self.worker:
+            if lease.round >= self._floor and not any(task in held for held in (self._begun, self._taken, self._run)):
+                self._taken.append(task)
+        elif lease.owner == self.worker:
+            if task in self._run:
+                self._run.remove(task)
+            elif task in self._taken:
+                self._taken.remove(task)
+            elif lease.round > self.round:
+                self._given.add(task)
+
+    def forget_begun(self) -> None:
+        """What was begun may be asked for again, for a server has lost what it had of it."""
+        self._begun.clear()
+
+    def next(self) -> Task | None:
+        """The next micro-batch to compute, or None while there is nothing to do."""
+        if self._run:
+            task = self._run.popleft()
+        elif ready := [task for task in self._taken if task.round <= self.round]:
+            task = ready[0]
+            self._taken.remove(task)
+        else:
+            return None
+        self._begun.add(task)
+        return task
+
+    def drop_taken(self, before: int) -> None:
+        """Forget what was taken over of rounds that are closed, and take over no more of them."""
+        self._floor = max(self._floor, before)
+        self._taken = deque(task for task in self._taken if task.round >= before)
+
+    def left(self, round_: int) -> list[int]:
+        """Micro-batches of a round that are this worker's and not begun."""
+        return [task.k for task in [*self._run, *self._taken] if task.round == round_]
+
+    def taken_elsewhere(self, round_: int) -> list[tuple[int, int]]:
+        """(round, micro-batch) of what was taken over of other rounds than this one, and is not begun."""
+        return [(task.round, task.k) for task in self._taken if task.round != round_]
+
+    @property
+    def any(self) -> bool:
+        return bool(self._run) or any(task.round <= self.round for task in self._taken)
+
+    @property
+    def run_done(self) -> bool:
+        """Whether nothing of the own run of this round is left."""
+        return not self._run
+
+    def expected(self, round_: int, count: int) -> list[Task]:
+        """What this worker will probably be given in a round to come, for loading ahead."""
+        run = in_force(self.tables, round_).run(self.worker, count)
+        return [task for k in run if (task := Task(round_, k)) not in self._given]

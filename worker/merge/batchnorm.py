@@ -1,0 +1,55 @@
+"""Running statistics of batch normalisation, for weights that were merged.
+
+A mean of networks is another network: its layers see other activations than any part did, so the mean of the parts' running
+statistics does not fit it. Izmailov et al., "Averaging weights leads to wider optima and better generalization" (UAI 2018),
+compute them anew by one pass over training data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Dataset
+
+from roundtable.common.config.batch_plan import derive_seed
+from roundtable.worker.data.loader import dataset_size, seed_everything
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether there are running statistics in it."""
+    layers = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return any(layer.track_running_stats for layer in layers)
+
+
+def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics in it, by the name of each in the state_dict of `model`."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, layer in layers
+        if layer.track_running_stats
+        for key, buffer in layer.named_buffers(recurse=False)
+    }
+
+
+def recompute(model: nn.Module, dataset: Dataset[Any], batch: int, seed: int) -> None:
+    """Replace the running statistics of `model` by means over one pass through a map-style `dataset`, in batches of `batch`.
+
+    Order, augmentation and dropout are drawn from `seed`, so that every worker gets the same bits from the same weights.
+    Samples are inputs, or tuples whose first item is one. A last batch that is short is left out, as each counts alike. Weights
+    and training modes stay as they were. A model without such layers is left alone.
+    """
+    if not has_statistics(model):
+        return
+    batch = min(batch, dataset_size(dataset))
+    seed = derive_seed(seed, "batchnorm")
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(dataset, batch_size=batch, shuffle=True, generator=order, drop_last=True)
+    modes = [(module, module.training) for module in model.modules()]
+    seed_everything(seed)
+    update_bn(loader, model, device=next(model.parameters()).device)
+    for module, training in modes:
+        module.training = training

@@ -1,0 +1,166 @@
+"""Which replicas are in a merge that takes only those that help, agreed on through the servers' key-value store.
+
+Every worker leaves its weights and their score there. The chief adds them to a mean, best first, and says which ones it has
+kept; then the merge goes on as any other, in which a replica counts with 1 or 0. What is pushed counts once and is exact, for
+everybody adds to places of its own; so all agree, whatever is sent again. The servers hold all parts until the choice is known
+to their owners.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from roundtable.common.model.layout import Chunk
+from roundtable.common.model.partial_sum import Sum, adder
+from roundtable.common.model.tensor_bytes import dtype_of, to_frame
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.worker.merge import constraints
+from roundtable.worker.merge.averaging import greedy, mean
+from roundtable.worker.replica.replica import Replica
+
+if TYPE_CHECKING:
+    from roundtable.worker.run import Run
+
+Part = dict[int, torch.Tensor]
+
+#: Seconds between two looks at what others have said.
+_LOOK_S = 0.1
+
+
+def weigh(run: Run, replica: Replica, values: Part, evaluate: Callable[[], float], merge: int) -> int:
+    """1 if this worker's replica is chosen for merge number `merge`, else 0. `values` are its weights, by chunk, and `evaluate`
+    gives the score of what is in the model now.
+
+    The chief's model is left with weights of a mean. Raises ClusterError where the others say nothing for the run's time-out.
+    """
+    return _Soup(run, replica, evaluate, merge).weight(values)
+
+
+class _Soup:
+    def __init__(self, run: Run, replica: Replica, evaluate: Callable[[], float], merge: int) -> None:
+        self._run = run
+        self._kv = run.kv()
+        self._replica = replica
+        #: What has been trained.
+        self._chunks: list[Chunk] = []
+        self._evaluate = evaluate
+        self._workers = run.settings.workers
+        self._began = replica.began()
+        #: Keys: who has a score, and which; whether the choice is made, the means tried so far, and who is chosen.
+        self._scores, self._choice = f"merge/{merge}/scores", f"merge/{merge}/choice"
+        self._parts = f"merge/{merge}/part"
+
+    def weight(self, values: Part) -> int:
+        me = self._run.index
+        self._chunks = chunks = [chunk for chunk in self._replica.layout.chunks if chunk.id in values]
+        self._wait([self._kv.push(f"{self._parts}/{me}/{c.id}", values[c.id].to(dtype_of(c.dtype)), "set") for c in chunks])
+        self._add(self._choice, _zeros(2 + self._workers))
+        score = float(self._evaluate())
+        said = _zeros(2 * self._workers)
+        said[me], said[self._workers + me] = 1.0, -math.inf if math.isnan(score) else score
+        self._add(self._scores, said)
+        if self._run.is_chief:
+            self._choose()
+        choice = self._look(
+            self._choice, 2 + self._workers, lambda seen: bool(seen[0]), lambda seen: "worker-0 to choose replicas"
+        )
+        self._wait([self._kv.push(f"{self._parts}/{me}/{c.id}", torch.zeros(1), "set") for c in chunks])  # the memory is free
+        return int(choice[2 + me])
+
+    def _choose(self) -> None:
+        count = self._workers
+        seen = self._look(
+            self._scores, 2 * count, lambda seen: bool(seen[:count].all()), lambda seen: f"the weights of {_absent(seen[:count])}"
+        )
+        parts: dict[int, Part] = {}
+
+        def score(numbers: Sequence[int]) -> float:
+            for number in numbers:
+                parts[number] = parts.get(number) or self._pull(number)
+            for number in parts.keys() - set(numbers):
+                del parts[number]
+            merged = self._merged([parts[number] for number in sorted(numbers)])
+            self._replica.load({chunk: to_frame(values) for chunk, values in merged.items()})
+            constraints.put_back(self._replica.model)
+            found = float(self._evaluate())
+            self._run.log(merge_score=found)
+            self._add(self._choice, _at(2 + count, [1]))
+            return found
+
+        chosen = greedy(seen[count:].tolist(), score)
+        self._run.log(merged_parts=len(chosen))
+        self._add(self._choice, _at(2 + count, [0, *(2 + number for number in chosen)]))
+
+    def _merged(self, parts: Sequence[Part]) -> Part:
+        """What servers would make of these replicas, each of weight 1, in the order of their workers."""
+        out = mean(parts, [1.0] * len(parts))
+        for chunk in self._chunks:
+            each = [part[chunk.id] for part in parts]
+            if chunk.kind == "max":
+                out[chunk.id] = functools.reduce(torch.maximum, each)
+            elif chunk.kind == "sum":
+                began = self._began[chunk.id].to(each[0].dtype)
+                out[chunk.id] = functools.reduce(torch.add, [values - began for values in each], began)
+            elif chunk.kind == "last":
+                sums = [Sum(values, self._changed(chunk, values)) for values in each]
+                out[chunk.id] = functools.reduce(adder(chunk), sums).values
+        return out
+
+    def _changed(self, chunk: Chunk, values: torch.Tensor) -> int:
+        """The mask of pieces in which a replica's buffers are not what all began with."""
+        began = self._began[chunk.id]
+        pieces = [slice(piece.offset, piece.offset + piece.length) for piece in chunk.pieces]
+        return sum((not torch.equal(values[at], began[at])) << bit for bit, at in enumerate(pieces))
+
+    def _pull(self, worker: int) -> Part:
+        part = {c.id: torch.empty(c.numel, dtype=dtype_of(c.dtype)) for c in self._chunks}
+        self._wait([self._kv.pull(f"{self._parts}/{worker}/{chunk}", values) for chunk, values in part.items()])
+        return part
+
+    def _add(self, key: str, values: torch.Tensor) -> None:
+        self._kv.wait(self._kv.push(key, values))
+
+    def _wait(self, timestamps: Sequence[int]) -> None:
+        for timestamp in timestamps:
+            self._kv.wait(timestamp)
+
+    def _look(
+        self,
+        key: str,
+        size: int,
+        ready: Callable[[torch.Tensor], bool],
+        waited_for: Callable[[torch.Tensor], str],
+    ) -> torch.Tensor:
+        """Read `key` until it is `ready`."""
+        timeout = self._run.settings.timeout
+        seen, changed_at = _zeros(size), time.monotonic()
+        while not ready(seen):
+            now, before = time.monotonic(), seen.clone()
+            if now > changed_at + timeout:
+                raise ClusterError(f"waited {timeout:.0f} s for {waited_for(seen)}.")
+            self._run._wait(lambda: None, lambda: waited_for(seen), every=_LOOK_S)
+            self._kv.wait(self._kv.pull(key, seen))
+            if not torch.equal(seen, before):
+                changed_at = now
+        return seen
+
+
+def _zeros(size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.float64)  # which has all of a score's digits
+
+
+def _at(size: int, places: Sequence[int]) -> torch.Tensor:
+    """Ones at some places among zeros."""
+    out = _zeros(size)
+    out[list(places)] = 1.0
+    return out
+
+
+def _absent(there: torch.Tensor) -> str:
+    return " and ".join(f"worker-{number}" for number, is_there in enumerate(there.tolist()) if not is_there)

@@ -1,0 +1,228 @@
+"""A model's buffers: which of them travel, and how those of a round's micro-batches become one.
+
+Every micro-batch begins with the buffers as they were when the round began. What it leaves in them is merged by a rule: running
+statistics of normalisation layers are averaged, weighted by samples; any other buffer gets the value of the last micro-batch, in
+order, that changed it. A mean of queues, of unit vectors or of codebooks is none. A counter under the rule `sum` gets
+what all of them have counted.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from roundtable.common.protocol.model_spec import Rule
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker import tensor_names
+
+#: What a script can say of a buffer; `own`: each worker has its own, which is neither sent nor put back.
+BufferRule = Literal["mean", "max", "sum", "last", "own"]
+Rules = Mapping[str, BufferRule]
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass
+class Place:
+    """Where a module has a buffer."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        there = self.module._buffers  # of a scripted module it has no get()
+        return there[self.name] if self.name in there else None  # noqa: SIM401
+
+    @property
+    def is_in_file(self) -> bool:
+        return self.name not in getattr(self.module, "_non_persistent_buffers_set", ())
+
+
+@dataclass
+class Buffer:
+    """A buffer that travels. `tensor` is the one that the model is given at each micro-batch's beginning."""
+
+    name: str
+    rule: Rule
+    tensor: torch.Tensor
+    places: list[Place]
+
+    def parts(self) -> list[tuple[str, torch.Tensor]]:
+        """The strided tensors that it consists of, and what they are called: more than one if it is sparse."""
+        return [(f"{self.name}{suffix}", part) for suffix, part in parts_of(self.tensor)]
+
+    def now(self) -> torch.Tensor:
+        """What the model has in its place. Raises UsageError for what cannot travel in place of `tensor`."""
+        for place in self.places:
+            found = place.tensor
+            if found is not self.tensor:
+                return self._checked(found)
+        return self.tensor
+
+    def _checked(self, found: torch.Tensor | None) -> torch.Tensor:
+        if found is None or kind_of(found) != kind_of(self.tensor):
+            became = "none" if found is None else described(found)
+            raise UsageError(
+                f"the buffer '{self.name}' has become {became} where it was {described(self.tensor)}; one that travels keeps its "
+                f"size and dtype. If it is a mere cache, {advice(self.name, 'own')}"
+            )
+        return found.detach()
+
+    def put_back(self) -> bool:
+        """Have the model use `tensor`, whatever a script has put in its place. On another device, a new one: then it is true."""
+        moved = False
+        for place in self.places:
+            found = place.tensor
+            if found is not self.tensor:
+                if found is not None and found.device != self.tensor.device:
+                    self.tensor, moved = self.tensor.to(found.device), True
+                setattr(place.module, place.name, self.tensor)
+        return moved
+
+
+@dataclass
+class Constant:
+    """A buffer that is not in the model's file and does not travel, as it never changes: each worker makes its own."""
+
+    name: str
+    place: Place
+    tensor: torch.Tensor
+    stamp: tuple[int, int]
+    contents: list[torch.Tensor]
+
+    def check(self) -> None:
+        """Raise UsageError if it is not what it was."""
+        found = self.place.tensor
+        if found is not None and _stamp(found) == self.stamp:
+            return
+        if found is None or kind_of(found) != kind_of(self.tensor) or not all(map(same_bytes, _bytes(found), self.contents)):
+            raise UsageError(
+                f"the buffer '{self.name}' has changed, but it does not travel, as it is not in the model's file "
+                f"(persistent=False). If it is a part of the model's state, {advice(self.name, 'last')} If it is a mere cache, "
+                f"{advice(self.name, 'own')}"
+            )
+        self.tensor, self.stamp = found, _stamp(found)
+
+
+def find(model: nn.Module, rules: Rules) -> tuple[list[Buffer], list[Constant]]:
+    """The buffers of `model` that travel, and those that never change. `rules` maps names, or patterns with *, to what merges
+    such buffers; the last pattern that fits decides.
+
+    Raises UsageError for a rule that is none, or fits no buffer, or cannot merge it.
+    """
+    places: dict[int, list[Place]] = {}
+    for module in model.modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            places.setdefault(id(tensor), []).append(Place(module, name))
+    found = dict(tensor_names.buffers(model))
+    _check_rules(rules, found)
+    buffers, constants = [], []
+    for name, tensor in found.items():
+        if not tensor.numel():
+            continue
+        there = places[id(tensor)]
+        given = next((rule for pattern, rule in reversed(list(rules.items())) if fnmatch.fnmatchcase(name, pattern)), None)
+        if given == "own":
+            continue
+        if given is None and not any(place.is_in_file for place in there):
+            constants.append(Constant(name, there[0], tensor, _stamp(tensor), [part.clone() for part in _bytes(tensor)]))
+        else:
+            buffers.append(Buffer(name, given or _rule_for(there[0], tensor), tensor, there))
+    return buffers, constants
+
+
+def _check_rules(rules: Rules, buffers: Mapping[str, torch.Tensor]) -> None:
+    for pattern, rule in rules.items():
+        fits = [name for name in buffers if fnmatch.fnmatchcase(name, pattern)]
+        if rule not in get_args(BufferRule):
+            raise UsageError(
+                f"there is no rule '{rule}' for the buffer '{pattern}': it is one of {', '.join(get_args(BufferRule))}."
+            )
+        if not fits:
+            there = ", ".join(f"'{name}'" for name in list(buffers)[:10]) or "none"
+            raise UsageError(f"no buffer of the model is called '{pattern}', for which there is a rule; there are {there}.")
+        for name in fits:
+            if rule == "mean" and not buffers[name].is_floating_point():
+                raise UsageError(
+                    f"the buffer '{name}' is {described(buffers[name])}, of which there is no mean: give 'last', 'max' or 'sum'."
+                )
+            if rule in ("mean", "max", "sum") and buffers[name].layout != torch.strided:
+                raise UsageError(f"the buffer '{name}' is sparse: give 'last' or 'own'.")
+
+
+def _rule_for(place: Place, tensor: torch.Tensor) -> Rule:
+    """What merges a buffer of which the script says nothing."""
+    is_norm = isinstance(place.module, _NormBase) or all(hasattr(place.module, name) for name in _STATISTICS)
+    if not is_norm or tensor.layout != torch.strided:
+        return "last"
+    if place.name in _STATISTICS and tensor.is_floating_point():
+        return "mean"
+    return "max" if place.name == "num_batches_tracked" else "last"
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The strided tensors that a tensor consists of, and a suffix for the name of each: '' for all of it."""
+    if tensor.layout == torch.strided:
+        yield "", tensor
+    elif tensor.layout == torch.sparse_coo:
+        yield ".indices", tensor._indices()
+        yield ".values", tensor._values()
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield ".crow_indices", tensor.crow_indices()
+        yield ".col_indices", tensor.col_indices()
+        yield ".values", tensor.values()
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield ".ccol_indices", tensor.ccol_indices()
+        yield ".row_indices", tensor.row_indices()
+        yield ".values", tensor.values()
+    else:
+        raise UsageError(f"a buffer has the layout {tensor.layout}, which cannot travel.")
+
+
+def stored_parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """`parts_of` a tensor as they are in files."""
+    for suffix, part in parts_of(tensor):
+        has_name = part.dtype not in (torch.complex128, torch.complex32)  # which safetensors has not
+        yield suffix, part if has_name else torch.view_as_real(part.detach().resolve_conj())
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a strided tensor, flat: its own memory if that is contiguous."""
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two flat tensors of bytes, on whatever devices, are equal."""
+    return torch.equal(one.to(other.device), other)
+
+
+def _bytes(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [as_bytes(part) for _, part in parts_of(tensor)]
+
+
+def kind_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What must not change of a buffer that travels."""
+    return tensor.layout, *((suffix, part.dtype, part.shape) for suffix, part in parts_of(tensor))
+
+
+def described(tensor: torch.Tensor) -> str:
+    """'float32 [3, 4]'."""
+    count = "" if tensor.layout == torch.strided else f" with {tensor._nnz()} entries"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{count}"
+
+
+def advice(name: str, rule: BufferRule) -> str:
+    """What to write to have a buffer merged by a rule."""
+    return f"say run.replicate(model, buffers={{'{name}': '{rule}'}})."
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes when torch writes to a tensor, or another takes its place."""
+    return id(tensor), -1 if tensor.is_inference() else tensor._version
