@@ -18,13 +18,14 @@ COPY --from=requirements /requirements.txt ./
 COPY constraints.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -r requirements.txt
 
-COPY pyproject.toml README.md launch.py ./
-COPY roundtable roundtable
-COPY common common
-COPY ps ps
-COPY worker worker
-COPY cluster cluster
-COPY explore explore
+COPY pyproject.toml README.md LICENSE /source/
+COPY roundtable /source/roundtable
+COPY common /source/common
+COPY ps /source/ps
+COPY worker /source/worker
+COPY cluster /source/cluster
+COPY explore /source/explore
+RUN pip install --no-cache-dir --disable-pip-version-check --no-deps /source && rm -r /source
 USER trainer
-ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
-ENTRYPOINT ["python", "launch.py"]
+ENV PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+ENTRYPOINT ["roundtable"]

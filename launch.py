@@ -1,6 +1,7 @@
 """The command `roundtable`, to be called in a checkout: `python launch.py --help`."""
 
-from roundtable.cli import leave, main
+from roundtable.cli import main
+from roundtable.cluster.run.exit_codes import leave
 
 if __name__ == "__main__":
     leave(main())
