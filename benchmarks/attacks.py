@@ -23,13 +23,13 @@ import zmq
 from benchmarks.live import Cluster
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.protocol.messages import (
-    Beat,
     Body,
     Committed,
     Goodbye,
+    Heartbeat,
     Hello,
     KvPush,
-    Lost,
+    MembersLost,
     Metrics,
     Peer,
     Plan,
@@ -180,7 +180,7 @@ def _push(round_: int, *chunks: int) -> Push:
 
 
 def _bodies() -> list[Body]:
-    return [Goodbye("x"), Pull(1), _push(1, 0), Stop(True), Lost(9, ["worker-0"])]
+    return [Goodbye("x"), Pull(1), _push(1, 0), Stop(True), MembersLost(9, ["worker-0"])]
 
 
 # ---- frames
@@ -495,7 +495,7 @@ def _reports(joined: Joined) -> None:
         for server in joined.servers:
             report = Report(1 << 50, 1 << 40, [Committed(joined.coordinator.round() + 1, 64, 4, 0, {"loss": 0.0})])
             joined.tell(report, sender=server, number=number)
-            joined.tell(Beat("waiting", 1 << 40), sender=server, number=number)
+            joined.tell(Heartbeat("waiting", 1 << 40), sender=server, number=number)
         for other in ("worker-0", "worker-1"):
             joined.tell(Goodbye("x"), sender=other, number=number)
             joined.tell(Push(0, 0, 1, 1, 1, [], []), to=joined.servers[0], sender=other, number=number)
@@ -510,7 +510,7 @@ def _metrics(joined: Joined) -> None:
 
 def _beats(joined: Joined) -> None:
     """Words of itself that would have to be kept, or written down again and again."""
-    beat = {"type": "Beat", "state": "computing"}
+    beat = {"type": "Heartbeat", "state": "computing"}
     for field, value in (
         ("later", [[]] * 500_000),
         ("taken", [[0, 0]] * 200_000),

@@ -20,8 +20,8 @@ from roundtable.common.model.partial_sum import Sum
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages import Update
 from roundtable.common.protocol.model_spec import TensorSpec
-from roundtable.ps.params.dense import Store
-from roundtable.ps.params.weight_buffers import Planes
+from roundtable.ps.params.dense import DenseParameters
+from roundtable.ps.params.weight_buffers import WeightBuffers
 
 #: Name -> class of torch.optim, its settings, and the tensors of state that it reads and writes for each weight.
 _OPTIMIZERS = {
@@ -42,12 +42,15 @@ def cli(values: int, contributions: int, times: int) -> None:
     source, target = torch.ones(values), torch.ones(values)
     for name, (optimizer, settings, states) in _OPTIMIZERS.items():
         layout = make_layout([TensorSpec("w", [values], "float32", 0)], 1)
-        store = Store(layout, 0, Update(optimizer, [{**settings}]), load(Settings()))
-        planes, turn = Planes(layout.on(0), 2, shared=True), [0]
+        store = DenseParameters(layout, 0, Update(optimizer, [{**settings}]), load(Settings()))
+        planes, turn = WeightBuffers(layout.on(0), 2, shared=True), [0]
         total = {c.id: [Sum(torch.randn(c.numel), 1, scale=64.0) for _ in range(contributions)] for c in layout.on(0)}
 
         def step(
-            store: Store = store, planes: Planes = planes, turn: list[int] = turn, total: dict[int, list[Sum]] = total
+            store: DenseParameters = store,
+            planes: WeightBuffers = planes,
+            turn: list[int] = turn,
+            total: dict[int, list[Sum]] = total,
         ) -> None:
             turn[0] ^= 1
             for chunk, sums in total.items():

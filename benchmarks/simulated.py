@@ -24,28 +24,28 @@ from roundtable.common.config.batch_plan import Segment, make_segment
 from roundtable.common.model.layout import make_layout
 from roundtable.common.protocol.messages import (
     Ack,
-    Beat,
     Body,
-    Gone,
     Goodbye,
+    Heartbeat,
     Hello,
     InFile,
-    Init,
-    Lease,
+    InitialWeights,
+    MembershipUpdate,
     Plan,
     Pull,
     Push,
     Ready,
+    Reassign,
     Refused,
+    RequestWork,
     Setup,
     Stop,
-    Tables,
     Update,
-    Waiting,
+    VersionExpired,
     Weights,
 )
 from roundtable.common.protocol.model_spec import TensorSpec
-from roundtable.common.protocol.session import Attendance
+from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.transport import (
     ASK_AGAIN_S,
     PATIENCE_BY_WORKER_S,
@@ -60,7 +60,7 @@ from roundtable.common.protocol.transport import (
     send,
 )
 from roundtable.common.runtime.errors import ClusterError, PsError, WireError
-from roundtable.worker.loop.task_queue import Tasks
+from roundtable.worker.loop.task_queue import TaskQueue
 
 COORDINATOR, SERVER = "coordinator", "server-0"
 #: The second socket to the server, which tensors go by.
@@ -111,7 +111,7 @@ class _Worker:
         self.job = job
         self.index = index
         self.sockets = {COORDINATOR: dealer(context, job.coordinator)}
-        self.attendance = Attendance(Hello("worker", index), job.coordinator, now)
+        self.attendance = Session(Hello("worker", index), job.coordinator, now)
         #: When the weights to start each round from were here.
         self.done_at: dict[int, float] = {}
         self._context = context
@@ -119,7 +119,7 @@ class _Worker:
         self._ticket = 0
         self._gradient = gradient
         self._patience_s = max(_PATIENCE_S, PATIENCE_BY_WORKER_S * job.workers)
-        self._tasks = Tasks("", [])
+        self._tasks = TaskQueue("", [])
         self._life = self._live()
         self._question: _Question | None = None
         self._asked_at = self._patient_until = now
@@ -135,13 +135,13 @@ class _Worker:
         for to in (COORDINATOR, SERVER):
             yield _Question(to, setup, _ready("Setup"))
         if self.index == 0:
-            yield _Question(SERVER, Init(chunks), _ready("Init"), [self._gradient])
+            yield _Question(SERVER, InitialWeights(chunks), _ready("Init"), [self._gradient])
         ready = yield _Question(COORDINATOR, Plan(segment), _ready("Plan"))
         yield _Question(SERVER, Plan(segment, ready.seal if isinstance(ready, Ready) else 0), _ready("Plan"))
         round_ = 0
         for number in itertools.count(1):
             answer = yield _Question(SERVER, Pull(round_, number), _weights(round_), again_s=SEND_AGAIN_S)
-            if isinstance(answer, Gone):  # others have done its part meanwhile
+            if isinstance(answer, VersionExpired):  # others have done its part meanwhile
                 round_ = answer.newest
                 continue
             self.done_at[round_] = time.monotonic()
@@ -177,16 +177,16 @@ class _Worker:
             self._ask(now)
         if self._waits and now >= self._patient_until:
             self._patient_until = now + self._patience_s
-            self._send(COORDINATOR, Waiting(self._tasks.round))
+            self._send(COORDINATOR, RequestWork(self._tasks.round))
 
     @property
     def _waits(self) -> bool:
         """Whether it waits for the weights after a round that it has done its part of."""
         return self._question is not None and isinstance(self._question.body, Pull) and self._tasks.round >= 0
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         sent = [k for round_, k in self._outstanding if round_ == self._tasks.round]
-        return Beat("waiting", self._tasks.round, -1, self._tasks.left(self._tasks.round), sent, _SECONDS, _RATE)
+        return Heartbeat("waiting", self._tasks.round, -1, self._tasks.left(self._tasks.round), sent, _SECONDS, _RATE)
 
     def handle(self, name: str, header: Any) -> None:
         """Raises PsError where the run has failed or this worker is refused."""
@@ -197,9 +197,9 @@ class _Worker:
         match body:
             case Ack():
                 self._outstanding.pop((body.round, body.lo), None)
-            case Tables():
+            case MembershipUpdate():
                 self._tasks.tables = body.tables
-            case Lease():
+            case Reassign():
                 self._tasks.leased(body)
                 self._compute()
             case Refused():
@@ -215,10 +215,10 @@ class _Worker:
         welcome = self.attendance.welcome
         if welcome is not None:
             self._stamp.sender, self._stamp.run, self._ticket = welcome.process, welcome.run, welcome.ticket
-            self._tasks = Tasks(welcome.process, welcome.tables)
+            self._tasks = TaskQueue(welcome.process, welcome.tables)
             for name in (SERVER, _BULK):
                 sock = self.sockets[name] = dealer(self._context, welcome.servers[0].address)
-                send(sock, self._stamp.encode(Beat(), self._ticket), copy=True)  # whose connection it is
+                send(sock, self._stamp.encode(Heartbeat(), self._ticket), copy=True)  # whose connection it is
             self._go_on(None, now)
 
     def _go_on(self, answer: Body | None, now: float) -> None:
@@ -239,7 +239,7 @@ def _ready(about: str) -> Callable[[Body], bool]:
 
 
 def _weights(clock: int) -> Callable[[Body], bool]:
-    return lambda body: isinstance(body, Weights | Gone) and body.clock == clock
+    return lambda body: isinstance(body, Weights | VersionExpired) and body.clock == clock
 
 
 def run(job: Job) -> None:

@@ -119,7 +119,7 @@ def local(
     """
     from rich.console import Console
 
-    from roundtable.cluster.launch.local import Order, check_order, run_local
+    from roundtable.cluster.launch.local import LaunchSpec, check_order, run_local
     from roundtable.cluster.run.console import Screen
     from roundtable.cluster.run.run_directory import claim, passed_over
     from roundtable.common.storage.event_log import FILE_NAME
@@ -131,7 +131,7 @@ def local(
         if choice.run_dir is None and (before := passed_over(folder, choice.default_name)) is not None:
             click.echo(f"{before} holds a run that has not finished: --resume {before} goes on with it. This one begins.")
         if how != "nothing":
-            order = Order(
+            order = LaunchSpec(
                 choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, how,
                 accept_versions=accept_versions, devices=choice.server_device.split(","),
             )  # fmt: skip
@@ -257,9 +257,9 @@ def worker(
     with ExitStack() as beside:
         if colocate:
             from roundtable.cluster.launch.colocated import server_beside
-            from roundtable.cluster.process.restart_policy import Respawn
+            from roundtable.cluster.process.restart_policy import RestartPolicy
 
-            again = Respawn(respawn, respawn_backoff)
+            again = RestartPolicy(respawn, respawn_backoff)
             beside.enter_context(server_beside(_program(), coordinator, index, script, again, server_device, advertise))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
 
@@ -477,11 +477,11 @@ def _on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, 
     """Run a script on a cluster of this machine that is only a means to something else; `folder` is its run directory."""
     from rich.console import Console
 
-    from roundtable.cluster.launch.local import Order, run_local
+    from roundtable.cluster.launch.local import LaunchSpec, run_local
     from roundtable.cluster.run.console import LiveOnly
     from roundtable.common.storage.event_log import FILE_NAME
 
-    run_local(Order(settings, folder, script, args), _program(), os.environ, LiveOnly(Console(), folder / FILE_NAME))
+    run_local(LaunchSpec(settings, folder, script, args), _program(), os.environ, LiveOnly(Console(), folder / FILE_NAME))
 
 
 def _going_on(

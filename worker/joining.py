@@ -46,7 +46,7 @@ def join() -> Run:
     from roundtable.common.protocol.messages import Hello
     from roundtable.common.runtime.errors import NoAnswer
     from roundtable.common.runtime.restart import LEAVE_SIGNAL
-    from roundtable.worker.client.io_thread import Link
+    from roundtable.worker.client.io_thread import IoThread
     from roundtable.worker.run import Run, describe_failure
 
     runs: list[Run] = []
@@ -64,7 +64,7 @@ def join() -> Run:
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
     start_s = float(os.environ.get(START_VARIABLE, START_S))
     await_route(address, start_s)
-    run = Run(Link(address, hello, start_s))
+    run = Run(IoThread(address, hello, start_s))
     runs.append(run)
     if threading.current_thread() is threading.main_thread():
         signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())

@@ -31,25 +31,25 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages import (
     MOST_RECOMPUTED,
-    Beat,
     Body,
-    ClassAck,
-    Classified,
     Goodbye,
-    Init,
-    Lease,
+    Heartbeat,
+    InitialWeights,
+    LayerAck,
     Mean,
+    MembershipUpdate,
     Metrics,
+    OfferSharedMemory,
     Plan,
     Ready,
+    Reassign,
     Recomputed,
     Refused,
     RowAck,
     Rows,
     Setup,
-    Share,
-    Shared,
-    Tables,
+    ShardedForwardReply,
+    SharedMemoryReply,
     Traffic,
     Update,
 )
@@ -63,15 +63,15 @@ from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.common.storage.event_log import some
 from roundtable.worker import facts as alike
 from roundtable.worker import tensor_names
-from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
-from roundtable.worker.client.push_pull import Exchange
+from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.data.loader import Loader, dataset_size, seed_everything
-from roundtable.worker.layers.sharded_linear import Sharded, Shards, check_sharding, find_layers
-from roundtable.worker.layers.sparse_embedding import RowSparse, Table, check_training, find_tables
+from roundtable.worker.layers.sharded_linear import Sharded, ShardedLayers, check_sharding, find_layers
+from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding, check_training, find_tables
 from roundtable.worker.loop import local_sgd
-from roundtable.worker.loop.gradient_loop import GradientWork
-from roundtable.worker.loop.task_queue import Tasks
+from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.merge import batchnorm, constraints
 from roundtable.worker.model_contents import file_of
 from roundtable.worker.optim.optimizer import (
@@ -89,7 +89,7 @@ from roundtable.worker.optim.optimizer import (
     silence_scheduler_warnings,
 )
 from roundtable.worker.replica.buffers import Rules
-from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 from roundtable.worker.replica.script_edits import check_layers
 
@@ -112,7 +112,7 @@ M = TypeVar("M", bound=nn.Module)
 class Run:
     """A script's part in a run. Made by `roundtable.join`."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: IoThread) -> None:
         self._link = link
         welcome = link.joined()
         #: What was set about the run, by flags or file.
@@ -125,19 +125,19 @@ class Run:
             torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self._policy = load(self.settings)
-        self._tasks = Tasks(self.name, welcome.tables)
+        self._tasks = TaskQueue(self.name, welcome.tables)
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
         #: What is told of the schedule, and the data set of which samples were told.
         self._schedule: alike.ScheduleFacts | None = None
         self._told_of: object = None
-        self._work: GradientWork | local_sgd.LocalWork | None = None
-        self._exchange: Exchange | None = None
+        self._work: GradientLoop | local_sgd.LocalSgdLoop | None = None
+        self._exchange: ParameterClient | None = None
         #: Where memory may be shared with servers.
         self._replica: Replica | None = None
         self._rows: RowSparse | None = None
-        self._shards: Shards | None = None
+        self._shards: ShardedLayers | None = None
         self._kv: KvClient | None = None
         #: What is left to do until servers have first weights, None: nothing; and whether they had none when this worker came.
         self._to_begin: Callable[[], bool] | None = None
@@ -298,7 +298,7 @@ class Run:
         timeout = self.settings.timeout + 20.0
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
-        self._shards = Shards(
+        self._shards = ShardedLayers(
             self._link,
             layers,
             self._servers,
@@ -309,17 +309,17 @@ class Run:
             sends_first,
             replicas,
         )
-        work: GradientWork | local_sgd.LocalWork
+        work: GradientLoop | local_sgd.LocalSgdLoop
         if self._policy.is_local:
             self._share(replica, None)
-            work = local_sgd.LocalWork(self, replica, inner, self._callbacks)
+            work = local_sgd.LocalSgdLoop(self, replica, inner, self._callbacks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
-            slots = Slots(replica.layout, shared=self.settings.lane == "auto")
+            slots = GradientBuffers(replica.layout, shared=self.settings.lane == "auto")
             self._share(replica, slots.handle)
-            work = GradientWork(self, replica, self._rows, self._shards, slots, hypers, own_clip)
+            work = GradientLoop(self, replica, self._rows, self._shards, slots, hypers, own_clip)
         self._work = work
         if self._to_begin is None:
             work.join()
@@ -349,7 +349,12 @@ class Run:
         return facts
 
     def _set_up(
-        self, replica: Replica, update: Update, tables: Sequence[Table], layers: Sequence[Sharded], facts: Sequence[Fact]
+        self,
+        replica: Replica,
+        update: Update,
+        tables: Sequence[SparseEmbedding],
+        layers: Sequence[Sharded],
+        facts: Sequence[Fact],
     ) -> bool:
         """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
         weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
@@ -357,7 +362,7 @@ class Run:
         self._in_file = {entry.name for entry in file}
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
         with self._link.lock:
-            self._exchange = Exchange(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
+            self._exchange = ParameterClient(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
             self._exchange.near = {server for server in range(self._servers) if self._link.is_near(server)}
         facts = [*facts, *alike.constant_facts(replica.constants)]
         self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
@@ -378,7 +383,7 @@ class Run:
                 for batch in message_batches(ids, size.__getitem__):
                     self._request(
                         f"server-{server}",
-                        Init(batch),
+                        InitialWeights(batch),
                         lambda body, i=batch[0]: isinstance(body, Ready) and (body.about, body.id) == ("Init", i),  # type: ignore[misc]
                         [replica.first_weights(i) for i in batch],
                     )
@@ -434,10 +439,12 @@ class Run:
         assert self._exchange is not None
         if self.settings.lane != "auto":
             return
-        self._exchange.share, self._replica = Share(gradients), replica
+        self._exchange.share, self._replica = OfferSharedMemory(gradients), replica
         for server in replica.layout.owners():
-            answer = self._request(f"server-{server}", Share(gradients), lambda body: isinstance(body, Shared))
-            assert isinstance(answer, Shared)
+            answer = self._request(
+                f"server-{server}", OfferSharedMemory(gradients), lambda body: isinstance(body, SharedMemoryReply)
+            )
+            assert isinstance(answer, SharedMemoryReply)
             with self._link.lock:
                 self._meet(server, answer)
         tensor_names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
@@ -736,7 +743,7 @@ class Run:
         """The servers' own weights for the round that the model is in, by chunk. None if no codec rounds what the model has, or
         the round is over."""
         exchange, work = self._exchange, self._work
-        if self.settings.weight_codec == "none" or exchange is None or not isinstance(work, GradientWork):
+        if self.settings.weight_codec == "none" or exchange is None or not isinstance(work, GradientLoop):
             return {}
         clock = work.version()
         if clock is None:
@@ -764,22 +771,24 @@ class Run:
     def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
         """Called by the link's thread, with the lock held."""
         match body:
-            case Tables() if body.tables[-1].epoch > self._link.epoch:
+            case MembershipUpdate() if body.tables[-1].epoch > self._link.epoch:
                 self._tasks.tables = body.tables
                 self._link.epoch = body.tables[-1].epoch
-            case Lease():
+            case Reassign():
                 self._tasks.leased(body)
-            case Beat(leaves=True):
+            case Heartbeat(leaves=True):
                 self._may_leave()
             case Ready(about="Metrics"):
                 self._unsent_metrics.pop(body.id, None)
             case Ready(about="Recomputed"):
                 self._recomputed.pop(body.id, None)
-            case Ready(about="Owed") if self._exchange is not None:
+            case Ready(about="Residual") if self._exchange is not None:
                 self._exchange.handle(sender, body, frames)
-            case Shared() if self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown:
+            case SharedMemoryReply() if (
+                self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown
+            ):
                 self._meet(server, body)
-            case Ready() | Shared() | Tables():
+            case Ready() | SharedMemoryReply() | MembershipUpdate():
                 pass  # the second answer to something asked twice
             case Refused():
                 raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
@@ -787,7 +796,7 @@ class Run:
                 if sender != COORDINATOR and isinstance(body, Rows | RowAck):
                     if self._rows is not None:
                         self._rows.exchange.handle(sender, body, frames)
-                elif sender != COORDINATOR and isinstance(body, Classified | ClassAck):
+                elif sender != COORDINATOR and isinstance(body, ShardedForwardReply | LayerAck):
                     if self._shards is not None:
                         self._shards.exchange.handle(sender, body, frames)
                 elif sender != COORDINATOR and self._exchange is not None:
@@ -803,7 +812,7 @@ class Run:
         if self._shards is not None:
             self._shards.exchange.replaced(server)
 
-    def _meet(self, server: int, shared: Shared) -> None:
+    def _meet(self, server: int, shared: SharedMemoryReply) -> None:
         """A server says what memory it shares with this worker."""
         assert self._exchange is not None and self._replica is not None
         region = None
@@ -841,14 +850,14 @@ class Run:
         told = [msgspec.structs.astuple(part.traffic) for part in parts if part is not None]
         return Traffic(*map(sum, zip(*told, strict=True)))
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         traffic = self.traffic
         if self._finished:
             unsteady = self._work.beat().unsteady if self._work is not None else ""
-            return Beat("done", self.round, traffic=traffic, unsteady=unsteady)
+            return Heartbeat("done", self.round, traffic=traffic, unsteady=unsteady)
         if self._work is not None:
             return msgspec.structs.replace(self._work.beat(), traffic=traffic)
-        return Beat("starting") if self._kv is None else Beat("computing", at=self._kv.answered)
+        return Heartbeat("starting") if self._kv is None else Heartbeat("computing", at=self._kv.answered)
 
 
 def describe_failure(error: BaseException, script: str) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from roundtable.cluster.commands.report import TABLE_FILE, Outcome, write_report
-from roundtable.cluster.launch.local import Order, check_order, run_local
+from roundtable.cluster.launch.local import LaunchSpec, check_order, run_local
 from roundtable.cluster.options.flags import Choice
 from roundtable.cluster.options.resume import take_up
 from roundtable.cluster.process.output import forgiving_output
@@ -60,8 +60,8 @@ class Experiment:
     script: str | None = None
     args: tuple[str, ...] = ()
 
-    def order(self, case: Case) -> Order:
-        return Order(case.settings, self.out / case.name, self.script, self.args)
+    def order(self, case: Case) -> LaunchSpec:
+        return LaunchSpec(case.settings, self.out / case.name, self.script, self.args)
 
 
 def read_experiment(file: Path) -> Experiment:
@@ -216,7 +216,7 @@ def _check_out(experiment: Experiment) -> None:
         raise UsageError(f"the folder {out} cannot be written: {error.strerror}.") from None
 
 
-def _finished(order: Order) -> dict[str, Any] | None:
+def _finished(order: LaunchSpec) -> dict[str, Any] | None:
     """The summary of a run that has finished as ordered, or None."""
     try:
         before = tomllib.loads((order.run_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
@@ -226,7 +226,9 @@ def _finished(order: Order) -> dict[str, Any] | None:
     return summary if before == run_values(order.settings, order.script, order.args) else None
 
 
-def _run(case: Case, order: Order, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool) -> Outcome:
+def _run(
+    case: Case, order: LaunchSpec, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool
+) -> Outcome:
     """Run a case, or go on with it if it has not finished. One that has finished with other settings is replaced."""
 
     def how(folder: Path) -> How:

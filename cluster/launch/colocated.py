@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from roundtable.cluster.launch.local import check_script, start_server
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes
-from roundtable.cluster.process.restart_policy import Respawn
+from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.exit_codes import exit_code
 from roundtable.common.network.addresses import as_told, split
 from roundtable.common.protocol import liveness
@@ -50,7 +50,7 @@ def server_beside(
     coordinator: str,
     index: int | None,
     script: str | None,
-    respawn: Respawn,
+    respawn: RestartPolicy,
     device: str,
     advertise: str | None = None,
 ) -> Iterator[None]:
@@ -97,7 +97,9 @@ class _Watch(threading.Thread):
     """Copies the server's log to stderr, kills it if it hangs, starts it again, and has the main thread raise when it has failed
     for good."""
 
-    def __init__(self, processes: Processes, server: Child, told: BinaryIO, respawn: Respawn, signs: liveness.Listener) -> None:
+    def __init__(
+        self, processes: Processes, server: Child, told: BinaryIO, respawn: RestartPolicy, signs: liveness.Listener
+    ) -> None:
         super().__init__(name="server", daemon=True)
         #: Set when nobody needs the server any more.
         self.over = threading.Event()

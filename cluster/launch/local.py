@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from roundtable.cluster.launch.scale import take
-from roundtable.cluster.launch.supervisor import Crew
+from roundtable.cluster.launch.supervisor import Supervisor
 from roundtable.cluster.options.resume import told_to_stop
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes, root_cause
 from roundtable.cluster.process.output import forgiving_output
-from roundtable.cluster.process.restart_policy import Respawn
+from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.console import Screen, summary_lines
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
@@ -52,7 +52,7 @@ _RECOVERIES = 5
 
 
 @dataclass(frozen=True)
-class Order:
+class LaunchSpec:
     """What to run: `script` with `args`, or the built-in example where it is None; `port` 0 is any free one."""
 
     settings: Settings
@@ -60,7 +60,7 @@ class Order:
     script: str | None = None
     args: tuple[str, ...] = ()
     port: int = 0
-    respawn: Respawn = field(default_factory=Respawn)
+    respawn: RestartPolicy = field(default_factory=RestartPolicy)
     #: What is done with the run in `run_dir`.
     how: How = "begin"
     #: Whether a snapshot to go on from may be of another version of this program or of torch.
@@ -118,7 +118,7 @@ def _check_port(port: int) -> None:
 
 
 @forgiving_output()
-def run_local(order: Order, program: Sequence[str], env: Mapping[str, str], screen: Screen) -> dict[str, Any]:
+def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str], screen: Screen) -> dict[str, Any]:
     """Run `order` to its end and return its summary, having shown it on `screen`.
 
     `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
@@ -202,14 +202,16 @@ def start_server(
 class _Local:
     """The loop that starts and watches one run's processes. Whoever runs it stops them afterwards."""
 
-    def __init__(self, order: Order, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen) -> None:
+    def __init__(
+        self, order: LaunchSpec, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen
+    ) -> None:
         self._order = order
         self._program = list(program)
         self._processes = processes
         self._signals = signals
         self._screen = screen
         self._recoveries = max(_RECOVERIES, order.respawn.times)
-        self._crew: Crew | None = None
+        self._crew: Supervisor | None = None
         #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
         self._started_at = float("-inf")
         #: Until when the coordinator may make a snapshot, once a signal has come.
@@ -258,7 +260,7 @@ class _Local:
             return [*self._program, "worker", "--coordinator", address, *number, *script]
 
         env, is_local = {**_threads(settings.threads), **_AGAIN}, load(settings).is_local
-        self._crew = Crew(self._processes, worker, env, self._order.respawn, is_local, self._screen.say)
+        self._crew = Supervisor(self._processes, worker, env, self._order.respawn, is_local, self._screen.say)
         self._crew.start(settings.workers)
 
     def _tick(self) -> None:

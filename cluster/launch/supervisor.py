@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from roundtable.cluster.process.children import Child, Processes
-from roundtable.cluster.process.restart_policy import Respawn
+from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.progress import Progress
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.runtime.restart import LEAVE_SIGNAL
@@ -18,7 +18,7 @@ from roundtable.common.storage.event_log import some
 _END_S = 10.0
 
 
-class Crew:
+class Supervisor:
     """Looks after all children but the coordinator, each time `look` is called; what happens is told by `say`."""
 
     def __init__(
@@ -26,7 +26,7 @@ class Crew:
         processes: Processes,
         worker: Callable[[int | None], Sequence[str]],
         env: Mapping[str, str],
-        respawn: Respawn,
+        respawn: RestartPolicy,
         is_local: bool,
         say: Callable[[str], None],
     ) -> None:

@@ -14,7 +14,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from roundtable.cluster.process.restart_policy import Respawn
+from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.run_directory import is_folder_name
 from roundtable.common.config.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
 from roundtable.common.network.addresses import as_told
@@ -54,7 +54,7 @@ class Choice:
     port: int
     script: str | None
     args: tuple[str, ...]
-    respawn: Respawn = field(default_factory=Respawn)
+    respawn: RestartPolicy = field(default_factory=RestartPolicy)
     server_device: str = "cpu"
 
     @property
@@ -80,7 +80,7 @@ def choose(flags: Mapping[str, Any], config: str | None, script: str | None = No
     if args and script is None:
         raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
     run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source)
-    respawn = Respawn(launch.get("respawn", Respawn.times), launch.get("respawn_backoff", Respawn.backoff_s))
+    respawn = RestartPolicy(launch.get("respawn", RestartPolicy.times), launch.get("respawn_backoff", RestartPolicy.backoff_s))
     port, device = launch.get("port", 0), launch.get("server_device", "cpu")
     return Choice(settings, run_dir, launch.get("overwrite", False), port, script, args, respawn, device)
 

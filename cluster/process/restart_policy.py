@@ -9,7 +9,7 @@ _LONGEST_S = 30.0
 
 
 @dataclass(frozen=True)
-class Respawn:
+class RestartPolicy:
     """How often each process that was killed is started again, and seconds before the first time; each pause doubles."""
 
     times: int = 3

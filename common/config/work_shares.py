@@ -16,7 +16,7 @@ import msgspec
 from roundtable.common.config.field_types import Count, Many, Name
 
 
-class Table(msgspec.Struct, frozen=True, dict=True):
+class ShareTable(msgspec.Struct, frozen=True, dict=True):
     """Shares of the workers from round `from_round` on. `weights` are whole numbers, one for each of `workers`."""
 
     epoch: Count
@@ -59,6 +59,6 @@ def shares(count: int, weights: Sequence[int]) -> list[range]:
     return [range(lo, hi) for lo, hi in pairwise(borders)]
 
 
-def in_force(tables: Sequence[Table], round_: int) -> Table:
+def in_force(tables: Sequence[ShareTable], round_: int) -> ShareTable:
     """The newest of `tables` (oldest first) that holds for `round_`; the oldest known where that has been forgotten."""
     return next((table for table in reversed(tables) if table.from_round <= round_), tables[0])

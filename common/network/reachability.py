@@ -26,7 +26,7 @@ class _Watched:
     since: float | None
 
 
-class Reach:
+class Reachability:
     """Sockets by name. Belongs to the thread of the sockets."""
 
     def __init__(self) -> None:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from roundtable.common.protocol.messages import (
     Body,
-    Filed,
-    Forward,
-    ForwardClasses,
-    ForwardRows,
-    GotPart,
-    Kept,
-    Restore,
-    State,
+    Replicate,
+    ReplicateLayers,
+    ReplicateRows,
+    RequestState,
+    RoundReplicated,
+    RoundReplicatedAck,
+    StateHeader,
     StatePart,
+    StatePartAck,
 )
 from roundtable.common.protocol.transport import Frames
 
@@ -22,7 +22,17 @@ COORDINATOR = "coordinator"
 #: The server that keeps a copy of this one's shard.
 KEEPER = "keeper"
 #: What servers say to each other.
-AboutCopies = Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
+AboutCopies = (
+    Replicate
+    | ReplicateRows
+    | ReplicateLayers
+    | RoundReplicated
+    | RoundReplicatedAck
+    | RequestState
+    | StateHeader
+    | StatePart
+    | StatePartAck
+)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from roundtable.common.protocol.rejections import Refusals
+from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.transport import bytes_of, send
 from roundtable.common.runtime.errors import WireError
 
@@ -76,7 +76,7 @@ class _Connection:
 class Inflow:
     """The connections of a listening socket, oldest first. Call `took` with the frames of every message, and `look` often."""
 
-    def __init__(self, sock: zmq.Socket[bytes], refusals: Refusals) -> None:
+    def __init__(self, sock: zmq.Socket[bytes], refusals: Rejections) -> None:
         self._monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._sock = sock
         self._refusals = refusals
@@ -169,7 +169,7 @@ def _files() -> int:
 class Outflow:
     """What is on its way to each peer of a ROUTER: bytes, by routing id, until they have left this process."""
 
-    def __init__(self, refusals: Refusals) -> None:
+    def __init__(self, refusals: Rejections) -> None:
         self._refusals = refusals
         self._under_way: dict[bytes, _Queue] = {}
 

@@ -14,7 +14,7 @@ import msgspec
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Few, Hypers, Many, Name, Text
 from roundtable.common.config.settings import Settings
-from roundtable.common.config.work_shares import Table
+from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.config.worker_facts import Facts
 from roundtable.common.network.host_identity import NOWHERE, Place
 from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec
@@ -38,7 +38,7 @@ class Body(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of all messages."""
 
 
-def _keep_printable(message: Refused | Stop | Saved | Goodbye) -> None:
+def _keep_printable(message: Refused | Stop | CheckpointStatus | Goodbye) -> None:
     """Cut the reason to what may be sent, and leave nothing in it that would be more than letters on a terminal or in a log."""
     msgspec.structs.force_setattr(message, "reason", printable(message.reason)[:_MOST_REASON])
 
@@ -80,7 +80,7 @@ class Welcome(Body, frozen=True):
     run: Name
     settings: Settings
     servers: Many[Peer]
-    tables: Annotated[list[Table], msgspec.Meta(min_length=1, max_length=1000)]
+    tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
     run_dir: Text = ""
     resume: int = -1
     replaces: bool = False
@@ -111,7 +111,7 @@ class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
     decode_seconds: Amount = 0.0
 
 
-class Beat(Body, frozen=True):
+class Heartbeat(Body, frozen=True):
     """I am alive. A worker tells where it is; the coordinator's answer is a Beat as well.
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
@@ -158,20 +158,20 @@ class Beat(Body, frozen=True):
             raise ValueError(f"more than {MOST_TOLD} micro-batches are told to be missing in later rounds")
 
 
-class Tables(Body, frozen=True):
+class MembershipUpdate(Body, frozen=True):
     """The shares in force from some rounds on, oldest first; a new one opens a membership epoch. The servers are these."""
 
-    tables: Annotated[list[Table], msgspec.Meta(min_length=1, max_length=1000)]
+    tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
     servers: Many[Peer] = []
 
 
-class Waiting(Body, frozen=True):
+class RequestWork(Body, frozen=True):
     """My micro-batches of `round` are done and it is not complete: is there one that I can take over?"""
 
     round: Count
 
 
-class Lease(Body, frozen=True):
+class Reassign(Body, frozen=True):
     """Micro-batch `k` of `round` is now `to`'s; `owner`, who had it, leaves it out unless it is being computed."""
 
     round: Count
@@ -180,7 +180,7 @@ class Lease(Body, frozen=True):
     owner: Name
 
 
-class Lost(Body, frozen=True):
+class MembersLost(Body, frozen=True):
     """To servers: as of membership epoch `epoch` these workers are lost, or have left early. Refuse what they send, and keep
     nothing for them. The servers are these. Who knows it has that epoch in its headers."""
 
@@ -264,19 +264,19 @@ class Ready(Body, frozen=True):
     first: Name = ""
 
 
-class Init(Body, frozen=True):
+class InitialWeights(Body, frozen=True):
     """Weights to start from: one frame of weights (in their own dtype) for each of `chunks`. Only the first copy counts."""
 
     chunks: Many[Count]
 
 
-class Share(Body, frozen=True):
+class OfferSharedMemory(Body, frozen=True):
     """My gradients lie in this memory, if any: can you read it?"""
 
     gradients: Handle | None
 
 
-class Shared(Body, frozen=True):
+class SharedMemoryReply(Body, frozen=True):
     """Whether the worker's gradients can be read here, and the memory in which weights are laid out, if any."""
 
     reads: bool
@@ -338,7 +338,7 @@ class Ack(Body, frozen=True):
     ignored: Many[Count] = []
 
 
-class Owed(Body, frozen=True):
+class Residual(Body, frozen=True):
     """What a push codec with error feedback has left out of `chunk` so far, in a float32 frame for each of its state's `names`.
     It is one of `of` such messages; where there is nothing, `of` is 0 and `chunk` -1. From a worker it is for the snapshot of
     round `cut`, or, as it leaves (-1), for somebody else to send, and `taken` are the numbers of what it has got of that server,
@@ -392,14 +392,14 @@ class Weights(Body, frozen=True):
     moved: Many[Count] = []
 
 
-class Got(Body, frozen=True):
+class WeightsCredit(Body, frozen=True):
     """The frames of these chunks of the weights for round `clock` are here: there is room for more."""
 
     clock: Count
     chunks: Many[Count]
 
 
-class Gone(Body, frozen=True):
+class VersionExpired(Body, frozen=True):
     """Round `clock` is over and its weights are gone; the newest are those of round `newest`."""
 
     clock: Count
@@ -409,7 +409,7 @@ class Gone(Body, frozen=True):
 # ---- rows of tables (worker <-> server; frames are cut as common/model/sparse_rows.py says)
 
 
-class RowInit(Body, frozen=True):
+class InitialRows(Body, frozen=True):
     """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by Ready
     with the same `id`. Classifiers are counted after the tables."""
 
@@ -464,7 +464,7 @@ class RowAck(Body, frozen=True):
 # ---- classifiers that servers compute (worker <-> server; frames are cut likewise)
 
 
-class Classify(Body, frozen=True):
+class ShardedForward(Body, frozen=True):
     """Go through your classes for `count` samples, as they are at the beginning of round `version`: their features (count, dim)
     follow, float32, and unless `top` their labels, int64.
 
@@ -489,7 +489,7 @@ class Classify(Body, frozen=True):
     again: bool = False
 
 
-class Classified(Body, frozen=True):
+class ShardedForwardReply(Body, frozen=True):
     """Answer to Classify `number`. Over the server's classes but a sample's own, with z a logit, the largest z, the sum of
     exp(z - largest), and the sum of exp(z - largest) x row follow, for each sample; then the sum of all rows where it was wanted;
     then the rows of labels that are here, in the order of the samples.
@@ -502,7 +502,7 @@ class Classified(Body, frozen=True):
     gone: bool = False
 
 
-class Use(msgspec.Struct, frozen=True, array_like=True):
+class LayerUse(msgspec.Struct, frozen=True, array_like=True):
     """What a micro-batch contributes through its question `number`, of `count` samples. Every class but a sample's own has a
     logit's gradient of (p - smoothing) x g. Of a hidden layer it is the question about the features' gradient, whose gradient by
     outputs is to be multiplied by `scale`; nothing more is told of it."""
@@ -513,7 +513,7 @@ class Use(msgspec.Struct, frozen=True, array_like=True):
     scale: float = 1.0
 
 
-class ClassPush(Body, frozen=True):
+class LayerPush(Body, frozen=True):
     """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
     follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
     of its own class's logit, which is in there already. Features and labels are those that were asked about: of questions
@@ -524,14 +524,14 @@ class ClassPush(Body, frozen=True):
     lo: Count
     hi: Count
     samples: Count
-    uses: Many[Use]
+    uses: Many[LayerUse]
     hypers: Many[Hypers] = []
     base: Count = 0
     finite: bool = True
-    asked: Many[Classify] = []
+    asked: Many[ShardedForward] = []
 
 
-class ClassAck(Body, frozen=True):
+class LayerAck(Body, frozen=True):
     """That ClassPush needs not be sent again, whatever became of it."""
 
     round: Count
@@ -585,7 +585,7 @@ class ReportAck(Body, frozen=True):
     seq: Count
 
 
-class Arrived(Body, frozen=True):
+class RoundReady(Body, frozen=True):
     """`backup`: these micro-batches of the round have fully arrived here. May the round be closed?
 
     `coordinator` is the incarnation of the one that is asked: its asker takes no earlier one's word any more. A coordinator that
@@ -597,7 +597,7 @@ class Arrived(Body, frozen=True):
     coordinator: int = 0
 
 
-class Close(Body, frozen=True):
+class CloseRound(Body, frozen=True):
     """`backup`: apply the round with exactly these micro-batches."""
 
     round: Count
@@ -606,7 +606,7 @@ class Close(Body, frozen=True):
 
 class Norms(Body, frozen=True):
     """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm); of tables and then classifiers,
-    which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `Arrived` is."""
+    which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `RoundReady` is."""
 
     round: Count
     norms: Many[tuple[Count, Count, float]]
@@ -620,7 +620,7 @@ class AllNorms(Body, frozen=True):
     norms: Many[tuple[Count, Count, float]]
 
 
-class Cut(Body, frozen=True):
+class TakeCheckpoint(Body, frozen=True):
     """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
     file with `token`. `reached`: every server has got that far; `final`: and no worker is left that could take it further.
     Answered by Saved."""
@@ -631,7 +631,7 @@ class Cut(Body, frozen=True):
     final: bool = False
 
 
-class Saved(Body, frozen=True):
+class CheckpointStatus(Body, frozen=True):
     """What has become of a Cut: it `waits` for the round, was `missed` as the round is over, is being or was `written`, or
     `failed` for a reason. `done` changes as the server gets on while it is `writing`; its unit is the server's own."""
 
@@ -649,7 +649,7 @@ class Saved(Body, frozen=True):
 # ---- copies of shards (server <-> the server that keeps a copy of its shard)
 
 
-class Forward(Body, frozen=True):
+class Replicate(Body, frozen=True):
     """The mean contribution to `chunk` in `round`, in a frame, unless it moves nothing (`present` is 0). Clipping multiplies it
     by `factor`; `hypers` are the settings of its parameter group."""
 
@@ -660,7 +660,7 @@ class Forward(Body, frozen=True):
     factor: float | None = None
 
 
-class ForwardRows(Body, frozen=True):
+class ReplicateRows(Body, frozen=True):
     """What `round` contributes to the rows of all tables, summed over `samples` samples: `counts` and frames as in RowPush, the
     settings of each parameter group, and `factor` as in Forward."""
 
@@ -671,7 +671,7 @@ class ForwardRows(Body, frozen=True):
     factor: float | None = None
 
 
-class TermsOf(msgspec.Struct, frozen=True, array_like=True):
+class LossTerms(msgspec.Struct, frozen=True, array_like=True):
     """What `count` samples contribute to a classifier, or a hidden layer; `normalised` as in Classify."""
 
     classifier: Count
@@ -679,7 +679,7 @@ class TermsOf(msgspec.Struct, frozen=True, array_like=True):
     normalised: bool = False
 
 
-class ForwardClasses(Body, frozen=True):
+class ReplicateLayers(Body, frozen=True):
     """What `round` contributes to classifiers over `samples` samples; the rest is as in ForwardRows. Of each of `terms` there
     follow, for every sample, features, with a 1 where there is a bias; the place of its class among the rows, int64, or -1; the
     logarithm of the sum of all exp(z), g and the gradient of its own class's logit, as in ClassPush; and what is taken off
@@ -687,12 +687,12 @@ class ForwardClasses(Body, frozen=True):
 
     round: Count
     samples: Count
-    terms: Many[TermsOf]
+    terms: Many[LossTerms]
     hypers: Many[Hypers] = []
     factor: float | None = None
 
 
-class Filed(Body, frozen=True):
+class RoundReplicated(Body, frozen=True):
     """All of `round` has been forwarded. Of server 0: what the books are to have of it, and that the coordinator has all of the
     rounds below `reported`. Answered by Kept."""
 
@@ -702,17 +702,17 @@ class Filed(Body, frozen=True):
     reported: Count = 0
 
 
-class Kept(Body, frozen=True):
+class RoundReplicatedAck(Body, frozen=True):
     """All of `round` that is for your shard is here."""
 
     round: Count
 
 
-class Restore(Body, frozen=True):
+class RequestState(Body, frozen=True):
     """I am in the place of the server whose shard you have a copy of: send it to me. Answered by State."""
 
 
-class State(Body, frozen=True):
+class StateHeader(Body, frozen=True):
     """The state of server `shard`'s shard when `round` rounds are applied follows, in `parts` parts. Classifiers may still lack
     the last of them, which is `pending` then; its tensors are among the parts. Answered by GotPart."""
 
@@ -721,8 +721,8 @@ class State(Body, frozen=True):
     parts: Count
     setup: Setup
     segments: Many[Segment]
-    filed: Many[Filed] = []
-    pending: ForwardClasses | None = None
+    filed: Many[RoundReplicated] = []
+    pending: ReplicateLayers | None = None
 
 
 class StatePart(Body, frozen=True):
@@ -737,7 +737,7 @@ class StatePart(Body, frozen=True):
     first: CountOrNone = -1
 
 
-class GotPart(Body, frozen=True):
+class StatePartAck(Body, frozen=True):
     """That part is here; -1 is the State itself."""
 
     shard: Count
@@ -794,7 +794,7 @@ class Recomputed(Body, frozen=True):
 # ---- the model's file (coordinator -> server, and back)
 
 
-class HandIn(Body, frozen=True):
+class SendModel(Body, frozen=True):
     """Send me these of your parts of the model, as they are when every round below `round` is applied and nothing else is.
     `ps/model_parts.py` numbers them. Each is answered by a ModelPart."""
 
@@ -844,12 +844,14 @@ class KvReply(Body, frozen=True):
 
 
 Message = (
-    Hello | Welcome | Refused | Beat | Tables | Waiting | Lease | Lost | Stop
-    | Setup | Plan | Ready | Init | Share | Shared | Push | Ack | Owed | Pull | Weights | Got | Gone
-    | RowInit | RowPull | Rows | RowPush | RowAck | Classify | Classified | ClassPush | ClassAck
-    | Report | ReportAck | Arrived | Close | Norms | AllNorms | Cut | Saved
-    | Forward | ForwardRows | ForwardClasses | Filed | Kept | Restore | State | StatePart | GotPart
-    | Mean | Metrics | Goodbye | Recomputed | HandIn | ModelPart | KvPush | KvPull | KvReply
+    Hello | Welcome | Refused | Heartbeat | MembershipUpdate | RequestWork | Reassign | MembersLost | Stop
+    | Setup | Plan | Ready | InitialWeights | OfferSharedMemory | SharedMemoryReply
+    | Push | Ack | Residual | Pull | Weights | WeightsCredit | VersionExpired
+    | InitialRows | RowPull | Rows | RowPush | RowAck | ShardedForward | ShardedForwardReply | LayerPush | LayerAck
+    | Report | ReportAck | RoundReady | CloseRound | Norms | AllNorms | TakeCheckpoint | CheckpointStatus
+    | Replicate | ReplicateRows | ReplicateLayers | RoundReplicated | RoundReplicatedAck
+    | RequestState | StateHeader | StatePart | StatePartAck
+    | Mean | Metrics | Goodbye | Recomputed | SendModel | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 
 

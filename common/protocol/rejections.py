@@ -14,7 +14,7 @@ Kind = Literal["malformed", "oversized", "protocol", "run", "sender", "unfit", "
 _LOG_S = 10.0
 
 
-class Refusals:
+class Rejections:
     """Kinds are `malformed` (no message of ours), `oversized`, `protocol` (another version), `run` (another run), `sender` (not
     who it says it is, or not known), `unfit` (does not fit what the run is or where it stands), `flood` (a connection that was
     shut because what it sent was no end of a message, or more than was asked for) and `unread` (not sent, for its receiver

@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable
 
 from roundtable.common.config.settings import START_S
-from roundtable.common.protocol.messages import Beat, Body, Hello, Refused, Stop, Welcome
+from roundtable.common.protocol.messages import Body, Heartbeat, Hello, Refused, Stop, Welcome
 from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S, STOPPED_S
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
@@ -25,7 +25,7 @@ TELL_S = 10.0
 NEWS_S = 0.1
 
 
-class Attendance:
+class Session:
     """One process's standing with the coordinator at `address`."""
 
     def __init__(self, hello: Hello, address: str, now: float, start_s: float = START_S) -> None:
@@ -62,12 +62,12 @@ class Attendance:
                 self._silence_s = body.settings.away
             case Stop():
                 self.stop = body
-            case Beat() if self.welcome is None:
+            case Heartbeat() if self.welcome is None:
                 self._missing = body.missing
             case Refused(about="Hello"):
                 raise UsageError(body.reason)
 
-    def tick(self, now: float, beat: Callable[[], Beat]) -> list[Body]:
+    def tick(self, now: float, beat: Callable[[], Heartbeat]) -> list[Body]:
         """Raises ClusterError if the coordinator has been silent for too long, not counting while this process was stopped."""
         if (stopped_s := now - self._ticked_at) > STOPPED_S:
             self._heard_at += stopped_s

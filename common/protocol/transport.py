@@ -21,10 +21,10 @@ import msgspec
 import zmq
 
 from roundtable.common.network.addresses import needs_ipv6
-from roundtable.common.protocol.messages import Body, Classified, Classify, Envelope, KvPull, RowPull, Rows
+from roundtable.common.protocol.messages import Body, Envelope, KvPull, RowPull, Rows, ShardedForward, ShardedForwardReply
 from roundtable.common.runtime.errors import UsageError, WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: Largest frame accepted, bytes: a chunk, and some room for a long layout in a header.
 MAX_FRAME_BYTES = 16 << 20
@@ -235,7 +235,9 @@ def _skip_message(sock: zmq.Socket[bytes]) -> int:
 def is_bulk(body: Body, frames: Frames) -> bool:
     """Whether a message goes by the connection for tensors: those that have some, but for rows and logits, which somebody
     waits for in mid-forward; and pulls that must not overtake pushes."""
-    return isinstance(body, KvPull) or (bool(frames) and not isinstance(body, RowPull | Rows | Classify | Classified))
+    return isinstance(body, KvPull) or (
+        bool(frames) and not isinstance(body, RowPull | Rows | ShardedForward | ShardedForwardReply)
+    )
 
 
 def is_worker(name: str) -> bool:

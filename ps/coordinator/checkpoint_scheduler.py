@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from roundtable.common.protocol.messages import Cut, Saved
+from roundtable.common.protocol.messages import CheckpointStatus, TakeCheckpoint
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 
 #: A cut is so many rounds ahead of the newest one known, and so many seconds at the speed of the last ones.
@@ -28,7 +28,7 @@ _PATIENCE_S = 120.0
 
 
 @dataclass
-class Under:
+class CheckpointInProgress:
     """The cut under way: what each server has said of it last and when that was something new, when all were asked, and since
     when none is before its round any more, if so."""
 
@@ -38,11 +38,11 @@ class Under:
     final: bool
     asked_at: float = float("-inf")
     reached_at: float | None = None
-    said: dict[int, Saved] = field(default_factory=dict)
+    said: dict[int, CheckpointStatus] = field(default_factory=dict)
     moved_at: dict[int, float] = field(default_factory=dict)
 
 
-class Cuts:
+class CheckpointScheduler:
     """Decides on cuts every `every_s` seconds (0: never), and at the end of the run."""
 
     def __init__(self, every_s: float, now: float) -> None:
@@ -53,7 +53,7 @@ class Cuts:
         self._hurries = False
         self.is_made = False
         #: The cut under way, if any.
-        self.under: Under | None = None
+        self.under: CheckpointInProgress | None = None
         #: Round of the newest complete snapshot, and why the last try failed, '' if it did not.
         self.newest = -1
         self.failure = ""
@@ -87,9 +87,9 @@ class Cuts:
 
     def begin(self, round_: int, token: str, now: float, final: bool = False) -> None:
         """A cut for `round_`, whose folder is there; `final`: no worker is left."""
-        self.under, self.failure = Under(round_, token, now, final), ""
+        self.under, self.failure = CheckpointInProgress(round_, token, now, final), ""
 
-    def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, Cut]]:
+    def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, TakeCheckpoint]]:
         """What to tell which of `servers` (by version) now: those that have not written, again from time to time."""
         under = self.under
         if under is None or now < under.asked_at + ASK_AGAIN_S:
@@ -100,12 +100,12 @@ class Cuts:
         elif under.reached_at is None:
             under.reached_at = now
         return [
-            (server, Cut(under.round, under.token, under.reached_at is not None, under.final))
+            (server, TakeCheckpoint(under.round, under.token, under.reached_at is not None, under.final))
             for server in servers
             if server not in under.said or under.said[server].state in ("waits", "writing")
         ]
 
-    def saved(self, server: int, saved: Saved, now: float) -> None:
+    def saved(self, server: int, saved: CheckpointStatus, now: float) -> None:
         """A server tells of the cut."""
         under = self.under
         if under is not None and saved.round == under.round:
@@ -131,7 +131,7 @@ class Cuts:
             return f"{', '.join(late)} got no further with the snapshot of round {under.round} in {_PATIENCE_S:.0f} s."
         return ""
 
-    def _is_late(self, under: Under, server: int, state: str, now: float) -> bool:
+    def _is_late(self, under: CheckpointInProgress, server: int, state: str, now: float) -> bool:
         since = under.moved_at.get(server, under.began)
         if state == "writing":  # for which it may need that the others get there first
             since = max(since, now if under.reached_at is None else under.reached_at)

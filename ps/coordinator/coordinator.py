@@ -23,33 +23,33 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.flow_limits import Inflow, Standing
 from roundtable.common.protocol.messages import (
     AllNorms,
-    Arrived,
-    Beat,
     Body,
-    Close,
+    CheckpointStatus,
+    CloseRound,
     Envelope,
     Goodbye,
+    Heartbeat,
     Hello,
-    Lease,
-    Lost,
     Mean,
+    MembershipUpdate,
+    MembersLost,
     Metrics,
     ModelPart,
     Norms,
     Plan,
     Ready,
+    Reassign,
     Recomputed,
     Refused,
     Report,
-    Saved,
+    RequestWork,
+    RoundReady,
     Setup,
     Stop,
-    Tables,
     Traffic,
-    Waiting,
     Welcome,
 )
-from roundtable.common.protocol.rejections import Refusals
+from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.tickets import KEY_BYTES, seal
 from roundtable.common.protocol.transport import (
     ASK_AGAIN_S,
@@ -82,14 +82,14 @@ from roundtable.common.storage.checkpoint import (
 )
 from roundtable.common.storage.event_log import Event, StatusRow, some
 from roundtable.common.storage.run_files import MODEL_FILE
-from roundtable.ps.coordinator.checkpoint_scheduler import Cuts, Under
-from roundtable.ps.coordinator.group_commit import ALARM_S, Journal
-from roundtable.ps.coordinator.recovery import Books, Head, new_run
+from roundtable.ps.coordinator.checkpoint_scheduler import CheckpointInProgress, CheckpointScheduler
+from roundtable.ps.coordinator.group_commit import ALARM_S, GroupCommit
+from roundtable.ps.coordinator.recovery import RestoredRun, RunHeader, new_run
 from roundtable.ps.coordinator.results import ModelFile, rules_in, summarized_run, write_summary
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import NEAR_S, Member, Membership, number_of
-from roundtable.ps.coordinator.state.model_collection import Collecting
-from roundtable.ps.coordinator.state.scheduler import Leasing
+from roundtable.ps.coordinator.state.model_collection import ModelCollection
+from roundtable.ps.coordinator.state.scheduler import Scheduler
 from roundtable.ps.coordinator.summary_metrics import Measured, measured, results
 from roundtable.ps.model_parts import sizes
 from roundtable.ps.token_bucket import Allowance
@@ -127,8 +127,8 @@ _UNSTEADY = (
 )
 #: What servers and workers may send once they have joined.
 _FROM: dict[str, tuple[type[Body], ...]] = {
-    "server": (Beat, Report, Arrived, Norms, Close, AllNorms, Saved, ModelPart),
-    "worker": (Beat, Setup, Plan, Waiting, Mean, Metrics, Recomputed, Goodbye),
+    "server": (Heartbeat, Report, RoundReady, Norms, CloseRound, AllNorms, CheckpointStatus, ModelPart),
+    "worker": (Heartbeat, Setup, Plan, RequestWork, Mean, Metrics, Recomputed, Goodbye),
 }
 
 
@@ -144,7 +144,7 @@ class Coordinator:
         sock: zmq.Socket[bytes],
         settings: Settings,
         run_dir: Path,
-        books: Books | None = None,
+        books: RestoredRun | None = None,
         recovers: bool = False,
         late_s: float | None = None,
     ) -> None:
@@ -154,7 +154,7 @@ class Coordinator:
         self._sock = sock
         self._settings = settings
         self._run_dir = run_dir
-        self._head = Head(
+        self._head = RunHeader(
             run=new_run() if books is None else books.head.run,
             incarnation=new_incarnation() if books is None else books.head.incarnation + 1,
             host=platform.node(),
@@ -172,7 +172,7 @@ class Coordinator:
         )
         if books is not None and not policy.is_local:
             self._membership.fewer_after_s = _FEWER_S  # by now there may be fewer on purpose
-        self._cuts = Cuts(settings.snapshot_every, now)
+        self._cuts = CheckpointScheduler(settings.snapshot_every, now)
         self._ledger = Ledger(settings, policy)
         if books is not None:
             self._ledger = books.ledger
@@ -180,15 +180,15 @@ class Coordinator:
                 self._ledger.go_on(settings)
         #: Samples of a run that goes on which were not trained on under this coordinator.
         self._samples_before = self._ledger.totals.samples
-        self._leasing = Leasing(policy, self._ledger, self._membership)
+        self._leasing = Scheduler(policy, self._ledger, self._membership)
         #: The trained model, and how it is got from the servers, once all rounds that are known of are done: since when they are.
         self._model: ModelFile | None = None
-        self._collecting: Collecting | None = None
+        self._collecting: ModelCollection | None = None
         self._trained_since: float | None = None
         #: Whether there is something to hash, and the number of the last `Recomputed` that is in the file.
         self._hashes = False
         self._revised = -1
-        self.journal = Journal(run_dir, self._head, self._membership, self._ledger, now)
+        self.journal = GroupCommit(run_dir, self._head, self._membership, self._ledger, now)
         self._log = self.journal.log
         #: Of what has been loaded here, whatever is installed meanwhile.
         self._versions = versions_here()
@@ -207,7 +207,7 @@ class Coordinator:
         self._seen_metrics: set[tuple[int, int]] = set()
         #: What each worker may have written down of them.
         self._metrics_bytes = Allowance(_METRICS_BYTES_S, _METRICS_BYTES)
-        self._refusals = Refusals(log)
+        self._refusals = Rejections(log)
         #: Watches connections, once the loop runs.
         self._inflow: Inflow | None = None
         self._told_refused: Counter[str] = Counter()
@@ -247,7 +247,7 @@ class Coordinator:
         disk_alarm.sound("")  # that of one before it
         self._flush()
 
-    def _take_over(self, books: Books, now: float) -> None:
+    def _take_over(self, books: RestoredRun, now: float) -> None:
         committed = books.ledger.committed
         self._seen = {kept.hello.pid for kept in books.members.values()}
         self._membership.restore(
@@ -257,7 +257,7 @@ class Coordinator:
                     kept.hello,
                     kept.incarnation,
                     now - NEAR_S if self._is_dead(kept.hello) and not kept.left else now + _FIND_S,
-                    Beat(round=committed),
+                    Heartbeat(round=committed),
                     left=kept.left,
                     lost=kept.lost,
                     early=kept.early,
@@ -370,7 +370,7 @@ class Coordinator:
             self._progressed_at = now
             if member.hello.role == "worker" and not self._policy.is_local:
                 self._dismissed.add(member.name)
-                self._send(member.name, Beat(leaves=True))
+                self._send(member.name, Heartbeat(leaves=True))
             else:
                 self._tell_members(self._membership.dismiss(member.name))
                 self._send(member.name, self._membership.fence(member))
@@ -558,7 +558,7 @@ class Coordinator:
             self._cuts.end(f"{folder} cannot be written: {error.strerror or error}.", now)
             self._tell_of_failure(self._cuts.failure)
 
-    def _finish_snapshot(self, under: Under) -> str:
+    def _finish_snapshot(self, under: CheckpointInProgress) -> str:
         """Write the manifest, when the books up to there are on the disk, and remove what is too old; why not, if that failed."""
         assert self._ledger.setup is not None
         files = {file_of(server): FileEntry(said.sha256, said.bytes) for server, said in under.said.items()}
@@ -726,7 +726,7 @@ class Coordinator:
             if self._collecting is None or self._model is None:
                 self._model = self._new_model()
                 self._model.begin()
-                self._collecting = Collecting(self._ledger.layout, self._ledger.committed)  # type: ignore[arg-type]
+                self._collecting = ModelCollection(self._ledger.layout, self._ledger.committed)  # type: ignore[arg-type]
                 self._progressed_at = now
             for server, body in self._collecting.ask(now):
                 self._send(f"server-{server}", body)
@@ -817,17 +817,17 @@ class Coordinator:
             self._know_again(route, member, now)
         self._membership.heard(member, now)
         self._routes[member.name] = route
-        if isinstance(body, Beat) and (news := self._membership.news(member, envelope.epoch, now)) is not None:
+        if isinstance(body, Heartbeat) and (news := self._membership.news(member, envelope.epoch, now)) is not None:
             self.journal.promise(route, news)
         match body:
-            case Beat():
+            case Heartbeat():
                 self._beat(member, body, now)
             case Report():
                 self.journal.promise(route, self._ledger.report(number_of(member.name), body))
                 failpoint("reported", body.version)
-            case Arrived() | Norms():
+            case RoundReady() | Norms():
                 self._decide(member, body)
-            case Close() | AllNorms() if member.hello.role == "server":
+            case CloseRound() | AllNorms() if member.hello.role == "server":
                 self._to_servers(self._ledger.decided(body))
             case Setup():
                 answer = self._ledger.set_up(body, member.who)
@@ -837,10 +837,10 @@ class Coordinator:
                 self._answer(route, member, answer)
             case Plan():
                 self._plan(route, member, body, now)
-            case Waiting():
+            case RequestWork():
                 if not self._awaits_members(now) and (lease := self._leasing.lease(member.name, body.round, now)) is not None:
                     self._give(lease)
-            case Saved():
+            case CheckpointStatus():
                 self._cuts.saved(number_of(member.name), body, now)
             case Mean():
                 self._reply(route, self._ledger.mean(body))
@@ -886,7 +886,7 @@ class Coordinator:
         """Send what the membership says, to members by name and '' to `asker`, once it is in the books."""
         for name, body in news:
             to = self._routes.get(name) if name else asker
-            if to is not None and isinstance(body, Welcome | Tables | Lost):
+            if to is not None and isinstance(body, Welcome | MembershipUpdate | MembersLost):
                 self.journal.promise(to, body, urgent=isinstance(body, Welcome))
             elif to is not None:
                 self._reply(to, body)
@@ -897,14 +897,14 @@ class Coordinator:
         if member.hello.role == "worker" and self._membership.started:  # what the one before told last may not be in the books
             self._reply(route, self._membership.shares)
 
-    def _decide(self, server: Member, question: Arrived | Norms) -> None:
+    def _decide(self, server: Member, question: RoundReady | Norms) -> None:
         """Give the decision that all servers must take alike, if it is time. After another coordinator, the servers are asked for
         one that it may have given: by then it can have decided on no later round than that which the first question is about."""
         if question.coordinator != self._head.incarnation:
             return  # asked of the one before, whose answer may have come since
         number = number_of(server.name)
         answers = (
-            self._ledger.arrived(number, question) if isinstance(question, Arrived) else self._ledger.norms(number, question)
+            self._ledger.arrived(number, question) if isinstance(question, RoundReady) else self._ledger.norms(number, question)
         )
         self._to_servers(answers)
         if self._recovered_at is not None and not answers:
@@ -927,7 +927,7 @@ class Coordinator:
                 has = " and ".join(f"{key} {b.get(key, 'unknown')} where {first.who} has {a.get(key, 'unknown')}" for key in keys)
                 self.journal.warn(f"{member.who} has {has}: the result is valid, but its bits depend on who computes what.")
 
-    def _beat(self, member: Member, beat: Beat, now: float) -> None:
+    def _beat(self, member: Member, beat: Heartbeat, now: float) -> None:
         if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
             self._progressed_at = now
         if beat.unsteady and not member.beat.unsteady:
@@ -936,7 +936,7 @@ class Coordinator:
         self._tell_of_unreached(member)
         if now >= self._answered_at.get(member.name, 0.0) + BEAT_S / 2:  # beats with news come much more often
             self._answered_at[member.name] = now
-            self._send(member.name, Beat(leaves=member.name in self._dismissed))
+            self._send(member.name, Heartbeat(leaves=member.name in self._dismissed))
 
     def _answer(self, route: bytes, worker: Member, answer: Body) -> None:
         """Tell a worker whether its model or data are the others'."""
@@ -960,7 +960,7 @@ class Coordinator:
             if self._ledger.committed < self._planned:
                 self._train_on()
 
-    def _give(self, lease: Lease) -> None:
+    def _give(self, lease: Reassign) -> None:
         self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
         self._send(lease.to, lease)
         self._send(lease.owner, lease)

@@ -10,7 +10,7 @@ from roundtable.common.protocol.messages import Body
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, Event, RoundRow, RunLog
-from roundtable.ps.coordinator.recovery import Head, Keeper
+from roundtable.ps.coordinator.recovery import BackupHolder, RunHeader
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Member, Membership
 
@@ -21,13 +21,13 @@ _PROMISE_S = 0.1
 ALARM_S = 30.0
 
 
-class Journal:
+class GroupCommit:
     """Writes to the event log in `run_dir`, at `log`. Times are the coordinator's clock's, in seconds."""
 
-    def __init__(self, run_dir: Path, head: Head, membership: Membership, ledger: Ledger, now: float) -> None:
+    def __init__(self, run_dir: Path, head: RunHeader, membership: Membership, ledger: Ledger, now: float) -> None:
         self.log = RunLog(run_dir / FILE_NAME)
         self._head, self._membership, self._ledger = head, membership, ledger
-        self._keeper = Keeper()
+        self._keeper = BackupHolder()
         #: To whom to send what once the books are on the disk, and whether somebody cannot go on without it.
         self._promises: list[tuple[bytes, Body]] = []
         self.is_urgent = False

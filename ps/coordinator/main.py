@@ -15,7 +15,7 @@ import zmq
 
 from roundtable.common.config.settings import Settings
 from roundtable.common.network.addresses import advertised
-from roundtable.common.protocol.messages import Beat
+from roundtable.common.protocol.messages import Heartbeat
 from roundtable.common.protocol.transport import Stamp, allow_files, receive, router, send, write_address
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.restart import restart
@@ -25,7 +25,7 @@ from roundtable.common.storage.event_log import FILE_NAME
 from roundtable.common.storage.private_files import make_run_dir
 from roundtable.common.storage.run_files import SETTINGS_FILE, How
 from roundtable.ps.coordinator.coordinator import TICK_MS, BeginAnew, Coordinator
-from roundtable.ps.coordinator.recovery import Books, restore
+from roundtable.ps.coordinator.recovery import RestoredRun, restore
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
@@ -86,7 +86,7 @@ def serve(
         context.destroy(linger=1000)
 
 
-def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books, str]:
+def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[RestoredRun, str]:
     """The books of a run that goes on from its newest snapshot, put back to there, and what is to be told of that one's versions,
     '' if nothing. What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
     found, problems = newest(run_dir)
@@ -102,7 +102,7 @@ def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Books
     return books, warning
 
 
-def books_to_recover(run_dir: Path) -> Books | None:
+def books_to_recover(run_dir: Path) -> RestoredRun | None:
     """The books of a run whose coordinator has died, if there is one. Snapshots that were under way are removed."""
     books = restore(run_dir / FILE_NAME)
     if books is not None:
@@ -111,7 +111,7 @@ def books_to_recover(run_dir: Path) -> Books | None:
     return books
 
 
-def _check_same(settings: Settings, books: Books, run_dir: Path) -> None:
+def _check_same(settings: Settings, books: RestoredRun, run_dir: Path) -> None:
     for name in Settings.__struct_fields__:
         asked, was = getattr(settings, name), getattr(books.head.settings, name)
         if asked != was and books.tables:
@@ -147,5 +147,5 @@ def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
             with contextlib.suppress(WireError):
                 frames = receive(sock)
                 if frames is not None and len(frames) > 1 and stamp.open(frames[1].buffer).read_hello():
-                    send(sock, stamp.encode(Beat()), to=frames[0].bytes)
+                    send(sock, stamp.encode(Heartbeat()), to=frames[0].bytes)
     return result.result()

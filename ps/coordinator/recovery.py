@@ -22,7 +22,7 @@ import msgspec
 
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
-from roundtable.common.config.work_shares import Table
+from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.config.worker_facts import Told
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages import Committed, Contribution, Hello, Setup, Stop
@@ -33,7 +33,7 @@ from roundtable.ps.coordinator.state.membership import Member, Membership
 from roundtable.ps.coordinator.summary_metrics import Measured, measured
 
 
-class Head(msgspec.Struct, frozen=True):
+class RunHeader(msgspec.Struct, frozen=True):
     """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round
     of the snapshot that its processes began from, -1 where they began from nothing."""
 
@@ -46,7 +46,7 @@ class Head(msgspec.Struct, frozen=True):
     key: bytes = b""
 
 
-class KeptMember(msgspec.Struct, frozen=True):
+class SavedMember(msgspec.Struct, frozen=True):
     """What must be known of a member to know it again."""
 
     hello: Hello
@@ -60,14 +60,14 @@ class KeptMember(msgspec.Struct, frozen=True):
 
 
 @dataclass
-class Books:
+class RestoredRun:
     """What `restore` found. Times are unix seconds."""
 
-    head: Head
+    head: RunHeader
     ledger: Ledger
-    members: dict[str, KeptMember] = field(default_factory=dict)
+    members: dict[str, SavedMember] = field(default_factory=dict)
     #: Empty where the run has not started.
-    tables: list[Table] = field(default_factory=list)
+    tables: list[ShareTable] = field(default_factory=list)
     #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy that a script measured.
     metrics: set[tuple[int, int]] = field(default_factory=set)
     accuracy: Measured | None = None
@@ -85,13 +85,13 @@ class Books:
     stop: Stop | None = None
 
 
-class Keeper:
+class BackupHolder:
     """Puts down what has changed of a run's state since it was last put down."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Any] = {}
 
-    def keep(self, log: RunLog, head: Head, membership: Membership, ledger: Ledger) -> None:
+    def keep(self, log: RunLog, head: RunHeader, membership: Membership, ledger: Ledger) -> None:
         """Hand `log` what is new; it is on the disk after its next flush."""
         for kind, key, value in _state(head, membership, ledger):
             if self._kept.get((kind, key)) != value:
@@ -101,14 +101,14 @@ class Keeper:
     def forget(self, log: RunLog, member: Member) -> None:
         """Of a worker that never took part only the name is kept, which is no other's."""
         self._kept.pop(("member", member.name), None)
-        kept = KeptMember(Hello("worker"), member.incarnation, left=False, lost=True)
+        kept = SavedMember(Hello("worker"), member.incarnation, left=False, lost=True)
         log.state("member", member.name, msgspec.msgpack.encode(kept))
 
 
-def _state(head: Head, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
+def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[tuple[str, str, Any]]:
     yield "run", "", head
     for name, member in membership.members.items():
-        kept = KeptMember(
+        kept = SavedMember(
             member.hello, member.incarnation, member.left, member.lost, member.early, member.replaces, member.ended_at,
             member.failed,
         )  # fmt: skip
@@ -131,7 +131,7 @@ def new_run(before: str = "") -> str:
     return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
 
 
-def restore(path: Path, upto: int | None = None) -> Books | None:
+def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
     """The books in the event log at `path`, or None where no coordinator has written any.
 
     With `upto` they are put back to what they were when the rounds below were committed and no other: rows of that round and
@@ -179,14 +179,14 @@ def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
     db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
 
 
-def _read(db: sqlite3.Connection) -> Books | None:
+def _read(db: sqlite3.Connection) -> RestoredRun | None:
     def state(kind: str, type_: type[Any]) -> dict[str, Any]:
         rows = db.execute("SELECT key, value FROM state WHERE kind = ?", (kind,))
         return {key: msgspec.msgpack.decode(value, type=type_) for key, value in rows}
 
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone() or not (heads := state("run", Head)):
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'state'").fetchone() or not (heads := state("run", RunHeader)):
         return None
-    head: Head = heads[""]
+    head: RunHeader = heads[""]
     ledger = Ledger(head.settings, load(head.settings))
     for setup in state("setup", Setup).values():
         ledger.set_up(setup)
@@ -197,8 +197,8 @@ def _read(db: sqlite3.Connection) -> Books | None:
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
     ledger.left_out = [row for rows in state("left out", list[Contribution]).values() for row in rows]
-    books = Books(head, ledger, state("member", KeptMember))
-    books.tables = [table for tables in state("tables", list[Table]).values() for table in tables]
+    books = RestoredRun(head, ledger, state("member", SavedMember))
+    books.tables = [table for tables in state("tables", list[ShareTable]).values() for table in tables]
     _count(db, books)
     query = "SELECT round, samples, micro_batches, dropped, metrics, at FROM rounds ORDER BY round"
     for round_, samples, micro_batches, dropped, metrics, at in db.execute(query):
@@ -235,7 +235,7 @@ def _in_order(segments: dict[str, Segment]) -> list[Segment]:
     return sorted(segments.values(), key=lambda segment: segment.index)
 
 
-def _count(db: sqlite3.Connection, books: Books) -> None:
+def _count(db: sqlite3.Connection, books: RestoredRun) -> None:
     """Count what there are many rows of without reading each."""
     counts = "SELECT outcome, staleness, count(*), sum(micro_batches) FROM contributions GROUP BY outcome, staleness"
     for row in db.execute(counts):

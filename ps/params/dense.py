@@ -293,7 +293,7 @@ def _may_join(optimizer: str, settings: bytes, dtype: str) -> bool:
     return torch.equal(one.master.view(torch.uint8), apart.master.view(torch.uint8))
 
 
-class Store:
+class DenseParameters:
     """The chunks of one server. Knows arithmetic only: when to do what is the shard's business."""
 
     def __init__(self, layout: Layout, server: int, update: Update, policy: Policy) -> None:

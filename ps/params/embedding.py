@@ -23,7 +23,7 @@ from roundtable.common.model.layout import Layout
 from roundtable.common.model.row_pages import BLOCK, page_rows, pages
 from roundtable.common.model.sparse_rows import RowSum, RowSums, cut, draw, join, join_sums, local_of, owner_of, page_ids, rows_on
 from roundtable.common.model.tensor_bytes import ALIGNED
-from roundtable.common.protocol.messages import ForwardRows, RowPull, RowPush, Update
+from roundtable.common.protocol.messages import ReplicateRows, RowPull, RowPush, Update
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
@@ -313,7 +313,7 @@ class RowTables:
         one = self._tables[table]
         return one.read(one.on_page(page))
 
-    def receive(self, push: RowPush | ForwardRows, frames: Frames, what: str) -> RowSums:
+    def receive(self, push: RowPush | ReplicateRows, frames: Frames, what: str) -> RowSums:
         """A contribution to all tables. Raises WireError naming `what` where it does not fit."""
         sums = join_sums(frames, push.counts, self._specs, what)
         for part, table in zip(sums, self._tables, strict=True):

@@ -33,7 +33,7 @@ class Terms:
     hypers: Hypers
 
 
-class Course:
+class PlannedRates:
     """Says on which terms each micro-batch is applied. Invariants: as often as a round is planned to have a micro-batch, its
     settings are used, if a worker has told them in time; the mean of all `lr_scale` tends to 1.
     """

@@ -22,7 +22,7 @@ from roundtable.common.codecs.registry import for_pushes
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Chunk, Layout
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.common.protocol.messages import Owed
+from roundtable.common.protocol.messages import Residual
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
@@ -41,7 +41,7 @@ States = Mapping[int, State]
 class _Handed:
     """What was sent to a worker and not acknowledged yet."""
 
-    owed: Owed
+    owed: Residual
     frames: Frames
     sent_at: float
     state: State
@@ -59,7 +59,7 @@ class _Cut:
     since: float | None = None
 
 
-class Owing:
+class ResidualStore:
     """One server's chunks."""
 
     def __init__(self, layout: Layout, chunks: Sequence[Chunk], settings: Settings) -> None:
@@ -80,7 +80,7 @@ class Owing:
 
     # ---- workers
 
-    def takes(self, sender: str, body: Owed, frames: Frames) -> None:
+    def takes(self, sender: str, body: Residual, frames: Frames) -> None:
         """A worker tells what it has left out. Raises WireError for what does not fit."""
         if self._codec is None or (body.of and body.chunk not in self._chunks) or body.of > len(self._chunks):
             raise WireError(f"{sender} says that it owes chunk {body.chunk}")
@@ -122,7 +122,7 @@ class Owing:
         """A worker has what it was sent."""
         self._handed.pop((worker, number), None)
 
-    def hand_out(self, worker: str, now: float) -> list[tuple[Owed, Frames]]:
+    def hand_out(self, worker: str, now: float) -> list[tuple[Residual, Frames]]:
         """A worker asks for weights, so it will contribute: a share for it, if there is one."""
         if not self._shares or worker in self._left:
             return []
@@ -130,13 +130,13 @@ class Owing:
         out = []
         for chunk, whole in states.items():
             state = _times(whole, factor)
-            owed = Owed(chunk, list(state), len(states), self._number)
+            owed = Residual(chunk, list(state), len(states), self._number)
             self._handed[worker, self._number] = handed = _Handed(owed, [to_frame(v) for v in state.values()], now, state)
             self._number += 1
             out.append((handed.owed, handed.frames))
         return out
 
-    def again(self, now: float) -> list[tuple[str, Owed, Frames]]:
+    def again(self, now: float) -> list[tuple[str, Residual, Frames]]:
         """What was handed out and not acknowledged for long."""
         out = []
         for (worker, _), handed in self._handed.items():

@@ -20,7 +20,7 @@ from roundtable.common.model.tensor_bytes import dtype_of
 from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotShared, Region, create
 
 
-class Planes:
+class WeightBuffers:
     """`count` planes for the weights of `chunks`, in shared memory if `shared` and there is any, else in this process's own."""
 
     def __init__(self, chunks: Sequence[Chunk], count: int, shared: bool) -> None:

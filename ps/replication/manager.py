@@ -15,29 +15,29 @@ from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import KEEPER, AboutCopies, Send
 from roundtable.common.protocol.messages import (
     Body,
-    Filed,
-    Forward,
-    ForwardClasses,
-    ForwardRows,
-    GotPart,
-    Kept,
-    Restore,
-    State,
+    Replicate,
+    ReplicateLayers,
+    ReplicateRows,
+    RequestState,
+    RoundReplicated,
+    RoundReplicatedAck,
+    StateHeader,
     StatePart,
+    StatePartAck,
 )
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.ps.params.state_part import Part
-from roundtable.ps.replication.primary_backup import Copy, Forwarder, remembered
-from roundtable.ps.replication.shard_state import Holdings
+from roundtable.ps.replication.primary_backup import Backup, Primary, remembered
+from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
 
 #: What announces the state of a shard: (shard, round, parts, rounds that the books may lack, and what classifiers lack).
-MakeHead = Callable[[int, int, int, list[Filed], ForwardClasses | None], State]
+MakeHead = Callable[[int, int, int, list[RoundReplicated], ReplicateLayers | None], StateHeader]
 #: Makes the shard that is announced, and tells where its numbers are to go.
-MakeShard = Callable[[State], Holdings]
+MakeShard = Callable[[StateHeader], ShardState]
 
 
-class Neighbours:
+class ReplicationManager:
     """Of server `index`, where each shard is to have a copy."""
 
     def __init__(self, index: int, settings: Settings, policy: Policy, head: MakeHead, shard: MakeShard) -> None:
@@ -46,10 +46,10 @@ class Neighbours:
         self._policy = policy
         self._head, self._make_shard = head, shard
         #: What the keeper is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
-        self._forwarder: Forwarder | None = None
-        self._filed: list[Filed] = []
+        self._forwarder: Primary | None = None
+        self._filed: list[RoundReplicated] = []
         #: The copy kept here, and that on its way to whoever is in the place of its server.
-        self._copy: Copy | None = None
+        self._copy: Backup | None = None
         self._handed_over: Outgoing | None = None
         #: Whether that process has asked for it, and waits until what is here is applied.
         self._is_wanted = False
@@ -65,16 +65,16 @@ class Neighbours:
         """Whether there is a copy, or one on its way, that is to have all that is applied here."""
         return self._forwarder is not None
 
-    def begin(self, round_: int, parts: Sequence[Part], pending: ForwardClasses | None) -> None:
+    def begin(self, round_: int, parts: Sequence[Part], pending: ReplicateLayers | None) -> None:
         """Have a copy made of the state as of `round_`; `pending` as in State."""
-        self._forwarder = Forwarder(round_, Outgoing(self._head(self._index, round_, len(parts), self._filed, pending), parts))
+        self._forwarder = Primary(round_, Outgoing(self._head(self._index, round_, len(parts), self._filed, pending), parts))
 
     @property
     def reads_rows(self) -> bool:
         """Whether rows are being sent from where they are, and so must not change."""
         return self._forwarder is not None and self._forwarder.sends_state
 
-    def forward(self, body: Forward | ForwardRows | ForwardClasses | Filed, frames: Frames, now: float) -> None:
+    def forward(self, body: Replicate | ReplicateRows | ReplicateLayers | RoundReplicated, frames: Frames, now: float) -> None:
         """Tell the keeper, if there is one, of something in the open round."""
         if self._forwarder is not None:
             self._forwarder.send(body, frames, now)
@@ -83,7 +83,7 @@ class Neighbours:
         """Whether nobody is to have more of that round: the keeper has all of it, or there is none."""
         return self._forwarder is None or self._forwarder.has(round_)
 
-    def remember(self, filed: Filed) -> None:
+    def remember(self, filed: RoundReplicated) -> None:
         """A round is closed."""
         self._filed = remembered(self._filed, filed)
 
@@ -92,7 +92,7 @@ class Neighbours:
         if self._returning is not None or now < self._asked_at + ASK_AGAIN_S:
             return []
         self._asked_at = now
-        return [Send(KEEPER, Restore())]
+        return [Send(KEEPER, RequestState())]
 
     def returned(self) -> Incoming | None:
         """This shard, once all of it is back, and only once: from then on its copy is followed by what is forwarded."""
@@ -100,7 +100,7 @@ class Neighbours:
         if returning is None or not returning.complete:
             return None
         self._returning, self._asked_at = None, float("inf")
-        self._forwarder = Forwarder(returning.head.round)
+        self._forwarder = Primary(returning.head.round)
         return returning
 
     # ---- the copy that is here
@@ -131,7 +131,7 @@ class Neighbours:
         """A number that grows while what takes long goes on: parts that move, and updates of classifiers."""
         return self._moved + (self._copy.steps if self._copy is not None else 0)
 
-    def _hand_over(self, copy: Copy) -> None:
+    def _hand_over(self, copy: Backup) -> None:
         if self._is_wanted and not copy.busy:
             version, filed, pending, parts = copy.hand_over()
             self._handed_over = Outgoing(self._head(copy.server, version, len(parts), filed, pending), parts)
@@ -155,20 +155,20 @@ class Neighbours:
 
     def handle(self, sender: str, body: AboutCopies, frames: Frames) -> list[Send]:
         """A message of the keeper (KEEPER), or of the server before this one. Raises WireError for what does not fit."""
-        self._moved += isinstance(body, StatePart | GotPart)
+        self._moved += isinstance(body, StatePart | StatePartAck)
         match body:
-            case Kept() if sender == KEEPER and self._forwarder is not None:
+            case RoundReplicatedAck() if sender == KEEPER and self._forwarder is not None:
                 self._forwarder.handle(body)
-            case GotPart(shard=self._index) if sender == KEEPER and self._forwarder is not None:
+            case StatePartAck(shard=self._index) if sender == KEEPER and self._forwarder is not None:
                 self._forwarder.handle(body)
-            case State(shard=self._index) if sender == KEEPER:
+            case StateHeader(shard=self._index) if sender == KEEPER:
                 if self._returning is None and float("-inf") < self._asked_at < float("inf"):
                     self._returning = Incoming(body, self._make_shard(body).put)
-                return [Send(KEEPER, GotPart(body.shard, body.round, -1))]
+                return [Send(KEEPER, StatePartAck(body.shard, body.round, -1))]
             case StatePart(shard=self._index) if sender == KEEPER:
                 if self._returning is not None:
                     self._returning.put(body, frames)
-                return [Send(KEEPER, GotPart(body.shard, body.round, body.number))]
+                return [Send(KEEPER, StatePartAck(body.shard, body.round, body.number))]
             case _ if sender == f"server-{self._kept_server}":
                 answer = self._about_kept(body, frames)
                 return [] if answer is None else [Send(sender, answer)]
@@ -178,25 +178,25 @@ class Neighbours:
         """The answer to a message of the server whose shard has a copy here, or is to have one."""
         number, copy = self._kept_server, self._copy
         match body:
-            case State(shard=shard) if shard == number:
+            case StateHeader(shard=shard) if shard == number:
                 if copy is None:  # a process sends another its state once
                     tables, classifiers = body.setup.tables, body.setup.classifiers
                     layout = make_layout(body.setup.tensors, self._settings.servers, tables, classifiers)
-                    self._copy = Copy(number, layout, self._policy, body, self._settings.seed)
-                return GotPart(body.shard, body.round, -1)
+                    self._copy = Backup(number, layout, self._policy, body, self._settings.seed)
+                return StatePartAck(body.shard, body.round, -1)
             case StatePart(shard=shard) if shard == number and copy is not None:
                 return copy.put(body, frames)
-            case Forward() if copy is not None:
+            case Replicate() if copy is not None:
                 copy.forward(body, frames)
-            case ForwardRows() if copy is not None:
+            case ReplicateRows() if copy is not None:
                 copy.forward_rows(body, frames)
-            case ForwardClasses() if copy is not None:
+            case ReplicateLayers() if copy is not None:
                 copy.forward_classes(body, frames)
-            case Filed() if copy is not None:
+            case RoundReplicated() if copy is not None:
                 return copy.file(body)
-            case Restore() if copy is not None and copy.whole and self._handed_over is None:
+            case RequestState() if copy is not None and copy.whole and self._handed_over is None:
                 self._is_wanted = True
                 self._hand_over(copy)
-            case GotPart(shard=shard) if shard == number and self._handed_over is not None:
+            case StatePartAck(shard=shard) if shard == number and self._handed_over is not None:
                 self._handed_over.got(body)
         return None

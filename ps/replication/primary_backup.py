@@ -24,16 +24,26 @@ from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.sparse_rows import RowSums
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Body, Filed, Forward, ForwardClasses, ForwardRows, GotPart, Kept, State, StatePart
+from roundtable.common.protocol.messages import (
+    Body,
+    Replicate,
+    ReplicateLayers,
+    ReplicateRows,
+    RoundReplicated,
+    RoundReplicatedAck,
+    StateHeader,
+    StatePart,
+    StatePartAck,
+)
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
-from roundtable.ps.params.dense import Store
+from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
 from roundtable.ps.params.state_part import Part
-from roundtable.ps.params.weight_buffers import Planes
-from roundtable.ps.replication.shard_state import Holdings
+from roundtable.ps.params.weight_buffers import WeightBuffers
+from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
-from roundtable.ps.sharded.layers import Classifiers, Contributed
+from roundtable.ps.sharded.layers import Contributed, LayerShards
 
 #: Rounds that the keeper may have and not have applied: the primary is never further ahead than by the open one.
 _AHEAD = 4
@@ -41,12 +51,12 @@ _AHEAD = 4
 _REMEMBERED = 64
 
 
-def remembered(before: list[Filed], new: Filed) -> list[Filed]:
+def remembered(before: list[RoundReplicated], new: RoundReplicated) -> list[RoundReplicated]:
     """The newest rounds with one more: those that the coordinator may not have been told of, and some for what they left out."""
     return [filed for filed in before if filed.round >= min(new.reported, new.round - _REMEMBERED)] + [new]
 
 
-class Forwarder:
+class Primary:
     """A shard's side: what its keeper is sent. Without one nobody keeps a copy, and rounds are closed all the same."""
 
     def __init__(self, round_: int, state: Outgoing | None = None) -> None:
@@ -59,7 +69,7 @@ class Forwarder:
         self._sent_at = float("inf")
         self._outbox: list[tuple[Body, Frames]] = []
 
-    def send(self, body: Forward | ForwardRows | ForwardClasses | Filed, frames: Frames, now: float) -> None:
+    def send(self, body: Replicate | ReplicateRows | ReplicateLayers | RoundReplicated, frames: Frames, now: float) -> None:
         """Tell the keeper of something in the open round."""
         self._open.append((body, frames))
         self._outbox.append((body, frames))
@@ -74,13 +84,13 @@ class Forwarder:
         """Whether the keeper has all of a round, so that it may be closed."""
         return self._kept > round_
 
-    def handle(self, body: Kept | GotPart) -> None:
+    def handle(self, body: RoundReplicatedAck | StatePartAck) -> None:
         """An answer of the keeper."""
-        if isinstance(body, GotPart):
+        if isinstance(body, StatePartAck):
             if self._state is not None:
                 self._state.got(body)
                 self._state = None if self._state.done else self._state
-        elif self._open and isinstance(filed := self._open[-1][0], Filed) and filed.round == body.round:
+        elif self._open and isinstance(filed := self._open[-1][0], RoundReplicated) and filed.round == body.round:
             self._kept, self._open, self._outbox, self._sent_at = body.round + 1, [], [], float("inf")
 
     def due(self, now: float) -> list[tuple[Body, Frames]]:
@@ -97,26 +107,26 @@ class Forwarder:
 class _Round:
     """What has come of a round: mean contributions by chunk, with what tells how to apply them."""
 
-    means: dict[int, tuple[Forward, Sum]] = field(default_factory=dict)
-    rows: tuple[ForwardRows, RowSums] | None = None
-    classes: tuple[ForwardClasses, list[Contributed]] | None = None
-    filed: Filed | None = None
+    means: dict[int, tuple[Replicate, Sum]] = field(default_factory=dict)
+    rows: tuple[ReplicateRows, RowSums] | None = None
+    classes: tuple[ReplicateLayers, list[Contributed]] | None = None
+    filed: RoundReplicated | None = None
 
 
-class Copy:
+class Backup:
     """The keeper's side: the shard of server `server`, from the state that `head` announces on."""
 
-    def __init__(self, server: int, layout: Layout, policy: Policy, head: State, seed: int) -> None:
+    def __init__(self, server: int, layout: Layout, policy: Policy, head: StateHeader, seed: int) -> None:
         """`seed` is the run's."""
         self.server = server
         self.head = head
         self.version = head.round
         self._chunks = {chunk.id: chunk for chunk in layout.on(server)}
-        self._store = Store(layout, server, head.setup.update, policy)
+        self._store = DenseParameters(layout, server, head.setup.update, policy)
         self._tables = RowTables(layout, server, head.setup.update, seed, keeps_versions=True)
-        self._classifiers = Classifiers(layout, server, head.setup.update, seed)
-        self._all = Holdings(self._store, self._tables, self._classifiers)
-        self._planes = Planes(layout.on(server), 2, shared=False)
+        self._classifiers = LayerShards(layout, server, head.setup.update, seed)
+        self._all = ShardState(self._store, self._tables, self._classifiers)
+        self._planes = WeightBuffers(layout.on(server), 2, shared=False)
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
         #: What the coordinator may not have been told of.
@@ -129,7 +139,7 @@ class Copy:
         """Whether the shard can be had from here."""
         return self._incoming is None
 
-    def put(self, part: StatePart, frames: Frames) -> GotPart | None:
+    def put(self, part: StatePart, frames: Frames) -> StatePartAck | None:
         """A part of the state. Raises WireError for what is none."""
         if part.round != self.head.round:
             return None
@@ -137,7 +147,7 @@ class Copy:
             self._incoming.put(part, frames)
             if self._incoming.complete:
                 self._settle()
-        return GotPart(part.shard, part.round, part.number)
+        return StatePartAck(part.shard, part.round, part.number)
 
     def _settle(self) -> None:
         assert self._incoming is not None
@@ -151,7 +161,7 @@ class Copy:
             raise WireError(f"the state of server-{self.server} does not fit its shard: {error}") from None
         self._incoming = None
 
-    def forward(self, body: Forward, frames: Frames) -> None:
+    def forward(self, body: Replicate, frames: Frames) -> None:
         """A contribution. Raises WireError for what does not fit."""
         if self._has_all(body.round):
             return
@@ -160,14 +170,14 @@ class Copy:
         values = self._store.receive(body.chunk, frames[0], body.present) if body.present else Sum(torch.empty(0), 0)
         self._round(body.round).means.setdefault(body.chunk, (body, values))
 
-    def forward_rows(self, body: ForwardRows, frames: Frames) -> None:
+    def forward_rows(self, body: ReplicateRows, frames: Frames) -> None:
         """A contribution to tables. Raises WireError for what does not fit."""
         if self._has_all(body.round):
             return
         rows = self._tables.receive(body, frames, f"what server-{self.server} forwarded")
         self._round(body.round).rows = body, rows
 
-    def forward_classes(self, body: ForwardClasses, frames: Frames) -> None:
+    def forward_classes(self, body: ReplicateLayers, frames: Frames) -> None:
         """A contribution to classifiers. Raises WireError for what does not fit."""
         if self._has_all(body.round):
             return
@@ -177,7 +187,7 @@ class Copy:
     def _has_all(self, round_: int) -> bool:
         return round_ < self.version or (round_ in self._rounds and self._rounds[round_].filed is not None)
 
-    def file(self, body: Filed) -> Kept | None:
+    def file(self, body: RoundReplicated) -> RoundReplicatedAck | None:
         """All of a round was forwarded: the acknowledgement, if all of it is here."""
         if body.round >= self.version:
             round_ = self._round(body.round)
@@ -188,7 +198,7 @@ class Copy:
                     return None
                 round_.filed = body
                 self._filed = remembered(self._filed, body)
-        return Kept(body.round)
+        return RoundReplicatedAck(body.round)
 
     def _round(self, number: int) -> _Round:
         if number > self.version + _AHEAD:
@@ -235,7 +245,7 @@ class Copy:
         """A number that grows while updates of classifiers go on."""
         return self._classifiers.steps
 
-    def hand_over(self) -> tuple[int, list[Filed], ForwardClasses | None, list[Part]]:
+    def hand_over(self) -> tuple[int, list[RoundReplicated], ReplicateLayers | None, list[Part]]:
         """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what classifiers
         lack, and the tensors. What has come of later rounds is let go, for it comes again, and not before the state has
         arrived."""

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from roundtable.common.runtime.errors import WireError
-from roundtable.ps.params.dense import Store
+from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
 from roundtable.ps.params.state_part import Part, whole
 from roundtable.ps.replication.state_transfer import Incoming
-from roundtable.ps.sharded.layers import Classifiers
+from roundtable.ps.sharded.layers import LayerShards
 
 
 @dataclass(frozen=True)
-class Holdings:
+class ShardState:
     """What a server holds of its shard, or of another one's."""
 
-    store: Store
+    store: DenseParameters
     tables: RowTables
-    classifiers: Classifiers
+    classifiers: LayerShards
 
     @property
     def settled(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from roundtable.common.model.sparse_rows import cut, join
 from roundtable.common.model.tensor_bytes import dtype_name
-from roundtable.common.protocol.messages import Body, GotPart, State, StatePart
+from roundtable.common.protocol.messages import Body, StateHeader, StatePart, StatePartAck
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import TensorFiles
@@ -29,7 +29,7 @@ _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 40
 class Outgoing:
     """Sends `parts`, which stay as they are, after the `head` that announces them."""
 
-    def __init__(self, head: State, parts: Sequence[Part]) -> None:
+    def __init__(self, head: StateHeader, parts: Sequence[Part]) -> None:
         self.head = head
         self._parts: dict[int, tuple[StatePart, Frames]] = {}
         for number, part in enumerate(parts):
@@ -45,7 +45,7 @@ class Outgoing:
         """Whether all of it has arrived."""
         return self._head_known and not self._parts
 
-    def got(self, ack: GotPart) -> None:
+    def got(self, ack: StatePartAck) -> None:
         """A part has arrived."""
         if (ack.shard, ack.round) == (self.head.shard, self.head.round):
             self._head_known = True
@@ -78,7 +78,7 @@ class Incoming(TensorFiles):
     """The tensors that have come of what `head` announced: to read them is to read a snapshot's files. Rows are given to
     `put_rows` (name, first, rows) instead, which raises WireError where they do not fit."""
 
-    def __init__(self, head: State, put_rows: Callable[[str, int, torch.Tensor], None]) -> None:
+    def __init__(self, head: StateHeader, put_rows: Callable[[str, int, torch.Tensor], None]) -> None:
         super().__init__(())
         self.head = head
         self._put_rows = put_rows

@@ -22,11 +22,21 @@ from roundtable.common.model.reduction_tree import fold
 from roundtable.common.model.sparse_rows import no_rows
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import ClassAck, ClassPush, Committed, Contribution, Gone, Pull, Push, RowAck, RowPush
+from roundtable.common.protocol.messages import (
+    Committed,
+    Contribution,
+    LayerAck,
+    LayerPush,
+    Pull,
+    Push,
+    RowAck,
+    RowPush,
+    VersionExpired,
+)
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
-from roundtable.ps.params.planned_rates import Course, Terms
+from roundtable.ps.params.planned_rates import PlannedRates, Terms
 from roundtable.ps.server.checkpoint_writer import Source
 from roundtable.ps.server.shard import CLASSES, METRICS, ROWS, Metrics, Shard, add_metrics, contribution, mean_metrics
 
@@ -36,7 +46,7 @@ _PAIRS = 64
 _TOLD = 2000
 
 
-class PushShard(Shard):
+class AsyncShard(Shard):
     """A worker's clock is the round it works on; the slowest clock is the earliest round with something outstanding here."""
 
     def __init__(self, index: int, settings: Settings, policy: Policy, source: Source | None = None) -> None:
@@ -50,7 +60,7 @@ class PushShard(Shard):
         #: What was dropped of them as not finite, and which chunks.
         self._drops: dict[int, dict[int, tuple[Contribution, set[int]]]] = {}
         #: Counts distinct micro-batches, which is what staleness is counted in.
-        self._course = Course(policy)
+        self._course = PlannedRates(policy)
         #: For rounds not complete: the terms on which each micro-batch is applied.
         self._terms: dict[tuple[int, int], Terms] = {}
         #: On server 0, contributions to rounds that are not complete, as the ledger has them.
@@ -110,7 +120,7 @@ class PushShard(Shard):
     def _resume(self, source: Source) -> None:
         """What was applied of later rounds, by whichever server, is not to be applied again."""
         self._slowest = source.round
-        self._course = Course(self.policy, max(int(extra["seen"]) for extra in source.extra.values()))
+        self._course = PlannedRates(self.policy, max(int(extra["seen"]) for extra in source.extra.values()))
         own = set(self._ids)
         for number, extra in source.extra.items():
             mine = own if number == self.index else own - {ROWS, CLASSES}
@@ -195,13 +205,13 @@ class PushShard(Shard):
         first = self.planes[self.planes.home][chunk] if chunk in self._frozen and self.settings.delay_compensation else None
         return self._sent.get(sender, {}).get(chunk, first)
 
-    def _plan_of(self, sender: str, push: Push | RowPush | ClassPush) -> Round:
+    def _plan_of(self, sender: str, push: Push | RowPush | LayerPush) -> Round:
         """The plan of a push's round. Raises WireError where it is not of one micro-batch."""
         if push.hi != push.lo + 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self.settings.policy} applies each on its own")
         return self.round_plan(push.round)
 
-    def _arrives(self, sender: str, push: Push | RowPush | ClassPush, plan: Round) -> tuple[set[int], Terms]:
+    def _arrives(self, sender: str, push: Push | RowPush | LayerPush, plan: Round) -> tuple[set[int], Terms]:
         """What is applied of the push's micro-batch already, and the terms on which the rest is to be."""
         key = push.round, push.lo
         self._reached = max(self._reached, push.round)
@@ -233,9 +243,9 @@ class PushShard(Shard):
             self.tables.apply(rows, push.samples, terms.hypers, terms.lr_scale)
         return [ack, *self._advance()]
 
-    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
+    def _push_classes(self, sender: str, push: LayerPush, frames: Frames, now: float) -> list[Send]:
         plan = self._plan_of(sender, push)
-        ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
+        ack = Send(sender, LayerAck(push.round, push.lo, push.hi))
         if push.round < self._slowest or CLASSES in self._applied.get(push.round, {}).get(push.lo, ()):
             return [ack]  # what was asked is forgotten then
         parts = self._check_classes(sender, push, frames, plan)
@@ -281,7 +291,7 @@ class PushShard(Shard):
         # who joins late begins in the last round that is over, which is as far as every other server lets it go on
         if pull.number == 1 and pull.clock < self._slowest - 1 and self._open:
             del self.waiters[worker]
-            return [Send(worker, Gone(pull.clock, self._slowest - 1))]
+            return [Send(worker, VersionExpired(pull.clock, self._slowest - 1))]
         if waiter.weights is None:
             may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
             if not self._open or not may:
@@ -327,5 +337,5 @@ class PushShard(Shard):
         return held
 
 
-def _dropped(sender: str, push: Push | RowPush | ClassPush) -> Contribution:
+def _dropped(sender: str, push: Push | RowPush | LayerPush) -> Contribution:
     return Contribution(push.round, push.lo, push.hi, sender, push.samples, 1, "dropped")

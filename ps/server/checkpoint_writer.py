@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roundtable.common.protocol.messages import Saved, Setup
+from roundtable.common.protocol.messages import CheckpointStatus, Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.storage import tensor_file as tensorfile
@@ -24,7 +24,7 @@ _BREATH_S = 0.1
 
 
 @dataclass(frozen=True)
-class Capture:
+class CheckpointData:
     """State to be written for a Cut: what `entries` refer to stays as it is until it is written."""
 
     round: int
@@ -55,7 +55,7 @@ def open_source(run_dir: Path, round_: int) -> Source:
     return Source(round_, manifest.servers, manifest.setup, files, extra)
 
 
-class Writer:
+class CheckpointWriter:
     """Writes a server's file of one snapshot at a time, on a thread.
 
     Another one may be wanted while a file is still being written, as a cut is given up when some other server fails.
@@ -65,13 +65,13 @@ class Writer:
         self._server = server
         self._run_dir = run_dir
         self._thread: threading.Thread | None = None
-        self._result: Saved | None = None
+        self._result: CheckpointStatus | None = None
         #: What is to be written next; what comes later takes its place.
-        self._next: Capture | None = None
+        self._next: CheckpointData | None = None
         #: How many were written so far, of all files.
         self.bytes = 0
 
-    def start(self, capture: Capture) -> None:
+    def start(self, capture: CheckpointData) -> None:
         """Write `capture` once what was begun before is done; does not wait for that."""
         self._next = capture
         self._go_on()
@@ -97,7 +97,7 @@ class Writer:
                 self._thread = None
                 self._go_on()
 
-    def poll(self) -> Saved | None:
+    def poll(self) -> CheckpointStatus | None:
         """What came of it, once, when it is done."""
         result, self._result = self._result, None
         self._go_on()
@@ -107,7 +107,7 @@ class Writer:
         self.bytes += size
         failpoint("saving", round_)
 
-    def _write(self, capture: Capture) -> None:
+    def _write(self, capture: CheckpointData) -> None:
         folder = folder_of(self._run_dir, capture.round)
         path = folder / file_of(self._server)
         try:
@@ -116,16 +116,18 @@ class Writer:
             metadata = {"format": "pt", _EXTRA: json.dumps(capture.extra)}
             digest, size = tensorfile.write(path, capture.entries, metadata, lambda size: self._wrote(size, capture.round))
             failpoint("saved", capture.round)
-            self._result = Saved(capture.round, "written", digest, size)
+            self._result = CheckpointStatus(capture.round, "written", digest, size)
         except FileNotFoundError:
             reason = (
                 f"server-{self._server} does not reach the run directory {self._run_dir} of the coordinator: have the folder "
                 "on every host of a server, under the same path."
             )
-            self._result = Saved(capture.round, "failed", reason=reason)
+            self._result = CheckpointStatus(capture.round, "failed", reason=reason)
         except (OSError, UsageError) as error:
             text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-            self._result = Saved(capture.round, "failed", reason=f"server-{self._server} could not write {path}: {text}.")
+            self._result = CheckpointStatus(
+                capture.round, "failed", reason=f"server-{self._server} could not write {path}: {text}."
+            )
         except Exception as error:  # a snapshot less must not end the run
             reason = f"server-{self._server} could not write {path}: {type(error).__name__}: {error}."
-            self._result = Saved(capture.round, "failed", reason=reason)
+            self._result = CheckpointStatus(capture.round, "failed", reason=reason)

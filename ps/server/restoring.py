@@ -8,16 +8,16 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages import Refused
 from roundtable.common.storage.checkpoint import Snapshot
-from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.async_shard import AsyncShard
 from roundtable.ps.server.checkpoint_writer import Source, open_source
 from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.sync_shard import SyncShard
 
 
 def make_shard(index: int, settings: Settings, source: Source | None = None) -> Shard:
     """Make the shard of server `index`; it goes on from `source` once it is set up."""
     policy = load(settings)
-    kind = RoundShard if policy.applies == "round" else PushShard
+    kind = SyncShard if policy.applies == "round" else AsyncShard
     return kind(index, settings, policy, source)
 
 

@@ -23,35 +23,35 @@ from roundtable.common.protocol.liveness import Signs
 from roundtable.common.protocol.messages import (
     MOST_TOLD,
     AllNorms,
-    Arrived,
-    Beat,
     Body,
-    Close,
-    Cut,
+    CloseRound,
     Envelope,
-    Filed,
-    Forward,
-    ForwardClasses,
-    ForwardRows,
-    GotPart,
-    HandIn,
+    Heartbeat,
     Hello,
     KvPull,
     KvPush,
-    Lost,
+    MembersLost,
     Norms,
     Peer,
     Plan,
     Pull,
     Refused,
+    Replicate,
+    ReplicateLayers,
+    ReplicateRows,
     ReportAck,
-    Restore,
+    RequestState,
+    RoundReady,
+    RoundReplicated,
     RowPull,
-    State,
+    SendModel,
+    StateHeader,
     StatePart,
+    StatePartAck,
+    TakeCheckpoint,
 )
-from roundtable.common.protocol.rejections import Refusals
-from roundtable.common.protocol.session import Attendance
+from roundtable.common.protocol.rejections import Rejections
+from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.tickets import seal, ticket
 from roundtable.common.protocol.transport import (
     ASK_AGAIN_S,
@@ -76,7 +76,7 @@ from roundtable.common.runtime.signal_handlers import handled
 from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.ps.coordinator.state.membership import FAR_S
-from roundtable.ps.server.checkpoint_writer import Writer, open_source
+from roundtable.ps.server.checkpoint_writer import CheckpointWriter, open_source
 from roundtable.ps.server.kv_store import KvStore
 from roundtable.ps.server.restoring import make_shard
 from roundtable.ps.server.shard import Shard
@@ -84,9 +84,9 @@ from roundtable.ps.server.shard import Shard
 log = logging.getLogger("roundtable.ps.server")
 
 #: What the server says whose shard has a copy here.
-_FROM_KEPT = (Forward, ForwardRows, ForwardClasses, Filed, State, StatePart, GotPart, Restore)
+_FROM_KEPT = (Replicate, ReplicateRows, ReplicateLayers, RoundReplicated, StateHeader, StatePart, StatePartAck, RequestState)
 #: What the first of these looks like that is sent by a server in another's place.
-_RESTORE = msgspec.Raw(msgspec.msgpack.encode(Restore()))
+_RESTORE = msgspec.Raw(msgspec.msgpack.encode(RequestState()))
 _CPU = torch.device("cpu")
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
@@ -141,17 +141,17 @@ class _Server:
         self._poller = zmq.Poller()
         address = as_told(advertise, bound) if advertise is not None else advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
-        self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
+        self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
-        self._told, self._breathed_at = Beat("starting"), float("-inf")
+        self._told, self._breathed_at = Heartbeat("starting"), float("-inf")
         self._signs = Signs()
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         #: The signal that has told it to stop, if any, and when.
         self.told, self._told_at = 0, float("inf")
         self._shard: Shard | None = None
-        self._writer: Writer | None = None
+        self._writer: CheckpointWriter | None = None
         self._kv: KvStore | None = None
-        self._refusals = Refusals(log)
+        self._refusals = Rejections(log)
         #: Watches connections, once the loop runs; and what is on its way to them.
         self._inflow: Inflow | None = None
         self._outflow = Outflow(self._refusals)
@@ -257,17 +257,17 @@ class _Server:
         welcome = self._attendance.welcome
         return FAR_S if welcome is None or welcome.settings.silence is None else welcome.settings.silence
 
-    def _tell(self) -> Beat:
+    def _tell(self) -> Heartbeat:
         self._told = self._beat()
         return self._told
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         if self._shard is None:
-            return Beat("starting", refused=self._refusals.counts)
+            return Heartbeat("starting", refused=self._refusals.counts)
         shard, refused = self._shard, self._refusals.counts
         if shard.restoring:
-            return Beat("starting", refused=refused, leaves=bool(self.told))
-        return Beat(
+            return Heartbeat("starting", refused=refused, leaves=bool(self.told))
+        return Heartbeat(
             "waiting", shard.version, shard.done, shard.missing()[:MOST_TOLD], traffic=shard.traffic, keeps=shard.keeps,
             refused=refused, later=shard.missing_later(), leaves=bool(self.told),
         )  # fmt: skip
@@ -337,9 +337,9 @@ class _Server:
         welcome = self._attendance.welcome
         if self._shard is not None:
             self._shard.coordinator = self._attendance.coordinator
-            if isinstance(body, Lost):
+            if isinstance(body, MembersLost):
                 self._lose(body, now)
-            elif isinstance(body, ReportAck | Close | AllNorms | Arrived | Norms | Cut | HandIn):
+            elif isinstance(body, ReportAck | CloseRound | AllNorms | RoundReady | Norms | TakeCheckpoint | SendModel):
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
@@ -356,7 +356,7 @@ class _Server:
             self._know(welcome.servers)
             self._shard.before_tables_change = self._finish_saving
             self._shard.breathe = self._breathe
-            self._writer = writer = Writer(index, run_dir)
+            self._writer = writer = CheckpointWriter(index, run_dir)
             self._shard.is_writing = lambda: writer.busy
             self._shard.bytes_saved = lambda: writer.bytes
             self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
@@ -386,7 +386,7 @@ class _Server:
             raise WireError(f"a server has no use for {type(body).__name__}")
         self._do(self._shard.about_copies(sender, body, frames, time.monotonic()))
 
-    def _lose(self, body: Lost, now: float) -> None:
+    def _lose(self, body: MembersLost, now: float) -> None:
         assert self._shard is not None and self._kv is not None
         if body.epoch >= self._stamp.epoch and body.servers:
             self._know(body.servers)
@@ -400,14 +400,14 @@ class _Server:
         assert self._shard is not None and self._kv is not None
         sender, body = envelope.sender, envelope.read()
         if not is_worker(sender):
-            if isinstance(body, Beat):
+            if isinstance(body, Heartbeat):
                 return
             if not isinstance(body, _FROM_KEPT):
                 raise WireError(f"a server has no use for {type(body).__name__} of {sender}")
             self._routes[sender, False] = self._routes[sender, True] = route
             self._about_copies(sender, body, frames)
             return
-        if isinstance(body, Beat):  # the first message of a connection, which tells whose it is
+        if isinstance(body, Heartbeat):  # the first message of a connection, which tells whose it is
             return
         self._routes[sender, is_bulk(body, frames)] = route
         self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
@@ -441,7 +441,7 @@ class _Server:
         """Say whose connection it is, unless that was said a moment ago, as workers do."""
         if (now := time.monotonic()) >= self._greeted_at + ASK_AGAIN_S:
             self._greeted_at = now
-            send(keeper, self._stamp.encode(Beat()))
+            send(keeper, self._stamp.encode(Heartbeat()))
 
     def _to_peer(self, effect: Send, header: bytes) -> None:
         """Send by the connection that is meant for it, or by the other where that has broken and the peer has sent nothing by the

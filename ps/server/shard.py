@@ -35,17 +35,15 @@ from roundtable.common.protocol.effects import COORDINATOR, AboutCopies, Send
 from roundtable.common.protocol.messages import (
     Ack,
     Body,
-    Classify,
-    ClassPush,
+    CheckpointStatus,
     Committed,
     Contribution,
-    Cut,
-    Got,
-    HandIn,
-    Init,
-    Lost,
+    InitialRows,
+    InitialWeights,
+    LayerPush,
+    MembersLost,
     ModelPart,
-    Owed,
+    OfferSharedMemory,
     Plan,
     Pull,
     Push,
@@ -53,16 +51,18 @@ from roundtable.common.protocol.messages import (
     Refused,
     Report,
     ReportAck,
-    RowInit,
+    Residual,
     RowPull,
     RowPush,
     Rows,
-    Saved,
+    SendModel,
     Setup,
-    Share,
-    Shared,
+    ShardedForward,
+    SharedMemoryReply,
+    TakeCheckpoint,
     Traffic,
     Weights,
+    WeightsCredit,
 )  # fmt: skip
 from roundtable.common.protocol.shared_memory import NotShared, Region, attach
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames, bytes_of
@@ -70,13 +70,13 @@ from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.ps import differences
 from roundtable.ps.model_parts import Part, parts_on
-from roundtable.ps.params.dense import Store
+from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
-from roundtable.ps.params.residuals import Owing
-from roundtable.ps.params.weight_buffers import Planes, Readers
-from roundtable.ps.server.checkpoint_writer import Capture, Source
+from roundtable.ps.params.residuals import ResidualStore
+from roundtable.ps.params.weight_buffers import Readers, WeightBuffers
+from roundtable.ps.server.checkpoint_writer import CheckpointData, Source
 from roundtable.ps.server.memory_budget import check_memory
-from roundtable.ps.sharded.layers import Classifiers, Contributed
+from roundtable.ps.sharded.layers import Contributed, LayerShards
 from roundtable.ps.validation import check_distinct, check_hypers, check_setup
 
 log = logging.getLogger("roundtable.ps.shard")
@@ -109,7 +109,7 @@ class _Early:
 
 
 @dataclass
-class Waiter:
+class WaitingWorker:
     """One who waits for weights: the chunks that were not sent yet, all that it is known to need, whether it was told that the
     round before is closed, and the bytes that are on their way to it, by chunk."""
 
@@ -147,15 +147,15 @@ class Shard(ABC):
         self.policy = policy
         self.layout: Layout | None = None
         self.chunks: dict[int, Chunk] = {}
-        self.store: Store | None = None
+        self.store: DenseParameters | None = None
         self.tables: RowTables | None = None
-        self.classifiers: Classifiers | None = None
+        self.classifiers: LayerShards | None = None
         #: What workers' codecs have left out and no worker has.
-        self.owing: Owing | None = None
+        self.owing: ResidualStore | None = None
         #: Where classifiers are.
         self.device = torch.device("cpu")
         #: Memory that weights are laid out in, and who may be reading which plane of it.
-        self.planes: Planes | None = None
+        self.planes: WeightBuffers | None = None
         self.readers = Readers()
         #: Workers' regions that can be read here, and the chunks in each of their slots.
         self._regions: dict[str, Region] = {}
@@ -172,7 +172,7 @@ class Shard(ABC):
         #: Frozen chunks; and from which version on those are in the same planes as others that something was contributed to.
         self._frozen: set[int] = set()
         self._moved_at: dict[int, int] = {}
-        self.waiters: dict[str, Waiter] = {}
+        self.waiters: dict[str, WaitingWorker] = {}
         #: The number of each worker's newest pull.
         self._asked_for: dict[str, int] = {}
         #: Workers that are lost: nothing of theirs counts any more.
@@ -189,11 +189,11 @@ class Shard(ABC):
         #: Whether what is reported may have been reported by the process in whose place this one is.
         self._repeats = False
         #: The snapshot to be made, and what has become of it; and its contents until somebody takes them to be written.
-        self._cut: Cut | None = None
-        self._saved: Saved | None = None
-        self.capture: Capture | None = None
+        self._cut: TakeCheckpoint | None = None
+        self._saved: CheckpointStatus | None = None
+        self.capture: CheckpointData | None = None
         #: A capture that still lacks the classifiers, which get there later than all else, and the version that they are to be.
-        self._held: Capture | None = None
+        self._held: CheckpointData | None = None
         self._held_version = 0
         #: Whether what was captured is being written.
         self.is_writing: Callable[[], bool] = lambda: False
@@ -243,7 +243,7 @@ class Shard(ABC):
     def _push_rows(self, sender: str, push: RowPush, frames: Frames, now: float) -> list[Send]: ...
 
     @abstractmethod
-    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]: ...
+    def _push_classes(self, sender: str, push: LayerPush, frames: Frames, now: float) -> list[Send]: ...
 
     @abstractmethod
     def _serve(self, worker: str) -> list[Send]:
@@ -276,9 +276,9 @@ class Shard(ABC):
         return []
 
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
-        if isinstance(body, Cut):
+        if isinstance(body, TakeCheckpoint):
             return self._asked_to_cut(body)
-        if isinstance(body, HandIn):
+        if isinstance(body, SendModel):
             known = self._wanted[1] if self._wanted[0] == body.round else set()
             self._wanted = body.round, known.union(body.parts)
             return self._hand_in()
@@ -297,38 +297,38 @@ class Shard(ABC):
                 return self._push(sender, body, frames, now)
             case Pull():
                 return self._pull(sender, body, now)
-            case Got():
+            case WeightsCredit():
                 return self._got(sender, body)
-            case Owed() if self.owing is not None:
+            case Residual() if self.owing is not None:
                 self.owing.takes(sender, body, frames)
                 self._complete_cut(now)
-                return [Send(sender, Ready("Owed", body.number))]
-            case Ready(about="Owed") if self.owing is not None:
+                return [Send(sender, Ready("Residual", body.number))]
+            case Ready(about="Residual") if self.owing is not None:
                 self.owing.got(sender, body.id)
                 return []
             case RowPush():
                 return self._push_rows(sender, body, frames, now)
             case RowPull():
                 return self._pull_rows(sender, body, frames)
-            case ClassPush():
+            case LayerPush():
                 return self._push_classes(sender, body, frames, now)
-            case Classify():
+            case ShardedForward():
                 answer = self.classifiers.ask(sender, body, frames) if self.classifiers is not None and self._open else None
                 return [] if answer is None else [Send(sender, *answer)]
-            case RowInit():
+            case InitialRows():
                 return self._init_rows(sender, body, frames)
             case Setup():
                 return self._set_up(sender, body)
             case Plan():
                 return self._plan(sender, body.segment)
-            case Init():
+            case InitialWeights():
                 return self._init(sender, body, frames)
-            case Share():
+            case OfferSharedMemory():
                 return self._share(sender, body)
             case ReportAck() if sender == COORDINATOR:
                 self._acknowledged(body.seq)
                 return []
-            case Lost() if sender == COORDINATOR:
+            case MembersLost() if sender == COORDINATOR:
                 for worker in set(body.workers) - self.lost:
                     self.lost.add(worker)
                     self._forget(worker)
@@ -441,9 +441,9 @@ class Shard(ABC):
 
     # ---- snapshots
 
-    def _asked_to_cut(self, cut: Cut) -> list[Send]:
+    def _asked_to_cut(self, cut: TakeCheckpoint) -> list[Send]:
         if self._saved is None or self._saved.round != cut.round:
-            self._cut, self._saved = cut, Saved(cut.round, "waits")
+            self._cut, self._saved = cut, CheckpointStatus(cut.round, "waits")
             self._try_cut()
         if cut.reached and self._held is not None and self.classifiers is not None:
             self.classifiers.begin_update()
@@ -455,15 +455,15 @@ class Shard(ABC):
             return
         cut, self._cut = self._cut, None
         if self.version > cut.round or not self._at_border or not self._open:
-            self._saved = Saved(cut.round, "missed")
+            self._saved = CheckpointStatus(cut.round, "missed")
             return
         assert self.store is not None and self.tables is not None and self.classifiers is not None
         assert self.owing is not None
         entries = [*self.store.state(self._seen, copies=not cut.final), *self.tables.state()]
         self._held_version = self.classifiers.accepted
         self.owing.begin(cut.round, self._asked_for)
-        self._held = Capture(cut.round, cut.token, entries, self._extra())
-        self._saved = Saved(cut.round, "writing")
+        self._held = CheckpointData(cut.round, cut.token, entries, self._extra())
+        self._saved = CheckpointStatus(cut.round, "writing")
 
     def _complete_cut(self, now: float) -> None:
         """Hand out what is held as soon as the classifiers have got there as well, and workers have told what they owe."""
@@ -482,7 +482,7 @@ class Shard(ABC):
             self._complete_cut(0.0)
         self.before_tables_change()
 
-    def saved(self, saved: Saved) -> list[Send]:
+    def saved(self, saved: CheckpointStatus) -> list[Send]:
         """`capture` is written, or could not be."""
         if self._saved is None or self._saved.round != saved.round:
             return []
@@ -553,9 +553,9 @@ class Shard(ABC):
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._parts = parts_on(layout, self.index)
             self._frozen = {chunk.id for chunk in self.chunks.values() if chunk.frozen}
-            self.owing = Owing(layout, layout.on(self.index), self.settings)
+            self.owing = ResidualStore(layout, layout.on(self.index), self.settings)
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
-            self.planes = Planes(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
+            self.planes = WeightBuffers(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
             if self.planes.refused:
                 log.warning("%s Workers get their weights through sockets.", self.planes.refused)
             self._setup = setup, sender
@@ -567,16 +567,16 @@ class Shard(ABC):
             return [Send(sender, Refused("Setup", differences.of_setups(*self._setup, setup, sender)))]
         return [Send(sender, Ready("Setup", lacks=bool(self._uninitialised)))]
 
-    def _made(self, setup: Setup) -> tuple[Layout, Store, RowTables, Classifiers]:
+    def _made(self, setup: Setup) -> tuple[Layout, DenseParameters, RowTables, LayerShards]:
         """What holds the numbers of a model. Raises WireError where there can be no such model here."""
         check_setup(setup)
         keeps = self.policy.applies == "round"
         try:
             layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
             check_memory(layout, self.index, setup.update, self.device, self.settings.replicas)
-            store = Store(layout, self.index, setup.update, self.policy)
+            store = DenseParameters(layout, self.index, setup.update, self.policy)
             tables = RowTables(layout, self.index, setup.update, self.settings.seed, keeps)
-            return layout, store, tables, Classifiers(layout, self.index, setup.update, self.settings.seed, keeps, self.device)
+            return layout, store, tables, LayerShards(layout, self.index, setup.update, self.settings.seed, keeps, self.device)
         except WireError:
             raise
         except Exception as error:  # whatever torch objects to in what it is to make
@@ -591,7 +591,7 @@ class Shard(ABC):
             return [Send(sender, Refused("Plan", reason))]
         return [Send(sender, Ready("Plan", segment.index))]
 
-    def _init(self, sender: str, init: Init, frames: Frames) -> list[Send]:
+    def _init(self, sender: str, init: InitialWeights, frames: Frames) -> list[Send]:
         if self.store is None or len(frames) != len(init.chunks):
             raise WireError(f"first weights from {sender} do not fit the model agreed on")
         check_distinct(init.chunks, self.chunks, f"a message of {sender} with first weights")
@@ -608,7 +608,7 @@ class Shard(ABC):
                     effects += self._serve_all()
         return effects
 
-    def _init_rows(self, sender: str, init: RowInit, frames: Frames) -> list[Send]:
+    def _init_rows(self, sender: str, init: InitialRows, frames: Frames) -> list[Send]:
         effects = [Send(sender, Ready("RowInit", init.id))]
         key = init.table, init.page
         if self.layout is None or key not in self._awaited_pages():
@@ -632,7 +632,7 @@ class Shard(ABC):
         after = len(self.layout.tables)
         return self.tables.awaited() | {(after + number, page) for number, page in self.classifiers.awaited()}
 
-    def _share(self, sender: str, share: Share) -> list[Send]:
+    def _share(self, sender: str, share: OfferSharedMemory) -> list[Send]:
         """See whether there is memory that this worker and this server both reach."""
         if self.planes is None:
             raise WireError(f"{sender} offers memory before the model is agreed on")
@@ -642,7 +642,7 @@ class Shard(ABC):
                 self._regions[sender] = attach(share.gradients)
             except NotShared as error:
                 log.info("%s sends its gradients: %s", sender, error)
-        return [Send(sender, Shared(sender in self._regions, self.planes.handle))]
+        return [Send(sender, SharedMemoryReply(sender in self._regions, self.planes.handle))]
 
     @property
     def traffic(self) -> Traffic:
@@ -713,7 +713,7 @@ class Shard(ABC):
         check_hypers(push.hypers, self._setup[0].update)
         return self.tables.receive(push, frames, f"a push of {sender}")
 
-    def _check_classes(self, sender: str, push: ClassPush, frames: Frames, plan: Round) -> list[Contributed]:
+    def _check_classes(self, sender: str, push: LayerPush, frames: Frames, plan: Round) -> list[Contributed]:
         """What the push has for classifiers. Raises WireError unless all of it fits them and the plan."""
         if self.classifiers is None or not self._open:
             raise WireError(f"{sender} pushed before the first weights were set")
@@ -750,13 +750,13 @@ class Shard(ABC):
         if len(pull.have) > len(self.chunks):
             raise WireError(f"a pull of {sender} says that it has {len(pull.have)} chunks of {len(self.chunks)}")
         self._asked_for[sender] = pull.number
-        self.waiters[sender] = waiter = Waiter(pull)
+        self.waiters[sender] = waiter = WaitingWorker(pull)
         self._needs(waiter)
         self.readers.asks(sender, pull.plane)
         shares = self.owing.hand_out(sender, now) if self.owing is not None else []
         return [*(Send(sender, *share) for share in shares), *self._serve(sender)]
 
-    def _needs(self, waiter: Waiter) -> None:
+    def _needs(self, waiter: WaitingWorker) -> None:
         """Have a waiter's `unsent` reach to all chunks that it is now known to need."""
         pull = waiter.pull
         needed = {i for i in self.chunks if pull.still or not self._lies_still(i, pull.clock)} - set(pull.have)
@@ -781,7 +781,7 @@ class Shard(ABC):
             if self.store.is_still(chunk):
                 self.store.settle(chunk, self.planes[self.planes.home][chunk])
 
-    def _got(self, sender: str, got: Got) -> list[Send]:
+    def _got(self, sender: str, got: WeightsCredit) -> list[Send]:
         waiter = self.waiters.get(sender)
         if waiter is None or waiter.pull.clock != got.clock or not set(got.chunks) <= set(self.chunks):
             return []

@@ -22,34 +22,34 @@ from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
 from roundtable.common.protocol.messages import (
     AllNorms,
-    Arrived,
     Body,
-    ClassAck,
-    ClassPush,
-    Close,
+    CloseRound,
     Committed,
     Contribution,
-    Filed,
-    Forward,
-    ForwardClasses,
-    ForwardRows,
-    Gone,
+    LayerAck,
+    LayerPush,
     Norms,
     Pull,
     Push,
+    Replicate,
+    ReplicateLayers,
+    ReplicateRows,
+    RoundReady,
+    RoundReplicated,
     RowAck,
     RowPush,
-    State,
+    StateHeader,
+    VersionExpired,
 )  # fmt: skip
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.ps.params.dense import Norm, NotFinite
-from roundtable.ps.replication.manager import Neighbours
-from roundtable.ps.replication.shard_state import Holdings
+from roundtable.ps.replication.manager import ReplicationManager
+from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming
 from roundtable.ps.server.checkpoint_writer import Source
-from roundtable.ps.server.shard import CLASSES, METRICS, ROWS, Shard, Waiter, add_metrics, contribution, mean_metrics
+from roundtable.ps.server.shard import CLASSES, METRICS, ROWS, Shard, WaitingWorker, add_metrics, contribution, mean_metrics
 from roundtable.ps.sharded.layers import contributed, tensors_of
 
 log = logging.getLogger("roundtable.ps.round_shard")
@@ -58,7 +58,7 @@ log = logging.getLogger("roundtable.ps.round_shard")
 _PLANES = 4
 
 
-class RoundShard(Shard):
+class SyncShard(Shard):
     """Round t is open while the version is t. Each chunk is applied as soon as its sum is final, into another plane, and
     handed out at once to who waits for W(t+1); the round closes when all are. W(t) stays whole for those who still need it,
     and as long as somebody reads it and there is room, so do earlier ones."""
@@ -73,9 +73,11 @@ class RoundShard(Shard):
         #: `backup`: (round, micro-batch) left out of closed rounds, that nobody has sent yet.
         self._left_out: set[tuple[int, int]] = set()
         #: What the coordinator has decided about this round and the one before, for one that takes over the run.
-        self._told: list[Close | AllNorms] = []
+        self._told: list[CloseRound | AllNorms] = []
         #: Copies of shards on other servers, if there are to be any.
-        self._neighbours = Neighbours(index, settings, policy, self._head, self._made_again) if settings.replicas else None
+        self._neighbours = (
+            ReplicationManager(index, settings, policy, self._head, self._made_again) if settings.replicas else None
+        )
         self._open_round()
 
     def _open_round(self) -> None:
@@ -106,7 +108,7 @@ class RoundShard(Shard):
         self._asked: Body | None = None
         self._asked_at = float("-inf")
         #: What the books are to have of the round, once all of it is applied; and what had not come by then.
-        self._ending: Filed | None = None
+        self._ending: RoundReplicated | None = None
         self._absent: set[int] = set()
 
     @property
@@ -236,10 +238,10 @@ class RoundShard(Shard):
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
-    def _push_classes(self, sender: str, push: ClassPush, frames: Frames, now: float) -> list[Send]:
+    def _push_classes(self, sender: str, push: LayerPush, frames: Frames, now: float) -> list[Send]:
         if push.round > self._version:
             raise WireError(f"{sender} pushed classes for round {push.round} while round {self._version} is open")
-        ack = Send(sender, ClassAck(push.round, push.lo, push.hi))
+        ack = Send(sender, LayerAck(push.round, push.lo, push.hi))
         if push.round < self._version or CLASSES in self._next:  # what was asked is forgotten then
             return [ack]
         parts = self._check_classes(sender, push, frames, self.round_plan(push.round))
@@ -249,7 +251,7 @@ class RoundShard(Shard):
         self._hypers = self._hypers or push.hypers
         return [ack, *self._advance(now)]
 
-    def _check_apart(self, sender: str, push: Push | RowPush | ClassPush) -> None:
+    def _check_apart(self, sender: str, push: Push | RowPush | LayerPush) -> None:
         """Raise WireError for a sum where some of it may be left out."""
         if not self.policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self.settings.policy} cannot take apart")
@@ -261,7 +263,7 @@ class RoundShard(Shard):
             self._sums[chunk] = TreeSum(self._count, self._adder(chunk), joins_root=chunk < 0)
         return self._sums[chunk].file(span, value)
 
-    def _found(self, push: Push | RowPush | ClassPush) -> None:
+    def _found(self, push: Push | RowPush | LayerPush) -> None:
         """A part of this contribution is filed."""
         if not push.finite:
             self._with_nan.add(push.lo)
@@ -285,18 +287,18 @@ class RoundShard(Shard):
 
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         match body:
-            case Close() | AllNorms() if body.round == self._version and self._open:
-                if isinstance(body, Close) and not (body.ks and set(body.ks) <= set(range(self._count))):
+            case CloseRound() | AllNorms() if body.round == self._version and self._open:
+                if isinstance(body, CloseRound) and not (body.ks and set(body.ks) <= set(range(self._count))):
                     raise WireError(f"round {body.round} cannot be closed with micro-batches {body.ks[:20]}")
                 self._told = [told for told in self._told if told.round >= self._version - 1 and told != body] + [body]
-                if isinstance(body, Close):
+                if isinstance(body, CloseRound):
                     self._closed = body.ks
                 else:
                     self._norms = body.norms
-            case Close() | AllNorms():
+            case CloseRound() | AllNorms():
                 return []
-            case Arrived() | Norms():  # another server asks this: was it decided before?
-                kind = Close if isinstance(body, Arrived) else AllNorms
+            case RoundReady() | Norms():  # another server asks this: was it decided before?
+                kind = CloseRound if isinstance(body, RoundReady) else AllNorms
                 return [Send(COORDINATOR, t) for t in self._told if isinstance(t, kind) and t.round == body.round]
             case _:
                 return super()._from_coordinator(body, now)
@@ -318,7 +320,7 @@ class RoundShard(Shard):
     def _question(self) -> Body | None:
         if not self.policy.combines and self._closed is None:
             arrived = self._arrived()
-            return Arrived(self._version, arrived, self.coordinator) if arrived else None
+            return RoundReady(self._version, arrived, self.coordinator) if arrived else None
         if self._own_norms is not None and self._norms is None:
             return Norms(self._version, self._own_norms, self.coordinator)
         return None
@@ -359,7 +361,7 @@ class RoundShard(Shard):
                 rows = [[no_rows(spec) for spec in self.layout.tables]] if self.layout is not None else rows
             if (keeper := self._keeper) is not None:
                 counts = [part.count for part in rows[0]]
-                told = ForwardRows(self._version, self._samples(), counts, self._hypers, _number(factor))
+                told = ReplicateRows(self._version, self._samples(), counts, self._hypers, _number(factor))
                 keeper.forward(told, cut_sums(rows[0]), now)
             self.tables.apply(rows[0], self._samples(), self._hypers, factor=factor)
             self._next.add(ROWS)
@@ -410,7 +412,7 @@ class RoundShard(Shard):
             total, samples = [self.store.mean(chunk, total, samples)], 1
         if (keeper := self._keeper) is not None:
             mean = total[0]
-            body = Forward(self._version, chunk, mean.present, hypers, _number(factor))
+            body = Replicate(self._version, chunk, mean.present, hypers, _number(factor))
             keeper.forward(body, [to_frame(mean.values)] if mean.present else [], now)
         try:
             frame = self.store.apply(chunk, total, samples, hypers, factor, into=into, before=before)
@@ -459,10 +461,10 @@ class RoundShard(Shard):
     def _group_hypers(self, chunk: Chunk) -> dict[str, Any]:
         return self._hypers[chunk.group] if 0 <= chunk.group < len(self._hypers) else {}
 
-    def _end(self, metrics: dict[str, float]) -> Filed:
+    def _end(self, metrics: dict[str, float]) -> RoundReplicated:
         """What the books are to have of the round: only server 0 tells them."""
         if self.index:
-            return Filed(self._version)
+            return RoundReplicated(self._version)
         rows = list(self._filed.values())
         if self._closed is not None:
             self._absent = set(range(self._count)) - {*self._closed, *(lo for lo, _ in self._filed)}
@@ -474,19 +476,19 @@ class RoundShard(Shard):
         dropped = 0 if self._closed is None else self._count - len(self._closed)
         samples, dropped = (0, self._count) if self._drops else (self._samples(), dropped)
         round_ = Committed(self._version, samples, committed, dropped, metrics)
-        return Filed(self._version, [round_], rows, max(self._reported_version, 0))
+        return RoundReplicated(self._version, [round_], rows, max(self._reported_version, 0))
 
     def _row_of_absent(self, k: int) -> Contribution:
         samples = self.round_plan(self._version).samples_in(k, k + 1)
         return Contribution(self._version, k, k + 1, "", samples, 1, "dropped")
 
-    def _book(self, filed: Filed) -> None:
+    def _book(self, filed: RoundReplicated) -> None:
         self._rounds += filed.rounds
         self._news += filed.contributions
         if self._neighbours is not None:
             self._neighbours.remember(filed)
 
-    def _commit(self, ending: Filed) -> None:
+    def _commit(self, ending: RoundReplicated) -> None:
         self._book(ending)
         # not of rounds that came back from a copy: what of them has come late since, may have been told already
         self._left_out |= {(ending.round, k) for k in self._absent}
@@ -511,12 +513,12 @@ class RoundShard(Shard):
             self._neighbours.begin(self._version, holdings.parts(self._seen), holdings.classifiers.pending)
 
     @property
-    def _holdings(self) -> Holdings:
+    def _holdings(self) -> ShardState:
         assert self.store is not None and self.tables is not None and self.classifiers is not None
-        return Holdings(self.store, self.tables, self.classifiers)
+        return ShardState(self.store, self.tables, self.classifiers)
 
     @property
-    def _keeper(self) -> Neighbours | None:
+    def _keeper(self) -> ReplicationManager | None:
         """Who tells the server that keeps the copy of this shard, if there is one or one on its way."""
         return self._neighbours if self._neighbours is not None and self._neighbours.has_keeper else None
 
@@ -528,9 +530,11 @@ class RoundShard(Shard):
         self._awaits_copy = self._neighbours is not None and self._neighbours.reads_rows
         return not self._awaits_copy
 
-    def _head(self, shard: int, version: int, parts: int, filed: list[Filed], pending: ForwardClasses | None) -> State:
+    def _head(
+        self, shard: int, version: int, parts: int, filed: list[RoundReplicated], pending: ReplicateLayers | None
+    ) -> StateHeader:
         assert self._setup is not None
-        return State(shard, version, parts, self._setup[0], list(self.segments), list(filed), pending)
+        return StateHeader(shard, version, parts, self._setup[0], list(self.segments), list(filed), pending)
 
     def _forwarded(self, now: float) -> list[Send]:
         return self._neighbours.due(now) if self._neighbours is not None else []
@@ -547,7 +551,7 @@ class RoundShard(Shard):
             self._return(state)
         return effects + self._go_on_closing(now) + self._forwarded(now)
 
-    def _made_again(self, head: State) -> Holdings:
+    def _made_again(self, head: StateHeader) -> ShardState:
         """Be the shard whose state is on its way from the keeper."""
         self.segments = list(head.segments)
         self._set_up(KEEPER, head.setup)
@@ -611,7 +615,7 @@ class RoundShard(Shard):
         plane = self._plane_of(clock)
         if plane < 0:
             del self.waiters[worker]
-            return [Send(worker, Gone(clock, self._version))]
+            return [Send(worker, VersionExpired(clock, self._version))]
         self._needs(waiter)
         if waiter.pull.masters and clock == self._version:
             assert self.store is not None
@@ -620,7 +624,7 @@ class RoundShard(Shard):
         coded = self._frames_for(waiter.pull, plane)
         return self._weights(worker, clock, plane, {i: self._weights_of(clock, i) for i in waiter.unsent}, True, coded)
 
-    def _ready(self, waiter: Waiter) -> set[int]:
+    def _ready(self, waiter: WaitingWorker) -> set[int]:
         """Chunks of the next version to send now: none before those that are needed sooner, for gradients come in the opposite
         order, and what comes last should be what the next forward can wait for. But rather than nothing one that is needed later,
         for an idle network costs more than to be late by one chunk."""

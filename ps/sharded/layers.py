@@ -29,7 +29,7 @@ from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.row_pages import BLOCK, pages
 from roundtable.common.model.sparse_rows import cut, id_of, join, local_of, owner_of
-from roundtable.common.protocol.messages import Classified, Classify, ClassPush, ForwardClasses, TermsOf, Update
+from roundtable.common.protocol.messages import LayerPush, LossTerms, ReplicateLayers, ShardedForward, ShardedForwardReply, Update
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
@@ -49,7 +49,7 @@ _DRAWN = 1 << 20
 _PENDING = "pending"
 
 #: A message, and its frames.
-Answer = tuple[Classified, list[memoryview]]
+Answer = tuple[ShardedForwardReply, list[memoryview]]
 #: A job, which yields after each tile.
 Job = Generator[None, None, Any]
 #: Where the rows (T, dim) of a tile are, these rows, and their gradient.
@@ -92,7 +92,7 @@ class Contributed:
 
 @dataclass(frozen=True)
 class _Closed:
-    """A round that is complete: what counts in it, see `Classifiers.close`."""
+    """A round that is complete: what counts in it, see `LayerShards.close`."""
 
     round: int
     parts: Sequence[Contributed]
@@ -110,7 +110,7 @@ class _Sender:
     answer: Answer | None = None
 
 
-class Classifier(Rows):
+class LayerShard(Rows):
     """The rows of one classifier on one server, all of which are gone through at a time."""
 
     spec: ClassSpec
@@ -173,7 +173,7 @@ class Classifier(Rows):
         ones = [features.new_ones(len(features), 1)] * self.spec.bias
         return Samples(torch.cat([features, *ones], 1).to(self.device), self.places(labels).to(self.device))
 
-    def sums(self, samples: Samples, ask: Classify, kept: Kept | None = None) -> Job:
+    def sums(self, samples: Samples, ask: ShardedForward, kept: Kept | None = None) -> Job:
         """Job: the answer about samples; `kept` is to know what it came to."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
@@ -188,32 +188,32 @@ class Classifier(Rows):
         if kept is not None:
             kept.updates, kept.log_total = self.updates, softmax.log_total
         parts = [softmax.largest, softmax.total, softmax.rows, *([total] if ask.sums else []), own]
-        return Classified(ask.number), [frame for part in parts for frame in cut(part.cpu())]
+        return ShardedForwardReply(ask.number), [frame for part in parts for frame in cut(part.cpu())]
 
-    def outputs(self, features: torch.Tensor, ask: Classify) -> Job:
+    def outputs(self, features: torch.Tensor, ask: ShardedForward) -> Job:
         """Job: the answer about a hidden layer's outputs; features have a bias's column."""
         out = torch.empty(len(features), len(self._values), device=self.device)
         for start, tile in self.tiles():
             torch.mm(features, tile.T, out=out[:, start : start + len(tile)])
             yield
-        return Classified(ask.number), cut(out.cpu())
+        return ShardedForwardReply(ask.number), cut(out.cpu())
 
-    def back_through(self, slopes: torch.Tensor, ask: Classify) -> Job:
+    def back_through(self, slopes: torch.Tensor, ask: ShardedForward) -> Job:
         """Job: the answer about the features' gradient, given that by the outputs."""
         dim = self.spec.dim - self.spec.bias
         out = torch.zeros(len(slopes), dim, device=self.device)
         for start, tile in self.tiles():
             out.addmm_(slopes[:, start : start + len(tile)], tile[:, :dim])
             yield
-        return Classified(ask.number), cut(out.cpu())
+        return ShardedForwardReply(ask.number), cut(out.cpu())
 
-    def best(self, features: torch.Tensor, ask: Classify) -> Job:
+    def best(self, features: torch.Tensor, ask: ShardedForward) -> Job:
         """Job: the answer about the best classes."""
         best = Best(features.to(self.device), ask.top)
         for start, tile in self.tiles():
             best.add(normalised(tile) if ask.normalised else tile, start)
             yield
-        return Classified(ask.number), [*cut(best.values.cpu()), *cut(self.ids(best.places).cpu())]
+        return ShardedForwardReply(ask.number), [*cut(best.values.cpu()), *cut(self.ids(best.places).cpu())]
 
     def _negatives(self, round_: int) -> torch.Tensor | None:
         """Places of the classes that take part in a round, if not all; the same whenever they are asked for."""
@@ -373,7 +373,7 @@ class Classifier(Rows):
         yield from super().restore(files, servers)
 
 
-class Classifiers:
+class LayerShards:
     """All classifiers on one server: what is asked of them, and what is contributed. Invariants: with `keeps_versions`, `keeps`
     is answered from the version asked for and no other, and the update after a round is begun only when somebody asks about the
     next one; without, an answer holds whole updates, all that were accepted before the question, and nothing of others."""
@@ -392,7 +392,7 @@ class Classifiers:
         #: What the first classifier is called among norms: there are those of tensors and of tables before.
         self._first_norm = len(layout.tensors) + len(layout.tables)
         self._specs = layout.classifiers
-        self._classifiers = [Classifier(spec, server, layout.servers, update, seed, device) for spec in layout.classifiers]
+        self._classifiers = [LayerShard(spec, server, layout.servers, update, seed, device) for spec in layout.classifiers]
         self._senders: dict[str, _Sender] = {}
         #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
         self._closed = 0
@@ -423,7 +423,7 @@ class Classifiers:
 
     # ---- questions
 
-    def ask(self, sender: str, ask: Classify, frames: Frames) -> Answer | None:
+    def ask(self, sender: str, ask: ShardedForward, frames: Frames) -> Answer | None:
         """A question. The answer comes from `work`, unless it is known now. Raises WireError where it cannot be meant."""
         if not 0 <= ask.classifier < len(self._classifiers):
             raise WireError(f"there is no classifier {ask.classifier}")
@@ -442,7 +442,7 @@ class Classifiers:
             raise WireError(f"{what} has too many frames")
         if ask.back_through >= 0:
             if back is None:
-                known.newest, known.answer = ask.number, (Classified(ask.number, gone=True), [])
+                known.newest, known.answer = ask.number, (ShardedForwardReply(ask.number, gone=True), [])
                 return known.answer
             known.kept[ask.number] = back
             assert back.slopes is not None
@@ -467,12 +467,12 @@ class Classifiers:
         elif ask.version == self._closed:
             self.begin_update()
         elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
-            known.answer = Classified(ask.number, gone=True), []
+            known.answer = ShardedForwardReply(ask.number, gone=True), []
             return known.answer
         self._tasks.append(_Task(job, sender))
         return None
 
-    def _back(self, ask: Classify, one: Classifier, known: Kept | None, parts: Iterator[Any], what: str) -> Kept | None:
+    def _back(self, ask: ShardedForward, one: LayerShard, known: Kept | None, parts: Iterator[Any], what: str) -> Kept | None:
         """The way back through a hidden layer, from the next frames; None where it is not known what it was asked before, as the
         round is over."""
         if not one.spec.hidden or not ask.keeps or ask.count < 1:
@@ -488,7 +488,9 @@ class Classifiers:
                 raise WireError(f"{what} goes back through another question")
         return Kept(ask.version, ask.classifier, samples, slopes=slopes)
 
-    def _question(self, spec: ClassSpec, ask: Classify, parts: Iterator[Any], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _question(
+        self, spec: ClassSpec, ask: ShardedForward, parts: Iterator[Any], what: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (count, D) and labels (count), or none, from the next frames."""
         if ask.count < 1 or not 0 <= ask.top <= spec.rows or (spec.hidden and (ask.top or ask.sums or ask.normalised)):
             raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
@@ -508,7 +510,7 @@ class Classifiers:
 
     # ---- contributions
 
-    def receive(self, sender: str, push: ClassPush, frames: Frames) -> list[Contributed]:
+    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[Contributed]:
         """A contribution. Raises WireError where it does not fit."""
         what, parts, out = f"a push of {sender}", iter(frames), []
         kept = self._senders[sender].kept if sender in self._senders else {}
@@ -649,7 +651,7 @@ class Classifiers:
 
     # ---- copies on other servers
 
-    def received(self, told: ForwardClasses, frames: Frames, what: str) -> list[Contributed]:
+    def received(self, told: ReplicateLayers, frames: Frames, what: str) -> list[Contributed]:
         """What a round contributes, out of `contributed`. Raises WireError naming `what` where it does not fit."""
         parts, out = iter(frames), []
         for terms in told.terms:
@@ -677,7 +679,7 @@ class Classifiers:
         return not any(task.changes for task in self._tasks)
 
     @property
-    def pending(self) -> ForwardClasses | None:
+    def pending(self) -> ReplicateLayers | None:
         """The last round, if the update after it is not begun."""
         last = self._pending
         return None if last is None else contributed(last.round, last.parts, last.samples, last.hypers, last.factor)
@@ -693,7 +695,7 @@ class Classifiers:
         return any(name.endswith(f"/{one.spec.name}") and one.put(name, first, rows) for one in self._classifiers)
 
     def arrived(
-        self, files: TensorFiles, version: int, pending: ForwardClasses | None, factor: Callable[[float], torch.Tensor]
+        self, files: TensorFiles, version: int, pending: ReplicateLayers | None, factor: Callable[[float], torch.Tensor]
     ) -> None:
         """Go on at round `version` from what `parts` gave; see Classifier.arrived."""
         self._closed = version
@@ -739,10 +741,10 @@ class Classifiers:
 
 def contributed(
     round_: int, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]], factor: torch.Tensor | None
-) -> ForwardClasses:
-    """What is told of a round that is complete, see `Classifiers.close`, before its tensors."""
-    terms = [TermsOf(part.classifier, len(part.terms.tensors[0]), part.normalised) for part in parts]
-    return ForwardClasses(round_, samples, terms, [dict(one) for one in hypers], None if factor is None else float(factor))
+) -> ReplicateLayers:
+    """What is told of a round that is complete, see `LayerShards.close`, before its tensors."""
+    terms = [LossTerms(part.classifier, len(part.terms.tensors[0]), part.normalised) for part in parts]
+    return ReplicateLayers(round_, samples, terms, [dict(one) for one in hypers], None if factor is None else float(factor))
 
 
 def tensors_of(parts: Sequence[Contributed]) -> list[torch.Tensor]:

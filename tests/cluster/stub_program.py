@@ -35,16 +35,16 @@ def launcher(folder: Path) -> int:
     import click
     from rich.console import Console
 
-    from roundtable.cluster.launch.local import Order, run_local
-    from roundtable.cluster.process.restart_policy import Respawn
+    from roundtable.cluster.launch.local import LaunchSpec, run_local
+    from roundtable.cluster.process.restart_policy import RestartPolicy
     from roundtable.cluster.run.console import Screen
     from roundtable.cluster.run.exit_codes import run_command
     from roundtable.common.config.settings import Settings
 
     @click.command()
     def local() -> None:
-        respawn = Respawn(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
-        order = Order(Settings(workers=2, servers=1), folder, respawn=respawn, modules=("json",))
+        respawn = RestartPolicy(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
+        order = LaunchSpec(Settings(workers=2, servers=1), folder, respawn=respawn, modules=("json",))
         run_local(order, [sys.executable, __file__], os.environ, Screen(Console(), folder / "events.sqlite"))
 
     return run_command(local, [], "stub")

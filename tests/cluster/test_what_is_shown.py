@@ -18,7 +18,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import Event, RoundRow, RunLog, StatusRow
-from roundtable.ps.coordinator.recovery import Head, Keeper, restore
+from roundtable.ps.coordinator.recovery import BackupHolder, RunHeader, restore
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Membership
 
@@ -92,10 +92,10 @@ def test_rounds_that_are_done_again_are_not_counted_twice_and_what_happened_is_s
     log.event(Event("stopped", "coordinator", {"ok": False, "reason": "all begin anew.", "again": True}))
     settings = Settings()
     policy = load(settings)
-    head, membership = Head("r.1", 1, "", settings), Membership(settings, policy, "r.1", 0.0)
+    head, membership = RunHeader("r.1", 1, "", settings), Membership(settings, policy, "r.1", 0.0)
     ledger = Ledger(settings, policy)
     ledger.plan(make_segment(before=None, samples=576, global_batch=64, micro_batch=16, epochs=1, round_limit=None))
-    Keeper().keep(log, head, membership, ledger)
+    BackupHolder().keep(log, head, membership, ledger)
     log.close()
     assert tracker.look().rounds == 5
     restore(path, upto=2)

@@ -13,7 +13,7 @@ import zmq
 
 from roundtable.common.protocol import flow_limits as connections
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
-from roundtable.common.protocol.rejections import Refusals
+from roundtable.common.protocol.rejections import Rejections
 
 MIB = 1 << 20
 
@@ -44,7 +44,7 @@ def test_a_peer_that_does_not_read_is_sent_no_more_than_a_bound_until_it_does(
     context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connections, "_UNREAD_BYTES", 64 * MIB)
-    refusals = Refusals(logging.getLogger("test"))
+    refusals = Rejections(logging.getLogger("test"))
     router, (slow, quick) = listening(context, b"peer-", 2)
     outflow = Outflow(refusals)
     for _ in range(120):
@@ -66,7 +66,7 @@ def test_a_peer_that_does_not_read_is_sent_no_more_than_a_bound_until_it_does(
 
 def test_a_connection_that_is_half_open_is_let_be_and_forgotten_when_it_ends(context: zmq.Context[Any]) -> None:
     router, (dealer,) = listening(context, b"peer-", 1)
-    refusals = Refusals(logging.getLogger("test"))
+    refusals = Rejections(logging.getLogger("test"))
     inflow = Inflow(router, refusals)
     host, port = "127.0.0.1", int(router.getsockopt(zmq.LAST_ENDPOINT).rpartition(b":")[2])
     closed, silent = (socket.create_connection((host, port)) for _ in range(2))
@@ -98,7 +98,7 @@ def test_peers_that_do_not_read_have_what_is_beyond_their_own_share_together(
 ) -> None:
     monkeypatch.setattr(connections, "_OWN_BYTES", 4 * MIB)
     monkeypatch.setattr(connections, "_UNREAD_IN_ALL", 16 * MIB)
-    refusals = Refusals(logging.getLogger("test"))
+    refusals = Rejections(logging.getLogger("test"))
     router, _ = listening(context, b"peer-", 6)
     outflow = Outflow(refusals)
     for _ in range(40):
@@ -114,7 +114,7 @@ def test_of_more_strangers_than_there_are_files_for_the_oldest_are_shut_and_no_m
     monkeypatch.setattr(connections, "_files", lambda: 40)
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
-    refusals = Refusals(logging.getLogger("test"))
+    refusals = Rejections(logging.getLogger("test"))
     inflow = Inflow(router, refusals)
     members = []
     for standing in (Standing.JOINING, Standing.MEMBER):

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.protocol.messages import (
     Ack,
-    Beat,
     Body,
-    Classify,
-    ClassPush,
-    Cut,
+    CheckpointStatus,
+    Heartbeat,
     Hello,
-    Lease,
-    Owed,
+    LayerPush,
+    LayerUse,
     Plan,
     Pull,
     Push,
-    Saved,
-    Use,
+    Reassign,
+    Residual,
+    ShardedForward,
+    TakeCheckpoint,
     Weights,
 )
 from roundtable.common.protocol.transport import MAX_HEADER_BYTES, PROTOCOL, Stamp
@@ -32,18 +32,18 @@ from roundtable.common.runtime.errors import WireError
 HERE = Stamp(sender="server-0", run="abc", epoch=3, incarnation=5)
 BODIES: list[Body] = [
     Hello("worker", 1, "tcp://127.0.0.1:1", "host", 7, {"torch": "2"}),
-    Beat("computing", 3, 1, [1, 2], [3], 0.1, 2.0, 0.3, taken=[(1, 2)], later=[[1], []]),
+    Heartbeat("computing", 3, 1, [1, 2], [3], 0.1, 2.0, 0.3, taken=[(1, 2)], later=[[1], []]),
     Plan(make_segment(before=None, samples=64, global_batch=8, micro_batch=2, epochs=2, round_limit=None)),
     Push(1, 0, 2, 4, 2, [0, 1], [1, 1], 1, {"loss": (1.0, 4.0)}, [{"lr": 0.1}], scale=0.5, coded=[1]),
     Ack(1, 0, 2, [0], True, ignored=[0]),
-    Owed(1, ["residual"], 2, 3, taken=[4]),
+    Residual(1, ["residual"], 2, 3, taken=[4]),
     Pull(3, 1, [0], plane=2),
     Weights(3, 3, [0, 1], True, cut=3),
-    Classify(1, 0, 3, 8, True, back_through=0),
-    ClassPush(1, 0, 1, 4, [Use(1, 4, scale=4.0)], asked=[Classify(1, 0, 1, 4, True)]),
-    Lease(1, 2, "worker-1", "worker-0"),
-    Cut(4, "token", final=True),
-    Saved(4, "written", "00", 9),
+    ShardedForward(1, 0, 3, 8, True, back_through=0),
+    LayerPush(1, 0, 1, 4, [LayerUse(1, 4, scale=4.0)], asked=[ShardedForward(1, 0, 1, 4, True)]),
+    Reassign(1, 2, "worker-1", "worker-0"),
+    TakeCheckpoint(4, "token", final=True),
+    CheckpointStatus(4, "written", "00", 9),
 ]
 HEADERS = [HERE.encode(body) for body in BODIES]
 

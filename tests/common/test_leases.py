@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from roundtable.common.config.work_shares import Table, in_force, shares
+from roundtable.common.config.work_shares import ShareTable, in_force, shares
 
 weights = st.lists(st.integers(0, 100), min_size=1, max_size=12).filter(any)
 
@@ -50,20 +50,20 @@ def test_weights_that_say_nothing_are_refused(ws: list[int]) -> None:
 @given(st.integers(1, 40), weights)
 def test_every_micro_batch_has_the_owner_in_whose_run_it_is(count: int, ws: list[int]) -> None:
     names = [f"worker-{n}" for n in range(len(ws))]
-    table = Table(1, 0, names, ws)
+    table = ShareTable(1, 0, names, ws)
     assert [table.owner(k, count) for k in range(count)] == [name for name in names for _ in table.run(name, count)]
     assert not table.run("worker-99", count)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, unique=True).map(sorted), st.integers(0, 60))
 def test_the_newest_table_that_has_begun_is_in_force(froms: list[int], round_: int) -> None:
-    tables = [Table(epoch, first, ["worker-0"], [1]) for epoch, first in enumerate(froms)]
+    tables = [ShareTable(epoch, first, ["worker-0"], [1]) for epoch, first in enumerate(froms)]
     begun = [table for table in tables if table.from_round <= round_]
     assume(begun)
     assert in_force(tables, round_) == begun[-1]
 
 
 def test_a_round_whose_table_was_forgotten_goes_by_the_oldest_known() -> None:
-    tables = [Table(9, 40, ["worker-1"], [1]), Table(10, 50, ["worker-2"], [1])]
+    tables = [ShareTable(9, 40, ["worker-1"], [1]), ShareTable(10, 50, ["worker-2"], [1])]
     assert in_force(tables, 3) == tables[0]
     assert in_force(tables, -1) == tables[0]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from roundtable.common.protocol.messages import MOST_TOLD, Beat, Envelope, Goodbye, Hello, Message, Push, Refused, Stop
+from roundtable.common.protocol.messages import MOST_TOLD, Envelope, Goodbye, Heartbeat, Hello, Message, Push, Refused, Stop
 from roundtable.common.protocol.transport import PROTOCOL, Stamp
 from roundtable.common.runtime.errors import WireError
 
@@ -56,7 +56,7 @@ def loose(kind: Any, where: str, seen: set[Any]) -> Iterator[str]:
 def test_every_field_of_every_message_is_bounded() -> None:
     seen: set[Any] = set()
     assert [*loose(inspect.type_info(Message), "", seen), *loose(inspect.type_info(Envelope), "", seen)] == []
-    assert {Beat, Push, Hello, Envelope} <= seen
+    assert {Heartbeat, Push, Hello, Envelope} <= seen
 
 
 def test_the_look_at_bounds_finds_what_has_none() -> None:
@@ -94,7 +94,7 @@ def test_what_would_take_long_to_hash_is_refused_at_once() -> None:
 
 def test_of_somebody_unknown_only_a_small_hello_is_decoded() -> None:
     assert HERE.open(header({"type": "Hello", "role": "worker"}, run=""), joining=True).read_hello() == Hello("worker")
-    for body in ({"type": "Beat"}, {"type": "Hello", "role": "worker", "nonsense": "x" * 100_000}):
+    for body in ({"type": "Heartbeat"}, {"type": "Hello", "role": "worker", "nonsense": "x" * 100_000}):
         with pytest.raises(WireError):
             HERE.open(header(body, run=""), joining=True).read_hello()
     with pytest.raises(WireError) as raised:
@@ -115,7 +115,7 @@ def test_of_somebody_unknown_only_a_small_hello_is_decoded() -> None:
 )
 def test_a_beat_of_more_than_anybody_has_to_tell_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(WireError, match="could not be read"):
-        HERE.open(header({"type": "Beat", **fields})).read()
+        HERE.open(header({"type": "Heartbeat", **fields})).read()
 
 
 @pytest.mark.parametrize("message", [Refused("x", "{}"), Stop(False, "{}"), Goodbye("{}")])

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import zmq
 
-from roundtable.common.network.reachability import Reach
+from roundtable.common.network.reachability import Reachability
 from roundtable.common.protocol.transport import dealer, router
 from roundtable.common.runtime.errors import UsageError
 
@@ -50,7 +50,7 @@ def test_who_listens_is_reached_and_no_longer_when_it_is_gone(context: zmq.Conte
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))  # and does not listen
     nowhere = f"tcp://127.0.0.1:{closed.getsockname()[1]}"
-    reach, began = Reach(), time.monotonic()
+    reach, began = Reachability(), time.monotonic()
     for name, where in (("server-0", address), ("server-1", nowhere)):
         dealer(context, where, partial(reach.watch, name, where, began))
 
@@ -74,6 +74,6 @@ def test_who_listens_is_reached_and_no_longer_when_it_is_gone(context: zmq.Conte
 def test_one_that_listens_and_does_not_speak_is_not_reached(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         address = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
-        reach = Reach()
+        reach = Reachability()
         dealer(context, address, partial(reach.watch, "server-0", address, time.monotonic()))
         until(lambda: reach.unreached(time.monotonic(), PATIENCE_S) == {"server-0": address})

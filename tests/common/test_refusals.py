@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from roundtable.common.protocol.rejections import Refusals
+from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.runtime.errors import OneLine, WireError
 
 
 def test_of_a_flood_all_is_counted_and_a_line_comes_every_ten_seconds_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:
-    refusals = Refusals(logging.getLogger("test"))
+    refusals = Rejections(logging.getLogger("test"))
     for number in range(25_000):  # a thousand a second
         refusals.note(WireError("a message has no header", "malformed"), number / 1000, "nobody")
         if number % 10 == 0:

@@ -11,16 +11,16 @@ import torch
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import owner_of
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import ClassAck, Classify, ClassPush, Ready, RowInit, Update
+from roundtable.common.protocol.messages import InitialRows, LayerAck, LayerPush, Ready, ShardedForward, Update
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.ps.params.dense import Norm
-from roundtable.ps.sharded.layers import Classifiers
-from roundtable.worker.client.io_thread import Link
-from roundtable.worker.layers.sharded_linear import Shards, find_layers
+from roundtable.ps.sharded.layers import LayerShards
+from roundtable.worker.client.io_thread import IoThread
+from roundtable.worker.layers.sharded_linear import ShardedLayers, find_layers
 
 
 class AtOnce:
-    """As far as `Shards` uses a link. `round` is the one that is computed now."""
+    """As far as `ShardedLayers` uses a link. `round` is the one that is computed now."""
 
     def __init__(
         self,
@@ -31,14 +31,14 @@ class AtOnce:
         device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> None:
         self.lock = threading.Condition()
-        self.servers = [Classifiers(make_layout([], servers, [], specs), m, update, seed, True, device) for m in range(servers)]
-        self.shards: Shards | None = None
+        self.servers = [LayerShards(make_layout([], servers, [], specs), m, update, seed, True, device) for m in range(servers)]
+        self.shards: ShardedLayers | None = None
         self.round = 0
         #: By server and first micro-batch: what it has been sent in this round.
         self.pushed: list[dict[int, list[Any]]] = [{} for _ in range(servers)]
 
     def request(self, to: str, body: Any, answer: Callable[[Any], bool], timeout: float, frames: Any) -> None:
-        assert isinstance(body, RowInit) and answer(Ready("RowInit", body.id))
+        assert isinstance(body, InitialRows) and answer(Ready("RowInit", body.id))
         self.servers[int(to[7:])].load(body.table, body.page, frames)
 
     def send(self, *messages: Send) -> None:
@@ -46,17 +46,17 @@ class AtOnce:
         for message in messages:
             number = int(message.to[7:])
             server = self.servers[number]
-            if isinstance(message.body, Classify):
+            if isinstance(message.body, ShardedForward):
                 answer = server.ask("worker-0", message.body, message.frames)
                 while answer is None:
                     assert server.busy
                     done = server.work()
                     answer = done[1] if done is not None else None
                 self.shards.exchange.handle(message.to, *answer)
-            elif isinstance(message.body, ClassPush):
+            elif isinstance(message.body, LayerPush):
                 push = message.body
                 self.pushed[number][push.lo] = server.receive("worker-0", push, message.frames)
-                self.shards.exchange.handle(message.to, ClassAck(push.round, push.lo, push.hi), [])
+                self.shards.exchange.handle(message.to, LayerAck(push.round, push.lo, push.hi), [])
 
     def wait(self, ready: Callable[[], Any], timeout: float, what: Callable[[], str]) -> Any:
         assert ready(), what()
@@ -103,9 +103,9 @@ def sharded(
     update: Update,
     seed: int = 0,
     device: torch.device = torch.device("cpu"),  # noqa: B008
-) -> tuple[Shards, AtOnce]:
+) -> tuple[ShardedLayers, AtOnce]:
     """Have the sharded layers of `model` on servers that answer at once."""
     layers = find_layers(model, [{"params": [p for p in model.parameters() if p.requires_grad]}])
     link = AtOnce([one.spec for one in layers], servers, update, seed, device)
-    shards = link.shards = Shards(cast(Link, link), layers, servers, lambda: link.round, 1.0, 0, 0, True)
+    shards = link.shards = ShardedLayers(cast(IoThread, link), layers, servers, lambda: link.round, 1.0, 0, 0, True)
     return shards, link

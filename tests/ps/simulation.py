@@ -49,24 +49,24 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages import (
     Body,
-    Classify,
-    ClassPush,
     Goodbye,
-    GotPart,
     Hello,
-    Init,
-    Kept,
+    InitialRows,
+    InitialWeights,
+    LayerPush,
+    OfferSharedMemory,
     Plan,
     Ready,
-    RowInit,
+    RequestWork,
+    RoundReplicatedAck,
     Setup,
-    Share,
-    Shared,
-    State,
+    ShardedForward,
+    SharedMemoryReply,
+    StateHeader,
     StatePart,
+    StatePartAck,
     Stop,
     Update,
-    Waiting,
     Weights,
 )
 from roundtable.common.protocol.shared_memory import Handle, Region
@@ -76,20 +76,20 @@ from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.coordinator import BeginAnew, Coordinator
 from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
-from roundtable.ps.coordinator.recovery import Books
+from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.state.membership import number_of
 from roundtable.ps.server.server import _Server
 from roundtable.ps.server.shard import Shard
-from roundtable.worker.client.io_thread import Link
-from roundtable.worker.client.push_pull import Exchange
-from roundtable.worker.layers.sharded_linear import ShardedLinear, Shards, find_layers, sharded_cross_entropy
+from roundtable.worker.client.io_thread import IoThread
+from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, find_layers, sharded_cross_entropy
 from roundtable.worker.layers.sparse_embedding import RowSparse, find_tables
 from roundtable.worker.loop import local_sgd as local
-from roundtable.worker.loop.gradient_loop import _PATIENCE_S, GradientWork
+from roundtable.worker.loop.gradient_loop import _PATIENCE_S, GradientLoop
 from roundtable.worker.model_contents import file_of
 from roundtable.worker.optim.optimizer import Hypers, example_optimizer, plain_settings
 from roundtable.worker.replica.buffers import BufferRule
-from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 from roundtable.worker.run import Run
 
@@ -359,7 +359,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
             sums["seen"][k] = model.seen - buffers["seen"]
             if model.latest is not latest:
                 sums["latest"][k] = model.latest.clone()
-            shards.push(ClassPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
+            shards.push(LayerPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / total
@@ -579,7 +579,7 @@ class CoordinatorProcess(Process):
     def begin(self) -> None:
         self._start(books_to_resume(self.folder)[0] if self.world.case.resume else None)
 
-    def _start(self, books: Books | None, recovers: bool = False) -> None:
+    def _start(self, books: RestoredRun | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
         case = self.world.case
         settings = msgspec.structs.replace(case.settings, snapshot_every=0.7 if case.folder is not None else 0.0)
@@ -763,7 +763,9 @@ class ServerProcess(Process):
             body = self.server._stamp.open(frames[0].buffer).read()
         except WireError:
             return False
-        return isinstance(body, Kept) or (isinstance(body, State | StatePart | GotPart) and body.shard == self.number)
+        return isinstance(body, RoundReplicatedAck) or (
+            isinstance(body, StateHeader | StatePart | StatePartAck) and body.shard == self.number
+        )
 
     def describe(self) -> str:
         shard = self.server._shard
@@ -784,7 +786,7 @@ class Wait:
 Script = Generator[Wait, Any, Any]
 
 
-class SimulatedLink(Link):
+class SimulatedLink(IoThread):
     """The real link without its thread: messages go out at once, and `wait` lets the world go on."""
 
     def __init__(self, process: WorkerProcess, hello: Hello) -> None:
@@ -1050,7 +1052,7 @@ class WorkerProcess(Process):
             work = SteppedLocalWork(run, replica, inner, [])
         else:
             clips = case.clip_norm if run._policy.applies == "push" else None
-            slots = Slots(replica.layout, shared=bool(case.memory))
+            slots = GradientBuffers(replica.layout, shared=bool(case.memory))
             yield from self._share(replica, slots.handle)
             replicas = case.settings.replicas > 0
             rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
@@ -1110,23 +1112,25 @@ class WorkerProcess(Process):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
                 for batch in message_batches(ids, lambda i: chunks[i].weight_bytes):
                     frames = [replica.first_weights(i) for i in batch]
-                    yield from self._request(f"server-{server}", Init(batch), "Init", batch[0], frames)
+                    yield from self._request(f"server-{server}", InitialWeights(batch), "Init", batch[0], frames)
             for page in [page for spec in replica.layout.tables for page in pages(spec)]:
                 ids = page_ids(replica.layout.tables[0], page)
                 for server in range(servers):
                     frames = cut(self.model.table.weight.detach()[ids[owner_of(ids, servers) == server]])
-                    yield from self._request(f"server-{server}", RowInit(page, 0, page), "RowInit", page, frames)
-        self.run._exchange = Exchange(replica.layout, self.run.settings, self.run._policy.applies == "push")
+                    yield from self._request(f"server-{server}", InitialRows(page, 0, page), "RowInit", page, frames)
+        self.run._exchange = ParameterClient(replica.layout, self.run.settings, self.run._policy.applies == "push")
 
     def _share(self, replica: Replica, gradients: Handle | None) -> Script:
         run, exchange = self.run, self.run._exchange
         if not self.world.case.memory:
             return
         assert exchange is not None
-        exchange.share, run._replica = Share(gradients), replica
+        exchange.share, run._replica = OfferSharedMemory(gradients), replica
         own = number_of(self.place) % replica.layout.servers
         for server in [own] if self.world.case.memory == "beside" else replica.layout.owners():
-            answer = yield from self._ask(f"server-{server}", Share(gradients), lambda reply: isinstance(reply, Shared))
+            answer = yield from self._ask(
+                f"server-{server}", OfferSharedMemory(gradients), lambda reply: isinstance(reply, SharedMemoryReply)
+            )
             run._meet(server, answer)
 
     def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
@@ -1153,8 +1157,8 @@ class WorkerProcess(Process):
         return replies[0]
 
 
-class SteppedWork(GradientWork):
-    """`GradientWork` where what blocks is a generator; see there for the reasons."""
+class SteppedWork(GradientLoop):
+    """`GradientLoop` where what blocks is a generator; see there for the reasons."""
 
     process: WorkerProcess
 
@@ -1278,7 +1282,7 @@ class SteppedWork(GradientWork):
                 break
             if unless_leased:
                 self._leave_if_asked()
-                self._link.send(Send(COORDINATOR, Waiting(self.round)))
+                self._link.send(Send(COORDINATOR, RequestWork(self.round)))
                 self._link.beat_soon()
         if found == "leased":
             return None
@@ -1301,21 +1305,21 @@ class SteppedRows(RowSparse):
         return self.exchange.take()
 
 
-class SteppedShards(Shards):
-    """`Shards` whose servers are asked by a generator before their answers are used."""
+class SteppedShards(ShardedLayers):
+    """`ShardedLayers` whose servers are asked by a generator before their answers are used."""
 
     def fetch(self, model: Model, task: Task, world: World) -> Script:
         features, labels = model.samples(task)
-        question = Classify(0, 0, self._version(), len(labels), True)
+        question = ShardedForward(0, 0, self._version(), len(labels), True)
         self._link.send(*self.exchange.ask(question, [features, labels], world.now))
         yield Wait(lambda: self.exchange.complete, float("inf"))
         world.asked_too_late += self.exchange.gone
 
-    def _ask(self, layer: ShardedLinear, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
+    def _ask(self, layer: ShardedLinear, question: ShardedForward, tensors: Sequence[torch.Tensor]) -> bool:
         return not self.exchange.gone
 
 
-class SteppedLocalWork(local.LocalWork):
+class SteppedLocalWork(local.LocalSgdLoop):
     """`LocalWork` where what blocks is a generator; see there for the reasons."""
 
     process: WorkerProcess

@@ -43,8 +43,8 @@ from roundtable.common.protocol.tickets import seal
 from roundtable.common.protocol.transport import Stamp
 from roundtable.common.runtime.errors import ClusterError, PsError, WireError
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.server.async_shard import PushShard
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.async_shard import AsyncShard
+from roundtable.ps.server.sync_shard import SyncShard
 
 PACES = (Pace(), Pace(0.15))
 CASES = {
@@ -286,7 +286,7 @@ def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str
         [TableSpec("t", 10, 3, 0, 0.1)],
     )
     values = Settings(policy=policy)  # type: ignore[arg-type]
-    shard = (RoundShard if policy == "sync" else PushShard)(0, values, load(values))
+    shard = (SyncShard if policy == "sync" else AsyncShard)(0, values, load(values))
     ledger = Ledger(values, load(values))
     stamp = Stamp("worker-0", "", 0, 1)
     for _ in range(3):
@@ -310,7 +310,7 @@ def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str
         assert shard.store is not None
 
 
-@pytest.mark.parametrize(("to", "kind"), [("server-0", b"Push"), ("server-1", b"Pull"), ("coordinator", b"Beat")])
+@pytest.mark.parametrize(("to", "kind"), [("server-0", b"Push"), ("server-1", b"Pull"), ("coordinator", b"Heartbeat")])
 def test_messages_of_an_earlier_process_of_the_same_name_are_refused_and_counted(to: str, kind: bytes) -> None:
     with running(CASES["sync"], 3.0) as world:
         header, *frames = next(

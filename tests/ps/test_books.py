@@ -16,14 +16,14 @@ from roundtable.common.protocol.messages import Committed, Contribution, Hello, 
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
-from roundtable.ps.coordinator.group_commit import Journal
-from roundtable.ps.coordinator.recovery import Books, Head, restore
+from roundtable.ps.coordinator.group_commit import GroupCommit
+from roundtable.ps.coordinator.recovery import RestoredRun, RunHeader, restore
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.summary_metrics import Measured
 
 SETTINGS = Settings(workers=2, servers=2, policy="backup", global_batch=8, micro_batch=2)
-HEAD = Head("run", 7, "here", SETTINGS)
+HEAD = RunHeader("run", 7, "here", SETTINGS)
 
 
 class Kept:
@@ -33,7 +33,7 @@ class Kept:
         policy = load(SETTINGS)
         self.membership = Membership(SETTINGS, policy, "run", 0.0)
         self.ledger = Ledger(SETTINGS, policy)
-        self.journal = Journal(folder, HEAD, self.membership, self.ledger, 0.0)
+        self.journal = GroupCommit(folder, HEAD, self.membership, self.ledger, 0.0)
         self.log = self.journal.log
         tensors = [TensorSpec("a", [3000, 1000], "float32", 0), TensorSpec("b", [7], "float32", 0)]
         self.ledger.set_up(Setup(tensors, Update("SGD", [{"lr": 0.1}])))
@@ -74,7 +74,7 @@ def report(kept: Kept, round_: int, dropped: int, loss: float, outcome: str = ""
     kept.ledger.report(0, Report(round_, round_ + 1, [row], rows, left_out=left_out(round_, outcome)))
 
 
-def assert_same(books: Books, ledger: Ledger) -> None:
+def assert_same(books: RestoredRun, ledger: Ledger) -> None:
     found = books.ledger
     assert found.totals == ledger.totals
     assert (found.committed, found.planned, found.done) == (ledger.committed, ledger.planned, ledger.done)

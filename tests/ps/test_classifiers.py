@@ -15,14 +15,14 @@ from torch.nn.functional import cross_entropy
 
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import cut, id_of, local_of, owner_of
-from roundtable.common.protocol.messages import Classified, Classify, ClassPush, Update, Use
+from roundtable.common.protocol.messages import LayerPush, LayerUse, ShardedForward, ShardedForwardReply, Update
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage import tensor_file
-from roundtable.ps.sharded.layers import Classifier, Classifiers, Contributed
+from roundtable.ps.sharded.layers import Contributed, LayerShard, LayerShards
 from roundtable.ps.sharded.softmax import OnlineSoftmax, Terms
 from roundtable.worker.client.sharded_client import Sums
-from roundtable.worker.layers.sharded_linear import ShardedLinear, Shards, combine, sharded_cross_entropy
+from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, combine, sharded_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,20 +58,20 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(BATCH, DIM, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
-def push_all(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
+def push_all(layer: ShardedLinear, shards: ShardedLayers, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
     """All of a round of `count` micro-batches."""
     for k in range(count):
         x, y = batch(first + k)
         sharded_cross_entropy(x, y, layer, **how).backward()
-        shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
+        shards.push(LayerPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
 
 
-def round_of(layer: ShardedLinear, shards: Shards, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
+def round_of(layer: ShardedLinear, shards: ShardedLayers, link: AtOnce, first: int, count: int = 2, **how: Any) -> None:
     push_all(layer, shards, link, first, count, **how)
     link.close(count * BATCH)
 
 
-def both(name: str, servers: int) -> tuple[nn.Linear, torch.optim.Optimizer, ShardedLinear, Shards, AtOnce]:
+def both(name: str, servers: int) -> tuple[nn.Linear, torch.optim.Optimizer, ShardedLinear, ShardedLayers, AtOnce]:
     """A plain layer with its optimizer, and the same layer on servers."""
     torch.manual_seed(1)
     plain = nn.Linear(DIM, CLASSES, bias=True)
@@ -125,7 +125,7 @@ def train_in_float64(servers: int, tile_rows: int, one_shard: bool, clip: float 
     body, head = nn.Linear(4, DIM).double(), nn.Linear(DIM, ODD, bias=False).double()
     ours, spec = nn.Linear(4, DIM).double(), ClassSpec("w", ODD, DIM, 0, None)
     ours.load_state_dict(body.state_dict())
-    shards = [Classifier(spec, server, servers, Update("SGD", [{"lr": 2.0}]), 0) for server in range(servers)]
+    shards = [LayerShard(spec, server, servers, Update("SGD", [{"lr": 2.0}]), 0) for server in range(servers)]
     owners = owner_of(torch.arange(ODD), servers)
     labels = (owners == servers - 1).nonzero().flatten() if one_shard else torch.arange(ODD)
     for server, shard in enumerate(shards):
@@ -296,23 +296,23 @@ def test_a_sampled_loss_is_that_over_the_sampled_classes() -> None:
 # ---- versions
 
 
-def classifiers(servers: int = 1, keeps_versions: bool = True) -> Classifiers:
+def classifiers(servers: int = 1, keeps_versions: bool = True) -> LayerShards:
     spec = ClassSpec("w", CLASSES, DIM, 0, 0.1)
-    return Classifiers(make_layout([], servers, [], [spec]), 0, update_of("SGD"), 0, keeps_versions)
+    return LayerShards(make_layout([], servers, [], [spec]), 0, update_of("SGD"), 0, keeps_versions)
 
 
-def ask(one: Classifiers, number: int, version: int, keeps: bool = True, sender: str = "worker-0") -> Any:
+def ask(one: LayerShards, number: int, version: int, keeps: bool = True, sender: str = "worker-0") -> Any:
     x, y = batch(version)
-    answer = one.ask(sender, Classify(number, 0, version, BATCH, keeps), [*cut(x), *cut(y)])
+    answer = one.ask(sender, ShardedForward(number, 0, version, BATCH, keeps), [*cut(x), *cut(y)])
     while answer is None and one.busy:
         done = one.work()
         answer = done[1] if done is not None else None
     return None if answer is None else (answer[0], [bytes(frame) for frame in answer[1]])
 
 
-def contribute(one: Classifiers, number: int, round_: int) -> None:
+def contribute(one: LayerShards, number: int, round_: int) -> None:
     frames = [frame for value in (9.0, 1.0, -1.0) for frame in cut(torch.full((BATCH,), value))]
-    parts = one.receive("worker-0", ClassPush(round_, 0, 1, BATCH, [Use(number, BATCH)]), frames)
+    parts = one.receive("worker-0", LayerPush(round_, 0, 1, BATCH, [LayerUse(number, BATCH)]), frames)
     one.close(parts, BATCH, [])
 
 
@@ -324,7 +324,7 @@ def test_a_closed_round_is_answered_as_before_until_somebody_asks_about_the_next
     assert ask(one, 3, 2) is None
     after = ask(one, 4, 1)
     assert after is not None and not after[0].gone
-    assert ask(one, 5, 0) == (Classified(5, gone=True), [])
+    assert ask(one, 5, 0) == (ShardedForwardReply(5, gone=True), [])
     evaluated = ask(one, 6, 0, keeps=False)  # from the present rows
     assert not evaluated[0].gone and evaluated[1] != first[1]
 
@@ -357,7 +357,7 @@ def test_an_old_question_that_comes_once_more_does_not_take_the_place_of_the_new
 # ---- where each contribution is applied on its own
 
 
-def applied(one: Classifiers, sender: str, number: int, round_: int, lr_scale: float = 1.0) -> None:
+def applied(one: LayerShards, sender: str, number: int, round_: int, lr_scale: float = 1.0) -> None:
     """Have what `sender` asked contributed as a worker would have it, if these were all classes."""
     kept = one._senders[sender].kept[number]
     x, y = batch(round_)
@@ -366,7 +366,7 @@ def applied(one: Classifiers, sender: str, number: int, round_: int, lr_scale: f
     log_total = torch.logaddexp(kept.log_total, own)
     values = [log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0]
     parts = one.receive(
-        sender, ClassPush(round_, 0, 1, BATCH, [Use(number, BATCH)]), [frame for value in values for frame in cut(value)]
+        sender, LayerPush(round_, 0, 1, BATCH, [LayerUse(number, BATCH)]), [frame for value in values for frame in cut(value)]
     )
     one.apply(parts, round_, BATCH, [], lr_scale)
 
@@ -431,7 +431,7 @@ def test_questions_about_rounds_that_are_over_and_of_the_lost_are_forgotten() ->
     one.forget_before(1)
     assert list(one._senders["worker-0"].kept) == [2]
     x, y = batch(3)
-    one.ask("worker-0", Classify(3, 0, 3, BATCH, True), [*cut(x), *cut(y)])
+    one.ask("worker-0", ShardedForward(3, 0, 3, BATCH, True), [*cut(x), *cut(y)])
     one.forget("worker-0")
     while one.busy:
         one.work()
@@ -446,7 +446,7 @@ def test_questions_that_cannot_be_meant_are_refused(change: dict[str, Any]) -> N
     x, y = batch(0)
     question = {"number": 1, "classifier": 0, "version": 0, "count": BATCH, "keeps": True, **change}
     with pytest.raises(WireError):
-        classifiers().ask("worker-0", Classify(**question), [*cut(x), *cut(y)])
+        classifiers().ask("worker-0", ShardedForward(**question), [*cut(x), *cut(y)])
 
 
 def test_labels_that_there_are_no_classes_for_are_refused() -> None:
@@ -454,7 +454,7 @@ def test_labels_that_there_are_no_classes_for_are_refused() -> None:
     for wrong in (-1, CLASSES):
         y[3] = wrong
         with pytest.raises(WireError, match="no class"):
-            classifiers().ask("worker-0", Classify(1, 0, 0, BATCH, True), [*cut(x), *cut(y)])
+            classifiers().ask("worker-0", ShardedForward(1, 0, 0, BATCH, True), [*cut(x), *cut(y)])
 
 
 def test_pushes_about_questions_that_were_not_asked_are_refused() -> None:
@@ -462,16 +462,16 @@ def test_pushes_about_questions_that_were_not_asked_are_refused() -> None:
     ask(one, 1, 0)
     frames = [frame for _ in range(3) for frame in cut(torch.ones(BATCH))]
     for push, some in [
-        (ClassPush(0, 0, 1, BATCH, [Use(2, BATCH)]), frames),
-        (ClassPush(0, 0, 1, BATCH, [Use(1, BATCH - 1)]), frames),
-        (ClassPush(1, 0, 1, BATCH, [Use(1, BATCH)]), frames),
-        (ClassPush(0, 0, 1, BATCH, [Use(1, BATCH)]), frames[:2]),
-        (ClassPush(0, 0, 1, BATCH, [Use(1, BATCH)]), frames * 2),
+        (LayerPush(0, 0, 1, BATCH, [LayerUse(2, BATCH)]), frames),
+        (LayerPush(0, 0, 1, BATCH, [LayerUse(1, BATCH - 1)]), frames),
+        (LayerPush(1, 0, 1, BATCH, [LayerUse(1, BATCH)]), frames),
+        (LayerPush(0, 0, 1, BATCH, [LayerUse(1, BATCH)]), frames[:2]),
+        (LayerPush(0, 0, 1, BATCH, [LayerUse(1, BATCH)]), frames * 2),
     ]:
         with pytest.raises(WireError):
             one.receive("worker-0", push, some)
     with pytest.raises(WireError):
-        one.receive("worker-1", ClassPush(0, 0, 1, BATCH, [Use(1, BATCH)]), frames)
+        one.receive("worker-1", LayerPush(0, 0, 1, BATCH, [LayerUse(1, BATCH)]), frames)
 
 
 @pytest.mark.parametrize(("name", "machines"), [("momentum", (2, 2)), ("Adam", (2, 3)), ("SGD", (3, 1))])

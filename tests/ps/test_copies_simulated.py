@@ -27,9 +27,9 @@ from test_rounds_simulated import (
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR
-from roundtable.common.protocol.messages import AllNorms, Body, Close
+from roundtable.common.protocol.messages import AllNorms, Body, CloseRound
 from roundtable.ps.coordinator.coordinator import Coordinator
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.sync_shard import SyncShard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def check(outcome: Outcome) -> None:
 def check_copies(outcome: Outcome) -> None:
     """Every copy that is whole holds the bits of its shard."""
     for shard, keeper in zip(outcome.shards, [*outcome.shards[1:], *outcome.shards[:1]], strict=True):
-        assert isinstance(keeper, RoundShard) and keeper._neighbours is not None
+        assert isinstance(keeper, SyncShard) and keeper._neighbours is not None
         copy = keeper._neighbours._copy
         if copy is None or not copy.whole:
             continue  # it was on its way to a keeper in the place of another when the run ended
@@ -110,10 +110,10 @@ def test_one_that_is_killed_once_all_workers_have_left_and_before_it_has_told_of
     check_exact(outcome)
 
 
-@pytest.mark.parametrize("decision", [AllNorms(0, [(0, 0, 1.0)]), Close(0, [0])])
+@pytest.mark.parametrize("decision", [AllNorms(0, [(0, 0, 1.0)]), CloseRound(0, [0])])
 def test_what_was_decided_for_the_server_before_is_no_business_of_one_that_waits_for_its_shard(decision: Body) -> None:
     settings = Settings(servers=2, replicas=1)
-    shard = RoundShard(1, settings, load(settings))
+    shard = SyncShard(1, settings, load(settings))
     shard.restoring = True
     assert shard.handle(COORDINATOR, decision, (), 0.0) == []
     assert shard._norms is None and shard._closed is None

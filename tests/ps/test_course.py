@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from roundtable.common.config.batch_plan import Segment, make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
-from roundtable.ps.params.planned_rates import Course, Terms
+from roundtable.ps.params.planned_rates import PlannedRates, Terms
 
 SAMPLES, GLOBAL, MICRO = 26, 8, 2  # rounds of 4, 4, 4 and 1 micro-batches
 
@@ -22,8 +22,8 @@ def segments(epochs: int = 1, limit: int | None = None) -> list[Segment]:
     return [first, second]
 
 
-def course(**settings: object) -> Course:
-    return Course(load(Settings(policy="async", **settings)))  # type: ignore[arg-type]
+def course(**settings: object) -> PlannedRates:
+    return PlannedRates(load(Settings(policy="async", **settings)))  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 3), st.sampled_from([None, 5, 9]))
@@ -67,7 +67,7 @@ def test_a_slow_workers_last_micro_batches_are_not_applied_at_the_rate_of_their_
 
 def test_a_run_that_goes_on_follows_the_plan_from_where_it_was() -> None:
     plan = [make_segment(before=None, samples=80, global_batch=4, micro_batch=1, epochs=1, round_limit=None)]
-    one = Course(load(Settings(policy="async")), seen=42)
+    one = PlannedRates(load(Settings(policy="async")), seen=42)
     assert rate_of(one.take(8, 42, [{"lr": 8}], plan)) == 8  # what is planned for round 10 nobody has told yet
     assert rate_of(one.take(10, 42, [{"lr": 10}], plan)) == 10
     assert rate_of(one.take(9, 42, [{"lr": 9}], plan, is_new=False)) == 11 - 1

@@ -5,19 +5,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roundtable.common.protocol.messages import Cut, Saved
-from roundtable.ps.coordinator.checkpoint_scheduler import Cuts
+from roundtable.common.protocol.messages import CheckpointStatus, TakeCheckpoint
+from roundtable.ps.coordinator.checkpoint_scheduler import CheckpointScheduler
 
 
 def test_there_are_none_where_none_are_wanted() -> None:
-    cuts = Cuts(0.0, now=0.0)
+    cuts = CheckpointScheduler(0.0, now=0.0)
     assert cuts.due({0: 5, 1: 5}, 10, ended=False, now=1e9) is None
     assert cuts.due({0: 10, 1: 10}, 10, ended=True, now=1e9) is None
     assert cuts.ended(10)
 
 
 def test_a_cut_is_ahead_of_everybody_and_no_later_than_the_plan_s_end() -> None:
-    cuts = Cuts(10.0, now=0.0)
+    cuts = CheckpointScheduler(10.0, now=0.0)
     assert cuts.due({0: 3, 1: 5}, 100, ended=False, now=9.0) is None
     assert 5 < (cuts.due({0: 3, 1: 5}, 100, ended=False, now=10.0) or 0) <= 100
     assert cuts.due({0: 3, 1: 5}, 6, ended=False, now=10.0) == 6
@@ -25,60 +25,60 @@ def test_a_cut_is_ahead_of_everybody_and_no_later_than_the_plan_s_end() -> None:
 
 
 def test_the_end_of_a_run_is_kept_once() -> None:
-    cuts = Cuts(10.0, now=0.0)
+    cuts = CheckpointScheduler(10.0, now=0.0)
     assert not cuts.ended(6)
     assert cuts.due({0: 6, 1: 6}, 6, ended=True, now=1.0) == 6
     cuts.begin(6, "t", 1.0)
-    cuts.saved(0, Saved(6, "written"), 1.0)
+    cuts.saved(0, CheckpointStatus(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 1.0) == ""
-    cuts.saved(1, Saved(6, "written"), 1.0)
+    cuts.saved(1, CheckpointStatus(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 1.0) == "complete"
     cuts.end("", 1.0)
     assert cuts.ended(6) and cuts.due({0: 6, 1: 6}, 6, ended=True, now=100.0) is None
 
 
 def test_a_run_ends_without_a_snapshot_that_cannot_be_written() -> None:
-    cuts = Cuts(10.0, now=0.0)
+    cuts = CheckpointScheduler(10.0, now=0.0)
     cuts.begin(6, "t", 1.0)
-    cuts.saved(0, Saved(6, "failed", reason="the disk is full."), 1.0)
+    cuts.saved(0, CheckpointStatus(6, "failed", reason="the disk is full."), 1.0)
     assert cuts.outcome({0: 6}, 1.0) == "the disk is full."
     cuts.end("the disk is full.", 1.0)
     assert cuts.ended(6) and cuts.due({0: 6}, 6, ended=True, now=100.0) is None
 
 
 def test_who_does_not_answer_is_named_after_a_while() -> None:
-    cuts = Cuts(10.0, now=0.0)
+    cuts = CheckpointScheduler(10.0, now=0.0)
     cuts.begin(6, "t", 0.0)
-    cuts.saved(0, Saved(6, "written"), 1.0)
+    cuts.saved(0, CheckpointStatus(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 100.0) == ""
     assert "server-1 got no further with the snapshot of round 6" in cuts.outcome({0: 6, 1: 6}, 1000.0)
 
 
 def test_a_cut_takes_as_long_as_servers_get_on() -> None:
     """Rounds of ten minutes, and files that take an hour to write."""
-    cuts, now = Cuts(10.0, now=0.0), 0.0
+    cuts, now = CheckpointScheduler(10.0, now=0.0), 0.0
     cuts.begin(2, "t", now)
     for now in range(1, 600, 10):
         cuts.ask({0: 2, 1: 1}, now)
-        cuts.saved(0, Saved(2, "writing", done=7), now)  # it may be done, or wait for server-1 to get there
-        cuts.saved(1, Saved(2, "waits", done=3), now)
+        cuts.saved(0, CheckpointStatus(2, "writing", done=7), now)  # it may be done, or wait for server-1 to get there
+        cuts.saved(1, CheckpointStatus(2, "waits", done=3), now)
         assert cuts.outcome({0: 2, 1: 1}, now) == ""
     for now in range(600, 4200, 60):
         cuts.ask({0: 2, 1: 2}, now)
         for server in (0, 1):
-            cuts.saved(server, Saved(2, "writing", done=now), now)
+            cuts.saved(server, CheckpointStatus(2, "writing", done=now), now)
         assert cuts.outcome({0: 2, 1: 2}, now) == ""
     for now in range(4200, 4500, 10):
         cuts.ask({0: 2, 1: 2}, now)
-        cuts.saved(0, Saved(2, "writing", done=now), now)
-        cuts.saved(1, Saved(2, "writing", done=4200), now)  # it answers, and no more
+        cuts.saved(0, CheckpointStatus(2, "writing", done=now), now)
+        cuts.saved(1, CheckpointStatus(2, "writing", done=4200), now)  # it answers, and no more
     assert cuts.outcome({0: 2, 1: 2}, now).startswith("server-1 got no further")
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.booleans()), max_size=60), st.integers(1, 3))
 def test_a_complete_snapshot_was_written_by_all_for_one_round(steps: list[tuple[int, int, bool]], count: int) -> None:
     """Servers move on by themselves; each hears a cut some time, and takes it if it has not passed the round."""
-    cuts, now, planned = Cuts(1.0, 0.0), 0.0, 400
+    cuts, now, planned = CheckpointScheduler(1.0, 0.0), 0.0, 400
     versions = dict.fromkeys(range(count), 0)
     waits: dict[int, int] = {}
     written: dict[int, set[int]] = {}
@@ -89,15 +89,15 @@ def test_a_complete_snapshot_was_written_by_all_for_one_round(steps: list[tuple[
             assert cuts.under is None and round_ > max(versions.values())
             cuts.begin(round_, "t", now)
         for to, cut in cuts.ask(versions, now):
-            assert isinstance(cut, Cut) and cuts.under is not None and cut.round == cuts.under.round
+            assert isinstance(cut, TakeCheckpoint) and cuts.under is not None and cut.round == cuts.under.round
             if hears:
                 waits[to] = cut.round
-                cuts.saved(to, Saved(cut.round, "waits" if versions[to] < cut.round else "missed"), now)
+                cuts.saved(to, CheckpointStatus(cut.round, "waits" if versions[to] < cut.round else "missed"), now)
         versions[server] = min(planned, versions[server] + rounds)
         if (due := waits.get(server)) is not None and versions[server] >= due:
             written.setdefault(due, set()).add(server)
             del waits[server]
-            cuts.saved(server, Saved(due, "written"), now)
+            cuts.saved(server, CheckpointStatus(due, "written"), now)
         outcome = cuts.outcome(versions, now)
         if outcome:
             assert cuts.under is not None

@@ -10,14 +10,14 @@ import pytest
 import zmq
 
 from roundtable.common.config.settings import Settings
-from roundtable.common.protocol.messages import Beat, Body, Goodbye, Hello, Setup, Stop, Update
+from roundtable.common.protocol.messages import Body, Goodbye, Heartbeat, Hello, Setup, Stop, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import Stamp, dealer, receive, router, send
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.ps.coordinator.coordinator import Coordinator
 from roundtable.ps.coordinator.main import _meanwhile, books_to_recover
 from roundtable.ps.coordinator.state.membership import Member
-from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.io_thread import IoThread
 
 
 def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batches_each_server_lacks(tmp_path: Path) -> None:
@@ -29,10 +29,10 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
             membership.hello(Hello("server", number, address=f"tcp://server:{number}"), 1 + number, began)
             membership.hello(Hello("worker", number), 11 + number, began)
         coordinator._ledger.set_up(Setup([TensorSpec(n, [1 << 21], "float32", 0) for n in "wv"], Update("SGD", [{"lr": 0.1}])))
-        membership.beat("server-0", Beat("computing", 4, left=[1, 3, 2, 0]), began)
-        membership.beat("server-1", Beat("computing", 5, left=[2]), began)
-        membership.beat("worker-0", Beat("waiting", 5), began)
-        membership.beat("worker-1", Beat("computing", 5), began)
+        membership.beat("server-0", Heartbeat("computing", 4, left=[1, 3, 2, 0]), began)
+        membership.beat("server-1", Heartbeat("computing", 5, left=[2]), began)
+        membership.beat("worker-0", Heartbeat("waiting", 5), began)
+        membership.beat("worker-1", Heartbeat("computing", 5), began)
         coordinator._check_deadline(began + 5.0)
         with pytest.raises(ClusterError) as caught:
             coordinator._check_deadline(began + 5.1)
@@ -51,7 +51,7 @@ def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path, stop: St
         try:
             sock, address = router(context, "tcp://127.0.0.1:0")
             coordinator = Coordinator(sock, Settings(), tmp_path)
-            link = Link(address, Hello("worker"))
+            link = IoThread(address, Hello("worker"))
             joined = threads.submit(link.joined)
             while not joined.done():
                 coordinator._tell(stop)
@@ -71,7 +71,7 @@ def test_who_asks_to_join_while_snapshots_are_looked_at_is_told_to_wait(tmp_path
         def look() -> str:
             assert asker.poll(30_000)
             frames = receive(asker)
-            assert frames is not None and isinstance(Stamp().open(frames[0].buffer).read(), Beat)
+            assert frames is not None and isinstance(Stamp().open(frames[0].buffer).read(), Heartbeat)
             return "found"
 
         assert _meanwhile(sock, look) == "found"
@@ -156,10 +156,10 @@ def test_a_server_that_a_worker_cannot_reach_is_named_with_its_address_and_both_
     run = started(timeout=5.0)
     text = "worker-1 on host-1 cannot reach server-0 at tcp://server:1: see its --bind and --advertise"
     for _ in range(3):
-        run.tell("worker-1", Beat("starting", unreached=[0, 7]))
+        run.tell("worker-1", Heartbeat("starting", unreached=[0, 7]))
     assert [record.getMessage() for record in caplog.records].count(text) == 1
     assert run.coordinator._whom_all_wait_for() == f"a connection ({text})"
     with pytest.raises(ClusterError, match=r"^nothing has moved for 5 s: round 0 waits for a connection"):
         run.coordinator._check_deadline(run.coordinator._progressed_at + 5.1)
-    run.tell("worker-1", Beat("starting"))
+    run.tell("worker-1", Heartbeat("starting"))
     assert run.coordinator._whom_all_wait_for() == "worker-0 and worker-1"

@@ -13,7 +13,7 @@ from elsewhere import DEVICE, Elsewhere, There
 from torch import nn
 
 from roundtable.common.model.sparse_rows import cut
-from roundtable.common.protocol.messages import ClassPush, Update
+from roundtable.common.protocol.messages import LayerPush, Update
 from roundtable.common.runtime.devices import find_device
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file as tensorfile
@@ -63,7 +63,7 @@ def trained(device: torch.device, optimizer: str, rounds: int, net: dict[str, An
         loss.backward()
         assert x.grad is not None
         found += [loss.detach(), x.grad]
-        push = ClassPush(link.round, 0, 1, BATCH, [])
+        push = LayerPush(link.round, 0, 1, BATCH, [])
         shards.push(push, shards.contribution(BATCH), {})
         norms = torch.tensor([norm for _, _, norm in link.norms(BATCH)])
         link.close(BATCH, factor=torch.tensor(0.5))
@@ -126,7 +126,7 @@ def test_copies_on_other_servers_may_be_on_another_device(tmp_path: Path) -> Non
         for part in copies.servers[0].parts():
             assert type(part.values) is torch.Tensor
         sharded_cross_entropy(model(x), y).backward()
-        shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
+        shards.push(LayerPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
         for number, copy in enumerate(copies.servers):
             counted = link._parts(number)
             told = contributed(0, counted, BATCH, [], None)

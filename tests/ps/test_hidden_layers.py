@@ -12,16 +12,16 @@ from torch.nn.functional import cross_entropy
 
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import cut
-from roundtable.common.protocol.messages import Classify, ClassPush, Update, Use
+from roundtable.common.protocol.messages import LayerPush, LayerUse, ShardedForward, Update
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps.sharded.column_parallel import Products
-from roundtable.ps.sharded.layers import Classifiers, contributed, tensors_of
+from roundtable.ps.sharded.layers import LayerShards, contributed, tensors_of
 from roundtable.worker.layers.sharded_linear import (
     ColumnParallelLinear,
-    HiddenContribution,
+    HiddenGradient,
+    ShardedLayers,
     ShardedLinear,
-    Shards,
     sharded_cross_entropy,
 )
 from roundtable.worker.models.hybrid import shard_fully_connected
@@ -49,7 +49,7 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(BATCH, DIM, generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
 
 
-def both(name: str, servers: int) -> tuple[nn.Sequential, Any, nn.Sequential, ShardedLinear, Shards, AtOnce]:
+def both(name: str, servers: int) -> tuple[nn.Sequential, Any, nn.Sequential, ShardedLinear, ShardedLayers, AtOnce]:
     """A plain network with its optimizer, and the same one on servers."""
     cls, hyper = OPTIMIZERS[name]
     plain, model = network(), network()
@@ -81,7 +81,7 @@ def test_training_is_that_of_plain_layers(name: str, servers: int) -> None:
             torch.testing.assert_close(loss, expected)
             assert ours.grad is not None and theirs.grad is not None
             torch.testing.assert_close(ours.grad, 2 * theirs.grad, rtol=1e-4, atol=1e-6)
-            shards.push(ClassPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
+            shards.push(LayerPush(link.round, k, k + 1, BATCH, []), shards.contribution(BATCH), {})
         optimizer.step()
         link.close(2 * BATCH)
     for number, expected in enumerate(rows(plain)):
@@ -119,7 +119,7 @@ def test_a_layer_that_is_used_twice_contributes_both() -> None:
     layer(layer(x).tanh()).square().mean().backward()
     plain(plain(x).tanh()).square().mean().backward()
     optimizer.step()
-    shards.push(ClassPush(0, 0, 1, 4, []), shards.contribution(4), {})
+    shards.push(LayerPush(0, 0, 1, 4, []), shards.contribution(4), {})
     link.close(4)
     torch.testing.assert_close(link.rows()[:, :6], plain.weight.detach(), rtol=1e-4, atol=1e-6)
 
@@ -140,15 +140,15 @@ def test_a_round_that_is_over_on_the_way_gives_no_contribution_and_says_so(befor
 # ---- what servers take
 
 
-def servers_of(hidden: bool = True, keeps_versions: bool = True) -> Classifiers:
+def servers_of(hidden: bool = True, keeps_versions: bool = True) -> LayerShards:
     spec = ClassSpec("w", 8, 4, 0, 0.5, bias=True, hidden=hidden)
-    return Classifiers(make_layout([], 1, [], [spec]), 0, Update("SGD", [{"lr": 0.1}]), 0, keeps_versions)
+    return LayerShards(make_layout([], 1, [], [spec]), 0, Update("SGD", [{"lr": 0.1}]), 0, keeps_versions)
 
 
 FEATURES, SLOPES = torch.ones(2, 3), torch.ones(2, 8)
 
 
-def answered(one: Classifiers, ask: Classify, *tensors: torch.Tensor) -> Any:
+def answered(one: LayerShards, ask: ShardedForward, *tensors: torch.Tensor) -> Any:
     answer = one.ask("worker-0", ask, [frame for tensor in tensors for frame in cut(tensor)])
     while answer is None:
         done = one.work()
@@ -156,9 +156,9 @@ def answered(one: Classifiers, ask: Classify, *tensors: torch.Tensor) -> Any:
     return answer
 
 
-def there_and_back(one: Classifiers) -> None:
-    answered(one, Classify(1, 0, 0, 2, True), FEATURES)
-    answered(one, Classify(2, 0, 0, 2, True, back_through=1), SLOPES)
+def there_and_back(one: LayerShards) -> None:
+    answered(one, ShardedForward(1, 0, 0, 2, True), FEATURES)
+    answered(one, ShardedForward(2, 0, 0, 2, True, back_through=1), SLOPES)
 
 
 @pytest.mark.parametrize(
@@ -167,43 +167,43 @@ def there_and_back(one: Classifiers) -> None:
 )
 def test_ways_back_that_do_not_fit_are_refused(change: dict[str, Any]) -> None:
     one = servers_of()
-    answered(one, Classify(1, 0, 0, 2, True), FEATURES)
+    answered(one, ShardedForward(1, 0, 0, 2, True), FEATURES)
     question = {"number": 2, "classifier": 0, "version": 0, "count": 2, "keeps": True, "back_through": 1} | change
     if change == {"top": 1}:
         question = {"number": 2, "classifier": 0, "version": 0, "count": 2, "top": 1}
     with pytest.raises(WireError):
-        answered(one, Classify(**question), SLOPES[: question["count"]])
+        answered(one, ShardedForward(**question), SLOPES[: question["count"]])
         pytest.fail("it was answered")
 
 
 def test_a_classifier_has_no_way_back_and_a_hidden_layer_no_classes() -> None:
     with pytest.raises(WireError, match="goes back through 'w'"):
-        answered(servers_of(hidden=False), Classify(2, 0, 0, 2, True, back_through=1), SLOPES)
+        answered(servers_of(hidden=False), ShardedForward(2, 0, 0, 2, True, back_through=1), SLOPES)
     with pytest.raises(WireError):
-        answered(servers_of(), Classify(1, 0, 0, 2, True), FEATURES, torch.zeros(2, dtype=torch.int64))
+        answered(servers_of(), ShardedForward(1, 0, 0, 2, True), FEATURES, torch.zeros(2, dtype=torch.int64))
 
 
 def test_only_ways_back_can_be_contributed() -> None:
     one = servers_of()
     there_and_back(one)
     with pytest.raises(WireError, match="about question 1, which was not asked"):
-        one.receive("worker-0", ClassPush(0, 0, 1, 2, [Use(1, 2)]), [])
-    (part,) = one.receive("worker-0", ClassPush(0, 0, 1, 2, [Use(2, 2, scale=2.0)]), [])
+        one.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(1, 2)]), [])
+    (part,) = one.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(2, 2, scale=2.0)]), [])
     assert isinstance(part.terms, Products) and torch.equal(part.terms.slopes, 2 * SLOPES)
     assert torch.equal(part.terms.features, torch.ones(2, 4))  # with a bias's
 
 
 def test_a_server_in_anothers_place_is_told_all_of_a_question() -> None:
     new = servers_of()
-    known = answered(new, Classify(2, 0, 0, 2, True, back_through=1), SLOPES)
+    known = answered(new, ShardedForward(2, 0, 0, 2, True, back_through=1), SLOPES)
     assert known[0].gone
-    answer = answered(new, Classify(3, 0, 0, 2, True, back_through=1, again=True), SLOPES, FEATURES)
+    answer = answered(new, ShardedForward(3, 0, 0, 2, True, back_through=1, again=True), SLOPES, FEATURES)
     assert not answer[0].gone
     other = servers_of()
-    asked = Classify(3, 0, 0, 2, True, back_through=1, again=True)
+    asked = ShardedForward(3, 0, 0, 2, True, back_through=1, again=True)
     frames = [*cut(SLOPES), *cut(FEATURES)]
     parts = [
-        one.receive("worker-0", ClassPush(0, 0, 1, 2, [Use(3, 2)], asked=[asked] if told else []), frames if told else [])
+        one.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(3, 2)], asked=[asked] if told else []), frames if told else [])
         for one, told in ((new, False), (other, True))
     ]
     for left, right in zip(*([part.terms.tensors for part in found] for found in parts), strict=True):
@@ -213,7 +213,7 @@ def test_a_server_in_anothers_place_is_told_all_of_a_question() -> None:
 def test_a_copy_is_told_what_counts_and_has_the_same_rows() -> None:
     shard, copy = servers_of(), servers_of()
     there_and_back(shard)
-    parts = shard.receive("worker-0", ClassPush(0, 0, 1, 2, [Use(2, 2)]), [])
+    parts = shard.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(2, 2)]), [])
     told, frames = contributed(0, parts, 2, [{"lr": 0.1}], None), [frame for t in tensors_of(parts) for frame in cut(t)]
     for one, counted in ((shard, parts), (copy, copy.received(told, frames, "a copy"))):
         one.close(counted, 2, [{"lr": 0.1}])
@@ -227,21 +227,21 @@ def test_a_copy_is_told_what_counts_and_has_the_same_rows() -> None:
 def test_each_contribution_on_its_own_moves_rows_by_its_part_of_the_rate() -> None:
     one, whole = servers_of(keeps_versions=False), servers_of()
     for number in (1, 3):
-        answered(one, Classify(number, 0, 0, 2, True), FEATURES)
-        answered(one, Classify(number + 1, 0, 0, 2, True, back_through=number), SLOPES)
+        answered(one, ShardedForward(number, 0, 0, 2, True), FEATURES)
+        answered(one, ShardedForward(number + 1, 0, 0, 2, True, back_through=number), SLOPES)
     for number in (2, 4):
-        parts = one.receive("worker-0", ClassPush(0, 0, 1, 2, [Use(number, 2)]), [])
+        parts = one.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(number, 2)]), [])
         one.apply(parts, 0, 2, [{"lr": 0.1}], 0.5)
     there_and_back(whole)
-    whole.close(whole.receive("worker-0", ClassPush(0, 0, 1, 2, [Use(2, 2)]), []), 2, [{"lr": 0.1}])
+    whole.close(whole.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(2, 2)]), []), 2, [{"lr": 0.1}])
     one.settle()
     whole.settle()
     torch.testing.assert_close(one._classifiers[0]._values, whole._classifiers[0]._values)
 
 
 def test_gradients_that_are_not_finite_can_be_seen() -> None:
-    use = HiddenContribution(1, torch.tensor([[float("nan")]]))
-    assert use.tensors == [] and use.gradients[0].isnan().all() and use.times(3).use == Use(1, 1, scale=3.0)
+    use = HiddenGradient(1, torch.tensor([[float("nan")]]))
+    assert use.tensors == [] and use.gradients[0].isnan().all() and use.times(3).use == LayerUse(1, 1, scale=3.0)
 
 
 def test_layers_that_cannot_be_are_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 from roundtable.common.config.settings import Settings
 from roundtable.common.network.host_identity import Place
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Beat, Body, Hello, Lost, Refused, Stop, Tables, Welcome
+from roundtable.common.protocol.messages import Body, Heartbeat, Hello, MembershipUpdate, MembersLost, Refused, Stop, Welcome
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.ps.coordinator.state.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process, number_of
@@ -43,7 +43,7 @@ def ask(membership: Membership, hello: Hello, incarnation: int, since: float, un
     answers: list[Body] = []
     for half in range(round(2 * since), round(2 * until) + 1):
         for member in [m for m in membership.members.values() if m.active]:
-            membership.beat(member.name, Beat("computing", 5), half / 2)
+            membership.beat(member.name, Heartbeat("computing", 5), half / 2)
         member, told = membership.hello(hello, incarnation, half / 2)
         answers += [body for name, body in told if not name]
         if member is not None:
@@ -56,7 +56,7 @@ def go_on(membership: Membership, since: float, until: float, *alive: str) -> li
     told: list[tuple[str, object]] = []
     for half in range(round(2 * since) + 1, round(2 * until) + 1):
         for name in alive:
-            membership.beat(name, Beat("computing", 5), half / 2)
+            membership.beat(name, Heartbeat("computing", 5), half / 2)
         told += membership.tick(half / 2)
     return told
 
@@ -64,12 +64,12 @@ def go_on(membership: Membership, since: float, until: float, *alive: str) -> li
 def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on() -> None:
     membership = started(3)
     told = go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0", "worker-2")
-    assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0", "worker-2"]
+    assert [name for name, body in told if isinstance(body, MembershipUpdate)] == ["worker-0", "worker-2"]
     assert lost(membership) == ["worker-1"]
     table = membership.tables[-1]
     assert table.workers == ["worker-0", "worker-2"] and table.from_round > 5
-    assert [(name, body) for name, body in told if isinstance(body, Lost)] == [
-        ("server-0", Lost(table.epoch, ["worker-1"], membership.peers))
+    assert [(name, body) for name, body in told if isinstance(body, MembersLost)] == [
+        ("server-0", MembersLost(table.epoch, ["worker-1"], membership.peers))
     ]
     membership.newly_lost.clear()
     go_on(membership, NEAR_S + 1, NEAR_S + 5, "server-0", "worker-0", "worker-2")
@@ -112,18 +112,18 @@ def test_a_lost_worker_is_told_to_begin_anew_and_its_number_is_never_given_again
 def test_who_asks_for_the_number_of_one_that_is_alive_waits_and_is_refused_and_of_one_that_has_just_died_is_not() -> None:
     membership = started(2)
     name, answers = ask(membership, Hello("worker", 1), 20, 1.0, 9.0)
-    assert not name and answers[0] == Beat() and isinstance(answers[-1], Refused) and "worker-1" in answers[-1].reason
+    assert not name and answers[0] == Heartbeat() and isinstance(answers[-1], Refused) and "worker-1" in answers[-1].reason
     for half in range(18, 22):
-        membership.beat("worker-0", Beat(), half / 2)
+        membership.beat("worker-0", Heartbeat(), half / 2)
     member, told = membership.hello(Hello("worker", 1), 21, 11.0)  # two seconds after the last word of worker-1
     assert member is not None and member.name == "worker-2" and lost(membership) == ["worker-1"]
-    assert [body.workers for name, body in told if isinstance(body, Lost)] == [["worker-1"]]
+    assert [body.workers for name, body in told if isinstance(body, MembersLost)] == [["worker-1"]]
 
 
 def test_before_the_start_the_place_of_a_dead_one_is_free_again() -> None:
     membership = joining(2)
     membership.hello(Hello("worker", 0, place=HERE), 10, 0.0)
-    assert membership.hello(Hello("worker", 0, place=HERE), 11, 0.0) == (None, [("", Beat())])
+    assert membership.hello(Hello("worker", 0, place=HERE), 11, 0.0) == (None, [("", Heartbeat())])
     go_on(membership, 0, NEAR_S + 1, "server-0")
     assert lost(membership) == ["worker-0"]
     for number in (0, 1):
@@ -155,7 +155,7 @@ def test_with_no_worker_left_the_next_one_gets_all_there_is_to_do_at_once() -> N
 def test_who_leaves_early_has_no_share_any_more_and_is_not_waited_for() -> None:
     membership = started(2)
     told = membership.leave("worker-1", early=True)
-    assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0"]
+    assert [name for name, body in told if isinstance(body, MembershipUpdate)] == ["worker-0"]
     assert membership.tables[-1].workers == ["worker-0"]
     go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
     assert lost(membership) == []
@@ -176,7 +176,7 @@ def test_a_lost_replica_breaks_the_run() -> None:
 
 def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that_is_silent() -> None:
     membership = started(1)
-    membership.beat("worker-0", Beat(), NEAR_S)
+    membership.beat("worker-0", Heartbeat(), NEAR_S)
     membership._ticked_at = NEAR_S
     membership.tick(NEAR_S + 0.1, lambda hello: False)
     assert not membership.broken
@@ -187,11 +187,11 @@ def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that
 def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_there() -> None:
     membership = started(1)
     another = Hello("server", 0, address="tcp://server:2")
-    assert membership.hello(another, 2, 0.1, lambda hello: False) == (None, [("", Beat())])
+    assert membership.hello(another, 2, 0.1, lambda hello: False) == (None, [("", Heartbeat())])
     assert not membership.broken
     membership.hello(another, 2, 0.2, lambda hello: True)
     assert membership.broken.startswith("server-0: process 0 on  has died")
-    assert membership.hello(another, 2, 0.3) == (None, [("", Beat())])  # it does not take that place: all begin anew
+    assert membership.hello(another, 2, 0.3) == (None, [("", Heartbeat())])  # it does not take that place: all begin anew
 
 
 def taken_over(*heard_at: float) -> Membership:
@@ -211,7 +211,7 @@ def taken_over(*heard_at: float) -> Membership:
 def test_a_newcomer_without_a_number_takes_the_place_of_a_server_that_is_lost_already() -> None:
     membership = taken_over(4.0, 4.0, 4.0)
     for name in ("server-0", "server-1", "server-2"):
-        membership.beat(name, Beat("waiting", 5, keeps=[(number_of(name) - 1) % 3]), 4.0)
+        membership.beat(name, Heartbeat("waiting", 5, keeps=[(number_of(name) - 1) % 3]), 4.0)
     membership.dismiss("server-1")
     assert lost(membership) == ["server-1"] and not membership.broken
     member, _ = membership.hello(Hello("server", None, "tcp://server:9"), 20, 4.5)
@@ -223,7 +223,7 @@ def test_after_another_coordinator_a_server_is_not_lost_before_it_is_known_wheth
     membership.hello(Hello("server", 0, "tcp://server:9"), 20, 0.05, lambda hello: True)
     membership.tick(0.1, lambda hello: hello.address == "tcp://server:0")
     assert lost(membership) == []
-    membership.beat("server-1", Beat("waiting", 5, keeps=[0]), 0.2)
+    membership.beat("server-1", Heartbeat("waiting", 5, keeps=[0]), 0.2)
     membership.tick(0.3, lambda hello: hello.address == "tcp://server:0")
     assert lost(membership) == ["server-0"] and not membership.broken
 
@@ -238,8 +238,8 @@ def test_a_replica_that_is_started_again_is_known_to_have_died() -> None:
     membership = started(2, policy="local")
     for half in range(1, 5):
         for name in ("server-0", "worker-0"):
-            membership.beat(name, Beat(), half / 2)
-    assert membership.hello(Hello("worker", 1), 20, 2.0) == (None, [("", Beat())])
+            membership.beat(name, Heartbeat(), half / 2)
+    assert membership.hello(Hello("worker", 1), 20, 2.0) == (None, [("", Heartbeat())])
     assert membership.broken.startswith("worker-1: process 0 on same has died")
 
 
@@ -250,7 +250,7 @@ def test_one_that_joins_late_has_a_share_when_it_has_said_more_than_hello() -> N
     assert go_on(membership, 1, 2, "server-0", "worker-0", "worker-1") == []
     assert membership.names("worker") == membership.tables[-1].workers == ["worker-0", "worker-1"]
     told = go_on(membership, 2, 3, "server-0", "worker-0", "worker-1", "worker-2")
-    assert [name for name, body in told if isinstance(body, Tables)] == ["worker-0", "worker-1", "worker-2"]
+    assert [name for name, body in told if isinstance(body, MembershipUpdate)] == ["worker-0", "worker-1", "worker-2"]
     assert membership.tables[-1].workers == ["worker-0", "worker-1", "worker-2"]
 
 
@@ -259,7 +259,7 @@ def test_in_the_place_of_a_replica_that_had_ended_its_script_one_waits_for_the_e
     assert isinstance(membership.hello(Hello("worker", 2), 99, 1.0)[1][0][1], Refused)
     for name in ("worker-0", "worker-1"):
         membership.leave(name, early=False)
-    assert membership.hello(Hello("worker", 1), 100, 1.0) == (None, [("", Beat())])
+    assert membership.hello(Hello("worker", 1), 100, 1.0) == (None, [("", Heartbeat())])
     assert isinstance(membership.hello(Hello("worker", 2), 101, 1.0)[1][0][1], Refused)
     assert not membership.broken
 
@@ -297,14 +297,14 @@ def test_thousands_who_say_hello_do_not_become_members_and_a_worker_still_joins(
             assert [name for name, _ in answers] == [""]
             names += [member.name] if member is not None else []
         assert len(membership.members) <= 3 + MOST_UNPROVEN and len(names) % MOST_UNPROVEN == 0
-        assert membership.hello(Hello("worker"), 5, now) == (None, [("", Beat())])
+        assert membership.hello(Hello("worker"), 5, now) == (None, [("", Heartbeat())])
         assert go_on(membership, now, now + FAR_S + 1, "server-0", "worker-0", "worker-1") == []
         now += FAR_S + 1
     assert len(set(names)) == len(names) == 4 * MOST_UNPROVEN
     assert (membership.epoch, len(membership.tables), len(membership.members)) == (1, 1, 3)
     member, _ = membership.hello(Hello("worker"), 5, now)
     assert member is not None and member.name not in names
-    membership.beat(member.name, Beat("computing"), now)
+    membership.beat(member.name, Heartbeat("computing"), now)
     membership.tick(now)
     assert membership.tables[-1].workers == ["worker-0", "worker-1", member.name]
     go_on(membership, now, now + FAR_S + 1, "server-0", "worker-0", "worker-1", member.name)
@@ -328,7 +328,7 @@ def test_thousands_of_workers_join_one_as_quickly_as_another(monkeypatch: pytest
     for number in range(2000):
         member, answers = membership.hello(Hello("worker", number + 1), 100 + number, 0.0)
         assert member is not None
-        membership.beat(member.name, Beat("waiting"), 0.0)
+        membership.beat(member.name, Heartbeat("waiting"), 0.0)
         told += len(answers)
     assert told == 2000
     assert len(membership.tick(0.1)) == 2001 and membership.epoch == 2  # one table for all of them
@@ -340,12 +340,12 @@ def test_no_more_workers_take_part_than_some_times_those_that_were_expected() ->
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
         if member is None:
             break
-        membership.beat(member.name, Beat("computing", 3, left=[1, 2, 3]), 0.0)
+        membership.beat(member.name, Heartbeat("computing", 3, left=[1, 2, 3]), 0.0)
     ((_, refused),) = answers
     assert isinstance(refused, Refused) and "run run has 72 workers, and takes no more where --workers is 2" in refused.reason
     assert len(membership.names("worker")) == 72
     membership.leave("worker-5", early=True)
-    assert membership.members["worker-5"].beat == Beat(round=3)  # of one that is gone no more is kept than is needed
+    assert membership.members["worker-5"].beat == Heartbeat(round=3)  # of one that is gone no more is kept than is needed
     member, _ = membership.hello(Hello("worker"), 5000, 0.0)
     assert member is not None and member.name == "worker-72"
 
@@ -356,7 +356,7 @@ def test_names_of_workers_are_bounded_over_the_whole_run(monkeypatch: pytest.Mon
     for number in range(30):
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
         if member is not None:
-            membership.beat(member.name, Beat("computing"), 0.0)
+            membership.beat(member.name, Heartbeat("computing"), 0.0)
             membership.leave(member.name, early=True)
     ((_, refused),) = answers
     assert isinstance(refused, Refused) and "has had 20 workers" in refused.reason and len(membership.workers) == 20
@@ -374,7 +374,7 @@ def test_processes_that_do_not_join_are_told() -> None:
 def test_who_joins_before_the_others_is_told_who_is_missing() -> None:
     membership = joining(2)
     _, answers = membership.hello(Hello("worker", host="far"), 2, 0.0)
-    assert answers == [("", Beat(missing="worker-1 (1 of 2 workers); server-0 on  and worker-0 on far are there"))]
+    assert answers == [("", Heartbeat(missing="worker-1 (1 of 2 workers); server-0 on  and worker-0 on far are there"))]
 
 
 def test_a_server_whose_place_is_free_is_awaited_by_name_and_host() -> None:

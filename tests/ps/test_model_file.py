@@ -24,16 +24,16 @@ from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR
-from roundtable.common.protocol.messages import HandIn, InFile, Init, ModelPart, RowInit, Setup, Update
+from roundtable.common.protocol.messages import InFile, InitialRows, InitialWeights, ModelPart, SendModel, Setup, Update
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.results import ModelFile, rules_in
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.coordinator.state.model_collection import Collecting
+from roundtable.ps.coordinator.state.model_collection import ModelCollection
 from roundtable.ps.model_parts import parts_on, sizes, spans
-from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.async_shard import AsyncShard
 from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.sync_shard import SyncShard
 from roundtable.ps.validation import check_file
 from roundtable.worker.layers.sharded_linear import OnServers, find_layers
 from roundtable.worker.layers.sparse_embedding import find_tables
@@ -81,21 +81,21 @@ def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, li
     file = file_of(model, [*replica.tensors, *on_servers], replica.specs)
     layout = replica.layout
     setup = Setup(replica.specs, Update("SGD", [{"lr": 0.1}]), layout.tables, layout.classifiers, file)
-    kind = RoundShard if policy == "sync" else PushShard
+    kind = SyncShard if policy == "sync" else AsyncShard
     shards: list[Shard] = [kind(server, settings, load(settings)) for server in range(servers)]
     for shard in shards:
         shard.handle("worker-0", setup, (), 0.0)
     first = {chunk.id: replica.first_weights(chunk.id) for chunk in layout.chunks}
     for shard in shards:
         for ids in message_batches(shard.chunks, lambda i: len(first[i])):
-            shard.handle("worker-0", Init(ids), [first[i] for i in ids], 0.0)
+            shard.handle("worker-0", InitialWeights(ids), [first[i] for i in ids], 0.0)
     for number, spec in enumerate([*layout.tables, *layout.classifiers]):
         whole = _whole(model, number)
         for page in pages(spec):
             ids = page_ids(spec, page)
             for server, shard in enumerate(shards):
                 rows = cut(whole[ids[owner_of(ids, servers) == server]].contiguous())
-                shard.handle("worker-0", RowInit(page, number, page), rows, 0.0)
+                shard.handle("worker-0", InitialRows(page, number, page), rows, 0.0)
     return model, setup, layout, shards
 
 
@@ -106,7 +106,7 @@ def _whole(model: Network, number: int) -> torch.Tensor:
     return torch.cat([layer.weight.detach(), *bias], 1)
 
 
-def deliver(shards: Sequence[Shard], asked: Sequence[tuple[int, HandIn]]) -> list[tuple[int, ModelPart, Sequence[Any]]]:
+def deliver(shards: Sequence[Shard], asked: Sequence[tuple[int, SendModel]]) -> list[tuple[int, ModelPart, Sequence[Any]]]:
     """What servers answer."""
     out = []
     for server, body in asked:
@@ -132,7 +132,7 @@ def test_parts_in_any_order_and_twice_make_the_file_of_the_state_dict(servers: i
     model, setup, layout, shards = made(servers, policy)
     check_file(setup.file, sizes(layout))
     chance = random.Random(3)
-    file, collecting = ModelFile(tmp_path, setup.file, sizes(layout), rules_in(setup)), Collecting(layout, 0)
+    file, collecting = ModelFile(tmp_path, setup.file, sizes(layout), rules_in(setup)), ModelCollection(layout, 0)
     file.begin()
     now, most = 0.0, 0
     while not collecting.complete:
@@ -188,7 +188,7 @@ def test_parts_cover_each_byte_once_whatever_the_number_of_servers() -> None:
 
 def test_a_part_is_taken_only_from_the_server_that_was_asked_and_with_its_size() -> None:
     _, _, layout, shards = made(2)
-    collecting = Collecting(layout, 0)
+    collecting = ModelCollection(layout, 0)
     (server, body, frames), *_ = deliver(shards, collecting.ask(0.0))
     for bad_server, bad_body, bad_frames in [
         (1 - server, ModelPart(0, 999), frames),
@@ -205,7 +205,7 @@ def test_a_part_is_taken_only_from_the_server_that_was_asked_and_with_its_size()
 
 def test_a_server_in_the_place_of_another_is_asked_at_once() -> None:
     _, _, layout, _ = made(2)
-    collecting = Collecting(layout, 0)
+    collecting = ModelCollection(layout, 0)
     first = dict(collecting.ask(0.0))
     assert collecting.ask(1.0) == []
     collecting.replaced(1)
@@ -214,13 +214,13 @@ def test_a_server_in_the_place_of_another_is_asked_at_once() -> None:
 
 def test_a_server_that_is_past_the_round_or_not_there_yet_hands_in_nothing() -> None:
     _, _, _, (shard,) = made(1)
-    assert deliver([shard], [(0, HandIn(1, [0]))]) == []
-    assert [body for _, body, _ in deliver([shard], [(0, HandIn(0, [0, 10_000]))])] == [ModelPart(0, 0)]
+    assert deliver([shard], [(0, SendModel(1, [0]))]) == []
+    assert [body for _, body, _ in deliver([shard], [(0, SendModel(0, [0, 10_000]))])] == [ModelPart(0, 0)]
 
 
 def test_what_is_written_in_vain_is_missing_still(tmp_path: Path) -> None:
     _, setup, layout, shards = made(1)
-    file, collecting = ModelFile(tmp_path, setup.file, sizes(layout)), Collecting(layout, 0)
+    file, collecting = ModelFile(tmp_path, setup.file, sizes(layout)), ModelCollection(layout, 0)
     file.begin()
     server, body, frames = deliver(shards, collecting.ask(0.0))[0]
     with mock.patch("os.pwrite", side_effect=OSError("no space left")), pytest.raises(OSError, match="no space"):
@@ -233,7 +233,7 @@ def test_what_is_written_in_vain_is_missing_still(tmp_path: Path) -> None:
 
 def complete(folder: Path) -> tuple[Network, ModelFile]:
     model, setup, layout, shards = made(2)
-    file, collecting = ModelFile(folder, setup.file, sizes(layout)), Collecting(layout, 0)
+    file, collecting = ModelFile(folder, setup.file, sizes(layout)), ModelCollection(layout, 0)
     file.begin()
     while not collecting.complete:
         for server, body, frames in deliver(shards, collecting.ask(0.0)):

@@ -11,13 +11,13 @@ from msgspec.structs import replace
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.common.protocol.messages import Owed
+from roundtable.common.protocol.messages import Residual
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage import tensor_file as tensorfile
 from roundtable.common.storage.tensor_file import TensorFiles
-from roundtable.ps.params.residuals import Owing
+from roundtable.ps.params.residuals import ResidualStore
 
 SETTINGS = Settings(workers=2, push_codec="topk", codec_momentum=0.5)
 
@@ -27,8 +27,8 @@ def layout_of(servers: int) -> Layout:
     return make_layout([*specs, TensorSpec("bias", [5], "float32", 0)], servers)
 
 
-def owing_of(layout: Layout, server: int, settings: Settings = SETTINGS) -> Owing:
-    return Owing(layout, layout.on(server), settings)
+def owing_of(layout: Layout, server: int, settings: Settings = SETTINGS) -> ResidualStore:
+    return ResidualStore(layout, layout.on(server), settings)
 
 
 def numel(layout: Layout, chunk: int) -> int:
@@ -36,30 +36,30 @@ def numel(layout: Layout, chunk: int) -> int:
     return sum(piece.length for piece in layout.chunks[chunk].pieces if layout.tensors[piece.tensor].name != "bias")
 
 
-def told(layout: Layout, server: int, value: float, cut: int = -1) -> list[tuple[Owed, Frames]]:
+def told(layout: Layout, server: int, value: float, cut: int = -1) -> list[tuple[Residual, Frames]]:
     """What a worker that has left out `value` of every element says."""
     ids = [chunk.id for chunk in layout.on(server) if numel(layout, chunk.id)]
     return [
         (
-            Owed(chunk, ["residual", "velocity"], len(ids), number, cut),
+            Residual(chunk, ["residual", "velocity"], len(ids), number, cut),
             [to_frame(torch.full((numel(layout, chunk),), value)), to_frame(torch.full((numel(layout, chunk),), 2 * value))],
         )
         for number, chunk in enumerate(ids)
     ]
 
 
-def leaves(owing: Owing, worker: str, layout: Layout, value: float) -> None:
+def leaves(owing: ResidualStore, worker: str, layout: Layout, value: float) -> None:
     """A worker of server 0 hands over all that it has left out."""
     for owed, frames in told(layout, 0, value):
         owing.takes(worker, owed, frames)
 
 
-def held(owing: Owing) -> set[float]:
+def held(owing: ResidualStore) -> set[float]:
     """The residuals that it has."""
     return {float(x) for e in owing.end() if e.name.startswith("owed/residual") for part in e.parts for x in part.unique()}
 
 
-def values(handed: list[tuple[Owed, Frames]]) -> set[tuple[float, ...]]:
+def values(handed: list[tuple[Residual, Frames]]) -> set[tuple[float, ...]]:
     return {tuple(float(torch.frombuffer(bytearray(frame), dtype=torch.float32)[0]) for frame in frames) for _, frames in handed}
 
 
@@ -188,7 +188,7 @@ def test_codecs_that_leave_nothing_out_ask_for_nothing(codec: str) -> None:
     owing.begin(3, ["worker-0"])
     assert owing.asks("worker-0") == -1 and owing.complete(0.0) and list(owing.end()) == []
     with pytest.raises(WireError, match="worker-0 says that it owes"):
-        owing.takes("worker-0", Owed(), [])
+        owing.takes("worker-0", Residual(), [])
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
@@ -198,12 +198,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     nan = to_frame(torch.full((numel(layout, good.chunk),), float("nan")))
     for owed, bad in [
         (foreign, frames),
-        (Owed(good.chunk, ["residual", "velocity"], 10**6), frames),
+        (Residual(good.chunk, ["residual", "velocity"], 10**6), frames),
         (good, frames[:1]),
         (good, [frames[0], frames[1][:-4]]),
         (good, [frames[0], nan]),
-        (Owed(good.chunk, ["residual", "other"], 1), frames),
-        (Owed(good.chunk, ["residual", "residual"], 1), frames),
+        (Residual(good.chunk, ["residual", "other"], 1), frames),
+        (Residual(good.chunk, ["residual", "residual"], 1), frames),
     ]:
         with pytest.raises(WireError):
             owing.takes("worker-0", owed, bad)

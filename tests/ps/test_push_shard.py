@@ -17,9 +17,20 @@ from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Ack, Contribution, Init, Plan, Pull, Push, Report, Setup, Update, Weights
+from roundtable.common.protocol.messages import (
+    Ack,
+    Contribution,
+    InitialWeights,
+    Plan,
+    Pull,
+    Push,
+    Report,
+    Setup,
+    Update,
+    Weights,
+)
 from roundtable.common.protocol.model_spec import TensorSpec
-from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.async_shard import AsyncShard
 
 MICRO, COUNT, ROUNDS = 2, 3, 6  # samples of a micro-batch, micro-batches of a round, rounds
 LAMBDA = 0.7
@@ -38,13 +49,13 @@ def rate(round_: int) -> float:
 class Server:
     def __init__(self, **settings: Any) -> None:
         chosen = Settings(policy="async", workers=4, servers=1, global_batch=MICRO * COUNT, micro_batch=MICRO, **settings)
-        self.shard = PushShard(0, chosen, load(chosen))
+        self.shard = AsyncShard(0, chosen, load(chosen))
         self.plan = make_segment(
             before=None, samples=MICRO * COUNT * ROUNDS, global_batch=MICRO * COUNT, micro_batch=MICRO, epochs=1, round_limit=None
         )
         self.say("worker-0", Setup(TENSORS, Update("SGD", [{"lr": 1.0}])))
         self.say("worker-0", Plan(self.plan))
-        self.say("worker-0", Init([0, 1, 2]), [to_frame(tensor) for tensor in FIRST])
+        self.say("worker-0", InitialWeights([0, 1, 2]), [to_frame(tensor) for tensor in FIRST])
 
     def say(self, sender: str, body: Any, frames: Any = ()) -> list[Any]:
         return self.shard.handle(sender, body, frames, 0.0)

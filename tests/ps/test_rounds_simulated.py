@@ -20,7 +20,7 @@ from simulation import HEAD, Case, Model, Network, Outcome, Pace, World, same, s
 from roundtable.common.config.batch_plan import Task
 from roundtable.common.config.settings import Settings
 from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.sync_shard import SyncShard
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
@@ -140,7 +140,7 @@ def check_same_everywhere(outcome: Outcome) -> None:
 def weights_of(shard: Shard, chunk: int) -> torch.Tensor:
     """A chunk's newest weights as workers get them."""
     assert shard.store is not None and shard.planes is not None
-    if isinstance(shard, RoundShard):
+    if isinstance(shard, SyncShard):
         return shard._weights_of(shard.version, chunk)
     return shard.store.publish(chunk)
 

@@ -35,15 +35,15 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages import (
     Ack,
-    Close,
-    Init,
+    CloseRound,
+    InitialRows,
+    InitialWeights,
     Plan,
     Pull,
     Push,
     Ready,
     Refused,
     RowAck,
-    RowInit,
     RowPull,
     RowPush,
     Rows,
@@ -54,9 +54,9 @@ from roundtable.common.protocol.messages import (
 from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.embedding import RowTables
-from roundtable.ps.server.async_shard import PushShard
+from roundtable.ps.server.async_shard import AsyncShard
 from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.sync_shard import SyncShard
 
 DIM = 5
 ROWS = 300
@@ -272,12 +272,12 @@ def shard(policy: str, index: int = 0, servers: int = 2, tensors: bool = True, s
     """A server of a run of rounds of 4 micro-batches of 2 samples, with a table and a chunk (on server 0)."""
     settings = Settings(servers=servers, global_batch=8, micro_batch=2, policy=policy, lane="socket")  # type: ignore[arg-type]
     rules = load(settings)
-    one = (RoundShard if rules.applies == "round" else PushShard)(index, settings, rules)
+    one = (SyncShard if rules.applies == "round" else AsyncShard)(index, settings, rules)
     specs = [TensorSpec("w", [3], "float32", 0)] if tensors else []
     group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False}
     one.handle("worker-0", Setup(specs, Update("SGD", [group]), [TableSpec("table", ROWS, DIM, 0, std)]), [], 0.0)
     if one.chunks:
-        one.handle("worker-0", Init([0]), [to_frame(torch.zeros(3))], 0.0)
+        one.handle("worker-0", InitialWeights([0]), [to_frame(torch.zeros(3))], 0.0)
     segment = make_segment(before=None, samples=8, global_batch=8, micro_batch=2, epochs=9, round_limit=None)
     one.handle("worker-0", Plan(segment), [], 0.0)
     assert one.layout is not None
@@ -336,7 +336,7 @@ def test_what_is_not_finite_drops_a_round_of_backup_only_where_it_counts(counts:
     for k in range(4):
         push_chunk(one, 0, k, k + 1)
         push_rows(one, 0, k, k + 1, finite=k != 2)
-    one.handle("coordinator", Close(0, [1, 2, 3] if counts else [0, 1, 3]), [], 2.0)
+    one.handle("coordinator", CloseRound(0, [1, 2, 3] if counts else [0, 1, 3]), [], 2.0)
     assert one.version == 1
     assert torch.equal(rows_at(one, 1, [0, 1, 2, 3]), first) is counts
 
@@ -371,7 +371,7 @@ def test_backup_leaves_out_the_rows_of_dropped_micro_batches() -> None:
         push_chunk(one, 0, k, k + 1)
         push_rows(one, 0, k, k + 1)
     push_rows(one, 0, 2, 3)
-    one.handle("coordinator", Close(0, [0, 1, 3]), [], 2.0)
+    one.handle("coordinator", CloseRound(0, [0, 1, 3]), [], 2.0)
     assert one.version == 1
     moved = (rows_at(one, 1, [0, 1, 2, 3]) != first).any(1)
     assert moved.tolist() == [True, True, False, True]
@@ -405,12 +405,12 @@ def test_training_begins_when_first_rows_are_there_and_the_first_copy_counts() -
         push_rows(one, 0, 0, 4)
     values = torch.randn(rows_on(0, 2, ROWS), DIM)
     with pytest.raises(WireError):
-        one.handle("worker-0", RowInit(3, 0, 0), cut(values[1:]), 0.0)
-    assert bodies(one.handle("worker-0", RowInit(3, 0, 0), cut(values), 0.0)) == [Ready("RowInit", 3)]
-    assert bodies(one.handle("worker-0", RowInit(4, 0, 0), cut(values * 2), 0.0)) == [Ready("RowInit", 4)]
+        one.handle("worker-0", InitialRows(3, 0, 0), cut(values[1:]), 0.0)
+    assert bodies(one.handle("worker-0", InitialRows(3, 0, 0), cut(values), 0.0)) == [Ready("RowInit", 3)]
+    assert bodies(one.handle("worker-0", InitialRows(4, 0, 0), cut(values * 2), 0.0)) == [Ready("RowInit", 4)]
     assert torch.equal(rows_at(one, 0, [0, 1, 2 * BLOCK]), values[[0, 1, BLOCK]])
     with pytest.raises(WireError):
-        one.handle("worker-0", RowInit(3, 0, 1), cut(values), 0.0)
+        one.handle("worker-0", InitialRows(3, 0, 1), cut(values), 0.0)
 
 
 def test_pushes_that_do_not_fit_change_nothing() -> None:

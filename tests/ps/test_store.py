@@ -25,7 +25,7 @@ from roundtable.common.protocol.model_spec import Rule, TensorSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.storage import tensor_file as tensorfile
 from roundtable.common.storage.tensor_file import TensorFiles
-from roundtable.ps.params.dense import NotFinite, Store
+from roundtable.ps.params.dense import DenseParameters, NotFinite
 from roundtable.worker.client.compression import WeightDecoder
 from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, plain_settings
 
@@ -55,7 +55,7 @@ class Cluster:
         ]
         self.layout = make_layout(specs, servers)
         policy = load(Settings(**settings))
-        self.stores = [Store(self.layout, number, update, policy) for number in range(servers)]
+        self.stores = [DenseParameters(self.layout, number, update, policy) for number in range(servers)]
         self.clips = update.clip_norm is not None
         for chunk in self.layout.chunks:
             parts = [tensors[p.tensor].detach().reshape(-1)[p.start : p.start + p.length] for p in chunk.pieces]
@@ -503,7 +503,7 @@ class Coded:
         specs = [TensorSpec("weight", [300, 40], "float32", 0), TensorSpec("bias", [300], "float32", 0)]
         self.layout = make_layout(specs, 1)
         self.numel = self.layout.chunks[0].numel
-        self.store = Store(self.layout, 0, Update("SGD", [{"lr": lr, "momentum": 0.9}]), load(settings))
+        self.store = DenseParameters(self.layout, 0, Update("SGD", [{"lr": lr, "momentum": 0.9}]), load(settings))
         self.worker = WeightDecoder(settings, self.layout)
         self.planes = [torch.empty(self.numel) for _ in range(2)]
         self.version = 0
@@ -596,7 +596,7 @@ def test_first_weights_are_rounded_too() -> None:
 def test_a_coded_contribution_is_decoded_into_memory_that_sums_may_use() -> None:
     settings = Settings(push_codec="int8")
     layout = Coded("none").layout
-    store = Store(layout, 0, Update("SGD", [{"lr": 0.1}]), load(settings))
+    store = DenseParameters(layout, 0, Update("SGD", [{"lr": 0.1}]), load(settings))
     codec = for_pushes(settings, layout)
     assert codec is not None
     values = gradient(0, layout.chunks[0].numel)

@@ -12,9 +12,9 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Got, Init, Plan, Pull, Push, Setup, Update, Weights
+from roundtable.common.protocol.messages import InitialWeights, Plan, Pull, Push, Setup, Update, Weights, WeightsCredit
 from roundtable.common.protocol.model_spec import TensorSpec
-from roundtable.ps.server.sync_shard import RoundShard
+from roundtable.ps.server.sync_shard import SyncShard
 
 TENSORS = [TensorSpec(f"t{n}", [20_000], "float32", 0) for n in range(4)]  # each is a chunk
 
@@ -22,14 +22,16 @@ TENSORS = [TensorSpec(f"t{n}", [20_000], "float32", 0) for n in range(4)]  # eac
 class Server:
     def __init__(self) -> None:
         settings = Settings(workers=2, servers=1, global_batch=4, micro_batch=2)
-        self.shard = RoundShard(0, settings, load(settings))
+        self.shard = SyncShard(0, settings, load(settings))
         self.say("worker-0", Setup(TENSORS, Update("SGD", [{"lr": 0.1}])))
         self.say(
             "worker-0", Plan(make_segment(before=None, samples=4, global_batch=4, micro_batch=2, epochs=1, round_limit=None))
         )
-        self.say("worker-0", Init([0, 1, 2, 3]), 4)
+        self.say("worker-0", InitialWeights([0, 1, 2, 3]), 4)
 
-    def say(self, sender: str, body: Setup | Plan | Init | Push | Pull | Got, frames: int = 0) -> list[list[int]]:
+    def say(
+        self, sender: str, body: Setup | Plan | InitialWeights | Push | Pull | WeightsCredit, frames: int = 0
+    ) -> list[list[int]]:
         """The chunks of each message with weights that comes of it."""
         effects = self.shard.handle(sender, body, [to_frame(torch.ones(20_000))] * frames, 0.0)
         return list(chunks_in(effects))
@@ -54,7 +56,7 @@ def server() -> Server:
 def test_what_is_needed_later_goes_out_alone_while_nothing_else_can(server: Server) -> None:
     assert server.push(1, 3) == [[3]]
     assert server.push(1, 2) == []  # the network is busy
-    assert server.say("worker-0", Got(1, [3])) == [[2]]
+    assert server.say("worker-0", WeightsCredit(1, [3])) == [[2]]
     assert server.push(1, 0) == [[0]]
     assert server.push(1, 1) == [[1]]
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from roundtable.common.protocol.messages import Saved
+from roundtable.common.protocol.messages import CheckpointStatus
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.tensor_file import Entry
-from roundtable.ps.server.checkpoint_writer import Capture, Writer
+from roundtable.ps.server.checkpoint_writer import CheckpointData, CheckpointWriter
 
-CAPTURE = Capture(7, "token", [Entry("weights/w", [2], [torch.tensor([1.0, 2.0])])], {"seen": 3})
+CAPTURE = CheckpointData(7, "token", [Entry("weights/w", [2], [torch.tensor([1.0, 2.0])])], {"seen": 3})
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def written(run_dir: Path) -> Saved:
-    writer = Writer(1, run_dir)
+def written(run_dir: Path) -> CheckpointStatus:
+    writer = CheckpointWriter(1, run_dir)
     writer.start(CAPTURE)
     writer.wait(lambda: None)
     saved = writer.poll()
@@ -66,7 +66,7 @@ def test_one_that_is_wanted_meanwhile_is_written_next(folder: Path, tmp_path: Pa
     later = checkpoint.folder_of(tmp_path, 8)
     later.mkdir()
     (later / checkpoint.TOKEN_FILE).write_text("token")
-    writer, may_end = Writer(1, tmp_path), threading.Event()
+    writer, may_end = CheckpointWriter(1, tmp_path), threading.Event()
     with mock.patch("os.fsync", side_effect=lambda fd: may_end.wait(10.0)):
         writer.start(CAPTURE)
         writer.start(replace(CAPTURE, round=8))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from roundtable.common.model.partial_sum import Sum, adder
-from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
 SAMPLES = 8
@@ -117,7 +117,7 @@ class Side:
         self.model = Net()
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=2)
         self.replica.catch_gradients()
-        self.slots = Slots(self.replica.layout, shared=False)
+        self.slots = GradientBuffers(self.replica.layout, shared=False)
         self.replica.load({chunk.id: self.replica.first_weights(chunk.id) for chunk in self.replica.layout.chunks})
 
     def first(self, script: Script, x: torch.Tensor) -> dict[int, Sum]:
@@ -184,7 +184,7 @@ def test_a_weight_may_be_used_any_number_of_times_in_any_backward(rounds: list[t
     theirs.load_state_dict(ours.state_dict())
     replica = Replica(ours, {id(p): 0 for p in ours.parameters()}, servers=2)
     replica.catch_gradients()
-    slot = Slots(replica.layout, shared=False).take(lambda slot: False)
+    slot = GradientBuffers(replica.layout, shared=False).take(lambda slot: False)
     for both in rounds:
         sums: dict[int, Sum] = {}
         expected: dict[str, torch.Tensor] = {}

@@ -13,7 +13,7 @@ from torch import func, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from roundtable.worker.replica.lazy_weights import AwaitedWeights
+from roundtable.worker.replica.lazy_weights import LazyWeights
 from roundtable.worker.replica.replica import Replica
 
 
@@ -42,7 +42,7 @@ class Waiting:
         self.right = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.came: list[str] = []
         # each tensor as if it were a chunk of its own
-        self.awaited = AwaitedWeights(self.replica, self._arrive)
+        self.awaited = LazyWeights(self.replica, self._arrive)
         self.chunks = [chunk.id for chunk in self.replica.layout.chunks if chunk.kind == "param"]
         with torch.no_grad():
             for parameter in self.model.parameters():

@@ -19,7 +19,7 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file as tensorfile
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.model_parts import sizes
-from roundtable.ps.params.dense import Store
+from roundtable.ps.params.dense import DenseParameters
 from roundtable.worker.model_contents import file_of
 from roundtable.worker.replica.buffers import Rules, find
 from roundtable.worker.replica.replica import Replica
@@ -91,7 +91,7 @@ def test_a_buffer_of_any_dtype_gets_the_value_of_the_last_micro_batch_that_chang
         tensorfile.write(tmp_path / f"{cluster.stores.index(store)}.safetensors", store.state({}), {})
     files = TensorFiles(sorted(tmp_path.iterdir()))
     replica, policy = cluster.replica, load(Settings())
-    cluster.stores = [Store(replica.layout, n, Update("SGD", [{"lr": 0.1, "momentum": 0.9}]), policy) for n in range(2)]
+    cluster.stores = [DenseParameters(replica.layout, n, Update("SGD", [{"lr": 0.1, "momentum": 0.9}]), policy) for n in range(2)]
     for store in cluster.stores:
         store.restore(files)
     net.state.zero_()  # type: ignore[operator]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from roundtable.worker.replica import inplace_wgrad
-from roundtable.worker.replica.gradient_buffers import Slot, Slots
+from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
 
@@ -69,11 +69,11 @@ def looked_at(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return plain(model, x)
 
 
-def setting() -> tuple[nn.Module, Replica, Slots, Slot]:
+def setting() -> tuple[nn.Module, Replica, GradientBuffers, GradientBuffer]:
     torch.manual_seed(3)
     model = Net()
     replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
-    slots = Slots(replica.layout, shared=True)
+    slots = GradientBuffers(replica.layout, shared=True)
     replica.catch_gradients()
     slot = slots.take(lambda slot: False)
     replica.contribute_to(slot)
@@ -92,7 +92,7 @@ def flat(replica: Replica, sums: Any) -> torch.Tensor:
 def expected(replica: Replica, model: nn.Module, samples: int) -> torch.Tensor:
     """The contribution gathered from the gradients of a model that has nothing of ours in it."""
     other = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
-    other.contribute_to(Slots(other.layout, shared=False).take(lambda slot: False))
+    other.contribute_to(GradientBuffers(other.layout, shared=False).take(lambda slot: False))
     return flat(replica, other.gradient(samples))
 
 
@@ -256,7 +256,7 @@ def test_a_layer_without_inputs_or_outputs_is_trained_as_by_autograd(sizes: tupl
     ours, theirs = network(), network()
     replica = Replica(ours, {id(p): 0 for p in ours.parameters()}, servers=2)
     replica.catch_gradients()
-    replica.contribute_to(Slots(replica.layout, shared=False).take(lambda slot: False))
+    replica.contribute_to(GradientBuffers(replica.layout, shared=False).take(lambda slot: False))
     for model in (ours, theirs):
         model(X[:, : sizes[0]]).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from roundtable.common.model.partial_sum import Sum, adder
-from roundtable.worker.replica.backward_overlap import Early, Join
-from roundtable.worker.replica.gradient_buffers import Slot, Slots
+from roundtable.worker.replica.backward_overlap import OverlappedPush, TreeJoin
+from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
 
@@ -34,7 +34,7 @@ class Setting:
         self.model = Net()
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=2)
         self.replica.catch_gradients()
-        self.slots = Slots(self.replica.layout, shared=False)
+        self.slots = GradientBuffers(self.replica.layout, shared=False)
         self.slot = self.slots.take(lambda slot: False)
         self.replica.contribute_to(self.slot)
         self.samples = samples
@@ -43,11 +43,11 @@ class Setting:
         self.read = self.replica.layout.chunks[-1].id
         #: What went out, as it was then.
         self.sent: dict[int, tuple[torch.Tensor, int]] = {}
-        self.early = Early(
+        self.early = OverlappedPush(
             self.replica,
             self.slot,
             samples,
-            [Join(other, on_left=bool(n % 2)) for n, other in enumerate(self.others)],
+            [TreeJoin(other, on_left=bool(n % 2)) for n, other in enumerate(self.others)],
             lambda: self.slots.take(lambda slot: False),
             self._send,
             lambda chunk: chunk != self.read,
@@ -58,7 +58,7 @@ class Setting:
         """A contribution that was computed before."""
         return {c.id: Sum(torch.randn(c.numel), 1, owned=True, scale=4.0) for c in self.replica.layout.chunks}
 
-    def _send(self, chunk: int, value: Sum, slot: Slot) -> None:
+    def _send(self, chunk: int, value: Sum, slot: GradientBuffer) -> None:
         assert chunk not in self.sent
         assert value.values.data_ptr() == slot.chunks[chunk].data_ptr()
         self.sent[chunk] = value.values * value.scale, value.present

@@ -16,7 +16,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.runtime.errors import UsageError
-from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 from roundtable.worker.replica.script_edits import Edits, check_layers
 from roundtable.worker.run import Run
@@ -29,7 +29,7 @@ class Script:
         self.model = model
         self.replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
         self.held = {chunk.id: bytes(self.replica.first_weights(chunk.id)) for chunk in self.replica.layout.chunks}
-        self.slots = Slots(self.replica.layout, shared=False)
+        self.slots = GradientBuffers(self.replica.layout, shared=False)
         self.replica.catch_gradients()
         exchange = SimpleNamespace(
             want_all=lambda: None, pull=lambda *a: [], complete=True, gone=False, take=lambda: (self.frames(), {}),

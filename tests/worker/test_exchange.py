@@ -15,12 +15,12 @@ from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Ack, Gone, Pull, Push, Weights
+from roundtable.common.protocol.messages import Ack, Pull, Push, VersionExpired, Weights
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import WireError
-from roundtable.worker.client.push_pull import Exchange
-from roundtable.worker.replica.gradient_buffers import Slot, Slots
+from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
 from roundtable.worker.replica.mapped_weights import InPlane
 
 ROWS, COLUMNS = 40, 30
@@ -37,16 +37,18 @@ class Worker:
     def __init__(self, **settings: Any) -> None:
         self.layout = layout_of()
         self.settings = Settings(**settings)
-        self.exchange = Exchange(self.layout, self.settings, pulls_follow=False)
-        self.slots = Slots(self.layout, shared=False)
+        self.exchange = ParameterClient(self.layout, self.settings, pulls_follow=False)
+        self.slots = GradientBuffers(self.layout, shared=False)
 
-    def slot(self, value: float | torch.Tensor) -> Slot:
+    def slot(self, value: float | torch.Tensor) -> GradientBuffer:
         slot = self.slots.take(self.exchange.needs)
         slot.chunks[0][:] = value
         slot.chunks[1][:] = 1.0
         return slot
 
-    def push(self, slot: Slot, push: Push = PUSH, now: float = 0.0, scale: float = 1.0, chunks: tuple[int, ...] = (0, 1)) -> Send:
+    def push(
+        self, slot: GradientBuffer, push: Push = PUSH, now: float = 0.0, scale: float = 1.0, chunks: tuple[int, ...] = (0, 1)
+    ) -> Send:
         sums = {chunk: Sum(slot.chunks[chunk], 1, scale=scale) for chunk in chunks}
         (message,) = self.exchange.push(push, sums, now, slot=slot)
         slot.taken = False
@@ -288,7 +290,7 @@ def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
 
 
 def test_a_server_without_chunks_may_be_another_process_while_weights_are_awaited() -> None:
-    exchange = Exchange(layout_of(), Settings(replicas=1, servers=2), pulls_follow=False)
+    exchange = ParameterClient(layout_of(), Settings(replicas=1, servers=2), pulls_follow=False)
     assert [send.to for send in exchange.pull(0, False, 0.0)] == ["server-0"]
     exchange.replaced(1)
     assert exchange.tick(1.0) == [] and exchange.missing() == [("server-0", [0, 1])]
@@ -297,17 +299,17 @@ def test_a_server_without_chunks_may_be_another_process_while_weights_are_awaite
 def test_who_comes_late_begins_in_the_earliest_round_that_is_open_anywhere() -> None:
     """Nobody else may be left who could compute what a server still lacks of it."""
     layout = make_layout([TensorSpec(f"{group}", [ROWS, COLUMNS], "float32", group) for group in range(3)], 3)
-    exchange = Exchange(layout, Settings(servers=3), pulls_follow=False)
+    exchange = ParameterClient(layout, Settings(servers=3), pulls_follow=False)
     exchange.pull(0, False, 0.0)
     assert not exchange.gone and exchange.over is None
-    exchange.handle("server-0", Gone(0, 44), ())
+    exchange.handle("server-0", VersionExpired(0, 44), ())
     assert exchange.gone and exchange.over is None
-    exchange.handle("server-1", Gone(0, 43), ())
+    exchange.handle("server-1", VersionExpired(0, 43), ())
     (third,) = layout.on(2)
     exchange.handle("server-2", Weights(0, 0, [third.id], closed=True), [bytes(4 * NUMEL)])
     assert exchange.over == 43
     exchange.pull(43, False, 0.0)
-    exchange.handle("server-0", Gone(0, 44), ())  # late
+    exchange.handle("server-0", VersionExpired(0, 44), ())  # late
     assert not exchange.gone and exchange.over is None
 
 

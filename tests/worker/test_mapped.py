@@ -10,7 +10,7 @@ from torch import nn
 
 from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.ps.params.weight_buffers import Planes
+from roundtable.ps.params.weight_buffers import WeightBuffers
 from roundtable.worker.replica.mapped_weights import InPlane
 from roundtable.worker.replica.replica import Replica
 
@@ -24,7 +24,7 @@ class Cluster:
 
     def __init__(self, model: nn.Module, shared: tuple[bool, ...] = (True, True)) -> None:
         self.replica = Replica(model, {id(p): 0 for p in model.parameters()}, SERVERS)
-        self.planes = [Planes(self.replica.layout.on(server), 4, shared[server]) for server in range(SERVERS)]
+        self.planes = [WeightBuffers(self.replica.layout.on(server), 4, shared[server]) for server in range(SERVERS)]
         for server, planes in enumerate(self.planes):
             if planes.handle is not None:
                 self.replica.mapped.attach(server, planes.handle)

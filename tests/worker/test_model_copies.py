@@ -16,10 +16,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from roundtable.common.model.layout import Chunk
 from roundtable.common.runtime.errors import UsageError
-from roundtable.ps.params.weight_buffers import Planes
+from roundtable.ps.params.weight_buffers import WeightBuffers
 from roundtable.worker.replica import inplace_wgrad
-from roundtable.worker.replica.gradient_buffers import Slots
-from roundtable.worker.replica.lazy_weights import AwaitedWeights
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
+from roundtable.worker.replica.lazy_weights import LazyWeights
 from roundtable.worker.replica.mapped_weights import InPlane
 from roundtable.worker.replica.replica import Replica
 
@@ -36,12 +36,12 @@ class Training:
         # one tensor in several chunks, one that a chunk has for itself, and small ones that share a chunk
         self.model = nn.Sequential(nn.Linear(1100, 1000), nn.BatchNorm1d(1000), nn.Linear(1000, 30), nn.Linear(30, 2))
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, SERVERS)
-        self.planes = [Planes(self.replica.layout.on(server), 4, shared=lane == "auto") for server in range(SERVERS)]
+        self.planes = [WeightBuffers(self.replica.layout.on(server), 4, shared=lane == "auto") for server in range(SERVERS)]
         for server, planes in enumerate(self.planes):
             if planes.handle is not None:
                 self.replica.mapped.attach(server, planes.handle)
-        self.awaited = AwaitedWeights(self.replica, lambda index: self.arrive())
-        self.slots = Slots(self.replica.layout, shared=lane == "auto")
+        self.awaited = LazyWeights(self.replica, lambda index: self.arrive())
+        self.slots = GradientBuffers(self.replica.layout, shared=lane == "auto")
         self.version = 0
 
     def begin(self) -> None:
@@ -197,9 +197,9 @@ def test_scripted_models_have_the_bits_of_plain_ones_at_each_call() -> None:
     scripted = torch.jit.script(copy.deepcopy(plain))
     replica = Replica(scripted, {id(p): 0 for p in scripted.parameters()}, servers=1)
     replica.catch_gradients()
-    awaited = AwaitedWeights(replica, lambda index: None)
+    awaited = LazyWeights(replica, lambda index: None)
     assert awaited.needed_first == {chunk.id for chunk in replica.layout.chunks}
-    slots = Slots(replica.layout, shared=False)
+    slots = GradientBuffers(replica.layout, shared=False)
     for _ in range(5):
         slot = slots.take(lambda slot: False)
         replica.contribute_to(slot)

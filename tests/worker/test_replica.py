@@ -18,10 +18,10 @@ from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages import Update
 from roundtable.common.runtime.errors import UsageError
-from roundtable.ps.params.dense import Store
+from roundtable.ps.params.dense import DenseParameters
 from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings
 from roundtable.worker.replica.buffers import Rules
-from roundtable.worker.replica.gradient_buffers import Slots
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
 Forward = Callable[[nn.Module, int], torch.Tensor]
@@ -38,14 +38,14 @@ class Cluster:
         update = Update(cls.__name__, plain_settings(example_optimizer(cls, groups, hyper)))
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self.replica = Replica(model, group_of, servers, rules=rules)
-        self.slots = Slots(self.replica.layout, shared=False)
+        self.slots = GradientBuffers(self.replica.layout, shared=False)
         self.replica.catch_gradients()
-        self.stores = [Store(self.replica.layout, number, update, load(Settings())) for number in range(servers)]
+        self.stores = [DenseParameters(self.replica.layout, number, update, load(Settings())) for number in range(servers)]
         for chunk in range(len(self.replica.layout.chunks)):
             self.store(chunk).load(chunk, bytes(self.replica.first_weights(chunk)))
         self.pull()
 
-    def store(self, chunk: int) -> Store:
+    def store(self, chunk: int) -> DenseParameters:
         return self.stores[self.replica.layout.chunks[chunk].server]
 
     def pull(self) -> None:
@@ -216,7 +216,7 @@ def test_small_gradients_are_taken_over_together_unless_each_is_waited_for() -> 
     model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(40)))
     replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
     replica.catch_gradients()
-    slot = Slots(replica.layout, shared=False).take(lambda slot: False)
+    slot = GradientBuffers(replica.layout, shared=False).take(lambda slot: False)
     made: list[int] = []
     for is_told in (False, True):
         replica.contribute_to(slot)

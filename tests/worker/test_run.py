@@ -14,13 +14,13 @@ from torch.utils.data import TensorDataset
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
-from roundtable.common.protocol.messages import Owed
+from roundtable.common.protocol.messages import Residual
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
-from roundtable.worker.client.push_pull import Exchange
+from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.client.retransmit import Sent
-from roundtable.worker.loop.gradient_loop import GradientWork
-from roundtable.worker.loop.local_sgd import LocalWork
+from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.run import Run
 
 DATA = TensorDataset(torch.zeros(8))
@@ -70,15 +70,15 @@ def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> 
 
 
 def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None:
-    work = cast(LocalWork, SimpleNamespace(_merge_by="greedy", _run=SimpleNamespace(_evaluate=None)))
+    work = cast(LocalSgdLoop, SimpleNamespace(_merge_by="greedy", _run=SimpleNamespace(_evaluate=None)))
     with pytest.raises(UsageError, match=r"call run\.merge_by\(evaluate\) before run\.batches\(\)\.$"):
-        next(LocalWork.batches(work, cast(Any, None), cast(Any, None)))
+        next(LocalSgdLoop.batches(work, cast(Any, None), cast(Any, None)))
 
 
 def test_what_the_end_of_a_script_waits_for_is_told_with_process_round_and_chunks() -> None:
     layout = make_layout([TensorSpec("w", [2], "float32", 0), TensorSpec("v", [2], "float32", 0)], 2)
-    exchange = Exchange(layout, Settings(), pulls_follow=False)
-    exchange._telling = [Sent("server-1", Owed(0), [], 0.0)]
+    exchange = ParameterClient(layout, Settings(), pulls_follow=False)
+    exchange._telling = [Sent("server-1", Residual(0), [], 0.0)]
     told: list[str] = []
 
     def wait(ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> None:
@@ -90,7 +90,7 @@ def test_what_the_end_of_a_script_waits_for_is_told_with_process_round_and_chunk
     script = run(_exchange=exchange, _wait=wait, _link=link, _handed_over=lambda: True, round=7)
     Run._hand_over(script)
     script.settings = Settings(weight_codec="bf16")
-    script._work = GradientWork.__new__(GradientWork)
+    script._work = GradientLoop.__new__(GradientLoop)
     script._work.version = lambda: 7  # type: ignore[method-assign]
     assert Run._masters(script) == {}
     chunks = {f"server-{n}": ", ".join(str(chunk.id) for chunk in layout.on(n)) for n in layout.owners()}

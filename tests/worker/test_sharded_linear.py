@@ -20,11 +20,11 @@ import roundtable
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.sparse_rows import cut, owner_of, rows_on
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import ClassAck, Classified, Classify, ClassPush, Update
+from roundtable.common.protocol.messages import LayerAck, LayerPush, ShardedForward, ShardedForwardReply, Update
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import UsageError, WireError
-from roundtable.worker.client.sharded_client import ClassExchange
+from roundtable.worker.client.sharded_client import ShardedClient
 from roundtable.worker.layers.sharded_linear import ShardedLinear, check_sharding, find_layers, sharded_cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ps"))
@@ -73,7 +73,7 @@ def test_losses_and_gradients_are_those_of_a_plain_layer(bias: bool, reduction: 
         (losses * weights).sum().backward()
     assert plain.body.weight.grad is not None and ours.body.weight.grad is not None
     torch.testing.assert_close(ours.body.weight.grad, plain.body.weight.grad)
-    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
+    shards.push(LayerPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(BATCH)
     assert isinstance(plain.head, nn.Linear) and plain.head.weight.grad is not None
     torch.testing.assert_close((before - link.rows())[:, :DIM], plain.head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -88,7 +88,7 @@ def test_several_losses_and_backwards_of_a_micro_batch_are_all_contributed() -> 
     loss.backward()
     assert plain.head.weight is not None
     (2 * (cross_entropy(plain(x), y) + 2 * cross_entropy(plain(-x), y))).backward()
-    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
+    shards.push(LayerPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(BATCH)
     assert isinstance(plain.head, nn.Linear) and plain.head.weight.grad is not None
     torch.testing.assert_close(before - link.rows(), plain.head.weight.grad, rtol=1e-4, atol=1e-6)
@@ -122,7 +122,7 @@ def test_a_round_that_is_over_gives_no_contribution_and_says_so() -> None:
     _, ours, shards, link = pair()
     x, y = batch()
     sharded_cross_entropy(ours(x), y).backward()
-    shards.push(ClassPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
+    shards.push(LayerPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
     link.close(BATCH)
     link.rows()  # somebody asks about round 1
     link.round = 0
@@ -213,25 +213,27 @@ def test_training_that_needs_the_rows_elsewhere_is_refused(settings: Settings, c
 # ---- messages
 
 
-def answer(question: Classify, labels: torch.Tensor, server: int, servers: int, value: float) -> tuple[Classified, list[Any]]:
+def answer(
+    question: ShardedForward, labels: torch.Tensor, server: int, servers: int, value: float
+) -> tuple[ShardedForwardReply, list[Any]]:
     own = int((owner_of(labels, servers) == server).sum())
     parts = [torch.full((BATCH,), value), torch.ones(BATCH), torch.ones(BATCH, DIM), torch.full((own, DIM), value)]
-    return Classified(question.number), [frame for part in parts for frame in cut(part)]
+    return ShardedForwardReply(question.number), [frame for part in parts for frame in cut(part)]
 
 
 @given(st.data())
 def test_answers_arrive_whole_whatever_is_lost_repeated_or_late(data: st.DataObject) -> None:
     servers, now = 3, 0.0
-    exchange = ClassExchange([ClassSpec("w", CLASSES, DIM, 0, 0.1)], servers, 7)
+    exchange = ShardedClient([ClassSpec("w", CLASSES, DIM, 0, 0.1)], servers, 7)
     labels = torch.tensor([0, 64, 128, 1, 65, 2])
     late: list[Any] = []
     for number in range(data.draw(st.integers(1, 3))):
-        sends = exchange.ask(Classify(0, 0, number, BATCH, True), [torch.zeros(BATCH, DIM), labels], now)
+        sends = exchange.ask(ShardedForward(0, 0, number, BATCH, True), [torch.zeros(BATCH, DIM), labels], now)
         assert [send.to for send in sends] == ["server-0", "server-1", "server-2"]
         while not exchange.complete:
             for send in sends:
                 server = int(send.to[7:])
-                reply = send.to, *answer(cast(Classify, send.body), labels, server, servers, number + 0.1 * server)
+                reply = send.to, *answer(cast(ShardedForward, send.body), labels, server, servers, number + 0.1 * server)
                 for _ in range(data.draw(st.sampled_from([1, 0, 2]))):
                     exchange.handle(*reply)
                 late.append(reply)
@@ -245,38 +247,38 @@ def test_answers_arrive_whole_whatever_is_lost_repeated_or_late(data: st.DataObj
 
 
 def test_answers_of_another_size_are_refused_and_a_round_that_is_over_ends_the_wait() -> None:
-    exchange = ClassExchange([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
+    exchange = ShardedClient([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
     labels = torch.zeros(BATCH, dtype=torch.int64)
-    send, _ = exchange.ask(Classify(0, 0, 0, BATCH, True), [torch.zeros(BATCH, DIM), labels], 0.0)
-    body, frames = answer(cast(Classify, send.body), labels, 0, 2, 1.0)
+    send, _ = exchange.ask(ShardedForward(0, 0, 0, BATCH, True), [torch.zeros(BATCH, DIM), labels], 0.0)
+    body, frames = answer(cast(ShardedForward, send.body), labels, 0, 2, 1.0)
     for some in (frames[:-1], [*frames, frames[0]], [frames[0][:-4], *frames[1:]]):
         with pytest.raises(WireError):
             exchange.handle("server-0", body, some)
     assert exchange.missing() == ["server-0", "server-1"]
-    exchange.handle("server-1", Classified(body.number, gone=True), [])
+    exchange.handle("server-1", ShardedForwardReply(body.number, gone=True), [])
     assert exchange.complete and exchange.gone
 
 
 def test_the_best_of_few_rows_on_a_server_are_all_of_them() -> None:
-    exchange = ClassExchange([ClassSpec("w", 70, DIM, 0, 0.1)], 2, 7)
-    send, _ = exchange.ask(Classify(0, 0, 0, 1, top=10), [torch.zeros(1, DIM)], 0.0)
-    number = cast(Classify, send.body).number
+    exchange = ShardedClient([ClassSpec("w", 70, DIM, 0, 0.1)], 2, 7)
+    send, _ = exchange.ask(ShardedForward(0, 0, 0, 1, top=10), [torch.zeros(1, DIM)], 0.0)
+    number = cast(ShardedForward, send.body).number
     for server in range(2):
         count = min(10, rows_on(server, 2, 70))
         values, classes = torch.arange(count).float()[None] + server * 0.5, torch.arange(count)[None] + 64 * server
-        exchange.handle(f"server-{server}", Classified(number), [*cut(values), *cut(classes)])
+        exchange.handle(f"server-{server}", ShardedForwardReply(number), [*cut(values), *cut(classes)])
     best, classes = exchange.take_best()
     assert best[0, :2].tolist() == [9.0, 8.0] and int(classes[0, 0]) == 9
 
 
 def test_a_push_is_sent_until_each_server_acknowledges_it() -> None:
-    exchange = ClassExchange([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
-    sends = exchange.push(ClassPush(4, 2, 4, 9, []), [torch.ones(3)], {0: 7, 1: 8}, 0.0)
+    exchange = ShardedClient([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
+    sends = exchange.push(LayerPush(4, 2, 4, 9, []), [torch.ones(3)], {0: 7, 1: 8}, 0.0)
     assert [send.to for send in sends] == ["server-0", "server-1"]
-    exchange.handle("server-0", ClassAck(4, 2, 4), [])
-    exchange.handle("server-1", ClassAck(4, 2, 3), [])
+    exchange.handle("server-0", LayerAck(4, 2, 4), [])
+    exchange.handle("server-1", LayerAck(4, 2, 3), [])
     assert exchange.unacknowledged(4) == {2, 3} and exchange.unacknowledged(3) == set()
     assert exchange.tick(SEND_AGAIN_S - 1) == []
     assert [send.to for send in exchange.tick(SEND_AGAIN_S)] == ["server-1"]
-    exchange.handle("server-1", ClassAck(4, 2, 4), [])
+    exchange.handle("server-1", LayerAck(4, 2, 4), [])
     assert exchange.tick(99.0) == [] and exchange.unacknowledged(4) == set()

@@ -20,14 +20,14 @@ from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import RowSum, cut, cut_sums, join_sums, owner_of
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Ready, RowAck, RowInit, RowPull, RowPush, Rows, Update
+from roundtable.common.protocol.messages import InitialRows, Ready, RowAck, RowPull, RowPush, Rows, Update
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps.params.embedding import RowTables
-from roundtable.worker.client.embedding_client import RowExchange
-from roundtable.worker.client.io_thread import Link
-from roundtable.worker.layers.sparse_embedding import RowSparse, Table, check_training, find_tables
+from roundtable.worker.client.embedding_client import EmbeddingClient
+from roundtable.worker.client.io_thread import IoThread
+from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding, check_training, find_tables
 
 ROWS, DIM = 300, 4
 SETTINGS = [{"lr": 1.0, "momentum": 0, "weight_decay": 0}]
@@ -36,7 +36,7 @@ SETTINGS = [{"lr": 1.0, "momentum": 0, "weight_decay": 0}]
 class Servers:
     """A link behind which servers answer at once."""
 
-    def __init__(self, tables: list[Table], servers: int) -> None:
+    def __init__(self, tables: list[SparseEmbedding], servers: int) -> None:
         self.lock = threading.Condition()
         layout = make_layout([], servers, [table.spec for table in tables])
         self.tables = [RowTables(layout, m, Update("SGD", [{"lr": 1.0}]), 0, keeps_versions=True) for m in range(servers)]
@@ -44,7 +44,7 @@ class Servers:
         self.asked: list[RowPull] = []
 
     def request(self, to: str, body: Any, answer: Callable[[Any], bool], timeout: float, frames: Any) -> None:
-        assert isinstance(body, RowInit) and answer(Ready("RowInit", body.id)) and not answer(Ready("RowInit", body.id + 1))
+        assert isinstance(body, InitialRows) and answer(Ready("RowInit", body.id)) and not answer(Ready("RowInit", body.id + 1))
         self.tables[int(to[7:])].load(body.table, body.page, frames)
 
     def send(self, *messages: Send) -> None:
@@ -79,7 +79,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 def replicated(model: nn.Module, servers: int = 2) -> tuple[RowSparse, Servers]:
     tables = find_tables(model, groups_of(model))
     link = Servers(tables, servers)
-    rows = link.rows = RowSparse(cast(Link, link), tables, servers, lambda: 0, 1.0, sends_first=True)
+    rows = link.rows = RowSparse(cast(IoThread, link), tables, servers, lambda: 0, 1.0, sends_first=True)
     return rows, link
 
 
@@ -255,7 +255,7 @@ def test_training_that_needs_the_whole_table_is_refused(how: dict[str, Any], wor
 @given(st.data())
 def test_rows_arrive_whole_and_in_order_whatever_is_lost_repeated_or_late(data: st.DataObject) -> None:
     specs, servers = [TableSpec("t", ROWS, DIM, 0)], 3
-    exchange, now = RowExchange(specs, servers), 0.0
+    exchange, now = EmbeddingClient(specs, servers), 0.0
     values = torch.randn(ROWS, DIM)
     late: list[tuple[str, Rows, Any]] = []
     for _ in range(data.draw(st.integers(1, 4))):
@@ -278,7 +278,7 @@ def test_rows_arrive_whole_and_in_order_whatever_is_lost_repeated_or_late(data: 
 
 
 def test_an_answer_of_the_wrong_size_is_refused() -> None:
-    exchange = RowExchange([TableSpec("t", ROWS, DIM, 0)], 1)
+    exchange = EmbeddingClient([TableSpec("t", ROWS, DIM, 0)], 1)
     (send,) = exchange.pull(0, torch.tensor([1, 2]), 0, 0.0)
     assert isinstance(send.body, RowPull)
     for count, rows in ((1, 1), (2, 1)):
@@ -289,7 +289,7 @@ def test_an_answer_of_the_wrong_size_is_refused() -> None:
 
 def test_a_push_is_sent_until_that_server_acknowledges_it() -> None:
     specs = [TableSpec("t", ROWS, DIM, 0), TableSpec("unused", ROWS, DIM, 0)]
-    exchange = RowExchange(specs, 2)
+    exchange = EmbeddingClient(specs, 2)
     part = RowSum(torch.tensor([1, 2, 70]), torch.randn(3, DIM))
     nothing = RowSum(part.ids[:0], part.values[:0], used=False)
     sends = exchange.push(RowPush(4, 2, 4, 9, []), [part, nothing], {0: 7, 1: 8}, 0.0)

@@ -14,7 +14,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
-from roundtable.common.protocol.messages import Owed, Push
+from roundtable.common.protocol.messages import Push, Residual
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.replica.mapped_weights import InPlane
@@ -64,16 +64,16 @@ class PushCoder:
                     self._counted = {old: of for old, of in self._counted.items() if old > push.round - _REMEMBERED}
                 self._counted.setdefault(push.round, set()).add((chunk, push.lo, push.hi))
 
-    def owed(self, chunks: Collection[int], cut: int, first: int, taken: list[int]) -> list[tuple[Owed, Frames]]:
+    def owed(self, chunks: Collection[int], cut: int, first: int, taken: list[int]) -> list[tuple[Residual, Frames]]:
         """What was left out of `chunks` so far, as messages numbered from `first`; one at least."""
         found = {chunk: state for chunk, state in self._feedback.owed().items() if chunk in chunks}
-        messages: list[tuple[Owed, Frames]] = [
-            (Owed(chunk, list(state), len(found), number, cut, taken), [to_frame(values) for values in state.values()])
+        messages: list[tuple[Residual, Frames]] = [
+            (Residual(chunk, list(state), len(found), number, cut, taken), [to_frame(values) for values in state.values()])
             for number, (chunk, state) in enumerate(found.items(), first)
         ]
-        return messages or [(Owed(number=first, cut=cut, taken=taken), [])]
+        return messages or [(Residual(number=first, cut=cut, taken=taken), [])]
 
-    def take_over(self, owed: Owed, frames: Frames) -> None:
+    def take_over(self, owed: Residual, frames: Frames) -> None:
         """Send what another has left out. Raises WireError for what does not fit."""
         if self._codec is None:
             raise WireError("something is owed in a run without a codec")

@@ -17,17 +17,17 @@ from roundtable.common.protocol.messages import Body, RowAck, RowPull, RowPush, 
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
-from roundtable.worker.client.retransmit import Pushes, Sent, again, due
+from roundtable.worker.client.retransmit import RetransmitQueue, Sent, again, due
 
 
-class RowExchange:
+class EmbeddingClient:
     """One worker's pulls and pushes of rows."""
 
     def __init__(self, tables: Sequence[TableSpec], servers: int, may_be_replaced: bool = False) -> None:
         """`may_be_replaced`: a server may be another process later on, which has closed as many rounds."""
         self._tables = tables
         self._servers = servers
-        self._pushes = Pushes(may_be_replaced)
+        self._pushes = RetransmitQueue(may_be_replaced)
         #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
         self._questions: dict[int, Sent[RowPull]] = {}
         self._places: dict[int, torch.Tensor] = {}

@@ -22,11 +22,11 @@ import zmq
 
 from roundtable.common.config.settings import START_S
 from roundtable.common.network.host_identity import is_own
-from roundtable.common.network.reachability import UNREACHED_S, Reach
+from roundtable.common.network.reachability import UNREACHED_S, Reachability
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages import Beat, Body, Hello, Peer, Push, Refused, Stop, Tables, Welcome
-from roundtable.common.protocol.rejections import Refusals
-from roundtable.common.protocol.session import TELL_S, Attendance
+from roundtable.common.protocol.messages import Body, Heartbeat, Hello, MembershipUpdate, Peer, Push, Refused, Stop, Welcome
+from roundtable.common.protocol.rejections import Rejections
+from roundtable.common.protocol.session import TELL_S, Session
 from roundtable.common.protocol.transport import (
     ASK_AGAIN_S,
     GO_S,
@@ -54,7 +54,7 @@ _TICK_MS = 20
 _MOST_UNREACHED = 100
 
 
-class Link:
+class IoThread:
     """Sockets to the coordinator and all servers, served by a thread of its own.
 
     `lock` guards everything that both threads touch, the state machines of the worker included. Callbacks are called by the
@@ -67,7 +67,7 @@ class Link:
         self.lock = threading.Condition()
         self.on_message: Callable[[str, Body, Frames], None] = lambda sender, body, frames: None
         self.on_tick: Callable[[float], list[Send]] = lambda now: []
-        self.beat: Callable[[], Beat] = lambda: Beat("starting")
+        self.beat: Callable[[], Heartbeat] = lambda: Heartbeat("starting")
         self.on_replaced: Callable[[int], None] = lambda server: None
         #: Whether to copy frames: necessary once the interpreter shuts down, when zero-copy buffers are no longer tracked.
         self.copies = False
@@ -81,11 +81,11 @@ class Link:
         self._ticket = 0
         #: When each socket was last told whose it is.
         self._greeted: dict[str, float] = {}
-        self._attendance = Attendance(hello, coordinator, time.monotonic(), start_s)
-        self._refusals = Refusals(log)
+        self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
+        self._refusals = Rejections(log)
         #: To which servers there are connections; those, by number, to which there has been none for a while, with addresses; and
         #: when that was last told.
-        self._reach = Reach()
+        self._reach = Reachability()
         self._unreached: dict[int, str] = {}
         self._unreached_told_at = float("-inf")
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
@@ -300,7 +300,9 @@ class Link:
                     if isinstance(body, Welcome) and not self._peers:
                         self._stamp.sender, self._stamp.run, self._ticket = body.process, body.run, body.ticket
                         self._connect(body.servers, poller)
-                    elif isinstance(body, Tables) and self._peers and body.servers and body.tables[-1].epoch > self.epoch:
+                    elif (
+                        isinstance(body, MembershipUpdate) and self._peers and body.servers and body.tables[-1].epoch > self.epoch
+                    ):
                         self._connect(body.servers, poller)
                     self.on_message(name, body, frames[1:])
                 except WireError as error:
@@ -339,9 +341,9 @@ class Link:
         now = time.monotonic()
         if now >= self._greeted.get(key, float("-inf")) + ASK_AGAIN_S:
             self._greeted[key] = now
-            send(self._sockets[key], self._stamp.encode(Beat(), self._ticket))
+            send(self._sockets[key], self._stamp.encode(Heartbeat(), self._ticket))
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         unreached = sorted(self._unreached)[:_MOST_UNREACHED]
         return msgspec.structs.replace(self.beat(), refused=self._refusals.counts, unreached=unreached, leaves=self.told > 0)
 

@@ -21,7 +21,7 @@ from roundtable.common.protocol.messages import Body, KvPull, KvPush, KvReply, R
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.allocator import keep_memory
 from roundtable.common.runtime.errors import UsageError
-from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.io_thread import IoThread
 
 
 @dataclass
@@ -54,7 +54,7 @@ class KvClient:
     rounding. A pull sees each push whole or not at all.
     """
 
-    def __init__(self, link: Link, servers: int, timeout: float) -> None:
+    def __init__(self, link: IoThread, servers: int, timeout: float) -> None:
         self._link = link
         self._servers = servers
         self._timeout = timeout

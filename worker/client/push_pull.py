@@ -20,13 +20,25 @@ from roundtable.common.model.layout import Chunk, Layout, message_batches, urgen
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Ack, Body, Gone, Got, Owed, Pull, Push, Ready, Share, Traffic, Weights
+from roundtable.common.protocol.messages import (
+    Ack,
+    Body,
+    OfferSharedMemory,
+    Pull,
+    Push,
+    Ready,
+    Residual,
+    Traffic,
+    VersionExpired,
+    Weights,
+    WeightsCredit,
+)
 from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.worker.client.compression import PushCoder, WeightDecoder
 from roundtable.worker.client.retransmit import Sent, again, due
-from roundtable.worker.replica.gradient_buffers import Slot
+from roundtable.worker.replica.gradient_buffers import GradientBuffer
 from roundtable.worker.replica.mapped_weights import InPlane
 
 #: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
@@ -44,7 +56,7 @@ class _Outstanding:
     server: int
     push: Push
     frames: Frames
-    slot: Slot | None
+    slot: GradientBuffer | None
     #: None while it waits for its turn.
     sent_at: float | None = None
     #: Whether the server has said that the frames are there.
@@ -61,7 +73,7 @@ class _Outstanding:
         return 0 if self.sent_at is None or self.arrived else sum(frame.nbytes for frame in self.frames)
 
 
-class Exchange:
+class ParameterClient:
     """One worker's pushes and pulls, for all servers that take part in rounds."""
 
     def __init__(self, layout: Layout, settings: Settings, pulls_follow: bool) -> None:
@@ -86,7 +98,7 @@ class Exchange:
         self._repeatable: list[_Outstanding] = []
         #: What to ask servers that are other processes than before, and when each was asked; and how often each one's memory was
         #: another.
-        self.share: Share | None = None
+        self.share: OfferSharedMemory | None = None
         self.unknown: dict[int, float] = {}
         self._regions: dict[int, int] = {}
         #: Since when something has been outstanding, and whether some of that was sent early; and how long that lasts where
@@ -110,7 +122,7 @@ class Exchange:
         self._answers: list[Send] = []
         #: What servers are told that the codec has left out, until they have it; by server, the newest snapshot for which it has
         #: asked, and that for which it is still to be told; and the numbers of what it has handed over here.
-        self._telling: list[Sent[Owed]] = []
+        self._telling: list[Sent[Residual]] = []
         self._told: dict[int, int] = {}
         self._to_tell: dict[int, int] = {}
         self._next_number = 0
@@ -136,7 +148,7 @@ class Exchange:
         sums: Mapping[int, Sum],
         now: float,
         bases: Mapping[int, int] | None = None,
-        slot: Slot | None = None,
+        slot: GradientBuffer | None = None,
     ) -> list[Send]:
         """Send a contribution, `sums` by chunk; to servers that can read `slot`, in which they lie, only word of it.
 
@@ -181,7 +193,9 @@ class Exchange:
         """Whether contributions to some chunk are sent to another host."""
         return any(chunks and server not in self.readers | self.near for server, chunks in self._chunks.items())
 
-    def push_early(self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: Slot) -> list[Send]:
+    def push_early(
+        self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: GradientBuffer
+    ) -> list[Send]:
         """Send a contribution to one chunk, which is to count only when `settle` has said so; likewise."""
         if any(o.push.key == push.key and chunk in o.push.chunks for o in self._outstanding):
             return []
@@ -236,7 +250,7 @@ class Exchange:
         self._pushed_bytes += sum(frame.nbytes for frame in frames)
         return Send(f"server-{outstanding.server}", push, frames)
 
-    def needs(self, slot: Slot) -> bool:
+    def needs(self, slot: GradientBuffer) -> bool:
         """Whether a push of what is in `slot` is not acknowledged yet."""
         return any(outstanding.slot is slot for outstanding in self._outstanding)
 
@@ -383,25 +397,25 @@ class Exchange:
                         self._staged[chunk] = self._decoder.weights(body.version, chunk, one, chunk in body.coded)
                 self._versions.setdefault(number, body.version)
                 if frames:
-                    self._answers.append(Send(server, Got(body.clock, body.chunks)))
+                    self._answers.append(Send(server, WeightsCredit(body.clock, body.chunks)))
                 if body.cut > self._told.get(number, -1):
                     self._told[number] = self._to_tell[number] = body.cut
                 if body.closed:
                     self._closed_on.add(number)
                     self._moved[number] = set(body.moved)
                 failpoint("receiving", body.clock)
-            case Gone() if body.clock == self.clock:
+            case VersionExpired() if body.clock == self.clock:
                 self._gone[number] = body.newest
-            case Owed() if self._computes_no_more:
+            case Residual() if self._computes_no_more:
                 pass  # the server has it still, for another
-            case Owed():
+            case Residual():
                 if body.number not in self._taken_over.setdefault(number, set()):
                     self._coder.take_over(body, frames)
                     self._taken_over[number].add(body.number)
-                self._answers.append(Send(server, Ready("Owed", body.number)))
-            case Ready(about="Owed"):
+                self._answers.append(Send(server, Ready("Residual", body.number)))
+            case Ready(about="Residual"):
                 self._telling = [told for told in self._telling if (told.server, told.body.number) != (server, body.id)]
-            case Weights() | Gone():
+            case Weights() | VersionExpired():
                 pass
             case _:
                 raise WireError(f"a worker has no use for {type(body).__name__}")

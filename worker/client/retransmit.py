@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from roundtable.common.protocol.messages import Body, ClassAck, ClassPush, RowAck, RowPush
+from roundtable.common.protocol.messages import Body, LayerAck, LayerPush, RowAck, RowPush
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 
 B = TypeVar("B", bound=Body, covariant=True)
@@ -40,21 +40,21 @@ def again(messages: Iterable[Sent[B]], server: str) -> list[Sent[B]]:
     return found
 
 
-class Pushes:
+class RetransmitQueue:
     """Contributions that servers have not acknowledged; where servers may be replaced, those of the newest round are kept."""
 
     def __init__(self, may_be_replaced: bool) -> None:
-        self.sent: list[Sent[RowPush | ClassPush]] = []
+        self.sent: list[Sent[RowPush | LayerPush]] = []
         self._may_be_replaced = may_be_replaced
         #: What was acknowledged of the newest round.
-        self._repeatable: list[Sent[RowPush | ClassPush]] = []
+        self._repeatable: list[Sent[RowPush | LayerPush]] = []
 
-    def add(self, new: Sent[RowPush | ClassPush]) -> None:
+    def add(self, new: Sent[RowPush | LayerPush]) -> None:
         """One is sent. That there is one of its round shows that all servers have closed those before."""
         self._repeatable = [sent for sent in self._repeatable if sent.body.round >= new.body.round]
         self.sent.append(new)
 
-    def acknowledged(self, server: str, ack: RowAck | ClassAck) -> None:
+    def acknowledged(self, server: str, ack: RowAck | LayerAck) -> None:
         """One server has got one."""
         whose = server, ack.round, ack.lo, ack.hi
         known = [(s, (s.server, s.body.round, s.body.lo, s.body.hi) == whose) for s in self.sent]
@@ -62,7 +62,7 @@ class Pushes:
         if self._may_be_replaced:
             self._repeatable += [s for s, is_meant in known if is_meant]
 
-    def replaced(self, server: str) -> list[Sent[RowPush | ClassPush]]:
+    def replaced(self, server: str) -> list[Sent[RowPush | LayerPush]]:
         """A server is another process: what it is to get anew, at once."""
         self.sent += [sent for sent in self._repeatable if sent.server == server]
         self._repeatable = [sent for sent in self._repeatable if sent.server != server]

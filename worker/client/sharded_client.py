@@ -14,11 +14,11 @@ import torch
 
 from roundtable.common.model.sparse_rows import cut, join, owner_of, rows_on
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Body, ClassAck, Classified, Classify, ClassPush, Traffic
+from roundtable.common.protocol.messages import Body, LayerAck, LayerPush, ShardedForward, ShardedForwardReply, Traffic
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
-from roundtable.worker.client.retransmit import Pushes, Sent, again, due
+from roundtable.worker.client.retransmit import RetransmitQueue, Sent, again, due
 
 #: Seconds after which what is not answered is sent again at the latest.
 _PATIENCE_S = 4 * SEND_AGAIN_S
@@ -26,8 +26,8 @@ _PATIENCE_S = 4 * SEND_AGAIN_S
 
 @dataclass(frozen=True)
 class Sums:
-    """One server's answer, see `Classified`: largest and total (B), rows (B, D), the sum of all rows (dim) where it was wanted,
-    and the rows of labels that it has (N, dim)."""
+    """One server's answer, see `ShardedForwardReply`: largest and total (B), rows (B, D), the sum of all rows (dim) where it was
+    wanted, and the rows of labels that it has (N, dim)."""
 
     largest: torch.Tensor
     total: torch.Tensor
@@ -48,7 +48,7 @@ class Best:
 Answer = Sums | Best | torch.Tensor | None
 
 
-class ClassExchange:
+class ShardedClient:
     """One worker's questions about classifiers, and its pushes."""
 
     def __init__(self, specs: Sequence[ClassSpec], servers: int, first_number: int, may_be_replaced: bool = False) -> None:
@@ -57,16 +57,16 @@ class ClassExchange:
         self._specs = specs
         self._servers = servers
         self._number = first_number
-        self._pushes = Pushes(may_be_replaced)
+        self._pushes = RetransmitQueue(may_be_replaced)
         self._may_be_replaced = may_be_replaced
         #: Questions of the newest round about which something may be contributed, with the frames that tell each server all about
         #: them; and for each server that was replaced, the newest question that it may not know.
-        self._asked: dict[int, tuple[Classify, Sequence[Frames]]] = {}
+        self._asked: dict[int, tuple[ShardedForward, Sequence[Frames]]] = {}
         self._unknown_to: dict[str, int] = {}
-        self._question: Classify | None = None
+        self._question: ShardedForward | None = None
         #: By server: how many of the labels it has, questions that are not answered, and answers.
         self._own: list[int] = []
-        self._unanswered: dict[int, Sent[Classify]] = {}
+        self._unanswered: dict[int, Sent[ShardedForward]] = {}
         self._answers: dict[int, Answer] = {}
         #: Of tensors, repetitions included.
         self._pushed_bytes = 0
@@ -74,7 +74,7 @@ class ClassExchange:
 
     # ---- asking
 
-    def ask(self, question: Classify, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
+    def ask(self, question: ShardedForward, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
         """Ask all servers: `question`, whose number is still to be set, and `tensors`, features and labels as far as it has them.
         What was asked before is let go."""
         owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
@@ -82,7 +82,7 @@ class ClassExchange:
         frames = [frame for tensor in tensors for frame in cut(tensor)]
         return self._ask(question, [frames] * self._servers, [frames] * self._servers, now)
 
-    def ask_back(self, question: Classify, slopes: torch.Tensor, features: torch.Tensor, now: float) -> list[Send]:
+    def ask_back(self, question: ShardedForward, slopes: torch.Tensor, features: torch.Tensor, now: float) -> list[Send]:
         """Likewise for the way back through a hidden layer: `slopes` (B, rows) is the loss's gradient by its outputs, `features`
         (B, D) what these were of."""
         owners = owner_of(torch.arange(slopes.shape[1]), self._servers)
@@ -90,7 +90,7 @@ class ClassExchange:
         again_ = cut(features)
         return self._ask(question, frames, [[*own, *again_] for own in frames], now)
 
-    def _ask(self, question: Classify, frames: Sequence[Frames], whole: Sequence[Frames], now: float) -> list[Send]:
+    def _ask(self, question: ShardedForward, frames: Sequence[Frames], whole: Sequence[Frames], now: float) -> list[Send]:
         """`frames` are what to ask each server with, `whole` what to ask one with that knows nothing of earlier questions."""
         self._number += 1
         self._question = msgspec.structs.replace(question, number=self._number)
@@ -105,11 +105,11 @@ class ClassExchange:
     def _send(self, sent: Sent[Body]) -> Send:
         body, frames = sent.body, sent.frames
         number, newest = int(sent.server.rpartition("-")[2]), self._unknown_to.get(sent.server, -1)
-        if isinstance(body, ClassPush):
+        if isinstance(body, LayerPush):
             asked = [self._asked[use.number] for use in body.uses if use.number <= newest and use.number in self._asked]
             body = msgspec.structs.replace(body, asked=[question for question, _ in asked])
             frames = [*(frame for _, of in asked for frame in of[number]), *frames]
-        elif isinstance(body, Classify) and 0 <= body.back_through <= newest:
+        elif isinstance(body, ShardedForward) and 0 <= body.back_through <= newest:
             body, frames = self._asked[body.number][0], self._asked[body.number][1][number]
         self._pushed_bytes += sum(frame.nbytes for frame in frames)
         return Send(sent.server, body, frames)
@@ -160,7 +160,7 @@ class ClassExchange:
         assert self.complete and not self.gone
         return torch.stack([answer for _, answer in sorted(self._answers.items()) if isinstance(answer, torch.Tensor)]).sum(0)
 
-    def _decode(self, server: int, answer: Classified, frames: Frames) -> Answer:
+    def _decode(self, server: int, answer: ShardedForwardReply, frames: Frames) -> Answer:
         """Raises WireError for what does not answer the question."""
         ask, parts, what = self._question, iter(frames), f"an answer of server-{server}"
         assert ask is not None
@@ -188,7 +188,7 @@ class ClassExchange:
 
     # ---- pushing
 
-    def push(self, push: ClassPush, tensors: Sequence[torch.Tensor], bases: Mapping[int, int], now: float) -> list[Send]:
+    def push(self, push: LayerPush, tensors: Sequence[torch.Tensor], bases: Mapping[int, int], now: float) -> list[Send]:
         """Send every server a contribution; `bases` are the versions, by server, of the other weights it was computed from."""
         frames = [frame for tensor in tensors for frame in cut(tensor)]
         bodies = [msgspec.structs.replace(push, base=bases.get(number, 0)) for number in range(self._servers)]
@@ -208,10 +208,10 @@ class ClassExchange:
 
     # ---- events
 
-    def handle(self, server: str, body: Classified | ClassAck, frames: Frames) -> None:
+    def handle(self, server: str, body: ShardedForwardReply | LayerAck, frames: Frames) -> None:
         """One message of a server. Raises WireError where it does not fit."""
         number = int(server.rpartition("-")[2])
-        if isinstance(body, ClassAck):
+        if isinstance(body, LayerAck):
             self._pushes.acknowledged(server, body)
         elif body.number == self._number and number in self._unanswered:
             self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)

@@ -1,6 +1,7 @@
 """Classifiers that servers keep and compute: a layer whose weight is never here, and its loss.
 
-A forward asks every server what its classes come to (`Classify`), which is all that backward needs too: docs/model-parallel.md.
+A forward asks every server what its classes come to (`ShardedForward`), which is all that backward needs too:
+docs/model-parallel.md.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from roundtable.common.model.row_pages import pages
 from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Classify, ClassPush, RowInit, Use
+from roundtable.common.protocol.messages import InitialRows, LayerPush, LayerUse, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
-from roundtable.worker.client.io_thread import Link
-from roundtable.worker.client.sharded_client import ClassExchange, Sums
+from roundtable.worker.client.io_thread import IoThread
+from roundtable.worker.client.sharded_client import ShardedClient, Sums
 from roundtable.worker.layers.margin_losses import Margin
 from roundtable.worker.layers.sparse_embedding import is_ready
 from roundtable.worker.optim.optimizer import Groups
@@ -47,7 +48,7 @@ class OnServers(nn.Module):
         self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(rows, in_features, device="meta"))
         self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
-        self._shards: Shards | None = None
+        self._shards: ShardedLayers | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
@@ -59,7 +60,7 @@ class OnServers(nn.Module):
         return layer
 
     @property
-    def shards(self) -> Shards:
+    def shards(self) -> ShardedLayers:
         if self._shards is None:
             raise UsageError(
                 f"a {type(self).__name__} is on the servers: call run.replicate(model) and run.optimizer(...) before it is used."
@@ -197,8 +198,8 @@ def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> No
 
 
 @dataclass(frozen=True)
-class Contribution:
-    """What one use of a layer contributes: the question it is about, and log_total, g and own_gradient (B) of `ClassPush`."""
+class LayerGradient:
+    """What one use of a layer contributes: the question it is about, and log_total, g and own_gradient (B) of `LayerPush`."""
 
     number: int
     smoothing: float
@@ -217,16 +218,16 @@ class Contribution:
         return self.tensors
 
     @property
-    def use(self) -> Use:
-        return Use(self.number, len(self.g), self.smoothing)
+    def use(self) -> LayerUse:
+        return LayerUse(self.number, len(self.g), self.smoothing)
 
-    def times(self, samples: int) -> Contribution:
+    def times(self, samples: int) -> LayerGradient:
         """That of a micro-batch of so many samples, of whose mean this is."""
         return replace(self, g=self.g * samples, own_gradient=self.own_gradient * samples)
 
 
 @dataclass(frozen=True)
-class HiddenContribution:
+class HiddenGradient:
     """Likewise of a hidden layer: servers have the gradient by its outputs (B, rows) from the question."""
 
     number: int
@@ -242,19 +243,19 @@ class HiddenContribution:
         return [self.slopes]
 
     @property
-    def use(self) -> Use:
-        return Use(self.number, len(self.slopes), scale=self.scale)
+    def use(self) -> LayerUse:
+        return LayerUse(self.number, len(self.slopes), scale=self.scale)
 
-    def times(self, samples: int) -> HiddenContribution:
+    def times(self, samples: int) -> HiddenGradient:
         return replace(self, scale=self.scale * samples)
 
 
-class Shards:
+class ShardedLayers:
     """The sharded layers of one worker's model: asked and contributed to. There may be none."""
 
     def __init__(
         self,
-        link: Link,
+        link: IoThread,
         layers: Sequence[Sharded],
         servers: int,
         version: Callable[[], int],
@@ -272,9 +273,9 @@ class Shards:
         self._servers = servers
         self._version = version
         self._timeout = timeout
-        self.exchange = ClassExchange(self._specs, servers, first_number, may_be_replaced)
+        self.exchange = ShardedClient(self._specs, servers, first_number, may_be_replaced)
         self._layers = [sharded.layer for sharded in layers]
-        self._used: list[Contribution | HiddenContribution] = []
+        self._used: list[LayerGradient | HiddenGradient] = []
         #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
         self.spoilt = False
         for number, sharded in enumerate(layers):
@@ -296,17 +297,19 @@ class Shards:
             id_ = _FIRST_ID * (number + 1) + page
             for server in range(self._servers):
                 frames = cut(rows[ids[owners == server]])
-                self._link.request(f"server-{server}", RowInit(id_, tables + number, page), is_ready(id_), self._timeout, frames)
+                self._link.request(
+                    f"server-{server}", InitialRows(id_, tables + number, page), is_ready(id_), self._timeout, frames
+                )
 
     # ---- asking
 
-    def _ask(self, layer: OnServers, question: Classify, tensors: Sequence[torch.Tensor]) -> bool:
+    def _ask(self, layer: OnServers, question: ShardedForward, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the answers are here; False where the round is over."""
         with self._link.lock:
             messages = self.exchange.ask(question, tensors, time.monotonic())
         return self._is_answered(layer, messages)
 
-    def _ask_back(self, layer: OnServers, question: Classify, slopes: torch.Tensor, features: torch.Tensor) -> bool:
+    def _ask_back(self, layer: OnServers, question: ShardedForward, slopes: torch.Tensor, features: torch.Tensor) -> bool:
         """Likewise."""
         with self._link.lock:
             messages = self.exchange.ask_back(question, slopes, features, time.monotonic())
@@ -353,7 +356,7 @@ class Shards:
                 raise UsageError(f"'{name}' has a bias, and a margin is between directions: make it with bias=False.")
             features = nn.functional.normalize(features) * margin.scale
         contributes = torch.is_grad_enabled()
-        question = Classify(
+        question = ShardedForward(
             0, self._number(layer), self._version(), len(features), contributes, margin is not None, sums=smoothing > 0.0
         )
         x, y = self._features(layer, features), labels.detach().to("cpu", torch.int64).contiguous()
@@ -367,7 +370,7 @@ class Shards:
 
         def backward(g: torch.Tensor) -> None:
             g = g.cpu()
-            self._used.append(Contribution(number, smoothed, found.log_total, g, g * found.own_slope))
+            self._used.append(LayerGradient(number, smoothed, found.log_total, g, g * found.own_slope))
 
         device = features.device
         anchor = torch.zeros((), requires_grad=True)  # backward comes by, even where features want no gradient
@@ -376,7 +379,7 @@ class Shards:
     def outputs(self, layer: ColumnParallelLinear, features: torch.Tensor) -> torch.Tensor:
         """Of a hidden layer: (B, out_features) of features (B, D)."""
         x, number, contributes = self._features(layer, features), self._number(layer), torch.is_grad_enabled()
-        question = Classify(0, number, self._version(), len(x), contributes)
+        question = ShardedForward(0, number, self._version(), len(x), contributes)
         if self.spoilt or not self._ask(layer, question, [x]):
             self.spoilt = True
             return features.new_zeros(len(x), layer.out_features, requires_grad=contributes)
@@ -390,7 +393,7 @@ class Shards:
             if self.spoilt or not self._ask_back(layer, question, slopes, x):
                 self.spoilt = True
                 return torch.zeros_like(features)
-            self._used.append(HiddenContribution(self.exchange.number, slopes))
+            self._used.append(HiddenGradient(self.exchange.number, slopes))
             return self.exchange.take_slopes().to(features)
 
         return _Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
@@ -400,13 +403,13 @@ class Shards:
         if not 1 <= k <= layer.num_classes:
             raise UsageError(f"k is {k}; there are {layer.num_classes} classes.")
         x = self._features(layer, nn.functional.normalize(features) if cosine else features)
-        self._ask(layer, Classify(0, self._number(layer), self._version(), len(x), normalised=cosine, top=k), [x])
+        self._ask(layer, ShardedForward(0, self._number(layer), self._version(), len(x), normalised=cosine, top=k), [x])
         values, classes = self.exchange.take_best()
         return values.to(features.device), classes.to(features.device)
 
     # ---- contributions
 
-    def contribution(self, samples: int) -> list[Contribution | HiddenContribution]:
+    def contribution(self, samples: int) -> list[LayerGradient | HiddenGradient]:
         """What backward has come by since the last one, times the samples of the micro-batch."""
         used = [use.times(samples) for use in self._used]
         self.forget()
@@ -417,7 +420,7 @@ class Shards:
         """Let it go, as zero_grad does."""
         self._used = []
 
-    def push(self, push: ClassPush, uses: Sequence[Contribution | HiddenContribution], bases: Mapping[int, int]) -> None:
+    def push(self, push: LayerPush, uses: Sequence[LayerGradient | HiddenGradient], bases: Mapping[int, int]) -> None:
         """Contribute; `push` lacks the uses, and what differs between servers."""
         if self._layers:
             tensors = [tensor for use in uses for tensor in use.tensors]

@@ -20,12 +20,12 @@ from torch.nn.functional import embedding
 from roundtable.common.model.row_pages import pages
 from roundtable.common.model.sparse_rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Body, Ready, RowInit, RowPush
+from roundtable.common.protocol.messages import Body, InitialRows, Ready, RowPush
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
-from roundtable.worker.client.embedding_client import RowExchange
-from roundtable.worker.client.io_thread import Link
+from roundtable.worker.client.embedding_client import EmbeddingClient
+from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.optim.optimizer import Groups
 from roundtable.worker.replica.absent_parameter import absent
 
@@ -48,14 +48,14 @@ def make_embedding(rows: int, dim: int, std: float) -> nn.Embedding:
 
 
 @dataclass(frozen=True)
-class Table:
+class SparseEmbedding:
     """A row-sparse parameter: what servers must know of it, and the layer that looks rows up in it."""
 
     spec: TableSpec
     module: nn.Embedding
 
 
-def find_tables(model: nn.Module, groups: Groups) -> list[Table]:
+def find_tables(model: nn.Module, groups: Groups) -> list[SparseEmbedding]:
     """All sparse embeddings of `model` whose weight is in one of the groups. Raises UsageError for one that cannot be had."""
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     tables = []
@@ -65,7 +65,7 @@ def find_tables(model: nn.Module, groups: Groups) -> list[Table]:
             _check_module(name, module, model)
             weight = module.weight
             std = float(getattr(module, _STD, 1.0)) if weight.is_meta else None
-            tables.append(Table(TableSpec(name, weight.shape[0], weight.shape[1], group_of[id(weight)], std), module))
+            tables.append(SparseEmbedding(TableSpec(name, weight.shape[0], weight.shape[1], group_of[id(weight)], std), module))
     return tables
 
 
@@ -87,7 +87,7 @@ def _check_module(name: str, module: nn.Embedding, model: nn.Module) -> None:
 
 
 def check_training(
-    tables: Sequence[Table], cls: type[torch.optim.Optimizer], settings: Sequence[Mapping[str, Any]], policy: Policy
+    tables: Sequence[SparseEmbedding], cls: type[torch.optim.Optimizer], settings: Sequence[Mapping[str, Any]], policy: Policy
 ) -> None:
     """Raise UsageError where tables cannot be trained like this; `settings` are those of all parameter groups."""
     for table in tables:
@@ -117,8 +117,8 @@ class RowSparse:
 
     def __init__(
         self,
-        link: Link,
-        tables: Sequence[Table],
+        link: IoThread,
+        tables: Sequence[SparseEmbedding],
         servers: int,
         version: Callable[[], int],
         timeout: float,
@@ -133,7 +133,7 @@ class RowSparse:
         self._servers = servers
         self._version = version
         self._timeout = timeout
-        self.exchange = RowExchange(self._specs, servers, may_be_replaced)
+        self.exchange = EmbeddingClient(self._specs, servers, may_be_replaced)
         #: Gradients of each table since the last contribution, in the order that backward made them in.
         self._gradients: list[list[RowSum]] = [[] for _ in tables]
         self._weights: list[nn.Parameter] = []
@@ -143,13 +143,13 @@ class RowSparse:
                 self._send_first(number, table)
             self._take_over(number, table.module)
 
-    def _send_first(self, table: int, of: Table) -> None:
+    def _send_first(self, table: int, of: SparseEmbedding) -> None:
         weight = of.module.weight.detach().cpu()
         for page in pages(of.spec):
             ids = page_ids(of.spec, page)
             owners = owner_of(ids, self._servers)
             for server in range(self._servers):
-                init = RowInit(self._sent, table, page)
+                init = InitialRows(self._sent, table, page)
                 self._sent += 1
                 frames = cut(weight[ids[owners == server]])
                 self._link.request(f"server-{server}", init, is_ready(init.id), self._timeout, frames)

@@ -16,7 +16,7 @@ from roundtable.common.model.partial_sum import Sum, adder
 from roundtable.common.model.reduction_tree import TreeSum
 from roundtable.common.model.sparse_rows import RowSums
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages import MOST_TOLD, Beat, ClassPush, Push, RowPush, Sums, Waiting
+from roundtable.common.protocol.messages import MOST_TOLD, Heartbeat, LayerPush, Push, RequestWork, RowPush, Sums
 from roundtable.common.protocol.transport import PATIENCE_BY_WORKER_S
 from roundtable.common.runtime.allocator import keep_memory
 from roundtable.common.runtime.errors import NoAnswer, UsageError
@@ -26,9 +26,9 @@ from roundtable.worker.layers import sharded_linear
 from roundtable.worker.layers.sparse_embedding import RowSparse
 from roundtable.worker.loop.repeat import LONGEST_S, Repeat, may_repeat
 from roundtable.worker.optim.optimizer import Hypers
-from roundtable.worker.replica.backward_overlap import Early, Join
-from roundtable.worker.replica.gradient_buffers import Slot, Slots
-from roundtable.worker.replica.lazy_weights import AwaitedWeights
+from roundtable.worker.replica.backward_overlap import OverlappedPush, TreeJoin
+from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
+from roundtable.worker.replica.lazy_weights import LazyWeights
 from roundtable.worker.replica.replica import Replica
 from roundtable.worker.replica.script_edits import Edits
 
@@ -50,19 +50,19 @@ STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each ba
 
 
 @dataclass
-class Contribution:
+class GradientSum:
     """The sum over some micro-batches by chunk, in a slot, of rows of tables, and of uses of sharded layers; and of the metrics,
     sums x samples, and the samples. `finite`: each of the micro-batches was, if that is looked at."""
 
-    slot: Slot
+    slot: GradientBuffer
     sums: dict[int, Sum]
     rows: RowSums
-    uses: list[sharded_linear.Contribution | sharded_linear.HiddenContribution]
+    uses: list[sharded_linear.LayerGradient | sharded_linear.HiddenGradient]
     metrics: Sums
     finite: bool = True
 
 
-class Meter:
+class Throughput:
     """How fast this worker computes: moving averages over micro-batches."""
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Meter:
         self.rate += weight * (samples / max(seconds, 1e-9) - self.rate)
 
 
-class GradientWork:
+class GradientLoop:
     """One worker's loop: take a micro-batch, contribute its gradient, go on when the policy lets it."""
 
     def __init__(
@@ -83,8 +83,8 @@ class GradientWork:
         run: Run,
         replica: Replica,
         rows: RowSparse,
-        shards: sharded_linear.Shards,
-        slots: Slots,
+        shards: sharded_linear.ShardedLayers,
+        slots: GradientBuffers,
         hypers: Hypers,
         clip_norm: float | None,
     ) -> None:
@@ -104,24 +104,24 @@ class GradientWork:
         self._current: Task | None = None
         self._metrics: dict[str, float] = {}
         #: Where the gradients of the current micro-batch are made, or the contribution of the one before that they are added to.
-        self._slot: Slot | None = None
-        self._onto: Contribution | None = None
+        self._slot: GradientBuffer | None = None
+        self._onto: GradientSum | None = None
         #: What was computed of the own run and is not pushed yet, and the round it belongs to.
-        self._sums: TreeSum[Contribution] | None = None
+        self._sums: TreeSum[GradientSum] | None = None
         self._sums_round = -1
         #: Versions, by server, of the weights in the model, and whether something was contributed since they came.
         self._versions: dict[int, int] = {}
         self._stale = False
         #: Which weights are not here yet; and whether they will never be, so that nothing computed in this round is of use.
-        self._awaited = AwaitedWeights(replica, self._await)
+        self._awaited = LazyWeights(replica, self._await)
         self._to_come: set[int] = set()
         self._spoilt = False
         #: The contribution being made, where it is pushed as it comes.
-        self._early: Early | None = None
+        self._early: OverlappedPush | None = None
         #: How long it takes to push one so, a moving average, seconds.
         self._overlap_s = 0.0
         self._begun_at = 0.0
-        self._meter = Meter()
+        self._meter = Throughput()
         #: Of the micro-batch that is computed twice; and the parameter of which it had two gradients.
         self._repeat: Repeat | None = None
         self._unsteady = ""
@@ -244,7 +244,7 @@ class GradientWork:
         self.replica.discard()
         self._advance()
 
-    def _contribution(self, task: Task, samples: int) -> tuple[int, Contribution]:
+    def _contribution(self, task: Task, samples: int) -> tuple[int, GradientSum]:
         """What is contributed of the micro-batches from the one returned to `task`."""
         metrics = {name: (value * samples, float(samples)) for name, value in self._metrics.items()}
         rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
@@ -252,10 +252,10 @@ class GradientWork:
             assert self._sums is not None
             sums = self.replica.added(samples, self._onto.sums)
             del self._sums.held[task.k - 1, task.k]
-            return task.k - 1, self._joined(self._onto, Contribution(self._onto.slot, {}, rows, uses, metrics), sums)
+            return task.k - 1, self._joined(self._onto, GradientSum(self._onto.slot, {}, rows, uses, metrics), sums)
         assert self._slot is not None
         sums = self.replica.gradient(samples, without=self._settle())
-        contribution = Contribution(self._slot, sums, rows, uses, metrics)
+        contribution = GradientSum(self._slot, sums, rows, uses, metrics)
         if self._run.settings.on_nonfinite == "skip":  # before anything is added, for sums depend on who computes what
             contribution.finite = self._is_finite(contribution, task.round, task.k, task.k + 1)
         return task.k, contribution
@@ -286,7 +286,7 @@ class GradientWork:
             parts.append(rows)
         torch.nn.utils.clip_grad_norm_(parts, norm)
 
-    def _lies_apart(self, slot: Slot, round_: int) -> bool:
+    def _lies_apart(self, slot: GradientBuffer, round_: int) -> bool:
         """Whether servers are to add this contribution up, and not this worker."""
         assert self._exchange is not None
         with self._link.lock:
@@ -317,7 +317,7 @@ class GradientWork:
             self._slot = self._slots.take(self._is_needed)
         self.replica.contribute_to(self._slot)
 
-    def _before(self) -> Contribution | None:
+    def _before(self) -> GradientSum | None:
         """The contribution of the micro-batch before, if that of this one is to be added to it."""
         task = self._current
         assert task is not None
@@ -352,17 +352,17 @@ class GradientWork:
         held = self._sums.held if self._sums is not None else {}
         for left, right in self._sums.joins((lo, hi)) if self._sums is not None else ():
             on_left = left[0] < lo
-            joins.append(Join(held[left if on_left else right].sums, on_left))
+            joins.append(TreeJoin(held[left if on_left else right].sums, on_left))
             lo, hi = left[0], right[1]
         push = self._make_push(task.round, lo, hi, None)
         exchange, link = self._exchange, self._link
 
-        def send(chunk: int, value: Sum, slot: Slot) -> None:
+        def send(chunk: int, value: Sum, slot: GradientBuffer) -> None:
             with link.lock:
                 messages = exchange.push_early(push, chunk, value, time.monotonic(), self._versions, slot)
             link.send(*messages)
 
-        self._early = Early(
+        self._early = OverlappedPush(
             self.replica, self._slot, plan.samples_in(task.k, task.k + 1), joins, self._spare_slot, send, exchange.sends
         )
         self.replica.on_gradient = self._early.made
@@ -384,11 +384,11 @@ class GradientWork:
         self._link.send(*messages)
         return good
 
-    def _spare_slot(self) -> Slot:
+    def _spare_slot(self) -> GradientBuffer:
         with self._link.lock:
             return self._slots.take(self._is_needed)
 
-    def _is_needed(self, slot: Slot) -> bool:
+    def _is_needed(self, slot: GradientBuffer) -> bool:
         assert self._exchange is not None
         return self._exchange.needs(slot) or (self._per_round and slot.pushed >= self.round)
 
@@ -406,7 +406,7 @@ class GradientWork:
                     total.slot.taken = False
             self._sums = None
 
-    def _add_up(self, left: Contribution, right: Contribution) -> Contribution:
+    def _add_up(self, left: GradientSum, right: GradientSum) -> GradientSum:
         both = left.sums.keys() & right.sums.keys()  # but for chunks that were pushed early
         is_one_scale = _scale(left) == _scale(right)
         sums = {}
@@ -419,16 +419,16 @@ class GradientWork:
         right.slot.taken = False  # both are owned, so the sum is where the left one was
         return self._joined(left, right, sums)
 
-    def _joined(self, left: Contribution, right: Contribution, sums: dict[int, Sum]) -> Contribution:
+    def _joined(self, left: GradientSum, right: GradientSum, sums: dict[int, Sum]) -> GradientSum:
         """Two contributions as one, with these sums, which lie where the left one's do."""
         metrics = dict(left.metrics)
         for name, (value, samples) in right.metrics.items():
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + samples
         rows, uses = self._rows.add(left.rows, right.rows), left.uses + right.uses
-        return Contribution(left.slot, sums, rows, uses, metrics, left.finite and right.finite)
+        return GradientSum(left.slot, sums, rows, uses, metrics, left.finite and right.finite)
 
-    def _push(self, round_: int, lo: int, hi: int, contribution: Contribution) -> None:
+    def _push(self, round_: int, lo: int, hi: int, contribution: GradientSum) -> None:
         assert self._exchange is not None
         if self._run.settings.on_nonfinite == "fail":
             self._is_finite(contribution, round_, lo, hi)
@@ -440,10 +440,10 @@ class GradientWork:
         self._link.send(*messages)
         rows = RowPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._rows.push(rows, contribution.rows, self._versions)
-        classes_ = ClassPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
+        classes_ = LayerPush(round_, lo, hi, push.samples, [], hypers=push.hypers, finite=push.finite)
         self._shards.push(classes_, contribution.uses, self._versions)
 
-    def _is_finite(self, contribution: Contribution, round_: int, lo: int, hi: int) -> bool:
+    def _is_finite(self, contribution: GradientSum, round_: int, lo: int, hi: int) -> bool:
         """Whether all of a contribution of micro-batches lo .. hi-1 is finite. Raises UsageError if the run is to fail then."""
         fails = self._run.settings.on_nonfinite == "fail"
         values = {chunk: total.values for chunk, total in contribution.sums.items()}
@@ -560,7 +560,7 @@ class GradientWork:
                 break
             if unless_leased:
                 self._leave_if_asked()
-                self._link.send(Send(COORDINATOR, Waiting(self.round)))
+                self._link.send(Send(COORDINATOR, RequestWork(self.round)))
                 self._link.beat_soon()
             if time.monotonic() - began > self._run.settings.timeout + 20.0:
                 raise NoAnswer(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
@@ -614,7 +614,7 @@ class GradientWork:
         self._await_all()
         return None if self._spoilt else self.round
 
-    def beat(self) -> Beat:
+    def beat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""
         now = self._current
         round_ = now.round if now is not None else self.round
@@ -622,14 +622,14 @@ class GradientWork:
         sent = sorted({*sent, *self._rows.exchange.unacknowledged(round_), *self._shards.exchange.unacknowledged(round_)})
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         transfer = self._exchange.transfer_s if self._exchange is not None else 0.0
-        return Beat(
+        return Heartbeat(
             state, round_, at, self._tasks.left(round_)[:MOST_TOLD], sent[:MOST_TOLD],  # type: ignore[arg-type]
             self._meter.seconds, self._meter.rate, transfer, reached=self.round,
             taken=self._tasks.taken_elsewhere(round_)[:MOST_TOLD], unsteady=self._unsteady,
         )  # fmt: skip
 
 
-def _scale(contribution: Contribution) -> float:
+def _scale(contribution: GradientSum) -> float:
     """What a contribution's values are to be multiplied by."""
     return max((total.scale for total in contribution.sums.values()), default=1.0)
 

@@ -15,10 +15,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed
 from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.model.partial_sum import Sum, nothing
-from roundtable.common.protocol.messages import Beat, Push, Sums
+from roundtable.common.protocol.messages import Heartbeat, Push, Sums
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.loader import Loader, seed_everything
-from roundtable.worker.loop.gradient_loop import STEP_MISSING, STEP_TOO_MUCH, Meter
+from roundtable.worker.loop.gradient_loop import STEP_MISSING, STEP_TOO_MUCH, Throughput
 from roundtable.worker.merge import constraints, greedy_soup
 from roundtable.worker.optim.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from roundtable.worker.replica.replica import Replica
@@ -41,7 +41,7 @@ class Inner:
     clip_norm: float | None
 
 
-class LocalWork:
+class LocalSgdLoop:
     """One worker's loop: in each round a step on its own run of micro-batches; after as many rounds as the policy says, and at
     the end of the data, a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
 
@@ -77,7 +77,7 @@ class LocalWork:
         self._current: Task | None = None
         self._metrics: dict[str, float] = {}
         self._begun_at = 0.0
-        self._meter = Meter()
+        self._meter = Throughput()
         self.edits = Edits(run, replica, only_frozen=True)
 
     def join(self) -> None:
@@ -281,11 +281,11 @@ class LocalWork:
         assert self._exchange is not None
         return f"the merged weights {self._exchange.missing_text()}"
 
-    def beat(self) -> Beat:
+    def beat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""
         waiting = self._exchange is not None and self._exchange.clock is not None
         current = self._current
-        return Beat(
+        return Heartbeat(
             "waiting" if waiting else "computing",
             self.round,
             current.k if current is not None else -1,

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections import deque
 
 from roundtable.common.config.batch_plan import Task
-from roundtable.common.config.work_shares import Table, in_force
-from roundtable.common.protocol.messages import Lease
+from roundtable.common.config.work_shares import ShareTable, in_force
+from roundtable.common.protocol.messages import Reassign
 
 
-class Tasks:
+class TaskQueue:
     """One worker's work list. `round` is the round it is in; -1 before the first."""
 
-    def __init__(self, worker: str, tables: list[Table]) -> None:
+    def __init__(self, worker: str, tables: list[ShareTable]) -> None:
         self.worker = worker
         self.tables = tables
         self.round = -1
@@ -42,7 +42,7 @@ class Tasks:
         self._given = {task for task in self._given if task.round > round_}
         self._begun = {task for task in self._begun if task.round >= round_}
 
-    def leased(self, lease: Lease) -> None:
+    def leased(self, lease: Reassign) -> None:
         """A micro-batch changes hands. Leases may come twice, late, or for rounds not open yet."""
         task = Task(lease.round, lease.k)
         if lease.to == self.worker:

@@ -17,29 +17,29 @@ import torch
 
 from roundtable.common.model.layout import Chunk
 from roundtable.common.model.partial_sum import Sum, add_values
-from roundtable.worker.replica.gradient_buffers import Slot
+from roundtable.worker.replica.gradient_buffers import GradientBuffer
 from roundtable.worker.replica.replica import Replica
 
 
 @dataclass(frozen=True)
-class Join:
+class TreeJoin:
     """Contributions to all chunks, by chunk, that the new one is added to: on its left or on its right."""
 
     sums: dict[int, Sum]
     on_left: bool
 
 
-class Early:
+class OverlappedPush:
     """One contribution in the making, of `samples` samples, in `slot`."""
 
     def __init__(
         self,
         replica: Replica,
-        slot: Slot,
+        slot: GradientBuffer,
         samples: int,
-        joins: Sequence[Join],
-        spare: Callable[[], Slot],
-        send: Callable[[int, Sum, Slot], None],
+        joins: Sequence[TreeJoin],
+        spare: Callable[[], GradientBuffer],
+        send: Callable[[int, Sum, GradientBuffer], None],
         sends: Callable[[int], bool],
     ) -> None:
         """`joins` are what it is added to, in order; `spare()` is memory for sums, as gradients must stay what they are until
@@ -49,7 +49,7 @@ class Early:
         self._samples = samples
         self._joins = joins
         self._take_spare = spare
-        self._spare: Slot | None = None
+        self._spare: GradientBuffer | None = None
         self._send = send
         self._sends = sends
         #: What gradients looked like when they were made, by tensor; and, by chunk, when it was sent.
@@ -61,7 +61,7 @@ class Early:
         self.values: dict[int, torch.Tensor] = {}
 
     @property
-    def spare(self) -> Slot | None:
+    def spare(self) -> GradientBuffer | None:
         """Memory that was used for sums, if any."""
         return self._spare
 
@@ -116,7 +116,7 @@ class Early:
         return value
 
     @property
-    def _memory(self) -> Slot:
+    def _memory(self) -> GradientBuffer:
         if self._spare is None:
             self._spare = self._take_spare()
         return self._spare

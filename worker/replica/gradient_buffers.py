@@ -22,7 +22,7 @@ _LARGE_BYTES = 8 << 20
 
 
 @dataclass(eq=False)
-class Slot:
+class GradientBuffer:
     """Room for one contribution. `index` is its place in the shared region; -1: it is this process's own."""
 
     index: int
@@ -36,13 +36,13 @@ class Slot:
     pushed: int = field(default=-1)
 
 
-class Slots:
+class GradientBuffers:
     """Slots as they are needed, in shared memory as long as there is room, reused when they are free."""
 
     def __init__(self, layout: Layout, shared: bool) -> None:
         self._layout = layout
         self._bytes = slot_bytes(layout)
-        self._slots: list[Slot] = []
+        self._slots: list[GradientBuffer] = []
         self._region: Region | None = None
         if shared and layout.chunks:
             try:
@@ -61,7 +61,7 @@ class Slots:
         """What servers need to read the slots; None where they are not shared."""
         return self._region.handle if self._region is not None else None
 
-    def take(self, in_use: Callable[[Slot], bool]) -> Slot:
+    def take(self, in_use: Callable[[GradientBuffer], bool]) -> GradientBuffer:
         """A slot that is not taken and, as `in_use` tells, not read by anybody."""
         slot = next((slot for slot in self._slots if not slot.taken and not in_use(slot)), None)
         if slot is None:
@@ -71,7 +71,7 @@ class Slots:
             else:
                 memory = memory_of(self._layout, self._region, index)
             _pin(memory)
-            slot = Slot(index, views(self._layout, memory), memory)
+            slot = GradientBuffer(index, views(self._layout, memory), memory)
             self._slots.append(slot)
         slot.taken = True
         return slot

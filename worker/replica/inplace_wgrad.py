@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 _LARGE_BYTES = 256 << 10
 
 
-class Taker(Protocol):
+class GradientSink(Protocol):
     """Who gets the gradients of weights."""
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
     """y = x W^T + b, with dW = (dy)^T x written to its place where it is what backward will accumulate."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taker: Taker) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taker: GradientSink) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.taker = taker
         return linear(x, weight, bias)
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         return dx, dw, dy.sum(0) if needs_bias else None, None
 
 
-def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: Taker | None) -> torch.Tensor | None:
+def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: GradientSink | None) -> torch.Tensor | None:
     if taker is None or (out := taker.place(weight)) is None:
         return dy.t().mm(x)
     torch.mm(dy.t(), x, out=out)
@@ -67,7 +67,7 @@ def _accumulates(node: Any) -> bool:
         return False
 
 
-def install(model: nn.Module, taker: Taker) -> None:
+def install(model: nn.Module, taker: GradientSink) -> None:
     """Have all large plain linear layers of `model` ask `taker` what to do with their weights' gradients."""
 
     def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:

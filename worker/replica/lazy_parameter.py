@@ -26,7 +26,7 @@ _TRANSFORMS = (eager_transforms, vmap, _vmap_internals)
 _BEGINNINGS = tuple(f"_{kind}_increment_nesting" for kind in ("grad", "jvp", "vmap", "func"))
 
 
-class Untouched(nn.Parameter):
+class LazyParameter(nn.Parameter):
     """A parameter with something put off; touching it does that first."""
 
     #: What may be done to it all the same.
@@ -41,7 +41,7 @@ class Untouched(nn.Parameter):
         if func in cls.harmless:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for parameter in instances_in((args, kwargs), Untouched):
+        for parameter in instances_in((args, kwargs), LazyParameter):
             _touched[id(parameter)]()
         return func(*args, **kwargs)
 
@@ -51,7 +51,7 @@ def accessors(*names: str) -> set[Any]:
     return {getattr(getattr(torch.Tensor, name), access) for name in names for access in ("__get__", "__set__")}
 
 
-def put_off(parameter: torch.Tensor, kind: type[Untouched], touched: Callable[[], None]) -> None:
+def put_off(parameter: torch.Tensor, kind: type[LazyParameter], touched: Callable[[], None]) -> None:
     """Make `parameter` a `kind`. `touched` must `settle` it."""
     parameter.__class__ = kind
     _touched[id(parameter)] = touched

@@ -17,11 +17,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from roundtable.worker.replica.lazy_parameter import Untouched, accessors, put_off, settle, transforms_touch_all
+from roundtable.worker.replica.lazy_parameter import LazyParameter, accessors, put_off, settle, transforms_touch_all
 from roundtable.worker.replica.replica import Replica
 
 
-class Awaited(Untouched):
+class AwaitedParameter(LazyParameter):
     """A parameter whose weights are still to come."""
 
     harmless = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse") | {
@@ -29,7 +29,7 @@ class Awaited(Untouched):
     }
 
 
-class AwaitedWeights:
+class LazyWeights:
     """Which of a replica's parameters are awaited."""
 
     def __init__(self, replica: Replica, arrive: Callable[[int], None]) -> None:
@@ -62,7 +62,7 @@ class AwaitedWeights:
         }
 
     def _can_wait(self, index: int) -> bool:
-        return type(self._replica.tensors[index]) in (nn.Parameter, Awaited)
+        return type(self._replica.tensors[index]) in (nn.Parameter, AwaitedParameter)
 
     @property
     def any(self) -> bool:
@@ -75,7 +75,7 @@ class AwaitedWeights:
             for piece in self._replica.layout.chunks[chunk].pieces:
                 self._missing.setdefault(piece.tensor, set()).add(chunk)
         for index in self._missing:
-            put_off(self._replica.tensors[index], Awaited, functools.partial(self._arrive, index))
+            put_off(self._replica.tensors[index], AwaitedParameter, functools.partial(self._arrive, index))
         if self._missing and self._hook is None:
             self._hook = register_module_forward_pre_hook(self._before_forward)
             self._transforms.enter_context(transforms_touch_all())

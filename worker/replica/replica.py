@@ -21,7 +21,7 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
 from roundtable.worker.replica import inplace_wgrad
 from roundtable.worker.replica.buffers import Rules, as_bytes, find, parts_of, same_bytes
-from roundtable.worker.replica.gradient_buffers import Slot
+from roundtable.worker.replica.gradient_buffers import GradientBuffer
 from roundtable.worker.replica.mapped_weights import InPlane, MappedWeights, shaped
 
 #: Gradients of fewer bytes are taken over together when all are made, for a call each takes longer than the copy.
@@ -101,7 +101,7 @@ class Replica:
             if chunk.kind == "param" and all(self._is_whole(piece) for piece in chunk.pieces)
         }
         #: Of those, by chunk and slot, where each tensor's gradient is contributed from.
-        self._parts: dict[tuple[int, Slot], Sequence[torch.Tensor]] = {}
+        self._parts: dict[tuple[int, GradientBuffer], Sequence[torch.Tensor]] = {}
         #: Parameters that may be trained; and of these, by number, those without a hook for their gradient: torch takes none
         #: before they require one.
         self.trainable = [tensor for tensor, spec in zip(self.tensors, self.specs, strict=True) if spec.group >= 0]
@@ -118,8 +118,8 @@ class Replica:
         self._in_memory: set[int] = set()
         #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and, of those whose
         #: place has been given away already, how often that was written to.
-        self._slot: Slot | None = None
-        self._places: dict[Slot, dict[int, torch.Tensor]] = {}
+        self._slot: GradientBuffer | None = None
+        self._places: dict[GradientBuffer, dict[int, torch.Tensor]] = {}
         self._given: dict[int, int] = {}
         #: Whether gradients are added to what is in the slot.
         self._adds = False
@@ -182,7 +182,7 @@ class Replica:
             del self._frozen[chunk.id]
         return chunks
 
-    def contribute_to(self, slot: Slot) -> None:
+    def contribute_to(self, slot: GradientBuffer) -> None:
         """The next gradients go to `slot`."""
         self._catch_all()
         self._slot, self._adds, self._given = slot, False, {}
@@ -195,7 +195,7 @@ class Replica:
             }
             self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % ALIGNED == 0}
 
-    def add_to(self, slot: Slot) -> None:
+    def add_to(self, slot: GradientBuffer) -> None:
         """The next gradients are to be added, by `added`, to those of another micro-batch, which are in `slot`."""
         self._slot, self._adds = slot, True
 
@@ -203,7 +203,7 @@ class Replica:
         """Whether its gradient and its elements in chunks are one and the same memory, on the CPU."""
         return tensor.device.type == "cpu" and tensor.is_contiguous() and chunk.dtype == chunk.sum_dtype
 
-    def _place(self, slot: Slot, offsets: Mapping[int, int], tensor: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+    def _place(self, slot: GradientBuffer, offsets: Mapping[int, int], tensor: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
         first = next(piece for piece in chunks[0].pieces if self.tensors[piece.tensor] is tensor)
         start = offsets[chunks[0].id] + first.offset * tensor.element_size()
         place = slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
@@ -306,13 +306,13 @@ class Replica:
             tensor.grad = None
 
     @torch.no_grad()
-    def collect(self, chunk: Chunk, slot: Slot) -> int:
+    def collect(self, chunk: Chunk, slot: GradientBuffer) -> int:
         """Have what the model contributes to a chunk in the slot, as far as it is not there already; the mask of its pieces."""
         if chunk.id in self._packed:
             return self._collect_packed(chunk, slot)
         return self._collect(chunk, slot.chunks[chunk.id], self._places[slot])
 
-    def _collect_packed(self, chunk: Chunk, slot: Slot) -> int:
+    def _collect_packed(self, chunk: Chunk, slot: GradientBuffer) -> int:
         """`collect` for a chunk of whole parameters, in few calls."""
         tensors, key = self._packed[chunk.id], (chunk.id, slot)
         if key not in self._parts:

@@ -7,7 +7,7 @@ for the event log. Invariants:
 - in every committed round each micro-batch is in exactly one committed contribution, or dropped; where some servers have
   applied what others have dropped, that is told of too, as dropped in part;
 - the decision on a round (which micro-batches, which norms) never changes once it is given. It is on no disk: a coordinator
-  that takes over learns it from the servers that were told, before it can be asked by all to decide (`Arrived`).
+  that takes over learns it from the servers that were told, before it can be asked by all to decide (`RoundReady`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.policies import Policy, load
 from roundtable.common.protocol.messages import (
     AllNorms,
-    Arrived,
     Body,
-    Close,
+    CloseRound,
     Committed,
     Contribution,
     Mean,
@@ -37,6 +36,7 @@ from roundtable.common.protocol.messages import (
     Refused,
     Report,
     ReportAck,
+    RoundReady,
     Setup,
 )
 from roundtable.common.runtime.errors import UsageError, WireError
@@ -302,10 +302,10 @@ class Ledger:
 
     # ---- what all servers must decide alike
 
-    def arrived(self, server: int, message: Arrived) -> list[tuple[int, Body]]:
+    def arrived(self, server: int, message: RoundReady) -> list[tuple[int, Body]]:
         """`backup`: close the round when enough micro-batches are in everywhere. Answers are (server, message)."""
         if message.round in self._closed:
-            return [(server, Close(message.round, self._closed[message.round]))]
+            return [(server, CloseRound(message.round, self._closed[message.round]))]
         count = self.micro_batches(message.round)
         if self.layout is None or not all(k < count for k in message.ks):
             return []
@@ -315,7 +315,7 @@ class Ledger:
         everywhere = set.intersection(*(set(sets.get(owner, ())) for owner in owners))
         if not count or len(everywhere) < max(1, count - self._policy.may_leave_out):
             return []
-        return self.decided(Close(message.round, sorted(everywhere)))
+        return self.decided(CloseRound(message.round, sorted(everywhere)))
 
     def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
         """Clipping: hand out all norms of a round when every server that holds any part of the model has sent its own."""
@@ -333,9 +333,9 @@ class Ledger:
             return []
         return self.decided(AllNorms(message.round, sorted(norm for part in parts.values() for norm in part)))
 
-    def decided(self, decision: Close | AllNorms) -> list[tuple[int, Body]]:
+    def decided(self, decision: CloseRound | AllNorms) -> list[tuple[int, Body]]:
         """This is decided, here or by a coordinator before this one: tell all servers."""
-        if isinstance(decision, Close):
+        if isinstance(decision, CloseRound):
             self._closed[decision.round] = decision.ks
             self._arrived.pop(decision.round, None)
             _forget(self._closed)

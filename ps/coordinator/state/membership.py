@@ -19,11 +19,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from roundtable.common.config.settings import Settings
-from roundtable.common.config.work_shares import Table, shares
+from roundtable.common.config.work_shares import ShareTable, shares
 from roundtable.common.network.addresses import is_loopback
 from roundtable.common.network.host_identity import NOWHERE, Place
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Beat, Body, Hello, Lost, Peer, Refused, Stop, Tables, Welcome
+from roundtable.common.protocol.messages import (
+    Body,
+    Heartbeat,
+    Hello,
+    MembershipUpdate,
+    MembersLost,
+    Peer,
+    Refused,
+    Stop,
+    Welcome,
+)
 from roundtable.common.protocol.tickets import ticket
 from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S, STOPPED_S
 from roundtable.common.runtime.errors import ClusterError
@@ -69,7 +79,7 @@ class Member:
     hello: Hello
     incarnation: int
     heard_at: float
-    beat: Beat = field(default_factory=Beat)
+    beat: Heartbeat = field(default_factory=Heartbeat)
     #: Since when it has been computing the micro-batch of `beat.at`.
     since: float = 0.0
     left: bool = False
@@ -144,7 +154,7 @@ class Membership:
         self.started = False
         #: Workers that were there when the run started under this coordinator.
         self.starters: frozenset[str] = frozenset()
-        self.tables: list[Table] = []
+        self.tables: list[ShareTable] = []
         #: Grows whenever the workers or their shares change.
         self.epoch = 0
         #: Whether all rounds are done that are known of: then nobody's part is missing.
@@ -154,7 +164,7 @@ class Membership:
         self.newly_lost: list[tuple[str, str, int]] = []
         #: Those of them that had a name and never took part.
         self.newly_forgotten: list[Member] = []
-        self.losses = Lost(0, [])
+        self.losses = MembersLost(0, [])
         #: How often a process, by place and id, was counted as lost.
         self._alarms: Counter[tuple[str, str, int]] = Counter()
         #: Seconds after which the run starts with fewer workers than it should have, if there are any.
@@ -166,7 +176,7 @@ class Membership:
         self._newest = 0
         self._pace = 0.0
 
-    def restore(self, members: Iterable[Member], tables: list[Table]) -> None:
+    def restore(self, members: Iterable[Member], tables: list[ShareTable]) -> None:
         """Take over the members and tables of a coordinator that is gone. All are to tell anew where they are, for which they
         have until their `heard_at`."""
         for member in members:
@@ -209,19 +219,21 @@ class Membership:
             elif now - self._newcomers.setdefault(incarnation, now) >= _TAKEN_S:
                 return None, [("", Refused("Hello", self._why_taken(hello)))]
             if not taken.lost:
-                return None, [("", Beat())]
+                return None, [("", Heartbeat())]
         if self.broken:
-            return None, [("", Beat())]
+            return None, [("", Heartbeat())]
         if hello.role == "server" and self.started and (gone := self._gone_server(hello.index)) is not None:
             return self._replace(gone, hello, incarnation, now)
         expected = self.settings.servers if hello.role == "server" else self.settings.workers
         there = self._of(hello.role)
         if hello.role == "worker" and self._policy.is_local and len(there) >= expected:
             if self.over or any(m.left and m.hello.index == hello.index is not None for m in there.values()):
-                return None, [("", Beat())]  # in the place of one that had ended its script, there is nothing to do but to wait
+                return None, [
+                    ("", Heartbeat())
+                ]  # in the place of one that had ended its script, there is nothing to do but to wait
             return None, [("", Refused("Hello", self._why_full("worker")))]
         if hello.role == "worker" and (self._unproven if self.started else len(there) - expected) >= MOST_UNPROVEN:
-            return None, [("", Beat())]
+            return None, [("", Heartbeat())]
         if hello.role == "worker" and (why := self._why_no_more()):
             return None, [("", Refused("Hello", why))]
         number = hello.index
@@ -271,8 +283,8 @@ class Membership:
         workers = self.names("worker")
         self.starters = frozenset(workers)
         self.epoch = 1
-        self.tables = [Table(self.epoch, 0, workers, [1] * len(workers))]
-        self.losses = Lost(0, [], self.peers)
+        self.tables = [ShareTable(self.epoch, 0, workers, [1] * len(workers))]
+        self.losses = MembersLost(0, [], self.peers)
         return [(m.name, self._answer(m)) for m in self.members.values()]
 
     # ---- servers that are replaced
@@ -363,7 +375,7 @@ class Membership:
 
     def _answer(self, member: Member) -> Body:
         if not self.started:
-            return Beat(missing=self.missing())
+            return Heartbeat(missing=self.missing())
         told = self.run, self.settings
         if member.hello.role == "worker":
             return Welcome(
@@ -379,7 +391,7 @@ class Membership:
             member.proven = self._is_change_due = True
             self._unproven -= 1
 
-    def beat(self, name: str, beat: Beat, now: float) -> None:
+    def beat(self, name: str, beat: Heartbeat, now: float) -> None:
         member = self.members[name]
         self.heard(member, now)
         if (beat.round, beat.at) != (member.beat.round, member.beat.at):
@@ -454,9 +466,9 @@ class Membership:
         return self.losses if is_server else self.shares
 
     @property
-    def shares(self) -> Tables:
+    def shares(self) -> MembershipUpdate:
         """What workers are to know."""
-        return Tables(self.tables, self.peers_of_workers)
+        return MembershipUpdate(self.tables, self.peers_of_workers)
 
     @property
     def awaits_workers(self) -> bool:
@@ -573,17 +585,17 @@ class Membership:
         gone = [name for name, member in self.workers.items() if member.lost or member.early]
         if (gone, self.peers) == (self.losses.workers, self.losses.servers):
             return False
-        self.losses = Lost(self.epoch, gone, self.peers)
+        self.losses = MembersLost(self.epoch, gone, self.peers)
         return True
 
     def _new_table(self, workers: list[str]) -> None:
         gone = [not self.members[name].active for name in self.tables[-1].workers]
         if all(gone):  # nobody has begun anything
-            self.tables = [Table(self.epoch, 0, workers, self._weights(workers))]
+            self.tables = [ShareTable(self.epoch, 0, workers, self._weights(workers))]
             return
         lead = _LEAD_ROUNDS + round(self._pace * (_LEAD_WITHOUT_S if any(gone) else _LEAD_S))
         first = max(self._newest_round() + lead, self.tables[-1].from_round + 1)
-        self.tables = [*self.tables[-7:], Table(self.epoch, first, workers, self._weights(workers))]
+        self.tables = [*self.tables[-7:], ShareTable(self.epoch, first, workers, self._weights(workers))]
 
 
 def _process(member: Member) -> tuple[str, str, int]:
@@ -591,9 +603,9 @@ def _process(member: Member) -> tuple[str, str, int]:
     return member.hello.place.pids, member.hello.host, member.hello.pid
 
 
-def _counts_of(beat: Beat) -> Beat:
+def _counts_of(beat: Heartbeat) -> Heartbeat:
     """What is kept of the last word of one that is gone: what the summary counts, and where it was."""
-    return Beat(
+    return Heartbeat(
         round=beat.round, rate=beat.rate, reached=beat.reached, traffic=beat.traffic, keeps=beat.keeps, refused=beat.refused
     )
 

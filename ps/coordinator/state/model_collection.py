@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from roundtable.common.model.layout import Layout
-from roundtable.common.protocol.messages import HandIn, ModelPart
+from roundtable.common.protocol.messages import ModelPart, SendModel
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.model_parts import Part, Span, parts_on, spans
@@ -32,7 +32,7 @@ class _Server:
     patience_s: float = SEND_AGAIN_S
 
 
-class Collecting:
+class ModelCollection:
     """The model as it is when `round_` rounds are applied and nothing else is."""
 
     def __init__(self, layout: Layout, round_: int) -> None:
@@ -50,7 +50,7 @@ class Collecting:
         """Servers of which a part is missing."""
         return [number for number, server in self._servers.items() if server.missing]
 
-    def ask(self, now: float) -> list[tuple[int, HandIn]]:
+    def ask(self, now: float) -> list[tuple[int, SendModel]]:
         """What to ask of which server now."""
         out = []
         under_way = sum(sum(server.asked.values()) for server in self._servers.values())
@@ -58,13 +58,13 @@ class Collecting:
             if server.asked and now >= server.again_at:
                 server.again_at = now + server.patience_s
                 server.patience_s = min(2 * server.patience_s, _LONGEST_S)
-                out.append((number, HandIn(self.round, sorted(server.asked))))
+                out.append((number, SendModel(self.round, sorted(server.asked))))
             elif new := list(self._next(server, ALL_BYTES - under_way)):
                 for part in new:
                     server.asked[part] = server.missing[part].bytes
                     under_way += server.asked[part]
                 server.again_at = now + server.patience_s
-                out.append((number, HandIn(self.round, new)))
+                out.append((number, SendModel(self.round, new)))
         return out
 
     def replaced(self, server: int) -> None:

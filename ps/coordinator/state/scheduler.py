@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Lease
+from roundtable.common.protocol.messages import Reassign
 from roundtable.common.protocol.transport import BEAT_S
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Member, Membership
-from roundtable.ps.coordinator.state.speculation import Takeover
+from roundtable.ps.coordinator.state.speculation import Speculation
 
 #: Seconds for which a server's word of what it misses is believed.
 _BELIEVED_S = 3 * BEAT_S
 
 
-class Leasing:
-    """Asks `Takeover` with the members' last words."""
+class Scheduler:
+    """Asks `Speculation` with the members' last words."""
 
     def __init__(self, policy: Policy, ledger: Ledger, membership: Membership) -> None:
         self._policy = policy
         self._ledger = ledger
         self._membership = membership
-        self._takeover = Takeover()
+        self._takeover = Speculation()
 
-    def lease(self, waiting: str, round_: int, now: float) -> Lease | None:
+    def lease(self, waiting: str, round_: int, now: float) -> Reassign | None:
         """Something for a worker that waits in `round_`."""
         if self._policy.is_local or not self._ledger.segments:
             return None
@@ -42,7 +42,7 @@ class Leasing:
         missing = (k for server in servers if server.beat.round == open_round for k in server.beat.left)
         return self._takeover.lease_missing(waiting, open_round, missing, count(open_round), tables, workers, now)
 
-    def deal(self, now: float) -> list[Lease]:
+    def deal(self, now: float) -> list[Reassign]:
         """Where pushes are applied at once: what nobody does, without anybody waiting for it."""
         if self._policy.applies != "push" or not self._ledger.segments or self._is_silent(now):
             return []

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 
-from roundtable.common.config.work_shares import Table, in_force
-from roundtable.common.protocol.messages import Lease
+from roundtable.common.config.work_shares import ShareTable, in_force
+from roundtable.common.protocol.messages import Reassign
 from roundtable.ps.coordinator.state.membership import Member
 
 #: A micro-batch being computed is done a second time when, going by how long they have taken before, who computes it will take
@@ -76,7 +76,7 @@ class _Look:
         yield from ((since, name) for _, since, name in takewhile(lambda one: one[0] - now > _GAIN * cost, self.due))
 
 
-class Takeover:
+class Speculation:
     """Remembers which micro-batches were leased away from the table's run, and to whom."""
 
     def __init__(self) -> None:
@@ -102,11 +102,11 @@ class Takeover:
         waiting: str,
         rounds: range,
         count: Callable[[int], int],
-        tables: list[Table],
+        tables: list[ShareTable],
         workers: Mapping[str, Member],
         now: float,
         lacking: Mapping[int, set[int]] | None = None,
-    ) -> Lease | None:
+    ) -> Reassign | None:
         """A micro-batch of the earliest of `rounds` that has one for `waiting` to take over.
 
         `count(round)` is the number of its micro-batches; `lacking` are those that servers say they have not got, by round, where
@@ -138,9 +138,9 @@ class Takeover:
         return None
 
     def lease_missing(
-        self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[Table],
+        self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[ShareTable],
         workers: Mapping[str, Member], now: float,
-    ) -> Lease | None:  # fmt: skip
+    ) -> Reassign | None:  # fmt: skip
         """One of the micro-batches that servers say are missing from their open round and that nobody seems to get done.
 
         So it is with what a worker had that is gone, where two workers used different tables for a round, where a lease of what
@@ -162,10 +162,10 @@ class Takeover:
         self,
         lacking: Mapping[int, set[int]],
         count: Callable[[int], int],
-        tables: list[Table],
+        tables: list[ShareTable],
         workers: Mapping[str, Member],
         now: float,
-    ) -> list[Lease]:
+    ) -> list[Reassign]:
         """Where pushes are applied at once and many rounds are open: what servers lack (by round, earliest first) and nobody will
         do, dealt out to workers that have got to its round, be they waiting or not.
 
@@ -195,7 +195,7 @@ class Takeover:
         self,
         lacking: Mapping[int, set[int]],
         count: Callable[[int], int],
-        tables: list[Table],
+        tables: list[ShareTable],
         active: Mapping[str, Member],
         now: float,
     ) -> list[tuple[int, int]]:
@@ -229,13 +229,13 @@ class Takeover:
             del self.leased[key], self._leased_at[key]
         self._looks = {round_: look for round_, look in self._looks.items() if round_ >= before}
 
-    def _give(self, round_: int, k: int, to: str, owner: str, now: float) -> Lease:
+    def _give(self, round_: int, k: int, to: str, owner: str, now: float) -> Reassign:
         self.leased[round_, k] = to
         self._leased_at[round_, k] = now
-        return Lease(round_, k, to, owner)
+        return Reassign(round_, k, to, owner)
 
     def _look(
-        self, round_: int, count: int, tables: list[Table], workers: Mapping[str, Member], now: float, until: float
+        self, round_: int, count: int, tables: list[ShareTable], workers: Mapping[str, Member], now: float, until: float
     ) -> _Look:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         begun = {name: _may_begin(workers.get(name), now) for name in runs}
@@ -252,7 +252,7 @@ class Takeover:
         return _Look(until, runs, behind, sorted(overdue), sorted(due, reverse=True), sorted(next_, reverse=True))
 
     def _held(
-        self, round_: int, count: int, tables: list[Table], waiting: Member, workers: Mapping[str, Member], now: float
+        self, round_: int, count: int, tables: list[ShareTable], waiting: Member, workers: Mapping[str, Member], now: float
     ) -> set[int]:
         """Micro-batches of `round_` that somebody will do, does, or has just sent."""
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
@@ -278,7 +278,7 @@ class Takeover:
         transfer = member.beat.transfer
         return now - self._sent[name][2] < (max(_SENT_S, _SENT_TIMES * transfer) if transfer else _SENT_FIRST_S)
 
-    def _not_begun(self, round_: int, count: int, table: Table, workers: Mapping[str, Member]) -> dict[str, list[int]]:
+    def _not_begun(self, round_: int, count: int, table: ShareTable, workers: Mapping[str, Member]) -> dict[str, list[int]]:
         """What workers have of `round_` and have not begun, as far as is known."""
         out: dict[str, list[int]] = {}
         for name in {*table.workers, *workers}:
