@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from roundtable.cli import cli
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.explore.features import Features, default_file, read
 from roundtable.explore.trained import Source, Trained, open_run
