@@ -1527,7 +1527,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
             "roundtable.ps.server.server.dealer": port,
             "roundtable.worker.client.io_thread.dealer": port,
-            "roundtable.worker.client.io_thread.Reach": mock.Mock(return_value=mock.Mock(unreached=lambda now, patience_s: {})),
+            "roundtable.worker.client.io_thread.Reachability": mock.Mock(return_value=mock.Mock(unreached=lambda now, patience_s: {})),
             "roundtable.worker.client.io_thread.restart": _restart,
             "roundtable.worker.client.io_thread.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "roundtable.worker.client.io_thread.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
