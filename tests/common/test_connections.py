@@ -99,10 +99,10 @@ def test_peers_that_do_not_read_have_what_is_beyond_their_own_share_together(
     monkeypatch.setattr(connections, "_OWN_BYTES", 4 * MIB)
     monkeypatch.setattr(connections, "_UNREAD_IN_ALL", 16 * MIB)
     refusals = Rejections(logging.getLogger("test"))
-    router, _ = listening(context, b"peer-", 6)
+    router, dealers = listening(context, b"peer-", 6)  # which must not be collected before the end
     outflow = Outflow(refusals)
     for _ in range(40):
-        for peer in range(6):
+        for peer in range(len(dealers)):
             outflow.send(router, b"header", [bytes(MIB)], b"peer-%d" % peer, 0.0)
     unread = sum(queue.left() for queue in outflow._under_way.values())
     assert unread <= (6 * 5 + 16 + 1) * MIB and refusals.counts["unread"] > 0
