@@ -1527,7 +1527,9 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
             "roundtable.ps.server.server.dealer": port,
             "roundtable.worker.client.io_thread.dealer": port,
-            "roundtable.worker.client.io_thread.Reachability": mock.Mock(return_value=mock.Mock(unreached=lambda now, patience_s: {})),
+            "roundtable.worker.client.io_thread.Reachability": mock.Mock(
+                return_value=mock.Mock(unreached=lambda now, patience_s: {})
+            ),
             "roundtable.worker.client.io_thread.restart": _restart,
             "roundtable.worker.client.io_thread.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "roundtable.worker.client.io_thread.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
@@ -1589,7 +1591,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
         workers = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
         unsent: dict[str, torch.Tensor] = {}
         for server in range(len(servers)):  # to which all have handed over what they had
-            owing = _newest_of(world, server).shard.owing
+            owing = _last_shard(world, server).owing
             for entry in owing.end() if owing is not None else ():
                 name, _, start = entry.name.removeprefix("owed/residual/").partition("#")
                 values = torch.cat(list(entry.parts))
@@ -1641,6 +1643,8 @@ def _is_settled(world: World) -> bool:
     """Whether the coordinator and all servers are there, of one run, and no snapshot is to come."""
     process: Any = world.processes["coordinator"]
     coordinator: Coordinator = process.coordinator
+    if process.alive and coordinator._membership.lost_servers and coordinator._finished():
+        return True  # with the model written, it ends without the servers that have died since
     servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
     are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator._head.run for s in servers)
     begins_anew = process.leaves or coordinator._signal or coordinator._membership.broken or coordinator._membership.lost_servers
