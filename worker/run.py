@@ -447,9 +447,9 @@ class Run:
             assert isinstance(answer, SharedMemoryReply)
             with self._link.lock:
                 self._meet(server, answer)
-        tensor_names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
-        if tensor_names:
-            log.info("memory is shared with %s", ", ".join(tensor_names))
+        names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
+        if names:
+            log.info("memory is shared with %s", ", ".join(names))
 
     def _epoch_loss(self, epoch: int) -> float | None:
         """The mean of the logged loss over an epoch; None where pushes are applied at once and it is not over everywhere."""

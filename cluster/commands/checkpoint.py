@@ -11,7 +11,7 @@ from rich.table import Table
 
 from roundtable.cluster.run.console import say
 from roundtable.common.runtime.errors import ClusterError, UsageError
-from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage import checkpoint
 from roundtable.common.storage.checkpoint import MANIFEST_FILE, Snapshot
 from roundtable.common.storage.run_files import find_run
 
@@ -54,7 +54,7 @@ def export_model(run: str, round_: int | None, out: Path) -> None:
     """
     folder = find_run(run)
     if round_ is None:
-        found, problems = snapshots.newest(folder)
+        found, problems = checkpoint.newest(folder)
         if found is None:
             raise UsageError(f"the run in {folder} has no whole snapshot. {' '.join(problems)}".rstrip())
     else:
@@ -74,7 +74,7 @@ def export_model(run: str, round_: int | None, out: Path) -> None:
 
 
 def _all(folder: Path) -> list[Snapshot]:
-    finished = snapshots.finished(folder)
+    finished = checkpoint.finished(folder)
     if not finished:
         raise UsageError(f"the run in {folder} has no snapshots; --snapshot-every sets how often one is made.")
-    return [snapshots.read(path) for path in finished]
+    return [checkpoint.read(path) for path in finished]

@@ -18,7 +18,7 @@ from typing import Any
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.common.config.settings import FIELDS
 from roundtable.common.runtime.errors import UsageError
-from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage import checkpoint
 from roundtable.common.storage.checkpoint import Snapshot
 from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
@@ -109,7 +109,7 @@ def resumed(
         raise UsageError(
             f"the run in {folder} has no snapshot to go on from: it ended before its first, or had --snapshot-every 0."
         )
-    snapshots.check_versions(found, accept_versions)
+    checkpoint.check_versions(found, accept_versions)
     _check_end(folder, now, found.manifest.round)
     return replace(now, run_dir=folder)
 
@@ -134,7 +134,7 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
     if found is None:
         say(f"begins the run in {folder} again: it had come to round {before.rounds} and had no snapshot")
         return "resume"
-    snapshots.check_versions(found, accept_versions)
+    checkpoint.check_versions(found, accept_versions)
     _check_end(folder, choice, found.manifest.round)
     further = f", of the {before.rounds} that were done" if before.rounds > found.manifest.round else ""
     say(f"resumes the run in {folder} from the snapshot of round {found.manifest.round}{further}")
@@ -176,7 +176,7 @@ def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
 
 def _newest(folder: Path) -> Snapshot | None:
     """The newest whole snapshot. Raises UsageError where there are some and none is whole."""
-    found, problems = snapshots.newest(folder)
+    found, problems = checkpoint.newest(folder)
     if found is None and problems:
         raise UsageError(f"the run in {folder} has no snapshot to go on from: {' '.join(problems)}")
     return found
@@ -204,8 +204,8 @@ def told_to_stop(number: int, folder: Path, command: Sequence[str], launch: str 
     done = 0
     with contextlib.suppress(UsageError):
         done = before.rounds if (before := look(folder)) is not None else 0
-    newest = snapshots.finished(folder)
-    saved = f"with a snapshot of round {snapshots.round_of(newest[-1])}" if newest else "without a snapshot"
+    newest = checkpoint.finished(folder)
+    saved = f"with a snapshot of round {checkpoint.round_of(newest[-1])}" if newest else "without a snapshot"
     program = [sys.orig_argv[0], launch or sys.argv[0]]
     words = [*program, command[0], "--resume", str(folder), *command[1:]]
     if not newest:  # which --resume RUN would need

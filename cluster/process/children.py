@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from roundtable.cluster.process import orphan_reaper as guard
+from roundtable.cluster.process import orphan_reaper
 from roundtable.cluster.process.fork_server import Forked, ForkServer
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE
 from roundtable.common.runtime.restart import AGAIN
@@ -108,7 +108,7 @@ class Processes:
         self.children: list[Child] = []
         self._log_dir = log_dir
         self._family = secrets.token_hex(8)
-        ours = {PARENT_VARIABLE: str(os.getpid()), guard.FAMILY_VARIABLE: self._family}
+        ours = {PARENT_VARIABLE: str(os.getpid()), orphan_reaper.FAMILY_VARIABLE: self._family}
         self._env = {**env, **ours, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self._term_s = term_s
         self._files = files
@@ -146,10 +146,10 @@ class Processes:
 
         OSError if it cannot be started."""
         old = child.popen.pid
-        for pid in guard.relatives({old}, ""):
+        for pid in orphan_reaper.relatives({old}, ""):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        guard.remove_shared_memory({old})
+        orphan_reaper.remove_shared_memory({old})
         child.popen = self._spawn(child.command, child.env, child.log)
         child.code, child.ended_at, child.excused, child.due_at, child.gone = None, 0.0, False, None, False
 
@@ -174,7 +174,7 @@ class Processes:
                     continue
             if code is not None:
                 child.code, child.ended_at = code, time.monotonic()
-                child.gone = not guard.relatives({child.popen.pid}, "")
+                child.gone = not orphan_reaper.relatives({child.popen.pid}, "")
 
     def running(self, role: str = "") -> list[Child]:
         """Children not known to have ended whose name begins with `role`."""
@@ -188,7 +188,7 @@ class Processes:
         """Have no child started again that asks for it: all are about to be stopped. What these have started by now may end
         before that, and leave shared memory behind."""
         self._stops = True
-        self._seen = guard.relatives(self._groups(), self._family)
+        self._seen = orphan_reaper.relatives(self._groups(), self._family)
 
     def _groups(self) -> set[int]:
         return {child.popen.pid for child in self.children if not child.gone}
@@ -203,7 +203,7 @@ class Processes:
         for number, patience_s in ((signal.SIGTERM, TICK_S), (signal.SIGTERM, self._term_s), (signal.SIGKILL, _KILL_S)):
             told: set[int] = set()
             deadline = time.monotonic() + patience_s
-            while left := guard.relatives(groups, self._family):
+            while left := orphan_reaper.relatives(groups, self._family):
                 for pid in left - told:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, number)
@@ -219,7 +219,7 @@ class Processes:
         self.poll()
         for child in self.children:
             child.gone = True
-        guard.remove_shared_memory(seen)
+        orphan_reaper.remove_shared_memory(seen)
         if self._fork_server is not None:
             self._fork_server.stop()
         if self._guard is not None:
@@ -245,7 +245,7 @@ def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path, files: Sequen
 def _start_guard(family: str) -> subprocess.Popen[bytes]:
     """See cluster.guard. It is out of reach of the terminal's signals, and starts fast, without site packages."""
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__, family],
+        [sys.executable, "-I", "-S", orphan_reaper.__file__, family],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -49,7 +49,7 @@ class Forgiving(io.TextIOBase):
         try:
             self._stream.flush()
         except OSError:
-            _replace(self._stream.fileno())
+            silence(self._stream.fileno())
 
 
 @contextlib.contextmanager
@@ -106,6 +106,7 @@ def _readable(name: str) -> str:
     return "".join(char if char.isascii() else "_" for char in name)
 
 
-def _replace(descriptor: int) -> None:
+def silence(descriptor: int) -> None:
+    """Have what is written to `descriptor` go nowhere from now on."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import click
 
-from roundtable.cluster.process.output import check_names
+from roundtable.cluster.process.output import check_names, silence
 from roundtable.common.runtime.errors import PsError, RunStopped, Stopped, UsageError, printable
 
 #: The exit code after a mistake of whoever gave the command.
@@ -115,7 +115,7 @@ def _output_is_broken() -> bool:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
         return True
     return False
 

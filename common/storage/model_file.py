@@ -14,7 +14,7 @@ from roundtable.common.model.sparse_rows import draw, local_of, owner_of, page_i
 from roundtable.common.model.tensor_bytes import dtype_of, stored_as
 from roundtable.common.protocol.model_spec import Rule, TableSpec, TensorSpec
 from roundtable.common.runtime.errors import UsageError
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.checkpoint import Snapshot
 from roundtable.common.storage.safetensors_header import BUFFERS
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
@@ -39,7 +39,7 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         rules = json.dumps({spec.name: spec.rule for spec in setup.tensors if spec.is_buffer})
-        tensorfile.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round), BUFFERS: rules})
+        tensor_file.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round), BUFFERS: rules})
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)

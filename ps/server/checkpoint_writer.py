@@ -12,7 +12,7 @@ from typing import Any
 from roundtable.common.protocol.messages import CheckpointStatus, Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.failpoints import failpoint
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.checkpoint import TOKEN_FILE, file_of, folder_of
 from roundtable.common.storage.checkpoint import read as read_snapshot
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
@@ -114,7 +114,7 @@ class CheckpointWriter:
             if (folder / TOKEN_FILE).read_text(encoding="utf-8") != capture.token:
                 raise FileNotFoundError
             metadata = {"format": "pt", _EXTRA: json.dumps(capture.extra)}
-            digest, size = tensorfile.write(path, capture.entries, metadata, lambda size: self._wrote(size, capture.round))
+            digest, size = tensor_file.write(path, capture.entries, metadata, lambda size: self._wrote(size, capture.round))
             failpoint("saved", capture.round)
             self._result = CheckpointStatus(capture.round, "written", digest, size)
         except FileNotFoundError:

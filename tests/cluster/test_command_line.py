@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from roundtable import cli as launch
+from roundtable import cli
 from roundtable.cluster.launch.local import check_order
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.run.exit_codes import run_command
@@ -29,7 +29,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         if toml is not None:
             (tmp_path / "f.toml").write_text(toml)
         before = sorted(tmp_path.rglob("*"))
-        assert run_command(launch.cli, argv, "launch.py") == 2
+        assert run_command(cli.cli, argv, "launch.py") == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
         assert sorted(tmp_path.rglob("*")) == before
@@ -119,14 +119,14 @@ def fail_of_coordinator(port: int) -> str:
 
 
 def test_every_setting_is_a_flag_of_the_same_name_with_a_description() -> None:
-    options = {p.name: p for p in launch.local.params if isinstance(p, click.Option)}
+    options = {p.name: p for p in cli.local.params if isinstance(p, click.Option)}
     for name in [*FIELDS, "config", "run_dir", "name", "overwrite", "port"]:
         assert options[name].help and options[name].opts[0] == "--" + name.replace("_", "-")
 
 
 @pytest.mark.parametrize("command", ["", "local", "coordinator", "server", "worker", "experiment", "inspect", "scale"])
 def test_help_of_every_command_fits_a_terminal_and_says_what_it_is_for(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(launch.cli, [*command.split(), "--help"], "launch.py") == 0
+    assert run_command(cli.cli, [*command.split(), "--help"], "launch.py") == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: launch.py {command}".strip()) and "--help" in out
     assert max(map(len, out.splitlines())) <= 110
@@ -162,7 +162,7 @@ def scripted(choice: Choice) -> tuple[str | None, tuple[str, ...]]:
 
 
 def test_what_follows_two_dashes_is_the_scripts_even_if_it_looks_like_ours() -> None:
-    with launch.local.make_context("local", ["--workers", "3", "train.py", "--", "--workers", "9", "--", "x"]) as ctx:
+    with cli.local.make_context("local", ["--workers", "3", "train.py", "--", "--workers", "9", "--", "x"]) as ctx:
         assert (ctx.params["workers"], ctx.params["script"]) == (3, "train.py")
         assert ctx.meta["args"] == ("--workers", "9", "--", "x")
 

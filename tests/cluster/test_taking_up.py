@@ -15,7 +15,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.protocol.messages import Setup, Update
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.versions import versions_here
-from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage import checkpoint
 from roundtable.common.storage.checkpoint import Manifest
 from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
 from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
@@ -38,10 +38,10 @@ def make_run(
         log.event(Event("stopped", "coordinator", {"ok": finished, "reason": "", "again": False}))
     log.close()
     if snapshot is not None:
-        place = snapshots.folder_of(folder, snapshot)
+        place = checkpoint.folder_of(folder, snapshot)
         place.mkdir(parents=True)
         setup = Setup([], Update("SGD", [{}]))
-        snapshots.write_manifest(
+        checkpoint.write_manifest(
             place, Manifest(run="r", round=snapshot, servers=1, setup=setup, settings={}, files={}, versions=versions_here())
         )
     if finished:
@@ -122,7 +122,7 @@ def test_what_would_be_another_run_is_refused_and_nothing_deleted(
 def test_damaged_snapshots_are_told_of_and_not_begun_over(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     make_run(folder, snapshot=27, stopped=True)
-    (snapshots.folder_of(folder, 27) / snapshots.MANIFEST_FILE).write_text("{")
+    (checkpoint.folder_of(folder, 27) / checkpoint.MANIFEST_FILE).write_text("{")
     with pytest.raises(UsageError, match=r"no snapshot to go on from: .*cannot be read"):
         decide(folder)
 

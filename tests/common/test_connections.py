@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zmq
 
-from roundtable.common.protocol import flow_limits as connections
+from roundtable.common.protocol import flow_limits
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
 from roundtable.common.protocol.rejections import Rejections
 
@@ -43,7 +43,7 @@ def listening(context: zmq.Context[Any], name: bytes, peers: int) -> tuple[Any, 
 def test_a_peer_that_does_not_read_is_sent_no_more_than_a_bound_until_it_does(
     context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "_UNREAD_BYTES", 64 * MIB)
+    monkeypatch.setattr(flow_limits, "_UNREAD_BYTES", 64 * MIB)
     refusals = Rejections(logging.getLogger("test"))
     router, (slow, quick) = listening(context, b"peer-", 2)
     outflow = Outflow(refusals)
@@ -96,8 +96,8 @@ def test_a_connection_that_is_half_open_is_let_be_and_forgotten_when_it_ends(con
 def test_peers_that_do_not_read_have_what_is_beyond_their_own_share_together(
     context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "_OWN_BYTES", 4 * MIB)
-    monkeypatch.setattr(connections, "_UNREAD_IN_ALL", 16 * MIB)
+    monkeypatch.setattr(flow_limits, "_OWN_BYTES", 4 * MIB)
+    monkeypatch.setattr(flow_limits, "_UNREAD_IN_ALL", 16 * MIB)
     refusals = Rejections(logging.getLogger("test"))
     router, dealers = listening(context, b"peer-", 6)  # which must not be collected before the end
     outflow = Outflow(refusals)
@@ -111,7 +111,7 @@ def test_peers_that_do_not_read_have_what_is_beyond_their_own_share_together(
 def test_of_more_strangers_than_there_are_files_for_the_oldest_are_shut_and_no_member(
     context: zmq.Context[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "_files", lambda: 40)
+    monkeypatch.setattr(flow_limits, "_files", lambda: 40)
     router = context.socket(zmq.ROUTER)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     refusals = Rejections(logging.getLogger("test"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from roundtable.common.runtime.errors import UsageError
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.model_file import read_weights
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
@@ -27,7 +27,7 @@ def test_a_file_written_piece_by_piece_is_a_safetensors_file(tmp_path: Path) -> 
         Entry("made", [4], (torch.full((2,), n) for n in (1, 2)), torch.int64),
     ]
     path = tmp_path / "some.safetensors"
-    digest, size = tensorfile.write(path, entries, {"format": "pt"})
+    digest, size = tensor_file.write(path, entries, {"format": "pt"})
     assert (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size) == (digest, size)
     found = load_file(path)
     assert torch.equal(found["cut"], whole) and found["scalar"].item() == 7 and found["none"].shape == (0, 2)

@@ -84,7 +84,7 @@ from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, find_layers, sharded_cross_entropy
 from roundtable.worker.layers.sparse_embedding import RowSparse, find_tables
-from roundtable.worker.loop import local_sgd as local
+from roundtable.worker.loop import local_sgd
 from roundtable.worker.loop.gradient_loop import _PATIENCE_S, GradientLoop
 from roundtable.worker.model_contents import file_of
 from roundtable.worker.optim.optimizer import Hypers, example_optimizer, plain_settings
@@ -1047,7 +1047,7 @@ class WorkerProcess(Process):
             update = Update("SGD", plain_settings(example), clips)
         yield from self._set_up(replica, update)
         if run._policy.is_local:
-            inner = local.Inner(torch.optim.SGD(groups, **hyper), None, "round", case.clip_norm)  # type: ignore[arg-type]
+            inner = local_sgd.Inner(torch.optim.SGD(groups, **hyper), None, "round", case.clip_norm)  # type: ignore[arg-type]
             yield from self._share(replica, None)
             work = SteppedLocalWork(run, replica, inner, [])
         else:
@@ -1319,7 +1319,7 @@ class SteppedShards(ShardedLayers):
         return not self.exchange.gone
 
 
-class SteppedLocalWork(local.LocalSgdLoop):
+class SteppedLocalWork(local_sgd.LocalSgdLoop):
     """`LocalWork` where what blocks is a generator; see there for the reasons."""
 
     process: WorkerProcess

@@ -16,7 +16,7 @@ from roundtable.common.model.sparse_rows import cut
 from roundtable.common.protocol.messages import LayerPush, Update
 from roundtable.common.runtime.devices import find_device
 from roundtable.common.runtime.errors import UsageError
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.sharded.layers import contributed, tensors_of
 from roundtable.worker.layers.margin_losses import CosFace
@@ -95,7 +95,7 @@ def saved(servers: Sequence[Any], folder: Path) -> TensorFiles:
     """A snapshot of them, after the last round."""
     for number, server in enumerate(servers):
         server.settle()
-        tensorfile.write(folder / f"{number}.safetensors", list(server.state()), {})
+        tensor_file.write(folder / f"{number}.safetensors", list(server.state()), {})
     return TensorFiles(folder / f"{number}.safetensors" for number in range(len(servers)))
 
 

@@ -15,7 +15,7 @@ from roundtable.common.protocol.messages import Residual
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.residuals import ResidualStore
 
@@ -170,7 +170,7 @@ def test_all_workers_of_a_run_that_goes_on_get_their_part(before: int, after: in
         for owed, frames in told(first, server, 6.0):
             owing.takes("worker-0", owed, frames)
         paths.append(tmp_path / f"{server}.safetensors")
-        tensorfile.write(paths[-1], list(owing.end()), {})
+        tensor_file.write(paths[-1], list(owing.end()), {})
     for server in range(after):
         owing = owing_of(second, server)
         owing.restore(TensorFiles(paths))

@@ -10,7 +10,7 @@ from simulation import Case, Pace, simulate
 
 from roundtable.common.config.settings import PolicyName, Settings
 from roundtable.common.model.layout import CHUNK_BYTES, make_layout
-from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage import checkpoint
 from roundtable.ps.server.restoring import hindrance
 
 
@@ -21,14 +21,14 @@ def test_a_snapshot_restores_if_its_manifest_names_all_files_that_were_written(
 ) -> None:
     settings = Settings(workers=2, servers=servers, policy=policy, global_batch=8, micro_batch=2)
     simulate(Case(settings, [Pace(0.1)] * 2, folder=tmp_path, chunk_bytes=CHUNK_BYTES))
-    (folder,) = snapshots.finished(tmp_path)[-1:]
-    whole = snapshots.read(folder)
+    (folder,) = checkpoint.finished(tmp_path)[-1:]
+    whole = checkpoint.read(folder)
     setup, files = whole.manifest.setup, whole.manifest.files
     owners = make_layout(setup.tensors, servers).owners()
-    assert files.keys() == {snapshots.file_of(server) for server in owners} and (len(owners) < servers) == (servers > 1)
+    assert files.keys() == {checkpoint.file_of(server) for server in owners} and (len(owners) < servers) == (servers > 1)
     assert hindrance(whole) == ""
     for missing in files:
         rest = {name: entry for name, entry in files.items() if name != missing}
-        snapshots.write_manifest(folder, msgspec.structs.replace(whole.manifest, files=rest))
-        found = snapshots.read(folder)
+        checkpoint.write_manifest(folder, msgspec.structs.replace(whole.manifest, files=rest))
+        found = checkpoint.read(folder)
         assert not found.damage() and str(folder) in hindrance(found)

@@ -23,7 +23,7 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.messages import Update
 from roundtable.common.protocol.model_spec import Rule, TensorSpec
 from roundtable.common.runtime.errors import UsageError, WireError
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.dense import DenseParameters, NotFinite
 from roundtable.worker.client.compression import WeightDecoder
@@ -232,7 +232,7 @@ def moved(old: Cluster, new: Cluster, folder: Path) -> Cluster:
     """`new` with the state of `old`, by way of files."""
     paths = [folder / f"{number}.safetensors" for number in range(len(old.stores))]
     for path, store in zip(paths, old.stores, strict=True):
-        tensorfile.write(path, store.state({}), {})
+        tensor_file.write(path, store.state({}), {})
     for store in new.stores:
         store.restore(TensorFiles(paths))
     return new

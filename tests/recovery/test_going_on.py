@@ -19,7 +19,7 @@ from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
 from roundtable.cluster.process.children import Processes
 from roundtable.common.runtime.failpoints import VARIABLE
 from roundtable.common.runtime.versions import versions_here
-from roundtable.common.storage import checkpoint as snapshots
+from roundtable.common.storage import checkpoint
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -118,8 +118,8 @@ def test_a_damaged_snapshot_is_told_of_and_the_one_before_it_used(
     run = cluster(*TRAINING)
     run.until(lambda: len(run.events("snapshot")) >= 2, "second snapshot")
     run.cut_power()
-    first, second = snapshots.finished(tmp_path / "run")
-    file = second / snapshots.file_of(0)
+    first, second = checkpoint.finished(tmp_path / "run")
+    file = second / checkpoint.file_of(0)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     code, out = launch("checkpoint", "verify", tmp_path / "run")
     assert code == 1 and str(file) in out and f"{first}: good" in out
@@ -154,8 +154,8 @@ def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_the
 ) -> None:
     folder = tmp_path / "run"
     cluster(*TRAINING, "--rounds", 5).summary()
-    *_, newest = snapshots.finished(folder)
-    manifest = newest / snapshots.MANIFEST_FILE
+    *_, newest = checkpoint.finished(folder)
+    manifest = newest / checkpoint.MANIFEST_FILE
     values, here = json.loads(manifest.read_text()), versions_here()
     assert values["versions"] == {"program": here.program, "torch": here.torch}
     manifest.write_text(json.dumps({**values, "versions": {"program": here.program, "torch": "1.0"}}))
@@ -165,12 +165,12 @@ def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_the
     sentence = f"{newest} is of roundtable {here.program} with torch 1.0, and here is {here}, so the same bits"
     for command in (("local", "--resume", folder), ("coordinator", "--prepared=resume", "--run-dir", folder)):
         code, text = launch(*command)
-        assert code == 2 and sentence in text.splitlines()[-1] and snapshots.finished(folder)[-1] == newest
+        assert code == 2 and sentence in text.splitlines()[-1] and checkpoint.finished(folder)[-1] == newest
     assert (folder / "summary.json").exists()
     code, text = resumed("--rounds", 8, "--accept-versions").end()
     assert code == 0 and f"warning: the snapshot {sentence}" in text
-    *_, last = snapshots.finished(folder)
-    (last / snapshots.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
+    *_, last = checkpoint.finished(folder)
+    (last / checkpoint.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
     code, text = launch("local", "--resume", folder, "--accept-versions")
     assert code == 2 and f"{last} has format 2, of {here}, and here is {here}, which reads format 1" in text
 

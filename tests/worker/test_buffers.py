@@ -16,7 +16,7 @@ from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages import Update
 from roundtable.common.runtime.errors import UsageError
-from roundtable.common.storage import tensor_file as tensorfile
+from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.model_parts import sizes
 from roundtable.ps.params.dense import DenseParameters
@@ -88,7 +88,7 @@ def test_a_buffer_of_any_dtype_gets_the_value_of_the_last_micro_batch_that_chang
     assert seen == [bits(start)] * 3  # each begins where the round does
 
     for store in cluster.stores:
-        tensorfile.write(tmp_path / f"{cluster.stores.index(store)}.safetensors", store.state({}), {})
+        tensor_file.write(tmp_path / f"{cluster.stores.index(store)}.safetensors", store.state({}), {})
     files = TensorFiles(sorted(tmp_path.iterdir()))
     replica, policy = cluster.replica, load(Settings())
     cluster.stores = [DenseParameters(replica.layout, n, Update("SGD", [{"lr": 0.1, "momentum": 0.9}]), policy) for n in range(2)]

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from roundtable import cli as launch
+from roundtable import cli
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear
@@ -121,7 +121,7 @@ def model_file(tmp_path: Path) -> str:
 
 
 def test_the_command_prints_a_line_a_layer_and_their_sums(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(launch.cli, ["inspect", "lenet", "--data", "digits"], "launch.py") == 0
+    assert run_command(cli.cli, ["inspect", "lenet", "--data", "digits"], "launch.py") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "lenet on an image of 1x8x8, 10 classes"
     assert lines[2].split() == ["conv1", "0", "Conv2d", "16x8x8", "416", "25,600", "400", "25,600", "65,536"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from roundtable.common.runtime.errors import UsageError
-from roundtable.worker.models import alexnet_two_columns as columns
+from roundtable.worker.models import alexnet_two_columns
 
 #: (channels, height, width) of an image, in pixels.
 Shape = tuple[int, int, int]
@@ -32,10 +32,10 @@ def build(name: str, shape: Shape, classes: int, devices: str | None = None) -> 
         raise UsageError(f"the model '{name}' needs images of {smallest}x{smallest} or more, but these are {height}x{width}.")
     if devices is None:
         return make(shape, classes)
-    pair = columns.parse_devices(devices)
+    pair = alexnet_two_columns.parse_devices(devices)
     if name not in TWO_COLUMNS:
         raise UsageError(f"the model '{name}' has no two columns to be put on {devices}; {' and '.join(TWO_COLUMNS)} have.")
-    return columns.TwoColumns(TWO_COLUMNS[name](shape, classes), pair)
+    return alexnet_two_columns.TwoColumns(TWO_COLUMNS[name](shape, classes), pair)
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
@@ -152,8 +152,8 @@ def _alexnet_side(side: int) -> int:
 
 #: Name → what makes a network that can be divided over two devices.
 TWO_COLUMNS: Mapping[str, Callable[[Shape, int], nn.Sequential]] = {
-    "alexnet-2012": partial(columns.alexnet, columns.PAPER),
-    "alexnet-text": partial(columns.alexnet, columns.TEXT),
+    "alexnet-2012": partial(alexnet_two_columns.alexnet, alexnet_two_columns.PAPER),
+    "alexnet-text": partial(alexnet_two_columns.alexnet, alexnet_two_columns.TEXT),
 }
 #: Name → the smallest height and width that it takes, in pixels, and what makes it.
 MODELS: Mapping[str, tuple[int, Callable[[Shape, int], nn.Module]]] = {

@@ -23,9 +23,6 @@ class GradientSink(Protocol):
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient is to be written, a tensor of the weight's shape; None to have it allocated."""
 
-    def written(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        """It is there."""
-
 
 class _Linear(torch.autograd.Function):
     """y = x W^T + b, with dW = (dy)^T x written to its place where it is what backward will accumulate."""
@@ -44,17 +41,9 @@ class _Linear(torch.autograd.Function):
         dx = dy.mm(weight).view(x.shape) if needs_x else None
         dw = None
         if needs_weight:
-            taker = ctx.taker if _accumulates(ctx.next_functions[1][0]) else None
-            dw = _gradient(weight, dy, x.reshape(-1, weight.shape[1]), taker)
+            place = ctx.taker.place(weight) if _accumulates(ctx.next_functions[1][0]) else None
+            dw = torch.mm(dy.t(), x.reshape(-1, weight.shape[1]), out=place)
         return dx, dw, dy.sum(0) if needs_bias else None, None
-
-
-def _gradient(weight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, taker: GradientSink | None) -> torch.Tensor | None:
-    if taker is None or (out := taker.place(weight)) is None:
-        return dy.t().mm(x)
-    torch.mm(dy.t(), x, out=out)
-    taker.written(weight, out)
-    return out
 
 
 def _accumulates(node: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import _vmap_internals, nn
@@ -26,11 +26,19 @@ _TRANSFORMS = (eager_transforms, vmap, _vmap_internals)
 _BEGINNINGS = tuple(f"_{kind}_increment_nesting" for kind in ("grad", "jvp", "vmap", "func"))
 
 
+def accessors(*names: str) -> set[Any]:
+    """The functions, as torch names them, that get and set these attributes of a tensor."""
+    return {getattr(getattr(torch.Tensor, name), access) for name in names for access in ("__get__", "__set__")}
+
+
+#: What may be done to a parameter all the same.
+_HARMLESS = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse") | {
+    getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")
+}
+
+
 class LazyParameter(nn.Parameter):
     """A parameter with something put off; touching it does that first."""
-
-    #: What may be done to it all the same.
-    harmless: ClassVar[set[Any]] = set()
 
     def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
         return nn.Parameter(data, requires_grad)  # a copy of one, which has what it copied
@@ -38,7 +46,7 @@ class LazyParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in cls.harmless:
+        if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         for parameter in instances_in((args, kwargs), LazyParameter):
@@ -46,14 +54,9 @@ class LazyParameter(nn.Parameter):
         return func(*args, **kwargs)
 
 
-def accessors(*names: str) -> set[Any]:
-    """The functions, as torch names them, that get and set these attributes of a tensor."""
-    return {getattr(getattr(torch.Tensor, name), access) for name in names for access in ("__get__", "__set__")}
-
-
-def put_off(parameter: torch.Tensor, kind: type[LazyParameter], touched: Callable[[], None]) -> None:
-    """Make `parameter` a `kind`. `touched` must `settle` it."""
-    parameter.__class__ = kind
+def put_off(parameter: torch.Tensor, touched: Callable[[], None]) -> None:
+    """Have `touched` called when `parameter` is touched. It must `settle` it."""
+    parameter.__class__ = LazyParameter
     _touched[id(parameter)] = touched
 
 

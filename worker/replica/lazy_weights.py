@@ -12,21 +12,12 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from roundtable.worker.replica.lazy_parameter import LazyParameter, accessors, put_off, settle, transforms_touch_all
+from roundtable.worker.replica.lazy_parameter import LazyParameter, put_off, settle, transforms_touch_all
 from roundtable.worker.replica.replica import Replica
-
-
-class AwaitedParameter(LazyParameter):
-    """A parameter whose weights are still to come."""
-
-    harmless = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse") | {
-        getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")
-    }
 
 
 class LazyWeights:
@@ -62,7 +53,7 @@ class LazyWeights:
         }
 
     def _can_wait(self, index: int) -> bool:
-        return type(self._replica.tensors[index]) in (nn.Parameter, AwaitedParameter)
+        return type(self._replica.tensors[index]) in (nn.Parameter, LazyParameter)
 
     @property
     def any(self) -> bool:
@@ -75,7 +66,7 @@ class LazyWeights:
             for piece in self._replica.layout.chunks[chunk].pieces:
                 self._missing.setdefault(piece.tensor, set()).add(chunk)
         for index in self._missing:
-            put_off(self._replica.tensors[index], AwaitedParameter, functools.partial(self._arrive, index))
+            put_off(self._replica.tensors[index], functools.partial(self._arrive, index))
         if self._missing and self._hook is None:
             self._hook = register_module_forward_pre_hook(self._before_forward)
             self._transforms.enter_context(transforms_touch_all())

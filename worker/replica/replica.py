@@ -116,11 +116,11 @@ class Replica:
         self._buffers: dict[int, torch.Tensor] = {}
         #: Parameters that lie in servers' memory.
         self._in_memory: set[int] = set()
-        #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and, of those whose
-        #: place has been given away already, how often that was written to.
+        #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and those whose
+        #: place has been given away already.
         self._slot: GradientBuffer | None = None
         self._places: dict[GradientBuffer, dict[int, torch.Tensor]] = {}
-        self._given: dict[int, int] = {}
+        self._given: set[int] = set()
         #: Whether gradients are added to what is in the slot.
         self._adds = False
         self._on_gradient: Callable[[int], None] | None = None
@@ -185,7 +185,7 @@ class Replica:
     def contribute_to(self, slot: GradientBuffer) -> None:
         """The next gradients go to `slot`."""
         self._catch_all()
-        self._slot, self._adds, self._given = slot, False, {}
+        self._slot, self._adds, self._given = slot, False, set()
         if slot not in self._places:
             offsets, _ = gradient_offsets(self.layout)
             places = {
@@ -216,11 +216,8 @@ class Replica:
         place = self._places[self._slot].get(id(weight))
         if place is None or place.dtype != weight.dtype:
             return None
-        self._given[id(weight)] = -1
+        self._given.add(id(weight))
         return place.view(place.shape)  # a new tensor, for autograd keeps it only if nobody else does
-
-    def written(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._given[id(weight)] = gradient._version
 
     @torch.no_grad()
     def _catch(self, index: int, parameter: torch.Tensor) -> None:

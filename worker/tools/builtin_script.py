@@ -23,8 +23,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.model_file import read_weights
 from roundtable.worker import data
-from roundtable.worker.models import builtin as models
-from roundtable.worker.models import cnn_blocks
+from roundtable.worker.models import builtin, cnn_blocks
 from roundtable.worker.models.alexnet_two_columns import whole_state
 from roundtable.worker.models.hybrid import shard_fully_connected
 from roundtable.worker.run import Run
@@ -39,7 +38,7 @@ def main() -> None:
     images = data.chosen(settings)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
 
-    model = models.build(settings.model, images.shape, images.classes, settings.devices)
+    model = builtin.build(settings.model, images.shape, images.classes, settings.devices)
     if settings.init is not None:
         load_weights(model, Path(settings.init))
     head = shard_fully_connected(model, images.classes) if settings.parallel == "hybrid" else None
