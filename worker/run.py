@@ -101,7 +101,7 @@ _FIRST_WEIGHTS_S = (0.1, 1.0)
 _HAND_OVER_S = 10.0
 #: Tensors that a script has changed after the last round, of which the coordinator is told at most.
 _MOST_CHANGED = 100
-#: What one who has ended its script waits for.
+#: The thing that a worker waits for once its script has ended.
 _END = "the coordinator to end the run, which others may still compute"
 #: Seconds after which the mean loss of an epoch is asked for again.
 _MEAN_AGAIN_S = 0.1
@@ -115,7 +115,7 @@ class Run:
     def __init__(self, link: IoThread) -> None:
         self._link = link
         welcome = link.joined()
-        #: What was set about the run, by flags or file.
+        #: The run's settings, from flags or a file.
         self.settings: Settings = welcome.settings
         #: This worker's number, from 0.
         self.index = int(welcome.process.rpartition("-")[2])
@@ -129,7 +129,7 @@ class Run:
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
-        #: What is told of the schedule, and the data set of which samples were told.
+        #: The facts of the schedule that the coordinator gets, and the data set whose samples it has got.
         self._schedule: alike.ScheduleFacts | None = None
         self._told_of: object = None
         self._work: GradientLoop | local_sgd.LocalSgdLoop | None = None
@@ -139,7 +139,7 @@ class Run:
         self._rows: RowSparse | None = None
         self._shards: ShardedLayers | None = None
         self._kv: KvClient | None = None
-        #: What is left to do until servers have first weights, None: nothing; and whether they had none when this worker came.
+        #: The step that gives servers first weights, or None once it is done; and whether they had none when this worker came.
         self._to_begin: Callable[[], bool] | None = None
         self._begins = False
         self._segments: list[Segment] = []
@@ -147,7 +147,7 @@ class Run:
         self._evaluate: Callable[[nn.Module], float] | None = None
         self._metrics_sent = 0
         self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
-        #: What was computed anew from the last weights and is not in the model's file yet: message, frames, when it was sent.
+        #: Tensors computed anew from the last weights that are not in the model's file yet: message, frames, when it was sent.
         self._recomputed: dict[int, tuple[Recomputed, list[memoryview], float]] = {}
         self._recomputations = 0
         #: Names of tensors in the model's file.
@@ -229,9 +229,9 @@ class Run:
         own, as of a cache). A buffer that the model's file has not (`persistent=False`) does not travel unless it is named, and
         must not change.
 
-        The weight of an `nn.Embedding(sparse=True)` that is trained is not among them: it is on the servers alone, only the rows
-        that a batch looks up are fetched, and `weight` is an empty tensor of device "meta". `roundtable.embedding` makes one for
-        which there never was memory here.
+        The weight of a trained `nn.Embedding(sparse=True)` is on the servers alone. This worker fetches the rows that a batch
+        looks up, and `weight` is an empty tensor of device "meta". `roundtable.embedding` makes a layer that never had memory
+        here.
 
         Convert the model to its dtype before. Where torch.compile has made it, or a part of it, tensors have the names that
         they had before.
@@ -334,7 +334,7 @@ class Run:
         per: Per,
         clip_norm: float | None,
     ) -> list[Fact]:
-        """What the script has said of the optimizer and is in no Update. Has the schedule ready to be told of."""
+        """Return what the script has said of the optimizer beyond an `Update`, and keep the schedule for the plans to come."""
         facts = [alike.setting("clip_norm", clip_norm), alike.setting("schedule_per", per)]
         facts.append(alike.setting("the schedule", "none" if schedule is None else "set"))
         with no_compiler():
@@ -484,7 +484,7 @@ class Run:
     ) -> Iterator[Any]:
         """Yield this worker's micro-batches of `epochs` passes over a map-style dataset, until all rounds are complete.
 
-        What is not given comes from the run's settings. Every worker must pass the same dataset and sizes. After each batch
+        The run's settings stand in for arguments that are left out. Every worker must pass the same dataset and sizes. After each batch
         call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. May be called again, for example
         once an epoch: rounds and epochs go on counting. `num_workers` processes load samples ahead.
 
@@ -838,14 +838,14 @@ class Run:
         return out
 
     def _progress(self) -> tuple[int, int, int] | None:
-        """What changes while this worker gets on. Called by the watchdog's thread."""
+        """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
         with self._link.lock:
             beat = self._beat()
         return (beat.round, beat.at, self._link.answers) if beat.state != "done" else None
 
     @property
     def traffic(self) -> Traffic:
-        """What has travelled so far of this worker's tensors."""
+        """Return how much of this worker's tensors has travelled so far."""
         parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
         told = [msgspec.structs.astuple(part.traffic) for part in parts if part is not None]
         return Traffic(*map(sum, zip(*told, strict=True)))
