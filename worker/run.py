@@ -484,8 +484,8 @@ class Run:
     ) -> Iterator[Any]:
         """Yield this worker's micro-batches of `epochs` passes over a map-style dataset, until all rounds are complete.
 
-        The run's settings stand in for arguments that are left out. Every worker must pass the same dataset and sizes. After each batch
-        call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. May be called again, for example
+        The run's settings stand in for arguments that are left out. Every worker must pass the same dataset and sizes. After each
+        batch call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. May be called again, for example
         once an epoch: rounds and epochs go on counting. `num_workers` processes load samples ahead.
 
         Raises UsageError where the dataset is not map-style, or `step` was not called for a batch.

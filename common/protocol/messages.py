@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 #: Means of a micro-batch's metrics x samples, and the samples, by name.
 Sums = ByName[tuple[float, Amount]]
-#: Micro-batches that a Beat tells of, the first ones, in each of its lists: it is kept, and every process has one.
+#: Micro-batches that a Heartbeat tells of, the first ones, in each of its lists: it is kept, and every process has one.
 MOST_TOLD = 1 << 14
 #: Tensors that one message names whose values were computed anew.
 MOST_RECOMPUTED = 1000
@@ -112,7 +112,7 @@ class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Heartbeat(Body, frozen=True):
-    """I am alive. A worker tells where it is; the coordinator's answer is a Beat as well.
+    """I am alive. A worker tells where it is; the coordinator's answer is a Heartbeat as well.
 
     `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
     begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
@@ -623,7 +623,7 @@ class AllNorms(Body, frozen=True):
 class TakeCheckpoint(Body, frozen=True):
     """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
     file with `token`. `reached`: every server has got that far; `final`: and no worker is left that could take it further.
-    Answered by Saved."""
+    Answered by CheckpointStatus."""
 
     round: Count
     token: Name
@@ -632,8 +632,8 @@ class TakeCheckpoint(Body, frozen=True):
 
 
 class CheckpointStatus(Body, frozen=True):
-    """What has become of a Cut: it `waits` for the round, was `missed` as the round is over, is being or was `written`, or
-    `failed` for a reason. `done` changes as the server gets on while it is `writing`; its unit is the server's own."""
+    """What has become of a TakeCheckpoint: it `waits` for the round, was `missed` as the round is over, is being or was
+    `written`, or `failed` for a reason. `done` changes as the server gets on while it is `writing`; its unit is the server's own."""
 
     round: Count
     state: Literal["waits", "missed", "writing", "written", "failed"]
@@ -694,7 +694,7 @@ class ReplicateLayers(Body, frozen=True):
 
 class RoundReplicated(Body, frozen=True):
     """All of `round` has been forwarded. Of server 0: what the books are to have of it, and that the coordinator has all of the
-    rounds below `reported`. Answered by Kept."""
+    rounds below `reported`. Answered by RoundReplicatedAck."""
 
     round: Count
     rounds: Many[Committed] = []
@@ -714,7 +714,7 @@ class RequestState(Body, frozen=True):
 
 class StateHeader(Body, frozen=True):
     """The state of server `shard`'s shard when `round` rounds are applied follows, in `parts` parts. Classifiers may still lack
-    the last of them, which is `pending` then; its tensors are among the parts. Answered by GotPart."""
+    the last of them, which is `pending` then; its tensors are among the parts. Answered by StatePartAck."""
 
     shard: Count
     round: Count

@@ -25,7 +25,7 @@ _BREATH_S = 0.1
 
 @dataclass(frozen=True)
 class CheckpointData:
-    """State to be written for a Cut: what `entries` refer to stays as it is until it is written."""
+    """State to be written for a TakeCheckpoint: what `entries` refer to stays as it is until it is written."""
 
     round: int
     token: str

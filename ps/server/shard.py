@@ -1,12 +1,12 @@
 """What a server decides: which contributions count, when they are applied, and who gets which weights.
 
 State machines without a socket, a thread or a clock: `handle(sender, message, frames, now)` and `tick(now)` return what to
-send. `RoundShard` applies once per round, `PushShard` each push at once; here is what they share. The numbers are the
+send. `SyncShard` applies once per round, `AsyncShard` each push at once; here is what they share. The numbers are the
 store's. Invariants, which the tests check over random schedules:
 
 - a micro-batch of a round counts at most once in each chunk, whatever is sent again, late or by whom;
-- weights handed out for a round hold every update before it, and nothing of later ones (`RoundShard`);
-- a worker starts a round only as far ahead as the policy admits (`PushShard`).
+- weights handed out for a round hold every update before it, and nothing of later ones (`SyncShard`);
+- a worker starts a round only as far ahead as the policy admits (`AsyncShard`).
 """
 
 from __future__ import annotations

@@ -1320,7 +1320,7 @@ class SteppedShards(ShardedLayers):
 
 
 class SteppedLocalWork(local_sgd.LocalSgdLoop):
-    """`LocalWork` where what blocks is a generator; see there for the reasons."""
+    """`LocalSgdLoop` where what blocks is a generator; see there for the reasons."""
 
     process: WorkerProcess
 

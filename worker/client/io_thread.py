@@ -50,7 +50,7 @@ T = TypeVar("T")
 #: Ending of the name of a server's second socket, which tensors go by.
 _BULK = "/bulk"
 _TICK_MS = 20
-#: Servers that a Beat tells of as ones that cannot be reached.
+#: Servers that a Heartbeat tells of as ones that cannot be reached.
 _MOST_UNREACHED = 100
 
 

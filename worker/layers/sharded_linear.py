@@ -267,7 +267,7 @@ class ShardedLayers:
     ) -> None:
         """Servers have the Setup. Sends first values (`sends_first`), which are counted after those of `tables` tables; the
         memory of the layers is given up. `version()` is the round that is computed; questions are counted from
-        `first_number`, see ClassExchange, and there for `may_be_replaced`."""
+        `first_number`, see ShardedClient, and there for `may_be_replaced`."""
         self._link = link
         self._specs = [sharded.spec for sharded in layers]
         self._servers = servers

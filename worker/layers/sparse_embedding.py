@@ -127,7 +127,7 @@ class RowSparse:
     ) -> None:
         """Servers have the Setup. Sends first values (`sends_first`), and has the layers look up rows from now on; the memory
         of their weights is given up. `version()` is the round that the model's other weights are for; `may_be_replaced`: see
-        RowExchange."""
+        EmbeddingClient."""
         self._link = link
         self._specs = [table.spec for table in tables]
         self._servers = servers

@@ -279,7 +279,7 @@ class Ledger:
         if segment is None:
             return
         rounds = self._rounds_of(segment, row.round)
-        if self._policy.contributes == "weights":  # see LocalWork._keep
+        if self._policy.contributes == "weights":  # see LocalSgdLoop._keep
             rounds = rounds[-segment.rounds_per_epoch :]
         self._newest.append((rounds, row))
         while len(self._newest) > 1 and rounds.stop - self._newest[1][0].start >= segment.rounds_per_epoch:
