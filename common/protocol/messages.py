@@ -632,8 +632,11 @@ class TakeCheckpoint(Body, frozen=True):
 
 
 class CheckpointStatus(Body, frozen=True):
-    """What has become of a TakeCheckpoint: it `waits` for the round, was `missed` as the round is over, is being or was
-    `written`, or `failed` for a reason. `done` changes as the server gets on while it is `writing`; its unit is the server's own."""
+    """Say what has become of a TakeCheckpoint.
+
+    It `waits` for the round, was `missed` as the round is over, is being or was `written`, or `failed` for a reason.
+    `done` changes as the server gets on while it is `writing`; its unit is the server's own.
+    """
 
     round: Count
     state: Literal["waits", "missed", "writing", "written", "failed"]
