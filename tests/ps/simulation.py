@@ -749,7 +749,7 @@ class ServerProcess(Process):
         self._until_it_leaves(lambda: self.server._look_whether_told(now))
         if not self.alive:
             return
-        for body in self.server._attendance.tick(now, self.server._beat):
+        for body in self.server._attendance.tick(now, self.server._tell):
             self.server._coordinator.send_multipart([self.server._stamp.encode(body)])
         if self.server._shard is not None:
             self.server._do(self.server._shard.tick(now))
