@@ -22,23 +22,12 @@ import zmq
 
 from benchmarks.live import Cluster
 from roundtable.common.config.batch_plan import make_segment
-from roundtable.common.protocol.messages import (
-    Body,
-    Committed,
-    Goodbye,
-    Heartbeat,
-    Hello,
-    KvPush,
-    MembersLost,
-    Metrics,
-    Peer,
-    Plan,
-    Pull,
-    Push,
-    Report,
-    Stop,
-    Welcome,
-)
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import Committed, Metrics, Report
+from roundtable.common.protocol.messages.gradients import Pull, Push
+from roundtable.common.protocol.messages.kv import KvPush
+from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, Hello, MembersLost, Peer, Stop, Welcome
+from roundtable.common.protocol.messages.setup import Plan
 from roundtable.common.protocol.transport import (
     MAX_FRAME_BYTES,
     MAX_FRAMES,

@@ -18,7 +18,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.weight_buffers import WeightBuffers

@@ -22,28 +22,19 @@ import zmq
 
 from roundtable.common.config.batch_plan import Segment, make_segment
 from roundtable.common.model.layout import make_layout
-from roundtable.common.protocol.messages import (
-    Ack,
-    Body,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, VersionExpired, Weights
+from roundtable.common.protocol.messages.session import (
     Goodbye,
     Heartbeat,
     Hello,
-    InFile,
-    InitialWeights,
     MembershipUpdate,
-    Plan,
-    Pull,
-    Push,
-    Ready,
     Reassign,
     Refused,
     RequestWork,
-    Setup,
     Stop,
-    Update,
-    VersionExpired,
-    Weights,
 )
+from roundtable.common.protocol.messages.setup import InFile, InitialWeights, Plan, Ready, Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.transport import (

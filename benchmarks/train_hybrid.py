@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import roundtable
-from roundtable.common.protocol.messages import Traffic
+from roundtable.common.protocol.messages.session import Traffic
 from roundtable.worker.models.hybrid import shard_fully_connected
 
 #: Activities before the fully connected layers, and outputs of the two hidden ones, as in AlexNet; the convolutions are one small

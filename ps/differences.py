@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from roundtable.common.config.batch_plan import Segment
-from roundtable.common.protocol.messages import Setup, Update
+from roundtable.common.protocol.messages.setup import Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.storage.event_log import some
 

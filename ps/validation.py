@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from roundtable.common.protocol.messages import InFile, Setup, Update
+from roundtable.common.protocol.messages.setup import InFile, Setup, Update
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.safetensors_header import size_of
 

@@ -43,7 +43,7 @@ def join() -> Run:
     from roundtable.common.config.settings import START_S
     from roundtable.common.network.addresses import await_route
     from roundtable.common.network.host_identity import here
-    from roundtable.common.protocol.messages import Hello
+    from roundtable.common.protocol.messages.session import Hello
     from roundtable.common.runtime.errors import NoAnswer
     from roundtable.common.runtime.restart import LEAVE_SIGNAL
     from roundtable.worker.client.io_thread import IoThread

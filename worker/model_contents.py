@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from roundtable.common.protocol.messages import InFile
+from roundtable.common.protocol.messages.setup import InFile
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.storage.tensor_file import name_of
 from roundtable.worker import tensor_names

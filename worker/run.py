@@ -29,30 +29,21 @@ from roundtable.common.model.layout import message_batches
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages import (
-    MOST_RECOMPUTED,
-    Body,
-    Goodbye,
-    Heartbeat,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import Mean, Metrics
+from roundtable.common.protocol.messages.embedding import RowAck, Rows
+from roundtable.common.protocol.messages.saving import MOST_RECOMPUTED, Recomputed
+from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, MembershipUpdate, Reassign, Refused, Traffic
+from roundtable.common.protocol.messages.setup import (
     InitialWeights,
-    LayerAck,
-    Mean,
-    MembershipUpdate,
-    Metrics,
     OfferSharedMemory,
     Plan,
     Ready,
-    Reassign,
-    Recomputed,
-    Refused,
-    RowAck,
-    Rows,
     Setup,
-    ShardedForwardReply,
     SharedMemoryReply,
-    Traffic,
     Update,
 )
+from roundtable.common.protocol.messages.sharded import LayerAck, ShardedForwardReply
 from roundtable.common.protocol.session import TELL_S
 from roundtable.common.protocol.shared_memory import Handle, NotShared
 from roundtable.common.protocol.transport import Frames, new_incarnation

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from roundtable.common.protocol.messages import (
-    Body,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.replication import (
     Replicate,
     ReplicateLayers,
     ReplicateRows,

@@ -13,7 +13,8 @@ import platform
 from collections.abc import Callable
 
 from roundtable.common.config.settings import START_S
-from roundtable.common.protocol.messages import Body, Heartbeat, Hello, Refused, Stop, Welcome
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, Refused, Stop, Welcome
 from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S, STOPPED_S
 from roundtable.common.runtime.errors import ClusterError, UsageError
 

@@ -1,6 +1,6 @@
 """Sockets: every option, limit and address rule of the project is in this file.
 
-A message is one MessagePack header frame (`roundtable.common.protocol.messages.Envelope`) and any number of raw tensor frames.
+A message is one MessagePack header frame (`roundtable.common.protocol.envelope.Envelope`) and any number of raw tensor frames.
 Workers and servers connect with DEALER; servers and the coordinator listen with ROUTER. Between a worker and a server tensors
 have a connection of their own, so that small messages do not wait behind them. One socket belongs to one thread. Nothing here
 blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
@@ -21,7 +21,11 @@ import msgspec
 import zmq
 
 from roundtable.common.network.addresses import needs_ipv6
-from roundtable.common.protocol.messages import Body, Envelope, KvPull, RowPull, Rows, ShardedForward, ShardedForwardReply
+from roundtable.common.protocol.envelope import Envelope
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.embedding import RowPull, Rows
+from roundtable.common.protocol.messages.kv import KvPull
+from roundtable.common.protocol.messages.sharded import ShardedForward, ShardedForwardReply
 from roundtable.common.runtime.errors import UsageError, WireError
 
 PROTOCOL = 2

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from roundtable.common.protocol.messages import Setup
+from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.versions import Versions, versions_here
 from roundtable.common.storage.atomic_files import sync_folder, write_whole

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from roundtable.common.protocol.messages import CheckpointStatus, TakeCheckpoint
+from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeCheckpoint
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 
 #: A cut is so many rounds ahead of the newest one known, and so many seconds at the speed of the last ones.

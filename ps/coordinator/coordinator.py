@@ -20,35 +20,25 @@ import zmq
 from roundtable.common.config.settings import Settings
 from roundtable.common.network.host_identity import here
 from roundtable.common.policies import load
+from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Standing
-from roundtable.common.protocol.messages import (
-    AllNorms,
-    Body,
-    CheckpointStatus,
-    CloseRound,
-    Envelope,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, RoundReady
+from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed
+from roundtable.common.protocol.messages.session import (
     Goodbye,
     Heartbeat,
     Hello,
-    Mean,
     MembershipUpdate,
     MembersLost,
-    Metrics,
-    ModelPart,
-    Norms,
-    Plan,
-    Ready,
     Reassign,
-    Recomputed,
     Refused,
-    Report,
     RequestWork,
-    RoundReady,
-    Setup,
     Stop,
     Traffic,
     Welcome,
 )
+from roundtable.common.protocol.messages.setup import Plan, Ready, Setup
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.tickets import KEY_BYTES, seal
 from roundtable.common.protocol.transport import (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from roundtable.common.protocol.messages import Body
+from roundtable.common.protocol.messages.base import Body
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, Event, RoundRow, RunLog

@@ -15,7 +15,7 @@ import zmq
 
 from roundtable.common.config.settings import Settings
 from roundtable.common.network.addresses import advertised
-from roundtable.common.protocol.messages import Heartbeat
+from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.protocol.transport import Stamp, allow_files, receive, router, send, write_address
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.restart import restart

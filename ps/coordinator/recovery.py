@@ -25,7 +25,9 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.config.worker_facts import Told
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Committed, Contribution, Hello, Setup, Stop
+from roundtable.common.protocol.messages.commit import Committed, Contribution
+from roundtable.common.protocol.messages.session import Hello, Stop
+from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import RunLog, connect_to_write
 from roundtable.ps.coordinator.state.ledger import Ledger, Reported

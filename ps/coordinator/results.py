@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from roundtable.common.protocol.messages import InFile, Setup
+from roundtable.common.protocol.messages.setup import InFile, Setup
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.atomic_files import rename, write_whole
 from roundtable.common.storage.run_files import MODEL_FILE, SUMMARY_FILE

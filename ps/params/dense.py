@@ -20,7 +20,8 @@ from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.model.partial_sum import Sum, add_up, adder, last_of, move, nothing, put_off
 from roundtable.common.model.tensor_bytes import dtype_of, from_frame, stored_as, to_frame
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Traffic, Update
+from roundtable.common.protocol.messages.session import Traffic
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.transport import bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles

@@ -23,7 +23,9 @@ from roundtable.common.model.layout import Layout
 from roundtable.common.model.row_pages import BLOCK, page_rows, pages
 from roundtable.common.model.sparse_rows import RowSum, RowSums, cut, draw, join, join_sums, local_of, owner_of, page_ids, rows_on
 from roundtable.common.model.tensor_bytes import ALIGNED
-from roundtable.common.protocol.messages import ReplicateRows, RowPull, RowPush, Update
+from roundtable.common.protocol.messages.embedding import RowPull, RowPush
+from roundtable.common.protocol.messages.replication import ReplicateRows
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError

@@ -22,7 +22,7 @@ from roundtable.common.codecs.registry import for_pushes
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Chunk, Layout
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.common.protocol.messages import Residual
+from roundtable.common.protocol.messages.gradients import Residual
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles

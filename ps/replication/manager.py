@@ -13,8 +13,8 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import KEEPER, AboutCopies, Send
-from roundtable.common.protocol.messages import (
-    Body,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.replication import (
     Replicate,
     ReplicateLayers,
     ReplicateRows,

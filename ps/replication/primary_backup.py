@@ -24,8 +24,8 @@ from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.sparse_rows import RowSums
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import (
-    Body,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.replication import (
     Replicate,
     ReplicateLayers,
     ReplicateRows,

@@ -14,7 +14,8 @@ import torch
 
 from roundtable.common.model.sparse_rows import cut, join
 from roundtable.common.model.tensor_bytes import dtype_name
-from roundtable.common.protocol.messages import Body, StateHeader, StatePart, StatePartAck
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.replication import StateHeader, StatePart, StatePartAck
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import TensorFiles

@@ -22,17 +22,10 @@ from roundtable.common.model.reduction_tree import fold
 from roundtable.common.model.sparse_rows import no_rows
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import (
-    Committed,
-    Contribution,
-    LayerAck,
-    LayerPush,
-    Pull,
-    Push,
-    RowAck,
-    RowPush,
-    VersionExpired,
-)
+from roundtable.common.protocol.messages.commit import Committed, Contribution
+from roundtable.common.protocol.messages.embedding import RowAck, RowPush
+from roundtable.common.protocol.messages.gradients import Pull, Push, VersionExpired
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roundtable.common.protocol.messages import CheckpointStatus, Setup
+from roundtable.common.protocol.messages.saving import CheckpointStatus
+from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.storage import tensor_file

@@ -16,7 +16,9 @@ import torch
 
 from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.model.tensor_bytes import dtype_name, dtype_of, from_frame, to_frame
-from roundtable.common.protocol.messages import Body, KvPull, KvPush, KvReply, Refused
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.kv import KvPull, KvPush, KvReply
+from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 

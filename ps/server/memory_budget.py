@@ -8,7 +8,7 @@ import torch
 
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.sparse_rows import rows_on
-from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.embedding import first_state

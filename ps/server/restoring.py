@@ -6,7 +6,7 @@ import msgspec
 
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Refused
+from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.storage.checkpoint import Snapshot
 from roundtable.ps.server.async_shard import AsyncShard
 from roundtable.ps.server.checkpoint_writer import Source, open_source

@@ -18,38 +18,27 @@ from roundtable.common.config.settings import START_S
 from roundtable.common.network.addresses import advertised, as_told, await_route
 from roundtable.common.network.host_identity import here
 from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
+from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
 from roundtable.common.protocol.liveness import Signs
-from roundtable.common.protocol.messages import (
-    MOST_TOLD,
-    AllNorms,
-    Body,
-    CloseRound,
-    Envelope,
-    Heartbeat,
-    Hello,
-    KvPull,
-    KvPush,
-    MembersLost,
-    Norms,
-    Peer,
-    Plan,
-    Pull,
-    Refused,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Norms, ReportAck, RoundReady
+from roundtable.common.protocol.messages.embedding import RowPull
+from roundtable.common.protocol.messages.gradients import Pull
+from roundtable.common.protocol.messages.kv import KvPull, KvPush
+from roundtable.common.protocol.messages.replication import (
     Replicate,
     ReplicateLayers,
     ReplicateRows,
-    ReportAck,
     RequestState,
-    RoundReady,
     RoundReplicated,
-    RowPull,
-    SendModel,
     StateHeader,
     StatePart,
     StatePartAck,
-    TakeCheckpoint,
 )
+from roundtable.common.protocol.messages.saving import SendModel, TakeCheckpoint
+from roundtable.common.protocol.messages.session import MOST_TOLD, Heartbeat, Hello, MembersLost, Peer, Refused
+from roundtable.common.protocol.messages.setup import Plan
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.tickets import seal, ticket

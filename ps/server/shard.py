@@ -32,38 +32,14 @@ from roundtable.common.model.sparse_rows import RowSums, cut
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import COORDINATOR, AboutCopies, Send
-from roundtable.common.protocol.messages import (
-    Ack,
-    Body,
-    CheckpointStatus,
-    Committed,
-    Contribution,
-    InitialRows,
-    InitialWeights,
-    LayerPush,
-    MembersLost,
-    ModelPart,
-    OfferSharedMemory,
-    Plan,
-    Pull,
-    Push,
-    Ready,
-    Refused,
-    Report,
-    ReportAck,
-    Residual,
-    RowPull,
-    RowPush,
-    Rows,
-    SendModel,
-    Setup,
-    ShardedForward,
-    SharedMemoryReply,
-    TakeCheckpoint,
-    Traffic,
-    Weights,
-    WeightsCredit,
-)  # fmt: skip
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import Committed, Contribution, Report, ReportAck
+from roundtable.common.protocol.messages.embedding import InitialRows, RowPull, RowPush, Rows
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, Weights, WeightsCredit
+from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, SendModel, TakeCheckpoint
+from roundtable.common.protocol.messages.session import MembersLost, Refused, Traffic
+from roundtable.common.protocol.messages.setup import InitialWeights, OfferSharedMemory, Plan, Ready, Setup, SharedMemoryReply
+from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
 from roundtable.common.protocol.shared_memory import NotShared, Region, attach
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import UsageError, WireError

@@ -20,27 +20,18 @@ from roundtable.common.model.sparse_rows import add_tables, cut, cut_sums, no_ro
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
-from roundtable.common.protocol.messages import (
-    AllNorms,
-    Body,
-    CloseRound,
-    Committed,
-    Contribution,
-    LayerAck,
-    LayerPush,
-    Norms,
-    Pull,
-    Push,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Committed, Contribution, Norms, RoundReady
+from roundtable.common.protocol.messages.embedding import RowAck, RowPush
+from roundtable.common.protocol.messages.gradients import Pull, Push, VersionExpired
+from roundtable.common.protocol.messages.replication import (
     Replicate,
     ReplicateLayers,
     ReplicateRows,
-    RoundReady,
     RoundReplicated,
-    RowAck,
-    RowPush,
     StateHeader,
-    VersionExpired,
-)  # fmt: skip
+)
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint

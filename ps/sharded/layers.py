@@ -29,7 +29,9 @@ from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.row_pages import BLOCK, pages
 from roundtable.common.model.sparse_rows import cut, id_of, join, local_of, owner_of
-from roundtable.common.protocol.messages import LayerPush, LossTerms, ReplicateLayers, ShardedForward, ShardedForwardReply, Update
+from roundtable.common.protocol.messages.replication import LossTerms, ReplicateLayers
+from roundtable.common.protocol.messages.setup import Update
+from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward, ShardedForwardReply
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.attacks import DEEDS, ITEMS, Memory, attacking, joining, say, targets
 from benchmarks.harms import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
-from roundtable.common.protocol.messages import Hello
+from roundtable.common.protocol.messages.session import Hello
 from roundtable.common.protocol.transport import Stamp
 from roundtable.common.storage.event_log import RunLogReader
 

@@ -12,7 +12,7 @@ from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.options.resume import resumed, take_up
 from roundtable.cluster.run.run_directory import write_settings
 from roundtable.common.config.settings import Settings
-from roundtable.common.protocol.messages import Setup, Update
+from roundtable.common.protocol.messages.setup import Setup, Update
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.versions import versions_here
 from roundtable.common.storage import checkpoint

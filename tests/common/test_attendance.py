@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roundtable.common.config.settings import START_S, Settings
-from roundtable.common.protocol.messages import Body, Heartbeat, Hello, Refused, Stop, Welcome
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, Refused, Stop, Welcome
 from roundtable.common.protocol.session import NEWS_S, TELL_S, Session
 from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S
 from roundtable.common.runtime.errors import ClusterError, UsageError

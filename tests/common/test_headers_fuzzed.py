@@ -9,23 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundtable.common.config.batch_plan import make_segment
-from roundtable.common.protocol.messages import (
-    Ack,
-    Body,
-    CheckpointStatus,
-    Heartbeat,
-    Hello,
-    LayerPush,
-    LayerUse,
-    Plan,
-    Pull,
-    Push,
-    Reassign,
-    Residual,
-    ShardedForward,
-    TakeCheckpoint,
-    Weights,
-)
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, Weights
+from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeCheckpoint
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, Reassign
+from roundtable.common.protocol.messages.setup import Plan
+from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward
 from roundtable.common.protocol.transport import MAX_HEADER_BYTES, PROTOCOL, Stamp
 from roundtable.common.runtime.errors import WireError
 

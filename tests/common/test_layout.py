@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roundtable.common.model.layout import CHUNK_BYTES, Layout, make_layout, message_batches
-from roundtable.common.protocol.messages import Push
+from roundtable.common.protocol.messages.gradients import Push
 from roundtable.common.protocol.model_spec import Rule, TensorSpec
 from roundtable.common.runtime.errors import UsageError
 

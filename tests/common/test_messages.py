@@ -10,7 +10,9 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from roundtable.common.protocol.messages import MOST_TOLD, Envelope, Goodbye, Heartbeat, Hello, Message, Push, Refused, Stop
+from roundtable.common.protocol.envelope import Envelope, Message
+from roundtable.common.protocol.messages.gradients import Push
+from roundtable.common.protocol.messages.session import MOST_TOLD, Goodbye, Heartbeat, Hello, Refused, Stop
 from roundtable.common.protocol.transport import PROTOCOL, Stamp
 from roundtable.common.runtime.errors import WireError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from roundtable.common.protocol.messages import Setup, Update
+from roundtable.common.protocol.messages.setup import Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.versions import Versions, versions_here

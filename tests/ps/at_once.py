@@ -11,7 +11,9 @@ import torch
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import owner_of
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import InitialRows, LayerAck, LayerPush, Ready, ShardedForward, Update
+from roundtable.common.protocol.messages.embedding import InitialRows
+from roundtable.common.protocol.messages.setup import Ready, Update
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.ps.params.dense import Norm
 from roundtable.ps.sharded.layers import LayerShards

@@ -47,28 +47,21 @@ from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.network.host_identity import Place, here
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages import (
-    Body,
-    Goodbye,
-    Hello,
-    InitialRows,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.embedding import InitialRows
+from roundtable.common.protocol.messages.gradients import Weights
+from roundtable.common.protocol.messages.replication import RoundReplicatedAck, StateHeader, StatePart, StatePartAck
+from roundtable.common.protocol.messages.session import Goodbye, Hello, RequestWork, Stop
+from roundtable.common.protocol.messages.setup import (
     InitialWeights,
-    LayerPush,
     OfferSharedMemory,
     Plan,
     Ready,
-    RequestWork,
-    RoundReplicatedAck,
     Setup,
-    ShardedForward,
     SharedMemoryReply,
-    StateHeader,
-    StatePart,
-    StatePartAck,
-    Stop,
     Update,
-    Weights,
 )
+from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
 from roundtable.common.protocol.shared_memory import Handle, Region
 from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S
 from roundtable.common.runtime.errors import RunStopped, Stopped, WireError

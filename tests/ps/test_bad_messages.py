@@ -37,7 +37,11 @@ from simulation import (
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Body, Committed, Hello, Plan, Pull, Report, ReportAck, Setup, Update, Welcome
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import Committed, Report, ReportAck
+from roundtable.common.protocol.messages.gradients import Pull
+from roundtable.common.protocol.messages.session import Hello, Welcome
+from roundtable.common.protocol.messages.setup import Plan, Setup, Update
 from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
 from roundtable.common.protocol.tickets import seal
 from roundtable.common.protocol.transport import Stamp

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from roundtable.common.config.batch_plan import Segment, make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Committed, Contribution, Hello, Mean, Report, Setup, Update
+from roundtable.common.protocol.messages.commit import Committed, Contribution, Mean, Report
+from roundtable.common.protocol.messages.session import Hello
+from roundtable.common.protocol.messages.setup import Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Ack, Weights
+from roundtable.common.protocol.messages.gradients import Ack, Weights
 from roundtable.common.protocol.transport import dealer
 from roundtable.ps.server.server import _Server
 

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import cut, id_of, local_of, owner_of
-from roundtable.common.protocol.messages import LayerPush, LayerUse, ShardedForward, ShardedForwardReply, Update
+from roundtable.common.protocol.messages.setup import Update
+from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward, ShardedForwardReply
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage import tensor_file

@@ -27,7 +27,8 @@ from test_rounds_simulated import (
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR
-from roundtable.common.protocol.messages import AllNorms, Body, CloseRound
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import AllNorms, CloseRound
 from roundtable.ps.coordinator.coordinator import Coordinator
 from roundtable.ps.server.sync_shard import SyncShard
 

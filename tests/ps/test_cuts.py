@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roundtable.common.protocol.messages import CheckpointStatus, TakeCheckpoint
+from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeCheckpoint
 from roundtable.ps.coordinator.checkpoint_scheduler import CheckpointScheduler
 
 

@@ -10,7 +10,9 @@ import pytest
 import zmq
 
 from roundtable.common.config.settings import Settings
-from roundtable.common.protocol.messages import Body, Goodbye, Heartbeat, Hello, Setup, Stop, Update
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, Hello, Stop
+from roundtable.common.protocol.messages.setup import Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import Stamp, dealer, receive, router, send
 from roundtable.common.runtime.errors import ClusterError

@@ -13,7 +13,8 @@ from elsewhere import DEVICE, Elsewhere, There
 from torch import nn
 
 from roundtable.common.model.sparse_rows import cut
-from roundtable.common.protocol.messages import LayerPush, Update
+from roundtable.common.protocol.messages.setup import Update
+from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.runtime.devices import find_device
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file

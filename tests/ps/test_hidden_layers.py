@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import cut
-from roundtable.common.protocol.messages import LayerPush, LayerUse, ShardedForward, Update
+from roundtable.common.protocol.messages.setup import Update
+from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps.sharded.column_parallel import Products

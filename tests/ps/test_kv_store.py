@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
-from roundtable.common.protocol.messages import KvPull, KvPush, KvReply, Refused
+from roundtable.common.protocol.messages.kv import KvPull, KvPush, KvReply
+from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.server.kv_store import KvStore
 

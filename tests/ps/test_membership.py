@@ -10,7 +10,8 @@ import pytest
 from roundtable.common.config.settings import Settings
 from roundtable.common.network.host_identity import Place
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Body, Heartbeat, Hello, MembershipUpdate, MembersLost, Refused, Stop, Welcome
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, MembersLost, Refused, Stop, Welcome
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.ps.coordinator.state.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process, number_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from roundtable.common.model.layout import Layout, make_layout
-from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.server.memory_budget import check_memory

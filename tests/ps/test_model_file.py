@@ -24,7 +24,9 @@ from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR
-from roundtable.common.protocol.messages import InFile, InitialRows, InitialWeights, ModelPart, SendModel, Setup, Update
+from roundtable.common.protocol.messages.embedding import InitialRows
+from roundtable.common.protocol.messages.saving import ModelPart, SendModel
+from roundtable.common.protocol.messages.setup import InFile, InitialWeights, Setup, Update
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.results import ModelFile, rules_in

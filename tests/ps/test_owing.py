@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.common.protocol.messages import Residual
+from roundtable.common.protocol.messages.gradients import Residual
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.errors import WireError

@@ -17,18 +17,9 @@ from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import (
-    Ack,
-    Contribution,
-    InitialWeights,
-    Plan,
-    Pull,
-    Push,
-    Report,
-    Setup,
-    Update,
-    Weights,
-)
+from roundtable.common.protocol.messages.commit import Contribution, Report
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights
+from roundtable.common.protocol.messages.setup import InitialWeights, Plan, Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.ps.server.async_shard import AsyncShard
 

@@ -9,7 +9,8 @@ import pytest
 from roundtable.common.config.batch_plan import Segment, make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Committed, Report, Setup, Update
+from roundtable.common.protocol.messages.commit import Committed, Report
+from roundtable.common.protocol.messages.setup import Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.summary_metrics import Measured, measured, results

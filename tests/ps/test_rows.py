@@ -33,24 +33,11 @@ from roundtable.common.model.sparse_rows import (
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import (
-    Ack,
-    CloseRound,
-    InitialRows,
-    InitialWeights,
-    Plan,
-    Pull,
-    Push,
-    Ready,
-    Refused,
-    RowAck,
-    RowPull,
-    RowPush,
-    Rows,
-    Setup,
-    Update,
-    Weights,
-)  # fmt: skip
+from roundtable.common.protocol.messages.commit import CloseRound
+from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights
+from roundtable.common.protocol.messages.session import Refused
+from roundtable.common.protocol.messages.setup import InitialWeights, Plan, Ready, Setup, Update
 from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.embedding import RowTables

@@ -20,7 +20,7 @@ from roundtable.common.model.partial_sum import Sum, put_off
 from roundtable.common.model.reduction_tree import fold
 from roundtable.common.model.tensor_bytes import dtype_name, to_frame
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.model_spec import Rule, TensorSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.storage import tensor_file

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from roundtable.common.config.work_shares import ShareTable
-from roundtable.common.protocol.messages import Heartbeat, Hello, Reassign
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, Reassign
 from roundtable.ps.coordinator.state.membership import Member
 from roundtable.ps.coordinator.state.speculation import Speculation
 

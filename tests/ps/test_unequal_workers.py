@@ -12,7 +12,8 @@ from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.config.worker_facts import Fact
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Hello, Plan, Ready, Refused, Setup, Update
+from roundtable.common.protocol.messages.session import Hello, Refused
+from roundtable.common.protocol.messages.setup import Plan, Ready, Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 from roundtable.ps.coordinator.coordinator import Coordinator

@@ -12,7 +12,8 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import InitialWeights, Plan, Pull, Push, Setup, Update, Weights, WeightsCredit
+from roundtable.common.protocol.messages.gradients import Pull, Push, Weights, WeightsCredit
+from roundtable.common.protocol.messages.setup import InitialWeights, Plan, Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.ps.server.sync_shard import SyncShard
 

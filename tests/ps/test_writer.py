@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from roundtable.common.protocol.messages import CheckpointStatus
+from roundtable.common.protocol.messages.saving import CheckpointStatus
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.tensor_file import Entry
 from roundtable.ps.server.checkpoint_writer import CheckpointData, CheckpointWriter

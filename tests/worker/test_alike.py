@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.worker_facts import Fact, Told, difference
-from roundtable.common.protocol.messages import Plan
+from roundtable.common.protocol.messages.setup import Plan
 from roundtable.worker import facts as alike
 from roundtable.worker.optim.optimizer import Hypers
 

@@ -14,7 +14,7 @@ from torch import nn
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles

@@ -15,7 +15,7 @@ from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Ack, Pull, Push, VersionExpired, Weights
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, VersionExpired, Weights
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import WireError

@@ -11,7 +11,8 @@ import torch
 
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import KvPull, KvReply, Refused
+from roundtable.common.protocol.messages.kv import KvPull, KvReply
+from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.client.kv_client import KvClient
 

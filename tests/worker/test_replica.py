@@ -16,7 +16,7 @@ from roundtable.common.model.partial_sum import adder
 from roundtable.common.model.reduction_tree import fold
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import Update
+from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.dense import DenseParameters
 from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, parameter_groups, plain_settings

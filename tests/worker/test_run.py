@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
-from roundtable.common.protocol.messages import Residual
+from roundtable.common.protocol.messages.gradients import Residual
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.client.push_pull import ParameterClient

@@ -20,7 +20,8 @@ import roundtable
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.sparse_rows import cut, owner_of, rows_on
 from roundtable.common.policies import load
-from roundtable.common.protocol.messages import LayerAck, LayerPush, ShardedForward, ShardedForwardReply, Update
+from roundtable.common.protocol.messages.setup import Update
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import UsageError, WireError

@@ -20,7 +20,8 @@ from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import RowSum, cut, cut_sums, join_sums, owner_of
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import InitialRows, Ready, RowAck, RowPull, RowPush, Rows, Update
+from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
+from roundtable.common.protocol.messages.setup import Ready, Update
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import UsageError, WireError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from roundtable.common.config.batch_plan import Task
 from roundtable.common.config.work_shares import ShareTable
-from roundtable.common.protocol.messages import Reassign
+from roundtable.common.protocol.messages.session import Reassign
 from roundtable.worker.loop.task_queue import TaskQueue
 
 

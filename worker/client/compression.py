@@ -14,7 +14,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
-from roundtable.common.protocol.messages import Push, Residual
+from roundtable.common.protocol.messages.gradients import Push, Residual
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.replica.mapped_weights import InPlane

@@ -13,7 +13,9 @@ import torch
 
 from roundtable.common.model.sparse_rows import RowSums, cut, cut_sums, join, owner_of, split
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Body, RowAck, RowPull, RowPush, Rows, Traffic
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.embedding import RowAck, RowPull, RowPush, Rows
+from roundtable.common.protocol.messages.session import Traffic
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError

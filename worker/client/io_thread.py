@@ -24,7 +24,9 @@ from roundtable.common.config.settings import START_S
 from roundtable.common.network.host_identity import is_own
 from roundtable.common.network.reachability import UNREACHED_S, Reachability
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages import Body, Heartbeat, Hello, MembershipUpdate, Peer, Push, Refused, Stop, Welcome
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.gradients import Push
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, Peer, Refused, Stop, Welcome
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.session import TELL_S, Session
 from roundtable.common.protocol.transport import (

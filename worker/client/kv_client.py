@@ -17,7 +17,9 @@ import torch
 from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.model.tensor_bytes import dtype_name, from_frame, to_frame
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Body, KvPull, KvPush, KvReply, Refused
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.kv import KvPull, KvPush, KvReply
+from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 from roundtable.common.runtime.allocator import keep_memory
 from roundtable.common.runtime.errors import UsageError

@@ -20,19 +20,10 @@ from roundtable.common.model.layout import Chunk, Layout, message_batches, urgen
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import (
-    Ack,
-    Body,
-    OfferSharedMemory,
-    Pull,
-    Push,
-    Ready,
-    Residual,
-    Traffic,
-    VersionExpired,
-    Weights,
-    WeightsCredit,
-)
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, VersionExpired, Weights, WeightsCredit
+from roundtable.common.protocol.messages.session import Traffic
+from roundtable.common.protocol.messages.setup import OfferSharedMemory, Ready
 from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.runtime.failpoints import failpoint

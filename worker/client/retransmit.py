@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from roundtable.common.protocol.messages import Body, LayerAck, LayerPush, RowAck, RowPush
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.embedding import RowAck, RowPush
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
 
 B = TypeVar("B", bound=Body, covariant=True)

@@ -14,7 +14,9 @@ import torch
 
 from roundtable.common.model.sparse_rows import cut, join, owner_of, rows_on
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import Body, LayerAck, LayerPush, ShardedForward, ShardedForwardReply, Traffic
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Traffic
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError

@@ -19,7 +19,8 @@ from roundtable.common.model.row_pages import pages
 from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import Send
-from roundtable.common.protocol.messages import InitialRows, LayerPush, LayerUse, ShardedForward
+from roundtable.common.protocol.messages.embedding import InitialRows
+from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names

@@ -20,7 +20,9 @@ from torch.nn.functional import embedding
 from roundtable.common.model.row_pages import pages
 from roundtable.common.model.sparse_rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Body, InitialRows, Ready, RowPush
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.embedding import InitialRows, RowPush
+from roundtable.common.protocol.messages.setup import Ready
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names

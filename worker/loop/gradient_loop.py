@@ -16,7 +16,10 @@ from roundtable.common.model.partial_sum import Sum, adder
 from roundtable.common.model.reduction_tree import TreeSum
 from roundtable.common.model.sparse_rows import RowSums
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages import MOST_TOLD, Heartbeat, LayerPush, Push, RequestWork, RowPush, Sums
+from roundtable.common.protocol.messages.embedding import RowPush
+from roundtable.common.protocol.messages.gradients import Push, Sums
+from roundtable.common.protocol.messages.session import MOST_TOLD, Heartbeat, RequestWork
+from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.protocol.transport import PATIENCE_BY_WORKER_S
 from roundtable.common.runtime.allocator import keep_memory
 from roundtable.common.runtime.errors import NoAnswer, UsageError

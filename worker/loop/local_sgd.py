@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed
 from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.model.partial_sum import Sum, nothing
-from roundtable.common.protocol.messages import Heartbeat, Push, Sums
+from roundtable.common.protocol.messages.gradients import Push, Sums
+from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.loader import Loader, seed_everything
 from roundtable.worker.loop.gradient_loop import STEP_MISSING, STEP_TOO_MUCH, Throughput

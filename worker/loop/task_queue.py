@@ -12,7 +12,7 @@ from collections import deque
 
 from roundtable.common.config.batch_plan import Task
 from roundtable.common.config.work_shares import ShareTable, in_force
-from roundtable.common.protocol.messages import Reassign
+from roundtable.common.protocol.messages.session import Reassign
 
 
 class TaskQueue:

@@ -24,21 +24,20 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.config.worker_facts import Fact, Told, difference
 from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.policies import Policy, load
-from roundtable.common.protocol.messages import (
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.commit import (
     AllNorms,
-    Body,
     CloseRound,
     Committed,
     Contribution,
     Mean,
     Norms,
-    Ready,
-    Refused,
     Report,
     ReportAck,
     RoundReady,
-    Setup,
 )
+from roundtable.common.protocol.messages.session import Refused
+from roundtable.common.protocol.messages.setup import Ready, Setup
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps import differences
 from roundtable.ps.model_parts import sizes

@@ -23,8 +23,8 @@ from roundtable.common.config.work_shares import ShareTable, shares
 from roundtable.common.network.addresses import is_loopback
 from roundtable.common.network.host_identity import NOWHERE, Place
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import (
-    Body,
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import (
     Heartbeat,
     Hello,
     MembershipUpdate,

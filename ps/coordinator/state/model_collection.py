@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from roundtable.common.model.layout import Layout
-from roundtable.common.protocol.messages import ModelPart, SendModel
+from roundtable.common.protocol.messages.saving import ModelPart, SendModel
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.model_parts import Part, Span, parts_on, spans

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages import Reassign
+from roundtable.common.protocol.messages.session import Reassign
 from roundtable.common.protocol.transport import BEAT_S
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Member, Membership

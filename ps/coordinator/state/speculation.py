@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from roundtable.common.config.work_shares import ShareTable, in_force
-from roundtable.common.protocol.messages import Reassign
+from roundtable.common.protocol.messages.session import Reassign
 from roundtable.ps.coordinator.state.membership import Member
 
 #: A micro-batch being computed is done a second time when, going by how long they have taken before, who computes it will take

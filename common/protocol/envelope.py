@@ -1,0 +1,86 @@
+"""The header of every message. Its body is MessagePack, decoded into one of the typed messages or refused."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from roundtable.common.config.field_types import Count, Name
+from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, ReportAck, RoundReady
+from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, VersionExpired, Weights, WeightsCredit
+from roundtable.common.protocol.messages.kv import KvPull, KvPush, KvReply
+from roundtable.common.protocol.messages.replication import (
+    Replicate,
+    ReplicateLayers,
+    ReplicateRows,
+    RequestState,
+    RoundReplicated,
+    RoundReplicatedAck,
+    StateHeader,
+    StatePart,
+    StatePartAck,
+)
+from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed, SendModel, TakeCheckpoint
+from roundtable.common.protocol.messages.session import (
+    Goodbye,
+    Heartbeat,
+    Hello,
+    MembershipUpdate,
+    MembersLost,
+    Reassign,
+    Refused,
+    RequestWork,
+    Stop,
+    Welcome,
+)
+from roundtable.common.protocol.messages.setup import InitialWeights, OfferSharedMemory, Plan, Ready, Setup, SharedMemoryReply
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
+from roundtable.common.runtime.errors import UsageError, WireError
+
+T = TypeVar("T")
+Message = (
+    Hello | Welcome | Refused | Heartbeat | MembershipUpdate | RequestWork | Reassign | MembersLost | Stop
+    | Setup | Plan | Ready | InitialWeights | OfferSharedMemory | SharedMemoryReply
+    | Push | Ack | Residual | Pull | Weights | WeightsCredit | VersionExpired
+    | InitialRows | RowPull | Rows | RowPush | RowAck | ShardedForward | ShardedForwardReply | LayerPush | LayerAck
+    | Report | ReportAck | RoundReady | CloseRound | Norms | AllNorms | TakeCheckpoint | CheckpointStatus
+    | Replicate | ReplicateRows | ReplicateLayers | RoundReplicated | RoundReplicatedAck
+    | RequestState | StateHeader | StatePart | StatePartAck
+    | Mean | Metrics | Goodbye | Recomputed | SendModel | ModelPart | KvPush | KvPull | KvReply
+)  # fmt: skip
+#: Bytes that a Hello may have.
+_MOST_HELLO_BYTES = 64 << 10
+_MESSAGE = msgspec.msgpack.Decoder(Message)
+_HELLO = msgspec.msgpack.Decoder(Hello)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """What every header carries. `run` is empty until the coordinator's Welcome has told it; `incarnation` tells a process
+    from others of its name, and of what workers send to servers is the worker's ticket; `epoch` is the newest
+    membership epoch of which the sender has been told: a worker its shares, a server its losses; 0 elsewhere. The message
+    itself is bytes until it is known from whom they are: a stranger's are never decoded, unless they say Hello."""
+
+    protocol: int
+    run: Name
+    sender: Name
+    incarnation: Count
+    epoch: Count
+    body: msgspec.Raw
+
+    def read(self) -> Message:
+        """The message. Raises WireError unless it is one."""
+        return self._decoded(_MESSAGE)
+
+    def read_hello(self) -> Hello:
+        """The same of somebody unknown, from whom only a Hello is taken."""
+        if memoryview(self.body).nbytes > _MOST_HELLO_BYTES:
+            raise WireError(f"a Hello of more than {_MOST_HELLO_BYTES} bytes", "oversized")
+        return self._decoded(_HELLO)
+
+    def _decoded(self, decoder: msgspec.msgpack.Decoder[T]) -> T:
+        try:
+            return decoder.decode(self.body)
+        except (msgspec.DecodeError, UnicodeDecodeError, UsageError, RecursionError) as error:
+            raise WireError(f"a message of {self.sender or 'a peer'} could not be read: {error}", "malformed") from None

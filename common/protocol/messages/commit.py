@@ -1,0 +1,105 @@
+"""Messages that close rounds and put them into the ledger: between servers and the coordinator, and metrics of workers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from roundtable.common.config.field_types import ByName, Count, Many, Name
+from roundtable.common.protocol.messages.base import Body
+
+
+class Contribution(msgspec.Struct, frozen=True):
+    """What became of one push, as the ledger has it. A micro-batch that was dropped without one has a row without a `worker`; a
+    push of it that comes afterwards is `late`."""
+
+    round: Count
+    lo: Count
+    hi: Count
+    worker: Name
+    samples: Count
+    micro_batches: Count
+    outcome: Literal["committed", "duplicate", "dropped", "dropped in part", "late"]
+    staleness: Count | None = None
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """A round applied on server 0: its samples, micro-batches and mean metrics."""
+
+    round: Count
+    samples: Count
+    micro_batches: Count
+    dropped: Count
+    metrics: ByName[float]
+
+
+class Report(Body, frozen=True):
+    """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions. `again`: the one
+    in whose place it is may have told some of them before. `left_out`: what was dropped here where each push is decided on alone
+    (`ssp`, `async`), all that is here of its micro-batch or a part of that."""
+
+    seq: Count
+    version: Count
+    rounds: Many[Committed] = []
+    contributions: Many[Contribution] = []
+    again: bool = False
+    left_out: Many[Contribution] = []
+
+
+class ReportAck(Body, frozen=True):
+    """Reports up to `seq` are in the ledger."""
+
+    seq: Count
+
+
+class RoundReady(Body, frozen=True):
+    """`backup`: these micro-batches of the round have fully arrived here. May the round be closed?
+
+    `coordinator` is the incarnation of the one that is asked: its asker takes no earlier one's word any more. A coordinator that
+    has taken over the run passes on to all servers what may have been decided before; who was told answers with just that.
+    """
+
+    round: Count
+    ks: Many[Count]
+    coordinator: int = 0
+
+
+class CloseRound(Body, frozen=True):
+    """`backup`: apply the round with exactly these micro-batches."""
+
+    round: Count
+    ks: Many[Count]
+
+
+class Norms(Body, frozen=True):
+    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm); of tables and then classifiers,
+    which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `RoundReady` is."""
+
+    round: Count
+    norms: Many[tuple[Count, Count, float]]
+    coordinator: int = 0
+
+
+class AllNorms(Body, frozen=True):
+    """Gradient norms of all servers' pieces, sorted."""
+
+    round: Count
+    norms: Many[tuple[Count, Count, float]]
+
+
+class Mean(Body, frozen=True):
+    """What is the mean of metric `name` over `epoch`? Answered by the same with `value`, final once `complete`."""
+
+    epoch: Count
+    name: Name
+    value: float | None = None
+    complete: bool = False
+
+
+class Metrics(Body, frozen=True):
+    """Values the script logged outside a micro-batch, after `round` rounds."""
+
+    id: Count
+    round: Count
+    values: ByName[float]
