@@ -1,7 +1,7 @@
 """What strangers can do to processes that listen, and workers that have joined to a run, for the fault matrix and tests.
 
 An item is done once to one process, and again and again while `attacking`, to all processes of a run at once. Everything is
-done to processes on this machine that a test has started, and is bounded in count and time. docs/attacks.md has the table.
+done to processes on this machine that a test has started, and is bounded in count and time. docs/security.md has the table.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
 
 
 def crossing(classes: int, servers: int) -> float:
-    """The samples a worker at which both ways move the same, by docs/model-parallel.md."""
+    """The samples a worker at which both ways move the same, by docs/tutorial/layers-on-servers.md."""
     inputs, outputs = (FEATURES, HIDDEN, HIDDEN), (HIDDEN, HIDDEN, classes)
     weights = sum((i + 1) * o for i, o in zip(inputs, outputs, strict=True))
     return weights / (servers * sum(inputs) + sum(outputs[:-1]))

@@ -1,4 +1,4 @@
-"""The one place where a command ends: what it says last, and its exit code (docs/design.md has a list of these)."""
+"""The one place where a command ends: what it says last, and its exit code (docs/fault-tolerance.md has a list of these)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Classifiers that servers keep and compute: a layer whose weight is never here, and its loss.
 
 A forward asks every server what its classes come to (`ShardedForward`), which is all that backward needs too:
-docs/model-parallel.md.
+docs/protocol.md.
 """
 
 from __future__ import annotations

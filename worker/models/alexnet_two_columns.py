@@ -66,7 +66,8 @@ PAPER = Sizes(
     )
 )
 #: Those of the text that this project grew from: smaller filters, pools of 2x2, and no normalisation. Of strides and padding it
-#: says nothing; these make maps as large as the paper's behind each pool (docs/models.md). 60,740,968 parameters.
+#: says nothing; these make maps as large as the paper's behind each pool (docs/tutorial/built-in-networks.md). It has
+#: 60,740,968 parameters.
 TEXT = Sizes(
     (
         Convolution(96, 5, stride=4, sees_both=True, pool=(2, 2)),
