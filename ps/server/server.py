@@ -165,7 +165,7 @@ class _Server:
             if self._watchdog is not None:
                 self._watchdog.stop()
         stop = self._attendance.stop
-        if stop is not None and not stop.ok and self.told:
+        if stop is not None and (stop.again or stop.told) and self.told:
             raise Stopped(self.told, "has left the run, as it was told to stop.")
         if stop is not None and stop.again:
             log.warning("begins anew: %s", stop.reason)
