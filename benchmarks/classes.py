@@ -42,13 +42,24 @@ def measure(
     rounds: int,
     batch: int,
     momentum: float,
-    snapshot_every: float,
+    checkpoint_every: float,
     timeout: float,
     folder: Path,
     signals: StopSignals,
 ) -> Cost:
     """Train `rounds` rounds of `batch` samples with one worker and two servers, and hand in the model."""
-    flags = ["--workers", 1, "--servers", 2, "--rounds", rounds, "--run-dir", folder / "run", "--snapshot-every", snapshot_every]
+    flags = [
+        "--workers",
+        1,
+        "--servers",
+        2,
+        "--rounds",
+        rounds,
+        "--run-dir",
+        folder / "run",
+        "--checkpoint-every",
+        checkpoint_every,
+    ]
     script = [ROOT / "examples" / "sharded_classifier.py", "--", "--classes", classes, "--features", FEATURES]
     sizes = ["--samples", batch * rounds, "--micro-batch", batch // MICRO_BATCHES, "--global-batch", batch, "--held-out", 32]
     command = [sys.executable, ROOT / "launch.py", "local", *flags, *script, *sizes, "--epochs", 1, "--momentum", momentum]
@@ -69,15 +80,15 @@ def measure(
 @click.option("--rounds", type=click.IntRange(2), default=6, show_default=True)
 @click.option("--batch", type=click.IntRange(2), default=64, show_default=True, help="Samples of a round.")
 @click.option("--momentum", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Above 0 it doubles the numbers.")
-@click.option("--snapshot-every", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds; 0: none.")
+@click.option("--checkpoint-every", type=click.FloatRange(0), default=0.0, show_default=True, help="Seconds; 0: none.")
 @click.option("--timeout", type=click.FloatRange(1), default=1800.0, show_default=True, help="Seconds for one run.")
-def cli(classes: Sequence[int], rounds: int, batch: int, momentum: float, snapshot_every: float, timeout: float) -> None:
+def cli(classes: Sequence[int], rounds: int, batch: int, momentum: float, checkpoint_every: float, timeout: float) -> None:
     """Measure, and print the table as Markdown."""
     table = [("classes", "a round, s", "MB a round", "memory, GB", "weights, GB")]
     with StopSignals() as signals:
         for count in classes:
             with tempfile.TemporaryDirectory() as folder:
-                cost = measure(count, rounds, batch, momentum, snapshot_every, timeout, Path(folder), signals)
+                cost = measure(count, rounds, batch, momentum, checkpoint_every, timeout, Path(folder), signals)
             seconds = f"{statistics.median(cost.round_s):.2f} ({min(cost.round_s):.2f}..{max(cost.round_s):.2f})"
             weights = 4 * FEATURES * count / 1e9
             table.append((f"{count:,}", seconds, f"{cost.megabytes:.2f}", f"{cost.memory / 1e9:.2f}", f"{weights:.2f}"))

@@ -78,8 +78,8 @@ def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path
     Raises ClusterError, naming the process and its log, where one fails or time is over; KeyboardInterrupt on a signal.
     """
     settings = Settings(
-        workers=workers, servers=1, global_batch=workers, micro_batch=1, epochs=1, lane="socket", timeout=timeout,
-        silence=timeout,  # a process of simulated workers that the machine leaves waiting is silent for all of them
+        workers=workers, servers=1, global_batch=workers, micro_batch=1, epochs=1, transport="tcp", progress_timeout=timeout,
+        heartbeat_timeout=timeout,  # a process of simulated workers that the machine leaves waiting is silent for all of them
     )  # fmt: skip
     write_settings(folder / SETTINGS_FILE, settings)
     program = [sys.executable, str(ROOT / "launch.py")]

@@ -56,7 +56,7 @@ _INEXACT = {
 }
 _THROUGH_SOCKETS = ("pushing", "receiving", "aggregating")
 #: All tensors go through sockets, which is where strangers come from.
-_SOCKETS = (*_LONG, "--lane", "socket")
+_SOCKETS = (*_LONG, "--transport", "tcp")
 #: Each server's shard has a copy on another one, so that no round is to be lost with it.
 _COPIES = ("--replicas", 1)
 _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
@@ -160,7 +160,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         if kind == "server":
             table[f"{name}, with copies"] = Row(harms.failpoints(1), _COPIES, env=env)
         if point in _THROUGH_SOCKETS:
-            table[f"{name}, through sockets"] = Row(harms.failpoints(1), ("--lane", "socket"), env=env)
+            table[f"{name}, through sockets"] = Row(harms.failpoints(1), ("--transport", "tcp"), env=env)
         for policy in _INEXACT.get(point, ()):
             table[f"{name}, {policy}"] = Row(harms.failpoints(1), ("--policy", policy), env=env, is_inexact=True)
     phases = ("computing", "pushing", "pushed", "receiving")
@@ -172,7 +172,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
     forward_too, forward_too_env = harms.clock(folder / "forward-by-hand", _HOUR_S)
     back_too, back_too_env = harms.clock(folder / "back-by-hand", -_HOUR_S)
     slow, slow_env = harms.slow_disk(folder / "slow-disk", 1.0, 8.0)
-    churn = ("--epochs", max(60, round(_EPOCHS_CHURNED * churn_s)), "--respawn", 1000, "--respawn-backoff", 0)
+    churn = ("--epochs", max(60, round(_EPOCHS_CHURNED * churn_s)), "--max-restarts", 1000, "--restart-delay", 0)
     return table | {
         "all workers, each at another point": Row(harms.failpoints(_WORKERS), env={VARIABLE: at}),
         "a server and the coordinator, mid-round": Row(harms.failpoints(2), env={VARIABLE: two}),
@@ -226,10 +226,10 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
             harms.nothing, ("--epochs", 60), network=spread.cut(30.0, both_ways=True), bounds=_CUT
         ),
         "network between a worker and a server cut for good, so that the worker is given up": Row(
-            harms.nothing, ("--epochs", 60, "--timeout", 5), network=spread.cut_off, bounds=_CUT
+            harms.nothing, ("--epochs", 60, "--progress-timeout", 5), network=spread.cut_off, bounds=_CUT
         ),
         "a server that a worker cannot reach from the beginning, so that the others train": Row(
-            harms.nothing, ("--timeout", 12), network=spread.cannot_reach, scene=spread.Unreached, bounds=None
+            harms.nothing, ("--progress-timeout", 12), network=spread.cannot_reach, scene=spread.Unreached, bounds=None
         ),
         "names of the coordinator and of a server that nobody knows at first": Row(
             harms.nothing, network=lambda run: None, scene=spread.Unresolved, bounds=_UNHARMED
@@ -273,7 +273,7 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
 
 def _told_to_stop(everybody: Sequence[str]) -> dict[str, Row]:
     """SIGTERM. A run that ends with it goes on by `--resume auto`: a pause is until then."""
-    late = ("--timeout", 5, _TO_THE_END, "--", "late")
+    late = ("--progress-timeout", 5, _TO_THE_END, "--", "late")
     return {
         "SIGTERM of the launcher, then --resume auto": Row(harms.told_to_stop(), bounds=_STOPPED),
         "SIGTERM of the coordinator, then --resume auto": Row(harms.told_to_stop("coordinator"), bounds=_STOPPED),
@@ -294,7 +294,9 @@ def _at_the_end() -> dict[str, Row]:
     return {
         "a worker's script ends early": Row(harms.nothing, script("leave"), bounds=_UNHARMED),
         "the first worker's script ends early": Row(harms.nothing, script("exit"), bounds=_UNHARMED),
-        "a worker evaluates for longer than --timeout": Row(harms.nothing, script("evaluate", "--timeout", 5), bounds=None),
+        "a worker evaluates for longer than --progress-timeout": Row(
+            harms.nothing, script("evaluate", "--progress-timeout", 5), bounds=None
+        ),
         "a worker fails after the last round": Row(harms.nothing, script("raise"), bounds=None),
         "a worker is killed after the last round": Row(harms.nothing, script("kill"), bounds=None),
         "a server killed while a worker evaluates": Row(harms.kill_with_model("server-1"), script("evaluate"), bounds=None),
@@ -306,7 +308,7 @@ def _at_the_end() -> dict[str, Row]:
 
 def _not_finite() -> dict[str, Row]:
     """A gradient that is NaN or infinite, once an epoch."""
-    flags = ("--lane", "socket", _NOT_FINITE, "--on-nonfinite")
+    flags = ("--transport", "tcp", _NOT_FINITE, "--on-nonfinite")
     return {
         "gradients not finite, skip, a worker killed": Row(harms.kill("worker-1"), (*flags, "skip")),
         "gradients not finite, allow, a worker killed": Row(harms.kill("worker-1"), (*flags, "allow")),

@@ -31,8 +31,8 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
     """Train `rounds` rounds of `batch` samples a worker after a first one, which does not count and neither do the model's first
     and last weights. What was sent again counts."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--workers", workers, "--servers", servers, "--lane", "socket", "--snapshot-every", 0, "--run-dir", folder]
-        flags += ["--silence", _SILENCE_S]
+        flags = ["--workers", workers, "--servers", servers, "--transport", "tcp", "--checkpoint-every", 0, "--run-dir", folder]
+        flags += ["--heartbeat-timeout", _SILENCE_S]
         script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", 1 + rounds]
         command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)

@@ -25,7 +25,7 @@ from roundtable.common.storage.run_files import SUMMARY_FILE
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
-TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--snapshot-every", 0.4)
+TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--checkpoint-every", 0.4)
 #: Where a coordinator listens that is started by hand.
 LOOPBACK = "tcp://127.0.0.1:0"
 #: Seconds for anything to happen, on a machine that others use too.
@@ -202,7 +202,7 @@ class ByHand(Cluster):
         """`env` is the coordinator's; that of the others is what `processes` gives them."""
         self._processes = processes
         self._env = env
-        self._flags = ("--bind", bind, "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
+        self._flags = ("--listen", bind, "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
         super().__init__(folder, *self._flags, env=env, command="coordinator")
         self.until((folder / "address").exists, "listening")
         address = (folder / "address").read_text().strip()

@@ -40,7 +40,7 @@ def read_experiment(folder: Path) -> tuple[str, Column]:
         title = f"{settings.model}, {settings.data}"
         case = run.name.replace(f"-seed-{settings.seed}", "")
         found[case].append(measure(run / MODEL_FILE, settings))
-        if settings.policy == "average" and settings.merge == "greedy":
+        if settings.policy == "average" and settings.average_weights_by == "greedy":
             with closing(RunLogReader(run / FILE_NAME)) as log:
                 parts = [value for *_, value in log.metrics("part_accuracy")]
                 found["parts merged by greedy"] += [value for *_, value in log.metrics("merged_parts")]

@@ -50,7 +50,7 @@ class Spread(Cluster):
         """`near` workers are on the coordinator's host, `far` ones on the other."""
         self.hosts, self.processes = hosts, processes
         self._near = near
-        bind = ("--bind", f"tcp://{hosts[0].address}:{_PORT}", "--run-dir", folder)
+        bind = ("--listen", f"tcp://{hosts[0].address}:{_PORT}", "--run-dir", folder)
         size = ("--servers", servers, "--workers", near + far)
         prefix = (*_WITH_US, *self._on(0, "coordinator"))
         super().__init__(folder, *bind, *size, *flags, command="coordinator", prefix=prefix)
@@ -96,7 +96,7 @@ class Unreached(Spread):
         super()._start_all(names)
 
     def _flags(self, name: str) -> tuple[str, ...]:
-        return ("--bind", f"tcp://*:{_FIXED_PORT}") if name == _FIXED else ()
+        return ("--listen", f"tcp://*:{_FIXED_PORT}") if name == _FIXED else ()
 
 
 class Unresolved(Spread):
@@ -118,7 +118,7 @@ class Unresolved(Spread):
         return f"tcp://{_HEAD}:{_PORT}"
 
     def _flags(self, name: str) -> tuple[str, ...]:
-        return ("--bind", f"tcp://*:{_FIXED_PORT}", "--advertise", f"{_STORE}:{_FIXED_PORT}") if name == _FIXED else ()
+        return ("--listen", f"tcp://*:{_FIXED_PORT}", "--advertise", f"{_STORE}:{_FIXED_PORT}") if name == _FIXED else ()
 
     def _on(self, host: int, name: str) -> tuple[str, ...]:
         lookup = () if name == "coordinator" else (*_LOOKED_UP, str(self._names()))

@@ -30,7 +30,7 @@ def main() -> None:
     run = roundtable.join()
     settings = run.settings
     images = data.chosen(settings)
-    model = run.replicate(builtin.build(settings.model, images.shape, images.classes, settings.devices))
+    model = run.replicate(builtin.build(settings.model, images.shape, images.classes, settings.column_devices))
     optimizer = optimizer_class(settings.optimizer)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
     arguments, course = optimizer_arguments(optimizer, settings), schedule(settings, rounds)

@@ -104,7 +104,7 @@ def extract(run: Trained, source: Source, layer: str, workers: int, out: Path, c
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}.") from None
     job = Job(source, layer, str(folder.resolve()), train + test, width)
-    settings = Settings(workers=workers, servers=1, micro_batch=MICRO_BATCH, global_batch=_ROUND, epochs=1, snapshot_every=0)
+    settings = Settings(workers=workers, servers=1, micro_batch=MICRO_BATCH, global_batch=_ROUND, epochs=1, checkpoint_every=0)
     try:
         values, labels = job.features(), job.labels()
         cluster(folder, settings, str(SCRIPT), (msgspec.json.encode(job).decode(),))

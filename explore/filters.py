@@ -60,7 +60,7 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png")
     notes = [asked.note] if asked.note else []
     if len(stages) == 2:
-        notes.append("there is no snapshot from during training: the run's --snapshot-every and --snapshots-kept keep some.")
+        notes.append("there is no snapshot from during training: the run's --checkpoint-every and --keep-checkpoints keep some.")
     try:
         draw_patches(run, model, layer, folder / f"patches-{name}.png")
     except UsageError as error:

@@ -40,16 +40,20 @@ _COORDINATOR = click.option(
     callback=check_address,
     metavar="ADDRESS",
     required=True,
-    envvar="PS_COORDINATOR",
-    help="The coordinator's address, tcp://HOST:PORT; by default that in the environment's PS_COORDINATOR.",
+    envvar=["ROUNDTABLE_COORDINATOR", "PS_COORDINATOR"],
+    help="Coordinator address, tcp://HOST:PORT. [env: ROUNDTABLE_COORDINATOR]",
 )
 _INDEX = click.option(
-    "--index", type=click.IntRange(min=0), metavar="N", help="The number this process is to have; by default one that is free."
+    "--index",
+    cls=Option,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="The number this process is to have; by default one that is free.",
 )
 _START = click.option(
     "--start-timeout", "start_s", type=click.FloatRange(0, min_open=True), default=START_S, show_default=True, metavar="X",
-    envvar="PS_START_TIMEOUT",
-    help="Seconds for the coordinator to answer, which may start later; by default those in the environment's PS_START_TIMEOUT.",
+    envvar=["ROUNDTABLE_START_TIMEOUT", "PS_START_TIMEOUT"],
+    help="Seconds for the coordinator to answer; it may start later. [env: ROUNDTABLE_START_TIMEOUT]",
 )  # fmt: skip
 _ACCEPT_VERSIONS = (
     "With --resume: go on although the snapshot is of another version of this program or of torch, so that the same bits cannot "
@@ -99,19 +103,19 @@ def cli() -> None:
 @settings_options
 @click.option("--port", cls=Option, section="Cluster", type=click.IntRange(0, 65535), default=0, metavar="N",
               help="Port of the coordinator; 0 takes any free one.", show_default=True)  # fmt: skip
-@click.option("--respawn", cls=Option, section="Cluster", type=click.IntRange(0), default=3, metavar="N", show_default=True,
+@click.option("--max-restarts", cls=Option, section="Cluster", type=click.IntRange(0), default=3, metavar="N", show_default=True,
               help="How often each worker or server that was killed is started again; 0: never. The coordinator is as often, and "
               "5 times at least.")  # fmt: skip
-@click.option("--respawn-backoff", cls=Option, section="Cluster", type=click.FloatRange(0), default=0.5, metavar="X",
+@click.option("--restart-delay", cls=Option, section="Cluster", type=click.FloatRange(0), default=0.5, metavar="X",
               show_default=True, help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
 @click.option("--server-device", cls=Option, section="Cluster", metavar="NAME,...", default="cpu", show_default=True,
               help="Where layers are that servers compute, such as cuda:0; of several names, servers take turns.")  # fmt: skip
 @run_options
 @_RESUME
-@click.option("--accept-versions", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
+@click.option("--allow-version-mismatch", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
 @click.pass_context
 def local(
-    ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, accept_versions: bool, **_: Any
+    ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, allow_version_mismatch: bool, **_: Any
 ) -> None:
     """Train on this machine.
 
@@ -125,7 +129,7 @@ def local(
     from roundtable.common.storage.event_log import FILE_NAME
 
     keep_private()
-    choice, take_up = _going_on(resume, given(ctx), config, script, ctx.meta["args"], False, accept_versions, click.echo)
+    choice, take_up = _going_on(resume, given(ctx), config, script, ctx.meta["args"], False, allow_version_mismatch, click.echo)
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
         if choice.run_dir is None and (before := passed_over(folder, choice.default_name)) is not None:
@@ -133,13 +137,13 @@ def local(
         if how != "nothing":
             order = LaunchSpec(
                 choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, how,
-                accept_versions=accept_versions, devices=choice.server_device.split(","),
+                accept_versions=allow_version_mismatch, devices=choice.server_device.split(","),
             )  # fmt: skip
             run_local(order, _program(), os.environ, Screen(Console(), folder / FILE_NAME))
 
 
 @cli.command(cls=Command)
-@click.option("--bind", cls=Option, section="Cluster", callback=check_address, metavar="ADDRESS", default="tcp://*:5555",
+@click.option("--listen", cls=Option, section="Cluster", callback=check_address, metavar="ADDRESS", default="tcp://*:5555",
               show_default=True, help="Where to listen.")  # fmt: skip
 @settings_options
 @run_options
@@ -147,17 +151,17 @@ def local(
 @click.option("--recover", is_flag=True, hidden=True, help="The same as --resume auto.")
 @click.option("--prepared", type=click.Choice(get_args(How)), hidden=True,
               help="What to do in the run directory, which has been claimed by whoever started this.")  # fmt: skip
-@click.option("--accept-versions", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
+@click.option("--allow-version-mismatch", cls=Option, section="Run", is_flag=True, help=_ACCEPT_VERSIONS)
 @click.pass_context
 def coordinator(
     ctx: click.Context,
     /,
-    bind: str,
+    listen: str,
     config: str | None,
     resume: str | None,
     recover: bool,
     prepared: How | None,
-    accept_versions: bool,
+    allow_version_mismatch: bool,
     **_: Any,
 ) -> None:
     """Coordinate one run.
@@ -175,34 +179,34 @@ def coordinator(
     keep_private()
     if prepared is not None:
         choice = choose(given(ctx), config)
-        serve(choice.settings, bind, _folder(choice), prepared, accept_versions, [signal.SIGINT, signal.SIGTERM])
+        serve(choice.settings, listen, _folder(choice), prepared, allow_version_mismatch, [signal.SIGINT, signal.SIGTERM])
         return
     resume = AUTO if recover else resume
-    choice, take_up = _going_on(resume, given(ctx), config, None, (), True, accept_versions, logging.getLogger("ps").info)
+    choice, take_up = _going_on(resume, given(ctx), config, None, (), True, allow_version_mismatch, logging.getLogger("ps").info)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
         if how != "nothing":
             write_settings(folder / SETTINGS_FILE, choice.settings)
         signal.signal(signal.SIGTERM, stopped)
         signal.signal(signal.SIGINT, stopped)
         try:
-            serve(choice.settings, bind, folder, how, accept_versions, [signal.SIGINT, signal.SIGTERM])
+            serve(choice.settings, listen, folder, how, allow_version_mismatch, [signal.SIGINT, signal.SIGTERM])
         except Stopped as error:
-            raise Stopped(error.number, told_to_stop(error.number, folder, ["coordinator", "--bind", bind])) from None
+            raise Stopped(error.number, told_to_stop(error.number, folder, ["coordinator", "--listen", listen])) from None
 
 
 @cli.command(cls=Command)
 @_COORDINATOR
-@click.option("--bind", callback=check_address, metavar="ADDRESS", default="tcp://*:0", show_default=True,
+@click.option("--listen", cls=Option, callback=check_address, metavar="ADDRESS", default="tcp://*:0", show_default=True,
               help="Where to listen; port 0 is any free one.")  # fmt: skip
 @_INDEX
-@click.option("--device", metavar="NAME", default="cpu", show_default=True,
+@click.option("--server-device", cls=Option, old=["--device"], metavar="NAME", default="cpu", show_default=True,
               help="Where layers are that servers compute (ShardedLinear, ColumnParallelLinear), such as cuda:0; all else is in "
               "memory that workers reach.")  # fmt: skip
 @_START
 @click.option("--advertise", callback=check_advertised, metavar="ADDRESS",
               help="Where others are to connect, HOST, HOST:PORT or tcp://HOST:PORT, such as a router's address that is "
               "forwarded here; by default where it listens, as seen from the coordinator.")  # fmt: skip
-def server(coordinator: str, bind: str, index: int | None, device: str, start_s: float, advertise: str | None) -> None:
+def server(coordinator: str, listen: str, index: int | None, server_device: str, start_s: float, advertise: str | None) -> None:
     """Be one of a run's servers.
 
     Holds a part of the parameters and updates them, until the run ends.
@@ -212,7 +216,7 @@ def server(coordinator: str, bind: str, index: int | None, device: str, start_s:
 
     _log_to_stderr()
     keep_private()
-    serve(coordinator, bind, index, find_device(device, "--device"), start_s, advertise)
+    serve(coordinator, listen, index, find_device(server_device, "--server-device"), start_s, advertise)
 
 
 @cli.command(cls=Command)
@@ -224,9 +228,9 @@ def server(coordinator: str, bind: str, index: int | None, device: str, start_s:
               "coordinator's --servers must be its --workers, and a host moves no more than in a ring all-reduce.")  # fmt: skip
 @click.option("--server-device", metavar="NAME", default="cpu", show_default=True,
               help="With --colocate: where layers are that the server computes, such as cuda:0.")  # fmt: skip
-@click.option("--respawn", type=click.IntRange(0), default=3, metavar="N", show_default=True,
+@click.option("--max-restarts", cls=Option, type=click.IntRange(0), default=3, metavar="N", show_default=True,
               help="With --colocate: how often the server is started again where it was killed; 0: never.")  # fmt: skip
-@click.option("--respawn-backoff", type=click.FloatRange(0), default=0.5, metavar="X", show_default=True,
+@click.option("--restart-delay", cls=Option, type=click.FloatRange(0), default=0.5, metavar="X", show_default=True,
               help="Seconds before the first time; each pause is twice the last one, up to 30.")  # fmt: skip
 @_START
 @click.option("--advertise", callback=check_advertised, metavar="ADDRESS",
@@ -240,8 +244,8 @@ def worker(
     index: int | None,
     colocate: bool,
     server_device: str,
-    respawn: int,
-    respawn_backoff: float,
+    max_restarts: int,
+    restart_delay: float,
     start_s: float,
     advertise: str | None,
 ) -> None:
@@ -259,7 +263,7 @@ def worker(
             from roundtable.cluster.launch.colocated import server_beside
             from roundtable.cluster.process.restart_policy import RestartPolicy
 
-            again = RestartPolicy(respawn, respawn_backoff)
+            again = RestartPolicy(max_restarts, restart_delay)
             beside.enter_context(server_beside(_program(), coordinator, index, script, again, server_device, advertise))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from roundtable.worker.run import Run
 
 #: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
-ADDRESS_VARIABLE = "PS_COORDINATOR"
-INDEX_VARIABLE = "PS_WORKER_INDEX"
+ADDRESS_VARIABLE = "ROUNDTABLE_COORDINATOR"
+INDEX_VARIABLE = "ROUNDTABLE_WORKER_INDEX"
 
 #: Signals that tell a worker to leave, and what handles them in scripts that have no handler of their own.
 _USUAL: tuple[tuple[signal.Signals, Any], ...] = (
@@ -27,7 +27,10 @@ _USUAL: tuple[tuple[signal.Signals, Any], ...] = (
 )
 
 #: Seconds that the coordinator has to answer, where they are not the default.
-START_VARIABLE = "PS_START_TIMEOUT"
+START_VARIABLE = "ROUNDTABLE_START_TIMEOUT"
+
+#: What these were called before, which is understood for one more release.
+OLD_VARIABLES = {ADDRESS_VARIABLE: "PS_COORDINATOR", INDEX_VARIABLE: "PS_WORKER_INDEX", START_VARIABLE: "PS_START_TIMEOUT"}
 
 
 def join() -> Run:
@@ -50,7 +53,7 @@ def join() -> Run:
     from roundtable.worker.run import Run, describe_failure
 
     runs: list[Run] = []
-    address = os.environ.get(ADDRESS_VARIABLE)
+    address = _told(ADDRESS_VARIABLE)
     if address is None:
         from roundtable.cluster.launch.standalone import start_companions
 
@@ -60,9 +63,9 @@ def join() -> Run:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
     }
-    index = os.environ.get(INDEX_VARIABLE)
+    index = _told(INDEX_VARIABLE)
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
-    start_s = float(os.environ.get(START_VARIABLE, START_S))
+    start_s = float(_told(START_VARIABLE) or START_S)
     await_route(address, start_s)
     run = Run(IoThread(address, hello, start_s))
     runs.append(run)
@@ -83,6 +86,11 @@ def join() -> Run:
     sys.excepthook = failed
     atexit.register(_finish, run)
     return run
+
+
+def _told(variable: str) -> str | None:
+    """Return what the environment has for `variable`, or for its old name."""
+    return os.environ.get(variable, os.environ.get(OLD_VARIABLES[variable]))
 
 
 def _finish(run: Run) -> None:

@@ -169,7 +169,7 @@ class Run:
         torch.manual_seed(seed)  # also what is not in use yet
         seed_everything(seed)
         silence_scheduler_warnings()
-        self._watchdog = Watchdog(self.settings.watchdog, self._progress, lambda: link.waits_for or "its own script")
+        self._watchdog = Watchdog(self.settings.stack_dump_after, self._progress, lambda: link.waits_for or "its own script")
 
     # ---- what a script may ask
 
@@ -286,7 +286,7 @@ class Run:
             check_training(tables, cls, update.groups, self._policy)
         facts = self._facts(cls, groups, hyper, schedule, schedule_per, clip_norm)
         sends_first = self._set_up(replica, update, tables, layers, facts)
-        timeout = self.settings.timeout + 20.0
+        timeout = self.settings.progress_timeout + 20.0
         replicas = self.settings.replicas > 0
         self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
         self._shards = ShardedLayers(
@@ -308,7 +308,7 @@ class Run:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
-            slots = GradientBuffers(replica.layout, shared=self.settings.lane == "auto")
+            slots = GradientBuffers(replica.layout, shared=self.settings.transport == "auto")
             self._share(replica, slots.handle)
             work = GradientLoop(self, replica, self._rows, self._shards, slots, hypers, own_clip)
         self._work = work
@@ -428,7 +428,7 @@ class Run:
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
         """Find out with which servers this worker shares memory: only those that touch the same do."""
         assert self._exchange is not None
-        if self.settings.lane != "auto":
+        if self.settings.transport != "auto":
             return
         self._exchange.share, self._replica = OfferSharedMemory(gradients), replica
         for server in replica.layout.owners():
@@ -449,7 +449,7 @@ class Run:
             COORDINATOR,
             Mean(epoch, "loss"),
             lambda body: isinstance(body, Mean) and body.epoch == epoch and (body.complete or not waits),
-            self.settings.timeout,
+            self.settings.progress_timeout,
             again=_MEAN_AGAIN_S,
         )
         assert isinstance(answer, Mean)
@@ -458,7 +458,7 @@ class Run:
         return answer.value if answer.complete else None
 
     def _request(self, to: str, body: Body, answer: Callable[[Body], bool], frames: Frames = ()) -> Body:
-        return self._link.request(to, body, answer, self.settings.timeout, frames)
+        return self._link.request(to, body, answer, self.settings.progress_timeout, frames)
 
     # ---- training
 
@@ -587,7 +587,7 @@ class Run:
     def masters(self) -> Iterator[None]:
         """Have the servers' own weights in the model while this lasts, for an evaluation: `with run.masters(): ...`.
 
-        They differ from those that the model is trained with where `--weight-codec` rounds these, and they are what the model's
+        They differ from those that the model is trained with where `--compress-weights` rounds these. They are what the model's
         file has. Otherwise this does nothing. Do not train within it. If other workers have ended the round meanwhile, the model
         keeps the weights that it has. After the last round this cannot be.
         """
@@ -634,7 +634,7 @@ class Run:
         if self.settings.replicas:
             raise UsageError("the key-value store is on one server each, of which no copies are kept: leave out --replicas.")
         if self._kv is None:
-            self._kv = KvClient(self._link, self._servers, self.settings.timeout)
+            self._kv = KvClient(self._link, self._servers, self.settings.progress_timeout)
         return self._kv
 
     # ---- the end
@@ -734,7 +734,7 @@ class Run:
         """The servers' own weights for the round that the model is in, by chunk. None if no codec rounds what the model has, or
         the round is over."""
         exchange, work = self._exchange, self._work
-        if self.settings.weight_codec == "none" or exchange is None or not isinstance(work, GradientLoop):
+        if self.settings.compress_weights == "none" or exchange is None or not isinstance(work, GradientLoop):
             return {}
         clock = work.version()
         if clock is None:
@@ -757,7 +757,7 @@ class Run:
     # ---- for the parts of this package
 
     def _wait(self, ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> Any:
-        return self._link.wait(ready, self.settings.timeout + 20.0, what, every)
+        return self._link.wait(ready, self.settings.progress_timeout + 20.0, what, every)
 
     def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
         """Called by the link's thread, with the lock held."""

@@ -20,12 +20,12 @@ FLAGS = None
 
 
 def _codecs(push: str, weight: str) -> tuple[str, ...]:
-    return "--push-codec", push, "--weight-codec", weight
+    return "--compress-gradients", push, "--compress-weights", weight
 
 
 VARIANTS: Mapping[str, Sequence[str]] = {
-    "memory": ("--lane", "auto"),
-    "socket": ("--lane", "socket"),
+    "memory": ("--transport", "auto"),
+    "socket": ("--transport", "tcp"),
     **{policy: ("--policy", policy) for policy in get_args(PolicyName)},
     **{push: _codecs(push, push if push in get_args(WeightCodec) else "none") for push in get_args(PushCodec) if push != "none"},
     **{f"{push}/{weight}": _codecs(push, weight) for push in get_args(PushCodec) for weight in get_args(WeightCodec)},
@@ -48,13 +48,13 @@ def commands(job: Job) -> list[Command]:
     micro = whole // _UNEVEN_MICRO_BATCHES if job.slow > 1.0 else job.workload.batch
     settings = ["--workers", str(WORKERS), "--threads", "1", "--rounds", str(job.steps)]
     settings += ["--global-batch", str(whole), "--micro-batch", str(micro)]
-    settings += ["--snapshot-every", "0", *job.flags]  # for the others take none
+    settings += ["--checkpoint-every", "0", *job.flags]  # for the others take none
     run = ["--run-dir", str(_run_dir(job))]
     script = [_SCRIPT, "--", *job.worker_arguments()]
     if not job.networked:
         return [Command("launcher", 0, [*_LAUNCH, "local", *settings, *run, *script])]
     address = f"tcp://{job.hosts[0].address}:{_PORT}"
-    coordinator = [*_LAUNCH, "coordinator", "--bind", address, "--servers", str(WORKERS), *settings, *run]
+    coordinator = [*_LAUNCH, "coordinator", "--listen", address, "--servers", str(WORKERS), *settings, *run]
     worker = [*_LAUNCH, "worker", "--coordinator", address, "--colocate"]
     workers = [Command(f"worker-{n}", n, [*worker, "--index", str(n), *script]) for n in range(WORKERS)]
     return [Command("coordinator", 0, coordinator), *workers]

@@ -76,5 +76,5 @@ def export_model(run: str, round_: int | None, out: Path) -> None:
 def _all(folder: Path) -> list[Snapshot]:
     finished = checkpoint.finished(folder)
     if not finished:
-        raise UsageError(f"the run in {folder} has no snapshots; --snapshot-every sets how often one is made.")
+        raise UsageError(f"the run in {folder} has no snapshots; --checkpoint-every sets how often one is made.")
     return [checkpoint.read(path) for path in finished]

@@ -31,6 +31,7 @@ from roundtable.cluster.options.resume import take_up
 from roundtable.cluster.process.output import forgiving_output
 from roundtable.cluster.run.console import Screen, results_line, say
 from roundtable.cluster.run.run_directory import claim, is_folder_name, kept, read_summary, run_values
+from roundtable.common.config.old_names import with_new_names
 from roundtable.common.config.settings import Settings, check_values, make_settings, read_toml, unknown_key
 from roundtable.common.runtime.errors import ClusterError, PsError, UsageError
 from roundtable.common.storage.event_log import FILE_NAME
@@ -151,15 +152,12 @@ def _matrix(values: Any, file: Path) -> dict[str, list[Any]]:
     where = f"{file}: [matrix]"
     if not isinstance(values, dict) or not values:
         raise UsageError(f"{where} is empty: give each setting to vary a list of its values.")
-    matrix = {}
-    for key, choices in values.items():
+    matrix = with_new_names(values, where)
+    for key, choices in matrix.items():
         if not isinstance(choices, list) or not choices:
             raise UsageError(f"{where}: {key} = {choices!r} cannot be: it must be a list of the values to try, and not empty.")
         for choice in choices:
             check_values({key: choice}, where)
-        if key.replace("-", "_") in matrix:
-            raise UsageError(f"{where}: {key} is there twice, once with - and once with _.")
-        matrix[key.replace("-", "_")] = choices
     return matrix
 
 

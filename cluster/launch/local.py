@@ -164,7 +164,7 @@ def start_coordinator(
     the coordinator does not get so far within `start_s` seconds, and those that it takes to look at snapshots.
     """
     command = ["coordinator", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder), *flags]
-    bind = ["--bind", f"tcp://127.0.0.1:{port}"]
+    bind = ["--listen", f"tcp://127.0.0.1:{port}"]
     child = processes.start("coordinator", [*program, *_prepared(command, how), *bind], **_threads(1), **(env or {}))
     patience_s = start_s + (checkpoint.size(folder) / _CHECKED_PER_S if how == "resume" else 0.0)
     told_at = time.monotonic()
@@ -179,7 +179,7 @@ def start_coordinator(
         if time.monotonic() > deadline:
             raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {child.log}.")
     address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
-    child.anew = _prepared(child.command, "resume", f"--bind={address}")
+    child.anew = _prepared(child.command, "resume", f"--listen={address}")
     return address
 
 
@@ -195,7 +195,7 @@ def start_server(
 ) -> Child:
     """Start a server of the run whose coordinator is at `address`, with this number or any that is free, and with `flags`."""
     number = [] if index is None else ["--index", str(index)]
-    command = ["server", "--coordinator", address, "--bind", bind, *number, "--device", device, *flags]
+    command = ["server", "--coordinator", address, "--listen", bind, *number, "--server-device", device, *flags]
     return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1), **env)
 
 
@@ -228,7 +228,7 @@ class _Local:
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
             fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
-            flags = ["--accept-versions"] * order.accept_versions
+            flags = ["--allow-version-mismatch"] * order.accept_versions
             env = {**self._screen.alarm.env, **_AGAIN}
             address = start_coordinator(
                 self._processes, self._program, order.run_dir, order.port, self._tick, order.how, flags, env,
@@ -368,7 +368,7 @@ class _Local:
             return
         if self._crew is not None and coordinator.code == 0 and time.monotonic() > coordinator.ended_at + _JOIN_S:
             self._crew.kill_late(self._screen.progress)
-        for role, patience_s in (("server", _SERVERS_END_S), ("worker", self._order.settings.timeout)):
+        for role, patience_s in (("server", _SERVERS_END_S), ("worker", self._order.settings.progress_timeout)):
             late = self._processes.running(role)
             if late and time.monotonic() > max(coordinator.ended_at, self._started_at) + patience_s:
                 raise ClusterError(

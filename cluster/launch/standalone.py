@@ -24,7 +24,7 @@ from roundtable.common.storage.run_files import SETTINGS_FILE
 #: Seconds for the companions to end after the worker has.
 _END_S = 10.0
 #: Flags of the coordinator: nobody could do what the one worker has, and it may be stopped for a while, as by Ctrl-Z.
-_FLAGS = ("--silence", "1e6")
+_FLAGS = ("--heartbeat-timeout", "1e6")
 _LAUNCH = Path(roundtable.__file__).with_name("cli.py")
 
 

@@ -136,7 +136,7 @@ class Supervisor:
     def _plan(self, child: Child, now: float) -> bool:
         """Have a child started again, if it has not been so too often; whether it is."""
         if child.respawns >= self._respawn.times:
-            self._say(f"{child.name} {child.end()}; it is not started again, as --respawn says.")
+            self._say(f"{child.name} {child.end()}; it is not started again, as --max-restarts says.")
             return False
         pause_s = self._respawn.pause_s(child.respawns)
         self._say(f"{child.name} {child.end()}; {self._respawn.plan(child.respawns, pause_s)}.")

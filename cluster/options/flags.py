@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.run_directory import is_folder_name
+from roundtable.common.config.old_names import OLD_NAMES, new_value, with_new_names
 from roundtable.common.config.settings import FIELDS, Settings, check_values, choices, make_settings, read_toml, unknown_key
 from roundtable.common.network.addresses import as_told
 from roundtable.common.runtime.errors import UsageError
@@ -24,8 +25,8 @@ from roundtable.common.storage.run_files import RUNS
 _EXAMPLE = "Built-in example"
 _SECTIONS = ("Cluster", "Training", "Policy", _EXAMPLE, "Run", "Other")
 _CLUSTER = (
-    "workers", "servers", "threads", "lane", "snapshot_every", "snapshots_kept", "replicas", "kv_memory", "silence", "timeout",
-    "worker_failures", "start_timeout", "stop_timeout", "away",
+    "workers", "servers", "threads", "transport", "checkpoint_every", "keep_checkpoints", "replicas", "kv_memory",
+    "heartbeat_timeout", "progress_timeout", "worker_failures", "start_timeout", "stop_timeout", "coordinator_timeout",
 )  # fmt: skip
 _POLICIES = choices("policy")
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
@@ -36,8 +37,8 @@ _LAUNCH_KEYS: Mapping[str, Any] = {
     "name": str,
     "overwrite": bool,
     "port": Annotated[int, msgspec.Meta(ge=0, le=65535)],
-    "respawn": Annotated[int, msgspec.Meta(ge=0)],
-    "respawn_backoff": Annotated[float, msgspec.Meta(ge=0)],
+    "max_restarts": Annotated[int, msgspec.Meta(ge=0)],
+    "restart_delay": Annotated[float, msgspec.Meta(ge=0)],
     "server_device": str,
     "script": str,
     "args": list[str],
@@ -80,7 +81,7 @@ def choose(flags: Mapping[str, Any], config: str | None, script: str | None = No
     if args and script is None:
         raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
     run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source)
-    respawn = RestartPolicy(launch.get("respawn", RestartPolicy.times), launch.get("respawn_backoff", RestartPolicy.backoff_s))
+    respawn = RestartPolicy(launch.get("max_restarts", RestartPolicy.times), launch.get("restart_delay", RestartPolicy.backoff_s))
     port, device = launch.get("port", 0), launch.get("server_device", "cpu")
     return Choice(settings, run_dir, launch.get("overwrite", False), port, script, args, respawn, device)
 
@@ -88,8 +89,7 @@ def choose(flags: Mapping[str, Any], config: str | None, script: str | None = No
 def _checked(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings and the launcher's own keys among `values`."""
     settings, launch = {}, {}
-    for key, value in values.items():
-        key = key.replace("-", "_")
+    for key, value in with_new_names(values, where).items():
         if key in _LAUNCH_KEYS:
             try:
                 launch[key] = msgspec.convert(value, _LAUNCH_KEYS[key])
@@ -143,11 +143,38 @@ def check_advertised(ctx: click.Context, option: click.Parameter, value: str | N
 
 
 class Option(click.Option):
-    """An option that stands in a section of the help text."""
+    """An option in a section of the help text, which hidden flags may give too: old names, and names that other programs use.
 
-    def __init__(self, *args: Any, section: str = "Other", **kwargs: Any) -> None:
+    The old names are those of `OLD_NAMES`, and `old`.
+    """
+
+    def __init__(
+        self, *args: Any, section: str = "Other", old: Sequence[str] = (), also: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
+        before = ["--" + before.replace("_", "-") for before, name in OLD_NAMES.items() if name == self.name]
+        self._old = frozenset([*before, *old])
+        self._hidden = [*before, *old, *also]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        for flag in self._hidden:
+            kind: dict[str, Any] = {"action": "store_const", "const": True} if self.is_flag else {"action": "store"}
+            parser.add_option(obj=self, opts=[flag], dest=flag, **kind)
+
+    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> tuple[Any, list[str]]:
+        """Take a value that was given by a hidden flag as this option's own."""
+        found = dict(opts)
+        for flag in self._hidden:
+            if flag not in found:
+                continue
+            if self.name in found:
+                raise click.UsageError(f"{flag} and {self.opts[0]} are one option: give {self.opts[0]} alone.", ctx)
+            found[str(self.name)] = new_value(flag.removeprefix("--").replace("-", "_"), found.pop(flag))
+            if flag in self._old:
+                click.echo(f"warning: {flag} is now called {self.opts[0]}; the next release drops the old name.", err=True)
+        return super().handle_parse_result(ctx, found, args)
 
 
 class Command(click.Command):
@@ -216,8 +243,10 @@ def _option_of(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return click.option(f"{flag}/--no-{flag[2:]}", **{**common, "show_default": FIELDS[key].default is True})
     if choices(key):
         return click.option(flag, type=click.Choice(choices(key)), **common)
-    special = {"init": "FILE", "image": "CxHxW", "devices": "A,B"}
+    special = {"init": "FILE", "image": "CxHxW", "column_devices": "A,B"}
     metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else special.get(key, "NAME"))
+    if key == "workers":
+        common["also"] = ["-n", "--nproc-per-node"]
     return click.option(flag, type=kind, metavar=metavar, **common)
 
 

@@ -24,20 +24,20 @@ from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
 
 #: Settings that a run may go on with other values of: none changes what a round computes.
-_OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "lane", "loader_workers"})
+_OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "transport", "num_data_workers"})
 _OF_FAULTS = frozenset(
     {
         "replicas",
         "kv_memory",
-        "snapshot_every",
-        "snapshots_kept",
-        "silence",
-        "timeout",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "heartbeat_timeout",
+        "progress_timeout",
         "worker_failures",
         "start_timeout",
         "stop_timeout",
-        "away",
-        "watchdog",
+        "coordinator_timeout",
+        "stack_dump_after",
     }
 )
 _FREE = _OF_DATA | _OF_FAULTS
@@ -107,7 +107,7 @@ def resumed(
     found = _newest(folder)
     if found is None:
         raise UsageError(
-            f"the run in {folder} has no snapshot to go on from: it ended before its first, or had --snapshot-every 0."
+            f"the run in {folder} has no snapshot to go on from: it ended before its first, or had --checkpoint-every 0."
         )
     checkpoint.check_versions(found, accept_versions)
     _check_end(folder, now, found.manifest.round)
@@ -127,7 +127,7 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
     if (folder / SUMMARY_FILE).exists() and (how := _take_up_finished(folder, choice, before, recovers, say)) is not None:
         return how
     changed = _check_same(folder, choice, has_script=not recovers)
-    if recovers and not before.is_over and not changed and before.idle_s < choice.settings.away:
+    if recovers and not before.is_over and not changed and before.idle_s < choice.settings.coordinator_timeout:
         say(f"recovers the run in {folder}, which stopped {before.idle_s:.0f} s ago at round {before.rounds}")
         return "recover"
     found = _newest(folder)

@@ -21,9 +21,9 @@ WEIGHT_SEED = 0
 
 def for_pushes(settings: Settings, layout: Layout) -> ChunkCodec | None:
     """The codec of what workers send, None for none."""
-    if settings.push_codec == "none":
+    if settings.compress_gradients == "none":
         return None
-    return ChunkCodec(load(settings.push_codec, CodecSettings(settings.codec_ratio, settings.codec_momentum)), layout)
+    return ChunkCodec(load(settings.compress_gradients, CodecSettings(settings.topk_ratio, settings.topk_momentum)), layout)
 
 
 def push_seed(settings: Settings, round_: int, lo: int, hi: int, chunk: int) -> int:
@@ -33,11 +33,11 @@ def push_seed(settings: Settings, round_: int, lo: int, hi: int, chunk: int) -> 
 
 def for_weights(settings: Settings, layout: Layout) -> ChunkCodec | None:
     """The codec of weights, or where `sends_changes` of how they change; None for none."""
-    if settings.weight_codec == "none":
+    if settings.compress_weights == "none":
         return None
-    if settings.weight_codec == "int8":
+    if settings.compress_weights == "int8":
         return ChunkCodec(Int8(CodecSettings(), stochastic=False), layout)
-    return ChunkCodec(load(settings.weight_codec, CodecSettings()), layout)
+    return ChunkCodec(load(settings.compress_weights, CodecSettings()), layout)
 
 
 def sends_changes(settings: Settings) -> bool:
@@ -45,4 +45,4 @@ def sends_changes(settings: Settings) -> bool:
 
     What a frame leaves out is part of the next difference: that is error feedback, and V stays close to W.
     """
-    return settings.weight_codec in ("int8", "onebit")
+    return settings.compress_weights in ("int8", "onebit")

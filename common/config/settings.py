@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from roundtable.common.config.field_types import Name, Text
+from roundtable.common.config.old_names import with_new_names
 from roundtable.common.runtime.errors import UsageError
 
 #: Seconds for all processes of a run to start and find each other, by default.
@@ -47,27 +48,27 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seed: Annotated[NonNegative, _help("Seed of weights, data order, augmentation and dropout.")] = 0
     threads: Annotated[Positive, _help("Torch threads per worker; the bits of the result depend on it.")] = 1
 
-    lane: Annotated[
-        Literal["auto", "socket"],
+    transport: Annotated[
+        Literal["auto", "tcp"],
         _help("How tensors travel: through shared memory where a worker and a server can both reach it (auto), or never."),
     ] = "auto"
-    push_codec: Annotated[
-        PushCodec, _help("How what workers send is compressed; memory that is shared needs none, so on one host see --lane.")
+    compress_gradients: Annotated[
+        PushCodec, _help("How what workers send is compressed; memory that is shared needs none, so on one host see --transport.")
     ] = "none"
-    weight_codec: Annotated[
+    compress_weights: Annotated[
         WeightCodec, _help("How weights are compressed, those read from shared memory too; int8 and onebit send their changes.")
     ] = "none"
-    codec_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk, randomk: share of the elements that is sent.")] = 0.01
-    codec_momentum: Annotated[
+    topk_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk, randomk: share of the elements that is sent.")] = 0.01
+    topk_momentum: Annotated[
         float, Meta(ge=0, lt=1), _help("topk: momentum on the workers (DGC), instead of the optimizer's own; 0 is none.")
     ] = 0.0
 
-    snapshot_every: Annotated[
+    checkpoint_every: Annotated[
         float,
         Meta(ge=0),
         _help("Seconds between two snapshots of the whole run, to go on from after a crash; 0: none, not even at the end."),
     ] = 60.0
-    snapshots_kept: Annotated[int, Meta(ge=2), _help("Snapshots that are kept, the newest ones.")] = 2
+    keep_checkpoints: Annotated[int, Meta(ge=2), _help("Snapshots that are kept, the newest ones.")] = 2
     replicas: Annotated[
         int,
         Meta(ge=0, le=1),
@@ -81,15 +82,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Positive, _help("Key-value store: MiB of memory that each server has for it at most, keys included.")
     ] = 1024
 
-    staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
-    backup: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
+    max_staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
+    backup_micro_batches: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
     local_after: Annotated[
         NonNegative, _help("local: rounds at the beginning in which every step is merged (post-local SGD); 0 is none.")
     ] = 0
     outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
     outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
-    merge: Annotated[
+    average_weights_by: Annotated[
         MergeName,
         _help(
             "average: what replicas count with: their samples, all the same, or (greedy) only those that help on held-out data."
@@ -118,7 +119,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Name | None, _help("Built-in example: size of the images, where --data is synthetic or folder: 3x224x224, say.")
     ] = None
     classes: Annotated[Positive | None, _help("Built-in example: number of classes, where --data is synthetic.")] = None
-    devices: Annotated[
+    column_devices: Annotated[
         Name | None, _help("Built-in example: devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
     ] = None
     loss: Annotated[Literal["cross-entropy", "mse"], _help("Built-in example: the loss; mse is against one-hot targets.")] = (
@@ -132,7 +133,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     schedule: Annotated[
         Name, _help("Built-in example: course of the learning rate: CosineAnnealingLR, OneCycleLR, LinearLR or none.")
     ] = "CosineAnnealingLR"
-    loader_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
+    num_data_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
 
     on_nonfinite: Annotated[
         Literal["fail", "skip", "allow"],
@@ -140,19 +141,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "A gradient that is NaN or infinite: the run fails, its round is dropped (ssp, async: its push), or it is applied."
         ),
     ] = "fail"
-    watchdog: Annotated[
+    stack_dump_after: Annotated[
         float,
         Meta(ge=0),
         _help("Seconds without progress after which a process writes its threads' stacks to its log, once; 0 is never."),
     ] = 60.0
-    silence: Annotated[
+    heartbeat_timeout: Annotated[
         PositiveFloat | None,
         _help(
             "Seconds of silence after which a process counts as lost; by default 3 for a worker on the coordinator's host, if "
             "others can do what it had, and 15 for all else."
         ),
     ] = None
-    timeout: Annotated[
+    progress_timeout: Annotated[
         float,
         Meta(gt=0),
         _help(
@@ -188,7 +189,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 25.0
 
-    away: Annotated[
+    coordinator_timeout: Annotated[
         float,
         Meta(gt=0),
         _help("Seconds for which servers and workers go on without the coordinator, which can be started again meanwhile."),
@@ -205,9 +206,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 "a micro-batch is a part of the global batch, so make it no larger."
             )
         micro_batches = -(-self.global_batch // self.micro_batch)
-        if self.policy == "backup" and self.backup >= micro_batches:
+        if self.policy == "backup" and self.backup_micro_batches >= micro_batches:
             raise UsageError(
-                f"backup is {self.backup} but a round has only {micro_batches} micro-batches: leave at least one to apply."
+                f"backup_micro_batches is {self.backup_micro_batches} but a round has only {micro_batches} micro-batches: leave "
+                "at least one to apply."
             )
         if self.replicas and self.policy not in ("sync", "backup"):
             raise UsageError(f"replicas is {self.replicas} but policy is {self.policy}: only sync and backup keep copies.")
@@ -224,23 +226,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise UsageError(
                 f"loss is {self.loss} but parallel is hybrid, and servers compute cross-entropy: choose one of the two."
             )
-        if self.parallel == "hybrid" and self.devices is not None:
+        if self.parallel == "hybrid" and self.column_devices is not None:
             raise UsageError(
-                f"devices is {self.devices} but parallel is hybrid: fully connected layers are on two devices or on the servers, "
-                "so choose one of the two."
+                f"column_devices is {self.column_devices} but parallel is hybrid: fully connected layers are on two devices or "
+                "on the servers, so choose one of the two."
             )
 
     def _check_codecs(self) -> None:
-        push, weights = self.push_codec, self.weight_codec
-        if self.codec_momentum and push != "topk":
-            raise UsageError(f"codec_momentum is {self.codec_momentum} but push_codec is {push}: only topk has a momentum.")
+        push, weights = self.compress_gradients, self.compress_weights
+        if self.topk_momentum and push != "topk":
+            raise UsageError(f"topk_momentum is {self.topk_momentum} but compress_gradients is {push}: only topk has a momentum.")
         if self.policy == "average" and push != "none":
-            raise UsageError(f"push_codec is {push} but policy average sends whole weights, not changes: set push_codec to none.")
+            raise UsageError(
+                f"compress_gradients is {push} but policy average sends whole weights: set compress_gradients to none."
+            )
         if self.policy in ("local", "average") and weights != "none":
-            raise UsageError(f"weight_codec is {weights} but policy {self.policy} takes none: set weight_codec to none.")
+            raise UsageError(f"compress_weights is {weights} but policy {self.policy} takes none: set compress_weights to none.")
         if self.policy in ("ssp", "async") and weights in ("int8", "onebit"):
             raise UsageError(
-                f"weight_codec is {weights}, which sends changes from one round to the next, but policy {self.policy} has no "
+                f"compress_weights is {weights}, which sends changes from one round to the next, but policy {self.policy} has no "
                 "rounds that all workers share: choose bf16 or fp16, or policy sync or backup."
             )
 
@@ -272,7 +276,7 @@ def make_settings(values: dict[str, Any], where: str) -> Settings:
 
 def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
     """`values` with underscores in their keys, each checked by itself, as part of what `make_settings` will get."""
-    values = {key.replace("-", "_"): value for key, value in values.items()}
+    values = with_new_names(values, where)
     for key in values:
         if key not in FIELDS:
             raise unknown_key(key, sorted(FIELDS), where)

@@ -17,7 +17,7 @@ class Backup(Policy):
 
     @property
     def may_leave_out(self) -> int:
-        return self.settings.backup
+        return self.settings.backup_micro_batches
 
 
 POLICY = Backup

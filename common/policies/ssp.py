@@ -22,7 +22,7 @@ class Ssp(Policy):
     combines: ClassVar[bool] = False
 
     def may_start(self, clock: int, slowest: int) -> bool:
-        return clock <= slowest + self.settings.staleness
+        return clock <= slowest + self.settings.max_staleness
 
     def lr_scale(self, staleness: int) -> float:
         return 1.0 / max(1, staleness) if self.settings.staleness_lr else 1.0

@@ -60,7 +60,7 @@ class Session:
         match body:
             case Welcome():
                 self.welcome = self.welcome or body
-                self._silence_s = body.settings.away
+                self._silence_s = body.settings.coordinator_timeout
             case Stop():
                 self.stop = body
             case Heartbeat() if self.welcome is None:
@@ -97,10 +97,10 @@ class Session:
         text = f"the coordinator at {self._address} has not answered for {now - self._heard_at:.0f} s"
         if self._was_heard:
             return text
-        return f"{text}; {platform.node()} asks for it: it must listen there (its --bind), and no firewall may close that port"
+        return f"{text}; {platform.node()} asks for it: it must listen there (its --listen), and no firewall may close that port"
 
     def _flag(self) -> str:
-        return "--start-timeout" if self.welcome is None else "--away"
+        return "--start-timeout" if self.welcome is None else "--coordinator-timeout"
 
     def beat_soon(self, now: float) -> bool:
         """Have a beat sent as soon as may be, for there is news in it. Whether the next tick will."""

@@ -144,7 +144,7 @@ def check_versions(snapshot: Snapshot, accepted: bool) -> str:
         return ""
     text = f"the snapshot {snapshot.folder} is of {was}, and here is {here}, so the same bits cannot be promised"
     if not accepted:
-        raise UsageError(f"{text}: go on with the other version, or give --accept-versions.")
+        raise UsageError(f"{text}: go on with the other version, or give --allow-version-mismatch.")
     return f"{text}."
 
 

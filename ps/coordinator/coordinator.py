@@ -162,7 +162,7 @@ class Coordinator:
         )
         if books is not None and not policy.is_local:
             self._membership.fewer_after_s = _FEWER_S  # by now there may be fewer on purpose
-        self._cuts = CheckpointScheduler(settings.snapshot_every, now)
+        self._cuts = CheckpointScheduler(settings.checkpoint_every, now)
         self._ledger = Ledger(settings, policy)
         if books is not None:
             self._ledger = books.ledger
@@ -284,7 +284,7 @@ class Coordinator:
             self._end_as_told(self._stop)
             return
         self._inflow = Inflow(self._sock, self._refusals)
-        watchdog = Watchdog(self._settings.watchdog, self._progress, self._whom_all_wait_for)
+        watchdog = Watchdog(self._settings.stack_dump_after, self._progress, self._whom_all_wait_for)
         try:
             ticked_at = time.monotonic()
             while True:
@@ -341,7 +341,7 @@ class Coordinator:
             self._cuts.hurry(now)
         cuts, is_trained = self._cuts, self._membership.started and self._ledger.planned > 0
         is_made = cuts.is_made or (cuts.under is None and cuts.newest == self._ledger.committed)
-        cannot = not is_trained or not self._settings.snapshot_every or self._membership.broken or cuts.failure
+        cannot = not is_trained or not self._settings.checkpoint_every or self._membership.broken or cuts.failure
         return bool(is_made or cannot or now > self._stops_until)
 
     def _let_leave(self, now: float) -> None:
@@ -379,7 +379,7 @@ class Coordinator:
         why = ""
         if not self._cuts.is_made and done:
             merges = f", which policy {self._settings.policy} makes at merges only" if self._policy.is_local else ""
-            why = f", as none was made in time{merges}" if self._settings.snapshot_every else ", as --snapshot-every 0 says"
+            why = f", as none was made in time{merges}" if self._settings.checkpoint_every else ", as --checkpoint-every 0 says"
         return f"it has done {done} rounds, {saved}{why}"
 
     def _end_as_told(self, stop: Stop) -> None:
@@ -563,7 +563,7 @@ class Coordinator:
             write_manifest(folder_of(self._run_dir, under.round), manifest)
         except Exception as error:  # a snapshot less must not end the run
             return f"the snapshot of round {under.round} could not be finished: {error}."
-        for old in folders(self._run_dir)[: -self._settings.snapshots_kept]:
+        for old in folders(self._run_dir)[: -self._settings.keep_checkpoints]:
             remove(old)
         self._failure_told_at = float("-inf")
         size = sum(entry.bytes for entry in files.values())
@@ -617,11 +617,11 @@ class Coordinator:
         if self._has_model and not self._behind_the_end():
             self._progressed_at = now  # whoever is there is at something of its own, which may take as long as it likes
             return
-        if idle_s <= self._settings.timeout or (not self._has_begun and idle_s <= self._settings.start_timeout):
+        if idle_s <= self._settings.progress_timeout or (not self._has_begun and idle_s <= self._settings.start_timeout):
             return
         if behind := self._behind_the_end():
             for worker in behind:
-                self._give_up(worker, f"it has not got the last weights for {self._settings.timeout:.0f} s.", now, {})
+                self._give_up(worker, f"it has not got the last weights for {self._settings.progress_timeout:.0f} s.", now, {})
             return
         waiting = self._whom_all_wait_for() or "every process"
         if self.journal.unwritten_since is not None:
@@ -634,7 +634,7 @@ class Coordinator:
         elif self._membership.awaits_workers:
             waiting = f"a worker to join, for {some(list(self._membership.workers))} are gone"
         raise ClusterError(
-            f"nothing has moved for {self._settings.timeout:.0f} s: round {self._ledger.committed} waits for {waiting}"
+            f"nothing has moved for {self._settings.progress_timeout:.0f} s: round {self._ledger.committed} waits for {waiting}"
             f"{self._missing_text()}."
         )
 
@@ -1232,5 +1232,5 @@ def _called(member: Member) -> str:
 
 def _cannot_reach(worker: Member, server: Member) -> str:
     return (
-        f"{_called(worker)} cannot reach {_called(server)} at {printable(server.hello.address)}: see its --bind and --advertise"
+        f"{_called(worker)} cannot reach {_called(server)} at {printable(server.hello.address)}: see its --listen and --advertise"
     )

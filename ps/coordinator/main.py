@@ -80,8 +80,8 @@ def serve(
             coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)
-        resumes = ("--config", str(run_dir / SETTINGS_FILE), "--run-dir", str(run_dir), "--bind", bound, "--resume", "auto")
-        restart([*resumes, *["--accept-versions"] * accept_versions])
+        resumes = ("--config", str(run_dir / SETTINGS_FILE), "--run-dir", str(run_dir), "--listen", bound, "--resume", "auto")
+        restart([*resumes, *["--allow-version-mismatch"] * accept_versions])
     finally:
         context.destroy(linger=1000)
 

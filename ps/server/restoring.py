@@ -25,7 +25,7 @@ def hindrance(snapshot: Snapshot) -> str:
     """Restore one server's shard after the other, as servers do. Returns what hinders that, in a sentence; '' if nothing does."""
     manifest, run_dir = snapshot.manifest, snapshot.folder.parent.parent
     try:
-        settings = msgspec.convert({**manifest.settings, "lane": "socket"}, Settings)
+        settings = msgspec.convert({**manifest.settings, "transport": "tcp"}, Settings)
         for index in range(manifest.servers):
             shard = make_shard(index, settings, open_source(run_dir, manifest.round))
             for answer in shard.handle("worker-0", manifest.setup, (), 0.0):

@@ -244,7 +244,7 @@ class _Server:
     def _silence_s(self) -> float:
         """Seconds of silence after which the coordinator counts this server as lost, the first time."""
         welcome = self._attendance.welcome
-        return FAR_S if welcome is None or welcome.settings.silence is None else welcome.settings.silence
+        return FAR_S if welcome is None or welcome.settings.heartbeat_timeout is None else welcome.settings.heartbeat_timeout
 
     def _tell(self) -> Heartbeat:
         self._told = self._beat()
@@ -348,7 +348,7 @@ class _Server:
             self._writer = writer = CheckpointWriter(index, run_dir)
             self._shard.is_writing = lambda: writer.busy
             self._shard.bytes_saved = lambda: writer.bytes
-            self._watchdog = Watchdog(welcome.settings.watchdog, self._progress, self._waits_for)
+            self._watchdog = Watchdog(welcome.settings.stack_dump_after, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 
     def _know(self, servers: list[Peer]) -> None:

@@ -531,7 +531,7 @@ class Shard(ABC):
             self._frozen = {chunk.id for chunk in self.chunks.values() if chunk.frozen}
             self.owing = ResidualStore(layout, layout.on(self.index), self.settings)
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
-            self.planes = WeightBuffers(layout.on(self.index), self._plane_count, shared=self.settings.lane == "auto")
+            self.planes = WeightBuffers(layout.on(self.index), self._plane_count, shared=self.settings.transport == "auto")
             if self.planes.refused:
                 log.warning("%s Workers get their weights through sockets.", self.planes.refused)
             self._setup = setup, sender
@@ -613,7 +613,7 @@ class Shard(ABC):
         if self.planes is None:
             raise WireError(f"{sender} offers memory before the model is agreed on")
         self._drop_region(sender)
-        if share.gradients is not None and self.settings.lane == "auto":
+        if share.gradients is not None and self.settings.transport == "auto":
             try:
                 self._regions[sender] = attach(share.gradients)
             except NotShared as error:

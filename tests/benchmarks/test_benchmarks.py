@@ -134,10 +134,10 @@ def test_systems_are_read_with_names_and_flags() -> None:
     entry = parse_entry("ours --servers=1 --policy async")
     assert (entry.name, entry.flags) == ("ours --servers=1 --policy async", ("--servers=1", "--policy", "async"))
     assert parse_entry("ours:socket,ssp,bf16 --servers 1").flags == (
-        "--lane", "socket", "--policy", "ssp", "--push-codec", "bf16", "--weight-codec", "bf16", "--servers", "1",
+        "--transport", "tcp", "--policy", "ssp", "--compress-gradients", "bf16", "--compress-weights", "bf16", "--servers", "1",
     )  # fmt: skip
-    assert parse_entry("ours:topk").flags == ("--push-codec", "topk", "--weight-codec", "none")
-    assert parse_entry("ours:int8/onebit").flags == ("--push-codec", "int8", "--weight-codec", "onebit")
+    assert parse_entry("ours:topk").flags == ("--compress-gradients", "topk", "--compress-weights", "none")
+    assert parse_entry("ours:int8/onebit").flags == ("--compress-gradients", "int8", "--compress-weights", "onebit")
     entry = parse_entry("both=ddp:view,fp16")
     assert (entry.name, entry.flags) == ("both", ("--view", "--fp16"))
     for wrong in (
@@ -176,8 +176,8 @@ def test_all_systems_of_the_command_line_are_there_and_all_our_codecs_and_polici
         flags = {flag for entry in entries for flag in entry.flags}
         # sync and no codec are the default
         assert {*get_args(PolicyName), *get_args(PushCodec), *get_args(WeightCodec)} - flags <= {"sync", "none"}
-        coded = [entry for entry in entries if "--push-codec" in entry.flags]
-        assert all(("socket" in entry.flags) == (on == "loopback") for entry in coded)
+        coded = [entry for entry in entries if "--compress-gradients" in entry.flags]
+        assert all(("tcp" in entry.flags) == (on == "loopback") for entry in coded)
     with pytest.raises(UsageError, match="given twice"):
         command_line._entries(["ddp", "ddp"])
 

@@ -20,7 +20,7 @@ from roundtable.common.storage.event_log import RunLogReader
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS = ("--workers", 2, "--servers", 2, "--data", "digits", "--model", "mlp", "--rounds", 100, "--lane", "socket")
+FLAGS = ("--workers", 2, "--servers", 2, "--data", "digits", "--model", "mlp", "--rounds", 100, "--transport", "tcp")
 #: Trains 60 rounds, and the rest once there is a file `go`: so no machine is so fast that a run ends before an attack does.
 SCRIPT = (ROOT / "benchmarks" / "train_to_the_end.py", "--", "wait")
 #: What is refused under another kind each, and what needs little time of a small machine's processors.
@@ -89,7 +89,7 @@ def test_workers_that_join_and_do_harm_change_no_bit(tmp_path: Path, quiet: dict
 
 def test_two_thousand_who_only_say_hello_are_no_members_and_a_worker_joins_all_the_same(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--epochs", 1000, "--silence", 4)
+    run = Cluster(folder, "--run-dir", folder, "--workers", 2, "--servers", 2, "--epochs", 1000, "--heartbeat-timeout", 4)
     worker = None
     try:
         run.until(lambda: run.events("plan"), "training")

@@ -43,7 +43,7 @@ class Cluster:
     """A coordinator for so many workers and servers, and the workers that were started."""
 
     def __init__(self, start: Start, folder: Path, workers: int, servers: int, *flags: object) -> None:
-        sizes = ("--workers", workers, "--servers", servers, "--bind", "tcp://127.0.0.1:0", "--run-dir", "run")
+        sizes = ("--workers", workers, "--servers", servers, "--listen", "tcp://127.0.0.1:0", "--run-dir", "run")
         (folder / "endless.py").write_text(ENDLESS)
         self.coordinator = start(LAUNCH, "coordinator", *sizes, *flags)
         assert self.coordinator.popen.stdout is not None
@@ -78,7 +78,7 @@ class Cluster:
 def two(start: Start, tmp_path: Path) -> tuple[Cluster, list[Launched]]:
     """A run of two such workers, which train until something happens; a server is started again once."""
     cluster = Cluster(start, tmp_path, 2, 2, "--replicas", 1)
-    workers = [cluster.worker("--index", index, "--respawn", 1, "endless.py") for index in range(2)]
+    workers = [cluster.worker("--index", index, "--max-restarts", 1, "endless.py") for index in range(2)]
     for worker in workers:
         worker.ready(1)
     return cluster, workers
@@ -130,7 +130,7 @@ def test_a_killed_server_is_started_again_and_when_that_is_too_often_fails_its_w
 def test_a_server_that_hangs_is_killed_by_the_worker_that_started_it_and_another_takes_its_place(
     start: Start, tmp_path: Path
 ) -> None:
-    cluster = Cluster(start, tmp_path, 2, 2, "--replicas", 1, "--silence", 4)
+    cluster = Cluster(start, tmp_path, 2, 2, "--replicas", 1, "--heartbeat-timeout", 4)
     for worker in (workers := [cluster.worker("--index", index, "endless.py") for index in range(2)]):
         worker.ready(1)
     before = cluster.pids()

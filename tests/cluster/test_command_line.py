@@ -47,7 +47,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("local --workers x", "'x' is not a valid integer"),
         ("local --policy snyc", "'snyc' is not one of 'sync', 'backup'"),
         ("local --micro-batch 128", "micro_batch is 128 but global_batch is only 64"),
-        ("local --policy backup --backup 4", "backup is 4 but a round has only 4 micro-batches"),
+        ("local --policy backup --backup-micro-batches 4", "backup_micro_batches is 4 but a round has only 4 micro-batches"),
         ("local --policy local --workers 5", "5 workers are too many"),
         ("local --policy average --workers 5", "5 workers are too many"),
         ("local --lr nan", "lr = nan cannot be"),
@@ -62,8 +62,8 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("local --run-dir=", "run_dir is empty"),
         ("local --run-dir a --name b", "give run_dir or name, not both"),
         ("local --port 70000", "70000 is not in the range"),
-        ("coordinator --bind 5555", "'5555' is no address; it looks like tcp://HOST:PORT"),
-        ("coordinator --bind tcp://*:70000", "a port is at most 65535"),
+        ("coordinator --listen 5555", "'5555' is no address; it looks like tcp://HOST:PORT"),
+        ("coordinator --listen tcp://*:70000", "a port is at most 65535"),
         ("server", "--coordinator"),
         ("server --coordinator localhost:5555", "'localhost:5555' is no address"),
         ("worker --coordinator tcp://127.0.0.1:5555 no.py", "there is no script no.py"),
@@ -75,7 +75,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("merge a b --out o", "there is no file a"),
         ("merge a b --out o --weights 1,x", "--weights 1,x cannot be"),
         ("merge a b --out o --how best", "'best' is not one of 'uniform', 'samples', 'greedy'"),
-        ("local --merge best", "'best' is not one of 'uniform', 'samples', 'greedy'"),
+        ("local --average-weights-by best", "'best' is not one of 'uniform', 'samples', 'greedy'"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(fail: Fail, argv: str, part: str) -> None:

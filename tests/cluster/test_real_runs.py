@@ -85,7 +85,7 @@ def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_agai
     start: Start, tmp_path: Path
 ) -> None:
     (tmp_path / "endless.py").write_text(ENDLESS)
-    run = start(LAUNCH, "local", "--run-dir", "run", "--respawn", 0, "endless.py")
+    run = start(LAUNCH, "local", "--run-dir", "run", "--max-restarts", 0, "endless.py")
     pids = run.ready(2)
     everybody = run.members()
     for pid in pids.values():
@@ -105,7 +105,7 @@ def test_workers_wait_for_a_slow_first_one_for_longer_than_the_timeout_and_say_s
         "for number,", "time.sleep(13 * run.is_chief)\nfor number,"
     )
     (tmp_path / "slow.py").write_text(slow.replace("if number == 2", "if False"))
-    run = start(LAUNCH, "local", "--workers", 2, "--timeout", 8, "--run-dir", "run", "slow.py")
+    run = start(LAUNCH, "local", "--workers", 2, "--progress-timeout", 8, "--run-dir", "run", "slow.py")
     code, lines = run.end(START_S)
     assert code == 0, lines
     told = re.compile(rf"waits: worker-0 on {re.escape(platform.node())}, whose weights are the first ones, has not come to its")
@@ -164,13 +164,13 @@ def test_a_run_on_a_terminal_shows_live_progress_and_leaves_the_terminal_as_it_w
 
 def test_a_coordinator_a_server_and_a_worker_that_were_started_by_hand_work_together(start: Start, tmp_path: Path) -> None:
     flags = ["--data", "digits", "--rounds", 5, "--workers", 1, "--servers", 1, "--run-dir", "run"]
-    coordinator = start(LAUNCH, "coordinator", *flags, "--bind", "tcp://127.0.0.1:0")
+    coordinator = start(LAUNCH, "coordinator", *flags, "--listen", "tcp://127.0.0.1:0")
     assert coordinator.popen.stdout is not None
     first = coordinator.popen.stdout.readline()
     address = first.rpartition(" ")[2].strip()
     assert address.startswith("tcp://127.0.0.1:")
     server = start(LAUNCH, "server", "--coordinator", address)
-    worker = start(LAUNCH, "worker", PS_COORDINATOR=address)
+    worker = start(LAUNCH, "worker", ROUNDTABLE_COORDINATOR=address)
     assert [one.end(START_S)[0] for one in (worker, server, coordinator)] == [0, 0, 0]
     assert json.loads((tmp_path / "run/summary.json").read_text())["rounds"] == 5
     with sqlite3.connect(tmp_path / "run/events.sqlite") as log:

@@ -98,7 +98,7 @@ def test_a_worker_killed_with_9_is_started_again_as_often_as_is_allowed_and_then
     code, lines = run.end()
     told = [line for line in lines if "started again" in line]
     assert told[0] == "worker-1 was killed by signal 9 (SIGKILL); it is started again in 0.05 s (1 of 1 times)."
-    assert "worker-1 was killed by signal 9 (SIGKILL); it is not started again, as --respawn says." in told
+    assert "worker-1 was killed by signal 9 (SIGKILL); it is not started again, as --max-restarts says." in told
     assert code == 1
     assert lines[-1].startswith("error: no worker is left, and none is started again: worker-0 was killed by signal 9 (SIGKILL)")
     run.leaves_nothing(set())

@@ -17,7 +17,7 @@ from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
 HELLO = Hello("worker", 3)
-AWAY_S = Settings().away
+AWAY_S = Settings().coordinator_timeout
 WELCOME = Welcome("worker-3", "run", Settings(), [], [])
 
 
@@ -79,7 +79,7 @@ def test_every_ten_seconds_a_line_says_what_is_waited_for(caplog: pytest.LogCapt
     caplog.set_level("INFO")
     attendance = Session(HELLO, "tcp://c:1", 0.0)
     sent(attendance, 2 * TELL_S + 1)
-    hint = f"; {platform.node()} asks for it: it must listen there (its --bind), and no firewall may close that port"
+    hint = f"; {platform.node()} asks for it: it must listen there (its --listen), and no firewall may close that port"
     assert [record.getMessage() for record in caplog.records] == [
         f"the coordinator at tcp://c:1 has not answered for {seconds} s{hint}" for seconds in (10, 20)
     ]

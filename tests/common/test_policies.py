@@ -52,18 +52,18 @@ def test_under_rounds_a_worker_starts_only_when_all_before_is_done(name: str, cl
 
 @given(clocks, clocks, st.integers(0, 9))
 def test_under_ssp_a_worker_leads_by_s_at_most(clock: int, slowest: int, s: int) -> None:
-    assert policy("ssp", staleness=s).may_start(clock, slowest) == (clock - slowest <= s)
-    assert policy("ssp", staleness=0).may_start(clock, slowest) == policy("sync").may_start(clock, slowest)
+    assert policy("ssp", max_staleness=s).may_start(clock, slowest) == (clock - slowest <= s)
+    assert policy("ssp", max_staleness=0).may_start(clock, slowest) == policy("sync").may_start(clock, slowest)
 
 
 @given(clocks, clocks)
 def test_under_async_a_worker_never_waits(clock: int, slowest: int) -> None:
-    assert policy("async", staleness=0).may_start(clock, slowest)
+    assert policy("async", max_staleness=0).may_start(clock, slowest)
 
 
 @given(st.integers(0, 3))
 def test_only_backup_leaves_micro_batches_out(b: int) -> None:
-    assert {name: policy(name, backup=b).may_leave_out for name in ALL} == {**dict.fromkeys(ALL, 0), "backup": b}
+    assert {name: policy(name, backup_micro_batches=b).may_leave_out for name in ALL} == {**dict.fromkeys(ALL, 0), "backup": b}
 
 
 @given(st.integers(0, 1000))

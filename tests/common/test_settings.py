@@ -35,10 +35,10 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one(key: str, meant: str
 
 WRONG = [
     ("workers", 0), ("workers", "two"), ("workers", 2.5), ("workers", None), ("servers", -1), ("policy", "bsp"), ("policy", 3),
-    ("global_batch", 0), ("rounds", 0), ("seed", -1), ("staleness", -1), ("outer_momentum", 1.0), ("outer_lr", 0),
+    ("global_batch", 0), ("rounds", 0), ("seed", -1), ("max_staleness", -1), ("outer_momentum", 1.0), ("outer_lr", 0),
     ("lr", 0), ("lr", "fast"), ("momentum", 1), ("clip_norm", 0), ("staleness_lr", "yes"), ("delay_compensation", -0.1),
-    ("timeout", 0), ("data_dir", 7), ("loader_workers", -1),
-    ("push_codec", "zip"), ("weight_codec", "topk"), ("codec_ratio", 0), ("codec_ratio", 1.1), ("codec_momentum", 1),
+    ("progress_timeout", 0), ("data_dir", 7), ("num_data_workers", -1),
+    ("compress_gradients", "zip"), ("compress_weights", "topk"), ("topk_ratio", 0), ("topk_ratio", 1.1), ("topk_momentum", 1),
 ]  # fmt: skip
 
 
@@ -77,24 +77,24 @@ def test_a_micro_batch_is_no_larger_than_the_global_batch(global_batch: int, mic
 
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(0, 60))
 def test_backup_leaves_at_least_one_micro_batch_to_apply(a: int, b: int, backup: int) -> None:
-    values = {"policy": "backup", "global_batch": max(a, b), "micro_batch": min(a, b), "backup": backup}
+    values = {"policy": "backup", "global_batch": max(a, b), "micro_batch": min(a, b), "backup_micro_batches": backup}
     count = -(-max(a, b) // min(a, b))
     if backup < count:
-        assert make_settings(values, "").backup == backup
+        assert make_settings(values, "").backup_micro_batches == backup
     else:
         assert f"a round has only {count} micro-batches" in refusal(values)
-    assert make_settings({**values, "policy": "sync"}, "").backup == backup  # elsewhere it means nothing
+    assert make_settings({**values, "policy": "sync"}, "").backup_micro_batches == backup  # elsewhere it means nothing
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"policy": "ssp", "weight_codec": "int8"}, "weight_codec is int8, which sends changes"),
-        ({"policy": "async", "weight_codec": "onebit"}, "choose bf16 or fp16, or policy sync or backup"),
-        ({"policy": "average", "push_codec": "bf16"}, "set push_codec to none"),
-        ({"policy": "average", "weight_codec": "bf16"}, "policy average takes none"),
-        ({"policy": "local", "weight_codec": "fp16"}, "policy local takes none"),
-        ({"push_codec": "randomk", "codec_momentum": 0.9}, "push_codec is randomk: only topk has a momentum"),
+        ({"policy": "ssp", "compress_weights": "int8"}, "compress_weights is int8, which sends changes"),
+        ({"policy": "async", "compress_weights": "onebit"}, "choose bf16 or fp16, or policy sync or backup"),
+        ({"policy": "average", "compress_gradients": "bf16"}, "set compress_gradients to none"),
+        ({"policy": "average", "compress_weights": "bf16"}, "policy average takes none"),
+        ({"policy": "local", "compress_weights": "fp16"}, "policy local takes none"),
+        ({"compress_gradients": "randomk", "topk_momentum": 0.9}, "compress_gradients is randomk: only topk has a momentum"),
     ],
 )
 def test_codecs_that_do_not_go_with_the_rest_are_refused(values: dict[str, Any], text: str) -> None:
@@ -104,13 +104,13 @@ def test_codecs_that_do_not_go_with_the_rest_are_refused(values: dict[str, Any],
 @pytest.mark.parametrize(
     "values",
     [
-        {"policy": "local", "push_codec": "topk", "codec_momentum": 0.5},
-        {"policy": "backup", "push_codec": "onebit", "weight_codec": "onebit"},
-        {"policy": "async", "push_codec": "randomk", "weight_codec": "fp16", "codec_ratio": 1},
+        {"policy": "local", "compress_gradients": "topk", "topk_momentum": 0.5},
+        {"policy": "backup", "compress_gradients": "onebit", "compress_weights": "onebit"},
+        {"policy": "async", "compress_gradients": "randomk", "compress_weights": "fp16", "topk_ratio": 1},
     ],
 )
 def test_codecs_that_go_with_the_rest_are_taken(values: dict[str, Any]) -> None:
-    assert make_settings(values, "").push_codec == values["push_codec"]
+    assert make_settings(values, "").compress_gradients == values["compress_gradients"]
 
 
 def test_keys_may_be_written_with_dashes() -> None:

@@ -86,7 +86,7 @@ def test_one_of_another_version_is_refused_unless_that_is_accepted(tmp_path: Pat
     path.write_text(json.dumps(values))
     snapshot = checkpoint.read(path.parent)
     sentence = re.escape(f"is of {was or 'roundtable unknown with torch unknown'}, and here is {versions_here()},")
-    with pytest.raises(UsageError, match=f"{sentence}.*--accept-versions"):
+    with pytest.raises(UsageError, match=f"{sentence}.*--allow-version-mismatch"):
         checkpoint.check_versions(snapshot, accepted=False)
     assert re.search(sentence, checkpoint.check_versions(snapshot, accepted=True))
 

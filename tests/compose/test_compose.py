@@ -166,7 +166,7 @@ def test_a_worker_is_killed_and_a_server_crashes_and_the_others_train_to_the_sam
 
 
 def test_up_after_an_edit_goes_on_with_the_run_and_deletes_nothing(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
-    flags = ("--data", "digits", "--lr", "0.05", "--snapshot-every", "1")
+    flags = ("--data", "digits", "--lr", "0.05", "--checkpoint-every", "1")
     cluster.up(*flags, "--epochs", "9")
     while cluster.rounds() < 10:
         assert cluster.containers()["coordinator-1"]["State"]["Running"]

@@ -73,14 +73,14 @@ def differs(a: torch.Tensor, b: torch.Tensor) -> bool:
     return not torch.equal(a.to_dense().to(torch.complex128), b.to_dense().to(torch.complex128))
 
 
-@pytest.mark.parametrize(("workers", "servers", "lane"), [(1, 1, "auto"), (3, 2, "socket"), (2, 9, "auto")])
+@pytest.mark.parametrize(("workers", "servers", "transport"), [(1, 1, "auto"), (3, 2, "tcp"), (2, 9, "auto")])
 def test_buffers_of_every_kind_have_the_bits_of_a_plain_loop(
-    workers: int, servers: int, lane: str, launch: Any, tmp_path: Path
+    workers: int, servers: int, transport: str, launch: Any, tmp_path: Path
 ) -> None:
     expected = plain_loop()
     assert expected["tokens"].tolist() == (EPOCHS * dataset().tensors[1].bincount(minlength=3)).tolist()
     assert len(set(expected["place"].tolist() for _ in [0])) == 1 and expected["turns"].dtype == torch.float64
-    launch("--workers", workers, "--servers", servers, "--lane", lane, SCRIPT)
+    launch("--workers", workers, "--servers", servers, "--transport", transport, SCRIPT)
     written = tmp_path / "exported.safetensors"
     subprocess.run(
         [sys.executable, ROOT / "launch.py", "checkpoint", "export", tmp_path / "run", "--out", written], check=True, timeout=120

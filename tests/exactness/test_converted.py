@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("train_converted.py")
 
 
 def test_a_compiled_model_has_the_names_of_the_plain_one(launch: Any, tmp_path: Path) -> None:
-    launch("--workers", 2, "--servers", 2, "--snapshot-every", 2, SCRIPT, "--", "compiled")
+    launch("--workers", 2, "--servers", 2, "--checkpoint-every", 2, SCRIPT, "--", "compiled")
     model = network()
     model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
     snapshots = sorted((tmp_path / "run" / "snapshots").glob("*/*"))
@@ -25,9 +25,9 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(launch: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("mode", "lane", "dtype"), [("before", "auto", "float64"), ("midway", "socket", "float64"), ("after", "auto", "float16")]
+    ("mode", "transport", "dtype"), [("before", "auto", "float64"), ("midway", "tcp", "float64"), ("after", "auto", "float16")]
 )
-def test_a_model_that_is_converted_too_late_is_told_of_that(mode: str, lane: str, dtype: str, launch: Any) -> None:
+def test_a_model_that_is_converted_too_late_is_told_of_that(mode: str, transport: str, dtype: str, launch: Any) -> None:
     sentence = rf"error: .*made '0\.weight' torch\.{dtype}, but servers have it as torch\.float32: convert the model before"
     with pytest.raises(AssertionError, match=sentence):
-        launch("--workers", 2, "--lane", lane, SCRIPT, "--", mode)
+        launch("--workers", 2, "--transport", transport, SCRIPT, "--", mode)

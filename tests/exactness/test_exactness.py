@@ -71,14 +71,14 @@ def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -
     clusters = [(1, 1, -1), (2, 2, -1), (4, 3, -1), (3, 2, 1)]
     found = {}
     for number, (workers, servers, slow) in enumerate(clusters):
-        lane = "socket" if number == 1 else "auto"
+        transport = "tcp" if number == 1 else "auto"
         summary = launch(
-            "--workers", workers, "--servers", servers, "--lane", lane, Path(__file__).with_name("train_exact.py"),
+            "--workers", workers, "--servers", servers, "--transport", transport, Path(__file__).with_name("train_exact.py"),
             "--", recipe, "--epochs", EPOCHS, "--slow", slow, name=f"run-{number}",
         )  # fmt: skip
         assert summary["samples"] == 1000 * EPOCHS and summary["rounds"] == 9 * EPOCHS
         assert summary["micro_batches_committed"] == (8 * 8 + 3) * EPOCHS
-        found[number, workers, servers, lane, slow] = summary["weights_sha256"]
+        found[number, workers, servers, transport, slow] = summary["weights_sha256"]
     assert set(found.values()) == {expected}, found
 
 
@@ -110,12 +110,12 @@ def test_a_layer_may_be_used_another_number_of_times_in_each_micro_batch(launch)
 @pytest.mark.parametrize("codec", ["int8"])
 def test_compressed_weights_are_the_same_through_memory_and_sockets(codec: str, launch) -> None:
     found = {}
-    for number, (workers, servers, lane) in enumerate([(1, 1, "auto"), (3, 2, "auto"), (2, 3, "socket")]):
+    for number, (workers, servers, transport) in enumerate([(1, 1, "auto"), (3, 2, "auto"), (2, 3, "tcp")]):
         summary = launch(
-            "--workers", workers, "--servers", servers, "--lane", lane, "--weight-codec", codec,
+            "--workers", workers, "--servers", servers, "--transport", transport, "--compress-weights", codec,
             Path(__file__).with_name("train_exact.py"), "--", "momentum", "--epochs", EPOCHS, name=f"run-{number}",
         )  # fmt: skip
-        found[workers, servers, lane] = summary["weights_sha256"]
+        found[workers, servers, transport] = summary["weights_sha256"]
     assert len(set(found.values())) == 1 and found[1, 1, "auto"] != sha256(plain_loop("momentum")), found
 
 

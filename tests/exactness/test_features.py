@@ -106,7 +106,7 @@ def test_everything_at_once_gives_the_bits_of_a_plain_loop_on_any_cluster_and_al
     assert_equal(load_file(tmp_path / "many" / "model.safetensors"), expected)
     assert_equal(torch.load(tmp_path / "saved.pt"), expected)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    environment.pop("PS_COORDINATOR", None)
+    environment.pop("ROUNDTABLE_COORDINATOR", None)
     subprocess.run(
         [sys.executable, SCRIPT, "float32"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120
     )

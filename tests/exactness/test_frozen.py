@@ -48,22 +48,22 @@ def plain_loop() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("workers", "servers", "lane", "loops"), [(1, 1, "auto", "one-loop"), (3, 2, "auto", "loops"), (2, 3, "socket", "one-loop")]
+    ("workers", "servers", "transport", "loops"), [(1, 1, "auto", "one-loop"), (3, 2, "auto", "loops"), (2, 3, "tcp", "one-loop")]
 )
 def test_frozen_and_unfrozen_layers_have_the_bits_of_a_plain_loop(
-    workers: int, servers: int, lane: str, loops: str, launch: Any, tmp_path: Path
+    workers: int, servers: int, transport: str, loops: str, launch: Any, tmp_path: Path
 ) -> None:
-    launch("--workers", workers, "--servers", servers, "--lane", lane, SCRIPT, "--", loops)
+    launch("--workers", workers, "--servers", servers, "--transport", transport, SCRIPT, "--", loops)
     found, expected = load_file(tmp_path / "run" / "model.safetensors"), plain_loop()
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     assert not torch.equal(found["2.weight"], network(0)[2].weight)
 
 
-@pytest.mark.parametrize("lane", ["auto", "socket"])
-def test_what_is_written_before_the_first_batch_makes_the_first_weights(lane: str, launch: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+def test_what_is_written_before_the_first_batch_makes_the_first_weights(transport: str, launch: Any, tmp_path: Path) -> None:
     """And values that are put back are no change."""
-    launch("--workers", 2, "--servers", 2, "--lane", lane, EDITED, "--", "stays")
+    launch("--workers", 2, "--servers", 2, "--transport", transport, EDITED, "--", "stays")
     found, expected = load_file(tmp_path / "run" / "model.safetensors"), train_edited.network(5).state_dict()
     nn.init.constant_(expected["0.bias"], 0.25)
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []

@@ -14,14 +14,14 @@ SCRIPT = Path(__file__).with_name("train_masters.py")
 
 @pytest.mark.parametrize(
     ("codec", "flags"),
-    [("bf16", ()), ("int8", ("--lane", "socket")), ("bf16", ("--policy", "async"))],
+    [("bf16", ()), ("int8", ("--transport", "tcp")), ("bf16", ("--policy", "async"))],
     ids=["bf16", "int8", "async"],
 )
 def test_the_servers_own_weights_can_be_evaluated(codec: str, flags: tuple[str, ...], launch: Any, tmp_path: Path) -> None:
     hashes = set()
     for number, what in enumerate(("looks", "trains")):
         name, saved = f"run{number}", tmp_path / f"{number}.pt"
-        flags_ = ("--workers", 1, "--servers", 2, "--weight-codec", codec, *flags)
+        flags_ = ("--workers", 1, "--servers", 2, "--compress-weights", codec, *flags)
         hashes.add(launch(*flags_, SCRIPT, "--", what, saved, name=name)["weights_sha256"])
         before, inside, after = torch.load(saved)
         file = load_file(tmp_path / name / "model.safetensors")

@@ -10,5 +10,5 @@ SCRIPT = Path(__file__).with_name("train_scripted.py")
 
 def test_a_scripted_model_has_the_same_bits_on_any_cluster(launch: Any) -> None:
     one = launch("--workers", 1, "--servers", 1, SCRIPT, name="one")
-    two = launch("--workers", 2, "--servers", 2, "--lane", "socket", SCRIPT, name="two")
+    two = launch("--workers", 2, "--servers", 2, "--transport", "tcp", SCRIPT, name="two")
     assert one["weights_sha256"] == two["weights_sha256"]

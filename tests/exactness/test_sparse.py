@@ -75,11 +75,15 @@ def check(folder: Path, expected: dict[str, torch.Tensor], final: float) -> None
 
 def test_tables_are_the_plain_loops_dense_ones_whatever_the_cluster(launch: Any, tmp_path: Path) -> None:
     expected, final = plain_loop("adagrad")
-    for workers, servers, lane in [(2, 2, "socket"), (4, 3, "auto")]:
-        summary = launch("--workers", workers, "--servers", servers, "--lane", lane, SCRIPT, "--", "adagrad", name=lane + "-run")
+    for workers, servers, transport in [(2, 2, "tcp"), (4, 3, "auto")]:
+        summary = launch(
+            "--workers", workers, "--servers", servers, "--transport", transport, SCRIPT, "--", "adagrad", name=transport + "-run"
+        )
         assert summary["samples"] == SAMPLES * EPOCHS and summary["micro_batches_committed"] == (8 * 4 + 5) * EPOCHS
-        check(tmp_path / (lane + "-run"), expected, final)
-        assert min(summary["wire"]["pushed_bytes"], summary["wire"]["pulled_bytes"]) > 10_000  # rows do travel in either lane
+        check(tmp_path / (transport + "-run"), expected, final)
+        assert (
+            min(summary["wire"]["pushed_bytes"], summary["wire"]["pulled_bytes"]) > 10_000
+        )  # rows do travel in either transport
 
 
 def test_clipping_by_norm_goes_over_tables_too(launch: Any, tmp_path: Path) -> None:
@@ -96,7 +100,7 @@ def test_adam_comes_to_the_same_bits_on_other_clusters_and_alone(launch: Any, tm
     """Its plain loop would move rows that are not touched; tests/ps compares its steps."""
     many = launch("--workers", 3, "--servers", 3, SCRIPT, "--", "adam")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    environment.pop("PS_COORDINATOR", None)
+    environment.pop("ROUNDTABLE_COORDINATOR", None)
     subprocess.run([sys.executable, SCRIPT, "adam"], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
     alone = json.loads((tmp_path / "runs" / "train_sparse" / "summary.json").read_text())
     assert alone["weights_sha256"] == many["weights_sha256"]

@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of LeNet, trained on real digits for two epochs, with the features of its layer relu4."""
     folder = tmp_path_factory.mktemp("explore") / "digits"
     for command in (
-        ["local", "--run-dir", folder, "--data", "mnist-5k", "--epochs", 2, "--snapshot-every", 0.3],
+        ["local", "--run-dir", folder, "--data", "mnist-5k", "--epochs", 2, "--checkpoint-every", 0.3],
         ["features", folder, "--layer", "relu4", "--workers", 3],
     ):
         done = subprocess.run([sys.executable, LAUNCH, *map(str, command)], capture_output=True, text=True, timeout=180)

@@ -33,7 +33,7 @@ def train(launch: Launch, *flags: object) -> dict[str, Any]:
     return launch(*cluster, *flags, SCRIPT, "--", "momentum", "--epochs", EPOCHS, "--slow", 1)
 
 
-@pytest.mark.parametrize("flags", ["sync", "backup --backup 2", "ssp --staleness 1", "async --staleness-lr"])
+@pytest.mark.parametrize("flags", ["sync", "backup --backup-micro-batches 2", "ssp --max-staleness 1", "async --staleness-lr"])
 def test_every_micro_batch_is_in_one_update_or_reported_dropped(flags: str, launch: Launch, tmp_path: Path) -> None:
     policy = flags.split()[0]
     summary = train(launch, "--policy", *flags.split())
@@ -71,7 +71,7 @@ def test_replicas_that_step_apart_use_every_sample_once(flags: str, merges: int,
 
 @pytest.mark.parametrize("bound", [0, 2])
 def test_under_ssp_nobody_leads_by_more_than_the_bound(bound: int, launch: Launch, tmp_path: Path) -> None:
-    train(launch, "--policy", "ssp", "--staleness", bound)
+    train(launch, "--policy", "ssp", "--max-staleness", bound)
     outstanding = {(round_, k) for round_, count in enumerate(MICRO_BATCHES) for k in range(count)}
     leads = []
     for row in contributions(tmp_path / "run"):  # in the order in which server 0 applied them
@@ -87,7 +87,7 @@ def test_more_workers_than_micro_batches_leave_some_idle(launch: Launch) -> None
     assert (summary["rounds"], summary["samples"], summary["micro_batches_committed"]) == (8, 256, 16)
 
 
-@pytest.mark.parametrize(("flags", "within"), [("ssp --staleness 1", 1e-5), ("async --staleness-lr", 0.06)])
+@pytest.mark.parametrize(("flags", "within"), [("ssp --max-staleness 1", 1e-5), ("async --staleness-lr", 0.06)])
 def test_weights_move_as_far_as_the_schedule_plans_and_counters_as_often(
     flags: str, within: float, launch: Launch, tmp_path: Path
 ) -> None:

@@ -36,10 +36,10 @@ def test_every_policy_comes_within_a_point_of_a_single_process(launch: Launch) -
 
 def test_codecs_come_within_a_point_of_plain_training_with_a_fraction_of_the_bytes(launch: Launch) -> None:
     flags = {
-        "plain": "--lane socket",
-        "int8-bf16": "--lane socket --push-codec int8 --weight-codec bf16",
-        "topk-int8": "--lane socket --push-codec topk --codec-ratio 0.1 --weight-codec int8",
-        "memory": "--weight-codec onebit",
+        "plain": "--transport tcp",
+        "int8-bf16": "--transport tcp --compress-gradients int8 --compress-weights bf16",
+        "topk-int8": "--transport tcp --compress-gradients topk --topk-ratio 0.1 --compress-weights int8",
+        "memory": "--compress-weights onebit",
     }
     found = {name: launch(*CLUSTER, *flags[name].split(), *TRAINING, name=name) for name in flags}
     plain = found["plain"]

@@ -27,7 +27,7 @@ def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_a_greedy_merge_is_the_mean_of_the_replicas_that_help_and_leaves_a_ruined_one_out(launch: Launch, tmp_path: Path) -> None:
-    summary = launch(*CLUSTER, "--policy", "average", "--merge", "greedy", SCRIPT, "--", tmp_path, "--ruin")
+    summary = launch(*CLUSTER, "--policy", "average", "--average-weights-by", "greedy", SCRIPT, "--", tmp_path, "--ruin")
     ends = [load_file(tmp_path / f"end-{worker}.safetensors") for worker in range(3)]
     with contextlib.closing(RunLogReader(tmp_path / "run" / FILE_NAME)) as log:
         chosen = [int(value) for *_, value in log.metrics("merged_parts")]
@@ -44,7 +44,7 @@ def test_a_greedy_merge_is_the_mean_of_the_replicas_that_help_and_leaves_a_ruine
 
 
 def test_a_uniform_merge_counts_replicas_of_unequal_shares_alike(launch: Launch, tmp_path: Path) -> None:
-    launch("--workers", 2, "--servers", 2, "--policy", "average", "--merge", "uniform", SCRIPT, "--", tmp_path)
+    launch("--workers", 2, "--servers", 2, "--policy", "average", "--average-weights-by", "uniform", SCRIPT, "--", tmp_path)
     parts = [weights(load_file(tmp_path / f"part-{2 * ROUNDS}-{worker}.safetensors")) for worker in range(2)]
     found = load_file(tmp_path / "end-0.safetensors")
     for name, tensor in mean(parts, [1, 1]).items():
@@ -64,7 +64,11 @@ def test_rounds_before_local_steps_are_those_of_sync_but_for_rounding(launch: La
 
 @pytest.mark.parametrize(
     "flags",
-    [("local", "--local-steps", 4, "--outer-lr", 1, "--outer-momentum", 0), ("average",), ("average", "--merge", "greedy")],
+    [
+        ("local", "--local-steps", 4, "--outer-lr", 1, "--outer-momentum", 0),
+        ("average",),
+        ("average", "--average-weights-by", "greedy"),
+    ],
     ids=lambda flags: " ".join(map(str, flags[:3])),
 )
 def test_workers_may_unfreeze_a_layer_at_different_merges(flags: tuple[Any, ...], launch: Launch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ FLAGS = ("--global-batch", 16, "--micro-batch", 4, SCRIPT)
 
 def test_the_whole_round_is_skipped_alike_by_all_servers_whoever_computes_it(launch: Callable[..., dict[str, Any]]) -> None:
     shared = launch("--workers", 2, "--servers", 2, "--on-nonfinite", "skip", *FLAGS, name="shared")
-    sent = launch("--workers", 1, "--servers", 1, "--lane", "socket", "--on-nonfinite", "skip", *FLAGS, name="sent")
+    sent = launch("--workers", 1, "--servers", 1, "--transport", "tcp", "--on-nonfinite", "skip", *FLAGS, name="sent")
     assert shared["weights_sha256"] == sent["weights_sha256"]
     for summary in (shared, sent):
         assert (summary["dropped"], summary["samples_dropped"]) == (4 * EPOCHS, 16 * EPOCHS)
@@ -27,7 +27,8 @@ def test_the_whole_round_is_skipped_alike_by_all_servers_whoever_computes_it(lau
 
 
 @pytest.mark.parametrize(
-    ("policy", "least", "most"), [(("async",), 1, 4), (("backup", "--backup", 0), 4, 4), (("backup", "--backup", 1), 4, 7)]
+    ("policy", "least", "most"),
+    [(("async",), 1, 4), (("backup", "--backup-micro-batches", 0), 4, 4), (("backup", "--backup-micro-batches", 1), 4, 7)],
 )
 def test_no_other_policy_lets_them_into_the_weights_either(
     launch: Callable[..., dict[str, Any]], policy: tuple[object, ...], least: int, most: int
@@ -49,8 +50,8 @@ def test_they_end_the_run_with_a_sentence_unless_they_are_allowed(tmp_path: Path
         command = [sys.executable, LAUNCH, "local", "--overwrite", "--run-dir", tmp_path / "run", *FLAGS, *flags]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
 
-    for lane, who in (("auto", "server-"), ("socket", "worker-")):  # who looks at what workers share, and at what they send
-        failed = run("--lane", lane)
+    for transport, who in (("auto", "server-"), ("tcp", "worker-")):  # who looks at what workers share, and at what they send
+        failed = run("--transport", transport)
         assert failed.returncode == 2
         last = failed.stderr.strip().splitlines()[-1]
         found = rf"error: {who}\d failed: worker-\d's gradient of 'weight' and 'bias' in micro-batch(es)? \S+ of round 3 is not"

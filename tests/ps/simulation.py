@@ -219,7 +219,7 @@ class Model(nn.Module):
     def __init__(self, case: Case, sparse: bool = True) -> None:
         super().__init__()
         self.number = {task: n for n, task in enumerate(case.micro_batches())}
-        is_coded = case.settings.push_codec != "none"
+        is_coded = case.settings.compress_gradients != "none"
         self.account = nn.Parameter(torch.zeros(len(self.number), 1) if is_coded else torch.zeros(len(self.number)))
         self.a = nn.Parameter(torch.linspace(-1, 1, 3))
         self.b = nn.Parameter(torch.linspace(0, 1, 7) ** 2)
@@ -575,7 +575,7 @@ class CoordinatorProcess(Process):
     def _start(self, books: RestoredRun | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
         case = self.world.case
-        settings = msgspec.structs.replace(case.settings, snapshot_every=0.7 if case.folder is not None else 0.0)
+        settings = msgspec.structs.replace(case.settings, checkpoint_every=0.7 if case.folder is not None else 0.0)
         self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
         self.alive, self.leaves = True, False

@@ -54,7 +54,7 @@ PACES = (Pace(), Pace(0.15))
 CASES = {
     "sync": Case(Settings(global_batch=12, micro_batch=3), PACES, rows=40),
     "backup": Case(Settings(global_batch=12, micro_batch=3, policy="backup", replicas=1), PACES, clip_norm=1.0),
-    "async": Case(Settings(global_batch=12, micro_batch=3, policy="async", push_codec="topk"), PACES),
+    "async": Case(Settings(global_batch=12, micro_batch=3, policy="async", compress_gradients="topk"), PACES),
     "local": Case(Settings(global_batch=12, micro_batch=3, policy="local", local_steps=1), PACES),
 }
 #: What no field expects, or only few.

@@ -152,13 +152,13 @@ def test_backup_leaves_out_the_same_everywhere(case: Case) -> None:
 
 
 @few
-@given(killed("sync", {"weight_codec": "int8"}))
+@given(killed("sync", {"compress_weights": "int8"}))
 def test_weights_whose_changes_are_sent(case: Case) -> None:
     check(simulate(case))
 
 
 @few
-@given(killed("sync", {"push_codec": "onebit"}))
+@given(killed("sync", {"compress_gradients": "onebit"}))
 def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> None:
     check_books(simulate(case))
 
@@ -188,7 +188,7 @@ def test_sharded_layers(policy: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("seed", [15, 1602])
 def test_what_comes_late_of_a_round_is_not_told_twice_as_dropped_though_its_server_is_another_one(seed: int) -> None:
-    made = Settings(workers=4, servers=3, policy="backup", backup=1, global_batch=2, micro_batch=1, replicas=1)
+    made = Settings(workers=4, servers=3, policy="backup", backup_micro_batches=1, global_batch=2, micro_batch=1, replicas=1)
     paces = [Pace(0.1, pause_s=0.3, starts_s=0.5), Pace(0.7, pause_s=0.3), Pace(0.02), Pace(0.1)]
     replaced = [(2, 1.7775121080300937, 0.1), (0, 6.0, 0.1)]
     network = Network(loss=0.3, delay_s=0.6)
@@ -205,7 +205,7 @@ def test_the_coordinator_is_killed_too(case: Case, at: float, away: float) -> No
 
 def test_a_worker_that_joins_late_while_a_server_is_replaced_can_add_changes_to_what_it_has() -> None:
     paces = [Pace(0.7, 0.3), Pace(0.1), Pace(0.7), Pace(0.02, 0.3), Pace(0.05, starts_s=6.0)]
-    made = Settings(workers=4, servers=4, replicas=1, global_batch=4, micro_batch=2, weight_codec="int8")
+    made = Settings(workers=4, servers=4, replicas=1, global_batch=4, micro_batch=2, compress_weights="int8")
     case = Case(made, paces, ((10, 1),), Network(0.3, 0.3, 0.002), replaced=[(0, 1.95, 0.1)])
     outcome = simulate(case)
     check(outcome)

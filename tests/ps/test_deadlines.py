@@ -25,7 +25,7 @@ from roundtable.worker.client.io_thread import IoThread
 def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batches_each_server_lacks(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        coordinator = Coordinator(context.socket(zmq.ROUTER), Settings(timeout=5.0, silence=1e6), tmp_path)
+        coordinator = Coordinator(context.socket(zmq.ROUTER), Settings(progress_timeout=5.0, heartbeat_timeout=1e6), tmp_path)
         membership, began = coordinator._membership, coordinator._progressed_at
         for number in range(2):
             membership.hello(Hello("server", number, address=f"tcp://server:{number}"), 1 + number, began)
@@ -85,7 +85,7 @@ class Started:
     """A coordinator whose run has started with one server and two workers on other hosts."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], folder: Path, **settings: object) -> None:
-        made = Settings(workers=2, servers=1, silence=1e6, **settings)  # type: ignore[arg-type]
+        made = Settings(workers=2, servers=1, heartbeat_timeout=1e6, **settings)  # type: ignore[arg-type]
         self.coordinator = Coordinator(context.socket(zmq.ROUTER), made, folder)
         self.join(Hello("server", 0, address="tcp://server:1"), 1)
         for number in range(2):
@@ -155,8 +155,8 @@ def test_a_failure_counts_once_also_for_a_coordinator_that_comes_after(started: 
 def test_a_server_that_a_worker_cannot_reach_is_named_with_its_address_and_both_hosts(
     started: Callable[..., Started], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = started(timeout=5.0)
-    text = "worker-1 on host-1 cannot reach server-0 at tcp://server:1: see its --bind and --advertise"
+    run = started(progress_timeout=5.0)
+    text = "worker-1 on host-1 cannot reach server-0 at tcp://server:1: see its --listen and --advertise"
     for _ in range(3):
         run.tell("worker-1", Heartbeat("starting", unreached=[0, 7]))
     assert [record.getMessage() for record in caplog.records].count(text) == 1

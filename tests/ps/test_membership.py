@@ -79,7 +79,7 @@ def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on()
 
 @pytest.mark.parametrize(
     ("place", "settings", "bound"),
-    [(HERE, {}, NEAR_S), (THERE, {}, FAR_S), (Place(), {}, FAR_S), (HERE, {"silence": 6.0}, 6.0)],
+    [(HERE, {}, NEAR_S), (THERE, {}, FAR_S), (Place(), {}, FAR_S), (HERE, {"heartbeat_timeout": 6.0}, 6.0)],
 )
 def test_how_long_a_worker_may_be_silent_depends_on_where_it_is_and_on_the_settings(
     place: Place, settings: dict[str, object], bound: float

@@ -72,7 +72,7 @@ class Network(nn.Module):
 
 def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, list[Shard]]:
     """A model, and servers that have its first weights."""
-    settings = Settings(workers=1, servers=servers, policy=policy, lane="socket")  # type: ignore[arg-type]
+    settings = Settings(workers=1, servers=servers, policy=policy, transport="tcp")  # type: ignore[arg-type]
     model = Network()
     groups = [{"params": list(model.parameters())}]
     tables, layers = find_tables(model, groups), find_layers(model, groups)

@@ -19,7 +19,7 @@ from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.residuals import ResidualStore
 
-SETTINGS = Settings(workers=2, push_codec="topk", codec_momentum=0.5)
+SETTINGS = Settings(workers=2, compress_gradients="topk", topk_momentum=0.5)
 
 
 def layout_of(servers: int) -> Layout:
@@ -184,7 +184,7 @@ def test_all_workers_of_a_run_that_goes_on_get_their_part(before: int, after: in
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_codecs_that_leave_nothing_out_ask_for_nothing(codec: str) -> None:
     layout = layout_of(1)
-    owing = owing_of(layout, 0, Settings(push_codec=codec))  # type: ignore[arg-type]
+    owing = owing_of(layout, 0, Settings(compress_gradients=codec))  # type: ignore[arg-type]
     owing.begin(3, ["worker-0"])
     assert owing.asks("worker-0") == -1 and owing.complete(0.0) and list(owing.end()) == []
     with pytest.raises(WireError, match="worker-0 says that it owes"):

@@ -72,11 +72,11 @@ def cases(
             policy=policy,  # type: ignore[arg-type]
             global_batch=global_batch,
             micro_batch=micro_batch,
-            staleness=draw(st.integers(0, 2)),
-            backup=draw(st.integers(1, count - 1)),
+            max_staleness=draw(st.integers(0, 2)),
+            backup_micro_batches=draw(st.integers(1, count - 1)),
             local_steps=draw(st.integers(1, 3)),
             local_after=draw(st.integers(0, after)),
-            merge=merge or draw(st.sampled_from(["samples", "uniform", "greedy"])),
+            average_weights_by=merge or draw(st.sampled_from(["samples", "uniform", "greedy"])),
             outer_lr=1.0,
             outer_momentum=0.0,
             **(codecs or {}),
@@ -188,7 +188,7 @@ def check_dropped_or_counted(outcome: Outcome) -> None:
     for row in outcome.log.rounds:
         plan = case.round(row.round)
         assert row.micro_batches + row.dropped == plan.micro_batches
-        assert row.dropped <= min(case.settings.backup, plan.micro_batches - 1)
+        assert row.dropped <= min(case.settings.backup_micro_batches, plan.micro_batches - 1)
 
 
 def check_kept(outcome: Outcome) -> None:
@@ -426,8 +426,8 @@ WEIGHTS = ["none", "bf16", "fp16", "int8", "onebit"]
 
 
 def coded(policy: str, push: str, weights: str = "none", **more: Any) -> st.SearchStrategy[Case]:
-    ratio = {"codec_ratio": more.pop("ratio", 0.3)}
-    return cases(policy, {"push_codec": push, "weight_codec": weights, **ratio}, **more)
+    ratio = {"topk_ratio": more.pop("ratio", 0.3)}
+    return cases(policy, {"compress_gradients": push, "compress_weights": weights, **ratio}, **more)
 
 
 @few
@@ -473,7 +473,7 @@ def test_all_replicas_hold_the_weights_that_the_servers_hand_out(case: Case) -> 
     check_books(outcome)
     check_same_everywhere(outcome)
     rounding = {"none": 0.0, "bf16": 1 / 256, "fp16": 1 / 2048, "int8": 0.1, "onebit": 10.0}
-    check_close_to_masters(outcome, rounding[case.settings.weight_codec])
+    check_close_to_masters(outcome, rounding[case.settings.compress_weights])
 
 
 @few

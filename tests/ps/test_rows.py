@@ -257,7 +257,7 @@ def test_questions_for_rows_that_are_not_here_are_refused(pull: RowPull, ids: li
 
 def shard(policy: str, index: int = 0, servers: int = 2, tensors: bool = True, std: float | None = 0.1) -> tuple[Shard, Layout]:
     """A server of a run of rounds of 4 micro-batches of 2 samples, with a table and a chunk (on server 0)."""
-    settings = Settings(servers=servers, global_batch=8, micro_batch=2, policy=policy, lane="socket")  # type: ignore[arg-type]
+    settings = Settings(servers=servers, global_batch=8, micro_batch=2, policy=policy, transport="tcp")  # type: ignore[arg-type]
     rules = load(settings)
     one = (SyncShard if rules.applies == "round" else AsyncShard)(index, settings, rules)
     specs = [TensorSpec("w", [3], "float32", 0)] if tensors else []

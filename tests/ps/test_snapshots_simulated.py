@@ -140,7 +140,7 @@ def test_replicas_go_on_from_a_merge(case: Case) -> None:
 
 
 @few
-@given(cases("sync", {"weight_codec": "int8", "lane": "socket"}, chunk_bytes=64))
+@given(cases("sync", {"compress_weights": "int8", "transport": "tcp"}, chunk_bytes=64))
 def test_workers_go_on_from_the_rounded_weights_that_they_had(case: Case) -> None:
     check_same_as_undisturbed(case)
 

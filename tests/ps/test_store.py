@@ -499,7 +499,7 @@ class Coded:
     """A server with one layer, its weights in two planes by turns, and a worker that gets them in frames."""
 
     def __init__(self, codec: str, lr: float = 0.1) -> None:
-        settings = Settings(on_nonfinite="allow", weight_codec=codec)  # type: ignore[arg-type]
+        settings = Settings(on_nonfinite="allow", compress_weights=codec)  # type: ignore[arg-type]
         specs = [TensorSpec("weight", [300, 40], "float32", 0), TensorSpec("bias", [300], "float32", 0)]
         self.layout = make_layout(specs, 1)
         self.numel = self.layout.chunks[0].numel
@@ -594,7 +594,7 @@ def test_first_weights_are_rounded_too() -> None:
 
 
 def test_a_coded_contribution_is_decoded_into_memory_that_sums_may_use() -> None:
-    settings = Settings(push_codec="int8")
+    settings = Settings(compress_gradients="int8")
     layout = Coded("none").layout
     store = DenseParameters(layout, 0, Update("SGD", [{"lr": 0.1}]), load(settings))
     codec = for_pushes(settings, layout)

@@ -159,7 +159,7 @@ def test_who_is_cut_off_from_a_server_is_given_up_and_others_do_what_it_had() ->
 def test_who_does_not_get_the_last_weights_is_given_up_and_the_run_ends() -> None:
     never = 1e6  # nobody waits for its script to end
     deaf = short([Pace(0.1), Pace(0.1, deaf_s=(1.0, never), hangs_s=never)])
-    outcome = simulate(replace(deaf, settings=msgspec.structs.replace(deaf.settings, timeout=5.0)))
+    outcome = simulate(replace(deaf, settings=msgspec.structs.replace(deaf.settings, progress_timeout=5.0)))
     lost = [event.data["why"] for event in outcome.log.events if event.kind == "lost"]
     assert lost == ["it has not got the last weights for 5 s."]
     check(outcome)

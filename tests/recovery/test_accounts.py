@@ -26,7 +26,7 @@ def test_whoever_is_killed_each_server_has_counted_every_sample_once_an_epoch(
     policy: str, cluster: Callable[..., Cluster]
 ) -> None:
     script = Path(__file__).with_name("train_accounts.py")
-    run = cluster("--servers", 3, "--policy", policy, "--snapshot-every", 0.2, script, env={VARIABLE: KILLS})
+    run = cluster("--servers", 3, "--policy", policy, "--checkpoint-every", 0.2, script, env={VARIABLE: KILLS})
     summary = run.summary()
     assert len(list(run.folder.glob("failpoint-*"))) == 4 and len(run.events("restarted")) == 2
     expected = torch.zeros(SAMPLES, dtype=torch.float64)

@@ -64,7 +64,7 @@ def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(cluster: S
 
 def test_a_server_that_waits_for_its_file_before_tables_change_gives_signs_of_life(cluster: Start) -> None:
     slow = {VARIABLE: "server-0:saved:0:sleep"}
-    run = cluster("--servers", 2, "--snapshot-every", 0.1, "--silence", 2, ROWS, env=slow)
+    run = cluster("--servers", 2, "--checkpoint-every", 0.1, "--heartbeat-timeout", 2, ROWS, env=slow)
     assert run.summary()["dropped"] == 0
     assert run.events("snapshot")[0].data["round"] < run.rounds(), "nobody had to wait for a file"
     assert not run.events("lost") and not run.events("restarted")
@@ -167,11 +167,11 @@ def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_the
         code, text = launch(*command)
         assert code == 2 and sentence in text.splitlines()[-1] and checkpoint.finished(folder)[-1] == newest
     assert (folder / "summary.json").exists()
-    code, text = resumed("--rounds", 8, "--accept-versions").end()
+    code, text = resumed("--rounds", 8, "--allow-version-mismatch").end()
     assert code == 0 and f"warning: the snapshot {sentence}" in text
     *_, last = checkpoint.finished(folder)
     (last / checkpoint.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
-    code, text = launch("local", "--resume", folder, "--accept-versions")
+    code, text = launch("local", "--resume", folder, "--allow-version-mismatch")
     assert code == 2 and f"{last} has format 2, of {here}, and here is {here}, which reads format 1" in text
 
 
@@ -188,7 +188,7 @@ def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: S
 
 
 def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
-    cluster(*TRAINING, "--snapshot-every", 0, "--rounds", 5).summary()
+    cluster(*TRAINING, "--checkpoint-every", 0, "--rounds", 5).summary()
     code, text = launch("local", "--resume", tmp_path / "run")
     assert code == 2 and "no snapshot to go on from" in text
     code, text = launch("local", "--resume", tmp_path / "nothing")

@@ -79,7 +79,7 @@ def test_a_server_that_listens_for_its_own_host_only_and_a_worker_elsewhere_are_
     near, far = (host.prefix for host in hosts)
     coordinator = start("coordinator", "--workers", 1, "--servers", 1, "--run-dir", tmp_path / "run", prefix=near)
     run = [
-        start("server", "--coordinator", "tcp://127.0.0.1:5555", "--bind", "tcp://127.0.0.1:0", prefix=near),
+        start("server", "--coordinator", "tcp://127.0.0.1:5555", "--listen", "tcp://127.0.0.1:0", prefix=near),
         start("worker", "--coordinator", f"tcp://{hosts[0].address}:5555", prefix=far),
     ]
     while all(process.poll() is None for process in run):
@@ -92,7 +92,18 @@ def test_a_server_that_listens_for_its_own_host_only_and_a_worker_elsewhere_are_
 def test_a_server_that_cannot_be_reached_is_named_with_its_address_and_not_the_workers_blamed(
     start: Start, tmp_path: Path
 ) -> None:
-    flags = ("--workers", 1, "--servers", 1, "--timeout", 6, "--bind", "tcp://127.0.0.1:0", "--run-dir", tmp_path / "run")
+    flags = (
+        "--workers",
+        1,
+        "--servers",
+        1,
+        "--progress-timeout",
+        6,
+        "--listen",
+        "tcp://127.0.0.1:0",
+        "--run-dir",
+        tmp_path / "run",
+    )
     coordinator = start("coordinator", *flags)
     while not (tmp_path / "run" / "address").exists():
         assert coordinator.poll() is None
@@ -103,7 +114,7 @@ def test_a_server_that_cannot_be_reached_is_named_with_its_address_and_not_the_w
         start("worker", "--coordinator", address),
     ]
     told, server, worker = (process.communicate(timeout=_ENDS_S)[0] for process in (coordinator, *others))
-    assert "cannot reach server-0 on" in told and "at tcp://127.0.0.1:9: see its --bind and --advertise" in told
+    assert "cannot reach server-0 on" in told and "at tcp://127.0.0.1:9: see its --listen and --advertise" in told
     assert told.strip().splitlines()[-1].startswith("error: ") and "cannot reach" in told.strip().splitlines()[-1]
     assert "there is no connection to server-0 at tcp://127.0.0.1:9 from " in worker
     assert "Traceback" not in told + server + worker and "Exception ignored" not in worker

@@ -47,7 +47,7 @@ def test_with_all_workers_killed_others_are_started_and_go_on(cluster: Start, un
 
 
 def test_a_stopped_worker_is_lost_and_joins_as_another_when_it_wakes(cluster: Start, undisturbed: str) -> None:
-    run = cluster(*TRAINING, "--silence", 1.5)
+    run = cluster(*TRAINING, "--heartbeat-timeout", 1.5)
     run.until(lambda: run.rounds() > 10, "training")
     run.signal("worker-0", signal.SIGSTOP)
     run.until(lambda: "worker-0" in names(run, "lost"), "loss")
@@ -57,7 +57,7 @@ def test_a_stopped_worker_is_lost_and_joins_as_another_when_it_wakes(cluster: St
 
 
 def test_a_run_ends_though_a_worker_is_stopped_for_good(cluster: Start, undisturbed: str) -> None:
-    run = cluster(*TRAINING, "--silence", 1.5)
+    run = cluster(*TRAINING, "--heartbeat-timeout", 1.5)
     run.until(lambda: run.rounds() > 10, "training")
     run.signal("worker-1", signal.SIGSTOP)
     check_same(run, undisturbed)

@@ -38,6 +38,6 @@ def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(und
     ],
 )
 def test_messages_that_come_again_late_or_in_another_order_change_nothing(undisturbed: str, tmp_path: Path, name: str) -> None:
-    row = replace(rows(1.0, tmp_path)[name], flags=("--lane", "socket"))  # the bits are those of any lane
+    row = replace(rows(1.0, tmp_path)[name], flags=("--transport", "tcp"))  # the bits are those of any transport
     outcome = measure(row, undisturbed, tmp_path / "run")
     assert (outcome.problem, outcome.same, outcome.exact) == ("", True, True)

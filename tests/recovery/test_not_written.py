@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def test_who_looks_on_is_told_while_the_event_log_cannot_be_written(cluster: Callable[..., Cluster]) -> None:
-    run = cluster(*TRAINING, "--snapshot-every", 0, "--epochs", 100)
+    run = cluster(*TRAINING, "--checkpoint-every", 0, "--epochs", 100)
     run.until(lambda: run.rounds() > 10, "tenth round")
     pid, shown = run.pids()["coordinator"], [run.shown()]
     assert "warning" not in shown[0]

@@ -70,7 +70,7 @@ def test_the_summary_says_who_left_early(cluster: Start, undisturbed: str) -> No
 def test_who_evaluates_for_longer_than_the_timeout_is_waited_for_and_the_model_is_there_before(
     cluster: Start, undisturbed: str
 ) -> None:
-    run = cluster(*TRAINING, "--timeout", 3, ENDS, "--", "evaluate")
+    run = cluster(*TRAINING, "--progress-timeout", 3, ENDS, "--", "evaluate")
     run.until(lambda: run.events("model"), "the model was written")
     written_at = time.monotonic()
     assert (run.folder / MODEL_FILE).exists() and not (run.folder / "summary.json").exists()
@@ -84,7 +84,7 @@ def test_who_evaluates_for_longer_than_the_timeout_is_waited_for_and_the_model_i
 @pytest.mark.parametrize(("how", "why"), [("raise", "ValueError: the evaluation failed"), ("kill", "is dead")])
 @pytest.mark.parametrize("policy", ["sync", "local"])
 def test_a_worker_that_fails_after_the_last_round_changes_nothing(cluster: Start, how: str, why: str, policy: str) -> None:
-    run = cluster("--data", "digits", "--model", "mlp", "--epochs", 3, "--policy", policy, "--respawn", 0, ENDS, "--", how)
+    run = cluster("--data", "digits", "--model", "mlp", "--epochs", 3, "--policy", policy, "--max-restarts", 0, ENDS, "--", how)
     summary = run.summary()
     assert why in summary["failed_after_the_last_round"]["worker-0"]
     assert load_file(run.folder / MODEL_FILE) and not run.events("restarted")

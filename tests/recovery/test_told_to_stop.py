@@ -36,7 +36,7 @@ def test_a_worker_that_is_told_to_stop_leaves_in_good_order(cluster: Start, undi
 
 @pytest.mark.parametrize("copies", [0, 1])
 def test_a_server_that_is_told_to_stop_leaves_after_a_snapshot(cluster: Start, undisturbed: str, copies: int) -> None:
-    run = cluster(*FLAGS, "--replicas", copies, "--snapshot-every", 60)
+    run = cluster(*FLAGS, "--replicas", copies, "--checkpoint-every", 60)
     run.until(lambda: trains(run), "training")
     run.signal("server-1", signal.SIGTERM)
     summary = run.summary()
@@ -52,7 +52,7 @@ def test_a_server_that_is_told_to_stop_leaves_after_a_snapshot(cluster: Start, u
 def test_a_launchers_coordinator_that_is_told_to_stop_ends_the_run_which_goes_on(
     cluster: Start, resumed: Start, undisturbed: str, number: signal.Signals
 ) -> None:
-    run = cluster(*FLAGS, "--snapshot-every", 60)
+    run = cluster(*FLAGS, "--checkpoint-every", 60)
     run.until(lambda: trains(run), "training")
     run.signal("coordinator", number)
     code, out = run.end()
@@ -63,7 +63,7 @@ def test_a_launchers_coordinator_that_is_told_to_stop_ends_the_run_which_goes_on
 def test_all_processes_of_a_launcher_that_are_told_at_once_end_with_a_snapshot(
     cluster: Start, resumed: Start, undisturbed: str
 ) -> None:
-    run = cluster(*FLAGS, "--snapshot-every", 60)
+    run = cluster(*FLAGS, "--checkpoint-every", 60)
     run.until(lambda: trains(run), "training")
     for pid in [*run.pids().values(), run._popen.pid]:
         os.kill(pid, signal.SIGTERM)
@@ -77,7 +77,7 @@ def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_sna
 ) -> None:
     folder = tmp_path / "run"
     with Processes(tmp_path / "logs", os.environ) as processes:
-        run = ByHand(folder, processes, 2, 3, *TRAINING, "--snapshot-every", 60)
+        run = ByHand(folder, processes, 2, 3, *TRAINING, "--checkpoint-every", 60)
         try:
             run.until(lambda: trains(run), "training")
             for pid in reversed(run.pids().values()):  # the coordinator last, as container engines have it
@@ -94,7 +94,7 @@ def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_sna
 def test_workers_and_servers_that_are_told_at_once_leave_a_run_that_goes_on_with_others(undisturbed: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with Processes(tmp_path / "logs", os.environ) as processes:
-        run = ByHand(folder, processes, 2, 2, *TRAINING, "--snapshot-every", 60)
+        run = ByHand(folder, processes, 2, 2, *TRAINING, "--checkpoint-every", 60)
         try:
             run.until(lambda: trains(run), "training")
             for name, pid in run.pids().items():

@@ -213,7 +213,18 @@ def test_both_columns_are_trained_through_the_servers_as_the_whole_is_in_plain_t
 
 
 def test_workers_of_two_columns_write_a_file_for_the_whole_network(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    flags = ["--model", "alexnet-text", "--data", "synthetic", "--image", "3x33x33", "--classes", 4, "--devices", "cpu,cpu"]
+    flags = [
+        "--model",
+        "alexnet-text",
+        "--data",
+        "synthetic",
+        "--image",
+        "3x33x33",
+        "--classes",
+        4,
+        "--column-devices",
+        "cpu,cpu",
+    ]
     summary = launch(*flags, "--rounds", 2, "--global-batch", 8, "--micro-batch", 2, "--loss", "mse", "--servers", 1)
     assert summary["rounds"] == 2 and 0 < summary["loss"] < 1  # of four outputs near 0 about 1/4, where cross-entropy is log 4
     whole = build("alexnet-text", (3, 33, 33), 4)

@@ -75,7 +75,7 @@ def whole(message: Send) -> Push:
 
 
 def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it() -> None:
-    worker = Worker(push_codec="bf16")
+    worker = Worker(compress_gradients="bf16")
     message = worker.push(worker.slot(0.75), scale=4.0)
     assert (whole(message).chunks, whole(message).coded) == ([0, 1], [0])
     assert [frame.nbytes for frame in message.frames] == [2 * NUMEL, 20]
@@ -85,7 +85,7 @@ def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it(
 
 @pytest.mark.parametrize("codec", ["int8", "topk", "randomk", "onebit"])
 def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_else(codec: str) -> None:
-    worker = Worker(push_codec=codec)
+    worker = Worker(compress_gradients=codec)
     slot = worker.slot(torch.randn(NUMEL))
     message = worker.push(slot, chunks=(0,))
     before = [bytes(frame) for frame in message.frames]
@@ -97,7 +97,7 @@ def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_e
 
 @pytest.mark.parametrize("codec", ["none", "topk", "randomk", "onebit"])
 def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec: str) -> None:
-    worker = Worker(push_codec=codec)
+    worker = Worker(compress_gradients=codec)
     first = worker.push(worker.slot(torch.randn(NUMEL)), replace(PUSH, metrics={"loss": (1.0, 8.0)}))
     before = [bytes(frame) for frame in first.frames]
     again = worker.slot(torch.randn(NUMEL))
@@ -113,7 +113,7 @@ def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec
 
 
 def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
-    worker = Worker(push_codec="topk")
+    worker = Worker(compress_gradients="topk")
     slot = worker.slot(1.0)
     message = worker.push(slot)
     assert worker.exchange.needs(slot)
@@ -123,13 +123,13 @@ def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
 
 def test_two_workers_send_the_same_bytes_for_the_same_sum() -> None:
     values = torch.randn(NUMEL)
-    workers = [Worker(push_codec="int8") for _ in range(2)]
+    workers = [Worker(compress_gradients="int8") for _ in range(2)]
     first, second = ([bytes(frame) for frame in worker.push(worker.slot(values)).frames] for worker in workers)
     assert first == second
 
 
 def test_gradients_that_are_not_finite_are_sent_as_they_are() -> None:
-    worker = Worker(push_codec="topk")
+    worker = Worker(compress_gradients="topk")
     values = torch.randn(NUMEL)
     values[7] = float("inf")
     message = worker.push(worker.slot(values))
@@ -137,7 +137,7 @@ def test_gradients_that_are_not_finite_are_sent_as_they_are() -> None:
 
 
 def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() -> None:
-    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
     first = worker.push(worker.slot(values))
     worker.ack(whole(first), [])
@@ -150,7 +150,7 @@ def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() 
 
 
 def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
-    worker = Worker(push_codec="topk")
+    worker = Worker(compress_gradients="topk")
     worker.exchange.readers.add(0)
     slot = worker.slot(1.0)
     slot.index = 0
@@ -161,7 +161,7 @@ def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
 
 @pytest.mark.parametrize("ignored", [[], [0], [0, 1]])
 def test_what_a_frame_left_out_is_sent_later_if_the_frame_counted_and_not_otherwise(ignored: list[int]) -> None:
-    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
     first = worker.push(worker.slot(values))
     worker.ack(whole(first), ignored)
@@ -171,7 +171,7 @@ def test_what_a_frame_left_out_is_sent_later_if_the_frame_counted_and_not_otherw
 
 
 def test_what_is_computed_again_after_it_has_counted_neither_sends_nor_leaves_anything() -> None:
-    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
     first = worker.push(worker.slot(values))
     worker.ack(whole(first), [])
@@ -182,7 +182,7 @@ def test_what_is_computed_again_after_it_has_counted_neither_sends_nor_leaves_an
 
 
 def test_the_second_of_two_sums_under_way_has_nothing_of_what_the_first_carries() -> None:
-    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
     first = worker.push(worker.slot(values), Push(3, 0, 2, 8, 2, [], []))
     worker.ack(whole(first), [])
@@ -196,7 +196,7 @@ def test_the_second_of_two_sums_under_way_has_nothing_of_what_the_first_carries(
 
 
 def test_an_early_push_that_does_not_count_is_as_if_it_had_never_been_sent() -> None:
-    workers = [Worker(push_codec="topk", codec_ratio=0.1) for _ in range(2)]
+    workers = [Worker(compress_gradients="topk", topk_ratio=0.1) for _ in range(2)]
     values = torch.randn(NUMEL)
     for worker in workers:
         worker.ack(whole(worker.push(worker.slot(values))), [])
@@ -212,7 +212,7 @@ def test_an_early_push_that_does_not_count_is_as_if_it_had_never_been_sent() -> 
 
 
 def test_an_early_push_that_is_confirmed_commits_what_it_left_out() -> None:
-    worker = Worker(push_codec="topk", codec_ratio=0.5)
+    worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
     slot = worker.slot(values)
     (message,) = worker.exchange.push_early(PUSH, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
@@ -241,7 +241,7 @@ def taken(worker: Worker) -> torch.Tensor:
 
 
 def test_rounded_weights_come_out_as_single_precision() -> None:
-    worker = Worker(weight_codec="bf16")
+    worker = Worker(compress_weights="bf16")
     values = torch.randn(NUMEL).bfloat16()
     pulled(worker, 0, to_frame(values), coded=True)
     assert torch.equal(taken(worker), values.float())
@@ -249,7 +249,7 @@ def test_rounded_weights_come_out_as_single_precision() -> None:
 
 
 def test_changes_are_added_to_what_came_before_whatever_a_script_writes_into_its_model() -> None:
-    worker = Worker(weight_codec="int8")
+    worker = Worker(compress_weights="int8")
     codec = for_weights(worker.settings, worker.layout)
     assert codec is not None
     weights, change = torch.randn(NUMEL), torch.randn(NUMEL)
@@ -263,18 +263,18 @@ def test_changes_are_added_to_what_came_before_whatever_a_script_writes_into_its
 
 
 def test_changes_of_weights_that_are_not_held_are_refused() -> None:
-    worker = Worker(weight_codec="onebit")
+    worker = Worker(compress_weights="onebit")
     frame = load("onebit", CodecSettings()).encode(torch.randn(NUMEL), 0, None).frame
     with pytest.raises(WireError, match="its change since version 1, which is not held"):
         pulled(worker, 2, to_frame(frame), coded=True)
-    worker = Worker(weight_codec="onebit")
+    worker = Worker(compress_weights="onebit")
     pulled(worker, 0, None, coded=False, plane=2)
     assert worker.exchange.take()[0][0] == InPlane(0, 2)
     assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).holds == -1
 
 
 def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_before_still_are() -> None:
-    worker = Worker(weight_codec="int8")
+    worker = Worker(compress_weights="int8")
     pulled(worker, 0, to_frame(torch.ones(NUMEL)), coded=False)
     taken(worker)
     worker.exchange.pull(1, False, 0.0)

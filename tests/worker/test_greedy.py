@@ -64,7 +64,7 @@ class Worker:
                 kv=lambda: store,
                 index=index,
                 is_chief=index == 0,
-                settings=SimpleNamespace(workers=count, timeout=timeout),
+                settings=SimpleNamespace(workers=count, progress_timeout=timeout),
                 _wait=lambda *args, **more: None,
             ),
         )

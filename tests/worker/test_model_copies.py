@@ -29,19 +29,19 @@ SERVERS = 2
 
 
 class Training:
-    """A model in training whose servers are played here; `lane` says whether their memory is shared with it."""
+    """A model in training whose servers are played here; `transport` says whether their memory is shared with it."""
 
-    def __init__(self, lane: str) -> None:
+    def __init__(self, transport: str) -> None:
         torch.manual_seed(0)
         # one tensor in several chunks, one that a chunk has for itself, and small ones that share a chunk
         self.model = nn.Sequential(nn.Linear(1100, 1000), nn.BatchNorm1d(1000), nn.Linear(1000, 30), nn.Linear(30, 2))
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, SERVERS)
-        self.planes = [WeightBuffers(self.replica.layout.on(server), 4, shared=lane == "auto") for server in range(SERVERS)]
+        self.planes = [WeightBuffers(self.replica.layout.on(server), 4, shared=transport == "auto") for server in range(SERVERS)]
         for server, planes in enumerate(self.planes):
             if planes.handle is not None:
                 self.replica.mapped.attach(server, planes.handle)
         self.awaited = LazyWeights(self.replica, lambda index: self.arrive())
-        self.slots = GradientBuffers(self.replica.layout, shared=lane == "auto")
+        self.slots = GradientBuffers(self.replica.layout, shared=transport == "auto")
         self.version = 0
 
     def begin(self) -> None:
@@ -145,20 +145,20 @@ def at_the_end(training: Training) -> None:
     training.arrive()
 
 
-@pytest.mark.parametrize("lane", ["auto", "socket"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 @pytest.mark.parametrize("moment", [before, at_the_beginning, after_backward, while_weights_are_awaited, at_the_end])
 def test_a_copy_is_plain_and_has_memory_of_its_own(
-    moment: Callable[[Training], None], lane: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: Callable[[Training], None], transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, make in COPIES.items():
-        training = Training(lane)
+        training = Training(transport)
         moment(training)
         made = make(training.model)
         assert not training.awaited.any, name
         right = {key: value.clone() for key, value in training.model.state_dict().items()}
         if training.version:
-            assert float(right["3.bias"][0]) != float(Training(lane).model[3].bias.detach()[0])
+            assert float(right["3.bias"][0]) != float(Training(transport).model[3].bias.detach()[0])
         parameters = dict(made.named_parameters())
         assert parameters.keys() == dict(training.model.named_parameters()).keys()
         assert all(type(p) is nn.Parameter and p.grad is None and p.requires_grad for p in parameters.values()), name
@@ -224,12 +224,12 @@ def last_to_half(training: Training) -> None:
 @pytest.mark.parametrize(
     ("convert", "text"), [(to_double, "'0.weight' torch.float64"), (last_to_half, "'3.weight' torch.float16")]
 )
-@pytest.mark.parametrize("lane", ["auto", "socket"])
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
 @pytest.mark.parametrize("moment", [before, at_the_beginning, after_backward, while_weights_are_awaited, at_the_end])
 def test_a_dtype_that_servers_have_not_is_told(
-    moment: Callable[[Training], None], lane: str, convert: Callable[[Training], None], text: str
+    moment: Callable[[Training], None], transport: str, convert: Callable[[Training], None], text: str
 ) -> None:
-    training = Training(lane)
+    training = Training(transport)
     moment(training)
     convert(training)
     for check in (training.replica.check_dtypes, training.arrive):

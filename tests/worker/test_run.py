@@ -89,7 +89,7 @@ def test_what_the_end_of_a_script_waits_for_is_told_with_process_round_and_chunk
     link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
     script = run(_exchange=exchange, _wait=wait, _link=link, _handed_over=lambda: True, round=7)
     Run._hand_over(script)
-    script.settings = Settings(weight_codec="bf16")
+    script.settings = Settings(compress_weights="bf16")
     script._work = GradientLoop.__new__(GradientLoop)
     script._work.version = lambda: 7  # type: ignore[method-assign]
     assert Run._masters(script) == {}

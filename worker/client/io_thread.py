@@ -362,7 +362,7 @@ class IoThread:
         welcome = self._attendance.welcome
         if welcome is None:
             return
-        found = self._reach.unreached(now, min(UNREACHED_S, welcome.settings.timeout / 2))
+        found = self._reach.unreached(now, min(UNREACHED_S, welcome.settings.progress_timeout / 2))
         before, self._unreached = self._unreached, {int(name.rpartition("-")[2]): address for name, address in found.items()}
         if self._unreached.keys() - before.keys():
             self._attendance.beat_soon(now)
@@ -373,7 +373,7 @@ class IoThread:
     def _unreached_text(self, before: str = ", and cannot reach ") -> str:
         """Which servers cannot be reached, at which address and from where; '' if all can."""
         names = [f"server-{number} at {address}" for number, address in sorted(self._unreached.items())]
-        return f"{before}{some(names)} from {platform.node()}: see --bind and --advertise of the server" if names else ""
+        return f"{before}{some(names)} from {platform.node()}: see --listen and --advertise of the server" if names else ""
 
     def _send_all(self) -> None:
         now = time.monotonic()

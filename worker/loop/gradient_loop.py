@@ -558,14 +558,14 @@ class GradientLoop:
 
         while True:
             patience = max(_PATIENCE_S, PATIENCE_BY_WORKER_S * self._run.settings.workers, self._meter.seconds / 2)
-            state = self._link.wait(ready, self._run.settings.timeout + 20.0, self._waited_for, every=patience)
+            state = self._link.wait(ready, self._run.settings.progress_timeout + 20.0, self._waited_for, every=patience)
             if state is not None:
                 break
             if unless_leased:
                 self._leave_if_asked()
                 self._link.send(Send(COORDINATOR, RequestWork(self.round)))
                 self._link.beat_soon()
-            if time.monotonic() - began > self._run.settings.timeout + 20.0:
+            if time.monotonic() - began > self._run.settings.progress_timeout + 20.0:
                 raise NoAnswer(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
         if state == "leased":
             return None
@@ -599,7 +599,7 @@ class GradientLoop:
         if not self._awaited.any:
             return
         began = time.monotonic()
-        timeout = self._run.settings.timeout + 20.0
+        timeout = self._run.settings.progress_timeout + 20.0
         self._link.wait(lambda: exchange.gone or exchange.has(chunks), timeout, self._waited_for)
         if not exchange.has(chunks):
             self._spoilt = True  # whatever the model holds will do, for nothing comes of it

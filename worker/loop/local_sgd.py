@@ -56,7 +56,7 @@ class LocalSgdLoop:
         self._inner = inner
         self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
         self._before_merge = before_merge
-        self._merge_by = run.settings.merge if self._policy.contributes == "weights" else "samples"
+        self._merge_by = run.settings.average_weights_by if self._policy.contributes == "weights" else "samples"
         self._segment: Segment | None = None
         #: Merges done, which is the version of the weights.
         self._merges = 0

@@ -138,7 +138,7 @@ class _Soup:
         waited_for: Callable[[torch.Tensor], str],
     ) -> torch.Tensor:
         """Read `key` until it is `ready`."""
-        timeout = self._run.settings.timeout
+        timeout = self._run.settings.progress_timeout
         seen, changed_at = _zeros(size), time.monotonic()
         while not ready(seen):
             now, before = time.monotonic(), seen.clone()

@@ -38,7 +38,7 @@ def main() -> None:
     images = data.chosen(settings)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
 
-    model = builtin.build(settings.model, images.shape, images.classes, settings.devices)
+    model = builtin.build(settings.model, images.shape, images.classes, settings.column_devices)
     if settings.init is not None:
         load_weights(model, Path(settings.init))
     head = shard_fully_connected(model, images.classes) if settings.parallel == "hybrid" else None
@@ -53,7 +53,7 @@ def main() -> None:
     )
     held_out: Dataset[data.Sample] = images.test
     if settings.policy == "average":
-        if settings.merge == "greedy":  # images that choose cannot judge the choice
+        if settings.average_weights_by == "greedy":  # images that choose cannot judge the choice
             choosing, held_out = halves(images.test)
             run.merge_by(lambda model: score(run, model, images.train, choosing))
         run.before_merge(lambda: run.log(part_accuracy=accuracy(model, held_out)))
@@ -63,7 +63,7 @@ def main() -> None:
             run.log(accuracy=accuracy(model, held_out, head), held_out=size)
 
     measured, size = run.epoch, len(cast(Sized, held_out))
-    for x, y in run.batches(images.train, num_workers=settings.loader_workers):
+    for x, y in run.batches(images.train, num_workers=settings.num_data_workers):
         out = model(x)
         y = y.to(out.device, non_blocking=True)
         loss = cnn_blocks.LOSSES[settings.loss](out, y) if head is None else roundtable.sharded_cross_entropy(out, y)

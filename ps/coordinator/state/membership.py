@@ -262,7 +262,7 @@ class Membership:
             if needs and is_loopback(server.hello.address) and server.hello.place.cannot_reach(other.hello.place):
                 return (
                     f"{server.name} on {server.hello.host} tells others to reach it at {server.hello.address}, which on "
-                    f"{other.hello.host} means that host itself: start the server with --bind tcp://*:0, or with an --advertise "
+                    f"{other.hello.host} means that host itself: start it with --listen tcp://*:0, or with an --advertise "
                     "that other hosts reach."
                 )
         return ""
@@ -478,8 +478,8 @@ class Membership:
     def silence_s(self, member: Member) -> float:
         """Seconds of silence after which `member` counts as lost. By default twice as long each time that the same process, which
         was counted as lost, turned out to be alive: it may be one that cannot help being silent."""
-        if self.settings.silence is not None:
-            return self.settings.silence
+        if self.settings.heartbeat_timeout is not None:
+            return self.settings.heartbeat_timeout
         replaceable = member.hello.role == "worker" and not self._policy.is_local
         bound = NEAR_S if replaceable and member.hello.place.sees(self._place) else FAR_S
         return min(bound * 2.0 ** min(self._alarms[_process(member)], _MOST_DOUBLINGS), _LONGEST_S)
