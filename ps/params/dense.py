@@ -299,7 +299,7 @@ class DenseParameters:
 
     def __init__(self, layout: Layout, server: int, update: Update, policy: Policy) -> None:
         self._layout = layout
-        self._push_codec = for_pushes(policy.settings, layout)
+        self._gradient_codec = for_pushes(policy.settings, layout)
         self._weight_codec = codec = for_weights(policy.settings, layout)
         self._sends_changes = sends_changes(policy.settings)
         self._parts = {
@@ -324,9 +324,9 @@ class DenseParameters:
 
     def decode(self, chunk: int, frame: Any, present: int, seed: int) -> Sum:
         """A contribution out of a frame of the push codec. Raises WireError for what is none, or names pieces the chunk lacks."""
-        if self._push_codec is None:
+        if self._gradient_codec is None:
             raise WireError(f"chunk {chunk} is coded in a run without a codec")
-        values = self._push_codec.decode(chunk, bytes_of(frame), seed)
+        values = self._gradient_codec.decode(chunk, bytes_of(frame), seed)
         contribution = self.view(chunk, values, present, 1.0)
         contribution.owned = True
         return contribution
@@ -434,7 +434,7 @@ class DenseParameters:
     @property
     def traffic(self) -> Traffic:
         """Seconds that codecs took here."""
-        codecs = [codec for codec in (self._push_codec, self._weight_codec) if codec is not None]
+        codecs = [codec for codec in (self._gradient_codec, self._weight_codec) if codec is not None]
         return Traffic(
             encode_seconds=sum(codec.encode_seconds for codec in codecs),
             decode_seconds=sum(codec.decode_seconds for codec in codecs),
