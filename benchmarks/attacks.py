@@ -264,7 +264,7 @@ def _of_unknown_rounds(target: Target) -> list[Body]:
     rounds, chunks = (10**6, 10**15), (10**3, 10**15)
     bodies: list[Body] = [_push(round_, 0) for round_ in rounds]
     bodies += [_push(target.round() + later, chunk) for later in range(_ROUNDS) for chunk in chunks]
-    return bodies + [Pull(round_, have=list(chunks)) for round_ in rounds]
+    return bodies + [Pull(round_, have_chunks=list(chunks)) for round_ in rounds]
 
 
 def _unknown_rounds(target: Target) -> None:
@@ -329,7 +329,7 @@ def _scan(target: Target) -> None:
 
 def _slow(target: Target) -> None:
     """Who sends a byte at a time, and who asks and never reads."""
-    question = _header(target, Pull(0, masters=True))
+    question = _header(target, Pull(0, full_precision=True))
     with _peer(target, (b"\x00" + bytes([len(question)]) + question) * 1000), _plain(target) as slow:
         for byte in (_GREETING + _READY)[:20]:
             slow.send(bytes([byte]))

@@ -189,7 +189,7 @@ class _Worker:
             case Ack():
                 self._outstanding.pop((body.round, body.lo), None)
             case MembershipUpdate():
-                self._tasks.tables = body.tables
+                self._tasks.tables = body.share_tables
             case Reassign():
                 self._tasks.leased(body)
                 self._compute()
@@ -206,7 +206,7 @@ class _Worker:
         welcome = self.attendance.welcome
         if welcome is not None:
             self._stamp.sender, self._stamp.run, self._ticket = welcome.process, welcome.run, welcome.ticket
-            self._tasks = TaskQueue(welcome.process, welcome.tables)
+            self._tasks = TaskQueue(welcome.process, welcome.share_tables)
             for name in (SERVER, _BULK):
                 sock = self.sockets[name] = dealer(self._context, welcome.servers[0].address)
                 send(sock, self._stamp.encode(Heartbeat(), self._ticket), copy=True)  # whose connection it is
@@ -230,7 +230,7 @@ def _ready(about: str) -> Callable[[Body], bool]:
 
 
 def _weights(clock: int) -> Callable[[Body], bool]:
-    return lambda body: isinstance(body, Weights | VersionExpired) and body.clock == clock
+    return lambda body: isinstance(body, Weights | VersionExpired) and body.for_round == clock
 
 
 def run(job: Job) -> None:

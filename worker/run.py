@@ -116,7 +116,7 @@ class Run:
             torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self._policy = load(self.settings)
-        self._tasks = TaskQueue(self.name, welcome.tables)
+        self._tasks = TaskQueue(self.name, welcome.share_tables)
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
@@ -159,7 +159,7 @@ class Run:
         self.cut_off = False
         arm(self.name, Path(welcome.run_dir))
         with link.lock:
-            link.epoch = welcome.tables[-1].epoch
+            link.epoch = welcome.share_tables[-1].epoch
             link.on_message = self._on_message
             link.on_replaced = self._on_replaced
             link.on_tick = self._on_tick
@@ -678,7 +678,7 @@ class Run:
         try:
             if self.failure or self.interrupted:
                 goodbye = Goodbye(
-                    self.failure, self.interrupted, cut_off=self.cut_off, keyed=self._kv is not None, round=self.round
+                    self.failure, self.interrupted, cut_off=self.cut_off, used_kv=self._kv is not None, round=self.round
                 )
                 self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
@@ -762,9 +762,9 @@ class Run:
     def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
         """Called by the link's thread, with the lock held."""
         match body:
-            case MembershipUpdate() if body.tables[-1].epoch > self._link.epoch:
-                self._tasks.tables = body.tables
-                self._link.epoch = body.tables[-1].epoch
+            case MembershipUpdate() if body.share_tables[-1].epoch > self._link.epoch:
+                self._tasks.tables = body.share_tables
+                self._link.epoch = body.share_tables[-1].epoch
             case Reassign():
                 self._tasks.leased(body)
             case Heartbeat(leaves=True):
@@ -832,7 +832,7 @@ class Run:
         """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
         with self._link.lock:
             beat = self._beat()
-        return (beat.round, beat.at, self._link.answers) if beat.state != "done" else None
+        return (beat.round, beat.micro_batch + beat.progress, self._link.answers) if beat.state != "done" else None
 
     @property
     def traffic(self) -> Traffic:
@@ -848,7 +848,7 @@ class Run:
             return Heartbeat("done", self.round, traffic=traffic, unsteady=unsteady)
         if self._work is not None:
             return msgspec.structs.replace(self._work.beat(), traffic=traffic)
-        return Heartbeat("starting") if self._kv is None else Heartbeat("computing", at=self._kv.answered)
+        return Heartbeat("starting") if self._kv is None else Heartbeat("computing", progress=self._kv.answered)
 
 
 def describe_failure(error: BaseException, script: str) -> str:

@@ -97,7 +97,7 @@ class Tracker:
                     failed_late.add(event.process)
             elif event.kind == "model":
                 has_model = True
-            over = over or (event.kind == "stopped" and not event.data.get("again"))  # else all begin anew
+            over = over or (event.kind == "stopped" and not event.data.get("restart"))  # else all begin anew
             if (line := _news(event)) is not None:
                 news.append(line)
         rows = reader.rounds(after=self._last_round)

@@ -64,7 +64,7 @@ class Session:
             case Stop():
                 self.stop = body
             case Heartbeat() if self.welcome is None:
-                self._missing = body.missing
+                self._missing = body.awaited
             case Refused(about="Hello"):
                 raise UsageError(body.reason)
 

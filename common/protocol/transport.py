@@ -28,7 +28,7 @@ from roundtable.common.protocol.messages.kv import KvPull
 from roundtable.common.protocol.messages.sharded import ShardedForward, ShardedForwardReply
 from roundtable.common.runtime.errors import UsageError, WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 #: Largest frame accepted, bytes: a chunk, and some room for a long layout in a header.
 MAX_FRAME_BYTES = 16 << 20

@@ -306,7 +306,7 @@ class Coordinator:
             self._farewell(Stop(False, str(error)))
             raise
         except Stopped as error:
-            self._farewell(Stop(False, f"the run was told to stop: {error}.", told=True))
+            self._farewell(Stop(False, f"the run was told to stop: {error}.", on_request=True))
             raise
         finally:
             self._inflow.close()
@@ -385,15 +385,15 @@ class Coordinator:
     def _end_as_told(self, stop: Stop) -> None:
         """The one before has ended the run, and may have died before all have heard of it."""
         self._tell(stop)
-        if stop.again:
+        if stop.restart:
             raise BeginAnew(stop.reason)
         if not stop.ok:
-            raise (RunStopped if stop.told else ClusterError)(stop.reason)
+            raise (RunStopped if stop.on_request else ClusterError)(stop.reason)
 
     def _have_all_begin_anew(self, reason: str) -> None:
         self._log.event(Event("restarted", "coordinator", {"reason": reason}))
         log.warning("all begin anew, from the newest snapshot: %s", reason)
-        self._farewell(Stop(False, reason, again=True))
+        self._farewell(Stop(False, reason, restart=True))
 
     def _drain(self) -> None:
         until = time.monotonic() + BEAT_S
@@ -411,7 +411,7 @@ class Coordinator:
                 except ForeignRun as error:
                     if error.run.partition(".")[0] == self._run:  # it has not heard that all begin anew
                         told = replace(self._stamp, run=error.run)
-                        send(self._sock, told.encode(Stop(False, "the run has begun anew.", again=True)), to=frames[0].bytes)
+                        send(self._sock, told.encode(Stop(False, "the run has begun anew.", restart=True)), to=frames[0].bytes)
                     raise
                 self._handle(frames[0].bytes, envelope, frames[2:])
                 if envelope.run:
@@ -659,9 +659,9 @@ class Coordinator:
 
     def _missing_text(self) -> str:
         """What each server has not got of the round that it is in, as far as it has said so."""
-        beats = {server.name: server.beat for server in self._leasing.servers if server.beat.left}
+        beats = {server.name: server.beat for server in self._leasing.servers if server.beat.missing}
         return "".join(
-            f"; {name} lacks micro-batch{'es' * (len(beat.left) > 1)} {some(list(map(str, beat.left)))} of round {beat.round}"
+            f"; {name} lacks micro-batch{'es' * (len(beat.missing) > 1)} {some([*map(str, beat.missing)])} of round {beat.round}"
             for name, beat in beats.items()
         )
 
@@ -783,14 +783,14 @@ class Coordinator:
             hello = envelope.read_hello()
             if self._stop is None:
                 self._hello(route, hello, envelope.incarnation, now)
-            elif not self._stop.again:  # else it asks the one that comes after this one
+            elif not self._stop.restart:  # else it asks the one that comes after this one
                 self._late.add(envelope.incarnation)
                 self._reply(route, self._stop)
             return
         member = self._membership.members.get(envelope.sender)
         if member is None or member.incarnation != envelope.incarnation:
             self._reply(
-                route, Stop(False, f"{envelope.sender} is not a member of the run; it joins again as another.", again=True)
+                route, Stop(False, f"{envelope.sender} is not a member of the run; it joins again as another.", restart=True)
             )
             raise WireError(f"{envelope.sender} is not a member of this run, or another process than the one that is", "sender")
         body = envelope.read()
@@ -918,7 +918,7 @@ class Coordinator:
                 self.journal.warn(f"{member.who} has {has}: the result is valid, but its bits depend on who computes what.")
 
     def _beat(self, member: Member, beat: Heartbeat, now: float) -> None:
-        if (beat.round, beat.at, beat.state) != (member.beat.round, member.beat.at, member.beat.state):
+        if _progress_of(beat) != _progress_of(member.beat):
             self._progressed_at = now
         if beat.unsteady and not member.beat.unsteady:
             self.journal.warn(_UNSTEADY.format(who=member.who, name=printable(beat.unsteady)))
@@ -951,7 +951,7 @@ class Coordinator:
                 self._train_on()
 
     def _give(self, lease: Reassign) -> None:
-        self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.k, "from": lease.owner}))
+        self._log.event(Event("lease", lease.to, {"round": lease.round, "k": lease.micro_batch, "from": lease.owner}))
         self._send(lease.to, lease)
         self._send(lease.owner, lease)
 
@@ -1034,7 +1034,7 @@ class Coordinator:
             return
         is_new = self._is_beginner(worker)
         may_fail = goodbye.cut_off or is_new or self._admitted < self._settings.worker_failures
-        if goodbye.keyed or not may_fail or not self._can_do_without(worker):
+        if goodbye.used_kv or not may_fail or not self._can_do_without(worker):
             before = f" (before it, {some(self._failed)})" if self._failed else ""
             raise ClusterError(f"{why}{before}")
         self._admitted += not goodbye.cut_off and not is_new
@@ -1096,7 +1096,7 @@ class Coordinator:
         """Tell everybody that the run is over, a few times as messages may be lost, and close the books. In place of another
         coordinator, wait for those who have not found this one yet."""
         self._stop = stop
-        until, told_at = time.monotonic() + (_FAREWELL_ANEW_S if stop.again else _FAREWELL_S), float("-inf")
+        until, told_at = time.monotonic() + (_FAREWELL_ANEW_S if stop.restart else _FAREWELL_S), float("-inf")
         while (now := time.monotonic()) < until or self._awaits_members(now) or self._awaits_late_ones(now - until):
             if now >= told_at + ASK_AGAIN_S / 4:
                 told_at = now
@@ -1222,6 +1222,10 @@ class Coordinator:
         """What all processes have told of tensors in frames: bytes of workers, seconds of workers and servers."""
         told = [msgspec.structs.asdict(member.beat.traffic) for member in self._membership.members.values()]
         return {key: round(sum(traffic[key] for traffic in told), 3) for key in Traffic.__struct_fields__}
+
+
+def _progress_of(beat: Heartbeat) -> tuple[int, int, int, str]:
+    return beat.round, beat.micro_batch, beat.progress, beat.state
 
 
 def _called(member: Member) -> str:

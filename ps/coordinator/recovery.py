@@ -229,7 +229,7 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
                 books.admitted += failed == "admitted"
             case "stopped":
                 data = json.loads(text)
-                books.stop = Stop(data["ok"], data["reason"], data.get("again", False), data.get("told", False))
+                books.stop = Stop(data["ok"], data["reason"], data.get("restart", False), data.get("on_request", False))
     return books
 
 

@@ -85,8 +85,8 @@ class ResidualStore:
         if self._codec is None or (body.of and body.chunk not in self._chunks) or body.of > len(self._chunks):
             raise WireError(f"{sender} says that it owes chunk {body.chunk}")
         cut = self._cut
-        if body.cut >= 0:
-            if cut is None or body.cut != cut.round or sender not in cut.awaits:
+        if body.checkpoint >= 0:
+            if cut is None or body.checkpoint != cut.round or sender not in cut.awaits:
                 return
             parts = cut.parts.setdefault(sender, {})
         else:
@@ -99,7 +99,7 @@ class ResidualStore:
             self.got(sender, number)
         if len(parts) < body.of:
             return
-        if body.cut >= 0 and cut is not None:
+        if body.checkpoint >= 0 and cut is not None:
             cut.awaits.discard(sender)
             cut.told[sender] = cut.parts.pop(sender)
         else:

@@ -130,7 +130,7 @@ class Backup:
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
         #: What the coordinator may not have been told of.
-        self._filed = list(head.filed)
+        self._filed = list(head.replicated_rounds)
         if self._incoming.complete:
             self._settle()
 

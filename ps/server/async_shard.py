@@ -210,7 +210,7 @@ class AsyncShard(Shard):
         self._reached = max(self._reached, push.round)
         applied = self._applied.setdefault(push.round, {}).setdefault(push.lo, set())
         if key not in self._terms:
-            terms = self._course.take(push.round, push.base, push.hypers, self.segments, is_new=not applied)
+            terms = self._course.take(push.round, push.base_version, push.hypers, self.segments, is_new=not applied)
             self._terms[key] = replace(terms, lr_scale=terms.lr_scale * push.samples / plan.samples)
         if self.index == 0 and key not in self._ahead:
             outcome: Literal["committed", "dropped"] = "committed" if push.finite else "dropped"
@@ -280,19 +280,23 @@ class AsyncShard(Shard):
     def _serve(self, worker: str) -> list[Send]:
         waiter = self.waiters[worker]
         pull = waiter.pull
-        self._reached = max(self._reached, pull.clock)
+        self._reached = max(self._reached, pull.for_round)
         # who joins late begins in the last round that is over, which is as far as every other server lets it go on
-        if pull.number == 1 and pull.clock < self._slowest - 1 and self._open:
+        if pull.number == 1 and pull.for_round < self._slowest - 1 and self._open:
             del self.waiters[worker]
-            return [Send(worker, VersionExpired(pull.clock, self._slowest - 1))]
+            return [Send(worker, VersionExpired(pull.for_round, self._slowest - 1))]
         if waiter.weights is None:
-            may = self._slowest >= pull.clock if pull.settled else self.policy.may_start(pull.clock, self._slowest)
+            may = (
+                self._slowest >= pull.for_round
+                if pull.after_all_updates
+                else self.policy.may_start(pull.for_round, self._slowest)
+            )
             if not self._open or not may:
                 return []
             self._needs(waiter)
             waiter.version = self._course.seen
             waiter.weights = self._as_now(worker, pull, waiter.unsent)
-            waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.masters}
+            waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.full_precision}
         weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}
         return self._weights(worker, waiter.version, self._plane(worker, pull), weights, True, waiter.coded)
 
@@ -301,14 +305,14 @@ class AsyncShard(Shard):
         if pull.shared and worker not in self._pairs:
             self._pairs[worker] = next(n for n in range(len(self._pairs) + 1) if n not in self._pairs.values())
         pair = self._pairs[worker] if pull.shared else _PAIRS
-        return 2 * pair + (pull.plane + 1) % 2 if pair < _PAIRS else -1
+        return 2 * pair + (pull.weight_buffer + 1) % 2 if pair < _PAIRS else -1
 
     def _as_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:
         """The weights as they are, in memory that no later update touches."""
         assert self.store is not None and self.planes is not None
-        if pull.masters:
+        if pull.full_precision:
             return {chunk: self.store.master(chunk) for chunk in chunks}
-        still = {chunk: self.planes[self.planes.home][chunk] for chunk in chunks if self._lies_still(chunk, pull.clock)}
+        still = {chunk: self.planes[self.planes.home][chunk] for chunk in chunks if self._lies_still(chunk, pull.for_round)}
         return {**still, **self._moving_now(worker, pull, chunks - still.keys())}
 
     def _moving_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:

@@ -165,14 +165,14 @@ class _Server:
             if self._watchdog is not None:
                 self._watchdog.stop()
         stop = self._attendance.stop
-        if stop is not None and (stop.again or stop.told) and self.told:
+        if stop is not None and (stop.restart or stop.on_request) and self.told:
             raise Stopped(self.told, "has left the run, as it was told to stop.")
-        if stop is not None and stop.again:
+        if stop is not None and stop.restart:
             log.warning("begins anew: %s", stop.reason)
             self._signs.pause()
             restart()
         if stop is not None and not stop.ok:
-            raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
+            raise (RunStopped if stop.on_request else ClusterError)(f"stopped because {stop.reason}")
 
     def stop(self, number: int) -> None:
         """Leave the run, for the signal `number`, when the coordinator lets this server. If called again, or if it is in no run,
@@ -238,7 +238,7 @@ class _Server:
         """Give a sign of life in the middle of what takes long: reading a snapshot, and waiting for one to be written."""
         if self._shard is not None and (now := time.monotonic()) >= self._breathed_at + BEAT_S:
             self._breathed_at = now
-            send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, at=self._shard.done)))
+            send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, progress=self._shard.done)))
             self._signs.give(self._silence_s())
 
     def _silence_s(self) -> float:
@@ -257,9 +257,16 @@ class _Server:
         if shard.restoring:
             return Heartbeat("starting", refused=refused, leaves=bool(self.told))
         return Heartbeat(
-            "waiting", shard.version, shard.done, shard.missing()[:MOST_TOLD], traffic=shard.traffic, keeps=shard.keeps,
-            refused=refused, later=shard.missing_later(), leaves=bool(self.told),
-        )  # fmt: skip
+            "waiting",
+            shard.version,
+            missing=shard.missing()[:MOST_TOLD],
+            missing_later=shard.missing_later(),
+            progress=shard.done,
+            traffic=shard.traffic,
+            replicas_held=shard.keeps,
+            refused=refused,
+            leaves=bool(self.told),
+        )
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
         """Handle what has come in at `sock`, for about as long as a beat at most."""

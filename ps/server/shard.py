@@ -265,9 +265,9 @@ class Shard(ABC):
     def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:
         """One message. Raises WireError if it cannot be meant; then nothing has changed."""
         match body:
-            case Push(stage="early"):
+            case Push(stage="tentative"):
                 return self._keep(sender, body, frames, now)
-            case Push(stage="confirm"):
+            case Push(stage="commit"):
                 return self._confirm(sender, body, now)
             case Push():
                 return self._push(sender, body, frames, now)
@@ -375,7 +375,7 @@ class Shard(ABC):
         values = self._check(sender, push, frames, self.round_plan(push.round))
         early = self._early_of(sender, push)
         early.values.update(zip(push.chunks, values, strict=True))
-        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, early=True))
+        ack = Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, tentative=True))
         return [ack, *(self._confirm(sender, push, now) if early.confirmed.issuperset(push.chunks) else ())]
 
     def _confirm(self, sender: str, push: Push, now: float) -> list[Send]:
@@ -390,7 +390,7 @@ class Shard(ABC):
     def _check_early(self, sender: str, push: Push) -> None:
         """Raise WireError for what cannot be sent early."""
         check_distinct(push.chunks, self.chunks, f"a push of {sender}")
-        if push.slot >= 0 or push.metrics is not None or self.policy.is_local:
+        if push.gradient_buffer >= 0 or push.metrics is not None or self.policy.is_local:
             raise WireError(f"{sender} sends early what cannot be sent so")
         self.round_plan(push.round)
 
@@ -651,7 +651,7 @@ class Shard(ABC):
         if len(push.chunks) != len(push.present):
             raise WireError(f"a push of {sender} names chunks {push.chunks} and says what is present of {len(push.present)}")
         full = {i for i, bits in zip(push.chunks, push.present, strict=True) if self.chunks[i].has_values(bits)}
-        count_of_frames = len(full) if push.slot < 0 and values is None else 0
+        count_of_frames = len(full) if push.gradient_buffer < 0 and values is None else 0
         if len(frames) != count_of_frames or not full.issuperset(push.coded):
             raise WireError(f"a push of {sender} names chunks {push.chunks} with {len(frames)} frames")
         if not push.scale > 0 or math.frexp(push.scale)[0] != 0.5:
@@ -664,8 +664,8 @@ class Shard(ABC):
         check_hypers(push.hypers, self._setup[0].update)
         if values is not None:
             return values
-        if push.slot >= 0:
-            slot = self._slot(sender, push.slot)
+        if push.gradient_buffer >= 0:
+            slot = self._slot(sender, push.gradient_buffer)
             stays = self.policy.applies == "round" and not self.policy.is_local
             present = zip(push.chunks, push.present, strict=True)
             return [self.store.view(i, slot[i], bits, push.scale, stays) for i, bits in present]
@@ -723,19 +723,19 @@ class Shard(ABC):
     def _pull(self, sender: str, pull: Pull, now: float) -> list[Send]:
         if pull.number < self._asked_for.get(sender, 0):
             return []  # it was under way for long, and its sender has gone on since
-        if len(pull.have) > len(self.chunks):
-            raise WireError(f"a pull of {sender} says that it has {len(pull.have)} chunks of {len(self.chunks)}")
+        if len(pull.have_chunks) > len(self.chunks):
+            raise WireError(f"a pull of {sender} says that it has {len(pull.have_chunks)} chunks of {len(self.chunks)}")
         self._asked_for[sender] = pull.number
         self.waiters[sender] = waiter = WaitingWorker(pull)
         self._needs(waiter)
-        self.readers.asks(sender, pull.plane)
+        self.readers.asks(sender, pull.weight_buffer)
         shares = self.owing.hand_out(sender, now) if self.owing is not None else []
         return [*(Send(sender, *share) for share in shares), *self._serve(sender)]
 
     def _needs(self, waiter: WaitingWorker) -> None:
         """Have a waiter's `unsent` reach to all chunks that it is now known to need."""
         pull = waiter.pull
-        needed = {i for i in self.chunks if pull.still or not self._lies_still(i, pull.clock)} - set(pull.have)
+        needed = {i for i in self.chunks if pull.frozen or not self._lies_still(i, pull.for_round)} - set(pull.have_chunks)
         waiter.unsent |= needed - waiter.needed
         waiter.needed |= needed
 
@@ -759,7 +759,7 @@ class Shard(ABC):
 
     def _got(self, sender: str, got: WeightsCredit) -> list[Send]:
         waiter = self.waiters.get(sender)
-        if waiter is None or waiter.pull.clock != got.clock or not set(got.chunks) <= set(self.chunks):
+        if waiter is None or waiter.pull.for_round != got.for_round or not set(got.chunks) <= set(self.chunks):
             return []
         for chunk in got.chunks:
             waiter.bytes_under_way.pop(chunk, None)
@@ -781,7 +781,7 @@ class Shard(ABC):
         as may be on their way; those which the forward pass needs first go first. Those in `coded` are sent as these frames.
         Ends the wait when all is sent."""
         waiter = self.waiters[to]
-        clock = waiter.pull.clock
+        clock = waiter.pull.for_round
         moved = [chunk for chunk, since in self._moved_at.items() if since <= clock] if closed else []
         if plane >= 0:
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
@@ -791,11 +791,26 @@ class Shard(ABC):
             del self.waiters[to]
             still = sorted(chunk for chunk in weights if self._lies_still(chunk, version))
             moving, home = sorted(weights.keys() - set(still)), self.planes.home
-            return [Send(to, Weights(clock, version, moving, closed, plane, cut=cut, still=still, home=home, moved=moved))]
+            return [
+                Send(
+                    to,
+                    Weights(
+                        clock,
+                        version,
+                        moving,
+                        closed,
+                        plane,
+                        checkpoint=cut,
+                        frozen_chunks=still,
+                        frozen_buffer=home,
+                        changed_frozen=moved,
+                    ),
+                )
+            ]
         effects = []
         if closed and not waiter.closed:
             waiter.closed = True
-            effects.append(Send(to, Weights(clock, version, [], closed, cut=cut, moved=moved)))
+            effects.append(Send(to, Weights(clock, version, [], closed, checkpoint=cut, changed_frozen=moved)))
         sizes = {i: coded[i].nbytes if i in coded else self.chunks[i].weight_bytes for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
         for ids in message_batches(soonest, sizes.__getitem__):

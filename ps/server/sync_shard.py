@@ -197,7 +197,7 @@ class SyncShard(Shard):
         plan = None if self.policy.is_local else self.round_plan(push.round)
         values = self._check(sender, push, frames, plan, values)
         self._check_apart(sender, push)
-        if push.slot >= 0:
+        if push.gradient_buffer >= 0:
             self._read.append((sender, push, values))
         for chunk, value in zip(push.chunks, values, strict=True):
             if self._file(chunk, (push.lo, push.hi), value):
@@ -211,7 +211,7 @@ class SyncShard(Shard):
         failpoint("aggregating", push.round)
         self._leaf_samples.setdefault(push.lo, push.samples)
         self._leaf_weights.setdefault(push.lo, push.weight)
-        if not self.policy.is_local and push.slot >= 0:
+        if not self.policy.is_local and push.gradient_buffer >= 0:
             self.readers.uses(sender, self._plane_of(self._version))
         self._hypers = self._hypers or push.hypers
         return [self._ack(sender, push), *self._advance(now)]
@@ -279,11 +279,13 @@ class SyncShard(Shard):
     def _from_coordinator(self, body: Body, now: float) -> list[Send]:
         match body:
             case CloseRound() | AllNorms() if body.round == self._version and self._open:
-                if isinstance(body, CloseRound) and not (body.ks and set(body.ks) <= set(range(self._count))):
-                    raise WireError(f"round {body.round} cannot be closed with micro-batches {body.ks[:20]}")
+                if isinstance(body, CloseRound) and not (
+                    body.micro_batches and set(body.micro_batches) <= set(range(self._count))
+                ):
+                    raise WireError(f"round {body.round} cannot be closed with micro-batches {body.micro_batches[:20]}")
                 self._told = [told for told in self._told if told.round >= self._version - 1 and told != body] + [body]
                 if isinstance(body, CloseRound):
-                    self._closed = body.ks
+                    self._closed = body.micro_batches
                 else:
                     self._norms = body.norms
             case CloseRound() | AllNorms():
@@ -559,7 +561,7 @@ class SyncShard(Shard):
         self._source = Source(head.round, self.settings.servers, head.setup, state, {})
         self._resume(self._source)
         self._opened()
-        for filed in head.filed:
+        for filed in head.replicated_rounds:
             self._book(filed)
         self._source, self.restoring, self._repeats = None, False, True
         log.info("has the copy of its shard, as of round %d", head.round)
@@ -594,12 +596,12 @@ class SyncShard(Shard):
 
     def _serve(self, worker: str) -> list[Send]:
         waiter = self.waiters[worker]
-        clock = waiter.pull.clock
+        clock = waiter.pull.for_round
         if not self._open or clock > self._version + 1:
             return []
         if clock == self._version + 1:
             ready = self._ready(waiter)
-            if waiter.pull.shared or waiter.pull.masters or self._target is None or not ready:
+            if waiter.pull.shared or waiter.pull.full_precision or self._target is None or not ready:
                 return []
             coded = self._frames_for(waiter.pull, self._target)
             return self._weights(worker, clock, self._target, {i: self._weights_of(clock, i) for i in ready}, False, coded)
@@ -608,7 +610,7 @@ class SyncShard(Shard):
             del self.waiters[worker]
             return [Send(worker, VersionExpired(clock, self._version))]
         self._needs(waiter)
-        if waiter.pull.masters and clock == self._version:
+        if waiter.pull.full_precision and clock == self._version:
             assert self.store is not None
             masters = {chunk: self.store.master(chunk) for chunk in waiter.unsent}
             return self._weights(worker, clock, -1, masters, True, {})
@@ -627,7 +629,7 @@ class SyncShard(Shard):
 
     def _frames_for(self, pull: Pull, plane: int) -> dict[int, memoryview]:
         """What to send instead of weights in `plane`, those of round `pull.clock`: changes only to who holds what they change."""
-        if sends_changes(self.settings) and pull.holds != pull.clock - 1:
+        if sends_changes(self.settings) and pull.held_version != pull.for_round - 1:
             return {}
         return self._coded.get(plane, {})
 

@@ -480,7 +480,7 @@ class LayerShards:
         if not one.spec.hidden or not ask.keeps or ask.count < 1:
             raise WireError(f"{what} goes back through '{one.spec.name}', about which nothing of the kind was asked")
         slopes = join(parts, "float32", ask.count * one.here, what).view(ask.count, one.here).to(one.device)
-        if ask.again:
+        if ask.with_features:
             samples = one.samples(*self._question(one.spec, ask, parts, what))
         elif known is None:
             return None
@@ -517,7 +517,7 @@ class LayerShards:
         what, parts, out = f"a push of {sender}", iter(frames), []
         kept = self._senders[sender].kept if sender in self._senders else {}
         told: dict[int, Kept] = {}
-        for ask in push.asked:
+        for ask in push.questions:
             good = 0 <= ask.classifier < len(self._classifiers) and ask.keeps and not ask.top
             if not good or not self._keeps_versions:
                 raise WireError(f"{what} has questions that nothing can be contributed through")

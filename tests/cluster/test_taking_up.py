@@ -35,7 +35,7 @@ def make_run(
     for number in range(ROUNDS):
         log.round(RoundRow(number, 0, 8, 2, 0, {}))
     if stopped or finished:
-        log.event(Event("stopped", "coordinator", {"ok": finished, "reason": "", "again": False}))
+        log.event(Event("stopped", "coordinator", {"ok": finished, "reason": "", "restart": False}))
     log.close()
     if snapshot is not None:
         place = checkpoint.folder_of(folder, snapshot)

@@ -86,7 +86,7 @@ def test_every_ten_seconds_a_line_says_what_is_waited_for(caplog: pytest.LogCapt
     caplog.clear()
     since = 2 * TELL_S + 1
     while since < 4 * TELL_S + 5:
-        attendance.handle(Heartbeat(missing="server-1 (1 of 2 servers)"), since)
+        attendance.handle(Heartbeat(awaited="server-1 (1 of 2 servers)"), since)
         sent(attendance, since + 1, since=since)
         since += 1
     assert [record.getMessage() for record in caplog.records] == [

@@ -107,12 +107,12 @@ def test_of_somebody_unknown_only_a_small_hello_is_decoded() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"left": [0] * (MOST_TOLD + 1)},
-        {"taken": [[0, 0]] * (MOST_TOLD + 1)},
-        {"later": [[]] * (MOST_TOLD + 1)},
-        {"later": [[0] * 200] * 200},
+        {"not_started": [0] * (MOST_TOLD + 1)},
+        {"reassigned_here": [[0, 0]] * (MOST_TOLD + 1)},
+        {"missing_later": [[]] * (MOST_TOLD + 1)},
+        {"missing_later": [[0] * 200] * 200},
         {"refused": {"a kind that there is not": 1}},
-        {"keeps": [0] * 2000},
+        {"replicas_held": [0] * 2000},
     ],
 )
 def test_a_beat_of_more_than_anybody_has_to_tell_is_refused(fields: dict[str, Any]) -> None:

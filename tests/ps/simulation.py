@@ -652,7 +652,7 @@ class CoordinatorProcess(Process):
             self._leave(lambda: self.coordinator._have_all_begin_anew(reason))
         except Stopped:
             self.world.stopped += 1
-            self._leave(lambda: self.coordinator._farewell(Stop(False, "it was told to.", told=True)), self.away)
+            self._leave(lambda: self.coordinator._farewell(Stop(False, "it was told to.", on_request=True)), self.away)
 
     def describe(self) -> str:
         return f"{self.ledger.committed} rounds committed of {self.ledger.planned}"
@@ -703,7 +703,7 @@ class ServerProcess(Process):
     def _begin_anew_if_told(self) -> None:
         stop = self.server._attendance.stop
         if stop is not None and self.alive:
-            assert stop.again or stop.told, f"{self.key} is told to stop: {stop.reason}"
+            assert stop.restart or stop.on_request, f"{self.key} is told to stop: {stop.reason}"
             self.world.left += self.server.told > 0
             self._end(self.away if self.server.told else 0.3)  # somebody starts it again
 
@@ -923,7 +923,7 @@ class WorkerProcess(Process):
             except Interrupted:
                 self._interrupted()
                 return
-            if (stop := self.link._attendance.stop) is not None and stop.told and not self.done:
+            if (stop := self.link._attendance.stop) is not None and stop.on_request and not self.done:
                 self.begin_anew()
                 return
             self.link._send_all()

@@ -63,7 +63,7 @@ NASTY: list[Any] = [
     "", "x", "\0", "worker-0", "coordinator", "../../etc", "SGD", "LBFGS", "lr_scheduler", "__class__", b"", b"\xff" * 9,
     [], [[]], [0], [0, 0], [-1], [2**40], list(range(2000)), [None], {}, {"": 0}, {"lr": math.nan}, [{"lr": "x"}],
     [{"params": []}], [{"lr": 1e400, "nonsense": 1}, {}], {"type": "Nothing"}, {"type": "Push"},
-    "local", "add", "early", "confirm", 1 << 20,
+    "local", "add", "tentative", "commit", 1 << 20,
 ]  # fmt: skip
 
 
@@ -72,8 +72,8 @@ LIKELY: dict[type, list[Any]] = {
     bool: [True, False],
     int: [-1, 0, 1, 2, 3, 4, 5, 7, 8, 63, 1000, 2**31, 2**40, 2**53],
     float: [0.0, -0.0, 0.25, 0.3, 1.0, 2.0, 8.0, 1e30, 1e300, 5e-324, -1.0, math.nan, math.inf],
-    str: ["", "x", "early", "confirm", "whole", "waiting", "done", "SGD", "Adam", "LBFGS", "Optimizer", "lr_scheduler", "float32",
-          "float16", "int64", "bool", "worker-0", "worker-1", "committed", "dropped", "complex64", "quint8", "set"],
+    str: ["", "x", "tentative", "commit", "complete", "waiting", "done", "SGD", "Adam", "LBFGS", "Optimizer", "lr_scheduler",
+          "float32", "float16", "int64", "bool", "worker-0", "worker-1", "committed", "dropped", "complex64", "quint8", "set"],
     list: [[], [0], [1], [0, 0], [0, 1], [1, 0, 1], [0, 1, 2, 3], [7], [2**53], [-1], [{}], [{"lr": 0.5}], [{"lr": math.nan}],
            [{"lr": "x"}], [{"params": []}], [{"params": [], "lr": 1.0}, {}], [{"betas": [1, 2]}], [{"momentum": -3}],
            [[0, 0, 1.0]]],
@@ -145,8 +145,9 @@ def mutated(header: bytes, chance: random.Random) -> bytes:
         if not isinstance(body, dict):
             break
         if chance.random() < 0.3:  # what was left out because it has its default
-            fields = ["present", "coded", "hypers", "slot", "scale", "stage", "have", "plane", "counts", "left", "sent", "rate",
-                      "index", "metrics", "page", "count", "tables", "seconds", "round", "samples"]  # fmt: skip
+            fields = ["present", "coded", "hypers", "gradient_buffer", "scale", "stage", "have_chunks", "weight_buffer", "counts",
+                      "not_started", "unacknowledged", "rate", "index", "metrics", "page", "count", "tables", "share_tables",
+                      "seconds", "round", "samples"]  # fmt: skip
             envelope[5] = {**body, chance.choice(fields): chance.choice(chance.choice([NASTY, *LIKELY.values()]))}
         else:
             at = chance.choice([at for at in places(body) if at and at != ("type",)] or [()])
@@ -364,7 +365,7 @@ def test_a_server_takes_nothing_under_a_name_that_the_coordinator_did_not_give()
                 if known.get(sender) == number:
                     continue
                 before, counted = fingerprint(server), refused(server)
-                deliver(world, "stranger", "server-0", forged(world, sender, "server-0", Pull(0, masters=True), number))
+                deliver(world, "stranger", "server-0", forged(world, sender, "server-0", Pull(0, full_precision=True), number))
                 assert refused(server) == counted + 1 and fingerprint(server) == before
         assert server.server._tickets == known  # 100,000 names that were made up take no room
 

@@ -73,7 +73,7 @@ def report(kept: Kept, round_: int, dropped: int, loss: float, outcome: str = ""
     rows = [Contribution(round_, k, k + 1, f"worker-{k % 2}", plan.samples_in(k, k + 1), 1, "committed") for k in range(ks)]
     rows.append(Contribution(round_, 0, 1, "worker-1", 2, 1, "duplicate"))
     row = Committed(round_, plan.samples_in(0, ks), ks, dropped, {"loss": loss})
-    kept.ledger.report(0, Report(round_, round_ + 1, [row], rows, left_out=left_out(round_, outcome)))
+    kept.ledger.report(0, Report(round_, round_ + 1, [row], rows, dropped=left_out(round_, outcome)))
 
 
 def assert_same(books: RestoredRun, ledger: Ledger) -> None:
@@ -98,7 +98,7 @@ def test_what_is_read_back_is_what_was_kept(
     for number, (dropped, loss, outcomes) in enumerate(rounds):
         report(kept, number, dropped, loss, outcomes[0])
         if (round_ := number - behind) >= 0:
-            kept.ledger.report(1, Report(number, round_ + 1, left_out=left_out(round_, rounds[round_][2][1])))
+            kept.ledger.report(1, Report(number, round_ + 1, dropped=left_out(round_, rounds[round_][2][1])))
         if number in flushed:
             kept.flush()
     kept.flush()
@@ -122,7 +122,7 @@ def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
     for number, (dropped, loss, outcomes) in enumerate(rounds):
         for kept in (whole, part)[: 1 + (number < upto)]:
             report(kept, number, dropped, loss, outcomes[0])
-            kept.ledger.report(1, Report(number, number + 1, left_out=left_out(number, outcomes[1])))
+            kept.ledger.report(1, Report(number, number + 1, dropped=left_out(number, outcomes[1])))
             kept.log.metric(number, "worker-0", "accuracy", number / 10, 20, number)
             kept.log.metric(number, "worker-0", "held_out", 50 + number, 20, number)
     for kept in (whole, part):
@@ -152,7 +152,7 @@ def test_what_not_all_servers_have_dropped_whole_is_dropped_in_part(tmp_path: Pa
     kept = Kept(tmp_path)
     report(kept, 0, 0, 1.0, outcomes[0])
     for _ in range(2):  # it may come twice
-        kept.ledger.report(1, Report(5, 1, left_out=left_out(0, outcomes[1])))
+        kept.ledger.report(1, Report(5, 1, dropped=left_out(0, outcomes[1])))
     agree = outcomes in (("", ""), ("dropped", "dropped"))
     assert kept.ledger.totals.dropped_in_part == (0 if agree else 1)
     rows = [(row.round, row.lo) for row in kept.ledger.new_contributions if row.outcome == "dropped in part"]

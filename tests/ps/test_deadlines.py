@@ -31,8 +31,8 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
             membership.hello(Hello("server", number, address=f"tcp://server:{number}"), 1 + number, began)
             membership.hello(Hello("worker", number), 11 + number, began)
         coordinator._ledger.set_up(Setup([TensorSpec(n, [1 << 21], "float32", 0) for n in "wv"], Update("SGD", [{"lr": 0.1}])))
-        membership.beat("server-0", Heartbeat("computing", 4, left=[1, 3, 2, 0]), began)
-        membership.beat("server-1", Heartbeat("computing", 5, left=[2]), began)
+        membership.beat("server-0", Heartbeat("computing", 4, missing=[1, 3, 2, 0]), began)
+        membership.beat("server-1", Heartbeat("computing", 5, missing=[2]), began)
         membership.beat("worker-0", Heartbeat("waiting", 5), began)
         membership.beat("worker-1", Heartbeat("computing", 5), began)
         coordinator._check_deadline(began + 5.0)
@@ -137,7 +137,7 @@ def test_who_joins_later_with_another_model_is_refused_alone(started: Callable[.
 def test_who_has_used_the_key_value_store_cannot_be_done_without(started: Callable[..., Started]) -> None:
     run = started(worker_failures=9)
     with pytest.raises(ClusterError, match=r"^worker-1 on host-1 failed: no$"):
-        run.tell("worker-1", Goodbye("no", keyed=True))
+        run.tell("worker-1", Goodbye("no", used_kv=True))
 
 
 def test_a_failure_counts_once_also_for_a_coordinator_that_comes_after(started: Callable[..., Started], tmp_path: Path) -> None:

@@ -198,13 +198,15 @@ def test_a_server_in_anothers_place_is_told_all_of_a_question() -> None:
     new = servers_of()
     known = answered(new, ShardedForward(2, 0, 0, 2, True, back_through=1), SLOPES)
     assert known[0].gone
-    answer = answered(new, ShardedForward(3, 0, 0, 2, True, back_through=1, again=True), SLOPES, FEATURES)
+    answer = answered(new, ShardedForward(3, 0, 0, 2, True, back_through=1, with_features=True), SLOPES, FEATURES)
     assert not answer[0].gone
     other = servers_of()
-    asked = ShardedForward(3, 0, 0, 2, True, back_through=1, again=True)
+    asked = ShardedForward(3, 0, 0, 2, True, back_through=1, with_features=True)
     frames = [*cut(SLOPES), *cut(FEATURES)]
     parts = [
-        one.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(3, 2)], asked=[asked] if told else []), frames if told else [])
+        one.receive(
+            "worker-0", LayerPush(0, 0, 1, 2, [LayerUse(3, 2)], questions=[asked] if told else []), frames if told else []
+        )
         for one, told in ((new, False), (other, True))
     ]
     for left, right in zip(*([part.terms.tensors for part in found] for found in parts), strict=True):

@@ -102,7 +102,7 @@ def test_a_lost_worker_is_told_to_begin_anew_and_its_number_is_never_given_again
     membership = started(2)
     go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
     member, ((to, fence),) = membership.hello(Hello("worker", 1), 11, 5.0)
-    assert member is None and to == "" and isinstance(fence, Stop) and fence.again and "worker-1" in fence.reason
+    assert member is None and to == "" and isinstance(fence, Stop) and fence.restart and "worker-1" in fence.reason
     name, answers = ask(membership, Hello("worker", 1), 20, 5.0, 5.0)
     assert name == "worker-2" and isinstance(answers[0], Welcome)
     go_on(membership, 5, 6, "server-0", "worker-0", "worker-2")
@@ -212,7 +212,7 @@ def taken_over(*heard_at: float) -> Membership:
 def test_a_newcomer_without_a_number_takes_the_place_of_a_server_that_is_lost_already() -> None:
     membership = taken_over(4.0, 4.0, 4.0)
     for name in ("server-0", "server-1", "server-2"):
-        membership.beat(name, Heartbeat("waiting", 5, keeps=[(number_of(name) - 1) % 3]), 4.0)
+        membership.beat(name, Heartbeat("waiting", 5, replicas_held=[(number_of(name) - 1) % 3]), 4.0)
     membership.dismiss("server-1")
     assert lost(membership) == ["server-1"] and not membership.broken
     member, _ = membership.hello(Hello("server", None, "tcp://server:9"), 20, 4.5)
@@ -224,7 +224,7 @@ def test_after_another_coordinator_a_server_is_not_lost_before_it_is_known_wheth
     membership.hello(Hello("server", 0, "tcp://server:9"), 20, 0.05, lambda hello: True)
     membership.tick(0.1, lambda hello: hello.address == "tcp://server:0")
     assert lost(membership) == []
-    membership.beat("server-1", Heartbeat("waiting", 5, keeps=[0]), 0.2)
+    membership.beat("server-1", Heartbeat("waiting", 5, replicas_held=[0]), 0.2)
     membership.tick(0.3, lambda hello: hello.address == "tcp://server:0")
     assert lost(membership) == ["server-0"] and not membership.broken
 
@@ -341,7 +341,7 @@ def test_no_more_workers_take_part_than_some_times_those_that_were_expected() ->
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
         if member is None:
             break
-        membership.beat(member.name, Heartbeat("computing", 3, left=[1, 2, 3]), 0.0)
+        membership.beat(member.name, Heartbeat("computing", 3, not_started=[1, 2, 3]), 0.0)
     ((_, refused),) = answers
     assert isinstance(refused, Refused) and "run run has 72 workers, and takes no more where --workers is 2" in refused.reason
     assert len(membership.names("worker")) == 72
@@ -375,7 +375,7 @@ def test_processes_that_do_not_join_are_told() -> None:
 def test_who_joins_before_the_others_is_told_who_is_missing() -> None:
     membership = joining(2)
     _, answers = membership.hello(Hello("worker", host="far"), 2, 0.0)
-    assert answers == [("", Heartbeat(missing="worker-1 (1 of 2 workers); server-0 on  and worker-0 on far are there"))]
+    assert answers == [("", Heartbeat(awaited="worker-1 (1 of 2 workers); server-0 on  and worker-0 on far are there"))]
 
 
 def test_a_server_whose_place_is_free_is_awaited_by_name_and_host() -> None:

@@ -88,7 +88,7 @@ class Worker:
         gradient = gradient_of(round_, k, self.weights[0])
         change = 0.1 * (torch.full((3,), float(k)) - self.weights[1])
         values = [gradient * MICRO, change * MICRO, torch.ones(1, dtype=torch.int64)]
-        push = Push(round_, k, k + 1, MICRO, 1, [], [], base=self.base, hypers=[{"lr": rate(round_)}])
+        push = Push(round_, k, k + 1, MICRO, 1, [], [], base_version=self.base, hypers=[{"lr": rate(round_)}])
         parts = {
             chunk: (msgspec.structs.replace(push, chunks=[chunk], present=[1]), [to_frame(value)])
             for chunk, value in enumerate(values)

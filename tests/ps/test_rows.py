@@ -335,10 +335,10 @@ def test_a_server_that_none_of_the_rows_are_on_takes_part_all_the_same() -> None
     push_chunk(one, 0, 0, 4)
     assert one.missing() == [0, 1, 2, 3]
     push_rows(one, 0, 0, 2)
-    assert push_rows(one, 0, 2, 4) == [RowAck(0, 2, 4), Weights(1, 1, [], closed=True)]
+    assert push_rows(one, 0, 2, 4) == [RowAck(0, 2, 4), Weights(1, 1, [], round_closed=True)]
     assert one.version == 1
     assert bodies(one.handle("worker-1", Pull(0, 1), [], 0.0)) == [
-        Weights(0, 0, [], closed=True)
+        Weights(0, 0, [], round_closed=True)
     ]  # for who has to do some of it again
 
 
@@ -346,9 +346,9 @@ def test_the_last_word_on_weights_waits_for_the_rows() -> None:
     one, _ = shard("sync")
     assert one.handle("worker-0", Pull(1, 1), [], 0.0) == []
     early = push_chunk(one, 0, 0, 4)
-    assert [body.closed for body in early if isinstance(body, Weights)] == [False]
+    assert [body.round_closed for body in early if isinstance(body, Weights)] == [False]
     late = push_rows(one, 0, 0, 4)
-    assert [body.closed for body in late if isinstance(body, Weights)] == [True]
+    assert [body.round_closed for body in late if isinstance(body, Weights)] == [True]
 
 
 def test_backup_leaves_out_the_rows_of_dropped_micro_batches() -> None:

@@ -108,7 +108,7 @@ def at_once(gone: bool, taken: list[tuple[int, int]] | None = None) -> dict[str,
     beats = {
         "worker-0": Heartbeat("computing", 9, 0, [], seconds=0.1, reached=9),
         "worker-1": Heartbeat("computing", 2, 1, [2, 3, 4], seconds=0.1, reached=2),
-        "worker-2": Heartbeat("computing", 1, 5, [], seconds=0.1, reached=5, taken=taken or []),
+        "worker-2": Heartbeat("computing", 1, 5, [], seconds=0.1, reached=5, reassigned_here=taken or []),
     }
     members = {name: Member(name, Hello("worker"), n, 0.0, beat, 0.0) for n, (name, beat) in enumerate(beats.items())}
     members["worker-1"].lost = gone
@@ -121,7 +121,7 @@ LACKING = {1: {5}, 2: {1, 2, 3, 4}, 3: {0, 1, 2, 3, 4}, 7: {1, 2, 3, 4, 5}}
 
 def deal(takeover: Speculation, members: dict[str, Member], *times: float) -> list[set[tuple[int, int]]]:
     leases = [takeover.deal(LACKING, lambda _: 6, TABLES, members, now) for now in times]
-    return [{(lease.round, lease.k) for lease in given} for given in leases]
+    return [{(lease.round, lease.micro_batch) for lease in given} for given in leases]
 
 
 def test_of_all_open_rounds_what_nobody_will_do_is_dealt_out_without_anybody_waiting() -> None:

@@ -55,7 +55,7 @@ class Worker:
         return message
 
     def ack(self, push: Push, ignored: list[int], early: bool = False) -> None:
-        self.exchange.handle("server-0", Ack(push.round, push.lo, push.hi, push.chunks, early=early, ignored=ignored), ())
+        self.exchange.handle("server-0", Ack(push.round, push.lo, push.hi, push.chunks, tentative=early, ignored=ignored), ())
 
     def sent(self, message: Send) -> torch.Tensor:
         """Chunk 0 of a push as a server decodes it."""
@@ -155,7 +155,7 @@ def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
     slot = worker.slot(1.0)
     slot.index = 0
     message = worker.push(slot)
-    assert not message.frames and whole(message).slot == 0 and not whole(message).coded
+    assert not message.frames and whole(message).gradient_buffer == 0 and not whole(message).coded
     assert worker.exchange.traffic.pushed_bytes == 0
 
 
@@ -218,7 +218,7 @@ def test_an_early_push_that_is_confirmed_commits_what_it_left_out() -> None:
     (message,) = worker.exchange.push_early(PUSH, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
     assert not worker.exchange.needs(slot)
     (confirm,) = worker.exchange.settle({0}, 0.0)
-    assert whole(confirm).stage == "confirm" and whole(confirm).coded == [0] and not confirm.frames
+    assert whole(confirm).stage == "commit" and whole(confirm).coded == [0] and not confirm.frames
     worker.ack(whole(confirm), [])
     second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
     assert torch.equal(worker.sent(second), values - worker.sent(message))
@@ -253,12 +253,12 @@ def test_changes_are_added_to_what_came_before_whatever_a_script_writes_into_its
     codec = for_weights(worker.settings, worker.layout)
     assert codec is not None
     weights, change = torch.randn(NUMEL), torch.randn(NUMEL)
-    assert pulled(worker, 0, to_frame(weights), coded=False).holds == -1
+    assert pulled(worker, 0, to_frame(weights), coded=False).held_version == -1
     model = taken(worker).clone()
     model.zero_()
     coded = codec.encode(0, change, 0, None)
     assert coded is not None
-    assert pulled(worker, 1, to_frame(coded.frame), coded=True).holds == 0
+    assert pulled(worker, 1, to_frame(coded.frame), coded=True).held_version == 0
     assert torch.equal(taken(worker), weights + codec.decode(0, memoryview(to_frame(coded.frame)), 0))
 
 
@@ -270,7 +270,7 @@ def test_changes_of_weights_that_are_not_held_are_refused() -> None:
     worker = Worker(compress_weights="onebit")
     pulled(worker, 0, None, coded=False, plane=2)
     assert worker.exchange.take()[0][0] == InPlane(0, 2)
-    assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).holds == -1
+    assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).held_version == -1
 
 
 def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_before_still_are() -> None:
@@ -281,7 +281,7 @@ def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_befor
     worker.exchange.handle("server-0", Weights(1, 1, [0]), [to_frame(torch.zeros(NUMEL))])
     assert not taken(worker).any() and not worker.exchange.complete
     (ask,) = worker.exchange.pull(3, False, 0.0)
-    assert isinstance(ask.body, Pull) and ask.body.holds == 0
+    assert isinstance(ask.body, Pull) and ask.body.held_version == 0
 
 
 def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
@@ -306,7 +306,7 @@ def test_who_comes_late_begins_in_the_earliest_round_that_is_open_anywhere() -> 
     assert exchange.gone and exchange.over is None
     exchange.handle("server-1", VersionExpired(0, 43), ())
     (third,) = layout.on(2)
-    exchange.handle("server-2", Weights(0, 0, [third.id], closed=True), [bytes(4 * NUMEL)])
+    exchange.handle("server-2", Weights(0, 0, [third.id], round_closed=True), [bytes(4 * NUMEL)])
     assert exchange.over == 43
     exchange.pull(43, False, 0.0)
     exchange.handle("server-0", VersionExpired(0, 44), ())  # late

@@ -71,7 +71,7 @@ class PushCoder:
             (Residual(chunk, list(state), len(found), number, cut, taken), [to_frame(values) for values in state.values()])
             for number, (chunk, state) in enumerate(found.items(), first)
         ]
-        return messages or [(Residual(number=first, cut=cut, taken=taken), [])]
+        return messages or [(Residual(number=first, checkpoint=cut, taken=taken), [])]
 
     def take_over(self, owed: Residual, frames: Frames) -> None:
         """Send what another has left out. Raises WireError for what does not fit."""

@@ -88,7 +88,7 @@ class EmbeddingClient:
         by server, of the weights that it was computed from."""
         effects = []
         for server, part in enumerate(split(sums, self._servers)):
-            body = msgspec.structs.replace(push, counts=[one.count for one in part], base=bases.get(server, 0))
+            body = msgspec.structs.replace(push, counts=[one.count for one in part], base_version=bases.get(server, 0))
             sent = Sent(f"server-{server}", body, cut_sums(part), now)
             self._pushes.add(sent)
             effects.append(self._send(sent))

@@ -193,7 +193,7 @@ class IoThread:
         if stop is not None and not stop.ok:
             if self.told:
                 raise Stopped(self.told)
-            raise (RunStopped if stop.told else ClusterError)(f"stopped because {stop.reason}")
+            raise (RunStopped if stop.on_request else ClusterError)(f"stopped because {stop.reason}")
 
     def joined(self) -> Welcome:
         """Block until the run starts, for as long as the coordinator answers. Raises SystemExit, with exit code 0, if that says
@@ -292,7 +292,7 @@ class IoThread:
                         if not self._attendance.is_current(envelope.incarnation):
                             continue
                         self._attendance.handle(body, time.monotonic())
-                        if isinstance(body, Stop) and body.again:
+                        if isinstance(body, Stop) and body.restart:
                             if self.told:
                                 self.interrupt()
                                 return
@@ -303,7 +303,10 @@ class IoThread:
                         self._stamp.sender, self._stamp.run, self._ticket = body.process, body.run, body.ticket
                         self._connect(body.servers, poller)
                     elif (
-                        isinstance(body, MembershipUpdate) and self._peers and body.servers and body.tables[-1].epoch > self.epoch
+                        isinstance(body, MembershipUpdate)
+                        and self._peers
+                        and body.servers
+                        and body.share_tables[-1].epoch > self.epoch
                     ):
                         self._connect(body.servers, poller)
                     self.on_message(name, body, frames[1:])

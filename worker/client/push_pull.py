@@ -57,7 +57,7 @@ class _Outstanding:
 
     @property
     def early(self) -> bool:
-        return self.push.stage == "early"
+        return self.push.stage == "tentative"
 
     @property
     def bytes_under_way(self) -> int:
@@ -161,8 +161,8 @@ class ParameterClient:
             size = {i: frame.nbytes for i, frame in frames.items()}
             for batch in [ids] if reads else message_batches(ids, lambda i: size.get(i, 0)) or [[]]:  # noqa: B023
                 message = msgspec.structs.replace(
-                    push, chunks=batch, present=[sums[i].present for i in batch], base=(bases or {}).get(server, 0),
-                    metrics=metrics, slot=slot.index if reads and slot is not None else -1,
+                    push, chunks=batch, present=[sums[i].present for i in batch], base_version=(bases or {}).get(server, 0),
+                    metrics=metrics, gradient_buffer=slot.index if reads and slot is not None else -1,
                     scale=max((sums[i].scale for i in batch), default=1.0), coded=[i for i in batch if i in coded],
                 )  # fmt: skip
                 metrics = None
@@ -194,8 +194,8 @@ class ParameterClient:
         server = self._server_of[chunk]
         coded = self._coder.encode(push, chunk, value)
         message = msgspec.structs.replace(
-            push, stage="early", chunks=[chunk], present=[value.present], base=bases.get(server, 0), scale=value.scale,
-            coded=[] if coded is None else [chunk],
+            push, stage="tentative", chunks=[chunk], present=[value.present], base_version=bases.get(server, 0),
+            scale=value.scale, coded=[] if coded is None else [chunk],
         )  # fmt: skip
         frame, lies_in = (to_frame(value.values), slot) if coded is None else (coded, None)
         self._outstanding.append(_Outstanding(server, message, [frame], lies_in))
@@ -208,11 +208,11 @@ class ParameterClient:
             self._coder.settled(refused.push, ignored=refused.push.chunks)
         effects = []
         for outstanding in (o for o in self._outstanding if o.early):
-            outstanding.push = msgspec.structs.replace(outstanding.push, stage="whole")
+            outstanding.push = msgspec.structs.replace(outstanding.push, stage="complete")
             outstanding.was_early = True
             if outstanding.sent_at is not None:
                 outstanding.sent_at = now
-                effects.append(self._send(outstanding, msgspec.structs.replace(outstanding.push, stage="confirm"), ()))
+                effects.append(self._send(outstanding, msgspec.structs.replace(outstanding.push, stage="commit"), ()))
         return effects + self._flow(now)
 
     def _flow(self, now: float) -> list[Send]:
@@ -375,27 +375,27 @@ class ParameterClient:
         match body:
             case Ack():
                 self._acknowledged(number, body)
-            case Weights() if body.clock == self.clock:
+            case Weights() if body.for_round == self.clock:
                 region = self._regions.get(number, 0)
-                found = frames if body.plane < 0 else [InPlane(number, body.plane, region)] * len(body.chunks)
+                found = frames if body.weight_buffer < 0 else [InPlane(number, body.weight_buffer, region)] * len(body.chunks)
                 if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
-                for chunk in body.still:
-                    self._staged.setdefault(chunk, InPlane(number, body.home, region, still=True))
+                for chunk in body.frozen_chunks:
+                    self._staged.setdefault(chunk, InPlane(number, body.frozen_buffer, region, still=True))
                 self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
                 for chunk, one in zip(body.chunks, found, strict=True):
                     if chunk not in self._staged:
                         self._staged[chunk] = self._decoder.weights(body.version, chunk, one, chunk in body.coded)
                 self._versions.setdefault(number, body.version)
                 if frames:
-                    self._answers.append(Send(server, WeightsCredit(body.clock, body.chunks)))
-                if body.cut > self._told.get(number, -1):
-                    self._told[number] = self._to_tell[number] = body.cut
-                if body.closed:
+                    self._answers.append(Send(server, WeightsCredit(body.for_round, body.chunks)))
+                if body.checkpoint > self._told.get(number, -1):
+                    self._told[number] = self._to_tell[number] = body.checkpoint
+                if body.round_closed:
                     self._closed_on.add(number)
-                    self._moved[number] = set(body.moved)
-                failpoint("receiving", body.clock)
-            case VersionExpired() if body.clock == self.clock:
+                    self._moved[number] = set(body.changed_frozen)
+                failpoint("receiving", body.for_round)
+            case VersionExpired() if body.for_round == self.clock:
                 self._gone[number] = body.newest
             case Residual() if self._computes_no_more:
                 pass  # the server has it still, for another
@@ -445,7 +445,7 @@ class ParameterClient:
 
     def _acknowledged(self, server: int, ack: Ack) -> None:
         for o in [o for o in self._outstanding if o.server == server and _is_meant(ack, o.push)]:
-            if ack.early:
+            if ack.tentative:
                 o.arrived = True
             elif not o.early:
                 self._outstanding.remove(o)
@@ -495,11 +495,11 @@ class ParameterClient:
             self.readers.add(server)
             return
         for outstanding in self._outstanding:
-            if outstanding.server == server and outstanding.push.slot >= 0 and (slot := outstanding.slot) is not None:
+            if outstanding.server == server and outstanding.push.gradient_buffer >= 0 and (slot := outstanding.slot) is not None:
                 given = zip(outstanding.push.chunks, outstanding.push.present, strict=True)
                 full = [chunk for chunk, present in given if self._chunk_of[chunk].has_values(present)]
                 outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in full]
-                outstanding.push = msgspec.structs.replace(outstanding.push, slot=-1)
+                outstanding.push = msgspec.structs.replace(outstanding.push, gradient_buffer=-1)
 
     # ---- what a codec has left out
 

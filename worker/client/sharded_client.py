@@ -98,7 +98,7 @@ class ShardedClient:
         self._question = msgspec.structs.replace(question, number=self._number)
         if self._may_be_replaced and question.keeps:
             self._asked = {n: kept for n, kept in self._asked.items() if kept[0].version >= question.version}
-            told = msgspec.structs.replace(self._question, again=question.back_through >= 0)
+            told = msgspec.structs.replace(self._question, with_features=question.back_through >= 0)
             self._asked[self._number] = told, whole
         self._unanswered = {n: Sent(f"server-{n}", self._question, frames[n], now) for n in range(self._servers)}
         self._answers = {}
@@ -109,7 +109,7 @@ class ShardedClient:
         number, newest = int(sent.server.rpartition("-")[2]), self._unknown_to.get(sent.server, -1)
         if isinstance(body, LayerPush):
             asked = [self._asked[use.number] for use in body.uses if use.number <= newest and use.number in self._asked]
-            body = msgspec.structs.replace(body, asked=[question for question, _ in asked])
+            body = msgspec.structs.replace(body, questions=[question for question, _ in asked])
             frames = [*(frame for _, of in asked for frame in of[number]), *frames]
         elif isinstance(body, ShardedForward) and 0 <= body.back_through <= newest:
             body, frames = self._asked[body.number][0], self._asked[body.number][1][number]
@@ -193,7 +193,7 @@ class ShardedClient:
     def push(self, push: LayerPush, tensors: Sequence[torch.Tensor], bases: Mapping[int, int], now: float) -> list[Send]:
         """Send every server a contribution; `bases` are the versions, by server, of the other weights it was computed from."""
         frames = [frame for tensor in tensors for frame in cut(tensor)]
-        bodies = [msgspec.structs.replace(push, base=bases.get(number, 0)) for number in range(self._servers)]
+        bodies = [msgspec.structs.replace(push, base_version=bases.get(number, 0)) for number in range(self._servers)]
         sent = [Sent(f"server-{number}", body, frames, now) for number, body in enumerate(bodies)]
         for one in sent:
             self._pushes.add(one)

@@ -628,7 +628,7 @@ class GradientLoop:
         return Heartbeat(
             state, round_, at, self._tasks.left(round_)[:MOST_TOLD], sent[:MOST_TOLD],  # type: ignore[arg-type]
             self._meter.seconds, self._meter.rate, transfer, reached=self.round,
-            taken=self._tasks.taken_elsewhere(round_)[:MOST_TOLD], unsteady=self._unsteady,
+            reassigned_here=self._tasks.taken_elsewhere(round_)[:MOST_TOLD], unsteady=self._unsteady,
         )  # fmt: skip
 
 

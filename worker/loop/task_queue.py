@@ -44,7 +44,7 @@ class TaskQueue:
 
     def leased(self, lease: Reassign) -> None:
         """A micro-batch changes hands. Leases may come twice, late, or for rounds not open yet."""
-        task = Task(lease.round, lease.k)
+        task = Task(lease.round, lease.micro_batch)
         if lease.to == self.worker:
             if lease.round >= self._floor and not any(task in held for held in (self._begun, self._taken, self._run)):
                 self._taken.append(task)

@@ -35,16 +35,16 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 class Report(Body, frozen=True):
-    """News of a server: rounds below `version` are applied. Server 0 also tells the rounds and contributions. `again`: the one
-    in whose place it is may have told some of them before. `left_out`: what was dropped here where each push is decided on alone
-    (`ssp`, `async`), all that is here of its micro-batch or a part of that."""
+    """News of a server: rounds below `version` are applied. Only server 0 reports rounds and contributions."""
 
     seq: Count
     version: Count
     rounds: Many[Committed] = []
     contributions: Many[Contribution] = []
-    again: bool = False
-    left_out: Many[Contribution] = []
+    #: The server that this one replaces may have reported some of them before.
+    may_repeat: bool = False
+    #: Micro-batches, or parts of them, that this server has dropped under a policy that decides on each push alone (ssp, async).
+    dropped: Many[Contribution] = []
 
 
 class ReportAck(Body, frozen=True):
@@ -61,7 +61,7 @@ class RoundReady(Body, frozen=True):
     """
 
     round: Count
-    ks: Many[Count]
+    micro_batches: Many[Count]
     coordinator: int = 0
 
 
@@ -69,7 +69,7 @@ class CloseRound(Body, frozen=True):
     """`backup`: apply the round with exactly these micro-batches."""
 
     round: Count
-    ks: Many[Count]
+    micro_batches: Many[Count]
 
 
 class Norms(Body, frozen=True):

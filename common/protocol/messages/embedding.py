@@ -45,7 +45,7 @@ class RowPush(Body, frozen=True):
     hi: Count
     samples: Count
     counts: Many[CountOrNone]
-    base: Count = 0
+    base_version: Count = 0
     hypers: Many[Hypers] = []
     finite: bool = True
 

@@ -7,24 +7,17 @@ from typing import Literal
 from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Few, Hypers, Many, Name
 from roundtable.common.protocol.messages.base import Body
 
-#: Means of a micro-batch's metrics x samples, and the samples, by name.
+#: Sum of a metric x samples, and the samples, by name.
 Sums = ByName[tuple[float, Amount]]
 
 
 class Push(Body, frozen=True):
-    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples), one frame for each of `chunks` but those of parameters
-    none of which had a gradient.
+    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples).
 
-    Where worker and server share memory there are no frames: the values are in `slot` of the worker's region, and stay there
-    until the round is applied. They are still to be multiplied by `scale`, a power of two.
-    What is sent `early`, while the rest of it is being computed, is only kept: it counts when the same without frames says
-    `confirm`.
-    Where workers step locally, `lo` is the worker's number and `round` counts merges. `present[i]` has bit p set where
-    piece p of chunks[i] had a gradient, or is a buffer that has changed. `metrics` (only to server 0, once per span) maps
-    names to [sum x samples, samples]. `base` is the version of the weights it was computed from, and `hypers` the parameter
-    groups' settings for the round. The frames of `coded`, some of `chunks`, are the push codec's (`common/codecs/registry.py`);
-    `scale` is in them already. Unless the whole contribution, on all servers, is `finite`, it moves nothing. Where workers step
-    locally, values are multiplied by `weight`, and not by samples.
+    One frame follows for each of `chunks`, but none for parameters without a gradient. If worker and server share memory, there
+    are no frames: the values lie in the worker's `gradient_buffer`, and stay there until the round is applied.
+    Where workers step locally, `lo` is the worker's number, `round` counts merges, and values are multiplied by `weight` instead
+    of samples.
     """
 
     round: Count
@@ -33,99 +26,116 @@ class Push(Body, frozen=True):
     samples: Count
     micro_batches: Count
     chunks: Many[Count]
+    #: `present[i]` has bit p set if piece p of chunks[i] had a gradient, or is a buffer that has changed.
     present: Many[int]
-    base: Count = 0
+    #: The version of the weights from which the contribution was computed.
+    base_version: Count = 0
+    #: Only to server 0, and once for these micro-batches.
     metrics: Sums | None = None
+    #: The settings of the parameter groups for the round.
     hypers: Many[Hypers] = []
-    slot: CountOrNone = -1
+    gradient_buffer: CountOrNone = -1
+    #: A power of two by which the values must be multiplied. Frames of a codec contain it already.
     scale: float = 1.0
-    stage: Literal["whole", "early", "confirm"] = "whole"
+    #: A two-phase commit. A `tentative` push comes while the worker computes the rest of the contribution. Servers only keep it.
+    #: It counts when a push of the same micro-batches without frames says `commit`.
+    stage: Literal["complete", "tentative", "commit"] = "complete"
+    #: Those of `chunks` whose frames are the push codec's (`common/codecs/registry.py`).
     coded: Many[Count] = []
+    #: False if any part of the whole contribution, on any server, is not finite: then the contribution moves nothing.
     finite: bool = True
     weight: Count = 0
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """Which contribution it is, or is a part of."""
+        """Return the micro-batches of which this is the contribution, or a part of it."""
         return self.round, self.lo, self.hi
 
 
 class Ack(Body, frozen=True):
-    """That push (`chunks`, and the metrics if it had any) needs not be sent again. No copy of it has counted in the chunks
-    `ignored`: others did that before, or the round is over. `early`: it is here, and does not count yet."""
+    """This push need not be sent again."""
 
     round: Count
     lo: Count
     hi: Count
     chunks: Many[Count]
+    #: The push had metrics, and they are here.
     metrics: bool = False
-    early: bool = False
+    #: The push is here, and does not count yet.
+    tentative: bool = False
+    #: Chunks in which no copy of the push has counted: other pushes did that before, or the round is over.
     ignored: Many[Count] = []
 
 
 class Residual(Body, frozen=True):
     """What a push codec with error feedback has left out of `chunk` so far, in a float32 frame for each of its state's `names`.
-    It is one of `of` such messages; where there is nothing, `of` is 0 and `chunk` -1. From a worker it is for the snapshot of
-    round `cut`, or, as it leaves (-1), for somebody else to send, and `taken` are the numbers of what it has got of that server,
-    which is in this; from a server it is what that worker is to send. Answered by Ready with its `number`."""
 
+    A worker sends it for a checkpoint, or as the worker leaves. A server sends it to the worker that is to add it to its
+    gradients. The receiver answers with Accepted, which has this `number`.
+    """
+
+    #: -1: the sender has nothing.
     chunk: CountOrNone = -1
     names: Few[Name] = []
+    #: How many such messages there are, 0 if the sender has nothing.
     of: Count = 0
     number: Count = 0
-    cut: CountOrNone = -1
+    #: The round of the checkpoint. -1: the worker leaves, and another worker is to send the residual.
+    checkpoint: CountOrNone = -1
+    #: Numbers of the residuals that the worker got from this server, and that are in this one.
     taken: Many[Count] = []
 
 
 class Pull(Body, frozen=True):
-    """Send me the weights to start round `clock` from: all chunks but `have`. `settled`: only when all before is applied.
+    """Send me the weights with which round `for_round` starts: all chunks but `have_chunks`."""
 
-    `shared`: tell me where they are in the server's memory instead; `plane` is the one that the model's weights are in now.
-    `number` counts a worker's pulls: it is the same when one is sent again. `holds` is the version that the worker has got whole
-    from this server in frames (-1: none), and changes can be added to. `masters`: send the weights that no codec has rounded.
-    Frozen chunks that nothing was contributed to are sent only for `still`.
-    """
-
-    clock: Count
+    for_round: Count
+    #: Counts a worker's pulls. A pull that is sent again has the same number.
     number: Count = 0
-    have: Many[Count] = []
-    settled: bool = False
+    have_chunks: Many[Count] = []
+    #: Send the weights only when all updates before `for_round` are applied.
+    after_all_updates: bool = False
+    #: Say where in the server's memory the weights are instead of sending them.
     shared: bool = False
-    plane: CountOrNone = -1
-    holds: CountOrNone = -1
-    masters: bool = False
-    still: bool = False
+    #: The weight buffer in which the model's weights are now.
+    weight_buffer: CountOrNone = -1
+    #: The version that the worker has got whole from this server in frames, to which changes can be added, or -1.
+    held_version: CountOrNone = -1
+    #: Send the weights that no codec has rounded.
+    full_precision: bool = False
+    #: Send frozen chunks too to which nothing was contributed.
+    frozen: bool = False
 
 
 class Weights(Body, frozen=True):
-    """Weights to start round `clock` from, one frame for each of `chunks`; or no frame and the `plane` of the server's memory
-    that they lie in. `closed`: the server has got and applied all there is to earlier rounds; weights that are still missing
-    then follow by themselves. The frames of `coded`, some of `chunks`, are the weight codec's: of the weights, or of their change
-    since the version before. `cut` is the round of a snapshot for which the server is to be told what is Owed (-1: none).
-    `still` are more chunks, frozen ones that lie in the plane `home`, which nobody writes to again. `moved`, in what is `closed`,
-    are all frozen chunks that something was contributed to: they come with every round."""
+    """Weights with which round `for_round` starts: a frame for each of `chunks`, or the `weight_buffer` in which they lie."""
 
-    clock: Count
+    for_round: Count
     version: Count
     chunks: Many[Count]
-    closed: bool = False
-    plane: CountOrNone = -1
+    #: The server has got and applied all contributions to earlier rounds. Weights that are still missing follow by themselves.
+    round_closed: bool = False
+    weight_buffer: CountOrNone = -1
+    #: Those of `chunks` whose frames are the weight codec's: of the weights, or of their change since the version before.
     coded: Many[Count] = []
-    cut: CountOrNone = -1
-    still: Many[Count] = []
-    home: CountOrNone = -1
-    moved: Many[Count] = []
+    #: The round of a checkpoint for which the worker is to send its residuals, or -1.
+    checkpoint: CountOrNone = -1
+    #: More chunks: frozen ones, which lie in `frozen_buffer`. Nothing writes to that buffer again.
+    frozen_chunks: Many[Count] = []
+    frozen_buffer: CountOrNone = -1
+    #: With `round_closed`: all frozen chunks to which something was contributed. They come with every round.
+    changed_frozen: Many[Count] = []
 
 
 class WeightsCredit(Body, frozen=True):
-    """The frames of these chunks of the weights for round `clock` are here: there is room for more."""
+    """The frames of these chunks of the weights for round `for_round` have arrived. The server may send more."""
 
-    clock: Count
+    for_round: Count
     chunks: Many[Count]
 
 
 class VersionExpired(Body, frozen=True):
-    """Round `clock` is over and its weights are gone; the newest are those of round `newest`."""
+    """Round `for_round` is over, and the server has not kept its weights. The newest weights are those of round `newest`."""
 
-    clock: Count
+    for_round: Count
     newest: Count

@@ -85,7 +85,7 @@ class StateHeader(Body, frozen=True):
     parts: Count
     setup: Setup
     segments: Many[Segment]
-    filed: Many[RoundReplicated] = []
+    replicated_rounds: Many[RoundReplicated] = []
     pending: ReplicateLayers | None = None
 
 

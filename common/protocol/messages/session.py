@@ -14,9 +14,9 @@ from roundtable.common.protocol.messages.base import Body, sent_reason
 from roundtable.common.protocol.rejections import Kind
 from roundtable.common.runtime.errors import printable
 
-#: Micro-batches that a Heartbeat tells of, the first ones, in each of its lists: it is kept, and every process has one.
+#: Micro-batches in each list of a Heartbeat, at most: the first ones. Every process has one, and the coordinator keeps it.
 MOST_TOLD = 1 << 14
-Told = Annotated[list[Count], msgspec.Meta(max_length=MOST_TOLD)]
+MicroBatches = Annotated[list[Count], msgspec.Meta(max_length=MOST_TOLD)]
 
 
 class Hello(Body, frozen=True):
@@ -53,7 +53,7 @@ class Welcome(Body, frozen=True):
     run: Name
     settings: Settings
     servers: Many[Peer]
-    tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
+    share_tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
     run_dir: Text = ""
     resume: int = -1
     replaces: bool = False
@@ -82,56 +82,59 @@ class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Heartbeat(Body, frozen=True):
-    """I am alive. A worker tells where it is; the coordinator's answer is a Heartbeat as well.
+    """I am alive, and this is where I am. The coordinator answers with a Heartbeat.
 
-    `round` is the round worked on or waited for, `at` its micro-batch being computed (-1: none), `left` those leased and not
-    begun, `sent` those pushed that servers have not acknowledged, `seconds` how long a micro-batch takes, `rate` samples per
-    second while computing, `transfer` seconds until servers have a contribution. Of a server, `round` is the open one, `left`
-    its micro-batches that have not arrived, and `at` grows while it is at something that takes long. Of a script without rounds,
-    `at` counts answers of the key-value store. `keeps` are the servers of whose shards it has a whole copy. `refused` are the
-    messages that were refused here so far, by kind.
-
-    Where many rounds can be open, a worker in round `reached` may be at a micro-batch of an earlier one, and `taken` are those
-    (round, micro-batch) that it has taken over and not begun, of other rounds than `round`; and `later` are micro-batches that
-    have not arrived at a server, of each of the rounds after its earliest open one.
-
-    `unreached` are numbers of servers to which this process has had no connection for a while. To a process that has joined a
-    run which has not started, the coordinator says who is `missing`.
-
-    A process that was told to stop says that it `leaves`, and goes on until it may. The coordinator answers a worker likewise,
-    and counts a server as lost.
-
-    `unsteady` is the first parameter whose gradient had other bits when a worker computed its first micro-batch a second time.
+    A worker says what it computes, and a server what it lacks. A process keeps to itself what is empty.
     """
 
     state: Literal["", "starting", "computing", "waiting", "done"] = ""
+    #: The round that a worker works on or waits for, or the open round of a server.
     round: CountOrNone = -1
-    at: CountOrNone = -1
-    left: Told = []
-    sent: Told = []
+    #: The micro-batch of `round` that a worker computes, or -1.
+    micro_batch: CountOrNone = -1
+    #: Micro-batches of `round` that are this worker's and that it has not begun.
+    not_started: MicroBatches = []
+    #: Micro-batches that this worker has pushed and that servers have not acknowledged.
+    unacknowledged: MicroBatches = []
+    #: Seconds that a micro-batch takes this worker.
     seconds: Amount = 0.0
+    #: Samples per second of this worker while it computes.
     rate: Amount = 0.0
+    #: Seconds until servers have a contribution of this worker.
     transfer: Amount = 0.0
     traffic: Traffic = Traffic()
-    keeps: Few[Count] = []
+    #: Numbers of the servers of whose shards this server has a whole backup.
+    replicas_held: Few[Count] = []
+    #: Messages that this process has refused so far, by kind.
     refused: Annotated[dict[Kind, Count], msgspec.Meta(max_length=20)] = {}
+    #: The round that a worker has reached if several rounds may be open. `round` may be an earlier one then.
     reached: CountOrNone = -1
-    taken: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MOST_TOLD)] = []
-    later: Annotated[list[Told], msgspec.Meta(max_length=MOST_TOLD)] = []
-    missing: Name = ""
+    #: (round, micro-batch) that were reassigned to this worker and that it has not begun, of other rounds than `round`.
+    reassigned_here: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MOST_TOLD)] = []
+    #: Micro-batches that have not arrived at this server, for each of the rounds after `round`.
+    missing_later: Annotated[list[MicroBatches], msgspec.Meta(max_length=MOST_TOLD)] = []
+    #: From the coordinator, before the run starts: the processes that the run still waits for.
+    awaited: Name = ""
+    #: Numbers of servers to which this process has had no connection for a while.
     unreached: Few[Count] = []
+    #: This process was told to stop. It goes on until it may leave. The coordinator says so to a worker that may leave.
     leaves: bool = False
+    #: The first parameter whose gradient had other bits when this worker computed its first micro-batch a second time.
     unsteady: Name = ""
+    #: Micro-batches of `round` that have not arrived at this server.
+    missing: MicroBatches = []
+    #: Grows while a server does something that takes long, and with each answer of the key-value store to a worker.
+    progress: Count = 0
 
     def __post_init__(self) -> None:
-        if self.later and sum(map(len, self.later)) > MOST_TOLD:
+        if self.missing_later and sum(map(len, self.missing_later)) > MOST_TOLD:
             raise ValueError(f"more than {MOST_TOLD} micro-batches are told to be missing in later rounds")
 
 
 class MembershipUpdate(Body, frozen=True):
     """The shares in force from some rounds on, oldest first; a new one opens a membership epoch. The servers are these."""
 
-    tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
+    share_tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
     servers: Many[Peer] = []
 
 
@@ -142,10 +145,10 @@ class RequestWork(Body, frozen=True):
 
 
 class Reassign(Body, frozen=True):
-    """Micro-batch `k` of `round` is now `to`'s; `owner`, who had it, leaves it out unless it is being computed."""
+    """Micro-batch `micro_batch` of `round` now belongs to worker `to`. `owner` leaves it out, unless it computes it already."""
 
     round: Count
-    k: Count
+    micro_batch: Count
     to: Name
     owner: Name
 
@@ -160,29 +163,37 @@ class MembersLost(Body, frozen=True):
 
 
 class Stop(Body, frozen=True):
-    """The run is over. `ok`: finished and saved. Else `reason` is a sentence; `again`: it goes on, from its newest snapshot or
-    just without you, so begin anew; `told`: somebody has told it to stop, and it can go on later."""
+    """The run is over, or this process must begin anew."""
 
+    #: The run has finished, and its results are written.
     ok: bool
+    #: Why the run has ended, in a sentence.
     reason: Text = ""
-    again: bool = False
-    told: bool = False
+    #: The run goes on, from its newest checkpoint or just without this process, which is to begin anew.
+    restart: bool = False
+    #: The run was told to stop. It can go on later.
+    on_request: bool = False
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "reason", sent_reason(self.reason))
 
 
 class Goodbye(Body, frozen=True):
-    """My script has ended, when `round` rounds were in my model. `reason` is a sentence if it failed. Answered by Stop when the
-    run is over; at once where others do what I have not done, as I leave before the last round, or as I was asked to (`early`).
-    `cut_off`: I failed as a server did not answer me, which may well answer others. `keyed`: I have used the key-value store, so
-    nobody can do what I have not done. `changed` are tensors of the model that the script has changed since its last round."""
+    """My script has ended, when `round` rounds were in my model.
 
+    The coordinator answers with Stop when the run is over. It answers at once if others do the rest of this worker's work.
+    """
+
+    #: Why the script failed, in a sentence. '' if it did not.
     reason: Text = ""
+    #: The worker leaves before the last round, or was asked to leave.
     early: bool = False
+    #: The worker failed because a server did not answer it. The server may well answer others.
     cut_off: bool = False
-    keyed: bool = False
+    #: The worker has used the key-value store, so no other worker can do the rest of its work.
+    used_kv: bool = False
     round: Count = 0
+    #: Tensors of the model that the script has changed since its last round.
     changed: Annotated[list[Name], msgspec.Meta(max_length=100)] = []
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ class ShardedForward(Body, frozen=True):
 
     Of a hidden layer: I want its outputs; only features follow. Or (`back_through` is the number of that question) its loss's
     gradient by the features; the gradient by your outputs follows, (count, rows), and then the features if you may not know
-    them (`again`).
+    them (`with_features`).
     """
 
     number: Count
@@ -30,7 +30,7 @@ class ShardedForward(Body, frozen=True):
     sums: bool = False
     top: Count = 0
     back_through: CountOrNone = -1
-    again: bool = False
+    with_features: bool = False
 
 
 class ShardedForwardReply(Body, frozen=True):
@@ -61,8 +61,8 @@ class LayerPush(Body, frozen=True):
     """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
     follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
     of its own class's logit, which is in there already. Features and labels are those that were asked about: of questions
-    that you may not know, as you have taken another server's place, they come first (`asked`). `base` and `finite` are as in
-    Push."""
+    that you may not know, as you have taken another server's place, they come first (`questions`). `base_version` and `finite`
+    are as in Push."""
 
     round: Count
     lo: Count
@@ -70,13 +70,13 @@ class LayerPush(Body, frozen=True):
     samples: Count
     uses: Many[LayerUse]
     hypers: Many[Hypers] = []
-    base: Count = 0
+    base_version: Count = 0
     finite: bool = True
-    asked: Many[ShardedForward] = []
+    questions: Many[ShardedForward] = []
 
 
 class LayerAck(Body, frozen=True):
-    """That ClassPush needs not be sent again, whatever became of it."""
+    """That LayerPush needs not be sent again, whatever became of it."""
 
     round: Count
     lo: Count

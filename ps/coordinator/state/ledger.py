@@ -202,20 +202,20 @@ class Ledger:
 
     def report(self, server: int, report: Report) -> Body:
         """News of a server, counted once however often it is sent."""
-        if any(self.segment_of(t) is None for t in [row.round for row in report.rounds] + [row.round for row in report.left_out]):
+        if any(self.segment_of(t) is None for t in [row.round for row in report.rounds] + [row.round for row in report.dropped]):
             raise WireError(f"server-{server} reports updates that no plan knows")
         before = self.reported.get(server, Reported(-1, 0))
         if report.seq > before.seq:
             self.reported[server] = Reported(report.seq, max(report.version, before.version))
             first = self.pending[-1].round + 1 if self.pending else self.committed
-            first = first if report.again else 0  # of those before, this was told already
+            first = first if report.may_repeat else 0  # of those before, this was told already
             self.pending += [row for row in report.rounds if row.round >= first]
             contributions = [row for row in report.contributions if row.round >= first]
             self.new_contributions += contributions
             for row in contributions:
                 self.contributors.add(row.worker)
                 self.count(row.outcome, row.staleness, 1, row.micro_batches)
-            self.left_out += [row for row in report.left_out if row.round >= self.committed]
+            self.left_out += [row for row in report.dropped if row.round >= self.committed]
             self._commit()
         return ReportAck(report.seq)
 
@@ -306,10 +306,10 @@ class Ledger:
         if message.round in self._closed:
             return [(server, CloseRound(message.round, self._closed[message.round]))]
         count = self.micro_batches(message.round)
-        if self.layout is None or not all(k < count for k in message.ks):
+        if self.layout is None or not all(k < count for k in message.micro_batches):
             return []
         sets = self._arrived.setdefault(message.round, {})
-        sets[server] = message.ks
+        sets[server] = message.micro_batches
         owners = self.layout.owners()
         everywhere = set.intersection(*(set(sets.get(owner, ())) for owner in owners))
         if not count or len(everywhere) < max(1, count - self._policy.may_leave_out):
@@ -335,7 +335,7 @@ class Ledger:
     def decided(self, decision: CloseRound | AllNorms) -> list[tuple[int, Body]]:
         """This is decided, here or by a coordinator before this one: tell all servers."""
         if isinstance(decision, CloseRound):
-            self._closed[decision.round] = decision.ks
+            self._closed[decision.round] = decision.micro_batches
             self._arrived.pop(decision.round, None)
             _forget(self._closed)
         else:

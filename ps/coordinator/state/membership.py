@@ -309,7 +309,7 @@ class Membership:
     def _has_copy(self, server: Member) -> bool:
         """Whether another server has a copy of the shard of one that is lost."""
         keeper = self._keeper(server)
-        return keeper is not None and number_of(server.name) in keeper.beat.keeps
+        return keeper is not None and number_of(server.name) in keeper.beat.replicas_held
 
     def _awaits_keeper(self, member: Member, now: float) -> bool:
         """Whether it is yet to be known if there is a copy of its shard."""
@@ -371,11 +371,11 @@ class Membership:
 
     def fence(self, member: Member) -> Stop:
         """What one that was counted as lost is told, whatever it sends: to begin anew, for others do what it had."""
-        return Stop(False, f"{member.name} was silent for too long and counts as lost; it joins again as another.", again=True)
+        return Stop(False, f"{member.name} was silent for too long and counts as lost; it joins again as another.", restart=True)
 
     def _answer(self, member: Member) -> Body:
         if not self.started:
-            return Heartbeat(missing=self.missing())
+            return Heartbeat(awaited=self.missing())
         told = self.run, self.settings
         if member.hello.role == "worker":
             return Welcome(
@@ -394,7 +394,7 @@ class Membership:
     def beat(self, name: str, beat: Heartbeat, now: float) -> None:
         member = self.members[name]
         self.heard(member, now)
-        if (beat.round, beat.at) != (member.beat.round, member.beat.at):
+        if (beat.round, beat.micro_batch) != (member.beat.round, member.beat.micro_batch):
             member.since = now
         member.beat = beat
 
@@ -606,7 +606,12 @@ def _process(member: Member) -> tuple[str, str, int]:
 def _counts_of(beat: Heartbeat) -> Heartbeat:
     """What is kept of the last word of one that is gone: what the summary counts, and where it was."""
     return Heartbeat(
-        round=beat.round, rate=beat.rate, reached=beat.reached, traffic=beat.traffic, keeps=beat.keeps, refused=beat.refused
+        round=beat.round,
+        rate=beat.rate,
+        reached=beat.reached,
+        traffic=beat.traffic,
+        replicas_held=beat.replicas_held,
+        refused=beat.refused,
     )
 
 

@@ -39,7 +39,7 @@ class Scheduler:
         open_round = min(server.beat.round for server in servers)
         if open_round > round_:
             return None  # a later one is not for a worker that has not got its weights yet
-        missing = (k for server in servers if server.beat.round == open_round for k in server.beat.left)
+        missing = (k for server in servers if server.beat.round == open_round for k in server.beat.missing)
         return self._takeover.lease_missing(waiting, open_round, missing, count(open_round), tables, workers, now)
 
     def deal(self, now: float) -> list[Reassign]:
@@ -65,7 +65,7 @@ class Scheduler:
         """What servers say they have not got, by round, earliest first, as far as they say so."""
         found: dict[int, set[int]] = {}
         for beat in (server.beat for server in self.servers if server.beat.round >= 0):
-            for round_, ks in enumerate([beat.left, *beat.later], beat.round):
+            for round_, ks in enumerate([beat.missing, *beat.missing_later], beat.round):
                 if ks:
                     found.setdefault(round_, set()).update(ks)
         return dict(sorted(found.items()))

@@ -133,8 +133,8 @@ class Speculation:
             for since, name in look.late_for(workers[waiting], now):
                 other = workers[name]
                 still = _computes(other, round_) and other.since == since
-                if still and name != waiting and self._has(name, (round_, other.beat.at)):
-                    return self._give(round_, other.beat.at, waiting, name, now)
+                if still and name != waiting and self._has(name, (round_, other.beat.micro_batch)):
+                    return self._give(round_, other.beat.micro_batch, waiting, name, now)
         return None
 
     def lease_missing(
@@ -153,7 +153,7 @@ class Speculation:
             self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
             self._lacking = sorted(key for key, since in self._missing_since.items() if now - since > _MISSING_S)
         for key in self._lacking:
-            has_sent = workers[waiting].beat.round == round_ and key[1] in workers[waiting].beat.sent
+            has_sent = workers[waiting].beat.round == round_ and key[1] in workers[waiting].beat.unacknowledged
             if not has_sent and now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
                 return self._give(*key, waiting, "", now)
         return None
@@ -177,7 +177,7 @@ class Speculation:
         active = {name: member for name, member in workers.items() if member.active}
         free = self._free(lacking, count, tables, active, now)
         self._free_since = {key: self._free_since.get(key, now) for key in free}
-        has = Counter({name: len(member.beat.taken) for name, member in active.items()})
+        has = Counter({name: len(member.beat.reassigned_here) for name, member in active.items()})
         for (round_, k), to in self.leased.items():
             has[to] += now - self._leased_at[round_, k] <= _AGAIN_S and k in lacking.get(round_, ())
         room = {name: _most_dealt(member) - has[name] for name, member in active.items()}
@@ -204,10 +204,10 @@ class Speculation:
         held: set[tuple[int, int]] = set()
         for name, member in active.items():
             beat = member.beat
-            own = {*beat.taken, *((beat.round, k) for k in [*beat.left, beat.at])}
+            own = {*beat.reassigned_here, *((beat.round, k) for k in [*beat.not_started, beat.micro_batch])}
             held |= {key for key in own if self._has(name, key)}
             if self._is_on_its_way(name, member, now):
-                held |= {(beat.round, k) for k in beat.sent}
+                held |= {(beat.round, k) for k in beat.unacknowledged}
         free = []
         for round_, ks in lacking.items():
             table, size = in_force(tables, round_), count(round_)
@@ -261,14 +261,14 @@ class Speculation:
         for name, member in workers.items():
             if member.active and member.beat.round == round_:
                 if self._is_on_its_way(name, member, now):
-                    held |= set(member.beat.sent)
+                    held |= set(member.beat.unacknowledged)
                 if not _is_overdue(member, now) or now - member.since <= patience_s:
-                    held.add(member.beat.at)
+                    held.add(member.beat.micro_batch)
         return held
 
     def _is_on_its_way(self, name: str, member: Member, now: float) -> bool:
         """Whether to believe that what a worker has sent will arrive."""
-        round_, sent = member.beat.round, member.beat.sent
+        round_, sent = member.beat.round, member.beat.unacknowledged
         before, known, since = self._sent.get(name, (-1, [], 0.0))
         if before != round_:
             since = member.since
@@ -285,10 +285,10 @@ class Speculation:
             member = workers.get(name)
             gone = member is None or not member.active
             if member is not None and not gone and member.beat.round == round_:
-                ks = member.beat.left
+                ks = member.beat.not_started
             elif member is None or gone or member.reached < round_:
                 ks = list(table.run(name, count))
-            elif taken := [k for r, k in member.beat.taken if r == round_]:
+            elif taken := [k for r, k in member.beat.reassigned_here if r == round_]:
                 ks = taken
             else:
                 continue
@@ -304,8 +304,8 @@ def _most_dealt(member: Member) -> int:
 
 
 def _computes(member: Member, round_: int) -> bool:
-    """Whether `member` is at a micro-batch of `round_`, which is `member.beat.at`."""
-    return member.active and member.beat.round == round_ and member.beat.at >= 0
+    """Whether `member` is at a micro-batch of `round_`, which is `member.beat.micro_batch`."""
+    return member.active and member.beat.round == round_ and member.beat.micro_batch >= 0
 
 
 def _may_begin(member: Member | None, now: float) -> int:
