@@ -30,7 +30,7 @@ _ALL = (
     "independent", "ddp", "ddp:view", "ddp:fp16", "zero", "rpc", "ours", "ours:socket",
     "ours:backup", "ours:ssp", "ours:async", "ours:local", "ours:average",
 )  # fmt: skip
-_CODECS = ("bf16", "fp16", "int8", "onebit", "topk", "randomk", "int8/onebit")
+_CODECS = ("bf16", "fp16", "int8", "onebit", "topk", "int8/onebit")
 NETWORKS = (network.LOOPBACK, *network.RATES)
 _QUICK = {"steps": 3, "warmup": 1, "repeats": 1}
 

@@ -687,7 +687,7 @@ class Run:
                 self._begin()
             self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
             self._wait(lambda: not self._recomputed, lambda: "the coordinator to write the statistics that were computed anew")
-            self._hand_over()
+            self._wait(self._handed_over, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
             changed = self._changed()
             while not self._link.stopped:
                 goodbye = Goodbye(early=self.left_early or self._link.told > 0, round=self.round, changed=changed)
@@ -708,19 +708,6 @@ class Run:
         now = self._tensors()
         changed = [name for name, (was, version) in self._written.items() if now.get(name) is not was or was._version != version]
         return changed[:_MOST_CHANGED]
-
-    def _hand_over(self) -> None:
-        """This worker computes no more: see that servers have all that it has sent, and keep what its codec has left out."""
-        exchange = self._exchange
-        if exchange is None:
-            return
-        self._wait(self._handed_over, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
-        with self._link.lock:
-            exchange.hand_over()
-        self._wait(
-            lambda: not exchange.not_told,
-            lambda: f"{' and '.join(exchange.not_told)} to keep what the codec has left out before round {self.round}",
-        )
 
     def _metrics_waited_for(self) -> str:
         rounds = sorted({metrics.round for metrics, _ in self._unsent_metrics.values()})
@@ -773,8 +760,6 @@ class Run:
                 self._unsent_metrics.pop(body.id, None)
             case Ready(about="Recomputed"):
                 self._recomputed.pop(body.id, None)
-            case Ready(about="Residual") if self._exchange is not None:
-                self._exchange.handle(sender, body, frames)
             case SharedMemoryReply() if (
                 self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown
             ):

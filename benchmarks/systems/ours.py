@@ -1,7 +1,7 @@
 """This project. Flags are settings of the run, such as `--policy async --servers 1`, and beat the benchmark's own.
 
 Variants name lanes, policies and codecs: `ours:socket,ssp,bf16` has tensors sent, and both gradients and weights in bfloat16
-(`topk` and `randomk`: gradients only); `ours:int8/onebit` pushes in int8 and sends weights in one bit.
+(`topk`: gradients only); `ours:int8/onebit` pushes in int8 and sends weights in one bit.
 """
 
 from __future__ import annotations

@@ -23,10 +23,8 @@ State = dict[str, torch.Tensor]
 class CodecSettings(msgspec.Struct, frozen=True):
     """What both ends must agree on besides the codec's name."""
 
-    #: topk, randomk: share of the elements that a frame carries, in (0, 1].
+    #: topk: share of the elements that a frame carries, in (0, 1].
     ratio: float = 0.01
-    #: topk: momentum that the sender applies before it chooses (DGC), in [0, 1); 0: none.
-    momentum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,6 @@ class Codec:
 
 
 def load(name: str, settings: CodecSettings) -> Codec:
-    """The codec of that name: none, bf16, fp16, int8, onebit, topk or randomk."""
+    """The codec of that name: none, bf16, fp16, int8, onebit or topk."""
     codec: type[Codec] = importlib.import_module(f"roundtable.common.codecs.{name}").CODEC
     return codec(settings)

@@ -7,7 +7,6 @@ Biases, norms and small tensors are a small share of the bytes and matter most t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from roundtable.common.codecs import Codec, Coded, State
 from roundtable.common.model.layout import Chunk, Layout, Piece
 from roundtable.common.model.tensor_bytes import from_frame
-from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 
 #: Tensors with fewer elements are not compressed.
@@ -81,16 +79,6 @@ class ChunkCodec:
         if not 0 <= chunk_id < len(self._cuts) or not self._cuts[chunk_id].runs:
             raise WireError(f"chunk {chunk_id} is not one that is compressed")
         return self._cuts[chunk_id]
-
-    def state_of(self, chunk_id: int, names: Sequence[str], frames: Frames) -> State:
-        """A chunk's state out of a frame of float32 for each of `names`. Raises WireError for what is none."""
-        numel = self._compressed(chunk_id).coded
-        if len(set(names)) != len(frames) or not set(names) <= set(self.codec.states):
-            raise WireError(f"the codec has no state of {', '.join(names)} in {len(frames)} frames")
-        state = {n: from_frame(f, "float32", numel, f"the state of chunk {chunk_id}") for n, f in zip(names, frames, strict=True)}
-        if not all(values.isfinite().all() for values in state.values()):
-            raise WireError(f"the state of chunk {chunk_id} is not finite")
-        return state
 
     def encode(self, chunk_id: int, values: torch.Tensor, seed: int, state: State | None) -> Coded | None:
         """The frame for a chunk's `values` (flat, float32) and the state after it; see Codec.encode. The state is of the runs.

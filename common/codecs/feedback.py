@@ -38,28 +38,20 @@ class Feedback:
         """The frame called `key` was counted: what it left out is to be sent now. Whether it was pending."""
         if (chunk, key) not in self._pending:
             return False
-        self.add(chunk, self._pending.pop((chunk, key))[1])
+        self._add(chunk, self._pending.pop((chunk, key))[1])
         return True
 
     def drop(self, chunk: int, key: Hashable) -> None:
         """The frame called `key` will not be counted. Does nothing if it is not pending."""
         before, _ = self._pending.pop((chunk, key), (None, None))
         if before is not None:
-            self.add(chunk, before)
+            self._add(chunk, before)
 
-    def add(self, chunk: int, state: State) -> None:
-        """What another has left out of the chunk is to be sent from here."""
-        self._states[chunk] = added(self._states.get(chunk, {}), state)
-
-    def owed(self) -> dict[int, State]:
-        """By chunk, what is to be sent as long as no frame under way counts. Not copied."""
-        out = dict(self._states)
-        for (chunk, _), (before, _) in self._pending.items():
-            if before is not None:
-                out[chunk] = added(out.get(chunk, {}), before)
-        return out
+    def _add(self, chunk: int, state: State) -> None:
+        """Have the chunk's next frame send `state` as well."""
+        self._states[chunk] = _added(self._states.get(chunk, {}), state)
 
 
-def added(a: State, b: State) -> State:
+def _added(a: State, b: State) -> State:
     """The sum by name; where only one has a name, that one."""
     return {**a, **{name: a[name] + values if name in a else values for name, values in b.items()}}

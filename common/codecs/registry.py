@@ -2,7 +2,7 @@
 
 Weights are the same on all workers under every codec. What is pushed is a function of the sum and of the micro-batches it is
 over under bf16, fp16 and int8, so that only how these were divided among workers tells on the result; with error feedback
-(onebit, topk, randomk) it also matters what each worker has left out before. Where a sum takes the place of parts of it that
+(onebit, topk) it also matters what each worker has left out before. Where a sum takes the place of parts of it that
 had come from others, or `backup` leaves a contribution out, what those carried of earlier rounds is lost with them.
 """
 
@@ -23,7 +23,7 @@ def for_pushes(settings: Settings, layout: Layout) -> ChunkCodec | None:
     """The codec of what workers send, None for none."""
     if settings.compress_gradients == "none":
         return None
-    return ChunkCodec(load(settings.compress_gradients, CodecSettings(settings.topk_ratio, settings.topk_momentum)), layout)
+    return ChunkCodec(load(settings.compress_gradients, CodecSettings(settings.topk_ratio)), layout)
 
 
 def push_seed(settings: Settings, round_: int, lo: int, hi: int, chunk: int) -> int:

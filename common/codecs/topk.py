@@ -1,9 +1,7 @@
 """The largest values and where they are, with error feedback; the others wait until enough of them has added up.
 
 Aji and Heafield, "Sparse communication for distributed gradient descent" (EMNLP 2017); Stich, Cordonnier and Jaggi,
-"Sparsified SGD with memory" (NeurIPS 2018). With momentum, Lin, Han, Mao, Wang and Dally, "Deep gradient compression" (ICLR
-2018): what adds up is the velocity, not the gradient (momentum correction), and where a value is sent the velocity starts
-anew (factor masking). The server's optimizer should then have no momentum of its own.
+"Sparsified SGD with memory" (NeurIPS 2018).
 """
 
 from __future__ import annotations
@@ -42,20 +40,15 @@ class TopK(Codec):
     Of equal magnitudes those that come first are sent.
     """
 
-    states = ("residual", "velocity")
+    states = ("residual",)
 
     def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
-        numel, momentum, before = values.numel(), self.settings.momentum, state or {}
-        velocity = values
-        if momentum:
-            velocity = values.clone() if "velocity" not in before else torch.add(values, before["velocity"], alpha=momentum)
-        residual = velocity.clone() if "residual" not in before else torch.add(velocity, before["residual"])
+        numel = values.numel()
+        residual = values.clone() if state is None else torch.add(values, state["residual"])
         at = _largest(residual, kept(numel, self.settings.ratio))
         where = torch.from_numpy(at)
         sent = residual[where]
         after = {"residual": residual.index_fill_(0, where, 0.0)}
-        if momentum:
-            after["velocity"] = velocity.index_fill_(0, where, 0.0)
         parts = [_pack(at, numel), np.frombuffer(to_frame(sent), np.uint8)]
         return Coded(torch.from_numpy(np.concatenate(parts)), after)
 

@@ -13,7 +13,6 @@ OLD_NAMES: Mapping[str, str] = {
     "push_codec": "compress_gradients",
     "weight_codec": "compress_weights",
     "codec_ratio": "topk_ratio",
-    "codec_momentum": "topk_momentum",
     "snapshot_every": "checkpoint_every",
     "snapshots_kept": "keep_checkpoints",
     "staleness": "max_staleness",
@@ -30,6 +29,8 @@ OLD_NAMES: Mapping[str, str] = {
     "accept_versions": "allow_version_mismatch",
     "bind": "listen",
 }
+#: Settings that are gone, and the values by which runs of the release before went without them: their files still open.
+_REMOVED: Mapping[str, Any] = {"codec_momentum": 0.0}
 _OLD_VALUES: Mapping[tuple[str, str], str] = {("lane", "socket"): "tcp"}
 
 
@@ -45,6 +46,8 @@ def with_new_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, tuple[str, Any]] = {}
     for given, value in values.items():
         old = given.replace("-", "_")
+        if old in _REMOVED and value == _REMOVED[old]:
+            continue
         name = OLD_NAMES.get(old, old)
         if name in found:
             raise UsageError(f"{where}: {found[name][0]} and {given} are one setting; give it once, as {name}.")

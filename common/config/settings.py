@@ -27,7 +27,7 @@ NonNegative = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
 MergeName = Literal["uniform", "samples", "greedy"]
-PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk", "randomk"]
+PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk"]
 WeightCodec = Literal["none", "bf16", "fp16", "int8", "onebit"]
 
 
@@ -58,10 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     compress_weights: Annotated[
         WeightCodec, _help("How weights are compressed, those read from shared memory too; int8 and onebit send their changes.")
     ] = "none"
-    topk_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk, randomk: share of the elements that is sent.")] = 0.01
-    topk_momentum: Annotated[
-        float, Meta(ge=0, lt=1), _help("topk: momentum on the workers (DGC), instead of the optimizer's own; 0 is none.")
-    ] = 0.0
+    topk_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk: share of the elements that is sent.")] = 0.01
 
     checkpoint_every: Annotated[
         float,
@@ -234,8 +231,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def _check_codecs(self) -> None:
         push, weights = self.compress_gradients, self.compress_weights
-        if self.topk_momentum and push != "topk":
-            raise UsageError(f"topk_momentum is {self.topk_momentum} but compress_gradients is {push}: only topk has a momentum.")
         if self.policy == "average" and push != "none":
             raise UsageError(
                 f"compress_gradients is {push} but policy average sends whole weights: set compress_gradients to none."

@@ -9,7 +9,7 @@ import msgspec
 from roundtable.common.config.field_types import Count, Name
 from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, ReportAck, RoundReady
 from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
-from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, VersionExpired, Weights, WeightsCredit
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, VersionExpired, Weights, WeightsCredit
 from roundtable.common.protocol.messages.kv import KvPull, KvPush, KvReply
 from roundtable.common.protocol.messages.replication import (
     Replicate,
@@ -43,7 +43,7 @@ T = TypeVar("T")
 Message = (
     Hello | Welcome | Refused | Heartbeat | MembershipUpdate | RequestWork | Reassign | MembersLost | Stop
     | Setup | Plan | Ready | InitialWeights | OfferSharedMemory | SharedMemoryReply
-    | Push | Ack | Residual | Pull | Weights | WeightsCredit | VersionExpired
+    | Push | Ack | Pull | Weights | WeightsCredit | VersionExpired
     | InitialRows | RowPull | Rows | RowPush | RowAck | ShardedForward | ShardedForwardReply | LayerPush | LayerAck
     | Report | ReportAck | RoundReady | CloseRound | Norms | AllNorms | TakeCheckpoint | CheckpointStatus
     | Replicate | ReplicateRows | ReplicateLayers | RoundReplicated | RoundReplicatedAck

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
-
-from roundtable.common.config.settings import Settings
+from roundtable.common.config.settings import Settings, make_settings
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.storage.checkpoint import Snapshot
@@ -25,7 +23,7 @@ def hindrance(snapshot: Snapshot) -> str:
     """Restore one server's shard after the other, as servers do. Returns what hinders that, in a sentence; '' if nothing does."""
     manifest, run_dir = snapshot.manifest, snapshot.folder.parent.parent
     try:
-        settings = msgspec.convert({**manifest.settings, "transport": "tcp"}, Settings)
+        settings = make_settings({**manifest.settings, "transport": "tcp"}, str(snapshot.folder))
         for index in range(manifest.servers):
             shard = make_shard(index, settings, open_source(run_dir, manifest.round))
             for answer in shard.handle("worker-0", manifest.setup, (), 0.0):

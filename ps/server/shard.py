@@ -35,7 +35,7 @@ from roundtable.common.protocol.effects import COORDINATOR, AboutCopies, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import Committed, Contribution, Report, ReportAck
 from roundtable.common.protocol.messages.embedding import InitialRows, RowPull, RowPush, Rows
-from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, Weights, WeightsCredit
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights, WeightsCredit
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import MembersLost, Refused, Traffic
 from roundtable.common.protocol.messages.setup import InitialWeights, OfferSharedMemory, Plan, Ready, Setup, SharedMemoryReply
@@ -48,7 +48,6 @@ from roundtable.ps import differences
 from roundtable.ps.model_parts import Part, parts_on
 from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
-from roundtable.ps.params.residuals import ResidualStore
 from roundtable.ps.params.weight_buffers import Readers, WeightBuffers
 from roundtable.ps.server.checkpoint_writer import CheckpointData, Source
 from roundtable.ps.server.memory_budget import check_memory
@@ -126,8 +125,6 @@ class Shard(ABC):
         self.store: DenseParameters | None = None
         self.tables: RowTables | None = None
         self.classifiers: LayerShards | None = None
-        #: What workers' codecs have left out and no worker has.
-        self.owing: ResidualStore | None = None
         #: Where classifiers are.
         self.device = torch.device("cpu")
         #: Memory that weights are laid out in, and who may be reading which plane of it.
@@ -272,16 +269,9 @@ class Shard(ABC):
             case Push():
                 return self._push(sender, body, frames, now)
             case Pull():
-                return self._pull(sender, body, now)
+                return self._pull(sender, body)
             case WeightsCredit():
                 return self._got(sender, body)
-            case Residual() if self.owing is not None:
-                self.owing.takes(sender, body, frames)
-                self._complete_cut(now)
-                return [Send(sender, Ready("Residual", body.number))]
-            case Ready(about="Residual") if self.owing is not None:
-                self.owing.got(sender, body.id)
-                return []
             case RowPush():
                 return self._push_rows(sender, body, frames, now)
             case RowPull():
@@ -308,8 +298,6 @@ class Shard(ABC):
                 for worker in set(body.workers) - self.lost:
                     self.lost.add(worker)
                     self._forget(worker)
-                    if self.owing is not None:
-                        self.owing.has_left(worker)
                 return []
             case _:
                 if sender != COORDINATOR:
@@ -342,11 +330,10 @@ class Shard(ABC):
                 seq = int(now * 1e6)
                 self._report = Report(seq, self.version, self._rounds, self._news, self._repeats, self._dropped)
                 self._rounds, self._news, self._repeats, self._dropped = [], [], False, []
-        again = [] if self.owing is None else [Send(*message) for message in self.owing.again(now)]
         if not due or self._report is None:
-            return again
+            return []
         self._report_at = now
-        return [*again, Send(COORDINATOR, self._report)]
+        return [Send(COORDINATOR, self._report)]
 
     @property
     def busy(self) -> bool:
@@ -361,7 +348,7 @@ class Shard(ABC):
     def work(self, now: float) -> list[Send]:
         """Do a little of what takes long."""
         done = self.classifiers.work() if self.classifiers is not None and self._open else None
-        self._complete_cut(now)
+        self._complete_cut()
         return [*([] if done is None else [Send(done[0], *done[1])]), *self._hand_in()]
 
     def _acknowledged(self, seq: int) -> None:
@@ -434,28 +421,25 @@ class Shard(ABC):
             self._saved = CheckpointStatus(cut.round, "missed")
             return
         assert self.store is not None and self.tables is not None and self.classifiers is not None
-        assert self.owing is not None
         entries = [*self.store.state(self._seen, copies=not cut.final), *self.tables.state()]
         self._held_version = self.classifiers.accepted
-        self.owing.begin(cut.round, self._asked_for)
         self._held = CheckpointData(cut.round, cut.token, entries, self._extra())
         self._saved = CheckpointStatus(cut.round, "writing")
 
-    def _complete_cut(self, now: float) -> None:
-        """Hand out what is held as soon as the classifiers have got there as well, and workers have told what they owe."""
-        held, classifiers, owing = self._held, self.classifiers, self.owing
-        if held is None or classifiers is None or owing is None:
+    def _complete_cut(self) -> None:
+        """Hand out what is held as soon as the classifiers have got there as well."""
+        held, classifiers = self._held, self.classifiers
+        if held is None or classifiers is None:
             return
-        if owing.complete(now) and (not classifiers or classifiers.version == self._held_version):
-            self.capture = replace(held, entries=[*held.entries, *owing.end(), *classifiers.state()])
+        if not classifiers or classifiers.version == self._held_version:
+            self.capture = replace(held, entries=[*held.entries, *classifiers.state()])
             self._held = None
 
     def _before_tables_change(self) -> None:
         """What is held must be handed out now. It can be: somebody has contributed to the next round, so all have got there."""
-        if self._held is not None and self.classifiers is not None and self.owing is not None:
+        if self._held is not None and self.classifiers is not None:
             self.classifiers.settle(self._held_version)
-            self.owing.settle()
-            self._complete_cut(0.0)
+            self._complete_cut()
         self.before_tables_change()
 
     def saved(self, saved: CheckpointStatus) -> list[Send]:
@@ -472,13 +456,12 @@ class Shard(ABC):
 
     def _go_on(self, source: Source) -> None:
         """Have the state of a snapshot, on however many servers it was taken."""
-        assert self.store is not None and self.tables is not None and self.classifiers is not None and self.owing is not None
+        assert self.store is not None and self.tables is not None and self.classifiers is not None
         source.files.on_read = self._did_part
         try:
             self.store.restore(source.files)
             self.tables.restore(source.files, source.servers, source.round)
             self.classifiers.restore(source.files, source.servers, source.round)
-            self.owing.restore(source.files)
         except KeyError as error:
             raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
         self._uninitialised.clear()
@@ -529,7 +512,6 @@ class Shard(ABC):
             self.chunks = {chunk.id: chunk for chunk in layout.on(self.index)}
             self._parts = parts_on(layout, self.index)
             self._frozen = {chunk.id for chunk in self.chunks.values() if chunk.frozen}
-            self.owing = ResidualStore(layout, layout.on(self.index), self.settings)
             self._uninitialised = {*self.chunks, *self._awaited_pages()}
             self.planes = WeightBuffers(layout.on(self.index), self._plane_count, shared=self.settings.transport == "auto")
             if self.planes.refused:
@@ -720,7 +702,7 @@ class Shard(ABC):
         found = self.tables.read(pull, frames) if self.tables is not None and self._open else None
         return [] if found is None else [Send(sender, Rows(pull.number, found[0]), found[1])]
 
-    def _pull(self, sender: str, pull: Pull, now: float) -> list[Send]:
+    def _pull(self, sender: str, pull: Pull) -> list[Send]:
         if pull.number < self._asked_for.get(sender, 0):
             return []  # it was under way for long, and its sender has gone on since
         if len(pull.have_chunks) > len(self.chunks):
@@ -729,8 +711,7 @@ class Shard(ABC):
         self.waiters[sender] = waiter = WaitingWorker(pull)
         self._needs(waiter)
         self.readers.asks(sender, pull.weight_buffer)
-        shares = self.owing.hand_out(sender, now) if self.owing is not None else []
-        return [*(Send(sender, *share) for share in shares), *self._serve(sender)]
+        return self._serve(sender)
 
     def _needs(self, waiter: WaitingWorker) -> None:
         """Have a waiter's `unsent` reach to all chunks that it is now known to need."""
@@ -785,7 +766,6 @@ class Shard(ABC):
         moved = [chunk for chunk, since in self._moved_at.items() if since <= clock] if closed else []
         if plane >= 0:
             self.readers.sent(to, plane)  # frames, too, are sent from where the weights are
-        cut = self.owing.asks(to) if self.owing is not None else -1
         if waiter.pull.shared and plane >= 0:
             assert self.planes is not None
             del self.waiters[to]
@@ -800,7 +780,6 @@ class Shard(ABC):
                         moving,
                         closed,
                         plane,
-                        checkpoint=cut,
                         frozen_chunks=still,
                         frozen_buffer=home,
                         changed_frozen=moved,
@@ -810,7 +789,7 @@ class Shard(ABC):
         effects = []
         if closed and not waiter.closed:
             waiter.closed = True
-            effects.append(Send(to, Weights(clock, version, [], closed, checkpoint=cut, changed_frozen=moved)))
+            effects.append(Send(to, Weights(clock, version, [], closed, changed_frozen=moved)))
         sizes = {i: coded[i].nbytes if i in coded else self.chunks[i].weight_bytes for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(self.chunks[i]))
         for ids in message_batches(soonest, sizes.__getitem__):

@@ -18,7 +18,7 @@ from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import WireError
 
-NAMES = ["none", "bf16", "fp16", "int8", "onebit", "topk", "randomk"]
+NAMES = ["none", "bf16", "fp16", "int8", "onebit", "topk"]
 
 shapes = st.sampled_from([[40, 30], [32, 32], [31, 33], [5], [2000], [3, 4], [70, 2, 20]])
 models = st.lists(

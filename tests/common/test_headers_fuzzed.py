@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, Weights
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights
 from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeCheckpoint
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, Reassign
 from roundtable.common.protocol.messages.setup import Plan
@@ -25,9 +25,8 @@ BODIES: list[Body] = [
     Plan(make_segment(before=None, samples=64, global_batch=8, micro_batch=2, epochs=2, round_limit=None)),
     Push(1, 0, 2, 4, 2, [0, 1], [1, 1], 1, {"loss": (1.0, 4.0)}, [{"lr": 0.1}], scale=0.5, coded=[1]),
     Ack(1, 0, 2, [0], True, ignored=[0]),
-    Residual(1, ["residual"], 2, 3, taken=[4]),
     Pull(3, 1, [0], weight_buffer=2),
-    Weights(3, 3, [0, 1], True, checkpoint=3),
+    Weights(3, 3, [0, 1], True, changed_frozen=[1]),
     ShardedForward(1, 0, 3, 8, True, back_through=0),
     LayerPush(1, 0, 1, 4, [LayerUse(1, 4, scale=4.0)], questions=[ShardedForward(1, 0, 1, 4, True)]),
     Reassign(1, 2, "worker-1", "worker-0"),

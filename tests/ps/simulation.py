@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
+from roundtable.common.codecs.chunks import coded_pieces
 from roundtable.common.config.batch_plan import Segment, Task, make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import message_batches
@@ -1002,7 +1003,7 @@ class WorkerProcess(Process):
                 run.log(loss=float(task.k))
                 opt.step()
                 world.run(lambda: False, world.now + self.pace.pause_s * world.random.random())
-        run._hand_over()
+        run._wait(run._handed_over, lambda: "the servers to have all that was pushed")
         self.done = True
 
     def _run(self) -> Script:
@@ -1080,11 +1081,19 @@ class WorkerProcess(Process):
             yield Wait(None, self.world.now + 1.0)
 
     def _hand_over(self) -> Script:
-        exchange = self.run._exchange
-        assert exchange is not None
         yield Wait(self.run._handed_over, float("inf"))
-        exchange.hand_over()
-        yield Wait(lambda: not exchange.not_told, float("inf"))
+
+    def residuals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What the push codec has left out: tensor, where in it that begins, and values."""
+        if self.run._exchange is None or self.run._replica is None:
+            return  # it came too late
+        layout, feedback = self.run._replica.layout, self.run._exchange._coder._feedback
+        assert not feedback._pending
+        for chunk, state in feedback._states.items():
+            pieces = coded_pieces(layout, layout.chunks[chunk])
+            parts = state["residual"].split([piece.length for piece in pieces])
+            for piece, values in zip(pieces, parts, strict=True):
+                yield layout.tensors[piece.tensor].name, piece.start, values
 
     def _set_up(self, replica: Replica, update: Update) -> Script:
         weights = [layer.weight for layer in (self.model.table, self.model.head) if layer is not None]
@@ -1410,8 +1419,7 @@ class Outcome:
     ledger: Any
     log: RecordedLog
     shards: list[Shard] = field(default_factory=list)
-    #: By parameter, what all workers together have computed, and servers have in the end as codecs did not send it: gradients x
-    #: samples.
+    #: By parameter, the residuals of all workers together: gradients x samples.
     unsent: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def table(self) -> torch.Tensor:
@@ -1583,13 +1591,10 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
             torch.set_num_threads(threads)
         workers = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
         unsent: dict[str, torch.Tensor] = {}
-        for server in range(len(servers)):  # to which all have handed over what they had
-            owing = _last_shard(world, server).owing
-            for entry in owing.end() if owing is not None else ():
-                name, _, start = entry.name.removeprefix("owed/residual/").partition("#")
-                values = torch.cat(list(entry.parts))
+        for worker in workers:
+            for name, start, values in worker.residuals():
                 whole = unsent.setdefault(name, torch.zeros(len(Model(case).get_parameter(name).view(-1))))
-                whole[int(start) : int(start) + len(values)] += values
+                whole[start : start + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
         shards = [_last_shard(world, number) for number in range(len(servers))]
         outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)

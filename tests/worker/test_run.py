@@ -14,11 +14,9 @@ from torch.utils.data import TensorDataset
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
-from roundtable.common.protocol.messages.gradients import Residual
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.client.push_pull import ParameterClient
-from roundtable.worker.client.retransmit import Sent
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.run import Run
@@ -75,27 +73,21 @@ def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None
         next(LocalSgdLoop.batches(work, cast(Any, None), cast(Any, None)))
 
 
-def test_what_the_end_of_a_script_waits_for_is_told_with_process_round_and_chunks() -> None:
+def test_which_weights_masters_waits_for_is_told_with_process_round_and_chunks() -> None:
     layout = make_layout([TensorSpec("w", [2], "float32", 0), TensorSpec("v", [2], "float32", 0)], 2)
     exchange = ParameterClient(layout, Settings(), pulls_follow=False)
-    exchange._telling = [Sent("server-1", Residual(0), [], 0.0)]
     told: list[str] = []
 
     def wait(ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> None:
-        if every is None:
-            assert not ready()
-            told.append(what())
+        assert not ready()
+        told.append(what())
 
     link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
-    script = run(_exchange=exchange, _wait=wait, _link=link, _handed_over=lambda: True, round=7)
-    Run._hand_over(script)
+    script = run(_exchange=exchange, _wait=wait, _link=link, round=7)
     script.settings = Settings(compress_weights="bf16")
     script._work = GradientLoop.__new__(GradientLoop)
     script._work.version = lambda: 7  # type: ignore[method-assign]
     assert Run._masters(script) == {}
     chunks = {f"server-{n}": ", ".join(str(chunk.id) for chunk in layout.on(n)) for n in layout.owners()}
     servers = " and ".join(f"{name} (chunks {ids})" for name, ids in chunks.items())
-    assert told == [
-        "server-1 to keep what the codec has left out before round 7",
-        f"the trained weights of round 7 from {servers}",
-    ]
+    assert told == [f"the trained weights of round 7 from {servers}"]

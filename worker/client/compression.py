@@ -14,8 +14,8 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
-from roundtable.common.protocol.messages.gradients import Push, Residual
-from roundtable.common.protocol.transport import Frames, bytes_of
+from roundtable.common.protocol.messages.gradients import Push
+from roundtable.common.protocol.transport import bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.replica.mapped_weights import InPlane
 
@@ -63,26 +63,6 @@ class PushCoder:
                 if push.round not in self._counted:
                     self._counted = {old: of for old, of in self._counted.items() if old > push.round - _REMEMBERED}
                 self._counted.setdefault(push.round, set()).add((chunk, push.lo, push.hi))
-
-    def owed(self, chunks: Collection[int], cut: int, first: int, taken: list[int]) -> list[tuple[Residual, Frames]]:
-        """What was left out of `chunks` so far, as messages numbered from `first`; one at least."""
-        found = {chunk: state for chunk, state in self._feedback.owed().items() if chunk in chunks}
-        messages: list[tuple[Residual, Frames]] = [
-            (Residual(chunk, list(state), len(found), number, cut, taken), [to_frame(values) for values in state.values()])
-            for number, (chunk, state) in enumerate(found.items(), first)
-        ]
-        return messages or [(Residual(number=first, checkpoint=cut, taken=taken), [])]
-
-    def take_over(self, owed: Residual, frames: Frames) -> None:
-        """Send what another has left out. Raises WireError for what does not fit."""
-        if self._codec is None:
-            raise WireError("something is owed in a run without a codec")
-        self._feedback.add(owed.chunk, self._codec.state_of(owed.chunk, owed.names, frames))
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether something can be left out."""
-        return self._codec is not None and bool(self._codec.codec.states)
 
     @property
     def seconds(self) -> float:

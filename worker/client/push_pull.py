@@ -21,14 +21,13 @@ from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Residual, VersionExpired, Weights, WeightsCredit
+from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, VersionExpired, Weights, WeightsCredit
 from roundtable.common.protocol.messages.session import Traffic
-from roundtable.common.protocol.messages.setup import OfferSharedMemory, Ready
+from roundtable.common.protocol.messages.setup import OfferSharedMemory
 from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.worker.client.compression import PushCoder, WeightDecoder
-from roundtable.worker.client.retransmit import Sent, again, due
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
 from roundtable.worker.replica.mapped_weights import InPlane
 
@@ -111,14 +110,6 @@ class ParameterClient:
         self._closed_on: set[int] = set()
         #: Answers to servers that are still to be sent: which frames have come.
         self._answers: list[Send] = []
-        #: What servers are told that the codec has left out, until they have it; by server, the newest snapshot for which it has
-        #: asked, and that for which it is still to be told; and the numbers of what it has handed over here.
-        self._telling: list[Sent[Residual]] = []
-        self._told: dict[int, int] = {}
-        self._to_tell: dict[int, int] = {}
-        self._next_number = 0
-        self._computes_no_more = False
-        self._taken_over: dict[int, set[int]] = {}
         #: By server that says that the round wanted is over: the newest round it knows.
         self._gone: dict[int, int] = {}
         #: When each server was last asked for weights (-inf: it is still to be), and when it was last heard of; those heard of
@@ -389,23 +380,12 @@ class ParameterClient:
                 self._versions.setdefault(number, body.version)
                 if frames:
                     self._answers.append(Send(server, WeightsCredit(body.for_round, body.chunks)))
-                if body.checkpoint > self._told.get(number, -1):
-                    self._told[number] = self._to_tell[number] = body.checkpoint
                 if body.round_closed:
                     self._closed_on.add(number)
                     self._moved[number] = set(body.changed_frozen)
                 failpoint("receiving", body.for_round)
             case VersionExpired() if body.for_round == self.clock:
                 self._gone[number] = body.newest
-            case Residual() if self._computes_no_more:
-                pass  # the server has it still, for another
-            case Residual():
-                if body.number not in self._taken_over.setdefault(number, set()):
-                    self._coder.take_over(body, frames)
-                    self._taken_over[number].add(body.number)
-                self._answers.append(Send(server, Ready("Residual", body.number)))
-            case Ready(about="Residual"):
-                self._telling = [told for told in self._telling if (told.server, told.body.number) != (server, body.id)]
             case Weights() | VersionExpired():
                 pass
             case _:
@@ -430,11 +410,6 @@ class ParameterClient:
             assert self.share is not None
             self.unknown[server] = now
             effects.append(Send(f"server-{server}", self.share))
-        for server, cut in list(self._to_tell.items()):
-            before_cut = (o for o in self._outstanding if o.server == server and o.push.round < cut)
-            if not any(before_cut):  # else what was left out before it is not known yet
-                self._tell(server, self._to_tell.pop(server))
-        effects += [Send(told.server, told.body, told.frames) for told in due(self._telling, now)]
         if self.clock is not None:
             effects += self._ask(now)
         return effects + self._flow(now)
@@ -469,10 +444,6 @@ class ParameterClient:
         self._planes.pop(server, None)
         self._decoder.forget(server)
         self._asks_for_still = True
-        self._told.pop(server, None)
-        self._to_tell.pop(server, None)
-        again(self._telling, f"server-{server}")
-        self._taken_over.pop(server, None)
         if self.clock is not None and not self._done(server):
             self._asked_at[server] = float("-inf")
             if server not in self._closed_on:
@@ -500,27 +471,6 @@ class ParameterClient:
                 full = [chunk for chunk, present in given if self._chunk_of[chunk].has_values(present)]
                 outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in full]
                 outstanding.push = msgspec.structs.replace(outstanding.push, gradient_buffer=-1)
-
-    # ---- what a codec has left out
-
-    def _tell(self, server: int, cut: int = -1) -> None:
-        """Tell a server what was left out of its chunks, for the snapshot of round `cut` or for others to send."""
-        chunks = {chunk.id for chunk in self._chunks[server]}
-        taken = sorted(self._taken_over.get(server, ()))
-        for owed, frames in self._coder.owed(chunks, cut, self._next_number, taken):
-            self._telling.append(Sent(f"server-{server}", owed, frames, float("-inf")))
-            self._next_number = owed.number + 1
-
-    def hand_over(self) -> None:
-        """This worker computes no more: have servers keep what its codec has left out."""
-        self._computes_no_more = True
-        for server in self._chunks if self._coder.keeps_state else ():
-            self._tell(server)
-
-    @property
-    def not_told(self) -> list[str]:
-        """Servers that have not got what they were to be told."""
-        return sorted({told.server for told in self._telling})
 
     @property
     def traffic(self) -> Traffic:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Few, Hypers, Many, Name
+from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Hypers, Many
 from roundtable.common.protocol.messages.base import Body
 
 #: Sum of a metric x samples, and the samples, by name.
@@ -67,25 +67,6 @@ class Ack(Body, frozen=True):
     ignored: Many[Count] = []
 
 
-class Residual(Body, frozen=True):
-    """What a push codec with error feedback has left out of `chunk` so far, in a float32 frame for each of its state's `names`.
-
-    A worker sends it for a checkpoint, or as the worker leaves. A server sends it to the worker that is to add it to its
-    gradients. The receiver answers with Accepted, which has this `number`.
-    """
-
-    #: -1: the sender has nothing.
-    chunk: CountOrNone = -1
-    names: Few[Name] = []
-    #: How many such messages there are, 0 if the sender has nothing.
-    of: Count = 0
-    number: Count = 0
-    #: The round of the checkpoint. -1: the worker leaves, and another worker is to send the residual.
-    checkpoint: CountOrNone = -1
-    #: Numbers of the residuals that the worker got from this server, and that are in this one.
-    taken: Many[Count] = []
-
-
 class Pull(Body, frozen=True):
     """Send me the weights with which round `for_round` starts: all chunks but `have_chunks`."""
 
@@ -118,8 +99,6 @@ class Weights(Body, frozen=True):
     weight_buffer: CountOrNone = -1
     #: Those of `chunks` whose frames are the weight codec's: of the weights, or of their change since the version before.
     coded: Many[Count] = []
-    #: The round of a checkpoint for which the worker is to send its residuals, or -1.
-    checkpoint: CountOrNone = -1
     #: More chunks: frozen ones, which lie in `frozen_buffer`. Nothing writes to that buffer again.
     frozen_chunks: Many[Count] = []
     frozen_buffer: CountOrNone = -1
