@@ -23,7 +23,7 @@ import click
 from benchmarks import harms, network, spread
 from benchmarks.attacks import DEEDS, ITEMS
 from benchmarks.harms import Harm
-from benchmarks.live import LOOPBACK, TRAINING, ByHand, Cluster
+from benchmarks.live import LENGTH, LOOPBACK, TRAINING, ByHand, Cluster
 from benchmarks.wiretap import Wire
 from roundtable.cluster.process.children import Processes
 from roundtable.common.runtime.errors import PsError, UsageError
@@ -144,6 +144,13 @@ class Row:
     #: Whether the run is to fail, as its harm makes sure of, so that there are no results but its books.
     fails: bool = False
     servers: int = _SERVERS
+    #: The script and its arguments, if it is not the built-in example that trains.
+    script: Sequence[object] = ()
+
+    @property
+    def training(self) -> Sequence[object]:
+        """The flags of its run."""
+        return (*(LENGTH if self.script else TRAINING), *self.flags)
 
 
 def rows(churn_s: float, folder: Path) -> dict[str, Row]:
@@ -273,7 +280,7 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
 
 def _told_to_stop(everybody: Sequence[str]) -> dict[str, Row]:
     """SIGTERM. A run that ends with it goes on by `--resume auto`: a pause is until then."""
-    late = ("--progress-timeout", 5, _TO_THE_END, "--", "late")
+    late = ("--progress-timeout", 5)
     return {
         "SIGTERM of the launcher, then --resume auto": Row(harms.told_to_stop(), bounds=_STOPPED),
         "SIGTERM of the coordinator, then --resume auto": Row(harms.told_to_stop("coordinator"), bounds=_STOPPED),
@@ -281,44 +288,44 @@ def _told_to_stop(everybody: Sequence[str]) -> dict[str, Row]:
         "SIGTERM of a worker": Row(harms.tell("worker-1"), bounds=_UNHARMED),
         "SIGTERM of a server": Row(harms.tell("server-1")),
         "SIGTERM of a server, with copies": Row(harms.tell("server-1"), _COPIES),
-        "the first worker comes late to its first batch": Row(harms.nothing, late, bounds=None),
+        "the first worker comes late to its first batch": Row(harms.nothing, late, bounds=None, script=(_TO_THE_END, "late")),
     }
 
 
 def _at_the_end() -> dict[str, Row]:
     """What scripts do before and after the last round, and what happens meanwhile. The run must end well with the model."""
 
-    def script(how: str, *flags: object) -> Sequence[object]:
-        return (*flags, _TO_THE_END, "--", how)
+    def row(how: str, harm: Harm = harms.nothing, bounds: Bounds | None = None, flags: Sequence[object] = ()) -> Row:
+        return Row(harm, flags, bounds=bounds, script=(_TO_THE_END, how))
 
     return {
-        "a worker's script ends early": Row(harms.nothing, script("leave"), bounds=_UNHARMED),
-        "the first worker's script ends early": Row(harms.nothing, script("exit"), bounds=_UNHARMED),
-        "a worker evaluates for longer than --progress-timeout": Row(
-            harms.nothing, script("evaluate", "--progress-timeout", 5), bounds=None
-        ),
-        "a worker fails after the last round": Row(harms.nothing, script("raise"), bounds=None),
-        "a worker is killed after the last round": Row(harms.nothing, script("kill"), bounds=None),
-        "a server killed while a worker evaluates": Row(harms.kill_with_model("server-1"), script("evaluate"), bounds=None),
-        "the coordinator killed while a worker evaluates": Row(
-            harms.kill_with_model("coordinator"), script("evaluate"), bounds=None
-        ),
+        "a worker's script ends early": row("leave", bounds=_UNHARMED),
+        "the first worker's script ends early": row("exit", bounds=_UNHARMED),
+        "a worker evaluates for longer than --progress-timeout": row("evaluate", flags=("--progress-timeout", 5)),
+        "a worker fails after the last round": row("raise"),
+        "a worker is killed after the last round": row("kill"),
+        "a server killed while a worker evaluates": row("evaluate", harms.kill_with_model("server-1")),
+        "the coordinator killed while a worker evaluates": row("evaluate", harms.kill_with_model("coordinator")),
     }
 
 
 def _not_finite() -> dict[str, Row]:
     """A gradient that is NaN or infinite, once an epoch."""
-    flags = ("--transport", "tcp", _NOT_FINITE, "--on-nonfinite")
+
+    def row(how: str, harm: Harm, bounds: Bounds | None = _DEAD, fails: bool = False) -> Row:
+        flags = ("--transport", "tcp", "--on-nonfinite", how)
+        return Row(harm, flags, is_inexact=fails, bounds=bounds, fails=fails, script=(_NOT_FINITE,))
+
     return {
-        "gradients not finite, skip, a worker killed": Row(harms.kill("worker-1"), (*flags, "skip")),
-        "gradients not finite, allow, a worker killed": Row(harms.kill("worker-1"), (*flags, "allow")),
-        "gradients not finite, fail": Row(harms.fails(_FAILED), (*flags, "fail"), is_inexact=True, bounds=None, fails=True),
+        "gradients not finite, skip, a worker killed": row("skip", harms.kill("worker-1")),
+        "gradients not finite, allow, a worker killed": row("allow", harms.kill("worker-1")),
+        "gradients not finite, fail": row("fail", harms.fails(_FAILED), None, fails=True),
     }
 
 
 def measure(row: Row, expected: str, folder: Path) -> Outcome:
     """Start a run, do the harm in the middle of it, and look at what comes of it. `expected` is the hash of its weights."""
-    flags = (*TRAINING, *row.flags)
+    flags = row.training
     if row.network is not None or row.delay_s:
         with spread.hosts(folder.with_name(f"{folder.name}-logs")) as (made, processes):
             if row.delay_s:
@@ -333,7 +340,7 @@ def measure(row: Row, expected: str, folder: Path) -> Outcome:
             return _look(by_hand, row, expected)
     with harms.small_disk(folder) if row.on_small_disk else nullcontext(folder) as place:
         size = ("--workers", _WORKERS, "--servers", row.servers)
-        return _look(Cluster(place, "--run-dir", place, *flags, *size, env=row.env), row, expected)
+        return _look(Cluster(place, "--run-dir", place, *flags, *size, *row.script, env=row.env), row, expected)
 
 
 def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], object] = lambda run: None) -> Outcome:
@@ -432,10 +439,10 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
         }
         print("\n".join(lines), flush=True)
         for number, (name, row) in enumerate(chosen.items()):
-            key = tuple(row.flags)
+            key = (*row.flags, *row.script)
             if key not in expected and not row.is_inexact:
                 place = folder / f"quiet-{number}"
-                expected[key] = str(Cluster(place, "--run-dir", place, *TRAINING, *row.flags).summary()["weights_sha256"])
+                expected[key] = str(Cluster(place, "--run-dir", place, *row.training, *row.script).summary()["weights_sha256"])
             for time_, again in enumerate(tables):
                 try:
                     outcome = measure(again[name], expected.get(key, ""), folder / f"{number}-{time_}")

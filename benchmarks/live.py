@@ -25,7 +25,8 @@ from roundtable.common.storage.run_files import SUMMARY_FILE
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
-TRAINING = ("--data", "digits", "--model", "mlp", "--epochs", 24, "--checkpoint-every", 0.4)
+LENGTH = ("--epochs", 24, "--checkpoint-every", 0.4)
+TRAINING = ("--data", "digits", "--model", "mlp", *LENGTH)
 #: Where a coordinator listens that is started by hand.
 LOOPBACK = "tcp://127.0.0.1:0"
 #: Seconds for anything to happen, on a machine that others use too.

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import torch
 
 import roundtable
@@ -28,7 +29,7 @@ ROUND, SECONDS = 60, 8.0
 def main() -> None:
     how = sys.argv[1]
     run = roundtable.join()
-    settings = run.settings
+    settings = msgspec.structs.replace(run.settings, data="digits", model="mlp")
     images = data.chosen(settings)
     model = run.replicate(builtin.build(settings.model, images.shape, images.classes, settings.column_devices))
     optimizer = optimizer_class(settings.optimizer)

@@ -27,7 +27,7 @@ def links() -> None:
     """Make build/links/roundtable: links to all parts of the package, in the one place where tools look for them."""
     folder = LAUNCH.with_name("build") / "links" / "roundtable"
     folder.mkdir(parents=True, exist_ok=True)
-    for part in [*map(LAUNCH.with_name, ROOMS), *LAUNCH.with_name("roundtable").glob("*.py")]:
+    for part in [*map(LAUNCH.with_name, ROOMS), *LAUNCH.with_name("roundtable").glob("*[!_]")]:
         with contextlib.suppress(FileExistsError):
             (folder / part.name).symlink_to(part)
 

@@ -40,38 +40,43 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     workers: Annotated[Positive, _help("Worker processes, each with a replica of the model.")] = 2
     servers: Annotated[Positive, _help("Parameter servers, among which the parameters are divided.")] = 2
-    policy: Annotated[PolicyName, _help("When updates are applied and when a worker may go on.")] = "sync"
+    policy: Annotated[
+        PolicyName,
+        _help(
+            "sync: all workers, every round, reproducible; backup: skip the slowest micro-batches; ssp: bounded staleness; "
+            "async: no waiting; local: local SGD; average: train apart, average at the end."
+        ),
+    ] = "sync"
     global_batch: Annotated[Positive, _help("Samples per round, over all workers.")] = 64
-    micro_batch: Annotated[Positive, _help("Samples per micro-batch, the unit of work that is leased to workers.")] = 16
+    micro_batch: Annotated[Positive, _help("Samples per micro-batch, the unit of work handed to a worker.")] = 16
     epochs: Annotated[Positive, _help("Passes over the training data.")] = 10
     rounds: Annotated[Positive | None, _help("Stop after this many rounds, even in the middle of an epoch.")] = None
     seed: Annotated[NonNegative, _help("Seed of weights, data order, augmentation and dropout.")] = 0
-    threads: Annotated[Positive, _help("Torch threads per worker; the bits of the result depend on it.")] = 1
+    threads: Annotated[Positive, _help("Torch threads per worker. Changing it may change results in the last bits.")] = 1
 
     transport: Annotated[
         Literal["auto", "tcp"],
-        _help("How tensors travel: through shared memory where a worker and a server can both reach it (auto), or never."),
+        _help("auto uses shared memory on one host and TCP otherwise; tcp always uses TCP."),
     ] = "auto"
     compress_gradients: Annotated[
-        PushCodec, _help("How what workers send is compressed; memory that is shared needs none, so on one host see --transport.")
+        PushCodec, _help("Compress gradients sent over TCP. No effect over shared memory (see --transport).")
     ] = "none"
     compress_weights: Annotated[
-        WeightCodec, _help("How weights are compressed, those read from shared memory too; int8 and onebit send their changes.")
+        WeightCodec, _help("Compress weights sent to workers, shared memory included. int8 and onebit send differences.")
     ] = "none"
     topk_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk: share of the elements that is sent.")] = 0.01
 
     checkpoint_every: Annotated[
         float,
         Meta(ge=0),
-        _help("Seconds between two snapshots of the whole run, to go on from after a crash; 0: none, not even at the end."),
+        _help("Seconds between checkpoints; 0 disables them, including the final one."),
     ] = 60.0
-    keep_checkpoints: Annotated[int, Meta(ge=2), _help("Snapshots that are kept, the newest ones.")] = 2
+    keep_checkpoints: Annotated[int, Meta(ge=2), _help("Number of newest checkpoints to keep.")] = 2
     replicas: Annotated[
         int,
         Meta(ge=0, le=1),
         _help(
-            "sync, backup: servers that each keep a copy of another one's parameters, tables and sharded layers; with 1, a "
-            "server's death loses no round, and servers take up twice the memory."
+            "Backup copies of each server (sync, backup only). With 1, losing a server costs no rounds but doubles server memory."
         ),
     ] = 0
 
@@ -80,18 +85,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 1024
 
     max_staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
-    backup_micro_batches: Annotated[NonNegative, _help("backup: micro-batches per round that may be left out.")] = 1
+    backup_micro_batches: Annotated[NonNegative, _help("backup: micro-batches per round that may be skipped.")] = 1
     local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
-    local_after: Annotated[
-        NonNegative, _help("local: rounds at the beginning in which every step is merged (post-local SGD); 0 is none.")
-    ] = 0
+    local_after: Annotated[NonNegative, _help("local: start local SGD after this many synchronous rounds; 0 = at once.")] = 0
     outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
     outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
     average_weights_by: Annotated[
         MergeName,
-        _help(
-            "average: what replicas count with: their samples, all the same, or (greedy) only those that help on held-out data."
-        ),
+        _help("average: weighting of the workers: by samples, uniform, or greedy (only those that improve held-out accuracy)."),
     ] = "samples"
     staleness_lr: Annotated[bool, _help("ssp, async: divide the rate by the staleness of the push; the mean rate stays.")] = False
     delay_compensation: Annotated[
@@ -134,62 +135,50 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     on_nonfinite: Annotated[
         Literal["fail", "skip", "allow"],
-        _help(
-            "A gradient that is NaN or infinite: the run fails, its round is dropped (ssp, async: its push), or it is applied."
-        ),
+        _help("On a NaN or infinite gradient: fail = stop the run, skip = drop that update, allow = apply it."),
     ] = "fail"
     stack_dump_after: Annotated[
         float,
         Meta(ge=0),
-        _help("Seconds without progress after which a process writes its threads' stacks to its log, once; 0 is never."),
+        _help("Dump stack traces to the log after this many seconds without progress; 0 disables."),
     ] = 60.0
     heartbeat_timeout: Annotated[
         PositiveFloat | None,
-        _help(
-            "Seconds of silence after which a process counts as lost; by default 3 for a worker on the coordinator's host, if "
-            "others can do what it had, and 15 for all else."
-        ),
+        _help("Declare a process dead after this many seconds without a heartbeat (default: 3 for local workers, 15 otherwise)."),
     ] = None
     progress_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help(
-            "Seconds without any progress after which the run is given up, naming who was waited for; or, 20 s later, a worker "
-            "that a server does not answer, where others can do what it had."
-        ),
+        _help("Abort the run after this many seconds without progress."),
     ] = 300.0
 
     worker_failures: Annotated[
         NonNegative,
         _help(
-            "Workers whose script may fail in mid-training without the run failing; others do what these have not done. Those "
-            "that fail before anything of theirs is in a committed round do not count."
+            "Workers that may fail in mid-training without failing the run; other workers redo their work. A worker that fails "
+            "before its first committed round does not count."
         ),
     ] = 0
 
     start_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help(
-            "Seconds for all servers and workers to be there, and then for the first worker to come to its first batch; before "
-            "that nothing is trained, and every 10 s a line says who is missing. The servers and workers have a flag of the same "
-            "name, for the coordinator to answer."
-        ),
+        _help("Seconds for all servers and workers to connect, and then for the first worker to reach its first batch."),
     ] = START_S
 
     stop_timeout: Annotated[
         float,
         Meta(gt=0),
         _help(
-            "Seconds in which a run that is told to stop (Ctrl-C or SIGTERM on launcher or coordinator) ends the round in "
-            "progress and makes a snapshot; a second signal stops it at once."
+            "Seconds in which a run that is told to stop (Ctrl-C or SIGTERM) ends the round and makes a checkpoint. A second "
+            "signal stops it at once."
         ),
     ] = 25.0
 
     coordinator_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help("Seconds for which servers and workers go on without the coordinator, which can be started again meanwhile."),
+        _help("Seconds that servers and workers wait for a lost coordinator to come back."),
     ] = 60.0
 
     def __post_init__(self) -> None:

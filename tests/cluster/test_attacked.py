@@ -20,9 +20,9 @@ from roundtable.common.storage.event_log import RunLogReader
 
 ROOT = Path(__file__).parents[2]
 
-FLAGS = ("--workers", 2, "--servers", 2, "--data", "digits", "--model", "mlp", "--rounds", 100, "--transport", "tcp")
+FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--transport", "tcp")
 #: Trains 60 rounds, and the rest once there is a file `go`: so no machine is so fast that a run ends before an attack does.
-SCRIPT = (ROOT / "benchmarks" / "train_to_the_end.py", "--", "wait")
+SCRIPT = (ROOT / "benchmarks" / "train_to_the_end.py", "wait")
 #: What is refused under another kind each, and what needs little time of a small machine's processors.
 CHOSEN = (
     "garbage", "oversized frames", "endless frames", "gradients of another size or type", "unknown senders", "another run's id",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from roundtable import cli
 from roundtable.cluster.launch.local import check_order
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings
+from roundtable.commands.train import coordinator, local
 from roundtable.common.config.settings import FIELDS, Settings
 from roundtable.common.runtime.errors import UsageError
 
@@ -119,7 +122,7 @@ def fail_of_coordinator(port: int) -> str:
 
 
 def test_every_setting_is_a_flag_of_the_same_name_with_a_description() -> None:
-    options = {p.name: p for p in cli.local.params if isinstance(p, click.Option)}
+    options = {p.name: p for p in local.params if isinstance(p, click.Option)}
     for name in [*FIELDS, "config", "run_dir", "name", "overwrite", "port"]:
         assert options[name].help and options[name].opts[0] == "--" + name.replace("_", "-")
 
@@ -162,9 +165,47 @@ def scripted(choice: Choice) -> tuple[str | None, tuple[str, ...]]:
 
 
 def test_what_follows_two_dashes_is_the_scripts_even_if_it_looks_like_ours() -> None:
-    with cli.local.make_context("local", ["--workers", "3", "train.py", "--", "--workers", "9", "--", "x"]) as ctx:
+    with local.make_context("local", ["--workers", "3", "train.py", "--", "--workers", "9", "--", "x"]) as ctx:
         assert (ctx.params["workers"], ctx.params["script"]) == (3, "train.py")
         assert ctx.meta["args"] == ("--workers", "9", "--", "x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "script", "args"),
+    [
+        ("train.py --lr 1", "train.py", "--lr 1"),
+        ("--servers 1 train.py a --workers 9 -- x --help", "train.py", "a --workers 9 -- x --help"),
+        ("--workers=3 train.py", "train.py", ""),
+        ("--servers 1 -- a --lr", None, "a --lr"),
+        ("", None, ""),
+    ],
+)
+def test_what_follows_the_script_is_the_scripts(argv: str, script: str | None, args: str) -> None:
+    with local.make_context("local", argv.split()) as ctx:
+        assert (ctx.params["script"], ctx.meta["args"]) == (script, tuple(args.split()))
+
+
+def test_flags_of_the_example_are_refused_where_a_script_would_not_see_them(fail: Fail, tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    assert "--lr is a setting of the built-in example and has no effect on train.py" in fail("local", "--lr", "1", "train.py")
+    assert "--model" in fail("local", "--config", "f.toml", "--model", "mlp", toml="script = 'train.py'")
+
+
+def test_help_shows_a_dozen_flags_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        assert run_command(cli.cli, ["local", flag], "launch.py") == 0
+        shown[flag] = re.findall(r"^  (?:-\w, )?(--[\w-]+)", capsys.readouterr().out, re.M)
+    assert 8 <= len(shown["--help"]) <= 15 and "--workers" in shown["--help"] and "--lr" not in shown["--help"]
+    options = [option for option in local.params if isinstance(option, click.Option)]
+    assert set(shown["--help-all"]) == {option.opts[0] for option in options} | {"--help"}
+
+
+def test_every_flag_has_a_section() -> None:
+    for command in (local, coordinator):
+        text = CliRunner().invoke(command, ["--help-all"]).output
+        other = text.partition("Other:")[2]
+        assert re.findall(r"--[\w-]+", other) == ["--help-all", "--help"]
 
 
 def test_the_settings_file_of_a_run_repeats_it(tmp_path: Path) -> None:

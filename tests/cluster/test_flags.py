@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from roundtable.cli import cli
 from roundtable.cluster.commands.experiment import read_experiment
-from roundtable.cluster.options.flags import Command, choose, given, settings_options
+from roundtable.cluster.options.command import Command, settings_options
+from roundtable.cluster.options.flags import choose, given
 from roundtable.common.config.old_names import OLD_NAMES
 from roundtable.common.config.settings import FIELDS, Settings, make_settings
 from roundtable.common.runtime.errors import UsageError

@@ -47,7 +47,7 @@ def test_sharded_layers_are_left_alone_in_such_a_round_too(launch: Callable[...,
 
 def test_they_end_the_run_with_a_sentence_unless_they_are_allowed(tmp_path: Path) -> None:
     def run(*flags: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, LAUNCH, "local", "--overwrite", "--run-dir", tmp_path / "run", *FLAGS, *flags]
+        command = [sys.executable, LAUNCH, "local", "--overwrite", "--run-dir", tmp_path / "run", *flags, *FLAGS]
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
 
     for transport, who in (("auto", "server-"), ("tcp", "worker-")):  # who looks at what workers share, and at what they send

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.faults import measure, rows
-from benchmarks.live import LAUNCH, TRAINING, Cluster
+from benchmarks.live import LAUNCH, LENGTH, Cluster
 from roundtable.common.storage.run_files import MODEL_FILE
 
 Start = Callable[..., Cluster]
@@ -62,7 +62,7 @@ def test_a_run_to_whose_end_that_happens_ends_as_if_nothing_had_happened(undistu
 
 
 def test_the_summary_says_who_left_early(cluster: Start, undisturbed: str) -> None:
-    summary = cluster(*TRAINING, ENDS, "--", "leave").summary()
+    summary = cluster(*LENGTH, ENDS, "leave").summary()
     assert summary["weights_sha256"] == undisturbed and summary["left_early"].keys() == {"worker-1"}
     assert 60 <= summary["left_early"]["worker-1"] < summary["rounds"]
 
@@ -70,7 +70,7 @@ def test_the_summary_says_who_left_early(cluster: Start, undisturbed: str) -> No
 def test_who_evaluates_for_longer_than_the_timeout_is_waited_for_and_the_model_is_there_before(
     cluster: Start, undisturbed: str
 ) -> None:
-    run = cluster(*TRAINING, "--progress-timeout", 3, ENDS, "--", "evaluate")
+    run = cluster(*LENGTH, "--progress-timeout", 3, ENDS, "evaluate")
     run.until(lambda: run.events("model"), "the model was written")
     written_at = time.monotonic()
     assert (run.folder / MODEL_FILE).exists() and not (run.folder / "summary.json").exists()
@@ -84,7 +84,7 @@ def test_who_evaluates_for_longer_than_the_timeout_is_waited_for_and_the_model_i
 @pytest.mark.parametrize(("how", "why"), [("raise", "ValueError: the evaluation failed"), ("kill", "is dead")])
 @pytest.mark.parametrize("policy", ["sync", "local"])
 def test_a_worker_that_fails_after_the_last_round_changes_nothing(cluster: Start, how: str, why: str, policy: str) -> None:
-    run = cluster("--data", "digits", "--model", "mlp", "--epochs", 3, "--policy", policy, "--max-restarts", 0, ENDS, "--", how)
+    run = cluster("--epochs", 3, "--policy", policy, "--max-restarts", 0, ENDS, how)
     summary = run.summary()
     assert why in summary["failed_after_the_last_round"]["worker-0"]
     assert load_file(run.folder / MODEL_FILE) and not run.events("restarted")

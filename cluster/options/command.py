@@ -1,0 +1,224 @@
+"""Commands and options of click as this program has them.
+
+Options are made from the fields of `Settings`, stand in sections of the help text, and have hidden names. What follows SCRIPT
+belongs to the script.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any, get_args, get_origin
+
+import click
+import msgspec
+
+from roundtable.common.config.old_names import OLD_NAMES, new_value
+from roundtable.common.config.settings import FIELDS, choices
+from roundtable.common.network.addresses import as_told
+
+EXAMPLE = "Built-in example (without SCRIPT)"
+_EXAMPLE_PREFIX = "Built-in example: "
+#: Where options stand in the help text. The first section has what `--help` shows; `--help-all` shows all of them.
+_SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "Common options": (
+        "workers", "servers", "policy", "global_batch", "epochs", "checkpoint_every", "name", "resume", "config", "progress",
+        "quiet", "verbose",
+    ),
+    "Batch and length": ("micro_batch", "rounds", "seed", "threads"),
+    "Policy": (
+        "max_staleness", "backup_micro_batches", "local_steps", "local_after", "outer_lr", "outer_momentum",
+        "average_weights_by", "staleness_lr", "delay_compensation",
+    ),
+    "Checkpoints and run directory": ("keep_checkpoints", "run_dir", "overwrite", "allow_version_mismatch"),
+    "Fault tolerance": (
+        "replicas", "max_restarts", "restart_delay", "worker_failures", "on_nonfinite", "heartbeat_timeout", "progress_timeout",
+        "coordinator_timeout", "start_timeout", "stop_timeout", "stack_dump_after",
+    ),
+    "Network and memory": (
+        "transport", "compress_gradients", "compress_weights", "topk_ratio", "topk_momentum", "port", "listen", "server_device",
+        "kv_memory",
+    ),
+}  # fmt: skip
+_ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
+
+
+def is_of_example(key: str) -> bool:
+    """Return whether the setting `key` is one of the built-in example, of which a script knows nothing."""
+    return key in FIELDS and _description(key).startswith(_EXAMPLE_PREFIX)
+
+
+class Option(click.Option):
+    """An option that hidden flags may give too: its old names, and names that other programs use.
+
+    The old names are those of `OLD_NAMES`, and `old`.
+    """
+
+    def __init__(self, *args: Any, old: Sequence[str] = (), also: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        before = ["--" + before.replace("_", "-") for before, name in OLD_NAMES.items() if name == self.name]
+        self._old = frozenset([*before, *old])
+        self._hidden = [*before, *old, *also]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        for flag in self._hidden:
+            kind: dict[str, Any] = {"action": "store_const", "const": True} if self.is_flag else {"action": "store"}
+            parser.add_option(obj=self, opts=[flag], dest=flag, **kind)
+
+    def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> tuple[Any, list[str]]:
+        """Take a value that was given by a hidden flag as this option's own."""
+        found = dict(opts)
+        for flag in self._hidden:
+            if flag not in found:
+                continue
+            if self.name in found:
+                raise click.UsageError(f"{flag} and {self.opts[0]} are one option: give {self.opts[0]} alone.", ctx)
+            found[str(self.name)] = new_value(flag.removeprefix("--").replace("-", "_"), found.pop(flag))
+            if flag in self._old:
+                click.echo(f"warning: {flag} is now called {self.opts[0]}; the next release drops the old name.", err=True)
+        return super().handle_parse_result(ctx, found, args)
+
+
+class Command(click.Command):
+    """A command whose options stand before SCRIPT, if it takes one. What follows SCRIPT, or `--`, is in `ctx.meta["args"]`.
+
+    If it has many options, `--help` shows the common ones.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._has_sections = any(option.name == "config" for option in self.params)
+        if self._has_sections:
+            shows = click.Option(
+                ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_help_all, help="Show all options."
+            )
+            self.params.append(shows)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest: list[str] = []
+        if self._takes_script:
+            args, rest = self._split(ctx, args)
+        ctx.meta["args"] = tuple(rest)
+        return super().parse_args(ctx, args)
+
+    @property
+    def _takes_script(self) -> bool:
+        return any(parameter.name == "script" for parameter in self.params)
+
+    def _split(self, ctx: click.Context, args: list[str]) -> tuple[list[str], list[str]]:
+        """Return this command's own arguments, SCRIPT included, and those of the script."""
+        parser = self.make_parser(ctx)
+        parser.allow_interspersed_args = False
+        found, left, _ = parser.parse_args(list(args))
+        has_script = found.get("script") is not None and found["script"] in args  # else click's mark for none
+        own = len(args) - len(left) - has_script
+        if own and args[own - 1] == "--":
+            return args[: own - 1], args[own:]
+        rest = args[own + 1 :]
+        return args[: own + 1], rest[1:] if rest[:1] == ["--"] else rest
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        pieces = super().collect_usage_pieces(ctx)
+        return [*pieces, "[ARGS...]"] if "[SCRIPT]" in pieces else pieces
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if not self._has_sections:
+            super().format_options(ctx, formatter)
+            return
+        sections: dict[str, list[tuple[str, str]]] = {section: [] for section in (*_SECTIONS, EXAMPLE, "Other")}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[_section(parameter.name or "")].append(record)
+        common = next(iter(_SECTIONS))
+        for section, records in sections.items():
+            if records and (ctx.meta.get("help_all") or section in (common, "Other")):
+                with formatter.section(section):
+                    formatter.write_dl(records, col_max=24)
+
+
+def _help_all(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta["help_all"] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+def _section(key: str) -> str:
+    if is_of_example(key):
+        return EXAMPLE
+    return next((section for section, keys in _SECTIONS.items() if key in keys), "Other")
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command function one option for each field of Settings."""
+    for key in reversed(FIELDS):
+        command = _option_of(key)(command)
+    return command
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command function the options that say where a run is kept."""
+    for flag, text, extra in (
+        ("--overwrite", "Replace an existing run.", {"is_flag": True}),
+        ("--name", "Name of the run: short for --run-dir runs/NAME.", {"metavar": "NAME"}),
+        ("--run-dir", "Folder for the model, the summary, the event log and the logs.", {"metavar": "DIR"}),
+        ("--config", "Read settings from a TOML file. Flags override it.", {"metavar": "FILE"}),
+    ):
+        command = click.option(flag, cls=Option, help=text, **extra)(command)
+    return command
+
+
+def _option_of(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    kind, text = _plain_type(FIELDS[key].type), _description(key).removeprefix(_EXAMPLE_PREFIX)
+    flag = "--" + key.replace("_", "-")
+    common: dict[str, Any] = {
+        "cls": Option,
+        "help": text[0].upper() + text[1:],
+        "default": FIELDS[key].default,
+        "show_default": FIELDS[key].default is not None,
+    }
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", **{**common, "show_default": FIELDS[key].default is True})
+    if choices(key):
+        return click.option(flag, type=click.Choice(choices(key)), **common)
+    special = {"init": "FILE", "image": "CxHxW", "column_devices": "A,B"}
+    metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else special.get(key, "NAME"))
+    if key == "workers":
+        common["also"] = ["-n", "--nproc-per-node"]
+    return click.option(flag, type=kind, metavar=metavar, **common)
+
+
+def _description(key: str) -> str:
+    metas = get_args(FIELDS[key].type)[1:]
+    return " ".join(meta.description for meta in metas if isinstance(meta, msgspec.Meta) and meta.description)
+
+
+def _plain_type(annotation: Any) -> type:
+    """Return int, float, bool or str: what is left of a field's type without its bounds, None and lists of words."""
+    while not inspect.isclass(annotation):
+        inner = [part for part in get_args(annotation) if part is not NoneType]
+        if get_origin(annotation) is None or isinstance(inner[0], str):
+            return str
+        annotation = inner[0]
+    return annotation
+
+
+def check_address(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    """Check the value of an option that takes tcp://HOST:PORT: ZeroMQ itself would take port 100000 for 34464."""
+    found = _ADDRESS.fullmatch(value)
+    if found is None:
+        raise click.BadParameter(f"'{value}' is no address; it looks like tcp://HOST:PORT.")
+    if int(found[1]) > 65535:
+        raise click.BadParameter(f"'{value}' is no address: a port is at most 65535.")
+    return value
+
+
+def check_advertised(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """Check the value of an option that takes HOST, HOST:PORT or tcp://HOST:PORT."""
+    if value is not None:
+        as_told(value, "tcp://*:0")
+    return value

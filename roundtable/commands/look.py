@@ -1,0 +1,118 @@
+"""Commands that look inside: at what a network costs, and at what a trained one has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from roundtable.cluster.options.command import Command
+from roundtable.commands.shared import on_cluster
+
+_WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
+                        help="Workers that compute the features.")  # fmt: skip
+
+
+def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command function the argument and options that say which run to look at, and on which images."""
+    for flag, metavar, text in (
+        (
+            "--model-file",
+            "FILE.py:FACTORY",
+            "What makes the model of a run of your own script: a class or function; FILE.py is imported.",
+        ),
+        ("--data-dir", "DIR", "Folder that holds the images, where --data needs one."),
+        ("--data", "NAME", "The images, as in `local`; by default those that the run was trained on."),
+    ):
+        command = click.option(flag, metavar=metavar, help=text)(command)
+    return click.argument("run")(command)
+
+
+@click.command(cls=Command)
+@click.argument("model")
+@click.option("--image", metavar="CxHxW", help="The size of an image; by default 3x224x224 for alexnets and 1x28x28 for others.")
+@click.option("--classes", type=click.IntRange(min=1), metavar="N", help="By default 1000 for alexnets and 10 for others.")
+@click.option("--data", metavar="NAME", help="Take both from these images, as for --data of local.")
+@click.option("--data-dir", metavar="DIR", help="Folder that holds them, where --data needs one.")
+def inspect(model: str, image: str | None, classes: int | None, data: str | None, data_dir: str | None) -> None:
+    """Show what a network costs, layer by layer.
+
+    MODEL is the name of a built-in network, or FILE.py:FACTORY, which is called without arguments and returns a torch.nn.Module.
+    Beside output, parameters and multiply-adds stand the weights that each layer has, would have if they were not shared, and
+    would have fully connected.
+    """
+    from rich.console import Console
+
+    from roundtable.worker.tools.layer_costs import inspect as show
+
+    show(model, image, data, data_dir, classes, Console())
+
+
+@click.command()
+@_looks_at_a_run
+@click.option("--layer", required=True, metavar="NAME", help="The layer: conv1, relu2, fc1, ..., or its name in named_modules().")
+@_WORKERS
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="By default RUN/features/DATA-LAYER.safetensors.")
+def features(layer: str, workers: int, out: Path | None, **source: Any) -> None:
+    """Compute the features of images by the layer of a trained model.
+
+    RUN is a run's folder, or its name under runs/. What the layer gives for each image of the data set, to train on and held
+    out, is flattened and written to a safetensors file: features (N, D), labels, indices and held_out.
+    """
+    from roundtable.explore.features import command
+    from roundtable.explore.trained import Source
+
+    click.echo(command(Source(**source), layer, workers, out, on_cluster))
+
+
+@click.command()
+@_looks_at_a_run
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--layer", metavar="NAME", help="The layer whose features are compared; by default that before the last.")
+@click.option("-k", type=click.IntRange(min=1), default=8, show_default=True, metavar="N", help="Images to find for each.")
+@click.option("--metric", type=click.Choice(["cosine", "euclidean"]), default="cosine", show_default=True)
+@click.option("--approximate", is_flag=True, help="Search in a graph (HNSW) instead of looking at all images.")
+@click.option("--retrieval/--no-retrieval", default=True, help="Measure how often the nearest are of the same class.")
+@_WORKERS
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the galleries; by default RUN/similar.")
+def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int, metric: Any, approximate: bool,
+            retrieval: bool, workers: int, **source: Any) -> None:  # fmt: skip
+    """Find the training images that are most like others.
+
+    RUN is a run's folder, or its name under runs/; each IMAGE is a file, or the number of a held-out image. The nearest by
+    what a layer of the trained model gives are drawn as a gallery, a PNG and a page of HTML, and how good the features are
+    for that is told beside raw pixels. Features are kept in RUN/features.
+    """
+    from roundtable.explore.similar import command
+    from roundtable.explore.trained import Source
+
+    for line in command(Source(**source), images, layer, k, metric, approximate, retrieval, workers, out, on_cluster):
+        click.echo(line)
+
+
+@click.command()
+@_looks_at_a_run
+@click.option("--layer", default="conv1", show_default=True, metavar="NAME", help="A convolution: conv1, conv2, ...")
+@click.option(
+    "--image",
+    default="0",
+    show_default=True,
+    metavar="IMAGE",
+    help="Whose maps are drawn: a file, or the number of a held-out image.",
+)
+@click.option("--also", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="Another model file, or folder of a snapshot, to draw filters of; may be given again.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the pictures; by default RUN/filters.")
+def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **source: Any) -> None:
+    """Draw what a convolution has learnt.
+
+    RUN is a run's folder, or its name under runs/. Drawn are the filters before training, in the snapshots that
+    there are, and after it, the maps of one image layer by layer, and the patches of training images that excite a filter most.
+    """
+    from roundtable.explore.filters import command
+    from roundtable.explore.trained import Source
+
+    for line in command(Source(**source), layer, image, also, out):
+        click.echo(line)

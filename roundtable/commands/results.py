@@ -1,0 +1,104 @@
+"""Commands for what runs have left: checkpoints, experiments, and models to merge."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from roundtable.cluster.options.command import Command
+from roundtable.commands.shared import program
+
+
+@click.group()
+def checkpoint() -> None:
+    """Look at the snapshots of a run, check them, and take the model out of one.
+
+    RUN is a run directory, or the name of one under runs/.
+    """
+
+
+@checkpoint.command("list")
+@click.argument("run")
+def list_checkpoints(run: str) -> None:
+    """List the snapshots of RUN."""
+    from roundtable.cluster.commands.checkpoint import list_snapshots
+
+    list_snapshots(run)
+
+
+@checkpoint.command()
+@click.argument("run")
+def verify(run: str) -> None:
+    """Compare all files of RUN's snapshots with their check sums, and restore each server from them as a resume does.
+
+    That takes the memory of one server at a time. The exit code is 1 where a snapshot cannot be used.
+    """
+    from roundtable.cluster.commands.checkpoint import verify_snapshots
+    from roundtable.ps.server.restoring import hindrance
+
+    verify_snapshots(run, hindrance)
+
+
+@checkpoint.command()
+@click.argument("run")
+@click.option(
+    "--round", "round_", type=click.IntRange(min=0), metavar="N", help="Of the snapshot of this round; else the newest."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
+def export(run: str, round_: int | None, out: Path) -> None:
+    """Write the model in a snapshot of RUN to a safetensors file, by the names of its state_dict."""
+    from roundtable.cluster.commands.checkpoint import export_model
+
+    export_model(run, round_, out)
+
+
+@click.command(cls=Command)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Run all again, also what has finished or was begun before.")
+def experiment(file: Path, overwrite: bool) -> None:
+    """Run many settings and compare them.
+
+    FILE is TOML: [settings] for all runs; a [matrix] of lists of settings, of which every combination is a run; [[case]] tables
+    with a name and settings of their own, each run with every combination of the matrix; optional are script, args, name, and
+    out, the folder for the runs and results, which by default is runs/experiments/NAME.
+
+    The runs go one after another; what has finished before with the same settings is not run again, and what was begun goes on.
+    A table (CSV and Markdown) and a plot of loss and accuracy over time are written.
+    """
+    from rich.console import Console
+
+    from roundtable.cluster.commands.experiment import read_experiment, run_experiment
+
+    run_experiment(read_experiment(file), program(), os.environ, Console(force_terminal=False), overwrite)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
+@click.option("--how", type=click.Choice(["uniform", "samples", "greedy"]), default="uniform", show_default=True,
+              help="How much each counts: all the same, as the samples of its run, or those alone that make the mean better on "
+              "held-out images of the built-in example.")  # fmt: skip
+@click.option("--weights", metavar="X,X,...", help="How much each counts, in numbers, instead.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE.")
+def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, overwrite: bool) -> None:
+    """Merge trained models into one by the mean of their weights.
+
+    MODELS are safetensors files, state_dicts of torch.save or run directories, all of one kind of network. The mean is good only
+    of models that started from the same weights.
+    """
+    from roundtable.common.runtime.errors import UsageError
+    from roundtable.worker.tools.merge_models import merge_files
+
+    try:
+        numbers = [float(weight) for weight in weights.split(",")] if weights is not None else None
+    except ValueError:
+        raise UsageError(f"--weights {weights} cannot be: give numbers with commas between them, such as 1,2,0.5.") from None
+    merged = merge_files(models, out, how, numbers, overwrite)
+    for warning in merged.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    for part, weight in enumerate(merged.weights):
+        measured = f", accuracy {merged.parts_accuracy[part]:.2%}" if merged.parts_accuracy is not None else ""
+        click.echo(f"{models[part]}: weight {weight:g}{measured}")
+    click.echo(f"{out}: " + (f"accuracy {merged.accuracy:.2%}" if merged.accuracy is not None else "written"))

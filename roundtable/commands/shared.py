@@ -1,0 +1,38 @@
+"""What several commands need: where they log to, which program they start again, and runs of their own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import roundtable
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import OneLine
+
+
+def program() -> list[str]:
+    """Return the command line of this program, to which the names of commands are added."""
+    return [sys.executable, str(Path(roundtable.__file__).with_name("cli.py"))]
+
+
+def log_to_stderr() -> None:
+    """Show what our packages log. A script's own logging is left alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("roundtable")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, ...]) -> None:
+    """Run a script on a cluster of this machine that is only a means to something else; `folder` is its run directory."""
+    from rich.console import Console
+
+    from roundtable.cluster.launch.local import LaunchSpec, run_local
+    from roundtable.cluster.run.console import LiveOnly
+    from roundtable.common.storage.event_log import FILE_NAME
+
+    run_local(LaunchSpec(settings, folder, script, args), program(), os.environ, LiveOnly(Console(), folder / FILE_NAME))
