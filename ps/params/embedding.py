@@ -30,7 +30,8 @@ from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
-from roundtable.ps.params.dense import Norm, with_tuples
+from roundtable.ps.params.chunk_state import with_tuples
+from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.state_part import Part
 
 #: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.

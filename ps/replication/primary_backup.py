@@ -238,7 +238,7 @@ class Backup:
             self.version += 1
 
     def _factor(self, factor: float | None) -> torch.Tensor | None:
-        return None if factor is None else self._store.factor(factor)
+        return self._store.clipping.of_value(factor)
 
     @property
     def steps(self) -> int:

@@ -43,4 +43,4 @@ class ShardState:
         fit."""
         self.store.restore(state)
         self.tables.arrived(state, state.head.round)
-        self.classifiers.arrived(state, state.head.round, state.head.pending, self.store.factor)
+        self.classifiers.arrived(state, state.head.round, state.head.pending, self.store.clipping.of_value)

@@ -35,7 +35,8 @@ from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
-from roundtable.ps.params.dense import Norm, NotFinite
+from roundtable.ps.params.clipping import Norm
+from roundtable.ps.params.dense import NotFinite
 from roundtable.ps.replication.manager import ReplicationManager
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming
@@ -344,7 +345,7 @@ class SyncShard(Shard):
         if clips and self._own_norms is None:
             self._own_norms = self._measured()
         waits = clips and self._norms is None
-        factor = self.store.clip_factor(self._norms) if clips and self._norms is not None else None
+        factor = self.store.clipping.factor(self._norms) if clips and self._norms is not None else None
         if not waits:
             for chunk in list(self._means):
                 self._apply(chunk, [self._means.pop(chunk)], 1, now, factor)

@@ -36,7 +36,8 @@ from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
-from roundtable.ps.params.dense import Norm, with_tuples
+from roundtable.ps.params.chunk_state import with_tuples
+from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.embedding import Rows, optimizer_over, zeros
 from roundtable.ps.params.state_part import Part
 from roundtable.ps.sharded.column_parallel import Products
@@ -697,7 +698,11 @@ class LayerShards:
         return any(name.endswith(f"/{one.spec.name}") and one.put(name, first, rows) for one in self._classifiers)
 
     def arrived(
-        self, files: TensorFiles, version: int, pending: ReplicateLayers | None, factor: Callable[[float], torch.Tensor]
+        self,
+        files: TensorFiles,
+        version: int,
+        pending: ReplicateLayers | None,
+        factor: Callable[[float | None], torch.Tensor | None],
     ) -> None:
         """Go on at round `version` from what `parts` gave; see Classifier.arrived."""
         self._closed = version
@@ -707,7 +712,7 @@ class LayerShards:
             names = itertools.takewhile(files.__contains__, (f"{_PENDING}/{number}" for number in itertools.count()))
             frames = [frame for name in names for frame in cut(files[name])]
             parts = self.received(pending, frames, "the last round of a shard")
-            clipping = None if pending.factor is None else factor(pending.factor)
+            clipping = factor(pending.factor)
             self._pending = _Closed(pending.round, parts, pending.samples, pending.hypers, clipping)
 
     # ---- what there is to save

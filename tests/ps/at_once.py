@@ -15,7 +15,7 @@ from roundtable.common.protocol.messages.embedding import InitialRows
 from roundtable.common.protocol.messages.setup import Ready, Update
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
-from roundtable.ps.params.dense import Norm
+from roundtable.ps.params.clipping import Norm
 from roundtable.ps.sharded.layers import LayerShards
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.layers.sharded_linear import ShardedLayers, find_layers

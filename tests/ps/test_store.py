@@ -86,7 +86,7 @@ class Cluster:
             totals, samples = {i: stores[i].mean(i, [total], samples) for i, total in totals.items()}, 1
         norms = sorted(norm for i, mean in totals.items() for norm in stores[i].norms(i, mean)) if self.clips else []
         for chunk in self.layout.chunks:
-            factor = stores[chunk.id].clip_factor(norms)
+            factor = stores[chunk.id].clipping.factor(norms)
             group = hypers[chunk.group] if chunk.group >= 0 else {}
             stores[chunk.id].apply(chunk.id, [totals[chunk.id]], samples, group, factor, **how)
 
