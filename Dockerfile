@@ -5,10 +5,14 @@
 #
 #   PIP_EXTRA_INDEX_URL=ADDRESS docker-compose build
 
+# A server, a worker with a script of yours and a coordinator need no extra. The built-in example needs its data: EXTRA=explore.
+
 # What has to be installed, on its own: the layers below depend on this list and not on the rest of pyproject.toml.
 FROM python:3.11-slim AS requirements
+ARG EXTRA=""
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /requirements.txt
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*sorted(project['dependencies'] + project['optional-dependencies'].get('$EXTRA', [])), sep='\n')" > /requirements.txt
 
 FROM python:3.11-slim
 RUN useradd --create-home trainer && mkdir /runs && chown trainer /runs

@@ -34,6 +34,7 @@ from roundtable.cluster.run.run_directory import claim, is_folder_name, kept, re
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.config.settings import Settings, check_values, make_settings, read_toml, unknown_key
 from roundtable.common.runtime.errors import ClusterError, PsError, UsageError
+from roundtable.common.runtime.extras import require
 from roundtable.common.storage.event_log import FILE_NAME
 from roundtable.common.storage.run_files import RUNS, SETTINGS_FILE, How
 
@@ -176,6 +177,7 @@ def run_experiment(
     The report is written anew after each run, so that one that was interrupted is of use. Raises ClusterError at the end if
     a run failed, UsageError where the `out` folder cannot be had, KeyboardInterrupt as run_local does.
     """
+    require("experiment", "matplotlib")
     _check_out(experiment)
     outcomes: list[Outcome] = []
     settings = [case.settings for case in experiment.cases]

@@ -10,6 +10,7 @@ import click
 
 from roundtable.cluster.options.command import Command
 from roundtable.commands.shared import on_cluster
+from roundtable.common.runtime.extras import require
 
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
                         help="Workers that compute the features.")  # fmt: skip
@@ -85,6 +86,7 @@ def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int
     what a layer of the trained model gives are drawn as a gallery, a PNG and a page of HTML, and how good the features are
     for that is told beside raw pixels. Features are kept in RUN/features.
     """
+    require("similar", "faiss", "matplotlib", "PIL")
     from roundtable.explore.similar import command
     from roundtable.explore.trained import Source
 
@@ -111,6 +113,7 @@ def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **
     RUN is a run's folder, or its name under runs/. Drawn are the filters before training, in the snapshots that
     there are, and after it, the maps of one image layer by layer, and the patches of training images that excite a filter most.
     """
+    require("filters", "matplotlib", "PIL")
     from roundtable.explore.filters import command
     from roundtable.explore.trained import Source
 

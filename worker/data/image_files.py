@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from roundtable.common.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: File name endings of images, and the decoders that may open them. Pillow has more, some of which start other programs.
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -25,6 +28,8 @@ def read_image(path: Path, mode: str) -> Image.Image:
     Values of 16-bit grey images are scaled to 8 bits. Raises UsageError, which names the file, where it cannot be read, is too
     large, or has grey values of 32 bits, of which nobody says how large white is.
     """
+    from PIL import Image, ImageOps
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the tighter limit
@@ -44,6 +49,8 @@ def read_image(path: Path, mode: str) -> Image.Image:
 def _in_8_bits(image: Image.Image, path: Path, at_most_16_bits: bool) -> Image.Image:
     """The image with 8 bits a channel. Some formats have at most 16 bits, whatever Pillow calls them."""
     if image.mode.startswith("I;16") or (image.mode == "I" and at_most_16_bits):
+        from PIL import Image
+
         values = np.asarray(image).astype(np.float32) / _TO_8_BITS
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):

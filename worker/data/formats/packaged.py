@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.extras import require
 from roundtable.worker.data.formats.images import Images, Request, TensorImages, shape_of
 
 #: Draws the held-out samples. Fixed for good: figures are comparable between runs only where they are held out from all.
@@ -46,9 +47,9 @@ def load_digits(
 
 def package_file(package: str, file: str) -> Path:
     """The path of `file` in an installed package. Raises UsageError where the package is not installed or lacks it."""
+    require("this data set", package)
     spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise UsageError(f"these images come with the package {package}, which is not installed: install {package}.")
+    assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.is_file():
         raise UsageError(f"there is no {path}: this version of {package} lacks the images that others come with, so change it.")

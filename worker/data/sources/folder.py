@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.extras import require
 from roundtable.worker.data.formats.images import Images, Request, Sample, Samples
 from roundtable.worker.data.image_files import SUFFIXES, read_image
 
@@ -27,6 +27,7 @@ def load(request: Request) -> Images:
 
     Raises UsageError where there are no images, or held-out ones of a class that is not trained on.
     """
+    require("a folder of images", "PIL")
     root = request.folder()
     top = root / "train" if (root / "train").is_dir() else root
     train = _files_by_class(top)
@@ -64,6 +65,8 @@ class FolderImages(Samples):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Sample:
+        from PIL import Image
+
         path, label = self.files[index]
         image = read_image(path, "RGB").resize(self._size, Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
