@@ -122,6 +122,7 @@ def send(wire: Wire, listener: Listener) -> list[list[bytes]]:
     return found + listener.take(0.2)
 
 
+@pytest.mark.slow
 def test_what_is_overheard_is_sent_again_as_it_was(listener: Listener, tmp_path: Path) -> None:
     wire = Wire(tmp_path / "wire")
     wire.on()
@@ -145,6 +146,7 @@ def test_what_a_process_that_was_killed_has_written_last_is_left_out(listener: L
     assert len(wire.heard()) == 199
 
 
+@pytest.mark.slow
 def test_messages_go_twice_and_after_later_ones(listener: Listener, tmp_path: Path) -> None:
     wire = Wire(tmp_path / "wire", is_unruly=True)
     assert [int(message[0]) for message in send(wire, listener)] == list(range(200))

@@ -18,6 +18,8 @@ from roundtable.common.protocol.messages.session import Hello
 from roundtable.common.protocol.transport import Stamp
 from roundtable.common.storage.event_log import RunLogReader
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--transport", "tcp")

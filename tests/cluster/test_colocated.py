@@ -26,6 +26,8 @@ import os
 import torch
 import roundtable
 
+pytestmark = pytest.mark.slow
+
 run = roundtable.join()
 model = run.replicate(torch.nn.Linear(8, 4))
 opt = run.optimizer(torch.optim.SGD, lr=0.1)

@@ -19,6 +19,8 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError, UsageError
 from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(Path(__file__).with_name("stub_program.py"))]
 ENV = {**os.environ, "STUB_COORDINATOR": "seed", "STUB_SERVER_0": "exit 0", "STUB_WORKER_0": "exit 0"}

@@ -14,6 +14,8 @@ from rich.console import Console
 from roundtable.cluster.process.output import Forgiving, forgiving_output
 from roundtable.cluster.run.console import say
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

@@ -62,6 +62,7 @@ def endless(start: Start, tmp_path: Path) -> Callable[..., Launched]:
     return begin
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_workers_whose_data_others_load_and_removes_their_shared_memory(endless: Callable[..., Launched]) -> None:
     run = endless("file_system")
     everybody = run.members()
@@ -72,6 +73,7 @@ def test_ctrl_c_stops_workers_whose_data_others_load_and_removes_their_shared_me
     run.leaves_nothing(everybody)
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_launcher_of_workers_whose_data_others_load(endless: Callable[..., Launched]) -> None:
     run = endless("file_system")
     everybody = run.members()
@@ -81,6 +83,7 @@ def test_nothing_outlives_a_killed_launcher_of_workers_whose_data_others_load(en
     run.leaves_nothing(everybody)
 
 
+@pytest.mark.slow
 def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_again_end_the_run(
     start: Start, tmp_path: Path
 ) -> None:
@@ -100,6 +103,7 @@ def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_agai
     assert sorted(path.name for path in (tmp_path / "run").glob("events.sqlite*")) == ["events.sqlite"]
 
 
+@pytest.mark.slow
 def test_workers_wait_for_a_slow_first_one_for_longer_than_the_timeout_and_say_so(start: Start, tmp_path: Path) -> None:
     slow = "import time\n" + ENDLESS.replace("epochs=10**6", "epochs=1").replace(
         "for number,", "time.sleep(13 * run.is_chief)\nfor number,"
@@ -179,6 +183,7 @@ def test_a_coordinator_a_server_and_a_worker_that_were_started_by_hand_work_toge
     assert joined == {"server-0", "worker-0"}
 
 
+@pytest.mark.slow
 def test_an_experiment_is_run_from_the_command_line_into_a_table_and_a_plot(start: Start, tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_text(
         "[settings]\ndata = 'digits'\nrounds = 3\nworkers = 1\nservers = 1\n[matrix]\noptimizer = ['SGD', 'SDG']\n"

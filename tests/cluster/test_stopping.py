@@ -22,6 +22,8 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import Event, RunLog
 from roundtable.common.storage.run_files import SETTINGS_FILE
 
+pytestmark = pytest.mark.slow
+
 ALL = 4
 Stub = Callable[..., Launched]
 

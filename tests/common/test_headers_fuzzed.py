@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +36,7 @@ BODIES: list[Body] = [
 ]
 HEADERS = [HERE.encode(body) for body in BODIES]
 
-many = settings(max_examples=1000, deadline=None)
+many = settings(max_examples=300, deadline=None)
 values = st.recursive(
     st.none()
     | st.booleans()
@@ -74,6 +75,7 @@ def test_headers_some_of_whose_bytes_are_others(header: bytes, changes: list[tup
     look(header)
 
 
+@pytest.mark.slow
 @many
 @given(values, st.sampled_from(range(6)), st.sampled_from(HEADERS))
 def test_envelopes_one_of_whose_fields_is_something_else(value: Any, field: int, header: bytes) -> None:
@@ -82,6 +84,7 @@ def test_envelopes_one_of_whose_fields_is_something_else(value: Any, field: int,
     look(msgspec.msgpack.encode(envelope))
 
 
+@pytest.mark.slow
 @many
 @given(values, st.data(), st.sampled_from(HEADERS))
 def test_bodies_one_of_whose_fields_is_something_else(value: Any, data: st.DataObject, header: bytes) -> None:

@@ -58,6 +58,8 @@ import importlib, sys
 import torch
 from roundtable.common.runtime.skip_dynamo import no_compiler
 
+pytestmark = pytest.mark.slow
+
 with no_compiler():
     module = importlib.import_module(sys.argv[1])
 name = sys.argv[1].rpartition(".")[2]

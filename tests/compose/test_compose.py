@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
 # An image that is not there yet is built, which fetches torch: two minutes on an idle machine, more on a busy one or a slow line.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 PROJECT = f"roundtable-test-{os.getpid()}"

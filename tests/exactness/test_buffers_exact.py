@@ -16,7 +16,7 @@ from roundtable.worker.replica.buffers import stored_parts
 sys.path.insert(0, str(Path(__file__).parent))
 from train_buffers import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, dataset, network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 ROOT, SCRIPT = Path(__file__).parents[2], Path(__file__).with_name("train_buffers.py")
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 from train_converted import network
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("train_converted.py")
 
 

@@ -16,7 +16,7 @@ from roundtable.common.storage.event_log import RunLogReader
 sys.path.insert(0, str(Path(__file__).parent))
 from train_edges import CALLS, ROUNDS, dataset, network
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SCRIPT = Path(__file__).with_name("train_edges.py")
 

@@ -65,7 +65,9 @@ def sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(recipe, marks=[pytest.mark.slow] if recipe != "momentum" else []) for recipe in RECIPES]
+)
 def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -> None:
     expected = sha256(plain_loop(recipe))
     clusters = [(1, 1, -1), (2, 2, -1), (4, 3, -1), (3, 2, 1)]
@@ -82,6 +84,7 @@ def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -
     assert set(found.values()) == {expected}, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "layers"), [((8 << 20) // (128 * 4), 1), (1536, 2)])
 def test_large_contributions_are_added_to_the_one_before_or_left_where_they_lie_to_the_same_weights(
     hidden: int, layers: int, launch, tmp_path: Path
@@ -95,6 +98,7 @@ def test_large_contributions_are_added_to_the_one_before_or_left_where_they_lie_
     assert set(sizes) == {1, 2} and sizes.count(2) >= 9  # servers add up what is in up to 4 slots of a worker and round
 
 
+@pytest.mark.slow
 def test_a_layer_may_be_used_another_number_of_times_in_each_micro_batch(launch) -> None:
     uses = [Reused.uses(x) for batch in dataset().tensors[0].split(GLOBAL_BATCH) for x in batch.split(MICRO_BATCH)]
     assert set(uses) == {1, 2, 3, 4}
@@ -107,6 +111,7 @@ def test_a_layer_may_be_used_another_number_of_times_in_each_micro_batch(launch)
         assert summary["weights_sha256"] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["int8"])
 def test_compressed_weights_are_the_same_through_memory_and_sockets(codec: str, launch) -> None:
     found = {}
@@ -126,6 +131,7 @@ def test_an_ordinary_large_batch_step_gives_the_same_weights_to_rounding(recipe:
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.slow
 def test_alone_a_script_trains_to_the_same_weights(tmp_path: Path) -> None:
     script = Path(__file__).with_name("train_exact.py")
     root = Path(__file__).parents[2]

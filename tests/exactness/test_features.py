@@ -22,7 +22,7 @@ from roundtable.common.storage.event_log import RunLogReader
 sys.path.insert(0, str(Path(__file__).parent))
 from train_features import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, SAMPLES, Images, Net, collate, groups
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SCRIPT = Path(__file__).with_name("train_features.py")
 ROUNDS = EPOCHS * 3

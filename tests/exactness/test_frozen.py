@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import train_edited
 from train_frozen import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, THAWS, dataset, network, trained
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SCRIPT = Path(__file__).with_name("train_frozen.py")
 EDITED = Path(__file__).with_name("train_edited.py")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_exactness import plain_loop, sha256
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 EPOCHS = 6
 

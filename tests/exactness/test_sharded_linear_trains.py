@@ -17,7 +17,7 @@ from roundtable.common.storage.event_log import RunLogReader
 sys.path.insert(0, str(Path(__file__).parent))
 from train_classes import EPOCHS, GLOBAL_BATCH, MICRO_BATCH, RECIPES, SAMPLES, Net, dataset, make, schedule
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SCRIPT = Path(__file__).with_name("train_classes.py")
 

@@ -16,6 +16,8 @@ from roundtable.explore.features import MICRO_BATCH, AllImages, Features, defaul
 from roundtable.explore.layers import features_of
 from roundtable.explore.trained import Source, Trained, weights_at
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.usefixtures("one_thread")
 def test_three_workers_compute_what_one_process_does_to_the_bit(run: Trained, features: Features) -> None:

@@ -133,6 +133,8 @@ def test_filters_before_training_stand_left_of_those_after_it(run: Trained, tmp_
 
 BRANCHED = """
 import torch
+
+pytestmark = pytest.mark.slow
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -20,6 +20,8 @@ from roundtable.explore.pictures import ask, to_pixels
 from roundtable.explore.similar import Neighbours, chance, command, measure, raw_pixels
 from roundtable.explore.trained import Source, Trained
 
+pytestmark = pytest.mark.slow
+
 GENERATOR = torch.Generator().manual_seed(0)
 
 

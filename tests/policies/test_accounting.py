@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, RunLogReader
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "exactness" / "train_exact.py"
 SAMPLES, EPOCHS, ROUNDS = 1000, 2, 18  # of 120 samples, the ninth of each epoch of 40
 MICRO_BATCHES = [8, 8, 8, 8, 8, 8, 8, 8, 3] * EPOCHS

@@ -8,6 +8,7 @@ judged over several. An accuracy is a count among 360 images: one of them is 0.2
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -17,7 +18,7 @@ import pytest
 
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Launch = Callable[..., dict[str, Any]]
 
@@ -26,12 +27,24 @@ CLUSTER = ("--workers", 3, "--servers", 2)
 POINT = 0.01
 
 
-def test_every_policy_comes_within_a_point_of_a_single_process(launch: Launch) -> None:
+def test_every_policy_comes_within_a_point_of_a_single_process_and_an_average_is_better_than_the_mean_of_its_parts(
+    launch: Launch, tmp_path: Path
+) -> None:
     alone = launch("--workers", 1, "--servers", 1, *TRAINING, name="alone")["accuracy"]
     policies = ("sync", "backup", "ssp", "async", "local", "average")
     found = {policy: launch(*CLUSTER, "--policy", policy, *TRAINING, name=policy)["accuracy"] for policy in policies}
     assert alone > 0.95
     assert min(found.values()) >= alone - POINT, (alone, found)
+
+    for seed in (1, 2):
+        launch(*CLUSTER, "--policy", "average", "--seed", seed, *TRAINING, name=f"average-{seed}")
+    merged, parts = [], []
+    for name in ("average", "average-1", "average-2"):
+        with contextlib.closing(RunLogReader(tmp_path / name / FILE_NAME)) as log:
+            parts.append([value for *_, value in log.metrics("part_accuracy")])
+        merged.append(json.loads((tmp_path / name / "summary.json").read_text())["accuracy"])
+    assert [len(part) for part in parts] == [3, 3, 3]
+    assert mean(merged) > mean(map(mean, parts)), (merged, parts)
 
 
 def test_codecs_come_within_a_point_of_plain_training_with_a_fraction_of_the_bytes(launch: Launch) -> None:
@@ -48,15 +61,3 @@ def test_codecs_come_within_a_point_of_plain_training_with_a_fraction_of_the_byt
     for name, (pushed, pulled) in most.items():
         assert found[name]["wire"]["pushed_bytes"] <= pushed * plain["wire"]["pushed_bytes"], found
         assert found[name]["wire"]["pulled_bytes"] <= pulled * plain["wire"]["pulled_bytes"], found
-
-
-def test_the_average_of_replicas_is_better_than_the_mean_of_its_parts(launch: Launch, tmp_path: Path) -> None:
-    found = []
-    for seed in range(3):
-        name = f"seed-{seed}"
-        summary = launch(*CLUSTER, "--policy", "average", "--seed", seed, *TRAINING, name=name)
-        with contextlib.closing(RunLogReader(tmp_path / name / FILE_NAME)) as log:
-            parts = [value for *_, value in log.metrics("part_accuracy")]
-        assert len(parts) == 3
-        found.append((summary["accuracy"], mean(parts)))
-    assert mean(merged for merged, _ in found) > mean(parts for _, parts in found), found

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 SCRIPT = Path(__file__).with_name("train_nan.py")
 ROUNDS, EPOCHS = 4, 2  # of 16 samples each, 4 a micro-batch

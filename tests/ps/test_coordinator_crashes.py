@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from simulation import Case, Network, same, schedules, simulate
 from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_promises, check_same_everywhere
 
+pytestmark = pytest.mark.slow
+
 few = schedules(2)
 
 crash = st.tuples(st.just("coordinator"), st.floats(0.0, 12.0), st.sampled_from([0.05, 0.5, 4.0]))

@@ -32,7 +32,7 @@ from roundtable.common.protocol.messages.commit import AllNorms, CloseRound
 from roundtable.ps.coordinator.coordinator import Coordinator
 from roundtable.ps.server.sync_shard import SyncShard
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @st.composite

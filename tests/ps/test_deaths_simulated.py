@@ -34,7 +34,7 @@ from test_rounds_simulated import (
 from roundtable.common.config.batch_plan import Task
 from roundtable.common.config.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @st.composite

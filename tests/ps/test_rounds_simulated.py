@@ -224,6 +224,7 @@ def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
     check_same_everywhere(outcome)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_weights_are_gone_before_they_are_all_there_gives_its_micro_batch_up() -> None:
     paces = [Pace(0.05), Pace(0.05), Pace(0.05, deaf_s=(1.0, 9.0))]
     settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
@@ -301,6 +302,7 @@ def test_async_counts_every_micro_batch_once(case: Case) -> None:
 # ---- rows of tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
 @schedules(3)
 @given(data=st.data())
@@ -323,6 +325,7 @@ def without_pushes(monkeypatch: pytest.MonkeyPatch, kind: bytes, **more: Any) ->
     return simulate(Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), paces, segments=[(32, 1)], **more))
 
 
+@pytest.mark.slow
 def test_what_only_some_servers_have_got_is_computed_again_from_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = without_pushes(monkeypatch, b"RowPush", rows=200)
     check_exact(outcome)
@@ -337,6 +340,7 @@ def check_head(outcome: Outcome) -> None:
     assert torch.equal(outcome.head(), sequential(outcome.case, outcome.committed())[-1][HEAD])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "clip_norm"), [("sync", None), ("backup", None), ("sync", 0.5), ("backup", 0.5)])
 @few
 @given(data=st.data())
@@ -350,6 +354,7 @@ def test_sharded_layers_keep_all_those_promises(policy: str, clip_norm: float | 
         check_exact(outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["ssp", "async"])
 @few
 @given(data=st.data())
@@ -362,6 +367,7 @@ def test_sharded_layers_count_every_micro_batch_once_where_each_is_applied_at_on
         assert outcome.counted(tally) == pytest.approx([1.0] * len(tally), abs=0.02)
 
 
+@pytest.mark.slow
 def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -378,6 +384,7 @@ def every_other_is_chosen() -> Any:
     return mock.patch("roundtable.worker.merge.greedy_soup.weigh", lambda run, *others: 1 - run.index % 2)
 
 
+@pytest.mark.slow
 @few
 @given(st.sampled_from(["local", "average"]).flatmap(lambda policy: cases(policy, after=3)))
 def test_merges_do_not_depend_on_the_network(case: Case) -> None:
@@ -414,6 +421,7 @@ def check_local_counts(outcome: Outcome) -> None:
     assert next(iter(outcome.models.values()))["account"].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @few
 @given(st.sampled_from(["local", "average"]).flatmap(lambda policy: cases(policy, merge="samples", **PLAIN)))
 def test_local_steps_count_every_micro_batch_by_its_samples(case: Case) -> None:
@@ -430,6 +438,7 @@ def coded(policy: str, push: str, weights: str = "none", **more: Any) -> st.Sear
     return cases(policy, {"compress_gradients": push, "compress_weights": weights, **ratio}, **more)
 
 
+@pytest.mark.slow
 @few
 @given(coded("sync", "topk", ratio=1.0))
 def test_codecs_that_send_all_there_is_change_no_bit(case: Case) -> None:
@@ -438,6 +447,7 @@ def test_codecs_that_send_all_there_is_change_no_bit(case: Case) -> None:
     check_books(outcome)
 
 
+@pytest.mark.slow
 @some
 @given(st.sampled_from(["ssp", "async", "sync"]).flatmap(lambda policy: coded(policy, "topk", whole=True, **PLAIN)))
 def test_what_error_feedback_holds_back_is_sent_once_whatever_the_network_does(case: Case) -> None:
@@ -458,6 +468,7 @@ def check_computed_is_counted_or_held(outcome: Outcome) -> None:
     assert total.tolist() == pytest.approx([case.settings.micro_batch] * len(total), abs=1e-3)
 
 
+@pytest.mark.slow
 @some
 @given(
     st.tuples(
@@ -472,6 +483,7 @@ def test_all_replicas_hold_the_weights_that_the_servers_hand_out(case: Case) -> 
     check_close_to_masters(outcome, rounding[case.settings.compress_weights])
 
 
+@pytest.mark.slow
 @few
 @given(
     st.tuples(
@@ -488,6 +500,7 @@ def test_rounded_weights_are_the_same_on_all_workers_in_the_end(case: Case) -> N
 # ---- workers that are slow, late, hang or die
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
 @schedules(2)
 @given(data=st.data())

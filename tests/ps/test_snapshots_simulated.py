@@ -26,7 +26,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.storage import checkpoint
 from roundtable.ps.server.server import _Server
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 #: Other numbers of servers and workers to go on with.
 others = st.tuples(st.integers(1, 3), st.integers(1, 3))

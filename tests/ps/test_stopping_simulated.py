@@ -14,7 +14,7 @@ from test_rounds_simulated import PLAIN, SPARE, cases, check_books, check_exact,
 
 from roundtable.common.config.settings import PolicyName, Settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def rolled_back(outcome: Outcome) -> list[tuple[int, int]]:

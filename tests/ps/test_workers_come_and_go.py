@@ -20,6 +20,8 @@ from roundtable.common.storage.checkpoint import newest
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 from roundtable.ps.coordinator.state.membership import NEAR_S
 
+pytestmark = pytest.mark.slow
+
 
 @st.composite
 def fates(draw: st.DrawFn) -> Pace:

@@ -16,7 +16,7 @@ from roundtable.common.runtime.failpoints import VARIABLE
 from roundtable.common.storage.event_log import RunLogReader
 from roundtable.common.storage.run_files import MODEL_FILE
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 KILLS = "worker-1:pushing:30:kill;server-1:applied:60:kill;coordinator:reported:90:kill;server-2:aggregating:120:kill"
 

@@ -21,7 +21,7 @@ from roundtable.common.runtime.failpoints import VARIABLE
 from roundtable.common.runtime.versions import versions_here
 from roundtable.common.storage import checkpoint
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 Start = Callable[..., Cluster]
 SCRIPT = """

@@ -15,7 +15,7 @@ from benchmarks import network
 from benchmarks.live import LAUNCH
 from roundtable.common.runtime.errors import UsageError
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 #: Seconds for a run to end, on a machine that others use too.
 _ENDS_S = 150.0
 Start = Callable[..., subprocess.Popen[str]]

@@ -13,7 +13,7 @@ from test_going_on import has_snapshot
 
 from benchmarks.live import LAUNCH, TRAINING, Cluster
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 Start = Callable[..., Cluster]
 

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "name",
     [
-        "a worker, at receiving",
+        pytest.param("a worker, at receiving", marks=pytest.mark.slow),
         "a server, at applying",
-        "the coordinator, at flushed",
-        "all workers, each at another point",
-        "6 servers for 4 chunks, power loss, then --resume on 3",
-        "a worker's script fails, and --worker-failures admits it",
+        pytest.param("the coordinator, at flushed", marks=pytest.mark.slow),
+        pytest.param("all workers, each at another point", marks=pytest.mark.slow),
+        pytest.param("6 servers for 4 chunks, power loss, then --resume on 3", marks=pytest.mark.slow),
+        pytest.param("a worker's script fails, and --worker-failures admits it", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(undisturbed: str, tmp_path: Path, name: str) -> None:
@@ -33,8 +33,8 @@ def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(und
 @pytest.mark.parametrize(
     "name",
     [
-        "strangers: messages of an earlier epoch once more, and of a worker that was lost",
-        "messages sent twice, and after later ones",
+        pytest.param("strangers: messages of an earlier epoch once more, and of a worker that was lost", marks=pytest.mark.slow),
+        pytest.param("messages sent twice, and after later ones", marks=pytest.mark.slow),
     ],
 )
 def test_messages_that_come_again_late_or_in_another_order_change_nothing(undisturbed: str, tmp_path: Path, name: str) -> None:

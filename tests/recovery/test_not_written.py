@@ -10,7 +10,7 @@ import pytest
 from benchmarks.live import TRAINING, Cluster
 from roundtable.common.storage.event_log import RunLogReader
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 def test_who_looks_on_is_told_while_the_event_log_cannot_be_written(cluster: Callable[..., Cluster]) -> None:

@@ -19,7 +19,7 @@ from roundtable.common.storage.run_files import MODEL_FILE
 
 Start = Callable[..., Cluster]
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 ENDS = str(LAUNCH.parent / "benchmarks" / "train_to_the_end.py")
 #: A script with batch normalisation, whose running statistics are computed anew, that saves what it should find in the file.
 RECOMPUTES = """

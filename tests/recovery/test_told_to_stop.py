@@ -13,7 +13,7 @@ import pytest
 from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
 from roundtable.cluster.process.children import Processes
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 Start = Callable[..., Cluster]
 #: Long enough for something to happen in the middle.

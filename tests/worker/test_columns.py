@@ -33,7 +33,7 @@ from roundtable.worker.models.builtin import build
 sys.path.insert(0, str(Path(__file__).parent))
 from test_replica import Cluster
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 IMAGENET = (3, 224, 224)
 TEXT_PADDED = Sizes((replace(TEXT.convolutions[0], padding=2), *TEXT.convolutions[1:]))

@@ -99,6 +99,7 @@ run.log(largest=max(float(torch.linalg.matrix_norm(m[n].weight.detach(), 2)) for
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["average"], ["average", "--average-weights-by", "greedy"], ["local"]], ids=" ".join)
 def test_replicas_that_were_merged_keep_them(flags: list[str], launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)

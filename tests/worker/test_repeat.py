@@ -44,6 +44,7 @@ for x, y in run.batches(data, micro_batch=4, global_batch=16, epochs=2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["hidden", "generator", "counter", "clean"])
 def test_a_script_that_carries_something_from_batch_to_batch_is_told_of(
     mode: str, launch: Callable[..., dict[str, Any]], tmp_path: Path
