@@ -19,6 +19,8 @@ from roundtable.common.config.old_names import OLD_NAMES, new_value
 from roundtable.common.config.settings import FIELDS, choices
 from roundtable.common.network.addresses import as_told
 
+#: The object of a context whose process the launcher has started.
+CHILD = "child"
 EXAMPLE = "Built-in example (without SCRIPT)"
 _EXAMPLE_PREFIX = "Built-in example: "
 #: Where options stand in the help text. The first section has what `--help` shows; `--help-all` shows all of them.
@@ -42,6 +44,8 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
         "kv_memory",
     ),
 }  # fmt: skip
+#: What the name of an environment variable begins with that gives an option.
+_PREFIX = "ROUNDTABLE_"
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
 
@@ -51,9 +55,10 @@ def is_of_example(key: str) -> bool:
 
 
 class Option(click.Option):
-    """An option that hidden flags may give too: its old names, and names that other programs use.
+    """An option that the environment variable ROUNDTABLE_NAME and hidden flags may give too.
 
-    The old names are those of `OLD_NAMES`, and `old`.
+    Hidden flags are its old names, which are those of `OLD_NAMES` and `old`, and names that other programs use (`also`).
+    A process that the launcher has started is not given options by the environment, which is the launcher's.
     """
 
     def __init__(self, *args: Any, old: Sequence[str] = (), also: Sequence[str] = (), **kwargs: Any) -> None:
@@ -61,6 +66,11 @@ class Option(click.Option):
         before = ["--" + before.replace("_", "-") for before, name in OLD_NAMES.items() if name == self.name]
         self._old = frozenset([*before, *old])
         self._hidden = [*before, *old, *also]
+        if self.envvar is None and self.name is not None:
+            self.envvar = _PREFIX + self.name.upper()
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        return None if ctx.find_root().obj == CHILD else super().resolve_envvar_value(ctx)
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         super().add_to_parser(parser, ctx)

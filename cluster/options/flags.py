@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,10 @@ from roundtable.common.config.settings import FIELDS, Settings, check_values, ma
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.run_files import RUNS
 
+#: Where a context has what was found in the files of the working directory.
+FOUND = "roundtable.found"
 #: What a file given with --config may hold besides settings.
-_LAUNCH_KEYS: Mapping[str, Any] = {
+LAUNCH_KEYS: Mapping[str, Any] = {
     "run_dir": str,
     "name": str,
     "overwrite": bool,
@@ -53,34 +55,44 @@ class Choice:
         return f"{self.settings.model}-{self.settings.data}".replace("/", "-")
 
 
-def choose(flags: Mapping[str, Any], config: str | None, script: str | None = None, args: tuple[str, ...] = ()) -> Choice:
-    """Join the flags that were given with the table in the file `config`; a flag beats the file.
+def choose(
+    flags: Mapping[str, Any],
+    config: str | None,
+    script: str | None = None,
+    args: tuple[str, ...] = (),
+    found: Mapping[str, Any] | None = None,
+) -> Choice:
+    """Join the flags that were given with the table in the file `config`, and with what was `found` in files of the folder.
+
+    A flag beats `config`, and that beats what was found.
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
     source, line = config or "", "the command line"
-    from_file, launch_file = _checked(read_toml(Path(source)), source) if config is not None else ({}, {})
-    from_flags, launch_flags = _checked(flags, line)
+    from_file, launch_file = checked(read_toml(Path(source)), source) if config is not None else ({}, {})
+    from_flags, launch_flags = checked(flags, line)
     where = f"{source} and {line}" if from_file and from_flags else source if from_file else line
-    settings = make_settings({**from_file, **from_flags}, where)
-    launch = {**launch_file, **launch_flags}
+    found = found or {}
+    found_settings = {key: value for key, value in found.items() if key in FIELDS}
+    settings = make_settings({**found_settings, **from_file, **from_flags}, where)
+    launch = {**found, **launch_file, **launch_flags}
     if script is None:
         script, args = launch.get("script"), args or tuple(launch.get("args", ()))
     if args and script is None:
         raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
-    run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source)
+    run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source) or _run_dir(found, "roundtable.toml")
     respawn = RestartPolicy(launch.get("max_restarts", RestartPolicy.times), launch.get("restart_delay", RestartPolicy.backoff_s))
     port, device = launch.get("port", 0), launch.get("server_device", "cpu")
     return Choice(settings, run_dir, launch.get("overwrite", False), port, script, args, respawn, device)
 
 
-def _checked(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the launcher's own keys among `values`."""
+def checked(values: Mapping[str, Any], where: str, others: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings and the launcher's own keys among `values`. Errors may propose `others` too."""
     settings, launch = {}, {}
     for key, value in with_new_names(values, where).items():
-        if key in _LAUNCH_KEYS:
+        if key in LAUNCH_KEYS:
             try:
-                launch[key] = msgspec.convert(value, _LAUNCH_KEYS[key])
+                launch[key] = msgspec.convert(value, LAUNCH_KEYS[key])
             except msgspec.ValidationError as error:
                 text = str(error).replace("`", "")
                 raise UsageError(f"{where}: {key} = {value!r} cannot be: {text[0].lower()}{text[1:]}.") from None
@@ -89,7 +101,7 @@ def _checked(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
         elif isinstance(value, dict):
             raise UsageError(f"{where}: [{key}] cannot be: settings stand at the top of the file and not in tables.")
         else:
-            raise unknown_key(key, sorted([*FIELDS, *_LAUNCH_KEYS]), where)
+            raise unknown_key(key, sorted({*FIELDS, *LAUNCH_KEYS, *others}), where)
     return check_values(settings, where), launch
 
 
@@ -107,10 +119,10 @@ def _run_dir(launch: Mapping[str, Any], where: str) -> Path | None:
 
 
 def given(ctx: click.Context) -> dict[str, Any]:
-    """The options that the user gave, without those that were left at their defaults."""
-    names = (FIELDS.keys() | _LAUNCH_KEYS.keys()) - {"script"}
-    source = ctx.get_parameter_source
-    return {key: value for key, value in ctx.params.items() if key in names and source(key) == ParameterSource.COMMANDLINE}
+    """Return the options that the user gave on the command line or in the environment."""
+    names = (FIELDS.keys() | LAUNCH_KEYS.keys()) - {"script"}
+    sources = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return {key: value for key, value in ctx.params.items() if key in names and ctx.get_parameter_source(key) in sources}
 
 
 def refuse_example_flags(ctx: click.Context, script: str | None) -> None:
@@ -118,7 +130,7 @@ def refuse_example_flags(ctx: click.Context, script: str | None) -> None:
     if script is None:
         return
     for key in given(ctx):
-        if is_of_example(key):
+        if is_of_example(key) and ctx.get_parameter_source(key) == ParameterSource.COMMANDLINE:
             flag = "--" + key.replace("_", "-")
             raise UsageError(
                 f"{flag} is a setting of the built-in example and has no effect on {script}; to pass it on to the script, put it "

@@ -36,7 +36,7 @@ _LIBRARIES = tuple(
 _LONGEST = 400
 
 
-def run_command(cli: click.Command, argv: Sequence[str], prog: str) -> int:
+def run_command(cli: click.Command, argv: Sequence[str], prog: str, obj: object = None) -> int:
     """Run `cli` and return the exit code; where it fails, the last line on stderr is `error: <sentence>`.
 
     Failures go through sys.excepthook, so that a worker's own hook, which tells the coordinator, is called too.
@@ -44,7 +44,7 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str) -> int:
     before, sys.excepthook = sys.excepthook, report
     try:
         check_names(argv)
-        with cli.make_context(prog, list(argv)) as ctx:
+        with cli.make_context(prog, list(argv), obj=obj) as ctx:
             cli.invoke(ctx)
             sys.stdout.flush()
         return 0

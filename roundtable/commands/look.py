@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from roundtable.cluster.options.command import Command
-from roundtable.commands.shared import on_cluster
+from roundtable.commands.shared import complete_runs, on_cluster
 from roundtable.common.runtime.extras import require
 
 _WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, metavar="N",
@@ -28,7 +28,7 @@ def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
         ("--data", "NAME", "The images, as in `local`; by default those that the run was trained on."),
     ):
         command = click.option(flag, metavar=metavar, help=text)(command)
-    return click.argument("run")(command)
+    return click.argument("run", shell_complete=complete_runs)(command)
 
 
 @click.command(cls=Command)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from roundtable.cluster.options.command import Command
-from roundtable.commands.shared import program
+from roundtable.commands.shared import complete_runs, program
 
 
 @click.group()
@@ -20,7 +20,7 @@ def checkpoint() -> None:
 
 
 @checkpoint.command("list")
-@click.argument("run")
+@click.argument("run", shell_complete=complete_runs)
 def list_checkpoints(run: str) -> None:
     """List the snapshots of RUN."""
     from roundtable.cluster.commands.checkpoint import list_snapshots
@@ -29,7 +29,7 @@ def list_checkpoints(run: str) -> None:
 
 
 @checkpoint.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_runs)
 def verify(run: str) -> None:
     """Compare all files of RUN's snapshots with their check sums, and restore each server from them as a resume does.
 
@@ -42,7 +42,7 @@ def verify(run: str) -> None:
 
 
 @checkpoint.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_runs)
 @click.option(
     "--round", "round_", type=click.IntRange(min=0), metavar="N", help="Of the snapshot of this round; else the newest."
 )

@@ -7,9 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import click
+
 import roundtable
 from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import OneLine
+from roundtable.common.storage.run_files import RUNS, is_run
 
 
 def program() -> list[str]:
@@ -25,6 +28,11 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def complete_runs(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of runs, for a shell that completes an argument."""
+    return [path.name for path in sorted(RUNS.glob(f"{incomplete}*")) if is_run(path)]
 
 
 def on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, ...]) -> None:

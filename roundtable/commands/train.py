@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -20,14 +20,15 @@ from roundtable.cluster.options.command import (
     run_options,
     settings_options,
 )
-from roundtable.cluster.options.flags import Choice, choose, given, refuse_example_flags
-from roundtable.commands.shared import log_to_stderr, program
+from roundtable.cluster.options.flags import FOUND, Choice, choose, given, refuse_example_flags
+from roundtable.commands.shared import complete_runs, log_to_stderr, program
 from roundtable.common.config.settings import START_S
 from roundtable.common.storage.private_files import keep_private
 from roundtable.common.storage.run_files import RUNS, How
 
 _COORDINATOR = click.option(
     "--coordinator",
+    cls=Option,
     callback=check_address,
     metavar="ADDRESS",
     required=True,
@@ -35,11 +36,15 @@ _COORDINATOR = click.option(
     help="Coordinator address, tcp://HOST:PORT. [env: ROUNDTABLE_COORDINATOR]",
 )
 _INDEX = click.option(
-    "--index", type=click.IntRange(min=0), metavar="N", help="Fixed index of this process (default: the next free one)."
+    "--index",
+    cls=Option,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Fixed index of this process (default: the next free one).",
 )
 _START = click.option(
-    "--start-timeout", "start_s", type=click.FloatRange(0, min_open=True), default=START_S, show_default=True, metavar="X",
-    envvar=["ROUNDTABLE_START_TIMEOUT", "PS_START_TIMEOUT"],
+    "--start-timeout", "start_s", cls=Option, type=click.FloatRange(0, min_open=True), default=START_S, show_default=True,
+    metavar="X", envvar=["ROUNDTABLE_START_TIMEOUT", "PS_START_TIMEOUT"],
     help="Seconds to wait for the coordinator, which may start later. [env: ROUNDTABLE_START_TIMEOUT]",
 )  # fmt: skip
 _MISMATCH = click.option(
@@ -47,7 +52,7 @@ _MISMATCH = click.option(
     help="Resume from a checkpoint made by another roundtable or torch version. Results may differ in the last bits.",
 )  # fmt: skip
 _RESUME = click.option(
-    "--resume", cls=Option, metavar="RUN|auto",
+    "--resume", cls=Option, metavar="RUN|auto", shell_complete=complete_runs,
     help="Resume RUN (a folder, or a name under runs/) from its newest checkpoint. You may change --workers, --servers, --rounds "
     "and --epochs. auto: resume what is in the run directory, or start a run if there is none.",
 )  # fmt: skip
@@ -90,7 +95,7 @@ def local(
     from roundtable.common.storage.event_log import FILE_NAME
 
     keep_private()
-    choice, take_up = _going_on(resume, given(ctx), config, script, ctx.meta["args"], False, allow_version_mismatch, click.echo)
+    choice, take_up = _going_on(ctx, resume, config, script, False, allow_version_mismatch, click.echo)
     refuse_example_flags(ctx, choice.script)
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
@@ -146,7 +151,7 @@ def coordinator(
         return
     resume = AUTO if recover else resume
     say = logging.getLogger("ps").info
-    choice, take_up = _going_on(resume, given(ctx), config, None, (), True, allow_version_mismatch, say)
+    choice, take_up = _going_on(ctx, resume, config, None, True, allow_version_mismatch, say)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
         if how != "nothing":
             write_settings(folder / SETTINGS_FILE, choice.settings)
@@ -167,7 +172,7 @@ def coordinator(
               help="Device for sharded layers (ShardedLinear, ColumnParallelLinear), e.g. cuda:0. Everything else stays in CPU "
               "memory.")  # fmt: skip
 @_START
-@click.option("--advertise", callback=check_advertised, metavar="ADDRESS",
+@click.option("--advertise", cls=Option, callback=check_advertised, metavar="ADDRESS",
               help="Address for others to connect to: HOST, HOST:PORT or tcp://HOST:PORT, e.g. of a router that forwards here "
               "(default: where it listens, as the coordinator sees it).")  # fmt: skip
 def server(coordinator: str, listen: str, index: int | None, server_device: str, start_s: float, advertise: str | None) -> None:
@@ -187,15 +192,15 @@ def server(coordinator: str, listen: str, index: int | None, server_device: str,
 @click.argument("script", required=False)
 @_COORDINATOR
 @_INDEX
-@click.option("--colocate", is_flag=True,
+@click.option("--colocate", cls=Option, is_flag=True,
               help="Also start a server next to this worker. If every worker does, set the coordinator's --servers to its "
               "--workers; traffic per host then equals ring all-reduce.")  # fmt: skip
-@click.option("--server-device", metavar="NAME", default="cpu", show_default=True,
+@click.option("--server-device", cls=Option, metavar="NAME", default="cpu", show_default=True,
               help="With --colocate: device for the server's sharded layers, e.g. cuda:0.")  # fmt: skip
 @_RESTARTS
 @_DELAY
 @_START
-@click.option("--advertise", callback=check_advertised, metavar="ADDRESS",
+@click.option("--advertise", cls=Option, callback=check_advertised, metavar="ADDRESS",
               help="With --colocate: address for others to connect to its server, HOST, HOST:PORT or tcp://HOST:PORT. The server "
               "listens at PORT, too.")  # fmt: skip
 @click.pass_context
@@ -231,7 +236,7 @@ def worker(
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=complete_runs)
 @click.option("--workers", type=click.IntRange(1), required=True, metavar="N", help="New number of workers.")
 def scale(run: str, workers: int) -> None:
     """Change the number of workers of a running run.
@@ -246,11 +251,10 @@ def scale(run: str, workers: int) -> None:
 
 
 def _going_on(
+    ctx: click.Context,
     resume: str | None,
-    flags: Mapping[str, Any],
     config: str | None,
     script: str | None,
-    args: tuple[str, ...],
     recovers: bool,
     accept_versions: bool,
     say: Callable[[str], None],
@@ -259,9 +263,10 @@ def _going_on(
     from roundtable.cluster.options.resume import AUTO, resumed, take_up
     from roundtable.common.storage.run_files import find_run
 
+    flags, args = given(ctx), ctx.meta["args"]
     if resume is not None and resume != AUTO:
         return resumed(find_run(resume), flags, script, args, accept_versions), lambda folder: "resume"
-    choice = choose(flags, config, script, args)
+    choice = choose(flags, config, script, args, ctx.meta.get(FOUND))
     if resume is None:
         return choice, None
     return choice, lambda folder: take_up(folder, choice, recovers, accept_versions, say)

@@ -27,6 +27,7 @@ Fail = Callable[..., str]
 def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fail:
     """`fail("local", "--lr", "x", toml="...")` runs the command line in an empty folder and returns the sentence it ends with."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROUNDTABLE_START_TIMEOUT", "60")  # which the command `worker` sets for its script
 
     def run(*argv: str, toml: str | None = None) -> str:
         if toml is not None:

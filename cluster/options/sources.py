@@ -1,0 +1,56 @@
+"""What files of the working directory say about options: `roundtable.toml`, and the table [tool.roundtable] of `pyproject.toml`.
+
+The command line beats the environment (`ROUNDTABLE_WORKERS` is --workers). The environment beats --config, that beats
+`roundtable.toml`, and that beats `pyproject.toml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from roundtable.cluster.options.flags import FOUND, LAUNCH_KEYS, checked
+from roundtable.common.config.old_names import with_new_names
+from roundtable.common.config.settings import FIELDS, read_toml
+from roundtable.common.runtime.errors import UsageError
+
+
+def read_sources(folder: Path, options: Mapping[str, click.Parameter]) -> dict[str, Any]:
+    """Return the values that files in `folder` have for `options`, for settings, and for a script and its arguments.
+
+    Raises UsageError, which names the file and the key, for a key that nobody knows and for a value that cannot be.
+    """
+    found: dict[str, Any] = {}
+    for file in (folder / "pyproject.toml", folder / "roundtable.toml"):
+        if file.is_file():
+            found |= _read(file, options)
+    return found
+
+
+def _read(file: Path, options: Mapping[str, click.Parameter]) -> dict[str, Any]:
+    table, where = read_toml(file), file.name
+    if file.name == "pyproject.toml":
+        table, where = table.get("tool", {}).get("roundtable", {}), f"[tool.roundtable] of {file.name}"
+        if not isinstance(table, dict):
+            raise UsageError(f"{where} must be a table.")
+    values = with_new_names(table, where)
+    others = {key: values.pop(key) for key in list(values) if key in options.keys() - FIELDS.keys() - LAUNCH_KEYS.keys()}
+    settings, launch = checked(values, where, options)
+    for key, value in others.items():
+        try:
+            options[key].type.convert(value, options[key], None)
+        except click.BadParameter as error:
+            raise UsageError(f"{where}: {key} = {value!r} cannot be: {error.message}") from None
+    return {**others, **settings, **launch}
+
+
+def use_sources(ctx: click.Context, commands: Mapping[str, click.Command], folder: Path) -> None:
+    """Give `commands`, which are subcommands of `ctx`, what the files in `folder` say, as defaults of their options."""
+    options = {option.name or "": option for command in commands.values() for option in command.params}
+    found = read_sources(folder, options)
+    ctx.meta[FOUND] = found
+    flags = {name: {option.name for option in command.params} - {"script"} for name, command in commands.items()}
+    ctx.default_map = {name: {key: value for key, value in found.items() if key in flags[name]} for name in commands}
