@@ -34,7 +34,7 @@ from roundtable.common.protocol.messages.session import (
     RequestWork,
     Stop,
 )
-from roundtable.common.protocol.messages.setup import InFile, InitialWeights, Plan, Ready, Setup, Update
+from roundtable.common.protocol.messages.setup import Accepted, InFile, InitialWeights, Plan, PlanReply, Setup, SetupReply, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.transport import (
@@ -124,11 +124,11 @@ class _Worker:
         setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]), file=file)
         chunks = [chunk.id for chunk in make_layout(setup.tensors, 1).chunks]
         for to in (COORDINATOR, SERVER):
-            yield _Question(to, setup, _ready("Setup"))
+            yield _Question(to, setup, _is(SetupReply))
         if self.index == 0:
-            yield _Question(SERVER, InitialWeights(chunks), _ready("Init"), [self._gradient])
-        ready = yield _Question(COORDINATOR, Plan(segment), _ready("Plan"))
-        yield _Question(SERVER, Plan(segment, ready.seal if isinstance(ready, Ready) else 0), _ready("Plan"))
+            yield _Question(SERVER, InitialWeights(chunks), _is(Accepted), [self._gradient])
+        ready = yield _Question(COORDINATOR, Plan(segment), _is(PlanReply))
+        yield _Question(SERVER, Plan(segment, ready.seal if isinstance(ready, PlanReply) else 0), _is(PlanReply))
         round_ = 0
         for number in itertools.count(1):
             answer = yield _Question(SERVER, Pull(round_, number), _weights(round_), again_s=SEND_AGAIN_S)
@@ -225,8 +225,8 @@ class _Worker:
         self._send(self._question.to, self._question.body, self._question.frames)
 
 
-def _ready(about: str) -> Callable[[Body], bool]:
-    return lambda body: isinstance(body, Ready) and body.about == about
+def _is(kind: type[Body]) -> Callable[[Body], bool]:
+    return lambda body: isinstance(body, kind)
 
 
 def _weights(clock: int) -> Callable[[Body], bool]:

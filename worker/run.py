@@ -35,11 +35,14 @@ from roundtable.common.protocol.messages.embedding import RowAck, Rows
 from roundtable.common.protocol.messages.saving import MOST_RECOMPUTED, Recomputed
 from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, MembershipUpdate, Reassign, Refused, Traffic
 from roundtable.common.protocol.messages.setup import (
+    Accepted,
     InitialWeights,
     OfferSharedMemory,
     Plan,
-    Ready,
+    PlanReply,
+    Request,
     Setup,
+    SetupReply,
     SharedMemoryReply,
     Update,
 )
@@ -357,7 +360,7 @@ class Run:
             self._exchange.near = {server for server in range(self._servers) if self._link.is_near(server)}
         facts = [*facts, *alike.constant_facts(replica.constants)]
         self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
-        self._begins = any([self._tell_setup(f"server-{number}", setup).lacks for number in range(self._servers)])
+        self._begins = any([self._tell_setup(f"server-{number}", setup).needs_weights for number in range(self._servers)])
         if self._begins and not tables and not layers:
             self._to_begin = functools.partial(self._send_first, replica, setup, facts)
             return False
@@ -375,7 +378,7 @@ class Run:
                     self._request(
                         f"server-{server}",
                         InitialWeights(batch),
-                        lambda body, i=batch[0]: isinstance(body, Ready) and (body.about, body.id) == ("Init", i),  # type: ignore[misc]
+                        Accepted(Request.INITIAL_WEIGHTS, batch[0]).__eq__,
                         [replica.first_weights(i) for i in batch],
                     )
         return sends_first
@@ -408,8 +411,8 @@ class Run:
         lacking, pause_s = [f"server-{number}" for number in range(self._servers)], _FIRST_WEIGHTS_S[0]
         while True:
             told = self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
-            lacking = [server for server in lacking if self._tell_setup(server, setup).lacks]
-            if told.lacks or not lacking:
+            lacking = [server for server in lacking if self._tell_setup(server, setup).needs_weights]
+            if told.needs_weights or not lacking:
                 return bool(lacking)
             missing = f"{told.first or 'the first worker'}, whose weights are the first ones, has not come to its first batch"
             if (now := time.monotonic()) > began + patience_s:
@@ -420,9 +423,9 @@ class Run:
             self._wait(lambda: None, lambda: "", every=pause_s)
             pause_s = min(2 * pause_s, _FIRST_WEIGHTS_S[1])
 
-    def _tell_setup(self, name: str, setup: Setup) -> Ready:
-        answer = self._request(name, setup, lambda body: isinstance(body, Ready) and body.about == "Setup")
-        assert isinstance(answer, Ready)
+    def _tell_setup(self, name: str, setup: Setup) -> SetupReply:
+        answer = self._request(name, setup, lambda body: isinstance(body, SetupReply))
+        assert isinstance(answer, SetupReply)
         return answer
 
     def _share(self, replica: Replica, gradients: Handle | None) -> None:
@@ -505,8 +508,8 @@ class Run:
         self._segments.append(segment)
         plan = Plan(segment, facts=self._facts_of(segment, dataset, shuffle, num_workers, collate_fn))
         for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
-            ready = self._request(name, plan, lambda b: isinstance(b, Ready) and (b.about, b.id) == ("Plan", segment.index))
-            if name == COORDINATOR and isinstance(ready, Ready):
+            ready = self._request(name, plan, lambda b: isinstance(b, PlanReply) and b.segment == segment.index)
+            if name == COORDINATOR and isinstance(ready, PlanReply):
                 plan = Plan(segment, ready.seal)
         loader = Loader(
             dataset,
@@ -756,15 +759,15 @@ class Run:
                 self._tasks.leased(body)
             case Heartbeat(leaves=True):
                 self._may_leave()
-            case Ready(about="Metrics"):
+            case Accepted(request=Request.METRICS):
                 self._unsent_metrics.pop(body.id, None)
-            case Ready(about="Recomputed"):
+            case Accepted(request=Request.RECOMPUTED):
                 self._recomputed.pop(body.id, None)
             case SharedMemoryReply() if (
                 self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown
             ):
                 self._meet(server, body)
-            case Ready() | SharedMemoryReply() | MembershipUpdate():
+            case SetupReply() | PlanReply() | Accepted() | SharedMemoryReply() | MembershipUpdate():
                 pass  # the second answer to something asked twice
             case Refused():
                 raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")

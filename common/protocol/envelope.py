@@ -35,14 +35,23 @@ from roundtable.common.protocol.messages.session import (
     Stop,
     Welcome,
 )
-from roundtable.common.protocol.messages.setup import InitialWeights, OfferSharedMemory, Plan, Ready, Setup, SharedMemoryReply
+from roundtable.common.protocol.messages.setup import (
+    Accepted,
+    InitialWeights,
+    OfferSharedMemory,
+    Plan,
+    PlanReply,
+    Setup,
+    SetupReply,
+    SharedMemoryReply,
+)
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
 from roundtable.common.runtime.errors import UsageError, WireError
 
 T = TypeVar("T")
 Message = (
     Hello | Welcome | Refused | Heartbeat | MembershipUpdate | RequestWork | Reassign | MembersLost | Stop
-    | Setup | Plan | Ready | InitialWeights | OfferSharedMemory | SharedMemoryReply
+    | Setup | SetupReply | Plan | PlanReply | Accepted | InitialWeights | OfferSharedMemory | SharedMemoryReply
     | Push | Ack | Pull | Weights | WeightsCredit | VersionExpired
     | InitialRows | RowPull | Rows | RowPush | RowAck | ShardedForward | ShardedForwardReply | LayerPush | LayerAck
     | Report | ReportAck | RoundReady | CloseRound | Norms | AllNorms | TakeCheckpoint | CheckpointStatus

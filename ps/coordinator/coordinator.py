@@ -38,7 +38,7 @@ from roundtable.common.protocol.messages.session import (
     Traffic,
     Welcome,
 )
-from roundtable.common.protocol.messages.setup import Plan, Ready, Setup
+from roundtable.common.protocol.messages.setup import Accepted, Plan, PlanReply, Request, Setup, SetupReply
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.tickets import KEY_BYTES, seal
 from roundtable.common.protocol.transport import (
@@ -761,7 +761,7 @@ class Coordinator:
                 self._tell_of_unwritten(error)
                 return
             self._revised = body.id
-        self._reply(route, Ready("Recomputed", body.id))
+        self._reply(route, Accepted(Request.RECOMPUTED, body.id))
 
     def _train_on(self) -> None:
         """There are more rounds to do than were known of."""
@@ -821,9 +821,9 @@ class Coordinator:
                 self._to_servers(self._ledger.decided(body))
             case Setup():
                 answer = self._ledger.set_up(body, member.who)
-                if isinstance(answer, Ready):
+                if isinstance(answer, SetupReply):
                     first = next(iter(self._membership.names("worker")), member.name)
-                    answer = Ready("Setup", lacks=member.name == first, first=self._membership.members[first].who)
+                    answer = SetupReply(member.name == first, self._membership.members[first].who)
                 self._answer(route, member, answer)
             case Plan():
                 self._plan(route, member, body, now)
@@ -938,7 +938,7 @@ class Coordinator:
         trusted = self._membership.starters | self._ledger.contributors
         may_define = worker.name in trusted or trusted.isdisjoint(self._membership.names("worker"))
         answer = self._ledger.plan(plan.segment, plan.facts, worker.who, may_define)
-        if isinstance(answer, Ready):
+        if isinstance(answer, PlanReply):
             answer = msgspec.structs.replace(answer, seal=seal(self._head.key, plan.segment))
         if answer is not None:
             self._answer(route, worker, answer)
@@ -964,11 +964,11 @@ class Coordinator:
 
     def _metrics(self, route: bytes, worker: Member, metrics: Metrics, now: float) -> None:
         if (worker.incarnation, metrics.id) in self._seen_metrics:
-            self.journal.promise(route, Ready("Metrics", metrics.id))
+            self.journal.promise(route, Accepted(Request.METRICS, metrics.id))
             return
         if not self._metrics_bytes.take(worker.name, sum(_ROW_BYTES + len(name) for name in metrics.values), now):
             raise WireError(f"{worker.name} logs more metrics than can be written down, and is to send them again later", "flood")
-        self.journal.promise(route, Ready("Metrics", metrics.id))
+        self.journal.promise(route, Accepted(Request.METRICS, metrics.id))
         self._seen_metrics.add((worker.incarnation, metrics.id))
         self._progressed_at = now
         self._accuracy = measured(metrics.values, metrics.round) or self._accuracy

@@ -38,7 +38,17 @@ from roundtable.common.protocol.messages.embedding import InitialRows, RowPull, 
 from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights, WeightsCredit
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import MembersLost, Refused, Traffic
-from roundtable.common.protocol.messages.setup import InitialWeights, OfferSharedMemory, Plan, Ready, Setup, SharedMemoryReply
+from roundtable.common.protocol.messages.setup import (
+    Accepted,
+    InitialWeights,
+    OfferSharedMemory,
+    Plan,
+    PlanReply,
+    Request,
+    Setup,
+    SetupReply,
+    SharedMemoryReply,
+)
 from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
 from roundtable.common.protocol.shared_memory import NotShared, Region, attach
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames, bytes_of
@@ -523,7 +533,7 @@ class Shard(ABC):
                 self._opened()
         elif setup != self._setup[0]:
             return [Send(sender, Refused("Setup", differences.of_setups(*self._setup, setup, sender)))]
-        return [Send(sender, Ready("Setup", lacks=bool(self._uninitialised)))]
+        return [Send(sender, SetupReply(bool(self._uninitialised)))]
 
     def _made(self, setup: Setup) -> tuple[Layout, DenseParameters, RowTables, LayerShards]:
         """What holds the numbers of a model. Raises WireError where there can be no such model here."""
@@ -547,7 +557,7 @@ class Shard(ABC):
         elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
             reason = differences.of_plans(self.segments, "another worker", segment, sender)
             return [Send(sender, Refused("Plan", reason))]
-        return [Send(sender, Ready("Plan", segment.index))]
+        return [Send(sender, PlanReply(segment.index))]
 
     def _init(self, sender: str, init: InitialWeights, frames: Frames) -> list[Send]:
         if self.store is None or len(frames) != len(init.chunks):
@@ -556,7 +566,7 @@ class Shard(ABC):
         for chunk, frame in zip(init.chunks, frames, strict=True):
             if bytes_of(frame).nbytes != self.chunks[chunk].weight_bytes:
                 raise WireError(f"first weights from {sender} do not fit chunk {chunk}")
-        effects = [Send(sender, Ready("Init", init.chunks[0] if init.chunks else 0))]
+        effects = [Send(sender, Accepted(Request.INITIAL_WEIGHTS, init.chunks[0] if init.chunks else 0))]
         for chunk, frame in zip(init.chunks, frames, strict=True):
             if chunk in self._uninitialised:
                 self.store.load(chunk, frame)
@@ -567,7 +577,7 @@ class Shard(ABC):
         return effects
 
     def _init_rows(self, sender: str, init: InitialRows, frames: Frames) -> list[Send]:
-        effects = [Send(sender, Ready("RowInit", init.id))]
+        effects = [Send(sender, Accepted(Request.INITIAL_ROWS, init.id))]
         key = init.table, init.page
         if self.layout is None or key not in self._awaited_pages():
             raise WireError(f"first rows from {sender} do not fit the model agreed on")

@@ -45,7 +45,9 @@ def loose(kind: Any, where: str, seen: set[Any]) -> Iterator[str]:
         case inspect.TupleType():
             for one in kind.item_types:
                 yield from loose(one, where, seen)
-        case inspect.IntType() | inspect.FloatType() | inspect.BoolType() | inspect.NoneType() | inspect.LiteralType():
+        case inspect.IntType() | inspect.FloatType() | inspect.BoolType() | inspect.NoneType():
+            pass
+        case inspect.LiteralType() | inspect.EnumType():
             pass
         case inspect.Metadata():
             yield from loose(kind.type, where, seen)

@@ -12,7 +12,7 @@ from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import owner_of
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.embedding import InitialRows
-from roundtable.common.protocol.messages.setup import Ready, Update
+from roundtable.common.protocol.messages.setup import Accepted, Request, Update
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.ps.params.clipping import Norm
@@ -40,7 +40,7 @@ class AtOnce:
         self.pushed: list[dict[int, list[Any]]] = [{} for _ in range(servers)]
 
     def request(self, to: str, body: Any, answer: Callable[[Any], bool], timeout: float, frames: Any) -> None:
-        assert isinstance(body, InitialRows) and answer(Ready("RowInit", body.id))
+        assert isinstance(body, InitialRows) and answer(Accepted(Request.INITIAL_ROWS, body.id))
         self.servers[int(to[7:])].load(body.table, body.page, frames)
 
     def send(self, *messages: Send) -> None:

@@ -54,11 +54,14 @@ from roundtable.common.protocol.messages.gradients import Weights
 from roundtable.common.protocol.messages.replication import RoundReplicatedAck, StateHeader, StatePart, StatePartAck
 from roundtable.common.protocol.messages.session import Goodbye, Hello, RequestWork, Stop
 from roundtable.common.protocol.messages.setup import (
+    Accepted,
     InitialWeights,
     OfferSharedMemory,
     Plan,
-    Ready,
+    PlanReply,
+    Request,
     Setup,
+    SetupReply,
     SharedMemoryReply,
     Update,
 )
@@ -1062,7 +1065,7 @@ class WorkerProcess(Process):
             for segment in case.plans():
                 plan = Plan(segment)
                 for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
-                    ready = yield from self._request(name, plan, "Plan", segment.index)
+                    ready = yield from self._ask(name, plan, lambda reply: isinstance(reply, PlanReply))
                     plan = Plan(segment, ready.seal) if name == COORDINATOR else plan
                 run._segments.append(segment)
                 yield from work.train(segment)
@@ -1101,10 +1104,12 @@ class WorkerProcess(Process):
         setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
         servers = self.world.case.settings.servers
         while True:
-            is_first = (yield from self._request(COORDINATOR, setup, "Setup", 0)).lacks
+            is_first = (yield from self._ask(COORDINATOR, setup, lambda reply: isinstance(reply, SetupReply))).needs_weights
             lacking = False
             for number in range(servers):
-                lacking |= (yield from self._request(f"server-{number}", setup, "Setup", 0)).lacks
+                lacking |= (
+                    yield from self._ask(f"server-{number}", setup, lambda reply: isinstance(reply, SetupReply))
+                ).needs_weights
             if is_first or not lacking:
                 break
             yield Wait(None, self.world.now + 0.1)
@@ -1114,12 +1119,12 @@ class WorkerProcess(Process):
                 ids = [chunk.id for chunk in replica.layout.on(server)]
                 for batch in message_batches(ids, lambda i: chunks[i].weight_bytes):
                     frames = [replica.first_weights(i) for i in batch]
-                    yield from self._request(f"server-{server}", InitialWeights(batch), "Init", batch[0], frames)
+                    yield from self._request(f"server-{server}", InitialWeights(batch), Request.INITIAL_WEIGHTS, batch[0], frames)
             for page in [page for spec in replica.layout.tables for page in pages(spec)]:
                 ids = page_ids(replica.layout.tables[0], page)
                 for server in range(servers):
                     frames = cut(self.model.table.weight.detach()[ids[owner_of(ids, servers) == server]])
-                    yield from self._request(f"server-{server}", InitialRows(page, 0, page), "RowInit", page, frames)
+                    yield from self._request(f"server-{server}", InitialRows(page, 0, page), Request.INITIAL_ROWS, page, frames)
         self.run._exchange = ParameterClient(replica.layout, self.run.settings, self.run._policy.applies == "push")
 
     def _share(self, replica: Replica, gradients: Handle | None) -> Script:
@@ -1135,11 +1140,8 @@ class WorkerProcess(Process):
             )
             run._meet(server, answer)
 
-    def _request(self, to: str, body: Body, about: str, id_: int, frames: Sequence[Any] = ()) -> Script:
-        def answers(reply: Body) -> bool:
-            return isinstance(reply, Ready) and (reply.about, reply.id) == (about, id_)
-
-        return (yield from self._ask(to, body, answers, frames))
+    def _request(self, to: str, body: Body, request: Request, id_: int, frames: Sequence[Any] = ()) -> Script:
+        return (yield from self._ask(to, body, Accepted(request, id_).__eq__, frames))
 
     def _ask(self, to: str, body: Body, answers: Callable[[Body], bool], frames: Sequence[Any] = ()) -> Script:
         replies: list[Body] = []

@@ -26,7 +26,7 @@ from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR
 from roundtable.common.protocol.messages.embedding import InitialRows
 from roundtable.common.protocol.messages.saving import ModelPart, SendModel
-from roundtable.common.protocol.messages.setup import InFile, InitialWeights, Setup, Update
+from roundtable.common.protocol.messages.setup import InFile, InitialWeights, Setup, SetupReply, Update
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.results import ModelFile, rules_in
@@ -278,4 +278,4 @@ def test_a_file_that_cannot_be_is_refused_with_the_setup(change: dict[str, Any])
     with pytest.raises(WireError):
         check_file([wrong, *setup.file[1:]], sizes(layout))
     settings = Settings(workers=1, servers=1)
-    assert Ledger(settings, load(settings)).set_up(setup).__class__.__name__ == "Ready"
+    assert Ledger(settings, load(settings)).set_up(setup) == SetupReply()

@@ -37,7 +37,7 @@ from roundtable.common.protocol.messages.commit import CloseRound
 from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
 from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights
 from roundtable.common.protocol.messages.session import Refused
-from roundtable.common.protocol.messages.setup import InitialWeights, Plan, Ready, Setup, Update
+from roundtable.common.protocol.messages.setup import Accepted, InitialWeights, Plan, Request, Setup, Update
 from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.embedding import RowTables
@@ -393,8 +393,8 @@ def test_training_begins_when_first_rows_are_there_and_the_first_copy_counts() -
     values = torch.randn(rows_on(0, 2, ROWS), DIM)
     with pytest.raises(WireError):
         one.handle("worker-0", InitialRows(3, 0, 0), cut(values[1:]), 0.0)
-    assert bodies(one.handle("worker-0", InitialRows(3, 0, 0), cut(values), 0.0)) == [Ready("RowInit", 3)]
-    assert bodies(one.handle("worker-0", InitialRows(4, 0, 0), cut(values * 2), 0.0)) == [Ready("RowInit", 4)]
+    assert bodies(one.handle("worker-0", InitialRows(3, 0, 0), cut(values), 0.0)) == [Accepted(Request.INITIAL_ROWS, 3)]
+    assert bodies(one.handle("worker-0", InitialRows(4, 0, 0), cut(values * 2), 0.0)) == [Accepted(Request.INITIAL_ROWS, 4)]
     assert torch.equal(rows_at(one, 0, [0, 1, 2 * BLOCK]), values[[0, 1, BLOCK]])
     with pytest.raises(WireError):
         one.handle("worker-0", InitialRows(3, 0, 1), cut(values), 0.0)

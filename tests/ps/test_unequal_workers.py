@@ -13,7 +13,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.config.worker_facts import Fact
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.session import Hello, Refused
-from roundtable.common.protocol.messages.setup import Plan, Ready, Setup, Update
+from roundtable.common.protocol.messages.setup import Plan, PlanReply, Setup, SetupReply, Update
 from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 from roundtable.ps.coordinator.coordinator import Coordinator
@@ -35,8 +35,8 @@ def plan(**more: int) -> Plan:
 @pytest.fixture
 def ledger() -> Ledger:
     ledger = Ledger(Settings(), load(Settings()))
-    assert ledger.set_up(SETUP, "worker-0 on a") == Ready("Setup")
-    assert ledger.plan(plan().segment, FACTS, "worker-0 on a") == Ready("Plan")
+    assert ledger.set_up(SETUP, "worker-0 on a") == SetupReply()
+    assert ledger.plan(plan().segment, FACTS, "worker-0 on a") == PlanReply(0)
     return ledger
 
 
@@ -61,7 +61,7 @@ WIDE = TensorSpec("w", [3], "float64", 0)
 def test_another_model_or_optimizer_is_told_by_what_differs(setup: Setup, said: str, ledger: Ledger) -> None:
     refused = ledger.set_up(setup, "worker-1 on b")
     assert isinstance(refused, Refused) and said in refused.reason
-    assert ledger.set_up(SETUP, "worker-2 on c") == Ready("Setup")
+    assert ledger.set_up(SETUP, "worker-2 on c") == SetupReply()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from roundtable.common.model.sparse_rows import RowSum, cut, cut_sums, join_sums
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
-from roundtable.common.protocol.messages.setup import Ready, Update
+from roundtable.common.protocol.messages.setup import Accepted, Request, Update
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import UsageError, WireError
@@ -45,7 +45,11 @@ class Servers:
         self.asked: list[RowPull] = []
 
     def request(self, to: str, body: Any, answer: Callable[[Any], bool], timeout: float, frames: Any) -> None:
-        assert isinstance(body, InitialRows) and answer(Ready("RowInit", body.id)) and not answer(Ready("RowInit", body.id + 1))
+        assert (
+            isinstance(body, InitialRows)
+            and answer(Accepted(Request.INITIAL_ROWS, body.id))
+            and not answer(Accepted(Request.INITIAL_ROWS, body.id + 1))
+        )
         self.tables[int(to[7:])].load(body.table, body.page, frames)
 
     def send(self, *messages: Send) -> None:

@@ -22,7 +22,7 @@ from roundtable.common.model.sparse_rows import RowSum, RowSums, add_rows, add_t
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.embedding import InitialRows, RowPush
-from roundtable.common.protocol.messages.setup import Ready
+from roundtable.common.protocol.messages.setup import Accepted, Request
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
@@ -233,4 +233,4 @@ class RowSparse:
 
 def is_ready(id_: int) -> Callable[[Body], bool]:
     """Whether a message acknowledges RowInit `id_`."""
-    return lambda body: isinstance(body, Ready) and (body.about, body.id) == ("RowInit", id_)
+    return lambda body: body == Accepted(Request.INITIAL_ROWS, id_)

@@ -7,8 +7,8 @@ from roundtable.common.protocol.messages.base import Body
 
 
 class InitialRows(Body, frozen=True):
-    """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by Ready
-    with the same `id`. Classifiers are counted after the tables."""
+    """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by
+    Accepted with the same `id`. Classifiers are counted after the tables."""
 
     id: Count
     table: Count

@@ -44,7 +44,7 @@ class CheckpointStatus(Body, frozen=True):
 
 class Recomputed(Body, frozen=True):
     """From the weights after `round` rounds every worker has computed these tensors of the model's file anew; their bytes follow,
-    a frame for each. Only the first copy counts. Answered by Ready with the same `id`, once they are in the file."""
+    a frame for each. Only the first copy counts. Answered by Accepted with the same `id`, once they are in the file."""
 
     id: Count
     round: Count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated
 
 import msgspec
@@ -62,15 +63,36 @@ class Plan(Body, frozen=True):
     facts: Facts = []
 
 
-class Ready(Body, frozen=True):
-    """Setup, Plan or Init number `id` is known here. In answer to Setup, `lacks` says that this server has no first weights yet,
-    or, of the coordinator, that whoever asks is the one to send them, and `first` names that worker. `seal` is for the Plan."""
+class SetupReply(Body, frozen=True):
+    """The model of a Setup is known here."""
 
-    about: Name
-    id: Count = 0
-    lacks: bool = False
-    seal: Count = 0
+    #: Of a server: it has no first weights yet. Of the coordinator: the worker that asks is to send the first weights.
+    needs_weights: bool = False
+    #: Of the coordinator: the worker that is to send the first weights.
     first: Name = ""
+
+
+class PlanReply(Body, frozen=True):
+    """Plan number `segment` is known here. Servers take the Plan only with the coordinator's `seal`."""
+
+    segment: Count
+    seal: Count = 0
+
+
+class Request(enum.Enum):
+    """A message to which the answer is just that it has arrived."""
+
+    INITIAL_WEIGHTS = "initial weights"
+    INITIAL_ROWS = "initial rows"
+    METRICS = "metrics"
+    RECOMPUTED = "recomputed"
+
+
+class Accepted(Body, frozen=True):
+    """Request number `id` has arrived, and need not be sent again. The number of initial weights is that of their first chunk."""
+
+    request: Request
+    id: Count = 0
 
 
 class InitialWeights(Body, frozen=True):

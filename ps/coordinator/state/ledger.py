@@ -37,7 +37,7 @@ from roundtable.common.protocol.messages.commit import (
     RoundReady,
 )
 from roundtable.common.protocol.messages.session import Refused
-from roundtable.common.protocol.messages.setup import Ready, Setup
+from roundtable.common.protocol.messages.setup import PlanReply, Setup, SetupReply
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps import differences
 from roundtable.ps.model_parts import sizes
@@ -133,7 +133,7 @@ class Ledger:
         elif setup != self.setup:
             return Refused("Setup", differences.of_setups(self.setup, self._owner("setup"), setup, who))
         reason = self._differs("setup", facts, who)
-        return Refused("Setup", reason) if reason else Ready("Setup")
+        return Refused("Setup", reason) if reason else SetupReply()
 
     def plan(self, segment: Segment, facts: Sequence[Fact] = (), who: str = "", may_define: bool = True) -> Body | None:
         """What a worker, which is `who` to people, is to know of the plan it asks for; None where that is new and another is to
@@ -145,7 +145,7 @@ class Ledger:
         elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
             return Refused("Plan", differences.of_plans(self.segments, self._owner(f"plan {segment.index}"), segment, who))
         reason = self._differs(f"plan {segment.index}", facts, who)
-        return Refused("Plan", reason) if reason else Ready("Plan", segment.index)
+        return Refused("Plan", reason) if reason else PlanReply(segment.index)
 
     def _differs(self, about: str, facts: Sequence[Fact], who: str) -> str:
         """A sentence on what a worker has not in common with the first one that told of it."""
