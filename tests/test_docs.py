@@ -40,6 +40,8 @@ def written(type_: types.Type) -> str:
             return " | ".join(map(written, type_.types))
         case types.LiteralType():
             return " | ".join(f'"{value}"' for value in type_.values) if len(type_.values) < 8 else "Kind"
+        case types.EnumType():
+            return " | ".join(f'"{one.value}"' for one in type_.cls)
         case types.StructType():
             return type_.cls.__name__
         case types.RawType():

@@ -5,6 +5,7 @@ docs/protocol.md says what the fields mean. So a client in another language need
 
 from __future__ import annotations
 
+import enum
 from typing import Any, get_args
 
 import msgpack
@@ -39,6 +40,8 @@ def example(type_: types.Type, depth: int = 0) -> Any:
             return example(next(one for one in type_.types if not isinstance(one, types.NoneType)), depth)
         case types.LiteralType():
             return type_.values[-1]
+        case types.EnumType():
+            return list(type_.cls)[-1]
         case types.IntType():
             return 300 + depth
         case types.FloatType():
@@ -73,6 +76,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, enum.Enum):
+        return value.value
     return value
 
 

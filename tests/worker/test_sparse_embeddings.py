@@ -298,7 +298,7 @@ def test_a_push_is_sent_until_that_server_acknowledges_it() -> None:
     part = RowSum(torch.tensor([1, 2, 70]), torch.randn(3, DIM))
     nothing = RowSum(part.ids[:0], part.values[:0], used=False)
     sends = exchange.push(RowPush(4, 2, 4, 9, []), [part, nothing], {0: 7, 1: 8}, 0.0)
-    assert [(s.to, s.body.counts, s.body.base) for s in sends] == [("server-0", [2, -1], 7), ("server-1", [1, -1], 8)]
+    assert [(s.to, s.body.counts, s.body.base_version) for s in sends] == [("server-0", [2, -1], 7), ("server-1", [1, -1], 8)]
     found = join_sums(sends[1].frames, [1, -1], specs, "it")
     assert found[0].ids.tolist() == [70] and torch.equal(found[0].values, part.values[2:])
     assert bytes(cut_sums(found)[0]) == bytes(sends[1].frames[0])
