@@ -699,6 +699,12 @@ class Run:
         finally:
             self._watchdog.stop()
             self._link.close()
+            self._release_model()
+
+    def _release_model(self) -> None:
+        """Make the model an ordinary one: after a run that has failed, weights that it still waits for never come."""
+        if self._work is not None:
+            self._work.close()
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the model, by name."""

@@ -1,9 +1,9 @@
 """A whole cluster in one thread: a network that loses, repeats, delays and reorders messages, and a clock that is a number.
 
-Coordinator, servers and the workers' link are the real ones over sockets that only look like ZeroMQ's. A worker's loop blocks,
-so only one worker can be the real one (`real=True`: worker 0, which runs the world while it waits); the others run
-`SteppedWork` and `SteppedLocalWork`, where every blocking method of worker/loop/gradient_loop.py and worker/loop/local_sgd.py is
-a generator of `Wait` that does the same, line by line.
+Coordinator, servers, workers and the workers' links are the real ones, over sockets that only look like ZeroMQ's. A worker's
+script is what a user writes. It runs on a thread of its own, and blocks wherever the worker's loop blocks, inside torch too.
+Only one thread runs at any time: a script runs while the world waits for it, and the world runs while all scripts wait. So a
+run depends on its seed alone.
 
 The model is such that its weights tell on the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the
 run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
@@ -20,7 +20,7 @@ import os
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,33 +41,23 @@ from torch.utils.data import Dataset
 from roundtable.common.codecs.chunks import coded_pieces
 from roundtable.common.config.batch_plan import Segment, Task, make_segment
 from roundtable.common.config.settings import Settings
-from roundtable.common.model.layout import message_batches
 from roundtable.common.model.reduction_tree import fold
-from roundtable.common.model.row_pages import BLOCK, pages
-from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
+from roundtable.common.model.row_pages import BLOCK
+from roundtable.common.model.sparse_rows import owner_of
 from roundtable.common.network.host_identity import Place, here
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.embedding import InitialRows
 from roundtable.common.protocol.messages.gradients import Weights
 from roundtable.common.protocol.messages.replication import RoundReplicatedAck, StateHeader, StatePart, StatePartAck
-from roundtable.common.protocol.messages.session import Goodbye, Hello, RequestWork, Stop
+from roundtable.common.protocol.messages.session import Goodbye, Hello, Stop
 from roundtable.common.protocol.messages.setup import (
-    Accepted,
-    InitialWeights,
     OfferSharedMemory,
-    Plan,
-    PlanReply,
-    Request,
-    Setup,
-    SetupReply,
     SharedMemoryReply,
     Update,
 )
-from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
-from roundtable.common.protocol.shared_memory import Handle, Region
-from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S
+from roundtable.common.protocol.messages.sharded import LayerPush
+from roundtable.common.protocol.shared_memory import Region
 from roundtable.common.runtime.errors import RunStopped, Stopped, WireError
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
 from roundtable.common.storage.run_files import MODEL_FILE
@@ -78,16 +68,10 @@ from roundtable.ps.coordinator.state.membership import number_of
 from roundtable.ps.server.server import _Server
 from roundtable.ps.server.shard import Shard
 from roundtable.worker.client.io_thread import IoThread
-from roundtable.worker.client.push_pull import ParameterClient
-from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, find_layers, sharded_cross_entropy
-from roundtable.worker.layers.sparse_embedding import RowSparse, find_tables
-from roundtable.worker.loop import local_sgd
-from roundtable.worker.loop.gradient_loop import _PATIENCE_S, GradientLoop
-from roundtable.worker.model_contents import file_of
-from roundtable.worker.optim.optimizer import Hypers, example_optimizer, plain_settings
+from roundtable.worker.layers.sharded_linear import ShardedLinear, sharded_cross_entropy
+from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.optim.optimizer import example_optimizer, plain_settings
 from roundtable.worker.replica.buffers import BufferRule
-from roundtable.worker.replica.gradient_buffers import GradientBuffers
-from roundtable.worker.replica.replica import Replica
 from roundtable.worker.run import Run
 
 _TICK_S = 0.1
@@ -158,7 +142,6 @@ class Case:
     #: Chunks of weights that may be on their way to a worker; and versions that a server has room for.
     credit: int = 1
     planes: int = 4
-    real: bool = False
     momentum: float = 0.9
     lr: float = 0.125
     rows: int = 0
@@ -499,6 +482,19 @@ class World:
             what()
         return value
 
+    def count_given_up(self, give_up: Callable[[GradientLoop], None]) -> Callable[[GradientLoop], None]:
+        def counting(work: GradientLoop) -> None:
+            self.given_up += 1
+            give_up(work)
+
+        return counting
+
+    def end_scripts(self) -> None:
+        """End all scripts, wherever they wait: a failed run leaves nothing behind for the next test."""
+        for process in self.processes.values():
+            if isinstance(process, WorkerProcess):
+                process.script.end()
+
     def describe(self) -> str:
         return "; ".join(process.describe() for process in self.processes.values())
 
@@ -579,7 +575,9 @@ class CoordinatorProcess(Process):
     def _start(self, books: RestoredRun | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
         case = self.world.case
-        settings = msgspec.structs.replace(case.settings, checkpoint_every=0.7 if case.folder is not None else 0.0)
+        transport: Literal["auto", "tcp"] = "auto" if case.memory else "tcp"
+        every = 0.7 if case.folder is not None else 0.0
+        settings = msgspec.structs.replace(case.settings, checkpoint_every=every, transport=transport)
         self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
         self.alive, self.leaves = True, False
@@ -772,36 +770,101 @@ class ServerProcess(Process):
 # ---- workers
 
 
-@dataclass(frozen=True)
-class Wait:
-    """A script goes on when `ready()` is neither None nor False, or at the time `until`."""
-
-    ready: Callable[[], Any] | None
-    until: float
+class ScriptEnded(BaseException):
+    """Raised in a script that waits in a world that is over."""
 
 
-Script = Generator[Wait, Any, Any]
+class ScriptThread:
+    """A worker's script. It runs only while the world waits in `go_on`."""
+
+    def __init__(self, script: Callable[[], None]) -> None:
+        self._script = script
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        #: Each is released when the script, or the world, may go on.
+        self._may_run = threading.Lock()
+        self._may_go_on = threading.Lock()
+        self._may_run.acquire()
+        self._may_go_on.acquire()
+        self._error: BaseException | None = None
+        self._is_over = False
+        #: Whether the script has returned or raised.
+        self.ended = False
+        #: While the script waits: when it goes on at the latest.
+        self.until = float("inf")
+
+    def go_on(self) -> None:
+        """Let the script run until it waits or ends. Raise what it raises."""
+        if not self._thread.ident:
+            self._thread.start()
+        else:
+            self._may_run.release()
+        self._may_go_on.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self, until: float) -> None:
+        """Let the world go on. The script's thread calls this."""
+        if self._is_over:
+            raise ScriptEnded
+        self.until = until
+        self._may_go_on.release()
+        self._may_run.acquire()
+        if self._is_over:
+            raise ScriptEnded
+
+    def end(self) -> None:
+        """End a script that waits."""
+        self._is_over = True
+        if self._thread.ident and not self.ended:
+            self.go_on()
+
+    def _run(self) -> None:
+        try:
+            self._script()
+        except ScriptEnded:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.ended = True
+            self._may_go_on.release()
+
+
+class SimulatedCondition(threading.Condition):
+    """A condition of a script's thread: what waits for it lets the world go on."""
+
+    def __init__(self, process: WorkerProcess) -> None:
+        super().__init__()
+        self._process = process
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        saved = self._release_save()  # type: ignore[attr-defined]
+        try:
+            self._process.script.wait(self._process.world.now + timeout)
+        finally:
+            self._acquire_restore(saved)  # type: ignore[attr-defined]
+        return True
+
+    def notify_all(self) -> None:
+        self._process.is_notified = True
 
 
 class SimulatedLink(IoThread):
-    """The real link without its thread: messages go out at once, and `wait` lets the world go on."""
+    """The real link without its thread: messages go out at once, and what waits lets the world go on."""
 
     def __init__(self, process: WorkerProcess, hello: Hello) -> None:
         self.process = process
         super().__init__(_COORDINATOR, hello)
+        self.lock = SimulatedCondition(process)
         self._names[self._sockets[COORDINATOR]] = COORDINATOR
 
-    def wait(self, ready: Any, timeout: float, what: Callable[[], str], every: float | None = None) -> Any:
-        world = self.process.world
-        if not self.process.real:
-            value = ready()
-            assert value is not None and value is not False, f"{what()} would block"
-            return value
-        limit = timeout if every is None else min(every, timeout)
-        # a value such as an empty list is an answer too, so it is wrapped
-        found = world.run(lambda: [v] if (v := ready()) is not None and v is not False else None, world.now + limit)
-        assert found or limit < timeout, f"waited {timeout} s for {what()}: {world.describe()}"
-        return found[0] if found else None
+    def request(self, to: str, body: Body, *others: Any, **more: Any) -> Body:
+        shares_with_one = self.process.world.case.memory == "beside"
+        if shares_with_one and isinstance(body, OfferSharedMemory) and number_of(to) != self.process.beside:
+            return SharedMemoryReply(False, None)
+        return super().request(to, body, *others, **more)
 
     def _notify(self) -> None:
         if self.process.alive:
@@ -815,18 +878,23 @@ class SimulatedLink(IoThread):
 
 
 class WorkerProcess(Process):
-    def __init__(self, world: World, key: str, pace: Pace, real: bool, index: int | None = None, pid: int | None = None) -> None:
+    run: Run
+
+    def __init__(self, world: World, key: str, pace: Pace, index: int | None = None, pid: int | None = None) -> None:
         super().__init__(world, key)
         #: The process id that it tells.
         self.pid = next(world.pids) if pid is None else pid
         #: The number it asks for.
         self.index = number_of(key) if index is None else index
         self.pace = pace
-        self.real = real
         self.done = self.breaks = False
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
-        self._waits: Wait | None = None
+        self.script = ScriptThread(self._live)
+        self._poller: Any = SimpleNamespace(register=lambda *those: None, unregister=lambda *those: None)
+        #: Whether something has come since the script began to wait; and the time until which it does not look.
+        self.is_notified = False
+        self._sleeps_until = float("-inf")
 
     def is_deaf_to(self, header: bytes) -> bool:
         if not self.pace.deaf_s[0] <= self.world.now - 100.0 < self.pace.deaf_s[1]:
@@ -854,9 +922,7 @@ class WorkerProcess(Process):
     def begin(self) -> None:
         place = here() if self.world.case.near else Place()
         self.link = SimulatedLink(self, Hello("worker", self.index, pid=self.pid, place=place))
-        if not self.real:
-            self._script = self._run()
-            self._go_on(None)
+        self._go_on()
 
     def _die(self) -> None:
         self.kill(self.pace.respawn_s)
@@ -913,14 +979,14 @@ class WorkerProcess(Process):
         number = sum(isinstance(process, WorkerProcess) for process in self.world.processes.values())
         key = next(f"worker-{n}" for n in range(number + 100) if f"worker-{n}" not in self.world.expected)
         self.world.expected.add(key)
-        return WorkerProcess(self.world, key, Pace(self.pace.compute_s, self.pace.pause_s), False, self.index, pid)
+        return WorkerProcess(self.world, key, Pace(self.pace.compute_s, self.pace.pause_s), self.index, pid)
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
         port: Any = self.link._sockets.get(sender.partition(".")[0])
         if port is not None and port.peer == sender:
             port.inbox.append(frames)
             try:
-                self.link._receive(port, mock.Mock())
+                self.link._receive(port, self._poller)
             except Restarted:
                 self.begin_anew()
                 return
@@ -942,27 +1008,34 @@ class WorkerProcess(Process):
         self._look()
 
     def describe(self) -> str:
-        if self._waits is None or not self.alive or self.done:
+        if not self.alive or self.done or not hasattr(self, "run"):
             return f"{self.key} {'done' if self.done else 'alive' if self.alive else 'dead'}"
         work = self.run._work
         return f"{self.key} at {work.beat() if work is not None else 'start'}"
 
     def _look(self) -> None:
-        while self._waits is not None and self.alive:
-            value = self._waits.ready() if self._waits.ready is not None else None
-            if (value is None or value is False) and self.world.now < self._waits.until:
+        """Let the script go on if there is news, or if it has waited for long enough."""
+        while self.alive and not self.script.ended:
+            is_due = self.world.now >= self.script.until
+            if self.world.now < self._sleeps_until or not (self.is_notified or is_due):
                 return
-            self._go_on(None if value is False else value)
+            self._go_on()
 
-    def _go_on(self, value: Any) -> None:
-        self._waits = None
+    def _go_on(self) -> None:
+        self.is_notified = False
         try:
-            self._waits = self._script.send(value)
-        except StopIteration:
-            self.alive = False  # it has left
-            return
-        if self._waits.until < float("inf"):
-            self.world.at(self._waits.until, self._look)
+            self.script.go_on()
+        except Interrupted:
+            self._interrupted()
+        if self.script.ended:
+            self.alive = self.alive and self.done  # else it has left
+        elif self.script.until < float("inf"):
+            self.world.at(max(self.script.until, self._sleeps_until), self._look)
+
+    @property
+    def beside(self) -> int:
+        """The server that it shares memory with, if only one does."""
+        return number_of(self.place) % self.world.case.settings.servers
 
     # ---- what a script does
 
@@ -979,118 +1052,77 @@ class WorkerProcess(Process):
             return float("inf")
         return self.pace.compute_s * world.random.uniform(0.7, 1.3)
 
-    def has_weights(self, task: Task) -> None:
+    def has_weights(self, task: Task, weights: dict[str, torch.Tensor]) -> None:
         """It has all weights for `task`: they are everybody's."""
         world, policy = self.world, load(self.world.case.settings)
         run = self.link._stamp.run
-        if not policy.is_local and policy.applies == "round" and task.round == min(world.versions(run), default=-1):
-            first = world.weights.setdefault((run, task.round), state(self.model))
-            assert same(first, state(self.model)), f"{self.key} computes round {task.round} from other weights"
+        if policy.applies == "round" and task.round == min(world.versions(run), default=-1):
+            first = world.weights.setdefault((run, task.round), weights)
+            assert same(first, weights), f"{self.key} computes round {task.round} from other weights"
 
-    def script(self) -> None:
-        """What a user writes; only for the real worker."""
-        case, world = self.world.case, self.world
-        run = self.run = Run(self.link)
-        self._welcomed_at = world.now
+    def _live(self) -> None:
+        """What a process does that runs a script."""
+        self.run = run = Run(self.link)
+        now, pace = self.world.now, self.pace
+        self._welcomed_at = now
+        plans = [
+            (pace.dies_s, self._die),
+            (pace.leaves_s, run.leave),
+            (pace.breaks_s, self._break_off),
+            (pace.fails_s, self._fail),
+        ]
+        for after_s, what in plans:
+            if after_s < float("inf"):
+                self.world.at(now + after_s, what)
+        try:
+            try:
+                self._train(run)
+            except SystemExit:
+                run.finish()
+                if self.link.told:
+                    self._has_left()
+            else:
+                run._wait(run._handed_over, lambda: "the servers to have all that was pushed")
+                self.done = True
+                run.finish()
+        finally:
+            run._release_model()
+
+    def _train(self, run: Run) -> None:
+        """What a user writes."""
+        case = self.world.case
         run.merge_by(lambda model: 0.0)
-        model = run.replicate(self.model, Model.RULES)
+        run.replicate(self.model, Model.RULES)
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
-                task = run._work._current if run._work is not None else None
-                assert task is not None
-                world.run(lambda: False, world.now + self.begins(task))
-                model.a.sum()
-                self.has_weights(task)
-                model.compute(task)
+                work = run._work
+                assert work is not None and work._current is not None
+                task = work._current
+                self._sleep(self.begins(task))
+                if self.breaks:
+                    raise SystemExit
+                if isinstance(work, GradientLoop):
+                    self._compute(work, task)
+                else:
+                    self.model.compute(task)
                 run.log(loss=float(task.k))
                 opt.step()
-                world.run(lambda: False, world.now + self.pace.pause_s * world.random.random())
-        run._wait(run._handed_over, lambda: "the servers to have all that was pushed")
-        self.done = True
+                if self.pace.pause_s:
+                    self._sleep(self.pace.pause_s * self.world.random.random())
 
-    def _run(self) -> Script:
-        case = self.world.case
-        yield Wait(lambda: self.link._attendance.welcome, float("inf"))
-        self._welcomed_at = self.world.now
-        if self.pace.dies_s < float("inf"):
-            self.world.at(self.world.now + self.pace.dies_s, self._die)
-        if self.pace.leaves_s < float("inf"):
-            self.world.at(self.world.now + self.pace.leaves_s, lambda: self.run.leave())
-        if self.pace.breaks_s < float("inf"):
-            self.world.at(self.world.now + self.pace.breaks_s, self._break_off)
-        if self.pace.fails_s < float("inf"):
-            self.world.at(self.world.now + self.pace.fails_s, self._fail)
-        run = self.run = Run(self.link)
-        run.merge_by(lambda model: 0.0)
-        run.replicate(self.model, Model.RULES)
-        groups = self.model.groups()
-        tables = find_tables(self.model, groups)
-        specs = [table.spec for table in tables]
-        layers = find_layers(self.model, groups)
-        dense = {id(p): 0 for p in groups[0]["params"] if not p.is_meta}
-        at_once = run._policy.applies == "push"
-        sharded_specs = [one.spec for one in layers]
-        elsewhere = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
-        replica = Replica(self.model, dense, case.settings.servers, specs, sharded_specs, Model.RULES, at_once, elsewhere)
-        hyper = {"lr": case.lr, "momentum": case.momentum}
-        example = example_optimizer(torch.optim.SGD, groups, hyper)
-        work: SteppedWork | SteppedLocalWork
-        if run._policy.is_local:
-            outer = run._policy.outer_optimizer
-            update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {}])
-        else:
-            clips = case.clip_norm if run._policy.applies == "round" else None
-            update = Update("SGD", plain_settings(example), clips)
-        yield from self._set_up(replica, update)
-        if run._policy.is_local:
-            inner = local_sgd.Inner(torch.optim.SGD(groups, **hyper), None, "round", case.clip_norm)  # type: ignore[arg-type]
-            yield from self._share(replica, None)
-            work = SteppedLocalWork(run, replica, inner, [])
-        else:
-            clips = case.clip_norm if run._policy.applies == "push" else None
-            slots = GradientBuffers(replica.layout, shared=bool(case.memory))
-            yield from self._share(replica, slots.handle)
-            replicas = case.settings.replicas > 0
-            rows = SteppedRows(self.link, tables, case.settings.servers, lambda: run.round, 180.0, False, replicas)
-            run._rows = rows
-            run._shards = SteppedShards(
-                self.link, layers, case.settings.servers, lambda: run._computed, 180.0, 0, len(tables), False, replicas
-            )
-            work = SteppedWork(run, replica, rows, run._shards, slots, Hypers(example, None, "round", lambda epoch: None), clips)
-        run._work = work
-        work.process = self
-        yield from work.join()
-        try:
-            for segment in case.plans():
-                plan = Plan(segment)
-                for name in [COORDINATOR, *(f"server-{number}" for number in range(case.settings.servers))]:
-                    ready = yield from self._ask(name, plan, lambda reply: isinstance(reply, PlanReply))
-                    plan = Plan(segment, ready.seal) if name == COORDINATOR else plan
-                run._segments.append(segment)
-                yield from work.train(segment)
-        except SystemExit:
-            yield from self._hand_over()
-            while not self.link.stopped:
-                self.link.send(Send(COORDINATOR, Goodbye(early=not self.breaks, round=run.round)))
-                yield Wait(lambda: self.link.stopped, self.world.now + 1.0)
-            if self.link.told:
-                self._has_left()
-            return
-        yield from self._hand_over()
-        self.done = True
-        while True:
-            self.link.send(Send(COORDINATOR, Goodbye(round=run.round)))
-            yield Wait(None, self.world.now + 1.0)
-
-    def _hand_over(self) -> Script:
-        yield Wait(self.run._handed_over, float("inf"))
+    def _sleep(self, seconds: float) -> None:
+        self._sleeps_until = self.world.now + seconds
+        while self.world.now < self._sleeps_until:
+            self.script.wait(self._sleeps_until)
 
     def residuals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """What the push codec has left out: tensor, where in it that begins, and values."""
-        if self.run._exchange is None or self.run._replica is None:
+        if not hasattr(self, "run") or self.run._work is None:
             return  # it came too late
-        layout, feedback = self.run._replica.layout, self.run._exchange._coder._feedback
+        work, exchange = self.run._work, self.run._exchange
+        assert exchange is not None
+        layout, feedback = work.replica.layout, exchange._coder._feedback
         assert not feedback._pending
         for chunk, state in feedback._states.items():
             pieces = coded_pieces(layout, layout.chunks[chunk])
@@ -1098,272 +1130,25 @@ class WorkerProcess(Process):
             for piece, values in zip(pieces, parts, strict=True):
                 yield layout.tensors[piece.tensor].name, piece.start, values
 
-    def _set_up(self, replica: Replica, update: Update) -> Script:
-        weights = [layer.weight for layer in (self.model.table, self.model.head) if layer is not None]
-        file = file_of(self.model, [*replica.tensors, *weights], replica.specs)
-        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
-        servers = self.world.case.settings.servers
-        while True:
-            is_first = (yield from self._ask(COORDINATOR, setup, lambda reply: isinstance(reply, SetupReply))).needs_weights
-            lacking = False
-            for number in range(servers):
-                lacking |= (
-                    yield from self._ask(f"server-{number}", setup, lambda reply: isinstance(reply, SetupReply))
-                ).needs_weights
-            if is_first or not lacking:
-                break
-            yield Wait(None, self.world.now + 0.1)
-        if lacking:
-            chunks = replica.layout.chunks
-            for server in range(servers):
-                ids = [chunk.id for chunk in replica.layout.on(server)]
-                for batch in message_batches(ids, lambda i: chunks[i].weight_bytes):
-                    frames = [replica.first_weights(i) for i in batch]
-                    yield from self._request(f"server-{server}", InitialWeights(batch), Request.INITIAL_WEIGHTS, batch[0], frames)
-            for page in [page for spec in replica.layout.tables for page in pages(spec)]:
-                ids = page_ids(replica.layout.tables[0], page)
-                for server in range(servers):
-                    frames = cut(self.model.table.weight.detach()[ids[owner_of(ids, servers) == server]])
-                    yield from self._request(f"server-{server}", InitialRows(page, 0, page), Request.INITIAL_ROWS, page, frames)
-        self.run._exchange = ParameterClient(replica.layout, self.run.settings, self.run._policy.applies == "push")
-
-    def _share(self, replica: Replica, gradients: Handle | None) -> Script:
-        run, exchange = self.run, self.run._exchange
-        if not self.world.case.memory:
-            return
-        assert exchange is not None
-        exchange.share, run._replica = OfferSharedMemory(gradients), replica
-        own = number_of(self.place) % replica.layout.servers
-        for server in [own] if self.world.case.memory == "beside" else replica.layout.owners():
-            answer = yield from self._ask(
-                f"server-{server}", OfferSharedMemory(gradients), lambda reply: isinstance(reply, SharedMemoryReply)
-            )
-            run._meet(server, answer)
-
-    def _request(self, to: str, body: Body, request: Request, id_: int, frames: Sequence[Any] = ()) -> Script:
-        return (yield from self._ask(to, body, Accepted(request, id_).__eq__, frames))
-
-    def _ask(self, to: str, body: Body, answers: Callable[[Body], bool], frames: Sequence[Any] = ()) -> Script:
-        replies: list[Body] = []
-        before = self.link.on_message
-
-        def listen(sender: str, reply: Body, reply_frames: Any) -> None:
-            if sender == to and answers(reply):
-                replies.append(reply)
-            else:
-                before(sender, reply, reply_frames)
-
-        self.link.on_message = listen
-        while not replies:
-            self.link.send(Send(to, body, frames))
-            yield Wait(lambda: bool(replies), self.world.now + (SEND_AGAIN_S if frames else ASK_AGAIN_S))
-        self.link.on_message = before
-        return replies[0]
-
-
-class SteppedWork(GradientLoop):
-    """`GradientLoop` where what blocks is a generator; see there for the reasons."""
-
-    process: WorkerProcess
-
-    def join(self) -> Script:
-        yield from self._go_to(0, fresh=True)
-
-    def train(self, segment: Segment) -> Script:
-        world, pace = self.process.world, self.process.pace
-        self._begin(segment)
-        while (task := (yield from self._next_task())) is not None:
-            self.replica.reset_buffers()
-            self._take_slot()
-            self._push_early()
-            self._metrics = {}
-            yield Wait(None, world.now + self.process.begins(task))
-            if self.process.breaks:
-                raise SystemExit
-            yield from self._await_weights()
-            if not self._spoilt:
-                self.process.has_weights(task)
-            if self.process.model.rows:
-                assert isinstance(self._rows, SteppedRows)
-                yield from self._rows.fetch(self.process.model.ids(task).unique(), world)
-            if self.process.model.classes:
-                assert isinstance(self._shards, SteppedShards)
-                yield from self._shards.fetch(self.process.model, task, world)
-            self.process.model.compute(task)
-            yield from self._backward()
-            self.log({"loss": float(task.k)})
-            self.step()  # its last call, _advance, only makes a generator
-            yield from self._advance()
-            if pace.pause_s:
-                yield Wait(None, world.now + pace.pause_s * world.random.random())
-
-    def _give_up(self) -> None:
-        self.process.world.given_up += 1
-        super()._give_up()
-
-    def _await_weights(self) -> Script:
-        exchange = self._exchange
-        assert exchange is not None
-        if self._awaited.any:
-            yield Wait(
-                lambda: exchange.gone or exchange.has([chunk.id for chunk in self.replica.layout.chunks]),
-                float("inf"),
-            )
-        self._await_all()
-
-    def _backward(self) -> Script:
+    def _compute(self, work: GradientLoop, task: Task) -> None:
         """Some gradients are known early, and of those some change again."""
-        chance = self.process.world.random
-        for index, tensor in enumerate(self.replica.tensors):
+        world, chance = self.world, self.world.random
+        self.model.a.sum()
+        weights = state(self.model)
+        if not work._spoilt:
+            self.has_weights(task, weights)
+        self.model.compute(task)
+        world.asked_too_late += work._shards.spoilt
+        for index, tensor in enumerate(work.replica.tensors):
             if tensor.grad is not None and chance.random() < 0.7:
                 changes = chance.random() < 0.3
                 if changes:
                     tensor.grad.mul_(2)
-                self.replica._catch(index, tensor)
+                work.replica._catch(index, tensor)
                 if chance.random() < 0.3:
-                    yield Wait(None, self.process.world.now + 0.02)
+                    self._sleep(0.02)
                 if changes:
                     tensor.grad.data.mul_(0.5)
-
-    def _next_task(self) -> Script:  # type: ignore[override]
-        while True:
-            self._leave_if_asked()
-            yield from self._advance()
-            if self._segment is None or self.round >= self._segment.end:
-                return None
-            task = self._tasks.next()
-            if task is not None:
-                break
-        if not self._per_round and self._stale:
-            yield from self._fetch(task.round, settled=False, lazy=True)
-        self._current, self._begun_at = task, self.process.world.now
-        self._stale = True
-        self._link.beat_soon()
-        return task
-
-    def _advance(self) -> Script:  # type: ignore[override]
-        assert self._segment is not None
-        end = self._segment.end
-        while self.round < end:
-            if not self._spoilt and self._has_task():
-                return
-            yield from self._await_weights()
-            target = self.round + 1
-            settled = not self._per_round and target == end
-            reached = yield from self._fetch(target, settled, unless_leased=not self._spoilt, lazy=target < end)
-            if reached is not None:
-                yield from self._go_to(reached)
-
-    def _go_to(self, round_: int, fresh: bool = False) -> Script:  # type: ignore[override]
-        if fresh:
-            reached = yield from self._fetch(round_, settled=False)
-            round_ = round_ if reached is None else reached
-        self._drop_sums()
-        self.round, self._spoilt = round_, False
-        if self._segment is not None and round_ < self._segment.end:
-            self._tasks.open(round_, self._segment.round(round_).micro_batches)
-
-    def _fetch(  # type: ignore[override]
-        self, clock: int, settled: bool, unless_leased: bool = False, lazy: bool = False
-    ) -> Script:
-        exchange = self._exchange
-        assert exchange is not None
-        if exchange.clock != clock:
-            self._link.send(*exchange.pull(clock, settled, self.process.world.now))
-        lazy = lazy and exchange.receives
-        needed = self._awaited.needed_first if lazy else set()
-
-        def ready() -> str | None:
-            if exchange.over is not None:
-                return "gone"
-            if exchange.complete or (lazy and exchange.usable(needed)):
-                return "here"
-            return "leased" if unless_leased and self._tasks.any else None
-
-        while True:
-            found = yield Wait(ready, self.process.world.now + max(_PATIENCE_S, self._meter.seconds / 2))
-            if found is not None:
-                break
-            if unless_leased:
-                self._leave_if_asked()
-                self._link.send(Send(COORDINATOR, RequestWork(self.round)))
-                self._link.beat_soon()
-        if found == "leased":
-            return None
-        if found == "gone":
-            return (yield from self._fetch(exchange.over or 0, settled, unless_leased))
-        self._awaited.came(self._load())
-        self._awaited.expect(self._to_come)
-        self._stale = False
-        return clock
-
-
-class SteppedRows(RowSparse):
-    """`RowSparse` whose rows are fetched by a generator before they are looked up."""
-
-    def fetch(self, ids: torch.Tensor, world: World) -> Script:
-        self._link.send(*self.exchange.pull(0, ids, self._version(), world.now))
-        yield Wait(lambda: self.exchange.complete, float("inf"))
-
-    def _pull(self, table: int, ids: torch.Tensor) -> torch.Tensor:
-        return self.exchange.take()
-
-
-class SteppedShards(ShardedLayers):
-    """`ShardedLayers` whose servers are asked by a generator before their answers are used."""
-
-    def fetch(self, model: Model, task: Task, world: World) -> Script:
-        features, labels = model.samples(task)
-        question = ShardedForward(0, 0, self._version(), len(labels), True)
-        self._link.send(*self.exchange.ask(question, [features, labels], world.now))
-        yield Wait(lambda: self.exchange.complete, float("inf"))
-        world.asked_too_late += self.exchange.gone
-
-    def _ask(self, layer: ShardedLinear, question: ShardedForward, tensors: Sequence[torch.Tensor]) -> bool:
-        return not self.exchange.gone
-
-
-class SteppedLocalWork(local_sgd.LocalSgdLoop):
-    """`LocalSgdLoop` where what blocks is a generator; see there for the reasons."""
-
-    process: WorkerProcess
-
-    def join(self) -> Script:
-        yield from self._load(0)
-
-    def train(self, segment: Segment) -> Script:
-        self._segment = segment
-        table = self._run._tasks.tables[0]
-        for index in range(self._first(segment), segment.end):
-            self.round = index
-            plan = segment.round(index)
-            for k in table.run(self._run.name, plan.micro_batches):
-                self._current, self._metrics, self._begun_at = Task(index, k), {}, self.process.world.now
-                yield Wait(None, self.process.world.now + self.process.begins(self._current))
-                if self.process.breaks:
-                    raise SystemExit
-                self.process.model.compute(self._current)
-                self.log({"loss": float(k)})
-                self.step()
-            self._step_inner()
-            self.round = index + 1
-            if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
-                self._merge()  # its last call, _load, only makes a generator
-                yield from self._load(self._merges)
-
-    def _load(self, version: int) -> Script:  # type: ignore[override]
-        exchange = self._exchange
-        assert exchange is not None
-        self._link.send(*exchange.pull(version, False, self.process.world.now))
-        yield Wait(lambda: exchange.complete or exchange.over is not None, float("inf"))
-        if exchange.over is not None:
-            self._merges = exchange.over
-            yield from self._load(self._merges)
-            return
-        frames, _ = exchange.take()
-        self.replica.load(frames)
-        if self._policy.contributes == "delta":
-            self._start = self.replica.weights()
 
 
 class Numbers(Dataset[int]):
@@ -1544,6 +1329,10 @@ def _stand_ins(world: World) -> Iterator[None]:
         }
         for name, value in replacements.items():
             stack.enter_context(mock.patch(name, value))
+        stack.enter_context(mock.patch.object(GradientLoop, "_give_up", world.count_given_up(GradientLoop._give_up)))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        stack.callback(world.end_scripts)
         yield
 
 
@@ -1558,7 +1347,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
         coordinator = CoordinatorProcess(world, "coordinator", case.folder or Path(folder))
         world.start(coordinator)
         servers = [ServerProcess(world, f"server-{n}") for n in range(case.settings.servers)]
-        workers = [WorkerProcess(world, f"worker-{n}", p, case.real and n == 0) for n, p in enumerate(case.paces)]
+        workers = [WorkerProcess(world, f"worker-{n}", p) for n, p in enumerate(case.paces)]
         for server in servers:
             world.start(server)
         for number, at, away in case.replaced:
@@ -1582,9 +1371,6 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
             return done and _is_settled(world) and coordinator.ledger.committed >= planned and coordinator.coordinator._has_model
 
         try:
-            if case.real:
-                world.run(lambda: world.processes.get("worker-0"))
-                workers[0].script()
             world.run(over)
             world.over = True
             world.run(lambda: False, world.now + 8.0)  # what was under way arrives; what was lost is sent again, and reported
@@ -1649,7 +1435,7 @@ def _is_settled(world: World) -> bool:
     are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator._head.run for s in servers)
     begins_anew = process.leaves or coordinator._signal or coordinator._membership.broken or coordinator._membership.lost_servers
     is_saved = coordinator._cuts.ended(coordinator._ledger.committed)
-    return are_there and not begins_anew and (is_saved or world.case.real)  # which does not say that it leaves
+    return are_there and not begins_anew and is_saved
 
 
 def _tell(world: World, name: str, away: float) -> None:

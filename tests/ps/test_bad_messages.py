@@ -104,7 +104,7 @@ def running(case: Case, seconds: float) -> Iterator[Recording]:
             for n in range(case.settings.servers):
                 world.start(ServerProcess(world, f"server-{n}"))
             for n, pace in enumerate(case.paces):
-                world.start(WorkerProcess(world, f"worker-{n}", pace, real=False))
+                world.start(WorkerProcess(world, f"worker-{n}", pace))
             world.run(lambda: False, world.now + seconds)
             yield world
         finally:

@@ -52,7 +52,7 @@ def deaths(draw: st.DrawFn, policy: str, **more: Any) -> tuple[Case, bool]:
     together = draw(st.lists(st.sampled_from(names), min_size=1, max_size=len(names), unique=True))
     killed += [(name, at, draw(away)) for name in together]
     stopped = draw(st.lists(st.tuples(st.floats(0.0, 12.0), away), max_size=2))
-    return replace(case, killed=killed, stopped=stopped, real=False), draw(st.booleans())
+    return replace(case, killed=killed, stopped=stopped), draw(st.booleans())
 
 
 def run(drawn: tuple[Case, bool]) -> Outcome:

@@ -85,7 +85,6 @@ def cases(
         segments=[(samples, draw(st.integers(1, 2))), (global_batch, draw(st.integers(1, 2)))][: draw(st.integers(1, 2))],
         network=draw(networks()),
         seed=draw(st.integers(0, 1 << 32)),
-        real=draw(st.booleans()),
         memory=draw(st.sampled_from(["", "shared", "beside", "apart"])) if codecs is None else "",
         planes=draw(st.sampled_from([2, 4])),
         credit=draw(st.sampled_from([1, 3])),
@@ -392,7 +391,7 @@ def test_merges_do_not_depend_on_the_network(case: Case) -> None:
         outcome = simulate(case)
         check_books(outcome)
         check_same_everywhere(outcome)
-        quiet = simulate(Case(**{**vars(case), "network": Network(), "real": not case.real}))
+        quiet = simulate(Case(**{**vars(case), "network": Network()}))
     first, second = next(iter(outcome.models.values())), next(iter(quiet.models.values()))
     assert same(first, second)
 
@@ -514,7 +513,6 @@ def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObje
         segments=[(28, 2), (20, 1)],
         network=data.draw(networks()),
         seed=data.draw(st.integers(0, 1 << 32)),
-        real=data.draw(st.booleans()),
         rows=data.draw(st.sampled_from([0, 100])),
         **({} if policy == "sync" else PLAIN),  # type: ignore[arg-type]
     )
@@ -522,14 +520,12 @@ def test_a_worker_that_dies_or_hangs_stops_nobody(policy: str, data: st.DataObje
 
 
 def test_a_slow_workers_micro_batches_are_taken_over_by_those_that_wait() -> None:
-    case = Case(
-        Settings(workers=2, servers=2, global_batch=16, micro_batch=2), [Pace(0.1), Pace(2.0)], segments=[(64, 1)], real=True
-    )
+    case = Case(Settings(workers=2, servers=2, global_batch=16, micro_batch=2), [Pace(0.1), Pace(2.0)], segments=[(64, 1)])
     outcome = simulate(case)
     check_exact(outcome)
     done = Counter(worker for worker, _ in outcome.world.computed)
     assert done["worker-0"] > 0.75 * len(case.micro_batches())
-    ends_s = 0.5  # until the model is written
+    ends_s = 1.0  # until training begins, and until the model is written
     assert outcome.world.now - 100.0 < 4 * 8 / 2 * 2.0 / 2 + ends_s  # half of what the slow one's equal shares would take
 
 

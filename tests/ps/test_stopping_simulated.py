@@ -106,7 +106,7 @@ def stops(draw: st.DrawFn, policy: str, **more: object) -> Case:
     stopped = draw(st.lists(st.tuples(st.floats(0.0, 12.0), away), min_size=1, max_size=3))
     if draw(st.booleans()):
         stopped.append((stopped[0][0] + 0.3, draw(away)))
-    return replace(case, stopped=stopped, real=False)
+    return replace(case, stopped=stopped)
 
 
 @st.composite
@@ -120,7 +120,7 @@ def leavings(draw: st.DrawFn, policy: str, **more: object) -> Case:
         then = draw(at)
         told += [(name, then, 1.0) for name in names]
     stopped = draw(st.lists(st.tuples(at, away), max_size=1))
-    return replace(case, told=told, stopped=stopped, real=False)
+    return replace(case, told=told, stopped=stopped)
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])

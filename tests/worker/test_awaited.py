@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import func, nn
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -159,9 +160,24 @@ def test_what_says_nothing_of_values_does_not_wait() -> None:
         assert parameter.shape == parameter.size()
         assert parameter.numel() > 0
         assert parameter.is_contiguous()
+        assert parameter._version >= 0
         assert isinstance(parameter, nn.Parameter)
     assert sum(1 for _ in waiting.model.named_parameters()) == 11
     assert waiting.came == []
+    waiting.awaited.give_up()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_that_wait_at_once_leave_torch_as_it_was_in_whatever_order_they_end(first: int) -> None:
+    begin = eager_transforms._grad_increment_nesting
+    models = [Waiting(), Waiting()]
+    assert eager_transforms._grad_increment_nesting is not begin
+    for waiting in (models[first], models[1 - first]):
+        waiting.awaited.give_up()
+        assert not waiting.awaited.any
+        assert all(type(p) is nn.Parameter for p in waiting.model.parameters())
+    assert eager_transforms._grad_increment_nesting is begin
+    assert [waiting.came for waiting in models] == [[], []]
 
 
 def test_buffers_are_never_awaited_and_nothing_is_where_models_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +189,4 @@ def test_buffers_are_never_awaited_and_nothing_is_where_models_are_compiled(monk
     assert waiting.awaited.needed_first == buffers
     monkeypatch.setitem(sys.modules, "torch._dynamo", torch)
     assert waiting.awaited.needed_first == everything
+    waiting.awaited.give_up()

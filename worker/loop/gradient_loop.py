@@ -603,7 +603,7 @@ class GradientLoop:
         self._link.wait(lambda: exchange.gone or exchange.has(chunks), timeout, self._waited_for)
         if not exchange.has(chunks):
             self._spoilt = True  # whatever the model holds will do, for nothing comes of it
-            self._awaited.came(chunk.id for chunk in self.replica.layout.chunks)
+            self._awaited.give_up()
         else:
             self._awaited.came(self._load())
         self._begun_at += time.monotonic() - began  # waiting is not computing
@@ -616,6 +616,10 @@ class GradientLoop:
         """The round whose weights are in the model, all of them; None if that round is over."""
         self._await_all()
         return None if self._spoilt else self.round
+
+    def close(self) -> None:
+        """Make the model an ordinary one, which waits for nothing."""
+        self._awaited.give_up()
 
     def beat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""

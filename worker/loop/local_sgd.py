@@ -282,6 +282,9 @@ class LocalSgdLoop:
         assert self._exchange is not None
         return f"the merged weights {self._exchange.missing_text()}"
 
+    def close(self) -> None:
+        """Make the model an ordinary one: it always is."""
+
     def beat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""
         waiting = self._exchange is not None and self._exchange.clock is not None

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 #: By id, what to do when a parameter is touched. Not in the parameter, for what that has is saved along with a model.
 _touched: dict[int, Callable[[], None]] = {}
+#: Undoes what `_watch_transforms` has done, while any parameter is here.
+_watched = contextlib.ExitStack()
 
 
 #: Where torch has its transforms, and the functions that each of them calls first.
@@ -32,7 +34,7 @@ def accessors(*names: str) -> set[Any]:
 
 
 #: What may be done to a parameter all the same.
-_HARMLESS = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse") | {
+_HARMLESS = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse", "_version") | {
     getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")
 }
 
@@ -56,6 +58,8 @@ class LazyParameter(nn.Parameter):
 
 def put_off(parameter: torch.Tensor, touched: Callable[[], None]) -> None:
     """Have `touched` called when `parameter` is touched. It must `settle` it."""
+    if not _touched:
+        _watch_transforms()
     parameter.__class__ = LazyParameter
     _touched[id(parameter)] = touched
 
@@ -64,6 +68,8 @@ def settle(parameter: torch.Tensor) -> None:
     """Nothing of `parameter` is put off any more."""
     parameter.__class__ = nn.Parameter
     del _touched[id(parameter)]
+    if not _touched:
+        _watched.close()
 
 
 def settle_all() -> None:
@@ -72,10 +78,9 @@ def settle_all() -> None:
         next(iter(_touched.values()))()
 
 
-@contextlib.contextmanager
-def transforms_touch_all() -> Iterator[None]:
-    """Have each transform of torch.func touch all parameters as it begins, while this lasts. One takes what is in a tensor, and
-    does not ask the tensor's class."""
+def _watch_transforms() -> None:
+    """Have each transform of torch.func touch all parameters as it begins. A transform takes what is in a tensor, and does not
+    ask the tensor's class."""
 
     def first(begin: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(begin)
@@ -85,14 +90,11 @@ def transforms_touch_all() -> Iterator[None]:
 
         return begins
 
-    found = [(module, name, vars(module)[name]) for module in _TRANSFORMS for name in _BEGINNINGS if name in vars(module)]
-    for module, name, begin in found:
-        setattr(module, name, first(begin))
-    try:
-        yield
-    finally:
-        for module, name, begin in found:
-            setattr(module, name, begin)
+    for module in _TRANSFORMS:
+        for name in _BEGINNINGS:
+            if (begin := vars(module).get(name)) is not None:
+                setattr(module, name, first(begin))
+                _watched.callback(setattr, module, name, begin)
 
 
 def instances_in(thing: Any, kind: type[T]) -> Iterator[T]:

@@ -6,7 +6,6 @@ door of the module that the parameter belongs to.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from roundtable.worker.replica.lazy_parameter import LazyParameter, put_off, settle, transforms_touch_all
+from roundtable.worker.replica.lazy_parameter import LazyParameter, put_off, settle
 from roundtable.worker.replica.replica import Replica
 
 
@@ -38,8 +37,6 @@ class LazyWeights:
         #: At the doors of all modules, while something is awaited: a hook of one module would be copied and saved with it, and
         #: scripted modules take none.
         self._hook: RemovableHandle | None = None
-        #: Open as long.
-        self._transforms = contextlib.ExitStack()
 
     @property
     def needed_first(self) -> set[int]:
@@ -69,7 +66,6 @@ class LazyWeights:
             put_off(self._replica.tensors[index], functools.partial(self._arrive, index))
         if self._missing and self._hook is None:
             self._hook = register_module_forward_pre_hook(self._before_forward)
-            self._transforms.enter_context(transforms_touch_all())
 
     def came(self, chunks: Iterable[int]) -> None:
         """These chunks are in the model, or nobody needs to wait for them any more."""
@@ -82,7 +78,10 @@ class LazyWeights:
         if not self._missing and self._hook is not None:
             self._hook.remove()
             self._hook = None
-            self._transforms.close()
+
+    def give_up(self) -> None:
+        """Nobody needs to wait any more: the model keeps the values that it has."""
+        self.came(chunk.id for chunk in self._replica.layout.chunks)
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:
         for index in self._own.get(module, ()):
