@@ -24,7 +24,7 @@ from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.console import Screen, summary_lines
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
 from roundtable.cluster.run.run_directory import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
-from roundtable.common.config.settings import START_S, Settings
+from roundtable.common.config.settings import READ_FILES, START_S, Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
 from roundtable.common.runtime.restart import AGAIN_VARIABLE
@@ -100,6 +100,8 @@ def _check_example(settings: Settings) -> None:
             f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
             f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
         )
+    if settings.data in READ_FILES and settings.data_dir is None:
+        raise UsageError(f"--data {settings.data} reads files: name the folder that holds them with --data-dir DIR.")
     if settings.init is not None and not Path(settings.init).is_file():
         raise UsageError(f"there is no file {settings.init}; --init takes one with weights.")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
@@ -142,7 +144,15 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
         raise ClusterError(f"the coordinator ended without a summary; its log is {folder / LOGS / 'coordinator.log'}.")
     for line in summary_lines(summary, folder):
         screen.say(line)
+    check_trained(summary, order.script, folder)
     return summary
+
+
+def check_trained(summary: Mapping[str, Any], script: str | None, folder: Path) -> None:
+    """Raise ClusterError if there was a model to train and it was not trained."""
+    if summary.get("weights_sha256") and not summary["rounds"]:
+        what = script or "the example"
+        raise ClusterError(f"nothing was trained: {what} came to no batch of run.batches(); its logs are in {folder / LOGS}.")
 
 
 def start_coordinator(

@@ -6,6 +6,7 @@ belongs to the script.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,18 @@ _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 def is_of_example(key: str) -> bool:
     """Return whether the setting `key` is one of the built-in example, of which a script knows nothing."""
     return key in FIELDS and _description(key).startswith(_EXAMPLE_PREFIX)
+
+
+class Words(click.Choice[str]):
+    """A list of words, of which one may be given in any case."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        words = {str(word).lower(): str(word) for word in self.choices}
+        if (lower := str(value).lower()) in words:
+            return words[lower]
+        near = difflib.get_close_matches(lower, words, n=1)
+        hint = f"; did you mean '{words[near[0]]}'?" if near else "."
+        self.fail(f"'{value}' is not one of {', '.join(map(repr, words.values()))}{hint}", param, ctx)
 
 
 class Option(click.Option):
@@ -194,7 +207,7 @@ def _option_of(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     if kind is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", **{**common, "show_default": FIELDS[key].default is True})
     if choices(key):
-        return click.option(flag, type=click.Choice(choices(key)), **common)
+        return click.option(flag, type=Words(choices(key)), **common)
     special = {"init": "FILE", "image": "CxHxW", "column_devices": "A,B"}
     metavar = {int: "N", float: "X"}.get(kind, "DIR" if key.endswith("_dir") else special.get(key, "NAME"))
     if key == "workers":

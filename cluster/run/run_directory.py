@@ -80,14 +80,19 @@ def passed_over(folder: Path, default: str) -> Path | None:
 def _next_free(default: str) -> tuple[Path, int]:
     for number in itertools.count(1):
         folder = RUNS / (default if number == 1 else f"{default}-{number}")
-        if folder.is_dir() and _contents(folder):
+        if folder.is_dir() and not _is_free(folder):
             continue
         lock = _lock(folder)
-        if lock is not None and not _contents(folder):
+        if lock is not None and _is_free(folder):
             return folder, lock
         if lock is not None:
             os.close(lock)
     raise AssertionError("counting does not end")
+
+
+def _is_free(folder: Path) -> bool:
+    """Return whether `folder` has nothing worth keeping: it is empty, or its run ended before the first round."""
+    return not _contents(folder) or (is_run(folder) and not kept(folder))
 
 
 def _lock(folder: Path) -> int | None:

@@ -35,6 +35,22 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         """One past this segment's last round."""
         return self.first_round + self.rounds
 
+    @property
+    def passes(self) -> int:
+        """Return how many epochs are begun, which `--rounds` may make fewer than `epochs`."""
+        return -(-self.rounds // self.rounds_per_epoch)
+
+    def spare_workers(self, workers: int) -> str:
+        """Return a sentence if so many workers share the micro-batches of a round and some of them get none; else ''."""
+        micro_batches = -(-self.global_batch // self.micro_batch)
+        if workers <= micro_batches:
+            return ""
+        return (
+            f"{workers} workers but only {micro_batches} micro-batches per round ({self.global_batch}/{self.micro_batch}): at "
+            f"most {micro_batches} can work at a time. Use --global-batch {workers * self.micro_batch} or --micro-batch "
+            f"{max(1, self.global_batch // workers)}."
+        )
+
     def follows(self, before: Segment | None) -> bool:
         """Whether its numbers go on from those of `before`, the segment before it, and make sense."""
         first = (0, 0, 0) if before is None else (before.index + 1, before.end, before.first_epoch + before.epochs)

@@ -29,6 +29,15 @@ PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
 MergeName = Literal["uniform", "samples", "greedy"]
 PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk"]
 WeightCodec = Literal["none", "bf16", "fp16", "int8", "onebit"]
+ModelName = Literal["lenet", "mlp", "cnn", "alexnet", "alexnet-2012", "alexnet-text"]
+DataName = Literal["mnist-5k", "digits", "mnist", "fashion-mnist", "cifar-10", "folder", "synthetic"]
+#: Those that servers can apply: classes of torch.optim that need no closure.
+OptimizerName = Literal[
+    "SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam",
+]  # fmt: skip
+ScheduleName = Literal["CosineAnnealingLR", "OneCycleLR", "LinearLR", "none"]
+#: Data sources that read files, from the folder that --data-dir names.
+READ_FILES = frozenset({"mnist", "fashion-mnist", "cifar-10", "folder"})
 
 
 def _help(text: str) -> Meta:
@@ -59,7 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _help("auto uses shared memory on one host and TCP otherwise; tcp always uses TCP."),
     ] = "auto"
     compress_gradients: Annotated[
-        PushCodec, _help("Compress gradients sent over TCP. No effect over shared memory (see --transport).")
+        PushCodec, _help("Compress gradients sent over TCP. No effect over shared memory: see --transport.")
     ] = "none"
     compress_weights: Annotated[
         WeightCodec, _help("Compress weights sent to workers, shared memory included. int8 and onebit send differences.")
@@ -92,23 +101,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
     average_weights_by: Annotated[
         MergeName,
-        _help("average: weighting of the workers: by samples, uniform, or greedy (only those that improve held-out accuracy)."),
+        _help("average: weighting of the workers: by samples, uniform, or greedy, which keeps those that help on held-out data."),
     ] = "samples"
     staleness_lr: Annotated[bool, _help("ssp, async: divide the rate by the staleness of the push; the mean rate stays.")] = False
     delay_compensation: Annotated[
         float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0
 
-    model: Annotated[Name, _help("Built-in example: the network: lenet, mlp, cnn, alexnet, alexnet-2012 or alexnet-text.")] = (
-        "lenet"
-    )
+    model: Annotated[ModelName, _help("Built-in example: the network.")] = "lenet"
     parallel: Annotated[
         Literal["data", "hybrid"],
         _help("Built-in example: hybrid has the fully connected layers on the servers, which compute them."),
     ] = "data"
-    data: Annotated[
-        Name, _help("Built-in example: the images: mnist-5k, digits, mnist, fashion-mnist, cifar-10, folder or synthetic.")
-    ] = "mnist-5k"
+    data: Annotated[DataName, _help("Built-in example: the images.")] = "mnist-5k"
     data_dir: Annotated[Text | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
     init: Annotated[
         Text | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
@@ -123,14 +128,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss: Annotated[Literal["cross-entropy", "mse"], _help("Built-in example: the loss; mse is against one-hot targets.")] = (
         "cross-entropy"
     )
-    optimizer: Annotated[Name, _help("Built-in example: a class of torch.optim, such as SGD or AdamW.")] = "SGD"
+    optimizer: Annotated[OptimizerName, _help("Built-in example: a class of torch.optim.")] = "SGD"
     lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
     momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9
     weight_decay: Annotated[float, Meta(ge=0), _help("Built-in example: weight decay.")] = 0.0
     clip_norm: Annotated[PositiveFloat | None, _help("Built-in example: clip the gradient to this global norm.")] = None
-    schedule: Annotated[
-        Name, _help("Built-in example: course of the learning rate: CosineAnnealingLR, OneCycleLR, LinearLR or none.")
-    ] = "CosineAnnealingLR"
+    schedule: Annotated[ScheduleName, _help("Built-in example: learning-rate schedule.")] = "CosineAnnealingLR"
     num_data_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
 
     on_nonfinite: Annotated[
@@ -144,7 +147,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 60.0
     heartbeat_timeout: Annotated[
         PositiveFloat | None,
-        _help("Declare a process dead after this many seconds without a heartbeat (default: 3 for local workers, 15 otherwise)."),
+        _help("Declare a process dead after so many seconds without a heartbeat. By default 3 for local workers, 15 otherwise."),
     ] = None
     progress_timeout: Annotated[
         float,
@@ -265,31 +268,28 @@ def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
         if key not in FIELDS:
             raise unknown_key(key, sorted(FIELDS), where)
     for key, value in values.items():
+        if isinstance(value, str):
+            values[key] = value = next((word for word in choices(key) if word.lower() == value.lower()), value)
         try:
             msgspec.convert(value, FIELDS[key].type)
         except msgspec.ValidationError as error:
-            raise UsageError(f"{where}: {key} = {value!r} cannot be: {_plain(error, key)}") from None
+            raise UsageError(f"{where}: {key} = {value!r} cannot be: {_plain(error, key, value)}") from None
     return values
 
 
-def _plain(error: msgspec.ValidationError, key: str) -> str:
-    choices = _choices(key)
-    if choices:
-        return f"it must be one of {', '.join(choices)}."
+def _plain(error: msgspec.ValidationError, key: str, value: Any) -> str:
+    if words := choices(key):
+        near = difflib.get_close_matches(str(value), words, n=1)
+        return f"it must be one of {', '.join(words)}" + (f"; did you mean '{near[0]}'?" if near else ".")
     text = str(error)
     return text[0].lower() + text[1:].replace("`", "") + "."
 
 
-def _choices(key: str) -> tuple[str, ...]:
-    """The values a Literal setting may take, or ()."""
+def choices(key: str) -> tuple[str, ...]:
+    """Return the values that setting `key` may have if they are a fixed list of words, else ()."""
     annotated: Any = FIELDS[key].type
     inner = get_args(annotated)[0] if get_args(annotated) else annotated
     return tuple(v for v in get_args(inner) if isinstance(v, str))
-
-
-def choices(key: str) -> tuple[str, ...]:
-    """The values that setting `key` may take where they are a fixed list of words, else ()."""
-    return _choices(key)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

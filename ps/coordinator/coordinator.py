@@ -946,7 +946,9 @@ class Coordinator:
             self._planned, self._progressed_at = self._ledger.planned, now
             self._training_since = self._training_since or now
             merges = {"merges": True} if self._policy.is_local else {}
-            self._log.event(Event("plan", "coordinator", {"rounds": self._planned, **merges}))
+            self._log.event(Event("plan", "coordinator", {"rounds": self._planned, "epochs": self._ledger.passes, **merges}))
+            if self._settings.policy in ("sync", "backup") and (spare := plan.segment.spare_workers(self._settings.workers)):
+                self.journal.warn(spare)
             if self._ledger.committed < self._planned:
                 self._train_on()
 

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from roundtable import cli
-from roundtable.cluster.launch.local import check_order
+from roundtable.cluster.launch.local import check_order, check_trained
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings
 from roundtable.commands.train import coordinator, local
-from roundtable.common.config.settings import FIELDS, Settings
-from roundtable.common.runtime.errors import UsageError
+from roundtable.common.config.settings import FIELDS, Settings, make_settings
+from roundtable.common.runtime.errors import ClusterError, UsageError
 
 Fail = Callable[..., str]
 
@@ -48,6 +48,11 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("locall", "Did you mean 'local'?"),
         ("local --workrs 3", "--workers"),
         ("local --workers 0", "workers = 0 cannot be"),
+        ("local --data imagenet", "'imagenet' is not one of"),
+        ("local --data mnist", "--data mnist reads files: name the folder that holds them with --data-dir"),
+        ("local --model resnet50", "'resnet50' is not one of 'lenet'"),
+        ("local --optimizer adamm", "'adamm' is not one of"),
+        ("local --schedule cosine", "'cosine' is not one of 'CosineAnnealingLR'"),
         ("local --workers x", "'x' is not a valid integer"),
         ("local --policy snyc", "'snyc' is not one of 'sync', 'backup'"),
         ("local --micro-batch 128", "micro_batch is 128 but global_batch is only 64"),
@@ -93,6 +98,8 @@ def test_what_cannot_be_is_one_sentence(fail: Fail, argv: str, part: str) -> Non
         ("run_dri = 'x'", "did you mean 'run_dir'?"),
         ("workers = '3'", "f.toml: workers = '3' cannot be"),
         ("workers = 0", "f.toml: workers = 0 cannot be"),
+        ("optimizer = 'adamm'", "did you mean 'Adam'?"),
+        ("data = 'mnist'", "--data mnist reads files"),
         ("workers =", "f.toml is not valid TOML"),
         ("[training]\nlr = 1.0", "[training] cannot be: settings stand at the top"),
         ("run-dir = 3", "run_dir = 3 cannot be"),
@@ -224,3 +231,17 @@ def test_a_script_may_have_more_workers_than_the_settings_have_micro_batches(tmp
     script = tmp_path / "train.py"
     script.touch()
     check_order(Settings(policy="local", workers=9), str(script), 0)
+
+
+def test_names_may_be_written_in_any_case() -> None:
+    settings = make_settings({"optimizer": "adamw", "data": "Digits", "schedule": "none"}, "a file")
+    assert (settings.optimizer, settings.data, settings.schedule) == ("AdamW", "digits", "none")
+    with local.make_context("local", ["--optimizer", "SGD", "--model", "LeNet"]) as ctx:
+        assert (ctx.params["optimizer"], ctx.params["model"]) == ("SGD", "lenet")
+
+
+def test_a_run_that_trained_nothing_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"nothing was trained: train.py came to no batch"):
+        check_trained({"rounds": 0, "weights_sha256": "ab"}, "train.py", tmp_path)
+    check_trained({"rounds": 1, "weights_sha256": "ab"}, "train.py", tmp_path)
+    check_trained({"rounds": 0, "weights_sha256": None}, "only_key_values.py", tmp_path)

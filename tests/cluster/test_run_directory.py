@@ -82,7 +82,7 @@ def test_files_that_are_no_runs_are_never_touched() -> None:
 
 def test_without_a_name_each_run_gets_the_next_free_folder() -> None:
     make_run(Path("runs/x"), finished=True)
-    make_run(Path("runs/x-2"), finished=False)
+    make_run(Path("runs/x-2"), finished=True)
     with claim(None, "x", overwrite=False) as (third, _), claim(None, "x", overwrite=False) as (fourth, _):
         assert (third, fourth) == (Path("runs/x-3"), Path("runs/x-4"))
 
@@ -121,3 +121,12 @@ def test_a_folder_without_permission_is_told() -> None:
     Path("r").mkdir(mode=0o500)
     with pytest.raises(UsageError, match="cannot be written: Permission denied"), claim(Path("r"), "x", overwrite=False):
         pass
+
+
+def test_the_folder_of_a_run_that_ended_before_its_first_round_is_taken_again() -> None:
+    make_run(Path("runs/x"), finished=False)
+    with claim(None, "x", overwrite=False) as (folder, how):
+        assert (folder, how) == (Path("runs/x"), "begin") and not is_run(folder)
+    make_run(Path("runs/y"), finished=True)
+    with claim(None, "y", overwrite=False) as (folder, _):
+        assert folder == Path("runs/y-2")

@@ -105,3 +105,12 @@ def test_seeds_of_different_purposes_and_places_differ_and_fit_63_bits(keys: lis
 
 def test_seeds_never_change_from_one_release_to_the_next() -> None:
     assert derive_seed(0, "sample", 1, 2) == 1299218403789085138
+
+
+def test_workers_that_can_have_no_micro_batch_are_told_with_what_to_do() -> None:
+    segment = make_segment(before=None, samples=640, global_batch=64, micro_batch=16, epochs=3, round_limit=None)
+    assert segment.spare_workers(4) == "" and segment.passes == 3
+    assert segment.spare_workers(12) == (
+        "12 workers but only 4 micro-batches per round (64/16): at most 4 can work at a time. Use --global-batch 192 or "
+        "--micro-batch 5."
+    )

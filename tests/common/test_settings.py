@@ -49,9 +49,11 @@ def test_a_value_that_cannot_be_is_refused_with_file_key_and_value(key: str, val
 
 
 def test_a_word_that_is_no_choice_is_answered_with_the_choices() -> None:
-    assert refusal({"policy": "bsp"}).endswith("it must be one of sync, backup, ssp, async, local, average.")
+    words = "it must be one of sync, backup, ssp, async, local, average"
+    assert refusal({"policy": "bsp"}).endswith(f"{words}; did you mean 'ssp'?")
+    assert refusal({"policy": "round"}).endswith(f"{words}.")
     assert choices("policy") == ("sync", "backup", "ssp", "async", "local", "average")
-    assert choices("workers") == choices("model") == ()
+    assert choices("workers") == choices("data_dir") == ()
 
 
 @pytest.mark.parametrize("image", ["28", "28x28", "3x224x224x1", "3x0x4", "3X4X4", "axbxc"])

@@ -51,7 +51,7 @@ def check(images: Images, train: int, test: int) -> None:
 
 
 def test_every_choice_of_the_setting_data_is_a_source_and_no_helper_is() -> None:
-    assert set(choices("data")) <= set(names())
+    assert set(choices("data")) == set(names())
     assert not any(name.startswith(("-", "_")) for name in names())
 
 

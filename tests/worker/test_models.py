@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from roundtable.common.config.settings import choices, make_settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.models.builtin import MODELS, Shape, build
+from roundtable.worker.tools.builtin_script import optimizer_class, schedule
 
 FITTING = [
     *((name, (1, side, side)) for name in ("lenet", "mlp", "cnn") for side in (8, 28)),
@@ -70,3 +72,11 @@ def test_an_unknown_model_is_refused_with_the_names_there_are() -> None:
 def test_images_that_are_too_small_for_a_model_are_refused(name: str, side: int) -> None:
     with pytest.raises(UsageError, match=rf"{name}.*{side}x{side}"):
         build(name, (1, side, side), 10)
+
+
+def test_every_name_that_a_setting_may_have_is_there() -> None:
+    assert set(choices("model")) == set(MODELS)
+    optimizers = {name for name in choices("optimizer") if hasattr(torch.optim, name)}  # Muon is not in every version
+    assert all(optimizer_class(name).__name__ == name for name in optimizers) and {"SGD", "AdamW"} <= optimizers
+    for name in choices("schedule"):
+        schedule(make_settings({"schedule": name}, ""), 4)

@@ -1,6 +1,7 @@
 """Images to train on, by name.
 
-Adding a source is adding a file to `sources`: `my_scans.py` with a function `load` is `my-scans`.
+Adding a source is adding a file to `sources`: `my_scans.py` with a function `load` is `my-scans`. To have it as --data, add its
+name to `DataName` in `common/config/settings.py` too.
 """
 
 from __future__ import annotations

@@ -162,6 +162,11 @@ class Ledger:
         return sum(self._policy.updates(segment) for segment in self.segments)
 
     @property
+    def passes(self) -> int:
+        """Epochs that the plans known so far begin."""
+        return sum(segment.passes for segment in self.segments)
+
+    @property
     def done(self) -> tuple[int, int]:
         """Rounds that are committed, and passes over a dataset that are complete."""
         rounds = epochs = first = 0
