@@ -1,6 +1,6 @@
-"""Addresses: what a process tells others of where it listens, and waiting for names to resolve.
+"""Addresses: the address that a process tells others, and waiting for names to resolve.
 
-Everything here is about text and the host's own network; sockets of messages are in `common/protocol/transport.py`.
+This file is about text and the host's own network. The sockets of messages are in `common/protocol/transport.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("roundtable.common.addresses")
 #: Seconds between two tries to resolve a name, and between two lines about it.
 _TRY_S = 1.0
 _TELL_S = 10.0
-#: Addresses that no packet is ever sent to, which lie behind the default route.
+#: Addresses behind the default route, to which no packet is ever sent.
 _FAR = ((socket.AF_INET, ("192.0.2.1", 9)), (socket.AF_INET6, ("2001:db8::1", 9)))
 _SIOCGIFADDR = 0x8915
 _INET6 = Path("/proc/net/if_inet6")
@@ -32,7 +32,7 @@ _ADVERTISED = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:/\[\]\s*]+)(?::([0-9]{1,5}))?
 
 
 def split(address: str) -> tuple[str, int]:
-    """Host, without brackets, and port of tcp://HOST:PORT. Raises ValueError for anything else."""
+    """Return the host, without brackets, and the port of tcp://HOST:PORT. Raise ValueError for anything else."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -43,7 +43,7 @@ def join(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means the host of whoever uses it."""
+    """Return True if an address means the host of the process that uses it."""
     with contextlib.suppress(ValueError):
         host, _ = split(address)
         if host == "localhost":
@@ -53,7 +53,7 @@ def is_loopback(address: str) -> bool:
 
 
 def needs_ipv6(address: str) -> bool:
-    """Whether a socket that connects to `address` must speak IPv6: a name that has an IPv4 address does without."""
+    """Return True if a socket that connects to `address` must speak IPv6. A name with an IPv4 address need not."""
     if "[" in address:
         return True
     try:
@@ -72,9 +72,9 @@ def _families(address: str) -> set[int]:
 
 
 def await_route(address: str, patience_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Block until the host of the coordinator's `address` resolves and there is a route to it, as it may start later.
+    """Block until the host of the coordinator's `address` resolves and there is a route to it. It may start later.
 
-    Says every 10 s what is missing. Raises ClusterError after `patience_s` seconds.
+    Say every 10 s what is missing. Raise ClusterError after `patience_s` seconds.
     """
     began = told_at = time.monotonic()
     while problem := _problem(address):
@@ -88,7 +88,7 @@ def await_route(address: str, patience_s: float, sleep: Callable[[float], None] 
 
 
 def _problem(address: str) -> str:
-    """Why nothing can be sent to the coordinator's `address`; '' if something can."""
+    """Return why nothing can be sent to the coordinator's `address`, or ''."""
     try:
         _source(*_target(address))
     except socket.gaierror as error:
@@ -99,7 +99,7 @@ def _problem(address: str) -> str:
 
 
 def _target(address: str) -> tuple[int, Any]:
-    """Family and socket address of the host that `address` names, of IPv4 if it has one."""
+    """Return the family and socket address of the host that `address` names, of IPv4 if it has one."""
     host, port = split(address)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     family, _, _, _, target = min(found, key=lambda one: one[0] != socket.AF_INET)
@@ -107,17 +107,17 @@ def _target(address: str) -> tuple[int, Any]:
 
 
 def _source(family: int, target: Any) -> str:
-    """The address of this host from which something for `target` would be sent. OSError where there is none."""
+    """Return the address of this host from which packets for `target` would be sent. Raise OSError if there is none."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # sends nothing; picks the route
         return str(probe.getsockname()[0])
 
 
 def advertised(bound: str, towards: str) -> str:
-    """The address at which others reach the listener `bound`. A wildcard host becomes this host's address towards `towards`. If
-    that is a loopback address, which means another host elsewhere, any other address of this host takes its place.
+    """Return the address at which others reach the listener `bound`.
 
-    Raises ClusterError where nothing can be sent to `towards`.
+    A wildcard host becomes this host's address towards `towards`. If that is a loopback address, any other address of this host
+    takes its place. Raise ClusterError if nothing can be sent to `towards`.
     """
     host, port = split(bound)
     if host not in ("0.0.0.0", "::", "*", ""):
@@ -130,7 +130,7 @@ def advertised(bound: str, towards: str) -> str:
 
 
 def outward() -> str | None:
-    """An address of this host that others can use: that of the default route, else of any interface; None if there is none."""
+    """Return an address of this host that others can use: of the default route, else of any interface, else None."""
     for found in (*_by_default_route(), *_of_interfaces()):
         if not is_loopback(join(found, 0)):
             return found
@@ -157,8 +157,10 @@ def _of_interfaces() -> Iterator[str]:
 
 
 def as_told(advertise: str, bound: str) -> str:
-    """The address that HOST, HOST:PORT or tcp://HOST:PORT stands for, of a listener at `bound`, which has the port if none is
-    given. Raises UsageError for anything else."""
+    """Return the address that HOST, HOST:PORT or tcp://HOST:PORT stands for. Without a port, it is that of the listener at
+    `bound`.
+
+    Raise UsageError for anything else."""
     text = advertise.removeprefix("tcp://")
     with contextlib.suppress(ValueError):
         text = f"[{ipaddress.IPv6Address(text)}]"

@@ -1,4 +1,4 @@
-"""Fully asynchronous: each push is applied at once, and its reply is all a worker waits for.
+"""Fully asynchronous: each push is applied at once, and a worker waits for the reply only.
 
 Recht, Re, Wright and Niu, "Hogwild!" (NIPS 2011); Dean et al., "Large scale distributed deep networks" (NIPS 2012, Downpour
 SGD). It is `ssp` without a bound, with the same options against staleness.

@@ -1,10 +1,10 @@
-"""Replicas trained apart, and merged once at the end by averaging their weights.
+"""Replicas train apart, and are merged once at the end by averaging their weights.
 
 Zinkevich, Weimer, Li and Smola, "Parallelized stochastic gradient descent" (NIPS 2010); McDonald, Hall and Mann,
-"Distributed training strategies for the structured perceptron" (NAACL 2010). All parts start from the same weights. `merge`
-says what parts count with: `samples` with those they have seen, `uniform` all the same, and `greedy` only those that help, which
-is recipe 1 of Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing
-inference time" (ICML 2022); `worker/merge/greedy_soup.py` agrees on them.
+"Distributed training strategies for the structured perceptron" (NAACL 2010). All parts start from the same weights.
+`--average-weights-by` says how much a part counts: `samples` by the samples it has seen, `uniform` all the same, and `greedy`
+only parts that help. Greedy is recipe 1 of Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models
+improves accuracy without increasing inference time" (ICML 2022). `worker/merge/greedy_soup.py` finds these parts.
 """
 
 from typing import ClassVar, Literal

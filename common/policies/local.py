@@ -2,13 +2,13 @@
 
 McMahan et al., "Communication-efficient learning of deep networks from decentralized data" (AISTATS 2017); Stich, "Local SGD
 converges fast and communicates little" (ICLR 2019); Douillard et al., "DiLoCo: Distributed low-communication training of
-language models" (2023), from which the outer Nesterov step: the mean change of the replicas since the last merge, negated, is
-the gradient that the servers' optimizer sees. By default its rate over one minus its momentum is 1, so that in the long run
-the weights move as far as the replicas do, and the user's learning rate means what it does under `sync`.
+language models" (2023). The outer Nesterov step is DiLoCo's: the gradient that the servers' optimizer sees is the mean change of
+the replicas since the last merge, negated. By default its rate over one minus its momentum is 1. So in the long run the weights
+move as far as the replicas do, and the user's learning rate means what it does under `sync`.
 
-Lin, Stich, Patel and Jaggi, "Don't use large mini-batches, use local SGD" (ICLR 2020), is post-local SGD: `local_after` rounds
-in which every step is merged, by the plain mean, and only then local steps. Where the inner optimizer is linear in its gradients,
-as SGD with momentum is, those rounds are `sync` but for rounding.
+Post-local SGD is by Lin, Stich, Patel and Jaggi, "Don't use large mini-batches, use local SGD" (ICLR 2020). In the first
+`local_after` rounds every step is merged by the plain mean. Local steps begin after that. If the inner optimizer is linear in its
+gradients, as SGD with momentum is, those rounds are `sync` but for rounding.
 """
 
 from typing import Any, ClassVar, Literal
@@ -32,7 +32,7 @@ class Local(Policy):
         return min(updates, together) + min(apart, segment.rounds - together)
 
     def _together(self, segment: Segment) -> int:
-        """Rounds of the segment, its first, of which each is merged."""
+        """Return how many of the segment's first rounds are each merged."""
         return min(max(0, self.settings.local_after - segment.first_round), segment.rounds)
 
     @property

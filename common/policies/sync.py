@@ -8,7 +8,7 @@ from roundtable.common.policies import Policy
 
 
 class Sync(Policy):
-    """All K in, one update; every worker then starts the next round from the same weights."""
+    """All K micro-batches make one update. Every worker then starts the next round from the same weights."""
 
 
 POLICY = Sync

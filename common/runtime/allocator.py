@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what it has."""
+"""Have the C library's allocator keep freed memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_memory() -> None:
-    """Have freed memory reused instead of given back to the system; glibc only, elsewhere nothing happens.
+    """Reuse freed memory instead of giving it back to the system. Without glibc nothing happens.
 
-    Activations and gradients are allocated anew in every step, and left to itself glibc maps each large one anew too: the
-    system then clears every page of it, which for large layers takes longer than computing them.
+    Activations and gradients are allocated anew in every step. By default glibc maps each large one anew, and the system clears
+    every page of it. For large layers that takes longer than computing them.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

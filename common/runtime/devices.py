@@ -8,7 +8,7 @@ from roundtable.common.runtime.errors import UsageError
 
 
 def find_device(name: str, setting: str) -> torch.device:
-    """The device called `name`, such as cpu or cuda:0. Raises UsageError saying that `setting` has it where it is not here."""
+    """Return the device called `name`, such as cpu or cuda:0. Raise UsageError, which names `setting`, if it is not here."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -6,20 +6,20 @@ import logging
 
 
 def printable(text: str) -> str:
-    """`text` on one line, without anything that would be more than letters on a terminal or in a log."""
+    """Return `text` on one line, with nothing but letters for a terminal or a log."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 class OneLine(logging.Formatter):
-    """Log lines in which names and reasons that others have sent are letters and no more. What comes after a line, such as a
-    traceback, is as it is."""
+    """Format log lines so that names and reasons from other processes are letters only. The text after a line, such as a
+    traceback, is left as it is."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 
 class PsError(Exception):
-    """Base of every error this project raises on purpose; its text is a whole sentence for a person."""
+    """Base of every error that this project raises on purpose. Its text is a whole sentence for a person."""
 
 
 class UsageError(PsError):
@@ -27,11 +27,10 @@ class UsageError(PsError):
 
 
 class WireError(PsError):
-    """A message that is foreign, stale or malformed. It is refused and counted; it never crashes a process.
+    """A message that is foreign, stale or malformed. It is refused and counted, and never crashes a process.
 
-    `kind` is what it is counted under (`common/protocol/rejections.py`): "unfit" is what is well-formed and does not fit the run.
-    Names that a stranger has sent may stand in `text`, so nothing in it is left that would be more than letters on a terminal or
-    in a log.
+    `kind` is the kind under which it is counted (`common/protocol/rejections.py`). "unfit" messages are well-formed and do not
+    fit the run. `text` may have names that a stranger has sent, so only letters are left in it.
     """
 
     def __init__(self, text: str, kind: str = "unfit") -> None:
@@ -40,19 +39,19 @@ class WireError(PsError):
 
 
 class ClusterError(PsError):
-    """The run cannot go on: a process is gone, or a deadline passed. Names who was waited for."""
+    """The run cannot go on: a process is gone, or a deadline passed. The text names the process that was waited for."""
 
 
 class NoAnswer(ClusterError):
-    """Another process has not answered for the whole of a deadline. Names who was waited for."""
+    """Another process has not answered in time. The text names that process."""
 
 
 class RunStopped(ClusterError):
-    """The run was told to stop before its end, and can go on."""
+    """The run was told to stop before its end. It can go on later."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has told this process to stop. The text says what became of its work; it may be empty."""
+    """A signal has told this process to stop. The text says what became of its work, or is empty."""
 
     def __init__(self, number: int, text: str = "") -> None:
         super().__init__(text)

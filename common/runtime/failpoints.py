@@ -1,9 +1,9 @@
-"""Points in the code at which a test or benchmark has a process fail: faults are declared by process, phase and round.
+"""Points in the code at which a test or benchmark makes a process fail. Faults are declared by process, phase and round.
 
-PS_FAILPOINTS="server-1:applying:12:kill;worker-0:pushed:20:stop" has server-1 end as by kill -9 when it first comes to the point
-`applying` in round 12 or later, and worker-0 stop as by SIGSTOP at `pushed` in round 20 or later; `sleep` sleeps for `SLEEP_S`,
-and `raise` raises a RuntimeError.
-Each happens once in a run directory, whoever has that name then. Not armed, a point costs a call and a look at a list.
+PS_FAILPOINTS="server-1:applying:12:kill;worker-0:pushed:20:stop" ends server-1 as kill -9 does, when it first comes to the point
+`applying` in round 12 or later. It stops worker-0 as SIGSTOP does, at `pushed` in round 20 or later. `sleep` sleeps for
+`SLEEP_S`, and `raise` raises a RuntimeError. Each fault happens once in a run directory, to the process that has the name then. A
+point that is not armed costs a call and a look at a list.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from roundtable.common.runtime.errors import UsageError
 
 VARIABLE = "PS_FAILPOINTS"
-#: What a run directory has for each fault that has happened: an empty file whose name ends in the fault's number.
+#: For each fault that has happened, a run directory has an empty file whose name ends in the fault's number.
 MARK = "failpoint-"
-#: Each point, and where in its process it is.
+#: Each point, and its place in the process.
 POINTS: Mapping[str, str] = {
     "computing": "worker: a gradient is made, and nobody has it",
     "pushing": "worker: the first message of a contribution is sent, others are not",
@@ -39,7 +39,7 @@ POINTS: Mapping[str, str] = {
     "ending": "coordinator: the model is written, the summary is not",
 }
 _ACTIONS = ("kill", "stop", "sleep", "raise")
-#: Seconds before a process fails in which what it has sent leaves it, and for which `sleep` sleeps.
+#: Seconds before a process fails, in which its messages leave it; and for which `sleep` sleeps.
 _LEAVES_S = 0.02
 SLEEP_S = 5.0
 
@@ -56,7 +56,7 @@ _armed: list[_Fault] = []
 
 
 def arm(process: str, run_dir: Path) -> None:
-    """Arm what the environment has for `process`, which has just learnt its name. Raises UsageError for what cannot be read."""
+    """Arm the faults of `process`, which has just learnt its name. Raise UsageError if the variable cannot be read."""
     _armed.clear()
     for number, text in enumerate(filter(None, os.environ.get(VARIABLE, "").split(";"))):
         name, _, rest = text.partition(":")
@@ -69,7 +69,7 @@ def arm(process: str, run_dir: Path) -> None:
 
 
 def failpoint(phase: str, round_: int) -> None:
-    """Note that the process has come to `phase` in `round_`. Raises RuntimeError where it is to fail so."""
+    """Fail here if a fault is armed for `phase` in `round_`. Raise RuntimeError if that is how it fails."""
     if _armed:
         _reach(phase, round_)
 

@@ -1,4 +1,4 @@
-"""Beginning a process anew, from inside it: the same command, with nothing of what it was."""
+"""Restart a process from inside: the same command, and nothing of its state."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-#: Tells a worker to leave the run after the micro-batch it is at; others do the rest.
+#: The signal that tells a worker to leave the run after its micro-batch; others do the rest.
 LEAVE_SIGNAL = signal.SIGUSR1
-#: Set where whoever started this process starts it again at once when it ends with the exit code AGAIN, which is quicker there.
+#: Set if the starter of this process starts it again at once after the exit code AGAIN, which is quicker there.
 AGAIN_VARIABLE = "PS_AGAIN"
 AGAIN = 79
 
 
 def restart(options: Sequence[str] | None = None) -> NoReturn:
-    """Replace this process by a new one of the same command line, with `options` in place of its own, if given: under the same
-    process id, unless it is started again (AGAIN_VARIABLE) by who knows of these.
+    """Replace this process by a new one of the same command line, with `options` in place of its own, if given.
 
-    May be called on any thread. Processes that this one has started are killed: whoever is begun anew starts its own.
+    The process id stays, unless the starter starts it again (AGAIN_VARIABLE). May be called on any thread. Child processes are
+    killed: the new process starts its own.
     """
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -36,7 +36,7 @@ def restart(options: Sequence[str] | None = None) -> NoReturn:
 
 
 def _children() -> list[int]:
-    """Processes whose parent is this one; none where the system does not tell."""
+    """Return the processes whose parent is this one; none if the system does not say."""
     found: list[int] = []
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):

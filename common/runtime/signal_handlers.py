@@ -1,4 +1,4 @@
-"""Handlers of signals for a time."""
+"""Handle signals for a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 @contextlib.contextmanager
 def handled(signals: Sequence[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
-    """Have `handler` called with each of these signals that comes."""
+    """Call `handler` with each of these signals that comes, inside the context."""
     before = {number: signal.signal(number, lambda number, frame: handler(number)) for number in signals}
     try:
         yield

@@ -1,7 +1,7 @@
 """torch.optim without torch's compiler.
 
-The first optimizer that a process makes imports the compiler, only to tell it to keep out. That takes as long as importing
-torch itself, 2 s of CPU and 60 MiB, in every process of a run.
+The first optimizer of a process imports the compiler, only to tell it to keep out. That takes 2 s of CPU and 60 MiB in every
+process of a run, as long as importing torch itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAME = "torch._dynamo"
 
 
 class _There(Loader):
-    """Have importlib take a module that is there already, as it is."""
+    """Have importlib take an existing module as it is."""
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
@@ -36,10 +36,10 @@ class _There(Loader):
 
 @contextlib.contextmanager
 def no_compiler() -> Iterator[None]:
-    """Inside, optimizers can be made and stepped without the compiler being imported; afterwards all is as it was.
+    """Make and step optimizers inside this context without importing the compiler. Afterwards all is as before.
 
-    Where it is imported already, nothing is done; where more of it is asked for than to keep out, a module in it for one, it is
-    imported after all.
+    If the compiler is imported already, nothing is done. If code asks for more of it, such as a module in it, it is imported
+    after all.
     """
     if _NAME in sys.modules:
         yield
@@ -51,7 +51,7 @@ def no_compiler() -> Iterator[None]:
         return function
 
     def import_it(name: str) -> Any:
-        if name.startswith("__"):  # whoever looks through all modules asks for these
+        if name.startswith("__"):  # code that looks through all modules asks for these
             raise AttributeError(name)
         if sys.modules.get(_NAME) is idle:
             del sys.modules[_NAME]

@@ -1,4 +1,4 @@
-"""Which versions of this program and of torch compute: equal bits need equal ones."""
+"""The versions of this program and of torch: equal bits need equal versions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PROJECT_FILE = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 class Versions(msgspec.Struct, frozen=True):
-    """That of the program and that of torch, as far as somebody has put them down."""
+    """The version of the program and that of torch, as far as they are known."""
 
     program: str = "unknown"
     torch: str = "unknown"
@@ -23,12 +23,12 @@ class Versions(msgspec.Struct, frozen=True):
 
 
 def versions_here() -> Versions:
-    """Those of this process, which need not import torch."""
+    """Return the versions of this process, without importing torch."""
     return Versions(_of_sources() or _installed(_PROGRAM), _installed("torch"))
 
 
 def _of_sources() -> str:
-    """The program's version where it runs from its sources, which may be newer than what was installed; else ''."""
+    """Return the program's version if it runs from its sources, else ''. Sources may be newer than the installed version."""
     try:
         project = tomllib.loads(_PROJECT_FILE.read_text(encoding="utf-8"))["project"]
     except (OSError, KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""Tells where a process stands that makes no progress: all its threads' stacks go to its log, once per stall."""
+"""Log the stacks of all threads of a process that makes no progress, once per stall."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger("roundtable.common.watchdog")
 
 
 class Watchdog:
-    """A thread that looks at `progress()` now and then; None: there is nothing to make progress with.
+    """A thread that looks at `progress()` now and then. None means that there is nothing to make progress with.
 
-    Where it stays the same for `seconds`, the stacks are dumped beside `waits_for()`, what the process says it waits for. Nothing
-    is ended: waiting may well be right, and who has waited for too long says so elsewhere. Should the process not even let this
-    thread run, Python's own timer dumps the stacks after twice the time.
+    If it stays the same for `seconds`, the stacks are dumped, with `waits_for()`: what the process says it waits for. Nothing is
+    ended, because waiting may be right; deadlines are elsewhere. If the process does not even let this thread run, Python's own
+    timer dumps the stacks after twice the time.
     """
 
     def __init__(self, seconds: float, progress: Callable[[], Hashable], waits_for: Callable[[], str]) -> None:
@@ -33,7 +33,7 @@ class Watchdog:
             self._thread.start()
 
     def look(self, now: float) -> bool:
-        """Whether the stacks are to be dumped at the time `now`."""
+        """Return True if the stacks must be dumped at the time `now`."""
         seen = self._progress()
         if seen != self._last or seen is None:
             self._last, self._since, self._told = seen, now, False

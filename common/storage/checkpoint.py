@@ -1,8 +1,8 @@
-"""Snapshots of a run on disk: RUN/snapshots/round-00000120 holds a file of each server and, written last, a manifest.
+"""Checkpoints on disk: RUN/snapshots/round-00000120 holds a file of each server and, written last, a manifest.
 
-A snapshot is one cut through the whole run: every update before its round, and nothing of later ones. Its files are
-safetensors, which plain PyTorch reads without this project. A folder without a manifest is none; one whose files are not what
-its manifest says is damaged, and then the one before is used.
+A checkpoint has every update before its round, and nothing of later ones. Its files are safetensors, which plain PyTorch reads
+without this project. A folder without a manifest is no checkpoint. If files are not what the manifest says, the checkpoint is
+damaged, and the one before is used.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _PIECE_BYTES = 4 << 20
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """A file of a snapshot: its SHA-256 in hexadecimal digits, and its size in bytes."""
+    """A file of a checkpoint: its SHA-256 in hexadecimal digits, and its size in bytes."""
 
     sha256: str
     bytes: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a snapshot is of: every update before `round` of run `run`, whose model and optimizer are `setup`. It was written by
-    `versions`."""
+    """The contents of a checkpoint: every update before `round` of run `run`, whose model and optimizer are `setup`. `versions`
+    wrote it."""
 
     format: int = FORMAT
     versions: Versions = Versions()
@@ -54,19 +54,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Format(msgspec.Struct, frozen=True):
-    """What can be read of a manifest of any format."""
+    """The part of a manifest that any format has."""
 
     format: int
     versions: Versions = Versions()
 
 
 class _OtherFormat(UsageError):
-    """A snapshot is of a format that this version of the program does not know."""
+    """This version of the program does not know the checkpoint's format."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot whose manifest could be read."""
+    """A checkpoint whose manifest could be read."""
 
     folder: Path
     manifest: Manifest
@@ -76,7 +76,7 @@ class Snapshot:
         return [self.folder / name for name in sorted(self.manifest.files)]
 
     def damage(self) -> str:
-        """What is wrong with its files, in a sentence; '' where nothing is."""
+        """Return what is wrong with the files, in a sentence, or ''."""
         for name, entry in sorted(self.manifest.files.items()):
             path = self.folder / name
             try:
@@ -91,22 +91,22 @@ class Snapshot:
 
 
 def folder_of(run_dir: Path, round_: int) -> Path:
-    """Where the snapshot of `round_` is, or is to be."""
+    """Return the folder of the checkpoint of `round_`, whether it exists or not."""
     return run_dir / FOLDER / f"round-{round_:08d}"
 
 
 def round_of(folder: Path) -> int:
-    """The round of the snapshot in `folder`, by its name."""
+    """Return the round of the checkpoint in `folder`, by its name."""
     return int(folder.name.rpartition("-")[2])
 
 
 def file_of(server: int) -> str:
-    """The name of a server's file in a snapshot."""
+    """Return the name of a server's file in a checkpoint."""
     return f"server-{server}.safetensors"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make the files in `folder` a snapshot. OSError where that cannot be."""
+    """Make the files in `folder` a checkpoint. Raise OSError if that fails."""
     (folder / TOKEN_FILE).unlink(missing_ok=True)
     write_whole(folder / MANIFEST_FILE, [msgspec.json.format(msgspec.json.encode(manifest), indent=1)])
     for above in (folder.parent, folder.parent.parent):
@@ -114,7 +114,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Snapshot:
-    """The snapshot in `folder`. Raises UsageError where there is none, or one of another format."""
+    """Return the checkpoint in `folder`. Raise UsageError if there is none, or one of another format."""
     path = folder / MANIFEST_FILE
     try:
         data = path.read_bytes()
@@ -135,9 +135,9 @@ def read(folder: Path) -> Snapshot:
 
 
 def check_versions(snapshot: Snapshot, accepted: bool) -> str:
-    """What is to be told of a snapshot of another version of the program or of torch, which must be `accepted`; '' of any other.
+    """Return a sentence if another version of the program or of torch wrote the checkpoint, else ''.
 
-    Raises UsageError for one that is not accepted.
+    Raise UsageError if it is another version and not `accepted`.
     """
     was, here = snapshot.manifest.versions, versions_here()
     if was == here:
@@ -149,7 +149,7 @@ def check_versions(snapshot: Snapshot, accepted: bool) -> str:
 
 
 def folders(run_dir: Path) -> list[Path]:
-    """The folders of snapshots in a run directory, finished or not, oldest round first."""
+    """Return the folders of checkpoints in a run directory, finished or not, oldest round first."""
     try:
         found = [path for path in (run_dir / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
     except FileNotFoundError:
@@ -160,19 +160,19 @@ def folders(run_dir: Path) -> list[Path]:
 
 
 def finished(run_dir: Path) -> list[Path]:
-    """Those of `folders` that hold a manifest: the others were being written when the run was stopped."""
+    """Return those of `folders` that hold a manifest. The others were being written when the run was stopped."""
     return [folder for folder in folders(run_dir) if (folder / MANIFEST_FILE).exists()]
 
 
 def size(run_dir: Path) -> int:
-    """Bytes of all finished snapshots together."""
+    """Return the bytes of all finished checkpoints together."""
     return sum(path.stat().st_size for folder in finished(run_dir) for path in folder.iterdir())
 
 
 def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
-    """The newest snapshot that is whole, and what is wrong with those that are newer, a sentence each.
+    """Return the newest checkpoint that is whole, and a sentence for each newer one on what is wrong with it.
 
-    Raises UsageError where a newer one is of another format, for then it is not the newest that would be gone on from.
+    Raise UsageError if a newer one is of another format: the run would not go on from the newest then.
     """
     problems = []
     for folder in reversed(finished(run_dir)):
@@ -191,7 +191,7 @@ def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a snapshot's folder, the manifest first, so that what is left at any moment is none."""
+    """Remove a checkpoint's folder, the manifest first, so that the rest never counts as a checkpoint."""
     with contextlib.suppress(OSError):
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

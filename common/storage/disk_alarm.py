@@ -1,6 +1,6 @@
-"""An alarm of the coordinator's that its launcher sees although nothing can be written to the disk.
+"""An alarm by which the coordinator tells its launcher that it cannot write to the disk.
 
-It is a file in memory, which the launcher makes and reads, and the coordinator finds by its environment.
+The alarm is a file in memory. The launcher makes and reads it. The coordinator finds it through its environment.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ class Alarm:
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("roundtable-alarm"), "rb", buffering=0)
-        #: What is to be in the coordinator's environment.
+        #: The variables that the coordinator's environment must have.
         self.env = {VARIABLE: f"/proc/{os.getpid()}/fd/{self._file.fileno()}"}
 
     @property
     def text(self) -> str:
-        """What is wrong now, '' if nothing."""
+        """Return what is wrong now, or ''."""
         self._file.seek(0)
         return self._file.read().decode("utf-8", "replace")
 
@@ -31,6 +31,6 @@ class Alarm:
 
 
 def sound(text: str) -> None:
-    """Have the launcher, if there is one, show `text` until this is called again; '' is the end of the alarm."""
+    """Have the launcher, if there is one, show `text` until the next call. '' ends the alarm."""
     with contextlib.suppress(OSError, KeyError):
         Path(os.environ[VARIABLE]).write_text(text, encoding="utf-8")

@@ -1,14 +1,13 @@
-"""The run's event log: one SQLite file that the coordinator writes and everybody else reads.
+"""The run's event log: one SQLite file that the coordinator writes and all others read.
 
 Printing, reports, experiments and tests are its readers; there is no second way to report.
 
 - `rounds`: one row per committed round: when, how many samples and micro-batches, what was dropped, mean metrics.
 - `contributions`: one row per contribution a server filed, ignored or dropped, in the order of filing.
-- `metrics`: what scripts logged outside a micro-batch (evaluation); a NULL is what was not a number.
-- `status`: one row per process, overwritten: what it is doing and whom it waits for.
+- `metrics`: values that scripts logged outside a micro-batch (evaluation); NULL if a value was not a number.
+- `status`: one row per process, overwritten: what it does and which process it waits for.
 - `events`: everything else worth telling, in order.
-- `state`: what a coordinator that is started again goes on from besides, in MessagePack; `ps/coordinator/recovery.py` says what
-there is.
+- `state`: the rest that a new coordinator needs to go on, in MessagePack; see `ps/coordinator/recovery.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from roundtable.common.storage.atomic_files import rename
 FILE_NAME = "events.sqlite"
 #: Rows that are kept in memory while they cannot be written.
 _MOST_ROWS = 200_000
-#: Those without which no run can go on, and which are never left out.
+#: Rows without which no run can go on. They are never left out.
 _BOOKS = ("INSERT OR IGNORE INTO rounds ", "INSERT INTO contributions ")
 
 _SCHEMA = """
@@ -54,7 +53,7 @@ CREATE TABLE IF NOT EXISTS state (kind TEXT NOT NULL, key TEXT NOT NULL, value B
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened once. `kind` is a short word such as 'joined', 'leases', 'failed'."""
+    """Something that happened once. `kind` is a short word such as 'joined', 'lost', 'failed'."""
 
     kind: str
     process: str
@@ -78,12 +77,12 @@ class RoundRow:
 class ContributionRow:
     """Micro-batches lo..hi-1 of `round`, sent by `worker`.
 
-    `outcome` is committed, duplicate or dropped; each micro-batch has one row that is committed or dropped. One that was dropped
-    as nobody had sent it has no worker; if it is sent afterwards, that is a row more, "late". "dropped in part", also a row more:
-    some servers have applied a gradient of it, and others have dropped one. Where pushes are applied at once, rows are in the
-    order in which server 0 began to apply them.
-    `staleness` counts updates between pull and push where the policy lets it be other than 0. `micro_batches` is hi - lo, but
-    where workers step locally: there `lo` is a worker's number."""
+    `outcome` is committed, duplicate, dropped, late or dropped in part. Each micro-batch has one row that is committed or
+    dropped. If it was dropped because no worker had sent it, the row has no worker. If a worker sends it afterwards, one more row
+    says late. One more row says dropped in part if some servers applied a gradient of it and others dropped one. If pushes are
+    applied at once, rows are in the order in which server 0 began to apply them.
+    `staleness` counts updates between pull and push, if the policy lets it differ from 0. `micro_batches` is hi - lo. If workers
+    step locally, it is not: then `lo` is a worker's number."""
 
     round: int
     lo: int
@@ -97,7 +96,7 @@ class ContributionRow:
 
 @dataclass(frozen=True)
 class StatusRow:
-    """What a process is doing now: `state` is a word, `waits_for` names processes as `some` does or is empty."""
+    """What a process does now. `state` is a word. `waits_for` names processes as `some` does, or is empty."""
 
     process: str
     state: str
@@ -108,18 +107,17 @@ class StatusRow:
 
 
 def some(names: Sequence[str]) -> str:
-    """'a', 'a and b', 'a, b and 3 more': names as they are read, and no longer where there are thousands."""
+    """Return names as people read them: 'a', 'a and b', or 'a, b and 3 more'."""
     if len(names) <= 2:
         return " and ".join(names)
     return f"{names[0]}, {names[1]} and {len(names) - 2} more"
 
 
 def connect_to_write(path: Path) -> sqlite3.Connection:
-    """Open the event log at `path` so that readers, now and later, do not keep anybody from writing to it.
+    """Open the event log at `path` so that readers, now and later, do not block the writer.
 
-    A reader that is in the midst of a transaction may hold on to a log that was closed. Then the log goes on in a copy that takes
-    its place, and the reader keeps the file that it has open. Raises sqlite3.Error for what is no such file, OSError if no copy
-    can be made.
+    A reader in the midst of a transaction may hold on to a closed log. Then a copy takes the log's place, and the reader keeps
+    the file that it has open. Raise sqlite3.Error for a file that is no log, and OSError if no copy can be made.
     """
     db = sqlite3.connect(path, isolation_level=None, timeout=1.0)
     try:
@@ -140,10 +138,10 @@ def connect_to_write(path: Path) -> sqlite3.Connection:
 
 
 class RunLog:
-    """The writing end; one per run, in the coordinator. Rows are buffered until `flush`, after which they outlast a crash.
+    """The writing end, one per run, in the coordinator. Rows are buffered until `flush`. After that they outlast a crash.
 
-    An operating-system or SQLite error in `flush` is the caller's to handle; buffered rows are kept for the next try, as many as
-    memory should be spent on: of more, events and metrics are `lost`.
+    The caller handles errors of the operating system or of SQLite in `flush`. Buffered rows are kept for the next try. If there
+    are too many for memory, events and metrics are `lost`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,7 +149,7 @@ class RunLog:
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
         self._pending: deque[tuple[str, tuple[Any, ...]]] = deque()
-        #: Rows that overwrite others, by what they overwrite.
+        #: Rows that overwrite others, by the key that they overwrite.
         self._newest: dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]] = {}
         self.lost = 0
 
@@ -171,11 +169,11 @@ class RunLog:
         )  # fmt: skip
 
     def metric(self, round_: int, worker: str, name: str, value: float, incarnation: int = 0, number: int = 0) -> None:
-        """`number` tells the metrics of one incarnation of the worker apart."""
+        """Log one value. `number` tells apart the metrics of one incarnation of the worker."""
         self._add("INSERT INTO metrics VALUES (NULL,?,?,?,?,?,?,?)", round_, worker, name, value, incarnation, number)
 
     def state(self, kind: str, key: str, value: bytes) -> None:
-        """Overwrites what there was."""
+        """Write a piece of state over the one of the same kind and key."""
         self._newest["state", kind, key] = "INSERT OR REPLACE INTO state VALUES (?,?,?)", (kind, key, value)
 
     def status(self, row: StatusRow) -> None:
@@ -213,14 +211,14 @@ class RunLog:
         self._newest.clear()
 
     def close(self) -> None:
-        """Raises what `flush` does, and is closed all the same."""
+        """Flush and close. The log is closed even if `flush` raises."""
         try:
             self.flush()
         finally:
             self._close()
 
     def _close(self) -> None:
-        with contextlib.suppress(sqlite3.OperationalError):  # somebody is reading: then the side files stay until they end
+        with contextlib.suppress(sqlite3.OperationalError):  # a program is reading: then the side files stay until it ends
             self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()
 
@@ -244,7 +242,7 @@ class RunLogReader:
         return [ContributionRow(*row) for row in self._db.execute(query)]
 
     def metrics(self, name: str) -> list[tuple[float, int, str, float]]:
-        """(unix seconds, round, worker, value) of each time a script logged `name`."""
+        """Return (unix seconds, round, worker, value) of each time that a script logged `name`."""
         query = "SELECT at, round, worker, value FROM metrics WHERE name = ? ORDER BY seq"
         rows = self._db.execute(query, (name,))
         return [(at, round_, worker, math.nan if value is None else value) for at, round_, worker, value in rows]
@@ -254,7 +252,7 @@ class RunLogReader:
         return [StatusRow(p, state, r, waits, speed, at) for p, at, state, r, waits, speed in rows]
 
     def events(self, after: int = 0) -> list[tuple[int, float, Event]]:
-        """(sequence number, unix seconds, event), oldest first."""
+        """Return (sequence number, unix seconds, event), oldest first."""
         rows = self._db.execute("SELECT * FROM events WHERE seq > ? ORDER BY seq", (after,))
         return [(seq, at, Event(kind, process, json.loads(data))) for seq, at, kind, process, data in rows]
 

@@ -1,4 +1,4 @@
-"""A model's weights in files: out of snapshots, and out of whatever PyTorch wrote."""
+"""A model's weights in files: out of checkpoints, and out of files that PyTorch wrote."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
 
 def write_model(snapshot: Snapshot, path: Path) -> None:
-    """Write all parameters and buffers in a snapshot to one safetensors file, in the model's own dtypes; what is on the servers
-    alone a page at a time. OSError where that cannot be; then there is no such file."""
+    """Write all parameters and buffers in a checkpoint to one safetensors file, in the model's own dtypes.
+
+    Tables and sharded layers are written a page at a time. If that fails, raise OSError and leave no file."""
     setup, servers = snapshot.manifest.setup, snapshot.manifest.servers
     files, seed = TensorFiles(snapshot.paths), int(snapshot.manifest.settings["seed"])
     entries = [Entry(spec.name, stored_as(spec)[1], list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
@@ -46,7 +47,7 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
 
 
 def _pieces(files: TensorFiles, spec: TensorSpec) -> Iterator[torch.Tensor]:
-    """The tensor's elements, flat, in pieces."""
+    """Yield the tensor's elements, flat, in pieces."""
     done = 0
     while done < spec.units:
         piece = files[f"weights/{spec.name}" if f"weights/{spec.name}" in files else f"weights/{spec.name}#{done}"].reshape(-1)
@@ -56,7 +57,7 @@ def _pieces(files: TensorFiles, spec: TensorSpec) -> Iterator[torch.Tensor]:
 
 
 def _rows(files: TensorFiles, spec: TableSpec, servers: int, seed: int) -> Iterator[torch.Tensor]:
-    """The table page by page. Rows that nobody has asked for yet are drawn here, as servers would."""
+    """Yield the table page by page. Rows that no worker has asked for are drawn here, as servers would."""
     for page in pages(spec):
         ids = page_ids(spec, page)
         out = torch.empty(len(ids), spec.dim)
@@ -71,7 +72,7 @@ def _rows(files: TensorFiles, spec: TableSpec, servers: int, seed: int) -> Itera
 
 
 def _columns(parts: Iterable[torch.Tensor], which: slice) -> Iterator[torch.Tensor]:
-    """Some columns of all rows."""
+    """Yield some columns of all rows."""
     for part in parts:
         yield part[:, which].contiguous()
 
@@ -90,7 +91,7 @@ def _draw(
 
 
 def read_rules(path: Path) -> dict[str, Rule]:
-    """What merges the buffers in a model's file, by name: empty where the file does not say so, as it was made elsewhere."""
+    """Return the rules that merge the buffers in a model's file, by name. They are empty if the file was made elsewhere."""
     with path.open("rb") as file:
         if file.read(9)[8:] != b"{":
             return {}
@@ -101,9 +102,9 @@ def read_rules(path: Path) -> dict[str, Rule]:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file, or a state_dict that torch.save wrote, on the CPU.
+    """Return the tensors in a safetensors file, or in a state_dict that torch.save wrote, on the CPU.
 
-    Raises UsageError for anything else. Nothing in the file is run.
+    Raise UsageError for anything else. Nothing in the file is run.
     """
     if not path.is_file():
         raise UsageError(f"there is no file {path} with weights.")

@@ -1,4 +1,4 @@
-"""A run's files are for its user alone: who reads the address of a run can join it, and weights may have been made of secrets."""
+"""Keep a run's files for its user alone: a reader of a run's address can join it, and weights may be made of secrets."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import errno
 import os
 from pathlib import Path
 
-#: The umask of this process before `keep_private`, for programs of the user's that it starts; -1 if it is that still.
+#: The umask before `keep_private`, for the user's programs that this process starts; -1 before that call.
 usual_umask = -1
 
 
 def keep_private() -> None:
-    """Have the files that this process makes from now on be its user's alone."""
+    """Make new files of this process readable by its user alone."""
     global usual_umask
     usual_umask = os.umask(0o077)
 
 
 def make_run_dir(folder: Path) -> None:
-    """Make a run directory, if there is none, that is its user's alone. OSError where that cannot be."""
+    """Make a run directory for its user alone, if there is none. Raise OSError if that fails."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""A run directory: what the files in it are called, and how the one that a user names is found."""
+"""A run directory: the names of its files, and how the directory that a user names is found."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SUMMARY_FILE = "summary.json"
 MODEL_FILE = "model.safetensors"
 RUNS = Path("runs")
 
-#: What a coordinator does with the run directory: it begins a run; goes on in place of a coordinator that has died, whose servers
-#: and workers wait; goes on from the newest snapshot; or has nothing left to do but to tell who asks that the run has finished.
+#: What a coordinator does with the run directory. It begins a run, or takes the place of a dead coordinator whose servers and
+#: workers wait, or resumes from the newest checkpoint, or only tells late comers that the run has finished.
 How = Literal["begin", "recover", "resume", "nothing"]
 
 #: The first line of a run's settings file.
@@ -23,7 +23,7 @@ SETTINGS_HEADER = "# The settings of this run; give this file to --config to rep
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run, finished or not, has written to `folder`."""
+    """Return True if a run, finished or not, has written to `folder`."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if (folder / FILE_NAME).read_bytes()[:15] == b"SQLite format 3":
             return True
@@ -33,7 +33,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_run(name: str) -> Path:
-    """The folder of the run that a user calls `name`: a run directory, or a name under runs/. Raises UsageError for none."""
+    """Return the folder of the run `name`: a run directory, or a name under runs/. Raise UsageError if there is none."""
     for folder in (Path(name), RUNS / name):
         if folder.is_dir() and is_run(folder):
             return folder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-#: Key of a model file's metadata: what merges each buffer in it, as JSON, by name.
+#: Key of a model file's metadata: the rule that merges each buffer, by name, as JSON.
 BUFFERS = "buffers"
-#: Bits that an element has, by what safetensors calls its dtype.
+#: Bits of an element, by safetensors' name of its dtype.
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -17,7 +17,7 @@ _BITS = {
 
 
 def size_of(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor whose dtype safetensors calls `dtype`. Raises KeyError where it has no such dtype."""
+    """Return the bytes of a tensor whose dtype safetensors calls `dtype`. Raise KeyError for an unknown dtype."""
     size = _BITS[dtype] // 8
     for length in shape:
         size *= length
@@ -25,7 +25,7 @@ def size_of(dtype: str, shape: Sequence[int]) -> int:
 
 
 def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the tensors, which follow in this order; of each, its name, dtype, shape and size in bytes."""
+    """Return the bytes that stand before the tensors. `tensors` has the name, dtype, shape and bytes of each, in order."""
     fields: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, dtype, shape, size in tensors:

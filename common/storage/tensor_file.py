@@ -1,4 +1,4 @@
-"""safetensors files written and read piece by piece, so that no process has one in memory beside what is in it."""
+"""Write and read safetensors files piece by piece, so that no process has a file in memory beside its contents."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import safetensors_header
 
-#: Bytes that are hashed and written at a time, and after which what is written is waited for to be on the disk: memory does not
-#: fill up then with what is still to be written, and `wrote` tells of what is.
+#: Bytes that are hashed and written at a time. After these the writer waits for the disk, so that memory does not fill up, and
+#: `wrote` tells of bytes that are on the disk.
 _PIECE_BYTES, _SYNC_BYTES = 4 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its elements are those of `parts`, one after another. With a `dtype` these may be made one by one, as
-    they are written."""
+    """A tensor of a file. Its elements are those of `parts`, one after another. With a `dtype`, parts may be made one by one,
+    when they are written."""
 
     name: str
     shape: Sequence[int]
@@ -36,13 +36,13 @@ class Entry:
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a safetensors file whose tensors follow, contiguous and in this order."""
+    """Return the beginning of a safetensors file. Its tensors follow, contiguous and in this order."""
     fields = [(n, name_of(dtype), shape, dtype.itemsize * torch.Size(shape).numel()) for n, (dtype, shape) in tensors.items()]
     return safetensors_header.header(fields, metadata)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype, as it says itself."""
+    """Return safetensors' name of a dtype."""
     empty = save({"": torch.empty(0, dtype=dtype)})
     name: str = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])[""]["dtype"]
     return name
@@ -51,10 +51,10 @@ def name_of(dtype: torch.dtype) -> str:
 def write(
     path: Path, entries: Iterable[Entry], metadata: Mapping[str, str], wrote: Callable[[int], None] = lambda size: None
 ) -> tuple[str, int]:
-    """Write a file, down to the disk, and return its SHA-256 in hexadecimal digits and its size in bytes. `wrote` is called with
-    the number of bytes of each piece that is written.
+    """Write a file down to the disk. Return its SHA-256 in hexadecimal digits, and its size in bytes.
 
-    Raises OSError where that cannot be; what is there of the file then is not one.
+    `wrote` is called with the number of bytes of each piece that is written. Raise OSError if writing fails; then the file is not
+    whole.
     """
     entries = list(entries)
     digest, size, synced = hashlib.sha256(), 0, 0
@@ -62,7 +62,7 @@ def write(
         head = header({e.name: (e.dtype or next(iter(e.parts)).dtype, e.shape) for e in entries}, metadata)
         for data in itertools.chain([memoryview(head)], (to_frame(part) for entry in entries for part in entry.parts)):
             for start in range(0, len(data), _PIECE_BYTES):
-                piece = bytes(data[start : start + _PIECE_BYTES])  # which nobody changes between here and there
+                piece = bytes(data[start : start + _PIECE_BYTES])  # nothing changes it between here and there
                 digest.update(piece)
                 file.write(piece)
                 size += len(piece)
@@ -77,15 +77,15 @@ def write(
 
 
 class TensorFiles:
-    """The tensors of several files, by name; each is read when it is asked for."""
+    """The tensors of several files, by name. Each is read when it is asked for."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Raises UsageError where one cannot be read, or is no safetensors file."""
+        """Open the files. Raise UsageError if one cannot be read, or is no safetensors file."""
         self.metadata: list[dict[str, str]] = []
-        #: Called each time that something is read: all of it may take long.
+        #: Called each time that something is read, because reading all may take long.
         self.on_read: Callable[[], None] = lambda: None
         self._files: dict[str, Any] = {}
-        #: Where the elements of each begin.
+        #: The place at which the elements of each tensor begin.
         self._places: dict[str, tuple[Path, int]] = {}
         self._below: dict[tuple[str, str], list[str]] = {}
         for path in paths:
@@ -114,7 +114,7 @@ class TensorFiles:
         return name in self._files
 
     def below(self, first: str, last: str) -> list[str]:
-        """All that stands for * in names like first/*/last; none of them has a slash."""
+        """Return everything that stands for * in names like first/*/last, without slashes."""
         return self._below.get((first, last), [])
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -123,8 +123,9 @@ class TensorFiles:
         return tensor
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows start..end-1 of a tensor, which must be there, in memory of their own: who goes through all rows of a large one
-        does not have it in memory as a whole then, as where files are mapped."""
+        """Return rows start..end-1 of a tensor in memory of their own.
+
+        The tensor must exist. A caller that goes through all rows never has all of them in memory, as with mapped files."""
         self.on_read()
         none: torch.Tensor = self._files[name].get_slice(name)[:0]
         path, begin = self._places[name]
