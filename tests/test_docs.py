@@ -140,3 +140,15 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_every_invariant_is_cited_by_a_test_that_holds_it() -> None:
+    listed = [int(n) for page in ("consistency", "fault-tolerance") for n in re.findall(r"^\| I(\d+) \|", text(page), re.M)]
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    cited = {int(n) for line in re.findall(r"^# ((?:I\d+(?:, )?)+)$", tests, re.M) for n in re.findall(r"\d+", line)}
+    assert listed == list(range(1, len(listed) + 1))
+    assert cited == set(listed)
+
+
+def text(page: str) -> str:
+    return (DOCS / f"{page}.md").read_text(encoding="utf-8")

@@ -167,6 +167,7 @@ def test_what_ignores_signals_or_has_left_for_a_session_of_its_own_is_stopped_to
     run.leaves_nothing(set())
 
 
+# I28
 def test_nothing_outlives_a_launcher_that_was_killed_with_9(stub: Stub) -> None:
     run = stub()
     run.ready(ALL)

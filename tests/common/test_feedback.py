@@ -62,6 +62,7 @@ class Mass(RuleBasedStateMachine):
 TestMass = Mass.TestCase
 
 
+# I13
 def test_a_second_frame_of_a_chunk_does_not_send_again_what_the_first_has_with_it() -> None:
     feedback, before = Feedback(), {"residual": torch.ones(NUMEL)}
     feedback.sent(0, "zeroth", before)

@@ -34,6 +34,7 @@ def layout_of(tensors: list[TensorSpec], servers: int, chunk_bytes: int = CHUNK_
 
 
 @given(models, st.integers(1, 5), chunk_sizes)
+# I6
 def test_every_element_is_in_exactly_one_piece(tensors: list[TensorSpec], servers: int, chunk_bytes: int) -> None:
     found = [[0] * spec.units for spec in tensors]
     for chunk in layout_of(tensors, servers, chunk_bytes).chunks:
@@ -107,6 +108,7 @@ def test_small_tensors_share_a_chunk_and_a_large_model_packs_more_of_them() -> N
 
 
 @given(models, st.integers(1, 6), st.integers(1, 6), chunk_sizes)
+# I6
 def test_the_cuts_do_not_depend_on_the_number_of_servers(tensors: list[TensorSpec], m: int, n: int, size: int) -> None:
     a, b = layout_of(tensors, m, size), layout_of(tensors, n, size)
     assert [c.pieces for c in a.chunks] == [c.pieces for c in b.chunks]

@@ -93,6 +93,7 @@ def test_a_node_is_the_parent_of_its_halves(count: int) -> None:
 
 
 @given(deliveries())
+# I4
 def test_any_order_any_split_any_repetition_gives_the_same_sum(delivery: tuple[int, list[Span]]) -> None:
     count, spans = delivery
     total = TreeSum(count, pair)
@@ -113,6 +114,7 @@ def test_any_order_any_split_any_repetition_gives_the_same_sum(delivery: tuple[i
 
 
 @given(counts, st.integers(0, 1 << 32))
+# I4
 def test_floats_come_out_with_the_bits_of_the_fold(count: int, seed: int) -> None:
     rng = random.Random(seed)
     leaves = {k: rng.uniform(-1, 1) * 10 ** rng.randint(-8, 8) for k in range(count)}

@@ -68,6 +68,7 @@ def sha256(model: nn.Module) -> str:
 @pytest.mark.parametrize(
     "recipe", [pytest.param(recipe, marks=[pytest.mark.slow] if recipe != "momentum" else []) for recipe in RECIPES]
 )
+# I5
 def test_weights_are_the_plain_loops_whatever_the_cluster(recipe: str, launch) -> None:
     expected = sha256(plain_loop(recipe))
     clusters = [(1, 1, -1), (2, 2, -1), (4, 3, -1), (3, 2, 1)]

@@ -36,6 +36,7 @@ def train(launch: Launch, *flags: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("flags", ["sync", "backup --backup-micro-batches 2", "ssp --max-staleness 1", "async --staleness-lr"])
+# I7
 def test_every_micro_batch_is_in_one_update_or_reported_dropped(flags: str, launch: Launch, tmp_path: Path) -> None:
     policy = flags.split()[0]
     summary = train(launch, "--policy", *flags.split())

@@ -247,6 +247,7 @@ def deliver_to_worker(world: World, sender: str, to: str, parts: list[bytes]) ->
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), phases=set(Phase) - {Phase.shrink})
 @given(seed=st.integers(0, 2**32), seconds=st.sampled_from([0.4, 1.0, 2.0]))
+# I27
 def test_no_message_crashes_a_process_and_what_is_refused_has_no_effect(name: str, seed: int, seconds: float) -> None:
     with running(CASES[name], seconds) as world:
         attack(world, seed, 300)

@@ -22,6 +22,7 @@ crashes = st.lists(crash, min_size=1, max_size=5)
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
 @few
 @given(data=st.data())
+# I8, I24
 def test_a_coordinator_that_crashes_changes_neither_weights_nor_books(policy: str, data: st.DataObject) -> None:
     plain: dict[str, Any] = {} if policy == "sync" else PLAIN
     check_promises(dataclasses.replace(data.draw(cases(policy, **plain)), killed=data.draw(crashes)))
@@ -40,6 +41,7 @@ def test_merges_do_not_depend_on_it(case: Case, crashes: list[tuple[str, float, 
 @pytest.mark.parametrize("policy", ["sync", "backup"])
 @few
 @given(data=st.data())
+# I9
 def test_what_all_servers_were_told_to_do_alike_stays_so(policy: str, data: st.DataObject) -> None:
     case = data.draw(cases(policy, chunk_bytes=400, clip_norm=0.5))
     outcome = simulate(dataclasses.replace(case, killed=data.draw(crashes)))

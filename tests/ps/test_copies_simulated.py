@@ -77,6 +77,7 @@ def check_copies(outcome: Outcome) -> None:
             assert all(torch.equal(one._state[key], state) for key, state in other._state.items())
 
 
+# I23
 def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
     paces = [Pace(0.1), Pace(0.1)]
     killed_servers = 0
@@ -122,6 +123,7 @@ def test_what_was_decided_for_the_server_before_is_no_business_of_one_that_waits
 
 @some
 @given(killed("sync"))
+# I22, I23
 def test_sync_keeps_its_bits(case: Case) -> None:
     outcome = simulate(case)
     check(outcome)

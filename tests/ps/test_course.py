@@ -42,6 +42,7 @@ def rate_of(terms: Terms) -> int:
 
 
 @given(st.integers(1, 5), st.integers(0, 1 << 30))
+# I15
 def test_the_planned_rates_are_used_in_order_and_each_as_often_as_planned_however_far_workers_are_apart(
     workers: int, seed: int
 ) -> None:

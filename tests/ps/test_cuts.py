@@ -76,6 +76,7 @@ def test_a_cut_takes_as_long_as_servers_get_on() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.booleans()), max_size=60), st.integers(1, 3))
+# I20
 def test_a_complete_snapshot_was_written_by_all_for_one_round(steps: list[tuple[int, int, bool]], count: int) -> None:
     """Servers move on by themselves; each hears a cut some time, and takes it if it has not passed the round."""
     cuts, now, planned = CheckpointScheduler(1.0, 0.0), 0.0, 400

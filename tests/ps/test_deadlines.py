@@ -22,6 +22,7 @@ from roundtable.ps.coordinator.state.membership import Member
 from roundtable.worker.client.io_thread import IoThread
 
 
+# I26
 def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batches_each_server_lacks(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:

@@ -62,6 +62,7 @@ def go_on(membership: Membership, since: float, until: float, *alive: str) -> li
     return told
 
 
+# I17, I19
 def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on() -> None:
     membership = started(3)
     told = go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0", "worker-2")
@@ -98,6 +99,7 @@ def test_time_in_which_the_coordinator_itself_was_stopped_is_nobodys_silence() -
     assert lost(membership) == []
 
 
+# I16, I17
 def test_a_lost_worker_is_told_to_begin_anew_and_its_number_is_never_given_again() -> None:
     membership = started(2)
     go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
@@ -372,6 +374,7 @@ def test_processes_that_do_not_join_are_told() -> None:
         membership.tick(601.0)
 
 
+# I18
 def test_who_joins_before_the_others_is_told_who_is_missing() -> None:
     membership = joining(2)
     _, answers = membership.hello(Hello("worker", host="far"), 2, 0.0)

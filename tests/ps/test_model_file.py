@@ -188,6 +188,7 @@ def test_parts_cover_each_byte_once_whatever_the_number_of_servers() -> None:
             assert end == size
 
 
+# I25
 def test_a_part_is_taken_only_from_the_server_that_was_asked_and_with_its_size() -> None:
     _, _, layout, shards = made(2)
     collecting = ModelCollection(layout, 0)

@@ -131,6 +131,7 @@ def test_one_that_another_worker_ends_is_whose_part_came_first_and_a_duplicate_o
 
 @schedules(40)
 @given(st.integers(1, 4), st.sampled_from([0.0, LAMBDA]), st.integers(0, 1 << 40))
+# I1, I7
 def test_the_books_replayed_give_the_weights_whatever_comes_in_parts_twice_or_late(
     workers: int, compensation: float, seed: int
 ) -> None:

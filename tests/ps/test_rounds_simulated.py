@@ -216,6 +216,7 @@ def check_promises(case: Case) -> None:
 
 @some
 @given(cases("sync"))
+# I1, I2, I5, I8, I14
 def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
     outcome = simulate(case)
     check_exact(outcome)
@@ -224,6 +225,7 @@ def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
 
 
 @pytest.mark.slow
+# I11
 def test_a_worker_whose_weights_are_gone_before_they_are_all_there_gives_its_micro_batch_up() -> None:
     paces = [Pace(0.05), Pace(0.05), Pace(0.05, deaf_s=(1.0, 9.0))]
     settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
@@ -267,6 +269,7 @@ def test_a_sum_that_overflows_is_no_gradient_that_is_not_finite_whoever_adds_it_
 
 @some
 @given(cases("backup", **PLAIN))
+# I1, I7
 def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(case: Case) -> None:
     outcome = simulate(case)
     check_books(outcome)
@@ -279,6 +282,7 @@ def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(case: Case) -> 
 
 @some
 @given(cases("ssp", **PLAIN))
+# I1, I3
 def test_ssp_counts_every_micro_batch_once_and_nobody_leads_too_far(case: Case) -> None:
     outcome = simulate(case)  # how far each leads is checked in `begins`
     check_books(outcome)
@@ -291,6 +295,7 @@ def test_ssp_counts_every_micro_batch_once_and_nobody_leads_too_far(case: Case) 
 
 @few
 @given(cases("async", **PLAIN))
+# I1
 def test_async_counts_every_micro_batch_once(case: Case) -> None:
     outcome = simulate(case)
     check_books(outcome)

@@ -65,6 +65,7 @@ def test_a_server_gives_signs_of_life_while_it_reads_a_snapshot() -> None:
 
 @few
 @given(cases("sync"), others)
+# I20, I21
 def test_sync_gives_the_bits_of_a_plain_loop(case: Case, machines: tuple[int, int]) -> None:
     outcome = go_on(case, *machines)
     expected = sequential(case)[-1]

@@ -76,6 +76,7 @@ def test_a_server_that_is_killed_while_it_hands_in_the_model_does_so_again(clust
     assert len(list(run.folder.glob("failpoint-*"))) == 1 and run.is_exact()
 
 
+# I21
 def test_after_a_power_cut_a_run_goes_on_with_other_numbers(cluster: Start, resumed: Start, undisturbed: str) -> None:
     run = cluster(*TRAINING)
     run.until(lambda: has_snapshot(run), "snapshot")

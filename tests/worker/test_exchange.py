@@ -84,6 +84,7 @@ def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it(
 
 
 @pytest.mark.parametrize("codec", ["int8", "topk", "onebit"])
+# I12
 def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_else(codec: str) -> None:
     worker = Worker(compress_gradients=codec)
     slot = worker.slot(torch.randn(NUMEL))
@@ -112,6 +113,7 @@ def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec
     assert whole(worker.push(again)).chunks == [0, 1]  # that is another matter once it is over
 
 
+# I14
 def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
     worker = Worker(compress_gradients="topk")
     slot = worker.slot(1.0)

@@ -8,6 +8,7 @@ from roundtable.common.protocol.messages.session import Reassign
 from roundtable.worker.loop.task_queue import TaskQueue
 
 
+# I10
 def test_what_is_left_of_a_round_is_of_no_other() -> None:
     tasks = TaskQueue("worker-0", [ShareTable(0, 0, ["worker-0", "worker-1"], [1, 1])])
     tasks.open(3, 5)
