@@ -24,7 +24,8 @@ from roundtable.common.storage.checkpoint import check_versions, finished, folde
 from roundtable.common.storage.event_log import FILE_NAME
 from roundtable.common.storage.private_files import make_run_dir
 from roundtable.common.storage.run_files import SETTINGS_FILE, How
-from roundtable.ps.coordinator.coordinator import TICK_MS, BeginAnew, Coordinator
+from roundtable.ps.coordinator.coordinator import TICK_MS, Coordinator
+from roundtable.ps.coordinator.farewell import BeginAnew
 from roundtable.ps.coordinator.recovery import RestoredRun, restore
 
 log = logging.getLogger("roundtable.ps.coordinator")
@@ -72,11 +73,11 @@ def serve(
             address = advertised(bound, "tcp://127.0.0.1:1")
             write_address(run_dir / "address", address)
             if warning:
-                coordinator.journal.warn(warning)
+                coordinator.context.journal.warn(warning)
         except OSError as error:
             raise UsageError(f"the run directory {run_dir} cannot be written: {error.strerror or error}.") from None
         log.info("listening at %s", address if address == bound else f"{bound}; others find it at {address}")
-        with handled(signals, coordinator.stop):
+        with handled(signals, coordinator.stopping.request):
             coordinator.run()
     except BeginAnew:
         context.destroy(linger=1000)

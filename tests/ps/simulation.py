@@ -61,7 +61,8 @@ from roundtable.common.protocol.shared_memory import Region
 from roundtable.common.runtime.errors import RunStopped, Stopped, WireError
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
 from roundtable.common.storage.run_files import MODEL_FILE
-from roundtable.ps.coordinator.coordinator import BeginAnew, Coordinator
+from roundtable.ps.coordinator.coordinator import Coordinator
+from roundtable.ps.coordinator.farewell import BeginAnew
 from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.state.membership import number_of
@@ -579,21 +580,21 @@ class CoordinatorProcess(Process):
         every = 0.7 if case.folder is not None else 0.0
         settings = msgspec.structs.replace(case.settings, checkpoint_every=every, transport=transport)
         self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
-        self.log: RecordedLog = self.coordinator._log  # type: ignore[assignment]
+        self.log: RecordedLog = self.coordinator.context.log  # type: ignore[assignment]
         self.alive, self.leaves = True, False
         if self.world.case.keeps_books:
-            self.coordinator._log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
+            self.coordinator.context.log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
 
     def kill(self, away: float) -> None:
         self.world.killed += 1
         self._end(away, self._recover)
-        self.coordinator._log._db.close()
+        self.coordinator.context.log._db.close()
 
     def stop(self, away: float) -> None:
         """Tell it to stop, as a signal does."""
-        if self.alive and not self.leaves and not self.world.over and self.coordinator._stop is None:
+        if self.alive and not self.leaves and not self.world.over and self.coordinator.farewell.stop is None:
             self.away = away
-            self._until_it_ends(lambda: self.coordinator.stop(15))
+            self._until_it_ends(lambda: self.coordinator.stopping.request(15))
 
     def _end(self, away: float, then: Callable[[], None]) -> None:
         self.alive = False
@@ -602,9 +603,9 @@ class CoordinatorProcess(Process):
 
     def _recover(self) -> None:
         self._start(books_to_recover(self.folder), recovers=True)
-        if (stop := self.coordinator._stop) is not None:
+        if (stop := self.coordinator.farewell.stop) is not None:
             self.world.begun_anew += 1
-            self._leave(lambda: self.coordinator._end_as_told(stop))
+            self._leave(lambda: self.coordinator.farewell.end_as_told(stop))
         self.world._tick(self)
 
     def _leave(self, tell: Callable[[], None], away: float = 0.2) -> None:
@@ -623,26 +624,26 @@ class CoordinatorProcess(Process):
 
     def finish(self) -> None:
         """What came in last is written down."""
-        self.coordinator._flush()
+        self.coordinator.context.flush()
         if self.world.case.keeps_books:
             reader = RunLogReader(self.folder / FILE_NAME)
             self.log = RecordedLog(self.folder)
             self.log.rounds, self.log.contributions = reader.rounds(), reader.contributions()
             self.log.events = [event for _, _, event in reader.events()]
             reader.close()
-            self.coordinator._log.close()
+            self.coordinator.context.log.close()
 
     @property
     def ledger(self) -> Any:
-        return self.coordinator._ledger
+        return self.coordinator.context.ledger
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
         self.port.inbox.append([zmq.Frame(sender.encode()), *frames])
-        self.coordinator._drain()
+        self.coordinator.drain()
 
     def tick(self) -> None:
         if not self.leaves:
-            self._until_it_ends(lambda: self.coordinator._tick(self.world.now))
+            self._until_it_ends(lambda: self.coordinator.tick(self.world.now))
 
     def _until_it_ends(self, what: Callable[[], None]) -> None:
         """Do what may be the last of this process."""
@@ -651,10 +652,10 @@ class CoordinatorProcess(Process):
         except BeginAnew as error:
             reason = str(error)
             self.world.begun_anew += 1
-            self._leave(lambda: self.coordinator._have_all_begin_anew(reason))
+            self._leave(lambda: self.coordinator.farewell.restart(reason))
         except Stopped:
             self.world.stopped += 1
-            self._leave(lambda: self.coordinator._farewell(Stop(False, "it was told to.", on_request=True)), self.away)
+            self._leave(lambda: self.coordinator.farewell.say(Stop(False, "it was told to.", on_request=True)), self.away)
 
     def describe(self) -> str:
         return f"{self.ledger.committed} rounds committed of {self.ledger.planned}"
@@ -692,7 +693,7 @@ class ServerProcess(Process):
 
     def kill_once_copied(self, away: float) -> None:
         """Kill it as soon as there is a copy of every shard."""
-        membership, servers = self.world.coordinator._membership, self.world.case.settings.servers
+        membership, servers = self.world.coordinator.context.membership, self.world.case.settings.servers
         if not self.alive or self.world.over:
             return
         there = [_newest_of(self.world, number) for number in range(servers)]
@@ -906,7 +907,7 @@ class WorkerProcess(Process):
     def useful(self) -> bool:
         """Whether its script will come to an end: not that of one in the place of another that had ended its own and trained
         apart from the rest."""
-        members = self.world.coordinator._membership.workers.values()
+        members = self.world.coordinator.context.membership.workers.values()
         waits = self.link._attendance.welcome is None and load(self.world.case.settings).is_local
         is_late = waits and any(m.left and m.hello.index == self.index for m in members)
         return self.alive and self.pace.hangs_s == float("inf") and not is_late
@@ -1311,7 +1312,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.run.Watchdog": mock.Mock(),
             "roundtable.worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
             "roundtable.worker.run.new_incarnation": lambda: 0,
-            "roundtable.ps.coordinator.coordinator.Coordinator._is_dead": lambda coordinator, hello: False,
+            "roundtable.ps.coordinator.parts.joining.Joining.is_dead": lambda coordinator, hello: False,
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
             "roundtable.ps.server.server.dealer": port,
             "roundtable.worker.client.io_thread.dealer": port,
@@ -1363,12 +1364,17 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
 
         def over() -> bool:
-            if until_snapshot and coordinator.coordinator._cuts.newest >= 0:
+            if until_snapshot and coordinator.coordinator.checkpoints.scheduler.newest >= 0:
                 return True
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
             done = there and all(w.done or not w.useful for w in everybody)
-            return done and _is_settled(world) and coordinator.ledger.committed >= planned and coordinator.coordinator._has_model
+            return (
+                done
+                and _is_settled(world)
+                and coordinator.ledger.committed >= planned
+                and coordinator.coordinator.model.is_complete
+            )
 
         try:
             world.run(over)
@@ -1429,12 +1435,17 @@ def _is_settled(world: World) -> bool:
     """Whether the coordinator and all servers are there, of one run, and no snapshot is to come."""
     process: Any = world.processes["coordinator"]
     coordinator: Coordinator = process.coordinator
-    if process.alive and coordinator._membership.lost_servers and coordinator._finished():
+    if process.alive and coordinator.context.membership.lost_servers and coordinator.is_finished():
         return True  # with the model written, it ends without the servers that have died since
     servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
-    are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator._head.run for s in servers)
-    begins_anew = process.leaves or coordinator._signal or coordinator._membership.broken or coordinator._membership.lost_servers
-    is_saved = coordinator._cuts.ended(coordinator._ledger.committed)
+    are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator.context.head.run for s in servers)
+    begins_anew = (
+        process.leaves
+        or coordinator.stopping.signal
+        or coordinator.context.membership.broken
+        or coordinator.context.membership.lost_servers
+    )
+    is_saved = coordinator.checkpoints.scheduler.ended(coordinator.context.ledger.committed)
     return are_there and not begins_anew and is_saved
 
 

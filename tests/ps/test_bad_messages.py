@@ -337,7 +337,7 @@ def test_messages_of_an_earlier_process_of_the_same_name_are_refused_and_counted
 
 def forged(world: Recording, sender: str, to: str, body: Body, incarnation: int) -> list[bytes]:
     """A message of somebody who knows the id of the run and all that a worker is told."""
-    run = world.coordinator._stamp.run
+    run = world.coordinator.context.mail.stamp.run
     return [Stamp(sender, run, 0, incarnation).encode(body)]
 
 
@@ -373,7 +373,7 @@ def test_a_server_takes_nothing_under_a_name_that_the_coordinator_did_not_give()
 
 def test_what_workers_are_told_does_not_let_them_speak_for_a_server_or_for_each_other() -> None:
     with running(CASES["sync"], 1.0) as world:
-        secrets = {member.incarnation for member in world.coordinator._membership.members.values()}
+        secrets = {member.incarnation for member in world.coordinator.context.membership.members.values()}
         tickets = {"worker-0": world.processes["server-0"].server._tickets["worker-0"]}  # type: ignore[attr-defined]
         told = told_to(world, "worker-1")
         assert secrets and not secrets & {value for value in told if isinstance(value, int)}
@@ -398,10 +398,10 @@ def test_a_worker_cannot_have_a_servers_report_forgotten() -> None:
 def test_a_plan_of_one_who_has_done_nothing_is_no_plan_and_servers_take_none_that_was_not_agreed_to() -> None:
     with running(CASES["sync"], 1.0) as world:
         coordinator: Any = world.processes["coordinator"]
-        ledger, membership = coordinator.ledger, coordinator.coordinator._membership
+        ledger, membership = coordinator.ledger, coordinator.coordinator.context.membership
         (before,) = ledger.segments
         more = make_segment(before=before, samples=24, global_batch=12, micro_batch=3, epochs=5, round_limit=None)
-        run = coordinator.coordinator._stamp.run
+        run = coordinator.coordinator.context.mail.stamp.run
         late, answers = membership.hello(Hello("worker"), 77, world.now)
         assert late is not None and isinstance(answers[0][1], Welcome)
         deliver(world, "late", "coordinator", [Stamp(late.name, run, 0, 77).encode(Plan(more))])

@@ -93,7 +93,7 @@ def test_a_server_that_is_killed_in_any_round_loses_none() -> None:
 def test_one_that_is_killed_once_all_workers_have_left_and_before_it_has_told_of_the_last_round_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drain, killed = Coordinator._drain, []
+    drain, killed = Coordinator.drain, []
 
     def watched(self: Coordinator) -> None:
         drain(self)
@@ -104,7 +104,7 @@ def test_one_that_is_killed_once_all_workers_have_left_and_before_it_has_told_of
             server.kill(6.0)
             killed.append(server.key)
 
-    monkeypatch.setattr(Coordinator, "_drain", watched)
+    monkeypatch.setattr(Coordinator, "drain", watched)
     made = Settings(workers=2, servers=3, replicas=1, global_batch=4, micro_batch=1)
     outcome = simulate(Case(made, [Pace(0.1), Pace(0.1)], ((8, 3),), seed=3))
     assert killed == ["server-1"]

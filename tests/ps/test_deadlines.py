@@ -27,18 +27,20 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         coordinator = Coordinator(context.socket(zmq.ROUTER), Settings(progress_timeout=5.0, heartbeat_timeout=1e6), tmp_path)
-        membership, began = coordinator._membership, coordinator._progressed_at
+        membership, began = coordinator.context.membership, coordinator.context.progressed_at
         for number in range(2):
             membership.hello(Hello("server", number, address=f"tcp://server:{number}"), 1 + number, began)
             membership.hello(Hello("worker", number), 11 + number, began)
-        coordinator._ledger.set_up(Setup([TensorSpec(n, [1 << 21], "float32", 0) for n in "wv"], Update("SGD", [{"lr": 0.1}])))
+        coordinator.context.ledger.set_up(
+            Setup([TensorSpec(n, [1 << 21], "float32", 0) for n in "wv"], Update("SGD", [{"lr": 0.1}]))
+        )
         membership.beat("server-0", Heartbeat("computing", 4, missing=[1, 3, 2, 0]), began)
         membership.beat("server-1", Heartbeat("computing", 5, missing=[2]), began)
         membership.beat("worker-0", Heartbeat("waiting", 5), began)
         membership.beat("worker-1", Heartbeat("computing", 5), began)
-        coordinator._check_deadline(began + 5.0)
+        coordinator.deadline.tick(began + 5.0)
         with pytest.raises(ClusterError) as caught:
-            coordinator._check_deadline(began + 5.1)
+            coordinator.deadline.tick(began + 5.1)
         assert str(caught.value) == (
             "nothing has moved for 5 s: round 0 waits for worker-1; server-0 lacks micro-batches 1, 3 and 2 more of round 4; "
             "server-1 lacks micro-batch 2 of round 5."
@@ -57,7 +59,7 @@ def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path, stop: St
             link = IoThread(address, Hello("worker"))
             joined = threads.submit(link.joined)
             while not joined.done():
-                coordinator._tell(stop)
+                coordinator.farewell.tell(stop)
             assert str(joined.exception()) == told
             link.close()
         finally:
@@ -93,15 +95,15 @@ class Started:
             self.join(Hello("worker", number, host=f"host-{number}"), 11 + number)
 
     def join(self, hello: Hello, incarnation: int) -> Member:
-        self.coordinator._hello(b"route", hello, incarnation, self.coordinator._progressed_at)
-        return self.coordinator._membership._incarnations[incarnation]
+        self.coordinator.joining.hello(b"route", hello, incarnation, self.coordinator.context.progressed_at)
+        return self.coordinator.context.membership._incarnations[incarnation]
 
     def tell(self, name: str, body: Body) -> None:
         """A message of a member."""
-        member = self.coordinator._membership.members[name]
-        header = Stamp(name, self.coordinator._stamp.run, 0, member.incarnation).encode(body)
-        envelope = self.coordinator._stamp.open(header)
-        self.coordinator._handle(b"route", envelope, ())
+        member = self.coordinator.context.membership.members[name]
+        header = Stamp(name, self.coordinator.context.mail.stamp.run, 0, member.incarnation).encode(body)
+        envelope = self.coordinator.context.mail.stamp.open(header)
+        self.coordinator.handle(b"route", envelope, ())
 
 
 @pytest.fixture
@@ -131,8 +133,8 @@ def test_who_joins_later_with_another_model_is_refused_alone(started: Callable[.
     run.tell("worker-2", setup(128))
     run.tell("worker-2", Goodbye("other model"))
     run.tell("worker-2", Goodbye("other model"))
-    assert run.coordinator._failed == ["worker-2 on host-2 failed: other model"]
-    assert run.coordinator._membership.names("worker") == ["worker-0", "worker-1"]
+    assert run.coordinator.departures.failed == ["worker-2 on host-2 failed: other model"]
+    assert run.coordinator.context.membership.names("worker") == ["worker-0", "worker-1"]
 
 
 def test_who_has_used_the_key_value_store_cannot_be_done_without(started: Callable[..., Started]) -> None:
@@ -143,12 +145,12 @@ def test_who_has_used_the_key_value_store_cannot_be_done_without(started: Callab
 
 def test_a_failure_counts_once_also_for_a_coordinator_that_comes_after(started: Callable[..., Started], tmp_path: Path) -> None:
     run = started(worker_failures=1)
-    run.coordinator._ledger.contributors = {"worker-0", "worker-1"}
+    run.coordinator.context.ledger.contributors = {"worker-0", "worker-1"}
     for _ in range(2):
         run.tell("worker-1", Goodbye("no"))
-    assert run.coordinator._admitted == 1
-    run.coordinator._flush()
-    run.coordinator._log.close()
+    assert run.coordinator.departures.admitted == 1
+    run.coordinator.context.flush()
+    run.coordinator.context.log.close()
     books = books_to_recover(tmp_path)
     assert books is not None and (books.failed, books.admitted) == (["worker-1 on host-1 failed: no"], 1)
 
@@ -161,8 +163,8 @@ def test_a_server_that_a_worker_cannot_reach_is_named_with_its_address_and_both_
     for _ in range(3):
         run.tell("worker-1", Heartbeat("starting", unreached=[0, 7]))
     assert [record.getMessage() for record in caplog.records].count(text) == 1
-    assert run.coordinator._whom_all_wait_for() == f"a connection ({text})"
+    assert run.coordinator.status.whom_all_wait_for() == f"a connection ({text})"
     with pytest.raises(ClusterError, match=r"^nothing has moved for 5 s: round 0 waits for a connection"):
-        run.coordinator._check_deadline(run.coordinator._progressed_at + 5.1)
+        run.coordinator.deadline.tick(run.coordinator.context.progressed_at + 5.1)
     run.tell("worker-1", Heartbeat("starting"))
-    assert run.coordinator._whom_all_wait_for() == "worker-0 and worker-1"
+    assert run.coordinator.status.whom_all_wait_for() == "worker-0 and worker-1"

@@ -405,7 +405,7 @@ def check_local_counts(outcome: Outcome) -> None:
     """A step of a replica moves the element of a micro-batch of s samples by s / its own samples of the round; a merge weighs the
     replica by its samples since the last one, all since the start of the data under `average`."""
     case = outcome.case
-    table = outcome.world.coordinator._membership.tables[0]
+    table = outcome.world.coordinator.context.membership.tables[0]
     expected = []
     for segment in case.plans():
         apart = case.settings.local_steps if case.settings.policy == "local" else segment.rounds
@@ -537,6 +537,6 @@ def test_a_slow_workers_micro_batches_are_taken_over_by_those_that_wait() -> Non
 def test_speeds_move_the_shares_and_the_bits_stay() -> None:
     case = Case(Settings(workers=2, servers=1, global_batch=16, micro_batch=2), [Pace(0.05), Pace(0.2)], segments=[(256, 1)])
     outcome = simulate(case)
-    tables = outcome.world.processes["coordinator"].coordinator._membership.tables  # type: ignore[attr-defined]
+    tables = outcome.world.processes["coordinator"].coordinator.context.membership.tables  # type: ignore[attr-defined]
     assert len(tables) > 1 and tables[-1].weights[0] > 2 * tables[-1].weights[1]
     check_exact(outcome)

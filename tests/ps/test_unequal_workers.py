@@ -104,16 +104,16 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
 
 def joins(coordinator: Coordinator, number: int, cpu: str) -> None:
     hello = Hello("worker", number, host=f"host-{number}", arithmetic={"cpu": cpu, "torch": "2"})
-    coordinator._hello(b"r%d" % number, hello, 11 + number, 1.0)
+    coordinator.joining.hello(b"r%d" % number, hello, 11 + number, 1.0)
 
 
 def test_other_arithmetic_is_told_of_once_a_kind_also_of_who_joins_late(coordinator: Coordinator, tmp_path: Path) -> None:
-    coordinator._hello(b"s", Hello("server", 0, address="tcp://server:1"), 1, 1.0)
+    coordinator.joining.hello(b"s", Hello("server", 0, address="tcp://server:1"), 1, 1.0)
     joins(coordinator, 0, "AVX2")
     joins(coordinator, 1, "AVX2")
     for number, cpu in enumerate(("DEFAULT", "AVX2", "DEFAULT", "AVX512"), 2):
         joins(coordinator, number, cpu)
-    coordinator._flush()
+    coordinator.context.flush()
     warned = [event.data["text"] for _, _, event in RunLogReader(tmp_path / FILE_NAME).events() if event.kind == "warning"]
     assert warned == [
         f"worker-{number} on host-{number} has cpu {cpu} where worker-0 on host-0 has AVX2: the result is valid, but its bits "
@@ -125,9 +125,9 @@ def test_other_arithmetic_is_told_of_once_a_kind_also_of_who_joins_late(coordina
 def test_a_coordinator_that_takes_over_compares_with_what_was_told_to_the_one_before(
     coordinator: Coordinator, tmp_path: Path
 ) -> None:
-    coordinator._ledger.set_up(SETUP, "worker-0 on a")
-    coordinator._ledger.plan(plan().segment, FACTS, "worker-0 on a")
-    coordinator._flush()
+    coordinator.context.ledger.set_up(SETUP, "worker-0 on a")
+    coordinator.context.ledger.plan(plan().segment, FACTS, "worker-0 on a")
+    coordinator.context.flush()
     books = restore(tmp_path / FILE_NAME)
     assert books is not None and books.ledger.setup == SETUP
     refused = books.ledger.plan(plan().segment, [Fact("shuffle", "False")], "worker-1 on b")

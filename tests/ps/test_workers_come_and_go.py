@@ -119,7 +119,7 @@ def test_a_script_that_breaks_off_has_left_and_others_do_the_rest(policy: str, w
     (warning,) = [event.data["text"] for event in outcome.log.events if event.kind == "warning"]
     assert warning.startswith(f"worker-{who} left after round {left['round']} of 12, as its script ended; others")
     assert all(shard.lost == {f"worker-{who}"} for shard in outcome.shards)
-    assert outcome.world.coordinator._summary()["left_early"] == {f"worker-{who}": left["round"]}
+    assert outcome.world.coordinator.summary.made()["left_early"] == {f"worker-{who}": left["round"]}
     check(outcome)
 
 
@@ -183,14 +183,14 @@ def failed(outcome: Outcome) -> list[str]:
 def test_who_fails_before_anything_of_it_counts_is_refused_alone(policy: str, starts_s: float) -> None:
     outcome = simulate(case(policy, [Pace(0.1), Pace(0.1, starts_s=starts_s, fails_s=0.001)]))
     assert failed(outcome) == ["beginner"]
-    assert outcome.world.coordinator._failed == ["worker-1 failed: nothing came."]
+    assert outcome.world.coordinator.departures.failed == ["worker-1 failed: nothing came."]
     check(outcome)
 
 
 def test_failures_in_mid_training_are_admitted_as_often_as_is_allowed() -> None:
     paces = [Pace(0.1), Pace(0.1, fails_s=1.0), Pace(0.1, fails_s=1.5)]
     outcome = simulate(case("sync", paces, failures=2))
-    assert failed(outcome) == ["admitted"] * 2 and outcome.world.coordinator._summary()["workers_failed"]
+    assert failed(outcome) == ["admitted"] * 2 and outcome.world.coordinator.summary.made()["workers_failed"]
     check(outcome)
     with pytest.raises(ClusterError, match=r"^worker-2 failed: nothing came\. \(before it, worker-1 failed: nothing came\.\)$"):
         simulate(case("sync", paces, failures=1))

@@ -36,7 +36,7 @@ from roundtable.common.protocol.messages.session import (
 )
 from roundtable.common.protocol.tickets import ticket
 from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S, STOPPED_S
-from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.runtime.errors import ClusterError, printable
 from roundtable.common.storage.event_log import some
 
 #: Seconds of silence after which a process counts as lost, unless the settings say otherwise: a worker on the coordinator's own
@@ -100,6 +100,12 @@ class Member:
     def who(self) -> str:
         """What people are told of it: 'worker-0 on HOST'."""
         return f"{self.name} on {self.hello.host or 'an unknown host'}"
+
+    @property
+    def called(self) -> str:
+        """Return the member's name and host as printable text."""
+        host = printable(self.hello.host)
+        return f"{self.name} on {host}" if host else self.name
 
     @property
     def active(self) -> bool:

@@ -1,0 +1,96 @@
+"""The end of a run: telling all members, and those that ask later."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from roundtable.common.protocol.messages.session import Stop
+from roundtable.common.protocol.transport import ASK_AGAIN_S
+from roundtable.common.runtime.errors import ClusterError, RunStopped
+from roundtable.common.storage.event_log import Event
+from roundtable.ps.coordinator.context import RunContext
+from roundtable.ps.coordinator.parts.failover import Failover
+from roundtable.ps.coordinator.parts.stopping import Stopping
+
+log = logging.getLogger("roundtable.ps.coordinator")
+
+#: Seconds in which members are told that the run is over, before the coordinator leaves.
+_FAREWELL_S = 1.0
+#: The same before a restart: a member that has not heard is told by the next coordinator.
+_RESTART_S = 0.1
+
+
+class BeginAnew(Exception):
+    """The run is to go on from its newest checkpoint. All processes begin anew, this one too."""
+
+
+class Farewell:
+    """Knows how the run has ended, and says so."""
+
+    def __init__(
+        self, context: RunContext, failover: Failover, stopping: Stopping, listen: Callable[[], None], late_s: float | None
+    ) -> None:
+        """`listen` waits for messages and handles them. For `late_s` seconds processes may ask about a run that is over."""
+        self._context = context
+        self._failover = failover
+        self._stopping = stopping
+        self._listen = listen
+        self._late_s = late_s
+        #: Incarnations of processes that have asked about a run that is over.
+        self._late: set[int] = set()
+        #: How the run has ended, if it has.
+        self.stop: Stop | None = None
+
+    def answer(self, route: bytes, incarnation: int) -> None:
+        """Tell a process that comes too late how the run has ended."""
+        if self.stop is not None and not self.stop.restart:  # after a restart it asks the next coordinator
+            self._late.add(incarnation)
+            self._context.mail.reply(route, self.stop)
+
+    def end_as_told(self, stop: Stop) -> None:
+        """End as the coordinator before has ended the run. It may have died before all members heard of that."""
+        self.tell(stop)
+        if stop.restart:
+            raise BeginAnew(stop.reason)
+        if not stop.ok:
+            raise (RunStopped if stop.on_request else ClusterError)(stop.reason)
+
+    def restart(self, reason: str) -> None:
+        """Have all members begin anew, from the newest checkpoint."""
+        self._context.log.event(Event("restarted", "coordinator", {"reason": reason}))
+        log.warning("all begin anew, from the newest snapshot: %s", reason)
+        self.say(Stop(False, reason, restart=True))
+
+    def say(self, stop: Stop) -> None:
+        """Write down how the run has ended, and tell all members."""
+        self._context.log.event(Event("stopped", "coordinator", msgspec.structs.asdict(stop)))
+        self._context.flush()
+        self.tell(stop)
+
+    def tell(self, stop: Stop) -> None:
+        """Tell all members that the run is over, and close the event log.
+
+        Tell them a few times, because messages may be lost. After a take-over, wait for members that have not found this
+        coordinator yet.
+        """
+        self.stop = stop
+        until, told_at = time.monotonic() + (_RESTART_S if stop.restart else _FAREWELL_S), float("-inf")
+        while (now := time.monotonic()) < until or self._failover.awaits_members(now) or self._awaits_late_ones(now - until):
+            if now >= told_at + ASK_AGAIN_S / 4:
+                told_at = now
+                for route in self._context.mail.routes.values():
+                    self._context.mail.reply(route, stop)
+            self._listen()
+        with contextlib.suppress(Exception):  # a failure to write has been reported
+            self._context.log.close()
+
+    def _awaits_late_ones(self, waited_s: float) -> bool:
+        """Return whether another process may yet ask about a run that is over."""
+        settings = self._context.settings
+        heard, expected = len(self._context.mail.routes) + len(self._late), settings.servers + settings.workers
+        return self._late_s is not None and waited_s < self._late_s and heard < expected and not self._stopping.signal

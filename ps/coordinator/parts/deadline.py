@@ -1,0 +1,96 @@
+"""When the run is given up: nothing has moved for too long, or nobody is left to move anything."""
+
+from __future__ import annotations
+
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.storage.event_log import some
+from roundtable.ps.coordinator.context import RunContext
+from roundtable.ps.coordinator.parts.checkpoints import CheckpointDriver
+from roundtable.ps.coordinator.parts.departures import Departures
+from roundtable.ps.coordinator.parts.model import ModelCollector
+from roundtable.ps.coordinator.parts.status import StatusReporter
+
+
+class Deadline:
+    """Fails a run that cannot go on, and says why."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        model: ModelCollector,
+        departures: Departures,
+        checkpoints: CheckpointDriver,
+        status: StatusReporter,
+    ) -> None:
+        self._context = context
+        self._model = model
+        self._departures = departures
+        self._checkpoints = checkpoints
+        self._status = status
+
+    def tick(self, now: float) -> None:
+        """Raise ClusterError if the run cannot go on."""
+        context, model = self._context, self._model
+        if not context.membership.started:
+            return
+        if self._departures.all_have_left(now):
+            self._fail_without_workers()
+            return
+        self._fail_between_loops()
+        behind = self._departures.behind_the_end()
+        if model.is_complete and not behind:
+            context.progressed_at = now  # workers that are still there do something of their own, for as long as they like
+            return
+        idle_s, patience_s = now - context.progressed_at, context.settings.progress_timeout
+        if idle_s <= patience_s or (not self._has_begun and idle_s <= context.settings.start_timeout):
+            return
+        if not behind:
+            raise ClusterError(
+                f"nothing has moved for {patience_s:.0f} s: round {context.ledger.committed} waits for {self._waits_for()}"
+                f"{self._missing()}."
+            )
+        for worker in behind:
+            self._departures.give_up(worker, f"it has not got the last weights for {patience_s:.0f} s.", now, {})
+
+    def _fail_without_workers(self) -> None:
+        ledger = self._context.ledger
+        if self._checkpoints.scheduler.under is None:
+            raise ClusterError(
+                f"all workers have left after {ledger.committed} of {ledger.planned} rounds: "
+                "a script must go on until run.batches() ends; --rounds sets where that is."
+            )
+
+    def _fail_between_loops(self) -> None:
+        """Raise ClusterError if nobody is left, more rounds may follow, and a script has failed."""
+        membership = self._context.membership
+        nobody = not membership.names("worker") and not membership.awaits_workers
+        if nobody and self._context.may_go_on and (failed := [w for w in membership.workers.values() if w.left and w.failed]):
+            raise ClusterError(f"{failed[0].name} failed between two loops over run.batches(): {failed[0].failed}")
+
+    @property
+    def _has_begun(self) -> bool:
+        """Return whether any worker trains, or would if it reached all servers.
+
+        Before that, the first worker may do something of its own, such as loading data.
+        """
+        members = self._context.membership.members.values()
+        return bool(self._context.ledger.planned) or any(member.beat.round > 0 or member.beat.unreached for member in members)
+
+    def _waits_for(self) -> str:
+        membership = self._context.membership
+        if self._context.journal.unwritten_since is not None:
+            return "the disk, for the event log cannot be written"
+        if self._model.collecting is not None:
+            missing = [f"server-{number}" for number in self._model.collecting.missing]
+            return f"{some(missing)}, for a part of the trained model" if missing else "the disk, for the model cannot be written"
+        if membership.awaits_workers:
+            return f"a worker to join, for {some(list(membership.workers))} are gone"
+        return self._status.whom_all_wait_for() or "every process"
+
+    def _missing(self) -> str:
+        """Say what each server has not got of its open round, as far as it has said so."""
+        beats = {server.name: server.beat for server in self._context.scheduler.servers if server.beat.missing}
+        return "".join(
+            f"; {name} lacks micro-batch{'es' * (len(beat.missing) > 1)} {some([*map(str, beat.missing)])} of round {beat.round}"
+            for name, beat in beats.items()
+        )

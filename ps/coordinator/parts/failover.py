@@ -1,0 +1,79 @@
+"""What a coordinator does differently in the place of one that has died."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from roundtable.common.protocol.messages.commit import Norms, RoundReady
+from roundtable.common.protocol.messages.session import Heartbeat, Hello
+from roundtable.ps.coordinator.context import Received, RunContext
+from roundtable.ps.coordinator.recovery import RestoredRun
+from roundtable.ps.coordinator.state.membership import NEAR_S, Member, number_of
+
+#: Seconds for the members to connect to a coordinator that was started again.
+_REJOIN_S = 5.0
+#: Seconds that members may need at least to find a new coordinator. Their silence does not count for so long.
+_FIND_S = 4.0
+
+
+class Failover:
+    """Knows who has not found this coordinator yet, and asks servers for decisions of the one before."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        #: When this coordinator took over, if it did.
+        self.recovered_at: float | None = None
+        #: The newest round on which the coordinator before can have decided, once that is known.
+        self._inherits_to: int | None = None
+
+    def take_over(self, books: RestoredRun, is_dead: Callable[[Hello], bool], now: float) -> None:
+        """Go on with the members of the coordinator before. `is_dead` says whether a process has certainly ended."""
+        committed = self._context.ledger.committed
+        self._context.membership.restore(
+            [
+                Member(
+                    name,
+                    saved.hello,
+                    saved.incarnation,
+                    now - NEAR_S if is_dead(saved.hello) and not saved.left else now + _FIND_S,
+                    Heartbeat(round=committed),
+                    left=saved.left,
+                    lost=saved.lost,
+                    early=saved.early,
+                    replaces=saved.replaces,
+                    ended_at=saved.ended_at,
+                    failed=saved.failed,
+                )
+                for name, saved in books.members.items()
+            ],
+            books.tables,
+        )
+        if books.committed_at is not None:
+            self._context.committed_at = books.committed_at + now - time.time()
+        self.recovered_at = now
+
+    def awaits_members(self, now: float) -> bool:
+        """Return whether this coordinator took over just now, and does not know yet where all members are."""
+        if self.recovered_at is None or now > self.recovered_at + _REJOIN_S:
+            return False
+        members, routes = self._context.membership.members.items(), self._context.mail.routes
+        return any(not member.lost and not member.early and name not in routes for name, member in members)
+
+    def decide(self, message: Received[RoundReady] | Received[Norms]) -> None:
+        """Give the decision that all servers must take alike, if it is time.
+
+        After a take-over, ask the servers for a decision that the coordinator before may have given. It can have decided on no
+        later round than that of the first question.
+        """
+        context, question = self._context, message.body
+        if question.coordinator != context.head.incarnation:
+            return  # the coordinator before was asked, and its answer may have arrived since
+        number, ledger = number_of(message.member.name), context.ledger
+        answers = ledger.arrived(number, question) if isinstance(question, RoundReady) else ledger.norms(number, question)
+        context.mail.to_servers(answers)
+        if self.recovered_at is not None and not answers:
+            self._inherits_to = question.round if self._inherits_to is None else self._inherits_to
+            if question.round <= self._inherits_to:
+                for name in set(context.membership.names("server")) - {message.member.name}:
+                    context.mail.send(name, question)

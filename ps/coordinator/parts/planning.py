@@ -1,0 +1,88 @@
+"""What the run is: the model and the rounds, as its workers say."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from roundtable.common.config.batch_plan import Segment
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Refused
+from roundtable.common.protocol.messages.setup import Plan, PlanReply, Setup, SetupReply
+from roundtable.common.protocol.tickets import seal
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.storage.event_log import Event
+from roundtable.ps.coordinator.context import Received, RunContext
+from roundtable.ps.coordinator.parts.departures import Departures
+from roundtable.ps.coordinator.parts.model import ModelCollector
+from roundtable.ps.coordinator.recovery import RestoredRun
+from roundtable.ps.coordinator.state.membership import Member
+
+
+class Planning:
+    """Has all workers agree on one model and one plan."""
+
+    def __init__(self, context: RunContext, model: ModelCollector, departures: Departures) -> None:
+        self._context = context
+        self._model = model
+        self._departures = departures
+        #: Rounds that were planned when the last plan came.
+        self._planned = 0
+        #: When the first plan was made, once one was.
+        self.training_since: float | None = None
+
+    def recover(self, books: RestoredRun, now: float) -> None:
+        """Go on with the plans of the coordinator before."""
+        self._planned = self._context.ledger.planned
+        if books.planned_at is not None:
+            self.training_since = books.planned_at + now - time.time()
+
+    def set_up(self, message: Received[Setup]) -> None:
+        """Take a worker's model, or compare it with the known one."""
+        membership, worker = self._context.membership, message.member
+        answer = self._context.ledger.set_up(message.body, worker.who)
+        if isinstance(answer, SetupReply):
+            first = next(iter(membership.names("worker")), worker.name)
+            answer = SetupReply(worker.name == first, membership.members[first].who)
+        self._answer(message.route, worker, answer)
+
+    def plan(self, message: Received[Plan]) -> None:
+        """Take a worker's plan, or compare it with the known one."""
+        context, worker, plan = self._context, message.member, message.body
+        trusted = context.membership.starters | context.ledger.contributors
+        may_define = worker.name in trusted or trusted.isdisjoint(context.membership.names("worker"))
+        answer = context.ledger.plan(plan.segment, plan.facts, worker.who, may_define)
+        if isinstance(answer, PlanReply):
+            answer = msgspec.structs.replace(answer, seal=seal(context.head.key, plan.segment))
+        if answer is not None:
+            self._answer(message.route, worker, answer)
+        if context.ledger.planned != self._planned:
+            self._note_plan(plan.segment, message.now)
+
+    def _note_plan(self, segment: Segment, now: float) -> None:
+        context = self._context
+        self._planned, context.progressed_at = context.ledger.planned, now
+        self.training_since = self.training_since or now
+        merges = {"merges": True} if context.policy.is_local else {}
+        context.log.event(Event("plan", "coordinator", {"rounds": self._planned, "epochs": context.ledger.passes, **merges}))
+        if context.settings.policy in ("sync", "backup") and (spare := segment.spare_workers(context.settings.workers)):
+            context.journal.warn(spare)
+        if context.ledger.committed < self._planned:
+            self._train_on()
+
+    def _train_on(self) -> None:
+        """Go on with more rounds than were known."""
+        self._model.discard()
+        for worker in self._context.membership.workers.values():
+            if worker.left and worker.failed:
+                raise ClusterError(f"{worker.name} failed: {worker.failed}")
+            worker.failed = ""
+        self._context.membership.train_on()
+        self._departures.note_early_leavers()
+
+    def _answer(self, route: bytes, worker: Member, answer: Body) -> None:
+        """Tell a worker whether its model or plan is the others'."""
+        if isinstance(answer, Refused):
+            self._departures.unlike.add(worker.name)
+        self._context.journal.promise(route, answer, urgent=True)
