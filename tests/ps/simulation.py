@@ -1428,7 +1428,7 @@ def _last_shard(world: World, number: int) -> Shard:
     """Of the last process that had it: nobody needs it any more if that one died after the model had been written."""
     place = f"server-{number}"
     those = [p.shard for p in world.processes.values() if p.place == place and isinstance(p, ServerProcess) and p.server._shard]
-    return next((shard for shard in reversed(those) if shard.store is not None), those[-1])
+    return next((shard for shard in reversed(those) if shard.store is not None and not shard.restoring), those[-1])
 
 
 def _is_settled(world: World) -> bool:
