@@ -1,7 +1,7 @@
 """AlexNet on a folder of images as a hybrid: workers share the batch, and servers divide the fully connected layers.
 
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014): nine tenths of the weights are in the fully
-connected layers and nine tenths of the arithmetic in the convolutions, so activities of the former travel and gradients of the
+connected layers, and nine tenths of the arithmetic in the convolutions. So activities of the former travel, and gradients of the
 latter. The folder has one folder of images for each class. `--side 64` is enough to try it without GPUs.
 """
 

@@ -1,7 +1,7 @@
 """A classifier over many classes, such as the identities of face recognition, whose last layer is spread over the servers.
 
-Nobody holds it whole: servers keep its rows and compute with them. With --classes 10000000 it has 5 GB. The data are made up:
-each class has a centre, of which samples are noisy pictures.
+No process holds the layer whole: servers keep its rows and compute with them. With --classes 10000000 it has 5 GB. The data are
+made up: each class has a centre, and its samples are noisy pictures of that.
 """
 
 import argparse

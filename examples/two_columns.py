@@ -1,4 +1,4 @@
-"""AlexNet in two columns on a folder of images: each worker has it on two devices, and the workers share the batch.
+"""Train AlexNet in two columns on a folder of images: each worker has it on two devices, and the workers share the batch.
 
 The folder has one folder of images for each class. `--side 64` is enough to try it without GPUs.
 """
@@ -28,7 +28,7 @@ run = roundtable.join()
 model = run.replicate(build(args.model, images.shape, images.classes, args.devices))
 opt = run.optimizer(torch.optim.AdamW, lr=args.lr)
 for x, y in run.batches(images.train, micro_batch=16, global_batch=64, epochs=args.epochs, num_workers=1):
-    logits = model(x)  # on the first device, wherever x is
+    logits = model(x)  # on the first device, on whichever device x is
     loss = torch.nn.functional.cross_entropy(logits, y.to(logits.device))
     loss.backward()
     run.log(loss=loss)

@@ -26,12 +26,12 @@ args = parser.parse_args()
 
 
 def noise(ids: torch.Tensor, number: int) -> torch.Tensor:
-    """A number for each id that looks random, is always the same, and lies in -1 .. 1: what an id is like, which is hidden."""
+    """Return a hidden trait of each id: a number in -1 .. 1 that looks random and is always the same."""
     return torch.frac(torch.sin(ids.double() * 12.9898 + number * 78.233) * 43758.5453).float()
 
 
 def clicks(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (samples, FIELDS) by Zipf's law, the k-th about 1/k as often as the first; and whether there was a click, 0 or 1."""
+    """Return ids (samples, FIELDS) by Zipf's law, the k-th about 1/k as often as the first; and clicks, 0 or 1."""
     generator = torch.Generator().manual_seed(seed)
     ids = (args.rows ** torch.rand(samples, FIELDS, generator=generator, dtype=torch.float64)).long() - 1
     field = torch.arange(FIELDS)
@@ -44,13 +44,13 @@ def clicks(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 class WideAndDeep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        # like nn.Embedding(rows, dim, sparse=True), which will do as well, but never in this process's memory
+        # like nn.Embedding(rows, dim, sparse=True), which works too, but never in this process's memory
         self.wide = roundtable.embedding((FIELDS + len(CROSSES)) * args.rows, 1, std=0.0)
         self.embedding = roundtable.embedding(FIELDS * args.rows, args.dim, std=0.05)
         self.deep = nn.Sequential(nn.Linear(FIELDS * args.dim, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B) of ids (B, FIELDS)."""
+        """Return the logits (B) of ids (B, FIELDS)."""
         crosses = [(ids[:, a] * 1_000_003 + ids[:, b]) % args.rows for a, b in CROSSES]  # hashed, so that they fit
         features = torch.stack([*ids.unbind(1), *crosses], 1) + args.rows * torch.arange(FIELDS + len(CROSSES))
         wide = self.wide(features).sum((1, 2))
@@ -59,7 +59,7 @@ class WideAndDeep(nn.Module):
 
 
 def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """How probable it is that a click has a higher score than a non-click."""
+    """Return the probability that a click has a higher score than a non-click."""
     ranks = torch.empty(len(scores), dtype=torch.float64)
     ranks[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
     hits = float(labels.sum())

@@ -1,1 +1,1 @@
-"""Looking at what a run has learnt: features of its images, which of them are alike, and what its filters answer to."""
+"""Look at what a run has learnt: features of its images, similar images, and what its filters respond to."""

@@ -1,4 +1,4 @@
-"""The script of the workers that compute features: a run whose rounds are images to be looked at, with nothing to train."""
+"""The script of the workers that compute features. It is a run whose rounds are images, with nothing to train."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from roundtable.explore.trained import open_run, weights_at
 
 
 def main() -> None:
-    """Compute the micro-batches that this worker is leased. Rows that two workers write are the same."""
+    """Compute this worker's micro-batches. If two workers write a row, both write the same."""
     run = roundtable.join()
     job = msgspec.json.decode(sys.argv[1], type=Job)
     trained = open_run(job.source)
     model = weights_at(trained, "last").to(run.device)
     features, labels = job.features(), job.labels()
-    #: A contribution is a gradient, so there is a weight, which stays as it is: with it a micro-batch counts as done.
+    #: A contribution is a gradient, so the model needs a weight. It never changes. Its gradient says that a micro-batch is done.
     done = run.replicate(nn.Linear(1, 1, bias=False))
     opt = run.optimizer(torch.optim.SGD, lr=1.0)
     for images, labels_of, rows in run.batches(AllImages(trained.images.train, trained.images.test), shuffle=False):

@@ -1,7 +1,7 @@
 """The features of all images of a data set, computed by the workers of a cluster and kept in one safetensors file.
 
-The workers run `roundtable.explore.compute`, a script like a user's: a micro-batch of images is leased, computed, and taken over
-from one who fails, as in training. Each writes its rows into one file that all have mapped, and so the parts are merged.
+The workers run `roundtable.explore.compute`, a script like a user's. Micro-batches of images are shared and reassigned as in
+training. Each worker writes its rows into one file that all have mapped.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from roundtable.worker.data import Samples
 from roundtable.worker.models.layer_names import find_layer
 
 SCRIPT = Path(__file__).with_name("compute.py")
-#: Images that are computed together. The bits of features depend on it, and not on the number of workers.
+#: Images that are computed together. The bits of features depend on this number, and not on the number of workers.
 MICRO_BATCH = 64
 _ROUND = 128 * MICRO_BATCH
 
-#: Runs a script with arguments on a cluster of these settings, with this folder for its run directory.
+#: A function that runs a script with arguments on a cluster of these settings, with this folder as its run directory.
 Cluster = Callable[[Path, Settings, str, tuple[str, ...]], None]
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What the workers are to do: `layer` of the model of `source` for `rows` images, `width` numbers each, into `folder`."""
+    """The workers' job: compute `layer` of the model of `source` for `rows` images, `width` numbers each, into `folder`."""
 
     source: Source
     layer: str
@@ -44,11 +44,11 @@ class Job(msgspec.Struct, frozen=True):
     width: int
 
     def features(self) -> Tensor:
-        """float32 (rows, width), shared with all who have it mapped."""
+        """Return the features, float32 (rows, width), shared between all processes that map the file."""
         return _mapped(Path(self.folder) / "features.raw", self.rows * self.width, torch.float32).view(self.rows, self.width)
 
     def labels(self) -> Tensor:
-        """int64 (rows), shared."""
+        """Return the labels, int64 (rows), shared likewise."""
         return _mapped(Path(self.folder) / "labels.raw", self.rows, torch.int64)
 
 
@@ -58,7 +58,7 @@ def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """Features of N images: the training ones, then those held out."""
+    """Features of N images: first the training images, then the held-out ones."""
 
     #: float32 (N, D).
     values: Tensor
@@ -75,7 +75,7 @@ class Features:
 
 
 class AllImages(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
-    """(image, label, row) of the training images and then of those held out."""
+    """(image, label, row) of the training images, then of the held-out ones."""
 
     def __init__(self, train: Samples, test: Samples) -> None:
         self._train, self._test = train, test
@@ -93,8 +93,8 @@ def extract(run: Trained, source: Source, layer: str, workers: int, out: Path, c
     """Compute the features of all images of `run` on `workers` workers, write them to `out` and return them.
 
     `layer` is a name in `named_modules()`. The file has `features` float32 (N, D), `labels` and `indices` int64 (N), `held_out`
-    bool (N); its metadata says what they are of. Raises UsageError where `out` cannot be written, ClusterError where the workers
-    fail, whose logs are then kept.
+    bool (N). Its metadata names the model, layer and images. Raise UsageError if `out` cannot be written, and ClusterError if the
+    workers fail; their logs are then kept.
     """
     width = features_of(weights_at(run, "last"), layer, run.images.train[0][0][None]).shape[1]
     train, test = len(run.images.train), len(run.images.test)
@@ -122,18 +122,18 @@ def extract(run: Trained, source: Source, layer: str, workers: int, out: Path, c
 
 
 def kept(run: Trained, source: Source, layer: str, workers: int, cluster: Cluster) -> Features:
-    """The features of `layer`: those in the run's folder where they are of this model and these images, else computed."""
+    """Return the features of `layer`, from the run's folder if those are of this model and these images, else computed."""
     path = default_file(run, layer)
     return read(path, run, layer) or extract(run, source, layer, workers, path, cluster)
 
 
 def default_file(run: Trained, layer: str) -> Path:
-    """Where the features of a layer are kept if nobody says otherwise."""
+    """Return the file in which the features of a layer are kept by default."""
     return run.folder / "features" / f"{run.images.name}-{run.called(layer)}.safetensors"
 
 
 def read(path: Path, run: Trained, layer: str) -> Features | None:
-    """What `extract` wrote to `path`; None where there is no such file, or it is of another model, layer or data set."""
+    """Return what `extract` wrote to `path`, or None if that is missing or of another model, layer or data set."""
     try:
         with safe_open(path, framework="pt") as file:
             if file.metadata() != _metadata(run, layer):
@@ -168,7 +168,7 @@ def _metadata(run: Trained, layer: str) -> dict[str, str]:
 
 
 def command(source: Source, layer: str, workers: int, out: Path | None, cluster: Cluster) -> str:
-    """`launch.py features`: returns what to tell the user."""
+    """Run `launch.py features`. Return the line to print."""
     run = open_run(source)
     layer = find_layer(weights_at(run, "last"), layer)
     out = out or default_file(run, layer)

@@ -1,4 +1,4 @@
-"""What a convolution has learnt: its filters before and after training, its maps of an image, the patches that excite it most."""
+"""Draw what a convolution has learnt: filters before and after training, maps of an image, patches that excite it most."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from roundtable.worker.models.layer_names import find_layer, short_name, short_n
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: What is drawn at most: filters of a first layer, and of a deeper one, whose inputs are drawn too; patches of how many filters.
+#: The most that is drawn: filters of a first layer; of a deeper one; inputs of each of these; filters that have patches.
 _FIRST, _DEEPER, _INPUTS, _EXCITED = 64, 12, 16, 16
 #: Patches of a filter, and maps of a layer.
 _PATCHES, _MAPS = 9, 12
@@ -43,7 +43,7 @@ class Stage:
 
 
 def command(source: Source, layer: str, image: str, also: Sequence[Path], out: Path | None) -> list[str]:
-    """`launch.py filters`: writes three pictures and returns the lines to tell the user."""
+    """Run `launch.py filters`: write three pictures, and return the lines to print."""
     run = open_run(source)
     model = weights_at(run, "last")
     layer = find_layer(model, layer)
@@ -53,7 +53,7 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     during = [(f"{path.parent.name}/{path.name}", path) for path in also]
     during += [(path.name, path) for path in snapshots_of(run) if path not in also]
     stages = [Stage(when, _convolution(weights_at(run, path), layer)) for when, path in during]
-    stages = [stage for stage in stages if not torch.equal(stage.weights, last.weights)]  # as the last snapshot's
+    stages = [stage for stage in stages if not torch.equal(stage.weights, last.weights)]  # as the last checkpoint has
     stages = [Stage("before training", _convolution(weights_at(run, "first"), layer)), *stages, last]
     folder, name = out or run.folder / "filters", short_name(model, layer)
     draw_filters(stages, f"Filters of {name}", folder / f"filters-{name}.png")
@@ -69,7 +69,7 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
 
 
 def _convolution(model: nn.Module, layer: str) -> Tensor:
-    """The weights of a layer. Raises UsageError where that is no 2-D convolution."""
+    """Return the weights of a layer. Raise UsageError if it is no 2-D convolution."""
     module = dict(model.named_modules())[layer]
     if not isinstance(module, nn.Conv2d):
         there = [short for short, name in short_names(model).items() if isinstance(dict(model.named_modules())[name], nn.Conv2d)]
@@ -80,10 +80,10 @@ def _convolution(model: nn.Module, layer: str) -> Tensor:
 
 
 def filter_pictures(weights: Tensor) -> list[Pixels]:
-    """Each filter of (out, in, rows, columns) as pixels, scaled by its own largest weight.
+    """Return each filter of (out, in, rows, columns) as pixels, scaled by its own largest weight.
 
-    Filters of three inputs are in colour, where grey is 0; those of one are blue where negative and red where positive; of
-    others the first inputs are so drawn side by side.
+    Filters of three inputs are in colour, and grey is 0. In filters of one input, negative weights are blue and positive ones
+    red. Of other filters the first inputs are drawn so, side by side.
     """
     scaled = (weights / weights.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)).cpu().numpy()
     if weights.shape[1] == 3:
@@ -94,7 +94,7 @@ def filter_pictures(weights: Tensor) -> list[Pixels]:
 
 
 def draw_filters(stages: Sequence[Stage], title: str, path: Path) -> Path:
-    """The same filters at several times, beside each other."""
+    """Draw the same filters at several times, beside each other."""
     count, inputs = stages[0].weights.shape[:2]
     plain = inputs in (1, 3)
     shown = min(count, _FIRST if plain else _DEEPER)
@@ -120,7 +120,7 @@ def _of(shown: int, count: int, what: str = "filter") -> str:
 
 
 def _number(axes: Axes, picture: Pixels, numbers: Sequence[int], columns: int) -> None:
-    """Write numbers into tiles of the size of `picture`, or before them where there is one tile a row."""
+    """Write numbers into tiles of the size of `picture`, or before them if there is one tile a row."""
     height, width = picture.shape[0] + 1, picture.shape[1] + 1
     for at, number in enumerate(numbers):
         row, column = divmod(at, columns)
@@ -132,7 +132,7 @@ def _number(axes: Axes, picture: Pixels, numbers: Sequence[int], columns: int) -
 
 
 def draw_maps(run: Trained, model: nn.Module, asked: Asked, path: Path) -> Path:
-    """What each layer makes of one image: a row for each."""
+    """Draw the output of each layer for one image, a row for each layer."""
     names = [name for name in short_names(model).values()]
     kinds = dict(model.named_modules())
     layers = [name for name in names if not isinstance(kinds[name], nn.Dropout | nn.Flatten)]
@@ -180,7 +180,7 @@ def _label(axes: Axes, name: str, shape: str) -> None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The strongest unit of each filter in each image: what it gives, and its place. All (N images, filters)."""
+    """The strongest unit of each filter in each image: its output, and its place. All are (N images, filters)."""
 
     values: Tensor
     rows: Tensor
@@ -188,7 +188,7 @@ class Peaks:
 
 
 def find_peaks(model: nn.Module, layer: str, samples: Samples, numbers: Sequence[int]) -> Peaks:
-    """The peaks in the images `numbers` of `samples`."""
+    """Return the peaks in the images `numbers` of `samples`."""
     parts = []
     for images, _ in DataLoader(Subset(samples, numbers), batch_size=64):
         with torch.no_grad(), recording(model, [layer]) as seen:
@@ -201,7 +201,7 @@ def find_peaks(model: nn.Module, layer: str, samples: Samples, numbers: Sequence
 
 
 def cut(pixels: Pixels, field: Field, row: int, column: int) -> Pixels:
-    """The part of an image (H, W, 3) that a unit sees, (*field.size, 3); what is beyond the image has the colour OUTSIDE."""
+    """Return the part of an image (H, W, 3) that a unit sees, (*field.size, 3). Beyond the image, pixels are OUTSIDE."""
     rows, columns = field.box(row, column)
     patch = np.empty((*field.size, 3), np.float32)
     patch[:] = OUTSIDE
@@ -213,7 +213,7 @@ def cut(pixels: Pixels, field: Field, row: int, column: int) -> Pixels:
 
 
 def draw_patches(run: Trained, model: nn.Module, layer: str, path: Path) -> Path:
-    """For each filter the patches, each of another image, in which one of its units gives most."""
+    """Draw, for each filter, the patches in which one of its units gives most, each of another image."""
     samples = run.images.train
     numbers = range(0, len(samples), -(-len(samples) // _SEARCHED))
     field = receptive_field(model, layer, samples[0][0][None])
@@ -222,7 +222,7 @@ def draw_patches(run: Trained, model: nn.Module, layer: str, path: Path) -> Path
     shown = min(count, _EXCITED)
     best = peaks.values.topk(min(_PATCHES, len(numbers)), 0).indices
     weights = _convolution(model, layer)
-    first = tuple(weights.shape[2:]) == field.size  # of the layers: then a filter is as large as what it sees
+    first = tuple(weights.shape[2:]) == field.size  # of the layers: then a filter is as large as its field
     pictures = filter_pictures(weights)
 
     def row(one: int) -> list[Pixels]:

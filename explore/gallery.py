@@ -1,4 +1,4 @@
-"""Images and those nearest to them, side by side: as a picture, and as a page that needs nothing beside it."""
+"""Show images beside the nearest ones, as a picture and as a page without further files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SAME, _OTHER, _QUERY = "#2e8b57", "#d0342c", "#404040"
 
 @dataclass(frozen=True)
 class Match:
-    """A training image that was found: its number, its label, and how far it is."""
+    """A training image that was found: its number, its label and its distance."""
 
     number: int
     label: int
@@ -25,19 +25,19 @@ class Match:
 
 @dataclass(frozen=True)
 class Row:
-    """An image that was asked about, and what is nearest to it, the nearest first."""
+    """A query, and the images nearest to it, the nearest first."""
 
     query: Asked
     matches: Sequence[Match]
 
     def colour(self, match: Match) -> str:
-        """Of its frame: whether it has the query's label, where that is known."""
+        """Return the colour of its frame, which says whether it has the query's label, if that is known."""
         return _QUERY if self.query.label is None else _SAME if match.label == self.query.label else _OTHER
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What is shown. `cells` is a table for the page, its head first, and `note` says what is in it; both may be empty."""
+    """The contents. `cells` is a table for the page, its head first. `note` explains the table. Both may be empty."""
 
     title: str
     images: Images
@@ -46,7 +46,7 @@ class Gallery:
     note: str
 
     def told(self, query: Asked, between: str = ": ") -> str:
-        """What is known of a query."""
+        """Return what is known of a query."""
         return query.name + (f"{between}{label_text(query.label, self.images)}" if query.label is not None else "")
 
     def legend(self) -> str:
@@ -56,7 +56,7 @@ class Gallery:
 
 
 def draw(gallery: Gallery, path: Path) -> Path:
-    """Write the gallery as a PNG: a row for each query, which comes first."""
+    """Write the gallery as a PNG: a row for each query, and the query first."""
     columns = 1 + max(len(row.matches) for row in gallery.rows)
     made = figure(max(1.25 * columns, 8), 1.65 * len(gallery.rows) + 1.0)
     grid = made.subplots(len(gallery.rows), columns, squeeze=False)
@@ -81,7 +81,7 @@ def draw(gallery: Gallery, path: Path) -> Path:
 
 
 def write_page(gallery: Gallery, path: Path) -> Path:
-    """Write the gallery as one HTML file with all images inside. Raises UsageError where that cannot be."""
+    """Write the gallery as one HTML file with all images inside. Raise UsageError if that fails."""
     body = [f"<h1>{escape(gallery.title)}</h1>", f"<p>{escape(gallery.legend())}</p>"]
     for row in gallery.rows:
         told = gallery.told(row.query)

@@ -1,4 +1,4 @@
-"""The layers of a model: what they are called, what comes out of them, and what part of the image a unit of one sees."""
+"""The layers of a model: their names, their outputs, and the part of the image that a unit sees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WINDOWS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 def last_hidden(model: nn.Module) -> str:
-    """The layer before the last fully connected one, dropout left out. Raises UsageError where there is none such."""
+    """Return the layer before the last fully connected one, without dropout. Raise UsageError if there is none."""
     modules = dict(model.named_modules())
     names = list(short_names(model).values())
     dense = [at for at, name in enumerate(names) if isinstance(modules[name], nn.Linear)]
@@ -29,14 +29,14 @@ def last_hidden(model: nn.Module) -> str:
 
 @contextlib.contextmanager
 def recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """A dict that gets copies of the outputs of `layers`, in the order in which they are computed, of the last forward."""
+    """Yield a dict that gets copies of the outputs of `layers` in the last forward, in the order of computation."""
     seen: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                seen[name] = output.detach().clone()  # what follows may work in place
+                seen[name] = output.detach().clone()  # the next layer may work in place
 
         return hook
 
@@ -49,9 +49,9 @@ def recording(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Ten
 
 
 def features_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """The output of `layer` for `images` (B, C, H, W), flattened: float32 (B, D) on the CPU.
+    """Return the output of `layer` for `images` (B, C, H, W), flattened: float32 (B, D) on the CPU.
 
-    Raises UsageError where the layer gives no tensor with a row for each image.
+    Raise UsageError if the layer gives no tensor with a row for each image.
     """
     with torch.no_grad(), recording(model, [layer]) as seen:
         model(images)
@@ -64,9 +64,9 @@ def features_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Field:
-    """What the units of a layer see, in pixels (rows, columns): unit (i, j) sees `size` from (start + (i, j)*stride) on.
+    """The fields of a layer's units, in pixels (rows, columns): unit (i, j) sees `size` from (start + (i, j)*stride) on.
 
-    `start` is negative where the first units see padding.
+    `start` is negative if the first units see padding.
     """
 
     size: tuple[int, int]
@@ -74,16 +74,17 @@ class Field:
     start: tuple[int, int]
 
     def box(self, row: int, column: int) -> tuple[slice, slice]:
-        """Rows and columns that the unit sees; they may reach beyond the image."""
+        """Return the rows and columns that a unit sees. They may reach beyond the image."""
         top, left = self.start[0] + row * self.stride[0], self.start[1] + column * self.stride[1]
         return slice(top, top + self.size[0]), slice(left, left + self.size[1])
 
 
 def receptive_field(model: nn.Module, layer: str, image: Tensor) -> Field:
-    """The receptive field of the units of `layer`, found from kernel, stride, padding and dilation of the layers before it.
+    """Return the receptive field of the units of `layer`, from kernel, stride, padding and dilation of the layers before.
 
-    One forward with `image` (1, C, H, W) finds these. As in Araujo, Norris and Sim, "Computing receptive fields of convolutional
-    neural networks" (2019). Raises UsageError where they are no chain of convolutions, poolings and layers that work pointwise.
+    One forward with `image` (1, C, H, W) finds these layers. See Araujo, Norris and Sim, "Computing receptive fields of
+    convolutional neural networks" (2019). Raise UsageError unless they are a chain of convolutions, poolings and pointwise
+    layers.
     """
     size, stride, start = [1, 1], [1, 1], [0, 0]
     for name, module, before, after in _chain(model, layer, image):
@@ -100,7 +101,7 @@ def receptive_field(model: nn.Module, layer: str, image: Tensor) -> Field:
 
 
 def _chain(model: nn.Module, layer: str, image: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
-    """Innermost modules up to `layer`, each of which must have got what the one before gave; with inputs and outputs."""
+    """Return the innermost modules up to `layer`, with inputs and outputs. Each must have got the output of the one before."""
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
 
     def note(name: str) -> Any:
@@ -130,7 +131,7 @@ def _chain(model: nn.Module, layer: str, image: Tensor) -> list[tuple[str, nn.Mo
 
 
 def _window(module: nn.Module, axis: int) -> tuple[int, int, int, int]:
-    """Kernel, stride, padding before and dilation along rows (0) or columns (1)."""
+    """Return kernel, stride, padding before, and dilation, along rows (0) or columns (1)."""
 
     def along(value: Any) -> int:
         return int(value[axis] if isinstance(value, tuple | list) else value)

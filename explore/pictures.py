@@ -1,4 +1,4 @@
-"""Images between files, the numbers that a network takes, and the pixels that a person sees."""
+"""Turn images into the numbers that a network takes, and into the pixels that a person sees."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.float32]
 
 Colour = tuple[float, float, float]
-#: RGB of what is outside of an image, and of what is between images: colours that grey images do not have.
+#: RGB of the outside of an image, and of the space between images: colours that grey images do not have.
 OUTSIDE: Colour = (0.80, 0.87, 0.97)
 BETWEEN: Colour = (0.42, 0.55, 0.75)
 
-#: Comes with matplotlib.
+#: This font comes with matplotlib.
 _USUAL_FONT = "DejaVu Sans"
 
 
 def to_pixels(image: Tensor, samples: Samples) -> Pixels:
-    """float32 (H, W, 3), 0 to 1, of a sample's image (C, H, W), C being 1 or 3; of others the mean over channels is shown."""
+    """Return a sample's image (C, H, W) as float32 (H, W, 3), 0 to 1. Unless C is 1 or 3, it is the mean over channels."""
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (samples.mean, samples.std))
     shown = (image.cpu() * std + mean).clamp(0, 1)
     shown = shown if len(shown) in (1, 3) else shown.mean(0, keepdim=True)
@@ -43,7 +43,7 @@ def to_pixels(image: Tensor, samples: Samples) -> Pixels:
 
 @dataclass(frozen=True)
 class Asked:
-    """An image that was asked about. `number` is that among the held-out images, None for a file; `note` says what was done."""
+    """An image to look at. `number` is its number among the held-out images, None for a file. `note` says how it was changed."""
 
     name: str
     image: Tensor
@@ -53,10 +53,10 @@ class Asked:
 
 
 def ask(text: str, images: Images) -> Asked:
-    """The image that `text` names: a file's path, or else the number of a held-out image.
+    """Return the image that `text` names: a file's path, or else the number of a held-out image.
 
-    A file is made grey or RGB and stretched to the size of the others, which `note` then says. Raises UsageError where it is
-    neither, and where the file cannot be read as an image.
+    A file is made grey or RGB and stretched to the size of the others, and `note` says so. Raise UsageError if `text` is neither,
+    or if the file cannot be read as an image.
     """
     path, held_out = Path(text), len(images.test)
     if path.exists() or not text.isdecimal():
@@ -85,19 +85,19 @@ def _from_file(path: Path, images: Images) -> Asked:
 
 
 def label_text(label: int, images: Images) -> str:
-    """What a label stands for."""
+    """Return the name of a label's class."""
     return images.names[label] if images.names else str(label)
 
 
 def data_uri(pixels: Pixels) -> str:
-    """An image (H, W, 3), 0 to 1, as the text of a PNG that a page may hold inside."""
+    """Return an image (H, W, 3), 0 to 1, as the text of a PNG for a page."""
     data = io.BytesIO()
     Image.fromarray((pixels * 255).round().astype(np.uint8)).save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, which needs no screen."""
+    """Return an empty figure of that many inches. It needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -107,7 +107,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def save(made: Figure, path: Path) -> Path:
-    """Write the figure as a PNG. Raises UsageError where that cannot be."""
+    """Write the figure as a PNG. Raise UsageError if that fails."""
     _write_names_as_they_are(made)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def save(made: Figure, path: Path) -> Path:
 
 
 def _write_names_as_they_are(made: Figure) -> None:
-    """Have each text drawn with fonts that have its characters, and without taking a `$` for the begin of a formula."""
+    """Draw each text with fonts that have its characters, and take no `$` for the beginning of a formula."""
     from matplotlib.text import Text
 
     for text in made.findobj(Text):
@@ -129,19 +129,19 @@ def _write_names_as_they_are(made: Figure) -> None:
 
 
 def drawable(text: str) -> str:
-    """The text as a picture can show it: a character that no font of this machine has becomes its code, such as U+732B."""
+    """Return the text with a code, such as U+732B, for each character that no font of this machine has."""
     return "".join(char if char.isspace() or _family_with(char) else f"U+{ord(char):04X}" for char in text)
 
 
 @functools.cache
 def _family_with(char: str) -> str | None:
-    """A family of fonts on this machine that has the character, the usual one if possible."""
+    """Return a family of fonts on this machine that has the character, the usual one if possible."""
     return next((family for family, path in _fonts().items() if ord(char) in _characters(path)), None)
 
 
 @functools.cache
 def _fonts() -> dict[str, str]:
-    """Family → file of each font that can be drawn with, the usual one first; without the one whose glyphs are all boxes."""
+    """Return family → file of each usable font, the usual one first, without the font whose glyphs are all boxes."""
     from matplotlib.font_manager import fontManager
 
     found = {font.name: font.fname for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
@@ -156,7 +156,7 @@ def _characters(path: str) -> frozenset[int]:
 
 
 def tiles(pictures: list[Pixels], columns: int, between: Colour, gap: int = 1) -> Pixels:
-    """Pictures (H, W, 3) of one size side by side in rows of `columns`, `gap` pixels of one colour around each."""
+    """Return pictures (H, W, 3) of one size in rows of `columns`, with `gap` pixels of one colour around each."""
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)
     sheet = np.empty((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), np.float32)

@@ -1,4 +1,4 @@
-"""Which images are alike by the features of a layer, and how often those are of the same class."""
+"""Find images that are alike by the features of a layer, and measure how often they are of the same class."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Rows = npt.NDArray[np.int64]
 
 #: HNSW (Malkov and Yashunin 2018): links of a point, and how many candidates are kept while building and while searching.
 _LINKS, _BUILD, _SEARCH = 32, 80, 64
-#: Held-out images that the table is made with, at most.
+#: Held-out images for the table, at most.
 _MEASURED = 1000
 
 
 class Neighbours:
-    """Finds the nearest of many points: exactly, by looking at all, or approximately, in a graph (HNSW), by faiss."""
+    """Finds the nearest of many points with faiss: exactly, or approximately in a graph (HNSW)."""
 
     def __init__(self, points: Tensor, metric: Metric, approximate: bool) -> None:
         """`points` is float32 (N, D)."""
@@ -50,18 +50,18 @@ class Neighbours:
         self._index.add(self._points)
 
     def nearest(self, queries: Tensor, k: int) -> Rows:
-        """Rows (Q, k) of the points nearest to `queries` (Q, D), the nearest first; k is at most N."""
+        """Return the rows (Q, k) of the points nearest to `queries` (Q, D), the nearest first. k is at most N."""
         _, rows = self._index.search(self._ready(queries), k)
         return np.asarray(rows)
 
     def distances(self, query: Tensor, rows: Rows) -> npt.NDArray[np.float32]:
-        """Distances (k) of points to one query (D): Euclidean, or 1 - cosine. That of the same point is 0, not only near it."""
+        """Return the distances (k) of points to one query (D): Euclidean, or 1 - cosine. The same point has exactly 0."""
         apart = self._points[rows] - self._ready(query[None])
         squares = (apart * apart).sum(1)
         return np.asarray(np.sqrt(squares) if self._metric == "euclidean" else squares / 2, np.float32)
 
     def _ready(self, points: Tensor) -> npt.NDArray[np.float32]:
-        """For cosine, of length 1: then the squared Euclidean distance is twice 1 - cosine."""
+        """Scale points to length 1 for cosine: then the squared Euclidean distance is twice 1 - cosine."""
         if self._metric == "cosine":
             points = torch.nn.functional.normalize(points)
         return np.ascontiguousarray(points.numpy())
@@ -69,7 +69,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well held-out images find training images of their class."""
+    """A measure of how well held-out images find training images of their class."""
 
     what: str
     width: int
@@ -85,7 +85,7 @@ class Retrieval:
 
 
 def measure(what: str, train: Features, test: Features, k: int, metric: Metric) -> list[Retrieval]:
-    """The exact and the approximate search in `train` by each of the images of `test`, at most _MEASURED, evenly chosen."""
+    """Measure the exact and the approximate search in `train` with images of `test`, at most _MEASURED, evenly chosen."""
     chosen = torch.arange(0, len(test.values), -(-len(test.values) // _MEASURED))
     queries, labels = test.values[chosen], test.labels[chosen].numpy()
     found = []
@@ -108,18 +108,18 @@ def measure(what: str, train: Features, test: Features, k: int, metric: Metric) 
 
 
 def raw_pixels(samples: Samples) -> Tensor:
-    """The images themselves as features: float32 (N, C*H*W)."""
+    """Return the images themselves as features: float32 (N, C*H*W)."""
     return torch.stack([samples[index][0].flatten() for index in range(len(samples))])
 
 
 def chance(train: Features, test: Features) -> float:
-    """The precision of images that are drawn at random."""
+    """Return the precision of images that are drawn at random."""
     share = [torch.bincount(part.labels, minlength=int(train.labels.max()) + 1) / len(part.labels) for part in (train, test)]
     return float((share[0] * share[1][: len(share[0])]).sum())
 
 
 def table(found: Sequence[Retrieval], k: int) -> list[tuple[str, ...]]:
-    """Cells of the table for a person, its head first."""
+    """Return the cells of the table, its head first."""
     cells: list[tuple[str, ...]] = [
         ("features", "numbers", "search", "precision@1", f"precision@{k}", f"recall@{k}", "build", "a query")
     ]
@@ -141,7 +141,7 @@ def command(
     out: Path | None,
     cluster: Cluster,
 ) -> list[str]:
-    """`launch.py similar`: returns the lines to tell the user."""
+    """Run `launch.py similar`. Return the lines to print."""
     run = open_run(source)
     model = weights_at(run, "last")
     layer = find_layer(model, layer) if layer is not None else last_hidden(model)
@@ -159,7 +159,7 @@ def command(
         matches = [
             Match(int(row), int(train.labels[row]), float(distance))
             for row, distance in zip(found, index.distances(point, found), strict=True)
-            if row >= 0  # an approximate search may come to an end with fewer
+            if row >= 0  # an approximate search may find fewer
         ]
         rows.append(Row(query, sorted(matches, key=lambda match: match.distance)))
     search = "approximate" if approximate else "exact"

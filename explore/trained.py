@@ -1,4 +1,4 @@
-"""A finished run, opened: its settings, its images, and its model with the weights of before, during or after training."""
+"""Open a finished run: its settings, its images, and its model with weights before, during or after training."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from roundtable.worker.tools.builtin_script import load_weights
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Which run to look at, and on which images: its own where `data` is None.
+    """The run to look at, and the images: its own if `data` is None.
 
-    `run` is a folder, or the name of one in runs/. `model_file`, FILE.py:FACTORY, says what makes the model of a run that trained
-    a script of its user's.
+    `run` is a folder, or the name of one in runs/. If the run trained a user's script, `model_file`, FILE.py:FACTORY, makes its
+    model.
     """
 
     run: str
@@ -43,7 +43,7 @@ class Source(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run. `make` gives a new model with weights drawn from torch's global generator."""
+    """A finished run. `make` returns a new model with weights drawn from torch's global generator."""
 
     folder: Path
     settings: Settings
@@ -57,12 +57,12 @@ class Trained:
 
     @functools.cached_property
     def model_sha256(self) -> str:
-        """Of the whole file of the trained model, buffers included."""
+        """Return the hash of the whole file of the trained model, buffers included."""
         with self.model_file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def called(self, layer: str) -> str:
-        """The short name of `layer`, a name in `named_modules()`."""
+        """Return the short name of `layer`, a name in `named_modules()`."""
         return self._short_names.get(layer, layer)
 
     @functools.cached_property
@@ -71,10 +71,10 @@ class Trained:
 
 
 def open_run(source: Source) -> Trained:
-    """Open `source`, having found out that its model takes its images.
+    """Open `source`, and check that its model takes its images.
 
-    Raises UsageError where there is no such run, where it has no model yet, where its model is a user's and `model_file` is not
-    given, and where model and images do not fit.
+    Raise UsageError if there is no such run, if it has no model yet, if its model is a user's and `model_file` is missing, or if
+    model and images do not fit.
     """
     folder = find_run(source.run)
     settings, script = _read_settings(folder)
@@ -104,11 +104,11 @@ def open_run(source: Source) -> Trained:
 
 
 def weights_at(run: Trained, when: str | Path) -> nn.Module:
-    """The model of `run` in evaluation mode: 'first' is before training, 'last' after it, a path that of a model file or of the
-    folder of a snapshot.
+    """Return the model of `run` in evaluation mode.
 
-    The first weights are those that the run was given with --init, or else drawn again from its seed as every worker draws them.
-    Raises UsageError where a file cannot be read or is that of another model.
+    `when` is 'first' before training, 'last' after it, or the path of a model file or of a checkpoint's folder. The first weights
+    are those of --init, or else drawn again from the run's seed. Raise UsageError if a file cannot be read or is of another
+    model.
     """
     seed_everything(derive_seed(run.settings.seed, "model"))
     model = run.make()
@@ -130,12 +130,12 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
 
 
 def snapshots_of(run: Trained) -> list[Path]:
-    """The folders of the run's finished snapshots, in the order in which they were made."""
+    """Return the folders of the run's finished checkpoints, oldest first."""
     return checkpoint.finished(run.folder)
 
 
 def _read_settings(folder: Path) -> tuple[Settings, str | None]:
-    """The settings of a run, and the script that it trained, None for the built-in example."""
+    """Return the settings of a run, and the script that it trained, None for the built-in example."""
     values = read_toml(folder / SETTINGS_FILE)
     script = values.get("script")
     return make_settings({key: value for key, value in values.items() if key in FIELDS}, str(folder / SETTINGS_FILE)), script
@@ -151,6 +151,6 @@ def _check_fit(run: Trained) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first of torch's reasons, of which there may be one for each layer."""
+    """Return the first of torch's reasons. There may be one for each layer."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[min(1, len(lines) - 1)].rstrip(".")

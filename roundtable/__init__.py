@@ -29,7 +29,7 @@ __all__ = [
     "sharded_cross_entropy",
 ]
 
-#: Modules that import torch, by what they give.
+#: Modules that import torch, by the names that they give.
 _NEED_TORCH = {
     "ArcFace": "worker.layers.margin_losses",
     "CosFace": "worker.layers.margin_losses",

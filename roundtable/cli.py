@@ -1,4 +1,4 @@
-"""The command line: every command is a few lines that call into a room. `roundtable` and `python launch.py` are the same."""
+"""The command line. Each command is a few lines that call into a room. `roundtable` and `python launch.py` are the same."""
 
 from __future__ import annotations
 

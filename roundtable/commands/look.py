@@ -17,7 +17,7 @@ _WORKERS = click.option("--workers", type=click.IntRange(min=1), default=2, show
 
 
 def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command function the argument and options that say which run to look at, and on which images."""
+    """Add the argument and options that name the run to look at, and the images."""
     for flag, metavar, text in (
         (
             "--model-file",
@@ -41,8 +41,8 @@ def inspect(model: str, image: str | None, classes: int | None, data: str | None
     """Show what a network costs, layer by layer.
 
     MODEL is the name of a built-in network, or FILE.py:FACTORY, which is called without arguments and returns a torch.nn.Module.
-    Beside output, parameters and multiply-adds stand the weights that each layer has, would have if they were not shared, and
-    would have fully connected.
+    The table has each layer's output, parameters and multiply-adds. It also has the weights that the layer has, would have if
+    they were not shared, and would have if it were fully connected.
     """
     from rich.console import Console
 
@@ -59,8 +59,8 @@ def inspect(model: str, image: str | None, classes: int | None, data: str | None
 def features(layer: str, workers: int, out: Path | None, **source: Any) -> None:
     """Compute the features of images by the layer of a trained model.
 
-    RUN is a run's folder, or its name under runs/. What the layer gives for each image of the data set, to train on and held
-    out, is flattened and written to a safetensors file: features (N, D), labels, indices and held_out.
+    RUN is a run's folder, or its name under runs/. The layer's output for each image of the data set, training and held-out, is
+    flattened and written to a safetensors file: features (N, D), labels, indices and held_out.
     """
     from roundtable.explore.features import command
     from roundtable.explore.trained import Source
@@ -82,9 +82,9 @@ def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int
             retrieval: bool, workers: int, **source: Any) -> None:  # fmt: skip
     """Find the training images that are most like others.
 
-    RUN is a run's folder, or its name under runs/; each IMAGE is a file, or the number of a held-out image. The nearest by
-    what a layer of the trained model gives are drawn as a gallery, a PNG and a page of HTML, and how good the features are
-    for that is told beside raw pixels. Features are kept in RUN/features.
+    RUN is a run's folder, or its name under runs/. Each IMAGE is a file, or the number of a held-out image. The images that are
+    nearest by the output of a layer are drawn as a gallery, a PNG and a page of HTML. A table compares the features with raw
+    pixels. Features are kept in RUN/features.
     """
     require("similar", "faiss", "matplotlib", "PIL")
     from roundtable.explore.similar import command
@@ -110,8 +110,8 @@ def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int
 def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **source: Any) -> None:
     """Draw what a convolution has learnt.
 
-    RUN is a run's folder, or its name under runs/. Drawn are the filters before training, in the snapshots that
-    there are, and after it, the maps of one image layer by layer, and the patches of training images that excite a filter most.
+    RUN is a run's folder, or its name under runs/. Three pictures are drawn: the filters before training, in the checkpoints and
+    after training; the maps of one image, layer by layer; and the patches of training images that excite a filter most.
     """
     require("filters", "matplotlib", "PIL")
     from roundtable.explore.filters import command

@@ -13,7 +13,7 @@ from roundtable.commands.shared import complete_runs, program
 
 @click.group()
 def checkpoint() -> None:
-    """Look at the snapshots of a run, check them, and take the model out of one.
+    """List the checkpoints of a run, check them, and export the model of one.
 
     RUN is a run directory, or the name of one under runs/.
     """
@@ -22,7 +22,7 @@ def checkpoint() -> None:
 @checkpoint.command("list")
 @click.argument("run", shell_complete=complete_runs)
 def list_checkpoints(run: str) -> None:
-    """List the snapshots of RUN."""
+    """List the checkpoints of RUN."""
     from roundtable.cluster.commands.checkpoint import list_snapshots
 
     list_snapshots(run)
@@ -31,9 +31,9 @@ def list_checkpoints(run: str) -> None:
 @checkpoint.command()
 @click.argument("run", shell_complete=complete_runs)
 def verify(run: str) -> None:
-    """Compare all files of RUN's snapshots with their check sums, and restore each server from them as a resume does.
+    """Check all files of RUN's checkpoints by their checksums, and restore each server from them as a resume does.
 
-    That takes the memory of one server at a time. The exit code is 1 where a snapshot cannot be used.
+    This takes the memory of one server at a time. The exit code is 1 if a checkpoint cannot be used.
     """
     from roundtable.cluster.commands.checkpoint import verify_snapshots
     from roundtable.ps.server.restoring import hindrance
@@ -48,7 +48,7 @@ def verify(run: str) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
 def export(run: str, round_: int | None, out: Path) -> None:
-    """Write the model in a snapshot of RUN to a safetensors file, by the names of its state_dict."""
+    """Write the model in a checkpoint of RUN to a safetensors file, by the names of its state_dict."""
     from roundtable.cluster.commands.checkpoint import export_model
 
     export_model(run, round_, out)
@@ -60,12 +60,12 @@ def export(run: str, round_: int | None, out: Path) -> None:
 def experiment(file: Path, overwrite: bool) -> None:
     """Run many settings and compare them.
 
-    FILE is TOML: [settings] for all runs; a [matrix] of lists of settings, of which every combination is a run; [[case]] tables
-    with a name and settings of their own, each run with every combination of the matrix; optional are script, args, name, and
-    out, the folder for the runs and results, which by default is runs/experiments/NAME.
+    FILE is TOML. [settings] are for all runs. [matrix] has lists of settings, and every combination is a run. Each [[case]] has a
+    name and settings of its own, and runs with every combination of the matrix. Optional keys are script, args, name and out. out
+    is the folder for the runs and results, by default runs/experiments/NAME.
 
-    The runs go one after another; what has finished before with the same settings is not run again, and what was begun goes on.
-    A table (CSV and Markdown) and a plot of loss and accuracy over time are written.
+    The runs go one after another. Runs that have finished with the same settings are not run again, and unfinished ones go on. A
+    table (CSV and Markdown) and a plot of loss and accuracy over time are written.
     """
     from rich.console import Console
 
@@ -86,7 +86,7 @@ def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, ov
     """Merge trained models into one by the mean of their weights.
 
     MODELS are safetensors files, state_dicts of torch.save or run directories, all of one kind of network. The mean is good only
-    of models that started from the same weights.
+    if the models started from the same weights.
     """
     from roundtable.common.runtime.errors import UsageError
     from roundtable.worker.tools.merge_models import merge_files

@@ -1,4 +1,4 @@
-"""What several commands need: where they log to, which program they start again, and runs of their own."""
+"""What several commands share: their log, the program that they start again, and runs of their own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def complete_runs(ctx: click.Context, parameter: click.Parameter, incomplete: st
 
 
 def on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, ...]) -> None:
-    """Run a script on a cluster of this machine that is only a means to something else; `folder` is its run directory."""
+    """Run a script on a cluster of this machine, as a means to something else. `folder` is its run directory."""
     from rich.console import Console
 
     from roundtable.cluster.launch.local import LaunchSpec, run_local

@@ -1,4 +1,4 @@
-"""Commands that train: `local` starts all processes of a run here; the others are its parts, one each."""
+"""Commands that train. `local` starts all processes of a run here. Each of the others is one of them."""
 
 from __future__ import annotations
 
