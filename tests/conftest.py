@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # how fast a busy machine is, is no property of the code
+# How fast a busy machine is, is no property of the code. With SCHEDULES, tests try other examples each time (decision 0010).
+settings.register_profile("untimed", deadline=None, derandomize="SCHEDULES" not in os.environ)
 settings.load_profile("untimed")
 
 LAUNCH = Path(__file__).parents[1] / "launch.py"
