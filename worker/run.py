@@ -57,6 +57,7 @@ from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.common.storage.event_log import some
 from roundtable.worker import facts as alike
 from roundtable.worker import tensor_names
+from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.client.push_pull import ParameterClient
@@ -64,7 +65,9 @@ from roundtable.worker.data.loader import Loader, dataset_size, seed_everything
 from roundtable.worker.layers.sharded_linear import Sharded, ShardedLayers, check_sharding, find_layers
 from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding, check_training, find_tables
 from roundtable.worker.loop import local_sgd
+from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.script_edits import check_layers
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.merge import batchnorm, constraints
 from roundtable.worker.model_contents import file_of
@@ -85,7 +88,6 @@ from roundtable.worker.optim.optimizer import (
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
-from roundtable.worker.replica.script_edits import check_layers
 
 log = logging.getLogger("roundtable.worker.run")
 
@@ -119,6 +121,9 @@ class Run:
             torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self._policy = load(self.settings)
+        self._context = WorkerContext(self.name, self.index, self.settings, self._policy, link)
+        self._departure = Departure()
+        self._merge_hooks = local_sgd.MergeHooks([], self.kv, lambda values: self.log(**values))
         self._tasks = TaskQueue(self.name, welcome.share_tables)
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
@@ -137,8 +142,6 @@ class Run:
         self._to_begin: Callable[[], bool] | None = None
         self._begins = False
         self._segments: list[Segment] = []
-        self._callbacks: list[Callable[[], None]] = []
-        self._evaluate: Callable[[nn.Module], float] | None = None
         self._metrics_sent = 0
         self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
         #: Tensors computed anew from the last weights that are not in the model's file yet: message, frames, when it was sent.
@@ -151,8 +154,6 @@ class Run:
         #: How often each tensor of the model had been written to when the last loop over batches had ended.
         self._written: dict[str, tuple[torch.Tensor, int]] = {}
         self._finished = False
-        #: Whether this worker is to leave after the micro-batch it is at, and whether it has stopped training for that.
-        self.leaves = self.left_early = False
         #: Whether the script was interrupted, so that what it was at is given up.
         self.interrupted = False
         self._pid = os.getpid()
@@ -179,7 +180,7 @@ class Run:
     @property
     def is_chief(self) -> bool:
         """True on one worker, the one with the lowest number: for what needs doing once, such as evaluation."""
-        return self.name == self._tasks.tables[-1].workers[0]
+        return self._tasks.is_chief
 
     @property
     def workers(self) -> int:
@@ -194,7 +195,7 @@ class Run:
     @property
     def _computed(self) -> int:
         """The round of the micro-batch that is computed now; where there is none, `round`."""
-        task = self._work._current if self._work is not None else None
+        task = self._work.batch.task if self._work is not None else None
         return task.round if task is not None else self.round
 
     @property
@@ -303,17 +304,22 @@ class Run:
             sends_first,
             replicas,
         )
+        exchange = self._exchange
+        assert exchange is not None
         work: GradientLoop | local_sgd.LocalSgdLoop
         if self._policy.is_local:
             self._share(replica, None)
-            work = local_sgd.LocalSgdLoop(self, replica, inner, self._callbacks)
+            work = local_sgd.LocalSgdLoop(self._context, exchange, self._tasks, replica, inner, self._merge_hooks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
             slots = GradientBuffers(replica.layout, shared=self.settings.transport == "auto")
             self._share(replica, slots.handle)
-            work = GradientLoop(self, replica, self._rows, self._shards, slots, hypers, own_clip)
+            work = GradientLoop(
+                self._context, exchange, self._tasks, self._departure,
+                replica, self._rows, self._shards, slots, hypers, own_clip,
+            )  # fmt: skip
         self._work = work
         if self._to_begin is None:
             work.join()
@@ -566,7 +572,7 @@ class Run:
         elsewhere (after an evaluation, say) each call is recorded on its own. The last `accuracy` that is logged there is the
         summary's. Log `held_out` with it, the number of samples that it is over, if nobody trains on these."""
         numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in values.items()}
-        if self._work is not None and self._work.log(numbers):
+        if self._work is not None and self._work.batch.log(numbers):
             return
         metrics = Metrics(self._metrics_sent, self.round, numbers)
         self._metrics_sent += 1
@@ -576,7 +582,7 @@ class Run:
 
     def before_merge(self, callback: Callable[[], None]) -> None:
         """Call `callback` just before replicas that were trained apart are merged (`local`, `average`)."""
-        self._callbacks.append(callback)
+        self._merge_hooks.before_merge.append(callback)
 
     def merge_by(self, evaluate: Callable[[nn.Module], float]) -> None:
         """Have `evaluate(model)`, more is better, choose among replicas that were trained apart, where `merge` is `greedy`.
@@ -584,7 +590,7 @@ class Run:
         It is called on each worker with its replica, and on the chief with means of several: say, accuracy on held-out data. A
         model with batch normalisation needs `recompute_batchnorm` there first, or the means' statistics do not fit.
         """
-        self._evaluate = evaluate
+        self._merge_hooks.evaluate = evaluate
 
     @contextlib.contextmanager
     def masters(self) -> Iterator[None]:
@@ -645,7 +651,7 @@ class Run:
     def leave(self) -> None:
         """Leave the run after the micro-batch that is being computed: the script ends there, and others do the rest. Has no
         effect where replicas train apart (`local`, `average`). May be called by a signal's handler."""
-        self.leaves = not self._policy.is_local
+        self._departure.requested = not self._policy.is_local
 
     def told_to_stop(self, number: int, frame: object = None) -> None:
         """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a snapshot.
@@ -661,9 +667,14 @@ class Run:
     def _may_leave(self) -> None:
         """The coordinator lets this worker go, which was told to stop. Between two micro-batches it hands over what it has;
         where it is at something else of its script, there is nothing to be handed over."""
-        self.leaves = True
+        self._departure.requested = True
         if not self._segments or self.round >= self._segments[-1].end:
             self._link.interrupt()
+
+    @property
+    def left_early(self) -> bool:
+        """Whether this worker has stopped training before the run's end, as it was to leave."""
+        return self._departure.early
 
     @property
     def told(self) -> int:
@@ -693,7 +704,7 @@ class Run:
             self._wait(self._handed_over, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
             changed = self._changed()
             while not self._link.stopped:
-                goodbye = Goodbye(early=self.left_early or self._link.told > 0, round=self.round, changed=changed)
+                goodbye = Goodbye(early=self._departure.early or self._link.told > 0, round=self.round, changed=changed)
                 self._link.send(Send(COORDINATOR, self._beat()), Send(COORDINATOR, goodbye))  # first, the last of what was sent
                 self._link.wait(lambda: self._link.stopped, float("inf"), lambda: _END, every=1.0)
         finally:

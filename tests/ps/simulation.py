@@ -70,6 +70,7 @@ from roundtable.ps.server.server import _Server
 from roundtable.ps.server.shard import Shard
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.layers.sharded_linear import ShardedLinear, sharded_cross_entropy
+from roundtable.worker.loop.contributor import Contributor
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.optim.optimizer import example_optimizer, plain_settings
 from roundtable.worker.replica.buffers import BufferRule
@@ -483,8 +484,8 @@ class World:
             what()
         return value
 
-    def count_given_up(self, give_up: Callable[[GradientLoop], None]) -> Callable[[GradientLoop], None]:
-        def counting(work: GradientLoop) -> None:
+    def count_given_up(self, give_up: Callable[[Contributor], None]) -> Callable[[Contributor], None]:
+        def counting(work: Contributor) -> None:
             self.given_up += 1
             give_up(work)
 
@@ -1098,8 +1099,8 @@ class WorkerProcess(Process):
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
                 work = run._work
-                assert work is not None and work._current is not None
-                task = work._current
+                assert work is not None and work.batch.task is not None
+                task = work.batch.task
                 self._sleep(self.begins(task))
                 if self.breaks:
                     raise SystemExit
@@ -1136,7 +1137,7 @@ class WorkerProcess(Process):
         world, chance = self.world, self.world.random
         self.model.a.sum()
         weights = state(self.model)
-        if not work._spoilt:
+        if not work._weights.round_invalid:
             self.has_weights(task, weights)
         self.model.compute(task)
         world.asked_too_late += work._shards.spoilt
@@ -1288,7 +1289,11 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.coordinator.coordinator",
             "roundtable.ps.server.server",
             "roundtable.worker.client.io_thread",
+            "roundtable.worker.contribute.contribution_pusher",
+            "roundtable.worker.contribute.push_overlap",
             "roundtable.worker.loop.gradient_loop",
+            "roundtable.worker.loop.script_edits",
+            "roundtable.worker.loop.weight_fetcher",
             "roundtable.worker.layers.sparse_embedding",
             "roundtable.worker.layers.sharded_linear",
             "roundtable.worker.loop.local_sgd",
@@ -1330,7 +1335,7 @@ def _stand_ins(world: World) -> Iterator[None]:
         }
         for name, value in replacements.items():
             stack.enter_context(mock.patch(name, value))
-        stack.enter_context(mock.patch.object(GradientLoop, "_give_up", world.count_given_up(GradientLoop._give_up)))
+        stack.enter_context(mock.patch.object(Contributor, "give_up", world.count_given_up(Contributor.give_up)))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         stack.callback(world.end_scripts)

@@ -21,6 +21,7 @@ from roundtable.common.config.batch_plan import Task
 from roundtable.common.config.settings import Settings
 from roundtable.ps.server.shard import Shard
 from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.worker.merge.greedy_soup import GreedySoup
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
 
@@ -385,7 +386,7 @@ def test_what_only_some_servers_have_got_is_computed_again_from_classes_as_they_
 
 def every_other_is_chosen() -> Any:
     """Have replicas agree at once on which of them make the merged model better."""
-    return mock.patch("roundtable.worker.merge.greedy_soup.weigh", lambda run, *others: 1 - run.index % 2)
+    return mock.patch.object(GreedySoup, "weight", lambda soup, values: 1 - soup._context.index % 2)
 
 
 @pytest.mark.slow

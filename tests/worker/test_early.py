@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from roundtable.common.model.partial_sum import Sum, adder
-from roundtable.worker.replica.backward_overlap import OverlappedPush, TreeJoin
+from roundtable.worker.contribute.backward_overlap import OverlappedPush, TreeJoin
 from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
 from roundtable.worker.replica.replica import Replica
 

@@ -16,9 +16,11 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.loop.script_edits import Edits, check_layers
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
-from roundtable.worker.replica.script_edits import Edits, check_layers
 from roundtable.worker.run import Run
 
 
@@ -35,8 +37,8 @@ class Script:
             want_all=lambda: None, pull=lambda *a: [], complete=True, gone=False, take=lambda: (self.frames(), {}),
         )  # fmt: skip
         link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
-        run = SimpleNamespace(_exchange=exchange, _link=link, _wait=lambda *a: None, round=3)
-        self.edits = Edits(cast(Run, run), self.replica, only_frozen)
+        context = SimpleNamespace(io=link, wait=lambda *a: None)
+        self.edits = Edits(cast(WorkerContext, context), cast(ParameterClient, exchange), self.replica, only_frozen)
         self.replica.load(self.frames())
         self.edits.note()
 
@@ -54,7 +56,7 @@ class Script:
     def refusal(self, clock: int | None = 3) -> str:
         with pytest.raises(UsageError) as caught:
             self.edits.check_places()
-            self.edits.check(clock)
+            self.edits.check(3, clock)
         assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -88,7 +90,7 @@ def test_a_parameter_that_a_script_changes_in_mid_training_is_named(change: Call
     torch.manual_seed(0)
     script = Script(network())
     script.train(torch.randn(4, 4))
-    script.edits.check(3)
+    script.edits.check(3, 3)
     with torch.no_grad():
         change(script.model)
     assert named in script.refusal()
@@ -101,7 +103,7 @@ def test_values_that_were_put_back_are_no_change_where_there_are_others_to_compa
     script.model.load_state_dict(own)
     assert script.edits.lost()
     assert "'0.weight'" in script.refusal(clock=None)
-    script.edits.check(3)
+    script.edits.check(3, 3)
     assert not script.edits.lost()
 
 
@@ -109,7 +111,7 @@ def test_where_trained_parameters_are_the_worker_s_own_only_frozen_ones_must_sta
     script = Script(network(), only_frozen=True)
     with torch.no_grad():
         script.model[0].weight.add_(1)  # type: ignore[index, operator]
-        script.edits.check(3)
+        script.edits.check(3, 3)
         script.model[2].weight.add_(1)  # type: ignore[index, operator]
     assert "changed '2.weight' in round 3" in script.refusal()
     assert bool(script.model[0].weight.mean() > 0.5)  # type: ignore[index, operator, arg-type]

@@ -16,10 +16,11 @@ from torch import nn
 
 from roundtable.common.model.tensor_bytes import from_frame
 from roundtable.common.runtime.errors import ClusterError
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.merge.averaging import greedy
-from roundtable.worker.merge.greedy_soup import weigh
+from roundtable.worker.merge.greedy_soup import GreedySoup
 from roundtable.worker.replica.replica import Replica
-from roundtable.worker.run import Run
 
 
 class Store:
@@ -58,24 +59,24 @@ class Worker:
         chunks = [SimpleNamespace(id=7, numel=1, dtype="float64", kind="param")]
         layout = SimpleNamespace(chunks=chunks)
         self.replica = cast(Replica, SimpleNamespace(layout=layout, load=self._load, began=dict, model=nn.Module()))
-        self.run = cast(
-            Run,
+        self._store = cast(KvClient, store)
+        self.context = cast(
+            WorkerContext,
             SimpleNamespace(
-                kv=lambda: store,
                 index=index,
-                is_chief=index == 0,
                 settings=SimpleNamespace(workers=count, progress_timeout=timeout),
-                _wait=lambda *args, **more: None,
+                wait=lambda *args, **more: None,
             ),
         )
-        self.run.log = lambda **values: self.logged.update(values)  # type: ignore[method-assign]
 
     def _load(self, frames: dict[int, Any]) -> None:
         self.now = float(from_frame(frames[7], "float64", 1, "chunk"))
 
     def weigh(self, evaluate: Callable[[], float] | None = None) -> int:
         values = {7: torch.tensor([self.point], dtype=torch.float64)}
-        return weigh(self.run, self.replica, values, evaluate or (lambda: score(self.now, self._target)), 0)
+        evaluate = evaluate or (lambda: score(self.now, self._target))
+        is_chief = self.context.index == 0
+        return GreedySoup(self.context, self._store, is_chief, self.replica, evaluate, self.logged.update, 0).weight(values)
 
 
 @settings(max_examples=30)

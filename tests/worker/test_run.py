@@ -68,7 +68,7 @@ def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> 
 
 
 def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None:
-    work = cast(LocalSgdLoop, SimpleNamespace(_merge_by="greedy", _run=SimpleNamespace(_evaluate=None)))
+    work = cast(LocalSgdLoop, SimpleNamespace(_merge_by="greedy", _script=SimpleNamespace(evaluate=None)))
     with pytest.raises(UsageError, match=r"call run\.merge_by\(evaluate\) before run\.batches\(\)\.$"):
         next(LocalSgdLoop.batches(work, cast(Any, None), cast(Any, None)))
 

@@ -7,9 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed
@@ -18,15 +19,18 @@ from roundtable.common.model.partial_sum import Sum, nothing
 from roundtable.common.protocol.messages.gradients import Push, Sums
 from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.kv_client import KvClient
+from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.data.loader import Loader, seed_everything
-from roundtable.worker.loop.gradient_loop import STEP_MISSING, STEP_TOO_MUCH, Throughput
-from roundtable.worker.merge import constraints, greedy_soup
+from roundtable.worker.loop.script_batch import ScriptBatch, data_epoch
+from roundtable.worker.loop.script_edits import Edits
+from roundtable.worker.loop.task_queue import TaskQueue
+from roundtable.worker.loop.throughput import Throughput
+from roundtable.worker.merge import constraints
+from roundtable.worker.merge.greedy_soup import GreedySoup
 from roundtable.worker.optim.optimizer import NO_LOSS, Per, Schedule, make_schedule
 from roundtable.worker.replica.replica import Replica
-from roundtable.worker.replica.script_edits import Edits
-
-if TYPE_CHECKING:
-    from roundtable.worker.run import Run
 
 log = logging.getLogger("roundtable.worker.local")
 UNJUDGED = "merge is greedy, but nothing says which of two models is better: call run.merge_by(evaluate) before run.batches()."
@@ -42,21 +46,45 @@ class Inner:
     clip_norm: float | None
 
 
+@dataclass
+class MergeHooks:
+    """What a script and its run give to merges. A script may set them after it has made its optimizer."""
+
+    #: Called before each merge.
+    before_merge: list[Callable[[], None]]
+    #: Makes the client of the key-value store, which a greedy merge agrees through.
+    kv: Callable[[], KvClient]
+    #: Reports metrics.
+    log: Callable[[dict[str, float]], None]
+    #: Gives the score of a model, more is better.
+    evaluate: Callable[[nn.Module], float] | None = None
+
+
 class LocalSgdLoop:
     """One worker's loop: in each round a step on its own run of micro-batches; after as many rounds as the policy says, and at
     the end of the data, a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
 
-    def __init__(self, run: Run, replica: Replica, inner: Inner, before_merge: list[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        context: WorkerContext,
+        client: ParameterClient,
+        tasks: TaskQueue,
+        replica: Replica,
+        inner: Inner,
+        script: MergeHooks,
+    ) -> None:
         self.replica = replica
         self.round = 0
-        self._run = run
-        self._link = run._link
-        self._exchange = run._exchange
-        self._policy = run._policy
+        self.batch = ScriptBatch()
+        self.edits = Edits(context, client, replica, only_frozen=True)
+        self._context = context
+        self._client = client
+        self._tasks = tasks
+        self._policy = context.policy
+        self._script = script
         self._inner = inner
         self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
-        self._before_merge = before_merge
-        self._merge_by = run.settings.average_weights_by if self._policy.contributes == "weights" else "samples"
+        self._merge_by = context.settings.average_weights_by if self._policy.contributes == "weights" else "samples"
         self._segment: Segment | None = None
         #: Merges done, which is the version of the weights.
         self._merges = 0
@@ -75,11 +103,8 @@ class LocalSgdLoop:
         #: In this round: the sum of gradients x samples, by parameter, and the samples.
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._weight = 0
-        self._current: Task | None = None
-        self._metrics: dict[str, float] = {}
         self._begun_at = 0.0
-        self._meter = Throughput()
-        self.edits = Edits(run, replica, only_frozen=True)
+        self._throughput = Throughput()
 
     def join(self) -> None:
         """Have the merged weights in the model, whatever was there."""
@@ -88,30 +113,27 @@ class LocalSgdLoop:
 
     @property
     def epoch(self) -> int:
-        if self._segment is None:
-            return 0
-        if self.round >= self._segment.end:
-            return self._segment.first_epoch + self._segment.epochs
-        return self._segment.round(self.round).epoch
+        """The data epoch that the current round belongs to; after the last round, the number of epochs done."""
+        return data_epoch(self._segment, self.round)
 
     def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
-        if self._merge_by == "greedy" and self._run._evaluate is None:
+        if self._merge_by == "greedy" and self._script.evaluate is None:
             raise UsageError(UNJUDGED)
         self._segment = segment
-        table = self._run._tasks.tables[0]
-        seed = self._run.settings.seed
+        table = self._tasks.tables[0]
+        seed = self._context.settings.seed
         for index in range(self._first(segment), segment.end):
             self.round = index
             plan = segment.round(index)
-            for k in table.run(self._run.name, plan.micro_batches):
+            for k in table.run(self._context.name, plan.micro_batches):
                 batch = loader.load(Task(index, k))
                 seed_everything(derive_seed(seed, "micro-batch", index, k))
-                self._current, self._metrics, self._begun_at = Task(index, k), {}, time.monotonic()
+                self.batch.hand_out(Task(index, k))
+                self._begun_at = time.monotonic()
                 yield batch
-                if self._current is not None:
-                    raise UsageError(STEP_MISSING)
+                self.batch.check_computed()
                 self.edits.check_places()
-                self.edits.check(self._merges)
+                self.edits.check(self.round, self._merges)
             self._step_inner()
             self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
             self.round = index + 1
@@ -130,20 +152,15 @@ class LocalSgdLoop:
         self.round = first
         return first
 
-    def log(self, numbers: dict[str, float]) -> bool:
-        if self._current is not None:
-            self._metrics.update(numbers)
-        return self._current is not None
-
     def step(self) -> None:
         """Keep the gradients of this micro-batch; the inner optimizer steps when the round's last one is in."""
-        if self._current is None or self._segment is None:
-            raise UsageError(STEP_TOO_MUCH)
+        task, segment = self.batch.in_hand, self._segment
+        assert segment is not None
         self.replica.check_dtypes()
         self.replica.check_constants()
-        self.edits.check(self._merges)
-        task, self._current = self._current, None
-        samples = self._segment.round(task.round).samples_in(task.k, task.k + 1)
+        self.edits.check(self.round, self._merges)
+        self.batch.take_back()
+        samples = segment.round(task.round).samples_in(task.k, task.k + 1)
         if thawed := self.replica.thawed():
             self._start |= self.replica.weights(thawed)
         for parameter in self.replica.trainable:
@@ -155,10 +172,10 @@ class LocalSgdLoop:
         self._weight += samples
         self._samples += samples
         self._micro_batches += 1
-        self._keep(task.round, {name: (value * samples, float(samples)) for name, value in self._metrics.items()})
-        if "loss" in self._metrics:
-            self._epoch_loss = self._epoch_loss[0] + self._metrics["loss"] * samples, self._epoch_loss[1] + samples
-        self._meter.measured(time.monotonic() - self._begun_at, samples)
+        self._keep(task.round, {name: (value * samples, float(samples)) for name, value in self.batch.metrics.items()})
+        if "loss" in self.batch.metrics:
+            self._epoch_loss = self._epoch_loss[0] + self.batch.metrics["loss"] * samples, self._epoch_loss[1] + samples
+        self._throughput.measured(time.monotonic() - self._begun_at, samples)
 
     def _keep(self, round_: int, sums: Sums) -> None:
         """Keep the metrics of a micro-batch until the merge: where that comes only at the end, of an epoch's worth of rounds."""
@@ -182,9 +199,9 @@ class LocalSgdLoop:
             return
         for parameter, total in self._sums.items():
             parameter.grad = total.div_(self._weight)
-        if self._run.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
-            text = f"{self._run.name}'s gradient in round {self.round} is not finite"
-            if self._run.settings.on_nonfinite == "fail":
+        if self._context.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
+            text = f"{self._context.name}'s gradient in round {self.round} is not finite"
+            if self._context.settings.on_nonfinite == "fail":
                 raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow lets them be.")
             log.warning("%s: the step is left out.", text)
             self._samples -= self._weight
@@ -216,8 +233,7 @@ class LocalSgdLoop:
 
     def _merge(self) -> None:
         """Contribute this replica, and go on from the merged one."""
-        assert self._exchange is not None
-        for callback in self._before_merge:
+        for callback in self._script.before_merge:
             callback()
         values = self.replica.weights()
         present = self.replica.present(values)
@@ -234,16 +250,16 @@ class LocalSgdLoop:
                 values[chunk.id] = torch.zeros_like(values[chunk.id])
             elif chunk.kind in ("param", "mean"):
                 values[chunk.id].mul_(weight)
-        me = self._run.index
+        me = self._context.index
         groups = len(self._inner.optimizer.param_groups)
         push = Push(
             self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._told(),
             hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
         )  # fmt: skip
         sums = {c.id: Sum(values[c.id], present[c.id]) if c.id in values else nothing() for c in self.replica.layout.chunks}
-        with self._link.lock:
-            messages = self._exchange.push(push, sums, time.monotonic())
-        self._link.send(*messages)
+        with self._context.io.lock:
+            messages = self._client.push(push, sums, time.monotonic())
+        self._context.io.send(*messages)
         self._samples, self._micro_batches = 0, 0
         self._logged.clear()
         self._merges += 1
@@ -252,26 +268,27 @@ class LocalSgdLoop:
     def _weigh(self, values: dict[int, torch.Tensor]) -> int:
         """What this replica, whose weights are `values`, counts with in the merge that is due."""
         if self._merge_by == "greedy":
-            evaluate = self._run._evaluate
+            evaluate = self._script.evaluate
             assert evaluate is not None
             values = values | self.replica.frozen_weights()  # which others may have trained
-            return greedy_soup.weigh(self._run, self.replica, values, lambda: evaluate(self.replica.model), self._merges)
+            score = lambda: evaluate(self.replica.model)  # noqa: E731
+            kv, is_chief, log_ = self._script.kv(), self._tasks.is_chief, self._script.log
+            return GreedySoup(self._context, kv, is_chief, self.replica, score, log_, self._merges).weight(values)
         return min(1, self._samples) if self._merge_by == "uniform" else self._samples
 
     def _load(self, version: int) -> None:
         """Wait for the merged weights number `version` and go on from them."""
-        exchange = self._exchange
-        assert exchange is not None
-        with self._link.lock:
-            messages = exchange.pull(version, False, time.monotonic())
-        self._link.send(*messages)
-        self._run._wait(lambda: exchange.complete or exchange.over is not None, self._waited_for)
-        if exchange.over is not None:  # the run goes on from a snapshot
-            self._merges = exchange.over
+        client, io = self._client, self._context.io
+        with io.lock:
+            messages = client.pull(version, False, time.monotonic())
+        io.send(*messages)
+        self._context.wait(lambda: client.complete or client.over is not None, self._waited_for)
+        if client.over is not None:  # the run goes on from a checkpoint
+            self._merges = client.over
             self._load(self._merges)
             return
-        with self._link.lock:
-            frames, _ = exchange.take()
+        with io.lock:
+            frames, _ = client.take()
         self.replica.load(frames)
         if version:
             constraints.put_back(self.replica.model)
@@ -279,20 +296,19 @@ class LocalSgdLoop:
         self._start = self.replica.weights(known)
 
     def _waited_for(self) -> str:
-        assert self._exchange is not None
-        return f"the merged weights {self._exchange.missing_text()}"
+        return f"the merged weights {self._client.missing_text()}"
 
     def close(self) -> None:
         """Make the model an ordinary one: it always is."""
 
     def beat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""
-        waiting = self._exchange is not None and self._exchange.clock is not None
-        current = self._current
+        waiting = self._client.clock is not None
+        current = self.batch.task
         return Heartbeat(
             "waiting" if waiting else "computing",
             self.round,
             current.k if current is not None else -1,
-            seconds=self._meter.seconds,
-            rate=self._meter.rate,
+            seconds=self._throughput.seconds,
+            rate=self._throughput.rate,
         )

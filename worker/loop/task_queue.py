@@ -33,6 +33,11 @@ class TaskQueue:
         #: Nothing of rounds before this one is taken over.
         self._floor = 0
 
+    @property
+    def is_chief(self) -> bool:
+        """Whether this worker is the one with the lowest number."""
+        return self.worker == self.tables[-1].workers[0]
+
     def open(self, round_: int, count: int) -> None:
         """Start round `round_` of `count` micro-batches; what is left of earlier rounds is dropped."""
         self.round = round_

@@ -12,7 +12,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,12 +19,11 @@ from roundtable.common.model.layout import Chunk
 from roundtable.common.model.partial_sum import Sum, adder
 from roundtable.common.model.tensor_bytes import dtype_of, to_frame
 from roundtable.common.runtime.errors import ClusterError
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.merge import constraints
 from roundtable.worker.merge.averaging import greedy, mean
 from roundtable.worker.replica.replica import Replica
-
-if TYPE_CHECKING:
-    from roundtable.worker.run import Run
 
 Part = dict[int, torch.Tensor]
 
@@ -33,31 +31,43 @@ Part = dict[int, torch.Tensor]
 _LOOK_S = 0.1
 
 
-def weigh(run: Run, replica: Replica, values: Part, evaluate: Callable[[], float], merge: int) -> int:
-    """1 if this worker's replica is chosen for merge number `merge`, else 0. `values` are its weights, by chunk, and `evaluate`
-    gives the score of what is in the model now.
+class GreedySoup:
+    """One worker's part in choosing replicas for a merge (Wortsman et al., "Model soups", ICML 2022)."""
 
-    The chief's model is left with weights of a mean. Raises ClusterError where the others say nothing for the run's time-out.
-    """
-    return _Soup(run, replica, evaluate, merge).weight(values)
-
-
-class _Soup:
-    def __init__(self, run: Run, replica: Replica, evaluate: Callable[[], float], merge: int) -> None:
-        self._run = run
-        self._kv = run.kv()
+    def __init__(
+        self,
+        context: WorkerContext,
+        kv: KvClient,
+        is_chief: bool,
+        replica: Replica,
+        evaluate: Callable[[], float],
+        log: Callable[[dict[str, float]], None],
+        merge: int,
+    ) -> None:
+        """`evaluate` gives the score of what is in the model now; `merge` is the merge's number."""
+        self._context = context
+        self._kv = kv
+        self._is_chief = is_chief
         self._replica = replica
-        #: What has been trained.
-        self._chunks: list[Chunk] = []
         self._evaluate = evaluate
-        self._workers = run.settings.workers
+        self._log = log
+        #: The chunks that were trained.
+        self._chunks: list[Chunk] = []
+        self._workers = context.settings.workers
         self._began = replica.began()
-        #: Keys: who has a score, and which; whether the choice is made, the means tried so far, and who is chosen.
-        self._scores, self._choice = f"merge/{merge}/scores", f"merge/{merge}/choice"
+        #: The key of the workers' scores.
+        self._scores = f"merge/{merge}/scores"
+        #: The key of the choice, and of the number of means tried so far.
+        self._choice = f"merge/{merge}/choice"
+        #: What the keys of the workers' weights begin with.
         self._parts = f"merge/{merge}/part"
 
     def weight(self, values: Part) -> int:
-        me = self._run.index
+        """Return 1 if this worker's replica, whose weights by chunk are `values`, is chosen; else 0.
+
+        The chief's model is left with weights of a mean. Raises ClusterError if the others say nothing for the run's time-out.
+        """
+        me = self._context.index
         self._chunks = chunks = [chunk for chunk in self._replica.layout.chunks if chunk.id in values]
         self._wait([self._kv.push(f"{self._parts}/{me}/{c.id}", values[c.id].to(dtype_of(c.dtype)), "set") for c in chunks])
         self._add(self._choice, _zeros(2 + self._workers))
@@ -65,7 +75,7 @@ class _Soup:
         said = _zeros(2 * self._workers)
         said[me], said[self._workers + me] = 1.0, -math.inf if math.isnan(score) else score
         self._add(self._scores, said)
-        if self._run.is_chief:
+        if self._is_chief:
             self._choose()
         choice = self._look(
             self._choice, 2 + self._workers, lambda seen: bool(seen[0]), lambda seen: "worker-0 to choose replicas"
@@ -89,12 +99,12 @@ class _Soup:
             self._replica.load({chunk: to_frame(values) for chunk, values in merged.items()})
             constraints.put_back(self._replica.model)
             found = float(self._evaluate())
-            self._run.log(merge_score=found)
+            self._log({"merge_score": found})
             self._add(self._choice, _at(2 + count, [1]))
             return found
 
         chosen = greedy(seen[count:].tolist(), score)
-        self._run.log(merged_parts=len(chosen))
+        self._log({"merged_parts": float(len(chosen))})
         self._add(self._choice, _at(2 + count, [0, *(2 + number for number in chosen)]))
 
     def _merged(self, parts: Sequence[Part]) -> Part:
@@ -138,13 +148,13 @@ class _Soup:
         waited_for: Callable[[torch.Tensor], str],
     ) -> torch.Tensor:
         """Read `key` until it is `ready`."""
-        timeout = self._run.settings.progress_timeout
+        timeout = self._context.settings.progress_timeout
         seen, changed_at = _zeros(size), time.monotonic()
         while not ready(seen):
             now, before = time.monotonic(), seen.clone()
             if now > changed_at + timeout:
                 raise ClusterError(f"waited {timeout:.0f} s for {waited_for(seen)}.")
-            self._run._wait(lambda: None, lambda: waited_for(seen), every=_LOOK_S)
+            self._context.wait(lambda: None, lambda: waited_for(seen), every=_LOOK_S)
             self._kv.wait(self._kv.pull(key, seen))
             if not torch.equal(seen, before):
                 changed_at = now

@@ -5,18 +5,17 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Container, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import some
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.replica.buffers import as_bytes, same_bytes
 from roundtable.worker.replica.replica import Replica
-
-if TYPE_CHECKING:
-    from roundtable.worker.run import Run
 
 _WAY_OUT = (
     "servers hold the parameters, so this would be lost. Change them before the first batch, keep what the script moves in a "
@@ -41,9 +40,10 @@ class Edits:
     """Watches a replica's parameters. What this package writes goes through `.data`, which torch does not count, and so does not
     what a script writes there."""
 
-    def __init__(self, run: Run, replica: Replica, only_frozen: bool = False) -> None:
+    def __init__(self, context: WorkerContext, client: ParameterClient, replica: Replica, only_frozen: bool = False) -> None:
         """`only_frozen`: trained parameters are this worker's own, and may be changed."""
-        self._run = run
+        self._context = context
+        self._client = client
         self._replica = replica
         self._only_frozen = only_frozen
         self._watched: dict[int, torch.Tensor] = {}
@@ -85,9 +85,12 @@ class Edits:
             return [index for index in written if index in frozen]
         return written
 
-    def check(self, clock: int | None) -> None:
-        """Raise UsageError for a parameter that the script has changed. `clock`: the round whose weights the model has, which are
-        fetched again to compare; None where servers may have others by now, so that any write counts."""
+    def check(self, round_: int, clock: int | None) -> None:
+        """Raise UsageError for a parameter that the script has changed in `round_`.
+
+        `clock`: the version of the weights that the model has, which are fetched again to compare. None if servers may have
+        others by now, so that any write counts.
+        """
         indices = self.lost()
         if not indices:
             return
@@ -98,22 +101,21 @@ class Edits:
             now = {index: self._replica.tensors[index].detach() for index in indices}
             indices = [index for index, values in before.items() if not same_bytes(as_bytes(values), as_bytes(now[index]))]
         if indices:
-            raise UsageError(f"the script has changed {self.named(indices)} in round {self._run.round}: {_WAY_OUT}")
+            raise UsageError(f"the script has changed {self.named(indices)} in round {round_}: {_WAY_OUT}")
         self.note()
 
     def _restore(self, clock: int) -> bool:
         """Have the servers' weights of round `clock` in watched parameters again; False if that round is over."""
-        exchange, link = self._run._exchange, self._run._link
-        assert exchange is not None
-        with link.lock:
-            exchange.want_all()
-            messages = exchange.pull(clock, False, time.monotonic())
-        link.send(*messages)
-        self._run._wait(lambda: exchange.complete or exchange.gone, lambda: f"the weights {exchange.missing_text()}")
-        if not exchange.complete:
+        client, io = self._client, self._context.io
+        with io.lock:
+            client.want_all()
+            messages = client.pull(clock, False, time.monotonic())
+        io.send(*messages)
+        self._context.wait(lambda: client.complete or client.gone, lambda: f"the weights {client.missing_text()}")
+        if not client.complete:
             return False
-        with link.lock:
-            weights, _ = exchange.take()
+        with io.lock:
+            weights, _ = client.take()
         ours = self._replica.frozen if self._only_frozen else self._watched
         chunks = {chunk.id for index in ours for chunk in self._replica.chunks_of(index)}
         self._replica.load({chunk: found for chunk, found in weights.items() if chunk in chunks}, copy=self._only_frozen)

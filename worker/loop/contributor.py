@@ -1,0 +1,167 @@
+"""From gradients in the model to pushes: where they are made, what they are added to, and when they are pushed."""
+
+from __future__ import annotations
+
+from roundtable.common.config.batch_plan import Round, Segment, Task
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.contribute.contribution_pusher import ContributionPusher
+from roundtable.worker.contribute.gradient_sums import GradientAccumulator, GradientSum
+from roundtable.worker.contribute.push_overlap import PushOverlap
+from roundtable.worker.layers.sharded_linear import ShardedLayers
+from roundtable.worker.layers.sparse_embedding import RowSparse
+from roundtable.worker.loop.task_queue import TaskQueue
+from roundtable.worker.optim.optimizer import Hypers
+from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
+from roundtable.worker.replica.replica import Replica
+
+#: A contribution is kept for the next one to be added to it if micro-batches take no longer than this, seconds: others may
+#: wait for it.
+_KEPT_S = 0.25
+
+
+class Contributor:
+    """Makes contributions of one worker's gradients, adds up those in a row, and pushes them."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        client: ParameterClient,
+        tasks: TaskQueue,
+        replica: Replica,
+        rows: RowSparse,
+        shards: ShardedLayers,
+        buffers: GradientBuffers,
+        hypers: Hypers,
+        clip_norm: float | None,
+    ) -> None:
+        self._context = context
+        self._client = client
+        self._tasks = tasks
+        self._replica = replica
+        self._rows = rows
+        self._shards = shards
+        self._buffers = buffers
+        self._clip_norm = clip_norm
+        self._combines = context.policy.combines
+        self._per_round = context.policy.applies == "round"
+        self._skips_nonfinite = context.settings.on_nonfinite == "skip"
+        #: The round of the weights in the model: buffers of earlier rounds have been applied.
+        self._round = 0
+        #: Where the gradients of the current micro-batch are made; None if they are added to those of the one before.
+        self._buffer: GradientBuffer | None = None
+        self._accumulate_into: GradientSum | None = None
+        self._accumulator = GradientAccumulator(replica.layout)
+        self._pusher = ContributionPusher(context, client, replica, rows, shards, hypers)
+        # if what is not finite is skipped, servers must know of all of a contribution before any of it counts
+        may_overlap = not self._skips_nonfinite and clip_norm is None
+        self._overlap = PushOverlap(context, client, replica, self._pusher, self._accumulator, self._free_buffer, may_overlap)
+
+    def prepare(self, task: Task, plan: Round, compute_s: float) -> None:
+        """Have the gradients of a micro-batch made in a free buffer, or added to those of the micro-batch before."""
+        is_added = self._is_added(plan, task.k) and not self._is_pushed_early(compute_s)
+        before = self._accumulate_into = self._accumulator.before(task.round, task.k) if is_added else None
+        if before is not None:
+            self._buffer = None
+            self._replica.add_to(before.buffer)
+        else:
+            self._buffer = self._free_buffer()
+            self._replica.contribute_to(self._buffer)
+
+    def overlap(self, task: Task, plan: Round, compute_s: float, versions: dict[int, int]) -> None:
+        """Push what backward makes of a micro-batch as it is made, if that pays."""
+        if self._buffer is not None and self._is_pushed_early(compute_s):
+            self._overlap.begin(plan, task.k, self._buffer, versions)
+
+    def take(self, task: Task, plan: Round, metrics: dict[str, float]) -> tuple[int, GradientSum]:
+        """Take the gradients out of the model: return the contribution, and the first micro-batch of those it is of."""
+        samples = plan.samples_in(task.k, task.k + 1)
+        if self._clip_norm is not None:
+            self._pusher.clip(self._clip_norm)
+        sums_of_metrics = {name: (value * samples, float(samples)) for name, value in metrics.items()}
+        rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
+        if (before := self._accumulate_into) is not None:
+            sums = self._replica.added(samples, before.sums)
+            self._accumulator.remove(task.k - 1)
+            return task.k - 1, before.joined(GradientSum(before.buffer, {}, rows, uses, sums_of_metrics), sums)
+        assert self._buffer is not None
+        sums = self._replica.gradient(samples, without=self._overlap.settle(True))
+        contribution = GradientSum(self._buffer, sums, rows, uses, sums_of_metrics)
+        if self._skips_nonfinite:  # before anything is added, for sums depend on who computes what
+            contribution.finite = self._pusher.is_finite(task.round, (task.k, task.k + 1), contribution)
+        return task.k, contribution
+
+    def keep_or_push(
+        self, plan: Round, span: tuple[int, int], contribution: GradientSum, compute_s: float, versions: dict[int, int]
+    ) -> None:
+        """Push a contribution, or keep it for others to be added to it."""
+        k = span[1]
+        is_kept = compute_s <= _KEPT_S and self._is_added(plan, k) and self._is_next(plan.index, k)
+        if not self._combines or (not is_kept and self._lies_apart(contribution.buffer, plan.index)):
+            self._pusher.push(plan, span, contribution, versions)
+        else:
+            self._accumulator.add(plan.index, plan.micro_batches, span, contribution)
+
+    def push_held(self, segment: Segment, versions: dict[int, int]) -> None:
+        """Push all that was kept."""
+        for round_, span, total in self._accumulator.take():
+            self._pusher.push(segment.round(round_), span, total, versions)
+
+    def give_up(self) -> None:
+        """Contribute nothing of the micro-batch that was computed."""
+        self._overlap.settle(False)
+        if self._buffer is not None:
+            with self._context.io.lock:
+                self._buffer.taken = False
+        self._replica.discard()
+        self._rows.forget()
+        self._shards.contribution(0)
+
+    def go_to(self, round_: int) -> None:
+        """Be in another round. What is not pushed was of a round that was closed without it."""
+        self._round = round_
+        with self._context.io.lock:
+            for _, _, total in self._accumulator.take():
+                total.buffer.taken = False
+
+    def _is_added(self, plan: Round, k: int) -> bool:
+        """Return whether a micro-batch's gradients may be added, as they are made, to those of the one before.
+
+        They may if both together are in the reduction tree, if nothing is done to either first, and if neither has to be
+        multiplied by its samples.
+        """
+        if k % 2 == 0 or k >= plan.micro_batches or not self._combines:
+            return False
+        if self._clip_norm is not None or self._skips_nonfinite:
+            return False
+        samples = plan.samples_in(k, k + 1)
+        return samples == plan.samples_in(k - 1, k) and samples & (samples - 1) == 0
+
+    def _is_next(self, round_: int, k: int) -> bool:
+        """Return whether this worker is about to compute that micro-batch."""
+        with self._context.io.lock:
+            return k in self._tasks.left(round_)
+
+    def _lies_apart(self, buffer: GradientBuffer, round_: int) -> bool:
+        """Return whether servers are to add this contribution up, and not this worker."""
+        with self._context.io.lock:
+            return buffer.index >= 0 and not self._client.sends_any and self._buffers.may_lie_apart(round_)
+
+    def _is_pushed_early(self, compute_s: float) -> bool:
+        """Return whether what backward makes now is to be pushed at once, if it is sent."""
+        if not self._overlap.pays(compute_s):
+            return False
+        with self._context.io.lock:
+            return self._tasks.run_done or not self._combines  # else more is to be added to it
+
+    def _free_buffer(self) -> GradientBuffer:
+        """Return a buffer that no server needs any more.
+
+        Servers that apply once a round read a buffer until they have applied it, as the weights after it show.
+        """
+
+        def is_needed(buffer: GradientBuffer) -> bool:
+            return self._client.needs(buffer) or (self._per_round and buffer.pushed >= self._round)
+
+        with self._context.io.lock:
+            return self._buffers.take(is_needed)

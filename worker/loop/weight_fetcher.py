@@ -1,0 +1,132 @@
+"""Having the servers' weights in the model, some of them later than others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from roundtable.common.protocol.transport import PATIENCE_BY_WORKER_S
+from roundtable.common.runtime.errors import NoAnswer
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.loop.throughput import Throughput
+from roundtable.worker.replica.lazy_weights import LazyWeights
+from roundtable.worker.replica.replica import Replica
+
+#: A waiting worker asks for more work after this long, seconds, or half a micro-batch's time if that is longer.
+_PATIENCE_S = 0.05
+
+
+class _Found(Enum):
+    """How a wait for weights ends."""
+
+    HERE = "here"
+    #: The round is over, and its weights are gone.
+    GONE = "gone"
+    #: There is something else to compute first.
+    WORK = "work"
+
+
+class WeightFetcher:
+    """Pulls weights, and has the model wait for those that are still on their way."""
+
+    def __init__(self, context: WorkerContext, client: ParameterClient, replica: Replica, throughput: Throughput) -> None:
+        self._context = context
+        self._client = client
+        self._replica = replica
+        self._throughput = throughput
+        self._lazy = LazyWeights(replica, self._await_tensor)
+        self._to_come: set[int] = set()
+        #: Versions, by server, of the weights in the model.
+        self.versions: dict[int, int] = {}
+        #: Whether weights of this round never come, so that nothing computed in it is of use.
+        self.round_invalid = False
+        #: Seconds that the training thread has waited for weights in mid-computation.
+        self.waited_s = 0.0
+
+    def fetch(
+        self,
+        round_: int,
+        after_all_updates: bool = False,
+        lazy: bool = False,
+        has_work: Callable[[], bool] | None = None,
+        ask_for_work: Callable[[], None] | None = None,
+    ) -> int | None:
+        """Put the weights to start a round from into the model; return the round that they really are for.
+
+        Return None if `has_work` says that there is something to compute first. A worker that waits calls `ask_for_work` now
+        and then. `lazy`: some weights may still be on their way when this returns, but none that a server waits for.
+        """
+        client, io = self._client, self._context.io
+        if client.clock != round_:
+            with io.lock:
+                messages = client.pull(round_, after_all_updates, time.monotonic())
+            io.send(*messages)
+        lazy = lazy and client.receives
+        needed = self._lazy.needed_first if lazy else set()
+        io.beat_soon()
+
+        def ready() -> _Found | None:
+            if client.over is not None:
+                return _Found.GONE
+            if client.complete or (lazy and client.usable(needed)):
+                return _Found.HERE
+            return _Found.WORK if has_work is not None and has_work() else None
+
+        found = self._wait(ready, ask_for_work)
+        if found is _Found.WORK:
+            return None
+        if found is _Found.GONE:  # what comes now is not lazy, for that may be the end
+            return self.fetch(client.over or 0, after_all_updates, False, has_work, ask_for_work)
+        self._lazy.came(self._load())
+        self._lazy.expect(self._to_come)
+        return round_
+
+    def _wait(self, ready: Callable[[], _Found | None], ask_for_work: Callable[[], None] | None) -> _Found:
+        began, limit_s = time.monotonic(), self._context.timeout_s
+        while True:
+            by_workers_s = PATIENCE_BY_WORKER_S * self._context.settings.workers
+            patience_s = max(_PATIENCE_S, by_workers_s, self._throughput.seconds / 2)
+            found = self._context.wait(ready, self._waited_for, every=patience_s)
+            if found is not None:
+                return found
+            if ask_for_work is not None:
+                ask_for_work()
+            if time.monotonic() - began > limit_s:
+                raise NoAnswer(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
+
+    def _load(self) -> set[int]:
+        """Put into the model what has come; return the chunks."""
+        with self._context.io.lock:
+            found, self.versions = self._client.take()
+            self._to_come = self._client.to_come  # now, for what comes next is not in the model yet
+        self._replica.load(found, copy=False)
+        return set(found)
+
+    def _await_tensor(self, index: int) -> None:
+        """Wait for the weights of tensor number `index`: something wants to use them."""
+        self._await_chunks({chunk.id for chunk in self._replica.chunks_of(index)})
+
+    def await_all(self) -> None:
+        """Wait for all weights of the round."""
+        self._await_chunks({chunk.id for chunk in self._replica.layout.chunks})
+
+    def _await_chunks(self, chunks: set[int]) -> None:
+        if not self._lazy.any:
+            return
+        client, began = self._client, time.monotonic()
+        self._context.wait(lambda: client.gone or client.has(chunks), self._waited_for)
+        if not client.has(chunks):
+            self.round_invalid = True  # whatever the model holds will do, for nothing comes of it
+            self._lazy.give_up()
+        else:
+            self._lazy.came(self._load())
+        self.waited_s += time.monotonic() - began
+
+    def _waited_for(self) -> str:
+        return f"the weights {self._client.missing_text()}"
+
+    def close(self) -> None:
+        """Make the model an ordinary one, which waits for nothing."""
+        self._lazy.give_up()
