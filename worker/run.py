@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import os
 import signal
 import time
@@ -384,7 +385,7 @@ class Run:
                     self._request(
                         f"server-{server}",
                         InitialWeights(batch),
-                        Accepted(Request.INITIAL_WEIGHTS, batch[0]).__eq__,
+                        functools.partial(operator.eq, Accepted(Request.INITIAL_WEIGHTS, batch[0])),
                         [replica.first_weights(i) for i in batch],
                     )
         return sends_first
