@@ -2,7 +2,7 @@
 
 Tensors never travel inside a message: they follow as raw frames, in the order that the message lists them. Their dtype and
 shape come from the agreed layout. A process that waits for an answer asks again until the answer comes. So every request is
-idempotent, and every message may be lost, repeated or late. docs/design.md says who sends what when.
+idempotent, and every message may be lost, repeated or late. docs/protocol.md says which process sends what, and when.
 """
 
 from __future__ import annotations
