@@ -23,9 +23,9 @@ from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
-#: What is compared by default.
+#: The systems that are compared by default.
 SYSTEMS = ("independent", "ddp", "rpc", "ours", "ours:socket")
-#: And by --all, besides our codecs.
+#: The systems that --all adds, besides our codecs.
 _ALL = (
     "independent", "ddp", "ddp:view", "ddp:fp16", "zero", "rpc", "ours", "ours:socket",
     "ours:backup", "ours:ssp", "ours:async", "ours:local", "ours:average",
@@ -98,7 +98,7 @@ def cli(
     about |= {f"`{e.name}`": " ".join((e.system, *e.flags)) for e in named}
     for name in chosen:
         with network.hosts(name):
-            pass  # or it would be known only in hours that there can be none
+            pass  # else a missing permission would show only after hours
     _prepare(out)
     results = Results(about, [])
     with StopSignals() as signals:
@@ -118,7 +118,7 @@ def cli(
 
 
 def _all(name: str) -> list[str]:
-    """The systems of --all on a network. On one machine nothing is sent, and so nothing coded, unless through sockets."""
+    """Return the systems of --all on a network. On one machine nothing is sent, and so nothing coded, unless through sockets."""
     lane = "socket," if name == network.LOOPBACK else ""
     return [*_ALL, *(f"ours:{lane}{codec}" for codec in _CODECS)]
 
@@ -144,7 +144,7 @@ def _prepare(out: Path) -> None:
 
 
 def _run(name: str, entry: Entry, job: Job, repeat: int, signals: StopSignals, warmup: int, timeout: float) -> Result:
-    """Run and show one job on a network; one that fails is a result too, and so is that the system refuses it."""
+    """Run and show one job on a network. A failure is a result too, and so is a refusal by the system."""
     model = job.workload.name
     title = f"{name} {model} {entry.name} #{repeat + 1}"
     if why := entry.refuses(job.workload):

@@ -1,7 +1,7 @@
-"""What strangers can do to processes that listen, and workers that have joined to a run, for the fault matrix and tests.
+"""Attacks of strangers on listening processes, and of joined workers on a run, for the fault matrix and tests.
 
-An item is done once to one process, and again and again while `attacking`, to all processes of a run at once. Everything is
-done to processes on this machine that a test has started, and is bounded in count and time. docs/security.md has the table.
+An item is done once to one process, or again and again to all processes of a run while `attacking`. All targets are processes on
+this machine that a test has started. Every attack is bounded in count and time. docs/security.md has the table.
 """
 
 from __future__ import annotations
@@ -43,37 +43,37 @@ from roundtable.common.protocol.transport import (
 )
 from roundtable.common.runtime.errors import WireError
 
-#: How a ZeroMQ peer of the DEALER kind begins.
+#: The first bytes of a ZeroMQ peer of the DEALER kind.
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
 _READY = b"\x04\x1c\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-#: Before a frame with a long length: the last one of its message, and one after which there is another.
+#: The flags before a frame with a long length: of the last frame of a message, and of one that another frame follows.
 _LAST, _MORE = b"\x02", b"\x03"
 _TIMEOUT_S = 2.0
-#: Seconds between two times that an item is done, and for which connections of some items stay.
+#: Seconds between two times that an item is done, and seconds for which connections of some items stay.
 _AGAIN_S = 0.02
 _STAY_S = 0.5
-#: Seconds for an item to be done once, at most; and between two looks at memory.
+#: Seconds for an item to be done once, at most; and seconds between two looks at memory.
 _ENDS_S, _LOOK_S = 10.0, 0.05
-#: Connections that a storm has at once.
+#: Simultaneous connections of a storm.
 _STORM = 200
-#: A worker that there is not. To servers it is one that they have not heard of yet.
+#: A worker that does not exist. Servers take it for one that they have not heard of yet.
 _NOBODY = "worker-9000000"
-#: Rounds that may have begun since the newest one of the event log, and chunks that a small model has on a server.
+#: Rounds that may have begun since the newest one of the event log, and chunks of a small model on a server.
 _ROUNDS, _CHUNKS = 40, 6
 _MICRO_BATCH = 16
-#: Bytes that its largest layers would have as float16 and as float64; no chunk of it has so many as float32.
+#: Bytes of its largest layers as float16 and as float64. No chunk of it has so many as float32.
 _HALF, _DOUBLE = 1 << 15, 1 << 18
-#: What libzmq begins the names of connections with, in a process's first listener and its second, if the C library is not seeded;
-#: and how many names after these are chosen.
+#: The first names that libzmq gives to connections of a process's first and second listener, if the C library is not seeded; and
+#: the number of names after these that are chosen.
 _UNSEEDED = (0x6B8B4567, 0xE43C9869)
 _NAMES = 40
-#: Linux: what a connection in repair sends as it is closed is nothing.
+#: Linux: a connection in repair sends nothing when it is closed.
 _TCP_REPAIR = 19
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a process listens; the id of its run, and the newest round that the event log has."""
+    """The address of a process, the id of its run, and the newest round in the event log."""
 
     host: str
     port: int
@@ -87,14 +87,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Item:
-    """What is done, and the kinds (`common/protocol/rejections.py`) under which some of it is to be counted as refused."""
+    """An attack, and the kinds (`common/protocol/rejections.py`) under which refusals must be counted."""
 
     act: Callable[[Target], None]
     refused: Collection[str] = ()
 
 
 def targets(run: Cluster) -> list[Target]:
-    """The coordinator and all servers of a run."""
+    """Return the coordinator and all servers of a run."""
     newest = {event.process: event.data["address"] for event in run.events("joined") if event.data.get("address")}
     name = next(event.data["run"] for event in reversed(run.events("started")) if event.process == "coordinator")
     found = []
@@ -106,13 +106,13 @@ def targets(run: Cluster) -> list[Target]:
 
 @contextlib.contextmanager
 def attacking(items: Sequence[Item], where: Sequence[Target]) -> Iterator[None]:
-    """Items are done again and again, each by a thread of its own for each target."""
+    """Do items again and again, each in a thread of its own for each target."""
     allow_files(4 * _STORM * len(where))
     over = threading.Event()
 
     def repeat(item: Item, target: Target) -> None:
         while not over.wait(_AGAIN_S):
-            with contextlib.suppress(OSError):  # it does not let us in, or has shut us out
+            with contextlib.suppress(OSError):  # the target does not let us in, or has shut us out
                 item.act(target)
 
     pairs = [(item, target) for item in items for target in where]
@@ -129,7 +129,7 @@ def attacking(items: Sequence[Item], where: Sequence[Target]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain(target: Target, *begin: bytes) -> Iterator[socket.socket]:
-    """A TCP connection, by which this is sent first."""
+    """Open a TCP connection, and send this first."""
     with socket.create_connection((target.host, target.port), timeout=_TIMEOUT_S) as sock:
         sock.sendall(b"".join(begin))
         yield sock
@@ -137,7 +137,7 @@ def _plain(target: Target, *begin: bytes) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _peer(target: Target, *begin: bytes) -> Iterator[socket.socket]:
-    """A connection of a ZeroMQ peer, both of which have said hello, by which this is sent first."""
+    """Open a connection of a ZeroMQ peer, exchange greetings, and send this first."""
     with _plain(target, _GREETING) as sock:
         sock.recv(len(_GREETING), socket.MSG_WAITALL)
         sock.sendall(_READY)
@@ -147,7 +147,7 @@ def _peer(target: Target, *begin: bytes) -> Iterator[socket.socket]:
 
 
 def say(address: str, messages: Sequence[Sequence[bytes]]) -> None:
-    """Send messages, which are header and frames, as a ZeroMQ peer."""
+    """Send messages, each a header and frames, as a ZeroMQ peer."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         sock = context.socket(zmq.DEALER)
@@ -200,7 +200,7 @@ def _oversized(target: Target) -> None:
 
 
 def _endless(target: Target) -> None:
-    """A message whose frames always say that there is another."""
+    """Send a message in which every frame announces another one."""
     frame = _MORE + struct.pack(">Q", 1 << 20) + bytes(1 << 20)
     with _peer(target) as sock:
         for _ in range(200):
@@ -208,8 +208,9 @@ def _endless(target: Target) -> None:
 
 
 def _misshapen(target: Target) -> None:
-    """Gradients of a stranger that knows the run's id: too short, of two or eight bytes a number, too many or too few. One that
-    fits would count, for who knows that id may as well join."""
+    """Send gradients as a stranger that knows the run's id: too short, of two or eight bytes a number, too many or too few.
+
+    A gradient that fits would count, because a stranger that knows the id may as well join."""
     begin, messages = target.round(), []
     for round_ in range(begin, begin + _ROUNDS):
         header = _header(target, _push(round_, random.randrange(_CHUNKS)))
@@ -218,7 +219,7 @@ def _misshapen(target: Target) -> None:
 
 
 def _empty_frames(target: Target) -> None:
-    """A message of three million frames without a byte, six megabytes in all."""
+    """Send a message of three million frames without a byte, six megabytes in all."""
     with _peer(target) as sock:
         sock.sendall(b"\x01\x00" * 3_000_000 + b"\x00\x00")
         time.sleep(_STAY_S)
@@ -228,7 +229,7 @@ def _empty_frames(target: Target) -> None:
 
 
 def _colliding(target: Target) -> None:
-    """Maps whose keys are arrays of -1 and -2, which all have one hash: to make one takes the square of its size."""
+    """Send maps whose keys are arrays of -1 and -2, which all have one hash: decoding one takes the square of its size."""
     pairs = b"".join(b"\x9a" + bytes(0xFF - (n >> bit & 1) for bit in range(10)) + b"\xc0" for n in range(1 << 10))
     bomb = msgspec.Raw(b"\xdf" + struct.pack(">I", 40 << 10) + pairs * 40)
     body = {
@@ -250,7 +251,7 @@ def _colliding(target: Target) -> None:
 
 
 def _made_up_names(target: Target) -> None:
-    """Names of workers that there may be one day, by thousands."""
+    """Send thousands of names that workers may have one day."""
     pull = Pull(0)
     say(target.address, [[_header(target, pull, f"worker-{number}")] for number in range(3000)])
 
@@ -288,13 +289,13 @@ def _another_protocol(target: Target) -> None:
 
 
 def _ready_as(name: bytes) -> bytes:
-    """As `_READY`, of a peer that has chosen the name of its connection."""
+    """Return `_READY` of a peer that has chosen the name of its connection."""
     said = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity" + struct.pack(">I", len(name)) + name
     return b"\x04" + bytes([len(said)]) + said
 
 
 def _chosen_names(target: Target) -> None:
-    """Peers with the names that libzmq would give next if nobody had seeded the C library: it would abort the process."""
+    """Connect with the names that libzmq would give next if the C library were not seeded: libzmq would abort the process."""
     with contextlib.ExitStack() as stack:
         for first in _UNSEEDED:
             for number in range(first, first + _NAMES):
@@ -306,7 +307,7 @@ def _chosen_names(target: Target) -> None:
 
 
 def _idle(target: Target) -> None:
-    """Connections that say hello as ZeroMQ does, and nothing else."""
+    """Open connections that greet as ZeroMQ does, and say nothing else."""
     with contextlib.ExitStack() as stack:
         for _ in range(2 * _STORM):
             stack.enter_context(_peer(target))
@@ -320,7 +321,7 @@ def _web(target: Target) -> None:
 
 
 def _scan(target: Target) -> None:
-    """As port scanners do: connections that are closed at once, with or without ado."""
+    """Open connections and close them at once, as port scanners do."""
     for abrupt in (False, True) * 25:
         with _plain(target) as sock:
             if abrupt:
@@ -328,7 +329,7 @@ def _scan(target: Target) -> None:
 
 
 def _slow(target: Target) -> None:
-    """Who sends a byte at a time, and who asks and never reads."""
+    """Send a byte at a time, and ask without ever reading."""
     question = _header(target, Pull(0, full_precision=True))
     with _peer(target, (b"\x00" + bytes([len(question)]) + question) * 1000), _plain(target) as slow:
         for byte in (_GREETING + _READY)[:20]:
@@ -337,7 +338,7 @@ def _slow(target: Target) -> None:
 
 
 def _half_open(target: Target) -> None:
-    """Connections that never say who they are, or go no further than that."""
+    """Open connections that never finish their handshake."""
     with contextlib.ExitStack() as stack:
         for n in range(30):
             stack.enter_context(_plain(target, (b"", _GREETING[:10], _GREETING)[n % 3]))
@@ -345,7 +346,7 @@ def _half_open(target: Target) -> None:
 
 
 def _vanishing(target: Target) -> None:
-    """Peers that are gone without a word, as by a power cut. For root only; else they close their connections."""
+    """Open connections and vanish without a word, as by a power cut. Without root rights, close them."""
     for peer in (
         _plain(target),
         _plain(target, _GREETING),
@@ -358,7 +359,7 @@ def _vanishing(target: Target) -> None:
 
 
 def _storm(target: Target) -> None:
-    """Many connections at once, of which half are ZeroMQ's."""
+    """Open many connections at once. Half are ZeroMQ's."""
     with contextlib.ExitStack() as stack:
         for _ in range(_STORM // 2):
             stack.enter_context(_plain(target))
@@ -402,7 +403,7 @@ ITEMS: Mapping[str, Item] = {
 
 
 class Joined:
-    """A worker that has joined as anybody can who reaches the coordinator, and does nothing but what it is told here."""
+    """A worker that has joined, as any process can that reaches the coordinator. It does only what it is told here."""
 
     def __init__(self, coordinator: Target) -> None:
         self.coordinator = coordinator
@@ -425,7 +426,7 @@ class Joined:
         raise AssertionError("a worker more is not taken in")
 
     def heard(self, name: str) -> list[Body]:
-        """What has come from a process since the last time."""
+        """Return the messages that a process has sent since the last call."""
         found: list[Body] = []
         with contextlib.suppress(WireError):
             while (frames := receive(self._sockets[name])) is not None:
@@ -433,7 +434,7 @@ class Joined:
         return found
 
     def tell(self, body: Body, frames: Frames = (), to: str = "coordinator", sender: str = "", number: int | None = None) -> None:
-        """Send a message, as `sender` with that number if it is to be another's."""
+        """Send a message, in the name of `sender` with that incarnation if given."""
         own = None if to == "coordinator" else self.welcome.ticket
         stamp = Stamp(sender, self._stamp.run, 0, number or 0) if sender else self._stamp
         send(self._sockets[to], stamp.encode(body, None if sender else own), frames, copy=True)
@@ -448,7 +449,7 @@ class Joined:
 
 
 def _plans(joined: Joined) -> None:
-    """Ten rounds more than everybody else wants, to be done after all others."""
+    """Plan ten rounds more than all others do, after theirs."""
     settings = joined.welcome.settings
     for samples in (settings.global_batch, 10 * settings.global_batch):
         before = None
@@ -465,19 +466,19 @@ def _plans(joined: Joined) -> None:
 
 
 def _fails(joined: Joined) -> None:
-    """It says that it has failed, in letters that would clear a screen."""
+    """Say that it has failed, in letters that would clear a screen."""
     joined.tell(Goodbye("\x1b[2J\x1b]0;all is lost\x07 and so the run is over"))
 
 
 def _model(joined: Joined) -> None:
-    """Another model, and its hash, after a goodbye."""
+    """Hand in another model, and its hash, after a goodbye."""
     joined.tell(Goodbye())
     part = {"type": "ModelPart", "round": joined.coordinator.round(), "part": 0, "parts": 1, "weights_sha256": "c0ffee" * 10}
     joined.tell(_Encoded(part), [b"another model" * 1000])  # type: ignore[arg-type]
 
 
 def _reports(joined: Joined) -> None:
-    """Rounds that a server has applied, told in its name with every number that a worker gets to know."""
+    """Report rounds in a server's name, with every number that a worker gets to know."""
     welcome = joined.welcome
     numbers = [welcome.ticket, *(peer.incarnation for peer in welcome.servers if isinstance(peer, Peer))]
     for number in (*numbers, 0, 1):
@@ -491,14 +492,14 @@ def _reports(joined: Joined) -> None:
 
 
 def _metrics(joined: Joined) -> None:
-    """As many metrics as fit, with long names."""
+    """Log as many metrics as fit, with long names."""
     for _ in range(4):
         values = {f"{os.urandom(8).hex()}{'x' * 900}": 0.0 for _ in range(900)}
         joined.tell(Metrics(random.randrange(1 << 50), joined.coordinator.round(), values))
 
 
 def _beats(joined: Joined) -> None:
-    """Words of itself that would have to be kept, or written down again and again."""
+    """Send heartbeats that would have to be kept, or logged again and again."""
     beat = {"type": "Heartbeat", "state": "computing"}
     for field, value in (
         ("later", [[]] * 500_000),
@@ -510,11 +511,11 @@ def _beats(joined: Joined) -> None:
 
 
 class _Encoded(dict[str, object]):
-    """A body that is no message of ours."""
+    """A body that is no message of this project."""
 
 
 def _keys(joined: Joined) -> None:
-    """Values by key that nobody has asked for, until no more are taken, and keys without values."""
+    """Push values by key until the servers take no more, and keys without values."""
     for server in joined.servers:
         for _ in range(10):
             number, size = random.randrange(1 << 50), 4 << 20
@@ -523,7 +524,7 @@ def _keys(joined: Joined) -> None:
 
 
 def _unfit(joined: Joined) -> None:
-    """Gradients of other sizes and types than those of the model."""
+    """Push gradients of other sizes and types than those of the model."""
     for round_ in range(joined.coordinator.round(), joined.coordinator.round() + _ROUNDS):
         frames = [[], [bytes(3)], [bytes(_HALF)], [bytes(_DOUBLE)], [bytes(4)] * 2][round_ % 5]
         for server in joined.servers:
@@ -531,7 +532,7 @@ def _unfit(joined: Joined) -> None:
 
 
 def _nowhere(joined: Joined) -> None:
-    """Gradients of rounds and chunks that there are not, and questions for such."""
+    """Push gradients of rounds and chunks that do not exist, and ask for such."""
     for body in _of_unknown_rounds(joined.coordinator):
         for server in joined.servers:
             joined.tell(body, [bytes(4)] if isinstance(body, Push) else (), to=server)
@@ -539,12 +540,12 @@ def _nowhere(joined: Joined) -> None:
 
 @dataclass(frozen=True)
 class Deed:
-    """What a worker does that has joined, once or again and again; kinds of refusals as of an `Item`; flags of the run."""
+    """An attack of a joined worker, once or again and again; kinds of refusals as in `Item`; flags of the run."""
 
     act: Callable[[Joined], None]
     refused: Collection[str] = ()
     flags: Sequence[object] = ()
-    #: Whether it has left by that, so that another has to join.
+    #: The worker leaves by this, so another one has to join.
     leaves: bool = False
 
 
@@ -559,7 +560,7 @@ DEEDS: Mapping[str, Deed] = {
     "gradients of another size or type": Deed(_unfit, ("unfit",)),
     "unknown rounds and chunks": Deed(_nowhere, ("unfit",)),
 }
-#: What only keys can stop, for whoever reaches the coordinator may join, and whoever is on the wire reads it.
+#: Attacks that only keys can stop: any process that reaches the coordinator may join, and any on the wire can read.
 NEED_KEYS: Mapping[str, str] = {
     "gradients of its own making, by a worker that has joined": "they count as anybody's",
     "to pull all weights, by a worker that has joined": "it is what workers do",
@@ -572,7 +573,7 @@ NEED_KEYS: Mapping[str, str] = {
 
 @contextlib.contextmanager
 def joining(deed: Deed, coordinator: Target) -> Iterator[None]:
-    """A worker joins and does this again and again."""
+    """Join as a worker, and do this again and again."""
     over = threading.Event()
     failures: list[BaseException] = []
 
@@ -605,7 +606,7 @@ def joining(deed: Deed, coordinator: Target) -> Iterator[None]:
 
 
 class Memory:
-    """How much the processes of a run grow from now on."""
+    """Measures how much the processes of a run grow from now on."""
 
     def __init__(self, run: Cluster) -> None:
         self._over = threading.Event()
@@ -620,14 +621,14 @@ class Memory:
                 self._grown = max(self._grown, resident(pid) - size)
 
     def grown(self) -> int:
-        """The most bytes that any of them has come to have more. Nobody looks any more."""
+        """Stop measuring. Return the most bytes by which any of them has grown."""
         self._over.set()
         self._thread.join()
         return self._grown
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has; 0 where there is none."""
+    """Return the resident bytes of a process, or 0 if it is gone."""
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.Error:

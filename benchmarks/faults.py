@@ -1,8 +1,8 @@
-"""The fault matrix: real runs to which something happens, and whether the result is that of a run to which nothing did.
+"""The fault matrix: do harm to real runs, and compare their results with those of an undisturbed run.
 
 `python -m benchmarks.faults` prints a table in Markdown. A process fails at a named point of the code
-(`common/runtime/failpoints.py`), or is killed or stopped while rounds go on, at whatever it is doing just then; a row can be
-repeated so that this differs.
+(`common/runtime/failpoints.py`), or is killed or stopped at any moment while rounds go on. A row can be repeated, so that the
+moment differs.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from roundtable.common.storage.event_log import RunLogReader
 
 _SERVERS = 3
 _WORKERS = 3
-#: Rounds before anything happens, and before a process fails at a failpoint.
+#: Rounds before the harm, and before a process fails at a failpoint.
 _ROUNDS = 20
 _FAIL_AT = 60
-#: Events that show that somebody has noticed.
+#: Events that show that a fault was noticed.
 _NOTICED = ("lost", "joined", "restarted", "recovered", "rolled back", "refused", "warning")
-#: Who fails at a failpoint: of the servers one that has two chunks, so that one can be applied and the other not.
+#: The processes that fail at failpoints. The server has two chunks, so that one can be applied and the other not.
 _WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"}
 _HOUR_S = 3600
 _LONG = ("--epochs", 40)
-#: Epochs a second of random kills for which a run goes on for sure.
+#: Epochs for each second of random kills, so that a run surely lasts.
 _EPOCHS_CHURNED = 1.0
 _ASYNC = ("--policy", "async")
-#: Other policies whose weights depend on who was when where, and points under them; and points with tensors in messages.
+#: Policies whose weights depend on the order of events, with failpoints; and failpoints with tensors in messages.
 _INEXACT = {
     "pushing": ("async", "ssp", "backup"),
     "receiving": ("async",),
@@ -55,9 +55,9 @@ _INEXACT = {
     "reported": ("async", "ssp", "backup"),
 }
 _THROUGH_SOCKETS = ("pushing", "receiving", "aggregating")
-#: All tensors go through sockets, which is where strangers come from.
+#: All tensors go through sockets, because strangers come from there.
 _SOCKETS = (*_LONG, "--transport", "tcp")
-#: Each server's shard has a copy on another one, so that no round is to be lost with it.
+#: Each server's shard has a backup, so that no round may be lost.
 _COPIES = ("--replicas", 1)
 _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at reported", "power loss, then --resume")
 
@@ -80,13 +80,13 @@ HEADS = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is promised, in seconds: until it is noticed that a process is dead (None: none is), and the longest pause."""
+    """The promised seconds: until a dead process is noticed (None: none dies), and of the longest pause."""
 
     noticed_s: float | None
     pause_s: float
 
     def broken(self, outcome: Outcome) -> str:
-        """What is not as promised, in numbers as the table has them; '' if all is."""
+        """Return which promise is broken, in the table's numbers, or ''."""
         noticed, pause = outcome.noticed_s, round(outcome.pause_s, 1)
         if self.noticed_s is not None and noticed is not None and round(noticed, 1) > self.noticed_s:
             return f"noticed after {noticed:.1f} s, {self.noticed_s:.0f} are promised"
@@ -103,8 +103,8 @@ _CUT, _UNHARMED = Bounds(None, 20.0), Bounds(None, 5.0)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run. Seconds are until the first event that tells of it, and the longest without a committed round; `rounds`
-    were rolled back, and `recomputed` micro-batches computed again for whatever reason."""
+    """The outcome of a run: seconds until the first event that tells of the fault; the longest seconds without a committed round;
+    `rounds` that were rolled back; and `recomputed` micro-batches."""
 
     problem: str = ""
     same: bool = False
@@ -121,27 +121,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A fault: flags and environment that its run needs, and what is then done to it."""
+    """A fault: the flags and environment of its run, and the harm that is done to it."""
 
     harm: Harm
     flags: Sequence[object] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    #: Whether the result depends on who computes what, so that only the books can be right.
+    #: The result depends on who computes what, so only the ledger is compared.
     is_inexact: bool = False
     on_small_disk: bool = False
-    #: Whether all processes are started one by one, and none is started again.
+    #: All processes are started one by one, and none is restarted.
     by_hand: bool = False
-    #: Where a coordinator is that is started by hand.
+    #: The address of a coordinator that is started by hand.
     bind: str = LOOPBACK
     #: Of a run on two hosts: what happens to it; what the run is like; and seconds that all takes between them.
     network: spread.Change | None = None
     scene: spread.Scene = spread.Spread
     delay_s: float = 0.0
-    #: What is promised of it, if anything is.
+    #: The promise for this row, if there is one.
     bounds: Bounds | None = _DEAD
     #: Kinds of messages that must have been refused (`common/protocol/rejections.py`).
     refused: Collection[str] = ()
-    #: Whether the run is to fail, as its harm makes sure of, so that there are no results but its books.
+    #: The run must fail, so there are no results but its ledger.
     fails: bool = False
     servers: int = _SERVERS
     #: The script and its arguments, if it is not the built-in example that trains.
@@ -149,12 +149,12 @@ class Row:
 
     @property
     def training(self) -> Sequence[object]:
-        """The flags of its run."""
+        """Return the flags of its run."""
         return (*(LENGTH if self.script else TRAINING), *self.flags)
 
 
 def rows(churn_s: float, folder: Path) -> dict[str, Row]:
-    """Each fault by name; `folder` is for what they need."""
+    """Return all faults by name. `folder` is for their files."""
     workers = tuple(f"worker-{n}" for n in range(_WORKERS))
     everybody = ("coordinator", *(f"server-{n}" for n in range(_SERVERS)), *workers)
     table = {"nothing": Row(harms.nothing, bounds=_UNHARMED)}
@@ -253,7 +253,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
 
 
 def _on_the_wire(folder: Path) -> dict[str, Row]:
-    """Bad input on the wire, by a stranger to all who listen."""
+    """Return rows with bad input on the wire, by a stranger to all listening processes."""
     found = {
         f"strangers: {name}": Row(harms.strangers(item), _SOCKETS, bounds=_UNHARMED, refused=item.refused)
         for name, item in ITEMS.items()
@@ -279,7 +279,7 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
 
 
 def _told_to_stop(everybody: Sequence[str]) -> dict[str, Row]:
-    """SIGTERM. A run that ends with it goes on by `--resume auto`: a pause is until then."""
+    """Return rows of SIGTERM. A run that ends with it goes on by `--resume auto`, and its pause lasts until then."""
     late = ("--progress-timeout", 5)
     return {
         "SIGTERM of the launcher, then --resume auto": Row(harms.told_to_stop(), bounds=_STOPPED),
@@ -293,7 +293,7 @@ def _told_to_stop(everybody: Sequence[str]) -> dict[str, Row]:
 
 
 def _at_the_end() -> dict[str, Row]:
-    """What scripts do before and after the last round, and what happens meanwhile. The run must end well with the model."""
+    """Return rows in which scripts end early, or do something after the last round. The run must end well, with the model."""
 
     def row(how: str, harm: Harm = harms.nothing, bounds: Bounds | None = None, flags: Sequence[object] = ()) -> Row:
         return Row(harm, flags, bounds=bounds, script=(_TO_THE_END, how))
@@ -310,7 +310,7 @@ def _at_the_end() -> dict[str, Row]:
 
 
 def _not_finite() -> dict[str, Row]:
-    """A gradient that is NaN or infinite, once an epoch."""
+    """Return rows with a gradient that is NaN or infinite, once an epoch."""
 
     def row(how: str, harm: Harm, bounds: Bounds | None = _DEAD, fails: bool = False) -> Row:
         flags = ("--transport", "tcp", "--on-nonfinite", how)
@@ -324,7 +324,7 @@ def _not_finite() -> dict[str, Row]:
 
 
 def measure(row: Row, expected: str, folder: Path) -> Outcome:
-    """Start a run, do the harm in the middle of it, and look at what comes of it. `expected` is the hash of its weights."""
+    """Start a run, do the harm in the middle of it, and return the outcome. `expected` is the hash of its weights."""
     flags = row.training
     if row.network is not None or row.delay_s:
         with spread.hosts(folder.with_name(f"{folder.name}-logs")) as (made, processes):
@@ -370,7 +370,7 @@ def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], obje
     began = min((mark.stat().st_mtime for mark in run.folder.glob(f"{MARK}*")), default=began)
 
     def since(at: float) -> float:
-        """Seconds from `began` to `at`, be it by a clock that an hour was added to or taken from."""
+        """Return the seconds from `began` to `at`, also if the clock was moved by an hour in between."""
         return (at - began + _HOUR_S / 2) % _HOUR_S - _HOUR_S / 2
 
     events = [(since(at), event) for _, at, event in run.read(RunLogReader.events)]
@@ -387,7 +387,7 @@ def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], obje
 
 
 def line(name: str, outcome: Outcome, is_inexact: bool = False, bounds: Bounds | None = _DEAD) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     noticed = "" if outcome.noticed_s is None else f"{outcome.noticed_s:.1f}"
     if outcome.problem:
         return f"| {name} | **no**: {outcome.problem.replace('|', '/')} | | | | | | | |"
@@ -416,9 +416,9 @@ def line(name: str, outcome: Outcome, is_inexact: bool = False, bounds: Bounds |
 @click.option("--out", type=click.Path(path_type=Path), help="File for the table, too.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder, which is made, in which the runs are to stay.")
 def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Path | None, keep: Path | None) -> None:
-    """Do harm to real runs, and compare their weights and books with those of a run that nothing disturbed.
+    """Do harm to real runs, and compare their weights and ledgers with those of an undisturbed run.
 
-    The exit code is 1 where a row does not hold. That of seconds out of bounds is only shown: a busy machine is slow.
+    The exit code is 1 if a row does not hold. Seconds out of bounds are only shown, because a busy machine is slow.
     """
     lines = [f"| {' | '.join(HEADS)} |", f"| {' | '.join(['---'] * 5 + ['---:'] * 4)} |"]
     expected: dict[tuple[object, ...], str] = {}
@@ -427,9 +427,7 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if keep is None else keep.resolve()
         folder.mkdir(exist_ok=keep is None)
-        tables = [
-            rows(churn_s, folder / f"time-{time_}") for time_ in range(times)
-        ]  # what one time has left is not the next one's
+        tables = [rows(churn_s, folder / f"time-{time_}") for time_ in range(times)]  # each repeat begins with an empty folder
         table = tables[0]
         unknown = [part for part in wanted if not any(part in name for name in table)]
         if unknown:
@@ -457,5 +455,5 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what has been started is ended, and what was made removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all that was started is ended, and all that was made is removed
     cli()

@@ -1,4 +1,4 @@
-"""What can be done to a run on this machine; each harm takes a run that goes on and returns the one to look at afterwards."""
+"""Harms that can be done to a run on this machine. Each takes a running run, and returns the run to look at afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LOOK_S = 0.1
 ATTACK_S, _TAPPED_S = 4.0, 1.0
 #: Seconds between two times that what was overheard is said.
 _AGAIN_S = 0.2
-#: Bytes that a process may have more under an attack.
+#: Bytes by which a process may grow under an attack.
 MOST_GROWN = 200 << 20
 _CLONE_NEWNS = 0x00020000
 _DISK_BYTES = 48 << 20
@@ -66,7 +66,7 @@ def nothing(run: Cluster) -> Cluster:
 
 
 def kill_with_model(*names: str) -> Harm:
-    """kill -9 once the trained model is written."""
+    """Kill with -9 once the trained model is written."""
 
     def harm(run: Cluster) -> Cluster:
         run.until(lambda: run.events("model"), "the model was written")
@@ -78,7 +78,7 @@ def kill_with_model(*names: str) -> Harm:
 
 
 def failpoints(count: int) -> Harm:
-    """Nothing but to wait until so many processes have failed by themselves, at their failpoints."""
+    """Wait until so many processes have failed at their failpoints."""
 
     def harm(run: Cluster) -> Cluster:
         run.until(lambda: len(list(run.folder.glob(f"{MARK}*"))) >= count, f"{count} failpoints were reached")
@@ -102,7 +102,7 @@ def failpoint_then_wake(seconds: float, name: str) -> Harm:
 
 
 def kill(*names: str) -> Harm:
-    """kill -9 of these processes at once."""
+    """Kill these processes with -9, all at once."""
 
     def harm(run: Cluster) -> Cluster:
         for name in names:
@@ -113,7 +113,7 @@ def kill(*names: str) -> Harm:
 
 
 def stop(name: str, seconds: float) -> Harm:
-    """SIGSTOP, and SIGCONT after so long."""
+    """Stop processes with SIGSTOP, and wake them with SIGCONT after some seconds."""
 
     def harm(run: Cluster) -> Cluster:
         pid = run.pids()[name]
@@ -127,7 +127,7 @@ def stop(name: str, seconds: float) -> Harm:
 
 
 def slow(name: str, factor: int) -> Harm:
-    """Have a process run for a 1/factor of the time only, until the run ends."""
+    """Let a process run for 1/factor of the time only, until the run ends."""
 
     def harm(run: Cluster) -> Cluster:
         _slow_down(run, [run.pids()[name]], factor, _LIMIT_S)
@@ -210,7 +210,7 @@ def told_to_stop(*names: str) -> Harm:
 
 
 def fails(last: str) -> Harm:
-    """Nothing but to wait until the run has failed, with this expression in its last line."""
+    """Wait until the run has failed, with this expression in its last line."""
 
     def harm(run: Cluster) -> Cluster:
         code, out = run.end()
@@ -225,7 +225,7 @@ def fails(last: str) -> Harm:
 
 
 def strangers(item: Item) -> Harm:
-    """Strangers do this to the coordinator and all servers, again and again for some seconds. Nobody may end or grow by it."""
+    """Attack the coordinator and all servers as strangers, for some seconds. No process may end or grow by it."""
 
     def harm(run: Cluster) -> Cluster:
         with _withstanding(run), attacking([item], targets(run)):
@@ -236,7 +236,7 @@ def strangers(item: Item) -> Harm:
 
 
 def joined(deed: Deed) -> Harm:
-    """A worker joins, and does this again and again for some seconds. Nobody may end or grow by it."""
+    """Join as a worker, and attack for some seconds. No process may end or grow by it."""
 
     def harm(run: Cluster) -> Cluster:
         with _withstanding(run), joining(deed, targets(run)[0]):
@@ -280,7 +280,7 @@ def all_begin_anew(run: Cluster) -> None:
 
 
 def unruly(wire: Wire) -> Harm:
-    """For some seconds the messages of all processes go twice, or after later ones."""
+    """Send the messages of all processes twice, or after later ones, for some seconds."""
 
     def harm(run: Cluster) -> Cluster:
         with _withstanding(run):
@@ -319,7 +319,7 @@ def _connections(ports: str, *flags: str) -> set[str]:
 
 @contextlib.contextmanager
 def _withstanding(run: Cluster) -> Iterator[None]:
-    """No process of the run may end meanwhile, or come to have much more memory."""
+    """Check that no process of the run ends or grows much meanwhile."""
     before, memory = run.pids(), Memory(run)
     yield
     now, grown = run.pids(), memory.grown()
@@ -339,7 +339,7 @@ def _wait(run: Cluster, seconds: float) -> None:
 
 
 def join(count: int, every_s: float) -> Harm:
-    """So many workers are started by hand, one after another, and stay until the run ends."""
+    """Start so many workers by hand, one after another. They stay until the run ends."""
 
     def harm(run: Cluster) -> Cluster:
         with _joining(run, count) as start:
@@ -353,7 +353,7 @@ def join(count: int, every_s: float) -> Harm:
 
 
 def scale_to(workers: int) -> Harm:
-    """The launcher is to have so many workers, and a failpoint is waited for."""
+    """Scale the launcher to so many workers, and wait for a failpoint."""
 
     def harm(run: Cluster) -> Cluster:
         scale(str(run.folder), workers)
@@ -470,7 +470,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def fill(seconds: float) -> Harm:
-    """The file system of the run directory's parent is full for so long."""
+    """Fill the file system of the run directory's parent for some seconds."""
 
     def harm(run: Cluster) -> Cluster:
         file = run.folder.parent / "full"
@@ -534,7 +534,7 @@ def slow_disk(folder: Path, wait_s: float, seconds: float) -> tuple[Harm, dict[s
 
 
 def coordinator_killed(run: Cluster) -> Cluster:
-    """kill -9 of the coordinator; where it was started by hand another one is."""
+    """Kill the coordinator with -9. If it was started by hand, start another one."""
     run.signal("coordinator")
     if isinstance(run, ByHand):
         run.recover()
@@ -551,6 +551,6 @@ def clock(folder: Path, seconds: float) -> tuple[Harm, dict[str, str]]:
     def harm(run: Cluster) -> Cluster:
         flag.touch()
         time.sleep(1.0)
-        return coordinator_killed(run)  # the one that takes over reads times of the other clock
+        return coordinator_killed(run)  # the new coordinator reads times of the other clock
 
     return harm, {"PYTHONPATH": path}

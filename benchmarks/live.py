@@ -38,9 +38,9 @@ _ENDS_S = 5.0
 
 
 class Cluster:
-    """A `launch.py local` that goes on while somebody looks on, or the coordinator of other processes."""
+    """A `launch.py local` that runs while a test watches, or the coordinator of other processes."""
 
-    #: When, in unix seconds, the first of its processes was harmed.
+    #: The unix seconds at which the first of its processes was harmed.
     harmed_at: float | None = None
 
     def __init__(
@@ -60,7 +60,7 @@ class Cluster:
         )  # fmt: skip
 
     def read(self, what: Callable[[RunLogReader], Any]) -> Any:
-        """What `what` finds in the event log; None while there is none."""
+        """Return what `what` finds in the event log, or None while there is no log."""
         try:
             with contextlib.closing(RunLogReader(self.folder / FILE_NAME)) as log:
                 return what(log)
@@ -81,7 +81,7 @@ class Cluster:
             time.sleep(0.02)
 
     def shown(self) -> str:
-        """What was shown that nobody has looked at before; it is not in what `end` returns."""
+        """Return the new output. `end` does not return it again."""
         assert self._popen.stdout is not None
         handle, found = self._popen.stdout.fileno(), b""
         while select.select([handle], [], [], 0)[0] and (part := os.read(handle, 1 << 16)):
@@ -93,20 +93,20 @@ class Cluster:
         return self._popen.poll() is None
 
     def pids(self) -> dict[str, int]:
-        """The newest process of each name that lives."""
+        """Return the newest living process of each name."""
         return {name: pid for name, pid in dict(self._told()).items() if _is_ours(pid)}
 
     def left_behind(self) -> dict[str, int]:
-        """Processes of the run, be they its newest or not, that are still there."""
+        """Return all processes of the run that still exist."""
         return {name: pid for name, pid in self._told() if _is_ours(pid)}
 
     def _told(self) -> list[tuple[str, int]]:
-        """Name and id of each process that there has been, oldest first."""
+        """Return the name and id of each process that the run has had, oldest first."""
         events = [event for _, _, event in self.read(RunLogReader.events) or []]
         return [(e.process, int(e.data["pid"])) for e in events if e.kind in ("started", "recovered", "joined")]
 
     def state(self) -> str:
-        """What each process does and whom it waits for, by the books."""
+        """Return what each process does and which process it waits for, by the event log."""
         rows = self.read(RunLogReader.statuses) or []
         waits = {row.process: f" for {row.waits_for}" if row.waits_for else "" for row in rows}
         return (
@@ -120,7 +120,7 @@ class Cluster:
         os.kill(pid, number)
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end, for as long as rounds are done that were not before; the exit code and what was shown."""
+        """Wait for the end as long as new rounds are done. Return the exit code and the output."""
         most, moved_at = -1, time.monotonic()
         while True:
             try:
@@ -136,15 +136,15 @@ class Cluster:
                 raise AssertionError(f"the run goes on with no new round for {_PATIENCE_S:.0f} s: {state}")
 
     def summary(self) -> dict[str, Any]:
-        """Wait for an end without failure, and read the summary."""
+        """Wait for an end without failure, and return the summary."""
         code, out = self.end()
         logs = "".join(f"\n--- {log.name}\n{log.read_text()[-1500:]}" for log in (self.folder / "logs").glob("*"))
         assert code == 0, f"exit code {code}: {out.strip().splitlines()[-1] if out.strip() else 'no word'}\n{out}{logs}"
         return dict(json.loads((self.folder / SUMMARY_FILE).read_text()))
 
     def is_exact(self) -> bool:
-        """Whether every micro-batch of each committed round, unless it was dropped, is in exactly one committed contribution, by
-        the books."""
+        """Return True if, by the ledger, every micro-batch of each committed round is dropped or in exactly one committed
+        contribution."""
         planned = Counter({row.round: row.micro_batches for row in self.read(RunLogReader.rounds) or []})
         committed = [c for c in self.read(RunLogReader.contributions) or [] if c.outcome == "committed" and c.round in planned]
         counted = Counter((row.round, k) for row in committed for k in range(row.lo, row.hi))
@@ -162,7 +162,7 @@ class Cluster:
         self._popen.communicate()
 
     def kill_launcher(self) -> None:
-        """Kill the launcher alone. Raises AssertionError where something that it has started goes on."""
+        """Kill the launcher alone. Raise AssertionError if a process that it has started goes on."""
         started = psutil.Process(self._popen.pid).children(recursive=True)
         self.harmed_at = self.harmed_at or time.time()
         self._popen.kill()

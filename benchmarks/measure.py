@@ -1,4 +1,4 @@
-"""Running one job: start its processes, watch their processor time and memory, and read the steps they have logged."""
+"""Run one job: start its processes, watch their processor time and memory, and read the steps that they log."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _GROWTH = 1.02
 
 
 class Measurement(msgspec.Struct, frozen=True):
-    """What one run of one system took."""
+    """The measurement of one run of one system."""
 
-    #: Of each timed step, on worker 0.
+    #: Seconds of each timed step, on worker 0.
     step_s: list[float]
     #: Processor seconds, user and system, of all processes in the timed steps, by step.
     cpu_s: float
@@ -46,12 +46,12 @@ class Measurement(msgspec.Struct, frozen=True):
 
     @property
     def step_ms(self) -> float:
-        """The mean step, for some wait or merge in few of them."""
+        """Return the mean step, because some systems wait or merge in few steps only."""
         return statistics.fmean(self.step_s) * 1000.0
 
     @property
     def loss(self) -> float:
-        """The mean over workers."""
+        """Return the mean over workers."""
         return statistics.fmean(self.losses)
 
 
@@ -67,7 +67,7 @@ class Usage:
         self._looked_at = float("-inf")
 
     def look(self, roots: Sequence[int]) -> None:
-        """Take samples that are due."""
+        """Take the samples that are due."""
         now = time.monotonic()
         if now < self._looked_at + _LOOK_EVERY_S:
             return
@@ -91,7 +91,7 @@ class Usage:
             self.memory = max(self.memory, sum(map(_proportional, tree)))
 
     def between(self, start: float, end: float) -> tuple[float, float]:
-        """Processor seconds of the tree, and of the whole machine, in this time."""
+        """Return the processor seconds of the tree, and of the whole machine, in this time."""
         at, tree, whole = zip(*self.samples, strict=True)
         return tuple(float(np.interp(end, at, used) - np.interp(start, at, used)) for used in (tree, whole))  # type: ignore[return-value]
 
@@ -99,7 +99,7 @@ class Usage:
 def run(commands: Sequence[Command], job: Job, signals: StopSignals, warmup: int, timeout: float) -> Measurement:
     """Run a job's processes to their end and measure the steps after `warmup`. However it ends, no process is left.
 
-    Raises ClusterError, naming the process and its log, where one fails or time is over; KeyboardInterrupt on a signal.
+    Raise ClusterError, which names the process and its log, if one fails or time is over, and KeyboardInterrupt on a signal.
     """
     steps = job.folder / "steps"
     steps.mkdir(parents=True)
@@ -141,7 +141,7 @@ def watch(processes: Processes, signals: StopSignals, timeout: float, look: Call
 
 
 def _proportional(process: psutil.Process) -> int:
-    """Its proportional set size, in bytes; 0 where it has ended."""
+    """Return a process's proportional set size, in bytes, or 0 if it has ended."""
     try:
         return int(process.memory_full_info().pss)
     except psutil.Error:
@@ -169,7 +169,7 @@ def _evaluate(steps: Path, usage: Usage, count: int, warmup: int) -> Measurement
 
 
 def step_durations(marks: Sequence[tuple[int, float]]) -> list[float]:
-    """How long each step took, from (steps done, time) in order; steps that were over at once share their time alike."""
+    """Return how long each step took, from (steps done, time) in order. Steps that ended together share their time equally."""
     out: list[float] = []
     for (done, at), (next_done, next_at) in itertools.pairwise(marks):
         out += [(next_at - at) / (next_done - done)] * (next_done - done)

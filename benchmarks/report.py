@@ -1,4 +1,4 @@
-"""What the benchmarks leave behind: all results as JSON, and made from it a Markdown table and a plot."""
+"""Write the results of the benchmarks: all as JSON, and from it a Markdown table and a plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Setting = tuple[str, str]
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One run: `measured` is None where it failed, or was refused, and `error` says why."""
+    """One run. If it failed or was refused, `measured` is None, and `error` says why."""
 
     network: str
     model: str
@@ -43,7 +43,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Results(msgspec.Struct, frozen=True):
-    """All runs, and in words what was measured and on what."""
+    """All runs, and a description of the measurement and the machine."""
 
     about: dict[str, str]
     runs: list[Result]
@@ -55,12 +55,12 @@ class Results(msgspec.Struct, frozen=True):
         return list(dict.fromkeys(run.system for run in self.runs if run.setting == setting))
 
     def of(self, setting: Setting, system: str) -> dict[int, Measurement]:
-        """The successful runs of one system, by repeat."""
+        """Return the successful runs of one system, by repeat."""
         runs = (run for run in self.runs if (run.setting, run.system) == (setting, system))
         return {run.repeat: run.measured for run in runs if run.measured is not None}
 
     def refusal(self, setting: Setting, system: str) -> str:
-        """Why a system does not train this; empty if it does."""
+        """Return why a system does not train this, or ''."""
         runs = (run for run in self.runs if (run.setting, run.system) == (setting, system))
         return next((run.error for run in runs if run.refused), "")
 
@@ -75,7 +75,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread | None:
-        """None for no values."""
+        """Return the spread of some values, or None for no values."""
         return cls(statistics.median(values), min(values), max(values)) if values else None
 
 
@@ -109,7 +109,7 @@ _HEADER = (
 
 
 def to_markdown(results: Results) -> str:
-    """The table, and below it what it means."""
+    """Return the table, and an explanation below it."""
     cells: list[Sequence[str]] = [_HEADER]
     for setting in results.settings():
         for system in results.systems(setting):
@@ -217,7 +217,7 @@ def write_results(results: Results, folder: Path) -> None:
 
 
 def read_results(folder: Path) -> Results:
-    """What `write_results` wrote. Raises UsageError where there is nothing to read."""
+    """Return what `write_results` wrote. Raise UsageError if there is nothing to read."""
     path = folder / RESULTS_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=Results)

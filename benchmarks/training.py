@@ -1,4 +1,4 @@
-"""What the worker scripts of all systems share: their arguments, the loop, and the log of steps that is measured."""
+"""The common part of all systems' worker scripts: their arguments, the loop, and the log of steps."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class Brake:
         self._began = 0.0
 
     def begin(self) -> None:
-        """The computation of a step begins, on this thread."""
+        """Note that the computation of a step begins, on this thread."""
         self._began = time.thread_time()
 
     def end(self) -> None:
-        """It is over."""
+        """Note that it is over, and sleep."""
         if self._factor > 1.0:
             time.sleep((self._factor - 1.0) * (time.thread_time() - self._began))
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker script is to do. `steps` counts all, those of the warm-up too."""
+    """The job of a worker script. `steps` includes the warm-up."""
 
     workload: Workload
     rank: int

@@ -1,4 +1,4 @@
-"""What all systems train: models and synthetic data in plain torch, the same numbers in every process."""
+"""The models and synthetic data that all systems train, in plain torch, with the same numbers in every process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """This project. Flags are settings of the run, such as `--policy async --servers 1`, and beat the benchmark's own.
 
-Variants name lanes, policies and codecs: `ours:socket,ssp,bf16` has tensors sent, and both gradients and weights in bfloat16
-(`topk`: gradients only); `ours:int8/onebit` pushes in int8 and sends weights in one bit.
+Variants name transports, policies and codecs. `ours:socket,ssp,bf16` sends tensors through sockets, gradients and weights in
+bfloat16 (`topk`: gradients only). `ours:int8/onebit` pushes in int8 and sends weights in one bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     **{push: _codecs(push, push if push in get_args(WeightCodec) else "none") for push in get_args(PushCodec) if push != "none"},
     **{f"{push}/{weight}": _codecs(push, weight) for push in get_args(PushCodec) for weight in get_args(WeightCodec)},
 }
-#: Micro-batches per round where a worker is slowed down: what is leased must be finer than a worker's share.
+#: Micro-batches per round where a worker is slowed down: reassigned work must be finer than a worker's share.
 _UNEVEN_MICRO_BATCHES = 8
 _PORT = 5555
 _LAUNCH = [sys.executable, str(ROOT / "launch.py")]
