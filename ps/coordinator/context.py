@@ -22,7 +22,8 @@ from roundtable.common.protocol.transport import Frames, Stamp, new_incarnation,
 from roundtable.ps.coordinator.group_commit import GroupCommit
 from roundtable.ps.coordinator.recovery import RestoredRun, RunHeader, new_run
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.coordinator.state.membership import Member, Membership
+from roundtable.ps.coordinator.state.membership import Membership
+from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.state.scheduler import Scheduler
 
 B = TypeVar("B", bound=Body)

@@ -43,7 +43,7 @@ from roundtable.ps.coordinator.parts.stopping import Stopping
 from roundtable.ps.coordinator.parts.summary import RunSummary
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import summarized_run
-from roundtable.ps.coordinator.state.membership import number_of
+from roundtable.ps.coordinator.state.roster import number_of
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

@@ -12,7 +12,8 @@ from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, Event, RoundRow, RunLog
 from roundtable.ps.coordinator.recovery import BackupHolder, RunHeader
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.coordinator.state.membership import Member, Membership
+from roundtable.ps.coordinator.state.membership import Membership
+from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

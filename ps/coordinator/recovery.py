@@ -31,7 +31,8 @@ from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import RunLog, connect_to_write
 from roundtable.ps.coordinator.state.ledger import Ledger, Reported
-from roundtable.ps.coordinator.state.membership import Member, Membership
+from roundtable.ps.coordinator.state.membership import Membership
+from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.summary_metrics import Measured, measured
 
 

@@ -64,7 +64,7 @@ from roundtable.common.runtime.restart import restart
 from roundtable.common.runtime.signal_handlers import handled
 from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.common.runtime.watchdog import Watchdog
-from roundtable.ps.coordinator.state.membership import FAR_S
+from roundtable.ps.coordinator.state.failure_detector import FAR_S
 from roundtable.ps.server.checkpoint_writer import CheckpointWriter, open_source
 from roundtable.ps.server.kv_store import KvStore
 from roundtable.ps.server.restoring import make_shard

@@ -65,7 +65,7 @@ from roundtable.ps.coordinator.coordinator import Coordinator
 from roundtable.ps.coordinator.farewell import BeginAnew
 from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
 from roundtable.ps.coordinator.recovery import RestoredRun
-from roundtable.ps.coordinator.state.membership import number_of
+from roundtable.ps.coordinator.state.roster import number_of
 from roundtable.ps.server.server import _Server
 from roundtable.ps.server.shard import Shard
 from roundtable.worker.client.io_thread import IoThread
@@ -698,7 +698,9 @@ class ServerProcess(Process):
         if not self.alive or self.world.over:
             return
         there = [_newest_of(self.world, number) for number in range(servers)]
-        known = {server.incarnation for server in membership.servers.values() if server.active and membership._has_copy(server)}
+        known = {
+            server.incarnation for server in membership.servers.values() if server.active and membership.backups.exists(server)
+        }
         if len(known) < servers or not all(one.alive and one.server._stamp.incarnation in known for one in there):
             self.world.at(self.world.now + 0.05, lambda: self.kill_once_copied(away))
         else:

@@ -178,11 +178,11 @@ def of_somebody_else(header: bytes, chance: random.Random) -> bytes:
 def fingerprint(process: Process) -> Any:
     """All that a refused message could have changed on a server or the coordinator."""
     if isinstance(process, CoordinatorProcess):
-        c = process.coordinator
-        ledger = c._ledger
-        members = {m.name: (m.incarnation, m.beat, m.left, m.lost) for m in c._membership.members.values()}
-        model = [vars(one) for one in (c._model, c._collecting) if one is not None]
-        return str((members, c._membership.tables, vars(ledger), model))
+        c = process.coordinator.context
+        ledger = c.ledger
+        members = {m.name: (m.incarnation, m.beat, m.left, m.lost) for m in c.membership.members.values()}
+        model = [vars(one) for one in (process.coordinator.model._file, process.coordinator.model.collecting) if one is not None]
+        return str((members, c.membership.tables, vars(ledger), model))
     assert isinstance(process, ServerProcess)
     shard, server = process.shard, process.server
     store = shard.store
@@ -200,8 +200,10 @@ def fingerprint(process: Process) -> Any:
 
 
 def refused(process: Process) -> int:
-    owner = process.coordinator if isinstance(process, CoordinatorProcess) else process.server  # type: ignore[attr-defined]
-    return sum(owner._refusals.counts.values())
+    if isinstance(process, CoordinatorProcess):
+        return sum(process.coordinator._rejections.counts.values())
+    assert isinstance(process, ServerProcess)
+    return sum(process.server._refusals.counts.values())
 
 
 def attack(world: Recording, seed: int, count: int) -> int:

@@ -98,8 +98,13 @@ def test_one_that_is_killed_once_all_workers_have_left_and_before_it_has_told_of
     def watched(self: Coordinator) -> None:
         drain(self)
         world = self._sock._process.world  # type: ignore[attr-defined]
-        workers = self._membership.workers.values()
-        if not killed and workers and all(w.left for w in workers) and self._ledger.committed < self._ledger.planned:
+        workers = self.context.membership.workers.values()
+        if (
+            not killed
+            and workers
+            and all(w.left for w in workers)
+            and self.context.ledger.committed < self.context.ledger.planned
+        ):
             server = next(p for p in world.processes.values() if isinstance(p, ServerProcess) and p.number == 1)
             server.kill(6.0)
             killed.append(server.key)

@@ -18,7 +18,7 @@ from roundtable.common.protocol.transport import Stamp, dealer, receive, router,
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.ps.coordinator.coordinator import Coordinator
 from roundtable.ps.coordinator.main import _meanwhile, books_to_recover
-from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.roster import Member
 from roundtable.worker.client.io_thread import IoThread
 
 
@@ -96,7 +96,7 @@ class Started:
 
     def join(self, hello: Hello, incarnation: int) -> Member:
         self.coordinator.joining.hello(b"route", hello, incarnation, self.coordinator.context.progressed_at)
-        return self.coordinator.context.membership._incarnations[incarnation]
+        return self.coordinator.context.membership._roster.incarnations[incarnation]
 
     def tell(self, name: str, body: Body) -> None:
         """A message of a member."""

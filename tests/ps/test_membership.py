@@ -14,14 +14,17 @@ from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, MembersLost, Refused, Stop, Welcome
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError
-from roundtable.ps.coordinator.state.membership import FAR_S, MOST_UNPROVEN, NEAR_S, Member, Membership, _process, number_of
+from roundtable.ps.coordinator.state.admission import MOST_UNPROVEN
+from roundtable.ps.coordinator.state.failure_detector import FAR_S, NEAR_S, _process
+from roundtable.ps.coordinator.state.membership import Membership
+from roundtable.ps.coordinator.state.roster import Member, number_of
 
 HERE, THERE = Place("here"), Place("there")
 
 
 def joining(workers: int, **settings: object) -> Membership:
     """A run whose server is there."""
-    made = Settings(workers=workers, servers=1, **settings)  # type: ignore[arg-type]
+    made = Settings(**{"workers": workers, "servers": 1} | settings)  # type: ignore[arg-type]
     membership = Membership(made, load(made), "run", now=0.0, place=HERE)
     membership.hello(Hello("server", address="tcp://server:1"), 1, 0.0)
     return membership
@@ -180,7 +183,7 @@ def test_a_lost_replica_breaks_the_run() -> None:
 def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that_is_silent() -> None:
     membership = started(1)
     membership.beat("worker-0", Heartbeat(), NEAR_S)
-    membership._ticked_at = NEAR_S
+    membership._detector._looked_at = NEAR_S
     membership.tick(NEAR_S + 0.1, lambda hello: False)
     assert not membership.broken
     membership.tick(NEAR_S + 0.2, lambda hello: True)
@@ -311,12 +314,11 @@ def test_thousands_who_say_hello_do_not_become_members_and_a_worker_still_joins(
     membership.tick(now)
     assert membership.tables[-1].workers == ["worker-0", "worker-1", member.name]
     go_on(membership, now, now + FAR_S + 1, "server-0", "worker-0", "worker-1", member.name)
-    assert not membership._newcomers
+    assert not membership._admission._newcomers
 
 
 def test_thousands_who_say_hello_before_the_start_are_few_too() -> None:
-    membership = joining(2)
-    membership.settings = Settings(workers=2, servers=2)
+    membership = joining(2, servers=2)
     for incarnation in range(10, 1000):
         membership.hello(Hello("worker", host="x"), incarnation, 0.0)
     assert len(membership.workers) == 2 + MOST_UNPROVEN
@@ -326,7 +328,7 @@ def test_thousands_who_say_hello_before_the_start_are_few_too() -> None:
 
 
 def test_thousands_of_workers_join_one_as_quickly_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roundtable.ps.coordinator.state.membership._MOST_MORE", 3000)
+    monkeypatch.setattr("roundtable.ps.coordinator.state.admission._MOST_MORE", 3000)
     membership, told = started(1), 0
     for number in range(2000):
         member, answers = membership.hello(Hello("worker", number + 1), 100 + number, 0.0)
@@ -354,7 +356,7 @@ def test_no_more_workers_take_part_than_some_times_those_that_were_expected() ->
 
 
 def test_names_of_workers_are_bounded_over_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roundtable.ps.coordinator.state.membership.MOST_NAMES", 20)
+    monkeypatch.setattr("roundtable.ps.coordinator.state.admission.MOST_NAMES", 20)
     membership = started(2)
     for number in range(30):
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
@@ -391,7 +393,7 @@ def test_a_server_whose_place_is_free_is_awaited_by_name_and_host() -> None:
 def test_a_process_that_was_taken_for_dead_a_thousand_times_is_watched_no_longer_than_any() -> None:
     membership = started(2)
     member = membership.members["worker-1"]
-    membership._alarms[_process(member)] = 5000
+    membership._detector._alarms[_process(member)] = 5000
     assert membership.silence_s(member) == 60.0
 
 

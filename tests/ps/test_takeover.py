@@ -8,7 +8,7 @@ import pytest
 
 from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, Reassign
-from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.state.speculation import Speculation
 
 TABLES = [ShareTable(1, 0, ["worker-0", "worker-1", "worker-2"], [1, 4, 1])]

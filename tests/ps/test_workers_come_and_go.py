@@ -18,7 +18,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.checkpoint import newest
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
-from roundtable.ps.coordinator.state.membership import NEAR_S
+from roundtable.ps.coordinator.state.failure_detector import NEAR_S
 
 pytestmark = pytest.mark.slow
 

@@ -26,7 +26,7 @@ from roundtable.ps.coordinator.checkpoint_scheduler import CheckpointInProgress,
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.group_commit import ALARM_S
 from roundtable.ps.coordinator.parts.departures import Departures
-from roundtable.ps.coordinator.state.membership import number_of
+from roundtable.ps.coordinator.state.roster import number_of
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

@@ -13,7 +13,7 @@ from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.parts.failover import Failover
 from roundtable.ps.coordinator.recovery import RestoredRun
-from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

@@ -9,7 +9,8 @@ from roundtable.common.protocol.messages.commit import Norms, RoundReady
 from roundtable.common.protocol.messages.session import Heartbeat, Hello
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.recovery import RestoredRun
-from roundtable.ps.coordinator.state.membership import NEAR_S, Member, number_of
+from roundtable.ps.coordinator.state.failure_detector import NEAR_S
+from roundtable.ps.coordinator.state.roster import Member, number_of
 
 #: Seconds for the members to connect to a coordinator that was started again.
 _REJOIN_S = 5.0

@@ -14,7 +14,7 @@ from roundtable.common.storage.event_log import Event
 from roundtable.ps.coordinator.context import RunContext
 from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.parts.status import TELL_S
-from roundtable.ps.coordinator.state.membership import Member, number_of
+from roundtable.ps.coordinator.state.roster import Member, number_of
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

@@ -14,8 +14,8 @@ from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.group_commit import ALARM_S
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import ModelFile, rules_in
-from roundtable.ps.coordinator.state.membership import number_of
 from roundtable.ps.coordinator.state.model_collection import ModelCollection
+from roundtable.ps.coordinator.state.roster import number_of
 from roundtable.ps.model_parts import sizes
 
 log = logging.getLogger("roundtable.ps.coordinator")

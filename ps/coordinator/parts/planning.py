@@ -17,7 +17,7 @@ from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.parts.departures import Departures
 from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.recovery import RestoredRun
-from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.roster import Member
 
 
 class Planning:

@@ -11,7 +11,7 @@ from roundtable.common.runtime.errors import printable
 from roundtable.common.storage.event_log import Event, StatusRow, some
 from roundtable.ps.coordinator.context import RunContext
 from roundtable.ps.coordinator.parts.model import ModelCollector
-from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

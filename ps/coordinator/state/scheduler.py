@@ -6,7 +6,8 @@ from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.session import Reassign
 from roundtable.common.protocol.transport import BEAT_S
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.coordinator.state.membership import Member, Membership
+from roundtable.ps.coordinator.state.membership import Membership
+from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.state.speculation import Speculation
 
 #: Seconds for which a server's word of what it misses is believed.

@@ -14,7 +14,7 @@ from itertools import takewhile
 
 from roundtable.common.config.work_shares import ShareTable, in_force
 from roundtable.common.protocol.messages.session import Reassign
-from roundtable.ps.coordinator.state.membership import Member
+from roundtable.ps.coordinator.state.roster import Member
 
 #: A micro-batch being computed is done a second time when, going by how long they have taken before, who computes it will take
 #: this many times longer than the waiting worker would from now;
