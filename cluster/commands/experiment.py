@@ -29,8 +29,9 @@ from roundtable.cluster.launch.local import LaunchSpec, check_order, run_local
 from roundtable.cluster.options.flags import Choice
 from roundtable.cluster.options.resume import take_up
 from roundtable.cluster.process.output import forgiving_output
-from roundtable.cluster.run.console import Screen, results_line, say
+from roundtable.cluster.run.console import Screen, say
 from roundtable.cluster.run.run_directory import claim, is_folder_name, kept, read_summary, run_values
+from roundtable.cluster.run.summary import results_line
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.config.settings import Settings, check_values, make_settings, read_toml, unknown_key
 from roundtable.common.runtime.errors import ClusterError, PsError, UsageError

@@ -21,9 +21,10 @@ from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Process
 from roundtable.cluster.process.output import forgiving_output
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.process.signals import StopSignals
-from roundtable.cluster.run.console import Screen, summary_lines
+from roundtable.cluster.run.console import Screen
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
 from roundtable.cluster.run.run_directory import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
+from roundtable.cluster.run.summary import summary_lines
 from roundtable.common.config.settings import READ_FILES, START_S, Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
@@ -135,7 +136,7 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
                 with screen, Processes(folder / LOGS, env) as processes:
                     _Local(order, program, processes, signals, screen).run()
             except Stopped as stopped:
-                screen.say(told_to_stop(stopped.number, folder, ["local"]))
+                screen.report(told_to_stop(stopped.number, folder, ["local"]))
                 raise
     finally:
         tidy_log(folder)
@@ -143,7 +144,7 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
     if summary is None:
         raise ClusterError(f"the coordinator ended without a summary; its log is {folder / LOGS / 'coordinator.log'}.")
     for line in summary_lines(summary, folder):
-        screen.say(line)
+        screen.report(line)
     check_trained(summary, order.script, folder)
     return summary
 
@@ -288,8 +289,7 @@ class _Local:
             self._crew.look(self._screen.progress, finished=code == 0)
         if self._processes.failures():
             self._fail()
-        if self._crew is not None:  # not before the coordinator has put back the log of a run that goes on
-            self._screen.update()
+        self._screen.update(has_log=self._crew is not None)  # which the coordinator puts back for a run that goes on
 
     @property
     def _is_stopping(self) -> bool:

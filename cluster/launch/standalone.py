@@ -15,8 +15,8 @@ import roundtable
 from roundtable.cluster.launch.local import start_coordinator, start_server
 from roundtable.cluster.options.resume import told_to_stop
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
-from roundtable.cluster.run.console import summary_lines
 from roundtable.cluster.run.run_directory import LOGS, claim, read_summary, tidy_log, write_settings
+from roundtable.cluster.run.summary import summary_lines
 from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError, PsError
 from roundtable.common.storage.run_files import SETTINGS_FILE

@@ -9,12 +9,18 @@ from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from roundtable.common.network.host_identity import here
 from roundtable.common.storage.event_log import Event, RoundRow, RunLogReader, StatusRow
 
+#: How progress is shown: live on a terminal and in plain lines elsewhere; or in one of these ways; or not at all.
+Mode = Literal["auto", "live", "plain", "off"]
+
 #: Speed and loss are means over so many seconds.
 _WINDOW_S = 5.0
+#: The time left is that at the speed of so many seconds.
+_LONG_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,17 @@ class Progress:
     alarm: str = ""
     #: Whether `rounds` and `total` count merges, which are of several rounds each.
     merges: bool = False
+    #: The epoch that the newest round is of, from 1 on, and how many there will be; 0 if that is not known.
+    epoch: int = 0
+    epochs: int = 0
+    #: Seconds until all rounds are done, at the speed of the last minute.
+    left_s: float | None = None
+    #: Samples per second of each worker that has contributed lately; they add up to `samples_per_second`.
+    speeds: Mapping[str, float] = field(default_factory=dict)
+    #: For how many seconds each process has waited for the same others.
+    waits_s: Mapping[str, float] = field(default_factory=dict)
+    #: The newest checkpoint: its round, and how many seconds ago it was made.
+    checkpoint: tuple[int, float] | None = None
 
 
 class Tracker:
@@ -55,7 +72,14 @@ class Tracker:
         self._last = Progress()
         self._last_round = -1
         self._last_event = 0
-        self._window: deque[RoundRow] = deque()
+        #: Rounds of the last minute.
+        self._minute: deque[RoundRow] = deque()
+        #: What workers have contributed lately: when, who, and how many samples; and the number of the newest row.
+        self._contributed: deque[tuple[float, str, int]] = deque()
+        self._last_contribution = 0
+        #: Since when each process waits, and for whom.
+        self._waits: dict[str, tuple[str, float]] = {}
+        self._checkpoint: tuple[int, float] | None = None
         self._first_at: float | None = None
         self._over = False
 
@@ -72,7 +96,7 @@ class Tracker:
 
     def _read(self, reader: RunLogReader, now: float) -> Progress:
         last = self._last
-        total, merges, over, news = last.total, last.merges, False, []
+        total, merges, epochs, over, news = last.total, last.merges, last.epochs, False, []
         joined, left, lost = dict(last.joined), set(last.left), set(last.lost)
         failed_late, has_model = set(last.failed_late), last.has_model
         rounds, samples = last.rounds, last.samples
@@ -80,7 +104,7 @@ class Tracker:
             self._last_event = number
             if event.kind == "plan":
                 total, has_model = int(event.data["rounds"]), False
-                merges = bool(event.data.get("merges"))
+                merges, epochs = bool(event.data.get("merges")), int(event.data.get("epochs", 0))
                 self._first_at = self._first_at or at
             elif event.kind == "started":  # from now on names are other processes'
                 joined, left, failed_late, has_model = dict.fromkeys(joined, ""), set(), set(), False
@@ -97,45 +121,95 @@ class Tracker:
                     failed_late.add(event.process)
             elif event.kind == "model":
                 has_model = True
+            elif event.kind == "snapshot":
+                self._checkpoint = int(event.data["round"]), at
             over = over or (event.kind == "stopped" and not event.data.get("restart"))  # else all begin anew
             if (line := _news(event)) is not None:
                 news.append(line)
         rows = reader.rounds(after=self._last_round)
         if rows:
             self._last_round = rows[-1].round
-            self._window.extend(rows)
-        while len(self._window) > 1 and self._window[0].at < now - _WINDOW_S:
-            self._window.popleft()
-        accuracies = reader.metrics("accuracy")
-        self._over = over
+            self._minute.extend(rows)
+        while len(self._minute) > 1 and self._minute[0].at < now - _LONG_WINDOW_S:
+            self._minute.popleft()
+        recent = [row for row in self._minute if row.at >= now - _WINDOW_S] or list(self._minute)[-1:]
+        accuracies, statuses = reader.metrics("accuracy"), sorted(reader.statuses(), key=lambda row: in_order(row.process))
+        self._over, speed = over, self._speed(now)
         return Progress(
             rounds=rounds + len(rows),
             total=total,
             merges=merges,
             samples=samples + sum(row.samples for row in rows),
-            samples_per_second=self._speed(now),
-            loss=mean_metric(self._window, "loss"),
+            samples_per_second=speed,
+            loss=mean_metric(recent, "loss"),
             accuracy=accuracies[-1][3] if accuracies else None,
-            processes=reader.statuses(),
+            processes=statuses,
             news=news,
             joined=joined,
             left=left,
             failed_late=failed_late,
             has_model=has_model,
             lost=lost,
+            epoch=self._minute[-1].epoch + 1 if self._minute else last.epoch,
+            epochs=epochs,
+            left_s=self._left(now, total, rounds + len(rows)),
+            speeds=self._speeds(reader, now, speed),
+            waits_s=self._waited(statuses, now),
+            checkpoint=self._checkpoint and (self._checkpoint[0], max(0.0, now - self._checkpoint[1])),
         )
 
     def _go_back(self, reader: RunLogReader, to: int) -> tuple[int, int]:
         """Rounds from `to` on are done again; how many there are before, and their samples."""
         self._last_round = to - 1
-        self._window = deque(row for row in self._window if row.round < to)
+        self._minute = deque(row for row in self._minute if row.round < to)
+        self._last_contribution = 0
+        self._contributed.clear()
         kept = [row for row in reader.rounds() if row.round < to]
         return len(kept), sum(row.samples for row in kept)
 
     def _speed(self, now: float) -> float:
-        recent = [row for row in self._window if row.at >= now - _WINDOW_S]
-        start = max(self._first_at or (self._window[0].at if self._window else now), now - _WINDOW_S)
+        recent = [row for row in self._minute if row.at >= now - _WINDOW_S]
+        start = self._since(now, _WINDOW_S)
         return sum(row.samples for row in recent) / (now - start) if now > start else 0.0
+
+    def _since(self, now: float, window_s: float) -> float:
+        """Return when the window began that ends now: not before training did."""
+        return max(self._first_at or (self._minute[0].at if self._minute else now), now - window_s)
+
+    def _left(self, now: float, total: int | None, done: int) -> float | None:
+        start = self._since(now, _LONG_WINDOW_S)
+        recent = sum(row.at >= start for row in self._minute)
+        if total is None or not recent or now <= start:
+            return None
+        return max(0, total - done) * (now - start) / recent
+
+    def _speeds(self, reader: RunLogReader, now: float, speed: float) -> dict[str, float]:
+        """Divide `speed` among the workers by what they have contributed."""
+        for number, at, worker, samples in reader.committed_samples(self._last_contribution, now - _WINDOW_S):
+            self._last_contribution = number
+            self._contributed.append((at, worker, samples))
+        while self._contributed and self._contributed[0][0] < now - _WINDOW_S:
+            self._contributed.popleft()
+        by_worker: dict[str, int] = {}
+        for _, worker, samples in self._contributed:
+            by_worker[worker] = by_worker.get(worker, 0) + samples
+        whole = sum(by_worker.values())
+        return {worker: speed * samples / whole for worker, samples in by_worker.items()} if whole else {}
+
+    def _waited(self, rows: Sequence[StatusRow], now: float) -> dict[str, float]:
+        """Note who waits for whom. Return for how long each has done so."""
+        before, self._waits = self._waits, {}
+        for row in rows:
+            if row.waits_for:
+                same = before.get(row.process, ("", now))
+                self._waits[row.process] = same if same[0] == row.waits_for else (row.waits_for, now)
+        return {process: now - since for process, (_, since) in self._waits.items()}
+
+
+def in_order(process: str) -> tuple[str, int]:
+    """Return a key that sorts worker-2 before worker-10."""
+    role, _, number = process.rpartition("-")
+    return role, int(number) if number.isdigit() else -1
 
 
 def _news(event: Event) -> str | None:

@@ -241,6 +241,11 @@ class RunLogReader:
         query = "SELECT round, lo, hi, worker, samples, outcome, staleness, micro_batches FROM contributions ORDER BY seq"
         return [ContributionRow(*row) for row in self._db.execute(query)]
 
+    def committed_samples(self, after: int, since: float) -> list[tuple[int, float, str, int]]:
+        """(sequence number, unix seconds, worker, samples) of committed contributions: those after a number and a time."""
+        query = "SELECT seq, at, worker, samples FROM contributions WHERE seq > ? AND at >= ? AND outcome = 'committed'"
+        return list(self._db.execute(f"{query} ORDER BY seq", (after, since)))
+
     def metrics(self, name: str) -> list[tuple[float, int, str, float]]:
         """Return (unix seconds, round, worker, value) of each time that a script logged `name`."""
         query = "SELECT at, round, worker, value FROM metrics WHERE name = ? ORDER BY seq"

@@ -20,12 +20,12 @@ def program() -> list[str]:
     return [sys.executable, str(Path(roundtable.__file__).with_name("cli.py"))]
 
 
-def log_to_stderr() -> None:
-    """Show what our packages log. A script's own logging is left alone."""
+def log_to_stderr(quiet: bool) -> None:
+    """Show what our packages log, or of that warnings and errors only. A script's own logging is left alone."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("roundtable")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.addHandler(handler)
     logger.propagate = False
 

@@ -15,12 +15,14 @@ import click
 from roundtable.cluster.options.command import (
     Command,
     Option,
+    Words,
     check_address,
     check_advertised,
     run_options,
     settings_options,
 )
 from roundtable.cluster.options.flags import FOUND, Choice, choose, given, refuse_example_flags
+from roundtable.cluster.run.progress import Mode
 from roundtable.commands.shared import complete_runs, log_to_stderr, program
 from roundtable.common.config.settings import START_S
 from roundtable.common.storage.private_files import keep_private
@@ -66,6 +68,11 @@ _DELAY = click.option(
 )  # fmt: skip
 
 
+_QUIET = click.option("--quiet", "-q", cls=Option, is_flag=True, help="Show warnings, errors and the results only.")
+_QUIET_LOG = click.option("--quiet", "-q", cls=Option, is_flag=True, help="Log warnings and errors only.")
+_VERBOSE = click.option("--verbose", "-v", cls=Option, is_flag=True, help="Show what all workers print, not worker-0 alone.")
+
+
 @click.command(cls=Command)
 @click.argument("script", required=False)
 @settings_options
@@ -78,9 +85,22 @@ _DELAY = click.option(
 @run_options
 @_RESUME
 @_MISMATCH
+@click.option("--progress", cls=Option, type=Words(get_args(Mode)), default="auto", show_default=True,
+              help="How progress is shown: live, in plain lines, or not at all. auto is live on a terminal.")  # fmt: skip
+@_QUIET
+@_VERBOSE
 @click.pass_context
 def local(
-    ctx: click.Context, /, config: str | None, script: str | None, resume: str | None, allow_version_mismatch: bool, **_: Any
+    ctx: click.Context,
+    /,
+    config: str | None,
+    script: str | None,
+    resume: str | None,
+    allow_version_mismatch: bool,
+    progress: Mode,
+    quiet: bool,
+    verbose: bool,
+    **_: Any,
 ) -> None:
     """Train on this machine.
 
@@ -91,7 +111,8 @@ def local(
 
     from roundtable.cluster.launch.local import LaunchSpec, check_order, run_local
     from roundtable.cluster.run.console import Screen
-    from roundtable.cluster.run.run_directory import claim, passed_over
+    from roundtable.cluster.run.run_directory import LOGS, claim, passed_over
+    from roundtable.cluster.run.script_output import ScriptOutput
     from roundtable.common.storage.event_log import FILE_NAME
 
     keep_private()
@@ -106,7 +127,9 @@ def local(
                 choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, how,
                 accept_versions=allow_version_mismatch, devices=choice.server_device.split(","),
             )  # fmt: skip
-            run_local(order, program(), os.environ, Screen(Console(), folder / FILE_NAME))
+            output = ScriptOutput(folder / LOGS, everybody=verbose)
+            screen = Screen(Console(), folder / FILE_NAME, mode=progress, quiet=quiet, output=output)
+            run_local(order, program(), os.environ, screen)
 
 
 @click.command(cls=Command)
@@ -119,6 +142,7 @@ def local(
 @click.option("--prepared", type=click.Choice(get_args(How)), hidden=True,
               help="What to do in the run directory, which the launcher has claimed.")  # fmt: skip
 @_MISMATCH
+@_QUIET_LOG
 @click.pass_context
 def coordinator(
     ctx: click.Context,
@@ -129,6 +153,7 @@ def coordinator(
     recover: bool,
     prepared: How | None,
     allow_version_mismatch: bool,
+    quiet: bool,
     **_: Any,
 ) -> None:
     """Run the coordinator of one training run.
@@ -142,7 +167,7 @@ def coordinator(
     from roundtable.common.storage.run_files import SETTINGS_FILE
     from roundtable.ps.coordinator.main import serve
 
-    log_to_stderr()
+    log_to_stderr(quiet)
     keep_private()
     if prepared is not None:
         choice = choose(given(ctx), config)
@@ -172,10 +197,13 @@ def coordinator(
               help="Device for sharded layers (ShardedLinear, ColumnParallelLinear), e.g. cuda:0. Everything else stays in CPU "
               "memory.")  # fmt: skip
 @_START
+@_QUIET_LOG
 @click.option("--advertise", cls=Option, callback=check_advertised, metavar="ADDRESS",
               help="Address for others to connect to: HOST, HOST:PORT or tcp://HOST:PORT, e.g. of a router that forwards here "
               "(default: where it listens, as the coordinator sees it).")  # fmt: skip
-def server(coordinator: str, listen: str, index: int | None, server_device: str, start_s: float, advertise: str | None) -> None:
+def server(
+    coordinator: str, listen: str, index: int | None, server_device: str, start_s: float, quiet: bool, advertise: str | None
+) -> None:
     """Run one parameter server.
 
     Holds a part of the parameters and updates them, until the run ends.
@@ -183,7 +211,7 @@ def server(coordinator: str, listen: str, index: int | None, server_device: str,
     from roundtable.common.runtime.devices import find_device
     from roundtable.ps.server.server import serve
 
-    log_to_stderr()
+    log_to_stderr(quiet)
     keep_private()
     serve(coordinator, listen, index, find_device(server_device, "--server-device"), start_s, advertise)
 
@@ -200,6 +228,7 @@ def server(coordinator: str, listen: str, index: int | None, server_device: str,
 @_RESTARTS
 @_DELAY
 @_START
+@_QUIET_LOG
 @click.option("--advertise", cls=Option, callback=check_advertised, metavar="ADDRESS",
               help="With --colocate: address for others to connect to its server, HOST, HOST:PORT or tcp://HOST:PORT. The server "
               "listens at PORT, too.")  # fmt: skip
@@ -214,6 +243,7 @@ def worker(
     max_restarts: int,
     restart_delay: float,
     start_s: float,
+    quiet: bool,
     advertise: str | None,
 ) -> None:
     """Run one worker.
@@ -223,7 +253,7 @@ def worker(
     from roundtable.worker.joining import START_VARIABLE
     from roundtable.worker.tools.run_script import run_script
 
-    log_to_stderr()
+    log_to_stderr(quiet)
     os.environ[START_VARIABLE] = str(start_s)  # also the server's beside it
     with ExitStack() as beside:
         if colocate:

@@ -1,0 +1,61 @@
+"""What scripts print, as it comes into the workers' logs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+#: A line of this program's own log.
+_OURS = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ roundtable\b|error: ")
+#: Bytes that are read at once, at most.
+_MOST = 1 << 16
+
+
+class ScriptOutput:
+    """Reads what is new in the log of worker-0, or in all workers' logs. What this program logs itself is left out."""
+
+    def __init__(self, logs: Path, everybody: bool = False) -> None:
+        self._logs = logs
+        self._pattern = "worker-*.log" if everybody else "worker-0.log"
+        self._everybody = everybody
+        #: How far each file has been read, by name and inode: those that are there already are an earlier part's.
+        self._read = {(path.name, path.stat().st_ino): path.stat().st_size for path in logs.glob(self._pattern)}
+        self._partial: dict[str, bytes] = {}
+        self._in_traceback: set[str] = set()
+
+    def lines(self, at_end: bool = False) -> list[str]:
+        """Return the lines that have come since the last call; `at_end` also those without an end."""
+        found = []
+        for path in sorted(self._logs.glob(self._pattern)):
+            *whole, rest = (self._partial.pop(path.stem, b"") + self._new(path)).split(b"\n")
+            if at_end and rest:
+                whole, rest = [*whole, rest], b""
+            self._partial[path.stem] = rest
+            mark = f"{path.stem}: " if self._everybody else ""
+            found += [mark + one.decode("utf-8", "replace") for one in self._kept(path.stem, whole)]
+        return found
+
+    def _new(self, path: Path) -> bytes:
+        try:
+            with path.open("rb") as file:
+                key = path.name, path.stat().st_ino
+                file.seek(self._read.get(key, 0))
+                found = file.read(_MOST)
+        except OSError:
+            return b""
+        self._read[key] = self._read.get(key, 0) + len(found)
+        return found
+
+    def _kept(self, worker: str, lines: list[bytes]) -> list[bytes]:
+        """Return the script's own lines. The end of a script is told by the launcher, so its traceback stays in the log."""
+        kept = []
+        for one in lines:
+            text = one.rstrip(b"\r").rpartition(b"\r")[2]  # of a bar that is drawn again and again, its last state
+            if text.startswith(b"Traceback (most recent call last)"):
+                self._in_traceback.add(worker)
+            elif worker in self._in_traceback:
+                if not text.startswith(b" "):
+                    self._in_traceback.discard(worker)
+            elif not _OURS.match(text):
+                kept.append(text)
+        return kept

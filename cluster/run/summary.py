@@ -1,0 +1,60 @@
+"""The end of a run in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from roundtable.common.storage.event_log import some
+from roundtable.common.storage.run_files import MODEL_FILE
+
+_SHORT_SHA = 12
+
+
+def results_line(summary: Mapping[str, Any]) -> str:
+    """What came out of a run, in one line."""
+    if not summary["rounds"] and "weights_sha256" in summary and summary["weights_sha256"] is None:
+        return "no model was trained"
+    results = []
+    if summary.get("accuracy") is not None:
+        results.append(f"accuracy {summary['accuracy']:.1%}{_of(summary.get('accuracy_of'))}")
+    if summary.get("loss") is not None:
+        results.append(f"loss {summary['loss']:.4f}{_of(summary.get('loss_of'))}")
+    rounds = _count(summary["rounds"], "round")
+    if summary.get("merges") is not None:
+        rounds += f" in {_count(summary['merges'], 'merge')}"
+    before = summary.get("samples_before_resume", 0)
+    since = f", {summary['samples'] - before} of them since it went on," if before else ""
+    amounts = f"{rounds}, {summary['samples']} samples{since} in {summary['seconds']:.1f} s"
+    if summary.get("samples_per_second") is not None:
+        amounts += f" ({summary['samples_per_second']:.0f} samples/s)"
+    return ", ".join([*results, amounts])
+
+
+def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    """The end of a run in a few lines: what came out, and where it is."""
+    lines = [f"done: {results_line(summary)}"]
+    extra = {"micro_batches_recomputed": "computed twice", "dropped": "dropped"}
+    told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]
+    if told:
+        lines.append(", ".join(told))
+    if failed := summary.get("workers_failed"):
+        lines.append(f"went on without {some(failed)}")
+    for name, round_ in summary.get("left_early", {}).items():
+        lines.append(f"{name} left after round {round_}, as its script ended; others did what it had not done")
+    for name, why in summary.get("failed_after_the_last_round", {}).items():
+        lines.append(f"{name} failed after the last round, which changes nothing of the model: {why}")
+    if summary.get("weights_sha256"):
+        lines.append(f"weights_sha256 {summary['weights_sha256'][:_SHORT_SHA]}")
+    if (folder / MODEL_FILE).exists():
+        lines.append(f"the model is in {folder / MODEL_FILE}")
+    return lines
+
+
+def _of(what: str | None) -> str:
+    return f" ({what})" if what else ""
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
