@@ -203,7 +203,7 @@ def told_to_stop(*names: str) -> Harm:
             run.stop()
         code, out = run.end()
         assert code == 128 + signal.SIGTERM, f"exit code {code}"
-        assert "with a snapshot of round" in out and "goes on with" in out, out.strip().splitlines()[-1]
+        assert "with a checkpoint of round" in out and "; resume the run in" in out, out.strip().splitlines()[-1]
         return Cluster(run.folder, "--resume", "auto", "--config", run.folder / SETTINGS_FILE, "--run-dir", run.folder)
 
     return harm

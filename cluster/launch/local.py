@@ -303,8 +303,8 @@ class _Local:
         is_over = not coordinator or self._crew is None or self._signals.count > 1
         if self._stops_until is None and not is_over:
             stop_s = self._order.settings.stop_timeout
-            self._screen.say(f"{number.name}: the round in progress is ended and a snapshot made, in {stop_s:g} s at most; "
-                             "a second signal stops at once.")  # fmt: skip
+            self._screen.say(f"{number.name}: ending the round and making a checkpoint, in {stop_s:g} s at most; a second signal "
+                             "stops at once.")  # fmt: skip
             self._processes.start_no_more()
             self._stops_until = time.monotonic() + stop_s + _SERVERS_END_S
             with contextlib.suppress(ProcessLookupError):
@@ -331,7 +331,7 @@ class _Local:
         if child is None or child.code is None or child.code > 0 or not self._recoveries:
             return
         self._recoveries -= 1
-        self._screen.say(f"the coordinator {child.end()}; it is started again and goes on with the run.")
+        self._screen.say(f"the coordinator {child.end()}; restarting it.")
         child.command = _prepared(child.command, "recover")
         self._processes.again(child)
 

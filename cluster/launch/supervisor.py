@@ -136,7 +136,7 @@ class Supervisor:
     def _plan(self, child: Child, now: float) -> bool:
         """Have a child started again, if it has not been so too often; whether it is."""
         if child.respawns >= self._respawn.times:
-            self._say(f"{child.name} {child.end()}; it is not started again, as --max-restarts says.")
+            self._say(f"{child.name} {child.end()}; --max-restarts allows no more restarts.")
             return False
         pause_s = self._respawn.pause_s(child.respawns)
         self._say(f"{child.name} {child.end()}; {self._respawn.plan(child.respawns, pause_s)}.")
@@ -160,7 +160,7 @@ class Supervisor:
             return  # nobody is needed any more
         last = max(workers, key=lambda child: child.ended_at)
         if last.code:
-            raise ClusterError(f"no worker is left, and none is started again: {last.describe_end()}")
+            raise ClusterError(f"no worker is left, and none can be restarted: {last.describe_end()}")
         if any(child.code for child in workers) and now > last.ended_at + _END_S:
             raise ClusterError(f"no worker is left, and the run has not ended: see {last.log}.")
 

@@ -107,7 +107,7 @@ def resumed(
     found = _newest(folder)
     if found is None:
         raise UsageError(
-            f"the run in {folder} has no snapshot to go on from: it ended before its first, or had --checkpoint-every 0."
+            f"{folder} has no checkpoint to resume from: its run ended before the first one, or had --checkpoint-every 0."
         )
     checkpoint.check_versions(found, accept_versions)
     _check_end(folder, now, found.manifest.round)
@@ -132,12 +132,12 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
         return "recover"
     found = _newest(folder)
     if found is None:
-        say(f"begins the run in {folder} again: it had come to round {before.rounds} and had no snapshot")
+        say(f"starts the run in {folder} again: it had come to round {before.rounds} and had no checkpoint")
         return "resume"
     checkpoint.check_versions(found, accept_versions)
     _check_end(folder, choice, found.manifest.round)
     further = f", of the {before.rounds} that were done" if before.rounds > found.manifest.round else ""
-    say(f"resumes the run in {folder} from the snapshot of round {found.manifest.round}{further}")
+    say(f"resumes the run in {folder} from the checkpoint of round {found.manifest.round}{further}")
     return "resume"
 
 
@@ -149,10 +149,7 @@ def _take_up_finished(folder: Path, choice: Choice, before: Before, recovers: bo
     was = choose({}, str(folder / SETTINGS_FILE)).settings
     if (choice.settings.epochs, choice.settings.rounds) != (was.epochs, was.rounds):
         return None
-    say(
-        f"the run in {folder} has finished, and nothing is left to do: other --epochs or --rounds go on with it, and --overwrite "
-        "replaces it"
-    )
+    say(f"the run in {folder} has finished: give more --epochs or --rounds to train longer, or --overwrite to replace it")
     return "nothing"
 
 
@@ -164,13 +161,13 @@ def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
         old, new = getattr(before.settings, key), getattr(now.settings, key)
         if old != new and key not in _FREE:
             raise UsageError(
-                f"the run in {folder} has {key} = {old} and cannot go on with {new}: leave --{key.replace('_', '-')} as it was, "
-                "or begin a new run."
+                f"the run in {folder} has {key} = {old} and cannot be resumed with {new}: leave "
+                f"--{key.replace('_', '-')} out, or start a new run."
             )
         changed |= old != new
     if has_script and (before.script, before.args) != (now.script, now.args):
         told = " ".join([before.script or "the built-in example", *before.args])
-        raise UsageError(f"the run in {folder} is one of {told}: leave the script and its arguments out, or begin a new run.")
+        raise UsageError(f"the run in {folder} is one of {told}: leave the script and its arguments out, or start a new run.")
     return changed
 
 
@@ -178,7 +175,7 @@ def _newest(folder: Path) -> Snapshot | None:
     """The newest whole snapshot. Raises UsageError where there are some and none is whole."""
     found, problems = checkpoint.newest(folder)
     if found is None and problems:
-        raise UsageError(f"the run in {folder} has no snapshot to go on from: {' '.join(problems)}")
+        raise UsageError(f"{folder} has no checkpoint to resume from: {' '.join(problems)}")
     return found
 
 
@@ -205,11 +202,11 @@ def told_to_stop(number: int, folder: Path, command: Sequence[str], launch: str 
     with contextlib.suppress(UsageError):
         done = before.rounds if (before := look(folder)) is not None else 0
     newest = checkpoint.finished(folder)
-    saved = f"with a snapshot of round {checkpoint.round_of(newest[-1])}" if newest else "without a snapshot"
+    saved = f"with a checkpoint of round {checkpoint.round_of(newest[-1])}" if newest else "without a checkpoint"
     program = [sys.orig_argv[0], launch or sys.argv[0]]
     words = [*program, command[0], "--resume", str(folder), *command[1:]]
     if not newest:  # which --resume RUN would need
         place = ["--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
         words = [*program, command[0], "--resume", AUTO, *place, *command[1:]]
     name = signal.Signals(number).name
-    return f"stopped by {name} after {done} rounds, {saved}; the run in {folder} goes on with: {shlex.join(words)}"
+    return f"stopped by {name} after {done} rounds, {saved}; resume the run in {folder} with: {shlex.join(words)}"

@@ -21,4 +21,4 @@ class RestartPolicy:
 
     def plan(self, before: int, pause_s: float) -> str:
         """What is to come, in words."""
-        return f"it is started again in {pause_s:g} s ({before + 1} of {self.times} times)"
+        return f"restarting in {pause_s:g} s (restart {before + 1} of {self.times})"

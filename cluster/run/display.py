@@ -97,7 +97,7 @@ def _of_workers(progress: Progress, most: int) -> list[str]:
         return [_row(row, progress) for row in rows]
     odd = [row for row in rows if row.state == "starting" or _waits(row, progress)]
     well = [row for row in rows if row not in odd]
-    lines = [_well(well, progress), *(_row(row, progress) for row in odd)]
+    lines = [*([_well(well, progress)] if well else []), *(_row(row, progress) for row in odd)]
     return lines if len(lines) <= most else [*lines[: most - 1], f" and {len(lines) - most + 1} more that start or wait"]
 
 

@@ -219,14 +219,15 @@ def _news(event: Event) -> str | None:
             return f"warning: {event.data['text']}"
         case "lost":
             is_server = event.process.startswith("server")
-            then = "the others wait for another in its place" if is_server else "the others do what it has not done"
-            return f"{event.process} is lost: {event.data['why']}; {then}."
+            then = "waiting for its replacement" if is_server else "its work was reassigned"
+            return f"{event.process} died: {event.data['why']}; {then}."
         case "restarted":
-            return f"all processes begin anew, from the newest snapshot: {event.data['reason']}"
+            return f"restarting all processes from the newest checkpoint: {event.data['reason']}"
         case "waiting":
             return f"the run waits for {event.data['for']}."
         case "rolled back":
-            return f"the run goes on from round {event.data['to']}; {event.data['rounds']} rounds are computed again."
+            redone = f", redoing {event.data['rounds']} rounds" if event.data["rounds"] else ""
+            return f"resumed at round {event.data['to']}{redone}."
     return None
 
 

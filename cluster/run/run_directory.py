@@ -131,9 +131,9 @@ def kept(folder: Path) -> str:
     """What there is of a run in `folder` that is not to be removed unasked, as the beginning of a sentence; '' if nothing."""
     if (folder / SUMMARY_FILE).exists():
         return "a finished run: give"
-    goes_on = "give --resume auto to go on with it,"
+    goes_on = "give --resume auto to resume it,"
     if checkpoint.folders(folder):
-        return f"a run that has not finished, with snapshots: {goes_on}"
+        return f"an unfinished run, with checkpoints: {goes_on}"
     if not (folder / FILE_NAME).exists() or not (folder / FILE_NAME).stat().st_size:
         return ""
     try:
@@ -141,7 +141,7 @@ def kept(folder: Path) -> str:
             rounds = log.count_rounds()
     except sqlite3.Error:  # of which nobody knows what is in it
         return "a run whose books cannot be read: give"
-    return f"a run that has not finished, after {rounds} rounds: {goes_on}" if rounds else ""
+    return f"an unfinished run, after {rounds} rounds: {goes_on}" if rounds else ""
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:

@@ -95,7 +95,7 @@ def test_killed_workers_whose_data_others_load_and_none_of_which_is_started_agai
         os.kill(pid, signal.SIGKILL)
     code, lines = run.end(START_S)
     assert code == 1 and re.fullmatch(
-        r"error: no worker is left, and none is started again: worker-\d was killed by signal 9 \(SIGKILL\); its log is "
+        r"error: no worker is left, and none can be restarted: worker-\d was killed by signal 9 \(SIGKILL\); its log is "
         r"run/logs/worker-\d\.log\.",
         lines[-1],
     )
@@ -127,9 +127,9 @@ def test_a_script_that_raises_is_told_with_its_line_and_the_traceback_is_in_its_
 
 
 def test_a_mistake_in_a_setting_that_only_workers_can_see_is_one_sentence_without_traceback(start: Start, tmp_path: Path) -> None:
-    run = start(LAUNCH, "local", "--data", "digitz", "--workers", "1", "--servers", "1", "--run-dir", "run")
+    run = start(LAUNCH, "local", "--data", "digits", "--image", "3x5x5", "--workers", "1", "--servers", "1", "--run-dir", "run")
     code, lines = run.end(START_S)
-    assert code == 2 and lines[-1].startswith("error: worker-0 failed: there is no data source 'digitz'; there are ")
+    assert code == 2 and lines[-1].startswith("error: worker-0 failed: the images of 'digits' are 1x8x8: leave out --image")
     assert "Traceback" not in "".join(path.read_text() for path in (tmp_path / "run/logs").iterdir())
 
 
@@ -155,7 +155,7 @@ def test_a_run_on_a_terminal_shows_live_progress_and_leaves_the_terminal_as_it_w
     os.close(main)
     assert popen.wait(START_S) == 0
     text = shown.decode()
-    assert all(word in text for word in ("round 5/5", "samples/s", "loss", "waits for", "worker-1", "server-1"))
+    assert all(word in text for word in ("round 5/5", "epoch 1/1", "samples/s", "loss", "elapsed", "worker-1", "servers"))
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor was hidden, and is back
     assert text.rstrip().endswith("the model is in run/model.safetensors")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -186,11 +186,11 @@ def test_a_coordinator_a_server_and_a_worker_that_were_started_by_hand_work_toge
 @pytest.mark.slow
 def test_an_experiment_is_run_from_the_command_line_into_a_table_and_a_plot(start: Start, tmp_path: Path) -> None:
     (tmp_path / "e.toml").write_text(
-        "[settings]\ndata = 'digits'\nrounds = 3\nworkers = 1\nservers = 1\n[matrix]\noptimizer = ['SGD', 'SDG']\n"
+        "[settings]\ndata = 'digits'\nrounds = 3\nworkers = 1\nservers = 1\n[matrix]\nimage = ['1x8x8', '3x5x5']\n"
     )
     code, lines = start(LAUNCH, "experiment", "e.toml").end(2 * START_S)
     assert code == 1
-    assert lines[-1] == "error: 1 of 2 runs failed: SDG; runs/experiments/e/results.md says why."
+    assert lines[-1] == "error: 1 of 2 runs failed: 3x5x5; runs/experiments/e/results.md says why."
     table = (tmp_path / "runs/experiments/e/results.md").read_text()
-    assert "| SGD " in table and "torch.optim has no optimizer 'SDG'" in table
+    assert "| 1x8x8 " in table and "leave out --image" in table
     assert (tmp_path / "runs/experiments/e/results.png").stat().st_size > 10_000

@@ -37,7 +37,7 @@ def test_a_signal_to_the_launcher_or_its_group_stops_everything(stub: Stub, numb
     code, lines = run.end()
     assert code == 128 + number
     folder = lines[0].partition(": ")[0]
-    assert f"stopped by {number.name} after 0 rounds, without a snapshot; the run in {folder} goes on with: " in lines[-1]
+    assert f"stopped by {number.name} after 0 rounds, without a checkpoint; resume the run in {folder} with: " in lines[-1]
     assert "--resume auto" in lines[-1]
     run.leaves_nothing(set())
 
@@ -57,7 +57,7 @@ def test_a_server_that_is_killed_again_and_again_ends_the_run(stub: Stub) -> Non
     for count in range(4):
         os.kill(run.ready(ALL + count)["server-0"], signal.SIGKILL)
     code, lines = run.end()
-    assert (code, sum("it is started again in" in line for line in lines)) == (1, 3)
+    assert (code, sum("restarting in" in line for line in lines)) == (1, 3)
     assert lines[-1].startswith("error: server-0 was killed by signal 9 (SIGKILL); its log is ")
     run.leaves_nothing(set())
 
@@ -82,7 +82,7 @@ def test_a_coordinator_killed_with_9_is_started_again_but_not_for_ever(stub: Stu
         os.kill(pid, signal.SIGKILL)
     code, lines = run.end()
     assert code == 1
-    assert sum("the coordinator was killed by signal 9 (SIGKILL); it is started again" in line for line in lines) == 5
+    assert sum("the coordinator was killed by signal 9 (SIGKILL); restarting it" in line for line in lines) == 5
     assert lines[-1].startswith("error: coordinator was killed by signal 9 (SIGKILL); its log is ")
     run.leaves_nothing(set())
 
@@ -98,11 +98,11 @@ def test_a_worker_killed_with_9_is_started_again_as_often_as_is_allowed_and_then
     assert len({first["worker-1"], again, first["worker-0"], last}) == 4
     os.kill(last, signal.SIGKILL)
     code, lines = run.end()
-    told = [line for line in lines if "started again" in line]
-    assert told[0] == "worker-1 was killed by signal 9 (SIGKILL); it is started again in 0.05 s (1 of 1 times)."
-    assert "worker-1 was killed by signal 9 (SIGKILL); it is not started again, as --max-restarts says." in told
+    told = [line for line in lines if "restart" in line]
+    assert told[0] == "worker-1 was killed by signal 9 (SIGKILL); restarting in 0.05 s (restart 1 of 1)."
+    assert "worker-1 was killed by signal 9 (SIGKILL); --max-restarts allows no more restarts." in told
     assert code == 1
-    assert lines[-1].startswith("error: no worker is left, and none is started again: worker-0 was killed by signal 9 (SIGKILL)")
+    assert lines[-1].startswith("error: no worker is left, and none can be restarted: worker-0 was killed by signal 9 (SIGKILL)")
     run.leaves_nothing(set())
 
 

@@ -69,11 +69,11 @@ def test_a_coordinator_that_is_gone_for_less_than_the_others_wait_is_replaced_on
     folder = tmp_path / "r"
     make_run(folder, snapshot=27, idle_s=20)
     assert decide(folder) == ("recover", f"recovers the run in {folder}, which stopped 20 s ago at round 34")
-    resumes = f"resumes the run in {folder} from the snapshot of round 27, of the 34 that were done"
+    resumes = f"resumes the run in {folder} from the checkpoint of round 27, of the 34 that were done"
     assert decide(folder, recovers=False) == ("resume", resumes)  # all have ended with their launcher
     assert decide(folder, workers=5) == ("resume", resumes)
     make_run(tmp_path / "long", snapshot=34, idle_s=61)
-    assert decide(tmp_path / "long") == ("resume", f"resumes the run in {tmp_path / 'long'} from the snapshot of round 34")
+    assert decide(tmp_path / "long") == ("resume", f"resumes the run in {tmp_path / 'long'} from the checkpoint of round 34")
     make_run(tmp_path / "stopped", snapshot=27, stopped=True)
     assert decide(tmp_path / "stopped")[0] == "resume"
 
@@ -81,7 +81,7 @@ def test_a_coordinator_that_is_gone_for_less_than_the_others_wait_is_replaced_on
 def test_a_run_without_a_snapshot_begins_again_with_its_books(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     make_run(folder, stopped=True)
-    assert decide(folder) == ("resume", f"begins the run in {folder} again: it had come to round 34 and had no snapshot")
+    assert decide(folder) == ("resume", f"starts the run in {folder} again: it had come to round 34 and had no checkpoint")
     assert (folder / FILE_NAME).exists()
 
 
@@ -89,7 +89,7 @@ def test_a_finished_run_is_left_alone_until_it_is_to_be_replaced_or_to_go_on_for
     folder = tmp_path / "r"
     make_run(folder, snapshot=27, finished=True, idle_s=60)
     how, line = decide(folder)
-    assert how == "nothing" and "has finished, and nothing is left to do" in line
+    assert how == "nothing" and "has finished: give more --epochs or --rounds" in line
     assert decide(folder, overwrite=True)[0] == "begin"
     assert decide(folder, epochs=20)[0] == "resume"
     make_run(tmp_path / "now", finished=True)
@@ -100,7 +100,7 @@ def test_a_finished_run_is_left_alone_until_it_is_to_be_replaced_or_to_go_on_for
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"lr": 0.5}, "has lr = 0.02 and cannot go on with 0.5"),
+        ({"lr": 0.5}, "has lr = 0.02 and cannot be resumed with 0.5"),
         ({"rounds": 20}, "has done 27 rounds, and --rounds 20 is fewer"),
         ({"epochs": 2}, "has done 2.7 epochs, and --epochs 2 is fewer"),
     ],
@@ -123,7 +123,7 @@ def test_damaged_snapshots_are_told_of_and_not_begun_over(tmp_path: Path) -> Non
     folder = tmp_path / "r"
     make_run(folder, snapshot=27, stopped=True)
     (checkpoint.folder_of(folder, 27) / checkpoint.MANIFEST_FILE).write_text("{")
-    with pytest.raises(UsageError, match=r"no snapshot to go on from: .*cannot be read"):
+    with pytest.raises(UsageError, match=r"no checkpoint to resume from: .*cannot be read"):
         decide(folder)
 
 

@@ -159,7 +159,7 @@ def test_rounds_that_are_done_again_are_not_counted_twice_and_what_happened_is_s
     log.close()
     found = tracker.look()
     assert (found.rounds, found.samples) == (3, 192)
-    assert found.news == ["the run goes on from round 2; 3 rounds are computed again."]
+    assert found.news == ["resumed at round 2, redoing 3 rounds."]
 
 
 def test_where_there_is_no_terminal_a_line_comes_every_few_seconds_without_control_characters(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: S
 def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
     cluster(*TRAINING, "--checkpoint-every", 0, "--rounds", 5).summary()
     code, text = launch("local", "--resume", tmp_path / "run")
-    assert code == 2 and "no snapshot to go on from" in text
+    assert code == 2 and "no checkpoint to resume from" in text
     code, text = launch("local", "--resume", tmp_path / "nothing")
     assert code == 2 and "there is no run" in text
 

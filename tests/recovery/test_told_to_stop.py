@@ -56,7 +56,7 @@ def test_a_launchers_coordinator_that_is_told_to_stop_ends_the_run_which_goes_on
     run.until(lambda: trains(run), "training")
     run.signal("coordinator", number)
     code, out = run.end()
-    assert code == 128 + number and f"stopped by {number.name}" in out and "goes on with" in out, out
+    assert code == 128 + number and f"stopped by {number.name}" in out and "; resume the run in" in out, out
     assert resumed().summary()["weights_sha256"] == undisturbed and run.is_exact()
 
 
@@ -68,7 +68,7 @@ def test_all_processes_of_a_launcher_that_are_told_at_once_end_with_a_snapshot(
     for pid in [*run.pids().values(), run._popen.pid]:
         os.kill(pid, signal.SIGTERM)
     code, out = run.end()
-    assert code == 143 and "with a snapshot of round" in out, out
+    assert code == 143 and "with a checkpoint of round" in out, out
     assert resumed().summary()["weights_sha256"] == undisturbed and run.is_exact()
 
 
@@ -83,7 +83,7 @@ def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_sna
             for pid in reversed(run.pids().values()):  # the coordinator last, as container engines have it
                 os.kill(pid, signal.SIGTERM)
             code, out = run.end()
-            assert code == 143 and "with a snapshot of round" in out, out
+            assert code == 143 and "with a checkpoint of round" in out, out
             processes.poll()
             assert [child.code for child in processes.children] == [143] * 5
         finally:
