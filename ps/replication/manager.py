@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
 from roundtable.common.policies import Policy
@@ -25,14 +26,13 @@ from roundtable.common.protocol.messages.replication import (
     StatePart,
     StatePartAck,
 )
+from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.ps.params.state_part import Part
 from roundtable.ps.replication.primary_backup import Backup, Primary, remembered
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
 
-#: What announces the state of a shard: (shard, round, parts, rounds that the books may lack, and what classifiers lack).
-MakeHead = Callable[[int, int, int, list[RoundReplicated], ReplicateLayers | None], StateHeader]
 #: Makes the shard that is announced, and tells where its numbers are to go.
 MakeShard = Callable[[StateHeader], ShardState]
 
@@ -40,11 +40,12 @@ MakeShard = Callable[[StateHeader], ShardState]
 class ReplicationManager:
     """Of server `index`, where each shard is to have a copy."""
 
-    def __init__(self, index: int, settings: Settings, policy: Policy, head: MakeHead, shard: MakeShard) -> None:
+    def __init__(self, index: int, settings: Settings, policy: Policy, segments: Sequence[Segment], shard: MakeShard) -> None:
+        """`segments` are those of this server, which grow."""
         self._index = index
         self._settings = settings
         self._policy = policy
-        self._head, self._make_shard = head, shard
+        self._segments, self._make_shard = segments, shard
         #: What the keeper is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
         self._forwarder: Primary | None = None
         self._filed: list[RoundReplicated] = []
@@ -65,9 +66,10 @@ class ReplicationManager:
         """Whether there is a copy, or one on its way, that is to have all that is applied here."""
         return self._forwarder is not None
 
-    def begin(self, round_: int, parts: Sequence[Part], pending: ReplicateLayers | None) -> None:
+    def begin(self, setup: Setup, round_: int, parts: Sequence[Part], pending: ReplicateLayers | None) -> None:
         """Have a copy made of the state as of `round_`; `pending` as in State."""
-        self._forwarder = Primary(round_, Outgoing(self._head(self._index, round_, len(parts), self._filed, pending), parts))
+        header = StateHeader(self._index, round_, len(parts), setup, list(self._segments), list(self._filed), pending)
+        self._forwarder = Primary(round_, Outgoing(header, parts))
 
     @property
     def reads_rows(self) -> bool:
@@ -134,7 +136,8 @@ class ReplicationManager:
     def _hand_over(self, copy: Backup) -> None:
         if self._is_wanted and not copy.busy:
             version, filed, pending, parts = copy.hand_over()
-            self._handed_over = Outgoing(self._head(copy.server, version, len(parts), filed, pending), parts)
+            setup, segments = copy.head.setup, list(self._segments)
+            self._handed_over = Outgoing(StateHeader(copy.server, version, len(parts), setup, segments, filed, pending), parts)
             self._is_wanted = False
 
     # ---- events

@@ -6,17 +6,14 @@ from roundtable.common.config.settings import Settings, make_settings
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.storage.checkpoint import Snapshot
-from roundtable.ps.server.async_shard import AsyncShard
-from roundtable.ps.server.checkpoint_writer import Source, open_source
-from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.server.shard_host import ShardHost
+from roundtable.ps.shard.checkpoint_writer import Source, open_source
+from roundtable.ps.shard.context import ShardContext
 
 
-def make_shard(index: int, settings: Settings, source: Source | None = None) -> Shard:
-    """Make the shard of server `index`; it goes on from `source` once it is set up."""
-    policy = load(settings)
-    kind = SyncShard if policy.applies == "round" else AsyncShard
-    return kind(index, settings, policy, source)
+def make_host(index: int, settings: Settings, source: Source | None = None, returns: bool = False) -> ShardHost:
+    """Return what server `index` decides without a process around it; see ShardHost."""
+    return ShardHost(ShardContext(index, settings, load(settings)), source, returns)
 
 
 def hindrance(snapshot: Snapshot) -> str:
@@ -25,8 +22,8 @@ def hindrance(snapshot: Snapshot) -> str:
     try:
         settings = make_settings({**manifest.settings, "transport": "tcp"}, str(snapshot.folder))
         for index in range(manifest.servers):
-            shard = make_shard(index, settings, open_source(run_dir, manifest.round))
-            for answer in shard.handle("worker-0", manifest.setup, (), 0.0):
+            host = make_host(index, settings, open_source(run_dir, manifest.round))
+            for answer in host.handle("worker-0", manifest.setup, (), 0.0):
                 if isinstance(answer.body, Refused):
                     return f"{snapshot.folder} does not restore server-{index}: {answer.body.reason}"
     except Exception as error:  # whatever reading or torch objects to

@@ -17,6 +17,7 @@ import zmq
 from roundtable.common.config.settings import START_S
 from roundtable.common.network.addresses import advertised, as_told, await_route
 from roundtable.common.network.host_identity import here
+from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
 from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
@@ -65,10 +66,10 @@ from roundtable.common.runtime.signal_handlers import handled
 from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.ps.coordinator.state.failure_detector import FAR_S
-from roundtable.ps.server.checkpoint_writer import CheckpointWriter, open_source
 from roundtable.ps.server.kv_store import KvStore
-from roundtable.ps.server.restoring import make_shard
-from roundtable.ps.server.shard import Shard
+from roundtable.ps.server.shard_host import ShardHost
+from roundtable.ps.shard.checkpoint_writer import CheckpointWriter, open_source
+from roundtable.ps.shard.context import ShardContext
 
 log = logging.getLogger("roundtable.ps.server")
 
@@ -137,7 +138,7 @@ class _Server:
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         #: The signal that has told it to stop, if any, and when.
         self.told, self._told_at = 0, float("inf")
-        self._shard: Shard | None = None
+        self._shard: ShardHost | None = None
         self._writer: CheckpointWriter | None = None
         self._kv: KvStore | None = None
         self._refusals = Rejections(log)
@@ -213,11 +214,10 @@ class _Server:
     def _save(self) -> None:
         """Have a snapshot written that is due, and tell of one that is written."""
         assert self._shard is not None and self._writer is not None
-        if self._shard.capture is not None:
-            self._writer.start(self._shard.capture)
-            self._shard.capture = None
-        if (saved := self._writer.poll()) is not None:
-            self._do(self._shard.saved(saved))
+        if (data := self._shard.take_checkpoint()) is not None:
+            self._writer.start(data)
+        if (status := self._writer.poll()) is not None:
+            self._do(self._shard.written(status))
 
     def _finish_saving(self) -> None:
         """Called before tables change, for what a snapshot has of them is not a copy."""
@@ -228,7 +228,7 @@ class _Server:
     def _progress(self) -> tuple[int, int] | None:
         """What changes while something is trained here. Called by the watchdog's thread."""
         shard = self._shard
-        return (shard.version, self._handled + shard.done) if shard is not None and shard.segments else None
+        return (shard.version, self._handled + shard.done) if shard is not None and shard.plans.segments else None
 
     def _waits_for(self) -> str:
         shard = self._shard
@@ -263,7 +263,7 @@ class _Server:
             missing_later=shard.missing_later(),
             progress=shard.done,
             traffic=shard.traffic,
-            replicas_held=shard.keeps,
+            replicas_held=shard.backed_up,
             refused=refused,
             leaves=bool(self.told),
         )
@@ -332,7 +332,6 @@ class _Server:
         self._attendance.handle(body, now)
         welcome = self._attendance.welcome
         if self._shard is not None:
-            self._shard.coordinator = self._attendance.coordinator
             if isinstance(body, MembersLost):
                 self._lose(body, now)
             elif isinstance(body, ReportAck | CloseRound | AllNorms | RoundReady | Norms | TakeCheckpoint | SendModel):
@@ -345,16 +344,13 @@ class _Server:
             index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
             arm(welcome.process, run_dir)
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
-            self._shard = make_shard(index, welcome.settings, source)
-            self._shard.coordinator = self._attendance.coordinator
-            self._shard.device = self._device
-            self._shard.restoring = welcome.replaces
-            self._know(welcome.servers)
-            self._shard.before_tables_change = self._finish_saving
-            self._shard.breathe = self._breathe
             self._writer = writer = CheckpointWriter(index, run_dir)
-            self._shard.is_writing = lambda: writer.busy
-            self._shard.bytes_saved = lambda: writer.bytes
+            context = ShardContext(
+                index, welcome.settings, load(welcome.settings), self._device, lambda: self._attendance.coordinator,
+                self._breathe, self._finish_saving, lambda: writer.busy, lambda: writer.bytes,
+            )  # fmt: skip
+            self._shard = ShardHost(context, source, welcome.replaces)
+            self._know(welcome.servers)
             self._watchdog = Watchdog(welcome.settings.stack_dump_after, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)
 

@@ -67,7 +67,8 @@ from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.state.roster import number_of
 from roundtable.ps.server.server import _Server
-from roundtable.ps.server.shard import Shard
+from roundtable.ps.server.shard_host import ShardHost
+from roundtable.ps.shard.shard import Shard
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.layers.sharded_linear import ShardedLinear, sharded_cross_entropy
 from roundtable.worker.loop.contributor import Contributor
@@ -469,8 +470,8 @@ class World:
     def versions(self, run: str) -> list[int]:
         """Of the servers that take part in rounds of the run of that id."""
         servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive and p.server._stamp.run == run]
-        shards = [p.shard for p in servers if p.server._shard is not None]
-        return [shard.version for shard in shards if shard.chunks and not shard.restoring]
+        hosts = [p.host for p in servers if p.server._shard is not None]
+        return [h.version for h in hosts if not h.restoring and h.shard is not None and h.shard.model.chunks]
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
         """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
@@ -714,9 +715,14 @@ class ServerProcess(Process):
             self._end(self.away if self.server.told else 0.3)  # somebody starts it again
 
     @property
-    def shard(self) -> Shard:
+    def host(self) -> ShardHost:
         assert self.server._shard is not None
         return self.server._shard
+
+    @property
+    def shard(self) -> Shard:
+        assert self.host.shard is not None
+        return self.host.shard
 
     def _work(self) -> None:
         """What takes long, a little at a time."""
@@ -1209,24 +1215,26 @@ class Outcome:
     models: dict[str, dict[str, torch.Tensor]]
     ledger: Any
     log: RecordedLog
-    shards: list[Shard] = field(default_factory=list)
+    hosts: list[ShardHost] = field(default_factory=list)
     #: By parameter, the residuals of all workers together: gradients x samples.
     unsent: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def shards(self) -> list[Shard]:
+        return [host.shard for host in self.hosts if host.shard is not None]
+
     def table(self) -> torch.Tensor:
         """The rows that the servers hold."""
-        layout = self.shards[0].layout
-        assert layout is not None
+        layout = self.shards[0].model.layout
         out = torch.empty(layout.tables[0].rows, layout.tables[0].dim)
         owners = owner_of(torch.arange(len(out)), len(self.shards))
         for server, shard in enumerate(self.shards):
-            assert shard.tables is not None
-            out[owners == server] = shard.tables._tables[0]._values
+            out[owners == server] = shard.model.tables._tables[0]._values
         return out
 
     def head(self) -> torch.Tensor:
         """The rows of the sharded layer that the servers hold."""
-        held = [shard.classifiers for shard in self.shards if shard.classifiers is not None]
+        held = [shard.model.layers for shard in self.shards]
         for classifiers in held:
             classifiers.settle()
         return rows_of([classifiers._classifiers[0] for classifiers in held])
@@ -1308,9 +1316,9 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.replica.lazy_weights.sys": SimpleNamespace(
                 modules={}
             ),  # tests have torch's compiler, with which nothing is awaited
-            "roundtable.ps.server.sync_shard._PLANES": world.case.planes,
+            "roundtable.ps.updates.weight_versions.BUFFERS": world.case.planes,
             "roundtable.common.model.layout.CHUNK_BYTES": world.case.chunk_bytes,
-            "roundtable.ps.server.shard.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
+            "roundtable.ps.shard.weights_sender.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "roundtable.worker.client.push_pull.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.common.model.sparse_rows.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.common.model.row_pages.CHUNK_BYTES": world.case.chunk_bytes,
@@ -1397,8 +1405,8 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
                 whole = unsent.setdefault(name, torch.zeros(len(Model(case).get_parameter(name).view(-1))))
                 whole[start : start + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
-        shards = [_last_shard(world, number) for number in range(len(servers))]
-        outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, shards, unsent)
+        hosts = [_last_host(world, number) for number in range(len(servers))]
+        outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, hosts, unsent)
         if not until_snapshot:
             _check_file(outcome, coordinator.folder / MODEL_FILE)
         return outcome
@@ -1406,11 +1414,10 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
 
 def _check_file(outcome: Outcome, path: Path) -> None:
     """The model's file has what the servers have in the end."""
-    file, layout = load_file(path), outcome.shards[0].layout
-    assert layout is not None and file.keys() == Model(outcome.case).state_dict().keys()
+    file, layout = load_file(path), outcome.shards[0].model.layout
+    assert file.keys() == Model(outcome.case).state_dict().keys()
     for chunk in layout.chunks:
-        store = outcome.shards[chunk.server].store
-        assert store is not None
+        store = outcome.shards[chunk.server].model.dense
         for piece in chunk.pieces:
             spec = layout.tensors[piece.tensor]
             flat = file[spec.name].reshape(-1)
@@ -1431,11 +1438,11 @@ def _newest_of(world: World, number: int) -> ServerProcess:
     return newest
 
 
-def _last_shard(world: World, number: int) -> Shard:
+def _last_host(world: World, number: int) -> ShardHost:
     """Of the last process that had it: nobody needs it any more if that one died after the model had been written."""
     place = f"server-{number}"
-    those = [p.shard for p in world.processes.values() if p.place == place and isinstance(p, ServerProcess) and p.server._shard]
-    return next((shard for shard in reversed(those) if shard.store is not None and not shard.restoring), those[-1])
+    those = [p.host for p in world.processes.values() if p.place == place and isinstance(p, ServerProcess) and p.server._shard]
+    return next((host for host in reversed(those) if host.shard is not None and not host.restoring), those[-1])
 
 
 def _is_settled(world: World) -> bool:

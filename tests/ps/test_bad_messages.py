@@ -47,8 +47,8 @@ from roundtable.common.protocol.tickets import seal
 from roundtable.common.protocol.transport import Stamp
 from roundtable.common.runtime.errors import ClusterError, PsError, WireError
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.server.async_shard import AsyncShard
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.server.restoring import make_host
+from roundtable.ps.updates.sync_shard import SyncShard
 
 PACES = (Pace(), Pace(0.15))
 CASES = {
@@ -185,16 +185,15 @@ def fingerprint(process: Process) -> Any:
         return str((members, c.membership.tables, vars(ledger), model))
     assert isinstance(process, ServerProcess)
     shard, server = process.shard, process.server
-    store = shard.store
-    weights = [part.master.numpy().tobytes() for part in store._parts.values()] if store is not None else []
-    parts = store._parts.values() if store is not None else ()
+    parts = shard.model.dense._parts.values()
+    weights = [part.master.numpy().tobytes() for part in parts]
     states = [str(list(optimizer.state.values())) for part in parts for optimizer in part.optimizers.values()]
-    early = {who: {key: sorted(e.values) for key, e in held.items()} for who, held in shard._early.items()}
-    rest = {name: str(vars(shard).get(name)) for name in
-            ("_version", "_slowest", "_sums", "_leaves", "_filed", "_next", "_hypers", "_closed", "_applied", "segments",
-             "waiters", "_asked_for", "_regions", "_news", "_rounds", "_setup", "_counted", "_metrics",
-             "_seen", "_means", "_norms")}  # fmt: skip
-    copy = getattr(shard, "_copy", None)
+    early = {who: {key: sorted(e.values) for key, e in held.items()} for who, held in shard._tentative.kept.items()}
+    rest = [str(vars(part)) for part in (shard._reports, shard._plans, shard.sender, shard._validator)]
+    rest.append(str({name: vars(shard).get(name) for name in ("_slowest", "_applied", "_counted", "_metrics", "_left_out")}))
+    if isinstance(shard, SyncShard):
+        rest.append(str((vars(shard.round), shard.versions.newest)))
+    copy = process.host._replication._copy if process.host._replication is not None else None
     kept = (copy.version, {n: (sorted(r.means), r.filed) for n, r in copy._rounds.items()}) if copy is not None else None
     return weights, states, early, rest, kept, server._routes, server._tickets, str(vars(server._kv))
 
@@ -294,7 +293,7 @@ def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str
         [TableSpec("t", 10, 3, 0, 0.1)],
     )
     values = Settings(policy=policy)  # type: ignore[arg-type]
-    shard = (SyncShard if policy == "sync" else AsyncShard)(0, values, load(values))
+    host = make_host(0, values)
     ledger = Ledger(values, load(values))
     stamp = Stamp("worker-0", "", 0, 1)
     for _ in range(3):
@@ -310,12 +309,11 @@ def test_a_model_that_cannot_be_is_refused_and_the_next_one_is_taken(policy: str
             continue
         assert isinstance(body, Setup)
         with contextlib.suppress(WireError):
-            shard.handle("worker-0", body, (), 0.0)
+            host.handle("worker-0", body, (), 0.0)
         ledger.set_up(body)
-    if shard._setup is None:
-        assert (shard.store, shard.tables, shard.layout, shard.chunks) == (None, None, None, {})
-        shard.handle("worker-0", set_up, (), 0.0)
-        assert shard.store is not None
+    if host.shard is None:
+        host.handle("worker-0", set_up, (), 0.0)
+        assert host.shard is not None
 
 
 @pytest.mark.parametrize(("to", "kind"), [("server-0", b"Push"), ("server-1", b"Pull"), ("coordinator", b"Heartbeat")])
@@ -391,10 +389,10 @@ def test_what_workers_are_told_does_not_let_them_speak_for_a_server_or_for_each_
 def test_a_worker_cannot_have_a_servers_report_forgotten() -> None:
     with running(CASES["sync"], 1.0) as world:
         server: Any = world.processes["server-0"]
-        server.shard._report = Report(5, 1)
+        server.host.reports._under_way = Report(5, 1)
         number = server.server._tickets["worker-1"]
         deliver(world, "worker-1", "server-0", forged(world, "worker-1", "server-0", ReportAck(5), number))
-        assert server.shard._report == Report(5, 1) and refused(server) == 1
+        assert server.host.reports._under_way == Report(5, 1) and refused(server) == 1
 
 
 def test_a_plan_of_one_who_has_done_nothing_is_no_plan_and_servers_take_none_that_was_not_agreed_to() -> None:
@@ -416,7 +414,7 @@ def test_a_plan_of_one_who_has_done_nothing_is_no_plan_and_servers_take_none_tha
         counted, known = refused(server), answers[0][1].ticket
         for plan in (Plan(more), Plan(more, 1), Plan(more, known), Plan(more, seal(b"", more))):
             deliver(world, "late", "server-0", [Stamp(late.name, run, 0, known).encode(plan)])
-        assert refused(server) == counted + 4 and server.shard.segments == [before]
+        assert refused(server) == counted + 4 and server.host.plans.segments == [before]
         number = membership.members["worker-1"].incarnation
         deliver(world, "worker-1", "coordinator", [Stamp("worker-1", run, 0, number).encode(Plan(more))])
         assert ledger.segments == [before, more]  # one who was there from the start may

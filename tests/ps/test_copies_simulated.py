@@ -25,12 +25,15 @@ from test_rounds_simulated import (
 )
 
 from roundtable.common.config.settings import Settings
-from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import AllNorms, CloseRound
+from roundtable.common.protocol.messages.replication import StateHeader
+from roundtable.common.protocol.messages.setup import Setup, Update
+from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.ps.coordinator.coordinator import Coordinator
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.server.restoring import make_host
+from roundtable.ps.updates.sync_shard import SyncShard
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -57,22 +60,20 @@ def check(outcome: Outcome) -> None:
 
 def check_copies(outcome: Outcome) -> None:
     """Every copy that is whole holds the bits of its shard."""
-    for shard, keeper in zip(outcome.shards, [*outcome.shards[1:], *outcome.shards[:1]], strict=True):
-        assert isinstance(keeper, SyncShard) and keeper._neighbours is not None
-        copy = keeper._neighbours._copy
+    for shard, host in zip(outcome.shards, [*outcome.hosts[1:], *outcome.hosts[:1]], strict=True):
+        assert host._replication is not None
+        copy = host._replication._copy
         if copy is None or not copy.whole:
             continue  # it was on its way to a keeper in the place of another when the run ended
         assert not copy.busy and copy.version == shard.version
-        assert shard.store is not None and shard.tables is not None
-        for chunk in shard.chunks:
-            assert torch.equal(copy._store.master(chunk), shard.store.master(chunk))
-        for mine, its in zip(copy._tables._tables, shard.tables._tables, strict=True):
+        for chunk in shard.model.chunks:
+            assert torch.equal(copy._store.master(chunk), shard.model.dense.master(chunk))
+        for mine, its in zip(copy._tables._tables, shard.model.tables._tables, strict=True):
             assert torch.equal(mine._values, its._values)
             assert all(torch.equal(mine._state[key], state) for key, state in its._state.items())
-        assert shard.classifiers is not None
-        shard.classifiers.settle()
+        shard.model.layers.settle()
         copy._classifiers.settle()
-        for one, other in zip(copy._classifiers._classifiers, shard.classifiers._classifiers, strict=True):
+        for one, other in zip(copy._classifiers._classifiers, shard.model.layers._classifiers, strict=True):
             assert torch.equal(one.read(torch.arange(len(one._values))), other.read(torch.arange(len(one._values))))
             assert all(torch.equal(one._state[key], state) for key, state in other._state.items())
 
@@ -120,10 +121,12 @@ def test_one_that_is_killed_once_all_workers_have_left_and_before_it_has_told_of
 @pytest.mark.parametrize("decision", [AllNorms(0, [(0, 0, 1.0)]), CloseRound(0, [0])])
 def test_what_was_decided_for_the_server_before_is_no_business_of_one_that_waits_for_its_shard(decision: Body) -> None:
     settings = Settings(servers=2, replicas=1)
-    shard = SyncShard(1, settings, load(settings))
-    shard.restoring = True
-    assert shard.handle(COORDINATOR, decision, (), 0.0) == []
-    assert shard._norms is None and shard._closed is None
+    host = make_host(1, settings, returns=True)
+    assert host.handle(COORDINATOR, decision, (), 0.0) == []
+    host._make_again(StateHeader(1, 0, 1, Setup([TensorSpec("w", [4], "float32", 0)], Update("SGD", [{"lr": 0.1}])), []))
+    assert isinstance(host.shard, SyncShard)
+    assert host.handle(COORDINATOR, decision, (), 0.0) == []
+    assert host.shard.round.norms is None and host.shard.round.decided is None
 
 
 @some

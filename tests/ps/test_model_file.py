@@ -33,9 +33,8 @@ from roundtable.ps.coordinator.results import ModelFile, rules_in
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.model_collection import ModelCollection
 from roundtable.ps.model_parts import parts_on, sizes, spans
-from roundtable.ps.server.async_shard import AsyncShard
-from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.server.restoring import make_host
+from roundtable.ps.server.shard_host import ShardHost
 from roundtable.ps.validation import check_file
 from roundtable.worker.layers.sharded_linear import OnServers, find_layers
 from roundtable.worker.layers.sparse_embedding import find_tables
@@ -70,7 +69,7 @@ class Network(nn.Module):
         self.register_buffer("scratch", torch.ones(9), persistent=False)
 
 
-def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, list[Shard]]:
+def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, list[ShardHost]]:
     """A model, and servers that have its first weights."""
     settings = Settings(workers=1, servers=servers, policy=policy, transport="tcp")  # type: ignore[arg-type]
     model = Network()
@@ -83,13 +82,12 @@ def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, li
     file = file_of(model, [*replica.tensors, *on_servers], replica.specs)
     layout = replica.layout
     setup = Setup(replica.specs, Update("SGD", [{"lr": 0.1}]), layout.tables, layout.classifiers, file)
-    kind = SyncShard if policy == "sync" else AsyncShard
-    shards: list[Shard] = [kind(server, settings, load(settings)) for server in range(servers)]
+    shards = [make_host(server, settings) for server in range(servers)]
     for shard in shards:
         shard.handle("worker-0", setup, (), 0.0)
     first = {chunk.id: replica.first_weights(chunk.id) for chunk in layout.chunks}
     for shard in shards:
-        for ids in message_batches(shard.chunks, lambda i: len(first[i])):
+        for ids in message_batches([chunk.id for chunk in layout.on(shard.index)], lambda i: len(first[i])):
             shard.handle("worker-0", InitialWeights(ids), [first[i] for i in ids], 0.0)
     for number, spec in enumerate([*layout.tables, *layout.classifiers]):
         whole = _whole(model, number)
@@ -108,7 +106,7 @@ def _whole(model: Network, number: int) -> torch.Tensor:
     return torch.cat([layer.weight.detach(), *bias], 1)
 
 
-def deliver(shards: Sequence[Shard], asked: Sequence[tuple[int, SendModel]]) -> list[tuple[int, ModelPart, Sequence[Any]]]:
+def deliver(shards: Sequence[ShardHost], asked: Sequence[tuple[int, SendModel]]) -> list[tuple[int, ModelPart, Sequence[Any]]]:
     """What servers answer."""
     out = []
     for server, body in asked:

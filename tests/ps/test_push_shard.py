@@ -16,12 +16,11 @@ from simulation import schedules
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
-from roundtable.common.policies import load
 from roundtable.common.protocol.messages.commit import Contribution, Report
 from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, Weights
 from roundtable.common.protocol.messages.setup import InitialWeights, Plan, Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
-from roundtable.ps.server.async_shard import AsyncShard
+from roundtable.ps.server.restoring import make_host
 
 MICRO, COUNT, ROUNDS = 2, 3, 6  # samples of a micro-batch, micro-batches of a round, rounds
 LAMBDA = 0.7
@@ -40,7 +39,7 @@ def rate(round_: int) -> float:
 class Server:
     def __init__(self, **settings: Any) -> None:
         chosen = Settings(policy="async", workers=4, servers=1, global_batch=MICRO * COUNT, micro_batch=MICRO, **settings)
-        self.shard = AsyncShard(0, chosen, load(chosen))
+        self.host = make_host(0, chosen)
         self.plan = make_segment(
             before=None, samples=MICRO * COUNT * ROUNDS, global_batch=MICRO * COUNT, micro_batch=MICRO, epochs=1, round_limit=None
         )
@@ -49,7 +48,7 @@ class Server:
         self.say("worker-0", InitialWeights([0, 1, 2]), [to_frame(tensor) for tensor in FIRST])
 
     def say(self, sender: str, body: Any, frames: Any = ()) -> list[Any]:
-        return self.shard.handle(sender, body, frames, 0.0)
+        return self.host.handle(sender, body, frames, 0.0)
 
     def pull(self, sender: str, clock: int, number: int) -> tuple[int, list[torch.Tensor]]:
         """The version, and the tensors."""
@@ -64,11 +63,11 @@ class Server:
         return version, [found[chunk] for chunk in range(len(TENSORS))]
 
     def master(self, chunk: int) -> torch.Tensor:
-        assert self.shard.store is not None
-        return self.shard.store.master(chunk)
+        assert self.host.shard is not None
+        return self.host.shard.model.dense.master(chunk)
 
     def books(self) -> list[Contribution]:
-        report = next(effect.body for effect in self.shard.tick(1e6) if isinstance(effect.body, Report))
+        report = next(effect.body for effect in self.host.tick(1e6) if isinstance(effect.body, Report))
         return report.contributions
 
 
@@ -126,7 +125,7 @@ def test_one_that_another_worker_ends_is_whose_part_came_first_and_a_duplicate_o
         server.say("worker-1", *part)
     rows = server.books()
     assert [(row.lo, row.worker, row.outcome) for row in rows] == [(0, "worker-0", "committed"), (0, "worker-1", "duplicate")]
-    assert server.shard.missing() == [1, 2]
+    assert server.host.missing() == [1, 2]
 
 
 @schedules(40)

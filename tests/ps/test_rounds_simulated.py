@@ -19,8 +19,8 @@ from simulation import HEAD, Case, Model, Network, Outcome, Pace, World, same, s
 
 from roundtable.common.config.batch_plan import Task
 from roundtable.common.config.settings import Settings
-from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.shard.shard import Shard
+from roundtable.ps.updates.sync_shard import SyncShard
 from roundtable.worker.merge.greedy_soup import GreedySoup
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the plain loops need the bits of the workers
@@ -117,7 +117,7 @@ def check_books(outcome: Outcome) -> None:
     assert len(counted) == totals.micro_batches_committed
     assert len(dropped) == totals.dropped
     # on every server too: what is left there is nothing but the end
-    assert {shard.version for shard in outcome.shards if shard.chunks} == {totals.rounds}
+    assert {shard.version for shard in outcome.shards if shard.model.chunks} == {totals.rounds}
 
 
 def check_same_everywhere(outcome: Outcome) -> None:
@@ -125,11 +125,10 @@ def check_same_everywhere(outcome: Outcome) -> None:
     first, *others = outcome.models.values()
     assert all(same(first, other) for other in others)
     for shard in outcome.shards:
-        for chunk in shard.chunks.values():
-            assert shard.store is not None and shard.layout is not None
+        for chunk in shard.model.chunks.values():
             held = weights_of(shard, chunk.id)
             for piece in chunk.pieces:
-                spec = shard.layout.tensors[piece.tensor]
+                spec = shard.model.layout.tensors[piece.tensor]
                 tensor = first[spec.name].reshape(-1)
                 tensor = tensor.view(torch.uint8) if spec.is_bytes else tensor
                 assert torch.equal(
@@ -139,18 +138,16 @@ def check_same_everywhere(outcome: Outcome) -> None:
 
 def weights_of(shard: Shard, chunk: int) -> torch.Tensor:
     """A chunk's newest weights as workers get them."""
-    assert shard.store is not None and shard.planes is not None
     if isinstance(shard, SyncShard):
-        return shard._weights_of(shard.version, chunk)
-    return shard.store.publish(chunk)
+        return shard.versions.of(shard.version, chunk)
+    return shard.model.dense.publish(chunk)
 
 
 def check_close_to_masters(outcome: Outcome, at_most: float) -> None:
     """The weights that workers have are those that the servers keep, but for rounding."""
     for shard in outcome.shards:
-        assert shard.store is not None
-        for chunk in shard.chunks:
-            torch.testing.assert_close(weights_of(shard, chunk), shard.store.master(chunk), rtol=at_most, atol=at_most)
+        for chunk in shard.model.chunks:
+            torch.testing.assert_close(weights_of(shard, chunk), shard.model.dense.master(chunk), rtol=at_most, atol=at_most)
 
 
 def check_counted_once(outcome: Outcome) -> None:

@@ -31,7 +31,6 @@ from roundtable.common.model.sparse_rows import (
     split,
 )  # fmt: skip
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.commit import CloseRound
 from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
@@ -41,9 +40,8 @@ from roundtable.common.protocol.messages.setup import Accepted, InitialWeights, 
 from roundtable.common.protocol.model_spec import TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.embedding import RowTables
-from roundtable.ps.server.async_shard import AsyncShard
-from roundtable.ps.server.shard import Shard
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.server.restoring import make_host
+from roundtable.ps.server.shard_host import ShardHost
 
 DIM = 5
 ROWS = 300
@@ -255,20 +253,21 @@ def test_questions_for_rows_that_are_not_here_are_refused(pull: RowPull, ids: li
 # ---- contributions to servers
 
 
-def shard(policy: str, index: int = 0, servers: int = 2, tensors: bool = True, std: float | None = 0.1) -> tuple[Shard, Layout]:
+def shard(
+    policy: str, index: int = 0, servers: int = 2, tensors: bool = True, std: float | None = 0.1
+) -> tuple[ShardHost, Layout]:
     """A server of a run of rounds of 4 micro-batches of 2 samples, with a table and a chunk (on server 0)."""
     settings = Settings(servers=servers, global_batch=8, micro_batch=2, policy=policy, transport="tcp")  # type: ignore[arg-type]
-    rules = load(settings)
-    one = (SyncShard if rules.applies == "round" else AsyncShard)(index, settings, rules)
+    one = make_host(index, settings)
     specs = [TensorSpec("w", [3], "float32", 0)] if tensors else []
     group = {"lr": 0.1, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False}
     one.handle("worker-0", Setup(specs, Update("SGD", [group]), [TableSpec("table", ROWS, DIM, 0, std)]), [], 0.0)
-    if one.chunks:
+    assert one.shard is not None
+    if one.shard.model.chunks:
         one.handle("worker-0", InitialWeights([0]), [to_frame(torch.zeros(3))], 0.0)
     segment = make_segment(before=None, samples=8, global_batch=8, micro_batch=2, epochs=9, round_limit=None)
     one.handle("worker-0", Plan(segment), [], 0.0)
-    assert one.layout is not None
-    return one, one.layout
+    return one, one.shard.model.layout
 
 
 def bodies(sends: list[Send]) -> list[Any]:
@@ -276,7 +275,7 @@ def bodies(sends: list[Send]) -> list[Any]:
 
 
 def push_rows(
-    one: Shard, round_: int, lo: int, hi: int, sender: str = "worker-0", scale: float = 1.0, finite: bool = True
+    one: ShardHost, round_: int, lo: int, hi: int, sender: str = "worker-0", scale: float = 1.0, finite: bool = True
 ) -> list[Any]:
     """Rows lo..hi-1, all on server 0 (or none, on server 1)."""
     part = rows_of(range(lo, hi) if one.index == 0 else [], 5)
@@ -284,14 +283,15 @@ def push_rows(
     return bodies(one.handle(sender, body, cut_sums([RowSum(part.ids, part.values * scale)]), 1.0))
 
 
-def push_chunk(one: Shard, round_: int, lo: int, hi: int) -> list[Any]:
-    chunks = sorted(one.chunks)
+def push_chunk(one: ShardHost, round_: int, lo: int, hi: int) -> list[Any]:
+    assert one.shard is not None
+    chunks = sorted(one.shard.model.chunks)
     metrics = {} if one.index == 0 else None
     body = Push(round_, lo, hi, 2 * (hi - lo), hi - lo, chunks, [1] * len(chunks), metrics=metrics)
     return bodies(one.handle("worker-0", body, [to_frame(torch.ones(3)) for _ in chunks], 1.0))
 
 
-def rows_at(one: Shard, version: int, ids: Sequence[int]) -> torch.Tensor:
+def rows_at(one: ShardHost, version: int, ids: Sequence[int]) -> torch.Tensor:
     wanted = torch.tensor(ids, dtype=torch.int64)
     (sent,) = one.handle("worker-0", RowPull(7, 0, version, len(ids)), cut(wanted), 2.0)
     assert isinstance(sent.body, Rows) and sent.body.number == 7 and sent.to == "worker-0"
@@ -330,7 +330,7 @@ def test_what_is_not_finite_drops_a_round_of_backup_only_where_it_counts(counts:
 
 def test_a_server_that_none_of_the_rows_are_on_takes_part_all_the_same() -> None:
     one, layout = shard("sync", index=1, tensors=False)
-    assert layout.owners() == [0, 1] and not one.chunks
+    assert layout.owners() == [0, 1] and one.shard is not None and not one.shard.model.chunks
     assert one.handle("worker-0", Pull(1, 1), [], 0.0) == []
     push_chunk(one, 0, 0, 4)
     assert one.missing() == [0, 1, 2, 3]
@@ -419,8 +419,8 @@ def test_pushes_that_do_not_fit_change_nothing() -> None:
 
 def test_other_tables_than_the_first_workers_are_refused_with_a_sentence() -> None:
     one, _ = shard("sync")
-    assert one._setup is not None
-    known = one._setup[0]
+    assert one.shard is not None
+    known = one.shard.model.setup
     other = Setup(known.tensors, known.update, [TableSpec("table", ROWS + 1, DIM, 0, 0.1)])
     (answer,) = bodies(one.handle("worker-1", other, [], 0.0))
     assert isinstance(answer, Refused) and "worker-1's row-sparse tables are not worker-0's" in answer.reason

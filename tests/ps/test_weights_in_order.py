@@ -10,12 +10,11 @@ import torch
 from roundtable.common.config.batch_plan import make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.tensor_bytes import to_frame
-from roundtable.common.policies import load
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.gradients import Pull, Push, Weights, WeightsCredit
 from roundtable.common.protocol.messages.setup import InitialWeights, Plan, Setup, Update
 from roundtable.common.protocol.model_spec import TensorSpec
-from roundtable.ps.server.sync_shard import SyncShard
+from roundtable.ps.server.restoring import make_host
 
 TENSORS = [TensorSpec(f"t{n}", [20_000], "float32", 0) for n in range(4)]  # each is a chunk
 
@@ -23,7 +22,7 @@ TENSORS = [TensorSpec(f"t{n}", [20_000], "float32", 0) for n in range(4)]  # eac
 class Server:
     def __init__(self) -> None:
         settings = Settings(workers=2, servers=1, global_batch=4, micro_batch=2)
-        self.shard = SyncShard(0, settings, load(settings))
+        self.host = make_host(0, settings)
         self.say("worker-0", Setup(TENSORS, Update("SGD", [{"lr": 0.1}])))
         self.say(
             "worker-0", Plan(make_segment(before=None, samples=4, global_batch=4, micro_batch=2, epochs=1, round_limit=None))
@@ -34,7 +33,7 @@ class Server:
         self, sender: str, body: Setup | Plan | InitialWeights | Push | Pull | WeightsCredit, frames: int = 0
     ) -> list[list[int]]:
         """The chunks of each message with weights that comes of it."""
-        effects = self.shard.handle(sender, body, [to_frame(torch.ones(20_000))] * frames, 0.0)
+        effects = self.host.handle(sender, body, [to_frame(torch.ones(20_000))] * frames, 0.0)
         return list(chunks_in(effects))
 
     def push(self, worker: int, chunk: int) -> list[list[int]]:

@@ -91,7 +91,8 @@ def test_who_is_taken_for_dead_and_goes_on_is_fenced_and_joins_as_another(policy
     assert outcome.world.fenced == 1
     assert [event.process for event in outcome.log.events if event.kind == "lost"] == ["worker-1"]
     assert outcome.world.processes["worker-2"].run.name == "worker-2"  # type: ignore[attr-defined]
-    assert all(shard.lost == {"worker-1"} and "worker-1" not in shard.waiters for shard in outcome.shards)
+    assert all(host.lost == {"worker-1"} for host in outcome.hosts)
+    assert all("worker-1" not in shard.sender.waiting for shard in outcome.shards)
     check(outcome)
 
 
@@ -118,7 +119,7 @@ def test_a_script_that_breaks_off_has_left_and_others_do_the_rest(policy: str, w
     (left,) = [event.data for event in outcome.log.events if event.kind == "left" and event.process == f"worker-{who}"]
     (warning,) = [event.data["text"] for event in outcome.log.events if event.kind == "warning"]
     assert warning.startswith(f"worker-{who} left after round {left['round']} of 12, as its script ended; others")
-    assert all(shard.lost == {f"worker-{who}"} for shard in outcome.shards)
+    assert all(host.lost == {f"worker-{who}"} for host in outcome.hosts)
     assert outcome.world.coordinator.summary.made()["left_early"] == {f"worker-{who}": left["round"]}
     check(outcome)
 
@@ -154,7 +155,7 @@ def short(paces: list[Pace], **more: Any) -> Case:
 def test_who_is_cut_off_from_a_server_is_given_up_and_others_do_what_it_had() -> None:
     outcome = simulate(short([Pace(0.1), Pace(0.1, fails_s=0.5, finds_no_server=True)]))
     assert [event.data["why"] for event in outcome.log.events if event.kind == "lost"] == ["worker-1 failed: nothing came."]
-    assert all(shard.lost == {"worker-1"} for shard in outcome.shards)
+    assert all(host.lost == {"worker-1"} for host in outcome.hosts)
     check(outcome)
 
 

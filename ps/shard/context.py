@@ -1,0 +1,83 @@
+"""What a shard is given by its server, and the plans that all parts of a shard look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from roundtable.common.config.batch_plan import Round, Segment
+from roundtable.common.config.settings import Settings
+from roundtable.common.policies import Policy
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages.session import Refused
+from roundtable.common.protocol.messages.setup import PlanReply
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps import differences
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ShardContext:
+    """What a shard needs of the server process that it is in."""
+
+    index: int
+    settings: Settings
+    policy: Policy
+    #: Where sharded layers are computed.
+    device: torch.device = _CPU
+    #: Return the incarnation of the coordinator whose word counts.
+    coordinator: Callable[[], int] = lambda: 0
+    #: Give a sign of life in the middle of what takes long.
+    breathe: Callable[[], None] = lambda: None
+    #: Block until no checkpoint is being written any more.
+    finish_writing: Callable[[], None] = lambda: None
+    is_writing: Callable[[], bool] = lambda: False
+    #: Return how many bytes of checkpoints were written so far.
+    bytes_written: Callable[[], int] = lambda: 0
+
+
+class Progress:
+    """Steps of what takes long: pieces of a checkpoint that are read, and chunks that are updated."""
+
+    def __init__(self, breathe: Callable[[], None]) -> None:
+        self.steps = 0
+        self._breathe = breathe
+
+    def step(self) -> None:
+        """Count a step, and give a sign of life."""
+        self.steps += 1
+        self._breathe()
+
+
+class Plans:
+    """The segments that workers have agreed on."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+
+    def agree(self, sender: str, segment: Segment) -> Send:
+        """Return the answer to a worker's plan. The first worker defines a segment, and others have to have the same."""
+        if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
+            self.segments.append(segment)
+        elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
+            return Send(sender, Refused("Plan", differences.of_plans(self.segments, "another worker", segment, sender)))
+        return Send(sender, PlanReply(segment.index))
+
+    @property
+    def end(self) -> int:
+        """Return the first round that no plan knows yet."""
+        return self.segments[-1].end if self.segments else 0
+
+    def has(self, round_: int) -> bool:
+        """Return True if a plan knows the round."""
+        return any(segment.first_round <= round_ < segment.end for segment in self.segments)
+
+    def round(self, index: int) -> Round:
+        """Return the plan of a round. Raises WireError for a round that no plan knows."""
+        for segment in reversed(self.segments):
+            if segment.first_round <= index < segment.end:
+                return segment.round(index)
+        raise WireError(f"no plan knows round {index}")

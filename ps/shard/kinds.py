@@ -1,0 +1,157 @@
+"""Kinds of parameters beside chunks. A push of a message type of its own contributes to all parameters of a kind at once.
+
+A round files contributions by number: those to chunks by the chunk's, all others by the numbers here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from roundtable.common.model.layout import Layout
+from roundtable.common.model.sparse_rows import RowSums, add_tables, cut, cut_sums, no_rows
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.embedding import RowAck, RowPush
+from roundtable.common.protocol.messages.replication import ReplicateLayers, ReplicateRows
+from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
+from roundtable.common.protocol.transport import Frames
+from roundtable.ps.params.clipping import Norm, value_of
+from roundtable.ps.params.embedding import RowTables
+from roundtable.ps.sharded.layers import Contributed, LayerShards, contributed, tensors_of
+
+#: The number of the metrics of a contribution, on server 0.
+METRICS = -1
+
+Hypers = Sequence[Mapping[str, Any]]
+
+
+class ParameterKind(ABC):
+    """All parameters of one kind on one server. `total` is what a round, or a push, contributes to them."""
+
+    #: The number under which a round files what is contributed.
+    number: int
+    #: Its pushes.
+    push_type: type[Body]
+    #: What a push has of it, as messages say.
+    noun: str
+    #: Whether `close` changes rows at once, so that nobody may be reading them. Otherwise that is done by and by.
+    changes_at_once: bool
+
+    @abstractmethod
+    def __bool__(self) -> bool:
+        """Return True if there are any such parameters."""
+
+    @abstractmethod
+    def ack(self, push: Any) -> RowAck | LayerAck:
+        """Return the acknowledgement of a push."""
+
+    @abstractmethod
+    def receive(self, sender: str, push: Any, frames: Frames) -> Any:
+        """Return a push's contribution. Raises WireError if it does not fit."""
+
+    @abstractmethod
+    def add(self, left: Any, right: Any) -> Any:
+        """Return the sum of two contributions."""
+
+    @abstractmethod
+    def nothing(self) -> Any:
+        """Return the contribution of a round that is dropped."""
+
+    @abstractmethod
+    def norms(self, total: Any, samples: int) -> list[Norm] | None:
+        """Return the norms of the mean gradient. None: they are being computed."""
+
+    @abstractmethod
+    def replicated(
+        self, round_: int, total: Any, samples: int, hypers: Hypers, factor: torch.Tensor | None
+    ) -> tuple[ReplicateRows | ReplicateLayers, Frames]:
+        """Return what the backup is told of an update."""
+
+    @abstractmethod
+    def close(self, total: Any, samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
+        """Update with all that a round contributes. `factor` is the clipping."""
+
+    @abstractmethod
+    def apply(self, total: Any, round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
+        """Update with what one push to a round contributes."""
+
+
+class RowsKind(ParameterKind):
+    """The rows of all tables."""
+
+    number, push_type, noun, changes_at_once = -2, RowPush, "rows", True
+
+    def __init__(self, tables: RowTables, layout: Layout) -> None:
+        self._tables, self._specs = tables, layout.tables
+
+    def __bool__(self) -> bool:
+        return bool(self._tables)
+
+    def ack(self, push: RowPush) -> RowAck:
+        return RowAck(push.round, push.lo, push.hi)
+
+    def receive(self, sender: str, push: RowPush, frames: Frames) -> RowSums:
+        return self._tables.receive(push, frames, f"a push of {sender}")
+
+    def add(self, left: RowSums, right: RowSums) -> RowSums:
+        return add_tables(left, right)
+
+    def nothing(self) -> RowSums:
+        return [no_rows(spec) for spec in self._specs]
+
+    def norms(self, total: RowSums, samples: int) -> list[Norm]:
+        return self._tables.norms(total, samples)
+
+    def replicated(
+        self, round_: int, total: RowSums, samples: int, hypers: Hypers, factor: torch.Tensor | None
+    ) -> tuple[ReplicateRows, Frames]:
+        counts = [part.count for part in total]
+        return ReplicateRows(round_, samples, counts, [dict(one) for one in hypers], value_of(factor)), cut_sums(total)
+
+    def close(self, total: RowSums, samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
+        self._tables.apply(total, samples, hypers, factor=factor)
+
+    def apply(self, total: RowSums, round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
+        self._tables.apply(total, samples, hypers, lr_scale)
+
+
+class LayersKind(ParameterKind):
+    """All sharded layers."""
+
+    number, push_type, noun, changes_at_once = -3, LayerPush, "classes", False
+
+    def __init__(self, layers: LayerShards) -> None:
+        self._layers = layers
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    def ack(self, push: LayerPush) -> LayerAck:
+        return LayerAck(push.round, push.lo, push.hi)
+
+    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[Contributed]:
+        return self._layers.receive(sender, push, frames)
+
+    def add(self, left: list[Contributed], right: list[Contributed]) -> list[Contributed]:
+        return [*left, *right]
+
+    def nothing(self) -> list[Contributed]:
+        return []
+
+    def norms(self, total: list[Contributed], samples: int) -> list[Norm] | None:
+        return self._layers.norms(total, samples)
+
+    def replicated(
+        self, round_: int, total: list[Contributed], samples: int, hypers: Hypers, factor: torch.Tensor | None
+    ) -> tuple[ReplicateLayers, Frames]:
+        frames = [frame for tensor in tensors_of(total) for frame in cut(tensor)]
+        return contributed(round_, total, samples, hypers, factor), frames
+
+    def close(self, total: list[Contributed], samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
+        self._layers.close(total, samples, hypers, factor)
+
+    def apply(self, total: list[Contributed], round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
+        self._layers.apply(total, round_, samples, hypers, lr_scale)

@@ -1,0 +1,186 @@
+"""What has come of the round that is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from roundtable.common.config.batch_plan import Round
+from roundtable.common.model.layout import Chunk, Layout
+from roundtable.common.model.nonfinite import ADVICE, sentence, tensors_not_finite
+from roundtable.common.model.partial_sum import Sum
+from roundtable.common.model.reduction_tree import Span, TreeSum, fold
+from roundtable.common.policies import Policy
+from roundtable.common.protocol.messages.commit import Committed, Contribution
+from roundtable.common.protocol.messages.embedding import RowPush
+from roundtable.common.protocol.messages.gradients import Push
+from roundtable.common.protocol.messages.sharded import LayerPush
+from roundtable.common.runtime.errors import UsageError
+from roundtable.ps.params.clipping import Norm
+from roundtable.ps.shard.shard import Metrics, contribution, mean_metrics
+
+#: Adds two contributions, left first.
+Adder = Callable[[Any, Any], Any]
+
+
+class RoundSums:
+    """Contributions to one round by number: a chunk's, or one of ps/shard/kinds.py.
+
+    They are summed as they come, or kept apart if some may be left out.
+    """
+
+    def __init__(
+        self, round_: int, policy: Policy, workers: int, plan: Callable[[], Round], adder: Callable[[int], Adder]
+    ) -> None:
+        self.round = round_
+        self._policy, self._workers, self._plan, self._adder = policy, workers, plan, adder
+        self._sums: dict[int, TreeSum[Any]] = {}
+        #: By number and first micro-batch.
+        self._leaves: dict[int, dict[int, Any]] = {}
+        #: Micro-batches that count in this round, as the ledger will have them.
+        self._rows: dict[Span, Contribution] = {}
+        #: Contributions that lie in workers' memory: nobody has looked yet whether they are finite.
+        self.in_memory: list[tuple[str, Push, Sequence[Sum]]] = []
+        #: Samples of each leaf, and its weight in the mean, if workers step locally and the plan cannot tell.
+        self._leaf_samples: dict[int, int] = {}
+        self._leaf_weights: dict[int, int] = {}
+        self.hypers: list[dict[str, Any]] = []
+        #: First micro-batches of contributions that are not finite.
+        self._not_finite: set[int] = set()
+        #: `backup`: the micro-batches to apply, once that is decided.
+        self.decided: list[int] | None = None
+        #: Clipping: the norms of this server's part of the mean gradient, and of all, once they are known.
+        self.own_norms: list[Norm] | None = None
+        self.norms: list[Norm] | None = None
+        #: Clipping: mean contributions that are final and wait for all norms.
+        self.means: dict[int, Sum] = {}
+        #: Numbers of what is applied.
+        self.applied: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Return the number of leaves of this round's tree: micro-batches, or workers if they step locally."""
+        return self._workers if self._policy.is_local else self._plan().micro_batches
+
+    @property
+    def drops(self) -> bool:
+        """Return True if something that counts is not finite. Then the round is dropped, on all servers, as all get told."""
+        return bool(self._not_finite if self.decided is None else self._not_finite & set(self.decided))
+
+    # ---- contributions
+
+    def add(self, number: int, push: Push | RowPush | LayerPush, value: Any) -> bool:
+        """Add a contribution. Returns False if it does not count, as others came before."""
+        span = push.lo, push.hi
+        if not self._policy.combines:
+            counts = self._leaves.setdefault(number, {}).setdefault(span[0], value) is value
+        else:
+            if number not in self._sums:
+                self._sums[number] = TreeSum(self.count, self._adder(number), joins_root=number < 0)
+            counts = self._sums[number].file(span, value)
+        if counts and not push.finite:
+            self._not_finite.add(push.lo)
+        return counts
+
+    def describe(self, push: Push) -> None:
+        """Note what a push says about its micro-batches as a whole."""
+        self._leaf_samples.setdefault(push.lo, push.samples)
+        self._leaf_weights.setdefault(push.lo, push.weight)
+
+    def account(self, sender: str, push: Push, counts: bool) -> list[Contribution]:
+        """Have each micro-batch in exactly one committed row. Returns rows that are duplicates."""
+        if not counts:
+            return [contribution(sender, push, "duplicate")]
+        inside = [s for s in self._rows if push.lo <= s[0] and s[1] <= push.hi] if push.hi - push.lo > 1 else []
+        replaced = [with_outcome(self._rows.pop(span), "duplicate") for span in inside]
+        self._rows[push.lo, push.hi] = contribution(sender, push, "committed")
+        return replaced
+
+    # ---- what has come
+
+    def missing(self, numbers: Sequence[int]) -> list[int]:
+        """Return the micro-batches that are not all here."""
+        everything = set(range(self.count))
+        absent: set[int] = set()
+        for number in numbers:
+            if not self._policy.combines:
+                absent |= everything - set(self._leaves.get(number, ()))
+            elif number not in self.applied and number not in self.means:
+                absent |= set(self._sums[number].missing()) if number in self._sums else everything
+        return sorted(absent)
+
+    def arrived(self, numbers: Sequence[int]) -> list[int]:
+        """Return the micro-batches that are all here, or none while they are too few to close the round with."""
+        each = [self._leaves.get(number, {}).keys() for number in numbers]
+        fewest = min(map(len, each), default=0)
+        if not fewest or fewest < self.count - self._policy.may_leave_out:
+            return []
+        return sorted(set.intersection(*map(set, each)))
+
+    def total(self, number: int) -> list[Any] | None:
+        """Return the round's sum, or the two halves of it, once that is final, else None."""
+        if self._policy.combines:
+            sums = self._sums.get(number)
+            return sums.parts if sums is not None and sums.complete else None
+        if self.decided is None:
+            return None
+        leaves = self._leaves.get(number, {})
+        if not leaves.keys() >= set(self.decided):
+            return None
+        return [fold({k: leaves[k] for k in self.decided}, self.count, self._adder(number))]
+
+    def weight(self) -> int:
+        """Return what sums are divided by for their mean, once that is final."""
+        return sum(self._leaf_weights.values()) if self._policy.is_local else self.samples()
+
+    def samples(self) -> int:
+        """Return the samples of this round's update, once that is final."""
+        if self._policy.is_local:
+            return sum(self._leaf_samples.values())
+        plan = self._plan()
+        ks = range(plan.micro_batches) if self.decided is None else self.decided
+        return sum(plan.samples_in(k, k + 1) for k in ks)
+
+    def hypers_of(self, chunk: Chunk) -> dict[str, Any]:
+        """Return the settings of a chunk's parameter group."""
+        return self.hypers[chunk.group] if 0 <= chunk.group < len(self.hypers) else {}
+
+    def not_finite(self, name: str, layout: Layout) -> UsageError:
+        """Return what to say if the mean gradient of the tensor called `name` is not finite."""
+        text = f"the sum of the gradients of '{name}' in round {self.round} is not finite"
+        for sender, push, sums in self.in_memory:
+            values = {chunk: one.values for chunk, one in zip(push.chunks, sums, strict=True)}
+            if what := tensors_not_finite(layout, values):
+                text = sentence(sender, what, push.round, push.lo, push.hi)
+                break
+        return UsageError(f"{text}; {ADVICE}")
+
+    # ---- the ledger
+
+    @property
+    def left_out(self) -> set[int]:
+        """Return the micro-batches that do not count, and had not come when that was decided."""
+        if self.decided is None:
+            return set()
+        return set(range(self.count)) - {*self.decided, *(lo for lo, _ in self._rows)}
+
+    def entry(self, metrics: Metrics) -> tuple[Committed, list[Contribution]]:
+        """Return what the ledger is to have of the round."""
+        rows, means = list(self._rows.values()), mean_metrics(metrics)
+        if self.decided is not None:
+            rows = [row if row.lo in self.decided else with_outcome(row, "dropped") for row in rows]
+            rows += [self._row_of_absent(k) for k in sorted(self.left_out)]
+        if self.drops:
+            rows, means = [with_outcome(row, "dropped") for row in rows], {}
+        committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
+        dropped = 0 if self.decided is None else self.count - len(self.decided)
+        samples, dropped = (0, self.count) if self.drops else (self.samples(), dropped)
+        return Committed(self.round, samples, committed, dropped, means), rows
+
+    def _row_of_absent(self, k: int) -> Contribution:
+        return Contribution(self.round, k, k + 1, "", self._plan().samples_in(k, k + 1), 1, "dropped")
+
+
+def with_outcome(row: Contribution, outcome: Any) -> Contribution:
+    """Return the same row with another outcome."""
+    return Contribution(row.round, row.lo, row.hi, row.worker, row.samples, row.micro_batches, outcome, row.staleness)
