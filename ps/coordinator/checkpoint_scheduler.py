@@ -1,13 +1,13 @@
-"""When snapshots are taken, and when one is complete: the coordinator's part of them.
+"""When checkpoints are taken, and when one is complete.
 
-A state machine without a socket, a clock or a disk. A cut is a round that no server has reached yet, told to all of them ahead
-of time, so that each takes hold of its state at that very border while training goes on; as every state between two rounds is
-reached on every server, no messages need to be stopped or recorded (compare Chandy and Lamport, "Distributed snapshots", 1985).
-Invariants: at most one cut is under way; one is complete only when every server has written its file for the same round.
+A state machine without a socket, a clock or a disk. A checkpoint is of a round that no server has reached yet. All servers are
+told of the round ahead of time, and each keeps its state when it gets there, while training goes on. Every server passes through
+the state between two rounds, so no messages need be stopped or recorded (compare Chandy and Lamport, "Distributed snapshots",
+1985). Invariants: at most one checkpoint is in progress; it is complete only when every server has written its file.
 
-A cut may take as long as it needs, as rounds and files can be of any size. It is given up when a server does not answer for some
-time, or is at the round and gets no further with what it has to do for its file. Until it is there it waits for the training,
-which has a deadline of its own.
+A checkpoint may take as long as it needs, because rounds and files can be of any size. It is given up if a server does not
+answer for some time, or has reached the round and gets no further with its file. Before that the server waits for the
+training, which has a deadline of its own.
 """
 
 from __future__ import annotations
@@ -19,51 +19,61 @@ from dataclasses import dataclass, field
 from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeCheckpoint
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 
-#: A cut is so many rounds ahead of the newest one known, and so many seconds at the speed of the last ones.
-_LEAD_ROUNDS, _LEAD_S = 2, 0.5
-#: How many times as far ahead the next try is where a server had passed the round already, at most.
+#: A checkpoint is so many rounds ahead of the newest known round,
+_LEAD_ROUNDS = 2
+#: and so many seconds at the speed of the last rounds.
+_LEAD_S = 0.5
+#: How many times as far ahead the next try is at most, if a server had passed the round already.
 _FURTHEST = 64
-#: Seconds after which a cut is given up with which a server gets no further.
+#: Seconds after which a checkpoint is given up if a server gets no further.
 _PATIENCE_S = 120.0
 
 
 @dataclass
 class CheckpointInProgress:
-    """The cut under way: what each server has said of it last and when that was something new, when all were asked, and since
-    when none is before its round any more, if so."""
+    """A checkpoint of `round` that servers write. With `final`, no worker is left."""
 
     round: int
     token: str
     began: float
     final: bool
+    #: When all servers were last asked.
     asked_at: float = float("-inf")
+    #: Since when all servers have reached the round.
     reached_at: float | None = None
+    #: What each server said last.
     said: dict[int, CheckpointStatus] = field(default_factory=dict)
+    #: When each server last said something new.
     moved_at: dict[int, float] = field(default_factory=dict)
 
 
 class CheckpointScheduler:
-    """Decides on cuts every `every_s` seconds (0: never), and at the end of the run."""
+    """Decides on checkpoints every `every_s` seconds (0: never), and at the end of the run."""
 
     def __init__(self, every_s: float, now: float) -> None:
         self._every_s = every_s
         self._due_at = now + every_s
-        self._stretch = 1
-        #: Whether one is wanted as soon as may be, and whether one has been completed since.
+        self._lead_factor = 1
+        #: A checkpoint is wanted as soon as possible.
         self._hurries = False
+        #: A checkpoint has been completed since `hurry`.
         self.is_made = False
-        #: The cut under way, if any.
-        self.under: CheckpointInProgress | None = None
-        #: Round of the newest complete snapshot, and why the last try failed, '' if it did not.
+        #: The checkpoint in progress, if any.
+        self.in_progress: CheckpointInProgress | None = None
+        #: The round of the newest complete checkpoint, or -1.
         self.newest = -1
+        #: Why the last try failed, or ''.
         self.failure = ""
         self._pace_from = now, 0
         self._pace = 0.0
 
     def due(self, versions: Mapping[int, int], planned: int, ended: bool, now: float) -> int | None:
-        """The round to begin a cut for now. `versions` are the servers' newest, `planned` how many updates there will be as far
-        as is known; with `ended` no worker is left, so that nothing moves any more."""
-        if not self._every_s or self.under is not None or not versions:
+        """Return the round for which to begin a checkpoint now, or None.
+
+        `versions` are the servers' newest versions, and `planned` the known updates. With `ended`, no worker is left and nothing
+        moves any more.
+        """
+        if not self._every_s or self.in_progress is not None or not versions:
             return None
         newest = max(versions.values())
         then, before = self._pace_from
@@ -75,81 +85,81 @@ class CheckpointScheduler:
         if now < self._due_at or newest >= planned:
             return None
         lead = 1 + round(_LEAD_S * self._pace) if self._hurries else _LEAD_ROUNDS + math.ceil(_LEAD_S * self._pace)
-        return min(newest + self._stretch * lead, planned)
+        return min(newest + self._lead_factor * lead, planned)
 
     def hurry(self, now: float) -> None:
-        """Have a snapshot of the end of the round in progress, be that the one under way; `is_made` once it is there."""
+        """Have a checkpoint made of the end of the round in progress. `is_made` says when that is done."""
         self._hurries, self.is_made, self._due_at, self.failure = True, False, now, ""
 
-    def ended(self, round_: int) -> bool:
-        """Whether nothing is to come any more once the run is over after `round_` rounds."""
-        return self.under is None and (not self._every_s or self.newest == round_ or bool(self.failure))
+    def is_settled(self, round_: int) -> bool:
+        """Return whether no checkpoint is to come after the end of a run of `round_` rounds."""
+        return self.in_progress is None and (not self._every_s or self.newest == round_ or bool(self.failure))
 
     def begin(self, round_: int, token: str, now: float, final: bool = False) -> None:
-        """A cut for `round_`, whose folder is there; `final`: no worker is left."""
-        self.under, self.failure = CheckpointInProgress(round_, token, now, final), ""
+        """Begin a checkpoint of `round_`, whose folder exists. With `final`, no worker is left."""
+        self.in_progress, self.failure = CheckpointInProgress(round_, token, now, final), ""
 
     def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, TakeCheckpoint]]:
-        """What to tell which of `servers` (by version) now: those that have not written, again from time to time."""
-        under = self.under
-        if under is None or now < under.asked_at + ASK_AGAIN_S:
+        """Return what to ask which of `servers` (by version) now. Servers that have not written are asked again."""
+        in_progress = self.in_progress
+        if in_progress is None or now < in_progress.asked_at + ASK_AGAIN_S:
             return []
-        under.asked_at = now
-        if min(servers.values(), default=0) < under.round:
-            under.reached_at = None
-        elif under.reached_at is None:
-            under.reached_at = now
+        in_progress.asked_at = now
+        if min(servers.values(), default=0) < in_progress.round:
+            in_progress.reached_at = None
+        elif in_progress.reached_at is None:
+            in_progress.reached_at = now
         return [
-            (server, TakeCheckpoint(under.round, under.token, under.reached_at is not None, under.final))
+            (server, TakeCheckpoint(in_progress.round, in_progress.token, in_progress.reached_at is not None, in_progress.final))
             for server in servers
-            if server not in under.said or under.said[server].state in ("waits", "writing")
+            if server not in in_progress.said or in_progress.said[server].state in ("waits", "writing")
         ]
 
-    def saved(self, server: int, saved: CheckpointStatus, now: float) -> None:
-        """A server tells of the cut."""
-        under = self.under
-        if under is not None and saved.round == under.round:
-            if saved.state == "waits" or under.said.get(server) != saved:
-                under.moved_at[server] = now
-            under.said[server] = saved
+    def note_status(self, server: int, saved: CheckpointStatus, now: float) -> None:
+        """Note what a server says of the checkpoint."""
+        in_progress = self.in_progress
+        if in_progress is not None and saved.round == in_progress.round:
+            if saved.state == "waits" or in_progress.said.get(server) != saved:
+                in_progress.moved_at[server] = now
+            in_progress.said[server] = saved
 
     def outcome(self, servers: Mapping[int, int], now: float) -> str:
-        """'' while a cut goes on, 'complete' when all have written, else why it comes to nothing."""
-        under = self.under
-        if under is None:
+        """Return '' while the checkpoint goes on, 'complete' when all servers have written, else why it failed."""
+        in_progress = self.in_progress
+        if in_progress is None:
             return ""
-        states = {server: under.said[server].state if server in under.said else "" for server in servers}
+        states = {server: in_progress.said[server].state if server in in_progress.said else "" for server in servers}
         for server, state in states.items():
             if state == "failed":
-                return under.said[server].reason
+                return in_progress.said[server].reason
             if state == "missed":
-                return f"server-{server} was past round {under.round} already."
+                return f"server-{server} was past round {in_progress.round} already."
         if all(state == "written" for state in states.values()):
             return "complete"
-        late = [f"server-{server}" for server, state in states.items() if self._is_late(under, server, state, now)]
+        late = [f"server-{server}" for server, state in states.items() if self._is_late(in_progress, server, state, now)]
         if late:
-            return f"{', '.join(late)} got no further with the snapshot of round {under.round} in {_PATIENCE_S:.0f} s."
+            return f"{', '.join(late)} got no further with the snapshot of round {in_progress.round} in {_PATIENCE_S:.0f} s."
         return ""
 
-    def _is_late(self, under: CheckpointInProgress, server: int, state: str, now: float) -> bool:
-        since = under.moved_at.get(server, under.began)
+    def _is_late(self, in_progress: CheckpointInProgress, server: int, state: str, now: float) -> bool:
+        since = in_progress.moved_at.get(server, in_progress.began)
         if state == "writing":  # for which it may need that the others get there first
-            since = max(since, now if under.reached_at is None else under.reached_at)
+            since = max(since, now if in_progress.reached_at is None else in_progress.reached_at)
         return state != "written" and now > since + _PATIENCE_S
 
     def give_up(self) -> int:
-        """The round of the cut under way, which will not come: another may be begun at once."""
-        assert self.under is not None
-        round_, self.under = self.under.round, None
+        """Give up the checkpoint in progress, and return its round. Another may be begun at once."""
+        assert self.in_progress is not None
+        round_, self.in_progress = self.in_progress.round, None
         return round_
 
     def end(self, failure: str, now: float) -> None:
-        """The cut is over: complete, or not for the reason `failure`."""
-        assert self.under is not None
-        missed = any(said.state == "missed" for said in self.under.said.values())
+        """End the checkpoint in progress: it is complete, or it failed for the reason `failure`."""
+        assert self.in_progress is not None
+        missed = any(said.state == "missed" for said in self.in_progress.said.values())
         if not failure:
-            self.newest, self.is_made, self._hurries = self.under.round, True, False
-        self._stretch = min(2 * self._stretch, _FURTHEST) if missed else 1
+            self.newest, self.is_made, self._hurries = self.in_progress.round, True, False
+        self._lead_factor = min(2 * self._lead_factor, _FURTHEST) if missed else 1
         self._due_at = now if missed else now + self._every_s
         self.failure = "" if missed else failure
-        self.under = None
+        self.in_progress = None

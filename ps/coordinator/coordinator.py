@@ -203,7 +203,7 @@ class Coordinator:
         if now >= self._status_at + _STATUS_S:
             self._status_at = now
             if not self.failover.awaits_members(now):
-                for reassignment in context.scheduler.deal(now):
+                for reassignment in context.scheduler.assign_orphans(now):
                     self._reassign(reassignment)
             self.status.write()
             context.flush()
@@ -223,7 +223,7 @@ class Coordinator:
             return any(worker.left for worker in membership.workers.values())
         if not self.model.is_complete or self.context.may_go_on:
             return False
-        return self.checkpoints.scheduler.ended(ledger.committed) or bool(membership.lost_servers)
+        return self.checkpoints.scheduler.is_settled(ledger.committed) or bool(membership.lost_servers)
 
     # ---- messages
 
@@ -310,7 +310,7 @@ class Coordinator:
     def _request_work(self, message: Received[RequestWork]) -> None:
         if self.failover.awaits_members(message.now):
             return
-        reassignment = self.context.scheduler.lease(message.member.name, message.body.round, message.now)
+        reassignment = self.context.scheduler.reassign(message.member.name, message.body.round, message.now)
         if reassignment is not None:
             self._reassign(reassignment)
 

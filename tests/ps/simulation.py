@@ -1340,7 +1340,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.client.io_thread.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
             "roundtable.ps.server.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
             "roundtable.ps.replication.state_transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
-            "roundtable.ps.coordinator.state.model_collection.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "roundtable.ps.coordinator.model_collection.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.ps.coordinator.results._HASH_BYTES": 64,
         }
         for name, value in replacements.items():
@@ -1459,7 +1459,7 @@ def _is_settled(world: World) -> bool:
         or coordinator.context.membership.broken
         or coordinator.context.membership.lost_servers
     )
-    is_saved = coordinator.checkpoints.scheduler.ended(coordinator.context.ledger.committed)
+    is_saved = coordinator.checkpoints.scheduler.is_settled(coordinator.context.ledger.committed)
     return are_there and not begins_anew and is_saved
 
 

@@ -29,9 +29,9 @@ from roundtable.common.protocol.messages.saving import ModelPart, SendModel
 from roundtable.common.protocol.messages.setup import InFile, InitialWeights, Setup, SetupReply, Update
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.run_files import MODEL_FILE
+from roundtable.ps.coordinator.model_collection import ModelCollection
 from roundtable.ps.coordinator.results import ModelFile, rules_in
 from roundtable.ps.coordinator.state.ledger import Ledger
-from roundtable.ps.coordinator.state.model_collection import ModelCollection
 from roundtable.ps.model_parts import parts_on, sizes, spans
 from roundtable.ps.server.restoring import make_host
 from roundtable.ps.server.shard_host import ShardHost
@@ -121,8 +121,8 @@ def deliver(shards: Sequence[ShardHost], asked: Sequence[tuple[int, SendModel]])
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("roundtable.common.model.layout", "roundtable.common.model.sparse_rows", "roundtable.common.model.row_pages"):
         monkeypatch.setattr(f"{module}.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("roundtable.ps.coordinator.state.model_collection.CREDIT_BYTES", 2 * CHUNK)
-    monkeypatch.setattr("roundtable.ps.coordinator.state.model_collection.ALL_BYTES", 4 * CHUNK)
+    monkeypatch.setattr("roundtable.ps.coordinator.model_collection.CREDIT_BYTES", 2 * CHUNK)
+    monkeypatch.setattr("roundtable.ps.coordinator.model_collection.ALL_BYTES", 4 * CHUNK)
     monkeypatch.setattr("roundtable.ps.coordinator.results._HASH_BYTES", 1000)
     monkeypatch.setattr("roundtable.ps.coordinator.results._SYNC_BYTES", 3 * CHUNK)
 

@@ -57,7 +57,7 @@ class CheckpointDriver:
         ended = not membership.names("worker") and (done or is_stopping)
         if self._departures.all_have_left(now) and ledger.committed > 0:
             ended = True
-            if scheduler.under is not None and scheduler.under.round > max(servers.values()):
+            if scheduler.in_progress is not None and scheduler.in_progress.round > max(servers.values()):
                 remove(folder_of(context.run_dir, scheduler.give_up()))
         round_ = scheduler.due(servers, ledger.planned, ended, now)
         if round_ is not None:
@@ -65,13 +65,13 @@ class CheckpointDriver:
         for server, request in scheduler.ask(servers, now):
             context.mail.send(f"server-{server}", request)
             failpoint("cutting", request.round)
-        outcome, in_progress = scheduler.outcome(servers, now), scheduler.under
+        outcome, in_progress = scheduler.outcome(servers, now), scheduler.in_progress
         if outcome and in_progress is not None:
             self._end(in_progress, outcome, now)
 
     def note_status(self, message: Received[CheckpointStatus]) -> None:
         """Note what a server says of its part of the checkpoint."""
-        self.scheduler.saved(number_of(message.member.name), message.body, message.now)
+        self.scheduler.note_status(number_of(message.member.name), message.body, message.now)
 
     def _begin(self, round_: int, now: float, final: bool) -> None:
         folder, token = folder_of(self._context.run_dir, round_), secrets.token_hex(8)

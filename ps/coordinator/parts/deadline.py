@@ -54,7 +54,7 @@ class Deadline:
 
     def _fail_without_workers(self) -> None:
         ledger = self._context.ledger
-        if self._checkpoints.scheduler.under is None:
+        if self._checkpoints.scheduler.in_progress is None:
             raise ClusterError(
                 f"all workers have left after {ledger.committed} of {ledger.planned} rounds: "
                 "a script must go on until run.batches() ends; --rounds sets where that is."

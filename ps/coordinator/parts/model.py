@@ -12,9 +12,9 @@ from roundtable.common.storage.event_log import Event
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.group_commit import ALARM_S
+from roundtable.ps.coordinator.model_collection import ModelCollection
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import ModelFile, rules_in
-from roundtable.ps.coordinator.state.model_collection import ModelCollection
 from roundtable.ps.coordinator.state.roster import number_of
 from roundtable.ps.model_parts import sizes
 

@@ -98,7 +98,7 @@ class Stopping:
             self._until = now + context.settings.stop_timeout
             scheduler.hurry(now)
         is_trained = context.membership.started and context.ledger.planned > 0
-        is_made = scheduler.is_made or (scheduler.under is None and scheduler.newest == context.ledger.committed)
+        is_made = scheduler.is_made or (scheduler.in_progress is None and scheduler.newest == context.ledger.committed)
         cannot = not is_trained or not context.settings.checkpoint_every or context.membership.broken or scheduler.failure
         return bool(is_made or cannot or now > self._until)
 

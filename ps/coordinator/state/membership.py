@@ -25,19 +25,17 @@ from roundtable.common.protocol.messages.session import (
     Hello,
     MembershipUpdate,
     MembersLost,
-    Peer,
     Refused,
     Stop,
-    Welcome,
 )
-from roundtable.common.protocol.tickets import ticket
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import some
 from roundtable.ps.coordinator.state.admission import LONGEST_TEXT, Admission
 from roundtable.ps.coordinator.state.backups import DEAD_S, Backups
 from roundtable.ps.coordinator.state.failure_detector import FailureDetector
-from roundtable.ps.coordinator.state.roster import Member, Roster, number_of
+from roundtable.ps.coordinator.state.introductions import Introductions
+from roundtable.ps.coordinator.state.roster import Member, Roster
 from roundtable.ps.coordinator.state.share_tables import ShareTables
 
 #: What to send to which members, by name. '' is the process that has asked.
@@ -63,17 +61,14 @@ class Membership:
         The run goes on from the checkpoint of round `resume`, if that is not -1. Tickets are made with `key`.
         """
         self.settings = settings
-        self.run = run
         self._policy = policy
-        self._run_dir = run_dir
-        self._resume = resume
-        self._key = key
         self._roster = Roster()
         self.members, self.servers, self.workers = self._roster.members, self._roster.servers, self._roster.workers
         self._admission = Admission(settings, policy, self._roster, run.partition(".")[0])
         self._detector = FailureDetector(settings, policy, place, now)
         self.backups = Backups(settings, self._roster)
         self._share_tables = ShareTables(settings, self._roster, now)
+        self._introductions = Introductions(settings, run, run_dir, resume, key, self._roster, self._share_tables)
         #: Grows whenever the workers or their shares change.
         self.epoch = 0
         #: Why the run must go on from its newest checkpoint, once it must.
@@ -120,20 +115,9 @@ class Membership:
         return [member.name for member in self.servers.values() if member.lost]
 
     @property
-    def peers(self) -> list[Peer]:
-        """Return all servers, by number, as servers know each other."""
-        members = sorted(self.servers.values(), key=lambda member: number_of(member.name))
-        return [Peer(member.hello.address, member.incarnation) for member in members]
-
-    @property
-    def peers_of_workers(self) -> list[Peer]:
-        """Return the same for workers. A process that knew a server's incarnation could speak in the server's name."""
-        return [Peer(peer.address, ticket(self._key, f"server {peer.incarnation}")) for peer in self.peers]
-
-    @property
     def shares(self) -> MembershipUpdate:
         """Return what workers must know."""
-        return MembershipUpdate(self.tables, self.peers_of_workers)
+        return self._introductions.shares
 
     @property
     def awaits_workers(self) -> bool:
@@ -225,19 +209,11 @@ class Membership:
         self.starters = frozenset(workers)
         self.epoch = 1
         self._share_tables.start(self.epoch, workers)
-        self.losses = MembersLost(0, [], self.peers)
+        self.losses = MembersLost(0, [], self._introductions.peers)
         return [(member.name, self._answer(member)) for member in self.members.values()]
 
     def _answer(self, member: Member) -> Body:
-        if not self.started:
-            return Heartbeat(awaited=self.missing())
-        told = self.run, self.settings
-        if member.hello.role == "worker":
-            return Welcome(
-                member.name, *told, self.peers_of_workers, self.tables, self._run_dir, self._resume,
-                ticket=ticket(self._key, member.name),
-            )  # fmt: skip
-        return Welcome(member.name, *told, self.peers, self.tables, self._run_dir, self._resume, member.replaces, key=self._key)
+        return self._introductions.welcome(member) if self.started else Heartbeat(awaited=self.missing())
 
     # ---- staying
 
@@ -363,7 +339,7 @@ class Membership:
     def _note_losses(self) -> bool:
         """Note which workers are gone, and which servers there are. Return whether that is news."""
         gone = [name for name, member in self.workers.items() if member.lost or member.early]
-        if (gone, self.peers) == (self.losses.workers, self.losses.servers):
+        if (gone, self._introductions.peers) == (self.losses.workers, self.losses.servers):
             return False
-        self.losses = MembersLost(self.epoch, gone, self.peers)
+        self.losses = MembersLost(self.epoch, gone, self._introductions.peers)
         return True

@@ -1,7 +1,7 @@
-"""Backup tasks: a worker that waits takes over a micro-batch that another has not done.
+"""Speculative execution: an idle worker computes a micro-batch that its owner has not finished.
 
 Dean and Ghemawat, "MapReduce" (OSDI 2004), section 3.6. Contributions are idempotent, so a wrong guess costs a little work
-and never a wrong sum: nothing here is needed for the result, only for speed, and for workers that are gone.
+and never a wrong sum. The result does not need speculation. The speed does, and so do micro-batches of workers that are gone.
 """
 
 from __future__ import annotations
@@ -16,52 +16,56 @@ from roundtable.common.config.work_shares import ShareTable, in_force
 from roundtable.common.protocol.messages.session import Reassign
 from roundtable.ps.coordinator.state.roster import Member
 
-#: A micro-batch being computed is done a second time when, going by how long they have taken before, who computes it will take
-#: this many times longer than the waiting worker would from now;
+#: An idle worker repeats a micro-batch if the owner's estimated remaining time exceeds the idle worker's time by this factor.
 _GAIN = 1.25
-#: or when it has taken this many times as long as it takes who computes it, and this many times what it costs the other.
-_OVERDUE, _PATIENCE = 1.5, 2.0
-#: Seconds after which a lease that came to nothing is given again.
-_AGAIN_S = 2.0
-#: Seconds for which a micro-batch must be nowhere before it is leased: what servers say of themselves is as old as a beat.
+#: Or if the owner has taken this many times as long as usual,
+_OVERDUE = 1.5
+#: and this many times as long as the idle worker would.
+_PATIENCE = 2.0
+#: Seconds after which a reassignment without a result is repeated.
+_REASSIGN_AGAIN_S = 2.0
+#: Seconds for which a micro-batch must be nowhere before it is reassigned: servers' news is as old as a heartbeat.
 _MISSING_S = 1.0
-#: Seconds for which it is believed that what a worker has sent is still on its way though nothing more of it arrives: so many
-#: times as long as all of it takes on its way, but so many at least; and as long as nobody knows how long that is.
+#: A contribution counts as on its way for so many times the usual transfer time,
 _SENT_TIMES = 2.0
+#: for so many seconds at least,
 _SENT_S = 3.0
+#: and for so many seconds if the usual time is not known.
 _SENT_FIRST_S = 15.0
 #: Seconds that a worker's news may take until they are known.
 _NEWS_S = 0.2
-#: Seconds of work that a worker is dealt ahead of what nobody does, and the most micro-batches that it comes to.
-_DEALT_S = 0.5
-_MOST_DEALT = 64
-#: Seconds, by worker and open round, for which what was seen of all of them is believed: looking at many takes time, and many ask
-#: at once.
-_LOOK_S = 5e-5
+#: Seconds of orphaned work that a worker may have ahead,
+_AHEAD_S = 0.5
+#: and micro-batches that this may be.
+_MOST_AHEAD = 64
+#: Seconds, for each worker and open round, for which a view of all workers holds: making it takes time, and many ask at once.
+_VIEW_S = 5e-5
 
 
 @dataclass
-class _Look:
-    """What was seen of a round, for all who ask until then."""
+class _StragglerView:
+    """How far all workers are in a round."""
 
+    #: The view holds until then.
     until: float
-    #: Micro-batches that workers have not begun, of those that have any; and those of them that are still in earlier rounds.
+    #: Micro-batches that workers have not begun, by worker.
     runs: dict[str, list[int]]
+    #: Those of these workers that are still in earlier rounds.
     behind: set[str]
-    #: Since when, and who computes a micro-batch of the round: who is overdue, longest first; and the others, after the time
-    #: at which they are likely to have done it, last first.
+    #: (since when it computes, name) of workers that are overdue with a micro-batch of the round, longest first.
     overdue: list[tuple[float, str]]
+    #: (when it is likely to be done, since when it computes, name) of the other workers that compute one, last first.
     due: list[tuple[float, float, str]]
-    #: Micro-batches that slow workers may have begun by now, after the time at which each is likely to be done, last first.
+    #: (when it is likely to be done, name, micro-batch) that slow workers may have begun by now, last first.
     next: list[tuple[float, str, int]]
 
     def keep_only(self, lacking: set[int]) -> None:
-        """Servers have got all but these."""
+        """Forget all micro-batches but those that servers lack."""
         self.runs = {name: left for name, ks in self.runs.items() if (left := [k for k in ks if k in lacking])}
         self.next = [one for one in self.next if one[2] in lacking]
 
     def take_next(self, waiting: Member, now: float) -> tuple[str, int] | None:
-        """Whose micro-batch `waiting` will have done sooner than a slow worker that may have begun it, and which."""
+        """Return a slow worker and its next micro-batch, if `waiting` will have done that sooner."""
         for one in self.next:
             done_at, owner, k = one
             if owner != waiting.name and done_at - now > _GAIN * _cost_of_another(waiting):
@@ -70,34 +74,36 @@ class _Look:
         return None
 
     def late_for(self, waiting: Member, now: float) -> Iterator[tuple[float, str]]:
-        """Those whose micro-batch `waiting` had better do too, and since when they have been at it."""
+        """Yield workers whose micro-batch `waiting` had better compute too, with the time at which they began it."""
         cost = _cost_of_another(waiting)
         yield from takewhile(lambda one: now - one[0] > _PATIENCE * cost, self.overdue)
         yield from ((since, name) for _, since, name in takewhile(lambda one: one[0] - now > _GAIN * cost, self.due))
 
 
 class Speculation:
-    """Remembers which micro-batches were leased away from the table's run, and to whom."""
+    """Reassigns micro-batches, and remembers to which worker."""
 
     def __init__(self) -> None:
-        #: (round, k) -> the worker it was leased to as an exception, and when.
-        self.leased: dict[tuple[int, int], str] = {}
-        self._leased_at: dict[tuple[int, int], float] = {}
-        self._looks: dict[int, _Look] = {}
-        #: What was of rounds before this one is forgotten.
+        #: The worker to which (round, micro-batch) was reassigned last.
+        self.reassigned: dict[tuple[int, int], str] = {}
+        self._reassigned_at: dict[tuple[int, int], float] = {}
+        self._views: dict[int, _StragglerView] = {}
+        #: Earlier rounds are forgotten.
         self._first = 0
-        #: What each worker said last of what it has sent, and since when: its round, and micro-batches that may not have arrived.
+        #: (round, unacknowledged micro-batches, since when) of each worker's last heartbeat.
         self._sent: dict[str, tuple[int, list[int], float]] = {}
-        #: Since when micro-batches have been missing without anybody having them; for how long that look holds, and of which
-        #: round; and those that have been for too long.
+        #: Since when micro-batches have been missing that nobody has.
         self._missing_since: dict[tuple[int, int], float] = {}
+        #: Until when that holds.
         self._missing_until = float("-inf")
+        #: The round of those micro-batches.
         self._missing_round = -1
+        #: Those that have been missing for too long.
         self._lacking: list[tuple[int, int]] = []
-        #: Where pushes are applied at once: since when servers have lacked micro-batches that nobody will do.
+        #: If pushes are applied at once: since when servers have lacked micro-batches that nobody will compute.
         self._free_since: dict[tuple[int, int], float] = {}
 
-    def lease(
+    def reassign(
         self,
         waiting: str,
         rounds: range,
@@ -107,58 +113,58 @@ class Speculation:
         now: float,
         lacking: Mapping[int, set[int]] | None = None,
     ) -> Reassign | None:
-        """A micro-batch of the earliest of `rounds` that has one for `waiting` to take over.
+        """Reassign a micro-batch to the idle worker `waiting`, of the earliest of `rounds` that has one for it.
 
-        `count(round)` is the number of its micro-batches; `lacking` are those that servers say they have not got, by round, where
-        they say so of all rounds that may have some.
+        `count(round)` is the number of a round's micro-batches. `lacking` are those that servers lack, by round, if servers
+        say so of all open rounds.
         """
         if rounds.start > self._first:
             self._forget(rounds.start)
-        until = now + _LOOK_S * len(workers) * len(rounds)
+        until = now + _VIEW_S * len(workers) * len(rounds)
         for round_ in rounds if lacking is None else [round_ for round_ in rounds if round_ in lacking]:
-            look = self._looks.get(round_)
-            if look is None or now >= look.until:
-                look = self._looks[round_] = self._look(round_, count(round_), tables, workers, now, until)
+            view = self._views.get(round_)
+            if view is None or now >= view.until:
+                view = self._views[round_] = self._observe(round_, count(round_), tables, workers, now, until)
                 if lacking is not None:
-                    look.keep_only(lacking[round_])
-            others = (w for w in look.runs if w != waiting and _is_worth_it(workers[waiting], workers.get(w), look, w, now))
-            owner = max(others, key=lambda w: (len(look.runs[w]), w), default=None)
+                    view.keep_only(lacking[round_])
+            others = (w for w in view.runs if w != waiting and _is_worth_it(workers[waiting], workers.get(w), view, w, now))
+            owner = max(others, key=lambda w: (len(view.runs[w]), w), default=None)
             if owner is not None:
-                k = look.runs[owner].pop()
-                if not look.runs[owner]:
-                    del look.runs[owner]
-                return self._give(round_, k, waiting, owner, now)
-            if (found := look.take_next(workers[waiting], now)) is not None:
-                return self._give(round_, found[1], waiting, found[0], now)
-            for since, name in look.late_for(workers[waiting], now):
+                k = view.runs[owner].pop()
+                if not view.runs[owner]:
+                    del view.runs[owner]
+                return self._assign(round_, k, waiting, owner, now)
+            if (found := view.take_next(workers[waiting], now)) is not None:
+                return self._assign(round_, found[1], waiting, found[0], now)
+            for since, name in view.late_for(workers[waiting], now):
                 other = workers[name]
                 still = _computes(other, round_) and other.since == since
                 if still and name != waiting and self._has(name, (round_, other.beat.micro_batch)):
-                    return self._give(round_, other.beat.micro_batch, waiting, name, now)
+                    return self._assign(round_, other.beat.micro_batch, waiting, name, now)
         return None
 
-    def lease_missing(
+    def reassign_missing(
         self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[ShareTable],
         workers: Mapping[str, Member], now: float,
     ) -> Reassign | None:  # fmt: skip
-        """One of the micro-batches that servers say are missing from their open round and that nobody seems to get done.
+        """Reassign one of the micro-batches that servers lack in their open round and that nobody seems to finish.
 
-        So it is with what a worker had that is gone, where two workers used different tables for a round, where a lease of what
-        a late one computes was lost on the way, and where a worker cannot reach a server any more.
+        There are such if a worker is gone, if two workers used different share tables for a round, if a reassignment was lost on
+        its way, or if a worker cannot reach a server any more.
         """
         if now >= self._missing_until or round_ != self._missing_round:
-            self._missing_until, self._missing_round = now + _LOOK_S * len(workers), round_
+            self._missing_until, self._missing_round = now + _VIEW_S * len(workers), round_
             held = self._held(round_, count, tables, workers[waiting], workers, now)
             nowhere = {(round_, k) for k in missing if k not in held}
             self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
             self._lacking = sorted(key for key, since in self._missing_since.items() if now - since > _MISSING_S)
         for key in self._lacking:
             has_sent = workers[waiting].beat.round == round_ and key[1] in workers[waiting].beat.unacknowledged
-            if not has_sent and now - self._leased_at.get(key, float("-inf")) > _AGAIN_S:
-                return self._give(*key, waiting, "", now)
+            if not has_sent and now - self._reassigned_at.get(key, float("-inf")) > _REASSIGN_AGAIN_S:
+                return self._assign(*key, waiting, "", now)
         return None
 
-    def deal(
+    def assign_orphans(
         self,
         lacking: Mapping[int, set[int]],
         count: Callable[[int], int],
@@ -166,11 +172,11 @@ class Speculation:
         workers: Mapping[str, Member],
         now: float,
     ) -> list[Reassign]:
-        """Where pushes are applied at once and many rounds are open: what servers lack (by round, earliest first) and nobody will
-        do, dealt out to workers that have got to its round, be they waiting or not.
+        """Assign what servers lack (by round, earliest first) and nobody will compute to workers that have reached its round.
 
-        So it is with what a worker had that is gone, and where two workers used different tables for a round. Nobody waits for
-        these until the end, but no round after them counts as over, so none would be in a snapshot either.
+        This is for policies that apply pushes at once, with many open rounds. A micro-batch has no owner if its worker is gone,
+        or if two workers used different share tables. Nobody waits for it until the end. But no later round counts as over, so
+        no checkpoint would have one.
         """
         if lacking and (first := min(lacking)) > self._first:
             self._forget(first)
@@ -178,9 +184,9 @@ class Speculation:
         free = self._free(lacking, count, tables, active, now)
         self._free_since = {key: self._free_since.get(key, now) for key in free}
         has = Counter({name: len(member.beat.reassigned_here) for name, member in active.items()})
-        for (round_, k), to in self.leased.items():
-            has[to] += now - self._leased_at[round_, k] <= _AGAIN_S and k in lacking.get(round_, ())
-        room = {name: _most_dealt(member) - has[name] for name, member in active.items()}
+        for (round_, k), to in self.reassigned.items():
+            has[to] += now - self._reassigned_at[round_, k] <= _REASSIGN_AGAIN_S and k in lacking.get(round_, ())
+        room = {name: _most_ahead(member) - has[name] for name, member in active.items()}
         leases = []
         for round_, k in [key for key, since in self._free_since.items() if now - since > _MISSING_S]:
             able = [name for name, member in active.items() if member.reached >= round_ and room[name] > 0]
@@ -188,7 +194,7 @@ class Speculation:
                 break
             to = max(able, key=lambda name: (room[name], name))
             room[to] -= 1
-            leases.append(self._give(round_, k, to, "", now))
+            leases.append(self._assign(round_, k, to, "", now))
         return leases
 
     def _free(
@@ -199,8 +205,10 @@ class Speculation:
         active: Mapping[str, Member],
         now: float,
     ) -> list[tuple[int, int]]:
-        """What servers lack and none of these workers will do, does or has just sent. One that is past a round has done its run
-        of it, and its servers have that: it got weights since."""
+        """Return what servers lack and none of these workers will compute, computes or has just sent.
+
+        A worker that is past a round has done its share of it, and servers have that: the worker got weights since.
+        """
         held: set[tuple[int, int]] = set()
         for name, member in active.items():
             beat = member.beat
@@ -213,30 +221,30 @@ class Speculation:
             table, size = in_force(tables, round_), count(round_)
             of = {k: name for name, member in active.items() if member.reached < round_ for k in table.run(name, size)}
             for k in ks:
-                is_given = now - self._leased_at.get((round_, k), float("-inf")) <= _AGAIN_S
+                is_given = now - self._reassigned_at.get((round_, k), float("-inf")) <= _REASSIGN_AGAIN_S
                 if not is_given and (round_, k) not in held and not (k in of and self._has(of[k], (round_, k))):
                     free.append((round_, k))
         return free
 
     def _has(self, name: str, key: tuple[int, int]) -> bool:
-        """Whether what a worker has is its own still: it may hang, and who was leased that may not have heard of it."""
-        return self.leased.get(key, name) == name
+        """Return whether a micro-batch has not been reassigned to another worker."""
+        return self.reassigned.get(key, name) == name
 
     def _forget(self, before: int) -> None:
-        """Let go of rounds that are over."""
+        """Forget rounds that are over."""
         self._first = before
-        for key in [key for key in self.leased if key[0] < before]:
-            del self.leased[key], self._leased_at[key]
-        self._looks = {round_: look for round_, look in self._looks.items() if round_ >= before}
+        for key in [key for key in self.reassigned if key[0] < before]:
+            del self.reassigned[key], self._reassigned_at[key]
+        self._views = {round_: view for round_, view in self._views.items() if round_ >= before}
 
-    def _give(self, round_: int, k: int, to: str, owner: str, now: float) -> Reassign:
-        self.leased[round_, k] = to
-        self._leased_at[round_, k] = now
+    def _assign(self, round_: int, k: int, to: str, owner: str, now: float) -> Reassign:
+        self.reassigned[round_, k] = to
+        self._reassigned_at[round_, k] = now
         return Reassign(round_, k, to, owner)
 
-    def _look(
+    def _observe(
         self, round_: int, count: int, tables: list[ShareTable], workers: Mapping[str, Member], now: float, until: float
-    ) -> _Look:
+    ) -> _StragglerView:
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         begun = {name: _may_begin(workers.get(name), now) for name in runs}
         next_ = [(_done_next_at(workers[w]), w, ks[0]) for w, ks in runs.items() if begun[w] and ks and not _is_quick(workers[w])]
@@ -249,12 +257,12 @@ class Speculation:
                 else:
                     due.append((member.since + _cost(member), member.since, name))
         behind = {w for w in runs if w in workers and workers[w].active and workers[w].reached < round_}
-        return _Look(until, runs, behind, sorted(overdue), sorted(due, reverse=True), sorted(next_, reverse=True))
+        return _StragglerView(until, runs, behind, sorted(overdue), sorted(due, reverse=True), sorted(next_, reverse=True))
 
     def _held(
         self, round_: int, count: int, tables: list[ShareTable], waiting: Member, workers: Mapping[str, Member], now: float
     ) -> set[int]:
-        """Micro-batches of `round_` that somebody will do, does, or has just sent."""
+        """Return the micro-batches of `round_` that some worker will compute, computes, or has just sent."""
         runs = self._not_begun(round_, count, in_force(tables, round_), workers)
         held = {k for name, ks in runs.items() if name in workers and workers[name].active for k in ks}
         patience_s = _PATIENCE * _cost_of_another(waiting)
@@ -267,7 +275,7 @@ class Speculation:
         return held
 
     def _is_on_its_way(self, name: str, member: Member, now: float) -> bool:
-        """Whether to believe that what a worker has sent will arrive."""
+        """Return whether what a worker has sent may still arrive."""
         round_, sent = member.beat.round, member.beat.unacknowledged
         before, known, since = self._sent.get(name, (-1, [], 0.0))
         if before != round_:
@@ -279,7 +287,7 @@ class Speculation:
         return now - self._sent[name][2] < (max(_SENT_S, _SENT_TIMES * transfer) if transfer else _SENT_FIRST_S)
 
     def _not_begun(self, round_: int, count: int, table: ShareTable, workers: Mapping[str, Member]) -> dict[str, list[int]]:
-        """What workers have of `round_` and have not begun, as far as is known."""
+        """Return the micro-batches of `round_` that workers have and have not begun, as far as is known."""
         out: dict[str, list[int]] = {}
         for name in {*table.workers, *workers}:
             member = workers.get(name)
@@ -292,26 +300,26 @@ class Speculation:
                 ks = taken
             else:
                 continue
-            out[name] = [k for k in ks if self.leased.get((round_, k), name) == name]
-            if gone:  # what it was leased as an exception is open again as well
-                out[name] += [k for (r, k), to in self.leased.items() if r == round_ and to == name and k not in out[name]]
+            out[name] = [k for k in ks if self.reassigned.get((round_, k), name) == name]
+            if gone:  # what was reassigned to it is open again too
+                out[name] += [k for (r, k), to in self.reassigned.items() if r == round_ and to == name and k not in out[name]]
         return out
 
 
-def _most_dealt(member: Member) -> int:
-    """How many micro-batches a worker may have ahead."""
-    return max(1, min(_MOST_DEALT, int(_DEALT_S / member.beat.seconds))) if member.beat.seconds else 1
+def _most_ahead(member: Member) -> int:
+    """Return how many micro-batches a worker may have ahead."""
+    return max(1, min(_MOST_AHEAD, int(_AHEAD_S / member.beat.seconds))) if member.beat.seconds else 1
 
 
 def _computes(member: Member, round_: int) -> bool:
-    """Whether `member` is at a micro-batch of `round_`, which is `member.beat.micro_batch`."""
+    """Return whether `member` computes `member.beat.micro_batch` of `round_`."""
     return member.active and member.beat.round == round_ and member.beat.micro_batch >= 0
 
 
 def _may_begin(member: Member | None, now: float) -> int:
-    """How many of a worker's micro-batches it may have begun without its word of it having come.
+    """Return how many micro-batches a worker may have begun that the coordinator has not heard of.
 
-    It begins the next one about when it has been at this one for as long as one takes; word of that is soon here.
+    A worker begins the next one when this one has taken as long as usual. Its heartbeat says so soon afterwards.
     """
     if member is None or not member.active or member.beat.seconds <= 0:
         return 0
@@ -322,35 +330,38 @@ def _may_begin(member: Member | None, now: float) -> int:
 
 
 def _is_quick(member: Member) -> bool:
-    """Whether a worker may have done several micro-batches before word of the first one is here."""
+    """Return whether a worker may have done several micro-batches before its heartbeat is here."""
     return member.beat.seconds < _NEWS_S
 
 
 def _done_next_at(member: Member) -> float:
-    """When what a worker begins next is likely to have arrived."""
+    """Return when the next micro-batch of a worker is likely to have arrived."""
     return member.since + member.beat.seconds + _cost(member)
 
 
 def _cost(worker: Member) -> float:
-    """Seconds until a micro-batch that a worker takes over has arrived."""
+    """Return the seconds until a micro-batch that is reassigned to a worker has arrived."""
     return worker.beat.seconds + worker.beat.transfer
 
 
 def _cost_of_another(waiting: Member) -> float:
-    """The same for one that waits, and no less than its news take on average, for what is known of others is as old."""
+    """Return the same for an idle worker, but no less than heartbeats take on average: what is known of others is as old."""
     return max(_cost(waiting), _NEWS_S / 2)
 
 
-def _is_worth_it(waiting: Member, owner: Member | None, look: _Look, name: str, now: float) -> bool:
-    """Whether `waiting` should do what `owner` has not begun: not if that is sooner done by itself, as on a slow network, where
-    one that is behind may be about to get its weights, and a contribution more is one more to send."""
+def _is_worth_it(waiting: Member, owner: Member | None, view: _StragglerView, name: str, now: float) -> bool:
+    """Return whether `waiting` should compute what `owner` has not begun.
+
+    It should not if the owner does it sooner, as on a slow network: a worker that is behind may be about to get its weights, and
+    another contribution takes time to send.
+    """
     if owner is None or not owner.active:
         return True
-    if name in look.behind:
+    if name in view.behind:
         return now - waiting.since >= waiting.beat.transfer
-    return len(look.runs[name]) * owner.beat.seconds >= waiting.beat.transfer
+    return len(view.runs[name]) * owner.beat.seconds >= waiting.beat.transfer
 
 
 def _is_overdue(member: Member, now: float) -> bool:
-    """Whether a worker has been at its micro-batch for longer than such take it, or nobody knows how long that is."""
+    """Return whether a micro-batch takes a worker longer than usual, or nobody knows what is usual."""
     return now - member.since > _OVERDUE * member.beat.seconds

@@ -1,0 +1,53 @@
+"""What members are told of the run when they join: their names, the servers, and the shares."""
+
+from __future__ import annotations
+
+from roundtable.common.config.settings import Settings
+from roundtable.common.protocol.messages.session import MembershipUpdate, Peer, Welcome
+from roundtable.common.protocol.tickets import ticket
+from roundtable.ps.coordinator.state.roster import Member, Roster, number_of
+from roundtable.ps.coordinator.state.share_tables import ShareTables
+
+
+class Introductions:
+    """Welcomes members."""
+
+    def __init__(
+        self, settings: Settings, run: str, run_dir: str, resume: int, key: bytes, roster: Roster, share_tables: ShareTables
+    ) -> None:
+        """The run goes on from the checkpoint of round `resume` in `run_dir`, if that is not -1. Tickets are made with `key`."""
+        self._settings = settings
+        self._run = run
+        self._run_dir = run_dir
+        self._resume = resume
+        self._key = key
+        self._roster = roster
+        self._share_tables = share_tables
+
+    @property
+    def peers(self) -> list[Peer]:
+        """Return all servers, by number, as servers know each other."""
+        members = sorted(self._roster.servers.values(), key=lambda member: number_of(member.name))
+        return [Peer(member.hello.address, member.incarnation) for member in members]
+
+    @property
+    def peers_of_workers(self) -> list[Peer]:
+        """Return the same for workers. A process that knew a server's incarnation could speak in the server's name."""
+        return [Peer(peer.address, ticket(self._key, f"server {peer.incarnation}")) for peer in self.peers]
+
+    @property
+    def shares(self) -> MembershipUpdate:
+        """Return what workers must know."""
+        return MembershipUpdate(self._share_tables.tables, self.peers_of_workers)
+
+    def welcome(self, member: Member) -> Welcome:
+        """Return what a member is told when the run has started."""
+        told = self._run, self._settings
+        if member.hello.role == "worker":
+            return Welcome(
+                member.name, *told, self.peers_of_workers, self._share_tables.tables, self._run_dir, self._resume,
+                ticket=ticket(self._key, member.name),
+            )  # fmt: skip
+        return Welcome(
+            member.name, *told, self.peers, self._share_tables.tables, self._run_dir, self._resume, member.replaces, key=self._key
+        )
