@@ -142,6 +142,16 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+#: Decisions tell of their time, and may name files that have gone.
+PAGES = [ROOT / "README.md", *(page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "decisions")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:common|ps|worker|cluster|explore|tests|benchmarks|examples)/[\w./-]*)", page.read_text("utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_invariant_is_cited_by_a_test_that_holds_it() -> None:
     listed = [int(n) for page in ("consistency", "fault-tolerance") for n in re.findall(r"^\| I(\d+) \|", text(page), re.M)]
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
