@@ -1,5 +1,4 @@
-"""The coordinator's books as they are written: rows and state for the event log, and what was promised for when they are on the
-disk."""
+"""Writing the event log, and sending what was promised once it is on the disk."""
 
 from __future__ import annotations
 
@@ -10,49 +9,52 @@ from roundtable.common.protocol.messages.base import Body
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import FILE_NAME, ContributionRow, Event, RoundRow, RunLog
-from roundtable.ps.coordinator.recovery import BackupHolder, RunHeader
+from roundtable.ps.coordinator.recovery import RunHeader, StateWriter
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
-#: Seconds that somebody waits at most to hear that the books are kept, and between two alarms where they cannot be.
+#: Seconds that a process waits at most to hear that the event log is written.
 _PROMISE_S = 0.1
+#: Seconds between two alarms if the event log cannot be written.
 ALARM_S = 30.0
 
 
 class GroupCommit:
-    """Writes to the event log in `run_dir`, at `log`. Times are the coordinator's clock's, in seconds."""
+    """Writes to the event log in `run_dir`. Times are the coordinator's clock's, in seconds."""
 
     def __init__(self, run_dir: Path, head: RunHeader, membership: Membership, ledger: Ledger, now: float) -> None:
         self.log = RunLog(run_dir / FILE_NAME)
         self._head, self._membership, self._ledger = head, membership, ledger
-        self._keeper = BackupHolder()
-        #: To whom to send what once the books are on the disk, and whether somebody cannot go on without it.
+        self._state_writer = StateWriter()
+        #: (route, message) to send when the event log is on the disk.
         self._promises: list[tuple[bytes, Body]] = []
+        #: Whether a process cannot go on without such a message.
         self.is_urgent = False
-        #: Since when the event log cannot be written, if so, and when that was last told.
+        #: Since when the event log cannot be written, if so.
         self.unwritten_since: float | None = None
+        #: When that was last reported.
         self._alarmed_at = float("-inf")
         self._flushed_at = now
 
     def promise(self, route: bytes, body: Body, urgent: bool = False) -> None:
-        """Have `flush` give `body` back when what it says is on the disk. `urgent`: a flush should come at once."""
+        """Have `flush` return `body` once the event log is on the disk. With `urgent`, a flush should come at once."""
         self._promises.append((route, body))
         self.is_urgent |= urgent
 
     def warn(self, text: str) -> None:
-        """Tell of something in the log and, when it can be written, in the event log, which the launcher shows."""
+        """Write a warning to the log, and to the event log, which the launcher shows."""
         log.warning("%s", text)
         self.log.event(Event("warning", "coordinator", {"text": text}))
 
     def forget(self, worker: Member) -> None:
         """Keep no more than the name of a worker that never took part."""
-        self._keeper.forget(self.log, worker)
+        self._state_writer.forget(self.log, worker)
 
     def enter_rows(self) -> bool:
-        """Hand the log what the ledger has collected. Whether rounds were in it."""
+        """Hand the event log the ledger's new rows. Return whether rounds are among them."""
         rounds, contributions = self._ledger.new_rounds, self._ledger.new_contributions
         self._ledger.new_rounds, self._ledger.new_contributions = [], []
         for row in rounds:
@@ -70,15 +72,15 @@ class GroupCommit:
         return bool(rounds)
 
     def enter_state(self) -> None:
-        """Hand the log what else is new in the books; its next flush puts it on the disk."""
-        self._keeper.keep(self.log, self._head, self._membership, self._ledger)
+        """Hand the event log all other state that is new. Its next flush writes that to the disk."""
+        self._state_writer.write(self.log, self._head, self._membership, self._ledger)
 
     def is_due(self, now: float) -> bool:
-        """Whether somebody has waited for a flush for long enough."""
+        """Return whether a process has waited for a flush for long enough."""
         return bool(self._promises) and now >= self._flushed_at + _PROMISE_S
 
     def flush(self, now: float) -> list[tuple[bytes, Body]]:
-        """Have what was entered on the disk. What was promised for then; nothing if it fails, for who waits asks again."""
+        """Write what was entered to the disk. Return the promises, or none if that fails: processes that wait ask again."""
         self._flushed_at = now
         promises, self._promises, self.is_urgent = self._promises, [], False
         try:

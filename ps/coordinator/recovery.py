@@ -1,9 +1,9 @@
-"""A run's books as they are on the disk: what a coordinator that is started again goes on from.
+"""Restoring a run from its event log, when its coordinator starts again.
 
-Everything is in the event log, `common/storage/event_log.py`: rounds, contributions and metrics as rows, and the rest as `state`.
-What was promised to anybody (an acknowledged report, a name, a plan) is there before the promise is sent. Not there, because
-servers and workers tell it anew: where they are, what they wait for, and what was decided for the open round
-(`ps/coordinator/state/ledger.py`).
+The event log, `common/storage/event_log.py`, has rounds, contributions and metrics as rows, and the rest as `state`. The
+coordinator writes every promise (an acknowledged report, a name, a plan) to the log before it sends the promise. Some things are
+not in the log, because servers and workers say them anew: where they are, what they wait for, and what was decided for the open
+round (`ps/coordinator/state/ledger.py`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RunHeader(msgspec.Struct, frozen=True):
 
 
 class SavedMember(msgspec.Struct, frozen=True):
-    """What must be known of a member to know it again."""
+    """A member, as the event log has it, so that the next coordinator knows it again."""
 
     hello: Hello
     incarnation: int
@@ -88,22 +88,23 @@ class RestoredRun:
     stop: Stop | None = None
 
 
-class BackupHolder:
-    """Puts down what has changed of a run's state since it was last put down."""
+class StateWriter:
+    """Writes what has changed of a run's state to the event log."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, str], Any] = {}
+        #: The values that were last written, by kind and key.
+        self._written: dict[tuple[str, str], Any] = {}
 
-    def keep(self, log: RunLog, head: RunHeader, membership: Membership, ledger: Ledger) -> None:
-        """Hand `log` what is new; it is on the disk after its next flush."""
+    def write(self, log: RunLog, head: RunHeader, membership: Membership, ledger: Ledger) -> None:
+        """Hand `log` what is new. Its next flush writes that to the disk."""
         for kind, key, value in _state(head, membership, ledger):
-            if self._kept.get((kind, key)) != value:
-                self._kept[kind, key] = value
+            if self._written.get((kind, key)) != value:
+                self._written[kind, key] = value
                 log.state(kind, key, msgspec.msgpack.encode(value))
 
     def forget(self, log: RunLog, member: Member) -> None:
-        """Of a worker that never took part only the name is kept, which is no other's."""
-        self._kept.pop(("member", member.name), None)
+        """Keep only the name of a worker that never took part. The name is not given again."""
+        self._written.pop(("member", member.name), None)
         kept = SavedMember(Hello("worker"), member.incarnation, left=False, lost=True)
         log.state("member", member.name, msgspec.msgpack.encode(kept))
 
@@ -130,19 +131,19 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
 
 
 def new_run(before: str = "") -> str:
-    """A name for a run, or with `before` another one for that run, whose processes all begin anew."""
+    """Return a name for a run, or another name for the run `before`, whose processes all begin anew."""
     return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
 
 
 def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
-    """The books in the event log at `path`, or None where no coordinator has written any.
+    """Return the run in the event log at `path`, or None if no coordinator has written one.
 
-    With `upto` they are put back to what they were when the rounds below were committed and no other: rows of that round and
-    later ones are deleted for good, as is what servers have reported of them, and counted as computed again. Who took part and
-    what was planned is forgotten too, but for what rounds before `upto` need, and the run has another name, for whoever goes on
-    makes those rounds anew, as processes that tell all that themselves. A crash leaves all of that done or nothing.
+    With `upto`, put the event log back to what it was when the rounds below were committed and no other. Rows of later rounds
+    are deleted for good, with what servers have reported of them, and count as computed again. The members and plans are
+    forgotten too, but for plans that rounds before `upto` need: the processes that make those rounds anew say all that
+    themselves. The run gets another name. A crash leaves all of that done or nothing.
 
-    Raises UsageError where the file cannot be read, or rounds below `upto` are missing from it.
+    Raise UsageError if the file cannot be read, or if rounds below `upto` are missing from it.
     """
     if not path.exists():
         return None

@@ -23,7 +23,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import ContributionRow, Event, RoundRow, RunLog, StatusRow
-from roundtable.ps.coordinator.recovery import BackupHolder, RunHeader, restore
+from roundtable.ps.coordinator.recovery import RunHeader, StateWriter, restore
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Membership
 
@@ -150,7 +150,7 @@ def test_rounds_that_are_done_again_are_not_counted_twice_and_what_happened_is_s
     head, membership = RunHeader("r.1", 1, "", settings), Membership(settings, policy, "r.1", 0.0)
     ledger = Ledger(settings, policy)
     ledger.plan(make_segment(before=None, samples=576, global_batch=64, micro_batch=16, epochs=1, round_limit=None))
-    BackupHolder().keep(log, head, membership, ledger)
+    StateWriter().write(log, head, membership, ledger)
     log.close()
     assert tracker.look().rounds == 5
     restore(path, upto=2)

@@ -11,8 +11,10 @@ from roundtable.common.protocol.messages.base import Body
 
 
 class Contribution(msgspec.Struct, frozen=True):
-    """What became of one push, as the ledger has it. A micro-batch that was dropped without one has a row without a `worker`; a
-    push of it that comes afterwards is `late`."""
+    """The outcome of one push, as the ledger has it.
+
+    A micro-batch that was dropped without a push has a row without a `worker`. A push of it that arrives later is `late`.
+    """
 
     round: Count
     lo: Count
@@ -54,27 +56,30 @@ class ReportAck(Body, frozen=True):
 
 
 class RoundReady(Body, frozen=True):
-    """`backup`: these micro-batches of the round have fully arrived here. May the round be closed?
+    """`backup` policy: these micro-batches of the round have fully arrived here. May the round be closed?
 
-    `coordinator` is the incarnation of the one that is asked: its asker takes no earlier one's word any more. A coordinator that
-    has taken over the run passes on to all servers what may have been decided before; who was told answers with just that.
+    A coordinator that has taken over asks all servers what may have been decided before. A server that knows it answers.
     """
 
     round: Count
     micro_batches: Many[Count]
+    #: The incarnation of the coordinator that is asked. The server believes no earlier one any more.
     coordinator: int = 0
 
 
 class CloseRound(Body, frozen=True):
-    """`backup`: apply the round with exactly these micro-batches."""
+    """`backup` policy: apply the round with exactly these micro-batches."""
 
     round: Count
     micro_batches: Many[Count]
 
 
 class Norms(Body, frozen=True):
-    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm); of tables and then classifiers,
-    which count on from the tensors, as (number, server, 2-norm). Asked and passed on as `RoundReady` is."""
+    """Gradient norms of this server's pieces for the round, as (tensor, start of piece, 2-norm).
+
+    Embedding tables and then sharded layers are counted on from the tensors: (number, server, 2-norm). It is asked and passed
+    on as `RoundReady` is.
+    """
 
     round: Count
     norms: Many[tuple[Count, Count, float]]
@@ -89,7 +94,7 @@ class AllNorms(Body, frozen=True):
 
 
 class Mean(Body, frozen=True):
-    """What is the mean of metric `name` over `epoch`? Answered by the same with `value`, final once `complete`."""
+    """Return the mean of metric `name` over `epoch`. The answer is the same message with `value`, final once `complete`."""
 
     epoch: Count
     name: Name
@@ -98,7 +103,7 @@ class Mean(Body, frozen=True):
 
 
 class Metrics(Body, frozen=True):
-    """Values the script logged outside a micro-batch, after `round` rounds."""
+    """Values that the script logged outside a micro-batch, after `round` rounds."""
 
     id: Count
     round: Count

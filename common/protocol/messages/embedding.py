@@ -7,22 +7,21 @@ from roundtable.common.protocol.messages.base import Body
 
 
 class InitialRows(Body, frozen=True):
-    """First values of the rows of page `page` that are this server's, in order. Only the first copy counts. Answered by
-    Accepted with the same `id`. Classifiers are counted after the tables."""
+    """First values of this server's rows of page `page`, in order. Only the first copy counts. Answered by Accepted."""
 
     id: Count
+    #: Sharded layers are counted after the embedding tables.
     table: Count
     page: Count
 
 
 class RowPull(Body, frozen=True):
-    """Send me rows as they are at the beginning of round `version`: those whose ids follow, which are sorted and all on this
-    server.
+    """Send embedding rows as they are at the beginning of round `version`. Their sorted ids follow, all of this server.
 
-    Where each push is applied at once, and where that version is gone, they are sent as they are now. `number` tells which
-    question an answer is for.
+    If each push is applied at once, or the server has not kept that version, it sends the rows as they are now.
     """
 
+    #: The answer has the same number.
     number: Count
     table: Count
     version: Count
@@ -30,20 +29,23 @@ class RowPull(Body, frozen=True):
 
 
 class Rows(Body, frozen=True):
-    """Answer to RowPull `number`: `count` rows."""
+    """The answer to RowPull `number`: `count` rows."""
 
     number: Count
     count: Count
 
 
 class RowPush(Body, frozen=True):
-    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples) for the rows of all tables that are on this server:
-    of each table, sorted ids and then values. `counts` are the numbers of rows, which may be none."""
+    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples) for this server's rows of all tables.
+
+    For each table, sorted ids follow, and then values.
+    """
 
     round: Count
     lo: Count
     hi: Count
     samples: Count
+    #: The number of rows of each table. None may be there.
     counts: Many[CountOrNone]
     base_version: Count = 0
     hypers: Many[Hypers] = []
@@ -51,7 +53,7 @@ class RowPush(Body, frozen=True):
 
 
 class RowAck(Body, frozen=True):
-    """That RowPush needs not be sent again, whatever became of it."""
+    """This RowPush need not be sent again."""
 
     round: Count
     lo: Count

@@ -9,15 +9,20 @@ from roundtable.common.protocol.messages.base import Body
 
 
 class KvPush(Body, frozen=True):
-    """Block `block` of what is added to `key`, or what it is set to: of push number `push`, which has `numel` elements in all its
-    blocks and counts when they are here. `id` makes the block count once, however often it is sent."""
+    """Add a block to `key`, or set it.
 
+    The push counts when all its blocks are here.
+    """
+
+    #: Makes the block count once, however often it is sent.
     id: Count
     key: Name
     block: Count
+    #: Elements of the whole push.
     numel: Count
     dtype: Name
     op: Literal["add", "set"]
+    #: The number of the push.
     push: Count
 
 
@@ -30,10 +35,10 @@ class KvPull(Body, frozen=True):
 
 
 class KvReply(Body, frozen=True):
-    """The block is here; to a pull, a frame follows with the bytes of block `block`, one of as many messages as there are blocks.
-    `version` counts the pushes applied to the key."""
+    """The block is here. To a pull, the server sends a message for each block, with the block's bytes in a frame."""
 
     id: Count
+    #: Counts the pushes applied to the key.
     version: Count
     dtype: Name = ""
     block: Count = 0

@@ -14,29 +14,33 @@ from roundtable.common.protocol.messages.setup import Setup
 
 
 class Replicate(Body, frozen=True):
-    """The mean contribution to `chunk` in `round`, in a frame, unless it moves nothing (`present` is 0). Clipping multiplies it
-    by `factor`; `hypers` are the settings of its parameter group."""
+    """The mean contribution to `chunk` in `round`, in a frame. There is no frame if it moves nothing (`present` is 0)."""
 
     round: Count
     chunk: Count
     present: int = 0
+    #: The settings of the chunk's parameter group.
     hypers: Hypers = {}
+    #: Clipping multiplies the contribution by it.
     factor: float | None = None
 
 
 class ReplicateRows(Body, frozen=True):
-    """What `round` contributes to the rows of all tables, summed over `samples` samples: `counts` and frames as in RowPush, the
-    settings of each parameter group, and `factor` as in Forward."""
+    """What `round` contributes to the embedding rows of all tables, summed over `samples` samples.
+
+    `counts` and frames are as in RowPush, and `factor` is as in Replicate.
+    """
 
     round: Count
     samples: Count
     counts: Many[CountOrNone]
+    #: The settings of each parameter group.
     hypers: Many[Hypers] = []
     factor: float | None = None
 
 
 class LossTerms(msgspec.Struct, frozen=True, array_like=True):
-    """What `count` samples contribute to a classifier, or a hidden layer; `normalised` as in Classify."""
+    """What `count` samples contribute to a sharded layer. `normalised` is as in ShardedForward."""
 
     classifier: Count
     count: Count
@@ -44,10 +48,16 @@ class LossTerms(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplicateLayers(Body, frozen=True):
-    """What `round` contributes to classifiers over `samples` samples; the rest is as in ForwardRows. Of each of `terms` there
-    follow, for every sample, features, with a 1 where there is a bias; the place of its class among the rows, int64, or -1; the
-    logarithm of the sum of all exp(z), g and the gradient of its own class's logit, as in ClassPush; and what is taken off
-    every p. Of hidden layers, the features and the gradient by this server's outputs."""
+    """What `round` contributes to sharded layers over `samples` samples. The other fields are as in ReplicateRows.
+
+    For each of `terms`, frames follow with, for every sample:
+    - its features, with a 1 if there is a bias,
+    - the place of its class among the rows, int64, or -1,
+    - the logarithm of the sum of all exp(z), g, and the gradient of its own class's logit, as in LayerPush,
+    - what is subtracted from every p.
+
+    For hidden layers, the features and the gradient by this server's outputs follow.
+    """
 
     round: Count
     samples: Count
@@ -57,28 +67,28 @@ class ReplicateLayers(Body, frozen=True):
 
 
 class RoundReplicated(Body, frozen=True):
-    """All of `round` has been forwarded. Of server 0: what the books are to have of it, and that the coordinator has all of the
-    rounds below `reported`. Answered by RoundReplicatedAck."""
+    """All of `round` has been sent to the backup. Answered by RoundReplicatedAck."""
 
     round: Count
+    #: Of server 0: what the ledger must have of the round.
     rounds: Many[Committed] = []
     contributions: Many[Contribution] = []
+    #: Of server 0: the coordinator has all rounds below.
     reported: Count = 0
 
 
 class RoundReplicatedAck(Body, frozen=True):
-    """All of `round` that is for your shard is here."""
+    """All of `round` for your shard has arrived here."""
 
     round: Count
 
 
 class RequestState(Body, frozen=True):
-    """I am in the place of the server whose shard you have a copy of: send it to me. Answered by State."""
+    """I replace the server whose backup you have: send me its state. Answered by StateHeader."""
 
 
 class StateHeader(Body, frozen=True):
-    """The state of server `shard`'s shard when `round` rounds are applied follows, in `parts` parts. Classifiers may still lack
-    the last of them, which is `pending` then; its tensors are among the parts. Answered by StatePartAck."""
+    """The state of server `shard`'s shard after `round` rounds follows, in `parts` parts. Answered by StatePartAck."""
 
     shard: Count
     round: Count
@@ -86,11 +96,12 @@ class StateHeader(Body, frozen=True):
     setup: Setup
     segments: Many[Segment]
     replicated_rounds: Many[RoundReplicated] = []
+    #: The last round of sharded layers, if they still lack it. Its tensors are among the parts.
     pending: ReplicateLayers | None = None
 
 
 class StatePart(Body, frozen=True):
-    """A tensor of that state, as snapshots call it, in the frames that follow; or its rows from `first` on."""
+    """A tensor of that state, under its name in checkpoints, in the frames that follow."""
 
     shard: Count
     round: Count
@@ -98,11 +109,12 @@ class StatePart(Body, frozen=True):
     name: Name
     dtype: Name
     shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    #: The first row that is in the frames, or -1 for the whole tensor.
     first: CountOrNone = -1
 
 
 class StatePartAck(Body, frozen=True):
-    """That part is here; -1 is the State itself."""
+    """That part has arrived. Number -1 is the StateHeader."""
 
     shard: Count
     round: Count

@@ -14,21 +14,21 @@ MOST_RECOMPUTED = 1000
 
 
 class TakeCheckpoint(Body, frozen=True):
-    """Write down your state as it is when every round below `round` is applied and nothing else, into the folder that has the
-    file with `token`. `reached`: every server has got that far; `final`: and no worker is left that could take it further.
-    Answered by CheckpointStatus."""
+    """Write your state when every round below `round` is applied, and no other. Answered by CheckpointStatus."""
 
     round: Count
+    #: The content of a file in the folder to write to.
     token: Name
+    #: Every server has reached the round.
     reached: bool = False
+    #: No worker is left that could take a server further.
     final: bool = False
 
 
 class CheckpointStatus(Body, frozen=True):
-    """Say what has become of a TakeCheckpoint.
+    """What has become of a TakeCheckpoint.
 
-    It `waits` for the round, was `missed` as the round is over, is being or was `written`, or `failed` for a reason.
-    `done` changes as the server gets on while it is `writing`; its unit is the server's own.
+    The server `waits` for the round, has `missed` it, is `writing`, has `written`, or has `failed` for a reason.
     """
 
     round: Count
@@ -36,6 +36,7 @@ class CheckpointStatus(Body, frozen=True):
     sha256: Name = ""
     bytes: Count = 0
     reason: Text = ""
+    #: Grows while the server is writing, in a unit of the server's own.
     done: Count = 0
 
     def __post_init__(self) -> None:
@@ -43,8 +44,10 @@ class CheckpointStatus(Body, frozen=True):
 
 
 class Recomputed(Body, frozen=True):
-    """From the weights after `round` rounds every worker has computed these tensors of the model's file anew; their bytes follow,
-    a frame for each. Only the first copy counts. Answered by Accepted with the same `id`, once they are in the file."""
+    """Every worker has computed these tensors of the model's file anew, from the weights after `round` rounds.
+
+    A frame with its bytes follows for each. Only the first copy counts. Answered by Accepted once they are in the file.
+    """
 
     id: Count
     round: Count
@@ -52,8 +55,10 @@ class Recomputed(Body, frozen=True):
 
 
 class SendModel(Body, frozen=True):
-    """Send me these of your parts of the model, as they are when every round below `round` is applied and nothing else is.
-    `ps/model_parts.py` numbers them. Each is answered by a ModelPart."""
+    """Send these of your parts of the model, when every round below `round` is applied, and no other.
+
+    `ps/model_parts.py` numbers them. Each is answered by a ModelPart.
+    """
 
     round: Count
     parts: Annotated[list[Count], msgspec.Meta(max_length=4000)]

@@ -20,15 +20,18 @@ MicroBatches = Annotated[list[Count], msgspec.Meta(max_length=MOST_TOLD)]
 
 
 class Hello(Body, frozen=True):
-    """May I take part? `address` is where workers reach a server. `arithmetic` is what equal bits need to be equal.
-    `host` is a name for people; `place` is what tells hosts apart."""
+    """May I take part?"""
 
     role: Literal["server", "worker"]
     index: Count | None = None
+    #: Where workers reach this server.
     address: Annotated[str, msgspec.Meta(max_length=300)] = ""
+    #: The host's name for people.
     host: Annotated[str, msgspec.Meta(max_length=300)] = ""
     pid: Count = 0
+    #: What must be equal for equal bits.
     arithmetic: ByName[Name] = {}
+    #: What tells hosts apart.
     place: Place = NOWHERE
 
     def __post_init__(self) -> None:
@@ -36,34 +39,39 @@ class Hello(Body, frozen=True):
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):
-    """A server, by where it is reached. Another incarnation is another process, which has the shard of the one before it. Only
-    servers are told the true one."""
+    """A server, and where it is reached.
+
+    A process that replaces a server has the same shard and another incarnation. Only servers are told the true incarnation.
+    """
 
     address: Annotated[str, msgspec.Meta(max_length=300)]
     incarnation: Count
 
 
 class Welcome(Body, frozen=True):
-    """You are `process` of run `run`. Sent when all expected processes are there. The run directory is `run_dir` where the
-    coordinator is; the run goes on from the snapshot of round `resume` in it (-1: it begins). `replaces`: you are in the place
-    of a server that is gone, and the next one has a copy of its shard. A worker writes `ticket` on what it sends to servers
-    (`common/protocol/tickets.py`), which check it with `key`."""
+    """You are `process` of run `run`. The coordinator sends it when all expected processes are there."""
 
     process: Name
     run: Name
     settings: Settings
     servers: Many[Peer]
     share_tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
+    #: The run directory, for the coordinator.
     run_dir: Text = ""
+    #: The round of the checkpoint in `run_dir` from which the run goes on, or -1.
     resume: int = -1
+    #: You replace a lost server, and the next server has a backup of its shard.
     replaces: bool = False
+    #: A worker writes it on what it sends to servers (`common/protocol/tickets.py`).
     ticket: Count = 0
+    #: Servers check tickets with it.
     key: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
 
 
 class Refused(Body, frozen=True):
-    """No, and why, in a sentence. `about` is the type of the refused message."""
+    """No, and why, in a sentence."""
 
+    #: The type of the refused message.
     about: Name
     reason: Text
 
@@ -72,11 +80,13 @@ class Refused(Body, frozen=True):
 
 
 class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a process has had to do with tensors in frames so far: bytes that a worker has sent and received, repetitions
-    included, and seconds that codecs took."""
+    """What a process has done with tensors in frames so far."""
 
+    #: Bytes that a worker has sent, repetitions included.
     pushed_bytes: Count = 0
+    #: Bytes that a worker has received.
     pulled_bytes: Count = 0
+    #: Seconds that codecs took.
     encode_seconds: Amount = 0.0
     decode_seconds: Amount = 0.0
 
@@ -132,14 +142,14 @@ class Heartbeat(Body, frozen=True):
 
 
 class MembershipUpdate(Body, frozen=True):
-    """The shares in force from some rounds on, oldest first; a new one opens a membership epoch. The servers are these."""
+    """A new membership epoch: the share tables in force, oldest first, and the servers."""
 
     share_tables: Annotated[list[ShareTable], msgspec.Meta(min_length=1, max_length=1000)]
     servers: Many[Peer] = []
 
 
 class RequestWork(Body, frozen=True):
-    """My micro-batches of `round` are done and it is not complete: is there one that I can take over?"""
+    """My micro-batches of `round` are done, and the round is not complete. Is there a micro-batch for me?"""
 
     round: Count
 
@@ -154,11 +164,15 @@ class Reassign(Body, frozen=True):
 
 
 class MembersLost(Body, frozen=True):
-    """To servers: as of membership epoch `epoch` these workers are lost, or have left early. Refuse what they send, and keep
-    nothing for them. The servers are these. Who knows it has that epoch in its headers."""
+    """To servers: `workers` are lost or have left early. Refuse what they send, and keep nothing for them.
 
+    A server that knows this writes `epoch` in its headers.
+    """
+
+    #: The membership epoch from which this holds.
     epoch: Count
     workers: Many[Name]
+    #: The servers of the run.
     servers: Many[Peer] = []
 
 

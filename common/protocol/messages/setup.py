@@ -16,50 +16,50 @@ from roundtable.common.protocol.shared_memory import Handle
 
 
 class Update(msgspec.Struct, frozen=True):
-    """How servers turn a merged contribution into new weights.
+    """How servers turn a merged contribution into new weights."""
 
-    `optimizer` names a class of torch.optim; None replaces the weights by the contribution. `groups` are its parameter
-    groups' arguments. `clip_norm` bounds the gradient's norm over all servers.
-    """
-
+    #: A class of torch.optim. None: the contribution replaces the weights.
     optimizer: Name | None
+    #: The arguments of each parameter group.
     groups: Many[Hypers]
+    #: Bounds the gradient's norm over all servers.
     clip_norm: float | None = None
 
 
 class InFile(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor of the model's file, under a name of the model's state_dict. `dtype` is what safetensors calls it.
-
-    `of` says which tensor of a Setup it is, or which several, one after another; none of an empty tensor, which no server has. A
-    Setup's tensors are counted first, then its tables, then the weights of its classifiers, then their biases. `counts`: its
-    bytes are among those of weights_sha256.
-    """
+    """A tensor of the model's file, under its name in the model's state_dict."""
 
     name: Name
+    #: What safetensors calls it.
     dtype: Name
     shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    #: The tensors of the Setup that it consists of, in order. Tensors are counted first, then embedding tables, then weights of
+    #: sharded layers, then their biases. An empty tensor consists of none.
     of: Annotated[list[Count], msgspec.Meta(max_length=64)]
+    #: Its bytes are among those of weights_sha256.
     counts: bool = False
 
 
 class Setup(Body, frozen=True):
-    """This is the model and its optimizer. The first one defines them; every other must be the same. `file` are the tensors of
-    the model's file, in their order there. The coordinator is told of `facts` too, which all workers must have in common."""
+    """This is the model and its optimizer. The first Setup defines them, and every other must be the same."""
 
     tensors: Many[TensorSpec]
     update: Update
     tables: Many[TableSpec] = []
     classifiers: Many[ClassSpec] = []
+    #: The tensors of the model's file, in their order there.
     file: Annotated[list[InFile], msgspec.Meta(max_length=1_000_000)] = []
+    #: To the coordinator only: what all workers must have in common.
     facts: Facts = []
 
 
 class Plan(Body, frozen=True):
-    """The next rounds are these. The first one defines them; every other must be the same; `facts` as in Setup. Servers take it
-    with the `seal` that the coordinator gave."""
+    """The next rounds. The first Plan defines them, and every other must be the same."""
 
     segment: Segment
+    #: Servers take the plan only with the seal that the coordinator gave.
     seal: Count = 0
+    #: As in Setup.
     facts: Facts = []
 
 
@@ -96,19 +96,19 @@ class Accepted(Body, frozen=True):
 
 
 class InitialWeights(Body, frozen=True):
-    """Weights to start from: one frame of weights (in their own dtype) for each of `chunks`. Only the first copy counts."""
+    """Weights to start from: a frame for each of `chunks`, in the chunk's own dtype. Only the first copy counts."""
 
     chunks: Many[Count]
 
 
 class OfferSharedMemory(Body, frozen=True):
-    """My gradients lie in this memory, if any: can you read it?"""
+    """My gradients are in this memory, if any. Can you read it?"""
 
     gradients: Handle | None
 
 
 class SharedMemoryReply(Body, frozen=True):
-    """Whether the worker's gradients can be read here, and the memory in which weights are laid out, if any."""
+    """Whether the server can read the worker's gradients, and the memory in which weights are, if any."""
 
     reads: bool
     weights: Handle | None

@@ -9,16 +9,14 @@ from roundtable.common.protocol.messages.base import Body
 
 
 class ShardedForward(Body, frozen=True):
-    """Go through your classes for `count` samples, as they are at the beginning of round `version`: their features (count, dim)
-    follow, float32, and unless `top` their labels, int64.
+    """Compute your part of sharded layer `classifier` for `count` samples, as the layer is when round `version` begins.
 
-    Where that version is gone, what is for training (`keeps`) is refused, and all else answered from the present one. Where each
-    push is applied at once, everything is. `top`: I
-    want the so many best classes of each sample. `normalised`: rows count as of length 1. `sums`: I need the sum of all rows too.
+    The samples' features (count, dim) follow, float32, and unless `top` is set their labels, int64. If the server has not kept
+    the version, it refuses what is for training (`keeps`), and answers all else from the newest one. If each push is applied at
+    once, it answers everything from the newest one.
 
-    Of a hidden layer: I want its outputs; only features follow. Or (`back_through` is the number of that question) its loss's
-    gradient by the features; the gradient by your outputs follows, (count, rows), and then the features if you may not know
-    them (`with_features`).
+    For a hidden layer, the worker wants its outputs, and only features follow. With `back_through`, the worker wants the
+    gradient of its loss by the features: the gradient by this server's outputs follows, (count, rows).
     """
 
     number: Count
@@ -26,43 +24,55 @@ class ShardedForward(Body, frozen=True):
     version: Count
     count: Count = 0
     keeps: bool = False
+    #: Rows count as if of length 1.
     normalised: bool = False
+    #: The sum of all rows is wanted too.
     sums: bool = False
+    #: So many best classes of each sample are wanted.
     top: Count = 0
+    #: The number of the question whose outputs the gradient is of, or -1.
     back_through: CountOrNone = -1
+    #: The features follow the gradient, because a replaced server may not know them.
     with_features: bool = False
 
 
 class ShardedForwardReply(Body, frozen=True):
-    """Answer to Classify `number`. Over the server's classes but a sample's own, with z a logit, the largest z, the sum of
-    exp(z - largest), and the sum of exp(z - largest) x row follow, for each sample; then the sum of all rows where it was wanted;
-    then the rows of labels that are here, in the order of the samples.
+    """The answer to ShardedForward `number`.
 
-    Or the best logits of each sample and their classes, int64; or of a hidden layer, this server's outputs (count, rows) or its
-    part of the features' gradient (count, D); or nothing, as the version that was wanted is `gone`.
+    For training, the server computes over its classes without a sample's own, with z a logit. Three results follow for each
+    sample: the largest z, the sum of exp(z - largest), and the sum of exp(z - largest) x row. If `sums` was set, the sum of all
+    rows follows. Then come the rows of the labels that are here, in the order of the samples.
+
+    With `top`, the best logits of each sample follow, and their classes, int64. For a hidden layer, this server's outputs
+    (count, rows) follow, or its part of the features' gradient (count, D).
     """
 
     number: Count
+    #: The server has not kept the version. Nothing follows.
     gone: bool = False
 
 
 class LayerUse(msgspec.Struct, frozen=True, array_like=True):
-    """What a micro-batch contributes through its question `number`, of `count` samples. Every class but a sample's own has a
-    logit's gradient of (p - smoothing) x g. Of a hidden layer it is the question about the features' gradient, whose gradient by
-    outputs is to be multiplied by `scale`; nothing more is told of it."""
+    """What a micro-batch contributes through its question `number`, of `count` samples.
+
+    Every class but a sample's own has a logit's gradient of (p - smoothing) x g. For a hidden layer the question is the one
+    about the features' gradient.
+    """
 
     number: Count
     count: Count
     smoothing: float = 0.0
+    #: For a hidden layer: the gradient by its outputs is multiplied by it.
     scale: float = 1.0
 
 
 class LayerPush(Body, frozen=True):
-    """What micro-batches lo..hi-1 of `round` contribute to classifiers, in order of the micro-batches. Of each of `uses`, there
-    follow for every sample the logarithm of the sum of all exp(z); g, the gradient of its loss x samples; and the gradient
-    of its own class's logit, which is in there already. Features and labels are those that were asked about: of questions
-    that you may not know, as you have taken another server's place, they come first (`questions`). `base_version` and `finite`
-    are as in Push."""
+    """What micro-batches lo..hi-1 of `round` contribute to sharded layers, in order of the micro-batches.
+
+    For each of `uses`, three results follow for every sample: the logarithm of the sum of all exp(z); g, which is the gradient
+    of its loss x samples; and the gradient of its own class's logit, in which g is a factor already. `base_version` and
+    `finite` are as in Push.
+    """
 
     round: Count
     lo: Count
@@ -72,11 +82,12 @@ class LayerPush(Body, frozen=True):
     hypers: Many[Hypers] = []
     base_version: Count = 0
     finite: bool = True
+    #: Questions that a replaced server may not know. Their features and labels come first.
     questions: Many[ShardedForward] = []
 
 
 class LayerAck(Body, frozen=True):
-    """That LayerPush needs not be sent again, whatever became of it."""
+    """This LayerPush need not be sent again."""
 
     round: Count
     lo: Count
