@@ -43,7 +43,8 @@ from roundtable.ps.params.state_part import Part
 from roundtable.ps.params.weight_buffers import WeightBuffers
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
-from roundtable.ps.sharded.layers import Contributed, LayerShards
+from roundtable.ps.sharded.contributions import Contributed
+from roundtable.ps.sharded.layers import LayerShards
 
 #: Rounds that the keeper may have and not have applied: the primary is never further ahead than by the open one.
 _AHEAD = 4
@@ -124,8 +125,8 @@ class Backup:
         self._chunks = {chunk.id: chunk for chunk in layout.on(server)}
         self._store = DenseParameters(layout, server, head.setup.update, policy)
         self._tables = RowTables(layout, server, head.setup.update, seed, keeps_versions=True)
-        self._classifiers = LayerShards(layout, server, head.setup.update, seed)
-        self._all = ShardState(self._store, self._tables, self._classifiers)
+        self._layers = LayerShards(layout, server, head.setup.update, seed)
+        self._all = ShardState(self._store, self._tables, self._layers)
         self._planes = WeightBuffers(layout.on(server), 2, shared=False)
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
@@ -181,7 +182,7 @@ class Backup:
         """A contribution to classifiers. Raises WireError for what does not fit."""
         if self._has_all(body.round):
             return
-        parts = self._classifiers.received(body, frames, f"what server-{self.server} forwarded")
+        parts = self._layers.received(body, frames, f"what server-{self.server} forwarded")
         self._round(body.round).classes = body, parts
 
     def _has_all(self, round_: int) -> bool:
@@ -193,7 +194,7 @@ class Backup:
             round_ = self._round(body.round)
             if round_.filed is None:
                 lacks_rows = bool(self._tables) and round_.rows is None
-                lacks_classes = bool(self._classifiers) and round_.classes is None
+                lacks_classes = bool(self._layers) and round_.classes is None
                 if len(round_.means) < len(self._chunks) or lacks_rows or lacks_classes:
                     return None
                 round_.filed = body
@@ -210,14 +211,14 @@ class Backup:
         """Whether there is something to apply."""
         if not self.whole:
             return False
-        return self._classifiers.busy or (self.version in self._rounds and self._rounds[self.version].filed is not None)
+        return self._layers.busy or (self.version in self._rounds and self._rounds[self.version].filed is not None)
 
     def work(self) -> None:
         """Apply one contribution of a round that is here whole, or to a tile of a classifier."""
         if not self.busy:
             return
-        if self._classifiers.busy:
-            self._classifiers.work()
+        if self._layers.busy:
+            self._layers.work()
             return
         round_, into = self._rounds[self.version], self._planes[(self.version + 1) % 2]
         if round_.means:
@@ -231,7 +232,7 @@ class Backup:
             round_.rows = None
         elif round_.classes is not None:
             what, parts = round_.classes
-            self._classifiers.close(parts, what.samples, what.hypers, self._factor(what.factor))
+            self._layers.close(parts, what.samples, what.hypers, self._factor(what.factor))
             round_.classes = None
         if not round_.means and round_.rows is None and round_.classes is None:
             del self._rounds[self.version]
@@ -243,7 +244,7 @@ class Backup:
     @property
     def steps(self) -> int:
         """A number that grows while updates of classifiers go on."""
-        return self._classifiers.steps
+        return self._layers.steps
 
     def hand_over(self) -> tuple[int, list[RoundReplicated], ReplicateLayers | None, list[Part]]:
         """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what classifiers
@@ -251,4 +252,4 @@ class Backup:
         arrived."""
         assert not self.busy
         self._rounds.clear()
-        return self.version, self._filed, self._classifiers.pending, self._all.parts(self._planes[self.version % 2])
+        return self.version, self._filed, self._layers.pending, self._all.parts(self._planes[self.version % 2])

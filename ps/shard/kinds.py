@@ -20,7 +20,8 @@ from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
 from roundtable.common.protocol.transport import Frames
 from roundtable.ps.params.clipping import Norm, value_of
 from roundtable.ps.params.embedding import RowTables
-from roundtable.ps.sharded.layers import Contributed, LayerShards, contributed, tensors_of
+from roundtable.ps.sharded.contributions import Contributed, contributed, tensors_of
+from roundtable.ps.sharded.layers import LayerShards
 
 #: The number of the metrics of a contribution, on server 0.
 METRICS = -1

@@ -81,7 +81,7 @@ class Shard(ABC):
         #: By round and (worker, lo, hi): the chunks in which that worker's contribution counted when it came.
         self._counted: dict[int, dict[tuple[str, int, int], set[int]]] = {}
         model.tables.before_update = self._before_tables_change
-        model.layers.may_update = self._may_update_layers
+        model.layers.let_update(self._may_update_layers)
         self._handlers: dict[type[Body], Callable[[str, Any, Frames, float], list[Send]]] = {
             Push: self._on_push,
             RowPush: self._on_kind,

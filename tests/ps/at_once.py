@@ -86,7 +86,7 @@ class AtOnce:
         """All rows, after the last round."""
         for server in self.servers:
             server.settle()
-        return rows_of([server._classifiers[classifier] for server in self.servers])
+        return rows_of([server._layers[classifier] for server in self.servers])
 
 
 def rows_of(shards: Sequence[Any]) -> torch.Tensor:

@@ -1237,7 +1237,7 @@ class Outcome:
         held = [shard.model.layers for shard in self.shards]
         for classifiers in held:
             classifiers.settle()
-        return rows_of([classifiers._classifiers[0] for classifiers in held])
+        return rows_of([classifiers._layers[0] for classifiers in held])
 
     def tallies(self) -> list[torch.Tensor]:
         """The accounts of the sharded layer, each like `account`."""

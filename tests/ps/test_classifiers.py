@@ -20,7 +20,9 @@ from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, Sha
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage import tensor_file
-from roundtable.ps.sharded.layers import Contributed, LayerShard, LayerShards
+from roundtable.ps.sharded.contributions import Contributed
+from roundtable.ps.sharded.layer import LayerShard
+from roundtable.ps.sharded.layers import LayerShards
 from roundtable.ps.sharded.softmax import OnlineSoftmax, Terms
 from roundtable.worker.client.sharded_client import Sums
 from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, combine, sharded_cross_entropy
@@ -102,11 +104,11 @@ def test_clipping_by_norm_is_that_of_torch_on_a_plain_layer(name: str, servers: 
     plain, optimizer, layer, shards, link = both(name, servers)
     for number in range(4):
         push_all(layer, shards, link, 10 * number)
-        before = torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers])
+        before = torch.cat([server._layers[0].read(torch.arange(9)) for server in link.servers])
         norms = link.norms(2 * BATCH)
         assert [(tensor, server) for tensor, server, _ in norms] == [(0, server) for server in range(servers)]
         assert link.norms(2 * BATCH) == norms  # they are known, and nothing has moved
-        assert torch.equal(torch.cat([server._classifiers[0].read(torch.arange(9)) for server in link.servers]), before)
+        assert torch.equal(torch.cat([server._layers[0].read(torch.arange(9)) for server in link.servers]), before)
         optimizer.zero_grad()
         x, y = (torch.cat(part) for part in zip(batch(10 * number), batch(10 * number + 1), strict=True))
         cross_entropy(plain(x), y).backward()
@@ -229,7 +231,7 @@ def test_sampling_moves_the_rounds_negative_classes_and_the_samples_own() -> Non
 def drawn(link: AtOnce, round_: int) -> torch.Tensor:
     """The negative classes of a round, over all servers."""
     found = []
-    for one in (server._classifiers[0] for server in link.servers):
+    for one in (server._layers[0] for server in link.servers):
         places = one._negatives(round_)
         assert places is not None
         found.append(one.ids(places))
@@ -257,7 +259,7 @@ def test_neither_values_nor_state_of_classes_that_were_not_drawn_move(name: str,
 
     def everything() -> dict[str, torch.Tensor]:
         found, owners = {"values": link.rows()}, owner_of(torch.arange(CLASSES), servers)
-        shares = [server._classifiers[0] for server in link.servers]
+        shares = [server._layers[0] for server in link.servers]
         for key in shares[0]._state:
             found[key] = torch.empty(CLASSES, DIM)
             for server, share in enumerate(shares):
@@ -283,7 +285,7 @@ def test_a_sampled_loss_is_that_over_the_sampled_classes() -> None:
     layer = ShardedLinear(DIM, CLASSES, sample_rate=0.3)
     _, link = sharded(layer, 1, update_of("SGD"))
     x, y = batch(0)
-    weight, negatives = link.rows(), link.servers[0]._classifiers[0]._negatives(0)
+    weight, negatives = link.rows(), link.servers[0]._layers[0]._negatives(0)
     assert negatives is not None
     losses = sharded_cross_entropy(x.requires_grad_(), y, layer, reduction="none")
     losses.sum().backward()
@@ -360,9 +362,9 @@ def test_an_old_question_that_comes_once_more_does_not_take_the_place_of_the_new
 
 def applied(one: LayerShards, sender: str, number: int, round_: int, lr_scale: float = 1.0) -> None:
     """Have what `sender` asked contributed as a worker would have it, if these were all classes."""
-    kept = one._senders[sender].kept[number]
+    kept = one._questions.askers[sender].kept[number]
     x, y = batch(round_)
-    own = (one._classifiers[0].read(y) * x).sum(1)
+    own = (one._layers[0].read(y) * x).sum(1)
     assert kept.log_total is not None
     log_total = torch.logaddexp(kept.log_total, own)
     values = [log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0]
@@ -376,10 +378,10 @@ def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_
     one, whole = classifiers(keeps_versions=False), classifiers()
     for each in (one, whole):
         ask(each, 1, 0)
-    before = one._classifiers[0].read(torch.arange(CLASSES))
+    before = one._layers[0].read(torch.arange(CLASSES))
     applied(one, "worker-0", 1, 0, lr_scale=0.25)
     one.settle()
-    kept = whole._senders["worker-0"].kept[1]
+    kept = whole._questions.askers["worker-0"].kept[1]
     x, y = batch(0)
     own = (before[y] * x).sum(1)
     assert kept.log_total is not None
@@ -387,7 +389,7 @@ def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_
     terms = Terms(kept.samples, log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0, torch.zeros(BATCH))
     whole.close([Contributed(0, terms, False)], BATCH, [])
     whole.settle()
-    after, expected = (each._classifiers[0].read(torch.arange(CLASSES)) for each in (one, whole))
+    after, expected = (each._layers[0].read(torch.arange(CLASSES)) for each in (one, whole))
     torch.testing.assert_close(4 * (after - before), expected - before, rtol=1e-3, atol=1e-6)
 
 
@@ -410,16 +412,16 @@ def test_rows_that_have_moved_since_make_no_probability_above_one() -> None:
     one = classifiers(keeps_versions=False)
     ask(one, 1, 0)
     applied(one, "worker-0", 1, 0)
-    parts = one._senders["worker-0"].kept[1]
+    parts = one._questions.askers["worker-0"].kept[1]
     same = Contributed(0, Terms(parts.samples, *(torch.zeros(BATCH),) * 4), False, parts)
-    assert result(one._classifiers[0].present(same)) is same  # nothing has moved yet
-    one._classifiers[0]._values.mul_(40.0)
-    one._classifiers[0].updates += 1
+    assert result(one._layers[0].present(same)) is same  # nothing has moved yet
+    one._layers[0]._values.mul_(40.0)
+    one._layers[0].updates += 1
     x, _ = batch(0)
     log_total = torch.randn(BATCH) * 0.01 + 6.6
     stale = Contributed(0, Terms(parts.samples, log_total, *(torch.ones(BATCH),) * 3), False, parts)
-    fresh = result(one._classifiers[0].present(stale))
-    z = x @ one._classifiers[0].read(torch.arange(CLASSES)).T
+    fresh = result(one._layers[0].present(stale))
+    z = x @ one._layers[0].read(torch.arange(CLASSES)).T
     z[torch.arange(BATCH), parts.samples.own] = -torch.inf
     assert bool(((z - log_total[:, None]).exp().sum(1) > 1.0).any())
     assert bool(((z - fresh.terms.log_total[:, None]).exp().sum(1) <= 1.0 + 1e-5).all())
@@ -430,13 +432,13 @@ def test_questions_about_rounds_that_are_over_and_of_the_lost_are_forgotten() ->
     for number, round_ in ((1, 0), (2, 5)):
         ask(one, number, round_)
     one.forget_before(1)
-    assert list(one._senders["worker-0"].kept) == [2]
+    assert list(one._questions.askers["worker-0"].kept) == [2]
     x, y = batch(3)
     one.ask("worker-0", ShardedForward(3, 0, 3, BATCH, True), [*cut(x), *cut(y)])
     one.forget("worker-0")
     while one.busy:
         one.work()
-    assert not one._senders
+    assert not one._questions.askers
 
 
 @pytest.mark.parametrize(

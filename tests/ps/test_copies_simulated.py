@@ -72,8 +72,8 @@ def check_copies(outcome: Outcome) -> None:
             assert torch.equal(mine._values, its._values)
             assert all(torch.equal(mine._state[key], state) for key, state in its._state.items())
         shard.model.layers.settle()
-        copy._classifiers.settle()
-        for one, other in zip(copy._classifiers._classifiers, shard.model.layers._classifiers, strict=True):
+        copy._layers.settle()
+        for one, other in zip(copy._layers._layers, shard.model.layers._layers, strict=True):
             assert torch.equal(one.read(torch.arange(len(one._values))), other.read(torch.arange(len(one._values))))
             assert all(torch.equal(one._state[key], state) for key, state in other._state.items())
 

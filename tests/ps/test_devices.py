@@ -19,7 +19,7 @@ from roundtable.common.runtime.devices import find_device
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
-from roundtable.ps.sharded.layers import contributed, tensors_of
+from roundtable.ps.sharded.contributions import contributed, tensors_of
 from roundtable.worker.layers.margin_losses import CosFace
 from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
 
@@ -86,7 +86,7 @@ def test_layers_on_another_device_learn_the_same(optimizer: str, net: dict[str, 
     with Elsewhere():
         found, link = trained(DEVICE, optimizer, 3, net, how)
         for server in link.servers:
-            for one in server._classifiers:
+            for one in server._layers:
                 assert isinstance(one._values, There) and all(isinstance(state, There) for state in one._state.values())
     assert all(type(tensor) is torch.Tensor for tensor in found)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

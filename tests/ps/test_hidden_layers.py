@@ -17,7 +17,8 @@ from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, Sha
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps.sharded.column_parallel import Products
-from roundtable.ps.sharded.layers import LayerShards, contributed, tensors_of
+from roundtable.ps.sharded.contributions import contributed, tensors_of
+from roundtable.ps.sharded.layers import LayerShards
 from roundtable.worker.layers.sharded_linear import (
     ColumnParallelLinear,
     HiddenGradient,
@@ -221,8 +222,8 @@ def test_a_copy_is_told_what_counts_and_has_the_same_rows() -> None:
     for one, counted in ((shard, parts), (copy, copy.received(told, frames, "a copy"))):
         one.close(counted, 2, [{"lr": 0.1}])
         one.settle()
-    values = [one._classifiers[0]._values for one in (shard, copy)]
-    assert torch.equal(*values) and not torch.equal(values[0], servers_of()._classifiers[0].read(torch.arange(8)))
+    values = [one._layers[0]._values for one in (shard, copy)]
+    assert torch.equal(*values) and not torch.equal(values[0], servers_of()._layers[0].read(torch.arange(8)))
     with pytest.raises(WireError, match="a copy"):
         copy.received(told, frames[:1], "a copy")
 
@@ -239,7 +240,7 @@ def test_each_contribution_on_its_own_moves_rows_by_its_part_of_the_rate() -> No
     whole.close(whole.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(2, 2)]), []), 2, [{"lr": 0.1}])
     one.settle()
     whole.settle()
-    torch.testing.assert_close(one._classifiers[0]._values, whole._classifiers[0]._values)
+    torch.testing.assert_close(one._layers[0]._values, whole._layers[0]._values)
 
 
 def test_gradients_that_are_not_finite_can_be_seen() -> None:

@@ -1,0 +1,124 @@
+"""Questions of workers to sharded layers, which contributions refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from roundtable.common.model.sparse_rows import join
+from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward, ShardedForwardReply
+from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.transport import Frames
+from roundtable.common.runtime.errors import WireError
+from roundtable.ps.sharded.column_parallel import Products
+from roundtable.ps.sharded.contributions import Contributed, Kept
+from roundtable.ps.sharded.layer import LayerShard
+from roundtable.ps.sharded.softmax import Terms
+
+#: A message, and its frames.
+Answer = tuple[ShardedForwardReply, list[memoryview]]
+
+
+@dataclass
+class Asker:
+    """One worker: questions by number, the newest one's, and its answer once there is one."""
+
+    kept: dict[int, Kept] = field(default_factory=dict)
+    newest: int = -1
+    answer: Answer | None = None
+
+
+class QuestionCache:
+    """By worker, the questions that it may still contribute through."""
+
+    def __init__(self, layers: Sequence[LayerShard], keeps_versions: bool) -> None:
+        self._layers, self._keeps_versions = layers, keeps_versions
+        self.askers: dict[str, Asker] = {}
+
+    def of(self, sender: str) -> Asker:
+        """Return what is known of a worker."""
+        return self.askers.setdefault(sender, Asker())
+
+    def back(self, ask: ShardedForward, one: LayerShard, known: Kept | None, parts: Iterator[Any], what: str) -> Kept | None:
+        """The way back through a hidden layer, from the next frames; None where it is not known what it was asked before, as the
+        round is over."""
+        if not one.spec.hidden or not ask.keeps or ask.count < 1:
+            raise WireError(f"{what} goes back through '{one.spec.name}', about which nothing of the kind was asked")
+        slopes = join(parts, "float32", ask.count * one.here, what).view(ask.count, one.here).to(one.device)
+        if ask.with_features:
+            samples = one.samples(*self.read(one.spec, ask, parts, what))
+        elif known is None:
+            return None
+        else:
+            samples = known.samples
+            if (known.version, known.classifier, len(samples.features)) != (ask.version, ask.classifier, ask.count):
+                raise WireError(f"{what} goes back through another question")
+        return Kept(ask.version, ask.classifier, samples, slopes=slopes)
+
+    def read(self, spec: ClassSpec, ask: ShardedForward, parts: Iterator[Any], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (count, D) and labels (count), or none, from the next frames."""
+        if ask.count < 1 or not 0 <= ask.top <= spec.rows or (spec.hidden and (ask.top or ask.sums or ask.normalised)):
+            raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
+        dim = spec.dim - spec.bias
+        features = join(parts, "float32", ask.count * dim, what).view(ask.count, dim)
+        labels = join(parts, "int64", 0 if ask.top or spec.hidden else ask.count, what)
+        if len(labels) and not (labels.min() >= 0 and labels.max() < spec.rows):
+            raise WireError(f"{what} has labels that '{spec.name}' has no class for")
+        return features, labels
+
+    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[Contributed]:
+        """A contribution. Raises WireError where it does not fit."""
+        what, parts, out = f"a push of {sender}", iter(frames), []
+        kept = self.askers[sender].kept if sender in self.askers else {}
+        told: dict[int, Kept] = {}
+        for ask in push.questions:
+            good = 0 <= ask.classifier < len(self._layers) and ask.keeps and not ask.top
+            if not good or not self._keeps_versions:
+                raise WireError(f"{what} has questions that nothing can be contributed through")
+            one = self._layers[ask.classifier]
+            if ask.back_through >= 0:
+                back = self.back(ask, one, None, parts, what)
+                if back is None:
+                    raise WireError(f"{what} does not tell all of a question")
+                told[ask.number] = back
+                continue
+            samples = one.samples(*self.read(one.spec, ask, parts, what))
+            told[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
+        for use in push.uses:
+            question = told.get(use.number) or kept.get(use.number)
+            asked = question is not None and (
+                question.slopes is not None
+                if self._layers[question.classifier].spec.hidden
+                else use.number in told or question.log_total is not None
+            )
+            if question is None or not asked or question.version != push.round or len(question.samples.features) != use.count:
+                raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
+            if question.slopes is not None:
+                products = Products(question.samples.features, question.slopes * use.scale)
+                out.append(Contributed(question.classifier, products, question=question))
+                continue
+            device = question.samples.features.device
+            log_total, g, own = (join(parts, "float32", use.count, what).to(device) for _ in range(3))
+            terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing, device=device))
+            out.append(Contributed(question.classifier, terms, question.normalised, question))
+        if next(parts, None) is not None:
+            raise WireError(f"{what} has too many frames")
+        return out
+
+    def forget(self, sender: str) -> None:
+        """It is lost."""
+        self.askers.pop(sender, None)
+
+    def forget_before(self, round_: int) -> None:
+        """Nothing more will be contributed to rounds before this one."""
+        for sender in self.askers.values():
+            sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= round_}
+
+    def answered(self, sender: str, answer: Answer) -> None:
+        """Keep the answer to a worker's newest question, as it may be asked again."""
+        known = self.askers.get(sender)
+        if known is not None and known.newest == answer[0].number:
+            known.answer = answer
