@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
-COLUMNS, ROWS = 100, 20
+COLUMNS, ROWS = 100, 14
 #: Seconds between two frames, at least; that all of them take when they are played, at most; and for which the last one stays.
 FRAME_S, PLAYED_S, LAST_S = 0.5, 15.0, 5.0
 #: Width and height of a character, as rich draws them; and the margin around all.
@@ -68,7 +68,7 @@ def record(run_dir: Path, kill_after_s: float) -> list[tuple[float, list[str]]]:
     """Run the command and return what the terminal showed, with the seconds since the beginning."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(COLUMNS=str(COLUMNS), LINES=str(ROWS), TERM="xterm-256color")
+        os.environ.update(COLUMNS=str(COLUMNS), LINES=str(ROWS), TERM="xterm-256color", LC_ALL="C.UTF-8")
         flags = ["local", "--workers", "3", "--epochs", str(EPOCHS), "--run-dir", str(run_dir)]
         os.execv(sys.executable, [sys.executable, "launch.py", *flags])
     began, screen, frames, killed = time.monotonic(), Terminal(), [], False
