@@ -47,6 +47,8 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 #: What the name of an environment variable begins with that gives an option.
 _PREFIX = "ROUNDTABLE_"
+#: Where a coordinator listens by default.
+_PORT = 5555
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
 
@@ -228,6 +230,14 @@ def _plain_type(annotation: Any) -> type:
             return str
         annotation = inner[0]
     return annotation
+
+
+def whole_address(ctx: click.Context, option: click.Parameter, value: str) -> str:
+    """Check the value of an option that takes the coordinator's address, of which HOST is enough."""
+    if "://" not in value:
+        has_port = re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d+", value) is not None
+        value = f"tcp://{value}" if has_port else f"tcp://{value}:{_PORT}"
+    return check_address(ctx, option, value)
 
 
 def check_address(ctx: click.Context, option: click.Parameter, value: str) -> str:

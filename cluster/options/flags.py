@@ -15,7 +15,17 @@ from roundtable.cluster.options.command import is_of_example
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.run_directory import is_folder_name
 from roundtable.common.config.old_names import with_new_names
-from roundtable.common.config.settings import FIELDS, Settings, check_values, make_settings, read_toml, unknown_key
+from roundtable.common.config.settings import (
+    COMMAND_LINE,
+    FIELDS,
+    Settings,
+    check_values,
+    in_words,
+    make_settings,
+    read_toml,
+    refused,
+    unknown_key,
+)
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.run_files import RUNS
 
@@ -68,7 +78,7 @@ def choose(
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
-    source, line = config or "", "the command line"
+    source, line = config or "", COMMAND_LINE
     from_file, launch_file = checked(read_toml(Path(source)), source) if config is not None else ({}, {})
     from_flags, launch_flags = checked(flags, line)
     where = f"{source} and {line}" if from_file and from_flags else source if from_file else line
@@ -94,8 +104,7 @@ def checked(values: Mapping[str, Any], where: str, others: Iterable[str] = ()) -
             try:
                 launch[key] = msgspec.convert(value, LAUNCH_KEYS[key])
             except msgspec.ValidationError as error:
-                text = str(error).replace("`", "")
-                raise UsageError(f"{where}: {key} = {value!r} cannot be: {text[0].lower()}{text[1:]}.") from None
+                raise refused(key, value, where, in_words(error)) from None
         elif key in FIELDS:
             settings[key] = value
         elif isinstance(value, dict):

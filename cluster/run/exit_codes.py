@@ -50,6 +50,9 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str, obj: object 
         return 0
     except click.exceptions.Exit as end:
         return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return error.exit_code
     except click.ClickException as error:
         print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
         return error.exit_code

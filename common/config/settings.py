@@ -19,6 +19,8 @@ from roundtable.common.config.field_types import Name, Text
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.runtime.errors import UsageError
 
+#: What errors call the place of settings that flags gave.
+COMMAND_LINE = "the command line"
 #: Seconds for all processes of a run to start and find each other, by default.
 START_S = 600.0
 
@@ -273,16 +275,33 @@ def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
         try:
             msgspec.convert(value, FIELDS[key].type)
         except msgspec.ValidationError as error:
-            raise UsageError(f"{where}: {key} = {value!r} cannot be: {_plain(error, key, value)}") from None
+            raise refused(key, value, where, _one_of(key, value) or in_words(error)) from None
     return values
 
 
-def _plain(error: msgspec.ValidationError, key: str, value: Any) -> str:
-    if words := choices(key):
-        near = difflib.get_close_matches(str(value), words, n=1)
-        return f"it must be one of {', '.join(words)}" + (f"; did you mean '{near[0]}'?" if near else ".")
-    text = str(error)
-    return text[0].lower() + text[1:].replace("`", "") + "."
+def refused(key: str, value: Any, where: str, why: str) -> UsageError:
+    """Return the error for a value that a setting cannot have. A flag is named as it is typed."""
+    if where == COMMAND_LINE:
+        return UsageError(f"--{key.replace('_', '-')} {value} cannot be: {why}")
+    return UsageError(f"{where}: {key} = {value!r} cannot be: {why}")
+
+
+def in_words(error: msgspec.ValidationError) -> str:
+    """Return a sentence on what was expected."""
+    found = re.match(r"Expected `(\w+)[^`]*`(?: (>=|>|<=|<) (\S+))?", str(error))
+    if found is None:
+        return f"{error}."
+    kind = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(found[1], found[1])
+    bound = {">=": "of at least", ">": "above", "<=": "of at most", "<": "below"}.get(found[2] or "", "")
+    return f"it must be {kind}" + (f" {bound} {found[3].removesuffix('.0')}." if bound else ".")
+
+
+def _one_of(key: str, value: Any) -> str:
+    """Return a sentence on the words that a setting may have, if these are a fixed list; else ''."""
+    if not (words := choices(key)):
+        return ""
+    near = difflib.get_close_matches(str(value), words, n=1)
+    return f"it must be one of {', '.join(words)}" + (f"; did you mean '{near[0]}'?" if near else ".")
 
 
 def choices(key: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from roundtable.cluster.options.command import (
     check_advertised,
     run_options,
     settings_options,
+    whole_address,
 )
 from roundtable.cluster.options.flags import FOUND, Choice, choose, given, refuse_example_flags
 from roundtable.cluster.run.progress import Mode
@@ -31,11 +32,11 @@ from roundtable.common.storage.run_files import RUNS, How
 _COORDINATOR = click.option(
     "--coordinator",
     cls=Option,
-    callback=check_address,
-    metavar="ADDRESS",
+    callback=whole_address,
+    metavar="HOST[:PORT]",
     required=True,
     envvar=["ROUNDTABLE_COORDINATOR", "PS_COORDINATOR"],
-    help="Coordinator address, tcp://HOST:PORT. [env: ROUNDTABLE_COORDINATOR]",
+    help="Coordinator address; tcp://HOST:PORT is taken too. Port 5555 is the default. [env: ROUNDTABLE_COORDINATOR]",
 )
 _INDEX = click.option(
     "--index",

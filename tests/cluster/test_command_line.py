@@ -16,7 +16,7 @@ from roundtable.cluster.launch.local import check_order, check_trained
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings
-from roundtable.commands.train import coordinator, local
+from roundtable.commands.train import coordinator, local, worker
 from roundtable.common.config.settings import FIELDS, Settings, make_settings
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
@@ -47,7 +47,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     [
         ("locall", "Did you mean 'local'?"),
         ("local --workrs 3", "--workers"),
-        ("local --workers 0", "workers = 0 cannot be"),
+        ("local --workers 0", "--workers 0 cannot be: it must be a whole number of at least 1."),
         ("local --data imagenet", "'imagenet' is not one of"),
         ("local --data mnist", "--data mnist reads files: name the folder that holds them with --data-dir"),
         ("local --model resnet50", "'resnet50' is not one of 'lenet'"),
@@ -59,7 +59,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("local --policy backup --backup-micro-batches 4", "backup_micro_batches is 4 but a round has only 4 micro-batches"),
         ("local --policy local --workers 5", "5 workers are too many"),
         ("local --policy average --workers 5", "5 workers are too many"),
-        ("local --lr nan", "lr = nan cannot be"),
+        ("local --lr nan", "--lr nan cannot be: it must be a number above 0."),
         ("local train.py", "there is no script train.py"),
         ("local .", ". is not a file"),
         ("local -- --lr 3", "no SCRIPT was given before the --"),
@@ -74,7 +74,7 @@ def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("coordinator --listen 5555", "'5555' is no address; it looks like tcp://HOST:PORT"),
         ("coordinator --listen tcp://*:70000", "a port is at most 65535"),
         ("server", "--coordinator"),
-        ("server --coordinator localhost:5555", "'localhost:5555' is no address"),
+        ("server --coordinator http://localhost:5555", "'http://localhost:5555' is no address"),
         ("worker --coordinator tcp://127.0.0.1:5555 no.py", "there is no script no.py"),
         ("experiment", "FILE"),
         ("experiment no.toml", "there is no file no.toml"),
@@ -245,3 +245,14 @@ def test_a_run_that_trained_nothing_is_no_success(tmp_path: Path) -> None:
         check_trained({"rounds": 0, "weights_sha256": "ab"}, "train.py", tmp_path)
     check_trained({"rounds": 1, "weights_sha256": "ab"}, "train.py", tmp_path)
     check_trained({"rounds": 0, "weights_sha256": None}, "only_key_values.py", tmp_path)
+
+
+@pytest.mark.parametrize("given", ["head", "head:5555", "tcp://head:5555"])
+def test_the_coordinators_host_is_enough_of_its_address(given: str) -> None:
+    with worker.make_context("worker", ["--coordinator", given]) as ctx:
+        assert ctx.params["coordinator"] == "tcp://head:5555"
+
+
+def test_a_group_without_a_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli.cli, ["checkpoint"], "roundtable") == 2
+    assert capsys.readouterr().out.startswith("Usage: roundtable checkpoint")
