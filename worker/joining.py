@@ -50,7 +50,7 @@ def join() -> Run:
     from roundtable.common.runtime.errors import NoAnswer
     from roundtable.common.runtime.restart import LEAVE_SIGNAL
     from roundtable.worker.client.io_thread import IoThread
-    from roundtable.worker.run import Run, describe_failure
+    from roundtable.worker.run import Run
 
     runs: list[Run] = []
     address = _told(ADDRESS_VARIABLE)
@@ -108,6 +108,22 @@ def _finish(run: Run) -> None:
     for number, usual in _USUAL:
         if signal.getsignal(number) == run.told_to_stop:
             signal.signal(number, usual)
+
+
+def describe_failure(error: BaseException, script: str) -> str:
+    """One sentence on an exception that ended a script: its type, text, and the script's own line."""
+    line = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == script:
+            line = f" ({script.rpartition('/')[2]} line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    from roundtable.common.runtime.errors import PsError
+
+    text = str(error).strip().splitlines()
+    if isinstance(error, PsError) and text:  # a sentence already
+        return text[0]
+    return f"{type(error).__name__}{': ' + text[0] if text else ''}{line}"
 
 
 def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:

@@ -8,9 +8,7 @@ compute next and what to send again is decided by the state machines in `roundta
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import operator
 import os
 import signal
 import time
@@ -26,36 +24,24 @@ from torch.utils.data import Dataset
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed, make_segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.config.worker_facts import Fact
-from roundtable.common.model.layout import message_batches
-from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.commit import Mean, Metrics
+from roundtable.common.protocol.messages.commit import Mean
 from roundtable.common.protocol.messages.embedding import RowAck, Rows
-from roundtable.common.protocol.messages.saving import MOST_RECOMPUTED, Recomputed
-from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, MembershipUpdate, Reassign, Refused, Traffic
+from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, Traffic
 from roundtable.common.protocol.messages.setup import (
-    Accepted,
-    InitialWeights,
-    OfferSharedMemory,
     Plan,
     PlanReply,
     Request,
-    Setup,
-    SetupReply,
-    SharedMemoryReply,
     Update,
 )
 from roundtable.common.protocol.messages.sharded import LayerAck, ShardedForwardReply
-from roundtable.common.protocol.session import TELL_S
-from roundtable.common.protocol.shared_memory import Handle, NotShared
-from roundtable.common.protocol.transport import Frames, new_incarnation
-from roundtable.common.runtime.errors import ClusterError, PsError, Stopped, UsageError
+from roundtable.common.protocol.shared_memory import Handle
+from roundtable.common.protocol.transport import new_incarnation
+from roundtable.common.runtime.errors import Stopped, UsageError
 from roundtable.common.runtime.failpoints import arm
 from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.common.runtime.watchdog import Watchdog
-from roundtable.common.storage.event_log import some
 from roundtable.worker import facts as alike
 from roundtable.worker import tensor_names
 from roundtable.worker.client.context import WorkerContext
@@ -71,7 +57,7 @@ from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.script_edits import check_layers
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.merge import batchnorm, constraints
-from roundtable.worker.model_contents import file_of
+from roundtable.worker.model_setup import ModelSetup, SharedMemorySetup
 from roundtable.worker.optim.optimizer import (
     NO_LOSS,
     Hypers,
@@ -89,11 +75,11 @@ from roundtable.worker.optim.optimizer import (
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
+from roundtable.worker.reports import ReportQueue
+from roundtable.worker.router import MessageRouter
 
 log = logging.getLogger("roundtable.worker.run")
 
-#: Seconds between two questions whether servers have got the first weights, at first and at most.
-_FIRST_WEIGHTS_S = (0.1, 1.0)
 #: Seconds that one who leaves waits for servers to have what it has sent.
 _HAND_OVER_S = 10.0
 #: Tensors that a script has changed after the last round, of which the coordinator is told at most.
@@ -124,8 +110,10 @@ class Run:
         self._policy = load(self.settings)
         self._context = WorkerContext(self.name, self.index, self.settings, self._policy, link)
         self._departure = Departure()
+        self._reports = ReportQueue(link)
         self._merge_hooks = local_sgd.MergeHooks([], self.kv, lambda values: self.log(**values))
         self._tasks = TaskQueue(self.name, welcome.share_tables)
+        self._router = MessageRouter(link, self._tasks, self._reports, self._may_leave)
         self._servers = len(welcome.servers)
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
@@ -134,22 +122,10 @@ class Run:
         self._told_of: object = None
         self._work: GradientLoop | local_sgd.LocalSgdLoop | None = None
         self._exchange: ParameterClient | None = None
-        #: Where memory may be shared with servers.
-        self._replica: Replica | None = None
-        self._rows: RowSparse | None = None
-        self._shards: ShardedLayers | None = None
         self._kv: KvClient | None = None
-        #: The step that gives servers first weights, or None once it is done; and whether they had none when this worker came.
-        self._to_begin: Callable[[], bool] | None = None
-        self._begins = False
+        #: None before the script has made its optimizer.
+        self._model_setup: ModelSetup | None = None
         self._segments: list[Segment] = []
-        self._metrics_sent = 0
-        self._unsent_metrics: dict[int, tuple[Metrics, float]] = {}
-        #: Tensors computed anew from the last weights that are not in the model's file yet: message, frames, when it was sent.
-        self._recomputed: dict[int, tuple[Recomputed, list[memoryview], float]] = {}
-        self._recomputations = 0
-        #: Names of tensors in the model's file.
-        self._in_file: set[str] = set()
         #: Whether a loop over batches goes on, or was left before its end.
         self._is_training = True
         #: How often each tensor of the model had been written to when the last loop over batches had ended.
@@ -165,9 +141,9 @@ class Run:
         arm(self.name, Path(welcome.run_dir))
         with link.lock:
             link.epoch = welcome.share_tables[-1].epoch
-            link.on_message = self._on_message
-            link.on_replaced = self._on_replaced
-            link.on_tick = self._on_tick
+            link.on_message = self._router.handle
+            link.on_replaced = self._router.replaced
+            link.on_tick = self._router.tick
             link.beat = self._beat
         torch.set_num_threads(self.settings.threads)
         seed = derive_seed(self.settings.seed, "model")
@@ -290,41 +266,59 @@ class Run:
             update = Update(cls.__name__, plain_settings(example), server_clips)
             check_training(tables, cls, update.groups, self._policy)
         facts = self._facts(cls, groups, hyper, schedule, schedule_per, clip_norm)
-        sends_first = self._set_up(replica, update, tables, layers, facts)
-        timeout = self.settings.progress_timeout + 20.0
-        replicas = self.settings.replicas > 0
-        self._rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
-        self._shards = ShardedLayers(
-            self._link,
-            layers,
-            self._servers,
-            lambda: self._computed,
-            timeout,
-            new_incarnation(),
-            len(tables),
-            sends_first,
-            replicas,
-        )
-        exchange = self._exchange
-        assert exchange is not None
+        setup = self._model_setup = ModelSetup(self._context, replica, update, tables, layers, facts, self._servers)
+        client = self._client_of(replica)
+        sends_first = setup.agree()
+        rows, shards = self._clients_of_layers(tables, layers, sends_first)
         work: GradientLoop | local_sgd.LocalSgdLoop
         if self._policy.is_local:
-            self._share(replica, None)
-            work = local_sgd.LocalSgdLoop(self._context, exchange, self._tasks, replica, inner, self._merge_hooks)
+            self._share(client, replica, None)
+            work = local_sgd.LocalSgdLoop(self._context, client, self._tasks, replica, inner, self._merge_hooks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
                 hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
-            slots = GradientBuffers(replica.layout, shared=self.settings.transport == "auto")
-            self._share(replica, slots.handle)
+            buffers = GradientBuffers(replica.layout, shared=self.settings.transport == "auto")
+            self._share(client, replica, buffers.handle)
             work = GradientLoop(
-                self._context, exchange, self._tasks, self._departure,
-                replica, self._rows, self._shards, slots, hypers, own_clip,
+                self._context, client, self._tasks, self._departure,
+                replica, rows, shards, buffers, hypers, own_clip,
             )  # fmt: skip
         self._work = work
-        if self._to_begin is None:
+        if not setup.begins_later:
             work.join()
-        return Optimizer(work.step, dense, [self._rows.forget, self._shards.forget])
+        return Optimizer(work.step, dense, [rows.forget, shards.forget])
+
+    def _client_of(self, replica: Replica) -> ParameterClient:
+        """Make the client of the servers that have the model's weights."""
+        with self._link.lock:
+            client = ParameterClient(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
+            client.near = {server for server in range(self._servers) if self._link.is_near(server)}
+            self._router.add(client, client.handle)
+        self._exchange = client
+        return client
+
+    def _clients_of_layers(
+        self, tables: Sequence[SparseEmbedding], layers: Sequence[Sharded], sends_first: bool
+    ) -> tuple[RowSparse, ShardedLayers]:
+        """Have sparse embeddings and sharded layers computed with the servers from now on."""
+        timeout, replicas = self._context.timeout_s, self.settings.replicas > 0
+        rows = RowSparse(self._link, tables, self._servers, lambda: self.round, timeout, sends_first, replicas)
+        shards = ShardedLayers(
+            self._link, layers, self._servers, lambda: self._computed, timeout, new_incarnation(), len(tables),
+            sends_first, replicas,
+        )  # fmt: skip
+        with self._link.lock:
+            self._router.add(rows.exchange, rows.exchange.handle, Rows, RowAck)
+            self._router.add(shards.exchange, shards.exchange.handle, ShardedForwardReply, LayerAck)
+        return rows, shards
+
+    def _share(self, client: ParameterClient, replica: Replica, gradients: Handle | None) -> None:
+        """Share memory with the servers that can, if the run allows it."""
+        if self.settings.transport == "auto":
+            memory = SharedMemorySetup(self._context, client, replica, gradients)
+            self._router.share_memory(memory.hear)
+            memory.agree()
 
     def _facts(
         self,
@@ -349,108 +343,24 @@ class Run:
                     raise
         return facts
 
-    def _set_up(
-        self,
-        replica: Replica,
-        update: Update,
-        tables: Sequence[SparseEmbedding],
-        layers: Sequence[Sharded],
-        facts: Sequence[Fact],
-    ) -> bool:
-        """Agree on the model with everybody; the first worker's weights are the first ones. Whether it is this one."""
-        weights = [table.module.weight for table in tables] + [sharded.layer.weight for sharded in layers]
-        file = file_of(replica.model, [*replica.tensors, *weights, *(sharded.layer.bias for sharded in layers)], replica.specs)
-        self._in_file = {entry.name for entry in file}
-        setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
-        with self._link.lock:
-            self._exchange = ParameterClient(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
-            self._exchange.near = {server for server in range(self._servers) if self._link.is_near(server)}
-        facts = [*facts, *alike.constant_facts(replica.constants)]
-        self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
-        self._begins = any([self._tell_setup(f"server-{number}", setup).needs_weights for number in range(self._servers)])
-        if self._begins and not tables and not layers:
-            self._to_begin = functools.partial(self._send_first, replica, setup, facts)
-            return False
-        return self._send_first(replica, setup, facts)
-
-    def _send_first(self, replica: Replica, setup: Setup, facts: list[Fact]) -> bool:
-        """See that servers have first weights: those of this worker if it is the first one. Whether it is."""
-        sends_first = self._sends_first(setup, facts)
-        if sends_first:
-            replica.check_dtypes()
-            size = {chunk.id: chunk.weight_bytes for chunk in replica.layout.chunks}
-            for server in range(self._servers):
-                ids = [chunk.id for chunk in replica.layout.on(server)]
-                for batch in message_batches(ids, size.__getitem__):
-                    self._request(
-                        f"server-{server}",
-                        InitialWeights(batch),
-                        functools.partial(operator.eq, Accepted(Request.INITIAL_WEIGHTS, batch[0])),
-                        [replica.first_weights(i) for i in batch],
-                    )
-        return sends_first
-
     def _begin(self) -> None:
         """Have the run's weights in the model. If the run begins, those that it has here are the first ones."""
-        work, exchange = self._work, self._exchange
-        assert work is not None and exchange is not None
-        if self._to_begin is not None:
-            self._to_begin()
-            self._to_begin = None
+        work, exchange, setup = self._work, self._exchange, self._model_setup
+        assert work is not None and exchange is not None and setup is not None
+        if setup.begins_later:
+            setup.send_first_weights()
         else:
             written = work.edits.written()
             if not written:
                 return
             changed = f"the script has changed {work.edits.named(written)} after run.optimizer()"
-            if self._begins:
+            if setup.begins:
                 raise UsageError(
                     f"{changed}, which has sent the first weights: in a model with tables or sharded layers, change them before."
                 )
             log.warning("%s, but the run has weights already: they are put back.", changed)
             exchange.want_all()
         work.join()
-
-    def _sends_first(self, setup: Setup, facts: list[Fact]) -> bool:
-        """Tell everybody of the model. Whether first weights are to come from here; waits while another is to send them, for as
-        long as all may take to join."""
-        began = told_at = time.monotonic()
-        patience_s = self.settings.start_timeout
-        lacking, pause_s = [f"server-{number}" for number in range(self._servers)], _FIRST_WEIGHTS_S[0]
-        while True:
-            told = self._tell_setup(COORDINATOR, msgspec.structs.replace(setup, facts=facts))
-            lacking = [server for server in lacking if self._tell_setup(server, setup).needs_weights]
-            if told.needs_weights or not lacking:
-                return bool(lacking)
-            missing = f"{told.first or 'the first worker'}, whose weights are the first ones, has not come to its first batch"
-            if (now := time.monotonic()) > began + patience_s:
-                raise ClusterError(f"{missing} in {patience_s:g} s, as --start-timeout says.")
-            if now > told_at + TELL_S:
-                told_at = now
-                log.info("waits: %s for %.0f s", missing, now - began)
-            self._wait(lambda: None, lambda: "", every=pause_s)
-            pause_s = min(2 * pause_s, _FIRST_WEIGHTS_S[1])
-
-    def _tell_setup(self, name: str, setup: Setup) -> SetupReply:
-        answer = self._request(name, setup, lambda body: isinstance(body, SetupReply))
-        assert isinstance(answer, SetupReply)
-        return answer
-
-    def _share(self, replica: Replica, gradients: Handle | None) -> None:
-        """Find out with which servers this worker shares memory: only those that touch the same do."""
-        assert self._exchange is not None
-        if self.settings.transport != "auto":
-            return
-        self._exchange.share, self._replica = OfferSharedMemory(gradients), replica
-        for server in replica.layout.owners():
-            answer = self._request(
-                f"server-{server}", OfferSharedMemory(gradients), lambda body: isinstance(body, SharedMemoryReply)
-            )
-            assert isinstance(answer, SharedMemoryReply)
-            with self._link.lock:
-                self._meet(server, answer)
-        names = [f"server-{server}" for server in sorted(self._exchange.readers | self._exchange.read)]
-        if names:
-            log.info("memory is shared with %s", ", ".join(names))
 
     def _epoch_loss(self, epoch: int) -> float | None:
         """The mean of the logged loss over an epoch; None where pushes are applied at once and it is not over everywhere."""
@@ -466,9 +376,6 @@ class Run:
         if answer.complete and answer.value is None:
             raise UsageError(NO_LOSS)
         return answer.value if answer.complete else None
-
-    def _request(self, to: str, body: Body, answer: Callable[[Body], bool], frames: Frames = ()) -> Body:
-        return self._link.request(to, body, answer, self.settings.progress_timeout, frames)
 
     # ---- training
 
@@ -515,7 +422,7 @@ class Run:
         self._segments.append(segment)
         plan = Plan(segment, facts=self._facts_of(segment, dataset, shuffle, num_workers, collate_fn))
         for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
-            ready = self._request(name, plan, lambda b: isinstance(b, PlanReply) and b.segment == segment.index)
+            ready = self._context.request(name, plan, lambda b: isinstance(b, PlanReply) and b.segment == segment.index)
             if name == COORDINATOR and isinstance(ready, PlanReply):
                 plan = Plan(segment, ready.seal)
         loader = Loader(
@@ -527,7 +434,7 @@ class Run:
             collate_fn=collate_fn,
             forecast=lambda: self._forecast(segment),
         )
-        self._recomputed.clear()
+        self._reports.forget_recomputed()
         self._is_training = True
         try:
             yield from self._work.batches(segment, loader)
@@ -575,11 +482,7 @@ class Run:
         numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in values.items()}
         if self._work is not None and self._work.batch.log(numbers):
             return
-        metrics = Metrics(self._metrics_sent, self.round, numbers)
-        self._metrics_sent += 1
-        with self._link.lock:
-            self._unsent_metrics[metrics.id] = metrics, 0.0
-        self._link.beat_soon()
+        self._reports.metrics(self.round, numbers)
 
     def before_merge(self, callback: Callable[[], None]) -> None:
         """Call `callback` just before replicas that were trained apart are merged (`local`, `average`)."""
@@ -626,15 +529,8 @@ class Run:
     def _hand_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have tensors that every worker has computed anew, with the same bits, in the model's file as far as it has them."""
         known = {tensor_names.plain(name): tensor for name, tensor in tensors.items() if tensor.numel()}
-        ours = [name for name in known if name in self._in_file]
-        for start in range(0, len(ours), MOST_RECOMPUTED):
-            message = Recomputed(self._recomputations, self.round, ours[start : start + MOST_RECOMPUTED])
-            self._recomputations += 1
-            copies = [known[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in message.names]
-            with self._link.lock:
-                self._recomputed[message.id] = message, list(map(to_frame, copies)), 0.0
-        if ours:
-            self._link.beat_soon()
+        in_file = self._model_setup.in_file if self._model_setup is not None else set()
+        self._reports.recomputed(self.round, [name for name in known if name in in_file], known)
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop.
@@ -698,11 +594,9 @@ class Run:
                 self._link.send(Send(COORDINATOR, goodbye))
                 self._link.wait(lambda: self._link.stopped, 2.0, lambda: "", every=1.0)
                 return
-            if self._to_begin is not None:
+            if self._model_setup is not None and self._model_setup.begins_later:
                 self._begin()
-            self._wait(lambda: not self._unsent_metrics, lambda: f"the coordinator to record {self._metrics_waited_for()}")
-            self._wait(lambda: not self._recomputed, lambda: "the coordinator to write the statistics that were computed anew")
-            self._wait(self._handed_over, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
+            self._await_reports()
             changed = self._changed()
             while not self._link.stopped:
                 goodbye = Goodbye(early=self._departure.early or self._link.told > 0, round=self.round, changed=changed)
@@ -712,6 +606,14 @@ class Run:
             self._watchdog.stop()
             self._link.close()
             self._release_model()
+
+    def _await_reports(self) -> None:
+        """Wait until the coordinator has all reports and the servers have all pushes."""
+        wait, reports = self._context.wait, self._reports
+        wait(lambda: reports.has_all(Request.METRICS), lambda: f"the coordinator to record {reports.metrics_text()}")
+        statistics = "the coordinator to write the statistics that were computed anew"
+        wait(lambda: reports.has_all(Request.RECOMPUTED), lambda: statistics)
+        wait(lambda: self._router.idle, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
 
     def _release_model(self) -> None:
         """Make the model an ordinary one: after a run that has failed, weights that it still waits for never come."""
@@ -730,14 +632,6 @@ class Run:
         changed = [name for name, (was, version) in self._written.items() if now.get(name) is not was or was._version != version]
         return changed[:_MOST_CHANGED]
 
-    def _metrics_waited_for(self) -> str:
-        rounds = sorted({metrics.round for metrics, _ in self._unsent_metrics.values()})
-        return f"what was logged in round {some(list(map(str, rounds)))}"
-
-    def _handed_over(self) -> bool:
-        parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
-        return all(part is None or part.idle for part in parts)
-
     def _masters(self) -> dict[int, Any]:
         """The servers' own weights for the round that the model is in, by chunk. None if no codec rounds what the model has, or
         the round is over."""
@@ -750,7 +644,7 @@ class Run:
         with self._link.lock:
             messages = exchange.pull(clock, False, time.monotonic(), masters=True)
         self._link.send(*messages)
-        self._wait(lambda: exchange.complete or exchange.gone, lambda: f"the trained weights {exchange.missing_text()}")
+        self._context.wait(lambda: exchange.complete or exchange.gone, lambda: f"the trained weights {exchange.missing_text()}")
         if not exchange.complete:
             return {}
         with self._link.lock:
@@ -764,76 +658,6 @@ class Run:
 
     # ---- for the parts of this package
 
-    def _wait(self, ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> Any:
-        return self._link.wait(ready, self.settings.progress_timeout + 20.0, what, every)
-
-    def _on_message(self, sender: str, body: Body, frames: Frames) -> None:
-        """Called by the link's thread, with the lock held."""
-        match body:
-            case MembershipUpdate() if body.share_tables[-1].epoch > self._link.epoch:
-                self._tasks.tables = body.share_tables
-                self._link.epoch = body.share_tables[-1].epoch
-            case Reassign():
-                self._tasks.leased(body)
-            case Heartbeat(leaves=True):
-                self._may_leave()
-            case Accepted(request=Request.METRICS):
-                self._unsent_metrics.pop(body.id, None)
-            case Accepted(request=Request.RECOMPUTED):
-                self._recomputed.pop(body.id, None)
-            case SharedMemoryReply() if (
-                self._exchange is not None and (server := int(sender.rpartition("-")[2])) in self._exchange.unknown
-            ):
-                self._meet(server, body)
-            case SetupReply() | PlanReply() | Accepted() | SharedMemoryReply() | MembershipUpdate():
-                pass  # the second answer to something asked twice
-            case Refused():
-                raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
-            case _:
-                if sender != COORDINATOR and isinstance(body, Rows | RowAck):
-                    if self._rows is not None:
-                        self._rows.exchange.handle(sender, body, frames)
-                elif sender != COORDINATOR and isinstance(body, ShardedForwardReply | LayerAck):
-                    if self._shards is not None:
-                        self._shards.exchange.handle(sender, body, frames)
-                elif sender != COORDINATOR and self._exchange is not None:
-                    self._exchange.handle(sender, body, frames)
-
-    def _on_replaced(self, server: int) -> None:
-        """Likewise."""
-        self._tasks.forget_begun()
-        if self._exchange is not None:
-            self._exchange.replaced(server)
-        if self._rows is not None:
-            self._rows.exchange.replaced(server)
-        if self._shards is not None:
-            self._shards.exchange.replaced(server)
-
-    def _meet(self, server: int, shared: SharedMemoryReply) -> None:
-        """A server says what memory it shares with this worker."""
-        assert self._exchange is not None and self._replica is not None
-        region = None
-        if shared.weights is not None:
-            try:
-                region = self._replica.mapped.attach(server, shared.weights)
-            except NotShared as error:
-                log.info("server-%d sends its weights: %s", server, error)
-        self._exchange.met(server, shared.reads, region)
-
-    def _on_tick(self, now: float) -> list[Send]:
-        out = self._exchange.tick(now) if self._exchange is not None else []
-        out += self._rows.exchange.tick(now) if self._rows is not None else []
-        out += self._shards.exchange.tick(now) if self._shards is not None else []
-        for number, (metrics, sent_at) in self._unsent_metrics.items():
-            if now > sent_at + 1.0:
-                self._unsent_metrics[number] = metrics, now
-                out.append(Send(COORDINATOR, metrics))
-        for number, (recomputed, frames, sent_at) in self._recomputed.items():
-            if now > sent_at + 1.0:
-                self._recomputed[number] = recomputed, frames, now
-                out.append(Send(COORDINATOR, recomputed, frames))
-        return out
-
     def _progress(self) -> tuple[int, int, int] | None:
         """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
         with self._link.lock:
@@ -843,9 +667,7 @@ class Run:
     @property
     def traffic(self) -> Traffic:
         """Return how much of this worker's tensors has travelled so far."""
-        parts = [self._exchange, *(part.exchange for part in (self._rows, self._shards) if part is not None)]
-        told = [msgspec.structs.astuple(part.traffic) for part in parts if part is not None]
-        return Traffic(*map(sum, zip(*told, strict=True)))
+        return self._router.traffic
 
     def _beat(self) -> Heartbeat:
         traffic = self.traffic
@@ -855,17 +677,3 @@ class Run:
         if self._work is not None:
             return msgspec.structs.replace(self._work.beat(), traffic=traffic)
         return Heartbeat("starting") if self._kv is None else Heartbeat("computing", progress=self._kv.answered)
-
-
-def describe_failure(error: BaseException, script: str) -> str:
-    """One sentence on an exception that ended a script: its type, text, and the script's own line."""
-    line = ""
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == script:
-            line = f" ({script.rpartition('/')[2]} line {traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    text = str(error).strip().splitlines()
-    if isinstance(error, PsError) and text:  # a sentence already
-        return text[0]
-    return f"{type(error).__name__}{': ' + text[0] if text else ''}{line}"

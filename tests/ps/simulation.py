@@ -1092,7 +1092,7 @@ class WorkerProcess(Process):
                 if self.link.told:
                     self._has_left()
             else:
-                run._wait(run._handed_over, lambda: "the servers to have all that was pushed")
+                run._await_reports()
                 self.done = True
                 run.finish()
         finally:
@@ -1305,6 +1305,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.loop.script_edits",
             "roundtable.worker.loop.weight_fetcher",
             "roundtable.worker.layers.sparse_embedding",
+            "roundtable.worker.model_setup",
             "roundtable.worker.layers.sharded_linear",
             "roundtable.worker.loop.local_sgd",
         ):

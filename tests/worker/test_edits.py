@@ -184,13 +184,14 @@ def test_looking_at_two_thousand_parameters_takes_no_time_to_speak_of() -> None:
 def test_weights_that_a_run_has_already_are_put_back_before_the_first_batch() -> None:
     script, joined = Script(network()), []
     work = SimpleNamespace(edits=script.edits, join=lambda: joined.append(True))
-    of: Any = SimpleNamespace(_work=work, _exchange=SimpleNamespace(want_all=lambda: None), _to_begin=None, _begins=False)
+    setup = SimpleNamespace(begins_later=False, begins=False)
+    of: Any = SimpleNamespace(_work=work, _exchange=SimpleNamespace(want_all=lambda: None), _model_setup=setup)
     Run._begin(of)
     assert not joined
     nn.init.zeros_(script.model[0].weight)  # type: ignore[index, arg-type]
     Run._begin(of)
     assert joined
-    of._begins = True
+    setup.begins = True
     with pytest.raises(UsageError, match=r"changed '0\.weight' after run\.optimizer\(\)"):
         Run._begin(of)
 
@@ -198,6 +199,7 @@ def test_weights_that_a_run_has_already_are_put_back_before_the_first_batch() ->
 def test_first_weights_are_sent_when_the_first_batch_is_asked_for() -> None:
     order: list[str] = []
     work = SimpleNamespace(join=lambda: order.append("join"))
-    of: Any = SimpleNamespace(_work=work, _exchange=object(), _to_begin=lambda: order.append("send"))
+    setup = SimpleNamespace(begins_later=True, send_first_weights=lambda: order.append("send"))
+    of: Any = SimpleNamespace(_work=work, _exchange=object(), _model_setup=setup)
     Run._begin(of)
-    assert order == ["send", "join"] and of._to_begin is None
+    assert order == ["send", "join"]

@@ -96,18 +96,20 @@ def test_a_class_that_servers_do_not_have_is_refused_by_its_full_name_even_if_it
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Muon, torch.optim.Adafactor, OnlyMine], ids=lambda cls: cls.__name__)
-def test_where_workers_step_locally_any_class_will_do(cls: Any) -> None:
+def test_where_workers_step_locally_any_class_will_do(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
 
     class Stop(Exception):
         pass
 
-    def set_up(replica: Any, update: Any, *more: Any) -> None:
+    def set_up(context: Any, replica: Any, update: Any, *more: Any) -> None:
         made.append(update)
         raise Stop
 
+    monkeypatch.setattr("roundtable.worker.run.ModelSetup", set_up)
+
     run: Any = Run.__new__(Run)
-    run._model, run._work, run._servers, run._set_up, run._buffer_rules = nn.Linear(2, 3, bias=False), None, 1, set_up, {}
+    run._model, run._work, run._servers, run._context, run._buffer_rules = nn.Linear(2, 3, bias=False), None, 1, None, {}
     run._policy = SimpleNamespace(is_local=True, outer_optimizer=None, applies="round")
     with pytest.raises(Stop):
         Run.optimizer(run, cls, lr=0.1)

@@ -83,7 +83,7 @@ def test_which_weights_masters_waits_for_is_told_with_process_round_and_chunks()
         told.append(what())
 
     link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
-    script = run(_exchange=exchange, _wait=wait, _link=link, round=7)
+    script = run(_exchange=exchange, _context=SimpleNamespace(wait=wait), _link=link, round=7)
     script.settings = Settings(compress_weights="bf16")
     script._work = GradientLoop.__new__(GradientLoop)
     script._work.version = lambda: 7  # type: ignore[method-assign]

@@ -1,0 +1,121 @@
+"""Which part of a worker each message is for. The I/O thread calls all of this, with the lock held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from roundtable.common.protocol.effects import COORDINATOR, Send
+from roundtable.common.protocol.messages.base import Body
+from roundtable.common.protocol.messages.session import Heartbeat, MembershipUpdate, Reassign, Refused, Traffic
+from roundtable.common.protocol.messages.setup import Accepted, PlanReply, SetupReply, SharedMemoryReply
+from roundtable.common.protocol.transport import Frames
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.worker.client.io_thread import IoThread
+from roundtable.worker.loop.task_queue import TaskQueue
+from roundtable.worker.reports import ReportQueue
+
+Handler = Callable[[str, Any, Frames], None]
+
+
+class ServerClient(Protocol):
+    """What a worker has of the servers: parameters, embedding rows, or sharded layers."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """How much has travelled so far."""
+
+    def replaced(self, server: int) -> None:
+        """Go on with another process in the place of a server."""
+
+    def tick(self, now: float) -> list[Send]:
+        """Return what is to be sent now."""
+
+
+def _ignore(sender: str, body: Body, frames: Frames) -> None:
+    """Take the second answer to something asked twice."""
+
+
+class MessageRouter:
+    """A table of what handles each kind of message, and the clients of servers, which clocks and losses concern too."""
+
+    def __init__(self, io: IoThread, tasks: TaskQueue, reports: ReportQueue, may_leave: Callable[[], None]) -> None:
+        """`may_leave` is called when the coordinator lets this worker go."""
+        self._io = io
+        self._tasks = tasks
+        self._reports = reports
+        self._may_leave = may_leave
+        self._clients: list[ServerClient] = []
+        #: By kind of message, from the coordinator or a server.
+        self._handlers: dict[type[Body], Handler] = {
+            MembershipUpdate: self._know_members,
+            Reassign: lambda sender, body, frames: self._tasks.leased(body),
+            Heartbeat: self._hear,
+            Accepted: lambda sender, body, frames: self._reports.accepted(body),
+            Refused: self._fail,
+            SetupReply: _ignore,
+            PlanReply: _ignore,
+            SharedMemoryReply: _ignore,
+        }
+        #: By kind of message, from a server.
+        self._of_servers: dict[type[Body], Handler] = {}
+        #: For all others from a server. It refuses what it has no use for.
+        self._others: Handler = _ignore
+
+    def add(self, client: ServerClient, handler: Handler, *kinds: type[Body]) -> None:
+        """Have `handler` get these kinds of servers' messages; without kinds, all that nobody else gets."""
+        self._clients.append(client)
+        self._of_servers.update(dict.fromkeys(kinds, handler))
+        if not kinds:
+            self._others = handler
+
+    def share_memory(self, handler: Callable[[str, SharedMemoryReply], None]) -> None:
+        """Have `handler` get what servers say of their memory."""
+        self._handlers[SharedMemoryReply] = lambda sender, body, frames: handler(sender, body)
+
+    def handle(self, sender: str, body: Body, frames: Frames) -> None:
+        """Handle one message. Raises ClusterError if this worker is refused, WireError if the message does not fit."""
+        kind = type(body)
+        if (handler := self._handlers.get(kind)) is not None:
+            handler(sender, body, frames)
+        elif sender != COORDINATOR:
+            self._of_servers.get(kind, self._others)(sender, body, frames)
+
+    def replaced(self, server: int) -> None:
+        """Go on with another process in the place of a server."""
+        self._tasks.forget_begun()
+        for client in self._clients:
+            client.replaced(server)
+
+    def tick(self, now: float) -> list[Send]:
+        """Return what is to be sent now."""
+        return [message for client in self._clients for message in client.tick(now)] + self._reports.tick(now)
+
+    @property
+    def idle(self) -> bool:
+        """Whether servers have all that was pushed."""
+        return all(client.idle for client in self._clients)
+
+    @property
+    def traffic(self) -> Traffic:
+        """How much of this worker's tensors has travelled so far."""
+        each = [msgspec.structs.astuple(client.traffic) for client in self._clients]
+        return Traffic(*map(sum, zip(*each, strict=True)))
+
+    def _know_members(self, sender: str, body: MembershipUpdate, frames: Frames) -> None:
+        if body.share_tables[-1].epoch > self._io.epoch:
+            self._tasks.tables = body.share_tables
+            self._io.epoch = body.share_tables[-1].epoch
+
+    def _hear(self, sender: str, body: Heartbeat, frames: Frames) -> None:
+        if body.leaves:
+            self._may_leave()
+
+    def _fail(self, sender: str, body: Refused, frames: Frames) -> None:
+        raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")
