@@ -25,7 +25,8 @@ from roundtable.ps.sharded.layer import LayerShard
 from roundtable.ps.sharded.layers import LayerShards
 from roundtable.ps.sharded.softmax import OnlineSoftmax, Terms
 from roundtable.worker.client.sharded_client import Sums
-from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, combine, sharded_cross_entropy
+from roundtable.worker.layers.sharded_linear import ShardedLayers, ShardedLinear, sharded_cross_entropy
+from roundtable.worker.layers.sharded_loss import combine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

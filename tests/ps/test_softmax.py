@@ -15,7 +15,7 @@ from roundtable.common.model.sparse_rows import local_of, owner_of, rows_on
 from roundtable.ps.sharded.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
 from roundtable.worker.client.sharded_client import Sums
 from roundtable.worker.layers.margin_losses import ArcFace, CosFace, Margin
-from roundtable.worker.layers.sharded_linear import combine
+from roundtable.worker.layers.sharded_loss import combine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

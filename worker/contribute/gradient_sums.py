@@ -13,7 +13,7 @@ from roundtable.common.model.reduction_tree import TreeSum
 from roundtable.common.model.sparse_rows import RowSums, add_tables
 from roundtable.common.protocol.messages.gradients import Sums
 from roundtable.worker.contribute.backward_overlap import TreeJoin
-from roundtable.worker.layers import sharded_linear
+from roundtable.worker.layers.sharded_loss import HiddenGradient, LayerGradient
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
 
 Span = tuple[int, int]
@@ -30,7 +30,7 @@ class GradientSum:
     #: Of embedding rows.
     rows: RowSums
     #: Of sharded layers.
-    uses: list[sharded_linear.LayerGradient | sharded_linear.HiddenGradient]
+    uses: list[LayerGradient | HiddenGradient]
     #: Sums x samples, and the samples.
     metrics: Sums
     #: Whether each of the micro-batches was finite, if that is looked at.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import msgspec
@@ -20,13 +20,14 @@ from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.embedding import InitialRows
-from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward
+from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
 from roundtable.worker.client.io_thread import IoThread
-from roundtable.worker.client.sharded_client import ShardedClient, Sums
+from roundtable.worker.client.sharded_client import ShardedClient
 from roundtable.worker.layers.margin_losses import Margin
+from roundtable.worker.layers.sharded_loss import HiddenGradient, LayerGradient, Losses, Outputs, combine
 from roundtable.worker.layers.sparse_embedding import is_ready
 from roundtable.worker.optim.optimizer import Groups
 from roundtable.worker.replica.absent_parameter import absent
@@ -198,59 +199,6 @@ def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> No
             raise UsageError(f"{name}, and servers do not keep old rows: leave out --delay-compensation.")
 
 
-@dataclass(frozen=True)
-class LayerGradient:
-    """What one use of a layer contributes: the question it is about, and log_total, g and own_gradient (B) of `LayerPush`."""
-
-    number: int
-    smoothing: float
-    log_total: torch.Tensor
-    g: torch.Tensor
-    own_gradient: torch.Tensor
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is sent of it, in this order."""
-        return [self.log_total, self.g, self.own_gradient]
-
-    @property
-    def gradients(self) -> list[torch.Tensor]:
-        """What is to be finite."""
-        return self.tensors
-
-    @property
-    def use(self) -> LayerUse:
-        return LayerUse(self.number, len(self.g), self.smoothing)
-
-    def times(self, samples: int) -> LayerGradient:
-        """That of a micro-batch of so many samples, of whose mean this is."""
-        return replace(self, g=self.g * samples, own_gradient=self.own_gradient * samples)
-
-
-@dataclass(frozen=True)
-class HiddenGradient:
-    """Likewise of a hidden layer: servers have the gradient by its outputs (B, rows) from the question."""
-
-    number: int
-    slopes: torch.Tensor
-    scale: float = 1.0
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return []
-
-    @property
-    def gradients(self) -> list[torch.Tensor]:
-        return [self.slopes]
-
-    @property
-    def use(self) -> LayerUse:
-        return LayerUse(self.number, len(self.slopes), scale=self.scale)
-
-    def times(self, samples: int) -> HiddenGradient:
-        return replace(self, scale=self.scale * samples)
-
-
 class ShardedLayers:
     """The sharded layers of one worker's model: asked and contributed to. There may be none."""
 
@@ -375,7 +323,7 @@ class ShardedLayers:
 
         device = features.device
         anchor = torch.zeros((), requires_grad=True)  # backward comes by, even where features want no gradient
-        return _Losses.apply(features, anchor, found.losses.to(device), found.slope.to(device), backward)  # type: ignore[no-any-return, no-untyped-call]
+        return Losses.apply(features, anchor, found.losses.to(device), found.slope.to(device), backward)  # type: ignore[no-any-return, no-untyped-call]
 
     def outputs(self, layer: ColumnParallelLinear, features: torch.Tensor) -> torch.Tensor:
         """Of a hidden layer: (B, out_features) of features (B, D)."""
@@ -397,7 +345,7 @@ class ShardedLayers:
             self._used.append(HiddenGradient(self.exchange.number, slopes))
             return self.exchange.take_slopes().to(features)
 
-        return _Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
+        return Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
 
     def topk(self, layer: ShardedLinear, features: torch.Tensor, k: int, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """See `ShardedLinear.topk`."""
@@ -429,103 +377,3 @@ class ShardedLayers:
             with self._link.lock:
                 messages = self.exchange.push(push, tensors, bases, time.monotonic())
             self._link.send(*messages)
-
-
-# ---- arithmetic
-
-
-@dataclass(frozen=True)
-class Combined:
-    """What all servers' sums come to, (B) each but for `slope` (B, D): losses, the logarithm of the sum of exp(z) over all
-    classes; and the gradients of the losses by the logit of a sample's own class, margin included, and by its features."""
-
-    losses: torch.Tensor
-    log_total: torch.Tensor
-    own_slope: torch.Tensor
-    slope: torch.Tensor
-
-
-def combine(
-    sums: Sequence[Sums],
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    servers: int,
-    classes: int,
-    smoothing: float,
-    margin: Margin | None,
-) -> Combined:
-    """The loss of each sample, and what backward needs, from the sums of each server over the classes that are not its own.
-
-    With t the logit of its own class and q = 1 - p of that class: loss = softplus(log of the others' sum - t), and its gradient
-    by the features is the sum of p x row over the others - q x own row. With smoothing s over C classes the target is
-    1 - s + s/C for its own class and s/C for the others.
-    """
-    own = torch.empty(len(features), sums[0].own.shape[1], dtype=features.dtype)
-    owners = owner_of(labels, servers)
-    for server, part in enumerate(sums):
-        own[owners == server] = part.own
-    dim = features.shape[1]
-    t, margin_slope = (own[:, :dim] * features).sum(1), torch.ones(len(features), dtype=features.dtype)
-    t = t + own[:, dim] if own.shape[1] > dim else t
-    if margin is not None:
-        cosine, margin_slope = margin.own(t / margin.scale)
-        t = cosine * margin.scale
-    others = torch.logsumexp(torch.stack([part.largest + part.total.log() for part in sums]), 0)
-    log_total = torch.logaddexp(others, t)
-    q = torch.sigmoid(others - t)
-    losses = nn.functional.softplus(others - t)
-    slope = torch.zeros_like(features)
-    for part in sums:
-        slope += torch.exp(part.largest - log_total)[:, None] * part.rows
-    if smoothing:
-        of_all = torch.stack([part.sum_of_rows for part in sums]).sum(0)
-        logits = features @ of_all[:dim] + (of_all[dim] if len(of_all) > dim else 0.0)
-        losses = losses + smoothing * t - smoothing / classes * logits
-        slope -= smoothing / classes * of_all[:dim]
-    slope -= ((q - smoothing) * margin_slope)[:, None] * own[:, :dim]
-    return Combined(losses, log_total, (smoothing - q) * margin_slope - smoothing / classes, slope)
-
-
-class _Losses(torch.autograd.Function):
-    """Losses that are known already, with the features' part in them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: torch.Tensor,
-        anchor: torch.Tensor,
-        losses: torch.Tensor,
-        slope: torch.Tensor,
-        backward: Callable[[torch.Tensor], None],
-    ) -> torch.Tensor:
-        ctx.save_for_backward(slope)
-        ctx.dtype, ctx.told = features.dtype, backward
-        return losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        (slope,) = ctx.saved_tensors
-        ctx.told(g.detach())
-        return (g[:, None] * slope).to(ctx.dtype), None, None, None, None
-
-
-class _Outputs(torch.autograd.Function):
-    """Outputs that are known already, of features whose gradient is asked for when it is wanted. What is returned is no input,
-    so that a layer behind it may work in place."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: torch.Tensor,
-        anchor: torch.Tensor,
-        outputs: Callable[[], torch.Tensor],
-        backward: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
-        ctx.ask = backward
-        return outputs()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        return ctx.ask(g.detach()), None, None, None
