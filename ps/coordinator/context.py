@@ -21,6 +21,7 @@ from roundtable.common.protocol.tickets import KEY_BYTES
 from roundtable.common.protocol.transport import Frames, Stamp, new_incarnation, send
 from roundtable.ps.coordinator.group_commit import GroupCommit
 from roundtable.ps.coordinator.recovery import RestoredRun, RunHeader, new_run
+from roundtable.ps.coordinator.state.decisions import RoundDecisions
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
@@ -102,6 +103,7 @@ class RunContext:
         self.run = head.run.partition(".")[0]
         self.membership = membership
         self.ledger = ledger
+        self.decisions = RoundDecisions(policy, ledger)
         self.scheduler = Scheduler(policy, ledger, membership)
         self.journal = journal
         self.log = journal.log

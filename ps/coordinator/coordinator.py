@@ -305,7 +305,7 @@ class Coordinator:
         failpoint("reported", message.body.version)
 
     def _decided(self, message: Received[CloseRound] | Received[AllNorms]) -> None:
-        self.context.mail.to_servers(self.context.ledger.decided(message.body))
+        self.context.mail.to_servers(self.context.decisions.decided(message.body))
 
     def _request_work(self, message: Received[RequestWork]) -> None:
         if self.failover.awaits_members(message.now):

@@ -122,12 +122,12 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
         yield "setup", "", ledger.setup
     for segment in ledger.segments:
         yield "plan", str(segment.index), segment
-    for about, told in ledger.told.items():
+    for about, told in ledger.facts.items():
         yield "told", about, told
     for server, reported in ledger.reported.items():
         yield "reported", str(server), reported
     yield "pending", "", list(ledger.pending)
-    yield "left out", "", list(ledger.left_out)
+    yield "dropped", "", list(ledger.dropped)
 
 
 def new_run(before: str = "") -> str:
@@ -177,7 +177,7 @@ def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
     for table in ("rounds", "contributions", "metrics"):
         db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
     db.execute("DELETE FROM status")  # names are other processes' from now on
-    db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending', 'left out')")
+    db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending', 'dropped')")
     db.execute("DELETE FROM events WHERE kind = 'stopped'")
     data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
     db.execute("INSERT INTO events VALUES (NULL,?,'rolled back','coordinator',?)", (time.time(), data))
@@ -194,13 +194,13 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     ledger = Ledger(head.settings, load(head.settings))
     for setup in state("setup", Setup).values():
         ledger.set_up(setup)
-    ledger.told = state("told", Told)
+    ledger.facts = state("told", Told)
     plans = state("plan", Segment)
     # the plans of rounds before `head.resume` may not have been told again since all began anew
     ledger.segments = _in_order({**state("planned", Segment), **plans})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
-    ledger.left_out = [row for rows in state("left out", list[Contribution]).values() for row in rows]
+    ledger.dropped = [row for rows in state("dropped", list[Contribution]).values() for row in rows]
     books = RestoredRun(head, ledger, state("member", SavedMember))
     books.tables = [table for tables in state("tables", list[ShareTable]).values() for table in tables]
     _count(db, books)

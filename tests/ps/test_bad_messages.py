@@ -182,7 +182,7 @@ def fingerprint(process: Process) -> Any:
         ledger = c.ledger
         members = {m.name: (m.incarnation, m.beat, m.left, m.lost) for m in c.membership.members.values()}
         model = [vars(one) for one in (process.coordinator.model._file, process.coordinator.model.collecting) if one is not None]
-        return str((members, c.membership.tables, vars(ledger), model))
+        return str((members, c.membership.tables, vars(ledger), vars(c.decisions), model))
     assert isinstance(process, ServerProcess)
     shard, server = process.shard, process.server
     parts = shard.model.dense._parts.values()

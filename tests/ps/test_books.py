@@ -82,7 +82,7 @@ def assert_same(books: RestoredRun, ledger: Ledger) -> None:
     assert (found.committed, found.planned, found.done) == (ledger.committed, ledger.planned, ledger.done)
     assert found.recent("loss") == ledger.recent("loss")
     assert (found.reported, found.pending, found.setup) == (ledger.reported, ledger.pending, ledger.setup)
-    assert found.left_out == ledger.left_out
+    assert found.dropped == ledger.dropped
     assert found.layout == ledger.layout and found.segments == ledger.segments
     for epoch in range(sum(segment.epochs for segment in ledger.segments)):
         assert found.mean(Mean(epoch, "loss")) == ledger.mean(Mean(epoch, "loss"))
@@ -156,7 +156,7 @@ def test_what_not_all_servers_have_dropped_whole_is_dropped_in_part(tmp_path: Pa
     agree = outcomes in (("", ""), ("dropped", "dropped"))
     assert kept.ledger.totals.dropped_in_part == (0 if agree else 1)
     rows = [(row.round, row.lo) for row in kept.ledger.new_contributions if row.outcome == "dropped in part"]
-    assert rows == ([] if agree else [(0, 0)]) and not kept.ledger.left_out
+    assert rows == ([] if agree else [(0, 0)]) and not kept.ledger.dropped
 
 
 def test_a_member_that_left_or_was_lost_is_known_as_such_and_all_others_again(tmp_path: Path) -> None:

@@ -70,8 +70,10 @@ class Failover:
         context, question = self._context, message.body
         if question.coordinator != context.head.incarnation:
             return  # the coordinator before was asked, and its answer may have arrived since
-        number, ledger = number_of(message.member.name), context.ledger
-        answers = ledger.arrived(number, question) if isinstance(question, RoundReady) else ledger.norms(number, question)
+        number, decisions = number_of(message.member.name), context.decisions
+        answers = (
+            decisions.round_ready(number, question) if isinstance(question, RoundReady) else decisions.norms(number, question)
+        )
         context.mail.to_servers(answers)
         if self.recovered_at is not None and not answers:
             self._inherits_to = question.round if self._inherits_to is None else self._inherits_to

@@ -1,13 +1,11 @@
-"""The books of a run: which rounds are applied everywhere, of which micro-batches, and what all servers must decide alike.
+"""The ledger of a run: which rounds are applied everywhere, and of which micro-batches.
 
-A state machine without a socket or a clock: it is told what servers and workers report and answers with messages and rows
-for the event log. Invariants:
+A state machine without a socket or a clock. It takes what servers and workers report, and answers with messages and with rows for
+the event log. Invariants:
 
 - a round is committed when every server that takes part has applied it, once, in order;
-- in every committed round each micro-batch is in exactly one committed contribution, or dropped; where some servers have
-  applied what others have dropped, that is told of too, as dropped in part;
-- the decision on a round (which micro-batches, which norms) never changes once it is given. It is on no disk: a coordinator
-  that takes over learns it from the servers that were told, before it can be asked by all to decide (`RoundReady`).
+- in every committed round each micro-batch is in exactly one committed contribution, or dropped; if some servers have applied
+  what others have dropped, that is reported too, as dropped in part.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
@@ -26,15 +23,11 @@ from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.policies import Policy, load
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import (
-    AllNorms,
-    CloseRound,
     Committed,
     Contribution,
     Mean,
-    Norms,
     Report,
     ReportAck,
-    RoundReady,
 )
 from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.protocol.messages.setup import PlanReply, Setup, SetupReply
@@ -42,9 +35,6 @@ from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps import differences
 from roundtable.ps.model_parts import sizes
 from roundtable.ps.validation import check_file, check_setup
-
-#: Decisions of how many rounds are kept for servers that ask again.
-_REMEMBERED = 16
 
 
 @dataclass
@@ -63,7 +53,7 @@ class Totals:
 
 
 class Reported(msgspec.Struct, frozen=True):
-    """What a server has reported so far: the number of its newest report, and the version that it told."""
+    """The number of a server's newest report, and the version of its weights."""
 
     seq: int
     version: int
@@ -78,49 +68,45 @@ class Recent:
 
 
 class Ledger:
-    """Takes reports; `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
+    """Takes reports. `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
 
     def __init__(self, settings: Settings, policy: Policy) -> None:
         self.settings = settings
         self.layout: Layout | None = None
         self.setup: Setup | None = None
         self.segments: list[Segment] = []
-        #: What the first worker has told that all are to have in common: with its Setup, and with each Plan.
-        self.told: dict[str, Told] = {}
+        #: The facts that all workers must have in common, as the first one said them: by 'setup', and by plan.
+        self.facts: dict[str, Told] = {}
         self.totals = Totals()
         #: Rounds below are applied on every server that takes part.
         self.committed = 0
         self.new_rounds: list[Committed] = []
         self.new_contributions: list[Contribution] = []
-        #: Workers of whose work something is in a round that a server has reported.
+        #: Workers that have contributed to a reported round.
         self.contributors: set[str] = set()
-        #: Sample-weighted sums of each metric by epoch, and the samples they are over.
+        #: (sum of metric x samples, samples) of each metric, by data epoch.
         self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
-        #: The newest updates, and the rounds in each: of an epoch's worth of rounds, or one that has more.
+        #: The newest updates and their rounds: a data epoch's worth of rounds, or one update that has more.
         self._newest: deque[tuple[range, Committed]] = deque()
         self._policy = policy
         self.reported: dict[int, Reported] = {}
-        #: Applied on server 0, not yet everywhere.
+        #: Rounds that are applied on server 0, and not yet everywhere.
         self.pending: list[Committed] = []
-        #: What servers have left out of rounds that are not committed.
-        self.left_out: list[Contribution] = []
-        self._arrived: dict[int, dict[int, list[int]]] = {}
-        self._closed: dict[int, list[int]] = {}
-        self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
-        self._all_norms: dict[int, AllNorms] = {}
+        #: What servers have dropped of rounds that are not committed.
+        self.dropped: list[Contribution] = []
 
     def go_on(self, settings: Settings) -> None:
-        """Be the books of the same run with other settings, whose workers say anew what the model and the plan are."""
+        """Go on with other settings. The workers say anew what the model and the plan are."""
         self.settings, self._policy = settings, load(settings)
         self.layout = self.setup = None
-        self.segments, self.told = [], {}
-        self.pending, self.left_out, self.reported = [], [], {}
+        self.segments, self.facts = [], {}
+        self.pending, self.dropped, self.reported = [], [], {}
         self.contributors = set()
 
     # ---- what the run is
 
     def set_up(self, setup: Setup, who: str = "") -> Body:
-        """The model of a worker, which is `who` to people."""
+        """Take the model of a worker, or compare it with the known one. People know the worker as `who`."""
         facts, setup = setup.facts, msgspec.structs.replace(setup, facts=[])
         if self.setup is None:
             try:
@@ -136,8 +122,10 @@ class Ledger:
         return Refused("Setup", reason) if reason else SetupReply()
 
     def plan(self, segment: Segment, facts: Sequence[Fact] = (), who: str = "", may_define: bool = True) -> Body | None:
-        """What a worker, which is `who` to people, is to know of the plan it asks for; None where that is new and another is to
-        define it."""
+        """Return what a worker must know of its plan. None if the plan is new and another worker must define it.
+
+        People know the worker as `who`.
+        """
         if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             if not may_define:
                 return None
@@ -148,27 +136,27 @@ class Ledger:
         return Refused("Plan", reason) if reason else PlanReply(segment.index)
 
     def _differs(self, about: str, facts: Sequence[Fact], who: str) -> str:
-        """A sentence on what a worker has not in common with the first one that told of it."""
-        known = self.told.setdefault(about, Told(who, list(facts)))
+        """Return a sentence on a fact in which a worker differs from the first one that said it, or ''."""
+        known = self.facts.setdefault(about, Told(who, list(facts)))
         return difference(known, facts, who)
 
     def _owner(self, about: str) -> str:
-        """The worker that all others are compared with."""
-        return self.told[about].by if about in self.told and self.told[about].by else "the other workers"
+        """Return the worker with which all others are compared."""
+        return self.facts[about].by if about in self.facts and self.facts[about].by else "the other workers"
 
     @property
     def planned(self) -> int:
-        """Updates that the plans known so far come to."""
+        """Return the updates of all known plans."""
         return sum(self._policy.updates(segment) for segment in self.segments)
 
     @property
     def passes(self) -> int:
-        """Epochs that the plans known so far begin."""
+        """Return the data epochs that the known plans begin."""
         return sum(segment.passes for segment in self.segments)
 
     @property
     def done(self) -> tuple[int, int]:
-        """Rounds that are committed, and passes over a dataset that are complete."""
+        """Return how many rounds are committed, and how many data epochs are complete."""
         rounds = epochs = first = 0
         for segment in self.segments:
             updates = self._policy.updates(segment)
@@ -177,7 +165,7 @@ class Ledger:
         return rounds, epochs
 
     def segment_of(self, update: int) -> Segment | None:
-        """The segment that update number `update` belongs to."""
+        """Return the segment of update number `update`, if a plan knows it."""
         first = 0
         for segment in self.segments:
             if first <= update < first + self._policy.updates(segment):
@@ -186,18 +174,18 @@ class Ledger:
         return None
 
     def epoch_of(self, update: int) -> int:
-        """The epoch in which the data of an update begin."""
+        """Return the data epoch in which an update begins."""
         segment = self.segment_of(update)
         return 0 if segment is None else segment.round(self._rounds_of(segment, update)[0]).epoch
 
     def _rounds_of(self, segment: Segment, update: int) -> range:
-        """The rounds that an update of `segment` is made of."""
+        """Return the rounds of which an update of `segment` consists."""
         number = update - sum(self._policy.updates(earlier) for earlier in self.segments[: segment.index])
         begin, end = (segment.first_round + self._policy.rounds_in(segment, n) for n in (number, number + 1))
         return range(begin, end)
 
     def micro_batches(self, round_: int) -> int:
-        """K of a round; 0 where no plan knows it."""
+        """Return the number of micro-batches of a round, or 0 if no plan knows it."""
         for segment in self.segments:
             if segment.first_round <= round_ < segment.end:
                 return segment.round(round_).micro_batches
@@ -206,7 +194,7 @@ class Ledger:
     # ---- what servers report
 
     def report(self, server: int, report: Report) -> Body:
-        """News of a server, counted once however often it is sent."""
+        """Take a report of a server. It counts once, however often it is sent."""
         if any(self.segment_of(t) is None for t in [row.round for row in report.rounds] + [row.round for row in report.dropped]):
             raise WireError(f"server-{server} reports updates that no plan knows")
         before = self.reported.get(server, Reported(-1, 0))
@@ -220,17 +208,17 @@ class Ledger:
             for row in contributions:
                 self.contributors.add(row.worker)
                 self.count(row.outcome, row.staleness, 1, row.micro_batches)
-            self.left_out += [row for row in report.dropped if row.round >= self.committed]
+            self.dropped += [row for row in report.dropped if row.round >= self.committed]
             self._commit()
         return ReportAck(report.seq)
 
     def replaced(self, server: int) -> None:
-        """Another process is in the place of a server, which counts its reports anew."""
+        """Note that another process replaces a server, and counts its reports anew."""
         if server in self.reported:
             self.reported[server] = Reported(-1, self.reported[server].version)
 
     def count(self, outcome: str, staleness: int | None, contributions: int, micro_batches: int) -> None:
-        """Count so many contributions with one outcome, of so many micro-batches altogether."""
+        """Count contributions with one outcome, of `micro_batches` in all."""
         if outcome == "committed":
             self.totals.micro_batches_committed += micro_batches
             if staleness is not None:
@@ -251,19 +239,19 @@ class Ledger:
             self.new_rounds.append(row)
 
     def _compare(self, round_: int, servers: int) -> None:
-        """Find the micro-batches of a round that not all servers have dropped whole, though some have."""
+        """Find the micro-batches of a round that some servers have dropped and others have not, or not whole."""
         by_micro_batch: dict[int, list[Contribution]] = {}
-        for row in self.left_out:
+        for row in self.dropped:
             if row.round == round_:
                 by_micro_batch.setdefault(row.lo, []).append(row)
         for rows in by_micro_batch.values():
             if [row.outcome for row in rows] != ["dropped"] * servers:
                 self.count("dropped in part", None, 1, 1)
                 self.new_contributions.append(msgspec.structs.replace(rows[0], outcome="dropped in part"))
-        self.left_out = [row for row in self.left_out if row.round > round_]
+        self.dropped = [row for row in self.dropped if row.round > round_]
 
     def book(self, row: Committed) -> None:
-        """Count a round that is applied everywhere, the next one after those before."""
+        """Count a round that is applied everywhere. It is the next one after those before."""
         self.committed = row.round + 1
         self.totals.rounds += 1
         self.totals.samples += row.samples
@@ -290,66 +278,16 @@ class Ledger:
             self._newest.popleft()
 
     def mean(self, ask: Mean) -> Mean:
-        """The mean of a metric over the samples of an epoch, as far as its rounds are committed."""
+        """Return the mean of a metric over the samples of a data epoch, as far as its rounds are committed."""
         total, samples = self._epoch_metrics.get(ask.epoch, {}).get(ask.name, (0.0, 0))
         complete = self.committed >= self.planned or self.epoch_of(self.committed) > ask.epoch
         return Mean(ask.epoch, ask.name, total / samples if samples else None, complete)
 
     def recent(self, name: str) -> Recent | None:
-        """Mean of a metric over the newest rounds, as many as an epoch has, or those of the newest update if that has more."""
+        """Return the mean of a metric over a data epoch's worth of the newest rounds, or of one update that has more."""
         having = [(rounds, row) for rounds, row in self._newest if name in row.metrics and row.samples]
         samples = sum(row.samples for _, row in having)
         if not samples:
             return None
         total = sum(row.metrics[name] * row.samples for _, row in having)
         return Recent(total / samples, range(having[0][0].start, having[-1][0].stop))
-
-    # ---- what all servers must decide alike
-
-    def arrived(self, server: int, message: RoundReady) -> list[tuple[int, Body]]:
-        """`backup`: close the round when enough micro-batches are in everywhere. Answers are (server, message)."""
-        if message.round in self._closed:
-            return [(server, CloseRound(message.round, self._closed[message.round]))]
-        count = self.micro_batches(message.round)
-        if self.layout is None or not all(k < count for k in message.micro_batches):
-            return []
-        sets = self._arrived.setdefault(message.round, {})
-        sets[server] = message.micro_batches
-        owners = self.layout.owners()
-        everywhere = set.intersection(*(set(sets.get(owner, ())) for owner in owners))
-        if not count or len(everywhere) < max(1, count - self._policy.may_leave_out):
-            return []
-        return self.decided(CloseRound(message.round, sorted(everywhere)))
-
-    def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
-        """Clipping: hand out all norms of a round when every server that holds any part of the model has sent its own."""
-        if self.layout is None or self.segment_of(message.round) is None:
-            return []
-        if message.round in self._all_norms:
-            return [(server, self._all_norms[message.round])]
-        parts = self._norms.setdefault(message.round, {})
-        parts.setdefault(server, message.norms)
-        _forget(self._norms)
-        owners = {chunk.server for chunk in self.layout.chunks}
-        if self.layout.tables or self.layout.classifiers:
-            owners.update(self.layout.owners())
-        if not owners <= parts.keys():
-            return []
-        return self.decided(AllNorms(message.round, sorted(norm for part in parts.values() for norm in part)))
-
-    def decided(self, decision: CloseRound | AllNorms) -> list[tuple[int, Body]]:
-        """This is decided, here or by a coordinator before this one: tell all servers."""
-        if isinstance(decision, CloseRound):
-            self._closed[decision.round] = decision.micro_batches
-            self._arrived.pop(decision.round, None)
-            _forget(self._closed)
-        else:
-            self._all_norms[decision.round] = decision
-            self._norms.pop(decision.round, None)
-            _forget(self._all_norms)
-        return [(owner, decision) for owner in self.layout.owners()] if self.layout is not None else []
-
-
-def _forget(decisions: dict[int, Any]) -> None:
-    for round_ in sorted(decisions)[:-_REMEMBERED]:
-        del decisions[round_]

@@ -32,10 +32,9 @@ from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import some
 from roundtable.ps.coordinator.state.admission import LONGEST_TEXT, Admission
-from roundtable.ps.coordinator.state.backups import DEAD_S, Backups
 from roundtable.ps.coordinator.state.failure_detector import FailureDetector
 from roundtable.ps.coordinator.state.introductions import Introductions
-from roundtable.ps.coordinator.state.roster import Member, Roster
+from roundtable.ps.coordinator.state.roster import DEAD_S, Backups, Member, Roster
 from roundtable.ps.coordinator.state.share_tables import ShareTables
 
 #: What to send to which members, by name. '' is the process that has asked.
