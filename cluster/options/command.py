@@ -1,7 +1,7 @@
 """Commands and options of click as this program has them.
 
-Options are made from the fields of `Settings`, stand in sections of the help text, and have hidden names. What follows SCRIPT
-belongs to the script.
+Options are made from the fields of `Settings`, stand in sections of the help text, and have hidden names. The script
+gets the arguments after SCRIPT.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
         "kv_memory",
     ),
 }  # fmt: skip
-#: What the name of an environment variable begins with that gives an option.
+#: The beginning of the names of environment variables that give options.
 _PREFIX = "ROUNDTABLE_"
 #: Where a coordinator listens by default.
 _PORT = 5555
@@ -108,7 +108,8 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose options stand before SCRIPT, if it takes one. What follows SCRIPT, or `--`, is in `ctx.meta["args"]`.
+    """A command whose options stand before SCRIPT, if it takes one. The arguments after SCRIPT, or after
+    `--`, are in `ctx.meta["args"]`.
 
     If it has many options, `--help` shows the common ones.
     """

@@ -1,4 +1,4 @@
-"""What the user chose, by flags or by a file."""
+"""Join flags and files to the user's choice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from roundtable.common.storage.run_files import RUNS
 
 #: Where a context has what was found in the files of the working directory.
 FOUND = "roundtable.found"
-#: What a file given with --config may hold besides settings.
+#: Keys that a file given with --config may hold besides settings.
 LAUNCH_KEYS: Mapping[str, Any] = {
     "run_dir": str,
     "name": str,
@@ -47,7 +47,7 @@ LAUNCH_KEYS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user asked for. `run_dir` is None where neither a folder nor a name was given."""
+    """The run that the user asked for. `run_dir` is None where neither a folder nor a name was given."""
 
     settings: Settings
     run_dir: Path | None

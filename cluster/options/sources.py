@@ -1,4 +1,4 @@
-"""What files of the working directory say about options: `roundtable.toml`, and the table [tool.roundtable] of `pyproject.toml`.
+"""Read options from files of the working directory: `roundtable.toml`, and the table [tool.roundtable] of `pyproject.toml`.
 
 The command line beats the environment (`ROUNDTABLE_WORKERS` is --workers). The environment beats --config, that beats
 `roundtable.toml`, and that beats `pyproject.toml`.

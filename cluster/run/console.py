@@ -1,4 +1,4 @@
-"""What the user sees of a run: live on a terminal, a plain line now and then elsewhere, and what the script prints."""
+"""Show a run to the user: live on a terminal, in a plain line now and then elsewhere, and with the script's output."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Screen:
         self._looked_at = float("-inf")
         self._began_at = self._told_at = clock()
         self.progress = Progress()
-        #: What the coordinator has to say that it cannot write to the log.
+        #: Tells when the coordinator cannot write to the log.
         self.alarm = Alarm()
 
     def __enter__(self) -> Screen:

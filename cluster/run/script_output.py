@@ -1,4 +1,4 @@
-"""What scripts print, as it comes into the workers' logs."""
+"""Read the output of scripts from the workers' logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST = 1 << 16
 
 
 class ScriptOutput:
-    """Reads what is new in the log of worker-0, or in all workers' logs. What this program logs itself is left out."""
+    """Reads what is new in the log of worker-0, or in all workers' logs. Lines that this program logs itself are left out."""
 
     def __init__(self, logs: Path, everybody: bool = False) -> None:
         self._logs = logs

@@ -13,7 +13,7 @@ _SHORT_SHA = 12
 
 
 def results_line(summary: Mapping[str, Any]) -> str:
-    """What came out of a run, in one line."""
+    """Return the results of a run in one line."""
     if not summary["rounds"] and "weights_sha256" in summary and summary["weights_sha256"] is None:
         return "no model was trained"
     results = []
@@ -33,7 +33,7 @@ def results_line(summary: Mapping[str, Any]) -> str:
 
 
 def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    """The end of a run in a few lines: what came out, and where it is."""
+    """Return the end of a run in a few lines: the results, and where they are."""
     lines = [f"done: {results_line(summary)}"]
     extra = {"micro_batches_recomputed": "computed twice", "dropped": "dropped"}
     told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]

@@ -57,7 +57,7 @@ def inspect(model: str, image: str | None, classes: int | None, data: str | None
 @_WORKERS
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="By default RUN/features/DATA-LAYER.safetensors.")
 def features(layer: str, workers: int, out: Path | None, **source: Any) -> None:
-    """Compute the features of images by the layer of a trained model.
+    """Extract a layer's features for every image of a data set.
 
     RUN is a run's folder, or its name under runs/. The layer's output for each image of the data set, training and held-out, is
     flattened and written to a safetensors file: features (N, D), labels, indices and held_out.
@@ -105,7 +105,7 @@ def similar(images: tuple[str, ...], out: Path | None, layer: str | None, k: int
     help="Whose maps are drawn: a file, or the number of a held-out image.",
 )
 @click.option("--also", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="Another model file, or folder of a snapshot, to draw filters of; may be given again.")  # fmt: skip
+              help="Also draw this model file or checkpoint folder (repeatable).")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the pictures; by default RUN/filters.")
 def filters(layer: str, image: str, also: tuple[Path, ...], out: Path | None, **source: Any) -> None:
     """Draw what a convolution has learnt.

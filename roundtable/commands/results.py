@@ -43,9 +43,7 @@ def verify(run: str) -> None:
 
 @checkpoint.command()
 @click.argument("run", shell_complete=complete_runs)
-@click.option(
-    "--round", "round_", type=click.IntRange(min=0), metavar="N", help="Of the snapshot of this round; else the newest."
-)
+@click.option("--round", "round_", type=click.IntRange(min=0), metavar="N", help="Checkpoint round to use (default: newest).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
 def export(run: str, round_: int | None, out: Path) -> None:
     """Write the model in a checkpoint of RUN to a safetensors file, by the names of its state_dict."""
@@ -56,7 +54,7 @@ def export(run: str, round_: int | None, out: Path) -> None:
 
 @click.command(cls=Command)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True, help="Run all again, also what has finished or was begun before.")
+@click.option("--overwrite", is_flag=True, help="Rerun cases that already finished or started.")
 def experiment(file: Path, overwrite: bool) -> None:
     """Run many settings and compare them.
 
@@ -78,12 +76,12 @@ def experiment(file: Path, overwrite: bool) -> None:
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The safetensors file to write.")
 @click.option("--how", type=click.Choice(["uniform", "samples", "greedy"]), default="uniform", show_default=True,
-              help="How much each counts: all the same, as the samples of its run, or those alone that make the mean better on "
-              "held-out images of the built-in example.")  # fmt: skip
-@click.option("--weights", metavar="X,X,...", help="How much each counts, in numbers, instead.")
+              help="Weighting: uniform; by samples trained; or greedy (keep a model only if it improves held-out accuracy; "
+              "built-in example only).")  # fmt: skip
+@click.option("--weights", metavar="X,X,...", help="The weight of each model, instead of --how.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
 def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, overwrite: bool) -> None:
-    """Merge trained models into one by the mean of their weights.
+    """Average the weights of trained models.
 
     MODELS are safetensors files, state_dicts of torch.save or run directories, all of one kind of network. The mean is good only
     if the models started from the same weights.
@@ -94,7 +92,7 @@ def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, ov
     try:
         numbers = [float(weight) for weight in weights.split(",")] if weights is not None else None
     except ValueError:
-        raise UsageError(f"--weights {weights} cannot be: give numbers with commas between them, such as 1,2,0.5.") from None
+        raise UsageError(f"--weights {weights} cannot be: give comma-separated numbers, e.g. 1,2,0.5.") from None
     merged = merge_files(models, out, how, numbers, overwrite)
     for warning in merged.warnings:
         click.echo(f"warning: {warning}", err=True)

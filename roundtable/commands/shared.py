@@ -1,4 +1,4 @@
-"""What several commands share: their log, the program that they start again, and runs of their own."""
+"""Things that several commands share: their log, the program that they start again, and runs of their own."""
 
 from __future__ import annotations
 
