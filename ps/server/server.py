@@ -42,9 +42,8 @@ from roundtable.common.protocol.messages.session import MOST_TOLD, Heartbeat, He
 from roundtable.common.protocol.messages.setup import Plan
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.session import Session
-from roundtable.common.protocol.tickets import seal, ticket
+from roundtable.common.protocol.tickets import seal
 from roundtable.common.protocol.transport import (
-    ASK_AGAIN_S,
     BEAT_S,
     GO_S,
     Frames,
@@ -66,6 +65,8 @@ from roundtable.common.runtime.signal_handlers import handled
 from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.ps.coordinator.state.failure_detector import FAR_S
+from roundtable.ps.server.connections import Connections
+from roundtable.ps.server.identities import Identities
 from roundtable.ps.server.kv_store import KvStore
 from roundtable.ps.server.shard_host import ShardHost
 from roundtable.ps.shard.checkpoint_writer import CheckpointWriter, open_source
@@ -75,8 +76,6 @@ log = logging.getLogger("roundtable.ps.server")
 
 #: What the server says whose shard has a copy here.
 _FROM_KEPT = (Replicate, ReplicateRows, ReplicateLayers, RoundReplicated, StateHeader, StatePart, StatePartAck, RequestState)
-#: What the first of these looks like that is sent by a server in another's place.
-_RESTORE = msgspec.Raw(msgspec.msgpack.encode(RequestState()))
 _CPU = torch.device("cpu")
 #: Milliseconds between two looks at the clock when no message comes.
 _TICK_MS = 20
@@ -122,13 +121,7 @@ class _Server:
     ) -> None:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
-        self._context = context
         self._device = device
-        #: All servers, and the socket to the one that keeps a copy of this one's shard, if one does.
-        self._peers: list[Peer] = []
-        self._keeper: zmq.Socket[bytes] | None = None
-        self._greeted_at = float("-inf")
-        self._poller = zmq.Poller()
         address = as_told(advertise, bound) if advertise is not None else advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
@@ -141,24 +134,22 @@ class _Server:
         self._shard: ShardHost | None = None
         self._writer: CheckpointWriter | None = None
         self._kv: KvStore | None = None
-        self._refusals = Rejections(log)
+        self._rejections = Rejections(log)
         #: Watches connections, once the loop runs; and what is on its way to them.
         self._inflow: Inflow | None = None
-        self._outflow = Outflow(self._refusals)
+        outflow = Outflow(self._rejections)
+        self._connections = Connections(context, self._coordinator, self._workers, self._stamp, outflow)
         self._watchdog: Watchdog | None = None
+        #: None before this server is welcomed.
+        self._identities: Identities | None = None
         #: Messages of workers that may move something.
         self._handled = 0
-        #: What workers' tickets are made with, and those of workers that were heard of: no name is used twice in a run.
-        self._key = b""
-        self._tickets: dict[str, int] = {}
-        #: Where to send what is for a worker: the routing ids of its connections, for small messages (False) and tensors (True).
-        self._routes: dict[tuple[str, bool], bytes] = {}
         log.info("listening at %s%s", bound, "" if address == bound else f"; others are told {address}")
 
     def run(self) -> None:
-        self._poller.register(self._workers, zmq.POLLIN)
-        self._poller.register(self._coordinator, zmq.POLLIN)
-        self._inflow = Inflow(self._workers, self._refusals)
+        self._connections.poller.register(self._workers, zmq.POLLIN)
+        self._connections.poller.register(self._coordinator, zmq.POLLIN)
+        self._inflow = Inflow(self._workers, self._rejections)
         try:
             self._loop()
         finally:
@@ -193,11 +184,11 @@ class _Server:
         assert self._inflow is not None
         while self._attendance.stop is None:
             busy = self._shard is not None and self._shard.busy
-            ready = dict(self._poller.poll(0 if busy else _TICK_MS))
+            ready = dict(self._connections.poller.poll(0 if busy else _TICK_MS))
             if self._coordinator in ready:
                 self._drain(self._coordinator)
-            if self._keeper in ready and self._keeper is not None:
-                self._drain(self._keeper)
+            if (backup := self._connections.backup) is not None and backup in ready:
+                self._drain(backup)
             if self._workers in ready and self._shard is not None and not self._shard.restoring:
                 self._drain(self._workers)
             now = time.monotonic()
@@ -252,8 +243,8 @@ class _Server:
 
     def _beat(self) -> Heartbeat:
         if self._shard is None:
-            return Heartbeat("starting", refused=self._refusals.counts)
-        shard, refused = self._shard, self._refusals.counts
+            return Heartbeat("starting", refused=self._rejections.counts)
+        shard, refused = self._shard, self._rejections.counts
         if shard.restoring:
             return Heartbeat("starting", refused=refused, leaves=bool(self.told))
         return Heartbeat(
@@ -283,9 +274,9 @@ class _Server:
                     body = envelope.read()
                     if self._attendance.is_current(envelope.incarnation):
                         self._from_coordinator(body, frames[1:])
-                elif sock is self._keeper:
+                elif sock is self._connections.backup:
                     envelope = self._stamp.open(frames[0].buffer)
-                    if self._is_peer(envelope, 1):
+                    if self._is_server(envelope, 1):
                         self._about_copies(KEEPER, envelope.read(), frames[1:])
                 else:
                     if len(frames) < 2:
@@ -295,37 +286,26 @@ class _Server:
                         standing = Standing.MEMBER
                         self._from_peer(frames[0].bytes, envelope, frames[2:])
             except WireError as error:
-                self._refusals.note(error, time.monotonic())
+                self._rejections.note(error, time.monotonic())
             if self._inflow is not None and sock is self._workers and frames:
                 self._inflow.took(frames[1:], standing)
 
     def _identify(self, envelope: Envelope) -> bool:
-        """Whether a message comes from the worker or server it names. Raises WireError where it is not to come at all."""
+        """Return True if a message comes from the worker or server that it names. Raises WireError if it must not come."""
         name = envelope.sender
         if not is_worker(name):
-            return self._is_peer(envelope, -1)
-        if self._tickets.get(name) != envelope.incarnation:
-            if ticket(self._key, name) != envelope.incarnation:
-                raise WireError(f"a process calls itself {name}, which is not the name that the coordinator gave it", "sender")
-            self._tickets[name] = envelope.incarnation
+            return self._is_server(envelope, -1)
+        if self._identities is None:
+            raise WireError(f"'{name}' speaks before this server is in a run", "sender")
+        self._identities.check_worker(envelope)
         if self._shard is not None and name in self._shard.lost:
             raise WireError(f"{name} is lost and is no part of the run any more", "sender")
         return True
 
-    def _neighbour(self, step: int) -> int:
-        """The server so many after this one."""
-        assert self._shard is not None
-        return (self._shard.index + step) % len(self._peers)
-
-    def _is_peer(self, envelope: Envelope, step: int) -> bool:
-        """Whether a message comes from the server so many after this one. Raises WireError where it must not come."""
-        if not self._peers or envelope.sender != f"server-{(number := self._neighbour(step))}":
+    def _is_server(self, envelope: Envelope, step: int) -> bool:
+        if self._identities is None:
             raise WireError(f"'{envelope.sender}' is no worker, and has no copy of a shard here", "sender")
-        if envelope.incarnation == self._peers[number].incarnation:
-            return True
-        if envelope.body == _RESTORE:
-            return False  # the coordinator's word of it is still under way, and it asks again
-        raise WireError(f"a process calls itself {envelope.sender} and is another than the one known by that name", "sender")
+        return self._identities.is_server(envelope, step)
 
     def _from_coordinator(self, body: Body, frames: Frames) -> None:
         now = time.monotonic()
@@ -338,7 +318,7 @@ class _Server:
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
-            self._stamp.run, self._key = welcome.run, welcome.key
+            self._stamp.run = welcome.run
             self._kv = KvStore(welcome.settings.kv_memory)
             allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
             index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
@@ -349,6 +329,7 @@ class _Server:
                 index, welcome.settings, load(welcome.settings), self._device, lambda: self._attendance.coordinator,
                 self._breathe, self._finish_saving, lambda: writer.busy, lambda: writer.bytes,
             )  # fmt: skip
+            self._identities = Identities(index, welcome.key, welcome.servers)
             self._shard = ShardHost(context, source, welcome.replaces)
             self._know(welcome.servers)
             self._watchdog = Watchdog(welcome.settings.stack_dump_after, self._progress, self._waits_for)
@@ -356,20 +337,16 @@ class _Server:
 
     def _know(self, servers: list[Peer]) -> None:
         """The servers are these."""
-        assert self._shard is not None
-        before, self._peers = self._peers or servers, servers
+        assert self._shard is not None and self._identities is not None
+        identities = self._identities
+        before, identities.servers = identities.servers, servers
         if not self._shard.settings.replicas:
             return
-        keeper, kept = self._neighbour(1), self._neighbour(-1)
-        if self._keeper is None or before[keeper] != servers[keeper]:
-            if self._keeper is not None:
-                self._poller.unregister(self._keeper)
-                self._keeper.close(linger=0)
-            self._keeper = dealer(self._context, servers[keeper].address)
-            self._poller.register(self._keeper, zmq.POLLIN)
-            self._greeted_at = float("-inf")
+        backup, primary = identities.neighbour(1), identities.neighbour(-1)
+        if self._connections.backup is None or before[backup] != servers[backup]:
+            self._connections.connect_backup(servers[backup].address)
         is_other = [a != b for a, b in zip(before, servers, strict=True)]
-        self._do(self._shard.changed(is_other[keeper], is_other[kept], time.monotonic()))
+        self._do(self._shard.changed(is_other[backup], is_other[primary], time.monotonic()))
 
     def _about_copies(self, sender: str, body: Body, frames: Frames) -> None:
         """A message of the keeper of this shard's copy (KEEPER), or of the server whose shard has a copy here."""
@@ -384,30 +361,30 @@ class _Server:
             self._know(body.servers)
         self._stamp.epoch = max(self._stamp.epoch, body.epoch)
         self._do(self._shard.handle(COORDINATOR, body, (), now))
-        self._routes = {key: route for key, route in self._routes.items() if key[0] not in self._shard.lost}
+        self._connections.forget(self._shard.lost)
         for worker in body.workers:
             self._kv.forget(worker)
 
     def _from_peer(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
-        assert self._shard is not None and self._kv is not None
+        assert self._shard is not None and self._kv is not None and self._identities is not None
         sender, body = envelope.sender, envelope.read()
         if not is_worker(sender):
             if isinstance(body, Heartbeat):
                 return
             if not isinstance(body, _FROM_KEPT):
                 raise WireError(f"a server has no use for {type(body).__name__} of {sender}")
-            self._routes[sender, False] = self._routes[sender, True] = route
+            self._connections.routes[sender, False] = self._connections.routes[sender, True] = route
             self._about_copies(sender, body, frames)
             return
         if isinstance(body, Heartbeat):  # the first message of a connection, which tells whose it is
             return
-        self._routes[sender, is_bulk(body, frames)] = route
+        self._connections.routes[sender, is_bulk(body, frames)] = route
         self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
         try:
             if isinstance(body, KvPush | KvPull):
                 replies = self._kv.handle(sender, envelope.incarnation, body, frames)
                 self._do([Send(sender, *reply) for reply in replies])
-            elif isinstance(body, Plan) and body.seal != seal(self._key, body.segment):
+            elif isinstance(body, Plan) and body.seal != seal(self._identities.key, body.segment):
                 raise WireError(f"{sender} has a plan that the coordinator has not agreed to")
             else:
                 self._do(self._shard.handle(sender, body, frames, time.monotonic()))
@@ -417,36 +394,4 @@ class _Server:
             raise
 
     def _do(self, effects: list[Send]) -> None:
-        for effect in effects:
-            # what a worker is told could be said to the coordinator in this server's name
-            header = self._stamp.encode(effect.body, 0 if is_worker(effect.to) else None)
-            if effect.to == COORDINATOR:
-                send(self._coordinator, header, effect.frames)
-            elif effect.to == KEEPER:
-                if self._keeper is not None:
-                    self._greet(self._keeper)
-                    send(self._keeper, header, effect.frames)
-            else:
-                self._to_peer(effect, header)
-
-    def _greet(self, keeper: zmq.Socket[bytes]) -> None:
-        """Say whose connection it is, unless that was said a moment ago, as workers do."""
-        if (now := time.monotonic()) >= self._greeted_at + ASK_AGAIN_S:
-            self._greeted_at = now
-            send(keeper, self._stamp.encode(Heartbeat()))
-
-    def _to_peer(self, effect: Send, header: bytes) -> None:
-        """Send by the connection that is meant for it, or by the other where that has broken and the peer has sent nothing by the
-        one in its place."""
-        bulk = is_bulk(effect.body, effect.frames)
-        for key in ((effect.to, bulk), (effect.to, not bulk)):
-            route = self._routes.get(key)
-            if route is None:
-                continue
-            if effect.frames:
-                sent = self._outflow.send(self._workers, header, effect.frames, route, time.monotonic())
-            else:
-                sent = send(self._workers, header, to=route)
-            if sent is not None:
-                return
-            del self._routes[key]
+        self._connections.send(effects)

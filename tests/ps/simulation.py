@@ -734,7 +734,7 @@ class ServerProcess(Process):
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
         idle = self.server._shard is None or not self.server._shard.busy
-        keeper: Any = self.server._keeper
+        keeper: Any = self.server._connections.backup
         if keeper is not None and sender == keeper.peer and self._is_from_keeper(frames):
             keeper.inbox.append(frames)
             self.server._drain(keeper)
@@ -1297,6 +1297,7 @@ def _stand_ins(world: World) -> Iterator[None]:
         stack.callback(Mapped.close_all)
         for module in (
             "roundtable.ps.coordinator.coordinator",
+            "roundtable.ps.server.connections",
             "roundtable.ps.server.server",
             "roundtable.worker.client.io_thread",
             "roundtable.worker.contribute.contribution_pusher",
@@ -1331,6 +1332,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.coordinator.parts.joining.Joining.is_dead": lambda coordinator, hello: False,
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
             "roundtable.ps.server.server.dealer": port,
+            "roundtable.ps.server.connections.dealer": port,
             "roundtable.worker.client.io_thread.dealer": port,
             "roundtable.worker.client.io_thread.Reachability": mock.Mock(
                 return_value=mock.Mock(unreached=lambda now, patience_s: {})
@@ -1339,7 +1341,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.client.io_thread.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "roundtable.worker.client.io_thread.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
             "roundtable.worker.client.io_thread.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
-            "roundtable.ps.server.server.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
+            "roundtable.ps.server.connections.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
             "roundtable.ps.replication.state_transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.ps.coordinator.model_collection.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.ps.coordinator.results._HASH_BYTES": 64,

@@ -195,14 +195,14 @@ def fingerprint(process: Process) -> Any:
         rest.append(str((vars(shard.round), shard.versions.newest)))
     copy = process.host._replication._copy if process.host._replication is not None else None
     kept = (copy.version, {n: (sorted(r.means), r.filed) for n, r in copy._rounds.items()}) if copy is not None else None
-    return weights, states, early, rest, kept, server._routes, server._tickets, str(vars(server._kv))
+    return weights, states, early, rest, kept, server._connections.routes, server._identities.tickets, str(vars(server._kv))
 
 
 def refused(process: Process) -> int:
     if isinstance(process, CoordinatorProcess):
         return sum(process.coordinator._rejections.counts.values())
     assert isinstance(process, ServerProcess)
-    return sum(process.server._refusals.counts.values())
+    return sum(process.server._rejections.counts.values())
 
 
 def attack(world: Recording, seed: int, count: int) -> int:
@@ -326,13 +326,13 @@ def test_messages_of_an_earlier_process_of_the_same_name_are_refused_and_counted
         envelope[3] -= 1
         process: Any = world.processes[to]
         owner = process.coordinator if to == "coordinator" else process.server
-        before, counted = fingerprint(process), Counter(owner._refusals.counts)
+        before, counted = fingerprint(process), Counter(owner._rejections.counts)
         deliver(world, "worker-1", to, [msgspec.msgpack.encode(envelope), *frames])
-        assert Counter(owner._refusals.counts) - counted == Counter(sender=1)
+        assert Counter(owner._rejections.counts) - counted == Counter(sender=1)
         assert fingerprint(process) == before
-        counted = Counter(owner._refusals.counts)
+        counted = Counter(owner._rejections.counts)
         deliver(world, "worker-1", to, [header, *frames])
-        assert Counter(owner._refusals.counts) == counted  # it is the incarnation alone
+        assert Counter(owner._rejections.counts) == counted  # it is the incarnation alone
 
 
 def forged(world: Recording, sender: str, to: str, body: Body, incarnation: int) -> list[bytes]:
@@ -359,7 +359,7 @@ def told_to(world: Recording, worker: str) -> list[Any]:
 def test_a_server_takes_nothing_under_a_name_that_the_coordinator_did_not_give() -> None:
     with running(CASES["sync"], 1.0) as world:
         server: Any = world.processes["server-0"]
-        known = dict(server.server._tickets)
+        known = dict(server.server._identities.tickets)
         assert set(known) == {"worker-0", "worker-1"}
         for sender in ("worker-0", "worker-1", "worker-2", "worker-9000000", "server-1", "coordinator"):
             for number in (0, 7, *known.values(), *(told for told in told_to(world, "worker-1") if isinstance(told, int))):
@@ -368,13 +368,13 @@ def test_a_server_takes_nothing_under_a_name_that_the_coordinator_did_not_give()
                 before, counted = fingerprint(server), refused(server)
                 deliver(world, "stranger", "server-0", forged(world, sender, "server-0", Pull(0, full_precision=True), number))
                 assert refused(server) == counted + 1 and fingerprint(server) == before
-        assert server.server._tickets == known  # 100,000 names that were made up take no room
+        assert server.server._identities.tickets == known  # 100,000 names that were made up take no room
 
 
 def test_what_workers_are_told_does_not_let_them_speak_for_a_server_or_for_each_other() -> None:
     with running(CASES["sync"], 1.0) as world:
         secrets = {member.incarnation for member in world.coordinator.context.membership.members.values()}
-        tickets = {"worker-0": world.processes["server-0"].server._tickets["worker-0"]}  # type: ignore[attr-defined]
+        tickets = {"worker-0": world.processes["server-0"].server._identities.tickets["worker-0"]}  # type: ignore[attr-defined]
         told = told_to(world, "worker-1")
         assert secrets and not secrets & {value for value in told if isinstance(value, int)}
         assert tickets["worker-0"] not in told and not any(isinstance(value, bytes) and len(value) >= 32 for value in told)
@@ -390,7 +390,7 @@ def test_a_worker_cannot_have_a_servers_report_forgotten() -> None:
     with running(CASES["sync"], 1.0) as world:
         server: Any = world.processes["server-0"]
         server.host.reports._under_way = Report(5, 1)
-        number = server.server._tickets["worker-1"]
+        number = server.server._identities.tickets["worker-1"]
         deliver(world, "worker-1", "server-0", forged(world, "worker-1", "server-0", ReportAck(5), number))
         assert server.host.reports._under_way == Report(5, 1) and refused(server) == 1
 

@@ -29,7 +29,7 @@ def test_tensors_go_by_the_connection_that_is_left(context: zmq.Context[Any]) ->
     small, bulk = dealer(context, address), dealer(context, address)
     for is_bulk, sock in ((False, small), (True, bulk)):
         sock.send(b"")
-        server._routes["worker-0", is_bulk] = server._workers.recv_multipart()[0]
+        server._connections.routes["worker-0", is_bulk] = server._workers.recv_multipart()[0]
     weights = Send("worker-0", Weights(1, 1, [0]), [b"values"])
 
     def got(sock: zmq.Socket[bytes]) -> str:
@@ -43,9 +43,9 @@ def test_tensors_go_by_the_connection_that_is_left(context: zmq.Context[Any]) ->
     while not small.poll(20) and time.monotonic() < until:
         server._do([weights])
     assert got(small) == "Weights"
-    assert server._routes.keys() == {("worker-0", False)}
+    assert server._connections.routes.keys() == {("worker-0", False)}
     small.close(linger=0)
-    while server._routes and time.monotonic() < until:
+    while server._connections.routes and time.monotonic() < until:
         server._do([weights])
         time.sleep(0.02)
-    assert not server._routes  # and nothing is raised
+    assert not server._connections.routes  # and nothing is raised

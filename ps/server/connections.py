@@ -1,0 +1,84 @@
+"""A server's sockets: to the coordinator, to workers and servers that connect here, and to the server with its backup."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import zmq
+
+from roundtable.common.protocol.effects import COORDINATOR, KEEPER, Send
+from roundtable.common.protocol.flow_limits import Outflow
+from roundtable.common.protocol.messages.session import Heartbeat
+from roundtable.common.protocol.transport import ASK_AGAIN_S, Stamp, dealer, is_bulk, is_worker, send
+
+
+class Connections:
+    """Sends what state machines ask for, by the connection that is meant for it."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        coordinator: zmq.Socket[bytes],
+        workers: zmq.Socket[bytes],
+        stamp: Stamp,
+        outflow: Outflow,
+    ) -> None:
+        self._context, self._coordinator, self._workers = context, coordinator, workers
+        self._stamp, self._outflow = stamp, outflow
+        self.poller = zmq.Poller()
+        #: The socket to the server with the backup of this one's shard, if there is to be one.
+        self.backup: zmq.Socket[bytes] | None = None
+        self._greeted_at = float("-inf")
+        #: The routing ids of a peer's connections, for small messages (False) and tensors (True).
+        self.routes: dict[tuple[str, bool], bytes] = {}
+
+    def connect_backup(self, address: str) -> None:
+        """Have the backup at another address than before."""
+        if self.backup is not None:
+            self.poller.unregister(self.backup)
+            self.backup.close(linger=0)
+        self.backup = dealer(self._context, address)
+        self.poller.register(self.backup, zmq.POLLIN)
+        self._greeted_at = float("-inf")
+
+    def forget(self, lost: Collection[str]) -> None:
+        """Let go of the connections of lost workers."""
+        self.routes = {key: route for key, route in self.routes.items() if key[0] not in lost}
+
+    def send(self, effects: Sequence[Send]) -> None:
+        """Send messages."""
+        for effect in effects:
+            # what a worker is told could be said to the coordinator in this server's name
+            header = self._stamp.encode(effect.body, 0 if is_worker(effect.to) else None)
+            if effect.to == COORDINATOR:
+                send(self._coordinator, header, effect.frames)
+            elif effect.to == KEEPER:
+                if self.backup is not None:
+                    self._greet(self.backup)
+                    send(self.backup, header, effect.frames)
+            else:
+                self._to_peer(effect, header)
+
+    def _greet(self, backup: zmq.Socket[bytes]) -> None:
+        """Say whose connection it is, unless that was said a moment ago, as workers do."""
+        if (now := time.monotonic()) >= self._greeted_at + ASK_AGAIN_S:
+            self._greeted_at = now
+            send(backup, self._stamp.encode(Heartbeat()))
+
+    def _to_peer(self, effect: Send, header: bytes) -> None:
+        """Send by the connection that is meant for it. If that has broken and the peer has sent nothing by the one in its place,
+        send by the other one."""
+        bulk = is_bulk(effect.body, effect.frames)
+        for key in ((effect.to, bulk), (effect.to, not bulk)):
+            route = self.routes.get(key)
+            if route is None:
+                continue
+            if effect.frames:
+                sent = self._outflow.send(self._workers, header, effect.frames, route, time.monotonic())
+            else:
+                sent = send(self._workers, header, to=route)
+            if sent is not None:
+                return
+            del self.routes[key]
