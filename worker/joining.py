@@ -34,12 +34,12 @@ OLD_VARIABLES = {ADDRESS_VARIABLE: "PS_COORDINATOR", INDEX_VARIABLE: "PS_WORKER_
 
 
 def join() -> Run:
-    """Join the cluster that the environment names, or, alone, one that this process starts for itself.
+    """Join the cluster that the environment names. Without one, start a cluster for this process alone.
 
-    Seeds torch, numpy and Python by the run's seed, so that every worker builds the same model afterwards; sets torch's
-    number of threads, which the bits of the result depend on. When the script ends, the worker leaves the run by itself.
+    Seed torch, numpy and Python by the run's seed, so that every worker builds the same model afterwards. Set torch's number of
+    threads, because the bits of the result depend on it. When the script ends, the worker leaves the run by itself.
 
-    Raises UsageError where the coordinator refuses this worker, ClusterError where it cannot be reached.
+    Raise UsageError if the coordinator refuses this worker, and ClusterError if it cannot be reached.
     """
     import torch
 
@@ -127,10 +127,10 @@ def describe_failure(error: BaseException, script: str) -> str:
 
 
 def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:
-    """An `nn.Embedding(rows, dim, sparse=True)` that takes up no memory here: servers draw its rows from N(0, std^2).
+    """Return an `nn.Embedding(rows, dim, sparse=True)` that takes up no memory here. Servers draw its rows from N(0, std^2).
 
-    What is drawn is a function of the run's seed, the table's name and the row. The layer can be used once the model that it is
-    in is replicated and has an optimizer.
+    The values are a function of the run's seed, the table's name and the row. The layer can be used once its model is replicated
+    and has an optimizer.
     """
     from roundtable.worker.layers.sparse_embedding import make_embedding
 

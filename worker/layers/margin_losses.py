@@ -1,4 +1,4 @@
-"""Losses with a margin: features and rows count as directions, and a sample's own class has to be right by some distance."""
+"""Losses with a margin. Features and rows count as directions, and a sample's own class must win by some distance."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Protocol
 
 import torch
 
-#: That of an angle of which the slope is still given as it is.
+#: The cosine of the smallest angle whose slope is exact.
 _SMALLEST_SINE = 1e-3
 
 
 class Margin(Protocol):
-    """Logits are `scale` x cosine, and that of a sample's own class `scale` x `own(cosine)`."""
+    """A margin. Logits are `scale` x cosine, and the logit of a sample's own class is `scale` x `own(cosine)`."""
 
     @property
     def scale(self) -> float: ...
 
     def own(self, cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What takes the place of the cosine (B), and its derivative (B)."""
+        """Return the replacement of the cosine (B), and its derivative (B)."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class CosFace:
 class ArcFace:
     """cos(angle + margin) (Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019).
 
-    Where that would be past a half turn it goes on downwards as a straight line: cos - margin x sin(margin). The value is exact
-    at every angle. Its slope by the cosine grows without bound as the angle goes to 0; the one given is that at an angle of 0.001
-    where the angle is smaller.
+    Past a half turn it goes on downwards as a straight line: cos - margin x sin(margin). The value is exact at every angle. Its
+    slope by the cosine grows without bound as the angle goes to 0. Below an angle of 0.001, the slope is that of 0.001.
     """
 
     scale: float = 64.0

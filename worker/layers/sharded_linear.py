@@ -41,9 +41,10 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class OnServers(nn.Module):
-    """A layer with the weight (rows, in_features) of an `nn.Linear`, and perhaps its bias, whose rows are dealt out to the
-    servers: here they are empty tensors of device "meta". The servers draw first values as nn.Linear does; `of` takes over a
-    layer's own."""
+    """A layer like `nn.Linear` whose weight (rows, in_features), and bias if any, are dealt out to the servers by rows.
+
+    Here both are empty tensors of device "meta". The servers draw first values as nn.Linear does. `of` takes over a layer's
+    own."""
 
     def __init__(self, in_features: int, rows: int, bias: bool) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class OnServers(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Self:
-        """A layer that begins with the values of `linear`: those that worker 0 has."""
+        """Return a layer that begins with the values of `linear` on worker 0."""
         layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
         layer.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
         if linear.bias is not None:
@@ -77,12 +78,12 @@ class OnServers(nn.Module):
 class ShardedLinear(OnServers):
     """The last layer of a classifier, `nn.Linear(in_features, num_classes)`, whose rows are dealt out to the servers.
 
-    Called with features (B, in_features) it returns them, for `sharded_cross_entropy`; its logits are nowhere.
+    Called with features (B, in_features), it returns them for `sharded_cross_entropy`. Logits exist nowhere.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = False, sample_rate: float = 1.0) -> None:
-        """With `sample_rate` below 1 a round looks at that share of the classes, drawn anew each time, and at each sample's own
-        (An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021)."""
+        """Make the layer. With `sample_rate` below 1, a round uses that share of the classes, drawn anew each time, and each
+        sample's own class (An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021)."""
         if in_features < 1 or num_classes < 2 or not 0.0 < sample_rate <= 1.0:
             raise UsageError(
                 f"ShardedLinear({in_features}, {num_classes}, sample_rate={sample_rate:g}) cannot be: it needs 1 feature, 2 "
@@ -92,15 +93,15 @@ class ShardedLinear(OnServers):
         self.num_classes, self.sample_rate = num_classes, sample_rate
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The same features (B, in_features), which `sharded_cross_entropy` then knows to be this layer's."""
+        """Return the same features (B, in_features). `sharded_cross_entropy` then knows that they are this layer's."""
         marked = features.view_as(features)
         setattr(marked, _LAYER, self)
         return marked
 
     def topk(self, features: torch.Tensor, k: int, cosine: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k largest logits (B, k) of each of `features` (B, in_features), largest first, and their classes (B, k), int64.
+        """Return the k largest logits (B, k) for `features` (B, in_features), largest first, and their classes (B, k), int64.
 
-        `cosine`: those of the largest cosine between features and row, as is right after training with a margin.
+        With `cosine`, take the largest cosines between features and rows: use it after training with a margin.
         """
         return self.shards.topk(self, features, k, cosine)
 
@@ -108,8 +109,8 @@ class ShardedLinear(OnServers):
 class ColumnParallelLinear(OnServers):
     """`nn.Linear(in_features, out_features)` whose outputs are dealt out to the servers, which compute them: float32.
 
-    A forward is one round trip to all servers, and a backward another; the weight's gradient is made on the servers at the end
-    of a round ("column parallel": Shoeybi et al., "Megatron-LM", 2019).
+    A forward is one round trip to all servers, and a backward another. The servers make the weight's gradient at the end of a
+    round ("column parallel": Shoeybi et al., "Megatron-LM", 2019).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -119,7 +120,7 @@ class ColumnParallelLinear(OnServers):
         self.out_features = out_features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Outputs (..., out_features) of features (..., in_features), on their device and of their dtype."""
+        """Return the outputs (..., out_features) for features (..., in_features), on their device and of their dtype."""
         flat = features.reshape(-1, features.shape[-1]) if features.dim() else features
         return self.shards.outputs(self, flat).view(*features.shape[:-1], self.out_features)
 
@@ -132,11 +133,11 @@ def sharded_cross_entropy(
     margin: Margin | None = None,
     reduction: Reduction = "mean",
 ) -> torch.Tensor:
-    """`nn.functional.cross_entropy(linear(features), labels)` where linear is a ShardedLinear: in one round trip, float32.
+    """Return `nn.functional.cross_entropy(linear(features), labels)` for a ShardedLinear `linear`, in one round trip, float32.
 
-    features (B, in_features), labels (B) of integers. `layer` is the one that returned the features, or is to be given. `margin`,
-    `CosFace` or `ArcFace`, normalises features and rows. Where no gradients are wanted, it evaluates over all classes, whatever
-    the layer's sample_rate. Raises UsageError for labels that the layer has no class for, and arguments that do not go together.
+    Features are (B, in_features), and labels (B) integers. `layer` is the layer that returned the features, unless it is given.
+    `margin`, `CosFace` or `ArcFace`, normalises features and rows. Without gradients, the loss is over all classes, whatever the
+    layer's sample_rate. Raise UsageError for labels without a class in the layer, and for arguments that do not fit together.
     """
     layer = layer if layer is not None else getattr(features, _LAYER, None)
     if not isinstance(layer, ShardedLinear):
