@@ -19,8 +19,8 @@ from roundtable.common.protocol.messages.replication import (
 from roundtable.common.protocol.transport import Frames
 
 COORDINATOR = "coordinator"
-#: The server that keeps a copy of this one's shard.
-KEEPER = "keeper"
+#: The server with the backup of this one's shard.
+BACKUP = "backup"
 #: What servers say to each other.
 AboutCopies = (
     Replicate

@@ -1,7 +1,7 @@
-"""A server's dealings with its two neighbours about copies of shards (ps/replication/primary_backup.py): the one after it, which
-keeps a copy of its shard (KEEPER), and the one before it, whose shard has a copy here.
+"""A server's dealings with its two neighbours about copies of shards (ps/replication/backup.py): the one after it, which
+keeps a copy of its shard (BACKUP), and the one before it, whose shard has a copy here.
 
-A state machine without a socket or a clock. Invariants: nothing is forwarded that the keeper's copy does not follow on; a shard
+A state machine without a socket or a clock. Invariants: nothing is forwarded that the backup's copy does not follow on; a shard
 comes back only to who has asked for it.
 """
 
@@ -13,7 +13,7 @@ from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import make_layout
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.effects import KEEPER, AboutCopies, Send
+from roundtable.common.protocol.effects import BACKUP, AboutCopies, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.replication import (
     Replicate,
@@ -29,7 +29,8 @@ from roundtable.common.protocol.messages.replication import (
 from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Frames
 from roundtable.ps.params.state_part import Part
-from roundtable.ps.replication.primary_backup import Backup, Primary, remembered
+from roundtable.ps.replication.backup import Backup
+from roundtable.ps.replication.primary import Primary, remembered
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
 
@@ -46,15 +47,15 @@ class ReplicationManager:
         self._settings = settings
         self._policy = policy
         self._segments, self._make_shard = segments, shard
-        #: What the keeper is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
-        self._forwarder: Primary | None = None
+        #: What the backup is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
+        self._primary: Primary | None = None
         self._filed: list[RoundReplicated] = []
         #: The copy kept here, and that on its way to whoever is in the place of its server.
-        self._copy: Backup | None = None
+        self._backup: Backup | None = None
         self._handed_over: Outgoing | None = None
         #: Whether that process has asked for it, and waits until what is here is applied.
         self._is_wanted = False
-        #: This shard, on its way back from the keeper; and when it was asked for.
+        #: This shard, on its way back from the backup; and when it was asked for.
         self._returning: Incoming | None = None
         self._asked_at = float("-inf")
         self._moved = 0
@@ -62,39 +63,39 @@ class ReplicationManager:
     # ---- the copy of this server's shard
 
     @property
-    def has_keeper(self) -> bool:
+    def has_backup(self) -> bool:
         """Whether there is a copy, or one on its way, that is to have all that is applied here."""
-        return self._forwarder is not None
+        return self._primary is not None
 
     def begin(self, setup: Setup, round_: int, parts: Sequence[Part], pending: ReplicateLayers | None) -> None:
         """Have a copy made of the state as of `round_`; `pending` as in State."""
         header = StateHeader(self._index, round_, len(parts), setup, list(self._segments), list(self._filed), pending)
-        self._forwarder = Primary(round_, Outgoing(header, parts))
+        self._primary = Primary(round_, Outgoing(header, parts))
 
     @property
     def reads_rows(self) -> bool:
         """Whether rows are being sent from where they are, and so must not change."""
-        return self._forwarder is not None and self._forwarder.sends_state
+        return self._primary is not None and self._primary.sends_state
 
     def forward(self, body: Replicate | ReplicateRows | ReplicateLayers | RoundReplicated, frames: Frames, now: float) -> None:
-        """Tell the keeper, if there is one, of something in the open round."""
-        if self._forwarder is not None:
-            self._forwarder.send(body, frames, now)
+        """Tell the backup, if there is one, of something in the open round."""
+        if self._primary is not None:
+            self._primary.send(body, frames, now)
 
     def may_close(self, round_: int) -> bool:
-        """Whether nobody is to have more of that round: the keeper has all of it, or there is none."""
-        return self._forwarder is None or self._forwarder.has(round_)
+        """Whether nobody is to have more of that round: the backup has all of it, or there is none."""
+        return self._primary is None or self._primary.has(round_)
 
     def remember(self, filed: RoundReplicated) -> None:
         """A round is closed."""
         self._filed = remembered(self._filed, filed)
 
     def ask_back(self, now: float) -> list[Send]:
-        """Ask the keeper for this shard; again if that was long ago and nothing has come."""
+        """Ask the backup for this shard; again if that was long ago and nothing has come."""
         if self._returning is not None or now < self._asked_at + ASK_AGAIN_S:
             return []
         self._asked_at = now
-        return [Send(KEEPER, RequestState())]
+        return [Send(BACKUP, RequestState())]
 
     def returned(self) -> Incoming | None:
         """This shard, once all of it is back, and only once: from then on its copy is followed by what is forwarded."""
@@ -102,36 +103,36 @@ class ReplicationManager:
         if returning is None or not returning.complete:
             return None
         self._returning, self._asked_at = None, float("inf")
-        self._forwarder = Primary(returning.head.round)
+        self._primary = Primary(returning.head.round)
         return returning
 
     # ---- the copy that is here
 
     @property
-    def _kept_server(self) -> int:
+    def _primary_server(self) -> int:
         """The server whose shard has a copy here."""
         return (self._index - 1) % self._settings.servers
 
     @property
-    def keeps(self) -> list[int]:
+    def backed_up(self) -> list[int]:
         """Servers of whose shards there is a whole copy here."""
-        return [self._copy.server] if self._copy is not None and self._copy.whole else []
+        return [self._backup.server] if self._backup is not None and self._backup.whole else []
 
     @property
     def busy(self) -> bool:
         """Whether there is something to apply to it."""
-        return self._copy is not None and self._copy.busy
+        return self._backup is not None and self._backup.busy
 
     def work(self) -> None:
         """Apply a little."""
-        if self._copy is not None:
-            self._copy.work()
-            self._hand_over(self._copy)
+        if self._backup is not None:
+            self._backup.work()
+            self._hand_over(self._backup)
 
     @property
     def done(self) -> int:
         """A number that grows while what takes long goes on: parts that move, and updates of classifiers."""
-        return self._moved + (self._copy.steps if self._copy is not None else 0)
+        return self._moved + (self._backup.steps if self._backup is not None else 0)
 
     def _hand_over(self, copy: Backup) -> None:
         if self._is_wanted and not copy.busy:
@@ -142,50 +143,50 @@ class ReplicationManager:
 
     # ---- events
 
-    def changed(self, keeper: bool, kept: bool) -> None:
-        """The keeper is another process, which has no copy yet; or the one whose shard has a copy here is."""
-        if kept:
+    def changed(self, backup: bool, primary: bool) -> None:
+        """The backup is another process, which has no copy yet; or the one whose shard has a copy here is."""
+        if primary:
             self._handed_over, self._is_wanted = None, False
-        if keeper:
-            self._forwarder = None
+        if backup:
+            self._primary = None
 
     def due(self, now: float) -> list[Send]:
         """What to send now."""
-        effects = [Send(KEEPER, body, frames) for body, frames in self._forwarder.due(now)] if self._forwarder is not None else []
+        effects = [Send(BACKUP, body, frames) for body, frames in self._primary.due(now)] if self._primary is not None else []
         if self._handed_over is not None:
-            effects += [Send(f"server-{self._kept_server}", body, frames) for body, frames in self._handed_over.due(now)]
+            effects += [Send(f"server-{self._primary_server}", body, frames) for body, frames in self._handed_over.due(now)]
         return effects
 
     def handle(self, sender: str, body: AboutCopies, frames: Frames) -> list[Send]:
-        """A message of the keeper (KEEPER), or of the server before this one. Raises WireError for what does not fit."""
+        """A message of the backup (BACKUP), or of the server before this one. Raises WireError for what does not fit."""
         self._moved += isinstance(body, StatePart | StatePartAck)
         match body:
-            case RoundReplicatedAck() if sender == KEEPER and self._forwarder is not None:
-                self._forwarder.handle(body)
-            case StatePartAck(shard=self._index) if sender == KEEPER and self._forwarder is not None:
-                self._forwarder.handle(body)
-            case StateHeader(shard=self._index) if sender == KEEPER:
+            case RoundReplicatedAck() if sender == BACKUP and self._primary is not None:
+                self._primary.handle(body)
+            case StatePartAck(shard=self._index) if sender == BACKUP and self._primary is not None:
+                self._primary.handle(body)
+            case StateHeader(shard=self._index) if sender == BACKUP:
                 if self._returning is None and float("-inf") < self._asked_at < float("inf"):
                     self._returning = Incoming(body, self._make_shard(body).put)
-                return [Send(KEEPER, StatePartAck(body.shard, body.round, -1))]
-            case StatePart(shard=self._index) if sender == KEEPER:
+                return [Send(BACKUP, StatePartAck(body.shard, body.round, -1))]
+            case StatePart(shard=self._index) if sender == BACKUP:
                 if self._returning is not None:
                     self._returning.put(body, frames)
-                return [Send(KEEPER, StatePartAck(body.shard, body.round, body.number))]
-            case _ if sender == f"server-{self._kept_server}":
+                return [Send(BACKUP, StatePartAck(body.shard, body.round, body.number))]
+            case _ if sender == f"server-{self._primary_server}":
                 answer = self._about_kept(body, frames)
                 return [] if answer is None else [Send(sender, answer)]
         return []
 
     def _about_kept(self, body: AboutCopies, frames: Frames) -> Body | None:
         """The answer to a message of the server whose shard has a copy here, or is to have one."""
-        number, copy = self._kept_server, self._copy
+        number, copy = self._primary_server, self._backup
         match body:
             case StateHeader(shard=shard) if shard == number:
                 if copy is None:  # a process sends another its state once
                     tables, classifiers = body.setup.tables, body.setup.classifiers
                     layout = make_layout(body.setup.tensors, self._settings.servers, tables, classifiers)
-                    self._copy = Backup(number, layout, self._policy, body, self._settings.seed)
+                    self._backup = Backup(number, layout, self._policy, body, self._settings.seed)
                 return StatePartAck(body.shard, body.round, -1)
             case StatePart(shard=shard) if shard == number and copy is not None:
                 return copy.put(body, frames)

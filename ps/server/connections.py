@@ -8,7 +8,7 @@ from typing import Any
 
 import zmq
 
-from roundtable.common.protocol.effects import COORDINATOR, KEEPER, Send
+from roundtable.common.protocol.effects import BACKUP, COORDINATOR, Send
 from roundtable.common.protocol.flow_limits import Outflow
 from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.protocol.transport import ASK_AGAIN_S, Stamp, dealer, is_bulk, is_worker, send
@@ -54,7 +54,7 @@ class Connections:
             header = self._stamp.encode(effect.body, 0 if is_worker(effect.to) else None)
             if effect.to == COORDINATOR:
                 send(self._coordinator, header, effect.frames)
-            elif effect.to == KEEPER:
+            elif effect.to == BACKUP:
                 if self.backup is not None:
                     self._greet(self.backup)
                     send(self.backup, header, effect.frames)

@@ -18,7 +18,7 @@ from roundtable.common.config.settings import START_S
 from roundtable.common.network.addresses import advertised, as_told, await_route
 from roundtable.common.network.host_identity import here
 from roundtable.common.policies import load
-from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
+from roundtable.common.protocol.effects import BACKUP, COORDINATOR, AboutCopies, Send
 from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
 from roundtable.common.protocol.liveness import Signs
@@ -277,7 +277,7 @@ class _Server:
                 elif sock is self._connections.backup:
                     envelope = self._stamp.open(frames[0].buffer)
                     if self._is_server(envelope, 1):
-                        self._about_copies(KEEPER, envelope.read(), frames[1:])
+                        self._about_copies(BACKUP, envelope.read(), frames[1:])
                 else:
                     if len(frames) < 2:
                         raise WireError("a message has no header", "malformed")
@@ -349,7 +349,7 @@ class _Server:
         self._do(self._shard.changed(is_other[backup], is_other[primary], time.monotonic()))
 
     def _about_copies(self, sender: str, body: Body, frames: Frames) -> None:
-        """A message of the keeper of this shard's copy (KEEPER), or of the server whose shard has a copy here."""
+        """A message of the backup of this shard's copy (BACKUP), or of the server whose shard has a copy here."""
         assert self._shard is not None
         if not isinstance(body, AboutCopies):
             raise WireError(f"a server has no use for {type(body).__name__}")

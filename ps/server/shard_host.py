@@ -9,7 +9,7 @@ import logging
 
 import msgspec
 
-from roundtable.common.protocol.effects import COORDINATOR, KEEPER, AboutCopies, Send
+from roundtable.common.protocol.effects import BACKUP, COORDINATOR, AboutCopies, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import ReportAck
 from roundtable.common.protocol.messages.embedding import RowPull
@@ -88,7 +88,7 @@ class ShardHost:
     @property
     def backed_up(self) -> list[int]:
         """Return the servers of whose shards there is a whole backup here."""
-        return self._replication.keeps if self._replication is not None else []
+        return self._replication.backed_up if self._replication is not None else []
 
     @property
     def busy(self) -> bool:
@@ -196,7 +196,7 @@ class ShardHost:
     # ---- backups of shards on other servers (ps/replication/manager.py)
 
     def about_copies(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
-        """Take a message of the server that has the backup of this shard (KEEPER), or of the one whose backup is here."""
+        """Take a message of the server that has the backup of this shard (BACKUP), or of the one whose backup is here."""
         if self._replication is None:
             raise WireError(f"{sender} keeps or has no copy here")
         effects = self._replication.handle(sender, body, frames)
@@ -219,7 +219,7 @@ class ShardHost:
         """Make the shard whose state is on its way from the backup."""
         self.plans.segments[:] = head.segments
         if self.shard is None:
-            self.shard = self._made(head.setup, KEEPER)
+            self.shard = self._made(head.setup, BACKUP)
             self.shard.model.is_returning = True
         model = self.shard.model
         return ShardState(model.dense, model.tables, model.layers)

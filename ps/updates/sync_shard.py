@@ -310,7 +310,7 @@ class SyncShard(Shard):
     def begin_backup(self) -> None:
         """Have a backup made, if there is to be one and none is there: at a border, for it starts from that."""
         replication, model = self._replication, self.model
-        if replication is None or replication.has_keeper or not self.at_border or not model.is_open:
+        if replication is None or replication.has_backup or not self.at_border or not model.is_open:
             return
         state = ShardState(model.dense, model.tables, model.layers)
         if state.settled:  # else this is tried again
@@ -319,7 +319,7 @@ class SyncShard(Shard):
     @property
     def _backup(self) -> ReplicationManager | None:
         """Return the manager if there is a backup, or one on its way."""
-        return self._replication if self._replication is not None and self._replication.has_keeper else None
+        return self._replication if self._replication is not None and self._replication.has_backup else None
 
     def _may_update_layers(self) -> bool:
         return super()._may_update_layers() and (self._replication is None or not self._replication.reads_rows)

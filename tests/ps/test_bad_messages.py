@@ -193,7 +193,7 @@ def fingerprint(process: Process) -> Any:
     rest.append(str({name: vars(shard).get(name) for name in ("_slowest", "_applied", "_counted", "_metrics", "_left_out")}))
     if isinstance(shard, SyncShard):
         rest.append(str((vars(shard.round), shard.versions.newest)))
-    copy = process.host._replication._copy if process.host._replication is not None else None
+    copy = process.host._replication._backup if process.host._replication is not None else None
     kept = (copy.version, {n: (sorted(r.means), r.filed) for n, r in copy._rounds.items()}) if copy is not None else None
     return weights, states, early, rest, kept, server._connections.routes, server._identities.tickets, str(vars(server._kv))
 

@@ -62,7 +62,7 @@ def check_copies(outcome: Outcome) -> None:
     """Every copy that is whole holds the bits of its shard."""
     for shard, host in zip(outcome.shards, [*outcome.hosts[1:], *outcome.hosts[:1]], strict=True):
         assert host._replication is not None
-        copy = host._replication._copy
+        copy = host._replication._backup
         if copy is None or not copy.whole:
             continue  # it was on its way to a keeper in the place of another when the run ended
         assert not copy.busy and copy.version == shard.version

@@ -1,17 +1,18 @@
 """A copy of each shard on another server, so that nothing is lost with one server (`--replicas 1`).
 
 Primary and backup, as Alsberg and Day have it ("A principle for resilient sharing of distributed resources", ICSE 1976): the
-keeper of server m's shard is the server after it. Server m forwards what it applies, the mean contribution of each round, the
-sums of rows, and of classifiers what their tiles are updated from; the keeper applies the same with the same optimizer, so the
-copy has the same bits. A round is closed, and workers go on to the next, only when the keeper has all of it. So whoever takes
-the place of a server that is gone finds at the keeper every round that anybody has gone on from; of the open one, workers send
-again what they have, and compute what nobody has any more.
+backup of server m's shard is the server after it. Server m forwards what it applies: the mean contribution of each round, the
+sums of rows, and what sharded layers are updated from. The backup applies the same with the same optimizer, so the copy has the
+same bits. A round is closed, and workers go on to the next, only when the backup has all of it. So a server in another's place
+finds at the backup every round that a worker has gone on from. Of the open round, workers send again what they have, and compute
+again what nobody has any more.
 
-Classifiers are updated late, when somebody asks about the next round (ps/sharded/layers.py): until then somebody may still ask
-about the last one. So the copy puts an update off as well, until the next round is complete, which shows that all have got there.
+Sharded layers are updated late, when a worker asks about the next round (ps/sharded/layers.py): until then a worker may still ask
+about the last one. So the backup puts an update off as well, until the next round is complete: that proves that all workers have
+got there.
 
 State machines without a socket or a clock. Invariants: the copy is the state between two rounds, of which none is skipped;
-the keeper acknowledges only what it has whole.
+the backup acknowledges only what it has whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.sparse_rows import RowSums
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.replication import (
     Replicate,
     ReplicateLayers,
@@ -35,73 +35,20 @@ from roundtable.common.protocol.messages.replication import (
     StatePart,
     StatePartAck,
 )
-from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames
+from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
 from roundtable.ps.params.state_part import Part
 from roundtable.ps.params.weight_buffers import WeightBuffers
+from roundtable.ps.replication.primary import remembered
 from roundtable.ps.replication.shard_state import ShardState
-from roundtable.ps.replication.state_transfer import Incoming, Outgoing
+from roundtable.ps.replication.state_transfer import Incoming
 from roundtable.ps.sharded.contributions import Contributed
 from roundtable.ps.sharded.layers import LayerShards
 
-#: Rounds that the keeper may have and not have applied: the primary is never further ahead than by the open one.
+#: Rounds that the backup may have and not have applied: the primary is never further ahead than by the open one.
 _AHEAD = 4
-#: Rounds of which it is remembered what was left out.
-_REMEMBERED = 64
-
-
-def remembered(before: list[RoundReplicated], new: RoundReplicated) -> list[RoundReplicated]:
-    """The newest rounds with one more: those that the coordinator may not have been told of, and some for what they left out."""
-    return [filed for filed in before if filed.round >= min(new.reported, new.round - _REMEMBERED)] + [new]
-
-
-class Primary:
-    """A shard's side: what its keeper is sent. Without one nobody keeps a copy, and rounds are closed all the same."""
-
-    def __init__(self, round_: int, state: Outgoing | None = None) -> None:
-        """The keeper has a copy as of `round_`, or has yet to get this state."""
-        #: Every round below is kept.
-        self._kept = round_
-        self._state = state
-        #: What the keeper must have of the open round, and when it was last sent all of it; what is to be sent now.
-        self._open: list[tuple[Body, Frames]] = []
-        self._sent_at = float("inf")
-        self._outbox: list[tuple[Body, Frames]] = []
-
-    def send(self, body: Replicate | ReplicateRows | ReplicateLayers | RoundReplicated, frames: Frames, now: float) -> None:
-        """Tell the keeper of something in the open round."""
-        self._open.append((body, frames))
-        self._outbox.append((body, frames))
-        self._sent_at = now
-
-    @property
-    def sends_state(self) -> bool:
-        """Whether the state that the copy begins with is still on its way."""
-        return self._state is not None
-
-    def has(self, round_: int) -> bool:
-        """Whether the keeper has all of a round, so that it may be closed."""
-        return self._kept > round_
-
-    def handle(self, body: RoundReplicatedAck | StatePartAck) -> None:
-        """An answer of the keeper."""
-        if isinstance(body, StatePartAck):
-            if self._state is not None:
-                self._state.got(body)
-                self._state = None if self._state.done else self._state
-        elif self._open and isinstance(filed := self._open[-1][0], RoundReplicated) and filed.round == body.round:
-            self._kept, self._open, self._outbox, self._sent_at = body.round + 1, [], [], float("inf")
-
-    def due(self, now: float) -> list[tuple[Body, Frames]]:
-        """What to send the keeper now. Only what the last message of a round calls for is sent again."""
-        out = list(self._state.due(now)) if self._state is not None else []
-        if now >= self._sent_at + SEND_AGAIN_S:
-            self._outbox, self._sent_at = list(self._open), now
-        out += self._outbox
-        self._outbox = []
-        return out
 
 
 @dataclass
@@ -115,7 +62,7 @@ class _Round:
 
 
 class Backup:
-    """The keeper's side: the shard of server `server`, from the state that `head` announces on."""
+    """The backup's side: the shard of server `server`, from the state that `head` announces on."""
 
     def __init__(self, server: int, layout: Layout, policy: Policy, head: StateHeader, seed: int) -> None:
         """`seed` is the run's."""
