@@ -139,7 +139,7 @@ def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zm
 
 
 def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
-    """What `work`, done on another thread, returns. Who asks to join before that is told to wait."""
+    """Return what `work` returns on another thread. Tell processes to wait that ask to join meanwhile."""
     stamp = Stamp(sender="coordinator")
     with ThreadPoolExecutor(1) as thread:
         result = thread.submit(work)

@@ -1,8 +1,10 @@
 """How the coordinator gets the trained model: it asks the servers for their parts, and says where their bytes belong.
 
-A state machine without a socket, a clock or a disk. Invariants: a part is taken only from the server that has it, while that
-server is asked for it, and once; no more than the credit is under way, or one part of each server; what is missing is asked for
-again, so that a server in the place of another is asked too.
+A state machine without a socket, a clock or a disk. Invariants:
+
+- a part is taken once, and only from the server that has it, while that server is asked for it;
+- no more bytes than the credit are on their way, or one part of each server;
+- a missing part is asked for again, so a server that replaces another is asked too.
 """
 
 from __future__ import annotations
@@ -16,24 +18,31 @@ from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.model_parts import Part, Span, parts_on, spans
 
-#: Bytes that may be under way from one server, and from all.
-CREDIT_BYTES, ALL_BYTES = 8 << 20, 64 << 20
-#: Parts that a server is asked for at once at most, and the longest time, in seconds, after which they are asked for again.
-_MOST_PARTS, _LONGEST_S = 1000, 20.0
+#: Bytes that may be on their way from one server.
+CREDIT_BYTES = 8 << 20
+#: Bytes that may be on their way from all servers.
+ALL_BYTES = 64 << 20
+#: Parts for which a server is asked at once, at most.
+_MOST_PARTS = 1000
+#: The longest time, in seconds, after which parts are asked for again.
+_LONGEST_S = 20.0
 
 
 @dataclass
 class _Server:
-    """What is missing of one server's parts, by number; what it is asked for; and when it is to be asked again."""
+    """The state of one server's parts."""
 
+    #: Parts that are missing, by number.
     missing: dict[int, Part]
+    #: Bytes of the parts for which the server is asked, by number.
     asked: dict[int, int] = field(default_factory=dict)
+    #: When the server is asked again.
     again_at: float = float("-inf")
     patience_s: float = SEND_AGAIN_S
 
 
 class ModelCollection:
-    """The model as it is when `round_` rounds are applied and nothing else is."""
+    """Collects the model as it is when `round_` rounds are applied, and nothing else."""
 
     def __init__(self, layout: Layout, round_: int) -> None:
         self.round = round_
@@ -42,16 +51,16 @@ class ModelCollection:
 
     @property
     def complete(self) -> bool:
-        """Whether every part has been taken."""
+        """Return whether every part has been taken."""
         return not any(server.missing for server in self._servers.values())
 
     @property
     def missing(self) -> list[int]:
-        """Servers of which a part is missing."""
+        """Return the servers of which a part is missing."""
         return [number for number, server in self._servers.items() if server.missing]
 
     def ask(self, now: float) -> list[tuple[int, SendModel]]:
-        """What to ask of which server now."""
+        """Return what to ask of which server now."""
         out = []
         under_way = sum(sum(server.asked.values()) for server in self._servers.values())
         for number, server in self._servers.items():

@@ -22,23 +22,24 @@ _SYNC_BYTES, _HASH_BYTES = 64 << 20, 8 << 20
 
 
 class ModelFile:
-    """Writes the model's file, whose bytes come in any order, hashes what it has written, and gives it its name at the end."""
+    """Writes and hashes the model's file. Its bytes come in any order. At the end the file gets its name."""
 
     def __init__(
         self, folder: Path, file: Sequence[InFile], sizes: Sequence[int], rules: Mapping[str, str] | None = None
     ) -> None:
-        """Of these tensors; see ps/validation.py. `rules` merge its buffers. Nothing is written yet."""
+        """The file has the tensors in `file` (see ps/validation.py), and `rules` merge its buffers. Nothing is written yet."""
         self._path = folder / MODEL_FILE
         self._temporary = folder / (MODEL_FILE + ".tmp")
         self._file = file
         self._rules = json.dumps(rules or {})
-        #: Where each tensor begins, by the number that `InFile` has for it: as often as it has names. And the sizes.
+        #: Where each tensor begins, once for each of its names, by the number that `InFile` has for it.
         self._places: dict[int, list[int]] = {}
+        #: Bytes of each tensor, by number.
         self._sizes = sizes
-        #: Bytes that are missing of each tensor, by number.
+        #: Missing bytes of each tensor, by number.
         self._missing: dict[int, int] = {}
         self._digest = hashlib.sha256()
-        #: What is to be hashed still: number of the tensor, place in the file, length.
+        #: (number of the tensor, place in the file, length) of what is not hashed yet.
         self._to_hash: list[tuple[int, int, int]] = []
         self._unsynced = 0
         self.complete = False
@@ -55,12 +56,12 @@ class ModelFile:
         self._bytes = at
 
     def begin(self) -> None:
-        """Begin to write. OSError where that cannot be."""
+        """Begin to write. Raise OSError if the file cannot be written."""
         with self._temporary.open("wb") as out:
             out.truncate(self._bytes)
 
     def restore(self, weights_sha256: str) -> None:
-        """Take over the file that an earlier coordinator has completed, if it is there still."""
+        """Take over the file that an earlier coordinator has completed, if the file is still there."""
         if self._path.is_file() and self._path.stat().st_size == self._bytes:
             self.complete, self.weights_sha256, self._to_hash, self._missing = True, weights_sha256, [], {}
 
@@ -69,7 +70,7 @@ class ModelFile:
         return header(tensors, {"format": "pt", "weights_sha256": sha256, BUFFERS: self._rules})
 
     def write(self, pieces: Iterable[tuple[Span, memoryview]]) -> None:
-        """Put bytes where they belong; those of tensors that are not in the file are left out. OSError where that cannot be."""
+        """Write bytes where they belong, but not those of tensors that are not in the file. Raise OSError if that fails."""
         with self._temporary.open("r+b", buffering=0) as out:
             done = []
             for span, data in pieces:
@@ -85,7 +86,7 @@ class ModelFile:
                 self._missing[span.of] -= span.length
 
     def hash_some(self) -> bool:
-        """Hash some of what is there; whether there is more to hash."""
+        """Hash some of the bytes that are there. Return whether there are more."""
         if not self._to_hash or self._missing[self._to_hash[0][0]]:
             return False
         of, at, left = self._to_hash[0]
@@ -101,11 +102,11 @@ class ModelFile:
 
     @property
     def hashed(self) -> bool:
-        """Whether all is there and hashed, so that `finish` may be called."""
+        """Return whether all bytes are there and hashed, so that `finish` may be called."""
         return not self.complete and not self._to_hash and not any(self._missing.values())
 
     def finish(self) -> None:
-        """Have the file under its name, on the disk. OSError where that cannot be."""
+        """Write the file to the disk, and give it its name. Raise OSError if that fails."""
         digest = self._digest.hexdigest()
         with self._temporary.open("r+b") as file:
             file.write(self._header(digest))
@@ -115,9 +116,9 @@ class ModelFile:
         self.complete, self.weights_sha256 = True, digest
 
     def revise(self, names: Sequence[str], values: Sequence[memoryview]) -> None:
-        """Put other bytes into tensors of the complete file. Meanwhile it has not its name, so that it is never there in part.
+        """Replace tensors of the complete file. Meanwhile the file has not its name, so it is never there in part.
 
-        Raises WireError where they are not the file's tensors or not of their size, OSError where they cannot be written.
+        Raise WireError if they are not the file's tensors or not of their size, and OSError if they cannot be written.
         """
         if not self.complete or len(names) != len(values):
             raise WireError("tensors were computed anew for a model that is not complete, or without their values")
@@ -135,12 +136,12 @@ class ModelFile:
         rename(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Training goes on: what was written is not the trained model any more."""
+        """Delete what was written: training goes on, so it is not the trained model any more."""
         (self._path if self.complete else self._temporary).unlink(missing_ok=True)
 
 
 def rules_in(setup: Setup) -> dict[str, str]:
-    """What merges the buffers in the model's file, by their names there."""
+    """Return what merges the buffers in the model's file, by their names there."""
     known = dict(enumerate(setup.tensors))
     named = {entry.name: known[entry.of[0]] for entry in setup.file if len(entry.of) == 1 and entry.of[0] in known}
     return {name: spec.rule for name, spec in named.items() if spec.is_buffer}
@@ -157,7 +158,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def summarized_run(folder: Path) -> str | None:
-    """The run whose summary is in `folder`, if any."""
+    """Return the run whose summary is in `folder`, if any."""
     try:
         return str(json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError):

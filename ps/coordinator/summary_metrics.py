@@ -21,13 +21,13 @@ class Measured:
 
     @property
     def of(self) -> str:
-        """What it is of, in a few words."""
+        """Say in a few words on which samples it was measured."""
         what = "samples of the script's choice" if self.held_out is None else f"{self.held_out} held-out samples"
         return f"{what}, after round {self.round}"
 
 
 def measured(values: Mapping[str, float | None], round_: int) -> Measured | None:
-    """What one call of `run.log` outside of a batch says of accuracy; None where that is nothing."""
+    """Return the accuracy in one call of `run.log` outside of a batch, if there is one."""
     if "accuracy" not in values:
         return None
     value, held_out = values["accuracy"], values.get("held_out")
