@@ -33,7 +33,6 @@ from roundtable.common.protocol.messages.setup import (
     Plan,
     PlanReply,
     Request,
-    Update,
 )
 from roundtable.common.protocol.messages.sharded import LayerAck, ShardedForwardReply
 from roundtable.common.protocol.shared_memory import Handle
@@ -49,12 +48,11 @@ from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.data.loader import Loader, dataset_size, seed_everything
-from roundtable.worker.layers.sharded_linear import Sharded, ShardedLayers, check_sharding, find_layers
-from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding, check_training, find_tables
+from roundtable.worker.layers.sharded_linear import Sharded, ShardedLayers
+from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding
 from roundtable.worker.loop import local_sgd
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
-from roundtable.worker.loop.script_edits import check_layers
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.merge import batchnorm, constraints
 from roundtable.worker.model_setup import ModelSetup, SharedMemorySetup
@@ -64,14 +62,9 @@ from roundtable.worker.optim.optimizer import (
     Optimizer,
     Per,
     Schedule,
-    check_elementwise,
-    check_sendable,
-    example_optimizer,
-    make_optimizer,
-    parameter_groups,
-    plain_settings,
     silence_scheduler_warnings,
 )
+from roundtable.worker.preparation import OptimizerCall, prepare
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
@@ -238,46 +231,23 @@ class Run:
             raise UsageError("optimizer() needs a model: call run.replicate(model) before it.")
         if self._work is not None:
             raise UsageError("optimizer() was called twice; a run has one optimizer, which may have several groups.")
-        if clip_norm is not None and clip_norm <= 0:
-            raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
-        groups = parameter_groups(self._model, params)
-        trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-        check_layers(self._model, {id(p) for group in trained for p in group["params"]} if self._policy.is_local else ())
-        tables = find_tables(self._model, trained)
-        layers = find_layers(self._model, trained)
-        weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
-        dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
-        group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
-        specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
-        at_once = self._policy.applies == "push"
-        replica = Replica(self._model, group_of, self._servers, specs, sharded, self._buffer_rules, at_once, weights)
-        check_sharding(layers, self._policy, clip_norm is not None)
-        if self._policy.is_local:
-            check_training(tables, cls, [dict(hyper)] * len(groups), self._policy)
-            outer = self._policy.outer_optimizer
-            update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
-            inner = local_sgd.Inner(make_optimizer(cls, groups, hyper), schedule, schedule_per, clip_norm)
-        else:
-            check_sendable(cls)
-            with no_compiler():
-                example = example_optimizer(cls, groups, hyper)
-                check_elementwise(cls, hyper)
-            server_clips = clip_norm if self._policy.applies == "round" else None
-            update = Update(cls.__name__, plain_settings(example), server_clips)
-            check_training(tables, cls, update.groups, self._policy)
-        facts = self._facts(cls, groups, hyper, schedule, schedule_per, clip_norm)
-        setup = self._model_setup = ModelSetup(self._context, replica, update, tables, layers, facts, self._servers)
+        call = OptimizerCall(cls, hyper, schedule, schedule_per, clip_norm)
+        made = prepare(self._model, self._buffer_rules, params, call, self._policy, self._servers)
+        self._schedule, replica = made.schedule, made.replica
+        setup = self._model_setup = ModelSetup(
+            self._context, replica, made.update, made.tables, made.layers, made.facts, self._servers
+        )
         client = self._client_of(replica)
         sends_first = setup.agree()
-        rows, shards = self._clients_of_layers(tables, layers, sends_first)
+        rows, shards = self._clients_of_layers(made.tables, made.layers, sends_first)
         work: GradientLoop | local_sgd.LocalSgdLoop
-        if self._policy.is_local:
+        if isinstance(made.optimizer, local_sgd.Inner):
             self._share(client, replica, None)
-            work = local_sgd.LocalSgdLoop(self._context, client, self._tasks, replica, inner, self._merge_hooks)
+            work = local_sgd.LocalSgdLoop(self._context, client, self._tasks, replica, made.optimizer, self._merge_hooks)
         else:
             own_clip = clip_norm if self._policy.applies == "push" else None
             with no_compiler():
-                hypers = Hypers(example, schedule, schedule_per, self._epoch_loss)
+                hypers = Hypers(made.optimizer, schedule, schedule_per, self._epoch_loss)
             buffers = GradientBuffers(replica.layout, shared=self.settings.transport == "auto")
             self._share(client, replica, buffers.handle)
             work = GradientLoop(
@@ -287,7 +257,7 @@ class Run:
         self._work = work
         if not setup.begins_later:
             work.join()
-        return Optimizer(work.step, dense, [rows.forget, shards.forget])
+        return Optimizer(work.step, made.dense, [rows.forget, shards.forget])
 
     def _client_of(self, replica: Replica) -> ParameterClient:
         """Make the client of the servers that have the model's weights."""
@@ -319,29 +289,6 @@ class Run:
             memory = SharedMemorySetup(self._context, client, replica, gradients)
             self._router.share_memory(memory.hear)
             memory.agree()
-
-    def _facts(
-        self,
-        cls: type[torch.optim.Optimizer],
-        groups: list[dict[str, Any]],
-        hyper: dict[str, Any],
-        schedule: Schedule | None,
-        per: Per,
-        clip_norm: float | None,
-    ) -> list[Fact]:
-        """Return what the script has said of the optimizer beyond an `Update`, and keep the schedule for the plans to come."""
-        facts = [alike.setting("clip_norm", clip_norm), alike.setting("schedule_per", per)]
-        facts.append(alike.setting("the schedule", "none" if schedule is None else "set"))
-        with no_compiler():
-            try:
-                example = example_optimizer(cls, groups, hyper)
-                if self._policy.is_local:
-                    facts += alike.optimizer_facts(example)
-                self._schedule = alike.ScheduleFacts(Hypers(example, schedule, per, lambda epoch: None)) if schedule else None
-            except Exception:
-                if not self._policy.is_local:  # where any class will do, it may be one that needs the model's own tensors
-                    raise
-        return facts
 
     def _begin(self) -> None:
         """Have the run's weights in the model. If the run begins, those that it has here are the first ones."""

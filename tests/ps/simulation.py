@@ -1334,7 +1334,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.server.server.dealer": port,
             "roundtable.ps.server.connections.dealer": port,
             "roundtable.worker.client.io_thread.dealer": port,
-            "roundtable.worker.client.io_thread.Reachability": mock.Mock(
+            "roundtable.worker.client.unreached.Reachability": mock.Mock(
                 return_value=mock.Mock(unreached=lambda now, patience_s: {})
             ),
             "roundtable.worker.client.io_thread.restart": _restart,

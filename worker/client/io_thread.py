@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 import signal
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,13 +20,12 @@ import zmq
 
 from roundtable.common.config.settings import START_S
 from roundtable.common.network.host_identity import is_own
-from roundtable.common.network.reachability import UNREACHED_S, Reachability
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.gradients import Push
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, Peer, Refused, Stop, Welcome
 from roundtable.common.protocol.rejections import Rejections
-from roundtable.common.protocol.session import TELL_S, Session
+from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.transport import (
     ASK_AGAIN_S,
     GO_S,
@@ -44,7 +41,7 @@ from roundtable.common.protocol.transport import (
 from roundtable.common.runtime.errors import ClusterError, NoAnswer, PsError, RunStopped, Stopped, UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.runtime.restart import restart
-from roundtable.common.storage.event_log import some
+from roundtable.worker.client.unreached import UnreachedServers
 
 log = logging.getLogger("roundtable.worker.link")
 
@@ -52,8 +49,6 @@ T = TypeVar("T")
 #: Ending of the name of a server's second socket, which tensors go by.
 _BULK = "/bulk"
 _TICK_MS = 20
-#: Servers that a Heartbeat tells of as ones that cannot be reached.
-_MOST_UNREACHED = 100
 
 
 class IoThread:
@@ -85,11 +80,7 @@ class IoThread:
         self._greeted: dict[str, float] = {}
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Rejections(log)
-        #: To which servers there are connections; those, by number, to which there has been none for a while, with addresses; and
-        #: when that was last told.
-        self._reach = Reachability()
-        self._unreached: dict[int, str] = {}
-        self._unreached_told_at = float("-inf")
+        self._unreached = UnreachedServers()
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
         self._waits_for: Callable[[], str] | None = None
         self.answers = 0
@@ -136,7 +127,7 @@ class IoThread:
                 if rest <= 0:
                     if limit < timeout:
                         return None
-                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}{self._unreached_text()}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}{self._unreached.text()}.")
                 self.lock.wait(min(rest, 1.0))
 
     def request(
@@ -171,7 +162,7 @@ class IoThread:
                 self.send(Send(to, body, frames))
                 self.wait(lambda: bool(replies), timeout, lambda: name, every=again)
                 if not replies and time.monotonic() >= deadline:
-                    raise NoAnswer(f"waited {timeout:.0f} s for {name}{self._unreached_text()}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {name}{self._unreached.text()}.")
         finally:
             with self.lock:
                 self.on_message = before
@@ -328,9 +319,9 @@ class IoThread:
                 if (old := self._sockets.get(key)) is not None:
                     poller.unregister(old)
                     del self._names[old]
-                    self._reach.forget(key)
+                    self._unreached.forget(key)
                     old.close(linger=0)
-                watch = partial(self._reach.watch, key, peer.address, time.monotonic()) if not key.endswith(_BULK) else None
+                watch = self._unreached.watcher(key, peer.address, time.monotonic()) if not key.endswith(_BULK) else None
                 sock = self._sockets[key] = dealer(self._context, peer.address, watch)
                 self._names[sock] = f"server-{number}"
                 poller.register(sock, zmq.POLLIN)
@@ -349,8 +340,8 @@ class IoThread:
             send(self._sockets[key], self._stamp.encode(Heartbeat(), self._ticket))
 
     def _beat(self) -> Heartbeat:
-        unreached = sorted(self._unreached)[:_MOST_UNREACHED]
-        return msgspec.structs.replace(self.beat(), refused=self._refusals.counts, unreached=unreached, leaves=self.told > 0)
+        refused, unreached = self._refusals.counts, self._unreached.numbers
+        return msgspec.structs.replace(self.beat(), refused=refused, unreached=unreached, leaves=self.told > 0)
 
     def _look_whether_told(self, now: float) -> None:
         """Ask the coordinator to be let go, if this worker was told to stop, and go if that takes too long."""
@@ -361,22 +352,10 @@ class IoThread:
                 self.interrupt()
 
     def _look_at_connections(self, now: float) -> None:
-        """Find out which servers cannot be reached, and say so once in a while."""
+        """Find out which servers cannot be reached."""
         welcome = self._attendance.welcome
-        if welcome is None:
-            return
-        found = self._reach.unreached(now, min(UNREACHED_S, welcome.settings.progress_timeout / 2))
-        before, self._unreached = self._unreached, {int(name.rpartition("-")[2]): address for name, address in found.items()}
-        if self._unreached.keys() - before.keys():
+        if welcome is not None and self._unreached.look(now, welcome.settings.progress_timeout / 2):
             self._attendance.beat_soon(now)
-        if self._unreached and now >= self._unreached_told_at + TELL_S:
-            self._unreached_told_at = now
-            log.warning("there is no connection%s", self._unreached_text(" to "))
-
-    def _unreached_text(self, before: str = ", and cannot reach ") -> str:
-        """Which servers cannot be reached, at which address and from where; '' if all can."""
-        names = [f"server-{number} at {address}" for number, address in sorted(self._unreached.items())]
-        return f"{before}{some(names)} from {platform.node()}: see --listen and --advertise of the server" if names else ""
 
     def _send_all(self) -> None:
         now = time.monotonic()

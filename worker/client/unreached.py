@@ -1,0 +1,54 @@
+"""Which servers a worker has no connection to, so that people find out why it waits."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from functools import partial
+from typing import Any
+
+from roundtable.common.network.reachability import UNREACHED_S, Reachability
+from roundtable.common.protocol.session import TELL_S
+from roundtable.common.storage.event_log import some
+
+log = logging.getLogger("roundtable.worker.link")
+
+#: Servers that a Heartbeat tells of as ones that cannot be reached.
+_MOST_UNREACHED = 100
+
+
+class UnreachedServers:
+    """Servers to which there has been no connection for a while."""
+
+    def __init__(self) -> None:
+        self._reach = Reachability()
+        #: Addresses by number.
+        self._servers: dict[int, str] = {}
+        self._told_at = float("-inf")
+
+    def watcher(self, key: str, address: str, now: float) -> partial[Any]:
+        """Return what watches a new socket, which is known by `key` from now on."""
+        return partial(self._reach.watch, key, address, now)
+
+    def forget(self, key: str) -> None:
+        """Watch a socket no longer."""
+        self._reach.forget(key)
+
+    def look(self, now: float, patience_s: float) -> bool:
+        """Find out which servers cannot be reached, and say so once in a while; return whether there are new ones."""
+        found = self._reach.unreached(now, min(UNREACHED_S, patience_s))
+        before, self._servers = self._servers, {int(name.rpartition("-")[2]): address for name, address in found.items()}
+        if self._servers and now >= self._told_at + TELL_S:
+            self._told_at = now
+            log.warning("there is no connection%s", self.text(" to "))
+        return bool(self._servers.keys() - before.keys())
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of these servers; some, if they are many."""
+        return sorted(self._servers)[:_MOST_UNREACHED]
+
+    def text(self, before: str = ", and cannot reach ") -> str:
+        """Return which servers cannot be reached, at which address and from where; '' if all can."""
+        names = [f"server-{number} at {address}" for number, address in sorted(self._servers.items())]
+        return f"{before}{some(names)} from {platform.node()}: see --listen and --advertise of the server" if names else ""

@@ -1,0 +1,115 @@
+"""What a script's call of `run.optimizer()` comes to, before anybody is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundtable.common.config.worker_facts import Fact
+from roundtable.common.policies import Policy
+from roundtable.common.protocol.messages.setup import Update
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.skip_dynamo import no_compiler
+from roundtable.worker import facts as alike
+from roundtable.worker.layers.sharded_linear import Sharded, check_sharding, find_layers
+from roundtable.worker.layers.sparse_embedding import SparseEmbedding, check_training, find_tables
+from roundtable.worker.loop.local_sgd import Inner
+from roundtable.worker.loop.script_edits import check_layers
+from roundtable.worker.optim.optimizer import (
+    Hypers,
+    Per,
+    Schedule,
+    check_elementwise,
+    check_sendable,
+    example_optimizer,
+    make_optimizer,
+    parameter_groups,
+    plain_settings,
+)
+from roundtable.worker.replica.buffers import Rules
+from roundtable.worker.replica.replica import Replica
+
+
+@dataclass(frozen=True)
+class OptimizerCall:
+    """The arguments of `run.optimizer()`."""
+
+    cls: type[torch.optim.Optimizer]
+    hyper: dict[str, Any]
+    schedule: Schedule | None
+    schedule_per: Per
+    clip_norm: float | None
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A replica of the model, and how it is trained."""
+
+    replica: Replica
+    tables: list[SparseEmbedding]
+    layers: list[Sharded]
+    #: Parameter groups, without what sparse embeddings and sharded layers have.
+    dense: list[dict[str, Any]]
+    update: Update
+    #: The optimizer that steps here; or one like that of the servers, which a schedule steps.
+    optimizer: Inner | torch.optim.Optimizer
+    #: What the script has said beyond the update.
+    facts: list[Fact]
+    #: None if there is no schedule to be told of.
+    schedule: alike.ScheduleFacts | None
+
+
+def prepare(
+    model: nn.Module, rules: Rules, params: Iterable[Any] | None, call: OptimizerCall, policy: Policy, servers: int
+) -> Preparation:
+    """Make the replica, and check that servers can train it. Raises UsageError if not, saying why."""
+    cls, hyper, clip_norm = call.cls, call.hyper, call.clip_norm
+    if clip_norm is not None and clip_norm <= 0:
+        raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
+    groups = parameter_groups(model, params)
+    trained = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+    check_layers(model, {id(p) for group in trained for p in group["params"]} if policy.is_local else ())
+    tables = find_tables(model, trained)
+    layers = find_layers(model, trained)
+    weights = {id(table.module.weight) for table in tables} | {id(p) for one in layers for p in one.layer.parameters()}
+    dense = [{**group, "params": [p for p in group["params"] if id(p) not in weights]} for group in groups]
+    group_of = {id(p): number for number, group in enumerate(dense) for p in group["params"]}
+    specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
+    replica = Replica(model, group_of, servers, specs, sharded, rules, policy.applies == "push", weights)
+    check_sharding(layers, policy, clip_norm is not None)
+    optimizer: Inner | torch.optim.Optimizer
+    if policy.is_local:
+        check_training(tables, cls, [dict(hyper)] * len(groups), policy)
+        outer = policy.outer_optimizer
+        update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
+        optimizer = Inner(make_optimizer(cls, groups, hyper), call.schedule, call.schedule_per, clip_norm)
+    else:
+        check_sendable(cls)
+        with no_compiler():
+            optimizer = example_optimizer(cls, groups, hyper)
+            check_elementwise(cls, hyper)
+        update = Update(cls.__name__, plain_settings(optimizer), clip_norm if policy.applies == "round" else None)
+        check_training(tables, cls, update.groups, policy)
+    return Preparation(replica, tables, layers, dense, update, optimizer, *_facts(call, groups, policy.is_local))
+
+
+def _facts(call: OptimizerCall, groups: list[dict[str, Any]], is_local: bool) -> tuple[list[Fact], alike.ScheduleFacts | None]:
+    """Return what the script has said of the optimizer beyond an `Update`, and what tells of the schedule in each segment."""
+    facts = [alike.setting("clip_norm", call.clip_norm), alike.setting("schedule_per", call.schedule_per)]
+    facts.append(alike.setting("the schedule", "none" if call.schedule is None else "set"))
+    with no_compiler():
+        try:
+            example = example_optimizer(call.cls, groups, call.hyper)
+            if is_local:
+                facts += alike.optimizer_facts(example)
+            if call.schedule is not None:
+                hypers = Hypers(example, call.schedule, call.schedule_per, lambda epoch: None)
+                return facts, alike.ScheduleFacts(hypers)
+        except Exception:
+            if not is_local:  # any local class will do, so it may be one that needs the model's own tensors
+                raise
+    return facts, None
