@@ -24,7 +24,7 @@ from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.console import Screen
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
 from roundtable.cluster.run.run_directory import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
-from roundtable.cluster.run.summary import summary_lines
+from roundtable.cluster.run.summary import check_trained, summary_lines
 from roundtable.common.config.settings import READ_FILES, START_S, Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
@@ -153,13 +153,6 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
         screen.report(line)
     check_trained(summary, order.script, folder)
     return summary
-
-
-def check_trained(summary: Mapping[str, Any], script: str | None, folder: Path) -> None:
-    """Raise ClusterError if there was a model to train and it was not trained."""
-    if summary.get("weights_sha256") and not summary["rounds"]:
-        what = script or "the example"
-        raise ClusterError(f"nothing was trained: {what} came to no batch of run.batches(); its logs are in {folder / LOGS}.")
 
 
 def start_coordinator(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from roundtable.cluster.run.run_directory import LOGS
+from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import some
 from roundtable.common.storage.run_files import MODEL_FILE
 
@@ -58,3 +60,10 @@ def _of(what: str | None) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def check_trained(summary: Mapping[str, Any], script: str | None, folder: Path) -> None:
+    """Raise ClusterError if there was a model to train and it was not trained."""
+    if summary.get("weights_sha256") and not summary["rounds"]:
+        what = script or "the example"
+        raise ClusterError(f"nothing was trained: {what} came to no batch of run.batches(); its logs are in {folder / LOGS}.")

@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from roundtable import cli
-from roundtable.cluster.launch.local import check_order, check_trained
+from roundtable.cluster.launch.local import check_order
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings
+from roundtable.cluster.run.summary import check_trained
 from roundtable.commands.train import coordinator, local, worker
 from roundtable.common.config.settings import FIELDS, Settings, make_settings
 from roundtable.common.runtime.errors import ClusterError, UsageError
