@@ -1404,7 +1404,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
         workers = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
         unsent: dict[str, torch.Tensor] = {}
         for worker in workers:
-            for name, start, values in worker.residuals():
+            for name, start, values in worker.residuals() if not until_snapshot else ():
                 whole = unsent.setdefault(name, torch.zeros(len(Model(case).get_parameter(name).view(-1))))
                 whole[start : start + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
