@@ -43,18 +43,18 @@ def cli(values: int, contributions: int, times: int) -> None:
     for name, (optimizer, settings, states) in _OPTIMIZERS.items():
         layout = make_layout([TensorSpec("w", [values], "float32", 0)], 1)
         store = DenseParameters(layout, 0, Update(optimizer, [{**settings}]), load(Settings()))
-        planes, turn = WeightBuffers(layout.on(0), 2, shared=True), [0]
+        weight_buffers, turn = WeightBuffers(layout.on(0), 2, shared=True), [0]
         total = {c.id: [Sum(torch.randn(c.numel), 1, scale=64.0) for _ in range(contributions)] for c in layout.on(0)}
 
         def step(
             store: DenseParameters = store,
-            planes: WeightBuffers = planes,
+            weight_buffers: WeightBuffers = weight_buffers,
             turn: list[int] = turn,
             total: dict[int, list[Sum]] = total,
         ) -> None:
             turn[0] ^= 1
             for chunk, sums in total.items():
-                store.apply(chunk, sums, 64 * contributions, {}, into=planes[turn[0]][chunk])
+                store.apply(chunk, sums, 64 * contributions, {}, into=weight_buffers[turn[0]][chunk])
 
         for _ in range(3):
             step()

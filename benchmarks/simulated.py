@@ -1,7 +1,7 @@
 """Simulated workers: many in one process, each with sockets of its own, that speak the protocol of real ones and compute nothing.
 
 `python -m benchmarks.simulated JOB` is started by `benchmarks.connections`. Needs no torch. A worker joins, sets up, and for each
-round sends a gradient of random numbers for every micro-batch that is its own or leased to it; a waiting one asks for more.
+round sends a gradient of random numbers for every micro-batch that is its own or reassigned to it; a waiting one asks for more.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class _Worker:
             case MembershipUpdate():
                 self._tasks.tables = body.share_tables
             case Reassign():
-                self._tasks.leased(body)
+                self._tasks.reassigned(body)
                 self._compute()
             case Refused():
                 raise ClusterError(f"{name}: {body.reason}")

@@ -55,7 +55,7 @@ class MessageRouter:
         #: By kind of message, from the coordinator or a server.
         self._handlers: dict[type[Body], Handler] = {
             MembershipUpdate: self._know_members,
-            Reassign: lambda sender, body, frames: self._tasks.leased(body),
+            Reassign: lambda sender, body, frames: self._tasks.reassigned(body),
             Heartbeat: self._hear,
             Accepted: lambda sender, body, frames: self._reports.accepted(body),
             Refused: self._fail,

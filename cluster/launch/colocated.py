@@ -39,7 +39,7 @@ _TELL_S = 10.0
 #: Tells the main thread that the server has failed: nobody else uses it, and without a handler it does nothing.
 _SIGNAL = signal.SIGURG
 #: Environment variable that says how often the server was started again: this process may have begun anew since.
-_COUNT_VARIABLE = "PS_SERVER_RESPAWNS"
+_COUNT_VARIABLE = "ROUNDTABLE_SERVER_RESTARTS"
 #: The shortest pause before that, seconds: a worker that begins anew kills its server just before.
 _SHORTEST_S = 0.2
 
@@ -50,14 +50,14 @@ def server_beside(
     coordinator: str,
     index: int | None,
     script: str | None,
-    respawn: RestartPolicy,
+    restart_policy: RestartPolicy,
     device: str,
     advertise: str | None = None,
 ) -> Iterator[None]:
     """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
 
     The server tells others to connect to `advertise`, if that is not None, and listens at its port, if it has one.
-    What the server logs goes to stderr. If it hangs, it is killed; where it is killed it is started again, as `respawn` says.
+    What the server logs goes to stderr. If it hangs, it is killed; a killed one is started again, as `restart_policy` says.
     Within the context, which is the main thread's, its failure is raised: UsageError where it was refused, else ClusterError.
     After that it goes on until the run or this process ends.
     """
@@ -78,7 +78,7 @@ def server_beside(
     except OSError as error:
         cleanup.close()
         raise ClusterError(f"the server beside this worker cannot be started: {error.strerror or error}.") from None
-    watch = _Watch(processes, server, told, respawn, signs)
+    watch = _Watch(processes, server, told, restart_policy, signs)
     atexit.register(_end, cleanup, watch)
     before = signal.signal(_SIGNAL, watch.on_signal)
     watch.start()
@@ -98,7 +98,7 @@ class _Watch(threading.Thread):
     for good."""
 
     def __init__(
-        self, processes: Processes, server: Child, told: BinaryIO, respawn: RestartPolicy, signs: liveness.Listener
+        self, processes: Processes, server: Child, told: BinaryIO, restart_policy: RestartPolicy, signs: liveness.Listener
     ) -> None:
         super().__init__(name="server", daemon=True)
         #: Set when nobody needs the server any more.
@@ -111,7 +111,7 @@ class _Watch(threading.Thread):
         self._processes = processes
         self._server = server
         self._told = told
-        self._respawn = respawn
+        self._restart_policy = restart_policy
         self._signs = signs
 
     def run(self) -> None:
@@ -139,10 +139,10 @@ class _Watch(threading.Thread):
         """Start a server again that was killed, after a pause; whether there was reason to."""
         done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
         was_ended = code is not None and (code < 0 or self._server.was_told)
-        if self.over.is_set() or not was_ended or done >= self._respawn.times:
+        if self.over.is_set() or not was_ended or done >= self._restart_policy.times:
             return False
-        pause_s = max(_SHORTEST_S, self._respawn.pause_s(done))
-        log.warning("the server beside this worker %s; %s.", self._server.end(), self._respawn.plan(done, pause_s))
+        pause_s = max(_SHORTEST_S, self._restart_policy.pause_s(done))
+        log.warning("the server beside this worker %s; %s.", self._server.end(), self._restart_policy.plan(done, pause_s))
         if self.over.wait(pause_s):
             return False
         os.environ[_COUNT_VARIABLE] = str(done + 1)

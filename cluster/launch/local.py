@@ -65,7 +65,7 @@ class LaunchSpec:
     script: str | None = None
     args: tuple[str, ...] = ()
     port: int = 0
-    respawn: RestartPolicy = field(default_factory=RestartPolicy)
+    restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     #: What is done with the run in `run_dir`.
     how: How = "begin"
     #: Whether a snapshot to go on from may be of another version of this program or of torch.
@@ -220,7 +220,7 @@ class _Local:
         self._processes = processes
         self._signals = signals
         self._screen = screen
-        self._recoveries = max(_RECOVERIES, order.respawn.times)
+        self._recoveries = max(_RECOVERIES, order.restart_policy.times)
         self._crew: Supervisor | None = None
         #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
         self._started_at = float("-inf")
@@ -270,7 +270,7 @@ class _Local:
             return [*self._program, "worker", "--coordinator", address, *number, *script]
 
         env, is_local = {**_threads(settings.threads), **_AGAIN}, load(settings).is_local
-        self._crew = Supervisor(self._processes, worker, env, self._order.respawn, is_local, self._screen.say)
+        self._crew = Supervisor(self._processes, worker, env, self._order.restart_policy, is_local, self._screen.say)
         self._crew.start(settings.workers)
 
     def _tick(self) -> None:

@@ -26,7 +26,7 @@ class Supervisor:
         processes: Processes,
         worker: Callable[[int | None], Sequence[str]],
         env: Mapping[str, str],
-        respawn: RestartPolicy,
+        restart_policy: RestartPolicy,
         is_local: bool,
         say: Callable[[str], None],
     ) -> None:
@@ -35,7 +35,7 @@ class Supervisor:
         self._processes = processes
         self._worker = worker
         self._env = env
-        self._respawn = respawn
+        self._restart_policy = restart_policy
         self._is_local = is_local
         self._say = say
         #: Servers that hung and were killed, by process id.
@@ -135,12 +135,12 @@ class Supervisor:
 
     def _plan(self, child: Child, now: float) -> bool:
         """Have a child started again, if it has not been so too often; whether it is."""
-        if child.respawns >= self._respawn.times:
+        if child.restarts >= self._restart_policy.times:
             self._say(f"{child.name} {child.end()}; --max-restarts allows no more restarts.")
             return False
-        pause_s = self._respawn.pause_s(child.respawns)
-        self._say(f"{child.name} {child.end()}; {self._respawn.plan(child.respawns, pause_s)}.")
-        child.respawns += 1
+        pause_s = self._restart_policy.pause_s(child.restarts)
+        self._say(f"{child.name} {child.end()}; {self._restart_policy.plan(child.restarts, pause_s)}.")
+        child.restarts += 1
         child.due_at = now + pause_s
         return True
 
@@ -170,4 +170,4 @@ def _has_no_part(child: Child, progress: Progress) -> bool:
     that was killed, be it that another has been started in its place."""
     if child.name.startswith("worker"):
         return progress.joined.get(child.popen.pid) not in progress.left
-    return child.respawns > 0 or (child.code is not None and child.code < 0)
+    return child.restarts > 0 or (child.code is not None and child.code < 0)

@@ -55,7 +55,7 @@ class Choice:
     port: int
     script: str | None
     args: tuple[str, ...]
-    respawn: RestartPolicy = field(default_factory=RestartPolicy)
+    restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     server_device: str = "cpu"
 
     @property
@@ -91,9 +91,11 @@ def choose(
     if args and script is None:
         raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
     run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source) or _run_dir(found, "roundtable.toml")
-    respawn = RestartPolicy(launch.get("max_restarts", RestartPolicy.times), launch.get("restart_delay", RestartPolicy.backoff_s))
+    restart_policy = RestartPolicy(
+        launch.get("max_restarts", RestartPolicy.times), launch.get("restart_delay", RestartPolicy.backoff_s)
+    )
     port, device = launch.get("port", 0), launch.get("server_device", "cpu")
-    return Choice(settings, run_dir, launch.get("overwrite", False), port, script, args, respawn, device)
+    return Choice(settings, run_dir, launch.get("overwrite", False), port, script, args, restart_policy, device)
 
 
 def checked(values: Mapping[str, Any], where: str, others: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -58,7 +58,7 @@ class Child:
     excused: bool = False
     leaves: bool = False
     #: How often it was started again, and when it is to be, if it is.
-    respawns: int = 0
+    restarts: int = 0
     due_at: float | None = None
     #: Whether nothing of its process group is left.
     gone: bool = field(default=False, repr=False)

@@ -319,7 +319,7 @@ class Coordinator:
 
     def _reassign(self, body: Reassign) -> None:
         data = {"round": body.round, "k": body.micro_batch, "from": body.owner}
-        self.context.log.event(Event("lease", body.to, data))
+        self.context.log.event(Event("reassigned", body.to, data))
         self.context.mail.send(body.to, body)
         self.context.mail.send(body.owner, body)
 

@@ -1,12 +1,13 @@
-"""The memory that a server's weights are laid out in: several planes, each with room for one version of all its chunks.
+"""The memory that a server's weights lie in: several weight buffers, each with room for one version of all its chunks.
 
-Workers that share the memory compute right from it, so a plane must not be written to while someone may read it. Who that
-is, follows from what workers ask for: a worker reads the plane that its model is in until it has got another. Two planes
-are enough while all go along; one that lags behind pins another. Where there are no more, the plane of whoever lags most is
-taken: the round it computes is closed, so whatever comes of it is refused. Nothing here knows what a version means.
+Workers that share the memory compute right from it. So the server must not write to a weight buffer that a worker may read.
+What workers ask for tells which these are: a worker reads the buffer that its model is in until it has got another one.
+Two buffers are enough while all workers go along, and a worker that lags behind pins another. If no buffer is free, the server
+takes that of the worker that lags most. The round that this worker computes is closed, so the server refuses its result.
+Nothing here knows what a version means.
 
-One more plane, `home`, is for the first weights of frozen chunks, which lie still until somebody contributes to them. Nobody
-writes there again, so a reader of it is in nobody's way. Memory that nothing is written to takes up none.
+One more buffer, `home`, has the first weights of frozen chunks, which lie still until a worker contributes to them. The server
+writes there once, so a reader of it is in nobody's way. Memory that nothing is written to takes up none.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotSh
 
 
 class WeightBuffers:
-    """`count` planes for the weights of `chunks`, in shared memory if `shared` and there is any, else in this process's own."""
+    """`count` weight buffers for `chunks`, in shared memory if `shared` and there is any, else in this process's own."""
 
     def __init__(self, chunks: Sequence[Chunk], count: int, shared: bool) -> None:
         """Raises nothing where shared memory cannot be had: `refused` then says why."""
         self.refused = ""
-        #: The number of the plane for chunks that lie still.
+        #: The number of the weight buffer for chunks that lie still.
         self.home = count
         self._chunks = chunks
         self._offsets, self._bytes = weight_offsets(chunks)
@@ -43,44 +44,44 @@ class WeightBuffers:
         """What workers need to map the memory; None where it is not shared."""
         return self._region.handle if self._region is not None else None
 
-    def __getitem__(self, plane: int) -> dict[int, torch.Tensor]:
+    def __getitem__(self, weight_buffer: int) -> dict[int, torch.Tensor]:
         """The flat tensors, in the chunks' own dtypes, that a version's weights are written to, by chunk."""
-        if plane not in self._views:
-            memory = self._memory(plane)
-            self._views[plane] = {
+        if weight_buffer not in self._views:
+            memory = self._memory(weight_buffer)
+            self._views[weight_buffer] = {
                 c.id: memory[(at := self._offsets[c.id]) : at + c.weight_bytes].view(dtype_of(c.dtype)) for c in self._chunks
             }
-        return self._views[plane]
+        return self._views[weight_buffer]
 
-    def _memory(self, plane: int) -> torch.Tensor:
+    def _memory(self, weight_buffer: int) -> torch.Tensor:
         if self._region is None:
             return torch.zeros(self._bytes, dtype=torch.uint8)
-        start = HEADER_BYTES + plane * self._bytes
+        start = HEADER_BYTES + weight_buffer * self._bytes
         return torch.frombuffer(self._region.memory, dtype=torch.uint8, count=self._bytes, offset=start)
 
 
 class Readers:
-    """Which plane each worker may be reading."""
+    """Which weight buffer each worker may be reading."""
 
     def __init__(self) -> None:
         self._read: dict[str, set[int]] = {}
 
-    def asks(self, worker: str, plane: int) -> None:
-        """It asked for new weights, and until it has them reads `plane` (-1: none)."""
-        self._read[worker] = {plane}
+    def asks(self, worker: str, weight_buffer: int) -> None:
+        """It asked for new weights, and until it has them reads `weight buffer` (-1: none)."""
+        self._read[worker] = {weight_buffer}
 
-    def sent(self, worker: str, plane: int) -> None:
-        """It was told to read `plane`, beside the one before."""
-        self._read.setdefault(worker, set()).add(plane)
+    def sent(self, worker: str, weight_buffer: int) -> None:
+        """It was told to read `weight buffer`, beside the one before."""
+        self._read.setdefault(worker, set()).add(weight_buffer)
 
-    def uses(self, worker: str, plane: int) -> None:
-        """It has shown that it is at `plane` and nothing else."""
-        self._read[worker] = {plane}
+    def uses(self, worker: str, weight_buffer: int) -> None:
+        """It has shown that it is at `weight buffer` and nothing else."""
+        self._read[worker] = {weight_buffer}
 
     def forget(self, worker: str) -> None:
         """It reads no more, or nothing that matters."""
         self._read.pop(worker, None)
 
     @property
-    def planes(self) -> set[int]:
-        return {plane for planes in self._read.values() for plane in planes}
+    def weight_buffers(self) -> set[int]:
+        return {weight_buffer for weight_buffers in self._read.values() for weight_buffer in weight_buffers}

@@ -74,7 +74,7 @@ class Backup:
         self._tables = RowTables(layout, server, head.setup.update, seed, keeps_versions=True)
         self._layers = LayerShards(layout, server, head.setup.update, seed)
         self._all = ShardState(self._store, self._tables, self._layers)
-        self._planes = WeightBuffers(layout.on(server), 2, shared=False)
+        self._weight_buffers = WeightBuffers(layout.on(server), 2, shared=False)
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
         #: What the coordinator may not have been told of.
@@ -101,9 +101,9 @@ class Backup:
         assert self._incoming is not None
         try:
             self._all.arrived(self._incoming)
-            for chunk, into in self._planes[self.version % 2].items():
+            for chunk, into in self._weight_buffers[self.version % 2].items():
                 still = self._store.is_still(chunk)
-                self._store.settle(chunk, self._planes[self._planes.home][chunk] if still else into)
+                self._store.settle(chunk, self._weight_buffers[self._weight_buffers.home][chunk] if still else into)
                 self._store.restore_seen(chunk, self._incoming, into)
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the state of server-{self.server} does not fit its shard: {error}") from None
@@ -167,11 +167,11 @@ class Backup:
         if self._layers.busy:
             self._layers.work()
             return
-        round_, into = self._rounds[self.version], self._planes[(self.version + 1) % 2]
+        round_, into = self._rounds[self.version], self._weight_buffers[(self.version + 1) % 2]
         if round_.means:
             chunk = next(iter(round_.means))
             body, mean = round_.means.pop(chunk)
-            before = self._planes[self._planes.home if self._store.is_still(chunk) else self.version % 2][chunk]
+            before = self._weight_buffers[self._weight_buffers.home if self._store.is_still(chunk) else self.version % 2][chunk]
             self._store.apply(chunk, [mean], 1, body.hypers, self._factor(body.factor), into=into[chunk], before=before)
         elif round_.rows is not None:
             told, rows = round_.rows
@@ -199,4 +199,4 @@ class Backup:
         arrived."""
         assert not self.busy
         self._rounds.clear()
-        return self.version, self._filed, self._layers.pending, self._all.parts(self._planes[self.version % 2])
+        return self.version, self._filed, self._layers.pending, self._all.parts(self._weight_buffers[self.version % 2])

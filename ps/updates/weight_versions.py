@@ -67,7 +67,7 @@ class WeightVersions:
 
     def _take_buffer(self) -> int:
         """Return a buffer that nobody reads, else that of the worker that lags most."""
-        current, read = self.buffer_of(self.newest), self._readers.planes
+        current, read = self.buffer_of(self.newest), self._readers.weight_buffers
         free = [buffer for buffer in range(BUFFERS) if buffer != current and buffer not in read]
         others = [buffer for buffer in range(BUFFERS) if buffer != current]
         buffer = free[0] if free else min(others, key=lambda other: self._version_in.get(other, -1))

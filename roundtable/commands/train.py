@@ -125,7 +125,7 @@ def local(
             click.echo(f"{before} holds an unfinished run; --resume {before} resumes it. This is a new one.")
         if how != "nothing":
             order = LaunchSpec(
-                choice.settings, folder, choice.script, choice.args, choice.port, choice.respawn, how,
+                choice.settings, folder, choice.script, choice.args, choice.port, choice.restart_policy, how,
                 accept_versions=allow_version_mismatch, devices=choice.server_device.split(","),
             )  # fmt: skip
             output = ScriptOutput(folder / LOGS, everybody=verbose)

@@ -43,8 +43,8 @@ def launcher(folder: Path) -> int:
 
     @click.command()
     def local() -> None:
-        respawn = RestartPolicy(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
-        order = LaunchSpec(Settings(workers=2, servers=1), folder, respawn=respawn, modules=("json",))
+        restart_policy = RestartPolicy(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
+        order = LaunchSpec(Settings(workers=2, servers=1), folder, restart_policy=restart_policy, modules=("json",))
         run_local(order, [sys.executable, __file__], os.environ, Screen(Console(), folder / "events.sqlite"))
 
     return run_command(local, [], "stub")

@@ -59,7 +59,7 @@ def test_no_old_name_is_in_the_help() -> None:
 def test_files_understand_old_names(tmp_path: Path) -> None:
     (tmp_path / "old.toml").write_text('lane = "socket"\nsnapshot-every = 5\nrespawn = 1\n')
     choice = choose({}, str(tmp_path / "old.toml"))
-    assert choice.settings == Settings(transport="tcp", checkpoint_every=5.0) and choice.respawn.times == 1
+    assert choice.settings == Settings(transport="tcp", checkpoint_every=5.0) and choice.restart_policy.times == 1
     (tmp_path / "many.toml").write_text('[matrix]\nlane = ["auto", "socket"]\n[settings]\nsilence = 9\n')
     cases = read_experiment(tmp_path / "many.toml").cases
     assert [case.settings.transport for case in cases] == ["auto", "tcp"]

@@ -63,7 +63,7 @@ def test_the_line_beats_the_environment_that_the_files_and_roundtable_toml_pypro
 def test_files_may_use_old_names_and_name_the_script(chosen: Choose) -> None:
     choice = chosen(toml='lane = "socket"\nscript = "train.py"\nargs = ["--lr", "1"]\nmax-restarts = 7\nname = "mine"')
     assert choice.settings.transport == "tcp" and (choice.script, choice.args) == ("train.py", ("--lr", "1"))
-    assert choice.respawn.times == 7 and choice.run_dir == Path("runs/mine")
+    assert choice.restart_policy.times == 7 and choice.run_dir == Path("runs/mine")
     assert chosen("other.py", "-x", toml='script = "train.py"\nargs = ["--lr", "1"]').args == ("-x",)
 
 

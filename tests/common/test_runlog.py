@@ -20,7 +20,7 @@ def path(tmp_path: Path) -> Path:
 def test_everything_that_is_written_is_read_back(path: Path) -> None:
     log = RunLog(path)
     reader = RunLogReader(path)
-    events = [Event("joined", "worker-0", {"host": "h", "pid": 3}), Event("lease", "worker-1", {"round": 2, "k": [1]})]
+    events = [Event("joined", "worker-0", {"host": "h", "pid": 3}), Event("reassigned", "worker-1", {"round": 2, "k": [1]})]
     rounds = [RoundRow(0, 0, 64, 4, 0, {"loss": 1.5}), RoundRow(1, 0, 48, 3, 1, {})]
     contributions = [
         ContributionRow(0, 0, 4, "worker-0", 64, "committed"),
@@ -155,7 +155,7 @@ def test_on_a_full_disk_rows_are_kept_and_written_when_there_is_room(path: Path,
     pages = log._db.execute("PRAGMA page_count").fetchone()[0]
     log._db.execute(f"PRAGMA max_page_count={pages + 2}")  # as a full disk does, SQLite says "database or disk is full"
     for number in range(4000):
-        log.event(Event("lease", "worker-0", {"n": number, "why": "x" * 50}))
+        log.event(Event("reassigned", "worker-0", {"n": number, "why": "x" * 50}))
         log.status(StatusRow("worker-0", "computing", number, "", 1.0))
     for _ in range(3):
         with pytest.raises(sqlite3.Error):
@@ -167,7 +167,7 @@ def test_on_a_full_disk_rows_are_kept_and_written_when_there_is_room(path: Path,
     assert [row.round for row in reader.statuses()] == [3999]
     assert log.lost == 0
     for number in range(6000):
-        log.event(Event("lease", "worker-0", {"n": number}))
+        log.event(Event("reassigned", "worker-0", {"n": number}))
     for number in range(10):  # without which there is no going on
         log.round(RoundRow(number, 0, 8, 4, 0, {}))
         log.contribution(ContributionRow(number, 0, 4, "worker-0", 8, "committed", None, 4))

@@ -96,7 +96,9 @@ def test_large_contributions_are_added_to_the_one_before_or_left_where_they_lie_
     with contextlib.closing(RunLogReader(tmp_path / "run" / FILE_NAME)) as log:
         sizes = [row.hi - row.lo for row in log.contributions() if row.outcome == "committed"]
     assert sum(sizes) == 8 * 8 + 3  # in 9 rounds
-    assert set(sizes) == {1, 2} and sizes.count(2) >= 9  # servers add up what is in up to 4 slots of a worker and round
+    assert (
+        set(sizes) == {1, 2} and sizes.count(2) >= 9
+    )  # servers add up what is in up to 4 gradient buffers of a worker and round
 
 
 @pytest.mark.slow

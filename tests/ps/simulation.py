@@ -144,7 +144,7 @@ class Case:
     chunk_bytes: int = 48
     #: Chunks of weights that may be on their way to a worker; and versions that a server has room for.
     credit: int = 1
-    planes: int = 4
+    weight_buffers: int = 4
     momentum: float = 0.9
     lr: float = 0.125
     rows: int = 0
@@ -1318,7 +1318,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.replica.lazy_weights.sys": SimpleNamespace(
                 modules={}
             ),  # tests have torch's compiler, with which nothing is awaited
-            "roundtable.ps.updates.weight_versions.BUFFERS": world.case.planes,
+            "roundtable.ps.updates.weight_versions.BUFFERS": world.case.weight_buffers,
             "roundtable.common.model.layout.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.ps.shard.weights_sender.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
             "roundtable.worker.client.push_pull.CREDIT_BYTES": 2 * world.case.chunk_bytes,

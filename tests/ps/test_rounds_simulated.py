@@ -87,7 +87,7 @@ def cases(
         network=draw(networks()),
         seed=draw(st.integers(0, 1 << 32)),
         memory=draw(st.sampled_from(["", "shared", "beside", "apart"])) if codecs is None else "",
-        planes=draw(st.sampled_from([2, 4])),
+        weight_buffers=draw(st.sampled_from([2, 4])),
         credit=draw(st.sampled_from([1, 3])),
         **more,
     )
@@ -227,7 +227,7 @@ def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
 def test_a_worker_whose_weights_are_gone_before_they_are_all_there_gives_its_micro_batch_up() -> None:
     paces = [Pace(0.05), Pace(0.05), Pace(0.05, deaf_s=(1.0, 9.0))]
     settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
-    case = Case(settings, paces, segments=[(560, 1)], seed=3, planes=2, credit=100)
+    case = Case(settings, paces, segments=[(560, 1)], seed=3, weight_buffers=2, credit=100)
     outcome = simulate(case)
     assert outcome.world.given_up > 0
     assert len(outcome.models) == 3
@@ -458,7 +458,7 @@ def test_what_error_feedback_holds_back_is_sent_once_whatever_the_network_does(c
     outcome = simulate(case)
     check_books(outcome)
     check_same_everywhere(outcome)
-    if case.settings.policy == "sync" and any(event.kind == "lease" for event in outcome.log.events):
+    if case.settings.policy == "sync" and any(event.kind == "reassigned" for event in outcome.log.events):
         return  # a sum that takes the place of its parts loses what these had sent beside their own gradients
     check_computed_is_counted_or_held(outcome)
 

@@ -496,7 +496,7 @@ def test_frames_of_another_size_are_refused_and_change_nothing(size: int) -> Non
 
 
 class Coded:
-    """A server with one layer, its weights in two planes by turns, and a worker that gets them in frames."""
+    """A server with one layer, its weights in two weight buffers by turns, and a worker that gets them in frames."""
 
     def __init__(self, codec: str, lr: float = 0.1) -> None:
         settings = Settings(on_nonfinite="allow", compress_weights=codec)  # type: ignore[arg-type]
@@ -505,12 +505,12 @@ class Coded:
         self.numel = self.layout.chunks[0].numel
         self.store = DenseParameters(self.layout, 0, Update("SGD", [{"lr": lr, "momentum": 0.9}]), load(settings))
         self.worker = WeightDecoder(settings, self.layout)
-        self.planes = [torch.empty(self.numel) for _ in range(2)]
+        self.weight_buffers = [torch.empty(self.numel) for _ in range(2)]
         self.version = 0
 
     def start(self, weights: torch.Tensor) -> None:
         self.store.load(0, to_frame(weights))
-        self._send(self.store.settle(0, self.planes[0]))
+        self._send(self.store.settle(0, self.weight_buffers[0]))
 
     def step(self, gradient: torch.Tensor) -> None:
         before = self.handed_out
@@ -534,7 +534,7 @@ class Coded:
     @property
     def handed_out(self) -> torch.Tensor:
         """What workers that share memory compute from."""
-        return self.planes[self.version % 2]
+        return self.weight_buffers[self.version % 2]
 
 
 def gradient(step: int, numel: int) -> torch.Tensor:

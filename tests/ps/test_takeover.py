@@ -120,8 +120,8 @@ LACKING = {1: {5}, 2: {1, 2, 3, 4}, 3: {0, 1, 2, 3, 4}, 7: {1, 2, 3, 4, 5}}
 
 
 def deal(takeover: Speculation, members: dict[str, Member], *times: float) -> list[set[tuple[int, int]]]:
-    leases = [takeover.assign_orphans(LACKING, lambda _: 6, TABLES, members, now) for now in times]
-    return [{(lease.round, lease.micro_batch) for lease in given} for given in leases]
+    reassignments = [takeover.assign_orphans(LACKING, lambda _: 6, TABLES, members, now) for now in times]
+    return [{(reassignment.round, reassignment.micro_batch) for reassignment in given} for given in reassignments]
 
 
 def test_of_all_open_rounds_what_nobody_will_do_is_dealt_out_without_anybody_waiting() -> None:

@@ -1,4 +1,4 @@
-"""Check that gradients added in the shared slot have the bits of gradients added afterwards, whatever the script does."""
+"""Gradients added in the shared gradient buffer have the bits of gradients added afterwards, whatever the script does."""
 
 from __future__ import annotations
 
@@ -117,19 +117,19 @@ class Side:
         self.model = Net()
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=2)
         self.replica.catch_gradients()
-        self.slots = GradientBuffers(self.replica.layout, shared=False)
+        self.gradient_buffers = GradientBuffers(self.replica.layout, shared=False)
         self.replica.load({chunk.id: self.replica.first_weights(chunk.id) for chunk in self.replica.layout.chunks})
 
     def first(self, script: Script, x: torch.Tensor) -> dict[int, Sum]:
-        slot = self.slots.take(lambda slot: False)
+        gradient_buffer = self.gradient_buffers.take(lambda gradient_buffer: False)
         self.replica.reset_buffers()
-        self.replica.contribute_to(slot)
+        self.replica.contribute_to(gradient_buffer)
         script(self.model, x)
         return self.replica.gradient(SAMPLES)
 
     def added(self, script: Script, x: torch.Tensor, sums: dict[int, Sum]) -> dict[int, Sum]:
         self.replica.reset_buffers()
-        self.replica.add_to(self.slots._slots[0])
+        self.replica.add_to(self.gradient_buffers._gradient_buffers[0])
         script(self.model, x)
         return self.replica.added(SAMPLES, sums)
 
@@ -184,13 +184,13 @@ def test_a_weight_may_be_used_any_number_of_times_in_any_backward(rounds: list[t
     theirs.load_state_dict(ours.state_dict())
     replica = Replica(ours, {id(p): 0 for p in ours.parameters()}, servers=2)
     replica.catch_gradients()
-    slot = GradientBuffers(replica.layout, shared=False).take(lambda slot: False)
+    gradient_buffer = GradientBuffers(replica.layout, shared=False).take(lambda gradient_buffer: False)
     for both in rounds:
         sums: dict[int, Sum] = {}
         expected: dict[str, torch.Tensor] = {}
         for backwards in both:
             x = torch.randn(len(backwards), SAMPLES, 256)
-            (replica.add_to if sums else replica.contribute_to)(slot)
+            (replica.add_to if sums else replica.contribute_to)(gradient_buffer)
             for model in (ours, theirs):
                 for part, uses in zip(x, backwards, strict=True):
                     model(part, uses).backward()

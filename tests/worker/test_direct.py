@@ -73,11 +73,11 @@ def setting() -> tuple[nn.Module, Replica, GradientBuffers, GradientBuffer]:
     torch.manual_seed(3)
     model = Net()
     replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
-    slots = GradientBuffers(replica.layout, shared=True)
+    gradient_buffers = GradientBuffers(replica.layout, shared=True)
     replica.catch_gradients()
-    slot = slots.take(lambda slot: False)
-    replica.contribute_to(slot)
-    return model, replica, slots, slot
+    gradient_buffer = gradient_buffers.take(lambda gradient_buffer: False)
+    replica.contribute_to(gradient_buffer)
+    return model, replica, gradient_buffers, gradient_buffer
 
 
 def untouched() -> nn.Module:
@@ -92,7 +92,7 @@ def flat(replica: Replica, sums: Any) -> torch.Tensor:
 def expected(replica: Replica, model: nn.Module, samples: int) -> torch.Tensor:
     """The contribution gathered from the gradients of a model that has nothing of ours in it."""
     other = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
-    other.contribute_to(GradientBuffers(other.layout, shared=False).take(lambda slot: False))
+    other.contribute_to(GradientBuffers(other.layout, shared=False).take(lambda gradient_buffer: False))
     return flat(replica, other.gradient(samples))
 
 
@@ -121,13 +121,13 @@ def test_a_gradient_of_a_gradient_is_autograds_to_rounding() -> None:
 
 
 def test_large_gradients_are_where_they_are_contributed_from_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _replica, _, slot = setting()
+    model, _replica, _, gradient_buffer = setting()
     copied: list[tuple[int, ...]] = []
     real = torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: copied.append(tuple(self.shape)) or real(self, other))
     plain(model, torch.randn(12, 24)).backward()
     assert (320, 24) not in copied and (160, 320) not in copied
-    start, end = slot.memory.data_ptr(), slot.memory.data_ptr() + slot.memory.numel()
+    start, end = gradient_buffer.memory.data_ptr(), gradient_buffer.memory.data_ptr() + gradient_buffer.memory.numel()
     assert start <= model.first.weight.grad.data_ptr() < end and start <= model.last.weight.grad.data_ptr() < end
 
 
@@ -144,15 +144,15 @@ def test_what_a_script_does_to_gradients_before_step_counts() -> None:
 
 
 def test_a_copy_and_a_saved_model_have_nothing_to_do_with_the_run() -> None:
-    model, replica, _, slot = setting()
-    before = slot.memory.clone()
+    model, replica, _, gradient_buffer = setting()
+    before = gradient_buffer.memory.clone()
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
         plain(other, torch.randn(12, 24)).backward()
         assert other.last.weight.grad is not None
-    assert torch.equal(slot.memory, before)
+    assert torch.equal(gradient_buffer.memory, before)
     assert not any(part.present for part in replica.gradient(1).values())
 
 
@@ -256,7 +256,7 @@ def test_a_layer_without_inputs_or_outputs_is_trained_as_by_autograd(sizes: tupl
     ours, theirs = network(), network()
     replica = Replica(ours, {id(p): 0 for p in ours.parameters()}, servers=2)
     replica.catch_gradients()
-    replica.contribute_to(GradientBuffers(replica.layout, shared=False).take(lambda slot: False))
+    replica.contribute_to(GradientBuffers(replica.layout, shared=False).take(lambda gradient_buffer: False))
     for model in (ours, theirs):
         model(X[:, : sizes[0]]).sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -34,9 +34,9 @@ class Setting:
         self.model = Net()
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, servers=2)
         self.replica.catch_gradients()
-        self.slots = GradientBuffers(self.replica.layout, shared=False)
-        self.slot = self.slots.take(lambda slot: False)
-        self.replica.contribute_to(self.slot)
+        self.gradient_buffers = GradientBuffers(self.replica.layout, shared=False)
+        self.gradient_buffer = self.gradient_buffers.take(lambda gradient_buffer: False)
+        self.replica.contribute_to(self.gradient_buffer)
         self.samples = samples
         self.others = [self._other() for _ in range(joins)]
         #: A chunk that the server reads from this worker's memory.
@@ -45,10 +45,10 @@ class Setting:
         self.sent: dict[int, tuple[torch.Tensor, int]] = {}
         self.early = OverlappedPush(
             self.replica,
-            self.slot,
+            self.gradient_buffer,
             samples,
             [TreeJoin(other, on_left=bool(n % 2)) for n, other in enumerate(self.others)],
-            lambda: self.slots.take(lambda slot: False),
+            lambda: self.gradient_buffers.take(lambda gradient_buffer: False),
             self._send,
             lambda chunk: chunk != self.read,
         )
@@ -58,9 +58,9 @@ class Setting:
         """A contribution that was computed before."""
         return {c.id: Sum(torch.randn(c.numel), 1, owned=True, scale=4.0) for c in self.replica.layout.chunks}
 
-    def _send(self, chunk: int, value: Sum, slot: GradientBuffer) -> None:
+    def _send(self, chunk: int, value: Sum, gradient_buffer: GradientBuffer) -> None:
         assert chunk not in self.sent
-        assert value.values.data_ptr() == slot.chunks[chunk].data_ptr()
+        assert value.values.data_ptr() == gradient_buffer.chunks[chunk].data_ptr()
         self.sent[chunk] = value.values * value.scale, value.present
 
     def backward(self) -> None:

@@ -31,7 +31,7 @@ class Script:
         self.model = model
         self.replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
         self.held = {chunk.id: bytes(self.replica.first_weights(chunk.id)) for chunk in self.replica.layout.chunks}
-        self.slots = GradientBuffers(self.replica.layout, shared=False)
+        self.gradient_buffers = GradientBuffers(self.replica.layout, shared=False)
         self.replica.catch_gradients()
         exchange = SimpleNamespace(
             want_all=lambda: None, pull=lambda *a: [], complete=True, gone=False, take=lambda: (self.frames(), {}),
@@ -48,7 +48,7 @@ class Script:
     def train(self, x: torch.Tensor) -> None:
         """A micro-batch and new weights, as in a run."""
         self.replica.reset_buffers()
-        self.replica.contribute_to(self.slots.take(lambda slot: False))
+        self.replica.contribute_to(self.gradient_buffers.take(lambda gradient_buffer: False))
         self.model(x).square().mean().backward()
         self.replica.gradient(len(x))
         self.replica.load(self.frames())

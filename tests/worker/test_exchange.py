@@ -21,7 +21,7 @@ from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
-from roundtable.worker.replica.mapped_weights import InPlane
+from roundtable.worker.replica.mapped_weights import InWeightBuffer
 
 ROWS, COLUMNS = 40, 30
 NUMEL = ROWS * COLUMNS
@@ -38,20 +38,25 @@ class Worker:
         self.layout = layout_of()
         self.settings = Settings(**settings)
         self.exchange = ParameterClient(self.layout, self.settings, pulls_follow=False)
-        self.slots = GradientBuffers(self.layout, shared=False)
+        self.gradient_buffers = GradientBuffers(self.layout, shared=False)
 
-    def slot(self, value: float | torch.Tensor) -> GradientBuffer:
-        slot = self.slots.take(self.exchange.needs)
-        slot.chunks[0][:] = value
-        slot.chunks[1][:] = 1.0
-        return slot
+    def gradient_buffer(self, value: float | torch.Tensor) -> GradientBuffer:
+        gradient_buffer = self.gradient_buffers.take(self.exchange.needs)
+        gradient_buffer.chunks[0][:] = value
+        gradient_buffer.chunks[1][:] = 1.0
+        return gradient_buffer
 
     def push(
-        self, slot: GradientBuffer, push: Push = PUSH, now: float = 0.0, scale: float = 1.0, chunks: tuple[int, ...] = (0, 1)
+        self,
+        gradient_buffer: GradientBuffer,
+        push: Push = PUSH,
+        now: float = 0.0,
+        scale: float = 1.0,
+        chunks: tuple[int, ...] = (0, 1),
     ) -> Send:
-        sums = {chunk: Sum(slot.chunks[chunk], 1, scale=scale) for chunk in chunks}
-        (message,) = self.exchange.push(push, sums, now, slot=slot)
-        slot.taken = False
+        sums = {chunk: Sum(gradient_buffer.chunks[chunk], 1, scale=scale) for chunk in chunks}
+        (message,) = self.exchange.push(push, sums, now, gradient_buffer=gradient_buffer)
+        gradient_buffer.taken = False
         return message
 
     def ack(self, push: Push, ignored: list[int], early: bool = False) -> None:
@@ -76,7 +81,7 @@ def whole(message: Send) -> Push:
 
 def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it() -> None:
     worker = Worker(compress_gradients="bf16")
-    message = worker.push(worker.slot(0.75), scale=4.0)
+    message = worker.push(worker.gradient_buffer(0.75), scale=4.0)
     assert (whole(message).chunks, whole(message).coded) == ([0, 1], [0])
     assert [frame.nbytes for frame in message.frames] == [2 * NUMEL, 20]
     assert torch.equal(worker.sent(message), torch.full((NUMEL,), 3.0))
@@ -87,11 +92,11 @@ def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it(
 # I12
 def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_else(codec: str) -> None:
     worker = Worker(compress_gradients=codec)
-    slot = worker.slot(torch.randn(NUMEL))
-    message = worker.push(slot, chunks=(0,))
+    gradient_buffer = worker.gradient_buffer(torch.randn(NUMEL))
+    message = worker.push(gradient_buffer, chunks=(0,))
     before = [bytes(frame) for frame in message.frames]
-    assert not worker.exchange.needs(slot)
-    slot.chunks[0].zero_()
+    assert not worker.exchange.needs(gradient_buffer)
+    gradient_buffer.chunks[0].zero_()
     (again,) = worker.exchange.tick(SEND_AGAIN_S + 1)
     assert again.body == message.body and [bytes(frame) for frame in again.frames] == before
 
@@ -99,11 +104,11 @@ def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_e
 @pytest.mark.parametrize("codec", ["none", "topk", "onebit"])
 def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec: str) -> None:
     worker = Worker(compress_gradients=codec)
-    first = worker.push(worker.slot(torch.randn(NUMEL)), replace(PUSH, metrics={"loss": (1.0, 8.0)}))
+    first = worker.push(worker.gradient_buffer(torch.randn(NUMEL)), replace(PUSH, metrics={"loss": (1.0, 8.0)}))
     before = [bytes(frame) for frame in first.frames]
-    again = worker.slot(torch.randn(NUMEL))
+    again = worker.gradient_buffer(torch.randn(NUMEL))
     sums = {chunk: Sum(again.chunks[chunk], 1) for chunk in (0, 1)}
-    assert worker.exchange.push(replace(PUSH, metrics={"loss": (2.0, 8.0)}), sums, 0.1, slot=again) == []
+    assert worker.exchange.push(replace(PUSH, metrics={"loss": (2.0, 8.0)}), sums, 0.1, gradient_buffer=again) == []
     assert worker.exchange.push_early(PUSH, 0, sums[0], 0.1, {}, again) == []
     assert not worker.exchange.needs(again)
     (retry,) = worker.exchange.tick(SEND_AGAIN_S + 1)
@@ -116,17 +121,17 @@ def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec
 # I14
 def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
     worker = Worker(compress_gradients="topk")
-    slot = worker.slot(1.0)
-    message = worker.push(slot)
-    assert worker.exchange.needs(slot)
+    gradient_buffer = worker.gradient_buffer(1.0)
+    message = worker.push(gradient_buffer)
+    assert worker.exchange.needs(gradient_buffer)
     worker.ack(whole(message), [])
-    assert not worker.exchange.needs(slot)
+    assert not worker.exchange.needs(gradient_buffer)
 
 
 def test_two_workers_send_the_same_bytes_for_the_same_sum() -> None:
     values = torch.randn(NUMEL)
     workers = [Worker(compress_gradients="int8") for _ in range(2)]
-    first, second = ([bytes(frame) for frame in worker.push(worker.slot(values)).frames] for worker in workers)
+    first, second = ([bytes(frame) for frame in worker.push(worker.gradient_buffer(values)).frames] for worker in workers)
     assert first == second
 
 
@@ -134,29 +139,31 @@ def test_gradients_that_are_not_finite_are_sent_as_they_are() -> None:
     worker = Worker(compress_gradients="topk")
     values = torch.randn(NUMEL)
     values[7] = float("inf")
-    message = worker.push(worker.slot(values))
+    message = worker.push(worker.gradient_buffer(values))
     assert whole(message).coded == [] and torch.equal(from_frame(message.frames[0], "float32", NUMEL, ""), values)
 
 
 def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() -> None:
     worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
-    first = worker.push(worker.slot(values))
+    first = worker.push(worker.gradient_buffer(values))
     worker.ack(whole(first), [])
-    slot = worker.slot(0.0)
-    (absent,) = worker.exchange.push(Push(4, 0, 2, 8, 2, [], []), {0: Sum(slot.chunks[0], 0)}, 0.0, slot=slot)
+    gradient_buffer = worker.gradient_buffer(0.0)
+    (absent,) = worker.exchange.push(
+        Push(4, 0, 2, 8, 2, [], []), {0: Sum(gradient_buffer.chunks[0], 0)}, 0.0, gradient_buffer=gradient_buffer
+    )
     assert whole(absent).coded == []
     worker.ack(whole(absent), [])
-    third = worker.push(worker.slot(0.0), Push(5, 0, 2, 8, 2, [], []))
+    third = worker.push(worker.gradient_buffer(0.0), Push(5, 0, 2, 8, 2, [], []))
     assert torch.equal(worker.sent(third), values - worker.sent(first))
 
 
 def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
     worker = Worker(compress_gradients="topk")
     worker.exchange.readers.add(0)
-    slot = worker.slot(1.0)
-    slot.index = 0
-    message = worker.push(slot)
+    gradient_buffer = worker.gradient_buffer(1.0)
+    gradient_buffer.index = 0
+    message = worker.push(gradient_buffer)
     assert not message.frames and whole(message).gradient_buffer == 0 and not whole(message).coded
     assert worker.exchange.traffic.pushed_bytes == 0
 
@@ -165,9 +172,9 @@ def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
 def test_what_a_frame_left_out_is_sent_later_if_the_frame_counted_and_not_otherwise(ignored: list[int]) -> None:
     worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
-    first = worker.push(worker.slot(values))
+    first = worker.push(worker.gradient_buffer(values))
     worker.ack(whole(first), ignored)
-    second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    second = worker.push(worker.gradient_buffer(0.0), Push(4, 0, 2, 8, 2, [], []))
     left_out = values - worker.sent(first)
     assert torch.equal(worker.sent(second), left_out if 0 not in ignored else torch.zeros(NUMEL))
 
@@ -175,25 +182,25 @@ def test_what_a_frame_left_out_is_sent_later_if_the_frame_counted_and_not_otherw
 def test_what_is_computed_again_after_it_has_counted_neither_sends_nor_leaves_anything() -> None:
     worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
-    first = worker.push(worker.slot(values))
+    first = worker.push(worker.gradient_buffer(values))
     worker.ack(whole(first), [])
-    again = worker.push(worker.slot(values))  # nobody knew, and the server says of both what became of the first
+    again = worker.push(worker.gradient_buffer(values))  # nobody knew, and the server says of both what became of the first
     worker.ack(whole(again), [])
-    third = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    third = worker.push(worker.gradient_buffer(0.0), Push(4, 0, 2, 8, 2, [], []))
     assert torch.equal(worker.sent(third), values - worker.sent(first))
 
 
 def test_the_second_of_two_sums_under_way_has_nothing_of_what_the_first_carries() -> None:
     worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
-    first = worker.push(worker.slot(values), Push(3, 0, 2, 8, 2, [], []))
+    first = worker.push(worker.gradient_buffer(values), Push(3, 0, 2, 8, 2, [], []))
     worker.ack(whole(first), [])
-    second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
-    third = worker.push(worker.slot(0.0), Push(4, 2, 3, 4, 1, [], []))
+    second = worker.push(worker.gradient_buffer(0.0), Push(4, 0, 2, 8, 2, [], []))
+    third = worker.push(worker.gradient_buffer(0.0), Push(4, 2, 3, 4, 1, [], []))
     assert worker.sent(second).any() and not worker.sent(third).any()
     worker.ack(whole(third), [])
     worker.ack(whole(second), [0])
-    fourth = worker.push(worker.slot(0.0), Push(5, 0, 2, 8, 2, [], []))
+    fourth = worker.push(worker.gradient_buffer(0.0), Push(5, 0, 2, 8, 2, [], []))
     assert torch.equal(worker.sent(fourth), worker.sent(second))
 
 
@@ -201,39 +208,39 @@ def test_an_early_push_that_does_not_count_is_as_if_it_had_never_been_sent() -> 
     workers = [Worker(compress_gradients="topk", topk_ratio=0.1) for _ in range(2)]
     values = torch.randn(NUMEL)
     for worker in workers:
-        worker.ack(whole(worker.push(worker.slot(values))), [])
+        worker.ack(whole(worker.push(worker.gradient_buffer(values))), [])
     later = Push(4, 0, 2, 8, 2, [], [])
     early = workers[0]
-    slot = early.slot(values)
-    (message,) = early.exchange.push_early(later, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
+    gradient_buffer = early.gradient_buffer(values)
+    (message,) = early.exchange.push_early(later, 0, Sum(gradient_buffer.chunks[0], 1), 0.0, {}, gradient_buffer)
     early.ack(whole(message), [], early=True)
-    slot.chunks[0][:] = -values
+    gradient_buffer.chunks[0][:] = -values
     assert early.exchange.settle((), 0.0) == []
-    sent = [w.push(w.slot(-values), later, chunks=(0,)) for w in workers]
+    sent = [w.push(w.gradient_buffer(-values), later, chunks=(0,)) for w in workers]
     assert bytes(sent[0].frames[0]) == bytes(sent[1].frames[0])
 
 
 def test_an_early_push_that_is_confirmed_commits_what_it_left_out() -> None:
     worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
-    slot = worker.slot(values)
-    (message,) = worker.exchange.push_early(PUSH, 0, Sum(slot.chunks[0], 1), 0.0, {}, slot)
-    assert not worker.exchange.needs(slot)
+    gradient_buffer = worker.gradient_buffer(values)
+    (message,) = worker.exchange.push_early(PUSH, 0, Sum(gradient_buffer.chunks[0], 1), 0.0, {}, gradient_buffer)
+    assert not worker.exchange.needs(gradient_buffer)
     (confirm,) = worker.exchange.settle({0}, 0.0)
     assert whole(confirm).stage == "commit" and whole(confirm).coded == [0] and not confirm.frames
     worker.ack(whole(confirm), [])
-    second = worker.push(worker.slot(0.0), Push(4, 0, 2, 8, 2, [], []))
+    second = worker.push(worker.gradient_buffer(0.0), Push(4, 0, 2, 8, 2, [], []))
     assert torch.equal(worker.sent(second), values - worker.sent(message))
 
 
 # ---- weights
 
 
-def pulled(worker: Worker, clock: int, frame: Any, coded: bool, plane: int = -1) -> Pull:
+def pulled(worker: Worker, clock: int, frame: Any, coded: bool, weight_buffer: int = -1) -> Pull:
     """Pull round `clock`, of which the server hands out `frame` for chunk 0; the Pull that it got."""
     (ask,) = worker.exchange.pull(clock, False, 0.0)
-    frames = [] if plane >= 0 else [frame, to_frame(torch.zeros(5))]
-    worker.exchange.handle("server-0", Weights(clock, clock, [0, 1], True, plane, [0] if coded else []), frames)
+    frames = [] if weight_buffer >= 0 else [frame, to_frame(torch.zeros(5))]
+    worker.exchange.handle("server-0", Weights(clock, clock, [0, 1], True, weight_buffer, [0] if coded else []), frames)
     assert isinstance(ask.body, Pull)
     return ask.body
 
@@ -270,8 +277,8 @@ def test_changes_of_weights_that_are_not_held_are_refused() -> None:
     with pytest.raises(WireError, match="its change since version 1, which is not held"):
         pulled(worker, 2, to_frame(frame), coded=True)
     worker = Worker(compress_weights="onebit")
-    pulled(worker, 0, None, coded=False, plane=2)
-    assert worker.exchange.take()[0][0] == InPlane(0, 2)
+    pulled(worker, 0, None, coded=False, weight_buffer=2)
+    assert worker.exchange.take()[0][0] == InWeightBuffer(0, 2)
     assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).held_version == -1
 
 
@@ -319,13 +326,13 @@ def test_how_long_a_transfer_takes_is_measured_where_nothing_was_sent_early() ->
     worker = Worker()
     worker.exchange.near = {0}
     assert worker.exchange.sends_any and not worker.exchange.sends_away
-    message = worker.push(worker.slot(1.0))
+    message = worker.push(worker.gradient_buffer(1.0))
     worker.exchange.tick(1.0)
     worker.ack(whole(message), [])
     worker.exchange.tick(3.0)
     assert worker.exchange.transfer_s == 1.0  # the newest of 2 s counts half
-    slot, later = worker.slot(2.0), replace(PUSH, round=4)
-    (early,) = worker.exchange.push_early(later, 0, Sum(slot.chunks[0], 1), 4.0, {}, slot)
+    gradient_buffer, later = worker.gradient_buffer(2.0), replace(PUSH, round=4)
+    (early,) = worker.exchange.push_early(later, 0, Sum(gradient_buffer.chunks[0], 1), 4.0, {}, gradient_buffer)
     worker.exchange.tick(5.0)
     worker.exchange.settle({0}, 9.0)
     worker.ack(whole(early), [])

@@ -20,7 +20,7 @@ from roundtable.ps.params.weight_buffers import WeightBuffers
 from roundtable.worker.replica import inplace_wgrad
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.lazy_weights import LazyWeights
-from roundtable.worker.replica.mapped_weights import InPlane
+from roundtable.worker.replica.mapped_weights import InWeightBuffer
 from roundtable.worker.replica.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,34 +36,39 @@ class Training:
         # one tensor in several chunks, one that a chunk has for itself, and small ones that share a chunk
         self.model = nn.Sequential(nn.Linear(1100, 1000), nn.BatchNorm1d(1000), nn.Linear(1000, 30), nn.Linear(30, 2))
         self.replica = Replica(self.model, {id(p): 0 for p in self.model.parameters()}, SERVERS)
-        self.planes = [WeightBuffers(self.replica.layout.on(server), 4, shared=transport == "auto") for server in range(SERVERS)]
-        for server, planes in enumerate(self.planes):
-            if planes.handle is not None:
-                self.replica.mapped.attach(server, planes.handle)
+        self.weight_buffers = [
+            WeightBuffers(self.replica.layout.on(server), 4, shared=transport == "auto") for server in range(SERVERS)
+        ]
+        for server, weight_buffers in enumerate(self.weight_buffers):
+            if weight_buffers.handle is not None:
+                self.replica.mapped.attach(server, weight_buffers.handle)
         self.awaited = LazyWeights(self.replica, lambda index: self.arrive())
-        self.slots = GradientBuffers(self.replica.layout, shared=transport == "auto")
+        self.gradient_buffers = GradientBuffers(self.replica.layout, shared=transport == "auto")
         self.version = 0
 
     def begin(self) -> None:
         self.replica.catch_gradients()
-        self.replica.contribute_to(self.slots.take(lambda slot: False))
+        self.replica.contribute_to(self.gradient_buffers.take(lambda gradient_buffer: False))
         self.publish()
 
     def publish(self) -> None:
         """Have servers write the next version, for which the model waits."""
         self.version += 1
         for chunk in self.replica.layout.chunks:
-            self.planes[chunk.server][self.version % 4][chunk.id].copy_(torch.arange(chunk.numel) % 97 + self.version)
+            self.weight_buffers[chunk.server][self.version % 4][chunk.id].copy_(torch.arange(chunk.numel) % 97 + self.version)
         if self.version == 1:
             self.arrive()
         else:
             self.awaited.expect(chunk.id for chunk in self.replica.layout.chunks if chunk.kind == "param")
 
     def arrive(self) -> None:
-        plane = self.version % 4
-        shared = {chunk.id: InPlane(chunk.server, plane) for chunk in self.replica.layout.chunks}
-        if self.planes[0].handle is None:
-            sent = {c.id: memoryview(self.planes[c.server][plane][c.id].clone().view(torch.uint8).numpy()) for c in self.chunks}
+        weight_buffer = self.version % 4
+        shared = {chunk.id: InWeightBuffer(chunk.server, weight_buffer) for chunk in self.replica.layout.chunks}
+        if self.weight_buffers[0].handle is None:
+            sent = {
+                c.id: memoryview(self.weight_buffers[c.server][weight_buffer][c.id].clone().view(torch.uint8).numpy())
+                for c in self.chunks
+            }
             self.replica.load(sent, copy=False)
         else:
             self.replica.load(shared, copy=False)
@@ -165,9 +170,9 @@ def test_a_copy_is_plain_and_has_memory_of_its_own(
         storages = {t.untyped_storage().data_ptr() for t in made.state_dict().values()}
         assert len(storages) == len(right), name
         assert not storages & {t.untyped_storage().data_ptr() for t in training.model.state_dict().values()}, name
-        for planes in training.planes:  # what servers write later is not the copy's
-            for plane in range(4):
-                for values in planes[plane].values():
+        for weight_buffers in training.weight_buffers:  # what servers write later is not the copy's
+            for weight_buffer in range(4):
+                for values in weight_buffers[weight_buffer].values():
                     values.fill_(-7.0)
         assert all(torch.equal(value, right[key]) for key, value in made.state_dict().items()), name
         made(torch.randn(4, 1100)).sum().backward()
@@ -182,9 +187,9 @@ def test_a_copy_is_trained_and_the_model_knows_nothing_of_it(monkeypatch: pytest
     x = torch.randn(4, 1100)
     other(x).square().mean().backward()
     assert all(p.grad is None for p in training.model.parameters())
-    slot = training.replica._slot
-    assert slot is not None
-    ends = slot.memory.data_ptr(), slot.memory.data_ptr() + slot.memory.nbytes
+    gradient_buffer = training.replica._gradient_buffer
+    assert gradient_buffer is not None
+    ends = gradient_buffer.memory.data_ptr(), gradient_buffer.memory.data_ptr() + gradient_buffer.memory.nbytes
     assert not any(p.grad is None or ends[0] <= p.grad.data_ptr() < ends[1] for p in other.parameters())
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert not torch.equal(other[3].weight, training.model[3].weight)
@@ -199,10 +204,10 @@ def test_scripted_models_have_the_bits_of_plain_ones_at_each_call() -> None:
     replica.catch_gradients()
     awaited = LazyWeights(replica, lambda index: None)
     assert awaited.needed_first == {chunk.id for chunk in replica.layout.chunks}
-    slots = GradientBuffers(replica.layout, shared=False)
+    gradient_buffers = GradientBuffers(replica.layout, shared=False)
     for _ in range(5):
-        slot = slots.take(lambda slot: False)
-        replica.contribute_to(slot)
+        gradient_buffer = gradient_buffers.take(lambda gradient_buffer: False)
+        replica.contribute_to(gradient_buffer)
         x = torch.randn(4, 8)
         scripted(x).square().mean().backward()
         plain.zero_grad()
@@ -210,7 +215,7 @@ def test_scripted_models_have_the_bits_of_plain_ones_at_each_call() -> None:
         for ours, theirs in zip(scripted.parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours.grad, theirs.grad)
         replica.gradient(4)
-        slot.taken = False
+        gradient_buffer.taken = False
 
 
 def to_double(training: Training) -> None:

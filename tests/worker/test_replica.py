@@ -38,7 +38,7 @@ class Cluster:
         update = Update(cls.__name__, plain_settings(example_optimizer(cls, groups, hyper)))
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self.replica = Replica(model, group_of, servers, rules=rules)
-        self.slots = GradientBuffers(self.replica.layout, shared=False)
+        self.gradient_buffers = GradientBuffers(self.replica.layout, shared=False)
         self.replica.catch_gradients()
         self.stores = [DenseParameters(self.replica.layout, number, update, load(Settings())) for number in range(servers)]
         for chunk in range(len(self.replica.layout.chunks)):
@@ -56,7 +56,7 @@ class Cluster:
         terms = []
         for loss, count in zip(losses, samples, strict=True):
             self.replica.reset_buffers()
-            self.replica.contribute_to(self.slots.take(lambda slot: False))
+            self.replica.contribute_to(self.gradient_buffers.take(lambda gradient_buffer: False))
             value = loss()
             if value.requires_grad:
                 value.backward()
@@ -216,10 +216,10 @@ def test_small_gradients_are_taken_over_together_unless_each_is_waited_for() -> 
     model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(40)))
     replica = Replica(model, {id(p): 0 for p in model.parameters()}, servers=2)
     replica.catch_gradients()
-    slot = GradientBuffers(replica.layout, shared=False).take(lambda slot: False)
+    gradient_buffer = GradientBuffers(replica.layout, shared=False).take(lambda gradient_buffer: False)
     made: list[int] = []
     for is_told in (False, True):
-        replica.contribute_to(slot)
+        replica.contribute_to(gradient_buffer)
         replica.on_gradient = made.append if is_told else None
         model[3:](torch.randn(4, 5)).sum().backward()
         model[5].weight.grad = model[5].weight.grad.to_sparse()

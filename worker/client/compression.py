@@ -17,7 +17,7 @@ from roundtable.common.model.tensor_bytes import from_frame, to_frame
 from roundtable.common.protocol.messages.gradients import Push
 from roundtable.common.protocol.transport import bytes_of
 from roundtable.common.runtime.errors import WireError
-from roundtable.worker.replica.mapped_weights import InPlane
+from roundtable.worker.replica.mapped_weights import InWeightBuffer
 
 #: Rounds, at most, of which it is known what has counted: far more than a server knows that of.
 _REMEMBERED = 1000
@@ -115,7 +115,7 @@ class WeightDecoder:
 
     def got_all(self, versions: Mapping[int, int]) -> None:
         """All that was asked for is here, in `versions` by server."""
-        mapped = {found.server for found in self._coming.values() if isinstance(found, InPlane)}
+        mapped = {found.server for found in self._coming.values() if isinstance(found, InWeightBuffer)}
         self._kept, self._coming = self._coming, {}
         self._versions = {server: version for server, version in versions.items() if server not in mapped}
 

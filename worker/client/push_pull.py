@@ -29,7 +29,7 @@ from roundtable.common.runtime.errors import WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.worker.client.compression import PushCoder, WeightDecoder
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
-from roundtable.worker.replica.mapped_weights import InPlane
+from roundtable.worker.replica.mapped_weights import InWeightBuffer
 
 #: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
 #: needed sooner does not wait for long behind them.
@@ -40,18 +40,20 @@ _NEWEST = 0.5
 
 @dataclass
 class _Outstanding:
-    """A message until it is acknowledged, and the slot that its frames lie in. `early`: it does not count yet, so it is not sent
-    again either."""
+    """A message until it is acknowledged, and the gradient buffer that its frames lie in.
+
+    `early`: it does not count yet, so it is not sent again either.
+    """
 
     server: int
     push: Push
     frames: Frames
-    slot: GradientBuffer | None
+    gradient_buffer: GradientBuffer | None
     #: None while it waits for its turn.
     sent_at: float | None = None
     #: Whether the server has said that the frames are there.
     arrived: bool = False
-    #: Whether it was sent early, and so the slot may be used again as soon as it is acknowledged.
+    #: Whether it was sent early, and so the gradient buffer may be used again as soon as it is acknowledged.
     was_early: bool = False
 
     @property
@@ -117,10 +119,12 @@ class ParameterClient:
         self._asked_at: dict[int, float] = {}
         self._heard_at: dict[int, float] = {}
         self._heard: set[int] = set()
-        #: Servers that read this worker's slots, and those whose planes it reads; and the planes that the model is in.
+        #: Servers that read this worker's gradient buffers.
         self.readers: set[int] = set()
+        #: Servers whose weight buffers this worker reads.
         self.read: set[int] = set()
-        self._planes: dict[int, int] = {}
+        #: The weight buffer of each of them that the model is in.
+        self._weight_buffers: dict[int, int] = {}
 
     # ---- pushing
 
@@ -130,9 +134,9 @@ class ParameterClient:
         sums: Mapping[int, Sum],
         now: float,
         bases: Mapping[int, int] | None = None,
-        slot: GradientBuffer | None = None,
+        gradient_buffer: GradientBuffer | None = None,
     ) -> list[Send]:
-        """Send a contribution, `sums` by chunk; to servers that can read `slot`, in which they lie, only word of it.
+        """Send a contribution, `sums` by chunk; to servers that can read `gradient buffer`, in which they lie, only word of it.
 
         `push` holds what all messages of it share; its metrics go to server 0 alone. `bases` are the versions, by server,
         of the weights it was computed from. What of it is outstanding from an earlier time is not sent anew.
@@ -141,7 +145,7 @@ class ParameterClient:
         under_way = {chunk for known in outstanding for chunk in known.chunks}
         tells = not any(known.metrics is not None for known in outstanding)
         for server, chunks in self._chunks.items():
-            reads = slot is not None and slot.index >= 0 and server in self.readers
+            reads = gradient_buffer is not None and gradient_buffer.index >= 0 and server in self.readers
             ids = [chunk.id for chunk in chunks if chunk.id in sums and chunk.id not in under_way]
             metrics = push.metrics if server == 0 and tells else None
             if not ids and metrics is None:
@@ -153,11 +157,11 @@ class ParameterClient:
             for batch in [ids] if reads else message_batches(ids, lambda i: size.get(i, 0)) or [[]]:  # noqa: B023
                 message = msgspec.structs.replace(
                     push, chunks=batch, present=[sums[i].present for i in batch], base_version=(bases or {}).get(server, 0),
-                    metrics=metrics, gradient_buffer=slot.index if reads and slot is not None else -1,
+                    metrics=metrics, gradient_buffer=gradient_buffer.index if reads and gradient_buffer is not None else -1,
                     scale=max((sums[i].scale for i in batch), default=1.0), coded=[i for i in batch if i in coded],
                 )  # fmt: skip
                 metrics = None
-                lies_in = None if batch and len(message.coded) == len(batch) else slot
+                lies_in = None if batch and len(message.coded) == len(batch) else gradient_buffer
                 self._outstanding.append(_Outstanding(server, message, [frames[i] for i in batch if i in frames], lies_in))
         return self._flow(now)
 
@@ -176,7 +180,7 @@ class ParameterClient:
         return any(chunks and server not in self.readers | self.near for server, chunks in self._chunks.items())
 
     def push_early(
-        self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], slot: GradientBuffer
+        self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], gradient_buffer: GradientBuffer
     ) -> list[Send]:
         """Send a contribution to one chunk, which is to count only when `settle` has said so; likewise."""
         if any(o.push.key == push.key and chunk in o.push.chunks for o in self._outstanding):
@@ -188,7 +192,7 @@ class ParameterClient:
             push, stage="tentative", chunks=[chunk], present=[value.present], base_version=bases.get(server, 0),
             scale=value.scale, coded=[] if coded is None else [chunk],
         )  # fmt: skip
-        frame, lies_in = (to_frame(value.values), slot) if coded is None else (coded, None)
+        frame, lies_in = (to_frame(value.values), gradient_buffer) if coded is None else (coded, None)
         self._outstanding.append(_Outstanding(server, message, [frame], lies_in))
         return self._flow(now)
 
@@ -232,9 +236,9 @@ class ParameterClient:
         self._pushed_bytes += sum(frame.nbytes for frame in frames)
         return Send(f"server-{outstanding.server}", push, frames)
 
-    def needs(self, slot: GradientBuffer) -> bool:
-        """Whether a push of what is in `slot` is not acknowledged yet."""
-        return any(outstanding.slot is slot for outstanding in self._outstanding)
+    def needs(self, gradient_buffer: GradientBuffer) -> bool:
+        """Whether a push of what is in `gradient buffer` is not acknowledged yet."""
+        return any(outstanding.gradient_buffer is gradient_buffer for outstanding in self._outstanding)
 
     @property
     def idle(self) -> bool:
@@ -279,10 +283,10 @@ class ParameterClient:
 
     def _pull(self, server: int, have: list[int]) -> Pull:
         assert self.clock is not None
-        shared, plane = server in self.read and not self._masters, self._planes.get(server, -1)
+        shared, weight_buffer = server in self.read and not self._masters, self._weight_buffers.get(server, -1)
         holds = self._decoder.holds(server)
         still = not self._has_still
-        return Pull(self.clock, self._pulls, have, self._settled, shared, plane, holds, self._masters, still)
+        return Pull(self.clock, self._pulls, have, self._settled, shared, weight_buffer, holds, self._masters, still)
 
     def _lacks(self, server: int) -> list[int]:
         """Chunks of a server that are to come and are not here, as far as it has told."""
@@ -346,8 +350,8 @@ class ParameterClient:
         """The weights that have come since the last call, by chunk, and their versions by server. Ends the pull when all are."""
         staged = {chunk: found for chunk, found in self._staged.items() if found is not None}
         for found in staged.values():
-            if isinstance(found, InPlane) and not found.still and found.region == self._regions.get(found.server, 0):
-                self._planes[found.server] = found.plane
+            if isinstance(found, InWeightBuffer) and not found.still and found.region == self._regions.get(found.server, 0):
+                self._weight_buffers[found.server] = found.weight_buffer
         if self.complete:
             if not self._masters:
                 self._decoder.got_all(self._versions)
@@ -367,12 +371,12 @@ class ParameterClient:
             case Ack():
                 self._acknowledged(number, body)
             case Weights() if body.for_round == self.clock:
-                region = self._regions.get(number, 0)
-                found = frames if body.weight_buffer < 0 else [InPlane(number, body.weight_buffer, region)] * len(body.chunks)
+                there = InWeightBuffer(number, body.weight_buffer, self._regions.get(number, 0))
+                found = frames if body.weight_buffer < 0 else [there] * len(body.chunks)
                 if len(found) != len(body.chunks):
                     raise WireError(f"{server} sent {len(frames)} frames for {len(body.chunks)} chunks")
                 for chunk in body.frozen_chunks:
-                    self._staged.setdefault(chunk, InPlane(number, body.frozen_buffer, region, still=True))
+                    self._staged.setdefault(chunk, InWeightBuffer(number, body.frozen_buffer, there.region, still=True))
                 self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
                 for chunk, one in zip(body.chunks, found, strict=True):
                     if chunk not in self._staged:
@@ -425,7 +429,7 @@ class ParameterClient:
             elif not o.early:
                 self._outstanding.remove(o)
                 self._coder.settled(o.push, ack.ignored)
-                if self._may_be_replaced and not (o.was_early and o.slot is not None):
+                if self._may_be_replaced and not (o.was_early and o.gradient_buffer is not None):
                     self._repeatable.append(o)
 
     # ---- servers that are replaced
@@ -441,7 +445,7 @@ class ParameterClient:
         for outstanding in (o for o in self._outstanding if o.server == server):
             outstanding.sent_at, outstanding.arrived = None, False
         self._heard_at.pop(server, None)
-        self._planes.pop(server, None)
+        self._weight_buffers.pop(server, None)
         self._decoder.forget(server)
         self._asks_for_still = True
         if self.clock is not None and not self._done(server):
@@ -456,8 +460,10 @@ class ParameterClient:
             self.unknown[server] = float("-inf")
 
     def met(self, server: int, reads: bool, region: int | None) -> None:
-        """A server has said whether it `reads` this worker's slots; its memory, if it is read, is number `region` of those that
-        it has had."""
+        """Note whether a server `reads` this worker's gradient buffers.
+
+        Its memory, if this worker reads it, is number `region` of those that it has had.
+        """
         self.unknown.pop(server, None)
         if region is not None:
             self._regions[server] = region
@@ -466,10 +472,14 @@ class ParameterClient:
             self.readers.add(server)
             return
         for outstanding in self._outstanding:
-            if outstanding.server == server and outstanding.push.gradient_buffer >= 0 and (slot := outstanding.slot) is not None:
+            if (
+                outstanding.server == server
+                and outstanding.push.gradient_buffer >= 0
+                and (gradient_buffer := outstanding.gradient_buffer) is not None
+            ):
                 given = zip(outstanding.push.chunks, outstanding.push.present, strict=True)
                 full = [chunk for chunk, present in given if self._chunk_of[chunk].has_values(present)]
-                outstanding.frames = [to_frame(slot.chunks[chunk]) for chunk in full]
+                outstanding.frames = [to_frame(gradient_buffer.chunks[chunk]) for chunk in full]
                 outstanding.push = msgspec.structs.replace(outstanding.push, gradient_buffer=-1)
 
     @property

@@ -30,12 +30,12 @@ class TreeJoin:
 
 
 class OverlappedPush:
-    """One contribution in the making, of `samples` samples, in `slot`."""
+    """One contribution in the making, of `samples` samples, in `gradient buffer`."""
 
     def __init__(
         self,
         replica: Replica,
-        slot: GradientBuffer,
+        gradient_buffer: GradientBuffer,
         samples: int,
         joins: Sequence[TreeJoin],
         spare: Callable[[], GradientBuffer],
@@ -45,7 +45,7 @@ class OverlappedPush:
         """`joins` are what it is added to, in order; `spare()` is memory for sums, as gradients must stay what they are until
         `step`. `send` takes a chunk that is ready, for which `sends` is true."""
         self._replica = replica
-        self._slot = slot
+        self._gradient_buffer = gradient_buffer
         self._samples = samples
         self._joins = joins
         self._take_spare = spare
@@ -75,9 +75,15 @@ class OverlappedPush:
         for chunk in chunks:
             if all(piece.tensor in self._made for piece in chunk.pieces):
                 self._sent[chunk.id] = [self._made[piece.tensor] for piece in chunk.pieces]
-                value = self._add_up(chunk, Sum(self._slot.chunks[chunk.id], self._replica.collect(chunk, self._slot)))
+                value = self._add_up(
+                    chunk, Sum(self._gradient_buffer.chunks[chunk.id], self._replica.collect(chunk, self._gradient_buffer))
+                )
                 self.values[chunk.id] = value.values
-                self._send(chunk.id, value, self._slot if value.values is self._slot.chunks[chunk.id] else self._memory)
+                self._send(
+                    chunk.id,
+                    value,
+                    self._gradient_buffer if value.values is self._gradient_buffer.chunks[chunk.id] else self._memory,
+                )
         self.seconds += time.monotonic() - began
 
     def unchanged(self) -> set[int]:

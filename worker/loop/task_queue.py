@@ -47,18 +47,18 @@ class TaskQueue:
         self._given = {task for task in self._given if task.round > round_}
         self._begun = {task for task in self._begun if task.round >= round_}
 
-    def leased(self, lease: Reassign) -> None:
-        """A micro-batch changes hands. Leases may come twice, late, or for rounds not open yet."""
-        task = Task(lease.round, lease.micro_batch)
-        if lease.to == self.worker:
-            if lease.round >= self._floor and not any(task in held for held in (self._begun, self._taken, self._run)):
+    def reassigned(self, reassignment: Reassign) -> None:
+        """A micro-batch changes hands. Reassignments may come twice, late, or for rounds not open yet."""
+        task = Task(reassignment.round, reassignment.micro_batch)
+        if reassignment.to == self.worker:
+            if reassignment.round >= self._floor and not any(task in held for held in (self._begun, self._taken, self._run)):
                 self._taken.append(task)
-        elif lease.owner == self.worker:
+        elif reassignment.owner == self.worker:
             if task in self._run:
                 self._run.remove(task)
             elif task in self._taken:
                 self._taken.remove(task)
-            elif lease.round > self.round:
+            elif reassignment.round > self.round:
                 self._given.add(task)
 
     def forget_begun(self) -> None:

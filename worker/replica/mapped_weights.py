@@ -21,17 +21,20 @@ from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotSh
 
 #: Bits of an entry of the kernel's pagemap: the page is in memory, on disk; and it is a file's, not this process's own.
 _PRESENT, _SWAPPED, _SHARED = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
-#: Combinations of planes of several servers that one tensor is mapped for; more are copied.
+#: Combinations of weight buffers of several servers that one tensor is mapped for; more are copied.
 _COMBINATIONS = 32
 
 
 @dataclass(frozen=True)
-class InPlane:
-    """Where a chunk's weights are: `plane` of the memory of server `server`, which is its `region`-th, from 0: where a server is
-    replaced, there is another. `still`: nobody writes to that plane again."""
+class InWeightBuffer:
+    """Say where a chunk's weights are: in a weight buffer of the memory of server `server`.
+
+    That memory is the server's `region`-th, from 0, as a server that takes its place has another. `still`: nobody writes to that
+    weight buffer again.
+    """
 
     server: int
-    plane: int
+    weight_buffer: int
     region: int = 0
     still: bool = False
 
@@ -44,10 +47,10 @@ class MappedWeights:
         #: By server and number.
         self._regions: dict[tuple[int, int], Region] = {}
         self._offsets = {server: weight_offsets(layout.on(server)) for server in range(layout.servers)}
-        self._tensors: dict[tuple[int, tuple[InPlane, ...]], torch.Tensor] = {}
-        self._chunks: dict[tuple[int, InPlane], torch.Tensor] = {}
+        self._tensors: dict[tuple[int, tuple[InWeightBuffer, ...]], torch.Tensor] = {}
+        self._chunks: dict[tuple[int, InWeightBuffer], torch.Tensor] = {}
         #: Of chunks of whole tensors, the tensors.
-        self._shaped: dict[tuple[int, InPlane], Sequence[torch.Tensor]] = {}
+        self._shaped: dict[tuple[int, InWeightBuffer], Sequence[torch.Tensor]] = {}
         self._pagemap = -1
 
     def attach(self, server: int, handle: Handle) -> int:
@@ -62,7 +65,7 @@ class MappedWeights:
         self._regions[server, number] = attach(handle, private=True)
         return number
 
-    def chunk(self, chunk: Chunk, at: InPlane) -> torch.Tensor:
+    def chunk(self, chunk: Chunk, at: InWeightBuffer) -> torch.Tensor:
         """The flat weights of a chunk in its own dtype."""
         key = chunk.id, at
         if key not in self._chunks:
@@ -71,7 +74,7 @@ class MappedWeights:
             self._chunks[key] = torch.frombuffer(memory, dtype=dtype, count=chunk.numel, offset=self._offset(chunk, at))
         return self._chunks[key]
 
-    def shaped(self, chunk: Chunk, at: InPlane, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def shaped(self, chunk: Chunk, at: InWeightBuffer, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The weights of a chunk of whole tensors, each in the shape of the one in `like`."""
         key = chunk.id, at
         if key not in self._shaped:
@@ -79,7 +82,7 @@ class MappedWeights:
             self._shaped[key] = [self._alone(chunk, piece, at).view(tensor.shape) for piece, tensor in flat]
         return self._shaped[key]
 
-    def _let_go(self, at: InPlane) -> None:
+    def _let_go(self, at: InWeightBuffer) -> None:
         """Weights of a server are in new memory from now on: nobody comes back to what it had before."""
         for server, number in [key for key in self._regions if key[0] == at.server and key[1] < at.region]:
             self._regions.pop((server, number)).close()
@@ -90,11 +93,11 @@ class MappedWeights:
         for whole in [w for w in self._tensors if any(p.server == at.server and p.region < at.region for p in w[1])]:
             del self._tensors[whole]
 
-    def _offset(self, chunk: Chunk, at: InPlane) -> int:
+    def _offset(self, chunk: Chunk, at: InWeightBuffer) -> int:
         offsets, size = self._offsets[at.server]
-        return HEADER_BYTES + at.plane * size + offsets[chunk.id]
+        return HEADER_BYTES + at.weight_buffer * size + offsets[chunk.id]
 
-    def tensor(self, index: int, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor | None:
+    def tensor(self, index: int, chunks: Sequence[Chunk], at: Sequence[InWeightBuffer]) -> torch.Tensor | None:
         """Tensor number `index`, which all of `chunks` in order make up and `at` places: flat; None where it must be copied."""
         key = index, tuple(at)
         if key not in self._tensors:
@@ -109,7 +112,7 @@ class MappedWeights:
                 self._tensors[key] = self._join(chunks, at)
         return self._tensors[key]
 
-    def _alone(self, chunk: Chunk, piece: Piece, at: InPlane) -> torch.Tensor:
+    def _alone(self, chunk: Chunk, piece: Piece, at: InWeightBuffer) -> torch.Tensor:
         """Give the elements of a piece a storage of their own, for whoever saves a tensor saves its storage."""
         whole = self.chunk(chunk, at)
         if piece.length in (0, chunk.numel):
@@ -117,7 +120,7 @@ class MappedWeights:
         start = self._offset(chunk, at) + piece.offset * whole.itemsize
         return torch.frombuffer(self._regions[at.server, at.region].memory, dtype=whole.dtype, count=piece.length, offset=start)
 
-    def _join(self, chunks: Sequence[Chunk], at: Sequence[InPlane]) -> torch.Tensor:
+    def _join(self, chunks: Sequence[Chunk], at: Sequence[InWeightBuffer]) -> torch.Tensor:
         size = sum(chunk.weight_bytes for chunk in chunks)
         start = end = _map(None, size, -1, 0)
         for chunk, place in zip(chunks, at, strict=True):

@@ -22,7 +22,7 @@ from roundtable.worker import tensor_names
 from roundtable.worker.replica import inplace_wgrad
 from roundtable.worker.replica.buffers import Rules, as_bytes, find, parts_of, same_bytes
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
-from roundtable.worker.replica.mapped_weights import InPlane, MappedWeights, shaped
+from roundtable.worker.replica.mapped_weights import InWeightBuffer, MappedWeights, shaped
 
 #: Gradients of fewer bytes are taken over together when all are made, for a call each takes longer than the copy.
 _SMALL_BYTES = 64 << 10
@@ -100,7 +100,7 @@ class Replica:
             for chunk in self.layout.chunks
             if chunk.kind == "param" and all(self._is_whole(piece) for piece in chunk.pieces)
         }
-        #: Of those, by chunk and slot, where each tensor's gradient is contributed from.
+        #: Of those, by chunk and gradient buffer, where each tensor's gradient is contributed from.
         self._parts: dict[tuple[int, GradientBuffer], Sequence[torch.Tensor]] = {}
         #: Parameters that may be trained; and of these, by number, those without a hook for their gradient: torch takes none
         #: before they require one.
@@ -116,12 +116,12 @@ class Replica:
         self._buffers: dict[int, torch.Tensor] = {}
         #: Parameters that lie in servers' memory.
         self._in_memory: set[int] = set()
-        #: Where gradients go as backward makes them, for the parameters that have a place in the slot; and those whose
+        #: Where gradients go as backward makes them, for the parameters that have a place in the gradient buffer; and those whose
         #: place has been given away already.
-        self._slot: GradientBuffer | None = None
+        self._gradient_buffer: GradientBuffer | None = None
         self._places: dict[GradientBuffer, dict[int, torch.Tensor]] = {}
         self._given: set[int] = set()
-        #: Whether gradients are added to what is in the slot.
+        #: Whether gradients are added to what is in the gradient buffer.
         self._adds = False
         self._on_gradient: Callable[[int], None] | None = None
         self._made = threading.Lock()
@@ -139,7 +139,7 @@ class Replica:
     # ---- out of the model
 
     def catch_gradients(self) -> None:
-        """From now on have backward leave each large gradient in the slot given to `contribute_to`."""
+        """From now on have backward leave each large gradient in the gradient buffer given to `contribute_to`."""
         self._catch_all()
         inplace_wgrad.install(self.model, self)
 
@@ -182,38 +182,42 @@ class Replica:
             del self._frozen[chunk.id]
         return chunks
 
-    def contribute_to(self, slot: GradientBuffer) -> None:
-        """The next gradients go to `slot`."""
+    def contribute_to(self, gradient_buffer: GradientBuffer) -> None:
+        """The next gradients go to `gradient buffer`."""
         self._catch_all()
-        self._slot, self._adds, self._given = slot, False, set()
-        if slot not in self._places:
+        self._gradient_buffer, self._adds, self._given = gradient_buffer, False, set()
+        if gradient_buffer not in self._places:
             offsets, _ = gradient_offsets(self.layout)
             places = {
-                id(tensor): self._place(slot, offsets, tensor, self._chunks_of[index])
+                id(tensor): self._place(gradient_buffer, offsets, tensor, self._chunks_of[index])
                 for index, tensor in enumerate(self.tensors)
                 if self.specs[index].group >= 0 and tensor.numel() and self._is_plain(tensor, self._chunks_of[index][0])
             }
-            self._places[slot] = {key: place for key, place in places.items() if place.data_ptr() % ALIGNED == 0}
+            self._places[gradient_buffer] = {key: place for key, place in places.items() if place.data_ptr() % ALIGNED == 0}
 
-    def add_to(self, slot: GradientBuffer) -> None:
-        """The next gradients are to be added, by `added`, to those of another micro-batch, which are in `slot`."""
-        self._slot, self._adds = slot, True
+    def add_to(self, gradient_buffer: GradientBuffer) -> None:
+        """The next gradients are to be added, by `added`, to those of another micro-batch, which are in `gradient buffer`."""
+        self._gradient_buffer, self._adds = gradient_buffer, True
 
     def _is_plain(self, tensor: torch.Tensor, chunk: Chunk) -> bool:
         """Whether its gradient and its elements in chunks are one and the same memory, on the CPU."""
         return tensor.device.type == "cpu" and tensor.is_contiguous() and chunk.dtype == chunk.sum_dtype
 
-    def _place(self, slot: GradientBuffer, offsets: Mapping[int, int], tensor: torch.Tensor, chunks: list[Chunk]) -> torch.Tensor:
+    def _place(
+        self, gradient_buffer: GradientBuffer, offsets: Mapping[int, int], tensor: torch.Tensor, chunks: list[Chunk]
+    ) -> torch.Tensor:
         first = next(piece for piece in chunks[0].pieces if self.tensors[piece.tensor] is tensor)
         start = offsets[chunks[0].id] + first.offset * tensor.element_size()
-        place = slot.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        place = (
+            gradient_buffer.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        )
         return place.data  # with a count of its own of how often it is written to
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Where the gradient of `weight` is to be computed; None where that is not for this backward to decide."""
-        if self._slot is None or self._adds or weight.grad is not None or id(weight) in self._given:
+        if self._gradient_buffer is None or self._adds or weight.grad is not None or id(weight) in self._given:
             return None
-        place = self._places[self._slot].get(id(weight))
+        place = self._places[self._gradient_buffer].get(id(weight))
         if place is None or place.dtype != weight.dtype:
             return None
         self._given.add(id(weight))
@@ -223,11 +227,11 @@ class Replica:
     def _catch(self, index: int, parameter: torch.Tensor) -> None:
         """Called by autograd when the gradient of a parameter has been accumulated."""
         gradient = parameter.grad
-        if self._slot is None or self._adds or gradient is None or gradient.requires_grad or gradient.is_sparse:
+        if self._gradient_buffer is None or self._adds or gradient is None or gradient.requires_grad or gradient.is_sparse:
             return
         if parameter is not self.tensors[index]:
             return  # of a copy of the model
-        place = self._places[self._slot].get(id(parameter))
+        place = self._places[self._gradient_buffer].get(id(parameter))
         if place is not None and gradient.dtype == place.dtype and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
         if self._on_gradient is not None:
@@ -237,13 +241,15 @@ class Replica:
     @torch.no_grad()
     def gradient(self, samples: int, without: Collection[int] = ()) -> dict[int, Sum]:
         """The contribution of one micro-batch by chunk, but for those in `without`: gradient x samples, buffers x samples. It
-        is in the slot; the model's gradients are taken away."""
-        assert self._slot is not None
-        slot, out = self._slot, {}
+        is in the gradient buffer; the model's gradients are taken away."""
+        assert self._gradient_buffer is not None
+        gradient_buffer, out = self._gradient_buffer, {}
         for chunk in self.layout.chunks:
             if chunk.id not in without:
-                is_nothing, values = self._has_none(chunk), slot.chunks[chunk.id]
-                out[chunk.id] = nothing() if is_nothing else weighted(values, self.collect(chunk, slot), samples, chunk.kind)
+                is_nothing, values = self._has_none(chunk), gradient_buffer.chunks[chunk.id]
+                out[chunk.id] = (
+                    nothing() if is_nothing else weighted(values, self.collect(chunk, gradient_buffer), samples, chunk.kind)
+                )
         self.discard()
         return out
 
@@ -251,12 +257,12 @@ class Replica:
     def added(self, samples: int, sums: Mapping[int, Sum]) -> dict[int, Sum]:
         """`sums`, of another micro-batch of as many samples, a power of two, with the contribution of this one: to the bit what
         adding what `gradient` gives makes of them, and where they are. The model's gradients are taken away."""
-        assert self._slot is not None
+        assert self._gradient_buffer is not None
         out = {}
         for chunk in self.layout.chunks:
             total = sums[chunk.id]
             if total.is_nothing:
-                out[chunk.id] = self._own(chunk, self._slot.chunks[chunk.id], {}, samples)
+                out[chunk.id] = self._own(chunk, self._gradient_buffer.chunks[chunk.id], {}, samples)
             elif chunk.kind == "param":
                 present = self._add_pieces(chunk, total.values)
                 out[chunk.id] = Sum(total.values, total.present | present, owned=True, scale=total.scale)
@@ -298,22 +304,22 @@ class Replica:
 
     def discard(self) -> None:
         """Take away the model's gradients and contribute nothing."""
-        self._slot = None
+        self._gradient_buffer = None
         for tensor in self.tensors:
             tensor.grad = None
 
     @torch.no_grad()
-    def collect(self, chunk: Chunk, slot: GradientBuffer) -> int:
-        """Have what the model contributes to a chunk in the slot, as far as it is not there already; the mask of its pieces."""
+    def collect(self, chunk: Chunk, gradient_buffer: GradientBuffer) -> int:
+        """Have what the model contributes to a chunk in the gradient buffer; return the mask of its pieces."""
         if chunk.id in self._packed:
-            return self._collect_packed(chunk, slot)
-        return self._collect(chunk, slot.chunks[chunk.id], self._places[slot])
+            return self._collect_packed(chunk, gradient_buffer)
+        return self._collect(chunk, gradient_buffer.chunks[chunk.id], self._places[gradient_buffer])
 
-    def _collect_packed(self, chunk: Chunk, slot: GradientBuffer) -> int:
+    def _collect_packed(self, chunk: Chunk, gradient_buffer: GradientBuffer) -> int:
         """`collect` for a chunk of whole parameters, in few calls."""
-        tensors, key = self._packed[chunk.id], (chunk.id, slot)
+        tensors, key = self._packed[chunk.id], (chunk.id, gradient_buffer)
         if key not in self._parts:
-            self._parts[key] = shaped(slot.chunks[chunk.id], tensors)
+            self._parts[key] = shaped(gradient_buffer.chunks[chunk.id], tensors)
         present, parts, gradients = 0, [], []
         for bit, (tensor, part) in enumerate(zip(tensors, self._parts[key], strict=True)):
             gradient = tensor.grad
@@ -488,10 +494,10 @@ class Replica:
     def _load_packed(self, chunk: Chunk, found: Any, values: torch.Tensor, copy: bool) -> None:
         """Load a chunk of whole parameters, in few calls."""
         tensors = self._packed[chunk.id]
-        adopts = isinstance(found, InPlane) and not copy
+        adopts = isinstance(found, InWeightBuffer) and not copy
         if adopts:
             self.mapped.forget_writes(values)
-        views = self.mapped.shaped(chunk, found, tensors) if isinstance(found, InPlane) else shaped(values, tensors)
+        views = self.mapped.shaped(chunk, found, tensors) if isinstance(found, InWeightBuffer) else shaped(values, tensors)
         targets, sources = [], []
         for piece, tensor, view in zip(chunk.pieces, tensors, views, strict=True):
             if adopts and view.data_ptr() % ALIGNED == 0 and tensor.device.type == "cpu" and tensor.is_contiguous():
@@ -511,7 +517,7 @@ class Replica:
         self._in_memory.remove(index)
 
     def _values(self, chunk: Chunk, found: Any) -> torch.Tensor:
-        if isinstance(found, InPlane):
+        if isinstance(found, InWeightBuffer):
             return self.mapped.chunk(chunk, found)
         return from_frame(found, chunk.dtype, chunk.numel, f"chunk {chunk.id}")
 
@@ -520,7 +526,7 @@ class Replica:
         tensor = self.tensors[index]
         if chunks[0].kind != "param" or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return False
-        places = [place for place in found if isinstance(place, InPlane)]
+        places = [place for place in found if isinstance(place, InWeightBuffer)]
         flat = self.mapped.tensor(index, chunks, places) if len(places) == len(found) else None
         if flat is None or flat.data_ptr() % ALIGNED:
             if index in self._in_memory:

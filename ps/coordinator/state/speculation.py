@@ -187,15 +187,15 @@ class Speculation:
         for (round_, k), to in self.reassigned.items():
             has[to] += now - self._reassigned_at[round_, k] <= _REASSIGN_AGAIN_S and k in lacking.get(round_, ())
         room = {name: _most_ahead(member) - has[name] for name, member in active.items()}
-        leases = []
+        reassignments = []
         for round_, k in [key for key, since in self._free_since.items() if now - since > _MISSING_S]:
             able = [name for name, member in active.items() if member.reached >= round_ and room[name] > 0]
             if not able:
                 break
             to = max(able, key=lambda name: (room[name], name))
             room[to] -= 1
-            leases.append(self._assign(round_, k, to, "", now))
-        return leases
+            reassignments.append(self._assign(round_, k, to, "", now))
+        return reassignments
 
     def _free(
         self,
