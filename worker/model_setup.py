@@ -132,20 +132,20 @@ class SharedMemorySetup:
     def agree(self) -> None:
         """Ask all servers."""
         client = self._client
-        client.share = self._offer
+        client.peers.offer = self._offer
         for server in self._replica.layout.owners():
             answer = self._context.request(f"server-{server}", self._offer, lambda body: isinstance(body, SharedMemoryReply))
             assert isinstance(answer, SharedMemoryReply)
             with self._context.io.lock:
                 self._meet(server, answer)
-        names = [f"server-{server}" for server in sorted(client.readers | client.read)]
+        names = [f"server-{server}" for server in sorted(client.peers.readers | client.peers.readable)]
         if names:
             log.info("memory is shared with %s", ", ".join(names))
 
     def hear(self, sender: str, reply: SharedMemoryReply) -> None:
         """Take the answer of a server that is another process than before, if it was asked. The I/O thread calls this."""
         server = int(sender.rpartition("-")[2])
-        if server in self._client.unknown:
+        if server in self._client.peers.unanswered:
             self._meet(server, reply)
 
     def _meet(self, server: int, reply: SharedMemoryReply) -> None:

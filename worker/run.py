@@ -262,8 +262,8 @@ class Run:
     def _client_of(self, replica: Replica) -> ParameterClient:
         """Make the client of the servers that have the model's weights."""
         with self._link.lock:
-            client = ParameterClient(replica.layout, self.settings, pulls_follow=self._policy.applies == "push")
-            client.near = {server for server in range(self._servers) if self._link.is_near(server)}
+            near = [server for server in range(self._servers) if self._link.is_near(server)]
+            client = ParameterClient(replica.layout, self.settings, self._policy.applies == "push", near)
             self._router.add(client, client.handle)
         self._exchange = client
         return client

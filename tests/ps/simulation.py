@@ -1321,7 +1321,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.updates.weight_versions.BUFFERS": world.case.weight_buffers,
             "roundtable.common.model.layout.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.ps.shard.weights_sender.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
-            "roundtable.worker.client.push_pull.CREDIT_BYTES": 2 * world.case.chunk_bytes,
+            "roundtable.worker.client.dense.push_queue.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.common.model.sparse_rows.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.common.model.row_pages.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_books else RecordedLog,

@@ -26,7 +26,7 @@ from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.dense import DenseParameters, NotFinite
-from roundtable.worker.client.compression import WeightDecoder
+from roundtable.worker.client.dense.compression import WeightDecoder
 from roundtable.worker.optim.optimizer import check_elementwise, example_optimizer, plain_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -34,10 +34,10 @@ def layout_of() -> Layout:
 
 
 class Worker:
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, near: tuple[int, ...] = (), **settings: Any) -> None:
         self.layout = layout_of()
         self.settings = Settings(**settings)
-        self.exchange = ParameterClient(self.layout, self.settings, pulls_follow=False)
+        self.exchange = ParameterClient(self.layout, self.settings, pulls_follow=False, near=near)
         self.gradient_buffers = GradientBuffers(self.layout, shared=False)
 
     def gradient_buffer(self, value: float | torch.Tensor) -> GradientBuffer:
@@ -160,7 +160,7 @@ def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() 
 
 def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
     worker = Worker(compress_gradients="topk")
-    worker.exchange.readers.add(0)
+    worker.exchange.peers.readers.add(0)
     gradient_buffer = worker.gradient_buffer(1.0)
     gradient_buffer.index = 0
     message = worker.push(gradient_buffer)
@@ -323,8 +323,7 @@ def test_who_comes_late_begins_in_the_earliest_round_that_is_open_anywhere() -> 
 
 
 def test_how_long_a_transfer_takes_is_measured_where_nothing_was_sent_early() -> None:
-    worker = Worker()
-    worker.exchange.near = {0}
+    worker = Worker(near=(0,))
     assert worker.exchange.sends_any and not worker.exchange.sends_away
     message = worker.push(worker.gradient_buffer(1.0))
     worker.exchange.tick(1.0)

@@ -24,14 +24,14 @@ _REMEMBERED = 1000
 
 
 class PushCoder:
-    """Encodes contributions. What a codec with error feedback leaves out is sent later: once, and only if the rest counted."""
+    """Encodes contributions. The residual of a codec with error feedback is sent later: once, and only if the rest counted."""
 
     def __init__(self, settings: Settings, layout: Layout) -> None:
         self._settings = settings
         self._codec = for_pushes(settings, layout)
         self._feedback = Feedback()
-        #: By round, chunks of contributions that have counted. Who computes one of them again, because nobody knew, sends a frame
-        #: that does not count though one of that name has: nothing may come or go with it.
+        #: By round, chunks of contributions that have counted. A worker that does not know this may compute one of them again.
+        #: The frame that it then sends does not count, though one of that name has: nothing may come or go with it.
         self._counted: dict[int, set[tuple[int, int, int]]] = {}
         #: By chunk, the pieces that are compressed, as bits.
         self._pieces = {

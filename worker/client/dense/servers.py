@@ -1,0 +1,81 @@
+"""The servers as a worker knows them: those that it shares memory with, and when it last heard from each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.messages.setup import OfferSharedMemory
+from roundtable.common.protocol.transport import ASK_AGAIN_S, SEND_AGAIN_S
+
+
+class SharedMemoryPeers:
+    """The servers on this host, and those of them that this worker shares memory with."""
+
+    def __init__(self, near: Collection[int]) -> None:
+        """`near`: the servers on this host."""
+        self.near = frozenset(near)
+        #: Servers that read this worker's gradient buffers.
+        self.readers: set[int] = set()
+        #: Servers whose weight buffers this worker reads.
+        self.readable: set[int] = set()
+        #: The message that asks a server to share memory; None if this run shares none.
+        self.offer: OfferSharedMemory | None = None
+        #: By server that is a new process and has not answered the offer: when it was asked last.
+        self.unanswered: dict[int, float] = {}
+        #: By server, how often its memory was another.
+        self._regions: dict[int, int] = {}
+
+    def region(self, server: int) -> int:
+        """Return the number of the server's memory among those that it has had."""
+        return self._regions.get(server, 0)
+
+    def met(self, server: int, reads: bool, region: int | None) -> None:
+        """Take a server's answer: whether it `reads` gradient buffers, and the `region` that this worker reads, if any."""
+        self.unanswered.pop(server, None)
+        if region is not None:
+            self._regions[server] = region
+            self.readable.add(server)
+        if reads:
+            self.readers.add(server)
+
+    def replaced(self, server: int) -> None:
+        """Share no memory with a server that is a new process, until it has answered the offer."""
+        self.readers.discard(server)
+        self.readable.discard(server)
+        if self.offer is not None:
+            self.unanswered[server] = float("-inf")
+
+    def offers_due(self, now: float) -> list[Send]:
+        """Ask new processes that have not answered for a while."""
+        if self.offer is None:
+            return []
+        due = [server for server, asked_at in self.unanswered.items() if now >= asked_at + ASK_AGAIN_S]
+        self.unanswered.update(dict.fromkeys(due, now))
+        return [Send(f"server-{server}", self.offer) for server in due]
+
+
+class LastHeard:
+    """When each server was last heard of."""
+
+    def __init__(self) -> None:
+        self._heard_at: dict[int, float] = {}
+        #: Servers heard of since the last tick, which brings the time.
+        self._since_tick: set[int] = set()
+
+    def hear(self, server: int) -> None:
+        """Note that a message has come."""
+        self._since_tick.add(server)
+
+    def tick(self, now: float) -> None:
+        """Date what was heard since the last tick."""
+        self._heard_at.update(dict.fromkeys(self._since_tick, now))
+        self._since_tick.clear()
+
+    def forget(self, server: int) -> None:
+        """Forget what the process before has said."""
+        self._heard_at.pop(server, None)
+
+    def is_silent(self, server: int, since: float, now: float) -> bool:
+        """Return whether a server has sent nothing for so long that a message to it, of time `since`, may be lost."""
+        return since == float("-inf") or now >= max(since, self._heard_at.get(server, since)) + SEND_AGAIN_S
