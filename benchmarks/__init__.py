@@ -5,7 +5,13 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 if importlib.util.find_spec("psutil") is None:  # processes are measured with it
     print("error: the benchmarks need psutil, of the extra 'dev': run pip install -e '.[dev]' in a checkout.", file=sys.stderr)
     raise SystemExit(2)
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch.py"
+#: The scripts that workers run.
+SCRIPTS = ROOT / "benchmarks" / "scripts"

@@ -14,11 +14,12 @@ import click
 import msgspec
 import torch
 
-from benchmarks import measure, network
-from benchmarks.report import Result, Results, read_results, to_markdown, write_report, write_results
-from benchmarks.systems import Entry, Job, names, parse_entry
-from benchmarks.training import WORKERS
-from benchmarks.workloads import WORKLOADS
+from benchmarks import network
+from benchmarks.compare import measure
+from benchmarks.compare.report import Result, Results, read_results, to_markdown, write_report, write_results
+from benchmarks.compare.systems import Entry, Job, names, parse_entry
+from benchmarks.compare.training import WORKERS
+from benchmarks.compare.workloads import WORKLOADS
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.common.runtime.errors import ClusterError, UsageError

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
-from benchmarks.measure import Usage, watch
-from benchmarks.report import markdown_table
-from benchmarks.systems import ROOT
+from benchmarks import LAUNCH, ROOT
+from benchmarks.compare.measure import Usage, watch
+from benchmarks.compare.report import markdown_table
 from roundtable.cluster.process.children import Processes
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.run_directory import LOGS
@@ -62,7 +62,7 @@ def measure(
     ]
     script = [ROOT / "examples" / "sharded_classifier.py", "--", "--classes", classes, "--features", FEATURES]
     sizes = ["--samples", batch * rounds, "--micro-batch", batch // MICRO_BATCHES, "--global-batch", batch, "--held-out", 32]
-    command = [sys.executable, ROOT / "launch.py", "local", *flags, *script, *sizes, "--epochs", 1, "--momentum", momentum]
+    command = [sys.executable, LAUNCH, "local", *flags, *script, *sizes, "--epochs", 1, "--momentum", momentum]
     usage = Usage()
     with Processes(folder / LOGS, {"PYTHONPATH": str(ROOT)}) as processes:
         processes.start("launcher", list(map(str, command)))

@@ -20,10 +20,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from benchmarks.measure import Usage, watch
-from benchmarks.report import markdown_table
+from benchmarks import LAUNCH, ROOT
+from benchmarks.compare.measure import Usage, watch
+from benchmarks.compare.report import markdown_table
+from benchmarks.compare.systems import module_command
 from benchmarks.simulated import FILES_PER_WORKER, Job
-from benchmarks.systems import ROOT, module_command
 from roundtable.cluster.launch.local import start_coordinator, start_server
 from roundtable.cluster.process.children import TICK_S, Processes
 from roundtable.cluster.process.signals import StopSignals
@@ -82,7 +83,7 @@ def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path
         heartbeat_timeout=timeout,  # a process of simulated workers that the machine leaves waiting is silent for all of them
     )  # fmt: skip
     write_settings(folder / SETTINGS_FILE, settings)
-    program = [sys.executable, str(ROOT / "launch.py")]
+    program = [sys.executable, str(LAUNCH)]
     usage = {name: Usage() for name in (*_MEASURED, "all")}
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with Processes(folder / LOGS, env) as processes:

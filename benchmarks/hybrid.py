@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks.train_hybrid import FEATURES, HIDDEN
+from benchmarks import LAUNCH, SCRIPTS
+from benchmarks.scripts.train_hybrid import FEATURES, HIDDEN
 from roundtable.common.storage.event_log import RunLogReader
 
-_ROOT = Path(__file__).resolve().parents[1]
 #: A machine that is busy must not lose a worker, for what another one then does in its place is no part of a round.
 _SILENCE_S = 120
 
@@ -33,8 +33,8 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--workers", workers, "--servers", servers, "--transport", "tcp", "--checkpoint-every", 0, "--run-dir", folder]
         flags += ["--heartbeat-timeout", _SILENCE_S]
-        script = [_ROOT / "benchmarks" / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", 1 + rounds]
-        command = [sys.executable, _ROOT / "launch.py", "local", *flags, *script, *["--hybrid"] * hybrid]
+        script = [SCRIPTS / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", 1 + rounds]
+        command = [sys.executable, LAUNCH, "local", *flags, *script, *["--hybrid"] * hybrid]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
         log = RunLogReader(Path(folder) / "events.sqlite")
         megabytes, seconds = ([value for _, _, _, value in log.metrics(name)] for name in ("megabytes", "seconds"))

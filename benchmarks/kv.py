@@ -28,8 +28,8 @@ _TIMEOUT_S = 600.0
 @click.option("--flag", "flags", multiple=True, help="Passed on to launch.py local; repeatable.")
 def cli(values: int, times: int, servers: Sequence[int], flags: Sequence[str]) -> None:
     """Measure push + wait and pull + wait of the key-value client, with one worker."""
-    from benchmarks.measure import watch
-    from benchmarks.systems import ROOT
+    from benchmarks import LAUNCH
+    from benchmarks.compare.measure import watch
     from roundtable.cluster.process.children import Processes
     from roundtable.cluster.process.signals import StopSignals
 
@@ -37,7 +37,7 @@ def cli(values: int, times: int, servers: Sequence[int], flags: Sequence[str]) -
         with tempfile.TemporaryDirectory() as temporary, StopSignals() as signals:
             folder = Path(temporary)
             settings = ["--workers", "1", "--servers", str(count), "--run-dir", str(folder / "run"), *flags]
-            argv = [sys.executable, str(ROOT / "launch.py"), "local", *settings, __file__, "--", str(values), str(times)]
+            argv = [sys.executable, str(LAUNCH), "local", *settings, __file__, "--", str(values), str(times)]
             env = {**os.environ, "OMP_NUM_THREADS": "1", _TIMES_VARIABLE: str(folder / "times.json")}
             with Processes(folder / "logs", env) as processes:
                 processes.start("launcher", argv)

@@ -18,12 +18,12 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
+from benchmarks import LAUNCH
 from roundtable.cluster.process.children import Processes
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE
 from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 from roundtable.common.storage.run_files import SUMMARY_FILE
 
-LAUNCH = Path(__file__).parents[1] / "launch.py"
 #: A small network on real digits, for so many rounds that there is time to do harm.
 LENGTH = ("--epochs", 24, "--checkpoint-every", 0.4)
 TRAINING = ("--data", "digits", "--model", "mlp", *LENGTH)

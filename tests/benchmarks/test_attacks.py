@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import zmq
 
-from benchmarks.attacks import ITEMS, Target, attacking, resident
-from benchmarks.wiretap import Wire, replay
+from benchmarks.attacks.memory import resident
+from benchmarks.attacks.strangers import ITEMS, attacking
+from benchmarks.attacks.target import Target
+from benchmarks.attacks.wiretap import Wire, replay
 from roundtable.common.protocol.transport import Stamp, receive, router
 from roundtable.common.runtime.errors import WireError
 

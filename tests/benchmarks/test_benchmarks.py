@@ -14,11 +14,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not installed
 from benchmarks import __main__ as command_line
-from benchmarks import merging, report
-from benchmarks.measure import Measurement, step_durations
-from benchmarks.report import Result, Results
-from benchmarks.systems import Wire, names, parse_entry
-from benchmarks.workloads import WORKLOADS
+from benchmarks import merging
+from benchmarks.compare import report
+from benchmarks.compare.measure import Measurement, step_durations
+from benchmarks.compare.report import Result, Results
+from benchmarks.compare.systems import Wire, names, parse_entry
+from benchmarks.compare.workloads import WORKLOADS
 from roundtable.common.config.settings import PolicyName, PushCodec, WeightCodec
 from roundtable.common.runtime.errors import UsageError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from click.testing import CliRunner
 
-from benchmarks.faults import Bounds, Outcome, cli, line
+from benchmarks.faults.__main__ import cli
+from benchmarks.faults.outcome import Bounds, Outcome, line
 
 
 def test_a_row_that_does_not_hold_says_why() -> None:

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.attacks import DEEDS, ITEMS, Memory, attacking, joining, say, targets
-from benchmarks.harms import ATTACK_S, MOST_GROWN
+from benchmarks import SCRIPTS
+from benchmarks.attacks.deeds import DEEDS, joining
+from benchmarks.attacks.memory import Memory
+from benchmarks.attacks.strangers import ITEMS, attacking
+from benchmarks.attacks.target import say, targets
+from benchmarks.faults.harms.wire import ATTACK_S, MOST_GROWN
 from benchmarks.live import Cluster
 from roundtable.common.protocol.messages.session import Hello
 from roundtable.common.protocol.transport import Stamp
@@ -24,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 FLAGS = ("--workers", 2, "--servers", 2, "--rounds", 100, "--transport", "tcp")
 #: Trains 60 rounds, and the rest once there is a file `go`: so no machine is so fast that a run ends before an attack does.
-SCRIPT = (ROOT / "benchmarks" / "train_to_the_end.py", "wait")
+SCRIPT = (SCRIPTS / "train_to_the_end.py", "wait")
 #: What is refused under another kind each, and what needs little time of a small machine's processors.
 CHOSEN = (
     "garbage", "oversized frames", "endless frames", "gradients of another size or type", "unknown senders", "another run's id",

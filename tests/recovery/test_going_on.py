@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
+from benchmarks import LAUNCH
+from benchmarks.live import TRAINING, ByHand, Cluster
 from roundtable.cluster.process.children import Processes
 from roundtable.common.runtime.failpoints import VARIABLE
 from roundtable.common.runtime.versions import versions_here

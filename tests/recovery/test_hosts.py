@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import network
-from benchmarks.live import LAUNCH
+from benchmarks import LAUNCH, network
 from roundtable.common.runtime.errors import UsageError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

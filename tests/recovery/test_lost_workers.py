@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from test_going_on import has_snapshot
 
-from benchmarks.live import LAUNCH, TRAINING, Cluster
+from benchmarks import LAUNCH
+from benchmarks.live import TRAINING, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import measure, rows
+from benchmarks.faults.measuring import measure
+from benchmarks.faults.rows import rows
 
 pytestmark = pytest.mark.timeout(240)
 

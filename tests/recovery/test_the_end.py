@@ -13,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.faults import measure, rows
-from benchmarks.live import LAUNCH, LENGTH, Cluster
+from benchmarks import LAUNCH, SCRIPTS
+from benchmarks.faults.measuring import measure
+from benchmarks.faults.rows import rows
+from benchmarks.live import LENGTH, Cluster
 from roundtable.common.storage.run_files import MODEL_FILE
 
 Start = Callable[..., Cluster]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-ENDS = str(LAUNCH.parent / "benchmarks" / "train_to_the_end.py")
+ENDS = str(SCRIPTS / "train_to_the_end.py")
 #: A script with batch normalisation, whose running statistics are computed anew, that saves what it should find in the file.
 RECOMPUTES = """
 import torch, roundtable

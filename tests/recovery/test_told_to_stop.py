@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.live import LAUNCH, TRAINING, ByHand, Cluster
+from benchmarks import LAUNCH
+from benchmarks.live import TRAINING, ByHand, Cluster
 from roundtable.cluster.process.children import Processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

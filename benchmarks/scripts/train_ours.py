@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import roundtable
-from benchmarks.training import WORKERS, Brake, StepLog, parse_task
-from benchmarks.workloads import BATCHES
+from benchmarks.compare.training import WORKERS, Brake, StepLog, parse_task
+from benchmarks.compare.workloads import BATCHES
 
 
 def main() -> None:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.systems import ROOT, Command, Job, Wire
-from benchmarks.training import WORKERS
+from benchmarks import LAUNCH, SCRIPTS
+from benchmarks.compare.systems import Command, Job, Wire
+from benchmarks.compare.training import WORKERS
 from roundtable.cluster.run.run_directory import read_summary
 from roundtable.common.config.settings import PolicyName, PushCodec, WeightCodec
 
@@ -33,8 +34,8 @@ VARIANTS: Mapping[str, Sequence[str]] = {
 #: Micro-batches per round where a worker is slowed down: reassigned work must be finer than a worker's share.
 _UNEVEN_MICRO_BATCHES = 8
 _PORT = 5555
-_LAUNCH = [sys.executable, str(ROOT / "launch.py")]
-_SCRIPT = str(Path(__file__).parents[1] / "train_ours.py")
+_LAUNCH = [sys.executable, str(LAUNCH)]
+_SCRIPT = str(SCRIPTS / "train_ours.py")
 
 
 def not_sparse(flags: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.distributed import rpc
 
-from benchmarks.systems import Command, Job, module_command
-from benchmarks.training import STEPS_VARIABLE, WORKERS, Task, parse_task, train
+from benchmarks.compare.systems import Command, Job, module_command
+from benchmarks.compare.training import STEPS_VARIABLE, WORKERS, Task, parse_task, train
 
 FLAGS: tuple[str, ...] = ()
 _SERVER = "server"
@@ -122,6 +122,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks.systems import rpc as this  # so that functions are not pickled as __main__'s, whose module differs
+    from benchmarks.compare.systems import rpc as this  # so that functions are not pickled as __main__'s, whose module differs
 
     this.main()

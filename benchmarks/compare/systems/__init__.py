@@ -3,7 +3,7 @@
 A module has `commands(job)`, which says what processes to start for one run, and `FLAGS`, the switches it knows (None: it
 passes any on). `VARIANTS` has words for flags, where they are not the switches. Where it cannot do with sparse gradients,
 `not_sparse(flags)` says why; where it counts what it sends, `wire(job)` tells of a run that is over. Its workers write their
-steps as `benchmarks.training` says.
+steps as `benchmarks.compare.training` says.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from typing import Protocol, cast
 
 import msgspec
 
+from benchmarks.compare.workloads import Workload
 from benchmarks.network import Host
-from benchmarks.workloads import Workload
 from roundtable.common.runtime.errors import UsageError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

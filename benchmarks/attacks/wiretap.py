@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.attacks import Target, say
+from benchmarks.attacks.target import Target, say
 
 _FLAG = "now"
 #: A file that says that some message has gone twice or late.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.measure import Measurement
+from benchmarks.compare.measure import Measurement
 from roundtable.common.runtime.errors import UsageError
 
 RESULTS_FILE = "results.json"

@@ -1,6 +1,6 @@
 """A TCP proxy that delays what goes through it: connections that the kernel redirects here go on to where they were meant for.
 
-`python -m benchmarks.proxy PORT SECONDS` delays each direction for so long. Linux only.
+`python -m benchmarks.faults.proxy PORT SECONDS` delays each direction for so long. Linux only.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.systems import Command, Job, module_command
-from benchmarks.training import WORKERS, parse_task, train_with
+from benchmarks.compare.systems import Command, Job, module_command
+from benchmarks.compare.training import WORKERS, parse_task, train_with
 
 FLAGS: tuple[str, ...] = ()
 

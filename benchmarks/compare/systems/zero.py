@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from benchmarks.systems import Command, Job
-from benchmarks.systems.ddp import FLAGS as FLAGS
-from benchmarks.systems.ddp import gloo_commands, join_group, replicate
-from benchmarks.training import parse_task, train_with
+from benchmarks.compare.systems import Command, Job
+from benchmarks.compare.systems.ddp import FLAGS as FLAGS
+from benchmarks.compare.systems.ddp import gloo_commands, join_group, replicate
+from benchmarks.compare.training import parse_task, train_with
 
 
 def not_sparse(flags: Sequence[str]) -> str:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.systems import Command, Job, module_command
-from benchmarks.training import STEPS_VARIABLE, WORKERS, Task, parse_task, train_with
+from benchmarks.compare.systems import Command, Job, module_command
+from benchmarks.compare.training import STEPS_VARIABLE, WORKERS, Task, parse_task, train_with
 
 FLAGS: tuple[str, ...] = ("view", "fp16")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
-from benchmarks import network
-from benchmarks.live import LAUNCH, Cluster
+from benchmarks import LAUNCH, network
+from benchmarks.live import Cluster
 from roundtable.cluster.process.children import Processes
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE
 from roundtable.common.runtime.errors import UsageError
@@ -216,7 +216,7 @@ def cannot_reach(run: Spread) -> None:
 def delay(made: list[network.Host], processes: Processes, seconds: float) -> None:
     """All that goes between the hosts takes so long, in each direction. Called before a run is started."""
     prefix = made[0].prefix
-    listens = ("-m", "benchmarks.proxy", str(_PROXY_PORT), str(seconds))
+    listens = ("-m", "benchmarks.faults.proxy", str(_PROXY_PORT), str(seconds))
     proxy = processes.start("proxy", [*prefix, sys.executable, *listens], PYTHONPATH=str(LAUNCH.parent))
     inside = ("ip", "netns", "exec", prefix[3])
     deadline = time.monotonic() + _LISTENS_S

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.workloads import WORKLOADS, Workload
+from benchmarks.compare.workloads import WORKLOADS, Workload
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE, die_with_parent
 
 #: Environment variable with the folder that workers write their steps to, as rank-N.jsonl.

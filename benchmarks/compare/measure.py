@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
-from benchmarks.systems import ROOT, Command, Job, Wire
-from benchmarks.training import STEPS_VARIABLE, WORKERS
+from benchmarks import ROOT
+from benchmarks.compare.systems import Command, Job, Wire
+from benchmarks.compare.training import STEPS_VARIABLE, WORKERS
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.common.runtime.errors import ClusterError
