@@ -1154,7 +1154,7 @@ class WorkerProcess(Process):
                 changes = chance.random() < 0.3
                 if changes:
                     tensor.grad.mul_(2)
-                work.replica._catch(index, tensor)
+                work.replica.capture.catch(index, tensor)
                 if chance.random() < 0.3:
                     self._sleep(0.02)
                 if changes:

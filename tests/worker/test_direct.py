@@ -22,7 +22,7 @@ from roundtable.worker.replica.replica import Replica
 @pytest.fixture(autouse=True)
 def every_layer_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inplace_wgrad, "_LARGE_BYTES", 0)
-    monkeypatch.setattr("roundtable.worker.replica.replica._SMALL_BYTES", 0)
+    monkeypatch.setattr("roundtable.worker.replica.tensors.gradient_capture._SMALL_BYTES", 0)
 
 
 Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]

@@ -52,7 +52,7 @@ class Setting:
             self._send,
             lambda chunk: chunk != self.read,
         )
-        self.replica.on_gradient = self.early.made
+        self.replica.capture.on_gradient = self.early.made
 
     def _other(self) -> dict[int, Sum]:
         """A contribution that was computed before."""

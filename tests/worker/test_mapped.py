@@ -62,14 +62,14 @@ def model() -> nn.Module:
 def test_a_tensor_over_several_servers_is_one_piece_that_nobody_copied(model: nn.Module) -> None:
     cluster = Cluster(model)
     assert model[0].weight.nbytes > 2 * CHUNK_BYTES
-    assert {c.server for c in cluster.replica._chunks_of[0]} == {0, 1}
+    assert {c.server for c in cluster.replica.chunks_of(0)} == {0, 1}
     for version, weight_buffers in enumerate([(0, 0), (1, 1), (0, 2), (3, 1), (0, 0)]):
         cluster.publish(version, weight_buffers)
         cluster.take(weight_buffers)
         cluster.check(version)
     cluster.publish(7, (0, 0))  # written by the servers: the model shows it, for it is the same memory
     large = model[0].weight.detach().reshape(-1)
-    assert float(large[1]) == 1 + 7 + 1000 * cluster.replica._chunks_of[0][0].id
+    assert float(large[1]) == 1 + 7 + 1000 * cluster.replica.chunks_of(0)[0].id
     assert model[0].weight.data_ptr() % 64 == 0
 
 

@@ -187,8 +187,7 @@ def test_a_copy_is_trained_and_the_model_knows_nothing_of_it(monkeypatch: pytest
     x = torch.randn(4, 1100)
     other(x).square().mean().backward()
     assert all(p.grad is None for p in training.model.parameters())
-    gradient_buffer = training.replica._gradient_buffer
-    assert gradient_buffer is not None
+    gradient_buffer = training.replica.capture.gradient_buffer
     ends = gradient_buffer.memory.data_ptr(), gradient_buffer.memory.data_ptr() + gradient_buffer.memory.nbytes
     assert not any(p.grad is None or ends[0] <= p.grad.data_ptr() < ends[1] for p in other.parameters())
     torch.optim.SGD(other.parameters(), lr=0.1).step()

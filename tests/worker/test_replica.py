@@ -220,7 +220,7 @@ def test_small_gradients_are_taken_over_together_unless_each_is_waited_for() -> 
     made: list[int] = []
     for is_told in (False, True):
         replica.contribute_to(gradient_buffer)
-        replica.on_gradient = made.append if is_told else None
+        replica.capture.on_gradient = made.append if is_told else None
         model[3:](torch.randn(4, 5)).sum().backward()
         model[5].weight.grad = model[5].weight.grad.to_sparse()
         expected = [None if p.grad is None else p.grad.to_dense().flatten() for p in model.parameters()]

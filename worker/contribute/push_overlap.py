@@ -66,11 +66,11 @@ class PushOverlap:
 
         samples = plan.samples_in(k, k + 1)
         self._early = OverlappedPush(self._replica, buffer, samples, joins, self._take_buffer, send, client.sends)
-        self._replica.on_gradient = self._early.made
+        self._replica.capture.on_gradient = self._early.made
 
     def settle(self, is_of_use: bool) -> set[int]:
         """End the pushes of a micro-batch; return the chunks of which they count: none unless the micro-batch `is_of_use`."""
-        early, self._early, self._replica.on_gradient = self._early, None, None
+        early, self._early, self._replica.capture.on_gradient = self._early, None, None
         if early is None:
             return set()
         good = early.unchanged() if is_of_use else set()
