@@ -37,7 +37,7 @@ def read_experiment(folder: Path) -> tuple[str, Column]:
     title = ""
     for run in _runs(folder):
         settings = make_settings(read_toml(run / SETTINGS_FILE), str(run / SETTINGS_FILE))
-        title = f"{settings.model}, {settings.data}"
+        title = f"{settings.example.model}, {settings.example.data}"
         case = run.name.replace(f"-seed-{settings.seed}", "")
         found[case].append(measure(run / MODEL_FILE, settings))
         if settings.policy == "average" and settings.average_weights_by == "greedy":
@@ -64,7 +64,7 @@ def _runs(folder: Path) -> list[Path]:
 def measure(file: Path, settings: Settings) -> float:
     """The accuracy of a model of the built-in example on the half of the held-out images that nothing was chosen by."""
     images = data.chosen(settings)
-    model = builtin.build(settings.model, images.shape, images.classes)
+    model = builtin.build(settings.example.model, images.shape, images.classes)
     model.load_state_dict(load_file(file))
     return accuracy(model, halves(images.test)[1])
 

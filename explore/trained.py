@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from roundtable.common.config.batch_plan import derive_seed
-from roundtable.common.config.settings import FIELDS, Settings, make_settings, parse_shape, read_toml
+from roundtable.common.config.example_settings import parse_shape
+from roundtable.common.config.settings import FIELDS, Settings, make_settings, read_toml
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.model_file import write_model
@@ -89,15 +90,16 @@ def open_run(source: Source) -> Trained:
         )
     if source.model_file is not None and source.data is None:
         raise UsageError("a model of your own needs --data: which images to show it.")
-    name = source.data or settings.data
-    data_dir = source.data_dir or (settings.data_dir if source.data in (None, settings.data) else None)
-    own = source.data in (None, settings.data)
-    shape = parse_shape(settings.image) if own and settings.image is not None else None
-    images = data.load(name, data_dir, settings.seed, augment=False, shape=shape, classes=settings.classes if own else None)
+    example = settings.example
+    name = source.data or example.data
+    data_dir = source.data_dir or (example.data_dir if source.data in (None, example.data) else None)
+    own = source.data in (None, example.data)
+    shape = parse_shape(example.image) if own and example.image is not None else None
+    images = data.load(name, data_dir, settings.seed, augment=False, shape=shape, classes=example.classes if own else None)
     if source.model_file is not None:
         make = load_factory(source.model_file)
     else:
-        make = functools.partial(builtin.build, settings.model, images.shape, images.classes)
+        make = functools.partial(builtin.build, example.model, images.shape, images.classes)
     trained = Trained(folder, settings, images, data_dir, make)
     _check_fit(trained)
     return trained
@@ -113,8 +115,8 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
     seed_everything(derive_seed(run.settings.seed, "model"))
     model = run.make()
     if when == "first":
-        if run.settings.init is not None:
-            load_weights(model, Path(run.settings.init))
+        if run.settings.example.init is not None:
+            load_weights(model, Path(run.settings.example.init))
         return model.eval()
     path = run.model_file if when == "last" else Path(when)
     if not path.is_dir():

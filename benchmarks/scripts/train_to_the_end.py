@@ -29,13 +29,14 @@ ROUND, SECONDS = 60, 8.0
 def main() -> None:
     how = sys.argv[1]
     run = roundtable.join()
-    settings = msgspec.structs.replace(run.settings, data="digits", model="mlp")
+    example = msgspec.structs.replace(run.settings.example, data="digits", model="mlp")
+    settings = msgspec.structs.replace(run.settings, example=example)
     images = data.chosen(settings)
-    model = run.replicate(builtin.build(settings.model, images.shape, images.classes, settings.column_devices))
-    optimizer = optimizer_class(settings.optimizer)
+    model = run.replicate(builtin.build(example.model, images.shape, images.classes, example.column_devices))
+    optimizer = optimizer_class(example.optimizer)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
-    arguments, course = optimizer_arguments(optimizer, settings), schedule(settings, rounds)
-    opt = run.optimizer(optimizer, **arguments, clip_norm=settings.clip_norm, schedule=course)
+    arguments, course = optimizer_arguments(optimizer, example), schedule(example, rounds)
+    opt = run.optimizer(optimizer, **arguments, clip_norm=example.clip_norm, schedule=course)
     if run.index == 0 and how == "late":
         time.sleep(SECONDS)
     for x, y in run.batches(images.train):

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from roundtable.cluster.run.progress import mean_metric
-from roundtable.common.config.settings import FIELDS, Settings
+from roundtable.common.config.settings import FIELDS, Settings, flat
 from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 
 TABLE_FILE = "results.csv"
@@ -65,15 +63,16 @@ class Curve:
 
 
 def differing(settings: Sequence[Settings]) -> list[str]:
-    """The settings that are not the same in all of these, in the order in which they are defined."""
-    return [key for key in FIELDS if len({getattr(one, key) for one in settings}) > 1]
+    """Return the names of the settings that differ among these, in the order of their definition."""
+    values = [flat(one) for one in settings]
+    return [key for key in FIELDS if len({one[key] for one in values}) > 1]
 
 
 def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict[str, Any]]:
     """The table, one dict per run: its name, the settings `keys`, its results, and its error. None is an empty cell."""
     table = []
     for outcome in outcomes:
-        settings = msgspec.structs.asdict(outcome.settings)
+        settings = flat(outcome.settings)
         summary = outcome.summary or {}
         row: dict[str, Any] = {"name": outcome.name} | {key: settings[key] for key in keys}
         # settings and results share no name; a result that a run did not measure is an empty cell

@@ -25,7 +25,8 @@ from roundtable.cluster.run.console import Screen
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
 from roundtable.cluster.run.run_directory import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
 from roundtable.cluster.run.summary import check_trained, summary_lines
-from roundtable.common.config.settings import READ_FILES, START_S, Settings
+from roundtable.common.config.example_settings import READ_FILES
+from roundtable.common.config.settings import START_S, Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
 from roundtable.common.runtime.extras import require
@@ -105,14 +106,15 @@ def _check_example(settings: Settings) -> None:
             f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
             f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
         )
-    if settings.data in READ_FILES and settings.data_dir is None:
-        raise UsageError(f"--data {settings.data} reads files: name the folder that holds them with --data-dir DIR.")
-    if settings.data in _NEEDS:
-        require(f"--data {settings.data}", _NEEDS[settings.data])
-    if settings.init is not None and not Path(settings.init).is_file():
-        raise UsageError(f"there is no file {settings.init}; --init takes one with weights.")
-    if settings.data_dir is not None and not Path(settings.data_dir).is_dir():
-        raise UsageError(f"there is no folder {settings.data_dir}; --data-dir takes one that holds the images.")
+    example = settings.example
+    if example.data in READ_FILES and example.data_dir is None:
+        raise UsageError(f"--data {example.data} reads files: name the folder that holds them with --data-dir DIR.")
+    if example.data in _NEEDS:
+        require(f"--data {example.data}", _NEEDS[example.data])
+    if example.init is not None and not Path(example.init).is_file():
+        raise UsageError(f"there is no file {example.init}; --init takes one with weights.")
+    if example.data_dir is not None and not Path(example.data_dir).is_dir():
+        raise UsageError(f"there is no folder {example.data_dir}; --data-dir takes one that holds the images.")
 
 
 def _check_port(port: int) -> None:
@@ -230,7 +232,7 @@ class _Local:
     def run(self) -> None:
         """Returns when every process has ended well."""
         order, settings = self._order, self._order.settings
-        what = order.script or f"{settings.model} on {settings.data}"
+        what = order.script or f"{settings.example.model} on {settings.example.data}"
         self._screen.say(
             f"{order.run_dir}: {what}, policy {settings.policy}, "
             f"{_count(settings.workers, 'worker')}, {_count(settings.servers, 'server')}"

@@ -17,13 +17,12 @@ import click
 import msgspec
 
 from roundtable.common.config.old_names import OLD_NAMES, new_value
-from roundtable.common.config.settings import FIELDS, choices
+from roundtable.common.config.settings import EXAMPLE_FIELDS, FIELDS, choices
 from roundtable.common.network.addresses import as_told
 
 #: The object of a context whose process the launcher has started.
 CHILD = "child"
 EXAMPLE = "Built-in example (without SCRIPT)"
-_EXAMPLE_PREFIX = "Built-in example: "
 #: Where options stand in the help text. The first section has what `--help` shows; `--help-all` shows all of them.
 _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Common options": (
@@ -54,7 +53,7 @@ _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
 def is_of_example(key: str) -> bool:
     """Return whether the setting `key` is one of the built-in example, of which a script knows nothing."""
-    return key in FIELDS and _description(key).startswith(_EXAMPLE_PREFIX)
+    return key in EXAMPLE_FIELDS
 
 
 class Words(click.Choice[str]):
@@ -199,7 +198,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _option_of(key: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    kind, text = _plain_type(FIELDS[key].type), _description(key).removeprefix(_EXAMPLE_PREFIX)
+    kind, text = _plain_type(FIELDS[key].type), _description(key)
     flag = "--" + key.replace("_", "-")
     common: dict[str, Any] = {
         "cls": Option,

@@ -62,7 +62,7 @@ class Choice:
     def default_name(self) -> str:
         if self.script is not None:
             return Path(self.script).stem
-        return f"{self.settings.model}-{self.settings.data}".replace("/", "-")
+        return f"{self.settings.example.model}-{self.settings.example.data}".replace("/", "-")
 
 
 def choose(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from roundtable.cluster.options.flags import Choice, choose
-from roundtable.common.config.settings import FIELDS
+from roundtable.common.config.settings import flat
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.checkpoint import Snapshot
@@ -157,8 +157,9 @@ def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
     """Whether settings differ that may. Raises UsageError where others do, or the script."""
     before = choose({}, str(folder / SETTINGS_FILE))
     changed = False
-    for key in FIELDS:
-        old, new = getattr(before.settings, key), getattr(now.settings, key)
+    new_values = flat(now.settings)
+    for key, old in flat(before.settings).items():
+        new = new_values[key]
         if old != new and key not in _FREE:
             raise UsageError(
                 f"the run in {folder} has {key} = {old} and cannot be resumed with {new}: leave "

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from roundtable.common.config.settings import Settings
+from roundtable.common.config.settings import Settings, flat
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
@@ -192,7 +190,7 @@ def write_settings(path: Path, settings: Settings, script: str | None = None, ar
 
 def run_values(settings: Settings, script: str | None, args: Sequence[str]) -> dict[str, Any]:
     """What the settings file of such a run holds: all that is not None."""
-    values = msgspec.structs.asdict(settings)
+    values = flat(settings)
     if script is not None:
         values |= {"script": script, "args": list(args)}
     return {key: value for key, value in values.items() if value is not None}

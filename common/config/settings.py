@@ -1,12 +1,12 @@
 """The one definition of what can be set about a run.
 
-Flags, TOML keys, the coordinator's WELCOME and the summary are all made from `Settings`; nothing else names them.
+Flags, TOML keys and the coordinator's `Welcome` are all made from `Settings`. Flags and files are flat: they name the settings of
+the built-in example (`example_settings.py`) like any other.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import tomllib
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from roundtable.common.config.field_types import Name, Text
+from roundtable.common.config.example_settings import ExampleSettings
+from roundtable.common.config.kinds import NonNegative, Positive, PositiveFloat, check_finite, doc
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.runtime.errors import UsageError
 
@@ -24,142 +25,101 @@ COMMAND_LINE = "the command line"
 #: Seconds for all processes of a run to start and find each other, by default.
 START_S = 600.0
 
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-PositiveFloat = Annotated[float, Meta(gt=0)]
 PolicyName = Literal["sync", "backup", "ssp", "async", "local", "average"]
 MergeName = Literal["uniform", "samples", "greedy"]
 PushCodec = Literal["none", "bf16", "fp16", "int8", "onebit", "topk"]
 WeightCodec = Literal["none", "bf16", "fp16", "int8", "onebit"]
-ModelName = Literal["lenet", "mlp", "cnn", "alexnet", "alexnet-2012", "alexnet-text"]
-DataName = Literal["mnist-5k", "digits", "mnist", "fashion-mnist", "cifar-10", "folder", "synthetic"]
-#: Those that servers can apply: classes of torch.optim that need no closure.
-OptimizerName = Literal[
-    "SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam",
-]  # fmt: skip
-ScheduleName = Literal["CosineAnnealingLR", "OneCycleLR", "LinearLR", "none"]
-#: Data sources that read files, from the folder that --data-dir names.
-READ_FILES = frozenset({"mnist", "fashion-mnist", "cifar-10", "folder"})
-
-
-def _help(text: str) -> Meta:
-    return Meta(description=text)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run that its processes must agree on. Field descriptions are the flags' help texts."""
 
-    workers: Annotated[Positive, _help("Worker processes, each with a replica of the model.")] = 2
-    servers: Annotated[Positive, _help("Parameter servers, among which the parameters are divided.")] = 2
+    workers: Annotated[Positive, doc("Worker processes, each with a replica of the model.")] = 2
+    servers: Annotated[Positive, doc("Parameter servers, among which the parameters are divided.")] = 2
     policy: Annotated[
         PolicyName,
-        _help(
+        doc(
             "sync: all workers, every round, reproducible; backup: skip the slowest micro-batches; ssp: bounded staleness; "
             "async: no waiting; local: local SGD; average: train apart, average at the end."
         ),
     ] = "sync"
-    global_batch: Annotated[Positive, _help("Samples per round, over all workers.")] = 64
-    micro_batch: Annotated[Positive, _help("Samples per micro-batch, the unit of work handed to a worker.")] = 16
-    epochs: Annotated[Positive, _help("Passes over the training data.")] = 10
-    rounds: Annotated[Positive | None, _help("Stop after this many rounds, even in the middle of an epoch.")] = None
-    seed: Annotated[NonNegative, _help("Seed of weights, data order, augmentation and dropout.")] = 0
-    threads: Annotated[Positive, _help("Torch threads per worker. Changing it may change results in the last bits.")] = 1
+    global_batch: Annotated[Positive, doc("Samples per round, over all workers.")] = 64
+    micro_batch: Annotated[Positive, doc("Samples per micro-batch, the unit of work handed to a worker.")] = 16
+    epochs: Annotated[Positive, doc("Passes over the training data.")] = 10
+    rounds: Annotated[Positive | None, doc("Stop after this many rounds, even in the middle of an epoch.")] = None
+    seed: Annotated[NonNegative, doc("Seed of weights, data order, augmentation and dropout.")] = 0
+    threads: Annotated[Positive, doc("Torch threads per worker. Changing it may change results in the last bits.")] = 1
 
     transport: Annotated[
         Literal["auto", "tcp"],
-        _help("auto uses shared memory on one host and TCP otherwise; tcp always uses TCP."),
+        doc("auto uses shared memory on one host and TCP otherwise; tcp always uses TCP."),
     ] = "auto"
     compress_gradients: Annotated[
-        PushCodec, _help("Compress gradients sent over TCP. No effect over shared memory: see --transport.")
+        PushCodec, doc("Compress gradients sent over TCP. No effect over shared memory: see --transport.")
     ] = "none"
     compress_weights: Annotated[
-        WeightCodec, _help("Compress weights sent to workers, shared memory included. int8 and onebit send differences.")
+        WeightCodec, doc("Compress weights sent to workers, shared memory included. int8 and onebit send differences.")
     ] = "none"
-    topk_ratio: Annotated[float, Meta(gt=0, le=1), _help("topk: share of the elements that is sent.")] = 0.01
+    topk_ratio: Annotated[float, Meta(gt=0, le=1), doc("topk: share of the elements that is sent.")] = 0.01
 
     checkpoint_every: Annotated[
         float,
         Meta(ge=0),
-        _help("Seconds between checkpoints; 0 disables them, including the final one."),
+        doc("Seconds between checkpoints; 0 disables them, including the final one."),
     ] = 60.0
-    keep_checkpoints: Annotated[int, Meta(ge=2), _help("Number of newest checkpoints to keep.")] = 2
+    keep_checkpoints: Annotated[int, Meta(ge=2), doc("Number of newest checkpoints to keep.")] = 2
     replicas: Annotated[
         int,
         Meta(ge=0, le=1),
-        _help(
+        doc(
             "Backup copies of each server (sync, backup only). With 1, losing a server costs no rounds but doubles server memory."
         ),
     ] = 0
 
-    kv_memory: Annotated[
-        Positive, _help("Key-value store: MiB of memory that each server has for it at most, keys included.")
-    ] = 1024
+    kv_memory: Annotated[Positive, doc("Key-value store: MiB of memory that each server has for it at most, keys included.")] = (
+        1024
+    )
 
-    max_staleness: Annotated[NonNegative, _help("ssp: rounds by which a worker may lead the slowest.")] = 2
-    backup_micro_batches: Annotated[NonNegative, _help("backup: micro-batches per round that may be skipped.")] = 1
-    local_steps: Annotated[Positive, _help("local: steps each worker takes between two merges.")] = 8
-    local_after: Annotated[NonNegative, _help("local: start local SGD after this many synchronous rounds; 0 = at once.")] = 0
-    outer_lr: Annotated[PositiveFloat, _help("local: learning rate of the outer optimizer.")] = 0.7
-    outer_momentum: Annotated[float, Meta(ge=0, lt=1), _help("local: Nesterov momentum of the outer optimizer.")] = 0.3
+    max_staleness: Annotated[NonNegative, doc("ssp: rounds by which a worker may lead the slowest.")] = 2
+    backup_micro_batches: Annotated[NonNegative, doc("backup: micro-batches per round that may be skipped.")] = 1
+    local_steps: Annotated[Positive, doc("local: steps each worker takes between two merges.")] = 8
+    local_after: Annotated[NonNegative, doc("local: start local SGD after this many synchronous rounds; 0 = at once.")] = 0
+    outer_lr: Annotated[PositiveFloat, doc("local: learning rate of the outer optimizer.")] = 0.7
+    outer_momentum: Annotated[float, Meta(ge=0, lt=1), doc("local: Nesterov momentum of the outer optimizer.")] = 0.3
     average_weights_by: Annotated[
         MergeName,
-        _help("average: weighting of the workers: by samples, uniform, or greedy, which keeps those that help on held-out data."),
+        doc("average: weighting of the workers: by samples, uniform, or greedy, which keeps those that help on held-out data."),
     ] = "samples"
-    staleness_lr: Annotated[bool, _help("ssp, async: divide the rate by the staleness of the push; the mean rate stays.")] = False
+    staleness_lr: Annotated[bool, doc("ssp, async: divide the rate by the staleness of the push; the mean rate stays.")] = False
     delay_compensation: Annotated[
-        float, Meta(ge=0), _help("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
+        float, Meta(ge=0), doc("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0
 
-    model: Annotated[ModelName, _help("Built-in example: the network.")] = "lenet"
-    parallel: Annotated[
-        Literal["data", "hybrid"],
-        _help("Built-in example: hybrid has the fully connected layers on the servers, which compute them."),
-    ] = "data"
-    data: Annotated[DataName, _help("Built-in example: the images.")] = "mnist-5k"
-    data_dir: Annotated[Text | None, _help("Built-in example: folder that holds the images, where --data needs one.")] = None
-    init: Annotated[
-        Text | None, _help("Built-in example: file with weights to start from, safetensors or a state_dict of torch.save.")
-    ] = None
-    image: Annotated[
-        Name | None, _help("Built-in example: size of the images, where --data is synthetic or folder: 3x224x224, say.")
-    ] = None
-    classes: Annotated[Positive | None, _help("Built-in example: number of classes, where --data is synthetic.")] = None
-    column_devices: Annotated[
-        Name | None, _help("Built-in example: devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
-    ] = None
-    loss: Annotated[Literal["cross-entropy", "mse"], _help("Built-in example: the loss; mse is against one-hot targets.")] = (
-        "cross-entropy"
-    )
-    optimizer: Annotated[OptimizerName, _help("Built-in example: a class of torch.optim.")] = "SGD"
-    lr: Annotated[PositiveFloat, _help("Built-in example: learning rate.")] = 0.02
-    momentum: Annotated[float, Meta(ge=0, lt=1), _help("Built-in example: momentum, where the optimizer has one.")] = 0.9
-    weight_decay: Annotated[float, Meta(ge=0), _help("Built-in example: weight decay.")] = 0.0
-    clip_norm: Annotated[PositiveFloat | None, _help("Built-in example: clip the gradient to this global norm.")] = None
-    schedule: Annotated[ScheduleName, _help("Built-in example: learning-rate schedule.")] = "CosineAnnealingLR"
-    num_data_workers: Annotated[NonNegative, _help("Built-in example: processes that load data, per worker.")] = 0
+    #: What the built-in script trains. No other script reads it.
+    example: ExampleSettings = ExampleSettings()
 
     on_nonfinite: Annotated[
         Literal["fail", "skip", "allow"],
-        _help("On a NaN or infinite gradient: fail = stop the run, skip = drop that update, allow = apply it."),
+        doc("On a NaN or infinite gradient: fail = stop the run, skip = drop that update, allow = apply it."),
     ] = "fail"
     stack_dump_after: Annotated[
         float,
         Meta(ge=0),
-        _help("Dump stack traces to the log after this many seconds without progress; 0 disables."),
+        doc("Dump stack traces to the log after this many seconds without progress; 0 disables."),
     ] = 60.0
     heartbeat_timeout: Annotated[
         PositiveFloat | None,
-        _help("Declare a process dead after so many seconds without a heartbeat. By default 3 for local workers, 15 otherwise."),
+        doc("Declare a process dead after so many seconds without a heartbeat. By default 3 for local workers, 15 otherwise."),
     ] = None
     progress_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help("Abort the run after this many seconds without progress."),
+        doc("Abort the run after this many seconds without progress."),
     ] = 300.0
 
     worker_failures: Annotated[
         NonNegative,
-        _help(
+        doc(
             "Workers that may fail in mid-training without failing the run; other workers redo their work. A worker that fails "
             "before its first committed round does not count."
         ),
@@ -168,13 +128,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     start_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help("Seconds for all servers and workers to connect, and then for the first worker to reach its first batch."),
+        doc("Seconds for all servers and workers to connect, and then for the first worker to reach its first batch."),
     ] = START_S
 
     stop_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help(
+        doc(
             "Seconds in which a run that is told to stop (Ctrl-C or SIGTERM) ends the round and makes a checkpoint. A second "
             "signal stops it at once."
         ),
@@ -183,14 +143,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     coordinator_timeout: Annotated[
         float,
         Meta(gt=0),
-        _help("Seconds that servers and workers wait for a lost coordinator to come back."),
+        doc("Seconds that servers and workers wait for a lost coordinator to come back."),
     ] = 60.0
 
     def __post_init__(self) -> None:
-        for key in self.__struct_fields__:
-            value = getattr(self, key)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"{key} is {value}: it must be a number that is not infinite.")
+        check_finite(self)
         if self.micro_batch > self.global_batch:
             raise UsageError(
                 f"micro_batch is {self.micro_batch} but global_batch is only {self.global_batch}: "
@@ -211,17 +168,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"replicas is {self.replicas} but there is one server: a copy needs another one, so set servers to 2."
             )
         self._check_codecs()
-        if self.image is not None:
-            parse_shape(self.image)
-        if self.parallel == "hybrid" and self.loss != "cross-entropy":
-            raise UsageError(
-                f"loss is {self.loss} but parallel is hybrid, and servers compute cross-entropy: choose one of the two."
-            )
-        if self.parallel == "hybrid" and self.column_devices is not None:
-            raise UsageError(
-                f"column_devices is {self.column_devices} but parallel is hybrid: fully connected layers are on two devices or "
-                "on the servers, so choose one of the two."
-            )
 
     def _check_codecs(self) -> None:
         push, weights = self.compress_gradients, self.compress_weights
@@ -238,15 +184,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """(channels, height, width) of "3x224x224". Raises UsageError for anything else."""
-    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})", text)
-    if found is None:
-        raise UsageError(f"image is '{text}': it must be channels x height x width, such as 3x224x224.")
-    return int(found[1]), int(found[2]), int(found[3])
-
-
-FIELDS: dict[str, msgspec.structs.FieldInfo] = {f.name: f for f in msgspec.structs.fields(Settings)}
+#: The fields of the built-in example's settings, and of all settings. Files and flags know no difference.
+EXAMPLE_FIELDS = {field.name: field for field in msgspec.structs.fields(ExampleSettings)}
+FIELDS = {field.name: field for field in msgspec.structs.fields(Settings) if field.name != "example"} | EXAMPLE_FIELDS
 
 
 def unknown_key(key: str, known: list[str], where: str) -> UsageError:
@@ -260,7 +200,16 @@ def make_settings(values: dict[str, Any], where: str) -> Settings:
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
-    return msgspec.convert(check_values(values, where), Settings)
+    values = check_values(values, where)
+    example = {key: values.pop(key) for key in EXAMPLE_FIELDS if key in values}
+    return msgspec.convert({**values, "example": example}, Settings)
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Return the values of all settings by name, as `make_settings` takes them."""
+    values = msgspec.structs.asdict(settings)
+    del values["example"]
+    return values | msgspec.structs.asdict(settings.example)
 
 
 def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:

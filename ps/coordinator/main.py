@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from roundtable.common.config.settings import Settings
+from roundtable.common.config.settings import Settings, flat
 from roundtable.common.network.addresses import advertised
 from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.protocol.transport import Stamp, allow_files, receive, router, send, write_address
@@ -113,8 +113,9 @@ def books_to_recover(run_dir: Path) -> RestoredRun | None:
 
 
 def _check_same(settings: Settings, books: RestoredRun, run_dir: Path) -> None:
-    for name in Settings.__struct_fields__:
-        asked, was = getattr(settings, name), getattr(books.head.settings, name)
+    values = flat(settings)
+    for name, was in flat(books.head.settings).items():
+        asked = values[name]
         if asked != was and books.tables:
             raise UsageError(f"the run in {run_dir} has {name} = {was} and not {asked}: it goes on with the same settings only.")
 

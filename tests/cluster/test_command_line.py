@@ -18,6 +18,7 @@ from roundtable.cluster.run.exit_codes import run_command
 from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings
 from roundtable.cluster.run.summary import check_trained
 from roundtable.commands.train import coordinator, local, worker
+from roundtable.common.config.example_settings import ExampleSettings
 from roundtable.common.config.settings import FIELDS, Settings, make_settings
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
@@ -148,7 +149,7 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) ->
     file = tmp_path / "f.toml"
     file.write_text("workers = 3\nmicro-batch = 8\nlr = 1\nname = 'there'\n")
     choice = choose({"workers": 5, "run_dir": "here"}, str(file))
-    assert (choice.settings.workers, choice.settings.micro_batch, choice.settings.lr) == (5, 8, 1.0)
+    assert (choice.settings.workers, choice.settings.micro_batch, choice.settings.example.lr) == (5, 8, 1.0)
     assert choice.settings.servers == Settings().servers
     assert choice.run_dir == Path("here")
 
@@ -218,7 +219,10 @@ def test_every_flag_has_a_section() -> None:
 
 
 def test_the_settings_file_of_a_run_repeats_it(tmp_path: Path) -> None:
-    settings = Settings(workers=3, lr=1e-7, clip_norm=0.5, policy="ssp", staleness_lr=True, data_dir='a "b" \\ \x7f é')
+    settings = Settings(
+        workers=3, policy="ssp", staleness_lr=True,
+        example=ExampleSettings(lr=1e-7, clip_norm=0.5, data_dir='a "b" \\ \x7f é'),
+    )  # fmt: skip
     write_settings(tmp_path / "settings.toml", settings, "train.py", ["--x", "a\nb"])
     choice = choose({}, str(tmp_path / "settings.toml"))
     assert (choice.settings, *scripted(choice)) == (settings, "train.py", ("--x", "a\nb"))
@@ -236,7 +240,7 @@ def test_a_script_may_have_more_workers_than_the_settings_have_micro_batches(tmp
 
 def test_names_may_be_written_in_any_case() -> None:
     settings = make_settings({"optimizer": "adamw", "data": "Digits", "schedule": "none"}, "a file")
-    assert (settings.optimizer, settings.data, settings.schedule) == ("AdamW", "digits", "none")
+    assert (settings.example.optimizer, settings.example.data, settings.example.schedule) == ("AdamW", "digits", "none")
     with local.make_context("local", ["--optimizer", "SGD", "--model", "LeNet"]) as ctx:
         assert (ctx.params["optimizer"], ctx.params["model"]) == ("SGD", "lenet")
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from roundtable.cluster.commands.experiment import read_experiment, run_experiment
 from roundtable.cluster.commands.report import Outcome, rows, to_csv, to_markdown
 from roundtable.cluster.run.run_directory import kept
+from roundtable.common.config.example_settings import ExampleSettings
 from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError, UsageError
 from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
@@ -75,7 +76,7 @@ def test_every_case_is_run_with_every_combination_of_the_matrix() -> None:
     assert [case.name for case in experiment.cases] == [
         "slow-seed-0", "slow-seed-3", "fast-seed-0", "fast-seed-3", "adam-seed-0", "adam-seed-3",
     ]  # fmt: skip
-    assert [(c.settings.lr, c.settings.seed) for c in experiment.cases[:4]] == [(0.1, 0), (0.1, 3), (0.5, 0), (0.5, 3)]
+    assert [(c.settings.example.lr, c.settings.seed) for c in experiment.cases[:4]] == [(0.1, 0), (0.1, 3), (0.5, 0), (0.5, 3)]
     assert all(case.settings.workers == 1 for case in experiment.cases)
 
 
@@ -181,7 +182,7 @@ def test_the_table_has_all_digits_as_csv_and_what_people_read_as_markdown() -> N
     summary = {"rounds": 5, "accuracy": 0.98765, "loss": 0.123456, "weights_sha256": "0123456789abcdef"}
     outcomes = [
         Outcome("a", Settings(), Path("a"), summary),
-        Outcome("b|c", Settings(lr=0.5), Path("b"), error="it failed"),
+        Outcome("b|c", Settings(example=ExampleSettings(lr=0.5)), Path("b"), error="it failed"),
     ]
     found = rows(outcomes, ["lr"])
     assert next(csv.DictReader(io.StringIO(to_csv(found))))["accuracy"] == "0.98765"

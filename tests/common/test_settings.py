@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roundtable.common.config.settings import FIELDS, Settings, check_values, choices, make_settings, parse_shape, read_toml
+from roundtable.common.config.example_settings import parse_shape
+from roundtable.common.config.settings import FIELDS, Settings, check_values, choices, flat, make_settings, read_toml
 from roundtable.common.runtime.errors import UsageError
 
 
@@ -140,7 +141,7 @@ def _description(annotated: Any) -> str:
 def test_settings_come_over_the_wire_as_they_were(values: dict[str, Any]) -> None:
     settings = make_settings(values, "")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=Settings) == settings
-    assert {key: getattr(settings, key) for key in values} == values
+    assert {key: flat(settings)[key] for key in values} == values and make_settings(flat(settings), "") == settings
 
 
 def test_a_toml_file_is_read_or_refused_with_its_path(tmp_path: Path) -> None:

@@ -79,4 +79,4 @@ def test_every_name_that_a_setting_may_have_is_there() -> None:
     optimizers = {name for name in choices("optimizer") if hasattr(torch.optim, name)}  # Muon is not in every version
     assert all(optimizer_class(name).__name__ == name for name in optimizers) and {"SGD", "AdamW"} <= optimizers
     for name in choices("schedule"):
-        schedule(make_settings({"schedule": name}, ""), 4)
+        schedule(make_settings({"schedule": name}, "").example, 4)

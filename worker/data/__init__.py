@@ -1,7 +1,7 @@
 """Images to train on, by name.
 
 Adding a source is adding a file to `sources`: `my_scans.py` with a function `load` is `my-scans`. To have it as --data, add its
-name to `DataName` in `common/config/settings.py` too.
+name to `DataName` in `common/config/example_settings.py` too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from roundtable.common.config.settings import Settings, parse_shape
+from roundtable.common.config.example_settings import parse_shape
+from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data import sources
 from roundtable.worker.data.formats.images import Images, Request, Sample, Samples
@@ -26,8 +27,9 @@ def names() -> list[str]:
 
 def chosen(settings: Settings) -> Images:
     """The images that a run's settings name, as `load` gives them."""
-    shape = parse_shape(settings.image) if settings.image is not None else None
-    return load(settings.data, settings.data_dir, settings.seed, shape=shape, classes=settings.classes)
+    example = settings.example
+    shape = parse_shape(example.image) if example.image is not None else None
+    return load(example.data, example.data_dir, settings.seed, shape=shape, classes=example.classes)
 
 
 def load(

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import roundtable
-from roundtable.common.config.settings import Settings
+from roundtable.common.config.example_settings import ExampleSettings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.model_file import read_weights
 from roundtable.worker import data
@@ -34,21 +34,21 @@ Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 def main() -> None:
     """Train until the settings' epochs or rounds are over, measuring on the held-out images once an epoch and at the end."""
     run = roundtable.join()
-    settings = run.settings
+    settings, example = run.settings, run.settings.example
     images = data.chosen(settings)
     rounds = settings.epochs * math.ceil(len(images.train) / settings.global_batch)
 
-    model = builtin.build(settings.model, images.shape, images.classes, settings.column_devices)
-    if settings.init is not None:
-        load_weights(model, Path(settings.init))
-    head = shard_fully_connected(model, images.classes) if settings.parallel == "hybrid" else None
+    model = builtin.build(example.model, images.shape, images.classes, example.column_devices)
+    if example.init is not None:
+        load_weights(model, Path(example.init))
+    head = shard_fully_connected(model, images.classes) if example.parallel == "hybrid" else None
     run.replicate(model)
-    optimizer = optimizer_class(settings.optimizer)
+    optimizer = optimizer_class(example.optimizer)
     opt = run.optimizer(
         optimizer,
-        **optimizer_arguments(optimizer, settings),
-        clip_norm=settings.clip_norm,
-        schedule=schedule(settings, rounds),
+        **optimizer_arguments(optimizer, example),
+        clip_norm=example.clip_norm,
+        schedule=schedule(example, rounds),
         schedule_per="round",
     )
     held_out: Dataset[data.Sample] = images.test
@@ -63,10 +63,10 @@ def main() -> None:
             run.log(accuracy=accuracy(model, held_out, head), held_out=size)
 
     measured, size = run.epoch, len(cast(Sized, held_out))
-    for x, y in run.batches(images.train, num_workers=settings.num_data_workers):
+    for x, y in run.batches(images.train, num_workers=example.num_data_workers):
         out = model(x)
         y = y.to(out.device, non_blocking=True)
-        loss = cnn_blocks.LOSSES[settings.loss](out, y) if head is None else roundtable.sharded_cross_entropy(out, y)
+        loss = cnn_blocks.LOSSES[example.loss](out, y) if head is None else roundtable.sharded_cross_entropy(out, y)
         loss.backward()
         run.log(loss=loss)
         if head is None:  # else it would be another question to the servers
@@ -132,25 +132,25 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
-def optimizer_arguments(optimizer: type[torch.optim.Optimizer], settings: Settings) -> dict[str, Any]:
+def optimizer_arguments(optimizer: type[torch.optim.Optimizer], example: ExampleSettings) -> dict[str, Any]:
     """Of lr, momentum and weight_decay, those that the class takes."""
     takes = inspect.signature(optimizer).parameters
-    asked = {"lr": settings.lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+    asked = {"lr": example.lr, "momentum": example.momentum, "weight_decay": example.weight_decay}
     return {key: value for key, value in asked.items() if key in takes}
 
 
-def schedule(settings: Settings, rounds: int) -> Schedule | None:
+def schedule(example: ExampleSettings, rounds: int) -> Schedule | None:
     """The learning rate's course over that many rounds, or None for a constant one. Raises UsageError for an unknown name."""
     courses: dict[str, Schedule] = {
         "CosineAnnealingLR": partial(lr_scheduler.CosineAnnealingLR, T_max=rounds),
         "LinearLR": partial(lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=rounds),
-        "OneCycleLR": partial(lr_scheduler.OneCycleLR, max_lr=settings.lr, total_steps=rounds, cycle_momentum=False),
+        "OneCycleLR": partial(lr_scheduler.OneCycleLR, max_lr=example.lr, total_steps=rounds, cycle_momentum=False),
     }
-    if settings.schedule == "none":
+    if example.schedule == "none":
         return None
-    if settings.schedule not in courses:
-        raise UsageError(f"there is no schedule '{settings.schedule}' here; --schedule takes {', '.join(courses)} or none.")
-    return courses[settings.schedule]
+    if example.schedule not in courses:
+        raise UsageError(f"there is no schedule '{example.schedule}' here; --schedule takes {', '.join(courses)} or none.")
+    return courses[example.schedule]
 
 
 if __name__ == "__main__":

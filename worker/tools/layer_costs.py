@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from roundtable.common.config.settings import parse_shape
+from roundtable.common.config.example_settings import parse_shape
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import data
 from roundtable.worker.layers.sharded_linear import OnServers

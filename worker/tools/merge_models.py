@@ -185,7 +185,7 @@ class _Judge:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._images = data.chosen(settings)
-        self._model = builtin.build(settings.model, self._images.shape, self._images.classes)
+        self._model = builtin.build(settings.example.model, self._images.shape, self._images.classes)
         self._choosing, self._judging = halves(self._images.test)
 
     def contest(self, parts: Sequence[Tensors]) -> tuple[list[float], Callable[[Sequence[int]], float]]:
@@ -212,7 +212,7 @@ class _Judge:
             self._model.load_state_dict(tensors)
         except RuntimeError as error:
             line = str(error).splitlines()[-1].strip()
-            raise UsageError(f"the weights do not fit the model '{self._settings.model}': {line}") from None
+            raise UsageError(f"the weights do not fit the model '{self._settings.example.model}': {line}") from None
 
 
 def _judge(parts: Sequence[Part]) -> _Judge | None:

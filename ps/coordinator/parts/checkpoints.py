@@ -6,8 +6,7 @@ import logging
 import secrets
 import time
 
-import msgspec
-
+from roundtable.common.config.settings import flat
 from roundtable.common.protocol.messages.saving import CheckpointStatus
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.runtime.versions import versions_here
@@ -106,7 +105,7 @@ class CheckpointDriver:
             round=round_,
             servers=context.settings.servers,
             setup=context.ledger.setup,
-            settings=msgspec.structs.asdict(context.settings),
+            settings=flat(context.settings),
             files=files,
             versions=self._versions,
         )
