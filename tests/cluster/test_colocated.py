@@ -17,6 +17,8 @@ from launched import START_S, Launched, wait_for_ends
 
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 Start = Callable[..., Launched]
 
@@ -25,8 +27,6 @@ ENDLESS = """
 import os
 import torch
 import roundtable
-
-pytestmark = pytest.mark.slow
 
 run = roundtable.join()
 model = run.replicate(torch.nn.Linear(8, 4))

@@ -11,6 +11,8 @@ import pytest
 
 from roundtable.common.runtime.skip_dynamo import no_compiler
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import inspect, sys
 import torch
@@ -57,8 +59,6 @@ IMPORTS = """
 import importlib, sys
 import torch
 from roundtable.common.runtime.skip_dynamo import no_compiler
-
-pytestmark = pytest.mark.slow
 
 with no_compiler():
     module = importlib.import_module(sys.argv[1])

@@ -20,6 +20,8 @@ from roundtable.explore.layers import Field, receptive_field
 from roundtable.explore.pictures import OUTSIDE, tiles
 from roundtable.explore.trained import Source, Trained, weights_at
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_filter_of_one_input_is_blue_white_and_red_by_its_own_largest_weight() -> None:
     small, large = filter_pictures(torch.tensor([[[[-1e-3, 0, 1e-3]]], [[[0.0, 5.0, 10.0]]]]))
@@ -133,8 +135,6 @@ def test_filters_before_training_stand_left_of_those_after_it(run: Trained, tmp_
 
 BRANCHED = """
 import torch
-
-pytestmark = pytest.mark.slow
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
