@@ -1092,7 +1092,7 @@ class WorkerProcess(Process):
                 if self.link.told:
                     self._has_left()
             else:
-                run._await_reports()
+                run._ending.await_reports()
                 self.done = True
                 run.finish()
         finally:
@@ -1128,11 +1128,10 @@ class WorkerProcess(Process):
 
     def residuals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """What the push codec has left out: tensor, where in it that begins, and values."""
-        if not hasattr(self, "run") or self.run._work is None:
+        if not hasattr(self, "run") or self.run._training is None:
             return  # it came too late
-        work, exchange = self.run._work, self.run._exchange
-        assert exchange is not None
-        layout, feedback = work.replica.layout, exchange._coder._feedback
+        training = self.run._training
+        layout, feedback = training.work.replica.layout, training.client._coder._feedback
         assert not feedback._pending
         for chunk, state in feedback._states.items():
             pieces = coded_pieces(layout, layout.chunks[chunk])
@@ -1327,8 +1326,8 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_books else RecordedLog,
             "roundtable.ps.server.server.Watchdog": mock.Mock(),
             "roundtable.worker.run.Watchdog": mock.Mock(),
-            "roundtable.worker.run._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
-            "roundtable.worker.run.new_incarnation": lambda: 0,
+            "roundtable.worker.session.ending._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
+            "roundtable.worker.session.assembly.new_incarnation": lambda: 0,
             "roundtable.ps.coordinator.parts.joining.Joining.is_dead": lambda coordinator, hello: False,
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
             "roundtable.ps.server.server.dealer": port,

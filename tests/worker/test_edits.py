@@ -21,7 +21,7 @@ from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.loop.script_edits import Edits, check_layers
 from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
-from roundtable.worker.run import Run
+from roundtable.worker.session.training import Training
 
 
 class Script:
@@ -185,21 +185,23 @@ def test_weights_that_a_run_has_already_are_put_back_before_the_first_batch() ->
     script, joined = Script(network()), []
     work = SimpleNamespace(edits=script.edits, join=lambda: joined.append(True))
     setup = SimpleNamespace(begins_later=False, begins=False)
-    of: Any = SimpleNamespace(_work=work, _exchange=SimpleNamespace(want_all=lambda: None), _model_setup=setup)
-    Run._begin(of)
+    parts: Any = setup, SimpleNamespace(want_all=lambda: None), work
+    training = Training(cast(Any, None), *parts, None)
+    training.begin()
     assert not joined
     nn.init.zeros_(script.model[0].weight)  # type: ignore[index, arg-type]
-    Run._begin(of)
+    training.begin()
     assert joined
     setup.begins = True
     with pytest.raises(UsageError, match=r"changed '0\.weight' after run\.optimizer\(\)"):
-        Run._begin(of)
+        training.begin()
 
 
 def test_first_weights_are_sent_when_the_first_batch_is_asked_for() -> None:
     order: list[str] = []
     work = SimpleNamespace(join=lambda: order.append("join"))
     setup = SimpleNamespace(begins_later=True, send_first_weights=lambda: order.append("send"))
-    of: Any = SimpleNamespace(_work=work, _exchange=object(), _model_setup=setup)
-    Run._begin(of)
+    parts: Any = setup, object(), work
+    training = Training(cast(Any, None), *parts, None)
+    training.begin()
     assert order == ["send", "join"]

@@ -30,6 +30,7 @@ from roundtable.worker.optim.optimizer import (
     plain_settings,
 )
 from roundtable.worker.run import Run
+from roundtable.worker.session.assembly import Assembly
 
 CLASSES = [cls for cls in vars(torch.optim).values() if inspect.isclass(cls) and cls is not torch.optim.Optimizer]
 #: Classes of torch.optim whose update looks at more than one element, and a word of the reason that is given.
@@ -106,11 +107,13 @@ def test_where_workers_step_locally_any_class_will_do(cls: Any, monkeypatch: pyt
         made.append(update)
         raise Stop
 
-    monkeypatch.setattr("roundtable.worker.run.ModelSetup", set_up)
+    monkeypatch.setattr("roundtable.worker.session.assembly.ModelSetup", set_up)
 
     run: Any = Run.__new__(Run)
-    run._model, run._work, run._servers, run._context, run._buffer_rules = nn.Linear(2, 3, bias=False), None, 1, None, {}
-    run._policy = SimpleNamespace(is_local=True, outer_optimizer=None, applies="round")
+    run._model, run._training, run._buffer_rules = nn.Linear(2, 3, bias=False), None, {}
+    context: Any = SimpleNamespace(policy=SimpleNamespace(is_local=True, outer_optimizer=None, applies="round"))
+    none: Any = None
+    run._assembly = Assembly(context, none, none, none, none, 1, (none, none))
     with pytest.raises(Stop):
         Run.optimizer(run, cls, lr=0.1)
     assert made[0].optimizer is None

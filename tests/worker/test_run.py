@@ -20,8 +20,15 @@ from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.run import Run
+from roundtable.worker.session.segments import Segments
+from roundtable.worker.session.training import Training
 
 DATA = TensorDataset(torch.zeros(8))
+
+
+def segments(round_: int = 0) -> Segments:
+    context: Any = SimpleNamespace(settings=Settings())
+    return Segments(context, cast(Any, None), 1, lambda: round_)
 
 
 def run(**attributes: Any) -> Run:
@@ -30,9 +37,8 @@ def run(**attributes: Any) -> Run:
         "_model": None,
         "_work": None,
         "_kv": None,
-        "_exchange": None,
-        "_shards": None,
-        "_segments": [],
+        "_training": None,
+        "_segments": segments(),
         "_finished": False,
         "settings": Settings(),
         "traffic": None,
@@ -50,12 +56,14 @@ def refusal(of: Run, **arguments: Any) -> str:
 
 def test_batches_come_after_the_optimizer_and_a_micro_batch_is_no_larger_than_the_global_batch() -> None:
     assert "run.optimizer" in refusal(run())
-    assert "micro_batch is 9" in refusal(run(_work=object()), micro_batch=9, global_batch=8)
+    assert "micro_batch is 9" in refusal(run(_training=object()), micro_batch=9, global_batch=8)
 
 
 def test_a_loop_that_was_left_early_cannot_be_followed_by_another() -> None:
     first = make_segment(before=None, samples=8, global_batch=4, micro_batch=2, epochs=3, round_limit=None)
-    assert "was left in round 5 of 6" in refusal(run(_work=object(), _segments=[first], round=5))
+    known = segments(round_=5)
+    known._all.append(first)
+    assert "was left in round 5 of 6" in refusal(run(_training=object(), _segments=known))
 
 
 def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> None:
@@ -83,11 +91,10 @@ def test_which_weights_masters_waits_for_is_told_with_process_round_and_chunks()
         told.append(what())
 
     link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
-    script = run(_exchange=exchange, _context=SimpleNamespace(wait=wait), _link=link, round=7)
-    script.settings = Settings(compress_weights="bf16")
-    script._work = GradientLoop.__new__(GradientLoop)
-    script._work.version = lambda: 7  # type: ignore[method-assign]
-    assert Run._masters(script) == {}
+    context: Any = SimpleNamespace(wait=wait, io=link, settings=Settings(compress_weights="bf16"))
+    work = GradientLoop.__new__(GradientLoop)
+    work.version = lambda: 7  # type: ignore[method-assign]
+    assert Training(context, cast(Any, None), exchange, work, None).full_precision() == {}
     chunks = {f"server-{n}": ", ".join(str(chunk.id) for chunk in layout.on(n)) for n in layout.owners()}
     servers = " and ".join(f"{name} (chunks {ids})" for name, ids in chunks.items())
     assert told == [f"the trained weights of round 7 from {servers}"]

@@ -1,0 +1,128 @@
+"""Makes the parts of a training, and has servers and the coordinator agree to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from roundtable.common.protocol.effects import COORDINATOR
+from roundtable.common.protocol.messages.commit import Mean
+from roundtable.common.protocol.messages.embedding import RowAck, Rows
+from roundtable.common.protocol.messages.sharded import LayerAck, ShardedForwardReply
+from roundtable.common.protocol.shared_memory import Handle
+from roundtable.common.protocol.transport import new_incarnation
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.skip_dynamo import no_compiler
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.layers.sharded_linear import Sharded, ShardedLayers
+from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding
+from roundtable.worker.loop.departure import Departure
+from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.local_sgd import Inner, LocalSgdLoop, MergeHooks
+from roundtable.worker.loop.task_queue import TaskQueue
+from roundtable.worker.model_setup import ModelSetup, SharedMemorySetup
+from roundtable.worker.optim.optimizer import NO_LOSS, Hypers, Optimizer
+from roundtable.worker.preparation import OptimizerCall, Preparation, prepare
+from roundtable.worker.replica.buffers import Rules
+from roundtable.worker.replica.gradient_buffers import GradientBuffers
+from roundtable.worker.replica.replica import Replica
+from roundtable.worker.router import MessageRouter
+from roundtable.worker.session.training import Training
+
+#: Seconds after which the mean loss of an epoch is asked for again.
+_MEAN_AGAIN_S = 0.1
+
+
+class Assembly:
+    """What a training is put together from."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        router: MessageRouter,
+        tasks: TaskQueue,
+        departure: Departure,
+        merge_hooks: MergeHooks,
+        servers: int,
+        rounds: tuple[Callable[[], int], Callable[[], int]],
+    ) -> None:
+        """`rounds`: return the round whose weights the model has, and the round of the micro-batch that is computed now."""
+        self._context, self._router, self._tasks = context, router, tasks
+        self._departure, self._merge_hooks, self._servers = departure, merge_hooks, servers
+        self._round, self._computed = rounds
+
+    def assemble(
+        self, model: nn.Module, rules: Rules, params: Iterable[Any] | None, call: OptimizerCall
+    ) -> tuple[Training, Optimizer]:
+        """Return the training of a model, and the optimizer for the script. Raises UsageError if it cannot be trained so."""
+        policy = self._context.policy
+        made = prepare(model, rules, params, call, policy, self._servers)
+        setup = ModelSetup(self._context, made.replica, made.update, made.tables, made.layers, made.facts, self._servers)
+        client = self._client_of(made.replica)
+        sends_first = setup.agree()
+        rows, shards = self._clients_of_layers(made.tables, made.layers, sends_first)
+        work = self._loop(made, call, client, rows, shards)
+        training = Training(self._context, setup, client, work, made.schedule)
+        return training, Optimizer(work.step, made.dense, [rows.forget, shards.forget])
+
+    def _loop(
+        self, made: Preparation, call: OptimizerCall, client: ParameterClient, rows: RowSparse, shards: ShardedLayers
+    ) -> GradientLoop | LocalSgdLoop:
+        replica = made.replica
+        if isinstance(made.optimizer, Inner):
+            self._share(client, replica, None)
+            return LocalSgdLoop(self._context, client, self._tasks, replica, made.optimizer, self._merge_hooks)
+        own_clip = call.clip_norm if self._context.policy.applies == "push" else None
+        with no_compiler():
+            hypers = Hypers(made.optimizer, call.schedule, call.schedule_per, self._epoch_loss)
+        buffers = GradientBuffers(replica.layout, shared=self._context.settings.transport == "auto")
+        self._share(client, replica, buffers.handle)
+        return GradientLoop(self._context, client, self._tasks, self._departure, replica, rows, shards, buffers, hypers, own_clip)
+
+    def _client_of(self, replica: Replica) -> ParameterClient:
+        """Make the client of the servers that have the model's weights."""
+        context = self._context
+        with context.io.lock:
+            near = [server for server in range(self._servers) if context.io.is_near(server)]
+            client = ParameterClient(replica.layout, context.settings, context.policy.applies == "push", near)
+            self._router.add(client, client.handle)
+        return client
+
+    def _clients_of_layers(
+        self, tables: Sequence[SparseEmbedding], layers: Sequence[Sharded], sends_first: bool
+    ) -> tuple[RowSparse, ShardedLayers]:
+        """Have sparse embeddings and sharded layers computed with the servers from now on."""
+        io, timeout, replicas = self._context.io, self._context.timeout_s, self._context.settings.replicas > 0
+        rows = RowSparse(io, tables, self._servers, self._round, timeout, sends_first, replicas)
+        shards = ShardedLayers(
+            io, layers, self._servers, self._computed, timeout, new_incarnation(), len(tables), sends_first, replicas
+        )
+        with io.lock:
+            self._router.add(rows.exchange, rows.exchange.handle, Rows, RowAck)
+            self._router.add(shards.exchange, shards.exchange.handle, ShardedForwardReply, LayerAck)
+        return rows, shards
+
+    def _share(self, client: ParameterClient, replica: Replica, gradients: Handle | None) -> None:
+        """Share memory with the servers that can, if the run allows it."""
+        if self._context.settings.transport == "auto":
+            memory = SharedMemorySetup(self._context, client, replica, gradients)
+            self._router.share_memory(memory.hear)
+            memory.agree()
+
+    def _epoch_loss(self, epoch: int) -> float | None:
+        """Return the mean of the logged loss over an epoch; None if pushes are applied at once and it is not over everywhere."""
+        waits = self._context.policy.applies == "round"
+        answer = self._context.io.request(
+            COORDINATOR,
+            Mean(epoch, "loss"),
+            lambda body: isinstance(body, Mean) and body.epoch == epoch and (body.complete or not waits),
+            self._context.settings.progress_timeout,
+            again=_MEAN_AGAIN_S,
+        )
+        assert isinstance(answer, Mean)
+        if answer.complete and answer.value is None:
+            raise UsageError(NO_LOSS)
+        return answer.value if answer.complete else None
