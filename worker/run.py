@@ -1,52 +1,32 @@
-"""`Run`: what a training script holds. It joins the cluster, keeps a replica up to date and hands in its contributions.
+"""`Run`: the object that a training script holds. It keeps a replica up to date and hands in contributions.
 
-Everything here happens on the script's own thread; sockets are served by `roundtable.worker.client.io_thread`, and what to
-compute next and what to send again is decided by the state machines in `roundtable.worker.loop.task_queue` and
-`roundtable.worker.client.push_pull`, which both threads use under one lock.
+Everything here happens on the script's own thread. Sockets are served by `roundtable.worker.client.io_thread`. The state machines
+in `roundtable.worker.loop.task_queue` and `roundtable.worker.client.push_pull` decide what to compute next and what to send
+again. Both threads use them under one lock. The parts behind `Run` are in `roundtable.worker.session`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.config.settings import Settings
-from roundtable.common.policies import load
-from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, Traffic
-from roundtable.common.runtime.errors import Stopped, UsageError
-from roundtable.common.runtime.failpoints import arm
-from roundtable.common.runtime.watchdog import Watchdog
+from roundtable.common.protocol.messages.session import Traffic
+from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
-from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
-from roundtable.worker.data.loader import seed_everything
-from roundtable.worker.loop import local_sgd
-from roundtable.worker.loop.departure import Departure
-from roundtable.worker.loop.gradient_loop import GradientLoop
-from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.merge import batchnorm, constraints
-from roundtable.worker.optim.optimizer import Optimizer, Per, Schedule, silence_scheduler_warnings
+from roundtable.worker.optim.optimizer import Optimizer, Per, Schedule
 from roundtable.worker.preparation import OptimizerCall
 from roundtable.worker.replica.buffers import Rules
-from roundtable.worker.reports import ReportQueue
-from roundtable.worker.router import MessageRouter
-from roundtable.worker.session.assembly import Assembly
-from roundtable.worker.session.ending import Ending
-from roundtable.worker.session.final_tensors import FinalTensors, tensors_of
-from roundtable.worker.session.segments import Samples, Segments
-from roundtable.worker.session.training import Training
+from roundtable.worker.session.segments import Samples
+from roundtable.worker.session.session import Session
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,92 +35,50 @@ class Run:
     """A script's part in a run. Made by `roundtable.join`."""
 
     def __init__(self, link: IoThread) -> None:
-        self._link = link
-        welcome = link.joined()
+        self._session = session = Session(link)
+        context = session.context
         #: The run's settings, from flags or a file.
-        self.settings: Settings = welcome.settings
+        self.settings: Settings = context.settings
         #: This worker's number, from 0.
-        self.index = int(welcome.process.rpartition("-")[2])
-        self.name = welcome.process
+        self.index = context.index
+        self.name = context.name
         #: The device that tensors of the training loop belong on.
         self.device = (
             torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
-        self._policy = load(self.settings)
-        self._context = WorkerContext(self.name, self.index, self.settings, self._policy, link)
-        self._departure = Departure()
-        self._reports = ReportQueue(link)
-        self._merge_hooks = local_sgd.MergeHooks([], self.kv, lambda values: self.log(**values))
-        self._tasks = TaskQueue(self.name, welcome.share_tables)
-        self._router = MessageRouter(link, self._tasks, self._reports, self._may_leave)
-        self._ending = Ending(self._context, self._router, self._reports)
-        self._servers = servers = len(welcome.servers)
-        self._kv: KvClient | None = None
-        self._assembly = Assembly(
-            self._context, self._router, self._tasks, self._departure, self._merge_hooks, servers,
-            rounds=(lambda: self.round, lambda: self._computed),
-        )  # fmt: skip
-        self._segments = Segments(self._context, self._tasks, servers, lambda: self.round)
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
-        #: None before the script has made its optimizer.
-        self._training: Training | None = None
         #: Whether a loop over batches goes on, or was left before its end.
         self._is_training = True
-        self._final_tensors = FinalTensors()
-        self._finished = False
         #: Whether the script was interrupted, so that what it was at is given up.
         self.interrupted = False
-        self._pid = os.getpid()
         #: Why the script failed, if it did: told to the coordinator in `finish`.
         self.failure = ""
         #: Whether that was for a server that did not answer.
         self.cut_off = False
-        arm(self.name, Path(welcome.run_dir))
-        with link.lock:
-            link.epoch = welcome.share_tables[-1].epoch
-            link.on_message = self._router.handle
-            link.on_replaced = self._router.replaced
-            link.on_tick = self._router.tick
-            link.beat = self._beat
-        torch.set_num_threads(self.settings.threads)
-        seed = derive_seed(self.settings.seed, "model")
-        torch.manual_seed(seed)  # also what is not in use yet
-        seed_everything(seed)
-        silence_scheduler_warnings()
-        self._watchdog = Watchdog(self.settings.stack_dump_after, self._progress, lambda: link.waits_for or "its own script")
 
     # ---- what a script may ask
 
     @property
     def is_chief(self) -> bool:
         """True on one worker, the one with the lowest number: for what needs doing once, such as evaluation."""
-        return self._tasks.is_chief
+        return self._session.tasks.is_chief
 
     @property
     def workers(self) -> int:
         """Workers that take part now."""
-        return len(self._tasks.tables[-1].workers)
+        return len(self._session.tasks.tables[-1].workers)
 
     @property
     def round(self) -> int:
         """Rounds before this one are in the weights of the model."""
-        return self._work.round if self._work is not None else 0
-
-    @property
-    def _work(self) -> GradientLoop | local_sgd.LocalSgdLoop | None:
-        return self._training.work if self._training is not None else None
-
-    @property
-    def _computed(self) -> int:
-        """The round of the micro-batch that is computed now; where there is none, `round`."""
-        task = self._work.batch.task if self._work is not None else None
-        return task.round if task is not None else self.round
+        return self._session.round
 
     @property
     def epoch(self) -> int:
         """The epoch that the current round belongs to; after the last round, the number of epochs done."""
-        return self._work.epoch if self._work is not None else 0
+        work = self._session.work
+        return work.epoch if work is not None else 0
 
     # ---- setting up
 
@@ -198,12 +136,13 @@ class Run:
         """
         if self._model is None:
             raise UsageError("optimizer() needs a model: call run.replicate(model) before it.")
-        if self._training is not None:
+        if self._session.training is not None:
             raise UsageError("optimizer() was called twice; a run has one optimizer, which may have several groups.")
         call = OptimizerCall(cls, hyper, schedule, schedule_per, clip_norm)
-        self._training, optimizer = self._assembly.assemble(self._model, self._buffer_rules, params, call)
-        if not self._training.setup.begins_later:
-            self._training.work.join()
+        training, optimizer = self._session.assembly.assemble(self._model, self._buffer_rules, params, call)
+        self._session.training = training
+        if not training.setup.begins_later:
+            training.work.join()
         return optimizer
 
     # ---- training
@@ -227,22 +166,23 @@ class Run:
 
         Raises UsageError where the dataset is not map-style, or `step` was not called for a batch.
         """
-        if self._training is None:
+        session, training = self._session, self._session.training
+        if training is None:
             raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
-        segment = self._segments.plan(dataset, micro_batch, global_batch, epochs)
-        if self._segments.none:
-            self._training.begin()
+        segment = session.segments.plan(dataset, micro_batch, global_batch, epochs)
+        if session.segments.none:
+            training.begin()
         samples = Samples(dataset, shuffle, num_workers, collate_fn)
-        loader = self._segments.begin(segment, samples, self._training.schedule)
-        self._reports.forget_recomputed()
+        loader = session.segments.begin(segment, samples, training.schedule)
+        session.reports.forget_recomputed()
         self._is_training = True
         try:
-            yield from self._training.work.batches(segment, loader)
+            yield from training.work.batches(segment, loader)
             self._is_training = False
-            model = self._training.work.replica.model
-            if self._policy.is_local:
+            model = training.work.replica.model
+            if session.context.policy.is_local:
                 self._hand_in(constraints.unit_vectors(model))
-            self._final_tensors.are(tensors_of(model))
+            session.final_tensors.are(model)
         finally:
             loader.close()
 
@@ -251,13 +191,11 @@ class Run:
         elsewhere (after an evaluation, say) each call is recorded on its own. The last `accuracy` that is logged there is the
         summary's. Log `held_out` with it, the number of samples that it is over, if nobody trains on these."""
         numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in values.items()}
-        if self._work is not None and self._work.batch.log(numbers):
-            return
-        self._reports.metrics(self.round, numbers)
+        self._session.log(numbers)
 
     def before_merge(self, callback: Callable[[], None]) -> None:
         """Call `callback` just before replicas that were trained apart are merged (`local`, `average`)."""
-        self._merge_hooks.before_merge.append(callback)
+        self._session.merge_hooks.before_merge.append(callback)
 
     def merge_by(self, evaluate: Callable[[nn.Module], float]) -> None:
         """Have `evaluate(model)`, more is better, choose among replicas that were trained apart, where `merge` is `greedy`.
@@ -265,7 +203,7 @@ class Run:
         It is called on each worker with its replica, and on the chief with means of several: say, accuracy on held-out data. A
         model with batch normalisation needs `recompute_batchnorm` there first, or the means' statistics do not fit.
         """
-        self._merge_hooks.evaluate = evaluate
+        self._session.merge_hooks.evaluate = evaluate
 
     @contextlib.contextmanager
     def masters(self) -> Iterator[None]:
@@ -275,11 +213,12 @@ class Run:
         file has. Otherwise this does nothing. Do not train within it. If other workers have ended the round meanwhile, the model
         keeps the weights that it has. After the last round this cannot be.
         """
-        weights = self._training.full_precision() if self._training is not None else {}
-        if not weights or self._work is None:
+        training = self._session.training
+        weights = training.full_precision() if training is not None else {}
+        if training is None or not weights:
             yield
             return
-        with self._work.replica.holding(weights):
+        with training.work.replica.holding(weights):
             yield
 
     def recompute_batchnorm(self, dataset: Dataset[Any]) -> None:
@@ -294,117 +233,60 @@ class Run:
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
         if not self._is_training:  # else it is a candidate for a merge that was judged
             found = batchnorm.statistics(self._model)
-            self._final_tensors.are_also({tensor_names.plain(name): tensor for name, tensor in found.items()})
+            self._session.final_tensors.are_also({tensor_names.plain(name): tensor for name, tensor in found.items()})
             self._hand_in(found)
 
     def _hand_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Have tensors that every worker has computed anew, with the same bits, in the model's file as far as it has them."""
         known = {tensor_names.plain(name): tensor for name, tensor in tensors.items() if tensor.numel()}
-        in_file = self._training.setup.in_file if self._training is not None else set()
-        self._reports.recomputed(self.round, [name for name in known if name in in_file], known)
+        training = self._session.training
+        in_file = training.setup.in_file if training is not None else set()
+        self._session.reports.recomputed(self.round, [name for name in known if name in in_file], known)
 
     def kv(self) -> KvClient:
         """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop.
 
         Raises UsageError where servers are to keep copies, for of keys there are none.
         """
-        if self.settings.replicas:
-            raise UsageError("the key-value store is on one server each, of which no copies are kept: leave out --replicas.")
-        if self._kv is None:
-            self._kv = KvClient(self._link, self._servers, self.settings.progress_timeout)
-        return self._kv
+        return self._session.open_kv()
 
     # ---- the end
 
     def leave(self) -> None:
         """Leave the run after the micro-batch that is being computed: the script ends there, and others do the rest. Has no
         effect where replicas train apart (`local`, `average`). May be called by a signal's handler."""
-        self._departure.requested = not self._policy.is_local
+        self._session.departure.requested = not self._session.context.policy.is_local
 
     def told_to_stop(self, number: int, frame: object = None) -> None:
         """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a snapshot.
         If called again, raise Stopped."""
-        if os.getpid() != self._pid:  # a process that the script has made of this one
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        elif self._link.told and not self._finished:
-            raise Stopped(number)
-        elif not self._link.told:
-            self._link.told, self._link.told_at = number, time.monotonic()
-
-    def _may_leave(self) -> None:
-        """The coordinator lets this worker go, which was told to stop. Between two micro-batches it hands over what it has;
-        where it is at something else of its script, there is nothing to be handed over."""
-        self._departure.requested = True
-        if self._segments.done:
-            self._link.interrupt()
+        self._session.told_to_stop(number)
 
     @property
     def left_early(self) -> bool:
         """Whether this worker has stopped training before the run's end, as it was to leave."""
-        return self._departure.early
+        return self._session.departure.early
 
     @property
     def told(self) -> int:
         """The signal that has told this worker to stop; 0 if none has."""
-        return self._link.told
+        return self._session.io.told
 
     def finish(self) -> None:
         """Leave the run: report what is left, hand in the model if asked to, and wait until the results are saved.
 
         Called by itself when the script ends. Raises ClusterError if the run failed elsewhere.
         """
-        if self._finished:
-            return
-        self._finished = self._link.copies = True
-        try:
-            if self.failure or self.interrupted:
-                used_kv = self._kv is not None
-                self._ending.give_up(
-                    Goodbye(self.failure, self.interrupted, cut_off=self.cut_off, used_kv=used_kv, round=self.round)
-                )
-                return
-            if self._training is not None and self._training.setup.begins_later:
-                self._training.begin()
-            self._ending.await_reports()
-            changed = self._final_tensors.changed(self._model)
-            self._ending.take_leave(
-                self._beat,
-                lambda: Goodbye(early=self._departure.early or self._link.told > 0, round=self.round, changed=changed),
-            )
-        finally:
-            self._watchdog.stop()
-            self._link.close()
-            self._release_model()
-
-    def _release_model(self) -> None:
-        """Make the model an ordinary one: after a run that has failed, weights that it still waits for never come."""
-        if self._work is not None:
-            self._work.close()
+        self._session.finish(self.failure, self.interrupted, self.cut_off)
 
     @property
     def failed_elsewhere(self) -> bool:
         """Whether the coordinator has said that the run has failed."""
-        return self._link.failed
+        return self._session.io.failed
 
     # ---- for the parts of this package
 
     @property
     def traffic(self) -> Traffic:
         """Return how much of this worker's tensors has travelled so far."""
-        return self._router.traffic
-
-    def _beat(self) -> Heartbeat:
-        traffic = self.traffic
-        if self._finished:
-            unsteady = self._work.beat().unsteady if self._work is not None else ""
-            return Heartbeat("done", self.round, traffic=traffic, unsteady=unsteady)
-        if self._work is not None:
-            return msgspec.structs.replace(self._work.beat(), traffic=traffic)
-        return Heartbeat("starting") if self._kv is None else Heartbeat("computing", progress=self._kv.answered)
-
-    def _progress(self) -> tuple[int, int, int] | None:
-        """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
-        with self._link.lock:
-            beat = self._beat()
-        return (beat.round, beat.micro_batch + beat.progress, self._link.answers) if beat.state != "done" else None
+        return self._session.router.traffic

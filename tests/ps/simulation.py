@@ -1020,7 +1020,7 @@ class WorkerProcess(Process):
     def describe(self) -> str:
         if not self.alive or self.done or not hasattr(self, "run"):
             return f"{self.key} {'done' if self.done else 'alive' if self.alive else 'dead'}"
-        work = self.run._work
+        work = self.run._session.work
         return f"{self.key} at {work.beat() if work is not None else 'start'}"
 
     def _look(self) -> None:
@@ -1092,11 +1092,11 @@ class WorkerProcess(Process):
                 if self.link.told:
                     self._has_left()
             else:
-                run._ending.await_reports()
+                run._session.ending.await_reports()
                 self.done = True
                 run.finish()
         finally:
-            run._release_model()
+            run._session.release_model()
 
     def _train(self, run: Run) -> None:
         """What a user writes."""
@@ -1106,7 +1106,7 @@ class WorkerProcess(Process):
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
-                work = run._work
+                work = run._session.work
                 assert work is not None and work.batch.task is not None
                 task = work.batch.task
                 self._sleep(self.begins(task))
@@ -1128,9 +1128,9 @@ class WorkerProcess(Process):
 
     def residuals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """What the push codec has left out: tensor, where in it that begins, and values."""
-        if not hasattr(self, "run") or self.run._training is None:
+        if not hasattr(self, "run") or self.run._session.training is None:
             return  # it came too late
-        training = self.run._training
+        training = self.run._session.training
         layout, feedback = training.work.replica.layout, training.client._coder._feedback
         assert not feedback._pending
         for chunk, state in feedback._states.items():
@@ -1325,7 +1325,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.common.model.row_pages.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_books else RecordedLog,
             "roundtable.ps.server.server.Watchdog": mock.Mock(),
-            "roundtable.worker.run.Watchdog": mock.Mock(),
+            "roundtable.worker.session.session.Watchdog": mock.Mock(),
             "roundtable.worker.session.ending._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
             "roundtable.worker.session.assembly.new_incarnation": lambda: 0,
             "roundtable.ps.coordinator.parts.joining.Joining.is_dead": lambda coordinator, hello: False,

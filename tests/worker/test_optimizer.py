@@ -110,10 +110,11 @@ def test_where_workers_step_locally_any_class_will_do(cls: Any, monkeypatch: pyt
     monkeypatch.setattr("roundtable.worker.session.assembly.ModelSetup", set_up)
 
     run: Any = Run.__new__(Run)
-    run._model, run._training, run._buffer_rules = nn.Linear(2, 3, bias=False), None, {}
+    run._model, run._buffer_rules = nn.Linear(2, 3, bias=False), {}
     context: Any = SimpleNamespace(policy=SimpleNamespace(is_local=True, outer_optimizer=None, applies="round"))
     none: Any = None
-    run._assembly = Assembly(context, none, none, none, none, 1, (none, none))
+    assembly = Assembly(context, none, none, none, none, 1, (none, none))
+    run._session = SimpleNamespace(training=None, assembly=assembly)
     with pytest.raises(Stop):
         Run.optimizer(run, cls, lr=0.1)
     assert made[0].optimizer is None

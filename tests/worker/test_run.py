@@ -21,6 +21,7 @@ from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.run import Run
 from roundtable.worker.session.segments import Segments
+from roundtable.worker.session.session import Session
 from roundtable.worker.session.training import Training
 
 DATA = TensorDataset(torch.zeros(8))
@@ -32,19 +33,9 @@ def segments(round_: int = 0) -> Segments:
 
 
 def run(**attributes: Any) -> Run:
-    """The attributes of a run that the calls tested here look at."""
-    defaults = {
-        "_model": None,
-        "_work": None,
-        "_kv": None,
-        "_training": None,
-        "_segments": segments(),
-        "_finished": False,
-        "settings": Settings(),
-        "traffic": None,
-        "round": 0,
-    }
-    return cast(Run, SimpleNamespace(**{**defaults, **attributes}))
+    """A run whose session has the attributes that the calls tested here look at."""
+    session = SimpleNamespace(**{"training": None, "segments": segments(), **attributes})
+    return cast(Run, SimpleNamespace(_session=session))
 
 
 def refusal(of: Run, **arguments: Any) -> str:
@@ -56,23 +47,24 @@ def refusal(of: Run, **arguments: Any) -> str:
 
 def test_batches_come_after_the_optimizer_and_a_micro_batch_is_no_larger_than_the_global_batch() -> None:
     assert "run.optimizer" in refusal(run())
-    assert "micro_batch is 9" in refusal(run(_training=object()), micro_batch=9, global_batch=8)
+    assert "micro_batch is 9" in refusal(run(training=object()), micro_batch=9, global_batch=8)
 
 
 def test_a_loop_that_was_left_early_cannot_be_followed_by_another() -> None:
     first = make_segment(before=None, samples=8, global_batch=4, micro_batch=2, epochs=3, round_limit=None)
     known = segments(round_=5)
     known._all.append(first)
-    assert "was left in round 5 of 6" in refusal(run(_training=object(), _segments=known))
+    assert "was left in round 5 of 6" in refusal(run(training=object(), segments=known))
 
 
 def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> None:
     kv = SimpleNamespace(answered=0)
-    script = run(_kv=kv)
-    before = Run._beat(script)
+    session: Any = SimpleNamespace(router=SimpleNamespace(traffic=None), work=None, kv=kv, _finished=False)
+    before = Session.beat(session)
     kv.answered += 1
-    assert Run._beat(script) != before
-    assert Run._beat(run()).state == "starting"
+    assert Session.beat(session) != before
+    session.kv = None
+    assert Session.beat(session).state == "starting"
 
 
 def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None:

@@ -13,7 +13,7 @@ from roundtable.worker import tensor_names
 _MOST_CHANGED = 100
 
 
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters and buffers of a model, by name."""
     return dict([*tensor_names.parameters(model), *tensor_names.buffers(model)])
 
@@ -22,20 +22,22 @@ class FinalTensors:
     """The tensors that a model has had when its training ended."""
 
     def __init__(self) -> None:
+        #: None before the end of the first loop.
+        self._model: nn.Module | None = None
         #: By name, a tensor and how often torch had written to it.
         self._versions: dict[str, tuple[torch.Tensor, int]] = {}
 
-    def are(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """A loop over batches has ended with these."""
-        self._versions = {}
-        self.are_also(tensors)
+    def are(self, model: nn.Module) -> None:
+        """Take those of a model, as a loop over batches has ended."""
+        self._model, self._versions = model, {}
+        self.are_also(_tensors_of(model))
 
     def are_also(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """These were computed anew for the model's file."""
+        """Take tensors that were computed anew for the model's file."""
         self._versions |= {name: (tensor, tensor._version) for name, tensor in tensors.items()}
 
-    def changed(self, model: nn.Module | None) -> list[str]:
+    def changed(self) -> list[str]:
         """Return tensors that the script has changed since; some, if they are many."""
-        now = tensors_of(model) if model is not None else {}
+        now = _tensors_of(self._model) if self._model is not None else {}
         changed = [name for name, (was, version) in self._versions.items() if now.get(name) is not was or was._version != version]
         return changed[:_MOST_CHANGED]

@@ -1,0 +1,175 @@
+"""A worker's part in a run, behind what `Run` offers to a script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+import torch
+
+from roundtable.common.config.batch_plan import derive_seed
+from roundtable.common.policies import load
+from roundtable.common.protocol.messages.session import Goodbye, Heartbeat
+from roundtable.common.runtime.errors import Stopped, UsageError
+from roundtable.common.runtime.failpoints import arm
+from roundtable.common.runtime.watchdog import Watchdog
+from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.io_thread import IoThread
+from roundtable.worker.client.kv_client import KvClient
+from roundtable.worker.data.loader import seed_everything
+from roundtable.worker.loop.departure import Departure
+from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.local_sgd import LocalSgdLoop, MergeHooks
+from roundtable.worker.loop.task_queue import TaskQueue
+from roundtable.worker.optim.optimizer import silence_scheduler_warnings
+from roundtable.worker.reports import ReportQueue
+from roundtable.worker.router import MessageRouter
+from roundtable.worker.session.assembly import Assembly
+from roundtable.worker.session.ending import Ending
+from roundtable.worker.session.final_tensors import FinalTensors
+from roundtable.worker.session.segments import Segments
+from roundtable.worker.session.training import Training
+
+
+class Session:
+    """Joins the parts of a worker: its messages, its training, and its end."""
+
+    def __init__(self, io: IoThread) -> None:
+        """Begin to take part in the run that `io` joins."""
+        self.io = io
+        welcome = io.joined()
+        self.servers = len(welcome.servers)
+        index = int(welcome.process.rpartition("-")[2])
+        self.context = WorkerContext(welcome.process, index, welcome.settings, load(welcome.settings), io)
+        self.departure = Departure()
+        self.reports = ReportQueue(io)
+        self.merge_hooks = MergeHooks([], self.open_kv, self.log)
+        self.tasks = TaskQueue(welcome.process, welcome.share_tables)
+        self.router = MessageRouter(io, self.tasks, self.reports, self._may_leave)
+        self.ending = Ending(self.context, self.router, self.reports)
+        self.assembly = Assembly(
+            self.context, self.router, self.tasks, self.departure, self.merge_hooks, self.servers,
+            rounds=(lambda: self.round, lambda: self._computed),
+        )  # fmt: skip
+        self.segments = Segments(self.context, self.tasks, self.servers, lambda: self.round)
+        #: None before the script has made its optimizer.
+        self.training: Training | None = None
+        self.final_tensors = FinalTensors()
+        #: None before the script has asked for it.
+        self.kv: KvClient | None = None
+        self._finished = False
+        self._pid = os.getpid()
+        arm(welcome.process, Path(welcome.run_dir))
+        with io.lock:
+            io.epoch = welcome.share_tables[-1].epoch
+            io.on_message = self.router.handle
+            io.on_replaced = self.router.replaced
+            io.on_tick = self.router.tick
+            io.beat = self.beat
+        torch.set_num_threads(welcome.settings.threads)
+        seed = derive_seed(welcome.settings.seed, "model")
+        torch.manual_seed(seed)  # also what is not in use yet
+        seed_everything(seed)
+        silence_scheduler_warnings()
+        self._watchdog = Watchdog(welcome.settings.stack_dump_after, self._progress, lambda: io.waits_for or "its own script")
+
+    @property
+    def work(self) -> GradientLoop | LocalSgdLoop | None:
+        """The loop of the training; None before the script has made its optimizer."""
+        return self.training.work if self.training is not None else None
+
+    @property
+    def round(self) -> int:
+        """Rounds before this one are in the weights of the model."""
+        return self.work.round if self.work is not None else 0
+
+    @property
+    def _computed(self) -> int:
+        """The round of the micro-batch that is computed now; if there is none, `round`."""
+        task = self.work.batch.task if self.work is not None else None
+        return task.round if task is not None else self.round
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Report metrics: with the micro-batch that is computed now, or by themselves."""
+        if self.work is None or not self.work.batch.log(numbers):
+            self.reports.metrics(self.round, numbers)
+
+    def open_kv(self) -> KvClient:
+        """Return the key-value client. Raises UsageError if servers are to keep copies, for of keys there are none."""
+        settings = self.context.settings
+        if settings.replicas:
+            raise UsageError("the key-value store is on one server each, of which no copies are kept: leave out --replicas.")
+        if self.kv is None:
+            self.kv = KvClient(self.io, self.servers, settings.progress_timeout)
+        return self.kv
+
+    # ---- signs of life
+
+    def beat(self) -> Heartbeat:
+        """Return what this worker is at."""
+        traffic = self.router.traffic
+        if self._finished:
+            unsteady = self.work.beat().unsteady if self.work is not None else ""
+            return Heartbeat("done", self.round, traffic=traffic, unsteady=unsteady)
+        if self.work is not None:
+            return msgspec.structs.replace(self.work.beat(), traffic=traffic)
+        return Heartbeat("starting") if self.kv is None else Heartbeat("computing", progress=self.kv.answered)
+
+    def _progress(self) -> tuple[int, int, int] | None:
+        """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
+        with self.io.lock:
+            beat = self.beat()
+        return (beat.round, beat.micro_batch + beat.progress, self.io.answers) if beat.state != "done" else None
+
+    # ---- the end
+
+    def told_to_stop(self, number: int) -> None:
+        """Take a signal; see `Run.told_to_stop`."""
+        if os.getpid() != self._pid:  # a process that the script has made of this one
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif self.io.told and not self._finished:
+            raise Stopped(number)
+        elif not self.io.told:
+            self.io.told, self.io.told_at = number, time.monotonic()
+
+    def _may_leave(self) -> None:
+        """Leave, as the coordinator lets this worker go, which was told to stop.
+
+        Between two micro-batches it hands over what it has. If it is at another part of its script, there is nothing to be
+        handed over.
+        """
+        self.departure.requested = True
+        if self.segments.done:
+            self.io.interrupt()
+
+    def finish(self, failure: str, interrupted: bool, cut_off: bool) -> None:
+        """End this worker's part; see `Run.finish`. `cut_off`: the failure is that a server did not answer."""
+        if self._finished:
+            return
+        self._finished = self.io.copies = True
+        try:
+            if failure or interrupted:
+                used_kv = self.kv is not None
+                self.ending.give_up(Goodbye(failure, interrupted, cut_off=cut_off, used_kv=used_kv, round=self.round))
+                return
+            if self.training is not None and self.training.setup.begins_later:
+                self.training.begin()
+            self.ending.await_reports()
+            changed = self.final_tensors.changed()
+            self.ending.take_leave(
+                self.beat,
+                lambda: Goodbye(early=self.departure.early or self.io.told > 0, round=self.round, changed=changed),
+            )
+        finally:
+            self._watchdog.stop()
+            self.io.close()
+            self.release_model()
+
+    def release_model(self) -> None:
+        """Make the model an ordinary one: after a run that has failed, weights that it still waits for never come."""
+        if self.work is not None:
+            self.work.close()
