@@ -37,7 +37,7 @@ _MEAN_AGAIN_S = 0.1
 
 
 class Assembly:
-    """What a training is put together from."""
+    """Puts a training together from the parts of a worker."""
 
     def __init__(
         self,
