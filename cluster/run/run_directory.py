@@ -55,7 +55,7 @@ def claim(
     try:
         how = "begin" if take_up is None else take_up(folder)
         if how == "resume":
-            _remove(folder, (SUMMARY_FILE, MODEL_FILE, ADDRESS_FILE, SCALE_FILE))
+            _remove(folder, (ADDRESS_FILE, SCALE_FILE))  # the coordinator removes the results, once it can go on
         elif how == "begin":
             _make_room(folder, overwrite)
         yield folder, how

@@ -23,7 +23,7 @@ from roundtable.common.runtime.signal_handlers import handled
 from roundtable.common.storage.checkpoint import check_versions, finished, folders, newest, remove
 from roundtable.common.storage.event_log import FILE_NAME
 from roundtable.common.storage.private_files import make_run_dir
-from roundtable.common.storage.run_files import SETTINGS_FILE, How
+from roundtable.common.storage.run_files import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE, How
 from roundtable.ps.coordinator.coordinator import TICK_MS, Coordinator
 from roundtable.ps.coordinator.farewell import BeginAnew
 from roundtable.ps.coordinator.recovery import RestoredRun, restore
@@ -70,6 +70,9 @@ def serve(
             make_run_dir(run_dir)
             patience_s = _LATE_S if how == "nothing" else None
             coordinator = Coordinator(sock, settings, run_dir, books, recovers=how != "resume", late_s=patience_s)
+            if how == "resume":  # of a run that had finished, and is to go on for longer
+                for name in (SUMMARY_FILE, MODEL_FILE):
+                    (run_dir / name).unlink(missing_ok=True)
             address = advertised(bound, "tcp://127.0.0.1:1")
             write_address(run_dir / "address", address)
             if warning:

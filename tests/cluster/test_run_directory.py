@@ -14,7 +14,8 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.event_log import FILE_NAME, RoundRow, RunLog
-from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, is_run
+from roundtable.common.storage.run_files import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE, is_run
+from roundtable.ps.coordinator.main import serve
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,18 @@ def test_a_run_that_was_broken_off_before_its_first_round_is_replaced() -> None:
     RunLog(Path("r", FILE_NAME)).close()
     with claim(Path("r"), "x", overwrite=False):
         assert not is_run(Path("r"))
+
+
+def test_a_finished_run_that_cannot_be_resumed_keeps_its_results() -> None:
+    folder = Path("r")
+    make_run(folder, finished=True)
+    (folder / MODEL_FILE).write_text("a model")
+    (folder / FILE_NAME).write_text("no log")
+    with claim(folder, "x", overwrite=False, take_up=lambda _: "resume") as (claimed, how):
+        assert (claimed, how) == (folder, "resume")
+        with pytest.raises(UsageError, match="cannot be read"):
+            serve(Settings(), "tcp://127.0.0.1:0", folder, "resume")
+    assert (folder / MODEL_FILE).read_text() == "a model" and (folder / SUMMARY_FILE).exists()
 
 
 @pytest.mark.parametrize("what", ["rounds", "snapshot", "books that cannot be read"])
