@@ -32,7 +32,7 @@ from unittest import mock
 import msgspec
 import torch
 import zmq
-from at_once import rows_of, sharded
+from fake_sharded_link import rows_of, sharded
 from hypothesis import HealthCheck, Phase, settings
 from safetensors.torch import load_file
 from torch import nn

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from at_once import AtOnce, sharded
-from elsewhere import DEVICE, Elsewhere, There
+from fake_device import DEVICE, Elsewhere, There
+from fake_sharded_link import AtOnce, sharded
 from torch import nn
 
 from roundtable.common.model.sparse_rows import cut

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from at_once import AtOnce, sharded
+from fake_sharded_link import AtOnce, sharded
 from torch import nn
 from torch.nn.functional import cross_entropy
 

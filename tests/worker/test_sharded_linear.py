@@ -29,7 +29,7 @@ from roundtable.worker.client.sharded_client import ShardedClient
 from roundtable.worker.layers.sharded_linear import ShardedLinear, check_sharding, find_layers, sharded_cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ps"))
-from at_once import sharded
+from fake_sharded_link import sharded
 
 CLASSES, DIM, BATCH = 300, 4, 6
 UPDATE = Update("SGD", [{"lr": 1.0, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False}])

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from roundtable.common.protocol.messages.saving import CheckpointStatus
 from roundtable.common.storage import checkpoint
 from roundtable.common.storage.tensor_file import Entry
-from roundtable.ps.server.checkpoint_writer import CheckpointData, CheckpointWriter
+from roundtable.ps.shard.checkpoint_writer import CheckpointData, CheckpointWriter
 
 CAPTURE = CheckpointData(7, "token", [Entry("weights/w", [2], [torch.tensor([1.0, 2.0])])], {"seen": 3})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from at_once import AtOnce, rows_of, sharded
+from fake_sharded_link import AtOnce, rows_of, sharded
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -12,7 +12,7 @@ from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
-from roundtable.ps.server.memory_budget import check_memory
+from roundtable.ps.params.memory_budget import check_memory
 
 CPU = torch.device("cpu")
 #: Of which 1 GiB is 2 ** 22 rows of 64 numbers.
