@@ -3,7 +3,7 @@
 `stub_program.py local RUN_DIR` is a launcher whose children are stubs too. STUB_<NAME> says what the child NAME does once it
 runs: pause, as all do by default; finish; await FILE: finish once that is there; seed: finish if the run's seed is 0, else exit
 with it; exit N; fail TEXT; stubborn: ignore signals, having started two others that ignore them too, one of them in a session of
-its own. STUB_READY names a FIFO that each writes a line to by then; STUB_RESPAWN says how often one is started again.
+its own. STUB_READY names a FIFO that each writes a line to by then; STUB_RESTARTS says how often one is started again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def launcher(folder: Path) -> int:
 
     @click.command()
     def local() -> None:
-        restart_policy = RestartPolicy(int(os.environ.get("STUB_RESPAWN", 0)), 0.05)
+        restart_policy = RestartPolicy(int(os.environ.get("STUB_RESTARTS", 0)), 0.05)
         order = LaunchSpec(Settings(workers=2, servers=1), folder, restart_policy=restart_policy, modules=("json",))
         run_local(order, [sys.executable, __file__], os.environ, Screen(Console(), folder / "events.sqlite"))
 

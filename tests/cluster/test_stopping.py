@@ -53,7 +53,7 @@ def test_a_second_ctrl_c_does_not_disturb_the_stopping(stub: Stub) -> None:
 
 
 def test_a_server_that_is_killed_again_and_again_ends_the_run(stub: Stub) -> None:
-    run = stub(restart_policy="3")
+    run = stub(restarts="3")
     for count in range(4):
         os.kill(run.ready(ALL + count)["server-0"], signal.SIGKILL)
     code, lines = run.end()
@@ -88,7 +88,7 @@ def test_a_coordinator_killed_with_9_is_started_again_but_not_for_ever(stub: Stu
 
 
 def test_a_worker_killed_with_9_is_started_again_as_often_as_is_allowed_and_then_the_others_go_on(stub: Stub) -> None:
-    run = stub(restart_policy="1")
+    run = stub(restarts="1")
     first = run.ready(ALL)
     os.kill(first["worker-1"], signal.SIGKILL)
     again = run.ready(ALL + 1)["worker-1"]
@@ -179,7 +179,7 @@ def test_nothing_outlives_a_launcher_that_was_killed_with_9(stub: Stub) -> None:
 
 
 def test_a_run_goes_on_without_its_guard_and_its_fork_server_and_ends_well(stub: Stub) -> None:
-    run = stub(restart_policy="1")
+    run = stub(restarts="1")
     pids = run.ready(ALL)
     helpers = run.members() - set(pids.values()) - {run.popen.pid}
     assert len(helpers) == 2
@@ -236,7 +236,7 @@ def test_a_run_whose_children_end_well_succeeds_and_leaves_nothing(stub: Stub, t
 def test_a_server_that_was_killed_just_before_the_end_and_started_again_is_no_failure_of_the_run(
     stub: Stub, tmp_path: Path
 ) -> None:
-    run = stub(coordinator=f"await {tmp_path / 'over'}", restart_policy="1")
+    run = stub(coordinator=f"await {tmp_path / 'over'}", restarts="1")
     os.kill(run.ready(ALL)["server-0"], signal.SIGKILL)
     run.ready(ALL + 1)
     (tmp_path / "over").touch()
@@ -246,7 +246,7 @@ def test_a_server_that_was_killed_just_before_the_end_and_started_again_is_no_fa
 
 
 def test_a_server_that_is_killed_once_the_run_has_ended_well_is_no_failure_of_it(stub: Stub, tmp_path: Path) -> None:
-    run = stub(coordinator=f"await {tmp_path / 'over'}", restart_policy="1")
+    run = stub(coordinator=f"await {tmp_path / 'over'}", restarts="1")
     there = run.ready(ALL)
     (tmp_path / "over").touch()
     wait_for_ends({there["coordinator"]})
@@ -272,7 +272,7 @@ def test_a_reader_that_goes_away_ends_nothing(stub: Stub) -> None:
 
 
 def test_a_server_that_hangs_is_killed_by_who_has_started_it_and_nobody_else_is(stub: Stub, tmp_path: Path) -> None:
-    run = stub(restart_policy="1")
+    run = stub(restarts="1")
     pids = run.ready(ALL)
     log = RunLog(tmp_path / "run" / "events.sqlite")
     joined = {"host": "h", "place": here().pids}

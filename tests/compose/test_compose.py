@@ -1,4 +1,4 @@
-"""docker-compose.yml for real: six containers train to the weights of a local run, also where a worker and a server are lost.
+"""docker-compose.yml for real: six containers train to the weights of a local run, though a worker and a server are lost.
 
 Skips where there is no Docker engine or no docker-compose.
 """
@@ -117,33 +117,17 @@ def joined(folder: Path) -> dict[str, dict[str, Any]]:
         return {event.process: event.data for _, _, event in log.events() if event.kind == "joined"}
 
 
-def test_six_containers_train_to_the_weights_of_a_local_run(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
-    flags = ("--data", "digits", "--epochs", "2", "--lr", "0.1")
-    cluster.up(*flags)
-    assert cluster.wait() == dict.fromkeys(NAMES, 0)
-
-    found = cluster.results(tmp_path / "volume")
-    members = joined(tmp_path / "volume")
-    local = launch("--workers", 3, "--servers", 2, *flags)
-    builds = members["worker-0"]["arithmetic"], joined(tmp_path / "run")["worker-0"]["arithmetic"]
-    assert found["weights_sha256"] == local["weights_sha256"] == sha256(tmp_path / "volume" / "model.safetensors"), builds
-    assert found["samples"] == local["samples"] and found["rounds"] == local["rounds"]
-
+def test_of_six_containers_a_worker_is_killed_and_a_server_crashes_and_the_rest_train_to_the_weights_of_a_local_run(
+    cluster: Cluster, launch: Launch, tmp_path: Path
+) -> None:
+    flags = ("--data", "digits", "--epochs", "8", "--lr", "0.05")
+    cluster.up(*flags, "--replicas", "1")
     containers = cluster.containers()
     hosts = {name: one["Config"]["Hostname"] for name, one in containers.items()}
     assert len(set(hosts.values())) == 6
-    assert sorted(data["host"] for data in members.values()) == sorted(hosts[name] for name in NAMES - {"coordinator-1"})
     for one in containers.values():
         assert set(one["NetworkSettings"]["Networks"]) == {f"{PROJECT}_cluster"}
         assert not one["HostConfig"]["PortBindings"]
-
-
-def test_a_worker_is_killed_and_a_server_crashes_and_the_others_train_to_the_same_weights(
-    cluster: Cluster, launch: Launch, tmp_path: Path
-) -> None:
-    flags = ("--data", "digits", "--epochs", "10", "--lr", "0.05")
-    cluster.up(*flags, "--replicas", "1")
-    containers = cluster.containers()
     for name, one in containers.items():
         users = run("docker", "top", one["Id"], "-eo", "pid,uid").split()[3::2]
         assert users and "0" not in users, f"{name} runs as root"
@@ -160,9 +144,13 @@ def test_a_worker_is_killed_and_a_server_crashes_and_the_others_train_to_the_sam
     assert cluster.wait() == dict.fromkeys(NAMES, 0) | {"worker-2": 137}
 
     found = cluster.results(tmp_path / "volume")
-    assert rounds < found["rounds"] and found["samples"] == 10 * 1437
+    members = joined(tmp_path / "volume")
+    assert {data["host"] for data in members.values()} == {hosts[name] for name in NAMES - {"coordinator-1"}}
+    assert rounds < found["rounds"] and found["samples"] == 8 * 1437
     assert {name: one["RestartCount"] for name, one in cluster.containers().items()} == dict.fromkeys(NAMES, 0) | {"server-1": 1}
-    assert found["weights_sha256"] == launch("--workers", 3, "--servers", 2, *flags)["weights_sha256"]
+    local = launch("--workers", 3, "--servers", 2, *flags)
+    builds = members["worker-0"]["arithmetic"], joined(tmp_path / "run")["worker-0"]["arithmetic"]
+    assert found["weights_sha256"] == local["weights_sha256"] == sha256(tmp_path / "volume" / "model.safetensors"), builds
 
 
 def test_up_after_an_edit_goes_on_with_the_run_and_deletes_nothing(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
