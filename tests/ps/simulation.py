@@ -694,7 +694,13 @@ class ServerProcess(Process):
     def _end(self, away: float) -> None:
         """Have another process in its place after so many seconds."""
         self.alive = False
-        self.world.at(self.world.now + away, lambda: self.world.start(ServerProcess(self.world, f"{self.key}.1")))
+        self.world.at(self.world.now + away, lambda: self.world.start(ServerProcess(self.world, self._next_key)))
+
+    @property
+    def _next_key(self) -> str:
+        """Of the process in its place: server-0, server-0.1, server-0.2, ..."""
+        place, _, number = self.key.partition(".")
+        return f"{place}.{int(number or 0) + 1}"
 
     def kill_once_copied(self, away: float) -> None:
         """Kill it as soon as there is a copy of every shard."""
