@@ -46,6 +46,7 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_run_writes_table_plot_and_json_and_we_train_to_ddps_loss(tmp_path: Path) -> None:
     systems = [part for name in ("independent", "ddp", "ours", "ours:socket,bf16") for part in ("--system", name)]
     command = [sys.executable, "-m", "benchmarks", "--quick", "--model", "cnn", *systems, "--out", str(tmp_path)]
@@ -207,6 +208,7 @@ def test_models_have_their_sizes_and_data_are_always_the_same(name: str, least: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_handful_of_simulated_workers_make_a_table_of_what_a_round_and_a_connection_cost() -> None:
     command = [sys.executable, "-m", "benchmarks.connections", "--workers", "1", "--workers", "5", "--pushes", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

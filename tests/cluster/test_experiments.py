@@ -20,7 +20,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError, UsageError
 from roundtable.common.storage.event_log import FILE_NAME, Event, RoundRow, RunLog
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(Path(__file__).with_name("stub_program.py"))]

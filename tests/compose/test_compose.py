@@ -153,6 +153,7 @@ def test_of_six_containers_a_worker_is_killed_and_a_server_crashes_and_the_rest_
     assert found["weights_sha256"] == local["weights_sha256"] == sha256(tmp_path / "volume" / "model.safetensors"), builds
 
 
+@pytest.mark.long
 def test_up_after_an_edit_goes_on_with_the_run_and_deletes_nothing(cluster: Cluster, launch: Launch, tmp_path: Path) -> None:
     flags = ("--data", "digits", "--lr", "0.05", "--checkpoint-every", "1")
     cluster.up(*flags, "--epochs", "9")

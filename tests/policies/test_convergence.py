@@ -18,7 +18,7 @@ import pytest
 
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 Launch = Callable[..., dict[str, Any]]
 

@@ -13,17 +13,18 @@ from benchmarks.faults.measuring import measure
 from benchmarks.faults.rows import rows
 
 pytestmark = pytest.mark.timeout(240)
+LONG = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("a worker, at receiving", marks=pytest.mark.slow),
+        pytest.param("a worker, at receiving", marks=LONG),
         "a server, at applying",
-        pytest.param("the coordinator, at flushed", marks=pytest.mark.slow),
-        pytest.param("all workers, each at another point", marks=pytest.mark.slow),
-        pytest.param("6 servers for 4 chunks, power loss, then --resume on 3", marks=pytest.mark.slow),
-        pytest.param("a worker's script fails, and --worker-failures admits it", marks=pytest.mark.slow),
+        pytest.param("the coordinator, at flushed", marks=LONG),
+        pytest.param("all workers, each at another point", marks=LONG),
+        pytest.param("6 servers for 4 chunks, power loss, then --resume on 3", marks=LONG),
+        pytest.param("a worker's script fails, and --worker-failures admits it", marks=LONG),
     ],
 )
 def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(undisturbed: str, tmp_path: Path, name: str) -> None:
@@ -34,8 +35,11 @@ def test_a_run_whose_process_is_killed_there_ends_as_if_nothing_had_happened(und
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("strangers: messages of an earlier epoch once more, and of a worker that was lost", marks=pytest.mark.slow),
-        pytest.param("messages sent twice, and after later ones", marks=pytest.mark.slow),
+        pytest.param(
+            "strangers: messages of an earlier epoch once more, and of a worker that was lost",
+            marks=LONG,
+        ),
+        pytest.param("messages sent twice, and after later ones", marks=LONG),
     ],
 )
 def test_messages_that_come_again_late_or_in_another_order_change_nothing(undisturbed: str, tmp_path: Path, name: str) -> None:
