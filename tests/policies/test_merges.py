@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from roundtable.common.storage.event_log import FILE_NAME, RunLogReader
 from roundtable.worker.merge.averaging import mean
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SCRIPT = Path(__file__).parent / "train_parts.py"
 CLUSTER = ("--workers", 3, "--servers", 2)

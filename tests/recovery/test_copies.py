@@ -10,7 +10,7 @@ import pytest
 from benchmarks.live import TRAINING, Cluster
 from roundtable.common.runtime.failpoints import VARIABLE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(240)]
 
 Start = Callable[..., Cluster]
 #: With no snapshot to fall back on.

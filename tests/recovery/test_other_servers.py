@@ -15,7 +15,7 @@ from test_going_on import launch
 from benchmarks.live import Cluster
 from roundtable.common.storage.event_log import RunLogReader
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(240)]
 
 Start = Callable[..., Cluster]
 SCRIPT = Path(__file__).with_name("train_rows.py")
