@@ -52,10 +52,12 @@ def server_beside(
     script: str | None,
     restart_policy: RestartPolicy,
     device: str,
+    start_s: float,
     advertise: str | None = None,
 ) -> Iterator[None]:
     """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
 
+    The server waits for the run to start for `start_s` seconds, as the worker does.
     The server tells others to connect to `advertise`, if that is not None, and listens at its port, if it has one.
     What the server logs goes to stderr. If it hangs, it is killed; a killed one is started again, as `restart_policy` says.
     Within the context, which is the main thread's, its failure is raised: UsageError where it was refused, else ClusterError.
@@ -69,9 +71,10 @@ def server_beside(
         with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
             env = {**os.environ, liveness.VARIABLE: str(signs.write)}
             processes = cleanup.enter_context(Processes(Path(folder), env, files=[signs.write]))
-            bind, flags = "tcp://*:0", []
+            bind, flags = "tcp://*:0", ["--start-timeout", str(start_s)]
             if advertise is not None:
-                bind, flags = f"tcp://*:{split(as_told(advertise, bind))[1]}", ["--advertise", advertise]
+                bind = f"tcp://*:{split(as_told(advertise, bind))[1]}"
+                flags += ["--advertise", advertise]
             server = start_server(processes, program, coordinator, index, device, bind, flags)
             told = server.log.open("rb")
         server.log = Path(f"/proc/self/fd/{told.fileno()}")

@@ -40,7 +40,7 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
         "coordinator_timeout", "start_timeout", "stop_timeout", "stack_dump_after",
     ),
     "Network and memory": (
-        "transport", "compress_gradients", "compress_weights", "topk_ratio", "topk_momentum", "port", "listen", "server_device",
+        "transport", "compress_gradients", "compress_weights", "topk_ratio", "port", "listen", "server_device",
         "kv_memory",
     ),
 }  # fmt: skip

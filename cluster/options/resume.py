@@ -57,11 +57,6 @@ class Before:
     #: Whether its coordinator has told all that it is over, or that they are to begin anew.
     is_over: bool
 
-    @property
-    def is_begun(self) -> bool:
-        """Whether something would be lost with it."""
-        return self.rounds > 0
-
 
 def look(folder: Path) -> Before | None:
     """What is in the run directory `folder`; None where no coordinator has written anything.

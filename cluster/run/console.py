@@ -58,11 +58,11 @@ class Screen:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live and error is None:  # the last rounds may have come since the last look
+            self._looked_at = float("-inf")
+            self.update()
         self._pass_on(at_end=True)
         if self._live:
-            if error is None:  # the last rounds may have come since the last look
-                self._looked_at = float("-inf")
-                self.update()
             self._live.stop()
         self.alarm.close()
 

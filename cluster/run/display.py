@@ -35,12 +35,11 @@ def line(progress: Progress, elapsed_s: float | None = None) -> str:
 
 def picture(progress: Progress, elapsed_s: float | None = None, height: int = 24) -> Group:
     """Return progress as a bar, a line of numbers, lines for workers, one for servers, and the alarm, if there is one."""
-    shares = progress.rounds / progress.total if progress.total else 0.0
-    percent = f"{shares:4.0%} " if progress.total else "   - "
-    head = [f"{percent}|{_bar(shares, _BAR, ' ')}| {'  '.join(_rounds(progress))}"]
+    share = progress.rounds / progress.total if progress.total else 0.0
+    percent = f"{share:4.0%} " if progress.total else "   - "
     numbers = "   ".join(_numbers(progress, elapsed_s))
     lines = [
-        *head,
+        f"{percent}|{_bar(share, _BAR, ' ')}| {'  '.join(_rounds(progress))}",
         *([f" {numbers}"] if numbers else []),
         *_of_workers(progress, max(2, height - _OTHER_LINES)),
         *_of_servers(progress),

@@ -80,7 +80,10 @@ class Tracker:
         #: Since when each process waits, and for whom.
         self._waits: dict[str, tuple[str, float]] = {}
         self._checkpoint: tuple[int, float] | None = None
+        #: When the plan of this part of the run was made, if that was in this part.
         self._first_at: float | None = None
+        #: When the coordinator of this part started.
+        self._part_at = 0.0
         self._over = False
 
     def look(self, now: float | None = None) -> Progress:
@@ -108,6 +111,8 @@ class Tracker:
                 self._first_at = self._first_at or at
             elif event.kind == "started":  # from now on names are other processes'
                 joined, left, failed_late, has_model = dict.fromkeys(joined, ""), set(), set(), False
+                self._first_at, self._part_at = None, at
+                self._minute.clear()
             elif event.kind == "joined" and event.data["place"] == here().pids:
                 joined[event.data["pid"]] = event.process
             elif event.kind == "lost":
@@ -129,7 +134,7 @@ class Tracker:
         rows = reader.rounds(after=self._last_round)
         if rows:
             self._last_round = rows[-1].round
-            self._minute.extend(rows)
+            self._minute.extend(row for row in rows if row.at >= self._part_at)
         while len(self._minute) > 1 and self._minute[0].at < now - _LONG_WINDOW_S:
             self._minute.popleft()
         recent = [row for row in self._minute if row.at >= now - _WINDOW_S] or list(self._minute)[-1:]
@@ -174,7 +179,7 @@ class Tracker:
 
     def _since(self, now: float, window_s: float) -> float:
         """Return when the window began that ends now: not before training did."""
-        return max(self._first_at or (self._minute[0].at if self._minute else now), now - window_s)
+        return max(self._first_at or (self._minute[0].at if len(self._minute) > 1 else now), now - window_s)
 
     def _left(self, now: float, total: int | None, done: int) -> float | None:
         start = self._since(now, _LONG_WINDOW_S)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 #: A line of this program's own log.
 _OURS = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ roundtable\b|error: ")
-#: Bytes that are read at once, at most.
+#: Bytes that are read at once, at most, while a script runs.
 _MOST = 1 << 16
 
 
@@ -25,9 +25,9 @@ class ScriptOutput:
 
     def lines(self, at_end: bool = False) -> list[str]:
         """Return the lines that have come since the last call; `at_end` also those without an end."""
-        found = []
+        found, most = [], -1 if at_end else _MOST
         for path in sorted(self._logs.glob(self._pattern)):
-            *whole, rest = (self._partial.pop(path.stem, b"") + self._new(path)).split(b"\n")
+            *whole, rest = (self._partial.pop(path.stem, b"") + self._new(path, most)).split(b"\n")
             if at_end and rest:
                 whole, rest = [*whole, rest], b""
             self._partial[path.stem] = rest
@@ -35,12 +35,12 @@ class ScriptOutput:
             found += [mark + one.decode("utf-8", "replace") for one in self._kept(path.stem, whole)]
         return found
 
-    def _new(self, path: Path) -> bytes:
+    def _new(self, path: Path, most: int) -> bytes:
         try:
             with path.open("rb") as file:
                 key = path.name, path.stat().st_ino
                 file.seek(self._read.get(key, 0))
-                found = file.read(_MOST)
+                found = file.read(most)
         except OSError:
             return b""
         self._read[key] = self._read.get(key, 0) + len(found)

@@ -255,14 +255,14 @@ def worker(
     from roundtable.worker.tools.run_script import run_script
 
     log_to_stderr(quiet)
-    os.environ[START_VARIABLE] = str(start_s)  # also the server's beside it
+    os.environ[START_VARIABLE] = str(start_s)  # for the script, which joins by itself
     with ExitStack() as beside:
         if colocate:
             from roundtable.cluster.launch.colocated import server_beside
             from roundtable.cluster.process.restart_policy import RestartPolicy
 
             again = RestartPolicy(max_restarts, restart_delay)
-            beside.enter_context(server_beside(program(), coordinator, index, script, again, server_device, advertise))
+            beside.enter_context(server_beside(program(), coordinator, index, script, again, server_device, start_s, advertise))
         run_script(coordinator, script, list(ctx.meta["args"]), index)
 
 

@@ -243,6 +243,33 @@ def test_time_left_speeds_and_the_epoch_are_read_from_the_log(tmp_path: Path) ->
     assert found.waits_s == {"worker-2": 4.0} and found.checkpoint is not None and found.checkpoint[0] == 10
 
 
+def test_after_a_resume_time_left_and_speed_are_of_the_part_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    log = RunLog(tmp_path / "events.sqlite")
+    log.event(Event("plan", "coordinator", {"rounds": 40, "epochs": 4}))
+    for number in range(20):
+        log.round(RoundRow(number, 0, 64, 4, 0, {}))
+    now[0] += 3.0
+    log.event(Event("started", "coordinator", {}))
+    for number in range(20, 31):
+        now[0] += 1.0
+        log.round(RoundRow(number, 1, 64, 4, 0, {}))
+    log.close()
+    found = Tracker(tmp_path / "events.sqlite").look(now[0])
+    assert (found.rounds, found.epoch) == (31, 2)
+    assert found.left_s is not None and 8.0 <= found.left_s < 9.0  # a round a second, and 9 are left
+    assert found.samples_per_second == pytest.approx(64.0, rel=0.25)
+
+
+def test_all_that_a_script_has_printed_is_shown_in_the_end(tmp_path: Path) -> None:
+    (tmp_path / "worker-0.log").touch()
+    output = ScriptOutput(tmp_path)
+    (tmp_path / "worker-0.log").write_text("much\n" * 50_000 + "the last")
+    assert len(output.lines()) < 50_000
+    assert output.lines(at_end=True)[-1] == "the last"
+
+
 def test_what_worker_0_prints_is_shown_without_our_own_log_and_tracebacks(tmp_path: Path) -> None:
     (tmp_path / "worker-0.log").write_text("of an earlier run\n")
     one, all_ = ScriptOutput(tmp_path), ScriptOutput(tmp_path, everybody=True)
