@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import operator
 import time
 from collections.abc import Sequence
 
@@ -14,7 +12,6 @@ from roundtable.common.config.worker_facts import Fact
 from roundtable.common.model.layout import message_batches
 from roundtable.common.protocol.effects import COORDINATOR
 from roundtable.common.protocol.messages.setup import (
-    Accepted,
     InitialWeights,
     OfferSharedMemory,
     Request,
@@ -27,7 +24,7 @@ from roundtable.common.protocol.session import TELL_S
 from roundtable.common.protocol.shared_memory import Handle, NotShared
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.worker import facts as alike
-from roundtable.worker.client.context import WorkerContext
+from roundtable.worker.client.context import WorkerContext, is_accepted
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.layers.sharded_linear import Sharded
 from roundtable.worker.layers.sparse_embedding import SparseEmbedding
@@ -78,7 +75,6 @@ class ModelSetup:
 
     def send_first_weights(self) -> bool:
         """See that servers have first weights: those of this worker if it is the first one. Return whether it is."""
-        self.begins_later = False
         replica, is_first = self._replica, self._sends_first()
         if is_first:
             replica.check_dtypes()
@@ -86,9 +82,10 @@ class ModelSetup:
             for number, server in enumerate(self._servers):
                 ids = [chunk.id for chunk in replica.layout.on(number)]
                 for batch in message_batches(ids, size.__getitem__):
-                    answers = functools.partial(operator.eq, Accepted(Request.INITIAL_WEIGHTS, batch[0]))
                     frames = [replica.first_weights(i) for i in batch]
+                    answers = is_accepted(Request.INITIAL_WEIGHTS, batch[0])
                     self._context.request(server, InitialWeights(batch), answers, frames)
+        self.begins_later = False
         return is_first
 
     def _sends_first(self) -> bool:

@@ -40,21 +40,6 @@ from roundtable.ps.shard.weights_sender import WeightsSender
 #: Rounds of which it is known whose contributions counted, for workers that have not got word of it.
 _REMEMBERED = 64
 
-Metrics = dict[str, tuple[float, float]]
-
-
-def add_metrics(left: Metrics, right: Metrics) -> Metrics:
-    """Sums by name; names only one side has are kept."""
-    out = dict(left)
-    for name, (total, samples) in right.items():
-        before = out.get(name, (0.0, 0.0))
-        out[name] = (before[0] + total, before[1] + samples)
-    return out
-
-
-def mean_metrics(total: Metrics) -> dict[str, float]:
-    return {name: value / samples for name, (value, samples) in total.items() if samples}
-
 
 @dataclass(frozen=True)
 class ShardParts:

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from roundtable.common.config.batch_plan import Round
+from roundtable.common.model.metrics import Metrics, add_metrics, mean_metrics
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.reduction_tree import fold
 from roundtable.common.protocol.effects import Send
@@ -31,7 +32,7 @@ from roundtable.ps.params.planned_rates import PlannedRates, Terms
 from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
-from roundtable.ps.shard.shard import Metrics, Shard, ShardParts, add_metrics, contribution, mean_metrics
+from roundtable.ps.shard.shard import Shard, ShardParts, contribution
 
 #: Workers that can have weight buffers to read their weights from; the others are sent them.
 _PAIRS = 64

@@ -7,6 +7,7 @@ from typing import Any
 
 from roundtable.common.config.batch_plan import Round
 from roundtable.common.model.layout import Chunk, Layout
+from roundtable.common.model.metrics import Metrics, mean_metrics
 from roundtable.common.model.nonfinite import ADVICE, sentence, tensors_not_finite
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.reduction_tree import Span, TreeSum, fold
@@ -17,7 +18,7 @@ from roundtable.common.protocol.messages.gradients import Push
 from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.clipping import Norm
-from roundtable.ps.shard.shard import Metrics, contribution, mean_metrics
+from roundtable.ps.shard.shard import contribution
 
 #: Adds two contributions, left first.
 Adder = Callable[[Any, Any], Any]

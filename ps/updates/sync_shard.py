@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from roundtable.common.model.metrics import add_metrics
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.effects import Send
@@ -25,7 +26,7 @@ from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
-from roundtable.ps.shard.shard import Shard, ShardParts, add_metrics, contribution
+from roundtable.ps.shard.shard import Shard, ShardParts, contribution
 from roundtable.ps.updates.round_decisions import RoundDecisions
 from roundtable.ps.updates.round_serving import RoundServing
 from roundtable.ps.updates.round_sums import Adder, RoundSums

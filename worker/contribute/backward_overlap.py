@@ -30,7 +30,7 @@ class TreeJoin:
 
 
 class OverlappedPush:
-    """One contribution in the making, of `samples` samples, in `gradient buffer`."""
+    """One contribution in the making, of `samples` samples, in `gradient_buffer`."""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from roundtable.common.model.layout import Layout
+from roundtable.common.model.metrics import add_metrics
 from roundtable.common.model.partial_sum import Sum, adder
 from roundtable.common.model.reduction_tree import TreeSum
 from roundtable.common.model.sparse_rows import RowSums, add_tables
@@ -38,12 +39,8 @@ class GradientSum:
 
     def joined(self, right: GradientSum, sums: dict[int, Sum]) -> GradientSum:
         """Return both contributions as one, with these sums, which lie where this one's do."""
-        metrics = dict(self.metrics)
-        for name, (value, samples) in right.metrics.items():
-            before = metrics.get(name, (0.0, 0.0))
-            metrics[name] = before[0] + value, before[1] + samples
         rows, uses = add_tables(self.rows, right.rows), self.uses + right.uses
-        return GradientSum(self.buffer, sums, rows, uses, metrics, self.finite and right.finite)
+        return GradientSum(self.buffer, sums, rows, uses, add_metrics(self.metrics, right.metrics), self.finite and right.finite)
 
     @property
     def scale(self) -> float:

@@ -20,15 +20,16 @@ from roundtable.common.model.sparse_rows import cut, owner_of, page_ids
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.embedding import InitialRows
+from roundtable.common.protocol.messages.setup import Request
 from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
 from roundtable.common.protocol.model_spec import ClassSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
+from roundtable.worker.client.context import is_accepted
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.sharded_client import ShardedClient
 from roundtable.worker.layers.margin_losses import Margin
 from roundtable.worker.layers.sharded_loss import HiddenGradient, LayerGradient, Losses, Outputs, combine
-from roundtable.worker.layers.sparse_embedding import is_ready
 from roundtable.worker.optim.optimizer import Groups
 from roundtable.worker.replica.absent_parameter import absent
 
@@ -248,7 +249,11 @@ class ShardedLayers:
             for server in range(self._servers):
                 frames = cut(rows[ids[owners == server]])
                 self._link.request(
-                    f"server-{server}", InitialRows(id_, tables + number, page), is_ready(id_), self._timeout, frames
+                    f"server-{server}",
+                    InitialRows(id_, tables + number, page),
+                    is_accepted(Request.INITIAL_ROWS, id_),
+                    self._timeout,
+                    frames,
                 )
 
     # ---- asking

@@ -18,14 +18,14 @@ from torch import nn
 from torch.nn.functional import embedding
 
 from roundtable.common.model.row_pages import pages
-from roundtable.common.model.sparse_rows import RowSum, RowSums, add_rows, add_tables, cut, no_rows, owner_of, page_ids
+from roundtable.common.model.sparse_rows import RowSum, RowSums, add_rows, cut, no_rows, owner_of, page_ids
 from roundtable.common.policies import Policy
-from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.embedding import InitialRows, RowPush
-from roundtable.common.protocol.messages.setup import Accepted, Request
+from roundtable.common.protocol.messages.setup import Request
 from roundtable.common.protocol.model_spec import TableSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
+from roundtable.worker.client.context import is_accepted
 from roundtable.worker.client.embedding_client import EmbeddingClient
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.optim.optimizer import Groups
@@ -154,7 +154,7 @@ class RowSparse:
                 init = InitialRows(self._sent, table, page)
                 self._sent += 1
                 frames = cut(weight[ids[owners == server]])
-                self._link.request(f"server-{server}", init, is_ready(init.id), self._timeout, frames)
+                self._link.request(f"server-{server}", init, is_accepted(Request.INITIAL_ROWS, init.id), self._timeout, frames)
 
     def _take_over(self, number: int, layer: nn.Embedding) -> None:
         def forward(module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
@@ -221,16 +221,9 @@ class RowSparse:
         for gradients in self._gradients:
             gradients.clear()
 
-    add = staticmethod(add_tables)
-
     def push(self, push: RowPush, sums: RowSums, bases: Mapping[int, int]) -> None:
         """Contribute; `push` lacks what differs between servers."""
         if self._specs:
             with self._link.lock:
                 messages = self.exchange.push(push, sums, bases, time.monotonic())
             self._link.send(*messages)
-
-
-def is_ready(id_: int) -> Callable[[Body], bool]:
-    """Whether a message acknowledges RowInit `id_`."""
-    return lambda body: body == Accepted(Request.INITIAL_ROWS, id_)

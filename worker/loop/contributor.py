@@ -59,8 +59,10 @@ class Contributor:
 
     def prepare(self, task: Task, plan: Round, compute_s: float) -> None:
         """Have the gradients of a micro-batch made in a free buffer, or added to those of the micro-batch before."""
-        is_added = self._is_added(plan, task.k) and not self._is_pushed_early(compute_s)
-        before = self._accumulate_into = self._accumulator.before(task.round, task.k) if is_added else None
+        before = self._accumulator.before(task.round, task.k) if self._is_added(plan, task.k) else None
+        if before is not None and self._is_pushed_early(compute_s):
+            before = None
+        self._accumulate_into = before
         if before is not None:
             self._buffer = None
             self._replica.add_to(before.buffer)

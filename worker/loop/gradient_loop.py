@@ -24,8 +24,6 @@ from roundtable.worker.loop.script_edits import Edits
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.loop.throughput import Throughput
 from roundtable.worker.loop.weight_fetcher import WeightFetcher
-from roundtable.worker.optim.optimizer import Hypers
-from roundtable.worker.replica.gradient_buffers import GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
 
@@ -41,9 +39,7 @@ class GradientLoop:
         replica: Replica,
         rows: RowSparse,
         shards: ShardedLayers,
-        buffers: GradientBuffers,
-        hypers: Hypers,
-        clip_norm: float | None,
+        contributor: Contributor,
     ) -> None:
         self.replica = replica
         self.round = 0
@@ -62,7 +58,7 @@ class GradientLoop:
         self._stale = False
         self._begun_at = 0.0
         self._throughput = Throughput()
-        self._contributor = Contributor(context, client, tasks, replica, rows, shards, buffers, hypers, clip_norm)
+        self._contributor = contributor
         self._weights = WeightFetcher(context, client, replica, self._throughput)
         #: The micro-batch that is computed twice.
         self._repeat: Repeat | None = None
@@ -179,16 +175,18 @@ class GradientLoop:
 
     # ---- going on
 
-    def _push_finished(self, segment: Segment) -> None:
-        """Push what was kept if nothing is left of this worker's own part of the round.
+    def _push_finished(self, segment: Segment) -> bool:
+        """Push what was kept if nothing is left of this worker's own part; return whether there is a micro-batch to compute.
 
-        Others may have taken over the rest meanwhile, so this is not only done after a step.
+        Others may have taken over the rest meanwhile, so this is not only done after a step. Both answers come of one look: if
+        others take over the last of it afterwards, there was a micro-batch, and the next look pushes what was kept.
         """
         with self._context.io.lock:
             self._tasks.drop_taken(self.round if self._per_round else segment.first_round)
-            run_done = self._tasks.run_done
+            run_done, has_task = self._tasks.run_done, self._tasks.any
         if run_done:
             self._contributor.push_held(segment, self._weights.versions)
+        return has_task
 
     def _next_task(self, segment: Segment) -> Task | None:
         """Return the next micro-batch, with the weights to compute it from in the model; None at the segment's end."""
@@ -211,10 +209,8 @@ class GradientLoop:
     def _advance(self, segment: Segment) -> None:
         """Go from round to round until there is a micro-batch to compute, or the segment is over."""
         while self.round < segment.end:
-            if not self._weights.round_invalid:
-                self._push_finished(segment)
-                if self._has_task():
-                    return
+            if not self._weights.round_invalid and self._push_finished(segment):
+                return
             self._weights.await_all()  # for it may yet be asked to compute something from these
             target = self.round + 1
             is_last = target == segment.end
@@ -227,10 +223,6 @@ class GradientLoop:
             if reached is not None:
                 self._stale = False
                 self._go_to(reached)
-
-    def _has_task(self) -> bool:
-        with self._context.io.lock:
-            return self._tasks.any
 
     def _ask_for_work(self, segment: Segment) -> None:
         """Ask the coordinator for something to compute, as this worker waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed
+from roundtable.common.model.metrics import add_metrics
 from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.model.partial_sum import Sum, nothing
 from roundtable.common.protocol.messages.gradients import Push, Sums
@@ -188,11 +190,8 @@ class LocalSgdLoop:
         """The sums of the metrics that are kept."""
         assert self._segment is not None
         first = self._segment.end - self._segment.rounds_per_epoch if self._policy.contributes == "weights" else 0
-        out: Sums = {}
-        for name, (value, samples) in (item for round_, sums in self._logged if round_ >= first for item in sums.items()):
-            before = out.get(name, (0.0, 0.0))
-            out[name] = before[0] + value, before[1] + samples
-        return out
+        none: Sums = {}
+        return functools.reduce(add_metrics, (sums for round_, sums in self._logged if round_ >= first), none)
 
     def _step_inner(self) -> None:
         if not self._weight:

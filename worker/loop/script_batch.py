@@ -34,10 +34,9 @@ class ScriptBatch:
             raise UsageError(_STEP_TOO_MUCH)
         return self.task
 
-    def take_back(self) -> Task:
-        """Return the micro-batch, which is computed now."""
-        task, self.task = self.in_hand, None
-        return task
+    def take_back(self) -> None:
+        """Note that the micro-batch is computed now."""
+        self.task = None
 
     def check_computed(self) -> None:
         """Raise UsageError if the script asks for the next batch without a step."""

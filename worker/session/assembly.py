@@ -19,6 +19,7 @@ from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.layers.sharded_linear import Sharded, ShardedLayers
 from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding
+from roundtable.worker.loop.contributor import Contributor
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import Inner, LocalSgdLoop, MergeHooks
@@ -80,7 +81,8 @@ class Assembly:
             hypers = Hypers(made.optimizer, call.schedule, call.schedule_per, self._epoch_loss)
         buffers = GradientBuffers(replica.layout, shared=self._context.settings.transport == "auto")
         self._share(client, replica, buffers.handle)
-        return GradientLoop(self._context, client, self._tasks, self._departure, replica, rows, shards, buffers, hypers, own_clip)
+        contributor = Contributor(self._context, client, self._tasks, replica, rows, shards, buffers, hypers, own_clip)
+        return GradientLoop(self._context, client, self._tasks, self._departure, replica, rows, shards, contributor)
 
     def _client_of(self, replica: Replica) -> ParameterClient:
         """Make the client of the servers that have the model's weights."""
@@ -115,11 +117,10 @@ class Assembly:
     def _epoch_loss(self, epoch: int) -> float | None:
         """Return the mean of the logged loss over an epoch; None if pushes are applied at once and it is not over everywhere."""
         waits = self._context.policy.applies == "round"
-        answer = self._context.io.request(
+        answer = self._context.request(
             COORDINATOR,
             Mean(epoch, "loss"),
             lambda body: isinstance(body, Mean) and body.epoch == epoch and (body.complete or not waits),
-            self._context.settings.progress_timeout,
             again=_MEAN_AGAIN_S,
         )
         assert isinstance(answer, Mean)

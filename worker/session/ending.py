@@ -11,7 +11,7 @@ from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.reports import ReportQueue
 from roundtable.worker.router import MessageRouter
 
-#: Seconds after which a worker that leaves looks again whether servers have what it has sent.
+#: Seconds that a worker which leaves waits at most for servers to have what it has sent.
 _HAND_OVER_S = 10.0
 #: The thing that a worker waits for once its script has ended.
 _END = "the coordinator to end the run, which others may still compute"
@@ -30,7 +30,7 @@ class Ending:
         io.wait(lambda: io.stopped, 2.0, lambda: "", every=1.0)
 
     def await_reports(self) -> None:
-        """Wait until the coordinator has all reports and the servers have all pushes."""
+        """Wait until the coordinator has all reports, and for a while until the servers have all pushes."""
         wait, reports = self._context.wait, self._reports
         wait(lambda: reports.has_all(Request.METRICS), lambda: f"the coordinator to record {reports.metrics_text()}")
         statistics = "the coordinator to write the statistics that were computed anew"

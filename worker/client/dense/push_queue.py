@@ -102,14 +102,14 @@ class PushQueue:
         sent = [] if reads else [i for i, one in sums.items() if not one.is_nothing]
         coded = {i: frame for i in sent if (frame := self._coder.encode(push, i, sums[i])) is not None}
         frames = {i: coded[i] if i in coded else to_frame(sums[i].values) for i in sent}
-        size = {i: frame.nbytes for i, frame in frames.items()}
+        size, metrics = {i: frame.nbytes for i, frame in frames.items()}, push.metrics
         for batch in [[*sums]] if reads else message_batches([*sums], lambda i: size.get(i, 0)) or [[]]:
             message = replace(
-                push, chunks=batch, present=[sums[i].present for i in batch],
+                push, chunks=batch, present=[sums[i].present for i in batch], metrics=metrics,
                 gradient_buffer=gradient_buffer.index if reads and gradient_buffer is not None else -1,
                 scale=max((sums[i].scale for i in batch), default=1.0), coded=[i for i in batch if i in coded],
             )  # fmt: skip
-            push = replace(push, metrics=None)
+            metrics = None
             lies_in = None if batch and len(message.coded) == len(batch) else gradient_buffer
             self._outstanding.append(_Outstanding(server, message, [frames[i] for i in batch if i in frames], lies_in))
 

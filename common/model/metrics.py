@@ -1,0 +1,21 @@
+"""Sums of metrics: by name, the sum of value x samples, and the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+Metrics = dict[str, tuple[float, float]]
+
+
+def add_metrics(left: Mapping[str, tuple[float, float]], right: Mapping[str, tuple[float, float]]) -> Metrics:
+    """Return both sums as one. A name that only one side has is kept."""
+    out = dict(left)
+    for name, (total, samples) in right.items():
+        before = out.get(name, (0.0, 0.0))
+        out[name] = before[0] + total, before[1] + samples
+    return out
+
+
+def mean_metrics(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the mean by name, of the names that have samples."""
+    return {name: value / samples for name, (value, samples) in total.items() if samples}
