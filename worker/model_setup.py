@@ -10,7 +10,7 @@ import msgspec
 
 from roundtable.common.config.worker_facts import Fact
 from roundtable.common.model.layout import message_batches
-from roundtable.common.protocol.effects import COORDINATOR
+from roundtable.common.protocol.effects import COORDINATOR, number_of
 from roundtable.common.protocol.messages.setup import (
     InitialWeights,
     OfferSharedMemory,
@@ -141,7 +141,7 @@ class SharedMemorySetup:
 
     def hear(self, sender: str, reply: SharedMemoryReply) -> None:
         """Take the answer of a server that is another process than before, if it was asked. The I/O thread calls this."""
-        server = int(sender.rpartition("-")[2])
+        server = number_of(sender)
         if server in self._client.peers.unanswered:
             self._meet(server, reply)
 

@@ -42,3 +42,8 @@ class Send:
     to: str
     body: Body
     frames: Frames = ()
+
+
+def number_of(name: str) -> int:
+    """Return 3 for 'worker-3'."""
+    return int(name.rpartition("-")[2])

@@ -42,10 +42,9 @@ _FILES_OF_STRANGERS = 4000
 _BACKLOG = 1024
 #: A connection whose other end is gone without a word is closed after some 60 seconds.
 _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
-#: Seconds between two signs of life; of silence after which the coordinator counts as gone; and between two looks at the clock
-#: that can only mean that this process was stopped meanwhile, and has not listened.
+#: Seconds between two signs of life; and between two looks at the clock that can only mean that this process was stopped
+#: meanwhile, and has not listened.
 BEAT_S = 0.5
-GONE_S = 20.0
 STOPPED_S = 1.0
 #: Seconds, besides those for a snapshot, after which one that was told to stop leaves without the coordinator's word.
 GO_S = 5.0

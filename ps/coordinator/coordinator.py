@@ -15,6 +15,7 @@ from typing import Any
 import zmq
 
 from roundtable.common.config.settings import Settings
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Standing
 from roundtable.common.protocol.messages.base import Body
@@ -43,7 +44,6 @@ from roundtable.ps.coordinator.parts.stopping import Stopping
 from roundtable.ps.coordinator.parts.summary import RunSummary
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import summarized_run
-from roundtable.ps.coordinator.state.roster import number_of
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

@@ -32,6 +32,7 @@ from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 from roundtable.ps.params.chunk_state import with_tuples
 from roundtable.ps.params.clipping import Norm
+from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
 
 #: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
@@ -342,7 +343,7 @@ class RowTables:
         """Step on all rows that were touched; see RowTable.apply. `hypers` are those of each parameter group, or none."""
         self.before_update()
         for part, table in zip(total, self._tables, strict=True):
-            table.apply(part, samples, hypers[table.spec.group] if table.spec.group < len(hypers) else {}, lr_scale, factor)
+            table.apply(part, samples, of_group(hypers, table.spec.group), lr_scale, factor)
         self._version += 1
 
 

@@ -12,12 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.policies import Policy
 
 Hypers = Sequence[Mapping[str, Any]]
+_H = TypeVar("_H", bound=Mapping[str, Any])
+
+
+def of_group(hypers: Sequence[_H], group: int) -> _H | dict[str, Any]:
+    """Return the settings of parameter group number `group`, if `hypers` has some for it."""
+    return hypers[group] if 0 <= group < len(hypers) else {}
+
 
 #: Micro-batches over which the policy's factors are averaged, and over which what they have taken is handed out again.
 _WINDOW = 32

@@ -18,7 +18,7 @@ from roundtable.common.config.settings import START_S
 from roundtable.common.network.addresses import advertised, as_told, await_route
 from roundtable.common.network.host_identity import here
 from roundtable.common.policies import load
-from roundtable.common.protocol.effects import BACKUP, COORDINATOR, AboutCopies, Send
+from roundtable.common.protocol.effects import BACKUP, COORDINATOR, AboutCopies, Send, number_of
 from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
 from roundtable.common.protocol.liveness import Signs
@@ -321,7 +321,7 @@ class _Server:
             self._stamp.run = welcome.run
             self._kv = KvStore(welcome.settings.kv_memory)
             allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
-            index, run_dir = int(welcome.process.rpartition("-")[2]), Path(welcome.run_dir)
+            index, run_dir = number_of(welcome.process), Path(welcome.run_dir)
             arm(welcome.process, run_dir)
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
             self._writer = writer = CheckpointWriter(index, run_dir)

@@ -144,8 +144,6 @@ class ShardHost:
 
     def tick(self, now: float) -> list[Send]:
         """Return what is due: the report, and questions that were not answered."""
-        if isinstance(self.shard, SyncShard):
-            self.shard.begin_backup()
         effects = self.reports.tick(now, self.version)
         if self.shard is not None:
             effects += self.shard.tick(now)
@@ -208,12 +206,12 @@ class ShardHost:
         """The server with the backup of this shard is another process, or the one whose backup is here."""
         if self._replication is not None:
             self._replication.changed(backup, primary)
-            if isinstance(self.shard, SyncShard):
+            if self.shard is not None:
                 self.shard.begin_backup()
         return self._go_on(now)
 
     def _go_on(self, now: float) -> list[Send]:
-        return self.shard.go_on(now) if isinstance(self.shard, SyncShard) else []
+        return self.shard.go_on(now) if self.shard is not None else []
 
     def _make_again(self, head: StateHeader) -> ShardState:
         """Make the shard whose state is on its way from the backup."""
@@ -221,8 +219,7 @@ class ShardHost:
         if self.shard is None:
             self.shard = self._made(head.setup, BACKUP)
             self.shard.model.is_returning = True
-        model = self.shard.model
-        return ShardState(model.dense, model.tables, model.layers)
+        return self.shard.model.state
 
     def _return(self, state: Incoming) -> None:
         """Go on from the state that has come from the backup."""
@@ -230,7 +227,7 @@ class ShardHost:
         assert isinstance(shard, SyncShard)
         model = shard.model
         try:
-            ShardState(model.dense, model.tables, model.layers).arrived(state)
+            model.state.arrived(state)
         except (KeyError, RuntimeError) as error:
             raise UsageError(f"the copy of server-{self.index}'s shard, which came back, does not fit it: {error}.") from None
         model.has_returned()

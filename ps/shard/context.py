@@ -73,7 +73,7 @@ class Plans:
 
     def has(self, round_: int) -> bool:
         """Return True if a plan knows the round."""
-        return any(segment.first_round <= round_ < segment.end for segment in self.segments)
+        return 0 <= round_ < self.end
 
     def round(self, index: int) -> Round:
         """Return the plan of a round. Raises WireError for a round that no plan knows."""

@@ -6,7 +6,6 @@ A round files contributions by number: those to chunks by the chunk's, all other
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush
 from roundtable.common.protocol.transport import Frames
 from roundtable.ps.params.clipping import Norm, value_of
 from roundtable.ps.params.embedding import RowTables
+from roundtable.ps.params.planned_rates import Hypers
 from roundtable.ps.sharded.contributions import Contributed, contributed, tensors_of
 from roundtable.ps.sharded.layers import LayerShards
 
 #: The number of the metrics of a contribution, on server 0.
 METRICS = -1
-
-Hypers = Sequence[Mapping[str, Any]]
 
 
 class ParameterKind(ABC):

@@ -20,6 +20,7 @@ from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.embedding import RowTables
 from roundtable.ps.params.memory_budget import check_memory
 from roundtable.ps.params.weight_buffers import WeightBuffers
+from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.context import Progress, ShardContext
 from roundtable.ps.shard.kinds import METRICS, LayersKind, ParameterKind, RowsKind
@@ -94,8 +95,9 @@ class ShardModel:
         if self.buffers.refused:
             log.warning("%s Workers get their weights through sockets.", self.buffers.refused)
         self.frozen = FrozenChunks(self.dense, self.buffers, {chunk.id for chunk in self.chunks.values() if chunk.frozen})
-        #: Chunks, and pages of tables, whose first weights are still to come.
-        self._awaited: set[int | tuple[int, int]] = {*self.chunks, *self._awaited_pages()}
+        #: Pages of tables whose first weights workers send; and these and chunks, as long as theirs are still to come.
+        self._pages = self._awaited_pages()
+        self._awaited: set[int | tuple[int, int]] = {*self.chunks, *self._pages}
         #: Whether all of it is still to come from the backup.
         self.is_returning = False
 
@@ -129,7 +131,7 @@ class ShardModel:
     def initial_rows(self, sender: str, init: InitialRows, frames: Frames) -> bool:
         """Take first rows. Returns True if these were the last first weights. Raises WireError if they do not fit."""
         page = init.table, init.page
-        if page not in self._awaited_pages():
+        if page not in self._pages:
             raise WireError(f"first rows from {sender} do not fit the model agreed on")
         if page not in self._awaited:
             return False
@@ -163,6 +165,11 @@ class ShardModel:
         self.is_returning = False
 
     # ---- what is saved
+
+    @property
+    def state(self) -> ShardState:
+        """All numbers, for the backup."""
+        return ShardState(self.dense, self.tables, self.layers)
 
     def entries(self, seen: Mapping[int, torch.Tensor], copies: bool) -> Iterator[Entry]:
         """Return a checkpoint's tensors, without those of sharded layers; see DenseParameters.state."""

@@ -147,6 +147,13 @@ class Shard(ABC):
         """Go on with what sharded layers have done."""
         return []
 
+    def begin_backup(self) -> None:  # noqa: B027
+        """Have a backup made, if there is to be one and none is there."""
+
+    def go_on(self, now: float) -> list[Send]:
+        """Go on with what waited for nothing but the backup."""
+        return []
+
     # ---- events
 
     def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:

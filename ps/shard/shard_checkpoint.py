@@ -7,6 +7,7 @@ from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
 from roundtable.common.protocol.effects import COORDINATOR, Send
@@ -64,8 +65,7 @@ class ShardCheckpoint:
                 self.round_closed(shard)
         if request.reached and self.stage is Stage.AWAITS_LAYERS and shard is not None:
             shard.model.layers.begin_update()
-        status = self._status
-        return [Send(COORDINATOR, CheckpointStatus(status.round, status.state, status.sha256, status.bytes, status.reason, done))]
+        return [Send(COORDINATOR, msgspec.structs.replace(self._status, done=done))]
 
     def round_closed(self, shard: Checkpointed) -> None:
         """Take the shard's state if this is the moment. Called whenever a round is closed."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from roundtable.common.protocol.messages.replication import LossTerms, ReplicateLayers
+from roundtable.ps.params.clipping import value_of
 from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.softmax import Samples, Terms
 
@@ -54,7 +55,7 @@ def contributed(
 ) -> ReplicateLayers:
     """What is told of a round that is complete, see `LayerShards.close`, before its tensors."""
     terms = [LossTerms(part.classifier, len(part.terms.tensors[0]), part.normalised) for part in parts]
-    return ReplicateLayers(round_, samples, terms, [dict(one) for one in hypers], None if factor is None else float(factor))
+    return ReplicateLayers(round_, samples, terms, [dict(one) for one in hypers], value_of(factor))
 
 
 def tensors_of(parts: Sequence[Contributed]) -> list[torch.Tensor]:

@@ -31,6 +31,7 @@ from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 from roundtable.ps.params.clipping import Norm
+from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
 from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.contributions import ClosedRound, Contributed, Kept, contributed, tensors_of
@@ -201,7 +202,7 @@ class LayerShards:
     def _update(self, closed: ClosedRound, lr_scale: float = 1.0) -> Job:
         for number, one in enumerate(self._layers):
             if mine := [part for part in closed.parts if part.classifier == number]:
-                settings = closed.hypers[one.spec.group] if one.spec.group < len(closed.hypers) else {}
+                settings = of_group(closed.hypers, one.spec.group)
                 yield from one.update(mine, closed.round, closed.samples, settings, closed.factor, lr_scale)
 
     def begin_update(self) -> None:

@@ -28,7 +28,7 @@ from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
-from roundtable.ps.params.planned_rates import PlannedRates, Terms
+from roundtable.ps.params.planned_rates import PlannedRates, Terms, of_group
 from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
@@ -172,7 +172,7 @@ class AsyncShard(Shard):
                 chunk,
                 [value if push.finite else Sum(value.values, 0)],
                 push.samples,
-                hypers[chunks[chunk].group] if 0 <= chunks[chunk].group < len(hypers) else {},
+                of_group(hypers, chunks[chunk].group),
                 lr_scale=terms.lr_scale,
                 then=self._computed_from(sender, chunk),
             )

@@ -40,8 +40,9 @@ class RoundServing:
 
     def _serve_next(self, worker: str, waiter: WaitingWorker, applied: Collection[int]) -> list[Send]:
         versions, round_ = self._versions, waiter.pull.for_round
-        ready = self._ready(waiter, applied)
-        if waiter.pull.shared or waiter.pull.full_precision or versions.target is None or not ready:
+        if waiter.pull.shared or waiter.pull.full_precision or versions.target is None:
+            return []
+        if not (ready := self._ready(waiter, applied)):
             return []
         weights, coded = {i: versions.of(round_, i) for i in ready}, versions.frames_for(waiter.pull, versions.target)
         return self._sender.send(worker, round_, versions.target, weights, False, coded)

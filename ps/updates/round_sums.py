@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import msgspec
 
 from roundtable.common.config.batch_plan import Round
 from roundtable.common.model.layout import Chunk, Layout
@@ -18,6 +21,7 @@ from roundtable.common.protocol.messages.gradients import Push
 from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.clipping import Norm
+from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.shard.shard import contribution
 
 #: Adds two contributions, left first.
@@ -34,7 +38,7 @@ class RoundSums:
         self, round_: int, policy: Policy, workers: int, plan: Callable[[], Round], adder: Callable[[int], Adder]
     ) -> None:
         self.round = round_
-        self._policy, self._workers, self._plan, self._adder = policy, workers, plan, adder
+        self._policy, self._workers, self._find_plan, self._adder = policy, workers, plan, adder
         self._sums: dict[int, TreeSum[Any]] = {}
         #: By number and first micro-batch.
         self._leaves: dict[int, dict[int, Any]] = {}
@@ -58,10 +62,15 @@ class RoundSums:
         #: Numbers of what is applied.
         self.applied: set[int] = set()
 
+    @functools.cached_property
+    def _plan(self) -> Round:
+        """The plan of this round. Raises WireError before there is one."""
+        return self._find_plan()
+
     @property
     def count(self) -> int:
         """Return the number of leaves of this round's tree: micro-batches, or workers if they step locally."""
-        return self._workers if self._policy.is_local else self._plan().micro_batches
+        return self._workers if self._policy.is_local else self._plan.micro_batches
 
     @property
     def drops(self) -> bool:
@@ -93,7 +102,7 @@ class RoundSums:
         if not counts:
             return [contribution(sender, push, "duplicate")]
         inside = [s for s in self._rows if push.lo <= s[0] and s[1] <= push.hi] if push.hi - push.lo > 1 else []
-        replaced = [with_outcome(self._rows.pop(span), "duplicate") for span in inside]
+        replaced = [msgspec.structs.replace(self._rows.pop(span), outcome="duplicate") for span in inside]
         self._rows[push.lo, push.hi] = contribution(sender, push, "committed")
         return replaced
 
@@ -138,13 +147,13 @@ class RoundSums:
         """Return the samples of this round's update, once that is final."""
         if self._policy.is_local:
             return sum(self._leaf_samples.values())
-        plan = self._plan()
-        ks = range(plan.micro_batches) if self.decided is None else self.decided
-        return sum(plan.samples_in(k, k + 1) for k in ks)
+        if self.decided is None:
+            return self._plan.samples
+        return sum(self._plan.samples_in(k, k + 1) for k in self.decided)
 
     def hypers_of(self, chunk: Chunk) -> dict[str, Any]:
         """Return the settings of a chunk's parameter group."""
-        return self.hypers[chunk.group] if 0 <= chunk.group < len(self.hypers) else {}
+        return of_group(self.hypers, chunk.group)
 
     def not_finite(self, name: str, layout: Layout) -> UsageError:
         """Return what to say if the mean gradient of the tensor called `name` is not finite."""
@@ -169,19 +178,14 @@ class RoundSums:
         """Return what the ledger is to have of the round."""
         rows, means = list(self._rows.values()), mean_metrics(metrics)
         if self.decided is not None:
-            rows = [row if row.lo in self.decided else with_outcome(row, "dropped") for row in rows]
+            rows = [row if row.lo in self.decided else msgspec.structs.replace(row, outcome="dropped") for row in rows]
             rows += [self._row_of_absent(k) for k in sorted(self.left_out)]
         if self.drops:
-            rows, means = [with_outcome(row, "dropped") for row in rows], {}
+            rows, means = [msgspec.structs.replace(row, outcome="dropped") for row in rows], {}
         committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
         dropped = 0 if self.decided is None else self.count - len(self.decided)
         samples, dropped = (0, self.count) if self.drops else (self.samples(), dropped)
         return Committed(self.round, samples, committed, dropped, means), rows
 
     def _row_of_absent(self, k: int) -> Contribution:
-        return Contribution(self.round, k, k + 1, "", self._plan().samples_in(k, k + 1), 1, "dropped")
-
-
-def with_outcome(row: Contribution, outcome: Any) -> Contribution:
-    """Return the same row with another outcome."""
-    return Contribution(row.round, row.lo, row.hi, row.worker, row.samples, row.micro_batches, outcome, row.staleness)
+        return Contribution(self.round, k, k + 1, "", self._plan.samples_in(k, k + 1), 1, "dropped")

@@ -22,7 +22,6 @@ from roundtable.common.runtime.failpoints import failpoint
 from roundtable.ps.params.clipping import Norm, value_of
 from roundtable.ps.params.dense import NotFinite
 from roundtable.ps.replication.manager import ReplicationManager
-from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
@@ -171,6 +170,7 @@ class SyncShard(Shard):
         return self._advance(now)
 
     def tick(self, now: float) -> list[Send]:
+        self.begin_backup()
         return self._decisions.ask(self._question(), now)
 
     def _question(self) -> RoundReady | Norms | None:
@@ -313,9 +313,8 @@ class SyncShard(Shard):
         replication, model = self._replication, self.model
         if replication is None or replication.has_backup or not self.at_border or not model.is_open:
             return
-        state = ShardState(model.dense, model.tables, model.layers)
-        if state.settled:  # else this is tried again
-            replication.begin(model.setup, self.version, state.parts(self.seen), model.layers.pending)
+        if model.state.settled:  # else this is tried again
+            replication.begin(model.setup, self.version, model.state.parts(self.seen), model.layers.pending)
 
     @property
     def _backup(self) -> ReplicationManager | None:

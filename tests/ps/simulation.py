@@ -46,7 +46,7 @@ from roundtable.common.model.row_pages import BLOCK
 from roundtable.common.model.sparse_rows import owner_of
 from roundtable.common.network.host_identity import Place, here
 from roundtable.common.policies import load
-from roundtable.common.protocol.effects import COORDINATOR, Send
+from roundtable.common.protocol.effects import COORDINATOR, Send, number_of
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.gradients import Weights
 from roundtable.common.protocol.messages.replication import RoundReplicatedAck, StateHeader, StatePart, StatePartAck
@@ -65,7 +65,6 @@ from roundtable.ps.coordinator.coordinator import Coordinator
 from roundtable.ps.coordinator.farewell import BeginAnew
 from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
 from roundtable.ps.coordinator.recovery import RestoredRun
-from roundtable.ps.coordinator.state.roster import number_of
 from roundtable.ps.server.server import _Server
 from roundtable.ps.server.shard_host import ShardHost
 from roundtable.ps.shard.shard import Shard

@@ -10,6 +10,7 @@ import pytest
 from roundtable.common.config.settings import Settings
 from roundtable.common.network.host_identity import Place
 from roundtable.common.policies import load
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, MembersLost, Refused, Stop, Welcome
 from roundtable.common.protocol.transport import ASK_AGAIN_S
@@ -17,7 +18,7 @@ from roundtable.common.runtime.errors import ClusterError
 from roundtable.ps.coordinator.state.admission import MOST_UNPROVEN
 from roundtable.ps.coordinator.state.failure_detector import FAR_S, NEAR_S, _process
 from roundtable.ps.coordinator.state.membership import Membership
-from roundtable.ps.coordinator.state.roster import Member, number_of
+from roundtable.ps.coordinator.state.roster import Member
 
 HERE, THERE = Place("here"), Place("there")
 

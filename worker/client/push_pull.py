@@ -19,7 +19,7 @@ from typing import Any
 from roundtable.common.config.settings import Settings
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.partial_sum import Sum
-from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.effects import Send, number_of
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.gradients import Ack, Push, VersionExpired, Weights
 from roundtable.common.protocol.messages.session import Traffic
@@ -185,7 +185,7 @@ class ParameterClient:
 
     def handle(self, server: str, body: Body, frames: Frames) -> None:
         """Take one message of a server. Raises WireError if it does not fit."""
-        number = int(server.rpartition("-")[2])
+        number = number_of(server)
         self._heard.hear(number)
         match body:
             case Ack():

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from roundtable.common.model.sparse_rows import cut, join, owner_of, rows_on
-from roundtable.common.protocol.effects import Send
+from roundtable.common.protocol.effects import Send, number_of
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import Traffic
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
@@ -106,7 +106,7 @@ class ShardedClient:
 
     def _send(self, sent: Sent[Body]) -> Send:
         body, frames = sent.body, sent.frames
-        number, newest = int(sent.server.rpartition("-")[2]), self._unknown_to.get(sent.server, -1)
+        number, newest = number_of(sent.server), self._unknown_to.get(sent.server, -1)
         if isinstance(body, LayerPush):
             asked = [self._asked[use.number] for use in body.uses if use.number <= newest and use.number in self._asked]
             body = msgspec.structs.replace(body, questions=[question for question, _ in asked])
@@ -212,7 +212,7 @@ class ShardedClient:
 
     def handle(self, server: str, body: ShardedForwardReply | LayerAck, frames: Frames) -> None:
         """One message of a server. Raises WireError where it does not fit."""
-        number = int(server.rpartition("-")[2])
+        number = number_of(server)
         if isinstance(body, LayerAck):
             self._pushes.acknowledged(server, body)
         elif body.number == self._number and number in self._unanswered:

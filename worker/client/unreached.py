@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from roundtable.common.network.reachability import UNREACHED_S, Reachability
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.session import TELL_S
 from roundtable.common.storage.event_log import some
 
@@ -37,7 +38,7 @@ class UnreachedServers:
     def look(self, now: float, patience_s: float) -> bool:
         """Find out which servers cannot be reached, and say so once in a while; return whether there are new ones."""
         found = self._reach.unreached(now, min(UNREACHED_S, patience_s))
-        before, self._servers = self._servers, {int(name.rpartition("-")[2]): address for name, address in found.items()}
+        before, self._servers = self._servers, {number_of(name): address for name, address in found.items()}
         if self._servers and now >= self._told_at + TELL_S:
             self._told_at = now
             log.warning("there is no connection%s", self.text(" to "))

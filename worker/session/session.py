@@ -12,6 +12,7 @@ import torch
 
 from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.policies import load
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.session import Goodbye, Heartbeat
 from roundtable.common.runtime.errors import Stopped, UsageError
 from roundtable.common.runtime.failpoints import arm
@@ -42,7 +43,7 @@ class Session:
         self.io = io
         welcome = io.joined()
         self.servers = len(welcome.servers)
-        index = int(welcome.process.rpartition("-")[2])
+        index = number_of(welcome.process)
         self.context = WorkerContext(welcome.process, index, welcome.settings, load(welcome.settings), io)
         self.departure = Departure()
         self.reports = ReportQueue(io)

@@ -7,6 +7,7 @@ import secrets
 import time
 
 from roundtable.common.config.settings import flat
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.saving import CheckpointStatus
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.runtime.versions import versions_here
@@ -25,7 +26,6 @@ from roundtable.ps.coordinator.checkpoint_scheduler import CheckpointInProgress,
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.group_commit import ALARM_S
 from roundtable.ps.coordinator.parts.departures import Departures
-from roundtable.ps.coordinator.state.roster import number_of
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

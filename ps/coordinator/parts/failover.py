@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.commit import Norms, RoundReady
 from roundtable.common.protocol.messages.session import Heartbeat, Hello
 from roundtable.ps.coordinator.context import Received, RunContext
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.state.failure_detector import NEAR_S
-from roundtable.ps.coordinator.state.roster import Member, number_of
+from roundtable.ps.coordinator.state.roster import Member
 
 #: Seconds for the members to connect to a coordinator that was started again.
 _REJOIN_S = 5.0
@@ -24,7 +25,7 @@ class Failover:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         #: When this coordinator took over, if it did.
-        self.recovered_at: float | None = None
+        self._recovered_at: float | None = None
         #: The newest round on which the coordinator before can have decided, once that is known.
         self._inherits_to: int | None = None
 
@@ -52,11 +53,11 @@ class Failover:
         )
         if books.committed_at is not None:
             self._context.committed_at = books.committed_at + now - time.time()
-        self.recovered_at = now
+        self._recovered_at = now
 
     def awaits_members(self, now: float) -> bool:
         """Return whether this coordinator took over just now, and does not know yet where all members are."""
-        if self.recovered_at is None or now > self.recovered_at + _REJOIN_S:
+        if self._recovered_at is None or now > self._recovered_at + _REJOIN_S:
             return False
         members, routes = self._context.membership.members.items(), self._context.mail.routes
         return any(not member.lost and not member.early and name not in routes for name, member in members)
@@ -75,7 +76,7 @@ class Failover:
             decisions.round_ready(number, question) if isinstance(question, RoundReady) else decisions.norms(number, question)
         )
         context.mail.to_servers(answers)
-        if self.recovered_at is not None and not answers:
+        if self._recovered_at is not None and not answers:
             self._inherits_to = question.round if self._inherits_to is None else self._inherits_to
             if question.round <= self._inherits_to:
                 for name in set(context.membership.names("server")) - {message.member.name}:

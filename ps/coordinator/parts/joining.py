@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from roundtable.common.network.host_identity import here
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.session import Hello, Refused
 from roundtable.common.protocol.transport import is_address
 from roundtable.common.runtime.errors import WireError, printable
@@ -14,7 +15,7 @@ from roundtable.common.storage.event_log import Event
 from roundtable.ps.coordinator.context import RunContext
 from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.parts.status import TELL_S
-from roundtable.ps.coordinator.state.roster import Member, number_of
+from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.saving import ModelPart, Recomputed
 from roundtable.common.protocol.messages.setup import Accepted, Request
 from roundtable.common.protocol.transport import bytes_of
@@ -15,7 +16,6 @@ from roundtable.ps.coordinator.group_commit import ALARM_S
 from roundtable.ps.coordinator.model_collection import ModelCollection
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import ModelFile, rules_in
-from roundtable.ps.coordinator.state.roster import number_of
 from roundtable.ps.model_parts import sizes
 
 log = logging.getLogger("roundtable.ps.coordinator")

@@ -29,6 +29,8 @@ class Planning:
         self._departures = departures
         #: Rounds that were planned when the last plan came.
         self._planned = 0
+        #: What was said of workers that can get no micro-batch.
+        self._spare_told = ""
         #: When the first plan was made, once one was.
         self.training_since: float | None = None
 
@@ -66,7 +68,9 @@ class Planning:
         self.training_since = self.training_since or now
         merges = {"merges": True} if context.policy.is_local else {}
         context.log.event(Event("plan", "coordinator", {"rounds": self._planned, "epochs": context.ledger.passes, **merges}))
-        if context.settings.policy in ("sync", "backup") and (spare := segment.spare_workers(context.settings.workers)):
+        spare = segment.spare_workers(context.settings.workers) if context.settings.policy in ("sync", "backup") else ""
+        if spare and spare != self._spare_told:
+            self._spare_told = spare
             context.journal.warn(spare)
         if context.ledger.committed < self._planned:
             self._train_on()

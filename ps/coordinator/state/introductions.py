@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from roundtable.common.config.settings import Settings
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.session import MembershipUpdate, Peer, Welcome
 from roundtable.common.protocol.tickets import ticket
-from roundtable.ps.coordinator.state.roster import Member, Roster, number_of
+from roundtable.ps.coordinator.state.roster import Member, Roster
 from roundtable.ps.coordinator.state.share_tables import ShareTables
 
 

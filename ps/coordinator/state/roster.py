@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from roundtable.common.config.settings import Settings
+from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.messages.session import Heartbeat, Hello
 from roundtable.common.runtime.errors import printable
 
@@ -136,8 +137,3 @@ class Backups:
             return None
         backup = self._roster.servers.get(f"server-{(number_of(member.name) + 1) % self._settings.servers}")
         return backup if backup is not None and backup.active else None
-
-
-def number_of(name: str) -> int:
-    """Return 3 for 'worker-3'."""
-    return int(name.rpartition("-")[2])
