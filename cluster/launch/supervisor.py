@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from roundtable.cluster.process.children import Child, Processes
 from roundtable.cluster.process.restart_policy import RestartPolicy
+from roundtable.cluster.run.exit_codes import USAGE
 from roundtable.cluster.run.progress import Progress
-from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.runtime.errors import ClusterError, UsageError
 from roundtable.common.runtime.restart import LEAVE_SIGNAL
 from roundtable.common.storage.event_log import some
 
@@ -74,7 +75,8 @@ class Supervisor:
     def look(self, progress: Progress, finished: bool) -> None:
         """Start again who was killed, as often as may be, and kill servers that hang. What is no failure of the run is excused.
 
-        `finished`: the run has ended well. Raises ClusterError where no worker is left and none will come.
+        `finished`: the run has ended well. Raises ClusterError where no worker is left and none will come,
+        UsageError if the last one ended by its user's mistake.
         """
         now = time.monotonic()
         for child in self._processes.children[1:]:
@@ -160,7 +162,8 @@ class Supervisor:
             return  # nobody is needed any more
         last = max(workers, key=lambda child: child.ended_at)
         if last.code:
-            raise ClusterError(f"no worker is left, and none can be restarted: {last.describe_end()}")
+            kind = UsageError if last.code == USAGE else ClusterError  # as it is where the run ends before this worker is excused
+            raise kind(f"no worker is left, and none can be restarted: {last.describe_end()}")
         if any(child.code for child in workers) and now > last.ended_at + _END_S:
             raise ClusterError(f"no worker is left, and the run has not ended: see {last.log}.")
 

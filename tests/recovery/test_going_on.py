@@ -184,7 +184,7 @@ def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: S
     run.summary()
     script.write_text(SCRIPT.replace("WIDTH", "9"))
     code, out = launch("local", "--resume", run.folder, "--epochs", 20)
-    assert code == 1  # nobody is left to go on
+    assert code == 2  # nobody is left to go on, by a mistake of the user's
     assert "worker-0's model is not the snapshot's: it has '0.weight' (float32 [9, 4], parameter group 0)" in out
     assert "where the snapshot has '0.weight' (float32 [8, 4], parameter group 0)" in out
 
