@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from roundtable.common.runtime.errors import UsageError
 from roundtable.explore.layers import Field, receptive_field, recording
 from roundtable.explore.pictures import BETWEEN, OUTSIDE, Asked, Pixels, ask, drawable, figure, label_text, save, tiles, to_pixels
-from roundtable.explore.trained import Source, Trained, open_run, snapshots_of, weights_at
+from roundtable.explore.trained import Source, Trained, checkpoints_of, open_run, weights_at
 from roundtable.worker.data import Samples
 from roundtable.worker.models.layer_names import find_layer, short_name, short_names
 
@@ -51,7 +51,7 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     asked = ask(image, run.images)
     last = Stage("after training", _convolution(model, layer))
     during = [(f"{path.parent.name}/{path.name}", path) for path in also]
-    during += [(path.name, path) for path in snapshots_of(run) if path not in also]
+    during += [(path.name, path) for path in checkpoints_of(run) if path not in also]
     stages = [Stage(when, _convolution(weights_at(run, path), layer)) for when, path in during]
     stages = [stage for stage in stages if not torch.equal(stage.weights, last.weights)]  # as the last checkpoint has
     stages = [Stage("before training", _convolution(weights_at(run, "first"), layer)), *stages, last]
@@ -60,7 +60,9 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png")
     notes = [asked.note] if asked.note else []
     if len(stages) == 2:
-        notes.append("there is no snapshot from during training: the run's --checkpoint-every and --keep-checkpoints keep some.")
+        notes.append(
+            "there is no checkpoint from during training: the run's --checkpoint-every and --keep-checkpoints keep some."
+        )
     try:
         draw_patches(run, model, layer, folder / f"patches-{name}.png")
     except UsageError as error:

@@ -122,16 +122,16 @@ def weights_at(run: Trained, when: str | Path) -> nn.Module:
     if not path.is_dir():
         load_weights(model, path)
         return model.eval()
-    snapshot = checkpoint.read(path)
-    if damage := snapshot.damage():
+    found = checkpoint.read(path)
+    if damage := found.damage():
         raise UsageError(damage)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(snapshot, Path(folder) / MODEL_FILE)
+        write_model(found, Path(folder) / MODEL_FILE)
         load_weights(model, Path(folder) / MODEL_FILE)
     return model.eval()
 
 
-def snapshots_of(run: Trained) -> list[Path]:
+def checkpoints_of(run: Trained) -> list[Path]:
     """Return the folders of the run's finished checkpoints, oldest first."""
     return checkpoint.finished(run.folder)
 

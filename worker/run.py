@@ -258,7 +258,7 @@ class Run:
         self._session.departure.requested = not self._session.context.policy.is_local
 
     def told_to_stop(self, number: int, frame: object = None) -> None:
-        """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a snapshot.
+        """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a checkpoint.
         If called again, raise Stopped."""
         self._session.told_to_stop(number)
 

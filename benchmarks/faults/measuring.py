@@ -49,7 +49,7 @@ def _look(run: Cluster, row: Row, expected: str, first: Callable[[Cluster], obje
     try:
         run.until(lambda: run.rounds() > _ROUNDS or list(run.folder.glob(f"{MARK}*")), "training")
         if VARIABLE not in row.env and not row.delay_s:
-            run.until(lambda: run.events("snapshot"), "snapshot")
+            run.until(lambda: run.events("checkpoint"), "checkpoint")
         began, harmed = time.time(), run
         first(run)
         run = row.harm(run)

@@ -98,7 +98,7 @@ def rows(churn_s: float, folder: Path) -> dict[str, Row]:
         "a worker joins every second": Row(joining.join(4, 1.0), ("--epochs", 60), bounds=UNHARMED),
         "a worker joins in every round": Row(joining.join_every_round(4), bounds=None),
         "power loss, then --resume": Row(endings.power_loss(damaged=False)),
-        "power loss, newest snapshot damaged": Row(endings.power_loss(damaged=True)),
+        "power loss, newest checkpoint damaged": Row(endings.power_loss(damaged=True)),
         "launcher killed, then --resume": Row(endings.launcher_killed),
         "6 servers for 4 chunks, one that has none killed": Row(processes.kill("server-5"), servers=6),
         "6 servers for 4 chunks, one that has one killed": Row(processes.kill("server-1"), servers=6),

@@ -1,4 +1,4 @@
-"""What the command `checkpoint` does with the snapshots of a run."""
+"""What the command `checkpoint` does with the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ from rich.table import Table
 from roundtable.cluster.run.console import say
 from roundtable.common.runtime.errors import ClusterError, UsageError
 from roundtable.common.storage import checkpoint
-from roundtable.common.storage.checkpoint import MANIFEST_FILE, Snapshot
+from roundtable.common.storage.checkpoint import MANIFEST_FILE, Checkpoint
 from roundtable.common.storage.run_files import find_run
 
 
-def list_snapshots(run: str) -> None:
-    """Print a line for each snapshot. Raises UsageError where there is no such run, or none in it."""
+def list_checkpoints(run: str) -> None:
+    """Print a line for each checkpoint. Raises UsageError where there is no such run, or none in it."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("round", "servers", "MB", "written", "roundtable", "torch"):
         table.add_column(title, justify="right" if title in ("round", "servers", "MB") else "left", no_wrap=True)
     table.add_column("folder", overflow="fold")
-    for snapshot in _all(find_run(run)):
-        manifest = snapshot.manifest
+    for saved in _all(find_run(run)):
+        manifest = saved.manifest
         size = sum(entry.bytes for entry in manifest.files.values())
-        written = time.localtime((snapshot.folder / MANIFEST_FILE).stat().st_mtime)
+        written = time.localtime((saved.folder / MANIFEST_FILE).stat().st_mtime)
         table.add_row(
             str(manifest.round), str(manifest.servers), f"{size / 1e6:.1f}", time.strftime("%Y-%m-%d %H:%M:%S", written),
-            manifest.versions.program, manifest.versions.torch, str(snapshot.folder),
+            manifest.versions.program, manifest.versions.torch, str(saved.folder),
         )  # fmt: skip
     Console(soft_wrap=True).print(table)
 
 
-def verify_snapshots(run: str, hindrance: Callable[[Snapshot], str]) -> None:
-    """Print what is wrong with each snapshot: with its files, or what hinders a restore from whole ones, as `hindrance` says.
+def verify_checkpoints(run: str, hindrance: Callable[[Checkpoint], str]) -> None:
+    """Print what is wrong with each checkpoint: with its files, or what hinders a restore from whole ones, as `hindrance` says.
 
-    Raises ClusterError where something is wrong, UsageError where there is no snapshot.
+    Raises ClusterError where something is wrong, UsageError where there is no checkpoint.
     """
     console, damaged = Console(), 0
-    for snapshot in _all(find_run(run)):
-        damage = snapshot.damage() or hindrance(snapshot)
+    for saved in _all(find_run(run)):
+        damage = saved.damage() or hindrance(saved)
         damaged += bool(damage)
-        say(console, f"{snapshot.folder}: {damage or f'good, of {snapshot.manifest.versions}'}")
+        say(console, f"{saved.folder}: {damage or f'good, of {saved.manifest.versions}'}")
     if damaged:
-        raise ClusterError(f"{damaged} of the snapshots in {run} cannot be used.")
+        raise ClusterError(f"{damaged} of the checkpoints in {run} cannot be used.")
 
 
 def export_model(run: str, round_: int | None, out: Path) -> None:
-    """Write the model's parameters and buffers at `round_` (None: in the newest whole snapshot) to a safetensors file.
+    """Write the model's parameters and buffers at `round_` (None: in the newest whole checkpoint) to a safetensors file.
 
-    Raises UsageError where there is no such snapshot, or the file cannot be written; ClusterError where it is damaged.
+    Raises UsageError where there is no such checkpoint, or the file cannot be written; ClusterError where it is damaged.
     """
     folder = find_run(run)
     if round_ is None:
         found, problems = checkpoint.newest(folder)
         if found is None:
-            raise UsageError(f"the run in {folder} has no whole snapshot. {' '.join(problems)}".rstrip())
+            raise UsageError(f"the run in {folder} has no whole checkpoint. {' '.join(problems)}".rstrip())
     else:
         found = next((s for s in _all(folder) if s.manifest.round == round_), None)
         if found is None:
-            rounds = ", ".join(str(snapshot.manifest.round) for snapshot in _all(folder))
-            raise UsageError(f"the run in {folder} has no snapshot of round {round_}; it has {rounds}.")
+            rounds = ", ".join(str(saved.manifest.round) for saved in _all(folder))
+            raise UsageError(f"the run in {folder} has no checkpoint of round {round_}; it has {rounds}.")
         if damage := found.damage():
             raise ClusterError(damage)
     from roundtable.common.storage.model_file import write_model
@@ -73,8 +73,8 @@ def export_model(run: str, round_: int | None, out: Path) -> None:
     say(Console(), f"the model of round {found.manifest.round} is in {out}")
 
 
-def _all(folder: Path) -> list[Snapshot]:
+def _all(folder: Path) -> list[Checkpoint]:
     finished = checkpoint.finished(folder)
     if not finished:
-        raise UsageError(f"the run in {folder} has no snapshots; --checkpoint-every sets how often one is made.")
+        raise UsageError(f"the run in {folder} has no checkpoints; --checkpoint-every sets how often one is made.")
     return [checkpoint.read(path) for path in finished]

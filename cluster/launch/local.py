@@ -38,7 +38,7 @@ log = logging.getLogger("roundtable.cluster.local")
 
 #: Seconds between two lines about what the launcher itself waits for.
 _TELL_S = 10.0
-#: Bytes of snapshots that a coordinator checks in a second before it listens, at least.
+#: Bytes of checkpoints that a coordinator checks in a second before it listens, at least.
 _CHECKED_PER_S = 20e6
 #: Seconds for the fork server to have imported what servers and workers need; after that they do so themselves.
 _PREPARED_S = 60.0
@@ -69,7 +69,7 @@ class LaunchSpec:
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
     #: What is done with the run in `run_dir`.
     how: How = "begin"
-    #: Whether a snapshot to go on from may be of another version of this program or of torch.
+    #: Whether a checkpoint to go on from may be of another version of this program or of torch.
     accept_versions: bool = False
     #: What is imported once for all servers and workers.
     modules: tuple[str, ...] = ("roundtable.ps.server.server", "roundtable.worker.tools.builtin_script")
@@ -134,7 +134,7 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
 
     `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
     Raises ClusterError, naming the process and its log, when one fails, or UsageError where its user made a mistake;
-    Stopped on Ctrl-C, SIGTERM and SIGHUP, the first of which has the run make a snapshot before.
+    Stopped on Ctrl-C, SIGTERM and SIGHUP, the first of which has the run make a checkpoint before.
     However it ends, no process is left.
     """
     folder = order.run_dir
@@ -173,7 +173,7 @@ def start_coordinator(
     those settings, and `env` is added to its environment.
 
     Calls `tick`, which waits a moment, and raises if need be, and tells by `say` what is waited for. Raises ClusterError where
-    the coordinator does not get so far within `start_s` seconds, and those that it takes to look at snapshots.
+    the coordinator does not get so far within `start_s` seconds, and those that it takes to look at checkpoints.
     """
     command = ["coordinator", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder), *flags]
     bind = ["--listen", f"tcp://127.0.0.1:{port}"]
@@ -226,7 +226,7 @@ class _Local:
         self._crew: Supervisor | None = None
         #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
         self._started_at = float("-inf")
-        #: Until when the coordinator may make a snapshot, once a signal has come.
+        #: Until when the coordinator may make a checkpoint, once a signal has come.
         self._stops_until: float | None = None
 
     def run(self) -> None:
@@ -299,7 +299,7 @@ class _Local:
         return self._signals.first is not None and (self._signals.count > 1 or not has_ended_well)
 
     def _stop(self, number: signal.Signals) -> None:
-        """Raise Stopped once the coordinator has made a snapshot and has ended, or at a second signal."""
+        """Raise Stopped once the coordinator has made a checkpoint and has ended, or at a second signal."""
         coordinator = self._processes.running("coordinator")
         is_over = not coordinator or self._crew is None or self._signals.count > 1
         if self._stops_until is None and not is_over:

@@ -65,7 +65,7 @@ def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_told: Calla
     """Called when the script has ended and the worker has left the run, be it that a signal has told it to."""
     with cleanup:
         if number := was_told():
-            for child in processes.running("coordinator"):  # which has made a snapshot, and lets the worker leave
+            for child in processes.running("coordinator"):  # which has made a checkpoint, and lets the worker leave
                 os.kill(child.popen.pid, signal.SIGINT)
         deadline = time.monotonic() + _END_S
         while processes.running() and time.monotonic() < deadline:

@@ -19,7 +19,7 @@ from roundtable.cluster.options.flags import Choice, choose
 from roundtable.common.config.settings import flat
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import checkpoint
-from roundtable.common.storage.checkpoint import Snapshot
+from roundtable.common.storage.checkpoint import Checkpoint
 from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
 
@@ -94,7 +94,7 @@ def resumed(
 ) -> Choice:
     """The settings of the run in `folder`, with `flags` instead of some.
 
-    Raises UsageError where they would make another run of it, or there is no snapshot to go on from; or where the newest is of
+    Raises UsageError where they would make another run of it, or there is no checkpoint to go on from; or where the newest is of
     another version of this program or of torch, unless `accept_versions`.
     """
     now = choose(flags, str(folder / SETTINGS_FILE), script, args)
@@ -113,7 +113,7 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
     """Decide how a command that is to begin a run or go on with one does so in `folder`, and say which it is.
 
     `recovers`: servers and workers may be waiting for another coordinator. Raises UsageError as `resumed` does, but a run without
-    a snapshot begins again, with its books.
+    a checkpoint begins again, with its books.
     """
     before = look(folder)
     if before is None:
@@ -167,8 +167,8 @@ def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
     return changed
 
 
-def _newest(folder: Path) -> Snapshot | None:
-    """The newest whole snapshot. Raises UsageError where there are some and none is whole."""
+def _newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint. Raises UsageError where there are some and none is whole."""
     found, problems = checkpoint.newest(folder)
     if found is None and problems:
         raise UsageError(f"{folder} has no checkpoint to resume from: {' '.join(problems)}")
@@ -176,7 +176,7 @@ def _newest(folder: Path) -> Snapshot | None:
 
 
 def _check_end(folder: Path, now: Choice, done: int) -> None:
-    """Raises UsageError where a run is to go on for fewer rounds than are `done` in the snapshot."""
+    """Raises UsageError where a run is to go on for fewer rounds than are `done` in the checkpoint."""
     before, was = look(folder), choose({}, str(folder / SETTINGS_FILE)).settings
     rounds, epochs = now.settings.rounds, now.settings.epochs
     if rounds is not None and rounds < done:

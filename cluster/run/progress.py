@@ -126,7 +126,7 @@ class Tracker:
                     failed_late.add(event.process)
             elif event.kind == "model":
                 has_model = True
-            elif event.kind == "snapshot":
+            elif event.kind == "checkpoint":
                 self._checkpoint = int(event.data["round"]), at
             over = over or (event.kind == "stopped" and not event.data.get("restart"))  # else all begin anew
             if (line := _news(event)) is not None:

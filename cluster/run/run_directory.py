@@ -150,8 +150,8 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
         if FILE_NAME in names:
             for log in (folder / LOGS).glob("*.log"):
                 log.unlink()
-            for snapshot in checkpoint.folders(folder):
-                checkpoint.remove(snapshot)
+            for path in checkpoint.folders(folder):
+                checkpoint.remove(path)
     except OSError as error:
         raise UsageError(f"the earlier run in {folder} cannot be removed: {error.strerror}.") from None
 

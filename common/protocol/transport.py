@@ -46,7 +46,7 @@ _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIV
 #: meanwhile, and has not listened.
 BEAT_S = 0.5
 STOPPED_S = 1.0
-#: Seconds, besides those for a snapshot, after which one that was told to stop leaves without the coordinator's word.
+#: Seconds, besides those for a checkpoint, after which one that was told to stop leaves without the coordinator's word.
 GO_S = 5.0
 #: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
 ASK_AGAIN_S = 1.0

@@ -29,13 +29,13 @@ POINTS: Mapping[str, str] = {
     "aggregating": "server: a contribution has come, and is not applied or acknowledged",
     "applying": "server: the first chunk of a round is applied, or of a push where each is at once",
     "applied": "server: a round is applied, or likewise a push, and nobody knows",
-    "saving": "server: a part of a snapshot's file is written",
-    "saved": "server: a snapshot's file is written, and nobody knows",
+    "saving": "server: a part of a checkpoint's file is written",
+    "saved": "server: a checkpoint's file is written, and nobody knows",
     "uploading": "server: parts of the trained model are about to be handed in, others are or are not",
     "reported": "coordinator: a server's report is read, not written down",
     "flushed": "coordinator: the books are written, and nobody knows",
-    "cutting": "coordinator: servers have been asked for a snapshot",
-    "completing": "coordinator: all files of a snapshot are written, its manifest is not",
+    "cutting": "coordinator: servers have been asked for a checkpoint",
+    "completing": "coordinator: all files of a checkpoint are written, its manifest is not",
     "ending": "coordinator: the model is written, the summary is not",
 }
 _ACTIONS = ("kill", "stop", "sleep", "raise")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: RUN/snapshots/round-00000120 holds a file of each server and, written last, a manifest.
+"""Checkpoints on disk: RUN/checkpoints/round-00000120 holds a file of each server and, written last, a manifest.
 
 A checkpoint has every update before its round, and nothing of later ones. Its files are safetensors, which plain PyTorch reads
 without this project. A folder without a manifest is no checkpoint. If files are not what the manifest says, the checkpoint is
@@ -22,7 +22,7 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.versions import Versions, versions_here
 from roundtable.common.storage.atomic_files import sync_folder, write_whole
 
-FOLDER = "snapshots"
+FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
 TOKEN_FILE = "token"
 #: Version of the format that is written and read here.
@@ -65,7 +65,7 @@ class _OtherFormat(UsageError):
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Checkpoint:
     """A checkpoint whose manifest could be read."""
 
     folder: Path
@@ -113,7 +113,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         sync_folder(above)
 
 
-def read(folder: Path) -> Snapshot:
+def read(folder: Path) -> Checkpoint:
     """Return the checkpoint in `folder`. Raise UsageError if there is none, or one of another format."""
     path = folder / MANIFEST_FILE
     try:
@@ -121,28 +121,28 @@ def read(folder: Path) -> Snapshot:
         written = msgspec.json.decode(data, type=_Format)
         if written.format != FORMAT:
             raise _OtherFormat(
-                f"the snapshot {folder} has format {written.format}, of {written.versions}, and here is {versions_here()}, which "
-                f"reads format {FORMAT}: go on with the other version, or begin a new run."
+                f"the checkpoint {folder} has format {written.format}, of {written.versions}, and here is {versions_here()}, "
+                f"which reads format {FORMAT}: go on with the other version, or begin a new run."
             )
         manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError:
-        raise UsageError(f"{folder} is no snapshot, or one that was not finished: it has no {MANIFEST_FILE}.") from None
+        raise UsageError(f"{folder} is no checkpoint, or one that was not finished: it has no {MANIFEST_FILE}.") from None
     except _OtherFormat:
         raise
     except (OSError, msgspec.DecodeError, UsageError) as error:
         raise UsageError(f"{path} cannot be read: {error}.") from None
-    return Snapshot(folder, manifest)
+    return Checkpoint(folder, manifest)
 
 
-def check_versions(snapshot: Snapshot, accepted: bool) -> str:
+def check_versions(checkpoint: Checkpoint, accepted: bool) -> str:
     """Return a sentence if another version of the program or of torch wrote the checkpoint, else ''.
 
     Raise UsageError if it is another version and not `accepted`.
     """
-    was, here = snapshot.manifest.versions, versions_here()
+    was, here = checkpoint.manifest.versions, versions_here()
     if was == here:
         return ""
-    text = f"the snapshot {snapshot.folder} is of {was}, and here is {here}, so the same bits cannot be promised"
+    text = f"the checkpoint {checkpoint.folder} is of {was}, and here is {here}, so the same bits cannot be promised"
     if not accepted:
         raise UsageError(f"{text}: go on with the other version, or give --allow-version-mismatch.")
     return f"{text}."
@@ -155,7 +155,7 @@ def folders(run_dir: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UsageError(f"the snapshots in {run_dir} cannot be read: {error.strerror or error}.") from None
+        raise UsageError(f"the checkpoints in {run_dir} cannot be read: {error.strerror or error}.") from None
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
@@ -169,7 +169,7 @@ def size(run_dir: Path) -> int:
     return sum(path.stat().st_size for folder in finished(run_dir) for path in folder.iterdir())
 
 
-def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
+def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest checkpoint that is whole, and a sentence for each newer one on what is wrong with it.
 
     Raise UsageError if a newer one is of another format: the run would not go on from the newest then.
@@ -177,16 +177,16 @@ def newest(run_dir: Path) -> tuple[Snapshot | None, list[str]]:
     problems = []
     for folder in reversed(finished(run_dir)):
         try:
-            snapshot = read(folder)
+            checkpoint = read(folder)
         except _OtherFormat:
             raise
         except UsageError as error:
             problems.append(str(error))
             continue
-        if damage := snapshot.damage():
+        if damage := checkpoint.damage():
             problems.append(damage)
             continue
-        return snapshot, problems
+        return checkpoint, problems
     return None, problems
 
 

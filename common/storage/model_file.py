@@ -15,17 +15,17 @@ from roundtable.common.model.tensor_bytes import dtype_of, stored_as
 from roundtable.common.protocol.model_spec import Rule, TableSpec, TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file
-from roundtable.common.storage.checkpoint import Snapshot
+from roundtable.common.storage.checkpoint import Checkpoint
 from roundtable.common.storage.safetensors_header import BUFFERS
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
 
-def write_model(snapshot: Snapshot, path: Path) -> None:
+def write_model(checkpoint: Checkpoint, path: Path) -> None:
     """Write all parameters and buffers in a checkpoint to one safetensors file, in the model's own dtypes.
 
     Tables and sharded layers are written a page at a time. If that fails, raise OSError and leave no file."""
-    setup, servers = snapshot.manifest.setup, snapshot.manifest.servers
-    files, seed = TensorFiles(snapshot.paths), int(snapshot.manifest.settings["seed"])
+    setup, servers = checkpoint.manifest.setup, checkpoint.manifest.servers
+    files, seed = TensorFiles(checkpoint.paths), int(checkpoint.manifest.settings["seed"])
     entries = [Entry(spec.name, stored_as(spec)[1], list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
     for spec in setup.tables:
         entries.append(Entry(spec.name, [spec.rows, spec.dim], _rows(files, spec, servers, seed), torch.float32))
@@ -40,7 +40,7 @@ def write_model(snapshot: Snapshot, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         rules = json.dumps({spec.name: spec.rule for spec in setup.tensors if spec.is_buffer})
-        tensor_file.write(temporary, entries, {"format": "pt", "round": str(snapshot.manifest.round), BUFFERS: rules})
+        tensor_file.write(temporary, entries, {"format": "pt", "round": str(checkpoint.manifest.round), BUFFERS: rules})
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)

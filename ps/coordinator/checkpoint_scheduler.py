@@ -138,7 +138,7 @@ class CheckpointScheduler:
             return "complete"
         late = [f"server-{server}" for server, state in states.items() if self._is_late(in_progress, server, state, now)]
         if late:
-            return f"{', '.join(late)} got no further with the snapshot of round {in_progress.round} in {_PATIENCE_S:.0f} s."
+            return f"{', '.join(late)} got no further with the checkpoint of round {in_progress.round} in {_PATIENCE_S:.0f} s."
         return ""
 
     def _is_late(self, in_progress: CheckpointInProgress, server: int, state: str, now: float) -> bool:

@@ -63,7 +63,7 @@ class Farewell:
     def restart(self, reason: str) -> None:
         """Have all members begin anew, from the newest checkpoint."""
         self._context.log.event(Event("restarted", "coordinator", {"reason": reason}))
-        log.warning("all begin anew, from the newest snapshot: %s", reason)
+        log.warning("all begin anew, from the newest checkpoint: %s", reason)
         self.say(Stop(False, reason, restart=True))
 
     def say(self, stop: Stop) -> None:

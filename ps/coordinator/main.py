@@ -1,4 +1,4 @@
-"""Starting a coordinator: at a run's beginning, in place of one that has died, or to go on from a snapshot."""
+"""Starting a coordinator: at a run's beginning, in place of one that has died, or to go on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def serve(
     signals: Sequence[signal.Signals] = (),
 ) -> None:
     """Coordinate one run, listening at `bind`, with its books and results in `run_dir`. `how` says what is done with what is
-    there. The newest snapshot to resume from may be of another version of this program or of torch only if `accept_versions`.
+    there. The newest checkpoint to resume from may be of another version of this program or of torch only if `accept_versions`.
 
     One that recovers a run is at the address of the coordinator before it, if `bind` leaves the port open. Writes the address it
     listens at to run_dir/address. Returns when the run has finished and its results are written.
-    The first of `signals` that comes has it stop, with a snapshot, and a second one at once. Raises UsageError where it cannot
+    The first of `signals` that comes has it stop, with a checkpoint, and a second one at once. Raises UsageError where it cannot
     listen, read or write, ClusterError where the run failed, naming who and why, and Stopped where one of `signals` has come.
     """
     allow_files(settings.workers + settings.servers)
@@ -91,12 +91,13 @@ def serve(
 
 
 def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[RestoredRun, str]:
-    """The books of a run that goes on from its newest snapshot, put back to there, and what is to be told of that one's versions,
-    '' if nothing. What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
+    """The books of a run that goes on from its newest checkpoint, put back to there, and a warning of other versions, '' if none.
+
+    What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
     found, problems = newest(run_dir)
     warning = check_versions(found, accept_versions) if found is not None else ""
     for problem in problems:
-        log.warning("a snapshot is not used: %s", problem)
+        log.warning("a checkpoint is not used: %s", problem)
     for folder in folders(run_dir):
         if found is None or folder > found.folder:
             remove(folder)
@@ -107,7 +108,7 @@ def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Resto
 
 
 def books_to_recover(run_dir: Path) -> RestoredRun | None:
-    """The books of a run whose coordinator has died, if there is one. Snapshots that were under way are removed."""
+    """The books of a run whose coordinator has died, if there is one. Checkpoints that were under way are removed."""
     books = restore(run_dir / FILE_NAME)
     if books is not None:
         for folder in set(folders(run_dir)) - set(finished(run_dir)):

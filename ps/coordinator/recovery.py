@@ -38,7 +38,7 @@ from roundtable.ps.coordinator.summary_metrics import Measured, measured
 
 class RunHeader(msgspec.Struct, frozen=True):
     """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round
-    of the snapshot that its processes began from, -1 where they began from nothing."""
+    of the checkpoint that its processes began from, -1 where they began from nothing."""
 
     run: str
     incarnation: int

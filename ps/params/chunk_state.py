@@ -24,7 +24,7 @@ from roundtable.common.storage.tensor_file import Entry, TensorFiles
 _BLOCK, FUSED_BLOCK = 256 << 10, 1 << 20
 #: A fused kernel gives the same bits where there are only whole vectors, of whatever processor.
 _WHOLE_VECTORS = 64
-#: What an optimizer's state is called in snapshots: that of each element, and that of all of a tensor.
+#: What an optimizer's state is called in checkpoints: that of each element, and that of all of a tensor.
 _EACH, _COMMON = "optimizer", "optimizer-common"
 
 
@@ -152,7 +152,7 @@ class ChunkState:
         return self.dtype == self.sum_dtype and not self.rounds
 
     def keys(self, layout: Layout) -> list[tuple[str, Sequence[int], Piece]]:
-        """What its pieces are called in snapshots, and their shapes: a whole tensor as in the model, others by where they start.
+        """The names of its pieces in checkpoints, and their shapes: a whole tensor as in the model, others by where they start.
 
         Neither depends on the number of servers, and nor do the places where tensors are cut.
         """
@@ -165,7 +165,7 @@ class ChunkState:
         return out
 
     def state(self, layout: Layout, copies: bool = True) -> Iterator[Entry]:
-        """The master values and the optimizer's state, for a snapshot: `copies`, or where they are."""
+        """The master values and the optimizer's state, for a checkpoint: `copies`, or where they are."""
         take = torch.Tensor.clone if copies and not self.still else torch.Tensor.detach
         for bit, (key, shape, piece) in enumerate(self.keys(layout)):
             values, spec = self.master[piece.offset : piece.offset + piece.length], layout.tensors[piece.tensor]
@@ -224,7 +224,7 @@ class ChunkState:
         return next(self.chunk.pieces[bit].tensor for bit in bits if not is_finite(gradient[places[bit]]))
 
     def _was_stirred(self, files: TensorFiles, key: str) -> bool:
-        """Whether a snapshot has more of a piece than the weights it began with."""
+        """Whether a checkpoint has more of a piece than the weights it began with."""
         if self.chunk.group < 0:
             return False
         with_state = files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files

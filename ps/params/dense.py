@@ -138,7 +138,7 @@ class DenseParameters:
         return to_frame(coded.frame) if coded is not None else None
 
     def state(self, seen: Mapping[int, torch.Tensor], copies: bool = True) -> Iterator[Entry]:
-        """Everything, for a snapshot: `copies`, or what nothing changes any more. `seen` are the weights by chunk that workers
+        """Everything, for a checkpoint: `copies`, or what nothing changes any more. `seen` are the weights by chunk that workers
         compute from now: where these get changes from one round to the next, they are not what the masters are."""
         for number, part in self._parts.items():
             yield from part.state(self._layout, copies)

@@ -77,7 +77,7 @@ class Rows:
         self._drawn[blocks] = True
 
     def state(self) -> Iterator[Entry]:
-        """Everything, for a snapshot, as it is: no update may come before it is written. Drawing may, for what is drawn is the
+        """Everything, for a checkpoint, as it is: no update may come before it is written. Drawing may, for what is drawn is the
         same whenever it is."""
         prefix, name = self._prefix, self.spec.name
         yield Entry(f"{prefix}/values/{name}", self._values.shape, self._on_cpu(self._values), torch.float32)

@@ -19,6 +19,6 @@ class Part:
 
 
 def whole(entry: Entry) -> Part:
-    """A tensor of a snapshot as a part."""
+    """A tensor of a checkpoint as a part."""
     parts = list(entry.parts)
     return Part(entry.name, (parts[0] if len(parts) == 1 else torch.cat([p.reshape(-1) for p in parts])).view(entry.shape))

@@ -1,5 +1,6 @@
-"""The state of a shard on its way from one server to another, in parts: those of a snapshot, which never touch a disk. Of tensors
-that may be large a part is some rows, which are put in their place as they come: nobody has them twice.
+"""The state of a shard on its way from one server to another, in the parts of a checkpoint, which never touch a disk.
+
+A part of a tensor that may be large is some of its rows. They are put in their place as they come, so no process has them twice.
 
 State machines without a socket or a clock. Invariants: no more than CREDIT_BYTES are under way, or one part; what is not
 acknowledged is sent again; what has come is whole, or not used.
@@ -76,7 +77,7 @@ class Outgoing:
 
 
 class Incoming(TensorFiles):
-    """The tensors that have come of what `head` announced: to read them is to read a snapshot's files. Rows are given to
+    """The tensors that have come of what `head` announced: to read them is to read a checkpoint's files. Rows are given to
     `put_rows` (name, first, rows) instead, which raises WireError where they do not fit."""
 
     def __init__(self, head: StateHeader, put_rows: Callable[[str, int, torch.Tensor], None]) -> None:

@@ -1,11 +1,11 @@
-"""Making a server's shard, and trying whether shards can be made from a snapshot."""
+"""Making a server's shard, and trying whether shards can be made from a checkpoint."""
 
 from __future__ import annotations
 
 from roundtable.common.config.settings import Settings, make_settings
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.session import Refused
-from roundtable.common.storage.checkpoint import Snapshot
+from roundtable.common.storage.checkpoint import Checkpoint
 from roundtable.ps.server.shard_host import ShardHost
 from roundtable.ps.shard.checkpoint_writer import Source, open_source
 from roundtable.ps.shard.context import ShardContext
@@ -16,16 +16,16 @@ def make_host(index: int, settings: Settings, source: Source | None = None, retu
     return ShardHost(ShardContext(index, settings, load(settings)), source, returns)
 
 
-def hindrance(snapshot: Snapshot) -> str:
+def hindrance(checkpoint: Checkpoint) -> str:
     """Restore one server's shard after the other, as servers do. Returns what hinders that, in a sentence; '' if nothing does."""
-    manifest, run_dir = snapshot.manifest, snapshot.folder.parent.parent
+    manifest, run_dir = checkpoint.manifest, checkpoint.folder.parent.parent
     try:
-        settings = make_settings({**manifest.settings, "transport": "tcp"}, str(snapshot.folder))
+        settings = make_settings({**manifest.settings, "transport": "tcp"}, str(checkpoint.folder))
         for index in range(manifest.servers):
             host = make_host(index, settings, open_source(run_dir, manifest.round))
             for answer in host.handle("worker-0", manifest.setup, (), 0.0):
                 if isinstance(answer.body, Refused):
-                    return f"{snapshot.folder} does not restore server-{index}: {answer.body.reason}"
+                    return f"{checkpoint.folder} does not restore server-{index}: {answer.body.reason}"
     except Exception as error:  # whatever reading or torch objects to
-        return f"{snapshot.folder} cannot be restored: {' '.join(str(error).split()).rstrip('.')}."
+        return f"{checkpoint.folder} cannot be restored: {' '.join(str(error).split()).rstrip('.')}."
     return ""

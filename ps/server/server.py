@@ -203,7 +203,7 @@ class _Server:
                 self._save()
 
     def _save(self) -> None:
-        """Have a snapshot written that is due, and tell of one that is written."""
+        """Have a checkpoint written that is due, and tell of one that is written."""
         assert self._shard is not None and self._writer is not None
         if (data := self._shard.take_checkpoint()) is not None:
             self._writer.start(data)
@@ -211,7 +211,7 @@ class _Server:
             self._do(self._shard.written(status))
 
     def _finish_saving(self) -> None:
-        """Called before tables change, for what a snapshot has of them is not a copy."""
+        """Called before tables change, for what a checkpoint has of them is not a copy."""
         self._save()
         if self._writer is not None:
             self._writer.wait(self._breathe)
@@ -226,7 +226,7 @@ class _Server:
         return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
 
     def _breathe(self) -> None:
-        """Give a sign of life in the middle of what takes long: reading a snapshot, and waiting for one to be written."""
+        """Give a sign of life in the middle of what takes long: reading a checkpoint, and waiting for one to be written."""
         if self._shard is not None and (now := time.monotonic()) >= self._breathed_at + BEAT_S:
             self._breathed_at = now
             send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, progress=self._shard.done)))

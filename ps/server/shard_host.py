@@ -171,7 +171,9 @@ class ShardHost:
         setup = msgspec.structs.replace(setup, facts=[])  # which are the coordinator's to compare
         if self.shard is None:
             if self._source is not None and setup != self._source.setup:
-                return [Send(sender, Refused("Setup", differences.of_setups(self._source.setup, "the snapshot", setup, sender)))]
+                return [
+                    Send(sender, Refused("Setup", differences.of_setups(self._source.setup, "the checkpoint", setup, sender)))
+                ]
             shard = self._made(setup, sender)
             if self._source is not None:
                 shard.model.restore(self._source, self._progress)

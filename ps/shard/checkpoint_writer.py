@@ -1,4 +1,4 @@
-"""A server's part in snapshots: its state as entries of a file, written by a thread, and read again."""
+"""A server's part in checkpoints: its state as entries of a file, written by a thread, and read again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.storage import tensor_file
 from roundtable.common.storage.checkpoint import TOKEN_FILE, file_of, folder_of
-from roundtable.common.storage.checkpoint import read as read_snapshot
+from roundtable.common.storage.checkpoint import read as read_checkpoint
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
 #: Key of a file's metadata under which a server keeps what is not tensors, as JSON.
@@ -36,7 +36,7 @@ class CheckpointData:
 
 @dataclass(frozen=True)
 class Source:
-    """A snapshot to go on from: of `round`, taken on `servers` servers of a run whose model was `setup`. `extra` is what each
+    """A checkpoint to go on from: of `round`, taken on `servers` servers of a run whose model was `setup`. `extra` is what each
     of them that has written a file kept beside its tensors, by number. A server without a part of the model writes none."""
 
     round: int
@@ -47,8 +47,8 @@ class Source:
 
 
 def open_source(run_dir: Path, round_: int) -> Source:
-    """The snapshot of `round_` in a run directory. Raises UsageError where it cannot be read."""
-    found = read_snapshot(folder_of(run_dir, round_))
+    """The checkpoint of `round_` in a run directory. Raises UsageError where it cannot be read."""
+    found = read_checkpoint(folder_of(run_dir, round_))
     manifest = found.manifest
     wrote = [server for server in range(manifest.servers) if file_of(server) in manifest.files]
     files = TensorFiles(found.folder / file_of(server) for server in wrote)
@@ -57,7 +57,7 @@ def open_source(run_dir: Path, round_: int) -> Source:
 
 
 class CheckpointWriter:
-    """Writes a server's file of one snapshot at a time, on a thread.
+    """Writes a server's file of one checkpoint at a time, on a thread.
 
     Another one may be wanted while a file is still being written, as a cut is given up when some other server fails.
     """
@@ -80,7 +80,7 @@ class CheckpointWriter:
     def _go_on(self) -> None:
         if self._next is not None and (self._thread is None or not self._thread.is_alive()):
             capture, self._next, self._result = self._next, None, None
-            self._thread = threading.Thread(target=self._write, args=(capture,), name="snapshot", daemon=True)
+            self._thread = threading.Thread(target=self._write, args=(capture,), name="checkpoint", daemon=True)
             self._thread.start()
 
     @property
@@ -129,6 +129,6 @@ class CheckpointWriter:
             self._result = CheckpointStatus(
                 capture.round, "failed", reason=f"server-{self._server} could not write {path}: {text}."
             )
-        except Exception as error:  # a snapshot less must not end the run
+        except Exception as error:  # a checkpoint less must not end the run
             reason = f"server-{self._server} could not write {path}: {type(error).__name__}: {error}."
             self._result = CheckpointStatus(capture.round, "failed", reason=reason)

@@ -156,7 +156,9 @@ class ShardModel:
             self.tables.restore(source.files, source.servers, source.round)
             self.layers.restore(source.files, source.servers, source.round)
         except KeyError as error:
-            raise UsageError(f"the snapshot of round {source.round} lacks {error}: it is of another version or layout.") from None
+            raise UsageError(
+                f"the checkpoint of round {source.round} lacks {error}: it is of another version or layout."
+            ) from None
         self._awaited.clear()
 
     def has_returned(self) -> None:

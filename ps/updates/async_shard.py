@@ -122,8 +122,8 @@ class AsyncShard(Shard):
             for round_, pairs in extra["applied"]:
                 if source.servers != self._settings.servers and any(chunk < METRICS for chunk, _ in pairs):
                     raise UsageError(
-                        f"the snapshot of round {source.round} has rows of later rounds, and each of {source.servers} servers "
-                        "knows its own: go on with as many servers, or from a snapshot of the run's end."
+                        f"the checkpoint of round {source.round} has rows of later rounds, and each of {source.servers} servers "
+                        "knows its own: go on with as many servers, or from a checkpoint of the run's end."
                     )
                 for chunk, k in pairs:
                     if chunk in mine:

@@ -23,9 +23,9 @@ def checkpoint() -> None:
 @click.argument("run", shell_complete=complete_runs)
 def list_checkpoints(run: str) -> None:
     """List the checkpoints of RUN."""
-    from roundtable.cluster.commands.checkpoint import list_snapshots
+    from roundtable.cluster.commands.checkpoint import list_checkpoints
 
-    list_snapshots(run)
+    list_checkpoints(run)
 
 
 @checkpoint.command()
@@ -35,10 +35,10 @@ def verify(run: str) -> None:
 
     This takes the memory of one server at a time. The exit code is 1 if a checkpoint cannot be used.
     """
-    from roundtable.cluster.commands.checkpoint import verify_snapshots
+    from roundtable.cluster.commands.checkpoint import verify_checkpoints
     from roundtable.ps.server.restoring import hindrance
 
-    verify_snapshots(run, hindrance)
+    verify_checkpoints(run, hindrance)
 
 
 @checkpoint.command()

@@ -159,7 +159,7 @@ def test_a_run_on_a_terminal_shows_live_progress_and_leaves_the_terminal_as_it_w
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor was hidden, and is back
     assert text.rstrip().endswith("the model is in run/model.safetensors")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "address", "events.sqlite", "logs", "model.safetensors", "settings.toml", "snapshots", "summary.json",
+        "address", "events.sqlite", "logs", "model.safetensors", "settings.toml", "checkpoints", "summary.json",
     }  # fmt: skip
     assert sorted(path.stem for path in (tmp_path / "run/logs").iterdir()) == [
         "coordinator", "server-0", "server-1", "worker-0", "worker-1",

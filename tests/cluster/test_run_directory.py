@@ -61,7 +61,7 @@ def test_a_finished_run_that_cannot_be_resumed_keeps_its_results() -> None:
     assert (folder / MODEL_FILE).read_text() == "a model" and (folder / SUMMARY_FILE).exists()
 
 
-@pytest.mark.parametrize("what", ["rounds", "snapshot", "books that cannot be read"])
+@pytest.mark.parametrize("what", ["rounds", "checkpoint", "books that cannot be read"])
 def test_what_is_not_finished_is_never_deleted_unasked(what: str) -> None:
     folder = Path("r")
     make_run(folder, finished=False)
@@ -69,7 +69,7 @@ def test_what_is_not_finished_is_never_deleted_unasked(what: str) -> None:
         log = RunLog(folder / FILE_NAME)
         log.round(RoundRow(0, 0, 8, 2, 0, {}))
         log.close()
-    elif what == "snapshot":
+    elif what == "checkpoint":
         checkpoint.folder_of(folder, 3).mkdir(parents=True)
     else:
         (folder / FILE_NAME).write_bytes(b"SQLite format 3 and no more" * 100)

@@ -24,9 +24,7 @@ from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
 ROUNDS, PLANNED = 34, 100
 
 
-def make_run(
-    folder: Path, snapshot: int | None = None, stopped: bool = False, finished: bool = False, idle_s: float = 0.0
-) -> None:
+def make_run(folder: Path, saved: int | None = None, stopped: bool = False, finished: bool = False, idle_s: float = 0.0) -> None:
     folder.mkdir()
     write_settings(folder / SETTINGS_FILE, Settings())
     log = RunLog(folder / FILE_NAME)
@@ -37,12 +35,12 @@ def make_run(
     if stopped or finished:
         log.event(Event("stopped", "coordinator", {"ok": finished, "reason": "", "restart": False}))
     log.close()
-    if snapshot is not None:
-        place = checkpoint.folder_of(folder, snapshot)
+    if saved is not None:
+        place = checkpoint.folder_of(folder, saved)
         place.mkdir(parents=True)
         setup = Setup([], Update("SGD", [{}]))
         checkpoint.write_manifest(
-            place, Manifest(run="r", round=snapshot, servers=1, setup=setup, settings={}, files={}, versions=versions_here())
+            place, Manifest(run="r", round=saved, servers=1, setup=setup, settings={}, files={}, versions=versions_here())
         )
     if finished:
         (folder / SUMMARY_FILE).write_text("{}")
@@ -67,18 +65,18 @@ def test_where_nothing_is_a_run_begins(tmp_path: Path) -> None:
 
 def test_a_coordinator_that_is_gone_for_less_than_the_others_wait_is_replaced_on_any_host(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    make_run(folder, snapshot=27, idle_s=20)
+    make_run(folder, saved=27, idle_s=20)
     assert decide(folder) == ("recover", f"recovers the run in {folder}, which stopped 20 s ago at round 34")
     resumes = f"resumes the run in {folder} from the checkpoint of round 27, of the 34 that were done"
     assert decide(folder, recovers=False) == ("resume", resumes)  # all have ended with their launcher
     assert decide(folder, workers=5) == ("resume", resumes)
-    make_run(tmp_path / "long", snapshot=34, idle_s=61)
+    make_run(tmp_path / "long", saved=34, idle_s=61)
     assert decide(tmp_path / "long") == ("resume", f"resumes the run in {tmp_path / 'long'} from the checkpoint of round 34")
-    make_run(tmp_path / "stopped", snapshot=27, stopped=True)
+    make_run(tmp_path / "stopped", saved=27, stopped=True)
     assert decide(tmp_path / "stopped")[0] == "resume"
 
 
-def test_a_run_without_a_snapshot_begins_again_with_its_books(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_again_with_its_books(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     make_run(folder, stopped=True)
     assert decide(folder) == ("resume", f"starts the run in {folder} again: it had come to round 34 and had no checkpoint")
@@ -87,7 +85,7 @@ def test_a_run_without_a_snapshot_begins_again_with_its_books(tmp_path: Path) ->
 
 def test_a_finished_run_is_left_alone_until_it_is_to_be_replaced_or_to_go_on_for_longer(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    make_run(folder, snapshot=27, finished=True, idle_s=60)
+    make_run(folder, saved=27, finished=True, idle_s=60)
     how, line = decide(folder)
     assert how == "nothing" and "has finished: give more --epochs or --rounds" in line
     assert decide(folder, overwrite=True)[0] == "begin"
@@ -109,7 +107,7 @@ def test_what_would_be_another_run_is_refused_and_nothing_deleted(
     tmp_path: Path, flags: dict[str, object], sentence: str
 ) -> None:
     folder = tmp_path / "r"
-    make_run(folder, snapshot=27, stopped=True)
+    make_run(folder, saved=27, stopped=True)
     before = sorted(folder.rglob("*"))
     for overwrite in (False, True):
         with pytest.raises(UsageError, match=sentence):
@@ -119,9 +117,9 @@ def test_what_would_be_another_run_is_refused_and_nothing_deleted(
     assert sorted(folder.rglob("*")) == before
 
 
-def test_damaged_snapshots_are_told_of_and_not_begun_over(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_told_of_and_not_begun_over(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    make_run(folder, snapshot=27, stopped=True)
+    make_run(folder, saved=27, stopped=True)
     (checkpoint.folder_of(folder, 27) / checkpoint.MANIFEST_FILE).write_text("{")
     with pytest.raises(UsageError, match=r"no checkpoint to resume from: .*cannot be read"):
         decide(folder)
@@ -129,7 +127,7 @@ def test_damaged_snapshots_are_told_of_and_not_begun_over(tmp_path: Path) -> Non
 
 def test_another_script_is_another_run(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    make_run(folder, snapshot=27, stopped=True)
+    make_run(folder, saved=27, stopped=True)
     write_settings(folder / SETTINGS_FILE, Settings(), "train.py", ["--deep"])
     for script, args in (("other.py", ("--deep",)), ("train.py", ())):
         with pytest.raises(UsageError, match=r"is one of train\.py --deep"):

@@ -227,7 +227,7 @@ def test_time_left_speeds_and_the_epoch_are_read_from_the_log(tmp_path: Path) ->
         log.contribution(ContributionRow(number, 0, 3, "worker-0", 48, "committed", None, 3))
         log.contribution(ContributionRow(number, 3, 4, "worker-10", 16, "committed", None, 1))
         log.contribution(ContributionRow(number, 3, 4, "worker-2", 16, "duplicate", None, 1))
-    log.event(Event("snapshot", "coordinator", {"round": 10, "bytes": 1}))
+    log.event(Event("checkpoint", "coordinator", {"round": 10, "bytes": 1}))
     for name in ("worker-10", "worker-2", "worker-0"):
         log.status(StatusRow(name, "waiting", 4, "server-0" if name == "worker-2" else ""))
     log.flush()

@@ -1,4 +1,4 @@
-"""Snapshots as folders: a whole one is found, whatever lies beside it."""
+"""Checkpoints as folders: a whole one is found, whatever lies beside it."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def test_one_of_another_version_is_refused_unless_that_is_accepted(tmp_path: Pat
     else:
         values["versions"] = {"program": was.program, "torch": was.torch}
     path.write_text(json.dumps(values))
-    snapshot = checkpoint.read(path.parent)
+    found = checkpoint.read(path.parent)
     sentence = re.escape(f"is of {was or 'roundtable unknown with torch unknown'}, and here is {versions_here()},")
     with pytest.raises(UsageError, match=f"{sentence}.*--allow-version-mismatch"):
-        checkpoint.check_versions(snapshot, accepted=False)
-    assert re.search(sentence, checkpoint.check_versions(snapshot, accepted=True))
+        checkpoint.check_versions(found, accepted=False)
+    assert re.search(sentence, checkpoint.check_versions(found, accepted=True))
 
 
 def test_there_are_none_where_there_is_no_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Buffers of every kind are those of a plain loop, and so are the weights, whatever the cluster, and in what a snapshot gives."""
+"""Buffers of every kind and the weights are those of a plain loop, whatever the cluster, and after a checkpoint too."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(launch: Any, tmp_path: 
     launch("--workers", 2, "--servers", 2, "--checkpoint-every", 2, SCRIPT, "--", "compiled")
     model = network()
     model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
-    snapshots = sorted((tmp_path / "run" / "snapshots").glob("*/*"))
-    assert any(b"0.weight" in file.read_bytes() for file in snapshots)
-    assert not any(b"_orig_mod" in file.read_bytes() for file in snapshots)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*/*"))
+    assert any(b"0.weight" in file.read_bytes() for file in checkpoints)
+    assert not any(b"_orig_mod" in file.read_bytes() for file in checkpoints)
 
 
 @pytest.mark.parametrize(

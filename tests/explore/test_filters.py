@@ -104,7 +104,7 @@ def test_what_there_is_from_during_training_stands_between_and_who_has_none_is_t
     run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[list[str]] = []
-    monkeypatch.setattr("roundtable.explore.filters.snapshots_of", lambda run: [])
+    monkeypatch.setattr("roundtable.explore.filters.checkpoints_of", lambda run: [])
     monkeypatch.setattr(
         "roundtable.explore.filters.draw_filters", lambda stages, title, path: drawn.append([one.when for one in stages])
     )
@@ -117,7 +117,7 @@ def test_what_there_is_from_during_training_stands_between_and_who_has_none_is_t
         ["before training", f"{tmp_path.name}/halfway.safetensors", "after training"],
         ["before training", "after training"],
     ]
-    assert [len(lines) for lines in told] == [1, 2] and "there is no snapshot from during training" in told[1][0]
+    assert [len(lines) for lines in told] == [1, 2] and "there is no checkpoint from during training" in told[1][0]
 
 
 def test_filters_before_training_stand_left_of_those_after_it(run: Trained, tmp_path: Path) -> None:

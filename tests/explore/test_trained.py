@@ -16,7 +16,7 @@ from roundtable.cluster.run.run_directory import write_settings
 from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.run_files import find_run
-from roundtable.explore.trained import Source, Trained, open_run, snapshots_of, weights_at
+from roundtable.explore.trained import Source, Trained, checkpoints_of, open_run, weights_at
 
 MODEL = """
 import torch
@@ -56,9 +56,9 @@ def test_the_last_weights_are_the_trained_ones_and_a_file_stands_for_any_time(ru
     assert not torch.equal(weights_at(run, "first").state_dict()["0.weight"], trained["0.weight"])
 
 
-def test_the_last_snapshot_has_the_last_weights_and_an_earlier_one_others(run: Trained) -> None:
+def test_the_last_checkpoint_has_the_last_weights_and_an_earlier_one_others(run: Trained) -> None:
     last = weights_at(run, "last").state_dict()
-    earlier, newest = (weights_at(run, folder).state_dict() for folder in snapshots_of(run)[-2:])
+    earlier, newest = (weights_at(run, folder).state_dict() for folder in checkpoints_of(run)[-2:])
     assert all(torch.equal(newest[name], last[name]) for name in last)
     assert not torch.equal(earlier["0.weight"], last["0.weight"])
 

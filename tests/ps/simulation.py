@@ -154,7 +154,7 @@ class Case:
     #: Whether workers share memory with servers: `beside`, each with one only; `apart`, and whether they leave what they compute
     #: for a round apart there.
     memory: Literal["", "shared", "beside", "apart"] = ""
-    #: Folder for snapshots, which are made if there is one, every so many seconds; and whether the run goes on from those in it.
+    #: Folder for checkpoints, which are made if there is one; and whether the run goes on from those in it.
     folder: Path | None = None
     resume: bool = False
     #: Who is killed (coordinator, server-N, worker-N, or who is in its place by then), when, and after how many seconds another
@@ -1362,8 +1362,8 @@ def _stand_ins(world: World) -> Iterator[None]:
         yield
 
 
-def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
-    """Run it to the end, or until a snapshot has been made.
+def simulate(case: Case, until_checkpoint: bool = False) -> Outcome:
+    """Run it to the end, or until a checkpoint has been made.
 
     Raises AssertionError where it hangs or a promise is broken on the way.
     """
@@ -1389,7 +1389,7 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
         planned = sum(load(case.settings).updates(segment) for segment in case.plans())
 
         def over() -> bool:
-            if until_snapshot and coordinator.coordinator.checkpoints.scheduler.newest >= 0:
+            if until_checkpoint and coordinator.coordinator.checkpoints.scheduler.newest >= 0:
                 return True
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
@@ -1411,13 +1411,13 @@ def simulate(case: Case, until_snapshot: bool = False) -> Outcome:
         workers = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
         unsent: dict[str, torch.Tensor] = {}
         for worker in workers:
-            for name, start, values in worker.residuals() if not until_snapshot else ():
+            for name, start, values in worker.residuals() if not until_checkpoint else ():
                 whole = unsent.setdefault(name, torch.zeros(len(Model(case).get_parameter(name).view(-1))))
                 whole[start : start + len(values)] += values
         models = {w.key: state(w.model) for w in workers if w.done and w.useful}
         hosts = [_last_host(world, number) for number in range(len(servers))]
         outcome = Outcome(case, world, models, coordinator.ledger, coordinator.log, hosts, unsent)
-        if not until_snapshot:
+        if not until_checkpoint:
             _check_file(outcome, coordinator.folder / MODEL_FILE)
         return outcome
 
@@ -1456,7 +1456,7 @@ def _last_host(world: World, number: int) -> ShardHost:
 
 
 def _is_settled(world: World) -> bool:
-    """Whether the coordinator and all servers are there, of one run, and no snapshot is to come."""
+    """Whether the coordinator and all servers are there, of one run, and no checkpoint is to come."""
     process: Any = world.processes["coordinator"]
     coordinator: Coordinator = process.coordinator
     if process.alive and coordinator.context.membership.lost_servers and coordinator.is_finished():

@@ -1,4 +1,4 @@
-"""When snapshots are taken: random servers that get on, answer late, miss a cut or fail."""
+"""When checkpoints are taken: random servers that get on, answer late, miss a cut or fail."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_end_of_a_run_is_kept_once() -> None:
     assert cuts.is_settled(6) and cuts.due({0: 6, 1: 6}, 6, ended=True, now=100.0) is None
 
 
-def test_a_run_ends_without_a_snapshot_that_cannot_be_written() -> None:
+def test_a_run_ends_without_a_checkpoint_that_cannot_be_written() -> None:
     cuts = CheckpointScheduler(10.0, now=0.0)
     cuts.begin(6, "t", 1.0)
     cuts.note_status(0, CheckpointStatus(6, "failed", reason="the disk is full."), 1.0)
@@ -51,7 +51,7 @@ def test_who_does_not_answer_is_named_after_a_while() -> None:
     cuts.begin(6, "t", 0.0)
     cuts.note_status(0, CheckpointStatus(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 100.0) == ""
-    assert "server-1 got no further with the snapshot of round 6" in cuts.outcome({0: 6, 1: 6}, 1000.0)
+    assert "server-1 got no further with the checkpoint of round 6" in cuts.outcome({0: 6, 1: 6}, 1000.0)
 
 
 def test_a_cut_takes_as_long_as_servers_get_on() -> None:
@@ -77,7 +77,7 @@ def test_a_cut_takes_as_long_as_servers_get_on() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 40), st.booleans()), max_size=60), st.integers(1, 3))
 # I20
-def test_a_complete_snapshot_was_written_by_all_for_one_round(steps: list[tuple[int, int, bool]], count: int) -> None:
+def test_a_complete_checkpoint_was_written_by_all_for_one_round(steps: list[tuple[int, int, bool]], count: int) -> None:
     """Servers move on by themselves; each hears a cut some time, and takes it if it has not passed the round."""
     cuts, now, planned = CheckpointScheduler(1.0, 0.0), 0.0, 400
     versions = dict.fromkeys(range(count), 0)

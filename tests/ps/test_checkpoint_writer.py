@@ -1,4 +1,4 @@
-"""A server's file of a snapshot: written where the coordinator has asked for it, or a reason why not."""
+"""A server's file of a checkpoint: written where the coordinator has asked for it, or a reason why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs over a bad network that end in the middle, by hypothesis, and go on from their newest snapshot on other machines."""
+"""Whole runs over a bad network that end in the middle and go on from their newest checkpoint on other machines."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ more = st.tuples(st.integers(1, 6), st.integers(1, 3))
 
 
 def go_on(case: Case, servers: int, workers: int) -> Outcome:
-    """Run until a snapshot is there or the run is over, and then from the newest to the end with others."""
+    """Run until a checkpoint is there or the run is over, and then from the newest to the end with others."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        simulate(replace(case, folder=folder), until_snapshot=True)
+        simulate(replace(case, folder=folder), until_checkpoint=True)
         found, problems = checkpoint.newest(folder)
         assert not problems
         assert (found is not None) == bool(checkpoint.finished(folder))
@@ -54,7 +54,7 @@ def counted(outcome: Outcome, account: torch.Tensor) -> list[float]:
     return [-float(account[n]) * (r := case.round(t.round)).samples / r.samples_in(t.k, t.k + 1) for n, t in tasks]
 
 
-def test_a_server_gives_signs_of_life_while_it_reads_a_snapshot() -> None:
+def test_a_server_gives_signs_of_life_while_it_reads_a_checkpoint() -> None:
     case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), [Pace(0.1)] * 2, ((48, 3),), rows=200)
     with mock.patch.object(_Server, "_breathe", autospec=True, side_effect=_Server._breathe) as breathes:
         outcome = go_on(case, 2, 2)
@@ -90,7 +90,7 @@ def test_sharded_layers_go_on_from_where_they_were(case: Case, workers: int) -> 
 
 @few
 @given(st.sampled_from(["ssp", "async"]).flatmap(lambda policy: cases(policy, **PLAIN)), others)
-def test_what_was_applied_ahead_of_a_snapshot_counts_once(case: Case, machines: tuple[int, int]) -> None:
+def test_what_was_applied_ahead_of_a_checkpoint_counts_once(case: Case, machines: tuple[int, int]) -> None:
     outcome = go_on(case, *machines)
     found = counted(outcome, next(iter(outcome.models.values()))["account"])
     assert found == pytest.approx([1.0] * len(found), abs=1e-3)

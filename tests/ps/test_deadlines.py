@@ -66,7 +66,7 @@ def test_who_asks_to_join_while_the_run_ends_is_told_so(tmp_path: Path, stop: St
             context.destroy(linger=0)
 
 
-def test_who_asks_to_join_while_snapshots_are_looked_at_is_told_to_wait(tmp_path: Path) -> None:
+def test_who_asks_to_join_while_checkpoints_are_looked_at_is_told_to_wait(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         sock, address = router(context, "tcp://127.0.0.1:0")

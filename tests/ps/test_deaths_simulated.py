@@ -1,5 +1,5 @@
 """Anybody is killed at any moment, several at once too, and no shard has a copy, or the run is told to stop: all begin anew from
-the newest snapshot, or from nothing, and every promise of the policy is kept."""
+the newest checkpoint, or from nothing, and every promise of the policy is kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 @st.composite
 def deaths(draw: st.DrawFn, policy: str, **more: Any) -> tuple[Case, bool]:
-    """A run in which some are killed, and whether it makes snapshots."""
+    """A run in which some are killed, and whether it makes checkpoints."""
     case = draw(cases(policy, **more))
     names = [
         "coordinator",
@@ -56,24 +56,24 @@ def deaths(draw: st.DrawFn, policy: str, **more: Any) -> tuple[Case, bool]:
 
 
 def run(drawn: tuple[Case, bool]) -> Outcome:
-    case, has_snapshots = drawn
+    case, has_checkpoints = drawn
     with TemporaryDirectory() as folder:
-        outcome = simulate(replace(case, folder=Path(folder)) if has_snapshots else case)
+        outcome = simulate(replace(case, folder=Path(folder)) if has_checkpoints else case)
     check_books(outcome)
     check_same_everywhere(outcome)
     return outcome
 
 
-@pytest.mark.parametrize("has_snapshots", [True, False])
-def test_a_worker_a_server_and_the_coordinator_die_at_once(has_snapshots: bool) -> None:
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_a_worker_a_server_and_the_coordinator_die_at_once(has_checkpoints: bool) -> None:
     settings = Settings(workers=3, servers=2, global_batch=8, micro_batch=2)
     killed = [(name, 3.0, 1.0) for name in ("worker-1", "server-0", "coordinator")]
     case = Case(settings, [Pace(0.1)] * 3, ((48, 3),), killed=killed)
-    outcome = run((case, has_snapshots))
+    outcome = run((case, has_checkpoints))
     check_exact(outcome)
     assert outcome.world.killed == 3 and outcome.world.begun_anew == 1
     (back,) = [event.data["to"] for event in outcome.log.events if event.kind == "rolled back"]
-    assert (back > 0) == has_snapshots
+    assert (back > 0) == has_checkpoints
     assert max(round_ for _, round_ in outcome.world.weights) == 17
 
 
@@ -162,7 +162,7 @@ def test_sharded_layers(policy: str, data: st.DataObject) -> None:
 @few
 @given(st.sampled_from(["local", "average"]).flatmap(lambda policy: deaths(policy, after=3, **PLAIN)))
 def test_merges_do_not_depend_on_it(drawn: tuple[Case, bool]) -> None:
-    """Without momentum, for the replicas' own is in no snapshot."""
+    """Without momentum, for the replicas' own is in no checkpoint."""
     with every_other_is_chosen():
         outcome = run(drawn)
         quiet = simulate(replace(outcome.case, network=Network(), killed=(), folder=None))
@@ -180,7 +180,7 @@ def test_local_steps_count_every_micro_batch_by_its_samples(drawn: tuple[Case, b
 @given(data=st.data())
 def test_what_is_not_finite_from_some_weights_is_in_the_books_as_the_servers_have_it(policy: str, data: st.DataObject) -> None:
     """Workers that compute a micro-batch again, from other weights, may find the other of the two."""
-    case, has_snapshots = data.draw(deaths(policy, rows=data.draw(st.sampled_from([0, 10])), **PLAIN))
+    case, has_checkpoints = data.draw(deaths(policy, rows=data.draw(st.sampled_from([0, 10])), **PLAIN))
     case = replace(case, settings=structs.replace(case.settings, on_nonfinite="skip"))
     chance, compute = Random(case.seed), Model.compute
 
@@ -191,7 +191,7 @@ def test_what_is_not_finite_from_some_weights_is_in_the_books_as_the_servers_hav
             self.a.grad[0] = float("inf")
 
     with mock.patch.object(Model, "compute", sometimes_infinite):
-        outcome = run((case, has_snapshots))
+        outcome = run((case, has_checkpoints))
     of = {(row.round, row.lo): row.outcome for row in outcome.log.contributions if row.outcome != "duplicate"}
     times = {"committed": {1.0}, "dropped": {0.0}, "dropped in part": {0.0, 1.0}}
     accounts = [next(iter(outcome.models.values()))["account"]]

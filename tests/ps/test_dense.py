@@ -197,7 +197,7 @@ def test_weights_are_those_of_plain_torch_bit_for_bit(cls: Any, hyper: dict[str,
 
 
 @pytest.mark.parametrize("cls", list(elementwise()))
-def test_a_snapshot_on_another_number_of_servers_goes_on_to_the_same_bits(cls: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_on_another_number_of_servers_goes_on_to_the_same_bits(cls: Any, tmp_path: Path) -> None:
     hyper = {"lr": 0.02, **SPECIAL.get(cls.__name__, [{}])[0]}
     plain, optimizer, cluster = make(cls, hyper, {"lr": 0.005}, servers=3)
     for step in range(STEPS):
@@ -297,7 +297,7 @@ MASKS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, ma
 def test_whatever_is_absent_when_the_bits_are_those_of_plain_torch(
     tmp_path: Path, masks: list[list[bool]], kernel: tuple[Any, Any], servers: int, restored: set[int], seed: int
 ) -> None:
-    """`restored`: before these steps all goes on from a snapshot."""
+    """`restored`: before these steps all goes on from a checkpoint."""
     torch.manual_seed(seed)
     cls, hyper = kernel
     sizes = [130, 5, 1, 64, 33, 200]

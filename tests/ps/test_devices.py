@@ -93,14 +93,14 @@ def test_layers_on_another_device_learn_the_same(optimizer: str, net: dict[str, 
 
 
 def saved(servers: Sequence[Any], folder: Path) -> TensorFiles:
-    """A snapshot of them, after the last round."""
+    """A checkpoint of them, after the last round."""
     for number, server in enumerate(servers):
         server.settle()
         tensor_file.write(folder / f"{number}.safetensors", list(server.state()), {})
     return TensorFiles(folder / f"{number}.safetensors" for number in range(len(servers)))
 
 
-def test_snapshots_are_those_of_the_cpu_and_go_on_on_either(tmp_path: Path) -> None:
+def test_checkpoints_are_those_of_the_cpu_and_go_on_on_either(tmp_path: Path) -> None:
     net: dict[str, Any] = {"bias": True, "sample_rate": 1.0}
     for name in ("here", "there", "back"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""What `checkpoint verify` says of snapshots with whole files: whether servers can be restored from them."""
+"""What `checkpoint verify` says of checkpoints with whole files: whether servers can be restored from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from roundtable.ps.server.restoring import hindrance
 
 @pytest.mark.parametrize("policy", ["sync", "async"])
 @pytest.mark.parametrize("servers", [1, 8])
-def test_a_snapshot_restores_if_its_manifest_names_all_files_that_were_written(
+def test_a_checkpoint_restores_if_its_manifest_names_all_files_that_were_written(
     tmp_path: Path, policy: PolicyName, servers: int
 ) -> None:
     settings = Settings(workers=2, servers=servers, policy=policy, global_batch=8, micro_batch=2)

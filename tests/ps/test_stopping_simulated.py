@@ -1,4 +1,4 @@
-"""The coordinator is told to stop: the round in progress is ended and a snapshot made, and what goes on from it is as it would
+"""The coordinator is told to stop: the round in progress is ended and a checkpoint made, and what goes on from it is as it would
 have been."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_before_anything_is_trained_there_is_nothing_to_wait_for(tmp_path: Path)
     check_exact(outcome)
 
 
-def test_a_server_that_is_away_makes_it_stop_without_a_snapshot(tmp_path: Path) -> None:
+def test_a_server_that_is_away_makes_it_stop_without_a_checkpoint(tmp_path: Path) -> None:
     settings = Settings(workers=2, servers=2, global_batch=8, micro_batch=2)
     killed = [("server-1", 1.0, 40.0)]
     case = Case(settings, [Pace(0.3)] * 2, ((48, 3),), folder=tmp_path, killed=killed, stopped=[(1.1, 1.0)])
@@ -66,7 +66,7 @@ def test_a_worker_that_is_told_to_stop_hands_over_what_it_has(tmp_path: Path, po
 
 
 @pytest.mark.parametrize("replicas", [0, 1])
-def test_a_server_that_is_told_to_stop_leaves_after_a_snapshot(tmp_path: Path, replicas: int) -> None:
+def test_a_server_that_is_told_to_stop_leaves_after_a_checkpoint(tmp_path: Path, replicas: int) -> None:
     settings = Settings(workers=2, servers=2, global_batch=8, micro_batch=2, replicas=replicas)
     told = [("server-1", 3.0, 1.0)]
     outcome = simulate(Case(settings, [Pace(0.3)] * 2, ((48, 3),), folder=tmp_path, told=told))

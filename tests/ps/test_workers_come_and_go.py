@@ -124,7 +124,7 @@ def test_a_script_that_breaks_off_has_left_and_others_do_the_rest(policy: str, w
     check(outcome)
 
 
-def test_where_all_scripts_break_off_the_run_ends_with_a_snapshot_of_what_is_done(tmp_path: Path) -> None:
+def test_where_all_scripts_break_off_the_run_ends_with_a_checkpoint_of_what_is_done(tmp_path: Path) -> None:
     paces = [Pace(0.1, breaks_s=1.0), Pace(0.1, breaks_s=1.2)]
     with pytest.raises(ClusterError, match=r"^all workers have left after \d+ of 9 rounds: a script must go on"):
         simulate(short(paces, folder=tmp_path))

@@ -13,7 +13,7 @@ from roundtable.common.runtime.failpoints import VARIABLE
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(240)]
 
 Start = Callable[..., Cluster]
-#: With no snapshot to fall back on.
+#: With no checkpoint to fall back on.
 COPIES = (*TRAINING, "--replicas", 1, "--checkpoint-every", 0)
 
 

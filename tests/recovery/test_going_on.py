@@ -40,8 +40,8 @@ for x, y in run.batches(data, epochs=run.settings.epochs):
 ROWS = Path(__file__).with_name("train_rows.py")
 
 
-def has_snapshot(run: Cluster) -> bool:
-    return bool(run.events("snapshot"))
+def has_checkpoint(run: Cluster) -> bool:
+    return bool(run.events("checkpoint"))
 
 
 def launch(*arguments: object) -> tuple[int, str]:
@@ -53,7 +53,7 @@ def launch(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize("policy", ["sync", "async"])
 def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(cluster: Start, undisturbed: str, policy: str) -> None:
     run = cluster(*TRAINING, "--policy", policy)
-    run.until(lambda: has_snapshot(run), "snapshot")
+    run.until(lambda: has_checkpoint(run), "checkpoint")
     run.signal("server-1")
     summary = run.summary()
     assert len(run.events("restarted")) == 1
@@ -67,7 +67,7 @@ def test_a_server_that_waits_for_its_file_before_tables_change_gives_signs_of_li
     slow = {VARIABLE: "server-0:saved:0:sleep"}
     run = cluster("--servers", 2, "--checkpoint-every", 0.1, "--heartbeat-timeout", 2, ROWS, env=slow)
     assert run.summary()["dropped"] == 0
-    assert run.events("snapshot")[0].data["round"] < run.rounds(), "nobody had to wait for a file"
+    assert run.events("checkpoint")[0].data["round"] < run.rounds(), "nobody had to wait for a file"
     assert not run.events("lost") and not run.events("restarted")
 
 
@@ -80,7 +80,7 @@ def test_a_server_that_is_killed_while_it_hands_in_the_model_does_so_again(clust
 # I21
 def test_after_a_power_cut_a_run_goes_on_with_other_numbers(cluster: Start, resumed: Start, undisturbed: str) -> None:
     run = cluster(*TRAINING)
-    run.until(lambda: has_snapshot(run), "snapshot")
+    run.until(lambda: has_checkpoint(run), "checkpoint")
     run.cut_power()
     summary = resumed("--workers", 1, "--servers", 3).summary()
     assert (summary["weights_sha256"], summary["servers"]) == (undisturbed, 3)
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_by_ctrl_c_goes_on_with_the_same_bits(
     cluster: Start, resumed: Start, undisturbed: str, tmp_path: Path
 ) -> None:
     run = cluster(*TRAINING)
-    run.until(lambda: has_snapshot(run), "snapshot")
+    run.until(lambda: has_checkpoint(run), "checkpoint")
     run._popen.send_signal(signal.SIGINT)
     code, out = run.end()
     assert code == 130 and "stopped by SIGINT" in out and not (tmp_path / "run" / "summary.json").exists()
@@ -114,11 +114,11 @@ def test_all_that_are_started_again_when_the_run_has_finished_are_told_so_and_en
     assert len(hashes) == 1 and "there is nothing left to do" in (tmp_path / "logs-1" / "worker-1.log").read_text()
 
 
-def test_a_damaged_snapshot_is_told_of_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_used(
     cluster: Start, resumed: Start, undisturbed: str, tmp_path: Path
 ) -> None:
     run = cluster(*TRAINING)
-    run.until(lambda: len(run.events("snapshot")) >= 2, "second snapshot")
+    run.until(lambda: len(run.events("checkpoint")) >= 2, "second checkpoint")
     run.cut_power()
     first, second = checkpoint.finished(tmp_path / "run")
     file = second / checkpoint.file_of(0)
@@ -129,7 +129,7 @@ def test_a_damaged_snapshot_is_told_of_and_the_one_before_it_used(
     assert str(file) in (tmp_path / "run" / "logs" / "coordinator.log").read_text()
 
 
-def test_a_run_that_was_to_end_early_goes_on_and_its_snapshots_hold_its_model(
+def test_a_run_that_was_to_end_early_goes_on_and_its_checkpoints_hold_its_model(
     cluster: Start, resumed: Start, undisturbed: str, tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "run", tmp_path / "model.safetensors"
@@ -151,7 +151,7 @@ def test_a_run_that_was_to_end_early_goes_on_and_its_snapshots_hold_its_model(
     assert launch("checkpoint", "export", folder, "--round", 1, "--out", out)[0] == 2
 
 
-def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_then_told_of(
+def test_a_checkpoint_of_another_version_is_refused_until_that_is_accepted_and_then_told_of(
     cluster: Start, resumed: Start, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -170,7 +170,7 @@ def test_a_snapshot_of_another_version_is_refused_until_that_is_accepted_and_the
         assert code == 2 and sentence in text.splitlines()[-1] and checkpoint.finished(folder)[-1] == newest
     assert (folder / "summary.json").exists()
     code, text = resumed("--rounds", 8, "--allow-version-mismatch").end()
-    assert code == 0 and f"warning: the snapshot {sentence}" in text
+    assert code == 0 and f"warning: the checkpoint {sentence}" in text
     *_, last = checkpoint.finished(folder)
     (last / checkpoint.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
     code, text = launch("local", "--resume", folder, "--allow-version-mismatch")
@@ -185,11 +185,11 @@ def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: S
     script.write_text(SCRIPT.replace("WIDTH", "9"))
     code, out = launch("local", "--resume", run.folder, "--epochs", 20)
     assert code == 2  # nobody is left to go on, by a mistake of the user's
-    assert "worker-0's model is not the snapshot's: it has '0.weight' (float32 [9, 4], parameter group 0)" in out
-    assert "where the snapshot has '0.weight' (float32 [8, 4], parameter group 0)" in out
+    assert "worker-0's model is not the checkpoint's: it has '0.weight' (float32 [9, 4], parameter group 0)" in out
+    assert "where the checkpoint has '0.weight' (float32 [8, 4], parameter group 0)" in out
 
 
-def test_what_has_no_snapshots_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
+def test_what_has_no_checkpoints_cannot_go_on(cluster: Start, tmp_path: Path) -> None:
     cluster(*TRAINING, "--checkpoint-every", 0, "--rounds", 5).summary()
     code, text = launch("local", "--resume", tmp_path / "run")
     assert code == 2 and "no checkpoint to resume from" in text

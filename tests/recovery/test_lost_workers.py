@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_going_on import has_snapshot
+from test_going_on import has_checkpoint
 
 from benchmarks import LAUNCH
 from benchmarks.live import TRAINING, Cluster
@@ -76,9 +76,9 @@ def test_workers_are_added_and_taken_away_while_a_run_goes_on(cluster: Start, un
     assert "Traceback" not in "".join(log.read_text() for log in (tmp_path / "run" / "logs").iterdir())
 
 
-def test_a_killed_replica_is_started_again_and_all_go_on_from_the_newest_snapshot(cluster: Start) -> None:
+def test_a_killed_replica_is_started_again_and_all_go_on_from_the_newest_checkpoint(cluster: Start) -> None:
     run = cluster(*TRAINING, "--policy", "local", "--epochs", 60)
-    run.until(lambda: has_snapshot(run), "snapshot")
+    run.until(lambda: has_checkpoint(run), "checkpoint")
     run.signal("worker-1")
     assert run.summary()["dropped"] == 0
     assert len(run.events("restarted")) == 1

@@ -36,7 +36,7 @@ def test_a_worker_that_is_told_to_stop_leaves_in_good_order(cluster: Start, undi
 
 
 @pytest.mark.parametrize("copies", [0, 1])
-def test_a_server_that_is_told_to_stop_leaves_after_a_snapshot(cluster: Start, undisturbed: str, copies: int) -> None:
+def test_a_server_that_is_told_to_stop_leaves_after_a_checkpoint(cluster: Start, undisturbed: str, copies: int) -> None:
     run = cluster(*FLAGS, "--replicas", copies, "--checkpoint-every", 60)
     run.until(lambda: trains(run), "training")
     run.signal("server-1", signal.SIGTERM)
@@ -61,7 +61,7 @@ def test_a_launchers_coordinator_that_is_told_to_stop_ends_the_run_which_goes_on
     assert resumed().summary()["weights_sha256"] == undisturbed and run.is_exact()
 
 
-def test_all_processes_of_a_launcher_that_are_told_at_once_end_with_a_snapshot(
+def test_all_processes_of_a_launcher_that_are_told_at_once_end_with_a_checkpoint(
     cluster: Start, resumed: Start, undisturbed: str
 ) -> None:
     run = cluster(*FLAGS, "--checkpoint-every", 60)
@@ -73,7 +73,7 @@ def test_all_processes_of_a_launcher_that_are_told_at_once_end_with_a_snapshot(
     assert resumed().summary()["weights_sha256"] == undisturbed and run.is_exact()
 
 
-def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_snapshot(
+def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_checkpoint(
     resumed: Start, undisturbed: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

@@ -169,7 +169,7 @@ def test_a_file_of_one_form_is_a_file_of_the_other(classes: int, tmp_path: Path)
         fresh.load_state_dict({})
 
 
-def test_a_snapshot_s_halves_make_up_the_whole_network() -> None:
+def test_a_checkpoint_s_halves_make_up_the_whole_network() -> None:
     _, divided, _, _ = two_forms(torch.float32)
     halves = {name: parameter.detach() for name, parameter in reversed(list(divided.named_parameters()))}
     found, state = whole_state(halves), divided.state_dict()

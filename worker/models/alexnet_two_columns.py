@@ -226,7 +226,7 @@ def _half(layer: nn.Conv2d | nn.Linear, number: int, device: torch.device) -> nn
 
 
 def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole network's tensors from those of the halves, by the names of `parameters()`: snapshots have them so. Others are
+    """The whole network's tensors from those of the halves, by the names of `parameters()`: checkpoints have them so. Others are
     left as they are."""
     whole: dict[str, Tensor] = {}
     for name in sorted(state):  # the first half first

@@ -77,16 +77,16 @@ def read_only(seconds: float) -> Harm:
     """
 
     def harm(run: Cluster) -> Cluster:
-        place, began, rounds, taken = str(run.folder), time.time(), run.rounds(), len(run.events("snapshot"))
+        place, began, rounds, taken = str(run.folder), time.time(), run.rounds(), len(run.events("checkpoint"))
         for command in (["mount", "--bind", place, place], ["mount", "-o", "remount,bind,ro", place]):
             subprocess.run(command, check=True, capture_output=True)
         time.sleep(seconds)
         assert run.rounds() > rounds, "training did not go on while the folder could not be written"
         told = [event for _, at, event in run.read(RunLogReader.events) if event.kind == "warning" and at > began]
-        assert any("no snapshot" in event.data["text"] for event in told), "nobody has told that there is no snapshot"
-        assert "warning: no snapshot" in run.shown(), "nobody who looks on was told that there is no snapshot"
+        assert any("no checkpoint" in event.data["text"] for event in told), "nobody has told that there is no checkpoint"
+        assert "warning: no checkpoint" in run.shown(), "nobody who looks on was told that there is no checkpoint"
         subprocess.run(["umount", "--lazy", place], check=True, capture_output=True)
-        run.until(lambda: len(run.events("snapshot")) > taken + 1, "snapshots again")
+        run.until(lambda: len(run.events("checkpoint")) > taken + 1, "checkpoints again")
         return run
 
     return harm
@@ -105,12 +105,12 @@ def slow_disk(folder: Path, wait_s: float, seconds: float) -> tuple[Harm, dict[s
 
     def harm(run: Cluster) -> Cluster:
         assert library.exists(), "there is no gcc to make the disk slow with"
-        rounds, taken = run.rounds(), len(run.events("snapshot"))
+        rounds, taken = run.rounds(), len(run.events("checkpoint"))
         flag.touch()
         time.sleep(seconds)
         assert run.rounds() > rounds, "training did not go on while the disk was slow"
         flag.unlink()
-        run.until(lambda: len(run.events("snapshot")) > taken + 1, "snapshots again")
+        run.until(lambda: len(run.events("checkpoint")) > taken + 1, "checkpoints again")
         return run
 
     return harm, {"LD_PRELOAD": str(library)}

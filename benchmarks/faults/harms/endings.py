@@ -20,7 +20,7 @@ def power_loss(damaged: bool, *flags: object) -> Harm:
     """
 
     def harm(run: Cluster) -> Cluster:
-        run.until(lambda: len(run.events("snapshot")) > 1, "second snapshot")
+        run.until(lambda: len(run.events("checkpoint")) > 1, "second checkpoint")
         run.cut_power()
         if damaged:
             whole = checkpoint.finished(run.folder)

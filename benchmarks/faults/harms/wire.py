@@ -79,8 +79,8 @@ def a_worker_is_lost(run: Cluster) -> None:
 def all_begin_anew(run: Cluster) -> None:
     run.signal("server-1")
     run.until(lambda: run.events("restarted"), "new beginning")
-    taken = len(run.events("snapshot"))
-    run.until(lambda: len(run.events("snapshot")) > taken, "snapshot after the new beginning")
+    taken = len(run.events("checkpoint"))
+    run.until(lambda: len(run.events("checkpoint")) > taken, "checkpoint after the new beginning")
 
 
 def unruly(wire: Wire) -> Harm:

@@ -115,13 +115,13 @@ class CheckpointDriver:
             failpoint("completing", round_)
             write_manifest(folder_of(context.run_dir, round_), manifest)
         except Exception as error:  # a checkpoint less must not end the run
-            return f"the snapshot of round {round_} could not be finished: {error}."
+            return f"the checkpoint of round {round_} could not be finished: {error}."
         for old in folders(context.run_dir)[: -context.settings.keep_checkpoints]:
             remove(old)
         self._failure_told_at = float("-inf")
         size = sum(entry.bytes for entry in files.values())
-        context.log.event(Event("snapshot", "coordinator", {"round": round_, "bytes": size}))
-        log.info("snapshot of round %d: %.1f MB", round_, size / 1e6)
+        context.log.event(Event("checkpoint", "coordinator", {"round": round_, "bytes": size}))
+        log.info("checkpoint of round %d: %.1f MB", round_, size / 1e6)
         return ""
 
     def _tell_of_failure(self, reason: str) -> None:
@@ -129,4 +129,4 @@ class CheckpointDriver:
         now = time.monotonic()
         if now >= self._failure_told_at + ALARM_S:
             self._failure_told_at = now
-            self._context.journal.warn(f"no snapshot: {reason}")
+            self._context.journal.warn(f"no checkpoint: {reason}")

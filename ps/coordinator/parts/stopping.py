@@ -51,7 +51,7 @@ class Stopping:
             return
         if not self._is_stopping:
             self._is_stopping, self._until = True, None
-            log.warning("is told to stop: ends the round in progress and makes a snapshot; a second signal stops it at once")
+            log.warning("is told to stop: ends the round in progress and makes a checkpoint; a second signal stops it at once")
             self._context.log.event(Event("stopping", "coordinator", {"seconds": self._context.settings.stop_timeout}))
         if self._is_saved(now):
             raise Stopped(self.signal, self._how_far())
@@ -105,7 +105,7 @@ class Stopping:
     def _how_far(self) -> str:
         """Say from what the run can go on if it stops now."""
         settings, done, newest = self._context.settings, self._context.ledger.committed, finished(self._context.run_dir)
-        saved = f"with a snapshot of round {round_of(newest[-1])}" if newest else "without a snapshot"
+        saved = f"with a checkpoint of round {round_of(newest[-1])}" if newest else "without a checkpoint"
         why = ""
         if not self._checkpoints.scheduler.is_made and done:
             merges = f", which policy {settings.policy} makes at merges only" if self._context.policy.is_local else ""

@@ -166,7 +166,7 @@ class Admission:
         if sum(member.active for member in workers.values()) >= (most := _MOST_TIMES * expected + _MOST_MORE):
             return f"run {self._run} has {most} workers, and takes no more where --workers is {expected}: start it with more."
         if len(workers) + len(self._forgotten) >= MOST_NAMES:
-            return f"run {self._run} has had {MOST_NAMES} workers, and takes no more: stop it, and go on from its snapshot."
+            return f"run {self._run} has had {MOST_NAMES} workers, and takes no more: stop it, and go on from its checkpoint."
         return ""
 
     def _why_full(self, role: str) -> str:
