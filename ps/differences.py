@@ -38,8 +38,8 @@ def of_setups(known: Setup, owner: str, other: Setup, who: str) -> str:
             f"{who}'s model has {len(other.tensors)} parameters and buffers where {owner}'s has "
             f"{len(known.tensors)}: only {longer} has {_tensor(extra)}; {ADVICE}."
         )
-    if known.classifiers != other.classifiers:
-        return f"{who}'s sharded layers are not {owner}'s: {other.classifiers} instead of {known.classifiers}."
+    if known.sharded_layers != other.sharded_layers:
+        return f"{who}'s sharded layers are not {owner}'s: {other.sharded_layers} instead of {known.sharded_layers}."
     if known.tables != other.tables:
         return f"{who}'s row-sparse tables are not {owner}'s: {other.tables} instead of {known.tables}."
     if known.file != other.file:

@@ -1,8 +1,8 @@
 """The parts in which a server hands in what it has of the trained model, and where their bytes belong in the model's tensors.
 
 A function of the layout alone, so that server and coordinator number parts alike: the server's chunks, then the pages of tables,
-then those of classifiers. A chunk's bytes are the weights in their own dtype, piece by piece. A page's bytes are the rows that
-the server has of it, in order; where a classifier has a bias, all rows without it come first, and then their biases.
+then those of sharded layers. A chunk's bytes are the weights in their own dtype, piece by piece. A page's bytes are the rows that
+the server has of it, in order; where a sharded layer has a bias, all rows without it come first, and then their biases.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from roundtable.common.model.layout import Chunk, Layout
 from roundtable.common.model.row_pages import pages, runs_on
 from roundtable.common.protocol.model_spec import TableSpec
 
-#: Bytes of an element of a table or classifier.
+#: Bytes of an element of a table or sharded layer.
 _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Part:
-    """Chunk number `number` of the layout, or page `page` of the table or classifier of that number; and its size."""
+    """Chunk number `number` of the layout, or page `page` of the table or sharded layer of that number; and its size."""
 
-    kind: Literal["chunk", "table", "classifier"]
+    kind: Literal["chunk", "table", "sharded layer"]
     number: int
     page: int
     bytes: int
@@ -41,7 +41,7 @@ class Span:
 def parts_on(layout: Layout, server: int) -> list[Part]:
     """All parts of a server, in the order of their numbers."""
     parts = [Part("chunk", chunk.id, 0, chunk.weight_bytes) for chunk in layout.on(server)]
-    for kind, specs in (("table", layout.tables), ("classifier", layout.classifiers)):
+    for kind, specs in (("table", layout.tables), ("sharded layer", layout.sharded_layers)):
         for number, spec in enumerate(specs):
             for page in pages(spec):
                 rows = sum(count for _, count in runs_on(spec, page, server, layout.servers))
@@ -52,7 +52,7 @@ def parts_on(layout: Layout, server: int) -> list[Part]:
 
 def spans(layout: Layout, server: int, part: Part) -> Iterator[Span]:
     """Where the bytes of a part belong, in their order."""
-    tables, classifiers = len(layout.tables), len(layout.classifiers)
+    tables, sharded_layers = len(layout.tables), len(layout.sharded_layers)
     first = len(layout.tensors)
     if part.kind == "chunk":
         chunk = layout.chunks[part.number]
@@ -62,11 +62,11 @@ def spans(layout: Layout, server: int, part: Part) -> Iterator[Span]:
         spec = layout.tables[part.number]
         yield from _rows(spec, part.page, server, layout.servers, first + part.number, spec.dim)
     else:
-        layer = layout.classifiers[part.number]
+        layer = layout.sharded_layers[part.number]
         weight = first + tables + part.number
         yield from _rows(layer, part.page, server, layout.servers, weight, layer.dim - layer.bias)
         if layer.bias:
-            yield from _rows(layer, part.page, server, layout.servers, weight + classifiers, 1)
+            yield from _rows(layer, part.page, server, layout.servers, weight + sharded_layers, 1)
 
 
 def _element_bytes(chunk: Chunk) -> int:
@@ -86,6 +86,6 @@ def sizes(layout: Layout) -> Sequence[int]:
         for piece in chunk.pieces:
             tensors[piece.tensor] += piece.length * _element_bytes(chunk)
     tables = [spec.rows * spec.dim * _FLOAT_BYTES for spec in layout.tables]
-    weights = [spec.rows * (spec.dim - spec.bias) * _FLOAT_BYTES for spec in layout.classifiers]
-    biases = [spec.rows * spec.bias * _FLOAT_BYTES for spec in layout.classifiers]
+    weights = [spec.rows * (spec.dim - spec.bias) * _FLOAT_BYTES for spec in layout.sharded_layers]
+    biases = [spec.rows * spec.bias * _FLOAT_BYTES for spec in layout.sharded_layers]
     return [*tensors, *tables, *weights, *biases]

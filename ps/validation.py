@@ -17,7 +17,7 @@ _SETTINGS = 1000
 def check_setup(setup: Setup) -> None:
     """Raise WireError for a model or an update that names parameter groups it has not, or settings that are none."""
     update, groups = setup.update, len(setup.update.groups)
-    named = [spec.group for spec in setup.tensors] + [spec.group for spec in (*setup.tables, *setup.classifiers)]
+    named = [spec.group for spec in setup.tensors] + [spec.group for spec in (*setup.tables, *setup.sharded_layers)]
     if any(group >= groups for group in named):
         raise WireError(f"a model has parameters in groups beyond the {groups} that its optimizer has")
     if update.clip_norm is not None and not update.clip_norm > 0:

@@ -59,7 +59,7 @@ class ModelSetup:
         file = file_of(replica.model, [*replica.tensors, *weights, *biases], replica.specs)
         #: Names of tensors in the model's file.
         self.in_file = {entry.name for entry in file}
-        self._setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.classifiers, file)
+        self._setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.sharded_layers, file)
         facts = [*facts, *alike.constant_facts(replica.constants)]
         self._for_coordinator = msgspec.structs.replace(self._setup, facts=facts)
         #: Whether servers had no weights when this worker came; and whether first weights are sent with the first batch.

@@ -15,8 +15,8 @@ from roundtable.common.protocol.model_spec import (
     BYTES_OF_ANY,
     DTYPES,
     ELEMENT_BYTES,
-    ClassSpec,
     Kind,
+    ShardedLayerSpec,
     TableSpec,
     TensorSpec,
     is_trainable,
@@ -88,21 +88,21 @@ def urgency(chunk: Chunk) -> tuple[bool, int]:
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Every tensor of a model and the chunks they are cut into, and the tables and classifiers that are not."""
+    """Every tensor of a model and the chunks they are cut into, and the tables and sharded layers that are not."""
 
     tensors: list[TensorSpec]
     chunks: list[Chunk]
     servers: int
     tables: list[TableSpec] = []
-    classifiers: list[ClassSpec] = []
+    sharded_layers: list[ShardedLayerSpec] = []
 
     def on(self, server: int) -> list[Chunk]:
         """The chunks placed on `server`, by id."""
         return [chunk for chunk in self.chunks if chunk.server == server]
 
     def owners(self) -> list[int]:
-        """Servers that take part in rounds: 0 with the metrics, and those with a chunk; all with tables or classifiers."""
-        if self.tables or self.classifiers:
+        """Servers that take part in rounds: 0 with the metrics, and those with a chunk; all with tables or sharded layers."""
+        if self.tables or self.sharded_layers:
             return list(range(self.servers))
         return sorted({0} | {chunk.server for chunk in self.chunks})
 
@@ -112,10 +112,11 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def make_layout(
-    tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = (), classifiers: Sequence[ClassSpec] = ()
+    tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = (), sharded_layers: Sequence[ShardedLayerSpec] = ()
 ) -> Layout:
-    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first. `tables` and `classifiers` are
-    left as they are.
+    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first.
+
+    `tables` and `sharded_layers` are left as they are.
 
     A tensor above CHUNK_BYTES is cut into several chunks; small ones of one kind, dtype and group share one.
     Raises UsageError for a dtype that cannot be trained or sent.
@@ -149,7 +150,7 @@ def make_layout(
     for number, pieces in enumerate(cuts):
         spec = tensors[pieces[0].tensor]
         chunks.append(Chunk(number, 0, spec.kind, spec.group, spec.unit, pieces, spec.frozen))
-    return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(classifiers))
+    return Layout(list(tensors), _place(chunks, servers), servers, list(tables), list(sharded_layers))
 
 
 def _check_dtype(spec: TensorSpec) -> None:

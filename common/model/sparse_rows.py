@@ -18,7 +18,7 @@ from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.model.layout import CHUNK_BYTES
 from roundtable.common.model.row_pages import BLOCK, page_rows
 from roundtable.common.model.tensor_bytes import dtype_of, from_frame, to_frame
-from roundtable.common.protocol.model_spec import ClassSpec, TableSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec, TableSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 
@@ -51,7 +51,7 @@ def draw(spec: TableSpec, seed: int, block: int, rows: torch.Tensor) -> None:
     """Write the first values of a block of rows to `rows`: a function of the run's seed, the table and the block alone."""
     assert spec.std is not None
     generator = torch.Generator().manual_seed(derive_seed(seed, f"rows of {spec.name}", block))
-    if isinstance(spec, ClassSpec):
+    if isinstance(spec, ShardedLayerSpec):
         rows.uniform_(-spec.std * 3**0.5, spec.std * 3**0.5, generator=generator)
     else:
         rows.normal_(0.0, spec.std, generator=generator)

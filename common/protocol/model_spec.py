@@ -99,7 +99,7 @@ class TableSpec(msgspec.Struct, frozen=True):
     std: Amount | None = None
 
 
-class ClassSpec(TableSpec, frozen=True):
+class ShardedLayerSpec(TableSpec, frozen=True):
     """A classifier of which servers keep and compute all: `rows` classes and `dim` numbers for each, the last of which is the
     bias where it has one. `std`: as above, but drawn evenly from -sqrt(3)*std .. sqrt(3)*std. A share of `sample_rate` of the
     classes, drawn anew for each round, are the negative ones. `hidden`: it is no classifier but a layer whose `rows` outputs go

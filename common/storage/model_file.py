@@ -29,7 +29,7 @@ def write_model(checkpoint: Checkpoint, path: Path) -> None:
     entries = [Entry(spec.name, stored_as(spec)[1], list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
     for spec in setup.tables:
         entries.append(Entry(spec.name, [spec.rows, spec.dim], _rows(files, spec, servers, seed), torch.float32))
-    for layer in setup.classifiers:
+    for layer in setup.sharded_layers:
         features = layer.dim - layer.bias
         weights = _columns(_rows(files, layer, servers, seed), slice(features))
         entries.append(Entry(layer.name, [layer.rows, features], weights, torch.float32))

@@ -9,7 +9,7 @@ import torch
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.sparse_rows import rows_on
 from roundtable.common.protocol.messages.setup import Update
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.embedding import first_state
 
@@ -22,13 +22,13 @@ def check_memory(layout: Layout, server: int, update: Update, device: torch.devi
     if dense > there:
         raise WireError(f"the model takes {dense >> 30} GiB on this server, whose machine has {there >> 30}")
     shards = (device.type == "cpu") + replicas
-    a_row = [shards * 4 * spec.dim * (1 + _states(update, spec)) for spec in layout.classifiers]
-    here = sum(size * rows_on(server, layout.servers, spec.rows) for size, spec in zip(a_row, layout.classifiers, strict=True))
+    a_row = [shards * 4 * spec.dim * (1 + _states(update, spec)) for spec in layout.sharded_layers]
+    here = sum(size * rows_on(server, layout.servers, spec.rows) for size, spec in zip(a_row, layout.sharded_layers, strict=True))
     if dense + here > there:
-        whole = sum(size * spec.rows for size, spec in zip(a_row, layout.classifiers, strict=True))
+        whole = sum(size * spec.rows for size, spec in zip(a_row, layout.sharded_layers, strict=True))
         least = max(-(-whole // there), layout.servers + 1)
         count = f"{layout.servers} server{'s' * (layout.servers > 1)}"
-        names = " and ".join(f"'{spec.name}'" for spec in layout.classifiers)
+        names = " and ".join(f"'{spec.name}'" for spec in layout.sharded_layers)
         raise WireError(
             f"{names} {'takes' if len(a_row) == 1 else 'take'} {here / 2**30:.1f} GiB with the optimizer's state on each of "
             f"{count}, and this machine has {there / 2**30:.1f}: use at least {least} servers on machines of "
@@ -36,7 +36,7 @@ def check_memory(layout: Layout, server: int, update: Update, device: torch.devi
         )
 
 
-def _states(update: Update, spec: ClassSpec) -> int:
+def _states(update: Update, spec: ShardedLayerSpec) -> int:
     """Tensors of a row's shape that the optimizer keeps."""
     first = first_state(update, spec).values()
     return sum(isinstance(value, torch.Tensor) and value.shape == (1, spec.dim) for value in first)

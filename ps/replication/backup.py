@@ -126,7 +126,7 @@ class Backup:
         self._round(body.round).rows = body, rows
 
     def forward_classes(self, body: ReplicateLayers, frames: Frames) -> None:
-        """A contribution to classifiers. Raises WireError for what does not fit."""
+        """A contribution to sharded layers. Raises WireError for what does not fit."""
         if self._has_all(body.round):
             return
         parts = self._layers.received(body, frames, f"what server-{self.server} forwarded")
@@ -161,7 +161,7 @@ class Backup:
         return self._layers.busy or (self.version in self._rounds and self._rounds[self.version].filed is not None)
 
     def work(self) -> None:
-        """Apply one contribution of a round that is here whole, or to a tile of a classifier."""
+        """Apply one contribution of a round that is here whole, or to a tile of a sharded layer."""
         if not self.busy:
             return
         if self._layers.busy:
@@ -190,11 +190,11 @@ class Backup:
 
     @property
     def steps(self) -> int:
-        """A number that grows while updates of classifiers go on."""
+        """A number that grows while updates of sharded layers go on."""
         return self._layers.steps
 
     def hand_over(self) -> tuple[int, list[RoundReplicated], ReplicateLayers | None, list[Part]]:
-        """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what classifiers
+        """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what sharded layers
         lack, and the tensors. What has come of later rounds is let go, for it comes again, and not before the state has
         arrived."""
         assert not self.busy

@@ -131,7 +131,7 @@ class ReplicationManager:
 
     @property
     def done(self) -> int:
-        """A number that grows while what takes long goes on: parts that move, and updates of classifiers."""
+        """A number that grows while what takes long goes on: parts that move, and updates of sharded layers."""
         return self._moved + (self._backup.steps if self._backup is not None else 0)
 
     def _hand_over(self, copy: Backup) -> None:
@@ -184,8 +184,8 @@ class ReplicationManager:
         match body:
             case StateHeader(shard=shard) if shard == number:
                 if copy is None:  # a process sends another its state once
-                    tables, classifiers = body.setup.tables, body.setup.classifiers
-                    layout = make_layout(body.setup.tensors, self._settings.servers, tables, classifiers)
+                    tables, sharded_layers = body.setup.tables, body.setup.sharded_layers
+                    layout = make_layout(body.setup.tensors, self._settings.servers, tables, sharded_layers)
                     self._backup = Backup(number, layout, self._policy, body, self._settings.seed)
                 return StatePartAck(body.shard, body.round, -1)
             case StatePart(shard=shard) if shard == number and copy is not None:

@@ -1,4 +1,4 @@
-"""All numbers of a shard: chunks, rows of tables, and rows of classifiers, as they go from one server to another as a whole."""
+"""All numbers of a shard, as one server sends them to another: chunks, rows of tables, and rows of sharded layers."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class ShardState:
 
     store: DenseParameters
     tables: RowTables
-    classifiers: LayerShards
+    sharded_layers: LayerShards
 
     @property
     def settled(self) -> bool:
         """Whether all of it is as after some round, with no update under way."""
-        return self.classifiers.settled
+        return self.sharded_layers.settled
 
     def parts(self, seen: Mapping[int, torch.Tensor]) -> list[Part]:
         """Everything; `seen` as in Store.state. Rows are sent from where they are, so they must stay as they are until all has
         arrived; of the rest this is a copy."""
-        return [*map(whole, self.store.state(seen)), *self.tables.parts(), *self.classifiers.parts()]
+        return [*map(whole, self.store.state(seen)), *self.tables.parts(), *self.sharded_layers.parts()]
 
     def put(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Rows of a part that has come. Raises WireError where there are none such."""
-        if not self.tables.put(name, first, rows) and not self.classifiers.put(name, first, rows):
+        if not self.tables.put(name, first, rows) and not self.sharded_layers.put(name, first, rows):
             raise WireError(f"rows came of '{name[:100]}', which is not here, from the {first}th on")
 
     def arrived(self, state: Incoming) -> None:
@@ -43,4 +43,4 @@ class ShardState:
         fit."""
         self.store.restore(state)
         self.tables.arrived(state, state.head.round)
-        self.classifiers.arrived(state, state.head.round, state.head.pending, self.store.clipping.of_value)
+        self.sharded_layers.arrived(state, state.head.round, state.head.pending, self.store.clipping.of_value)

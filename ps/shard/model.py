@@ -70,7 +70,7 @@ class ShardModel:
         check_setup(setup)
         index, settings, keeps = context.index, context.settings, context.policy.applies == "round"
         try:
-            self.layout = layout = make_layout(setup.tensors, settings.servers, setup.tables, setup.classifiers)
+            self.layout = layout = make_layout(setup.tensors, settings.servers, setup.tables, setup.sharded_layers)
             check_memory(layout, index, setup.update, context.device, settings.replicas)
             self.dense = DenseParameters(layout, index, setup.update, context.policy)
             self.tables = RowTables(layout, index, setup.update, settings.seed, keeps)

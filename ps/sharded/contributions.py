@@ -16,11 +16,13 @@ from roundtable.ps.sharded.softmax import Samples, Terms
 
 @dataclass
 class Kept:
-    """A question of which the answer may be contributed. Once it is answered: how many updates of the classifier there had been
-    by then, and the logarithm of the sum of exp(z) over the classes here."""
+    """A question whose answer may be contributed.
+
+    Once it is answered, it also has the number of the layer's updates until then, and log Σ exp(z) over the classes here.
+    """
 
     version: int
-    classifier: int
+    layer: int
     samples: Samples
     normalised: bool = False
     updates: int = -1
@@ -31,9 +33,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Contributed:
-    """What samples contribute to a classifier, g x samples of their micro-batch; and the question that it is about."""
+    """What samples contribute to a sharded layer, g x samples of their micro-batch; and the question that it is about."""
 
-    classifier: int
+    layer: int
     terms: Terms | Products
     normalised: bool = False
     question: Kept | None = None
@@ -54,7 +56,7 @@ def contributed(
     round_: int, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]], factor: torch.Tensor | None
 ) -> ReplicateLayers:
     """What is told of a round that is complete, see `LayerShards.close`, before its tensors."""
-    terms = [LossTerms(part.classifier, len(part.terms.tensors[0]), part.normalised) for part in parts]
+    terms = [LossTerms(part.layer, len(part.terms.tensors[0]), part.normalised) for part in parts]
     return ReplicateLayers(round_, samples, terms, [dict(one) for one in hypers], value_of(factor))
 
 

@@ -15,7 +15,7 @@ from roundtable.common.model.row_pages import BLOCK
 from roundtable.common.model.sparse_rows import cut, id_of, local_of, owner_of
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.messages.sharded import ShardedForward, ShardedForwardReply
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.chunk_state import with_tuples
 from roundtable.ps.params.embedding import Rows, optimizer_over, zeros
@@ -36,11 +36,13 @@ Slope = tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LayerShard(Rows):
-    """The rows of one classifier on one server, all of which are gone through at a time."""
+    """The rows of one sharded layer on one server, all of which are gone through at a time."""
 
-    spec: ClassSpec
+    spec: ShardedLayerSpec
 
-    def __init__(self, spec: ClassSpec, server: int, servers: int, update: Update, seed: int, device: torch.device = CPU) -> None:
+    def __init__(
+        self, spec: ShardedLayerSpec, server: int, servers: int, update: Update, seed: int, device: torch.device = CPU
+    ) -> None:
         super().__init__(spec, server, servers, seed, device)
         self._update = update
         self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK

@@ -1,4 +1,4 @@
-"""Classifiers and hidden layers too large to move: a server keeps some rows of each, and computes with all of these for whoever
+"""Layers too large to move: a server keeps some rows of each, and computes with all of these for whoever
 asks.
 
 A round's contributions are kept until somebody asks about the next round. Workers go there only when every server has closed
@@ -45,9 +45,12 @@ _PENDING = "pending"
 
 
 class LayerShards:
-    """All classifiers on one server: what is asked of them, and what is contributed. Invariants: with `keeps_versions`, `keeps`
-    is answered from the version asked for and no other, and the update after a round is begun only when somebody asks about the
-    next one; without, an answer holds whole updates, all that were accepted before the question, and nothing of others."""
+    """All sharded layers on one server: questions about them, and contributions to them.
+
+    With `keeps_versions`, a question is answered from the version that it names and no other. The update after a round begins
+    only when somebody asks about the next round. Without `keeps_versions`, an answer has whole updates: all that were accepted
+    before the question, and no others.
+    """
 
     def __init__(
         self,
@@ -60,10 +63,10 @@ class LayerShards:
     ) -> None:
         self._server = server
         self._keeps_versions = keeps_versions
-        #: What the first classifier is called among norms: there are those of tensors and of tables before.
+        #: What the first layer is called among norms: there are those of tensors and of tables before.
         self._first_norm = len(layout.tensors) + len(layout.tables)
-        self._specs = layout.classifiers
-        self._layers = [LayerShard(spec, server, layout.servers, update, seed, device) for spec in layout.classifiers]
+        self._specs = layout.sharded_layers
+        self._layers = [LayerShard(spec, server, layout.servers, update, seed, device) for spec in layout.sharded_layers]
         self._questions = QuestionCache(self._layers, keeps_versions)
         self._jobs = JobQueue()
         #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
@@ -78,12 +81,12 @@ class LayerShards:
     # ---- first values
 
     def awaited(self) -> set[tuple[int, int]]:
-        """(classifier, page) of first values that a worker is to send."""
+        """(layer, page) of first values that a worker is to send."""
         return {(number, page) for number, spec in enumerate(self._specs) if spec.std is None for page in pages(spec)}
 
-    def load(self, classifier: int, page: int, frames: Frames) -> None:
+    def load(self, layer: int, page: int, frames: Frames) -> None:
         """First values of a page. Raises WireError where they do not fit; the page must be one of `awaited`."""
-        one = self._layers[classifier]
+        one = self._layers[layer]
         at = one.on_page(page)
         one.load(at, join(iter(frames), "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim))
 
@@ -91,14 +94,14 @@ class LayerShards:
 
     def ask(self, sender: str, ask: ShardedForward, frames: Frames) -> Answer | None:
         """A question. The answer comes from `work`, unless it is known now. Raises WireError where it cannot be meant."""
-        if not 0 <= ask.classifier < len(self._layers):
-            raise WireError(f"there is no classifier {ask.classifier}")
+        if not 0 <= ask.layer < len(self._layers):
+            raise WireError(f"there is no sharded layer {ask.layer}")
         known = self._questions.of(sender)
         if ask.number == known.newest:
             return known.answer
         if ask.number < known.newest or (self._keeps_versions and ask.version > self._closed):
             return None
-        one = self._layers[ask.classifier]
+        one = self._layers[ask.layer]
         parts, what = iter(frames), f"a question of {sender}"
         if ask.back_through >= 0:
             back = self._questions.back(ask, one, known.kept.get(ask.back_through), parts, what)
@@ -116,14 +119,14 @@ class LayerShards:
         elif one.spec.hidden:
             samples = one.samples(features, labels)
             if ask.keeps:
-                known.kept[ask.number] = Kept(ask.version, ask.classifier, samples)
+                known.kept[ask.number] = Kept(ask.version, ask.layer, samples)
             job = one.outputs(samples.features, ask)
         elif ask.top:
             ones = [features.new_ones(ask.count, 1)] * one.spec.bias
             job = one.best(torch.cat([features, *ones], 1), ask)
         else:
             samples = one.samples(features, labels)
-            kept = Kept(ask.version, ask.classifier, samples, ask.normalised) if ask.keeps else None
+            kept = Kept(ask.version, ask.layer, samples, ask.normalised) if ask.keeps else None
             job = one.sums(samples, ask, kept)
             if kept is not None:
                 known.kept[ask.number] = kept
@@ -138,9 +141,9 @@ class LayerShards:
         self._jobs.answer(job, sender)
         return None
 
-    def page(self, classifier: int, page: int) -> list[torch.Tensor]:
+    def page(self, layer: int, page: int) -> list[torch.Tensor]:
         """This server's rows of a page as they are now, (N, D), and where there is one, the biases (N, 1) apart."""
-        one = self._layers[classifier]
+        one = self._layers[layer]
         rows = one.read(one.on_page(page)).cpu()
         features = one.spec.dim - one.spec.bias
         return [rows[:, :features].contiguous(), *([rows[:, features:].contiguous()] if one.spec.bias else [])]
@@ -159,7 +162,7 @@ class LayerShards:
     def _measure(self, parts: Sequence[Contributed], samples: int) -> Job:
         norms = []
         for number, one in enumerate(self._layers):
-            if mine := [part for part in parts if part.classifier == number]:
+            if mine := [part for part in parts if part.layer == number]:
                 norm = yield from one.norm(mine, self._closed, samples)
                 norms.append((self._first_norm + number, self._server, norm))
         self._norms = self._closed, norms
@@ -196,12 +199,12 @@ class LayerShards:
     ) -> Job:
         now = []
         for part in parts:
-            now.append((yield from self._layers[part.classifier].present(part)))
+            now.append((yield from self._layers[part.layer].present(part)))
         yield from self._update(ClosedRound(round_, now, samples, hypers, None), lr_scale)
 
     def _update(self, closed: ClosedRound, lr_scale: float = 1.0) -> Job:
         for number, one in enumerate(self._layers):
-            if mine := [part for part in closed.parts if part.classifier == number]:
+            if mine := [part for part in closed.parts if part.layer == number]:
                 settings = of_group(closed.hypers, one.spec.group)
                 yield from one.update(mine, closed.round, closed.samples, settings, closed.factor, lr_scale)
 
@@ -257,20 +260,20 @@ class LayerShards:
         """What a round contributes, out of `contributed`. Raises WireError naming `what` where it does not fit."""
         parts, out = iter(frames), []
         for terms in told.terms:
-            if terms.classifier >= len(self._layers):
-                raise WireError(f"{what} is about a classifier {terms.classifier}, which is not here")
-            one, count = self._layers[terms.classifier], terms.count
+            if terms.layer >= len(self._layers):
+                raise WireError(f"{what} is about a sharded layer {terms.layer}, which is not here")
+            one, count = self._layers[terms.layer], terms.count
             features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim).to(one.device)
             if one.spec.hidden:
                 slopes = join(parts, "float32", count * one.here, what).view(count, one.here).to(one.device)
-                out.append(Contributed(terms.classifier, Products(features, slopes)))
+                out.append(Contributed(terms.layer, Products(features, slopes)))
                 continue
             own = join(parts, "int64", count, what)
             if not one.has(own):
                 raise WireError(f"{what} has classes that are not here")
             others = [join(parts, "float32", count, what).to(one.device) for _ in range(4)]
             samples = Samples(features, own.to(one.device))
-            out.append(Contributed(terms.classifier, Terms(samples, *others), terms.normalised))
+            out.append(Contributed(terms.layer, Terms(samples, *others), terms.normalised))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out
@@ -287,13 +290,13 @@ class LayerShards:
         return None if last is None else contributed(last.round, last.parts, last.samples, last.hypers, last.factor)
 
     def parts(self) -> Iterator[Part]:
-        """See Classifier.parts; and what `pending` tells of."""
+        """See LayerShard.parts; and what `pending` tells of."""
         tensors = tensors_of(self._pending.parts) if self._pending is not None else []
         pending = (Part(f"{_PENDING}/{number}", tensor) for number, tensor in enumerate(tensors))
         return itertools.chain(pending, *(one.parts() for one in self._layers))
 
     def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
-        """See Classifier.put."""
+        """See LayerShard.put."""
         return any(name.endswith(f"/{one.spec.name}") and one.put(name, first, rows) for one in self._layers)
 
     def arrived(
@@ -303,7 +306,7 @@ class LayerShards:
         pending: ReplicateLayers | None,
         factor: Callable[[float | None], torch.Tensor | None],
     ) -> None:
-        """Go on at round `version` from what `parts` gave; see Classifier.arrived."""
+        """Go on at round `version` from what `parts` gave; see LayerShard.arrived."""
         self._closed = version
         for one in self._layers:
             one.arrived(files)
@@ -333,11 +336,11 @@ class LayerShards:
             self._step()  # who is not told the answer now asks again
 
     def state(self) -> Iterator[Entry]:
-        """See Classifier.state; those of round `version`."""
+        """See LayerShard.state; those of round `version`."""
         return itertools.chain.from_iterable(one.state() for one in self._layers)
 
     def restore(self, files: TensorFiles, servers: int, version: int) -> None:
-        """Go on at round `version`; see Classifier.restore. Rows are read before anything else is done."""
+        """Go on at round `version`; see LayerShard.restore. Rows are read before anything else is done."""
         self._closed = version
         for one in self._layers:
             job = one.restore(files, servers)

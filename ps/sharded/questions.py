@@ -10,7 +10,7 @@ import torch
 
 from roundtable.common.model.sparse_rows import join
 from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward, ShardedForwardReply
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.sharded.column_parallel import Products
@@ -54,11 +54,13 @@ class QuestionCache:
             return None
         else:
             samples = known.samples
-            if (known.version, known.classifier, len(samples.features)) != (ask.version, ask.classifier, ask.count):
+            if (known.version, known.layer, len(samples.features)) != (ask.version, ask.layer, ask.count):
                 raise WireError(f"{what} goes back through another question")
-        return Kept(ask.version, ask.classifier, samples, slopes=slopes)
+        return Kept(ask.version, ask.layer, samples, slopes=slopes)
 
-    def read(self, spec: ClassSpec, ask: ShardedForward, parts: Iterator[Any], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, spec: ShardedLayerSpec, ask: ShardedForward, parts: Iterator[Any], what: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (count, D) and labels (count), or none, from the next frames."""
         if ask.count < 1 or not 0 <= ask.top <= spec.rows or (spec.hidden and (ask.top or ask.sums or ask.normalised)):
             raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
@@ -75,10 +77,10 @@ class QuestionCache:
         kept = self.askers[sender].kept if sender in self.askers else {}
         told: dict[int, Kept] = {}
         for ask in push.questions:
-            good = 0 <= ask.classifier < len(self._layers) and ask.keeps and not ask.top
+            good = 0 <= ask.layer < len(self._layers) and ask.keeps and not ask.top
             if not good or not self._keeps_versions:
                 raise WireError(f"{what} has questions that nothing can be contributed through")
-            one = self._layers[ask.classifier]
+            one = self._layers[ask.layer]
             if ask.back_through >= 0:
                 back = self.back(ask, one, None, parts, what)
                 if back is None:
@@ -86,24 +88,24 @@ class QuestionCache:
                 told[ask.number] = back
                 continue
             samples = one.samples(*self.read(one.spec, ask, parts, what))
-            told[ask.number] = Kept(ask.version, ask.classifier, samples, ask.normalised)
+            told[ask.number] = Kept(ask.version, ask.layer, samples, ask.normalised)
         for use in push.uses:
             question = told.get(use.number) or kept.get(use.number)
             asked = question is not None and (
                 question.slopes is not None
-                if self._layers[question.classifier].spec.hidden
+                if self._layers[question.layer].spec.hidden
                 else use.number in told or question.log_total is not None
             )
             if question is None or not asked or question.version != push.round or len(question.samples.features) != use.count:
                 raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
             if question.slopes is not None:
                 products = Products(question.samples.features, question.slopes * use.scale)
-                out.append(Contributed(question.classifier, products, question=question))
+                out.append(Contributed(question.layer, products, question=question))
                 continue
             device = question.samples.features.device
             log_total, g, own = (join(parts, "float32", use.count, what).to(device) for _ in range(3))
             terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing, device=device))
-            out.append(Contributed(question.classifier, terms, question.normalised, question))
+            out.append(Contributed(question.layer, terms, question.normalised, question))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out

@@ -1,4 +1,4 @@
-"""Servers with classifiers that answer at once, in the place of a worker's link: what runs are compared with."""
+"""Servers with sharded layers that answer at once, in the place of a worker's link: what runs are compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.embedding import InitialRows
 from roundtable.common.protocol.messages.setup import Accepted, Request, Update
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.ps.params.clipping import Norm
 from roundtable.ps.sharded.layers import LayerShards
 from roundtable.worker.client.io_thread import IoThread
@@ -26,7 +26,7 @@ class AtOnce:
 
     def __init__(
         self,
-        specs: Sequence[ClassSpec],
+        specs: Sequence[ShardedLayerSpec],
         servers: int,
         update: Update,
         seed: int = 0,
@@ -82,15 +82,15 @@ class AtOnce:
     def _parts(self, server: int) -> list[Any]:
         return [part for _, parts in sorted(self.pushed[server].items()) for part in parts]
 
-    def rows(self, classifier: int = 0) -> torch.Tensor:
+    def rows(self, layer: int = 0) -> torch.Tensor:
         """All rows, after the last round."""
         for server in self.servers:
             server.settle()
-        return rows_of([server._layers[classifier] for server in self.servers])
+        return rows_of([server._layers[layer] for server in self.servers])
 
 
 def rows_of(shards: Sequence[Any]) -> torch.Tensor:
-    """The rows (C, dim) of a classifier, whose shards these are."""
+    """The rows (C, dim) of a sharded layer, whose shards these are."""
     spec = shards[0].spec
     owners = owner_of(torch.arange(spec.rows), len(shards))
     out = torch.empty(spec.rows, spec.dim, dtype=shards[0]._values.dtype)

@@ -1242,9 +1242,9 @@ class Outcome:
     def head(self) -> torch.Tensor:
         """The rows of the sharded layer that the servers hold."""
         held = [shard.model.layers for shard in self.shards]
-        for classifiers in held:
-            classifiers.settle()
-        return rows_of([classifiers._layers[0] for classifiers in held])
+        for layers in held:
+            layers.settle()
+        return rows_of([layers._layers[0] for layers in held])
 
     def tallies(self) -> list[torch.Tensor]:
         """The accounts of the sharded layer, each like `account`."""

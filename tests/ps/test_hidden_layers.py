@@ -14,7 +14,7 @@ from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import cut
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.contributions import contributed, tensors_of
@@ -143,7 +143,7 @@ def test_a_round_that_is_over_on_the_way_gives_no_contribution_and_says_so(befor
 
 
 def servers_of(hidden: bool = True, keeps_versions: bool = True) -> LayerShards:
-    spec = ClassSpec("w", 8, 4, 0, 0.5, bias=True, hidden=hidden)
+    spec = ShardedLayerSpec("w", 8, 4, 0, 0.5, bias=True, hidden=hidden)
     return LayerShards(make_layout([], 1, [], [spec]), 0, Update("SGD", [{"lr": 0.1}]), 0, keeps_versions)
 
 
@@ -170,9 +170,9 @@ def there_and_back(one: LayerShards) -> None:
 def test_ways_back_that_do_not_fit_are_refused(change: dict[str, Any]) -> None:
     one = servers_of()
     answered(one, ShardedForward(1, 0, 0, 2, True), FEATURES)
-    question = {"number": 2, "classifier": 0, "version": 0, "count": 2, "keeps": True, "back_through": 1} | change
+    question = {"number": 2, "layer": 0, "version": 0, "count": 2, "keeps": True, "back_through": 1} | change
     if change == {"top": 1}:
-        question = {"number": 2, "classifier": 0, "version": 0, "count": 2, "top": 1}
+        question = {"number": 2, "layer": 0, "version": 0, "count": 2, "top": 1}
     with pytest.raises(WireError):
         answered(one, ShardedForward(**question), SLOPES[: question["count"]])
         pytest.fail("it was answered")

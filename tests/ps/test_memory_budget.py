@@ -10,7 +10,7 @@ import torch
 
 from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.protocol.messages.setup import Update
-from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec, TableSpec, TensorSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.memory_budget import check_memory
 
@@ -28,8 +28,8 @@ def four_gib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layout(gib: int, servers: int = 2, dense: int = 1) -> Layout:
-    classifiers = [ClassSpec("head.weight", gib << 22, DIM, 0, 0.1)]
-    return make_layout([TensorSpec("body.weight", [dense], "float32", 0)], servers, (), classifiers)
+    sharded_layers = [ShardedLayerSpec("head.weight", gib << 22, DIM, 0, 0.1)]
+    return make_layout([TensorSpec("body.weight", [dense], "float32", 0)], servers, (), sharded_layers)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_chunks_take_room_from_layers_and_tables_of_rows_do_not() -> None:
 
 def test_all_layers_are_named() -> None:
     specs: list[Any] = [
-        ClassSpec(name, 5 << 22, DIM, 0, 0.1, hidden=name == "fc.weight") for name in ("fc.weight", "head.weight")
+        ShardedLayerSpec(name, 5 << 22, DIM, 0, 0.1, hidden=name == "fc.weight") for name in ("fc.weight", "head.weight")
     ]
     with pytest.raises(
         WireError, match=r"'fc.weight' and 'head.weight' take 10.0 GiB .* each of 1 server, .* at least 3 servers"

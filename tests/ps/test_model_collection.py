@@ -81,7 +81,7 @@ def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, li
     replica = Replica(model, dense, servers, [table.spec for table in tables], [one.spec for one in layers])
     file = file_of(model, [*replica.tensors, *on_servers], replica.specs)
     layout = replica.layout
-    setup = Setup(replica.specs, Update("SGD", [{"lr": 0.1}]), layout.tables, layout.classifiers, file)
+    setup = Setup(replica.specs, Update("SGD", [{"lr": 0.1}]), layout.tables, layout.sharded_layers, file)
     shards = [make_host(server, settings) for server in range(servers)]
     for shard in shards:
         shard.handle("worker-0", setup, (), 0.0)
@@ -89,7 +89,7 @@ def made(servers: int, policy: str = "sync") -> tuple[Network, Setup, Layout, li
     for shard in shards:
         for ids in message_batches([chunk.id for chunk in layout.on(shard.index)], lambda i: len(first[i])):
             shard.handle("worker-0", InitialWeights(ids), [first[i] for i in ids], 0.0)
-    for number, spec in enumerate([*layout.tables, *layout.classifiers]):
+    for number, spec in enumerate([*layout.tables, *layout.sharded_layers]):
         whole = _whole(model, number)
         for page in pages(spec):
             ids = page_ids(spec, page)

@@ -1,4 +1,4 @@
-"""Classifiers on servers: updates are torch's own, each round's questions are answered from its version, state can be saved."""
+"""Sharded layers on servers: updates are torch's own, questions are answered from their round's version, state can be saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from roundtable.common.model.layout import make_layout
 from roundtable.common.model.sparse_rows import cut, id_of, local_of, owner_of
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, ShardedForward, ShardedForwardReply
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage import tensor_file
 from roundtable.ps.sharded.contributions import Contributed
@@ -127,7 +127,7 @@ def train_in_float64(servers: int, tile_rows: int, one_shard: bool, clip: float 
     of torch. At each, losses are the same to 1e-10 and gradients to 1e-8; weights are in the end to `atol`."""
     torch.manual_seed(2)
     body, head = nn.Linear(4, DIM).double(), nn.Linear(DIM, ODD, bias=False).double()
-    ours, spec = nn.Linear(4, DIM).double(), ClassSpec("w", ODD, DIM, 0, None)
+    ours, spec = nn.Linear(4, DIM).double(), ShardedLayerSpec("w", ODD, DIM, 0, None)
     ours.load_state_dict(body.state_dict())
     shards = [LayerShard(spec, server, servers, Update("SGD", [{"lr": 2.0}]), 0) for server in range(servers)]
     owners = owner_of(torch.arange(ODD), servers)
@@ -300,8 +300,8 @@ def test_a_sampled_loss_is_that_over_the_sampled_classes() -> None:
 # ---- versions
 
 
-def classifiers(servers: int = 1, keeps_versions: bool = True) -> LayerShards:
-    spec = ClassSpec("w", CLASSES, DIM, 0, 0.1)
+def sharded_layers(servers: int = 1, keeps_versions: bool = True) -> LayerShards:
+    spec = ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)
     return LayerShards(make_layout([], servers, [], [spec]), 0, update_of("SGD"), 0, keeps_versions)
 
 
@@ -321,7 +321,7 @@ def contribute(one: LayerShards, number: int, round_: int) -> None:
 
 
 def test_a_closed_round_is_answered_as_before_until_somebody_asks_about_the_next_one() -> None:
-    one = classifiers()
+    one = sharded_layers()
     first = ask(one, 1, 0)
     contribute(one, 1, 0)
     assert ask(one, 2, 0)[1] == first[1]
@@ -334,7 +334,7 @@ def test_a_closed_round_is_answered_as_before_until_somebody_asks_about_the_next
 
 
 def test_rounds_in_which_nothing_was_asked_do_not_hold_the_update_back() -> None:
-    one, other = classifiers(), classifiers()
+    one, other = sharded_layers(), sharded_layers()
     for each in (one, other):
         ask(each, 1, 0)
         contribute(each, 1, 0)
@@ -344,14 +344,14 @@ def test_rounds_in_which_nothing_was_asked_do_not_hold_the_update_back() -> None
 
 
 def test_a_question_that_comes_twice_is_answered_once_more_from_memory() -> None:
-    one = classifiers()
+    one = sharded_layers()
     first = ask(one, 1, 0)
     assert not one.busy
     assert ask(one, 1, 0) == first and not one.busy
 
 
 def test_an_old_question_that_comes_once_more_does_not_take_the_place_of_the_newest_one() -> None:
-    one = classifiers()
+    one = sharded_layers()
     ask(one, 1, 0)
     newest = ask(one, 2, 0)
     assert ask(one, 1, 0) is None and not one.busy
@@ -376,7 +376,7 @@ def applied(one: LayerShards, sender: str, number: int, round_: int, lr_scale: f
 
 
 def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_of_the_rate() -> None:
-    one, whole = classifiers(keeps_versions=False), classifiers()
+    one, whole = sharded_layers(keeps_versions=False), sharded_layers()
     for each in (one, whole):
         ask(each, 1, 0)
     before = one._layers[0].read(torch.arange(CLASSES))
@@ -395,7 +395,7 @@ def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_
 
 
 def test_answers_hold_whole_updates_and_all_that_were_accepted_before() -> None:
-    one, other = classifiers(keeps_versions=False), classifiers(keeps_versions=False)
+    one, other = sharded_layers(keeps_versions=False), sharded_layers(keeps_versions=False)
     for each in (one, other):
         ask(each, 1, 0)
         ask(each, 1, 1, sender="worker-1")
@@ -410,7 +410,7 @@ def test_answers_hold_whole_updates_and_all_that_were_accepted_before() -> None:
 
 
 def test_rows_that_have_moved_since_make_no_probability_above_one() -> None:
-    one = classifiers(keeps_versions=False)
+    one = sharded_layers(keeps_versions=False)
     ask(one, 1, 0)
     applied(one, "worker-0", 1, 0)
     parts = one._questions.askers["worker-0"].kept[1]
@@ -429,7 +429,7 @@ def test_rows_that_have_moved_since_make_no_probability_above_one() -> None:
 
 
 def test_questions_about_rounds_that_are_over_and_of_the_lost_are_forgotten() -> None:
-    one = classifiers(keeps_versions=False)
+    one = sharded_layers(keeps_versions=False)
     for number, round_ in ((1, 0), (2, 5)):
         ask(one, number, round_)
     one.forget_before(1)
@@ -444,13 +444,13 @@ def test_questions_about_rounds_that_are_over_and_of_the_lost_are_forgotten() ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"classifier": 1}, {"classifier": -1}, {"count": BATCH + 1}, {"count": 0}, {"top": CLASSES + 1}, {"top": 1}],
+    [{"layer": 1}, {"layer": -1}, {"count": BATCH + 1}, {"count": 0}, {"top": CLASSES + 1}, {"top": 1}],
 )
 def test_questions_that_cannot_be_meant_are_refused(change: dict[str, Any]) -> None:
     x, y = batch(0)
-    question = {"number": 1, "classifier": 0, "version": 0, "count": BATCH, "keeps": True, **change}
+    question = {"number": 1, "layer": 0, "version": 0, "count": BATCH, "keeps": True, **change}
     with pytest.raises(WireError):
-        classifiers().ask("worker-0", ShardedForward(**question), [*cut(x), *cut(y)])
+        sharded_layers().ask("worker-0", ShardedForward(**question), [*cut(x), *cut(y)])
 
 
 def test_labels_that_there_are_no_classes_for_are_refused() -> None:
@@ -458,11 +458,11 @@ def test_labels_that_there_are_no_classes_for_are_refused() -> None:
     for wrong in (-1, CLASSES):
         y[3] = wrong
         with pytest.raises(WireError, match="no class"):
-            classifiers().ask("worker-0", ShardedForward(1, 0, 0, BATCH, True), [*cut(x), *cut(y)])
+            sharded_layers().ask("worker-0", ShardedForward(1, 0, 0, BATCH, True), [*cut(x), *cut(y)])
 
 
 def test_pushes_about_questions_that_were_not_asked_are_refused() -> None:
-    one = classifiers()
+    one = sharded_layers()
     ask(one, 1, 0)
     frames = [frame for _ in range(3) for frame in cut(torch.ones(BATCH))]
     for push, some in [

@@ -22,7 +22,7 @@ from roundtable.common.model.sparse_rows import cut, owner_of, rows_on
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.worker.client.sharded_client import ShardedClient
@@ -225,7 +225,7 @@ def answer(
 @given(st.data())
 def test_answers_arrive_whole_whatever_is_lost_repeated_or_late(data: st.DataObject) -> None:
     servers, now = 3, 0.0
-    exchange = ShardedClient([ClassSpec("w", CLASSES, DIM, 0, 0.1)], servers, 7)
+    exchange = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], servers, 7)
     labels = torch.tensor([0, 64, 128, 1, 65, 2])
     late: list[Any] = []
     for number in range(data.draw(st.integers(1, 3))):
@@ -248,7 +248,7 @@ def test_answers_arrive_whole_whatever_is_lost_repeated_or_late(data: st.DataObj
 
 
 def test_answers_of_another_size_are_refused_and_a_round_that_is_over_ends_the_wait() -> None:
-    exchange = ShardedClient([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
+    exchange = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
     labels = torch.zeros(BATCH, dtype=torch.int64)
     send, _ = exchange.ask(ShardedForward(0, 0, 0, BATCH, True), [torch.zeros(BATCH, DIM), labels], 0.0)
     body, frames = answer(cast(ShardedForward, send.body), labels, 0, 2, 1.0)
@@ -261,7 +261,7 @@ def test_answers_of_another_size_are_refused_and_a_round_that_is_over_ends_the_w
 
 
 def test_the_best_of_few_rows_on_a_server_are_all_of_them() -> None:
-    exchange = ShardedClient([ClassSpec("w", 70, DIM, 0, 0.1)], 2, 7)
+    exchange = ShardedClient([ShardedLayerSpec("w", 70, DIM, 0, 0.1)], 2, 7)
     send, _ = exchange.ask(ShardedForward(0, 0, 0, 1, top=10), [torch.zeros(1, DIM)], 0.0)
     number = cast(ShardedForward, send.body).number
     for server in range(2):
@@ -273,7 +273,7 @@ def test_the_best_of_few_rows_on_a_server_are_all_of_them() -> None:
 
 
 def test_a_push_is_sent_until_each_server_acknowledges_it() -> None:
-    exchange = ShardedClient([ClassSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
+    exchange = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
     sends = exchange.push(LayerPush(4, 2, 4, 9, []), [torch.ones(3)], {0: 7, 1: 8}, 0.0)
     assert [send.to for send in sends] == ["server-0", "server-1"]
     exchange.handle("server-0", LayerAck(4, 2, 4), [])

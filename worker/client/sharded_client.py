@@ -17,7 +17,7 @@ from roundtable.common.protocol.effects import Send, number_of
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import Traffic
 from roundtable.common.protocol.messages.sharded import LayerAck, LayerPush, ShardedForward, ShardedForwardReply
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.client.retransmit import RetransmitQueue, Sent, again, due
@@ -51,9 +51,9 @@ Answer = Sums | Best | torch.Tensor | None
 
 
 class ShardedClient:
-    """One worker's questions about classifiers, and its pushes."""
+    """One worker's questions about sharded layers, and its pushes."""
 
-    def __init__(self, specs: Sequence[ClassSpec], servers: int, first_number: int, may_be_replaced: bool = False) -> None:
+    def __init__(self, specs: Sequence[ShardedLayerSpec], servers: int, first_number: int, may_be_replaced: bool = False) -> None:
         """Questions are counted from `first_number`, which no earlier process of the same name has used. `may_be_replaced`: a
         server may be another process later on, which has closed as many rounds."""
         self._specs = specs
@@ -150,7 +150,7 @@ class ShardedClient:
     def take_outputs(self) -> torch.Tensor:
         """Of a hidden layer, all outputs (B, rows)."""
         assert self.complete and not self.gone and self._question is not None
-        rows = self._specs[self._question.classifier].rows
+        rows = self._specs[self._question.layer].rows
         owners, out = owner_of(torch.arange(rows), self._servers), torch.empty(self._question.count, rows)
         for server, answer in self._answers.items():
             if isinstance(answer, torch.Tensor):
@@ -166,7 +166,7 @@ class ShardedClient:
         """Raises WireError for what does not answer the question."""
         ask, parts, what = self._question, iter(frames), f"an answer of server-{server}"
         assert ask is not None
-        spec = self._specs[ask.classifier]
+        spec = self._specs[ask.layer]
 
         def part(*shape: int, dtype: str = "float32") -> torch.Tensor:
             return join(parts, dtype, torch.Size(shape).numel(), what).view(shape)

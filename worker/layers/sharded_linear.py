@@ -22,7 +22,7 @@ from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.embedding import InitialRows
 from roundtable.common.protocol.messages.setup import Request
 from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward
-from roundtable.common.protocol.model_spec import ClassSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
 from roundtable.worker.client.context import is_accepted
@@ -161,7 +161,7 @@ def sharded_cross_entropy(
 class Sharded:
     """A layer, and what servers must know of it."""
 
-    spec: ClassSpec
+    spec: ShardedLayerSpec
     layer: OnServers
 
 
@@ -181,7 +181,7 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
         std = (3 * layer.in_features) ** -0.5 if layer.weight.is_meta else None
         dim, bias = layer.in_features + len(parts) - 1, layer.bias is not None
         rate, hidden = (layer.sample_rate, False) if isinstance(layer, ShardedLinear) else (1.0, True)
-        spec = ClassSpec(name, len(layer.weight), dim, group_of[id(layer.weight)], std, bias, rate, hidden)
+        spec = ShardedLayerSpec(name, len(layer.weight), dim, group_of[id(layer.weight)], std, bias, rate, hidden)
         found.append(Sharded(spec, layer))
     return found
 

@@ -23,7 +23,7 @@ def may_repeat(replica: Replica) -> bool:
     layout, parameters = replica.layout, replica.parameters.values()
     is_small = sum(parameter.nbytes for parameter in parameters) <= _MOST_BYTES
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
-    return is_small and on_cpu and not layout.tables and not layout.classifiers
+    return is_small and on_cpu and not layout.tables and not layout.sharded_layers
 
 
 class Repeat:

@@ -12,7 +12,7 @@ from torch import nn
 from roundtable.common.model.layout import Chunk
 from roundtable.common.model.partial_sum import Sum
 from roundtable.common.model.tensor_bytes import dtype_of, to_frame
-from roundtable.common.protocol.model_spec import ClassSpec, TableSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec, TableSpec
 from roundtable.worker.replica.buffers import Rules
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
 from roundtable.worker.replica.tensors.buffer_state import BufferState
@@ -31,14 +31,14 @@ class Replica:
         groups: Mapping[int, int],
         servers: int,
         tables: Sequence[TableSpec] = (),
-        classifiers: Sequence[ClassSpec] = (),
+        sharded_layers: Sequence[ShardedLayerSpec] = (),
         rules: Rules | None = None,
         at_once: bool = False,
         elsewhere: Collection[int] = (),
     ) -> None:
         """`groups` maps id(parameter) to its parameter group. A parameter is frozen if it is not in it or requires no gradient.
-        `tables` and `classifiers` are on the servers alone, and `elsewhere` has the ids of their parameters. `rules` are what the
-        script says of buffers. `at_once`: servers apply each contribution by itself.
+        `tables` and `sharded_layers` are on the servers alone, and `elsewhere` has the ids of their parameters. `rules` are the
+        script's for buffers. `at_once`: servers apply each contribution by itself.
 
         Raises UsageError for a parameter of a dtype that servers cannot keep, and for a rule that fits no buffer.
         """
@@ -46,7 +46,7 @@ class Replica:
         self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         if self.is_scripted:  # else torch rewrites the code after a few calls, and the bits depend on how many there were
             torch._C._set_graph_executor_optimize(False)
-        self._tensors = ModelTensors(model, groups, servers, tables, classifiers, rules or {}, elsewhere)
+        self._tensors = ModelTensors(model, groups, servers, tables, sharded_layers, rules or {}, elsewhere)
         #: Parameters and parts of buffers by number. If a script moves a buffer to another device, there is a new tensor.
         self.tensors = self._tensors.tensors
         self.specs = self._tensors.specs

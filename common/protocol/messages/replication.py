@@ -42,7 +42,7 @@ class ReplicateRows(Body, frozen=True):
 class LossTerms(msgspec.Struct, frozen=True, array_like=True):
     """What `count` samples contribute to a sharded layer. `normalised` is as in ShardedForward."""
 
-    classifier: Count
+    layer: Count
     count: Count
     normalised: bool = False
 

@@ -11,7 +11,7 @@ from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.field_types import Count, Hypers, Many, Name
 from roundtable.common.config.worker_facts import Facts
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec
+from roundtable.common.protocol.model_spec import ShardedLayerSpec, TableSpec, TensorSpec
 from roundtable.common.protocol.shared_memory import Handle
 
 
@@ -46,7 +46,7 @@ class Setup(Body, frozen=True):
     tensors: Many[TensorSpec]
     update: Update
     tables: Many[TableSpec] = []
-    classifiers: Many[ClassSpec] = []
+    sharded_layers: Many[ShardedLayerSpec] = []
     #: The tensors of the model's file, in their order there.
     file: Annotated[list[InFile], msgspec.Meta(max_length=1_000_000)] = []
     #: To the coordinator only: what all workers must have in common.

@@ -9,7 +9,7 @@ from roundtable.common.protocol.messages.base import Body
 
 
 class ShardedForward(Body, frozen=True):
-    """Compute your part of sharded layer `classifier` for `count` samples, as the layer is when round `version` begins.
+    """Compute your part of sharded layer `layer` for `count` samples, as the layer is when round `version` begins.
 
     The samples' features (count, dim) follow, float32, and unless `top` is set their labels, int64. If the server has not kept
     the version, it refuses what is for training (`keeps`), and answers all else from the newest one. If each push is applied at
@@ -20,7 +20,7 @@ class ShardedForward(Body, frozen=True):
     """
 
     number: Count
-    classifier: Count
+    layer: Count
     version: Count
     count: Count = 0
     keeps: bool = False

@@ -61,7 +61,7 @@ class ModelCollector:
     def needs_servers(self) -> bool:
         """Return whether the run needs its servers: until the model is written, and while scripts may ask for rows."""
         layout = self._context.ledger.layout
-        has_rows = layout is not None and bool(layout.tables or layout.classifiers)
+        has_rows = layout is not None and bool(layout.tables or layout.sharded_layers)
         return not self.is_complete or (has_rows and bool(self._context.membership.names("worker")))
 
     def tick(self, now: float) -> None:

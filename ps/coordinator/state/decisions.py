@@ -57,7 +57,7 @@ class RoundDecisions:
         parts.setdefault(server, message.norms)
         _forget(self._norms)
         owners = {chunk.server for chunk in self._ledger.layout.chunks}
-        if self._ledger.layout.tables or self._ledger.layout.classifiers:
+        if self._ledger.layout.tables or self._ledger.layout.sharded_layers:
             owners.update(self._ledger.layout.owners())
         if not owners <= parts.keys():
             return []

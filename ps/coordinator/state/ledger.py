@@ -111,7 +111,7 @@ class Ledger:
         if self.setup is None:
             try:
                 check_setup(setup)
-                layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.classifiers)
+                layout = make_layout(setup.tensors, self.settings.servers, setup.tables, setup.sharded_layers)
                 check_file(setup.file, sizes(layout))
             except (UsageError, WireError) as error:
                 return Refused("Setup", str(error))

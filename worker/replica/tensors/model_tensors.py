@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from roundtable.common.model.layout import Chunk, Layout, Piece, make_layout
 from roundtable.common.model.tensor_bytes import dtype_name
-from roundtable.common.protocol.model_spec import ClassSpec, TableSpec, TensorSpec, is_trainable
+from roundtable.common.protocol.model_spec import ShardedLayerSpec, TableSpec, TensorSpec, is_trainable
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
 from roundtable.worker.replica.buffers import Buffer, Rules, as_bytes, find, parts_of
@@ -29,7 +29,7 @@ class ModelTensors:
         groups: Mapping[int, int],
         servers: int,
         tables: Sequence[TableSpec],
-        classifiers: Sequence[ClassSpec],
+        sharded_layers: Sequence[ShardedLayerSpec],
         rules: Rules,
         elsewhere: Collection[int],
     ) -> None:
@@ -55,7 +55,7 @@ class ModelTensors:
             *(_spec(name, p, groups.get(id(p), -1), frozen=True) for name, p in frozen),
             *(TensorSpec(name, list(t.shape), dtype_name(t.dtype), -1, rule) for name, t, rule in parts),
         ]
-        self.layout: Layout = make_layout(self.specs, servers, tables, classifiers)
+        self.layout: Layout = make_layout(self.specs, servers, tables, sharded_layers)
         #: By tensor, the chunks that it is cut into or packed in.
         self.chunks_of: dict[int, list[Chunk]] = {}
         for chunk in self.layout.chunks:
