@@ -158,7 +158,7 @@ class _Worker:
         send(self.sockets[_BULK if bulk else to], header, frames, copy=True)
 
     def tick(self, now: float) -> None:
-        for body in self.attendance.tick(now, self._beat):
+        for body in self.attendance.tick(now, self._heartbeat):
             self._send(COORDINATOR, body)
         for key, (push, sent_at) in self._outstanding.items():
             if now >= sent_at + SEND_AGAIN_S:
@@ -175,7 +175,7 @@ class _Worker:
         """Whether it waits for the weights after a round that it has done its part of."""
         return self._question is not None and isinstance(self._question.body, Pull) and self._tasks.round >= 0
 
-    def _beat(self) -> Heartbeat:
+    def _heartbeat(self) -> Heartbeat:
         sent = [k for round_, k in self._outstanding if round_ == self._tasks.round]
         return Heartbeat("waiting", self._tasks.round, -1, self._tasks.left(self._tasks.round), sent, _SECONDS, _RATE)
 
@@ -216,7 +216,7 @@ class _Worker:
         self._question = self._life.send(answer)
         self._patient_until = now + self._patience_s
         self._ask(now)
-        if self._waits and self.attendance.beat_soon(now):
+        if self._waits and self.attendance.heartbeat_soon(now):
             self.tick(now)
 
     def _ask(self, now: float) -> None:

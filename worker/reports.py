@@ -39,7 +39,7 @@ class ReportQueue:
     def metrics(self, round_: int, numbers: dict[str, float]) -> None:
         """Report metrics that belong to no micro-batch."""
         self._add(Request.METRICS, Metrics(self._take_number(Request.METRICS), round_, numbers), ())
-        self._io.beat_soon()
+        self._io.heartbeat_soon()
 
     def recomputed(self, round_: int, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
         """Have these of the tensors in the model's file."""
@@ -49,7 +49,7 @@ class ReportQueue:
             copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in found]
             self._add(Request.RECOMPUTED, message, list(map(to_frame, copies)))
         if names:
-            self._io.beat_soon()
+            self._io.heartbeat_soon()
 
     def forget_recomputed(self) -> None:
         """Let go of tensors that were computed from weights of before."""

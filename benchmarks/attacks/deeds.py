@@ -74,16 +74,16 @@ def _metrics(joined: Joined) -> None:
         joined.tell(Metrics(random.randrange(1 << 50), joined.coordinator.round(), values))
 
 
-def _beats(joined: Joined) -> None:
+def _heartbeats(joined: Joined) -> None:
     """Send heartbeats that would have to be kept, or logged again and again."""
-    beat = {"type": "Heartbeat", "state": "computing"}
+    heartbeat = {"type": "Heartbeat", "state": "computing"}
     for field, value in (
         ("later", [[]] * 500_000),
         ("taken", [[0, 0]] * 200_000),
         ("left", [0] * 1_000_000),
         ("refused", {os.urandom(8).hex() * 30: 1 for _ in range(1000)}),
     ):
-        joined.tell(_Encoded({**beat, field: value}))  # type: ignore[arg-type]
+        joined.tell(_Encoded({**heartbeat, field: value}))  # type: ignore[arg-type]
 
 
 class _Encoded(dict[str, object]):
@@ -131,7 +131,7 @@ DEEDS: Mapping[str, Deed] = {
     "another model in place of the trained one": Deed(_model, ("unfit",), leaves=True),
     "reports in a server's name": Deed(_reports, ("sender",)),
     "metrics without end": Deed(_metrics, ("flood",)),
-    "words of itself without end": Deed(_beats, ("malformed",)),
+    "words of itself without end": Deed(_heartbeats, ("malformed",)),
     "values by key without end": Deed(_keys, ("unfit",), ("--kv-memory", 64)),
     "gradients of another size or type": Deed(_unfit, ("unfit",)),
     "unknown rounds and chunks": Deed(_nowhere, ("unfit",)),

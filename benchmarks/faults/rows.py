@@ -156,15 +156,15 @@ def _on_the_wire(folder: Path) -> dict[str, Row]:
         )
         for name, deed in DEEDS.items()
     }
-    again, lost, anew = (Wire(folder / name) for name in ("again", "lost", "anew"))
+    again, lost, restarted = (Wire(folder / name) for name in ("again", "lost", "anew"))
     unruly = Wire(folder / "unruly", is_unruly=True)
     return found | {
         "strangers: messages of members once more": Row(wire.overheard(again), _SOCKETS, again.env),
         "strangers: messages of an earlier epoch once more, and of a worker that was lost": Row(
             wire.overheard(lost, wire.a_worker_is_lost), _SOCKETS, lost.env, refused=("sender",)
         ),
-        "strangers: messages of before all began anew": Row(
-            wire.overheard(anew, wire.all_begin_anew, to_all=True), _SOCKETS, anew.env, refused=("run",)
+        "strangers: messages of before all restarted": Row(
+            wire.overheard(restarted, wire.all_restart, to_all=True), _SOCKETS, restarted.env, refused=("run",)
         ),
         "all connections reset, again and again": Row(wire.broken_connections, _SOCKETS, bounds=CUT),
         "messages sent twice, and after later ones": Row(wire.unruly(unruly), _SOCKETS, unruly.env, bounds=UNHARMED),

@@ -40,7 +40,7 @@ _TELL_S = 10.0
 _SIGNAL = signal.SIGURG
 #: Environment variable that says how often the server was started again: this process may have begun anew since.
 _COUNT_VARIABLE = "ROUNDTABLE_SERVER_RESTARTS"
-#: The shortest pause before that, seconds: a worker that begins anew kills its server just before.
+#: The shortest pause before that, seconds: a worker that restarts kills its server just before.
 _SHORTEST_S = 0.2
 
 
@@ -121,7 +121,7 @@ class _Watch(threading.Thread):
         self._until_it_ends()
         while self._starts_again():
             self._until_it_ends()
-        if self._server.failed and not self._server.was_told:
+        if self._server.failed and not self._server.was_stopped:
             if self._server.code != -signal.SIGKILL:
                 time.sleep(GATHER_S)  # where the run has failed, the worker is told too, and says it better
             signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
@@ -141,7 +141,7 @@ class _Watch(threading.Thread):
     def _starts_again(self) -> bool:
         """Start a server again that was killed, after a pause; whether there was reason to."""
         done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
-        was_ended = code is not None and (code < 0 or self._server.was_told)
+        was_ended = code is not None and (code < 0 or self._server.was_stopped)
         if self.over.is_set() or not was_ended or done >= self._restart_policy.times:
             return False
         pause_s = max(_SHORTEST_S, self._restart_policy.pause_s(done))

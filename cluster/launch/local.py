@@ -191,7 +191,7 @@ def start_coordinator(
         if time.monotonic() > deadline:
             raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {child.log}.")
     address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
-    child.anew = _prepared(child.command, "resume", f"--listen={address}")
+    child.resume_command = _prepared(child.command, "resume", f"--listen={address}")
     return address
 
 
@@ -223,7 +223,7 @@ class _Local:
         self._signals = signals
         self._screen = screen
         self._recoveries = max(_RECOVERIES, order.restart_policy.times)
-        self._crew: Supervisor | None = None
+        self._supervisor: Supervisor | None = None
         #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
         self._started_at = float("-inf")
         #: Until when the coordinator may make a checkpoint, once a signal has come.
@@ -272,8 +272,8 @@ class _Local:
             return [*self._program, "worker", "--coordinator", address, *number, *script]
 
         env, is_local = {**_threads(settings.threads), **_AGAIN}, load(settings).is_local
-        self._crew = Supervisor(self._processes, worker, env, self._order.restart_policy, is_local, self._screen.say)
-        self._crew.start(settings.workers)
+        self._supervisor = Supervisor(self._processes, worker, env, self._order.restart_policy, is_local, self._screen.say)
+        self._supervisor.start(settings.workers)
 
     def _tick(self) -> None:
         """Wait a moment, and look at everything. Raises what ends the run."""
@@ -284,13 +284,13 @@ class _Local:
             return
         self._check_told()
         self._recover_coordinator()
-        if self._crew is not None and (code := self._processes.children[0].code) in (None, 0):
+        if self._supervisor is not None and (code := self._processes.children[0].code) in (None, 0):
             if (count := take(self._order.run_dir)) is not None:
-                self._crew.scale(count)
-            self._crew.look(self._screen.progress, finished=code == 0)
+                self._supervisor.scale(count)
+            self._supervisor.look(self._screen.progress, finished=code == 0)
         if self._processes.failures():
             self._fail()
-        self._screen.update(has_log=self._crew is not None)  # which the coordinator puts back for a run that goes on
+        self._screen.update(has_log=self._supervisor is not None)  # which the coordinator puts back for a run that goes on
 
     @property
     def _is_stopping(self) -> bool:
@@ -301,7 +301,7 @@ class _Local:
     def _stop(self, number: signal.Signals) -> None:
         """Raise Stopped once the coordinator has made a checkpoint and has ended, or at a second signal."""
         coordinator = self._processes.running("coordinator")
-        is_over = not coordinator or self._crew is None or self._signals.count > 1
+        is_over = not coordinator or self._supervisor is None or self._signals.count > 1
         if self._stops_until is None and not is_over:
             stop_s = self._order.settings.stop_timeout
             self._screen.say(f"{number.name}: ending the round and making a checkpoint, in {stop_s:g} s at most; a second signal "
@@ -317,13 +317,13 @@ class _Local:
     def _check_told(self) -> None:
         """Raise Stopped if somebody has told the coordinator to stop. It says so to the others first, which then end."""
         coordinator = next((child for child in self._processes.children if child.name == "coordinator"), None)
-        if coordinator is None or not (coordinator.was_told or any(c.code == STOPPED for c in self._processes.children)):
+        if coordinator is None or not (coordinator.was_stopped or any(c.code == STOPPED for c in self._processes.children)):
             return
         deadline = time.monotonic() + _SERVERS_END_S
         while coordinator.code is None and time.monotonic() < deadline:
             time.sleep(TICK_S)
             self._processes.poll()
-        if coordinator.code is not None and coordinator.was_told:
+        if coordinator.code is not None and coordinator.was_stopped:
             raise Stopped(coordinator.code - 128)
 
     def _recover_coordinator(self) -> None:
@@ -346,14 +346,16 @@ class _Local:
             if cause.code is not None and cause.code < 0:
                 break  # nothing can explain this one
             coordinator = self._processes.children[0]
-            awaits = coordinator.code is None and self._crew is not None and self._crew.awaits_word(self._screen.progress)
+            awaits = (
+                coordinator.code is None and self._supervisor is not None and self._supervisor.awaits_word(self._screen.progress)
+            )
             if time.monotonic() > began + (_WORD_S if awaits else GATHER_S):
                 break
             time.sleep(TICK_S)
             self._processes.poll()
-            if self._crew is not None and coordinator.code in (None, 0):
+            if self._supervisor is not None and coordinator.code in (None, 0):
                 self._screen.update()
-                self._crew.look(self._screen.progress, finished=coordinator.code == 0)
+                self._supervisor.look(self._screen.progress, finished=coordinator.code == 0)
                 if not self._processes.failures():
                     return
         cause = root_cause(self._processes.failures())
@@ -377,8 +379,8 @@ class _Local:
         coordinator = self._processes.children[0]
         if coordinator.code is None:
             return
-        if self._crew is not None and coordinator.code == 0 and time.monotonic() > coordinator.ended_at + _JOIN_S:
-            self._crew.kill_late(self._screen.progress)
+        if self._supervisor is not None and coordinator.code == 0 and time.monotonic() > coordinator.ended_at + _JOIN_S:
+            self._supervisor.kill_late(self._screen.progress)
         for role, patience_s in (("server", _SERVERS_END_S), ("worker", self._order.settings.progress_timeout)):
             late = self._processes.running(role)
             if late and time.monotonic() > max(coordinator.ended_at, self._started_at) + patience_s:

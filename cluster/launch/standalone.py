@@ -28,7 +28,7 @@ _FLAGS = ("--heartbeat-timeout", "1e6")
 _LAUNCH = Path(roundtable.__file__).with_name("cli.py")
 
 
-def start_companions(script: str, was_told: Callable[[], int] = lambda: 0) -> str:
+def start_companions(script: str, was_stopped: Callable[[], int] = lambda: 0) -> str:
     """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
 
     The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr: or how
@@ -57,14 +57,14 @@ def start_companions(script: str, was_told: Callable[[], int] = lambda: 0) -> st
     except BaseException:
         cleanup.close()
         raise
-    atexit.register(_end, cleanup, processes, folder, was_told)
+    atexit.register(_end, cleanup, processes, folder, was_stopped)
     return address
 
 
-def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_told: Callable[[], int]) -> None:
+def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_stopped: Callable[[], int]) -> None:
     """Called when the script has ended and the worker has left the run, be it that a signal has told it to."""
     with cleanup:
-        if number := was_told():
+        if number := was_stopped():
             for child in processes.running("coordinator"):  # which has made a checkpoint, and lets the worker leave
                 os.kill(child.popen.pid, signal.SIGINT)
         deadline = time.monotonic() + _END_S

@@ -87,11 +87,11 @@ class Supervisor:
                 child.excused = True
             elif child.code is None and not is_worker and not finished and (child.name, child.popen.pid) in progress.lost:
                 self._end_hung(child)
-            elif child.was_told and is_worker and not finished and progress.joined.get(child.popen.pid) in progress.left:
+            elif child.was_stopped and is_worker and not finished and progress.joined.get(child.popen.pid) in progress.left:
                 if not child.excused:
                     self._say(f"{child.name} {child.end()}, and has left; the others go on.")
                 child.excused = True
-            elif child.was_told and child.failed and not finished and (not is_worker or self._is_lost(child, progress)):
+            elif child.was_stopped and child.failed and not finished and (not is_worker or self._is_lost(child, progress)):
                 child.excused = self._plan(child, now)
             elif child.failed and is_worker and not finished and self._goes_on_without(child, progress):
                 child.excused = True

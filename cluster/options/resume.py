@@ -54,14 +54,14 @@ class Before:
     rounds: int
     planned: int
     idle_s: float
-    #: Whether its coordinator has told all that it is over, or that they are to begin anew.
+    #: Whether its coordinator has told all that it is over, or that they are to restart.
     is_over: bool
 
 
 def look(folder: Path) -> Before | None:
     """What is in the run directory `folder`; None where no coordinator has written anything.
 
-    Raises UsageError where its books cannot be read.
+    Raises UsageError where its event log cannot be read.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -72,7 +72,7 @@ def look(folder: Path) -> Before | None:
             events = [event for _, _, event in log.events()]
             rounds = log.count_rounds()
     except sqlite3.Error as error:
-        raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
+        raise UsageError(f"the event log of the run in {path} cannot be read: {error}.") from None
     planned = [int(event.data["rounds"]) for event in events if event.kind == "plan"]
     told: list[Event] = [event for event in events if event.kind in ("started", "recovered", "stopped")]
     return Before(rounds, planned[-1] if planned else 0, idle_s, told[-1].kind == "stopped") if told else None
@@ -113,7 +113,7 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
     """Decide how a command that is to begin a run or go on with one does so in `folder`, and say which it is.
 
     `recovers`: servers and workers may be waiting for another coordinator. Raises UsageError as `resumed` does, but a run without
-    a checkpoint begins again, with its books.
+    a checkpoint begins again, with its event log.
     """
     before = look(folder)
     if before is None:

@@ -63,8 +63,8 @@ class Child:
     #: Whether nothing of its process group is left.
     gone: bool = field(default=False, repr=False)
     command: Sequence[str] = field(default=(), repr=False)
-    #: The command with which it begins anew when it asks for that; its own if there is none.
-    anew: Sequence[str] = field(default=(), repr=False)
+    #: The command with which it restarts when it asks for that; its own if there is none.
+    resume_command: Sequence[str] = field(default=(), repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -72,7 +72,7 @@ class Child:
         return bool(self.code) and not self.excused
 
     @property
-    def was_told(self) -> bool:
+    def was_stopped(self) -> bool:
         """Whether it has ended because a signal has told it to stop."""
         return self.code in _TOLD
 
@@ -91,7 +91,7 @@ class Child:
         assert self.code is not None
         if self.code < 0:
             return f"was killed by signal {-self.code} ({_signal_name(-self.code)})"
-        if self.was_told:
+        if self.was_stopped:
             return f"was told to stop by {_signal_name(self.code - 128)}"
         reason = error_in(self.log)
         if reason is not None:
@@ -168,7 +168,7 @@ class Processes:
         for child in self.running():
             code = child.popen.poll()
             if code == AGAIN and not self._stops:
-                child.command = child.anew or child.command
+                child.command = child.resume_command or child.command
                 with contextlib.suppress(OSError):
                     self.again(child)
                     continue

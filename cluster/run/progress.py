@@ -128,7 +128,7 @@ class Tracker:
                 has_model = True
             elif event.kind == "checkpoint":
                 self._checkpoint = int(event.data["round"]), at
-            over = over or (event.kind == "stopped" and not event.data.get("restart"))  # else all begin anew
+            over = over or (event.kind == "stopped" and not event.data.get("restart"))  # else all restart
             if (line := _news(event)) is not None:
                 news.append(line)
         rows = reader.rounds(after=self._last_round)

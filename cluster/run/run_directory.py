@@ -138,7 +138,7 @@ def kept(folder: Path) -> str:
         with contextlib.closing(RunLogReader(folder / FILE_NAME)) as log:
             rounds = log.count_rounds()
     except sqlite3.Error:  # of which nobody knows what is in it
-        return "a run whose books cannot be read: give"
+        return "a run whose event log cannot be read: give"
     return f"an unfinished run, after {rounds} rounds: {goes_on}" if rounds else ""
 
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 from time import monotonic
 
-from roundtable.common.protocol.transport import BEAT_S, STOPPED_S
+from roundtable.common.protocol.transport import HEARTBEAT_S, STOPPED_S
 
 #: Environment variable with the number of the file by which signs are given.
 VARIABLE = "PS_SIGNS_TO"
@@ -27,7 +27,7 @@ class Signs:
 
     def give(self, silence_s: float) -> None:
         """Say that this process lives, unless it has just said so, and hangs once it has been silent for `silence_s` seconds."""
-        if self._file >= 0 and (now := monotonic()) >= self._given_at + BEAT_S:
+        if self._file >= 0 and (now := monotonic()) >= self._given_at + HEARTBEAT_S:
             self._given_at = now
             self._write(silence_s)
 

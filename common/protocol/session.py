@@ -15,14 +15,14 @@ from collections.abc import Callable
 from roundtable.common.config.settings import START_S
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, Refused, Stop, Welcome
-from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S, STOPPED_S
+from roundtable.common.protocol.transport import ASK_AGAIN_S, HEARTBEAT_S, STOPPED_S
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
 log = logging.getLogger("roundtable.common.attendance")
 
 #: Seconds between two lines about what this process waits for.
 TELL_S = 10.0
-#: Seconds between two beats at least, however much news there is.
+#: Seconds between two heartbeats at least, however much news there is.
 NEWS_S = 0.1
 
 
@@ -68,7 +68,7 @@ class Session:
             case Refused(about="Hello"):
                 raise UsageError(body.reason)
 
-    def tick(self, now: float, beat: Callable[[], Heartbeat]) -> list[Body]:
+    def tick(self, now: float, heartbeat: Callable[[], Heartbeat]) -> list[Body]:
         """Raises ClusterError if the coordinator has been silent for too long, not counting while this process was stopped."""
         if (stopped_s := now - self._ticked_at) > STOPPED_S:
             self._heard_at += stopped_s
@@ -76,11 +76,11 @@ class Session:
         if now - self._heard_at > self._silence_s:
             raise ClusterError(self._silence(now) + f"; {self._flag()} says for how long it is waited for.")
         self._tell(now)
-        every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else BEAT_S
+        every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else HEARTBEAT_S
         if now - self._sent_at < every_s:
             return []
         self._sent_at, self._news = now, False
-        return [beat() if self.welcome else self._hello]
+        return [heartbeat() if self.welcome else self._hello]
 
     def _tell(self, now: float) -> None:
         """Say what this process waits for, if it does and has not said so just now."""
@@ -102,7 +102,7 @@ class Session:
     def _flag(self) -> str:
         return "--start-timeout" if self.welcome is None else "--coordinator-timeout"
 
-    def beat_soon(self, now: float) -> bool:
+    def heartbeat_soon(self, now: float) -> bool:
         """Have a beat sent as soon as may be, for there is news in it. Whether the next tick will."""
         self._news = self.welcome is not None
         return self._news and now - self._sent_at >= NEWS_S

@@ -44,7 +44,7 @@ _BACKLOG = 1024
 _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
 #: Seconds between two signs of life; and between two looks at the clock that can only mean that this process was stopped
 #: meanwhile, and has not listened.
-BEAT_S = 0.5
+HEARTBEAT_S = 0.5
 STOPPED_S = 1.0
 #: Seconds, besides those for a checkpoint, after which one that was told to stop leaves without the coordinator's word.
 GO_S = 5.0

@@ -33,7 +33,7 @@ POINTS: Mapping[str, str] = {
     "saved": "server: a checkpoint's file is written, and nobody knows",
     "uploading": "server: parts of the trained model are about to be handed in, others are or are not",
     "reported": "coordinator: a server's report is read, not written down",
-    "flushed": "coordinator: the books are written, and nobody knows",
+    "flushed": "coordinator: the event log is written, and nobody knows",
     "cutting": "coordinator: servers have been asked for a checkpoint",
     "completing": "coordinator: all files of a checkpoint are written, its manifest is not",
     "ending": "coordinator: the model is written, the summary is not",

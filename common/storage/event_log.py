@@ -29,7 +29,7 @@ FILE_NAME = "events.sqlite"
 #: Rows that are kept in memory while they cannot be written.
 _MOST_ROWS = 200_000
 #: Rows without which no run can go on. They are never left out.
-_BOOKS = ("INSERT OR IGNORE INTO rounds ", "INSERT INTO contributions ")
+_EVENT_LOG = ("INSERT OR IGNORE INTO rounds ", "INSERT INTO contributions ")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -186,7 +186,7 @@ class RunLog:
         self._keep(statement, (time.time(), *values))
 
     def _keep(self, statement: str, values: tuple[Any, ...]) -> None:
-        if len(self._pending) >= _MOST_ROWS and not statement.startswith(_BOOKS):
+        if len(self._pending) >= _MOST_ROWS and not statement.startswith(_EVENT_LOG):
             self.lost += 1
         else:
             self._pending.append((statement, values))

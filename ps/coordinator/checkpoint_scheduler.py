@@ -91,7 +91,7 @@ class CheckpointScheduler:
         """Have a checkpoint made of the end of the round in progress. `is_made` says when that is done."""
         self._hurries, self.is_made, self._due_at, self.failure = True, False, now, ""
 
-    def is_settled(self, round_: int) -> bool:
+    def has_ended(self, round_: int) -> bool:
         """Return whether no checkpoint is to come after the end of a run of `round_` rounds."""
         return self.in_progress is None and (not self._every_s or self.newest == round_ or bool(self.failure))
 

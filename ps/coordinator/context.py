@@ -150,25 +150,25 @@ class RunContext:
 
 
 def new_context(
-    sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, books: RestoredRun | None, recovers: bool, now: float
+    sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, restored: RestoredRun | None, recovers: bool, now: float
 ) -> RunContext:
-    """Return the context of a new run, or of the run in `books`, whose coordinator has died if this one `recovers`."""
+    """Return the context of a new run, or of the run `restored`, whose coordinator has died if this one `recovers`."""
     head = RunHeader(
-        run=new_run() if books is None else books.head.run,
-        incarnation=new_incarnation() if books is None else books.head.incarnation + 1,
+        run=new_run() if restored is None else restored.head.run,
+        incarnation=new_incarnation() if restored is None else restored.head.incarnation + 1,
         host=platform.node(),
         settings=settings,
-        resume=-1 if books is None else books.head.resume,
-        key=books.head.key if books is not None and recovers else secrets.token_bytes(KEY_BYTES),
+        resume=-1 if restored is None else restored.head.resume,
+        key=restored.head.key if restored is not None and recovers else secrets.token_bytes(KEY_BYTES),
     )
     policy = load(settings)
     membership = Membership(settings, policy, head.run, now, str(run_dir.resolve()), head.resume, here(), head.key)
     ledger = Ledger(settings, policy)
-    if books is not None:
-        ledger = books.ledger
+    if restored is not None:
+        ledger = restored.ledger
         if not policy.is_local:
             membership.fewer_after_s = _FEWER_S  # by now there may be fewer workers on purpose
-        if not books.tables:  # the processes that join say what the model and the plan are
+        if not restored.tables:  # the processes that join say what the model and the plan are
             ledger.go_on(settings)
     journal = GroupCommit(run_dir, head, membership, ledger, now)
     mail = Mailbox(sock, Stamp(sender="coordinator", run=head.run, incarnation=head.incarnation), journal)

@@ -24,14 +24,14 @@ from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPa
 from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, Reassign, RequestWork, Stop
 from roundtable.common.protocol.messages.setup import Plan, Setup
 from roundtable.common.protocol.rejections import Rejections
-from roundtable.common.protocol.transport import BEAT_S, ForeignRun, Frames, receive
+from roundtable.common.protocol.transport import HEARTBEAT_S, ForeignRun, Frames, receive
 from roundtable.common.runtime.errors import PsError, Stopped, WireError
 from roundtable.common.runtime.failpoints import arm, failpoint
 from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.common.storage import disk_alarm
 from roundtable.common.storage.event_log import Event
 from roundtable.ps.coordinator.context import Received, new_context
-from roundtable.ps.coordinator.farewell import BeginAnew, Farewell
+from roundtable.ps.coordinator.farewell import Farewell, RestartRun
 from roundtable.ps.coordinator.parts.checkpoints import CheckpointDriver
 from roundtable.ps.coordinator.parts.deadline import Deadline
 from roundtable.ps.coordinator.parts.departures import Departures
@@ -62,55 +62,55 @@ class Coordinator:
         sock: zmq.Socket[bytes],
         settings: Settings,
         run_dir: Path,
-        books: RestoredRun | None = None,
+        restored: RestoredRun | None = None,
         recovers: bool = False,
         late_s: float | None = None,
     ) -> None:
-        """Begin a run, or go on with the run in `books`.
+        """Begin a run, or go on with the run `restored`.
 
-        The processes of that run begin anew. If this coordinator `recovers`, they do not: it takes the place of a coordinator
+        The processes of that run restart. If this coordinator `recovers`, they do not: it takes the place of a coordinator
         that has died. With `late_s` that run is over, and as many processes as it had may ask for so long.
         """
         now = time.monotonic()
         self._sock = sock
-        self.context = context = new_context(sock, settings, run_dir, books, recovers, now)
+        self.context = context = new_context(sock, settings, run_dir, restored, recovers, now)
         arm("coordinator", run_dir)
         self._rejections = Rejections(log)
         #: Watches connections, once the loop runs.
         self._inflow: Inflow | None = None
         self.failover = Failover(context)
         self.model = ModelCollector(context)
-        self.departures = Departures(context, self.failover, books)
+        self.departures = Departures(context, self.failover, restored)
         self.planning = Planning(context, self.model, self.departures)
         self.checkpoints = CheckpointDriver(context, self.departures, now)
         self.stopping = Stopping(context, self.checkpoints, self.model)
         self.status = StatusReporter(context, self.model, self._rejections, now)
         self.deadline = Deadline(context, self.model, self.departures, self.checkpoints, self.status)
         self.summary = RunSummary(context, self.model, self.departures, self.planning, self.status)
-        seen = {member.hello.pid for member in books.members.values()} if books is not None else set()
+        seen = {member.hello.pid for member in restored.members.values()} if restored is not None else set()
         self.joining = Joining(context, self.model, seen)
         self._handlers = self._all_handlers()
         #: When each member's heartbeat was last answered, by name.
         self._answered_at: dict[str, float] = {}
         self._status_at = now
         self.farewell = Farewell(context, self.failover, self.stopping, self._listen, late_s)
-        if books is not None and recovers:
-            self._take_over(books, now)
+        if restored is not None and recovers:
+            self._take_over(restored, now)
         else:
             context.log.event(Event("started", "coordinator", {"run": context.head.run, "pid": os.getpid()}))
         disk_alarm.sound("")  # the alarm of the coordinator before
         context.flush()
 
-    def _take_over(self, books: RestoredRun, now: float) -> None:
+    def _take_over(self, restored: RestoredRun, now: float) -> None:
         context = self.context
-        self.failover.take_over(books, self.joining.is_dead, now)
-        self.summary.recover(books)
-        self.planning.recover(books, now)
-        self.model.recover(books)
+        self.failover.take_over(restored, self.joining.is_dead, now)
+        self.summary.recover(restored)
+        self.planning.recover(restored, now)
+        self.model.recover(restored)
         over = Stop(True) if summarized_run(context.run_dir) == context.run else None
-        self.farewell.stop = books.stop or over
+        self.farewell.stop = restored.stop or over
         log.info("goes on with run %s after %d rounds", context.run, context.ledger.committed)
-        data = {"run": books.head.run, "pid": os.getpid(), "rounds": context.ledger.committed}
+        data = {"run": restored.head.run, "pid": os.getpid(), "rounds": context.ledger.committed}
         context.log.event(Event("recovered", "coordinator", data))
 
     # ---- the loop
@@ -136,7 +136,7 @@ class Coordinator:
                     if self.is_finished():
                         break
             self.summary.write()
-        except BeginAnew as error:
+        except RestartRun as error:
             self.farewell.restart(str(error))
             raise
         except PsError as error:
@@ -154,7 +154,7 @@ class Coordinator:
 
     def drain(self) -> None:
         """Handle the messages that have come in, for about as long as a heartbeat at most."""
-        until = time.monotonic() + BEAT_S
+        until = time.monotonic() + HEARTBEAT_S
         while time.monotonic() < until:
             frames: list[zmq.Frame] | None = []
             standing = Standing.STRANGER
@@ -198,7 +198,7 @@ class Coordinator:
         self.status.note_losses(now)
         self.stopping.tick(now)
         if context.membership.broken and self.model.needs_servers():
-            raise BeginAnew(context.membership.broken)
+            raise RestartRun(context.membership.broken)
         context.enter_rows(now)
         if now >= self._status_at + _STATUS_S:
             self._status_at = now
@@ -223,7 +223,7 @@ class Coordinator:
             return any(worker.left for worker in membership.workers.values())
         if not self.model.is_complete or self.context.may_go_on:
             return False
-        return self.checkpoints.scheduler.is_settled(ledger.committed) or bool(membership.lost_servers)
+        return self.checkpoints.scheduler.has_ended(ledger.committed) or bool(membership.lost_servers)
 
     # ---- messages
 
@@ -266,7 +266,7 @@ class Coordinator:
     def _all_handlers(self) -> dict[str, dict[type[Body], Handler]]:
         """Return who handles which message of a server or of a worker that has joined."""
         servers: dict[type[Body], Handler] = {
-            Heartbeat: self._beat,
+            Heartbeat: self._heartbeat,
             Report: self._report,
             RoundReady: self.failover.decide,
             Norms: self.failover.decide,
@@ -276,7 +276,7 @@ class Coordinator:
             ModelPart: self.model.take_part,
         }
         workers: dict[type[Body], Handler] = {
-            Heartbeat: self._beat,
+            Heartbeat: self._heartbeat,
             Setup: self.planning.set_up,
             Plan: self.planning.plan,
             RequestWork: self._request_work,
@@ -287,15 +287,15 @@ class Coordinator:
         }
         return {"server": servers, "worker": workers}
 
-    def _beat(self, message: Received[Heartbeat]) -> None:
-        context, member, beat, now = self.context, message.member, message.body, message.now
+    def _heartbeat(self, message: Received[Heartbeat]) -> None:
+        context, member, heartbeat, now = self.context, message.member, message.body, message.now
         if (news := context.membership.news(member, message.epoch, now)) is not None:
             context.journal.promise(message.route, news)
-        if _progress_of(beat) != _progress_of(member.beat):
+        if _progress_of(heartbeat) != _progress_of(member.heartbeat):
             context.progressed_at = now
-        self.status.note_beat(member, beat)
-        context.membership.beat(member.name, beat, now)
-        if now >= self._answered_at.get(member.name, 0.0) + BEAT_S / 2:  # heartbeats with news come much more often
+        self.status.note_heartbeat(member, heartbeat)
+        context.membership.heartbeat(member.name, heartbeat, now)
+        if now >= self._answered_at.get(member.name, 0.0) + HEARTBEAT_S / 2:  # heartbeats with news come much more often
             self._answered_at[member.name] = now
             context.mail.send(member.name, Heartbeat(leaves=member.name in self.stopping.dismissed))
 
@@ -328,5 +328,5 @@ class Coordinator:
         return self.context.progressed_at if self.context.membership.started else None
 
 
-def _progress_of(beat: Heartbeat) -> tuple[int, int, int, str]:
-    return beat.round, beat.micro_batch, beat.progress, beat.state
+def _progress_of(heartbeat: Heartbeat) -> tuple[int, int, int, str]:
+    return heartbeat.round, heartbeat.micro_batch, heartbeat.progress, heartbeat.state

@@ -25,8 +25,8 @@ _FAREWELL_S = 1.0
 _RESTART_S = 0.1
 
 
-class BeginAnew(Exception):
-    """The run is to go on from its newest checkpoint. All processes begin anew, this one too."""
+class RestartRun(Exception):
+    """The run is to go on from its newest checkpoint. All processes restart, this one too."""
 
 
 class Farewell:
@@ -56,14 +56,14 @@ class Farewell:
         """End as the coordinator before has ended the run. It may have died before all members heard of that."""
         self.tell(stop)
         if stop.restart:
-            raise BeginAnew(stop.reason)
+            raise RestartRun(stop.reason)
         if not stop.ok:
             raise (RunStopped if stop.on_request else ClusterError)(stop.reason)
 
     def restart(self, reason: str) -> None:
-        """Have all members begin anew, from the newest checkpoint."""
+        """Have all members restart, from the newest checkpoint."""
         self._context.log.event(Event("restarted", "coordinator", {"reason": reason}))
-        log.warning("all begin anew, from the newest checkpoint: %s", reason)
+        log.warning("all restart, from the newest checkpoint: %s", reason)
         self.say(Stop(False, reason, restart=True))
 
     def say(self, stop: Stop) -> None:

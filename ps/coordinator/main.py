@@ -25,7 +25,7 @@ from roundtable.common.storage.event_log import FILE_NAME
 from roundtable.common.storage.private_files import make_run_dir
 from roundtable.common.storage.run_files import MODEL_FILE, SETTINGS_FILE, SUMMARY_FILE, How
 from roundtable.ps.coordinator.coordinator import TICK_MS, Coordinator
-from roundtable.ps.coordinator.farewell import BeginAnew
+from roundtable.ps.coordinator.farewell import RestartRun
 from roundtable.ps.coordinator.recovery import RestoredRun, restore
 
 log = logging.getLogger("roundtable.ps.coordinator")
@@ -47,7 +47,7 @@ def serve(
     accept_versions: bool = False,
     signals: Sequence[signal.Signals] = (),
 ) -> None:
-    """Coordinate one run, listening at `bind`, with its books and results in `run_dir`. `how` says what is done with what is
+    """Coordinate one run, listening at `bind`, with its event log and results in `run_dir`. `how` says what is done with what is
     there. The newest checkpoint to resume from may be of another version of this program or of torch only if `accept_versions`.
 
     One that recovers a run is at the address of the coordinator before it, if `bind` leaves the port open. Writes the address it
@@ -56,20 +56,20 @@ def serve(
     listen, read or write, ClusterError where the run failed, naming who and why, and Stopped where one of `signals` has come.
     """
     allow_files(settings.workers + settings.servers)
-    books, warning = None, ""
-    if how in ("recover", "nothing") and (books := books_to_recover(run_dir)) is not None:
-        if books.stop is None:
-            _check_same(settings, books, run_dir)
+    restored, warning = None, ""
+    if how in ("recover", "nothing") and (restored := run_to_recover(run_dir)) is not None:
+        if restored.stop is None:
+            _check_same(settings, restored, run_dir)
         bind = _address_of_old(bind, run_dir / "address")
     context: zmq.Context[Any] = zmq.Context()
     try:
         sock, bound = _listen(context, bind, _REBIND_S if how != "begin" else 0.0)
         if how == "resume":
-            books, warning = _meanwhile(sock, lambda: books_to_resume(run_dir, accept_versions))
+            restored, warning = _meanwhile(sock, lambda: run_to_resume(run_dir, accept_versions))
         try:
             make_run_dir(run_dir)
             patience_s = _LATE_S if how == "nothing" else None
-            coordinator = Coordinator(sock, settings, run_dir, books, recovers=how != "resume", late_s=patience_s)
+            coordinator = Coordinator(sock, settings, run_dir, restored, recovers=how != "resume", late_s=patience_s)
             if how == "resume":  # of a run that had finished, and is to go on for longer
                 for name in (SUMMARY_FILE, MODEL_FILE):
                     (run_dir / name).unlink(missing_ok=True)
@@ -82,7 +82,7 @@ def serve(
         log.info("listening at %s", address if address == bound else f"{bound}; others find it at {address}")
         with handled(signals, coordinator.stopping.request):
             coordinator.run()
-    except BeginAnew:
+    except RestartRun:
         context.destroy(linger=1000)
         resumes = ("--config", str(run_dir / SETTINGS_FILE), "--run-dir", str(run_dir), "--listen", bound, "--resume", "auto")
         restart([*resumes, *["--allow-version-mismatch"] * accept_versions])
@@ -90,8 +90,8 @@ def serve(
         context.destroy(linger=1000)
 
 
-def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[RestoredRun, str]:
-    """The books of a run that goes on from its newest checkpoint, put back to there, and a warning of other versions, '' if none.
+def run_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[RestoredRun, str]:
+    """A run that goes on from its newest checkpoint, put back to there, and a warning of other versions, '' if none.
 
     What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
     found, problems = newest(run_dir)
@@ -101,26 +101,26 @@ def books_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Resto
     for folder in folders(run_dir):
         if found is None or folder > found.folder:
             remove(folder)
-    books = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
-    if books is None:
+    restored = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
+    if restored is None:
         raise UsageError(f"there is no run in {run_dir} to go on with.")
-    return books, warning
+    return restored, warning
 
 
-def books_to_recover(run_dir: Path) -> RestoredRun | None:
-    """The books of a run whose coordinator has died, if there is one. Checkpoints that were under way are removed."""
-    books = restore(run_dir / FILE_NAME)
-    if books is not None:
+def run_to_recover(run_dir: Path) -> RestoredRun | None:
+    """A run whose coordinator has died, if there is one. Checkpoints that were under way are removed."""
+    restored = restore(run_dir / FILE_NAME)
+    if restored is not None:
         for folder in set(folders(run_dir)) - set(finished(run_dir)):
             remove(folder)
-    return books
+    return restored
 
 
-def _check_same(settings: Settings, books: RestoredRun, run_dir: Path) -> None:
+def _check_same(settings: Settings, restored: RestoredRun, run_dir: Path) -> None:
     values = flat(settings)
-    for name, was in flat(books.head.settings).items():
+    for name, was in flat(restored.head.settings).items():
         asked = values[name]
-        if asked != was and books.tables:
+        if asked != was and restored.tables:
             raise UsageError(f"the run in {run_dir} has {name} = {was} and not {asked}: it goes on with the same settings only.")
 
 

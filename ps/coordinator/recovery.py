@@ -37,8 +37,11 @@ from roundtable.ps.coordinator.summary_metrics import Measured, measured
 
 
 class RunHeader(msgspec.Struct, frozen=True):
-    """Whose books these are. Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round
-    of the checkpoint that its processes began from, -1 where they began from nothing."""
+    """The run and the coordinator whose event log this is.
+
+    Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round of the checkpoint that its
+    processes began from, -1 if they began from nothing.
+    """
 
     run: str
     incarnation: int
@@ -131,7 +134,7 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
 
 
 def new_run(before: str = "") -> str:
-    """Return a name for a run, or another name for the run `before`, whose processes all begin anew."""
+    """Return a name for a run, or another name for the run `before`, whose processes all restart."""
     return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
 
 
@@ -153,18 +156,18 @@ def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
                 return _read(db)
             db.execute("BEGIN IMMEDIATE")  # undone with the connection where an error is raised
             _put_back(db, path, upto)
-            books = _read(db)
-            if books is not None:
-                head = books.head
-                books.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
+            restored = _read(db)
+            if restored is not None:
+                head = restored.head
+                restored.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
                 db.execute("UPDATE OR REPLACE state SET kind = 'planned' WHERE kind = 'plan'")
                 db.execute("DELETE FROM state WHERE kind != 'planned'")
-                db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(books.head),))
-                books.members, books.tables = {}, []
+                db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(restored.head),))
+                restored.members, restored.tables = {}, []
             db.execute("COMMIT")
-            return books
+            return restored
     except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise UsageError(f"the books of the run in {path} cannot be read: {error}.") from None
+        raise UsageError(f"the event log of the run in {path} cannot be read: {error}.") from None
 
 
 def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
@@ -196,54 +199,54 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
         ledger.set_up(setup)
     ledger.facts = state("told", Told)
     plans = state("plan", Segment)
-    # the plans of rounds before `head.resume` may not have been told again since all began anew
+    # the plans of rounds before `head.resume` may not have been told again since all restarted
     ledger.segments = _in_order({**state("planned", Segment), **plans})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
     ledger.dropped = [row for rows in state("dropped", list[Contribution]).values() for row in rows]
-    books = RestoredRun(head, ledger, state("member", SavedMember))
-    books.tables = [table for tables in state("tables", list[ShareTable]).values() for table in tables]
-    _count(db, books)
+    restored = RestoredRun(head, ledger, state("member", SavedMember))
+    restored.tables = [table for tables in state("tables", list[ShareTable]).values() for table in tables]
+    _count(db, restored)
     query = "SELECT round, samples, micro_batches, dropped, metrics, at FROM rounds ORDER BY round"
     for round_, samples, micro_batches, dropped, metrics, at in db.execute(query):
         ledger.book(Committed(round_, samples, micro_batches, dropped, json.loads(metrics)))
-        books.committed_at = at
-        books.samples_before += samples if round_ < head.resume else 0
+        restored.committed_at = at
+        restored.samples_before += samples if round_ < head.resume else 0
     ledger.segments = _in_order(plans)
     query = "SELECT round, incarnation, number FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"
     for round_, *call in db.execute(query).fetchall():
         values = db.execute("SELECT name, value FROM metrics WHERE incarnation = ? AND number = ?", call)
-        books.accuracy = measured(dict(values), round_)
+        restored.accuracy = measured(dict(values), round_)
     for at, kind, text in db.execute("SELECT at, kind, data FROM events ORDER BY seq"):
         match kind:
             case "started":
-                books.planned_at = None
+                restored.planned_at = None
             case "plan":
-                books.planned_at, books.model = books.planned_at or at, None
+                restored.planned_at, restored.model = restored.planned_at or at, None
             case "model":
                 data = json.loads(text)
-                books.model = data["weights_sha256"], data["round"]
+                restored.model = data["weights_sha256"], data["round"]
             case "rolled back":
-                books.model = None
+                restored.model = None
                 ledger.totals.micro_batches_recomputed += json.loads(text)["micro_batches"]
             case "lost" if (failed := json.loads(text).get("failed")) is not None:
-                books.failed.append(json.loads(text)["why"])
-                books.admitted += failed == "admitted"
+                restored.failed.append(json.loads(text)["why"])
+                restored.admitted += failed == "admitted"
             case "stopped":
                 data = json.loads(text)
-                books.stop = Stop(data["ok"], data["reason"], data.get("restart", False), data.get("on_request", False))
-    return books
+                restored.stop = Stop(data["ok"], data["reason"], data.get("restart", False), data.get("on_request", False))
+    return restored
 
 
 def _in_order(segments: dict[str, Segment]) -> list[Segment]:
     return sorted(segments.values(), key=lambda segment: segment.index)
 
 
-def _count(db: sqlite3.Connection, books: RestoredRun) -> None:
+def _count(db: sqlite3.Connection, restored: RestoredRun) -> None:
     """Count what there are many rows of without reading each."""
     counts = "SELECT outcome, staleness, count(*), sum(micro_batches) FROM contributions GROUP BY outcome, staleness"
     for row in db.execute(counts):
-        books.ledger.count(*row)
-    books.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
+        restored.ledger.count(*row)
+    restored.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
     query = "SELECT DISTINCT worker FROM contributions WHERE round >= ?"  # names from before are other processes'
-    books.ledger.contributors = {worker for (worker,) in db.execute(query, (books.head.resume,))}
+    restored.ledger.contributors = {worker for (worker,) in db.execute(query, (restored.head.resume,))}

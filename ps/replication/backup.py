@@ -194,7 +194,7 @@ class Backup:
         return self._layers.steps
 
     def hand_over(self) -> tuple[int, list[RoundReplicated], ReplicateLayers | None, list[Part]]:
-        """The newest whole state, once there is nothing to apply: rounds applied, what the books may lack, what sharded layers
+        """The newest whole state, once there is nothing to apply: rounds applied, what the ledger may lack, what sharded layers
         lack, and the tensors. What has come of later rounds is let go, for it comes again, and not before the state has
         arrived."""
         assert not self.busy

@@ -44,8 +44,8 @@ from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.session import Session
 from roundtable.common.protocol.tickets import seal
 from roundtable.common.protocol.transport import (
-    BEAT_S,
     GO_S,
+    HEARTBEAT_S,
     Frames,
     Stamp,
     allow_files,
@@ -126,7 +126,7 @@ class _Server:
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
-        self._told, self._breathed_at = Heartbeat("starting"), float("-inf")
+        self._told, self._shown_life_at = Heartbeat("starting"), float("-inf")
         self._signs = Signs()
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         #: The signal that has told it to stop, if any, and when.
@@ -160,7 +160,7 @@ class _Server:
         if stop is not None and (stop.restart or stop.on_request) and self.told:
             raise Stopped(self.told, "has left the run, as it was told to stop.")
         if stop is not None and stop.restart:
-            log.warning("begins anew: %s", stop.reason)
+            log.warning("restarts: %s", stop.reason)
             self._signs.pause()
             restart()
         if stop is not None and not stop.ok:
@@ -176,7 +176,7 @@ class _Server:
     def _look_whether_told(self, now: float) -> None:
         """Ask the coordinator to be let go, if this server was told to stop. Raises Stopped if that takes too long."""
         if self.told and self._shard is not None:
-            self._attendance.beat_soon(now)
+            self._attendance.heartbeat_soon(now)
             if now > self._told_at + self._shard.settings.stop_timeout + GO_S:
                 raise Stopped(self.told, "leaves the run, as it was told to stop, and was not let go in time.")
 
@@ -214,7 +214,7 @@ class _Server:
         """Called before tables change, for what a checkpoint has of them is not a copy."""
         self._save()
         if self._writer is not None:
-            self._writer.wait(self._breathe)
+            self._writer.wait(self._show_life)
 
     def _progress(self) -> tuple[int, int] | None:
         """What changes while something is trained here. Called by the watchdog's thread."""
@@ -225,10 +225,10 @@ class _Server:
         shard = self._shard
         return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
 
-    def _breathe(self) -> None:
+    def _show_life(self) -> None:
         """Give a sign of life in the middle of what takes long: reading a checkpoint, and waiting for one to be written."""
-        if self._shard is not None and (now := time.monotonic()) >= self._breathed_at + BEAT_S:
-            self._breathed_at = now
+        if self._shard is not None and (now := time.monotonic()) >= self._shown_life_at + HEARTBEAT_S:
+            self._shown_life_at = now
             send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, progress=self._shard.done)))
             self._signs.give(self._silence_s())
 
@@ -238,10 +238,10 @@ class _Server:
         return FAR_S if welcome is None or welcome.settings.heartbeat_timeout is None else welcome.settings.heartbeat_timeout
 
     def _tell(self) -> Heartbeat:
-        self._told = self._beat()
+        self._told = self._heartbeat()
         return self._told
 
-    def _beat(self) -> Heartbeat:
+    def _heartbeat(self) -> Heartbeat:
         if self._shard is None:
             return Heartbeat("starting", refused=self._rejections.counts)
         shard, refused = self._shard, self._rejections.counts
@@ -260,8 +260,8 @@ class _Server:
         )
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
-        """Handle what has come in at `sock`, for about as long as a beat at most."""
-        until = time.monotonic() + BEAT_S
+        """Handle what has come in at `sock`, for about as long as a heartbeat at most."""
+        until = time.monotonic() + HEARTBEAT_S
         while time.monotonic() < until:
             frames: list[zmq.Frame] | None = []
             standing = Standing.STRANGER
@@ -327,7 +327,7 @@ class _Server:
             self._writer = writer = CheckpointWriter(index, run_dir)
             context = ShardContext(
                 index, welcome.settings, load(welcome.settings), self._device, lambda: self._attendance.coordinator,
-                self._breathe, self._finish_saving, lambda: writer.busy, lambda: writer.bytes,
+                self._show_life, self._finish_saving, lambda: writer.busy, lambda: writer.bytes,
             )  # fmt: skip
             self._identities = Identities(index, welcome.key, welcome.servers)
             self._shard = ShardHost(context, source, welcome.replaces)

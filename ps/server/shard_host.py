@@ -49,7 +49,7 @@ class ShardHost:
         self.plans = Plans()
         self.reports = ReportQueue()
         self.checkpoint = ShardCheckpoint()
-        self._progress = Progress(context.breathe)
+        self._progress = Progress(context.show_life)
         #: None until a worker has said which model it trains.
         self.shard: Shard | None = None
         #: Whether the shard is still to come from the backup: nobody is answered before.

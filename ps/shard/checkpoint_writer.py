@@ -88,12 +88,12 @@ class CheckpointWriter:
         """Whether something is being written, or to be."""
         return self._next is not None or (self._thread is not None and self._thread.is_alive())
 
-    def wait(self, breathe: Callable[[], None]) -> None:
+    def wait(self, show_life: Callable[[], None]) -> None:
         """Block until nothing is being written any more; `breathe` is called from time to time."""
         while self._thread is not None:
             self._thread.join(_BREATH_S)
             if self._thread.is_alive():
-                breathe()
+                show_life()
             else:
                 self._thread = None
                 self._go_on()

@@ -31,7 +31,7 @@ class ShardContext:
     #: Return the incarnation of the coordinator whose word counts.
     coordinator: Callable[[], int] = lambda: 0
     #: Give a sign of life in the middle of what takes long.
-    breathe: Callable[[], None] = lambda: None
+    show_life: Callable[[], None] = lambda: None
     #: Block until no checkpoint is being written any more.
     finish_writing: Callable[[], None] = lambda: None
     is_writing: Callable[[], bool] = lambda: False
@@ -42,14 +42,14 @@ class ShardContext:
 class Progress:
     """Steps of what takes long: pieces of a checkpoint that are read, and chunks that are updated."""
 
-    def __init__(self, breathe: Callable[[], None]) -> None:
+    def __init__(self, show_life: Callable[[], None]) -> None:
         self.steps = 0
-        self._breathe = breathe
+        self._show_life = show_life
 
     def step(self) -> None:
         """Count a step, and give a sign of life."""
         self.steps += 1
-        self._breathe()
+        self._show_life()
 
 
 class Plans:

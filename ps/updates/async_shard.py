@@ -1,9 +1,8 @@
 """A server that applies each push at once: `ssp`, `async`.
 
 A micro-batch may come in several messages, with those of others in between. All its parts are applied on the terms of the first
-one (`ps/params/planned_rates.py`), and server 0 enters it in the books when that comes. So rows of the books are in the order in
-which server 0 began to apply micro-batches, and their staleness is that with which it applied them. Other servers may see another
-order.
+one (`ps/params/planned_rates.py`). Server 0 enters it in the ledger when the first part comes. So the ledger's rows are in the
+order in which server 0 began to apply micro-batches, and their staleness is server 0's. Other servers may see another order.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def test_a_finished_run_that_cannot_be_resumed_keeps_its_results() -> None:
     assert (folder / MODEL_FILE).read_text() == "a model" and (folder / SUMMARY_FILE).exists()
 
 
-@pytest.mark.parametrize("what", ["rounds", "checkpoint", "books that cannot be read"])
+@pytest.mark.parametrize("what", ["rounds", "checkpoint", "event log that cannot be read"])
 def test_what_is_not_finished_is_never_deleted_unasked(what: str) -> None:
     folder = Path("r")
     make_run(folder, finished=False)

@@ -144,7 +144,7 @@ def test_rounds_that_are_done_again_are_not_counted_twice_and_what_happened_is_s
     log.event(Event("plan", "coordinator", {"rounds": 9}))
     for number in range(5):
         log.round(RoundRow(number, 0, 64, 4, 0, {"loss": 1.0}))
-    log.event(Event("stopped", "coordinator", {"ok": False, "reason": "all begin anew.", "restart": True}))
+    log.event(Event("stopped", "coordinator", {"ok": False, "reason": "all restart.", "restart": True}))
     settings = Settings()
     policy = load(settings)
     head, membership = RunHeader("r.1", 1, "", settings), Membership(settings, policy, "r.1", 0.0)

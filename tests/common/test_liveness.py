@@ -1,4 +1,4 @@
-"""A process that hangs is told from one that is slow, begins anew, or was not listened to."""
+"""A process that hangs is told from one that is slow, restarts, or was not listened to."""
 
 from __future__ import annotations
 

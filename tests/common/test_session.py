@@ -13,7 +13,7 @@ from roundtable.common.config.settings import START_S, Settings
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.session import Heartbeat, Hello, Refused, Stop, Welcome
 from roundtable.common.protocol.session import NEWS_S, TELL_S, Session
-from roundtable.common.protocol.transport import ASK_AGAIN_S, BEAT_S
+from roundtable.common.protocol.transport import ASK_AGAIN_S, HEARTBEAT_S
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
 HELLO = Hello("worker", 3)
@@ -21,7 +21,7 @@ AWAY_S = Settings().coordinator_timeout
 WELCOME = Welcome("worker-3", "run", Settings(), [], [])
 
 
-def beat() -> Heartbeat:
+def heartbeat() -> Heartbeat:
     return Heartbeat("computing", 7)
 
 
@@ -30,7 +30,7 @@ def sent(attendance: Session, until: float, step: float = 0.05, since: float = 0
     out: list[tuple[float, Body]] = []
     now = since
     while now <= until:
-        out += [(now, body) for body in attendance.tick(now, beat)]
+        out += [(now, body) for body in attendance.tick(now, heartbeat)]
         now += step
     return out
 
@@ -43,8 +43,8 @@ def test_it_asks_to_join_until_it_is_welcomed_and_then_beats() -> None:
     attendance.handle(WELCOME, 3.0)
     assert attendance.welcome == WELCOME
     after = sent(attendance, 6.0, since=3.05)
-    assert [body for _, body in after] == [beat()] * len(after)
-    assert len(after) == pytest.approx(3.0 / BEAT_S, abs=1)
+    assert [body for _, body in after] == [heartbeat()] * len(after)
+    assert len(after) == pytest.approx(3.0 / HEARTBEAT_S, abs=1)
 
 
 def test_only_the_first_welcome_counts() -> None:
@@ -65,14 +65,14 @@ def test_a_coordinator_that_never_answers_is_named() -> None:
     attendance = Session(HELLO, "tcp://c:1", 10.0)
     sent(attendance, 9.9 + START_S, step=0.5, since=10.0)
     with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {START_S:.0f} s; .* --start-timeout says"):
-        attendance.tick(10.1 + START_S, beat)
+        attendance.tick(10.1 + START_S, heartbeat)
 
 
 def test_it_has_as_many_seconds_to_answer_as_were_given() -> None:
     attendance = Session(HELLO, "tcp://c:1", 0.0, start_s=30.0)
     sent(attendance, 29.9)
     with pytest.raises(ClusterError, match="30 s"):
-        attendance.tick(30.1, beat)
+        attendance.tick(30.1, heartbeat)
 
 
 def test_every_ten_seconds_a_line_says_what_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -102,7 +102,7 @@ def test_time_in_which_this_process_was_stopped_is_not_the_coordinators_silence(
     attendance = Session(HELLO, "tcp://c:1", 0.0)
     attendance.handle(WELCOME, 0.0)
     sent(attendance, 5.0)
-    assert attendance.tick(5000.0, beat)
+    assert attendance.tick(5000.0, heartbeat)
 
 
 @given(st.lists(st.floats(0.01, AWAY_S - 0.01), max_size=10))
@@ -114,33 +114,33 @@ def test_only_silence_longer_than_the_limit_is_an_error(gaps: list[float]) -> No
         attendance.handle(Heartbeat(), now := now + gap)
     sent(attendance, now + AWAY_S - 0.01, step=0.9, since=now)
     with pytest.raises(ClusterError, match=f"{AWAY_S:.0f} s"):
-        attendance.tick(now + AWAY_S + 0.01, beat)
+        attendance.tick(now + AWAY_S + 0.01, heartbeat)
 
 
 def test_news_makes_the_next_tick_beat_but_not_more_often_than_allowed() -> None:
     attendance = Session(HELLO, "tcp://c:1", 0.0)
-    assert not attendance.beat_soon(0.0)  # nobody to tell yet
+    assert not attendance.heartbeat_soon(0.0)  # nobody to tell yet
     attendance.handle(WELCOME, 1.0)
-    assert attendance.tick(1.0, beat) == [beat()]
-    assert not attendance.beat_soon(1.0 + 0.9 * NEWS_S)
-    assert attendance.tick(1.0 + 0.9 * NEWS_S, beat) == []
-    assert attendance.beat_soon(1.0 + 1.1 * NEWS_S)
-    assert attendance.tick(1.0 + 1.1 * NEWS_S, beat) == [beat()]
-    assert attendance.tick(1.0 + 1.2 * NEWS_S, beat) == []
+    assert attendance.tick(1.0, heartbeat) == [heartbeat()]
+    assert not attendance.heartbeat_soon(1.0 + 0.9 * NEWS_S)
+    assert attendance.tick(1.0 + 0.9 * NEWS_S, heartbeat) == []
+    assert attendance.heartbeat_soon(1.0 + 1.1 * NEWS_S)
+    assert attendance.tick(1.0 + 1.1 * NEWS_S, heartbeat) == [heartbeat()]
+    assert attendance.tick(1.0 + 1.2 * NEWS_S, heartbeat) == []
 
 
 @given(st.lists(st.floats(0.0, 0.2), max_size=60), st.data())
 def test_however_much_news_there_is_beats_keep_their_distance(gaps: list[float], data: st.DataObject) -> None:
     attendance = Session(HELLO, "tcp://c:1", 0.0)
     attendance.handle(WELCOME, now := 0.0)
-    beats = []
+    heartbeats = []
     for gap in gaps:
         now += gap
         if data.draw(st.booleans()):
-            attendance.beat_soon(now)
-        beats += [now] * len(attendance.tick(now, beat))
-    assert all(b - a >= NEWS_S for a, b in itertools.pairwise(beats))
-    assert len(beats) >= now // (BEAT_S + 0.2)
+            attendance.heartbeat_soon(now)
+        heartbeats += [now] * len(attendance.tick(now, heartbeat))
+    assert all(b - a >= NEWS_S for a, b in itertools.pairwise(heartbeats))
+    assert len(heartbeats) >= now // (HEARTBEAT_S + 0.2)
 
 
 def test_the_end_of_the_run_is_kept() -> None:

@@ -1,5 +1,7 @@
-"""Killed with -9 in mid-run and at the very end, the coordinator is started again: no bit of the weights and no row of the books
-is another, and no round is done again."""
+"""The coordinator is killed with -9 in mid-run and at the very end, and started again.
+
+No bit of the weights and no row of the event log is another, and no round is done again.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ EPOCHS = 6
 
 
 class Killer(threading.Thread):
-    """Kills the coordinator of the run in `folder` when so many rounds are in its books, each time another process, and when the
-    summary is written but nobody has been told."""
+    """Kills the coordinator of the run in `folder` each time that so many rounds are in its event log.
+
+    It also kills the coordinator when the summary is written but nobody has been told.
+    """
 
     def __init__(self, folder: Path, rounds: list[int]) -> None:
         super().__init__(daemon=True)
@@ -51,13 +55,13 @@ class Killer(threading.Thread):
 
     def _coordinator(self, rounds: int) -> int | None:
         """The newest coordinator's process, once there are so many rounds."""
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._books()) as db:
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(self._restored()) as db:
             if db.execute("SELECT count(*) FROM rounds").fetchone()[0] >= rounds:
                 query = "SELECT data FROM events WHERE kind IN ('started', 'recovered') ORDER BY seq DESC"
                 return int(json.loads(db.execute(query).fetchone()[0])["pid"])
         return None
 
-    def _books(self) -> sqlite3.Connection:
+    def _restored(self) -> sqlite3.Connection:
         return sqlite3.connect(f"file:{self._folder / 'events.sqlite'}?mode=ro", uri=True)
 
 

@@ -1,6 +1,6 @@
 """After every run under every policy, each sample of the epochs asked for is in exactly one update, or reported as dropped.
 
-Real clusters with a slow worker, an epoch's short last batch and a short last micro-batch; the books are the event log's.
+Real clusters with a slow worker, an epoch's short last batch and a short last micro-batch; the ledger is the event log's.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ from roundtable.common.runtime.errors import RunStopped, Stopped, WireError
 from roundtable.common.storage.event_log import FILE_NAME, RunLog, RunLogReader
 from roundtable.common.storage.run_files import MODEL_FILE
 from roundtable.ps.coordinator.coordinator import Coordinator
-from roundtable.ps.coordinator.farewell import BeginAnew
-from roundtable.ps.coordinator.main import books_to_recover, books_to_resume
+from roundtable.ps.coordinator.farewell import RestartRun
+from roundtable.ps.coordinator.main import run_to_recover, run_to_resume
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.server.server import _Server
 from roundtable.ps.server.shard_host import ShardHost
@@ -170,8 +170,8 @@ class Case:
     replaced: Sequence[tuple[int, float, float]] = ()
 
     @property
-    def keeps_books(self) -> bool:
-        """Whether the books are real, and so there for a coordinator that comes after."""
+    def keeps_event_log(self) -> bool:
+        """Whether the event log is real, and so there for a coordinator that comes after."""
         return bool(self.killed or self.stopped or self.told) or self.folder is not None
 
     def plans(self) -> list[Segment]:
@@ -422,17 +422,17 @@ class World:
         self.random = random.Random(case.seed)
         self.processes: dict[str, Process] = {}
         self.pids = itertools.count(1)
-        #: How often a micro-batch was given up because its weights were gone, and a worker began anew as it was counted as lost.
+        #: How often a micro-batch was given up because its weights were gone, and a worker restarted as it was counted as lost.
         self.given_up = self.fenced = 0
-        #: Processes that were killed, and how often all began anew.
-        self.killed = self.begun_anew = 0
+        #: Processes that were killed, and how often all restarted.
+        self.killed = self.restarts = 0
         #: How often the run was told to stop and did, and how often a member left that was.
         self.stopped = self.left = 0
         #: How often a server had no more of the version that it was asked about.
         self.asked_too_late = 0
         #: Workers that are there or will be.
         self.expected: set[str] = {f"worker-{number}" for number in range(len(case.paces))}
-        #: Who computed what, and the weights that were computed from by the run's id, which is another where all began anew, and
+        #: Who computed what, and the weights that were computed from by the run's id, which is another where all restarted, and
         #: round.
         self.computed: list[tuple[str, Task]] = []
         self.weights: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
@@ -565,28 +565,28 @@ class Process:
 
 
 class CoordinatorProcess(Process):
-    """Where its books are real they are in `folder`, and all that is not on the disk is lost when it is killed."""
+    """A real event log is in `folder`, and all that is not on the disk is lost when it is killed."""
 
     def __init__(self, world: World, key: str, folder: Path) -> None:
         super().__init__(world, key)
         self.folder = folder
-        #: Whether it tells the others that all begin anew, or end; and seconds until the run is started again, once it is to end.
+        #: Whether it tells the others that all restart, or end; and seconds until the run is started again, once it is to end.
         self.leaves = False
         self.away = 0.2
 
     def begin(self) -> None:
-        self._start(books_to_resume(self.folder)[0] if self.world.case.resume else None)
+        self._start(run_to_resume(self.folder)[0] if self.world.case.resume else None)
 
-    def _start(self, books: RestoredRun | None, recovers: bool = False) -> None:
+    def _start(self, restored: RestoredRun | None, recovers: bool = False) -> None:
         self.port = Port(self, None)
         case = self.world.case
         transport: Literal["auto", "tcp"] = "auto" if case.memory else "tcp"
         every = 0.7 if case.folder is not None else 0.0
         settings = msgspec.structs.replace(case.settings, checkpoint_every=every, transport=transport)
-        self.coordinator = Coordinator(self.port, settings, self.folder, books, recovers)  # type: ignore[arg-type]
+        self.coordinator = Coordinator(self.port, settings, self.folder, restored, recovers)  # type: ignore[arg-type]
         self.log: RecordedLog = self.coordinator.context.log  # type: ignore[assignment]
         self.alive, self.leaves = True, False
-        if self.world.case.keeps_books:
+        if self.world.case.keeps_event_log:
             self.coordinator.context.log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
 
     def kill(self, away: float) -> None:
@@ -606,9 +606,9 @@ class CoordinatorProcess(Process):
         self.world.at(self.world.now + away, then)
 
     def _recover(self) -> None:
-        self._start(books_to_recover(self.folder), recovers=True)
+        self._start(run_to_recover(self.folder), recovers=True)
         if (stop := self.coordinator.farewell.stop) is not None:
-            self.world.begun_anew += 1
+            self.world.restarts += 1
             self._leave(lambda: self.coordinator.farewell.end_as_told(stop))
         self.world._tick(self)
 
@@ -616,20 +616,20 @@ class CoordinatorProcess(Process):
         """Begin anew after so many seconds, once all are told to."""
         self.leaves = True
         try:
-            with suppress(BeginAnew, RunStopped):
+            with suppress(RestartRun, RunStopped):
                 tell()
         except Killed:  # before it was done
             return
-        self._end(away, self._begin_anew)
+        self._end(away, self._restart)
 
-    def _begin_anew(self) -> None:
-        self._start(books_to_resume(self.folder)[0])
+    def _restart(self) -> None:
+        self._start(run_to_resume(self.folder)[0])
         self.world._tick(self)
 
     def finish(self) -> None:
         """What came in last is written down."""
         self.coordinator.context.flush()
-        if self.world.case.keeps_books:
+        if self.world.case.keeps_event_log:
             reader = RunLogReader(self.folder / FILE_NAME)
             self.log = RecordedLog(self.folder)
             self.log.rounds, self.log.contributions = reader.rounds(), reader.contributions()
@@ -653,9 +653,9 @@ class CoordinatorProcess(Process):
         """Do what may be the last of this process."""
         try:
             what()
-        except BeginAnew as error:
+        except RestartRun as error:
             reason = str(error)
-            self.world.begun_anew += 1
+            self.world.restarts += 1
             self._leave(lambda: self.coordinator.farewell.restart(reason))
         except Stopped:
             self.world.stopped += 1
@@ -715,7 +715,7 @@ class ServerProcess(Process):
         else:
             self.kill(away)
 
-    def _begin_anew_if_told(self) -> None:
+    def _restart_if_told(self) -> None:
         stop = self.server._attendance.stop
         if stop is not None and self.alive:
             assert stop.restart or stop.on_request, f"{self.key} is told to stop: {stop.reason}"
@@ -742,10 +742,10 @@ class ServerProcess(Process):
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
         idle = self.server._shard is None or not self.server._shard.busy
-        keeper: Any = self.server._connections.backup
-        if keeper is not None and sender == keeper.peer and self._is_from_keeper(frames):
-            keeper.inbox.append(frames)
-            self.server._drain(keeper)
+        backup: Any = self.server._connections.backup
+        if backup is not None and sender == backup.peer and self._is_from_backup(frames):
+            backup.inbox.append(frames)
+            self.server._drain(backup)
         elif sender == "coordinator":
             self.server._coordinator.inbox.append(frames)  # type: ignore[attr-defined]
             self.server._drain(self.server._coordinator)
@@ -755,7 +755,7 @@ class ServerProcess(Process):
             self.server._drain(self.server._workers)
         if idle:
             self._work()
-        self._begin_anew_if_told()
+        self._restart_if_told()
 
     def tick(self) -> None:
         now = self.world.now
@@ -770,7 +770,7 @@ class ServerProcess(Process):
             self.server._save()
             self._work()
 
-    def _is_from_keeper(self, frames: list[zmq.Frame]) -> bool:
+    def _is_from_backup(self, frames: list[zmq.Frame]) -> bool:
         """Whether it would come by the socket to the keeper of its shard's copy. With two servers each is the other's."""
         try:
             body = self.server._stamp.open(frames[0].buffer).read()
@@ -986,7 +986,7 @@ class WorkerProcess(Process):
         self.link.send(Send(COORDINATOR, Goodbye("nothing came.", cut_off=self.pace.finds_no_server)))
         self._die()
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         """It was told that it is lost."""
         self.alive = False
         self.world.fenced += 1
@@ -1006,13 +1006,13 @@ class WorkerProcess(Process):
             try:
                 self.link._receive(port, self._poller)
             except Restarted:
-                self.begin_anew()
+                self.restart()
                 return
             except Interrupted:
                 self._interrupted()
                 return
             if (stop := self.link._attendance.stop) is not None and stop.on_request and not self.done:
-                self.begin_anew()
+                self.restart()
                 return
             self.link._send_all()
             self._look()
@@ -1029,7 +1029,7 @@ class WorkerProcess(Process):
         if not self.alive or self.done or not hasattr(self, "run"):
             return f"{self.key} {'done' if self.done else 'alive' if self.alive else 'dead'}"
         work = self.run._session.work
-        return f"{self.key} at {work.beat() if work is not None else 'start'}"
+        return f"{self.key} at {work.heartbeat() if work is not None else 'start'}"
 
     def _look(self) -> None:
         """Let the script go on if there is news, or if it has waited for long enough."""
@@ -1155,7 +1155,7 @@ class WorkerProcess(Process):
         if not work._weights.round_invalid:
             self.has_weights(task, weights)
         self.model.compute(task)
-        world.asked_too_late += work._shards.spoilt
+        world.asked_too_late += work._shards.round_invalid
         for index, tensor in enumerate(work.replica.tensors):
             if tensor.grad is not None and chance.random() < 0.7:
                 changes = chance.random() < 0.3
@@ -1255,7 +1255,7 @@ class Outcome:
         return [row[3:] / slope for row in moved[model.counting]]
 
     def committed(self) -> dict[int, list[int]]:
-        """The micro-batches of each round that count, by the books."""
+        """The micro-batches of each round that count, by the ledger."""
         out: dict[int, list[int]] = {row.round: [] for row in self.log.rounds}
         for row in self.log.contributions:
             if row.outcome == "committed":
@@ -1331,7 +1331,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.client.dense.push_queue.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.common.model.sparse_rows.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.common.model.row_pages.CHUNK_BYTES": world.case.chunk_bytes,
-            "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_books else RecordedLog,
+            "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_event_log else RecordedLog,
             "roundtable.ps.server.server.Watchdog": mock.Mock(),
             "roundtable.worker.session.session.Watchdog": mock.Mock(),
             "roundtable.worker.session.ending._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
@@ -1469,7 +1469,7 @@ def _is_settled(world: World) -> bool:
         or coordinator.context.membership.broken
         or coordinator.context.membership.lost_servers
     )
-    is_saved = coordinator.checkpoints.scheduler.is_settled(coordinator.context.ledger.committed)
+    is_saved = coordinator.checkpoints.scheduler.has_ended(coordinator.context.ledger.committed)
     return are_there and not begins_anew and is_saved
 
 

@@ -1,4 +1,4 @@
-"""One server that applies each push at once: what it enters in the books is what it has done, and buffers advance."""
+"""One server that applies each push at once: what it enters in the ledger is what it has done, and buffers advance."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Server:
         assert self.host.shard is not None
         return self.host.shard.model.dense.master(chunk)
 
-    def books(self) -> list[Contribution]:
+    def restored(self) -> list[Contribution]:
         report = next(effect.body for effect in self.host.tick(1e6) if isinstance(effect.body, Report))
         return report.contributions
 
@@ -109,7 +109,7 @@ def test_a_micro_batch_that_comes_in_parts_is_in_the_books_when_it_began_to_coun
     first, *rest = one.unsent
     for push, frames in [first, *two.unsent, *rest]:  # the metrics of the first come after all of the second
         server.say(one.name if push.lo == 0 else two.name, push, frames)
-    rows = server.books()
+    rows = server.restored()
     assert [(row.lo, row.worker, row.outcome, row.staleness) for row in rows] == [
         (0, "worker-0", "committed", 0),
         (1, "worker-1", "committed", 1),
@@ -123,7 +123,7 @@ def test_one_that_another_worker_ends_is_whose_part_came_first_and_a_duplicate_o
     two.compute(server, 0, 0)
     for part in two.unsent:
         server.say("worker-1", *part)
-    rows = server.books()
+    rows = server.restored()
     assert [(row.lo, row.worker, row.outcome) for row in rows] == [(0, "worker-0", "committed"), (0, "worker-1", "duplicate")]
     assert server.host.missing() == [1, 2]
 
@@ -136,11 +136,11 @@ def test_the_books_replayed_give_the_weights_whatever_comes_in_parts_twice_or_la
 ) -> None:
     chance, server = random.Random(seed), Server(delay_compensation=compensation)
     left = list(itertools.product(range(ROUNDS), range(COUNT)))
-    crew = [Worker(f"worker-{number}") for number in range(workers)]
+    supervisor = [Worker(f"worker-{number}") for number in range(workers)]
     computed: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     sent: list[tuple[str, Push, list[Any]]] = []
-    while left or any(worker.unsent for worker in crew):
-        worker = chance.choice(crew)
+    while left or any(worker.unsent for worker in supervisor):
+        worker = chance.choice(supervisor)
         if not worker.unsent:
             if not left:
                 continue
@@ -153,7 +153,7 @@ def test_the_books_replayed_give_the_weights_whatever_comes_in_parts_twice_or_la
             sent.append((worker.name, *worker.unsent.pop(0)))
             server.say(*sent[-1])
 
-    rows = [row for row in server.books() if row.outcome == "committed"]
+    rows = [row for row in server.restored() if row.outcome == "committed"]
     assert sorted((row.round, row.lo) for row in rows) == sorted(computed)
     weights = [FIRST[0].clone()]
     for number, row in enumerate(rows):
@@ -172,10 +172,10 @@ def rate_for(server: Server, rows: list[Contribution]) -> float:
 
 def test_buffers_advance_by_what_each_micro_batch_has_changed() -> None:
     server = Server()
-    crew = [Worker(f"worker-{number}") for number in range(COUNT)]
-    for k, worker in enumerate(crew):  # all from the same weights
+    supervisor = [Worker(f"worker-{number}") for number in range(COUNT)]
+    for k, worker in enumerate(supervisor):  # all from the same weights
         worker.compute(server, 0, k)
-    for worker in crew:
+    for worker in supervisor:
         for part in worker.unsent * 2:
             server.say(worker.name, *part)
     assert server.master(2).tolist() == [10 + COUNT]

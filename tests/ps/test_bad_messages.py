@@ -180,7 +180,7 @@ def fingerprint(process: Process) -> Any:
     if isinstance(process, CoordinatorProcess):
         c = process.coordinator.context
         ledger = c.ledger
-        members = {m.name: (m.incarnation, m.beat, m.left, m.lost) for m in c.membership.members.values()}
+        members = {m.name: (m.incarnation, m.heartbeat, m.left, m.lost) for m in c.membership.members.values()}
         model = [vars(one) for one in (process.coordinator.model._file, process.coordinator.model.collecting) if one is not None]
         return str((members, c.membership.tables, vars(ledger), vars(c.decisions), model))
     assert isinstance(process, ServerProcess)

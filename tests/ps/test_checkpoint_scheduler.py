@@ -13,7 +13,7 @@ def test_there_are_none_where_none_are_wanted() -> None:
     cuts = CheckpointScheduler(0.0, now=0.0)
     assert cuts.due({0: 5, 1: 5}, 10, ended=False, now=1e9) is None
     assert cuts.due({0: 10, 1: 10}, 10, ended=True, now=1e9) is None
-    assert cuts.is_settled(10)
+    assert cuts.has_ended(10)
 
 
 def test_a_cut_is_ahead_of_everybody_and_no_later_than_the_plan_s_end() -> None:
@@ -26,7 +26,7 @@ def test_a_cut_is_ahead_of_everybody_and_no_later_than_the_plan_s_end() -> None:
 
 def test_the_end_of_a_run_is_kept_once() -> None:
     cuts = CheckpointScheduler(10.0, now=0.0)
-    assert not cuts.is_settled(6)
+    assert not cuts.has_ended(6)
     assert cuts.due({0: 6, 1: 6}, 6, ended=True, now=1.0) == 6
     cuts.begin(6, "t", 1.0)
     cuts.note_status(0, CheckpointStatus(6, "written"), 1.0)
@@ -34,7 +34,7 @@ def test_the_end_of_a_run_is_kept_once() -> None:
     cuts.note_status(1, CheckpointStatus(6, "written"), 1.0)
     assert cuts.outcome({0: 6, 1: 6}, 1.0) == "complete"
     cuts.end("", 1.0)
-    assert cuts.is_settled(6) and cuts.due({0: 6, 1: 6}, 6, ended=True, now=100.0) is None
+    assert cuts.has_ended(6) and cuts.due({0: 6, 1: 6}, 6, ended=True, now=100.0) is None
 
 
 def test_a_run_ends_without_a_checkpoint_that_cannot_be_written() -> None:
@@ -43,7 +43,7 @@ def test_a_run_ends_without_a_checkpoint_that_cannot_be_written() -> None:
     cuts.note_status(0, CheckpointStatus(6, "failed", reason="the disk is full."), 1.0)
     assert cuts.outcome({0: 6}, 1.0) == "the disk is full."
     cuts.end("the disk is full.", 1.0)
-    assert cuts.is_settled(6) and cuts.due({0: 6}, 6, ended=True, now=100.0) is None
+    assert cuts.has_ended(6) and cuts.due({0: 6}, 6, ended=True, now=100.0) is None
 
 
 def test_who_does_not_answer_is_named_after_a_while() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Network, same, schedules, simulate
-from test_rounds_simulated import PLAIN, cases, check_books, check_exact, check_promises, check_same_everywhere
+from test_rounds_simulated import PLAIN, cases, check_exact, check_ledger, check_promises, check_same_everywhere
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def test_a_coordinator_that_crashes_changes_neither_weights_nor_books(policy: st
 @given(cases("local"), crashes)
 def test_merges_do_not_depend_on_it(case: Case, crashes: list[tuple[str, float, float]]) -> None:
     outcome = simulate(dataclasses.replace(case, killed=crashes))
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     quiet = simulate(dataclasses.replace(case, network=Network()))
     assert same(next(iter(outcome.models.values())), next(iter(quiet.models.values())))
@@ -45,7 +45,7 @@ def test_merges_do_not_depend_on_it(case: Case, crashes: list[tuple[str, float, 
 def test_what_all_servers_were_told_to_do_alike_stays_so(policy: str, data: st.DataObject) -> None:
     case = data.draw(cases(policy, chunk_bytes=400, clip_norm=0.5))
     outcome = simulate(dataclasses.replace(case, killed=data.draw(crashes)))
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     if policy == "sync":
         check_exact(outcome)

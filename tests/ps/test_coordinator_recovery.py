@@ -1,4 +1,4 @@
-"""The books on the disk: a ledger that is read back is the one that was kept, as of now or of an earlier round."""
+"""The event log on the disk: a ledger that is read back is the one that was kept, as of now or of an earlier round."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def report(kept: Kept, round_: int, dropped: int, loss: float, outcome: str = ""
     kept.ledger.report(0, Report(round_, round_ + 1, [row], rows, dropped=left_out(round_, outcome)))
 
 
-def assert_same(books: RestoredRun, ledger: Ledger) -> None:
-    found = books.ledger
+def assert_same(restored: RestoredRun, ledger: Ledger) -> None:
+    found = restored.ledger
     assert found.totals == ledger.totals
     assert (found.committed, found.planned, found.done) == (ledger.committed, ledger.planned, ledger.done)
     assert found.recent("loss") == ledger.recent("loss")
@@ -102,12 +102,12 @@ def test_what_is_read_back_is_what_was_kept(
         if number in flushed:
             kept.flush()
     kept.flush()
-    books = restore(folder / FILE_NAME)
-    assert books is not None and books.head == HEAD and books.stop is None
-    assert_same(books, kept.ledger)
-    assert books.tables == kept.membership.tables
+    restored = restore(folder / FILE_NAME)
+    assert restored is not None and restored.head == HEAD and restored.stop is None
+    assert_same(restored, kept.ledger)
+    assert restored.tables == kept.membership.tables
     assert {name: (m.hello, m.incarnation) for name, m in kept.membership.members.items()} == {
-        name: (m.hello, m.incarnation) for name, m in books.members.items()
+        name: (m.hello, m.incarnation) for name, m in restored.members.items()
     }
 
 
@@ -130,16 +130,16 @@ def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
     redone = whole.ledger.totals.micro_batches_committed - part.ledger.totals.micro_batches_committed + len(rounds) - upto
     part.ledger.totals.micro_batches_recomputed += redone
     part.ledger.reported.clear()
-    books = restore(folders[0] / FILE_NAME, upto)
-    assert books is not None
-    assert_same(books, part.ledger)
-    assert books.metrics == {(20, number) for number in range(upto)}
-    assert books.accuracy == (Measured((upto - 1) / 10, upto - 1, 49 + upto) if upto else None)
+    restored = restore(folders[0] / FILE_NAME, upto)
+    assert restored is not None
+    assert_same(restored, part.ledger)
+    assert restored.metrics == {(20, number) for number in range(upto)}
+    assert restored.accuracy == (Measured((upto - 1) / 10, upto - 1, 49 + upto) if upto else None)
     reader = RunLogReader(folders[0] / FILE_NAME)
     assert [row.round for row in reader.rounds()] == list(range(upto))
     assert reader.contributions() == RunLogReader(folders[1] / FILE_NAME).contributions()
-    again = restore(folders[0] / FILE_NAME, upto)  # all begin anew once more, before anybody has told a plan
-    assert again is not None and again.ledger.totals == books.ledger.totals
+    again = restore(folders[0] / FILE_NAME, upto)  # all restart once more, before anybody has told a plan
+    assert again is not None and again.ledger.totals == restored.ledger.totals
     epochs = range(sum(segment.epochs for segment in part.ledger.segments))
     part.ledger.segments = []
     assert [again.ledger.mean(Mean(e, "loss")).value for e in epochs] == [part.ledger.mean(Mean(e, "loss")).value for e in epochs]
@@ -165,9 +165,9 @@ def test_a_member_that_left_or_was_lost_is_known_as_such_and_all_others_again(tm
     kept.flush()
     kept.membership.members["worker-1"].lost = True
     kept.flush()
-    books = restore(tmp_path / FILE_NAME)
-    assert books is not None
-    assert {name: (m.left, m.lost) for name, m in books.members.items()} == {
+    restored = restore(tmp_path / FILE_NAME)
+    assert restored is not None
+    assert {name: (m.left, m.lost) for name, m in restored.members.items()} == {
         "server-0": (False, False), "server-1": (False, False), "worker-0": (True, False), "worker-1": (False, True),
     }  # fmt: skip
 

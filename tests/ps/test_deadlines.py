@@ -17,7 +17,7 @@ from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.protocol.transport import Stamp, dealer, receive, router, send
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.ps.coordinator.coordinator import Coordinator
-from roundtable.ps.coordinator.main import _meanwhile, books_to_recover
+from roundtable.ps.coordinator.main import _meanwhile, run_to_recover
 from roundtable.ps.coordinator.state.roster import Member
 from roundtable.worker.client.io_thread import IoThread
 
@@ -34,10 +34,10 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
         coordinator.context.ledger.set_up(
             Setup([TensorSpec(n, [1 << 21], "float32", 0) for n in "wv"], Update("SGD", [{"lr": 0.1}]))
         )
-        membership.beat("server-0", Heartbeat("computing", 4, missing=[1, 3, 2, 0]), began)
-        membership.beat("server-1", Heartbeat("computing", 5, missing=[2]), began)
-        membership.beat("worker-0", Heartbeat("waiting", 5), began)
-        membership.beat("worker-1", Heartbeat("computing", 5), began)
+        membership.heartbeat("server-0", Heartbeat("computing", 4, missing=[1, 3, 2, 0]), began)
+        membership.heartbeat("server-1", Heartbeat("computing", 5, missing=[2]), began)
+        membership.heartbeat("worker-0", Heartbeat("waiting", 5), began)
+        membership.heartbeat("worker-1", Heartbeat("computing", 5), began)
         coordinator.deadline.tick(began + 5.0)
         with pytest.raises(ClusterError) as caught:
             coordinator.deadline.tick(began + 5.1)
@@ -151,8 +151,8 @@ def test_a_failure_counts_once_also_for_a_coordinator_that_comes_after(started: 
     assert run.coordinator.departures.admitted == 1
     run.coordinator.context.flush()
     run.coordinator.context.log.close()
-    books = books_to_recover(tmp_path)
-    assert books is not None and (books.failed, books.admitted) == (["worker-1 on host-1 failed: no"], 1)
+    restored = run_to_recover(tmp_path)
+    assert restored is not None and (restored.failed, restored.admitted) == (["worker-1 on host-1 failed: no"], 1)
 
 
 def test_a_server_that_a_worker_cannot_reach_is_named_with_its_address_and_both_hosts(

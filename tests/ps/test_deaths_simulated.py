@@ -1,4 +1,4 @@
-"""Anybody is killed at any moment, several at once too, and no shard has a copy, or the run is told to stop: all begin anew from
+"""Anybody is killed at any moment, several at once too, and no shard has a copy, or the run is told to stop: all restart from
 the newest checkpoint, or from nothing, and every promise of the policy is kept."""
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from test_rounds_simulated import (
     PLAIN,
     SPARE,
     cases,
-    check_books,
     check_dropped_or_counted,
     check_exact,
     check_head,
     check_kept,
+    check_ledger,
     check_local_counts,
     check_same_everywhere,
     every_other_is_chosen,
@@ -59,7 +59,7 @@ def run(drawn: tuple[Case, bool]) -> Outcome:
     case, has_checkpoints = drawn
     with TemporaryDirectory() as folder:
         outcome = simulate(replace(case, folder=Path(folder)) if has_checkpoints else case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     return outcome
 
@@ -71,7 +71,7 @@ def test_a_worker_a_server_and_the_coordinator_die_at_once(has_checkpoints: bool
     case = Case(settings, [Pace(0.1)] * 3, ((48, 3),), killed=killed)
     outcome = run((case, has_checkpoints))
     check_exact(outcome)
-    assert outcome.world.killed == 3 and outcome.world.begun_anew == 1
+    assert outcome.world.killed == 3 and outcome.world.restarts == 1
     (back,) = [event.data["to"] for event in outcome.log.events if event.kind == "rolled back"]
     assert (back > 0) == has_checkpoints
     assert max(round_ for _, round_ in outcome.world.weights) == 17

@@ -136,7 +136,7 @@ def test_a_round_that_is_over_on_the_way_gives_no_contribution_and_says_so(befor
     link.servers[1].close([], 4, [])
     y = layer(x) if y is None else y
     y.sum().backward()
-    assert shards.spoilt and (x.grad is None or not x.grad.any()) and shards.contribution(4) == []
+    assert shards.round_invalid and (x.grad is None or not x.grad.any()) and shards.contribution(4) == []
 
 
 # ---- what servers take

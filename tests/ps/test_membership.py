@@ -48,7 +48,7 @@ def ask(membership: Membership, hello: Hello, incarnation: int, since: float, un
     answers: list[Body] = []
     for half in range(round(2 * since), round(2 * until) + 1):
         for member in [m for m in membership.members.values() if m.active]:
-            membership.beat(member.name, Heartbeat("computing", 5), half / 2)
+            membership.heartbeat(member.name, Heartbeat("computing", 5), half / 2)
         member, told = membership.hello(hello, incarnation, half / 2)
         answers += [body for name, body in told if not name]
         if member is not None:
@@ -61,7 +61,7 @@ def go_on(membership: Membership, since: float, until: float, *alive: str) -> li
     told: list[tuple[str, object]] = []
     for half in range(round(2 * since) + 1, round(2 * until) + 1):
         for name in alive:
-            membership.beat(name, Heartbeat("computing", 5), half / 2)
+            membership.heartbeat(name, Heartbeat("computing", 5), half / 2)
         told += membership.tick(half / 2)
     return told
 
@@ -121,7 +121,7 @@ def test_who_asks_for_the_number_of_one_that_is_alive_waits_and_is_refused_and_o
     name, answers = ask(membership, Hello("worker", 1), 20, 1.0, 9.0)
     assert not name and answers[0] == Heartbeat() and isinstance(answers[-1], Refused) and "worker-1" in answers[-1].reason
     for half in range(18, 22):
-        membership.beat("worker-0", Heartbeat(), half / 2)
+        membership.heartbeat("worker-0", Heartbeat(), half / 2)
     member, told = membership.hello(Hello("worker", 1), 21, 11.0)  # two seconds after the last word of worker-1
     assert member is not None and member.name == "worker-2" and lost(membership) == ["worker-1"]
     assert [body.workers for name, body in told if isinstance(body, MembersLost)] == [["worker-1"]]
@@ -183,7 +183,7 @@ def test_a_lost_replica_breaks_the_run() -> None:
 
 def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that_is_silent() -> None:
     membership = started(1)
-    membership.beat("worker-0", Heartbeat(), NEAR_S)
+    membership.heartbeat("worker-0", Heartbeat(), NEAR_S)
     membership._detector._looked_at = NEAR_S
     membership.tick(NEAR_S + 0.1, lambda hello: False)
     assert not membership.broken
@@ -198,7 +198,7 @@ def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_the
     assert not membership.broken
     membership.hello(another, 2, 0.2, lambda hello: True)
     assert membership.broken.startswith("server-0: process 0 on  has died")
-    assert membership.hello(another, 2, 0.3) == (None, [("", Heartbeat())])  # it does not take that place: all begin anew
+    assert membership.hello(another, 2, 0.3) == (None, [("", Heartbeat())])  # it does not take that place: all restart
 
 
 def taken_over(*heard_at: float) -> Membership:
@@ -218,7 +218,7 @@ def taken_over(*heard_at: float) -> Membership:
 def test_a_newcomer_without_a_number_takes_the_place_of_a_server_that_is_lost_already() -> None:
     membership = taken_over(4.0, 4.0, 4.0)
     for name in ("server-0", "server-1", "server-2"):
-        membership.beat(name, Heartbeat("waiting", 5, replicas_held=[(number_of(name) - 1) % 3]), 4.0)
+        membership.heartbeat(name, Heartbeat("waiting", 5, replicas_held=[(number_of(name) - 1) % 3]), 4.0)
     membership.dismiss("server-1")
     assert lost(membership) == ["server-1"] and not membership.broken
     member, _ = membership.hello(Hello("server", None, "tcp://server:9"), 20, 4.5)
@@ -230,7 +230,7 @@ def test_after_another_coordinator_a_server_is_not_lost_before_it_is_known_wheth
     membership.hello(Hello("server", 0, "tcp://server:9"), 20, 0.05, lambda hello: True)
     membership.tick(0.1, lambda hello: hello.address == "tcp://server:0")
     assert lost(membership) == []
-    membership.beat("server-1", Heartbeat("waiting", 5, replicas_held=[0]), 0.2)
+    membership.heartbeat("server-1", Heartbeat("waiting", 5, replicas_held=[0]), 0.2)
     membership.tick(0.3, lambda hello: hello.address == "tcp://server:0")
     assert lost(membership) == ["server-0"] and not membership.broken
 
@@ -245,7 +245,7 @@ def test_a_replica_that_is_started_again_is_known_to_have_died() -> None:
     membership = started(2, policy="local")
     for half in range(1, 5):
         for name in ("server-0", "worker-0"):
-            membership.beat(name, Heartbeat(), half / 2)
+            membership.heartbeat(name, Heartbeat(), half / 2)
     assert membership.hello(Hello("worker", 1), 20, 2.0) == (None, [("", Heartbeat())])
     assert membership.broken.startswith("worker-1: process 0 on same has died")
 
@@ -311,7 +311,7 @@ def test_thousands_who_say_hello_do_not_become_members_and_a_worker_still_joins(
     assert (membership.epoch, len(membership.tables), len(membership.members)) == (1, 1, 3)
     member, _ = membership.hello(Hello("worker"), 5, now)
     assert member is not None and member.name not in names
-    membership.beat(member.name, Heartbeat("computing"), now)
+    membership.heartbeat(member.name, Heartbeat("computing"), now)
     membership.tick(now)
     assert membership.tables[-1].workers == ["worker-0", "worker-1", member.name]
     go_on(membership, now, now + FAR_S + 1, "server-0", "worker-0", "worker-1", member.name)
@@ -334,7 +334,7 @@ def test_thousands_of_workers_join_one_as_quickly_as_another(monkeypatch: pytest
     for number in range(2000):
         member, answers = membership.hello(Hello("worker", number + 1), 100 + number, 0.0)
         assert member is not None
-        membership.beat(member.name, Heartbeat("waiting"), 0.0)
+        membership.heartbeat(member.name, Heartbeat("waiting"), 0.0)
         told += len(answers)
     assert told == 2000
     assert len(membership.tick(0.1)) == 2001 and membership.epoch == 2  # one table for all of them
@@ -346,12 +346,12 @@ def test_no_more_workers_take_part_than_some_times_those_that_were_expected() ->
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
         if member is None:
             break
-        membership.beat(member.name, Heartbeat("computing", 3, not_started=[1, 2, 3]), 0.0)
+        membership.heartbeat(member.name, Heartbeat("computing", 3, not_started=[1, 2, 3]), 0.0)
     ((_, refused),) = answers
     assert isinstance(refused, Refused) and "run run has 72 workers, and takes no more where --workers is 2" in refused.reason
     assert len(membership.names("worker")) == 72
     membership.leave("worker-5", early=True)
-    assert membership.members["worker-5"].beat == Heartbeat(round=3)  # of one that is gone no more is kept than is needed
+    assert membership.members["worker-5"].heartbeat == Heartbeat(round=3)  # of one that is gone no more is kept than is needed
     member, _ = membership.hello(Hello("worker"), 5000, 0.0)
     assert member is not None and member.name == "worker-72"
 
@@ -362,7 +362,7 @@ def test_names_of_workers_are_bounded_over_the_whole_run(monkeypatch: pytest.Mon
     for number in range(30):
         member, answers = membership.hello(Hello("worker"), 100 + number, 0.0)
         if member is not None:
-            membership.beat(member.name, Heartbeat("computing"), 0.0)
+            membership.heartbeat(member.name, Heartbeat("computing"), 0.0)
             membership.leave(member.name, early=True)
     ((_, refused),) = answers
     assert isinstance(refused, Refused) and "has had 20 workers" in refused.reason and len(membership.workers) == 20

@@ -15,9 +15,9 @@ from test_rounds_simulated import (
     PLAIN,
     SPARE,
     cases,
-    check_books,
     check_exact,
     check_head,
+    check_ledger,
     check_rows,
     check_same_everywhere,
     few,
@@ -52,7 +52,7 @@ def killed(draw: st.DrawFn, policy: str, codecs: dict[str, Any] | None = None, *
 
 
 def check(outcome: Outcome) -> None:
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_copies(outcome)
     assert not [event for event in outcome.log.events if event.kind in ("restarted", "rolled back")]
@@ -170,7 +170,7 @@ def test_weights_whose_changes_are_sent(case: Case) -> None:
 @few
 @given(killed("sync", {"compress_gradients": "onebit"}))
 def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> None:
-    check_books(simulate(case))
+    check_ledger(simulate(case))
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup"])

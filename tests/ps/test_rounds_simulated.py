@@ -1,8 +1,8 @@
 """Whole runs over a bad network, by hypothesis: every policy keeps its promises, and none hangs.
 
 Promises: every micro-batch counts once in every chunk (`backup`: or is dropped, b a round at most, the same on all servers and
-in the books); weights computed from in a round hold every update before it and none later; `sync` gives the bits of a plain
-loop; nobody leads by more than the policy admits; a worker that dies stops nobody; the books agree with the plan.
+in the ledger); weights computed from in a round hold every update before it and none later; `sync` gives the bits of a plain
+loop; nobody leads by more than the policy admits; a worker that dies stops nobody; the ledger agrees with the plan.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ PLAIN = {"momentum": 0.0, "lr": 1.0}
 SPARE: dict[str, Any] = {"servers": (4, 6), "chunk_bytes": 4000}
 
 
-def check_books(outcome: Outcome) -> None:
+def check_ledger(outcome: Outcome) -> None:
     """The ledger agrees with the plan and with the rows of the log; every micro-batch is in one committed row, or dropped."""
     case, totals = outcome.case, outcome.ledger.totals
     planned = case.micro_batches()
@@ -177,7 +177,7 @@ def check_rows(outcome: Outcome) -> None:
 
 
 def check_dropped_or_counted(outcome: Outcome) -> None:
-    """A micro-batch counts once if the books say so, else not at all, and no round drops too many."""
+    """A micro-batch counts once if the ledger says so, else not at all, and no round drops too many."""
     case = outcome.case
     committed = outcome.committed()
     for task, times in zip(case.micro_batches(), outcome.counted(), strict=True):
@@ -204,7 +204,7 @@ def check_kept(outcome: Outcome) -> None:
 def check_promises(case: Case) -> None:
     """Run it; all that its policy promises."""
     outcome = simulate(case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_kept(outcome)
 
@@ -218,7 +218,7 @@ def check_promises(case: Case) -> None:
 def test_sync_gives_the_bits_of_a_plain_loop(case: Case) -> None:
     outcome = simulate(case)
     check_exact(outcome)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
 
 
@@ -232,7 +232,7 @@ def test_a_worker_whose_weights_are_gone_before_they_are_all_there_gives_its_mic
     assert outcome.world.given_up > 0
     assert len(outcome.models) == 3
     check_exact(outcome)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
 
 
@@ -241,7 +241,7 @@ def test_a_worker_whose_weights_are_gone_before_they_are_all_there_gives_its_mic
 def test_sync_clips_by_the_norm_over_all_servers(case: Case) -> None:
     outcome = simulate(case)
     check_exact(outcome)
-    check_books(outcome)
+    check_ledger(outcome)
 
 
 def test_a_sum_that_overflows_is_no_gradient_that_is_not_finite_whoever_adds_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +270,7 @@ def test_a_sum_that_overflows_is_no_gradient_that_is_not_finite_whoever_adds_it_
 # I1, I7
 def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(case: Case) -> None:
     outcome = simulate(case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_dropped_or_counted(outcome)
 
@@ -283,7 +283,7 @@ def test_backup_counts_a_micro_batch_once_or_drops_it_everywhere(case: Case) -> 
 # I1, I3
 def test_ssp_counts_every_micro_batch_once_and_nobody_leads_too_far(case: Case) -> None:
     outcome = simulate(case)  # how far each leads is checked in `begins`
-    check_books(outcome)
+    check_ledger(outcome)
     check_counted_once(outcome)
     check_same_everywhere(outcome)
     assert all(
@@ -296,7 +296,7 @@ def test_ssp_counts_every_micro_batch_once_and_nobody_leads_too_far(case: Case) 
 # I1
 def test_async_counts_every_micro_batch_once(case: Case) -> None:
     outcome = simulate(case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_counted_once(outcome)
     check_same_everywhere(outcome)
 
@@ -349,7 +349,7 @@ def check_head(outcome: Outcome) -> None:
 def test_sharded_layers_keep_all_those_promises(policy: str, clip_norm: float | None, data: st.DataObject) -> None:
     case = cases(policy, classes=data.draw(st.sampled_from([10, 1000])), clip_norm=clip_norm, chunk_bytes=400)
     outcome = simulate(data.draw(case))
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_head(outcome)
     if policy == "sync":
@@ -362,7 +362,7 @@ def test_sharded_layers_keep_all_those_promises(policy: str, clip_norm: float | 
 @given(data=st.data())
 def test_sharded_layers_count_every_micro_batch_once_where_each_is_applied_at_once(policy: str, data: st.DataObject) -> None:
     outcome = simulate(data.draw(cases(policy, classes=data.draw(st.sampled_from([10, 1000])), chunk_bytes=400, **PLAIN)))
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_counted_once(outcome)
     for tally in outcome.tallies():
@@ -392,7 +392,7 @@ def every_other_is_chosen() -> Any:
 def test_merges_do_not_depend_on_the_network(case: Case) -> None:
     with every_other_is_chosen():
         outcome = simulate(case)
-        check_books(outcome)
+        check_ledger(outcome)
         check_same_everywhere(outcome)
         quiet = simulate(Case(**{**vars(case), "network": Network()}))
     first, second = next(iter(outcome.models.values())), next(iter(quiet.models.values()))
@@ -446,7 +446,7 @@ def coded(policy: str, push: str, weights: str = "none", **more: Any) -> st.Sear
 def test_codecs_that_send_all_there_is_change_no_bit(case: Case) -> None:
     outcome = simulate(case)
     check_exact(outcome)
-    check_books(outcome)
+    check_ledger(outcome)
 
 
 @pytest.mark.slow
@@ -456,7 +456,7 @@ def test_what_error_feedback_holds_back_is_sent_once_whatever_the_network_does(c
     """All values are whole numbers here, and these codecs send them as they are: what was counted and what workers still hold
     back is what was computed."""
     outcome = simulate(case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     if case.settings.policy == "sync" and any(event.kind == "reassigned" for event in outcome.log.events):
         return  # a sum that takes the place of its parts loses what these had sent beside their own gradients
@@ -479,7 +479,7 @@ def check_computed_is_counted_or_held(outcome: Outcome) -> None:
 )
 def test_all_replicas_hold_the_weights_that_the_servers_hand_out(case: Case) -> None:
     outcome = simulate(case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     rounding = {"none": 0.0, "bf16": 1 / 256, "fp16": 1 / 2048, "int8": 0.1, "onebit": 10.0}
     check_close_to_masters(outcome, rounding[case.settings.compress_weights])
@@ -494,7 +494,7 @@ def test_all_replicas_hold_the_weights_that_the_servers_hand_out(case: Case) -> 
 )
 def test_rounded_weights_are_the_same_on_all_workers_in_the_end(case: Case) -> None:
     outcome = simulate(case)
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_close_to_masters(outcome, 1 / 256)
 

@@ -16,12 +16,15 @@ TABLES = [ShareTable(1, 0, ["worker-0", "worker-1", "worker-2"], [1, 4, 1])]
 
 def workers(left: list[int], since: float) -> dict[str, Member]:
     """Workers 0 and 2 wait in round 0; worker 1 is at micro-batch 1 since then and has these left."""
-    beats = {
+    heartbeats = {
         "worker-0": Heartbeat("waiting", 0, seconds=1.0),
         "worker-1": Heartbeat("computing", 0, 1, left, seconds=1.0),
         "worker-2": Heartbeat("waiting", 0, seconds=1.0),
     }
-    return {name: Member(name, Hello("worker"), number, 0.0, beat, since) for number, (name, beat) in enumerate(beats.items())}
+    return {
+        name: Member(name, Hello("worker"), number, 0.0, heartbeat, since)
+        for number, (name, heartbeat) in enumerate(heartbeats.items())
+    }
 
 
 def test_what_one_was_given_is_not_given_to_who_asks_at_the_same_moment() -> None:
@@ -40,7 +43,7 @@ def test_what_a_late_one_computes_is_given_to_one_other() -> None:
 @pytest.mark.parametrize("elapsed", [0.1, 1.0, 1.7, 1.8, 2.4, 3.0, 4.4, 4.6])
 def test_what_a_slow_one_computes_is_given_to_one_that_will_have_done_it_sooner_or_when_it_takes_too_long(elapsed: float) -> None:
     takeover, members = Speculation(), workers([], since=0.0)
-    members["worker-1"].beat = Heartbeat("computing", 0, 1, [], seconds=3.0)  # the others take 1 s
+    members["worker-1"].heartbeat = Heartbeat("computing", 0, 1, [], seconds=3.0)  # the others take 1 s
     given = takeover.reassign("worker-0", range(1), lambda _: 6, TABLES, members, now=elapsed)
     assert given == (None if 1.75 < elapsed < 4.5 else Reassign(0, 1, "worker-0", "worker-1"))
 
@@ -48,15 +51,15 @@ def test_what_a_slow_one_computes_is_given_to_one_that_will_have_done_it_sooner_
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 3.0])
 def test_what_one_may_just_have_begun_is_given_to_one_that_will_have_done_it_sooner(seconds: float) -> None:
     takeover, members = Speculation(), workers([2], since=0.0)
-    members["worker-1"].beat = Heartbeat("computing", 0, 1, [2], seconds=seconds)
-    members["worker-0"].beat = Heartbeat("waiting", 0, seconds=0.1)  # worker 1 will have done it after twice its time
+    members["worker-1"].heartbeat = Heartbeat("computing", 0, 1, [2], seconds=seconds)
+    members["worker-0"].heartbeat = Heartbeat("waiting", 0, seconds=0.1)  # worker 1 will have done it after twice its time
     given = [takeover.reassign("worker-0", range(1), lambda _: 6, TABLES, members, now=0.9 * seconds) for _ in range(2)]
     # nor does a quick one wait for it at what the slow one is at, if that takes it longer
     assert given[0] == Reassign(0, 2, "worker-0", "worker-1")
     assert given[1] == (Reassign(0, 1, "worker-0", "worker-1") if 0.1 * seconds > 1.25 * 0.1 else None)
     takeover, slow = Speculation(), workers([2], since=0.0)
-    slow["worker-1"].beat = members["worker-1"].beat
-    slow["worker-0"].beat = Heartbeat("waiting", 0, seconds=seconds)  # it would have done it at about the same time
+    slow["worker-1"].heartbeat = members["worker-1"].heartbeat
+    slow["worker-0"].heartbeat = Heartbeat("waiting", 0, seconds=seconds)  # it would have done it at about the same time
     assert takeover.reassign("worker-0", range(1), lambda _: 6, TABLES, slow, now=0.9 * seconds) is None
 
 
@@ -77,8 +80,8 @@ def test_what_is_missing_for_a_second_is_given_once_in_a_while() -> None:
 
 def sent(members: dict[str, Member], micro_batches: list[int], transfer: float) -> dict[str, Member]:
     """The same, but worker 1 waits too, has sent these, and took so many seconds for such before."""
-    beat = Heartbeat("waiting", 0, -1, [], micro_batches, 1.0, transfer=transfer)
-    return members | {"worker-1": replace(members["worker-1"], beat=beat)}
+    heartbeat = Heartbeat("waiting", 0, -1, [], micro_batches, 1.0, transfer=transfer)
+    return members | {"worker-1": replace(members["worker-1"], heartbeat=heartbeat)}
 
 
 @pytest.mark.parametrize(("transfer", "believed_s"), [(0.1, 3.0), (2.0, 4.0), (10.0, 20.0), (0.0, 15.0)])
@@ -105,12 +108,14 @@ def test_what_was_sent_is_believed_to_be_on_its_way_while_some_of_it_arrives() -
 def at_once(gone: bool, taken: list[tuple[int, int]] | None = None) -> dict[str, Member]:
     """Pushes are applied at once: worker 0 is in round 9, worker 1 in round 2 (or `gone`), and worker 2 in round 5, at what it
     took over of round 1, with these left."""
-    beats = {
+    heartbeats = {
         "worker-0": Heartbeat("computing", 9, 0, [], seconds=0.1, reached=9),
         "worker-1": Heartbeat("computing", 2, 1, [2, 3, 4], seconds=0.1, reached=2),
         "worker-2": Heartbeat("computing", 1, 5, [], seconds=0.1, reached=5, reassigned_here=taken or []),
     }
-    members = {name: Member(name, Hello("worker"), n, 0.0, beat, 0.0) for n, (name, beat) in enumerate(beats.items())}
+    members = {
+        name: Member(name, Hello("worker"), n, 0.0, heartbeat, 0.0) for n, (name, heartbeat) in enumerate(heartbeats.items())
+    }
     members["worker-1"].lost = gone
     return members
 
@@ -143,7 +148,7 @@ def test_all_of_one_that_is_gone_is_dealt_out_to_those_who_have_got_so_far_in_po
 
 def test_what_servers_have_got_is_not_taken_over_from_one_that_is_gone() -> None:
     members = at_once(gone=True)
-    members["worker-0"].beat = Heartbeat("waiting", 9, seconds=0.1, reached=9)
+    members["worker-0"].heartbeat = Heartbeat("waiting", 9, seconds=0.1, reached=9)
     takeover = Speculation()
     given = [takeover.reassign("worker-0", range(1, 10), lambda _: 6, TABLES, members, 0.0, {7: {3, 5}}) for _ in range(3)]
     assert given == [Reassign(7, 3, "worker-0", "worker-1"), None, None]  # 5 is worker 2's, who is about to do it

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Outcome, Pace, simulate
-from test_rounds_simulated import PLAIN, SPARE, cases, check_books, check_exact, check_kept, check_same_everywhere, few
+from test_rounds_simulated import PLAIN, SPARE, cases, check_exact, check_kept, check_ledger, check_same_everywhere, few
 
 from roundtable.common.config.settings import PolicyName, Settings
 
@@ -29,9 +29,9 @@ def test_no_round_that_was_done_is_lost_not_even_the_first(tmp_path: Path, polic
     case = Case(settings, [Pace(0.3)] * 2, ((48, 3),), **PLAIN, folder=tmp_path, stopped=[(at, 5.0)])  # type: ignore[arg-type]
     outcome = simulate(case)
     ((to, lost),) = rolled_back(outcome)
-    assert outcome.world.stopped == 1 and outcome.world.begun_anew == 0
+    assert outcome.world.stopped == 1 and outcome.world.restarts == 0
     assert to > 0 and lost <= 2
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
 
 
@@ -60,7 +60,7 @@ def test_a_worker_that_is_told_to_stop_hands_over_what_it_has(tmp_path: Path, po
     assert outcome.world.left == 1 and not rolled_back(outcome)
     kinds = {event.kind for event in outcome.log.events if event.process == "worker-1"}
     assert "left" in kinds and "lost" not in kinds
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_kept(outcome)
 
@@ -70,10 +70,10 @@ def test_a_server_that_is_told_to_stop_leaves_after_a_checkpoint(tmp_path: Path,
     settings = Settings(workers=2, servers=2, global_batch=8, micro_batch=2, replicas=replicas)
     told = [("server-1", 3.0, 1.0)]
     outcome = simulate(Case(settings, [Pace(0.3)] * 2, ((48, 3),), folder=tmp_path, told=told))
-    assert outcome.world.left == 1 and outcome.world.begun_anew == 1 - replicas
+    assert outcome.world.left == 1 and outcome.world.restarts == 1 - replicas
     back = rolled_back(outcome)
     assert not back if replicas else back[0][0] > 0 and back[0][1] <= 2
-    check_books(outcome)
+    check_ledger(outcome)
     check_exact(outcome)
 
 
@@ -82,8 +82,8 @@ def test_a_worker_of_replicas_that_are_trained_apart_leaves_after_a_merge(tmp_pa
     told = [("worker-1", 3.0, 1.0)]
     case = Case(settings, [Pace(0.3)] * 2, ((48, 3),), **PLAIN, folder=tmp_path, told=told)  # type: ignore[arg-type]
     outcome = simulate(case)
-    assert outcome.world.left == 1 and outcome.world.begun_anew == 1 and rolled_back(outcome)[0][0] > 0
-    check_books(outcome)
+    assert outcome.world.left == 1 and outcome.world.restarts == 1 and rolled_back(outcome)[0][0] > 0
+    check_ledger(outcome)
 
 
 @pytest.mark.parametrize("with_coordinator", [True, False])
@@ -94,7 +94,7 @@ def test_all_are_told_at_once(tmp_path: Path, with_coordinator: bool) -> None:
     outcome = simulate(Case(settings, [Pace(0.3)] * 3, ((48, 3),), folder=tmp_path, told=told, stopped=stopped))
     assert outcome.world.stopped == with_coordinator
     assert all(to > 0 and lost <= 2 for to, lost in rolled_back(outcome))
-    check_books(outcome)
+    check_ledger(outcome)
     check_exact(outcome)
 
 
@@ -130,7 +130,7 @@ def test_whatever_it_was_at_the_run_goes_on(tmp_path_factory: pytest.TempPathFac
     more = data.draw(st.sampled_from([{}, SPARE]))
     case = data.draw(stops(policy, **more, **({} if policy == "sync" else PLAIN)))
     outcome = simulate(replace(case, folder=tmp_path_factory.mktemp("run")))
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_kept(outcome)
 
@@ -142,6 +142,6 @@ def test_whoever_is_told_to_stop(tmp_path_factory: pytest.TempPathFactory, polic
     more = data.draw(st.sampled_from([{}, SPARE]))
     case = data.draw(leavings(policy, **more, **({} if policy == "sync" else PLAIN)))
     outcome = simulate(replace(case, folder=tmp_path_factory.mktemp("run")))
-    check_books(outcome)
+    check_ledger(outcome)
     check_same_everywhere(outcome)
     check_kept(outcome)

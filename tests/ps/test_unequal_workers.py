@@ -128,7 +128,7 @@ def test_a_coordinator_that_takes_over_compares_with_what_was_told_to_the_one_be
     coordinator.context.ledger.set_up(SETUP, "worker-0 on a")
     coordinator.context.ledger.plan(plan().segment, FACTS, "worker-0 on a")
     coordinator.context.flush()
-    books = restore(tmp_path / FILE_NAME)
-    assert books is not None and books.ledger.setup == SETUP
-    refused = books.ledger.plan(plan().segment, [Fact("shuffle", "False")], "worker-1 on b")
+    restored = restore(tmp_path / FILE_NAME)
+    assert restored is not None and restored.ledger.setup == SETUP
+    refused = restored.ledger.plan(plan().segment, [Fact("shuffle", "False")], "worker-1 on b")
     assert isinstance(refused, Refused) and "shuffle False where worker-0 on a has True" in refused.reason

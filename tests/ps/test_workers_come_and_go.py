@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from simulation import Case, Network, Outcome, Pace, schedules, simulate
-from test_rounds_simulated import PLAIN, check_books, check_counted_once, check_exact, check_promises
+from test_rounds_simulated import PLAIN, check_counted_once, check_exact, check_ledger, check_promises
 
 from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError
@@ -78,7 +78,7 @@ def test_workers_that_join_when_all_are_dead_go_on(policy: str, data: st.DataObj
 
 
 def check(outcome: Outcome) -> None:
-    check_books(outcome)
+    check_ledger(outcome)
     if outcome.case.settings.policy == "sync":
         check_exact(outcome)
     else:

@@ -1,5 +1,5 @@
 """Real runs in which a worker, two servers and the coordinator are killed: the weights themselves say, on each server by itself,
-that every sample is in one update an epoch, or was dropped as the books say."""
+that every sample is in one update an epoch, or was dropped as the ledger says."""
 
 from __future__ import annotations
 

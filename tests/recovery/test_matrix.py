@@ -1,4 +1,4 @@
-"""A few rows of the fault matrix, of which weights and books are those of an undisturbed run: a process is killed at a named
+"""A few rows of the fault matrix, of which weights and event log are those of an undisturbed run: a process is killed at a named
 point, or messages do not come as they were sent.
 """
 

@@ -193,8 +193,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_idx_file_is_named(damage: str, packed: bool, tmp_path: Path) -> None:
     arrays = write_idx(tmp_path, packed)
     path = tmp_path / ("t10k-images-idx3-ubyte" + (".gz" if packed else ""))
-    spoilt = DAMAGE[damage](idx(arrays["t10k-images"]))
-    path.write_bytes(gzip.compress(spoilt) if packed else spoilt)
+    round_invalid = DAMAGE[damage](idx(arrays["t10k-images"]))
+    path.write_bytes(gzip.compress(round_invalid) if packed else round_invalid)
     assert path.name in refusal("mnist", tmp_path)
 
 

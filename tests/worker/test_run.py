@@ -60,11 +60,11 @@ def test_a_loop_that_was_left_early_cannot_be_followed_by_another() -> None:
 def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> None:
     kv = SimpleNamespace(answered=0)
     session: Any = SimpleNamespace(router=SimpleNamespace(traffic=None), work=None, kv=kv, _finished=False)
-    before = Session.beat(session)
+    before = Session.heartbeat(session)
     kv.answered += 1
-    assert Session.beat(session) != before
+    assert Session.heartbeat(session) != before
     session.kv = None
-    assert Session.beat(session).state == "starting"
+    assert Session.heartbeat(session).state == "starting"
 
 
 def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None:

@@ -130,7 +130,7 @@ def test_a_round_that_is_over_gives_no_contribution_and_says_so() -> None:
     loss = sharded_cross_entropy(ours(x), y)
     shards.forget()  # zero_grad, as some call it between forward and backward
     loss.backward()
-    assert shards.spoilt and shards.contribution(1) == [] and not shards.spoilt
+    assert shards.round_invalid and shards.contribution(1) == [] and not shards.round_invalid
 
 
 def test_a_layer_takes_up_no_memory_and_a_copy_of_it_has_nothing_to_do_with_the_run() -> None:

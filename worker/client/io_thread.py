@@ -55,7 +55,7 @@ class IoThread:
     """Sockets to the coordinator and all servers, served by a thread of its own.
 
     `lock` guards everything that both threads touch, the state machines of the worker included. Callbacks are called by the
-    thread with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `beat() -> Beat`, and
+    thread with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `heartbeat() -> Heartbeat`, and
     `on_replaced(server)` when a server is another process from now on.
     """
 
@@ -64,7 +64,7 @@ class IoThread:
         self.lock = threading.Condition()
         self.on_message: Callable[[str, Body, Frames], None] = lambda sender, body, frames: None
         self.on_tick: Callable[[float], list[Send]] = lambda now: []
-        self.beat: Callable[[], Heartbeat] = lambda: Heartbeat("starting")
+        self.heartbeat: Callable[[], Heartbeat] = lambda: Heartbeat("starting")
         self.on_replaced: Callable[[int], None] = lambda server: None
         #: Whether to copy frames: necessary once the interpreter shuts down, when zero-copy buffers are no longer tracked.
         self.copies = False
@@ -216,10 +216,10 @@ class IoThread:
         """Whether it has said that the run has failed."""
         return self._attendance.stop is not None and not self._attendance.stop.ok
 
-    def beat_soon(self) -> None:
+    def heartbeat_soon(self) -> None:
         """Tell the coordinator where this worker is, unless it was told just now."""
         with self.lock:
-            due = self._attendance.beat_soon(time.monotonic())
+            due = self._attendance.heartbeat_soon(time.monotonic())
         if due:
             self._notify()
 
@@ -287,7 +287,7 @@ class IoThread:
                             if self.told:
                                 self.interrupt()
                                 return
-                            log.warning("begins anew: %s", body.reason)
+                            log.warning("restarts: %s", body.reason)
                             restart()
                     self.answers += len(frames) > 1
                     if isinstance(body, Welcome) and not self._peers:
@@ -339,15 +339,15 @@ class IoThread:
             self._greeted[key] = now
             send(self._sockets[key], self._stamp.encode(Heartbeat(), self._ticket))
 
-    def _beat(self) -> Heartbeat:
+    def _heartbeat(self) -> Heartbeat:
         refused, unreached = self._refusals.counts, self._unreached.numbers
-        return msgspec.structs.replace(self.beat(), refused=refused, unreached=unreached, leaves=self.told > 0)
+        return msgspec.structs.replace(self.heartbeat(), refused=refused, unreached=unreached, leaves=self.told > 0)
 
     def _look_whether_told(self, now: float) -> None:
         """Ask the coordinator to be let go, if this worker was told to stop, and go if that takes too long."""
         welcome = self._attendance.welcome
         if self.told and welcome is not None:
-            self._attendance.beat_soon(now)
+            self._attendance.heartbeat_soon(now)
             if now > self.told_at + welcome.settings.stop_timeout + GO_S:
                 self.interrupt()
 
@@ -355,7 +355,7 @@ class IoThread:
         """Find out which servers cannot be reached."""
         welcome = self._attendance.welcome
         if welcome is not None and self._unreached.look(now, welcome.settings.progress_timeout / 2):
-            self._attendance.beat_soon(now)
+            self._attendance.heartbeat_soon(now)
 
     def _send_all(self) -> None:
         now = time.monotonic()
@@ -363,7 +363,7 @@ class IoThread:
             self._look_whether_told(now)
             messages = list(self._outbox)
             self._outbox.clear()
-            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._beat)]
+            messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._heartbeat)]
             messages += self.on_tick(now)
             self._look_at_connections(now)
         for message in messages:

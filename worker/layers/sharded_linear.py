@@ -228,7 +228,7 @@ class ShardedLayers:
         self._layers = [sharded.layer for sharded in layers]
         self._used: list[LayerGradient | HiddenGradient] = []
         #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
-        self.spoilt = False
+        self.round_invalid = False
         for number, sharded in enumerate(layers):
             if sends_first and sharded.spec.std is None:
                 self._send_first(number, sharded, tables)
@@ -316,7 +316,7 @@ class ShardedLayers:
         )
         x, y = self._features(layer, features), labels.detach().to("cpu", torch.int64).contiguous()
         if not self._ask(layer, question, [x, y]):
-            self.spoilt = True
+            self.round_invalid = True
             return torch.zeros(len(features), device=features.device, requires_grad=contributes)
         found = combine(self.exchange.take(), x, y, self._servers, layer.num_classes, smoothing, margin)
         if not contributes:
@@ -335,8 +335,8 @@ class ShardedLayers:
         """Of a hidden layer: (B, out_features) of features (B, D)."""
         x, number, contributes = self._features(layer, features), self._number(layer), torch.is_grad_enabled()
         question = ShardedForward(0, number, self._version(), len(x), contributes)
-        if self.spoilt or not self._ask(layer, question, [x]):
-            self.spoilt = True
+        if self.round_invalid or not self._ask(layer, question, [x]):
+            self.round_invalid = True
             return features.new_zeros(len(x), layer.out_features, requires_grad=contributes)
         y = self.exchange.take_outputs().to(features)
         if not contributes:
@@ -345,8 +345,8 @@ class ShardedLayers:
 
         def backward(g: torch.Tensor) -> torch.Tensor:
             slopes = g.to("cpu", torch.float32).contiguous()
-            if self.spoilt or not self._ask_back(layer, question, slopes, x):
-                self.spoilt = True
+            if self.round_invalid or not self._ask_back(layer, question, slopes, x):
+                self.round_invalid = True
                 return torch.zeros_like(features)
             self._used.append(HiddenGradient(self.exchange.number, slopes))
             return self.exchange.take_slopes().to(features)
@@ -368,7 +368,7 @@ class ShardedLayers:
         """What backward has come by since the last one, times the samples of the micro-batch."""
         used = [use.times(samples) for use in self._used]
         self.forget()
-        self.spoilt = False
+        self.round_invalid = False
         return used
 
     def forget(self) -> None:

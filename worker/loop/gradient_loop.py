@@ -137,7 +137,7 @@ class GradientLoop:
             self._end_repeat(segment)
             return
         failpoint("computing", task.round)
-        self._weights.round_invalid |= self._shards.spoilt
+        self._weights.round_invalid |= self._shards.round_invalid
         if self._weights.round_invalid:
             self._repeat = None
             self._give_up(segment)
@@ -203,7 +203,7 @@ class GradientLoop:
         self.batch.hand_out(task)
         self._begun_at, self._weights.waited_s = time.monotonic(), 0.0
         self._stale = True
-        self._context.io.beat_soon()
+        self._context.io.heartbeat_soon()
         return task
 
     def _advance(self, segment: Segment) -> None:
@@ -228,7 +228,7 @@ class GradientLoop:
         """Ask the coordinator for something to compute, as this worker waits."""
         self._leave_if_asked(segment)
         self._context.io.send(Send(COORDINATOR, RequestWork(self.round)))
-        self._context.io.beat_soon()
+        self._context.io.heartbeat_soon()
 
     def _leave_if_asked(self, segment: Segment) -> None:
         """End the script here, between two micro-batches, if this worker is to leave."""
@@ -257,7 +257,7 @@ class GradientLoop:
         """Make the model an ordinary one, which waits for nothing."""
         self._weights.close()
 
-    def beat(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         """Return where this worker is. Called by the I/O thread, with the lock held."""
         now = self.batch.task
         round_ = now.round if now is not None else self.round

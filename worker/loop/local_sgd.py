@@ -145,7 +145,7 @@ class LocalSgdLoop:
     def _first(self, segment: Segment) -> int:
         """The round of `segment` to begin at: the first that is not in the weights, which may be those of a run that goes on.
 
-        The inner optimizer's own state was in no checkpoint, so it begins anew; its schedule does not.
+        The inner optimizer's own state was in no checkpoint, so it begins again; its schedule does not.
         """
         self._merged_before, self._planned = self._planned, self._planned + self._policy.updates(segment)
         first = segment.first_round + self._policy.rounds_in(segment, max(0, self._merges - self._merged_before))
@@ -300,7 +300,7 @@ class LocalSgdLoop:
     def close(self) -> None:
         """Make the model an ordinary one: it always is."""
 
-    def beat(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""
         waiting = self._client.clock is not None
         current = self.batch.task

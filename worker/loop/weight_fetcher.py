@@ -65,7 +65,7 @@ class WeightFetcher:
             io.send(*messages)
         lazy = lazy and client.receives
         needed = self._lazy.needed_first if lazy else set()
-        io.beat_soon()
+        io.heartbeat_soon()
 
         def ready() -> _Found | None:
             if client.over is not None:

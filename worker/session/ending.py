@@ -37,9 +37,9 @@ class Ending:
         wait(lambda: reports.has_all(Request.RECOMPUTED), lambda: statistics)
         wait(lambda: self._router.idle, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
 
-    def take_leave(self, beat: Callable[[], Heartbeat], goodbye: Callable[[], Goodbye]) -> None:
+    def take_leave(self, heartbeat: Callable[[], Heartbeat], goodbye: Callable[[], Goodbye]) -> None:
         """Say that the script has ended, until the coordinator ends the run."""
         io = self._context.io
         while not io.stopped:
-            io.send(Send(COORDINATOR, beat()), Send(COORDINATOR, goodbye()))  # first, the last of what was sent
+            io.send(Send(COORDINATOR, heartbeat()), Send(COORDINATOR, goodbye()))  # first, the last of what was sent
             io.wait(lambda: io.stopped, float("inf"), lambda: _END, every=1.0)

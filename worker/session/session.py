@@ -69,7 +69,7 @@ class Session:
             io.on_message = self.router.handle
             io.on_replaced = self.router.replaced
             io.on_tick = self.router.tick
-            io.beat = self.beat
+            io.heartbeat = self.heartbeat
         torch.set_num_threads(welcome.settings.threads)
         seed = derive_seed(welcome.settings.seed, "model")
         torch.manual_seed(seed)  # also what is not in use yet
@@ -109,21 +109,23 @@ class Session:
 
     # ---- signs of life
 
-    def beat(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         """Return what this worker is at."""
         traffic = self.router.traffic
         if self._finished:
-            unsteady = self.work.beat().unsteady if self.work is not None else ""
+            unsteady = self.work.heartbeat().unsteady if self.work is not None else ""
             return Heartbeat("done", self.round, traffic=traffic, unsteady=unsteady)
         if self.work is not None:
-            return msgspec.structs.replace(self.work.beat(), traffic=traffic)
+            return msgspec.structs.replace(self.work.heartbeat(), traffic=traffic)
         return Heartbeat("starting") if self.kv is None else Heartbeat("computing", progress=self.kv.answered)
 
     def _progress(self) -> tuple[int, int, int] | None:
         """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
         with self.io.lock:
-            beat = self.beat()
-        return (beat.round, beat.micro_batch + beat.progress, self.io.answers) if beat.state != "done" else None
+            heartbeat = self.heartbeat()
+        return (
+            (heartbeat.round, heartbeat.micro_batch + heartbeat.progress, self.io.answers) if heartbeat.state != "done" else None
+        )
 
     # ---- the end
 
@@ -162,7 +164,7 @@ class Session:
             self.ending.await_reports()
             changed = self.final_tensors.changed()
             self.ending.take_leave(
-                self.beat,
+                self.heartbeat,
                 lambda: Goodbye(early=self.departure.early or self.io.told > 0, round=self.round, changed=changed),
             )
         finally:

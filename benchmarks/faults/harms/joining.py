@@ -105,7 +105,7 @@ def _joining(run: Cluster, count: int) -> Iterator[Callable[..., object]]:
 
 
 def _training(run: Cluster) -> list[int]:
-    """Return the workers that have joined since the run began, or began anew."""
+    """Return the workers that have joined since the run began, or restarted."""
     pids: dict[str, int] = {}
     for _, _, event in run.read(RunLogReader.events) or []:
         if event.kind == "started":

@@ -76,7 +76,7 @@ def a_worker_is_lost(run: Cluster) -> None:
     run.until(lambda: any(event.process == "worker-1" for event in run.events("lost")), "loss of worker-1")
 
 
-def all_begin_anew(run: Cluster) -> None:
+def all_restart(run: Cluster) -> None:
     run.signal("server-1")
     run.until(lambda: run.events("restarted"), "new beginning")
     taken = len(run.events("checkpoint"))

@@ -177,13 +177,13 @@ class MembersLost(Body, frozen=True):
 
 
 class Stop(Body, frozen=True):
-    """The run is over, or this process must begin anew."""
+    """The run is over, or this process must restart."""
 
     #: The run has finished, and its results are written.
     ok: bool
     #: Why the run has ended, in a sentence.
     reason: Text = ""
-    #: The run goes on, from its newest checkpoint or just without this process, which is to begin anew.
+    #: The run goes on, from its newest checkpoint or just without this process, which is to restart.
     restart: bool = False
     #: The run was told to stop. It can go on later.
     on_request: bool = False

@@ -51,7 +51,7 @@ class CheckpointDriver:
         ledger, membership = context.ledger, context.membership
         if ledger.layout is None or not membership.started or membership.lost_servers:
             return
-        servers = {owner: max(0, membership.servers[f"server-{owner}"].beat.round) for owner in ledger.layout.owners()}
+        servers = {owner: max(0, membership.servers[f"server-{owner}"].heartbeat.round) for owner in ledger.layout.owners()}
         done = ledger.committed >= ledger.planned
         ended = not membership.names("worker") and (done or is_stopping)
         if self._departures.all_have_left(now) and ledger.committed > 0:

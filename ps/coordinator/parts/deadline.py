@@ -74,7 +74,9 @@ class Deadline:
         Before that, the first worker may do something of its own, such as loading data.
         """
         members = self._context.membership.members.values()
-        return bool(self._context.ledger.planned) or any(member.beat.round > 0 or member.beat.unreached for member in members)
+        return bool(self._context.ledger.planned) or any(
+            member.heartbeat.round > 0 or member.heartbeat.unreached for member in members
+        )
 
     def _waits_for(self) -> str:
         membership = self._context.membership
@@ -89,8 +91,8 @@ class Deadline:
 
     def _missing(self) -> str:
         """Say what each server has not got of its open round, as far as it has said so."""
-        beats = {server.name: server.beat for server in self._context.scheduler.servers if server.beat.missing}
+        lacking = [(server.name, server.heartbeat) for server in self._context.scheduler.servers if server.heartbeat.missing]
         return "".join(
-            f"; {name} lacks micro-batch{'es' * (len(beat.missing) > 1)} {some([*map(str, beat.missing)])} of round {beat.round}"
-            for name, beat in beats.items()
+            f"; {name} lacks micro-batch{'es' * (len(last.missing) > 1)} {some([*map(str, last.missing)])} of round {last.round}"
+            for name, last in lacking
         )

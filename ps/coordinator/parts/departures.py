@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from roundtable.common.protocol.messages.session import Goodbye, Stop
-from roundtable.common.protocol.transport import BEAT_S
+from roundtable.common.protocol.transport import HEARTBEAT_S
 from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import Event, some
 from roundtable.common.storage.run_files import MODEL_FILE
@@ -24,16 +24,16 @@ _LEFT_S = 3.0
 class Departures:
     """Decides whether the run can go on without a worker, and has others do the rest of that worker's work."""
 
-    def __init__(self, context: RunContext, failover: Failover, books: RestoredRun | None) -> None:
-        """Go on with the failures that are in `books`."""
+    def __init__(self, context: RunContext, failover: Failover, restored: RestoredRun | None) -> None:
+        """Go on with the failures of the run `restored`."""
         self._context = context
         self._failover = failover
         #: Workers whose model or data differ from the others'.
         self.unlike: set[str] = set()
         #: A sentence on each worker whose script has failed and without which the run goes on.
-        self.failed = [] if books is None else books.failed
+        self.failed = [] if restored is None else restored.failed
         #: How many failures `worker_failures` has admitted.
-        self.admitted = 0 if books is None else books.admitted
+        self.admitted = 0 if restored is None else restored.admitted
 
     def goodbye(self, message: Received[Goodbye]) -> None:
         """Let a worker leave whose script has ended or failed."""
@@ -92,7 +92,7 @@ class Departures:
     def _are_all_here(self, now: float) -> bool:
         """Return whether all servers have been heard of lately, and after a take-over all members."""
         servers = self._context.scheduler.servers
-        silent = any(server.beat.round < 0 or now > server.heard_at + 2 * BEAT_S for server in servers)
+        silent = any(server.heartbeat.round < 0 or now > server.heard_at + 2 * HEARTBEAT_S for server in servers)
         return not silent and not self._context.membership.lost_servers and not self._failover.awaits_members(now)
 
     def _left(self, member: Member, goodbye: Goodbye, now: float) -> None:

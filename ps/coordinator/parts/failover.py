@@ -29,7 +29,7 @@ class Failover:
         #: The newest round on which the coordinator before can have decided, once that is known.
         self._inherits_to: int | None = None
 
-    def take_over(self, books: RestoredRun, is_dead: Callable[[Hello], bool], now: float) -> None:
+    def take_over(self, restored: RestoredRun, is_dead: Callable[[Hello], bool], now: float) -> None:
         """Go on with the members of the coordinator before. `is_dead` says whether a process has certainly ended."""
         committed = self._context.ledger.committed
         self._context.membership.restore(
@@ -47,12 +47,12 @@ class Failover:
                     ended_at=saved.ended_at,
                     failed=saved.failed,
                 )
-                for name, saved in books.members.items()
+                for name, saved in restored.members.items()
             ],
-            books.tables,
+            restored.tables,
         )
-        if books.committed_at is not None:
-            self._context.committed_at = books.committed_at + now - time.time()
+        if restored.committed_at is not None:
+            self._context.committed_at = restored.committed_at + now - time.time()
         self._recovered_at = now
 
     def awaits_members(self, now: float) -> bool:

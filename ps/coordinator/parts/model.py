@@ -52,11 +52,11 @@ class ModelCollector:
         """Return the hash of the model's parameters, once the model is complete."""
         return self._file.weights_sha256 if self._file is not None else None
 
-    def recover(self, books: RestoredRun) -> None:
+    def recover(self, restored: RestoredRun) -> None:
         """Take over the file that the coordinator before has completed, if the file is still there."""
-        if books.model is not None and books.model[1] == self._context.ledger.planned:
+        if restored.model is not None and restored.model[1] == self._context.ledger.planned:
             self._file = self._new_file()
-            self._file.restore(books.model[0])
+            self._file.restore(restored.model[0])
 
     def needs_servers(self) -> bool:
         """Return whether the run needs its servers: until the model is written, and while scripts may ask for rows."""

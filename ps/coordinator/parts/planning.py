@@ -34,11 +34,11 @@ class Planning:
         #: When the first plan was made, once one was.
         self.training_since: float | None = None
 
-    def recover(self, books: RestoredRun, now: float) -> None:
+    def recover(self, restored: RestoredRun, now: float) -> None:
         """Go on with the plans of the coordinator before."""
         self._planned = self._context.ledger.planned
-        if books.planned_at is not None:
-            self.training_since = books.planned_at + now - time.time()
+        if restored.planned_at is not None:
+            self.training_since = restored.planned_at + now - time.time()
 
     def set_up(self, message: Received[Setup]) -> None:
         """Take a worker's model, or compare it with the known one."""

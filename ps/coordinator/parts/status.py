@@ -61,10 +61,10 @@ class StatusReporter:
         membership = self._context.membership
         waits_for = self.whom_all_wait_for() if membership.started else ""
         for member in membership.members.values():
-            beat = member.beat
-            state = "lost" if member.lost else "done" if member.left else beat.state or "starting"
+            heartbeat = member.heartbeat
+            state = "lost" if member.lost else "done" if member.left else heartbeat.state or "starting"
             waits = waits_for if state == "waiting" and member.hello.role == "worker" else ""
-            self._context.log.status(StatusRow(member.name, state, beat.round, waits, beat.rate))
+            self._context.log.status(StatusRow(member.name, state, heartbeat.round, waits, heartbeat.rate))
 
     def note_losses(self, now: float) -> None:
         """Report lost members. The launcher of a process that hangs reads it in the event log, and may end the process."""
@@ -84,11 +84,11 @@ class StatusReporter:
         if forgotten:
             self._forget()
 
-    def note_beat(self, member: Member, beat: Heartbeat) -> None:
+    def note_heartbeat(self, member: Member, heartbeat: Heartbeat) -> None:
         """Report what a new heartbeat of a member says that people should know."""
-        if beat.unsteady and not member.beat.unsteady:
-            self._context.journal.warn(_UNSTEADY.format(who=member.who, name=printable(beat.unsteady)))
-        for number in beat.unreached:
+        if heartbeat.unsteady and not member.heartbeat.unsteady:
+            self._context.journal.warn(_UNSTEADY.format(who=member.who, name=printable(heartbeat.unsteady)))
+        for number in heartbeat.unreached:
             server = self._context.membership.servers.get(f"server-{number}")
             if server is not None and (pair := (member.incarnation, server.incarnation)) not in self._told_unreached:
                 self._told_unreached.add(pair)
@@ -101,15 +101,15 @@ class StatusReporter:
             return f"a connection ({unreached})"
         if gone := membership.lost_servers:
             return f"another process in the place of {some(gone)}"
-        busy = [name for name in membership.names("worker") if membership.members[name].beat.state != "waiting"]
+        busy = [name for name in membership.names("worker") if membership.members[name].heartbeat.state != "waiting"]
         if busy:
             return some(busy)
         round_ = self._context.ledger.committed
-        return some([name for name in membership.names("server") if membership.members[name].beat.round <= round_])
+        return some([name for name in membership.names("server") if membership.members[name].heartbeat.round <= round_])
 
     def rejected(self) -> Counter[str]:
         """Count the messages that this process and all members have rejected, by kind."""
-        told = (member.beat.refused for member in self._context.membership.members.values())
+        told = (member.heartbeat.refused for member in self._context.membership.members.values())
         return sum((Counter(counts) for counts in told), Counter(self._rejections.counts))
 
     def _missing(self, now: float) -> str:
@@ -139,8 +139,8 @@ class StatusReporter:
         """Say which workers cannot reach which servers. '' if all can."""
         membership = self._context.membership
         servers, active = membership.servers, membership.names("worker")
-        workers = [worker for name in active if (worker := membership.members[name]).beat.unreached]
-        pairs = [(w, servers[name]) for w in workers for n in w.beat.unreached if (name := f"server-{n}") in servers]
+        workers = [worker for name in active if (worker := membership.members[name]).heartbeat.unreached]
+        pairs = [(w, servers[name]) for w in workers for n in w.heartbeat.unreached if (name := f"server-{n}") in servers]
         return some([_cannot_reach(worker, server) for worker, server in pairs])
 
 

@@ -63,7 +63,7 @@ class Stopping:
         to go on from it. If the run itself is to stop, all leave with it.
         """
         members = self._context.membership.members.values()
-        asking = [member for member in members if member.active and member.beat.leaves and member.name not in self.dismissed]
+        asking = [member for member in members if member.active and member.heartbeat.leaves and member.name not in self.dismissed]
         if self.signal or not asking:
             self._until = self._until if self.signal else None
             return
@@ -88,7 +88,7 @@ class Stopping:
         """Return whether the run goes on without `member` as if it had never been there."""
         if member.hello.role == "server":
             return not self._model.needs_servers()
-        stays = any(other.active and not other.beat.leaves for other in self._context.membership.workers.values())
+        stays = any(other.active and not other.heartbeat.leaves for other in self._context.membership.workers.values())
         return self._context.is_over or (stays and not self._context.policy.is_local)
 
     def _is_saved(self, now: float) -> bool:

@@ -47,9 +47,9 @@ class RunSummary:
         #: The newest accuracy that a script measured.
         self._accuracy: Measured | None = None
 
-    def recover(self, books: RestoredRun) -> None:
+    def recover(self, restored: RestoredRun) -> None:
         """Go on with the metrics of the coordinator before."""
-        self._samples_before, self._seen_metrics, self._accuracy = books.samples_before, books.metrics, books.accuracy
+        self._samples_before, self._seen_metrics, self._accuracy = restored.samples_before, restored.metrics, restored.accuracy
 
     def log_metrics(self, message: Received[Metrics]) -> None:
         """Write a script's metrics to the event log, once."""
@@ -112,5 +112,5 @@ class RunSummary:
 
     def _wire(self) -> dict[str, float]:
         """Add up what all members say of tensors in frames: bytes of workers, seconds of workers and servers."""
-        told = [msgspec.structs.asdict(member.beat.traffic) for member in self._context.membership.members.values()]
+        told = [msgspec.structs.asdict(member.heartbeat.traffic) for member in self._context.membership.members.values()]
         return {key: round(sum(traffic[key] for traffic in told), 3) for key in Traffic.__struct_fields__}

@@ -9,7 +9,7 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.network.host_identity import Place
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.session import Hello
-from roundtable.common.protocol.transport import BEAT_S, STOPPED_S
+from roundtable.common.protocol.transport import HEARTBEAT_S, STOPPED_S
 from roundtable.ps.coordinator.state.roster import Member, Roster
 
 #: Seconds of silence after which a worker on the coordinator's host counts as lost, if others can do its work.
@@ -20,7 +20,7 @@ _LONGEST_S = 60.0
 #: How often the time is doubled at most: more would be no number.
 _MOST_DOUBLINGS = 10
 #: Whether a process is dead is looked up only after so many seconds of silence.
-_LOOKED_FOR_S = 2 * BEAT_S
+_LOOKED_FOR_S = 2 * HEARTBEAT_S
 
 
 class FailureDetector:

@@ -191,7 +191,7 @@ class Membership:
         """Count a dead member as lost in whose place a process asks to be. Return what to answer if the member is alive."""
         is_gone = now - taken.heard_at > DEAD_S or is_dead(taken.hello)
         if is_gone and not self.backups.may_exist(taken, now):
-            self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died and begins anew")
+            self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died, and another takes its place")
         elif self._admission.is_newcomer_late(incarnation, now):
             return Refused("Hello", self._admission.why_taken(hello))
         return None if taken.lost else Heartbeat()
@@ -223,13 +223,13 @@ class Membership:
             self._admission.prove(member)
             self._is_change_due = True
 
-    def beat(self, name: str, beat: Heartbeat, now: float) -> None:
+    def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
         """Note what a member says of itself."""
         member = self.members[name]
         self.heard(member, now)
-        if (beat.round, beat.micro_batch) != (member.beat.round, member.beat.micro_batch):
+        if (heartbeat.round, heartbeat.micro_batch) != (member.heartbeat.round, member.heartbeat.micro_batch):
             member.since = now
-        member.beat = beat
+        member.heartbeat = heartbeat
 
     def news(self, member: Member, epoch: int, now: float) -> Body | None:
         """Return what a member must hear that knows membership epoch `epoch`. None if that may be on its way.
@@ -297,7 +297,7 @@ class Membership:
         return self._change()
 
     def fence(self, member: Member) -> Stop:
-        """Return what a lost member is told, whatever it sends: to begin anew, because others do its work."""
+        """Return what a lost member is told, whatever it sends: to restart, because others do its work."""
         return Stop(False, f"{member.name} was silent for too long and counts as lost; it joins again as another.", restart=True)
 
     def _lose(self, member: Member, why: str) -> None:
@@ -316,7 +316,9 @@ class Membership:
         if not self.started or not member.proven:
             self._admission.forget(member)
         elif member.hello.role == "server":
-            needed = [server for server in self.servers.values() if server.lost or (server.replaces and server.beat.round < 0)]
+            needed = [
+                server for server in self.servers.values() if server.lost or (server.replaces and server.heartbeat.round < 0)
+            ]
             if not all(self.backups.exists(server) for server in needed):
                 self.broken = f"{member.name}: {why}."
         elif self._policy.is_local and not member.left and not self.over:

@@ -21,8 +21,8 @@ class Member:
     hello: Hello
     incarnation: int
     heard_at: float
-    beat: Heartbeat = field(default_factory=Heartbeat)
-    #: Since when it has computed `beat.micro_batch`.
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    #: Since when it has computed `heartbeat.micro_batch`.
     since: float = 0.0
     #: It said goodbye.
     left: bool = False
@@ -62,18 +62,18 @@ class Member:
     @property
     def reached(self) -> int:
         """Return the round that a worker is in. It may compute a micro-batch of an earlier one."""
-        return max(self.beat.reached, self.beat.round)
+        return max(self.heartbeat.reached, self.heartbeat.round)
 
     def keep_counts(self) -> None:
         """Keep of the last heartbeat of a member that is gone only what the summary counts, and where it was."""
-        beat = self.beat
-        self.beat = Heartbeat(
-            round=beat.round,
-            rate=beat.rate,
-            reached=beat.reached,
-            traffic=beat.traffic,
-            replicas_held=beat.replicas_held,
-            refused=beat.refused,
+        heartbeat = self.heartbeat
+        self.heartbeat = Heartbeat(
+            round=heartbeat.round,
+            rate=heartbeat.rate,
+            reached=heartbeat.reached,
+            traffic=heartbeat.traffic,
+            replicas_held=heartbeat.replicas_held,
+            refused=heartbeat.refused,
         )
 
 
@@ -124,12 +124,12 @@ class Backups:
     def exists(self, server: Member) -> bool:
         """Return whether another server has a whole backup of a lost server's shard."""
         backup = self._server_with(server)
-        return backup is not None and number_of(server.name) in backup.beat.replicas_held
+        return backup is not None and number_of(server.name) in backup.heartbeat.replicas_held
 
     def may_exist(self, member: Member, now: float) -> bool:
         """Return whether there may be a backup of which the coordinator has not heard yet."""
         backup = self._server_with(member)
-        return backup is not None and not backup.beat.state and backup.heard_at > now - DEAD_S
+        return backup is not None and not backup.heartbeat.state and backup.heard_at > now - DEAD_S
 
     def _server_with(self, member: Member) -> Member | None:
         """Return the server after `member`, if it is to have a backup of the shard of `member`, and is part of the run."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.session import Reassign
-from roundtable.common.protocol.transport import BEAT_S
+from roundtable.common.protocol.transport import HEARTBEAT_S
 from roundtable.ps.coordinator.state.ledger import Ledger
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.state.speculation import Speculation
 
 #: Seconds for which a server's heartbeat holds.
-_BELIEVED_S = 3 * BEAT_S
+_BELIEVED_S = 3 * HEARTBEAT_S
 
 
 class Scheduler:
@@ -37,10 +37,10 @@ class Scheduler:
         if found is not None or self._is_silent(now):
             return found
         servers = self.servers
-        open_round = min(server.beat.round for server in servers)
+        open_round = min(server.heartbeat.round for server in servers)
         if open_round > round_:
             return None  # a later one is not for a worker that has not got its weights yet
-        missing = (k for server in servers if server.beat.round == open_round for k in server.beat.missing)
+        missing = (k for server in servers if server.heartbeat.round == open_round for k in server.heartbeat.missing)
         return self._speculation.reassign_missing(waiting, open_round, missing, count(open_round), tables, workers, now)
 
     def assign_orphans(self, now: float) -> list[Reassign]:
@@ -59,18 +59,18 @@ class Scheduler:
     @property
     def all_applied(self) -> bool:
         """Return whether every planned round is applied, even if only the servers say so."""
-        applied = min(server.beat.round for server in self.servers)
+        applied = min(server.heartbeat.round for server in self.servers)
         return max(applied, self._ledger.committed) >= self._ledger.planned
 
     def _lacking(self) -> dict[int, set[int]]:
         """Return what servers say they lack, by round, earliest first."""
         found: dict[int, set[int]] = {}
-        for beat in (server.beat for server in self.servers if server.beat.round >= 0):
-            for round_, ks in enumerate([beat.missing, *beat.missing_later], beat.round):
+        for heartbeat in (server.heartbeat for server in self.servers if server.heartbeat.round >= 0):
+            for round_, ks in enumerate([heartbeat.missing, *heartbeat.missing_later], heartbeat.round):
                 if ks:
                     found.setdefault(round_, set()).update(ks)
         return dict(sorted(found.items()))
 
     def _is_silent(self, now: float) -> bool:
         """Return whether a server has been silent. It may hang, and have what it seems to lack. Or it is gone."""
-        return any(server.beat.round < 0 or now > server.heard_at + _BELIEVED_S for server in self.servers)
+        return any(server.heartbeat.round < 0 or now > server.heard_at + _BELIEVED_S for server in self.servers)

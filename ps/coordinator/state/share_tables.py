@@ -64,14 +64,14 @@ class ShareTables:
     def _speeds_changed(self) -> bool:
         """Return whether shares by the speeds measured now would move a micro-batch."""
         workers, table = self._roster.names("worker"), self.tables[-1]
-        if workers != table.workers or any(self._roster.members[worker].beat.rate <= 0 for worker in workers):
+        if workers != table.workers or any(self._roster.members[worker].heartbeat.rate <= 0 for worker in workers):
             return False
         count = -(-self._settings.global_batch // self._settings.micro_batch)
         return shares(count, self._weights(workers)) != shares(count, table.weights)
 
     def _weights(self, workers: list[str]) -> list[int]:
         """Return samples per second, relative to the fastest, in hundredths. Workers without a measurement get the mean."""
-        rates = [self._roster.members[worker].beat.rate for worker in workers]
+        rates = [self._roster.members[worker].heartbeat.rate for worker in workers]
         known = [rate for rate in rates if rate > 0]
         if not known:
             return [1] * len(workers)

@@ -139,8 +139,8 @@ class Speculation:
             for since, name in view.late_for(workers[waiting], now):
                 other = workers[name]
                 still = _computes(other, round_) and other.since == since
-                if still and name != waiting and self._has(name, (round_, other.beat.micro_batch)):
-                    return self._assign(round_, other.beat.micro_batch, waiting, name, now)
+                if still and name != waiting and self._has(name, (round_, other.heartbeat.micro_batch)):
+                    return self._assign(round_, other.heartbeat.micro_batch, waiting, name, now)
         return None
 
     def reassign_missing(
@@ -159,7 +159,7 @@ class Speculation:
             self._missing_since = {key: self._missing_since.get(key, now) for key in nowhere}
             self._lacking = sorted(key for key, since in self._missing_since.items() if now - since > _MISSING_S)
         for key in self._lacking:
-            has_sent = workers[waiting].beat.round == round_ and key[1] in workers[waiting].beat.unacknowledged
+            has_sent = workers[waiting].heartbeat.round == round_ and key[1] in workers[waiting].heartbeat.unacknowledged
             if not has_sent and now - self._reassigned_at.get(key, float("-inf")) > _REASSIGN_AGAIN_S:
                 return self._assign(*key, waiting, "", now)
         return None
@@ -183,7 +183,7 @@ class Speculation:
         active = {name: member for name, member in workers.items() if member.active}
         free = self._free(lacking, count, tables, active, now)
         self._free_since = {key: self._free_since.get(key, now) for key in free}
-        has = Counter({name: len(member.beat.reassigned_here) for name, member in active.items()})
+        has = Counter({name: len(member.heartbeat.reassigned_here) for name, member in active.items()})
         for (round_, k), to in self.reassigned.items():
             has[to] += now - self._reassigned_at[round_, k] <= _REASSIGN_AGAIN_S and k in lacking.get(round_, ())
         room = {name: _most_ahead(member) - has[name] for name, member in active.items()}
@@ -211,11 +211,11 @@ class Speculation:
         """
         held: set[tuple[int, int]] = set()
         for name, member in active.items():
-            beat = member.beat
-            own = {*beat.reassigned_here, *((beat.round, k) for k in [*beat.not_started, beat.micro_batch])}
+            heartbeat = member.heartbeat
+            own = {*heartbeat.reassigned_here, *((heartbeat.round, k) for k in [*heartbeat.not_started, heartbeat.micro_batch])}
             held |= {key for key in own if self._has(name, key)}
             if self._is_on_its_way(name, member, now):
-                held |= {(beat.round, k) for k in beat.unacknowledged}
+                held |= {(heartbeat.round, k) for k in heartbeat.unacknowledged}
         free = []
         for round_, ks in lacking.items():
             table, size = in_force(tables, round_), count(round_)
@@ -267,23 +267,23 @@ class Speculation:
         held = {k for name, ks in runs.items() if name in workers and workers[name].active for k in ks}
         patience_s = _PATIENCE * _cost_of_another(waiting)
         for name, member in workers.items():
-            if member.active and member.beat.round == round_:
+            if member.active and member.heartbeat.round == round_:
                 if self._is_on_its_way(name, member, now):
-                    held |= set(member.beat.unacknowledged)
+                    held |= set(member.heartbeat.unacknowledged)
                 if not _is_overdue(member, now) or now - member.since <= patience_s:
-                    held.add(member.beat.micro_batch)
+                    held.add(member.heartbeat.micro_batch)
         return held
 
     def _is_on_its_way(self, name: str, member: Member, now: float) -> bool:
         """Return whether what a worker has sent may still arrive."""
-        round_, sent = member.beat.round, member.beat.unacknowledged
+        round_, sent = member.heartbeat.round, member.heartbeat.unacknowledged
         before, known, since = self._sent.get(name, (-1, [], 0.0))
         if before != round_:
             since = member.since
         elif known != sent:
             since = now
         self._sent[name] = round_, sent, max(since, member.since)
-        transfer = member.beat.transfer
+        transfer = member.heartbeat.transfer
         return now - self._sent[name][2] < (max(_SENT_S, _SENT_TIMES * transfer) if transfer else _SENT_FIRST_S)
 
     def _not_begun(self, round_: int, count: int, table: ShareTable, workers: Mapping[str, Member]) -> dict[str, list[int]]:
@@ -292,11 +292,11 @@ class Speculation:
         for name in {*table.workers, *workers}:
             member = workers.get(name)
             gone = member is None or not member.active
-            if member is not None and not gone and member.beat.round == round_:
-                ks = member.beat.not_started
+            if member is not None and not gone and member.heartbeat.round == round_:
+                ks = member.heartbeat.not_started
             elif member is None or gone or member.reached < round_:
                 ks = list(table.run(name, count))
-            elif taken := [k for r, k in member.beat.reassigned_here if r == round_]:
+            elif taken := [k for r, k in member.heartbeat.reassigned_here if r == round_]:
                 ks = taken
             else:
                 continue
@@ -308,12 +308,12 @@ class Speculation:
 
 def _most_ahead(member: Member) -> int:
     """Return how many micro-batches a worker may have ahead."""
-    return max(1, min(_MOST_AHEAD, int(_AHEAD_S / member.beat.seconds))) if member.beat.seconds else 1
+    return max(1, min(_MOST_AHEAD, int(_AHEAD_S / member.heartbeat.seconds))) if member.heartbeat.seconds else 1
 
 
 def _computes(member: Member, round_: int) -> bool:
-    """Return whether `member` computes `member.beat.micro_batch` of `round_`."""
-    return member.active and member.beat.round == round_ and member.beat.micro_batch >= 0
+    """Return whether `member` computes `member.heartbeat.micro_batch` of `round_`."""
+    return member.active and member.heartbeat.round == round_ and member.heartbeat.micro_batch >= 0
 
 
 def _may_begin(member: Member | None, now: float) -> int:
@@ -321,9 +321,9 @@ def _may_begin(member: Member | None, now: float) -> int:
 
     A worker begins the next one when this one has taken as long as usual. Its heartbeat says so soon afterwards.
     """
-    if member is None or not member.active or member.beat.seconds <= 0:
+    if member is None or not member.active or member.heartbeat.seconds <= 0:
         return 0
-    seconds, elapsed = member.beat.seconds, now - member.since
+    seconds, elapsed = member.heartbeat.seconds, now - member.since
     if _is_quick(member):
         return math.ceil(_NEWS_S / max(seconds, 1e-6)) if elapsed < 2 * _NEWS_S else 0
     return int(0.7 * seconds < elapsed < 1.5 * seconds + _NEWS_S)
@@ -331,17 +331,17 @@ def _may_begin(member: Member | None, now: float) -> int:
 
 def _is_quick(member: Member) -> bool:
     """Return whether a worker may have done several micro-batches before its heartbeat is here."""
-    return member.beat.seconds < _NEWS_S
+    return member.heartbeat.seconds < _NEWS_S
 
 
 def _done_next_at(member: Member) -> float:
     """Return when the next micro-batch of a worker is likely to have arrived."""
-    return member.since + member.beat.seconds + _cost(member)
+    return member.since + member.heartbeat.seconds + _cost(member)
 
 
 def _cost(worker: Member) -> float:
     """Return the seconds until a micro-batch that is reassigned to a worker has arrived."""
-    return worker.beat.seconds + worker.beat.transfer
+    return worker.heartbeat.seconds + worker.heartbeat.transfer
 
 
 def _cost_of_another(waiting: Member) -> float:
@@ -358,10 +358,10 @@ def _is_worth_it(waiting: Member, owner: Member | None, view: _StragglerView, na
     if owner is None or not owner.active:
         return True
     if name in view.behind:
-        return now - waiting.since >= waiting.beat.transfer
-    return len(view.runs[name]) * owner.beat.seconds >= waiting.beat.transfer
+        return now - waiting.since >= waiting.heartbeat.transfer
+    return len(view.runs[name]) * owner.heartbeat.seconds >= waiting.heartbeat.transfer
 
 
 def _is_overdue(member: Member, now: float) -> bool:
     """Return whether a micro-batch takes a worker longer than usual, or nobody knows what is usual."""
-    return now - member.since > _OVERDUE * member.beat.seconds
+    return now - member.since > _OVERDUE * member.heartbeat.seconds
