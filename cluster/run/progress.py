@@ -98,12 +98,19 @@ class Tracker:
         return self._last
 
     def _read(self, reader: RunLogReader, now: float) -> Progress:
+        # All is read before anything is noted, so that a look which fails in the middle loses nothing.
+        events = reader.events(after=self._last_event)
+        goes_back = any(event.kind == "rolled back" for _, _, event in events)
+        rounds_read = reader.rounds(after=-1 if goes_back else self._last_round)
+        contributed = reader.committed_samples(0 if goes_back else self._last_contribution, now - _WINDOW_S)
+        accuracy, statuses = reader.newest_metric("accuracy"), reader.statuses()
+
         last = self._last
         total, merges, epochs, over, news = last.total, last.merges, last.epochs, False, []
         joined, left, lost = dict(last.joined), set(last.left), set(last.lost)
         failed_late, has_model = set(last.failed_late), last.has_model
         rounds, samples = last.rounds, last.samples
-        for number, at, event in reader.events(after=self._last_event):
+        for number, at, event in events:
             self._last_event = number
             if event.kind == "plan":
                 total, has_model = int(event.data["rounds"]), False
@@ -119,7 +126,7 @@ class Tracker:
                 if joined.get(pid := event.data.get("pid", -1)) == event.process:  # another may have its name by now
                     lost.add((event.process, pid))
             elif event.kind == "rolled back":
-                rounds, samples = self._go_back(reader, int(event.data["to"]))
+                rounds, samples = self._go_back(rounds_read, int(event.data["to"]))
             elif event.kind == "left":
                 left.add(event.process)
                 if "failed" in event.data:
@@ -131,14 +138,14 @@ class Tracker:
             over = over or (event.kind == "stopped" and not event.data.get("restart"))  # else all restart
             if (line := _news(event)) is not None:
                 news.append(line)
-        rows = reader.rounds(after=self._last_round)
+        rows = [row for row in rounds_read if row.round > self._last_round]
         if rows:
             self._last_round = rows[-1].round
             self._minute.extend(row for row in rows if row.at >= self._part_at)
         while len(self._minute) > 1 and self._minute[0].at < now - _LONG_WINDOW_S:
             self._minute.popleft()
         recent = [row for row in self._minute if row.at >= now - _WINDOW_S] or list(self._minute)[-1:]
-        accuracies, statuses = reader.metrics("accuracy"), sorted(reader.statuses(), key=lambda row: in_order(row.process))
+        statuses.sort(key=lambda row: in_order(row.process))
         self._over, speed = over, self._speed(now)
         return Progress(
             rounds=rounds + len(rows),
@@ -147,7 +154,7 @@ class Tracker:
             samples=samples + sum(row.samples for row in rows),
             samples_per_second=speed,
             loss=mean_metric(recent, "loss"),
-            accuracy=accuracies[-1][3] if accuracies else None,
+            accuracy=accuracy,
             processes=statuses,
             news=news,
             joined=joined,
@@ -158,18 +165,18 @@ class Tracker:
             epoch=self._minute[-1].epoch + 1 if self._minute else last.epoch,
             epochs=epochs,
             left_s=self._left(now, total, rounds + len(rows)),
-            speeds=self._speeds(reader, now, speed),
+            speeds=self._speeds(contributed, now, speed),
             waits_s=self._waited(statuses, now),
             checkpoint=self._checkpoint and (self._checkpoint[0], max(0.0, now - self._checkpoint[1])),
         )
 
-    def _go_back(self, reader: RunLogReader, to: int) -> tuple[int, int]:
+    def _go_back(self, rounds: Sequence[RoundRow], to: int) -> tuple[int, int]:
         """Rounds from `to` on are done again; how many there are before, and their samples."""
         self._last_round = to - 1
         self._minute = deque(row for row in self._minute if row.round < to)
         self._last_contribution = 0
         self._contributed.clear()
-        kept = [row for row in reader.rounds() if row.round < to]
+        kept = [row for row in rounds if row.round < to]
         return len(kept), sum(row.samples for row in kept)
 
     def _speed(self, now: float) -> float:
@@ -188,9 +195,9 @@ class Tracker:
             return None
         return max(0, total - done) * (now - start) / recent
 
-    def _speeds(self, reader: RunLogReader, now: float, speed: float) -> dict[str, float]:
+    def _speeds(self, contributed: Sequence[tuple[int, float, str, int]], now: float, speed: float) -> dict[str, float]:
         """Divide `speed` among the workers by what they have contributed."""
-        for number, at, worker, samples in reader.committed_samples(self._last_contribution, now - _WINDOW_S):
+        for number, at, worker, samples in contributed:
             self._last_contribution = number
             self._contributed.append((at, worker, samples))
         while self._contributed and self._contributed[0][0] < now - _WINDOW_S:

@@ -252,6 +252,11 @@ class RunLogReader:
         rows = self._db.execute(query, (name,))
         return [(at, round_, worker, math.nan if value is None else value) for at, round_, worker, value in rows]
 
+    def newest_metric(self, name: str) -> float | None:
+        """Return the value that a script last logged as `name`, or None."""
+        row = self._db.execute("SELECT value FROM metrics WHERE name = ? ORDER BY seq DESC LIMIT 1", (name,)).fetchone()
+        return None if row is None else math.nan if row[0] is None else float(row[0])
+
     def statuses(self) -> list[StatusRow]:
         rows: Iterable[tuple[Any, ...]] = self._db.execute("SELECT * FROM status ORDER BY process")
         return [StatusRow(p, state, r, waits, speed, at) for p, at, state, r, waits, speed in rows]

@@ -42,6 +42,7 @@ def test_everything_that_is_written_is_read_back(path: Path) -> None:
     assert [row.round for row in reader.rounds(after=0)] == [1]
     assert reader.contributions() == contributions
     assert [row[1:] for row in reader.metrics("accuracy")] == [(7, "worker-0", 0.5)]
+    assert (reader.newest_metric("loss"), reader.newest_metric("none")) == (2.0, None)
 
 
 def test_nothing_is_visible_before_flush_and_a_reader_sees_each_flush(path: Path) -> None:
