@@ -94,13 +94,13 @@ class Cluster:
 
     def pids(self) -> dict[str, int]:
         """Return the newest living process of each name."""
-        return {name: pid for name, pid in dict(self._told()).items() if _is_ours(pid)}
+        return {name: pid for name, pid in dict(self._reported()).items() if _is_ours(pid)}
 
     def left_behind(self) -> dict[str, int]:
         """Return all processes of the run that still exist."""
-        return {name: pid for name, pid in self._told() if _is_ours(pid)}
+        return {name: pid for name, pid in self._reported() if _is_ours(pid)}
 
-    def _told(self) -> list[tuple[str, int]]:
+    def _reported(self) -> list[tuple[str, int]]:
         """Return the name and id of each process that the run has had, oldest first."""
         events = [event for _, _, event in self.read(RunLogReader.events) or []]
         return [(e.process, int(e.data["pid"])) for e in events if e.kind in ("started", "recovered", "joined")]

@@ -45,7 +45,7 @@ class Gallery:
     cells: Sequence[tuple[str, ...]]
     note: str
 
-    def told(self, query: Asked, between: str = ": ") -> str:
+    def caption(self, query: Asked, between: str = ": ") -> str:
         """Return what is known of a query."""
         return query.name + (f"{between}{label_text(query.label, self.images)}" if query.label is not None else "")
 
@@ -61,7 +61,7 @@ def draw(gallery: Gallery, path: Path) -> Path:
     made = figure(max(1.25 * columns, 8), 1.65 * len(gallery.rows) + 1.0)
     grid = made.subplots(len(gallery.rows), columns, squeeze=False)
     for row, axes in zip(gallery.rows, grid, strict=True):
-        shown = [(row.query.image, gallery.images.test, gallery.told(row.query, "\n"), _QUERY)]
+        shown = [(row.query.image, gallery.images.test, gallery.caption(row.query, "\n"), _QUERY)]
         for match in row.matches:
             text = f"{label_text(match.label, gallery.images)}\n#{match.number}   {match.distance:.3f}"
             shown.append((gallery.images.train[match.number][0], gallery.images.train, text, row.colour(match)))
@@ -84,15 +84,15 @@ def write_page(gallery: Gallery, path: Path) -> Path:
     """Write the gallery as one HTML file with all images inside. Raise UsageError if that fails."""
     body = [f"<h1>{escape(gallery.title)}</h1>", f"<p>{escape(gallery.legend())}</p>"]
     for row in gallery.rows:
-        told = gallery.told(row.query)
-        shown = [_figure(data_uri(to_pixels(row.query.image, gallery.images.test)), told, _QUERY)]
+        caption = gallery.caption(row.query)
+        shown = [_figure(data_uri(to_pixels(row.query.image, gallery.images.test)), caption, _QUERY)]
         for match in row.matches:
             label = label_text(match.label, gallery.images)
             text = f"{label}, #{match.number}, {match.distance:.4f}"
             uri = data_uri(to_pixels(gallery.images.train[match.number][0], gallery.images.train))
             shown.append(_figure(uri, text, row.colour(match)))
         note = f"<p>{escape(row.query.note)}.</p>" if row.query.note else ""
-        body.append(f"<section><h2>{escape(told)}</h2>{note}<div class=row>{''.join(shown)}</div></section>")
+        body.append(f"<section><h2>{escape(caption)}</h2>{note}<div class=row>{''.join(shown)}</div></section>")
     if gallery.cells:
         lines = [_line(line, "td") for line in gallery.cells[1:]]
         body.append(

@@ -53,19 +53,19 @@ def join() -> Run:
     from roundtable.worker.run import Run
 
     runs: list[Run] = []
-    address = _told(ADDRESS_VARIABLE)
+    address = _from_launcher(ADDRESS_VARIABLE)
     if address is None:
         from roundtable.cluster.launch.standalone import start_companions
 
-        address = start_companions(sys.argv[0], lambda: runs[0].told if runs else 0)
+        address = start_companions(sys.argv[0], lambda: runs[0].stop_signal if runs else 0)
     arithmetic = {
         "torch": str(torch.__version__),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
     }
-    index = _told(INDEX_VARIABLE)
+    index = _from_launcher(INDEX_VARIABLE)
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
-    start_s = float(_told(START_VARIABLE) or START_S)
+    start_s = float(_from_launcher(START_VARIABLE) or START_S)
     await_route(address, start_s)
     run = Run(IoThread(address, hello, start_s))
     runs.append(run)
@@ -73,7 +73,7 @@ def join() -> Run:
         signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
         for number, usual in _USUAL:
             if signal.getsignal(number) == usual:  # else the script has one of its own
-                signal.signal(number, run.told_to_stop)
+                signal.signal(number, run.on_stop_signal)
     before = sys.excepthook
 
     def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -88,7 +88,7 @@ def join() -> Run:
     return run
 
 
-def _told(variable: str) -> str | None:
+def _from_launcher(variable: str) -> str | None:
     """Return what the environment has for `variable`, or for its old name."""
     return os.environ.get(variable, os.environ.get(OLD_VARIABLES[variable]))
 
@@ -106,7 +106,7 @@ def _finish(run: Run) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.last_value = error if run.failed_elsewhere else None
     for number, usual in _USUAL:
-        if signal.getsignal(number) == run.told_to_stop:
+        if signal.getsignal(number) == run.on_stop_signal:
             signal.signal(number, usual)
 
 

@@ -152,4 +152,4 @@ class SharedMemorySetup:
                 region = self._replica.mapped.attach(server, reply.weights)
             except NotShared as error:
                 log.info("server-%d sends its weights: %s", server, error)
-        self._client.met(server, reply.reads, region)
+        self._client.on_shared_memory(server, reply.reads, region)

@@ -257,10 +257,10 @@ class Run:
         effect where replicas train apart (`local`, `average`). May be called by a signal's handler."""
         self._session.departure.requested = not self._session.context.policy.is_local
 
-    def told_to_stop(self, number: int, frame: object = None) -> None:
+    def on_stop_signal(self, number: int, frame: object = None) -> None:
         """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a checkpoint.
         If called again, raise Stopped."""
-        self._session.told_to_stop(number)
+        self._session.on_stop_signal(number)
 
     @property
     def left_early(self) -> bool:
@@ -268,9 +268,9 @@ class Run:
         return self._session.departure.early
 
     @property
-    def told(self) -> int:
+    def stop_signal(self) -> int:
         """The signal that has told this worker to stop; 0 if none has."""
-        return self._session.io.told
+        return self._session.io.stop_signal
 
     def finish(self) -> None:
         """Leave the run: report what is left, hand in the model if asked to, and wait until the results are saved.

@@ -27,7 +27,7 @@ from roundtable.cluster.launch.local import check_script, start_server
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.exit_codes import exit_code
-from roundtable.common.network.addresses import as_told, split
+from roundtable.common.network.addresses import split, to_advertise
 from roundtable.common.protocol import liveness
 from roundtable.common.runtime.errors import ClusterError, PsError, UsageError
 from roundtable.common.runtime.signal_handlers import handled
@@ -73,15 +73,15 @@ def server_beside(
             processes = cleanup.enter_context(Processes(Path(folder), env, files=[signs.write]))
             bind, flags = "tcp://*:0", ["--start-timeout", str(start_s)]
             if advertise is not None:
-                bind = f"tcp://*:{split(as_told(advertise, bind))[1]}"
+                bind = f"tcp://*:{split(to_advertise(advertise, bind))[1]}"
                 flags += ["--advertise", advertise]
             server = start_server(processes, program, coordinator, index, device, bind, flags)
-            told = server.log.open("rb")
-        server.log = Path(f"/proc/self/fd/{told.fileno()}")
+            log_file = server.log.open("rb")
+        server.log = Path(f"/proc/self/fd/{log_file.fileno()}")
     except OSError as error:
         cleanup.close()
         raise ClusterError(f"the server beside this worker cannot be started: {error.strerror or error}.") from None
-    watch = _Watch(processes, server, told, restart_policy, signs)
+    watch = _Watch(processes, server, log_file, restart_policy, signs)
     atexit.register(_end, cleanup, watch)
     before = signal.signal(_SIGNAL, watch.on_signal)
     watch.start()
@@ -89,8 +89,8 @@ def server_beside(
         yield
     except BaseException as error:
         code = exit_code(error)
-        watch.told = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else 0
-        watch.patience_s = 0.0 if code and not watch.told else float("inf")
+        watch.stop_signal = code - 128 if code in (128 + signal.SIGINT, 128 + signal.SIGTERM) else 0
+        watch.patience_s = 0.0 if code and not watch.stop_signal else float("inf")
         raise
     finally:
         signal.signal(_SIGNAL, before)
@@ -101,7 +101,7 @@ class _Watch(threading.Thread):
     for good."""
 
     def __init__(
-        self, processes: Processes, server: Child, told: BinaryIO, restart_policy: RestartPolicy, signs: liveness.Listener
+        self, processes: Processes, server: Child, log_file: BinaryIO, restart_policy: RestartPolicy, signs: liveness.Listener
     ) -> None:
         super().__init__(name="server", daemon=True)
         #: Set when nobody needs the server any more.
@@ -110,10 +110,10 @@ class _Watch(threading.Thread):
         #: worker has failed, which may not have been in the run yet.
         self.patience_s = float("inf")
         #: The signal that has told the worker to stop, if any: the server leaves too.
-        self.told = 0
+        self.stop_signal = 0
         self._processes = processes
         self._server = server
-        self._told = told
+        self._log_file = log_file
         self._restart_policy = restart_policy
         self._signs = signs
 
@@ -131,7 +131,7 @@ class _Watch(threading.Thread):
             time.sleep(TICK_S)
             self._processes.poll()
             with contextlib.suppress(OSError, ValueError):  # ours is closed
-                sys.stderr.buffer.write(self._told.read())
+                sys.stderr.buffer.write(self._log_file.read())
                 sys.stderr.flush()
             if self._server.code is None and self._signs.hangs(time.monotonic()):
                 log.warning("the server beside this worker hangs, and is killed.")
@@ -171,7 +171,7 @@ class _Watch(threading.Thread):
 def _end(cleanup: ExitStack, watch: _Watch) -> None:
     """Called when the script has ended and the worker has left the run."""
     watch.over.set()
-    watch.tell(watch.told)
+    watch.tell(watch.stop_signal)
     with cleanup, handled((signal.SIGTERM, signal.SIGINT), watch.tell):
         until = time.monotonic() + watch.patience_s
         while watch.is_alive() and time.monotonic() < until:

@@ -16,7 +16,7 @@ from typing import Any
 
 from roundtable.cluster.launch.scale import take
 from roundtable.cluster.launch.supervisor import Supervisor
-from roundtable.cluster.options.resume import told_to_stop
+from roundtable.cluster.options.resume import stop_message
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes, root_cause
 from roundtable.cluster.process.output import forgiving_output
 from roundtable.cluster.process.restart_policy import RestartPolicy
@@ -144,7 +144,7 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
                 with screen, Processes(folder / LOGS, env) as processes:
                     _Local(order, program, processes, signals, screen).run()
             except Stopped as stopped:
-                screen.report(told_to_stop(stopped.number, folder, ["local"]))
+                screen.report(stop_message(stopped.number, folder, ["local"]))
                 raise
     finally:
         tidy_log(folder)
@@ -282,7 +282,7 @@ class _Local:
         if self._is_stopping and self._signals.first is not None:
             self._stop(self._signals.first)
             return
-        self._check_told()
+        self._check_stopped()
         self._recover_coordinator()
         if self._supervisor is not None and (code := self._processes.children[0].code) in (None, 0):
             if (count := take(self._order.run_dir)) is not None:
@@ -314,7 +314,7 @@ class _Local:
             raise Stopped(number)
         self._screen.update()
 
-    def _check_told(self) -> None:
+    def _check_stopped(self) -> None:
         """Raise Stopped if somebody has told the coordinator to stop. It says so to the others first, which then end."""
         coordinator = next((child for child in self._processes.children if child.name == "coordinator"), None)
         if coordinator is None or not (coordinator.was_stopped or any(c.code == STOPPED for c in self._processes.children)):
@@ -341,7 +341,7 @@ class _Local:
         that failed, as the coordinator says of workers, or has ended well without them."""
         began = time.monotonic()
         while self._processes.running() and self._signals.first is None:
-            self._check_told()
+            self._check_stopped()
             cause = root_cause(self._processes.failures())
             if cause.code is not None and cause.code < 0:
                 break  # nothing can explain this one

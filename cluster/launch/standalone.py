@@ -13,7 +13,7 @@ from pathlib import Path
 
 import roundtable
 from roundtable.cluster.launch.local import start_coordinator, start_server
-from roundtable.cluster.options.resume import told_to_stop
+from roundtable.cluster.options.resume import stop_message
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
 from roundtable.cluster.run.run_directory import LOGS, claim, read_summary, tidy_log, write_settings
 from roundtable.cluster.run.summary import summary_lines
@@ -32,7 +32,7 @@ def start_companions(script: str, was_stopped: Callable[[], int] = lambda: 0) ->
     """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
 
     The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr: or how
-    to go on, if a signal has told the worker to stop, whose number `was_told` returns.
+    to go on, if a signal has told the worker to stop, whose number `stop_signal` returns.
     Raises UsageError where the run directory cannot be had, ClusterError where they do not start.
     """
     cleanup = ExitStack()
@@ -75,7 +75,7 @@ def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_stopped: Ca
                 deadline = min(deadline, time.monotonic() + GATHER_S)
         why = root_cause(failures).describe_end() if (failures := processes.failures()) else f"its logs are in {folder / LOGS}."
     if number:
-        print(told_to_stop(number, folder, ["local"], str(_LAUNCH)), file=sys.stderr)
+        print(stop_message(number, folder, ["local"], str(_LAUNCH)), file=sys.stderr)
         return
     summary = read_summary(folder)
     if summary is not None:

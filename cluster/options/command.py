@@ -18,7 +18,7 @@ import msgspec
 
 from roundtable.common.config.old_names import OLD_NAMES, new_value
 from roundtable.common.config.settings import EXAMPLE_FIELDS, FIELDS, choices
-from roundtable.common.network.addresses import as_told
+from roundtable.common.network.addresses import to_advertise
 
 #: The object of a context whose process the launcher has started.
 CHILD = "child"
@@ -253,5 +253,5 @@ def check_address(ctx: click.Context, option: click.Parameter, value: str) -> st
 def check_advertised(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
     """Check the value of an option that takes HOST, HOST:PORT or tcp://HOST:PORT."""
     if value is not None:
-        as_told(value, "tcp://*:0")
+        to_advertise(value, "tcp://*:0")
     return value

@@ -188,7 +188,7 @@ def _check_end(folder: Path, now: Choice, done: int) -> None:
         raise UsageError(f"the run in {folder} has done {epochs_done:.3g} epochs, and --epochs {epochs} is fewer: give more.")
 
 
-def told_to_stop(number: int, folder: Path, command: Sequence[str], launch: str = "") -> str:
+def stop_message(number: int, folder: Path, command: Sequence[str], launch: str = "") -> str:
     """What is said of a run in `folder` that the signal `number` has stopped: how far it has come, and how to go on with it.
 
     `command` is the part of the command line that goes on with it, without --resume; `launch` is launch.py, if that is not what

@@ -37,11 +37,11 @@ GATHER_S = 2.0
 TICK_S = 0.05
 
 #: Exit codes of those that a signal has told to stop.
-_TOLD = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+_STOP_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _TAIL_BYTES = 16 << 10
 _ERROR_LINE = re.compile(r"^(?:\S+: )?error: (.+)$")
 _OTHERS_FAILURE = re.compile(r"^((?:worker|server)-\d+)(?: on \S+)? failed: ")
-_TOLD_TO_STOP = re.compile(r"\b(?:stopped because|told to stop)\b")
+_WAS_STOPPED = re.compile(r"\b(?:stopped because|told to stop)\b")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Child:
     @property
     def was_stopped(self) -> bool:
         """Whether it has ended because a signal has told it to stop."""
-        return self.code in _TOLD
+        return self.code in _STOP_CODES
 
     def describe_end(self) -> str:
         """One sentence on how and why it ended, for one that failed."""
@@ -263,7 +263,7 @@ def root_cause(failures: Sequence[Child]) -> Child:
 
     def rank(child: Child) -> tuple[int, float, bool, bool]:
         reason = "" if child.code is not None and child.code < 0 else error_in(child.log) or ""
-        kind = 2 if _TOLD_TO_STOP.search(reason) else 1 if _OTHERS_FAILURE.match(reason) else 0
+        kind = 2 if _WAS_STOPPED.search(reason) else 1 if _OTHERS_FAILURE.match(reason) else 0
         return kind, child.ended_at, bool(reason), child.name == "coordinator"
 
     return min(failures, key=rank)

@@ -151,11 +151,11 @@ def main() -> None:
         else:
             return
     request = json.loads(line)
-    _settle(request["argv"], request["env"], request["log"], request["cwd"], parent)
+    _become(request["argv"], request["env"], request["log"], request["cwd"], parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _settle(argv: Sequence[str], env: Mapping[str, str], log: str, cwd: str, parent: int) -> None:
+def _become(argv: Sequence[str], env: Mapping[str, str], log: str, cwd: str, parent: int) -> None:
     """Be a process that was started with `argv`, and tell the launcher, `parent`, once this is its child."""
     os.setsid()
     while os.getppid() != parent and Path(f"/proc/{parent}").exists():

@@ -47,7 +47,7 @@ class Screen:
         if self._is_shown and (mode == "live" or (mode == "auto" and console.is_terminal and not console.is_dumb_terminal)):
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False, transient=True)
         self._looked_at = float("-inf")
-        self._began_at = self._told_at = clock()
+        self._began_at = self._reported_at = clock()
         self.progress = Progress()
         #: Tells when the coordinator cannot write to the log.
         self.alarm = Alarm()
@@ -87,8 +87,8 @@ class Screen:
         elapsed_s = now - self._began_at
         if self._live:
             self._live.update(picture(self.progress, elapsed_s, self._console.height), refresh=True)
-        elif self._is_shown and now >= self._told_at + (_PLAIN_S if elapsed_s <= _FIRST_S else _LATER_S):
-            self._told_at = now
+        elif self._is_shown and now >= self._reported_at + (_PLAIN_S if elapsed_s <= _FIRST_S else _LATER_S):
+            self._reported_at = now
             self.say(line(self.progress, elapsed_s))
 
     def _look(self) -> None:

@@ -42,14 +42,14 @@ class Fact(msgspec.Struct, frozen=True, array_like=True):
 Facts = Annotated[list[Fact], msgspec.Meta(max_length=MOST_FACTS)]
 
 
-class Told(msgspec.Struct, frozen=True):
+class FirstFacts(msgspec.Struct, frozen=True):
     """Facts, and who has told them first: 'worker-0 on HOST'."""
 
     by: Name
     facts: Facts
 
 
-def difference(known: Told, other: Sequence[Fact], who: str) -> str:
+def difference(known: FirstFacts, other: Sequence[Fact], who: str) -> str:
     """A sentence on the first fact that `who` does not share with the one who told it first; '' where there is none. What only
     one of them has told is not compared."""
     told = {fact.name: fact for fact in known.facts}

@@ -156,7 +156,7 @@ def _of_interfaces() -> Iterator[str]:
                 yield str(ipaddress.IPv6Address(bytes.fromhex(digits)))
 
 
-def as_told(advertise: str, bound: str) -> str:
+def to_advertise(advertise: str, bound: str) -> str:
     """Return the address that HOST, HOST:PORT or tcp://HOST:PORT stands for. Without a port, it is that of the listener at
     `bound`.
 

@@ -23,15 +23,15 @@ class Rejections:
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._counts: Counter[str] = Counter()
-        self._told: dict[str, tuple[float, int]] = {}
+        self._reported: dict[str, tuple[float, int]] = {}
 
     def note(self, error: WireError, now: float, who: str = "") -> None:
         """Count what was refused; and log it, unless the same kind was logged a moment ago."""
         self._counts[error.kind] += 1
-        at, count = self._told.get(error.kind, (float("-inf"), 0))
+        at, count = self._reported.get(error.kind, (float("-inf"), 0))
         if now >= at + _LOG_S:
             more = self._counts[error.kind] - count - 1
-            self._told[error.kind] = now, self._counts[error.kind]
+            self._reported[error.kind] = now, self._counts[error.kind]
             since = f" (and {more} more of this kind since the last line)" if more else ""
             self._log.warning("refused%s: %s%s", f" from {who}" if who else "", str(error)[:500], since)
 

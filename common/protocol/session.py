@@ -43,7 +43,7 @@ class Session:
         self._silence_s = start_s
         #: What the coordinator waited for when it last said so, and when this process last told what it waits for itself.
         self._missing = ""
-        self._told_at = now
+        self._reported_at = now
         self._sent_at = float("-inf")
         self._ticked_at = now
         #: Whether something has happened that the last beat did not tell.
@@ -85,9 +85,9 @@ class Session:
     def _tell(self, now: float) -> None:
         """Say what this process waits for, if it does and has not said so just now."""
         is_silent = now - self._heard_at >= TELL_S
-        if now - self._told_at < TELL_S or not (is_silent or self.welcome is None):
+        if now - self._reported_at < TELL_S or not (is_silent or self.welcome is None):
             return
-        self._told_at = now
+        self._reported_at = now
         if is_silent:
             log.warning("%s", self._silence(now))
         else:

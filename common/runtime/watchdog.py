@@ -27,7 +27,7 @@ class Watchdog:
         self._stopped = threading.Event()
         self._last: Hashable = None
         self._since = monotonic()
-        self._told = False
+        self._reported = False
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         if seconds > 0:
             self._thread.start()
@@ -36,10 +36,10 @@ class Watchdog:
         """Return True if the stacks must be dumped at the time `now`."""
         seen = self._progress()
         if seen != self._last or seen is None:
-            self._last, self._since, self._told = seen, now, False
-        if self._told or now < self._since + self._seconds:
+            self._last, self._since, self._reported = seen, now, False
+        if self._reported or now < self._since + self._seconds:
             return False
-        self._told = True
+        self._reported = True
         return True
 
     def _run(self) -> None:

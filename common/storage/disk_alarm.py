@@ -30,7 +30,7 @@ class Alarm:
         self._file.close()
 
 
-def sound(text: str) -> None:
+def raise_alarm(text: str) -> None:
     """Have the launcher, if there is one, show `text` until the next call. '' ends the alarm."""
     with contextlib.suppress(OSError, KeyError):
         Path(os.environ[VARIABLE]).write_text(text, encoding="utf-8")

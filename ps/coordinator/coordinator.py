@@ -98,7 +98,7 @@ class Coordinator:
             self._take_over(restored, now)
         else:
             context.log.event(Event("started", "coordinator", {"run": context.head.run, "pid": os.getpid()}))
-        disk_alarm.sound("")  # the alarm of the coordinator before
+        disk_alarm.raise_alarm("")  # the alarm of the coordinator before
         context.flush()
 
     def _take_over(self, restored: RestoredRun, now: float) -> None:
@@ -117,7 +117,7 @@ class Coordinator:
 
     def run(self) -> None:
         if self.farewell.stop is not None:
-            self.farewell.end_as_told(self.farewell.stop)
+            self.farewell.end_as_decided(self.farewell.stop)
             return
         context, poller = self.context, zmq.Poller()
         poller.register(self._sock, zmq.POLLIN)

@@ -52,7 +52,7 @@ class Farewell:
             self._late.add(incarnation)
             self._context.mail.reply(route, self.stop)
 
-    def end_as_told(self, stop: Stop) -> None:
+    def end_as_decided(self, stop: Stop) -> None:
         """End as the coordinator before has ended the run. It may have died before all members heard of that."""
         self.tell(stop)
         if stop.restart:

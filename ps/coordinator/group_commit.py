@@ -90,13 +90,13 @@ class GroupCommit:
             if now >= self._alarmed_at + ALARM_S:
                 self._alarmed_at = now
                 text = f"the event log cannot be written ({error}): is the disk full? Training goes on, and nobody sees how far."
-                disk_alarm.sound(text)
+                disk_alarm.raise_alarm(text)
                 log.error(text)
             return []
         failpoint("flushed", self._ledger.committed)
         if self.unwritten_since is not None:
             text = f"the event log could not be written for {now - self.unwritten_since:.0f} s; {self.log.lost} rows are lost"
             self.unwritten_since, self._alarmed_at = None, float("-inf")
-            disk_alarm.sound("")
+            disk_alarm.raise_alarm("")
             self.warn(text)
         return promises

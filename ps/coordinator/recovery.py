@@ -23,7 +23,7 @@ import msgspec
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.config.work_shares import ShareTable
-from roundtable.common.config.worker_facts import Told
+from roundtable.common.config.worker_facts import FirstFacts
 from roundtable.common.policies import load
 from roundtable.common.protocol.messages.commit import Committed, Contribution
 from roundtable.common.protocol.messages.session import Hello, Stop
@@ -197,7 +197,7 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     ledger = Ledger(head.settings, load(head.settings))
     for setup in state("setup", Setup).values():
         ledger.set_up(setup)
-    ledger.facts = state("told", Told)
+    ledger.facts = state("told", FirstFacts)
     plans = state("plan", Segment)
     # the plans of rounds before `head.resume` may not have been told again since all restarted
     ledger.segments = _in_order({**state("planned", Segment), **plans})

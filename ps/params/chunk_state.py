@@ -230,7 +230,7 @@ class ChunkState:
         with_state = files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files
         return bool(with_state) or files[f"weights/{key}"].dtype != self.dtype
 
-    def settle(self, into: torch.Tensor) -> None:
+    def place(self, into: torch.Tensor) -> None:
         """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
         if self.still:
             self.master = into.copy_(self.master)

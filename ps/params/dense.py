@@ -88,7 +88,7 @@ class DenseParameters:
         part = self._parts[chunk]
         part.master.copy_(from_frame(frame, part.chunk.dtype, part.chunk.numel, f"chunk {chunk}"))
 
-    def settle(self, chunk: int, into: torch.Tensor, before: torch.Tensor | None = None) -> memoryview | None:
+    def place(self, chunk: int, into: torch.Tensor, before: torch.Tensor | None = None) -> memoryview | None:
         """Have the weights in `into`, as `apply` does, where workers had them `before` in memory that `into` is not.
 
         With a weight codec these are what its frame decodes to, and the masters stay what they are. Returned is that frame: of
@@ -96,12 +96,12 @@ class DenseParameters:
         """
         part = self._parts[chunk]
         if part.still or not part.rounds:
-            part.settle(into)
+            part.place(into)
             return None
         return self._round(part, into, before)
 
     def _round(self, part: ChunkState, into: torch.Tensor, before: torch.Tensor | None) -> memoryview | None:
-        """`settle` where there is a codec. Changes have nothing to start from at first, and none of them may be infinite."""
+        """`place` where there is a codec. Changes have nothing to start from at first, and none of them may be infinite."""
         codec, coded = self._weight_codec, None
         assert codec is not None
         if not self._sends_changes:
@@ -229,7 +229,7 @@ class DenseParameters:
         happened since. What has no optimizer becomes the mean; sums, parameters that were frozen at first, and all buffers where
         each push is applied at once, `move`. The new weights
         are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it
-        they take the old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `settle` does.
+        they take the old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `place` does.
 
         Raises NotFinite where the run is to fail then; the chunk is half updated and of no use any more.
         """
@@ -271,7 +271,7 @@ class DenseParameters:
                 move(part.chunk, block.parameter, gradient)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-        return self.settle(chunk, into, before) if into is not None else None
+        return self.place(chunk, into, before) if into is not None else None
 
 
 def _divided(of: ChunkState, total: Sum, samples: int, out: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class PlannedRates:
         self.seen = seen
         self._policy = policy
         #: By round, the settings that its first push had; those of rounds that the plan has left behind are forgotten.
-        self._told: dict[int, Hypers] = {}
+        self._announced: dict[int, Hypers] = {}
         #: The segment that the plan has got to, and micro-batches before it.
         self._at = self._before = 0
         #: A moving mean of the policy's factors, over how many at most, and what they have taken and was not handed out yet.
@@ -74,10 +74,10 @@ class PlannedRates:
         return min(segment.round_of(number - self._before), segment.end - 1)
 
     def _planned(self, planned: int, round_: int, hypers: Hypers) -> Hypers:
-        self._told.setdefault(round_, hypers)
-        known = max((told for told in self._told if told <= planned), default=min(self._told))
-        self._told = {told: settings for told, settings in self._told.items() if told >= known}
-        return self._told[known]
+        self._announced.setdefault(round_, hypers)
+        known = max((told for told in self._announced if told <= planned), default=min(self._announced))
+        self._announced = {told: settings for told, settings in self._announced.items() if told >= known}
+        return self._announced[known]
 
     def _factor(self, staleness: int) -> float:
         factor = self._policy.lr_scale(staleness)

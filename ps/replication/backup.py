@@ -44,7 +44,7 @@ from roundtable.ps.params.weight_buffers import WeightBuffers
 from roundtable.ps.replication.primary import remembered
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming
-from roundtable.ps.sharded.contributions import Contributed
+from roundtable.ps.sharded.contributions import LayerContribution
 from roundtable.ps.sharded.layers import LayerShards
 
 #: Rounds that the backup may have and not have applied: the primary is never further ahead than by the open one.
@@ -57,8 +57,8 @@ class _Round:
 
     means: dict[int, tuple[Replicate, Sum]] = field(default_factory=dict)
     rows: tuple[ReplicateRows, RowSums] | None = None
-    classes: tuple[ReplicateLayers, list[Contributed]] | None = None
-    filed: RoundReplicated | None = None
+    classes: tuple[ReplicateLayers, list[LayerContribution]] | None = None
+    replicated: RoundReplicated | None = None
 
 
 class Backup:
@@ -78,9 +78,9 @@ class Backup:
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
         #: What the coordinator may not have been told of.
-        self._filed = list(head.replicated_rounds)
+        self._replicated = list(head.replicated_rounds)
         if self._incoming.complete:
-            self._settle()
+            self._place()
 
     @property
     def whole(self) -> bool:
@@ -94,16 +94,16 @@ class Backup:
         if self._incoming is not None:
             self._incoming.put(part, frames)
             if self._incoming.complete:
-                self._settle()
+                self._place()
         return StatePartAck(part.shard, part.round, part.number)
 
-    def _settle(self) -> None:
+    def _place(self) -> None:
         assert self._incoming is not None
         try:
             self._all.arrived(self._incoming)
             for chunk, into in self._weight_buffers[self.version % 2].items():
                 still = self._store.is_still(chunk)
-                self._store.settle(chunk, self._weight_buffers[self._weight_buffers.home][chunk] if still else into)
+                self._store.place(chunk, self._weight_buffers[self._weight_buffers.home][chunk] if still else into)
                 self._store.restore_seen(chunk, self._incoming, into)
         except (KeyError, RuntimeError) as error:
             raise WireError(f"the state of server-{self.server} does not fit its shard: {error}") from None
@@ -133,19 +133,19 @@ class Backup:
         self._round(body.round).classes = body, parts
 
     def _has_all(self, round_: int) -> bool:
-        return round_ < self.version or (round_ in self._rounds and self._rounds[round_].filed is not None)
+        return round_ < self.version or (round_ in self._rounds and self._rounds[round_].replicated is not None)
 
     def file(self, body: RoundReplicated) -> RoundReplicatedAck | None:
         """All of a round was forwarded: the acknowledgement, if all of it is here."""
         if body.round >= self.version:
             round_ = self._round(body.round)
-            if round_.filed is None:
+            if round_.replicated is None:
                 lacks_rows = bool(self._tables) and round_.rows is None
                 lacks_classes = bool(self._layers) and round_.classes is None
                 if len(round_.means) < len(self._chunks) or lacks_rows or lacks_classes:
                     return None
-                round_.filed = body
-                self._filed = remembered(self._filed, body)
+                round_.replicated = body
+                self._replicated = remembered(self._replicated, body)
         return RoundReplicatedAck(body.round)
 
     def _round(self, number: int) -> _Round:
@@ -158,7 +158,7 @@ class Backup:
         """Whether there is something to apply."""
         if not self.whole:
             return False
-        return self._layers.busy or (self.version in self._rounds and self._rounds[self.version].filed is not None)
+        return self._layers.busy or (self.version in self._rounds and self._rounds[self.version].replicated is not None)
 
     def work(self) -> None:
         """Apply one contribution of a round that is here whole, or to a tile of a sharded layer."""
@@ -199,4 +199,4 @@ class Backup:
         arrived."""
         assert not self.busy
         self._rounds.clear()
-        return self.version, self._filed, self._layers.pending, self._all.parts(self._weight_buffers[self.version % 2])
+        return self.version, self._replicated, self._layers.pending, self._all.parts(self._weight_buffers[self.version % 2])

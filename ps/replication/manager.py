@@ -49,7 +49,7 @@ class ReplicationManager:
         self._segments, self._make_shard = segments, shard
         #: What the backup is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
         self._primary: Primary | None = None
-        self._filed: list[RoundReplicated] = []
+        self._replicated: list[RoundReplicated] = []
         #: The copy kept here, and that on its way to whoever is in the place of its server.
         self._backup: Backup | None = None
         self._handed_over: Outgoing | None = None
@@ -69,7 +69,7 @@ class ReplicationManager:
 
     def begin(self, setup: Setup, round_: int, parts: Sequence[Part], pending: ReplicateLayers | None) -> None:
         """Have a copy made of the state as of `round_`; `pending` as in State."""
-        header = StateHeader(self._index, round_, len(parts), setup, list(self._segments), list(self._filed), pending)
+        header = StateHeader(self._index, round_, len(parts), setup, list(self._segments), list(self._replicated), pending)
         self._primary = Primary(round_, Outgoing(header, parts))
 
     @property
@@ -86,9 +86,9 @@ class ReplicationManager:
         """Whether nobody is to have more of that round: the backup has all of it, or there is none."""
         return self._primary is None or self._primary.has(round_)
 
-    def remember(self, filed: RoundReplicated) -> None:
+    def remember(self, replicated: RoundReplicated) -> None:
         """A round is closed."""
-        self._filed = remembered(self._filed, filed)
+        self._replicated = remembered(self._replicated, replicated)
 
     def ask_back(self, now: float) -> list[Send]:
         """Ask the backup for this shard; again if that was long ago and nothing has come."""
@@ -136,9 +136,11 @@ class ReplicationManager:
 
     def _hand_over(self, copy: Backup) -> None:
         if self._is_wanted and not copy.busy:
-            version, filed, pending, parts = copy.hand_over()
+            version, replicated, pending, parts = copy.hand_over()
             setup, segments = copy.head.setup, list(self._segments)
-            self._handed_over = Outgoing(StateHeader(copy.server, version, len(parts), setup, segments, filed, pending), parts)
+            self._handed_over = Outgoing(
+                StateHeader(copy.server, version, len(parts), setup, segments, replicated, pending), parts
+            )
             self._is_wanted = False
 
     # ---- events

@@ -20,7 +20,7 @@ _REMEMBERED = 64
 
 def remembered(before: list[RoundReplicated], new: RoundReplicated) -> list[RoundReplicated]:
     """The newest rounds with one more: those that the coordinator may not have been told of, and some for what they left out."""
-    return [filed for filed in before if filed.round >= min(new.reported, new.round - _REMEMBERED)] + [new]
+    return [replicated for replicated in before if replicated.round >= min(new.reported, new.round - _REMEMBERED)] + [new]
 
 
 class Primary:
@@ -57,7 +57,7 @@ class Primary:
             if self._state is not None:
                 self._state.got(body)
                 self._state = None if self._state.done else self._state
-        elif self._open and isinstance(filed := self._open[-1][0], RoundReplicated) and filed.round == body.round:
+        elif self._open and isinstance(replicated := self._open[-1][0], RoundReplicated) and replicated.round == body.round:
             self._kept, self._open, self._outbox, self._sent_at = body.round + 1, [], [], float("inf")
 
     def due(self, now: float) -> list[tuple[Body, Frames]]:

@@ -24,9 +24,9 @@ class ShardState:
     sharded_layers: LayerShards
 
     @property
-    def settled(self) -> bool:
+    def is_between_rounds(self) -> bool:
         """Whether all of it is as after some round, with no update under way."""
-        return self.sharded_layers.settled
+        return self.sharded_layers.is_between_rounds
 
     def parts(self, seen: Mapping[int, torch.Tensor]) -> list[Part]:
         """Everything; `seen` as in Store.state. Rows are sent from where they are, so they must stay as they are until all has

@@ -15,7 +15,7 @@ import torch
 import zmq
 
 from roundtable.common.config.settings import START_S
-from roundtable.common.network.addresses import advertised, as_told, await_route
+from roundtable.common.network.addresses import advertised, await_route, to_advertise
 from roundtable.common.network.host_identity import here
 from roundtable.common.policies import load
 from roundtable.common.protocol.effects import BACKUP, COORDINATOR, AboutCopies, Send, number_of
@@ -38,7 +38,7 @@ from roundtable.common.protocol.messages.replication import (
     StatePartAck,
 )
 from roundtable.common.protocol.messages.saving import SendModel, TakeCheckpoint
-from roundtable.common.protocol.messages.session import MOST_TOLD, Heartbeat, Hello, MembersLost, Peer, Refused
+from roundtable.common.protocol.messages.session import MOST_MICRO_BATCHES, Heartbeat, Hello, MembersLost, Peer, Refused
 from roundtable.common.protocol.messages.setup import Plan
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.session import Session
@@ -122,15 +122,15 @@ class _Server:
         self._workers, bound = router(context, bind)
         self._coordinator = dealer(context, coordinator)
         self._device = device
-        address = as_told(advertise, bound) if advertise is not None else advertised(bound, coordinator)
+        address = to_advertise(advertise, bound) if advertise is not None else advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
         #: The last beat, and when one was last sent besides those.
-        self._told, self._shown_life_at = Heartbeat("starting"), float("-inf")
+        self._last_heartbeat, self._shown_life_at = Heartbeat("starting"), float("-inf")
         self._signs = Signs()
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
         #: The signal that has told it to stop, if any, and when.
-        self.told, self._told_at = 0, float("inf")
+        self.stop_signal, self._stop_signal_at = 0, float("inf")
         self._shard: ShardHost | None = None
         self._writer: CheckpointWriter | None = None
         self._kv: KvStore | None = None
@@ -157,8 +157,8 @@ class _Server:
             if self._watchdog is not None:
                 self._watchdog.stop()
         stop = self._attendance.stop
-        if stop is not None and (stop.restart or stop.on_request) and self.told:
-            raise Stopped(self.told, "has left the run, as it was told to stop.")
+        if stop is not None and (stop.restart or stop.on_request) and self.stop_signal:
+            raise Stopped(self.stop_signal, "has left the run, as it was told to stop.")
         if stop is not None and stop.restart:
             log.warning("restarts: %s", stop.reason)
             self._signs.pause()
@@ -169,16 +169,16 @@ class _Server:
     def stop(self, number: int) -> None:
         """Leave the run, for the signal `number`, when the coordinator lets this server. If called again, or if it is in no run,
         raise Stopped. A signal's handler may call it."""
-        if self.told or self._shard is None:
+        if self.stop_signal or self._shard is None:
             raise Stopped(number)
-        self.told, self._told_at = number, time.monotonic()
+        self.stop_signal, self._stop_signal_at = number, time.monotonic()
 
-    def _look_whether_told(self, now: float) -> None:
+    def _look_for_signal(self, now: float) -> None:
         """Ask the coordinator to be let go, if this server was told to stop. Raises Stopped if that takes too long."""
-        if self.told and self._shard is not None:
+        if self.stop_signal and self._shard is not None:
             self._attendance.heartbeat_soon(now)
-            if now > self._told_at + self._shard.settings.stop_timeout + GO_S:
-                raise Stopped(self.told, "leaves the run, as it was told to stop, and was not let go in time.")
+            if now > self._stop_signal_at + self._shard.settings.stop_timeout + GO_S:
+                raise Stopped(self.stop_signal, "leaves the run, as it was told to stop, and was not let go in time.")
 
     def _loop(self) -> None:
         assert self._inflow is not None
@@ -192,7 +192,7 @@ class _Server:
             if self._workers in ready and self._shard is not None and not self._shard.restoring:
                 self._drain(self._workers)
             now = time.monotonic()
-            self._look_whether_told(now)
+            self._look_for_signal(now)
             self._inflow.look(now, listening=self._shard is None or not self._shard.restoring)
             for body in self._attendance.tick(now, self._tell):
                 send(self._coordinator, self._stamp.encode(body))
@@ -229,7 +229,7 @@ class _Server:
         """Give a sign of life in the middle of what takes long: reading a checkpoint, and waiting for one to be written."""
         if self._shard is not None and (now := time.monotonic()) >= self._shown_life_at + HEARTBEAT_S:
             self._shown_life_at = now
-            send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._told, progress=self._shard.done)))
+            send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._last_heartbeat, progress=self._shard.done)))
             self._signs.give(self._silence_s())
 
     def _silence_s(self) -> float:
@@ -238,25 +238,25 @@ class _Server:
         return FAR_S if welcome is None or welcome.settings.heartbeat_timeout is None else welcome.settings.heartbeat_timeout
 
     def _tell(self) -> Heartbeat:
-        self._told = self._heartbeat()
-        return self._told
+        self._last_heartbeat = self._heartbeat()
+        return self._last_heartbeat
 
     def _heartbeat(self) -> Heartbeat:
         if self._shard is None:
             return Heartbeat("starting", refused=self._rejections.counts)
         shard, refused = self._shard, self._rejections.counts
         if shard.restoring:
-            return Heartbeat("starting", refused=refused, leaves=bool(self.told))
+            return Heartbeat("starting", refused=refused, leaves=bool(self.stop_signal))
         return Heartbeat(
             "waiting",
             shard.version,
-            missing=shard.missing()[:MOST_TOLD],
+            missing=shard.missing()[:MOST_MICRO_BATCHES],
             missing_later=shard.missing_later(),
             progress=shard.done,
             traffic=shard.traffic,
             replicas_held=shard.backed_up,
             refused=refused,
-            leaves=bool(self.told),
+            leaves=bool(self.stop_signal),
         )
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:

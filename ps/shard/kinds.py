@@ -20,7 +20,7 @@ from roundtable.common.protocol.transport import Frames
 from roundtable.ps.params.clipping import Norm, value_of
 from roundtable.ps.params.embedding import RowTables
 from roundtable.ps.params.planned_rates import Hypers
-from roundtable.ps.sharded.contributions import Contributed, contributed, tensors_of
+from roundtable.ps.sharded.contributions import LayerContribution, replicated, tensors_of
 from roundtable.ps.sharded.layers import LayerShards
 
 #: The number of the metrics of a contribution, on server 0.
@@ -131,26 +131,26 @@ class LayersKind(ParameterKind):
     def ack(self, push: LayerPush) -> LayerAck:
         return LayerAck(push.round, push.lo, push.hi)
 
-    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[Contributed]:
+    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[LayerContribution]:
         return self._layers.receive(sender, push, frames)
 
-    def add(self, left: list[Contributed], right: list[Contributed]) -> list[Contributed]:
+    def add(self, left: list[LayerContribution], right: list[LayerContribution]) -> list[LayerContribution]:
         return [*left, *right]
 
-    def nothing(self) -> list[Contributed]:
+    def nothing(self) -> list[LayerContribution]:
         return []
 
-    def norms(self, total: list[Contributed], samples: int) -> list[Norm] | None:
+    def norms(self, total: list[LayerContribution], samples: int) -> list[Norm] | None:
         return self._layers.norms(total, samples)
 
     def replicated(
-        self, round_: int, total: list[Contributed], samples: int, hypers: Hypers, factor: torch.Tensor | None
+        self, round_: int, total: list[LayerContribution], samples: int, hypers: Hypers, factor: torch.Tensor | None
     ) -> tuple[ReplicateLayers, Frames]:
         frames = [frame for tensor in tensors_of(total) for frame in cut(tensor)]
-        return contributed(round_, total, samples, hypers, factor), frames
+        return replicated(round_, total, samples, hypers, factor), frames
 
-    def close(self, total: list[Contributed], samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
+    def close(self, total: list[LayerContribution], samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
         self._layers.close(total, samples, hypers, factor)
 
-    def apply(self, total: list[Contributed], round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
+    def apply(self, total: list[LayerContribution], round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
         self._layers.apply(total, round_, samples, hypers, lr_scale)

@@ -51,11 +51,11 @@ class FrozenChunks:
             if not self._dense.is_still(chunk):
                 self._changed_in[chunk] = version
 
-    def settle(self) -> None:
+    def place(self) -> None:
         """Have the first weights where they stay."""
         for chunk in self._chunks:
             if self._dense.is_still(chunk):
-                self._dense.settle(chunk, self._buffers[self._buffers.home][chunk])
+                self._dense.place(chunk, self._buffers[self._buffers.home][chunk])
 
     def changed(self, version: int) -> list[int]:
         """Return the chunks whose weights of `version` are not their first ones."""

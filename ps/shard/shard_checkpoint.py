@@ -91,7 +91,7 @@ class ShardCheckpoint:
         """Complete a checkpoint now, as tables are about to change. A contribution to the next round proves that every server has
         closed the round of the checkpoint."""
         if self.stage is Stage.AWAITS_LAYERS:
-            model.layers.settle(self._layers_version)
+            model.layers.finish_updates(self._layers_version)
             self.complete(model)
 
     def take(self) -> CheckpointData | None:

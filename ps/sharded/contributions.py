@@ -15,7 +15,7 @@ from roundtable.ps.sharded.softmax import Samples, Terms
 
 
 @dataclass
-class Kept:
+class OpenQuestion:
     """A question whose answer may be contributed.
 
     Once it is answered, it also has the number of the layer's updates until then, and log Σ exp(z) over the classes here.
@@ -32,13 +32,13 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Contributed:
+class LayerContribution:
     """What samples contribute to a sharded layer, g x samples of their micro-batch; and the question that it is about."""
 
     layer: int
     terms: Terms | Products
     normalised: bool = False
-    question: Kept | None = None
+    question: OpenQuestion | None = None
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,24 @@ class ClosedRound:
     """A round that is complete: what counts in it, see `LayerShards.close`."""
 
     round: int
-    parts: Sequence[Contributed]
+    parts: Sequence[LayerContribution]
     samples: int
     hypers: Sequence[Mapping[str, Any]]
     factor: torch.Tensor | None
 
 
-def contributed(
-    round_: int, parts: Sequence[Contributed], samples: int, hypers: Sequence[Mapping[str, Any]], factor: torch.Tensor | None
+def replicated(
+    round_: int,
+    parts: Sequence[LayerContribution],
+    samples: int,
+    hypers: Sequence[Mapping[str, Any]],
+    factor: torch.Tensor | None,
 ) -> ReplicateLayers:
     """What is told of a round that is complete, see `LayerShards.close`, before its tensors."""
     terms = [LossTerms(part.layer, len(part.terms.tensors[0]), part.normalised) for part in parts]
     return ReplicateLayers(round_, samples, terms, [dict(one) for one in hypers], value_of(factor))
 
 
-def tensors_of(parts: Sequence[Contributed]) -> list[torch.Tensor]:
+def tensors_of(parts: Sequence[LayerContribution]) -> list[torch.Tensor]:
     """The tensors that follow it."""
     return [tensor.cpu() for part in parts for tensor in part.terms.tensors]

@@ -20,7 +20,7 @@ from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.chunk_state import with_tuples
 from roundtable.ps.params.embedding import Rows, optimizer_over, zeros
 from roundtable.ps.sharded.column_parallel import Products
-from roundtable.ps.sharded.contributions import Contributed, Kept
+from roundtable.ps.sharded.contributions import LayerContribution, OpenQuestion
 from roundtable.ps.sharded.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
 
 #: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
@@ -98,7 +98,7 @@ class LayerShard(Rows):
         ones = [features.new_ones(len(features), 1)] * self.spec.bias
         return Samples(torch.cat([features, *ones], 1).to(self.device), self.places(labels).to(self.device))
 
-    def sums(self, samples: Samples, ask: ShardedForward, kept: Kept | None = None) -> Job:
+    def sums(self, samples: Samples, ask: ShardedForward, kept: OpenQuestion | None = None) -> Job:
         """Job: the answer about samples; `kept` is to know what it came to."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
@@ -162,7 +162,7 @@ class LayerShard(Rows):
 
     # ---- updates
 
-    def _slopes(self, parts: Sequence[Contributed], round_: int, samples: int) -> Iterator[Slope]:
+    def _slopes(self, parts: Sequence[LayerContribution], round_: int, samples: int) -> Iterator[Slope]:
         """The mean gradient over `samples` samples that these contribute, of a tile of the rows that take part in the round at a
         time."""
         if products := [part.terms for part in parts if isinstance(part.terms, Products)]:
@@ -191,7 +191,7 @@ class LayerShard(Rows):
             assert total is not None
             yield slice(start, start + len(tile)) if places is None else places[start : start + len(tile)], tile, total
 
-    def norm(self, parts: Sequence[Contributed], round_: int, samples: int) -> Generator[None, None, float]:
+    def norm(self, parts: Sequence[LayerContribution], round_: int, samples: int) -> Generator[None, None, float]:
         """Job: the 2-norm of that gradient."""
         squares = 0.0
         for _, _, slope in self._slopes(parts, round_, samples):
@@ -201,7 +201,7 @@ class LayerShard(Rows):
 
     def update(
         self,
-        parts: Sequence[Contributed],
+        parts: Sequence[LayerContribution],
         round_: int,
         samples: int,
         hypers: Mapping[str, Any],
@@ -217,7 +217,7 @@ class LayerShard(Rows):
         self._common, self._stepped = common, stepped
         self.updates += 1
 
-    def present(self, part: Contributed) -> Generator[None, None, Contributed]:
+    def present(self, part: LayerContribution) -> Generator[None, None, LayerContribution]:
         """Job: the same contribution, of which what the classes here come to is as of now."""
         question = part.question
         assert question is not None

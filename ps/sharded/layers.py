@@ -34,7 +34,7 @@ from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
 from roundtable.ps.sharded.column_parallel import Products
-from roundtable.ps.sharded.contributions import ClosedRound, Contributed, Kept, contributed, tensors_of
+from roundtable.ps.sharded.contributions import ClosedRound, LayerContribution, OpenQuestion, replicated, tensors_of
 from roundtable.ps.sharded.jobs import JobQueue
 from roundtable.ps.sharded.layer import CPU, Job, LayerShard
 from roundtable.ps.sharded.questions import Answer, QuestionCache
@@ -119,14 +119,14 @@ class LayerShards:
         elif one.spec.hidden:
             samples = one.samples(features, labels)
             if ask.keeps:
-                known.kept[ask.number] = Kept(ask.version, ask.layer, samples)
+                known.kept[ask.number] = OpenQuestion(ask.version, ask.layer, samples)
             job = one.outputs(samples.features, ask)
         elif ask.top:
             ones = [features.new_ones(ask.count, 1)] * one.spec.bias
             job = one.best(torch.cat([features, *ones], 1), ask)
         else:
             samples = one.samples(features, labels)
-            kept = Kept(ask.version, ask.layer, samples, ask.normalised) if ask.keeps else None
+            kept = OpenQuestion(ask.version, ask.layer, samples, ask.normalised) if ask.keeps else None
             job = one.sums(samples, ask, kept)
             if kept is not None:
                 known.kept[ask.number] = kept
@@ -150,7 +150,7 @@ class LayerShards:
 
     # ---- contributions
 
-    def norms(self, parts: Sequence[Contributed], samples: int) -> list[Norm] | None:
+    def norms(self, parts: Sequence[LayerContribution], samples: int) -> list[Norm] | None:
         """The norms of the round's mean gradient, over the rows here; `parts` as in `close`. None until `work` has gone through
         the rows for them, which is begun by the first call."""
         if self._norms[0] != self._closed:
@@ -159,7 +159,7 @@ class LayerShards:
             self._jobs.measure(self._measure(parts, samples))
         return self._norms[1]
 
-    def _measure(self, parts: Sequence[Contributed], samples: int) -> Job:
+    def _measure(self, parts: Sequence[LayerContribution], samples: int) -> Job:
         norms = []
         for number, one in enumerate(self._layers):
             if mine := [part for part in parts if part.layer == number]:
@@ -174,7 +174,7 @@ class LayerShards:
 
     def close(
         self,
-        parts: Sequence[Contributed],
+        parts: Sequence[LayerContribution],
         samples: int,
         hypers: Sequence[Mapping[str, Any]],
         factor: torch.Tensor | None = None,
@@ -187,7 +187,7 @@ class LayerShards:
         self.forget_before(self._closed)
 
     def apply(
-        self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+        self, parts: Sequence[LayerContribution], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
     ) -> None:
         """Have an update of its own, whose learning rate is multiplied by `lr_scale`, for the contribution `parts` of `samples`
         samples to a round."""
@@ -195,7 +195,7 @@ class LayerShards:
         self._closed += 1
 
     def _apply(
-        self, parts: Sequence[Contributed], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+        self, parts: Sequence[LayerContribution], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
     ) -> Job:
         now = []
         for part in parts:
@@ -246,7 +246,7 @@ class LayerShards:
         """Let go of questions of rounds before this one: nothing more will be contributed to them."""
         self._questions.forget_before(round_)
 
-    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[Contributed]:
+    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[LayerContribution]:
         """Return a contribution. Raises WireError if it does not fit."""
         return self._questions.receive(sender, push, frames)
 
@@ -256,7 +256,7 @@ class LayerShards:
 
     # ---- copies on other servers
 
-    def received(self, told: ReplicateLayers, frames: Frames, what: str) -> list[Contributed]:
+    def received(self, told: ReplicateLayers, frames: Frames, what: str) -> list[LayerContribution]:
         """What a round contributes, out of `contributed`. Raises WireError naming `what` where it does not fit."""
         parts, out = iter(frames), []
         for terms in told.terms:
@@ -266,20 +266,20 @@ class LayerShards:
             features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim).to(one.device)
             if one.spec.hidden:
                 slopes = join(parts, "float32", count * one.here, what).view(count, one.here).to(one.device)
-                out.append(Contributed(terms.layer, Products(features, slopes)))
+                out.append(LayerContribution(terms.layer, Products(features, slopes)))
                 continue
             own = join(parts, "int64", count, what)
             if not one.has(own):
                 raise WireError(f"{what} has classes that are not here")
             others = [join(parts, "float32", count, what).to(one.device) for _ in range(4)]
             samples = Samples(features, own.to(one.device))
-            out.append(Contributed(terms.layer, Terms(samples, *others), terms.normalised))
+            out.append(LayerContribution(terms.layer, Terms(samples, *others), terms.normalised))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out
 
     @property
-    def settled(self) -> bool:
+    def is_between_rounds(self) -> bool:
         """Whether no update is under way, so that rows are those after some round."""
         return not self._jobs.updates
 
@@ -287,7 +287,7 @@ class LayerShards:
     def pending(self) -> ReplicateLayers | None:
         """The last round, if the update after it is not begun."""
         last = self._pending
-        return None if last is None else contributed(last.round, last.parts, last.samples, last.hypers, last.factor)
+        return None if last is None else replicated(last.round, last.parts, last.samples, last.hypers, last.factor)
 
     def parts(self) -> Iterator[Part]:
         """See LayerShard.parts; and what `pending` tells of."""
@@ -329,7 +329,7 @@ class LayerShards:
         """Of these, how many have their updates done."""
         return self._closed - (self._pending is not None) - self._jobs.updates
 
-    def settle(self, version: int | None = None) -> None:
+    def finish_updates(self, version: int | None = None) -> None:
         """Have the updates up to `version`, all by default, done. Only when all servers have closed that round."""
         self.begin_update()
         while self.version < (self._closed if version is None else version):

@@ -14,7 +14,7 @@ from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.sharded.column_parallel import Products
-from roundtable.ps.sharded.contributions import Contributed, Kept
+from roundtable.ps.sharded.contributions import LayerContribution, OpenQuestion
 from roundtable.ps.sharded.layer import LayerShard
 from roundtable.ps.sharded.softmax import Terms
 
@@ -26,7 +26,7 @@ Answer = tuple[ShardedForwardReply, list[memoryview]]
 class Asker:
     """One worker: questions by number, the newest one's, and its answer once there is one."""
 
-    kept: dict[int, Kept] = field(default_factory=dict)
+    kept: dict[int, OpenQuestion] = field(default_factory=dict)
     newest: int = -1
     answer: Answer | None = None
 
@@ -42,7 +42,9 @@ class QuestionCache:
         """Return what is known of a worker."""
         return self.askers.setdefault(sender, Asker())
 
-    def back(self, ask: ShardedForward, one: LayerShard, known: Kept | None, parts: Iterator[Any], what: str) -> Kept | None:
+    def back(
+        self, ask: ShardedForward, one: LayerShard, known: OpenQuestion | None, parts: Iterator[Any], what: str
+    ) -> OpenQuestion | None:
         """The way back through a hidden layer, from the next frames; None where it is not known what it was asked before, as the
         round is over."""
         if not one.spec.hidden or not ask.keeps or ask.count < 1:
@@ -56,7 +58,7 @@ class QuestionCache:
             samples = known.samples
             if (known.version, known.layer, len(samples.features)) != (ask.version, ask.layer, ask.count):
                 raise WireError(f"{what} goes back through another question")
-        return Kept(ask.version, ask.layer, samples, slopes=slopes)
+        return OpenQuestion(ask.version, ask.layer, samples, slopes=slopes)
 
     def read(
         self, spec: ShardedLayerSpec, ask: ShardedForward, parts: Iterator[Any], what: str
@@ -71,11 +73,11 @@ class QuestionCache:
             raise WireError(f"{what} has labels that '{spec.name}' has no class for")
         return features, labels
 
-    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[Contributed]:
+    def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[LayerContribution]:
         """A contribution. Raises WireError where it does not fit."""
         what, parts, out = f"a push of {sender}", iter(frames), []
         kept = self.askers[sender].kept if sender in self.askers else {}
-        told: dict[int, Kept] = {}
+        told: dict[int, OpenQuestion] = {}
         for ask in push.questions:
             good = 0 <= ask.layer < len(self._layers) and ask.keeps and not ask.top
             if not good or not self._keeps_versions:
@@ -88,7 +90,7 @@ class QuestionCache:
                 told[ask.number] = back
                 continue
             samples = one.samples(*self.read(one.spec, ask, parts, what))
-            told[ask.number] = Kept(ask.version, ask.layer, samples, ask.normalised)
+            told[ask.number] = OpenQuestion(ask.version, ask.layer, samples, ask.normalised)
         for use in push.uses:
             question = told.get(use.number) or kept.get(use.number)
             asked = question is not None and (
@@ -100,12 +102,12 @@ class QuestionCache:
                 raise WireError(f"{what} is about question {use.number}, which was not asked in round {push.round}")
             if question.slopes is not None:
                 products = Products(question.samples.features, question.slopes * use.scale)
-                out.append(Contributed(question.layer, products, question=question))
+                out.append(LayerContribution(question.layer, products, question=question))
                 continue
             device = question.samples.features.device
             log_total, g, own = (join(parts, "float32", use.count, what).to(device) for _ in range(3))
             terms = Terms(question.samples, log_total, g, own, torch.full((use.count,), use.smoothing, device=device))
-            out.append(Contributed(question.layer, terms, question.normalised, question))
+            out.append(LayerContribution(question.layer, terms, question.normalised, question))
         if next(parts, None) is not None:
             raise WireError(f"{what} has too many frames")
         return out

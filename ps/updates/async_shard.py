@@ -38,7 +38,7 @@ _PAIRS = 64
 #: Weight buffers: two for each of these workers.
 BUFFERS = 2 * _PAIRS
 #: Micro-batches, and rounds, that the coordinator is told of as missing from rounds after the earliest open one.
-_TOLD = 2000
+_MOST_MISSING = 2000
 
 
 class AsyncShard(Shard):
@@ -79,9 +79,9 @@ class AsyncShard(Shard):
         found: list[list[int]] = []
         told = 0
         for round_ in range(self._slowest + 1, min(self._reached + 1, self._plans.end)):
-            found.append(self._missing_from(round_)[:_TOLD])
+            found.append(self._missing_from(round_)[:_MOST_MISSING])
             told += len(found[-1])
-            if told >= _TOLD or len(found) >= _TOLD:
+            if told >= _MOST_MISSING or len(found) >= _MOST_MISSING:
                 break
         return found
 
@@ -90,7 +90,7 @@ class AsyncShard(Shard):
         return [k for k in range(self._plans.round(round_).micro_batches) if len(applied.get(k, ())) < whole]
 
     def opened(self, source: Source | None) -> None:
-        self.model.frozen.settle()
+        self.model.frozen.place()
         self.model.frozen.note_changes(0)
 
     @property

@@ -94,7 +94,7 @@ class SyncShard(Shard):
         self._open_round()
 
     def opened(self, source: Source | None) -> None:
-        self.versions.settle(source)
+        self.versions.place(source)
         self.begin_backup()
 
     def plan_known(self) -> list[Send]:
@@ -313,7 +313,7 @@ class SyncShard(Shard):
         replication, model = self._replication, self.model
         if replication is None or replication.has_backup or not self.at_border or not model.is_open:
             return
-        if model.state.settled:  # else this is tried again
+        if model.state.is_between_rounds:  # else this is tried again
             replication.begin(model.setup, self.version, model.state.parts(self.seen), model.layers.pending)
 
     @property

@@ -35,16 +35,16 @@ class WeightVersions:
         """Begin with this version."""
         self.newest, self._version_in = version, {0: version}
 
-    def settle(self, source: Source | None) -> None:
+    def place(self, source: Source | None) -> None:
         """Have the first weights in a buffer; if there is a checkpoint, those that workers computed from."""
         model = self._model
-        model.frozen.settle()
+        model.frozen.place()
         model.frozen.note_changes(self.newest)
         buffer = self.buffer_of(self.newest)
         for chunk, into in model.buffers[buffer].items():
             if model.frozen.unchanged(chunk, self.newest):
                 continue
-            self._keep_frame(buffer, chunk, model.dense.settle(chunk, into))
+            self._keep_frame(buffer, chunk, model.dense.place(chunk, into))
             if source is not None:
                 model.dense.restore_seen(chunk, source.files, into)
 

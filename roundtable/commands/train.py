@@ -161,7 +161,7 @@ def coordinator(
 
     Waits for --servers servers and --workers workers, and writes the run directory.
     """
-    from roundtable.cluster.options.resume import AUTO, told_to_stop
+    from roundtable.cluster.options.resume import AUTO, stop_message
     from roundtable.cluster.process.signals import stopped
     from roundtable.cluster.run.run_directory import claim, write_settings
     from roundtable.common.runtime.errors import Stopped
@@ -186,7 +186,7 @@ def coordinator(
         try:
             serve(choice.settings, listen, folder, how, allow_version_mismatch, [signal.SIGINT, signal.SIGTERM])
         except Stopped as error:
-            raise Stopped(error.number, told_to_stop(error.number, folder, ["coordinator", "--listen", listen])) from None
+            raise Stopped(error.number, stop_message(error.number, folder, ["coordinator", "--listen", listen])) from None
 
 
 @click.command(cls=Command)

@@ -108,7 +108,7 @@ def test_an_alarm_that_the_log_cannot_tell_is_shown_for_as_long_as_it_lasts(
     with Screen(Console(file=out, width=100), tmp_path / "none", lambda: now[0]) as screen:
         monkeypatch.setenv(*next(iter(screen.alarm.env.items())))
         for text in ("", "the disk is full.", "the disk is full.", ""):
-            disk_alarm.sound(text)
+            disk_alarm.raise_alarm(text)
             for _ in range(12):
                 now[0] += 0.5
                 screen.update()

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from roundtable.common.network import addresses
-from roundtable.common.network.addresses import advertised, as_told, await_route, is_loopback, join, needs_ipv6, outward, split
+from roundtable.common.network.addresses import (
+    advertised,
+    await_route,
+    is_loopback,
+    join,
+    needs_ipv6,
+    outward,
+    split,
+    to_advertise,
+)
 from roundtable.common.runtime.errors import ClusterError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +43,13 @@ def test_an_address_is_taken_apart_as_it_was_put_together(host: str, port: int) 
     ],
 )
 def test_what_is_advertised_has_the_port_of_the_listener_if_it_names_none(text: str, address: str) -> None:
-    assert as_told(text, BOUND) == address
+    assert to_advertise(text, BOUND) == address
 
 
 @pytest.mark.parametrize("text", ["", "*", "0.0.0.0", "tcp://[::]:5", "a:0", "a:65536", "a b", "http://x:1", "a:b", "a:1:2"])
 def test_what_nobody_can_connect_to_is_not_advertised(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no address that others could reach"):
-        as_told(text, BOUND)
+        to_advertise(text, BOUND)
 
 
 @pytest.mark.parametrize(

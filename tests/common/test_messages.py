@@ -12,7 +12,7 @@ from msgspec import inspect
 
 from roundtable.common.protocol.envelope import Envelope, Message
 from roundtable.common.protocol.messages.gradients import Push
-from roundtable.common.protocol.messages.session import MOST_TOLD, Goodbye, Heartbeat, Hello, Refused, Stop
+from roundtable.common.protocol.messages.session import MOST_MICRO_BATCHES, Goodbye, Heartbeat, Hello, Refused, Stop
 from roundtable.common.protocol.transport import PROTOCOL, Stamp
 from roundtable.common.runtime.errors import WireError
 
@@ -109,9 +109,9 @@ def test_of_somebody_unknown_only_a_small_hello_is_decoded() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"not_started": [0] * (MOST_TOLD + 1)},
-        {"reassigned_here": [[0, 0]] * (MOST_TOLD + 1)},
-        {"missing_later": [[]] * (MOST_TOLD + 1)},
+        {"not_started": [0] * (MOST_MICRO_BATCHES + 1)},
+        {"reassigned_here": [[0, 0]] * (MOST_MICRO_BATCHES + 1)},
+        {"missing_later": [[]] * (MOST_MICRO_BATCHES + 1)},
         {"missing_later": [[0] * 200] * 200},
         {"refused": {"a kind that there is not": 1}},
         {"replicas_held": [0] * 2000},

@@ -54,11 +54,11 @@ class AtOnce:
                     assert server.busy
                     done = server.work()
                     answer = done[1] if done is not None else None
-                self.shards.exchange.handle(message.to, *answer)
+                self.shards.client.handle(message.to, *answer)
             elif isinstance(message.body, LayerPush):
                 push = message.body
                 self.pushed[number][push.lo] = server.receive("worker-0", push, message.frames)
-                self.shards.exchange.handle(message.to, LayerAck(push.round, push.lo, push.hi), [])
+                self.shards.client.handle(message.to, LayerAck(push.round, push.lo, push.hi), [])
 
     def wait(self, ready: Callable[[], Any], timeout: float, what: Callable[[], str]) -> Any:
         assert ready(), what()
@@ -85,7 +85,7 @@ class AtOnce:
     def rows(self, layer: int = 0) -> torch.Tensor:
         """All rows, after the last round."""
         for server in self.servers:
-            server.settle()
+            server.finish_updates()
         return rows_of([server._layers[layer] for server in self.servers])
 
 

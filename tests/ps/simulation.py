@@ -609,7 +609,7 @@ class CoordinatorProcess(Process):
         self._start(run_to_recover(self.folder), recovers=True)
         if (stop := self.coordinator.farewell.stop) is not None:
             self.world.restarts += 1
-            self._leave(lambda: self.coordinator.farewell.end_as_told(stop))
+            self._leave(lambda: self.coordinator.farewell.end_as_decided(stop))
         self.world._tick(self)
 
     def _leave(self, tell: Callable[[], None], away: float = 0.2) -> None:
@@ -719,8 +719,8 @@ class ServerProcess(Process):
         stop = self.server._attendance.stop
         if stop is not None and self.alive:
             assert stop.restart or stop.on_request, f"{self.key} is told to stop: {stop.reason}"
-            self.world.left += self.server.told > 0
-            self._end(self.away if self.server.told else 0.3)  # somebody starts it again
+            self.world.left += self.server.stop_signal > 0
+            self._end(self.away if self.server.stop_signal else 0.3)  # somebody starts it again
 
     @property
     def host(self) -> ShardHost:
@@ -759,7 +759,7 @@ class ServerProcess(Process):
 
     def tick(self) -> None:
         now = self.world.now
-        self._until_it_leaves(lambda: self.server._look_whether_told(now))
+        self._until_it_leaves(lambda: self.server._look_for_signal(now))
         if not self.alive:
             return
         for body in self.server._attendance.tick(now, self.server._tell):
@@ -954,7 +954,7 @@ class WorkerProcess(Process):
             self.kill(away)
         else:
             try:
-                self.run.told_to_stop(15)
+                self.run.on_stop_signal(15)
             except Stopped:
                 self._interrupted()
 
@@ -962,7 +962,7 @@ class WorkerProcess(Process):
         """It gives up what it is at, and says so."""
         self.link._outbox.clear()
         self.link._outbox.append(Send(COORDINATOR, Goodbye(early=True, round=self.run.round)))
-        self.link.told = 0
+        self.link.stop_signal = 0
         self.link._send_all()
         self.alive = False
         self._has_left()
@@ -1097,7 +1097,7 @@ class WorkerProcess(Process):
                 self._train(run)
             except SystemExit:
                 run.finish()
-                if self.link.told:
+                if self.link.stop_signal:
                     self._has_left()
             else:
                 run._session.ending.await_reports()
@@ -1243,7 +1243,7 @@ class Outcome:
         """The rows of the sharded layer that the servers hold."""
         held = [shard.model.layers for shard in self.shards]
         for layers in held:
-            layers.settle()
+            layers.finish_updates()
         return rows_of([layers._layers[0] for layers in held])
 
     def tallies(self) -> list[torch.Tensor]:

@@ -194,7 +194,7 @@ def fingerprint(process: Process) -> Any:
     if isinstance(shard, SyncShard):
         rest.append(str((vars(shard.round), shard.versions.newest)))
     copy = process.host._replication._backup if process.host._replication is not None else None
-    kept = (copy.version, {n: (sorted(r.means), r.filed) for n, r in copy._rounds.items()}) if copy is not None else None
+    kept = (copy.version, {n: (sorted(r.means), r.replicated) for n, r in copy._rounds.items()}) if copy is not None else None
     return weights, states, early, rest, kept, server._connections.routes, server._identities.tickets, str(vars(server._kv))
 
 

@@ -510,7 +510,7 @@ class Coded:
 
     def start(self, weights: torch.Tensor) -> None:
         self.store.load(0, to_frame(weights))
-        self._send(self.store.settle(0, self.weight_buffers[0]))
+        self._send(self.store.place(0, self.weight_buffers[0]))
 
     def step(self, gradient: torch.Tensor) -> None:
         before = self.handed_out
@@ -521,7 +521,7 @@ class Coded:
         """A round in which the masters do not move."""
         before = self.handed_out
         self.version += 1
-        self._send(self.store.settle(0, self.handed_out, before))
+        self._send(self.store.place(0, self.handed_out, before))
 
     def _send(self, frame: memoryview | None) -> None:
         self.frame = frame

@@ -95,7 +95,7 @@ def test_layers_on_another_device_learn_the_same(optimizer: str, net: dict[str, 
 def saved(servers: Sequence[Any], folder: Path) -> TensorFiles:
     """A checkpoint of them, after the last round."""
     for number, server in enumerate(servers):
-        server.settle()
+        server.finish_updates()
         tensor_file.write(folder / f"{number}.safetensors", list(server.state()), {})
     return TensorFiles(folder / f"{number}.safetensors" for number in range(len(servers)))
 

@@ -221,7 +221,7 @@ def test_a_copy_is_told_what_counts_and_has_the_same_rows() -> None:
     told, frames = contributed(0, parts, 2, [{"lr": 0.1}], None), [frame for t in tensors_of(parts) for frame in cut(t)]
     for one, counted in ((shard, parts), (copy, copy.received(told, frames, "a copy"))):
         one.close(counted, 2, [{"lr": 0.1}])
-        one.settle()
+        one.finish_updates()
     values = [one._layers[0]._values for one in (shard, copy)]
     assert torch.equal(*values) and not torch.equal(values[0], servers_of()._layers[0].read(torch.arange(8)))
     with pytest.raises(WireError, match="a copy"):
@@ -238,8 +238,8 @@ def test_each_contribution_on_its_own_moves_rows_by_its_part_of_the_rate() -> No
         one.apply(parts, 0, 2, [{"lr": 0.1}], 0.5)
     there_and_back(whole)
     whole.close(whole.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(2, 2)]), []), 2, [{"lr": 0.1}])
-    one.settle()
-    whole.settle()
+    one.finish_updates()
+    whole.finish_updates()
     torch.testing.assert_close(one._layers[0]._values, whole._layers[0]._values)
 
 

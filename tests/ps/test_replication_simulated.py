@@ -71,8 +71,8 @@ def check_copies(outcome: Outcome) -> None:
         for mine, its in zip(copy._tables._tables, shard.model.tables._tables, strict=True):
             assert torch.equal(mine._values, its._values)
             assert all(torch.equal(mine._state[key], state) for key, state in its._state.items())
-        shard.model.layers.settle()
-        copy._layers.settle()
+        shard.model.layers.finish_updates()
+        copy._layers.finish_updates()
         for one, other in zip(copy._layers._layers, shard.model.layers._layers, strict=True):
             assert torch.equal(one.read(torch.arange(len(one._values))), other.read(torch.arange(len(one._values))))
             assert all(torch.equal(one._state[key], state) for key, state in other._state.items())

@@ -339,7 +339,7 @@ def test_rounds_in_which_nothing_was_asked_do_not_hold_the_update_back() -> None
         ask(each, 1, 0)
         contribute(each, 1, 0)
         each.close([], BATCH, [])
-    other.settle()
+    other.finish_updates()
     assert ask(one, 2, 2) == ask(other, 2, 2)
 
 
@@ -381,7 +381,7 @@ def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_
         ask(each, 1, 0)
     before = one._layers[0].read(torch.arange(CLASSES))
     applied(one, "worker-0", 1, 0, lr_scale=0.25)
-    one.settle()
+    one.finish_updates()
     kept = whole._questions.askers["worker-0"].kept[1]
     x, y = batch(0)
     own = (before[y] * x).sum(1)
@@ -389,7 +389,7 @@ def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_
     log_total = torch.logaddexp(kept.log_total, own)
     terms = Terms(kept.samples, log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0, torch.zeros(BATCH))
     whole.close([Contributed(0, terms, False)], BATCH, [])
-    whole.settle()
+    whole.finish_updates()
     after, expected = (each._layers[0].read(torch.arange(CLASSES)) for each in (one, whole))
     torch.testing.assert_close(4 * (after - before), expected - before, rtol=1e-3, atol=1e-6)
 
@@ -404,7 +404,7 @@ def test_answers_hold_whole_updates_and_all_that_were_accepted_before() -> None:
         assert one.busy and one.version < one.accepted
     for sender, round_ in (("worker-0", 0), ("worker-1", 1)):  # done before the question comes
         applied(other, sender, 1, round_)
-    other.settle()
+    other.finish_updates()
     assert ask(one, 2, 2) == ask(other, 2, 2)
     assert one.version == one.accepted == 2
 
@@ -485,7 +485,7 @@ def test_training_goes_on_from_saved_state_on_any_number_of_servers(name: str, m
     for number in range(2):
         round_of(layer, shards, link, number)
     for number, server in enumerate(link.servers):
-        server.settle()
+        server.finish_updates()
         assert server.version == 2
         tensor_file.write(tmp_path / str(number), server.state(), {})
     others, resumed = sharded(other, machines[1], update_of(name))

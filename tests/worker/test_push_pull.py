@@ -37,11 +37,11 @@ class Worker:
     def __init__(self, near: tuple[int, ...] = (), **settings: Any) -> None:
         self.layout = layout_of()
         self.settings = Settings(**settings)
-        self.exchange = ParameterClient(self.layout, self.settings, pulls_follow=False, near=near)
+        self.client = ParameterClient(self.layout, self.settings, pulls_follow=False, near=near)
         self.gradient_buffers = GradientBuffers(self.layout, shared=False)
 
     def gradient_buffer(self, value: float | torch.Tensor) -> GradientBuffer:
-        gradient_buffer = self.gradient_buffers.take(self.exchange.needs)
+        gradient_buffer = self.gradient_buffers.take(self.client.needs)
         gradient_buffer.chunks[0][:] = value
         gradient_buffer.chunks[1][:] = 1.0
         return gradient_buffer
@@ -55,12 +55,12 @@ class Worker:
         chunks: tuple[int, ...] = (0, 1),
     ) -> Send:
         sums = {chunk: Sum(gradient_buffer.chunks[chunk], 1, scale=scale) for chunk in chunks}
-        (message,) = self.exchange.push(push, sums, now, gradient_buffer=gradient_buffer)
+        (message,) = self.client.push(push, sums, now, gradient_buffer=gradient_buffer)
         gradient_buffer.taken = False
         return message
 
     def ack(self, push: Push, ignored: list[int], early: bool = False) -> None:
-        self.exchange.handle("server-0", Ack(push.round, push.lo, push.hi, push.chunks, tentative=early, ignored=ignored), ())
+        self.client.handle("server-0", Ack(push.round, push.lo, push.hi, push.chunks, tentative=early, ignored=ignored), ())
 
     def sent(self, message: Send) -> torch.Tensor:
         """Chunk 0 of a push as a server decodes it."""
@@ -95,9 +95,9 @@ def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_e
     gradient_buffer = worker.gradient_buffer(torch.randn(NUMEL))
     message = worker.push(gradient_buffer, chunks=(0,))
     before = [bytes(frame) for frame in message.frames]
-    assert not worker.exchange.needs(gradient_buffer)
+    assert not worker.client.needs(gradient_buffer)
     gradient_buffer.chunks[0].zero_()
-    (again,) = worker.exchange.tick(SEND_AGAIN_S + 1)
+    (again,) = worker.client.tick(SEND_AGAIN_S + 1)
     assert again.body == message.body and [bytes(frame) for frame in again.frames] == before
 
 
@@ -108,13 +108,13 @@ def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec
     before = [bytes(frame) for frame in first.frames]
     again = worker.gradient_buffer(torch.randn(NUMEL))
     sums = {chunk: Sum(again.chunks[chunk], 1) for chunk in (0, 1)}
-    assert worker.exchange.push(replace(PUSH, metrics={"loss": (2.0, 8.0)}), sums, 0.1, gradient_buffer=again) == []
-    assert worker.exchange.push_early(PUSH, 0, sums[0], 0.1, {}, again) == []
-    assert not worker.exchange.needs(again)
-    (retry,) = worker.exchange.tick(SEND_AGAIN_S + 1)
+    assert worker.client.push(replace(PUSH, metrics={"loss": (2.0, 8.0)}), sums, 0.1, gradient_buffer=again) == []
+    assert worker.client.push_early(PUSH, 0, sums[0], 0.1, {}, again) == []
+    assert not worker.client.needs(again)
+    (retry,) = worker.client.tick(SEND_AGAIN_S + 1)
     assert retry.body == first.body and [bytes(frame) for frame in retry.frames] == before
-    worker.exchange.handle("server-0", Ack(PUSH.round, PUSH.lo, PUSH.hi, [0, 1], metrics=True), ())
-    assert worker.exchange.unacknowledged(PUSH.round) == []
+    worker.client.handle("server-0", Ack(PUSH.round, PUSH.lo, PUSH.hi, [0, 1], metrics=True), ())
+    assert worker.client.unacknowledged(PUSH.round) == []
     assert whole(worker.push(again)).chunks == [0, 1]  # that is another matter once it is over
 
 
@@ -123,9 +123,9 @@ def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
     worker = Worker(compress_gradients="topk")
     gradient_buffer = worker.gradient_buffer(1.0)
     message = worker.push(gradient_buffer)
-    assert worker.exchange.needs(gradient_buffer)
+    assert worker.client.needs(gradient_buffer)
     worker.ack(whole(message), [])
-    assert not worker.exchange.needs(gradient_buffer)
+    assert not worker.client.needs(gradient_buffer)
 
 
 def test_two_workers_send_the_same_bytes_for_the_same_sum() -> None:
@@ -149,7 +149,7 @@ def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() 
     first = worker.push(worker.gradient_buffer(values))
     worker.ack(whole(first), [])
     gradient_buffer = worker.gradient_buffer(0.0)
-    (absent,) = worker.exchange.push(
+    (absent,) = worker.client.push(
         Push(4, 0, 2, 8, 2, [], []), {0: Sum(gradient_buffer.chunks[0], 0)}, 0.0, gradient_buffer=gradient_buffer
     )
     assert whole(absent).coded == []
@@ -160,12 +160,12 @@ def test_what_waits_of_a_parameter_is_not_sent_along_while_it_has_no_gradient() 
 
 def test_what_servers_read_from_shared_memory_is_not_encoded() -> None:
     worker = Worker(compress_gradients="topk")
-    worker.exchange.peers.readers.add(0)
+    worker.client.peers.readers.add(0)
     gradient_buffer = worker.gradient_buffer(1.0)
     gradient_buffer.index = 0
     message = worker.push(gradient_buffer)
     assert not message.frames and whole(message).gradient_buffer == 0 and not whole(message).coded
-    assert worker.exchange.traffic.pushed_bytes == 0
+    assert worker.client.traffic.pushed_bytes == 0
 
 
 @pytest.mark.parametrize("ignored", [[], [0], [0, 1]])
@@ -212,10 +212,10 @@ def test_an_early_push_that_does_not_count_is_as_if_it_had_never_been_sent() -> 
     later = Push(4, 0, 2, 8, 2, [], [])
     early = workers[0]
     gradient_buffer = early.gradient_buffer(values)
-    (message,) = early.exchange.push_early(later, 0, Sum(gradient_buffer.chunks[0], 1), 0.0, {}, gradient_buffer)
+    (message,) = early.client.push_early(later, 0, Sum(gradient_buffer.chunks[0], 1), 0.0, {}, gradient_buffer)
     early.ack(whole(message), [], early=True)
     gradient_buffer.chunks[0][:] = -values
-    assert early.exchange.settle((), 0.0) == []
+    assert early.client.confirm((), 0.0) == []
     sent = [w.push(w.gradient_buffer(-values), later, chunks=(0,)) for w in workers]
     assert bytes(sent[0].frames[0]) == bytes(sent[1].frames[0])
 
@@ -224,9 +224,9 @@ def test_an_early_push_that_is_confirmed_commits_what_it_left_out() -> None:
     worker = Worker(compress_gradients="topk", topk_ratio=0.5)
     values = torch.arange(1.0, NUMEL + 1)
     gradient_buffer = worker.gradient_buffer(values)
-    (message,) = worker.exchange.push_early(PUSH, 0, Sum(gradient_buffer.chunks[0], 1), 0.0, {}, gradient_buffer)
-    assert not worker.exchange.needs(gradient_buffer)
-    (confirm,) = worker.exchange.settle({0}, 0.0)
+    (message,) = worker.client.push_early(PUSH, 0, Sum(gradient_buffer.chunks[0], 1), 0.0, {}, gradient_buffer)
+    assert not worker.client.needs(gradient_buffer)
+    (confirm,) = worker.client.confirm({0}, 0.0)
     assert whole(confirm).stage == "commit" and whole(confirm).coded == [0] and not confirm.frames
     worker.ack(whole(confirm), [])
     second = worker.push(worker.gradient_buffer(0.0), Push(4, 0, 2, 8, 2, [], []))
@@ -236,17 +236,17 @@ def test_an_early_push_that_is_confirmed_commits_what_it_left_out() -> None:
 # ---- weights
 
 
-def pulled(worker: Worker, clock: int, frame: Any, coded: bool, weight_buffer: int = -1) -> Pull:
+def pulled(worker: Worker, for_round: int, frame: Any, coded: bool, weight_buffer: int = -1) -> Pull:
     """Pull round `clock`, of which the server hands out `frame` for chunk 0; the Pull that it got."""
-    (ask,) = worker.exchange.pull(clock, False, 0.0)
+    (ask,) = worker.client.pull(for_round, False, 0.0)
     frames = [] if weight_buffer >= 0 else [frame, to_frame(torch.zeros(5))]
-    worker.exchange.handle("server-0", Weights(clock, clock, [0, 1], True, weight_buffer, [0] if coded else []), frames)
+    worker.client.handle("server-0", Weights(for_round, for_round, [0, 1], True, weight_buffer, [0] if coded else []), frames)
     assert isinstance(ask.body, Pull)
     return ask.body
 
 
 def taken(worker: Worker) -> torch.Tensor:
-    return from_frame(worker.exchange.take()[0][0], "float32", NUMEL, "")
+    return from_frame(worker.client.take()[0][0], "float32", NUMEL, "")
 
 
 def test_rounded_weights_come_out_as_single_precision() -> None:
@@ -254,7 +254,7 @@ def test_rounded_weights_come_out_as_single_precision() -> None:
     values = torch.randn(NUMEL).bfloat16()
     pulled(worker, 0, to_frame(values), coded=True)
     assert torch.equal(taken(worker), values.float())
-    assert worker.exchange.traffic.pulled_bytes == 2 * NUMEL + 20
+    assert worker.client.traffic.pulled_bytes == 2 * NUMEL + 20
 
 
 def test_changes_are_added_to_what_came_before_whatever_a_script_writes_into_its_model() -> None:
@@ -278,7 +278,7 @@ def test_changes_of_weights_that_are_not_held_are_refused() -> None:
         pulled(worker, 2, to_frame(frame), coded=True)
     worker = Worker(compress_weights="onebit")
     pulled(worker, 0, None, coded=False, weight_buffer=2)
-    assert worker.exchange.take()[0][0] == InWeightBuffer(0, 2)
+    assert worker.client.take()[0][0] == InWeightBuffer(0, 2)
     assert pulled(worker, 1, to_frame(torch.randn(NUMEL)), coded=False).held_version == -1
 
 
@@ -286,10 +286,10 @@ def test_weights_that_did_not_all_come_are_no_ground_for_changes_and_those_befor
     worker = Worker(compress_weights="int8")
     pulled(worker, 0, to_frame(torch.ones(NUMEL)), coded=False)
     taken(worker)
-    worker.exchange.pull(1, False, 0.0)
-    worker.exchange.handle("server-0", Weights(1, 1, [0]), [to_frame(torch.zeros(NUMEL))])
-    assert not taken(worker).any() and not worker.exchange.complete
-    (ask,) = worker.exchange.pull(3, False, 0.0)
+    worker.client.pull(1, False, 0.0)
+    worker.client.handle("server-0", Weights(1, 1, [0]), [to_frame(torch.zeros(NUMEL))])
+    assert not taken(worker).any() and not worker.client.complete
+    (ask,) = worker.client.pull(3, False, 0.0)
     assert isinstance(ask.body, Pull) and ask.body.held_version == 0
 
 
@@ -299,41 +299,41 @@ def test_coded_weights_in_a_run_without_a_codec_are_refused() -> None:
 
 
 def test_a_server_without_chunks_may_be_another_process_while_weights_are_awaited() -> None:
-    exchange = ParameterClient(layout_of(), Settings(replicas=1, servers=2), pulls_follow=False)
-    assert [send.to for send in exchange.pull(0, False, 0.0)] == ["server-0"]
-    exchange.replaced(1)
-    assert exchange.tick(1.0) == [] and exchange.missing() == [("server-0", [0, 1])]
+    client = ParameterClient(layout_of(), Settings(replicas=1, servers=2), pulls_follow=False)
+    assert [send.to for send in client.pull(0, False, 0.0)] == ["server-0"]
+    client.replaced(1)
+    assert client.tick(1.0) == [] and client.missing() == [("server-0", [0, 1])]
 
 
 def test_who_comes_late_begins_in_the_earliest_round_that_is_open_anywhere() -> None:
     """Nobody else may be left who could compute what a server still lacks of it."""
     layout = make_layout([TensorSpec(f"{group}", [ROWS, COLUMNS], "float32", group) for group in range(3)], 3)
-    exchange = ParameterClient(layout, Settings(servers=3), pulls_follow=False)
-    exchange.pull(0, False, 0.0)
-    assert not exchange.gone and exchange.over is None
-    exchange.handle("server-0", VersionExpired(0, 44), ())
-    assert exchange.gone and exchange.over is None
-    exchange.handle("server-1", VersionExpired(0, 43), ())
+    client = ParameterClient(layout, Settings(servers=3), pulls_follow=False)
+    client.pull(0, False, 0.0)
+    assert not client.gone and client.over is None
+    client.handle("server-0", VersionExpired(0, 44), ())
+    assert client.gone and client.over is None
+    client.handle("server-1", VersionExpired(0, 43), ())
     (third,) = layout.on(2)
-    exchange.handle("server-2", Weights(0, 0, [third.id], round_closed=True), [bytes(4 * NUMEL)])
-    assert exchange.over == 43
-    exchange.pull(43, False, 0.0)
-    exchange.handle("server-0", VersionExpired(0, 44), ())  # late
-    assert not exchange.gone and exchange.over is None
+    client.handle("server-2", Weights(0, 0, [third.id], round_closed=True), [bytes(4 * NUMEL)])
+    assert client.over == 43
+    client.pull(43, False, 0.0)
+    client.handle("server-0", VersionExpired(0, 44), ())  # late
+    assert not client.gone and client.over is None
 
 
 def test_how_long_a_transfer_takes_is_measured_where_nothing_was_sent_early() -> None:
     worker = Worker(near=(0,))
-    assert worker.exchange.sends_any and not worker.exchange.sends_away
+    assert worker.client.sends_any and not worker.client.sends_away
     message = worker.push(worker.gradient_buffer(1.0))
-    worker.exchange.tick(1.0)
+    worker.client.tick(1.0)
     worker.ack(whole(message), [])
-    worker.exchange.tick(3.0)
-    assert worker.exchange.transfer_s == 1.0  # the newest of 2 s counts half
+    worker.client.tick(3.0)
+    assert worker.client.transfer_s == 1.0  # the newest of 2 s counts half
     gradient_buffer, later = worker.gradient_buffer(2.0), replace(PUSH, round=4)
-    (early,) = worker.exchange.push_early(later, 0, Sum(gradient_buffer.chunks[0], 1), 4.0, {}, gradient_buffer)
-    worker.exchange.tick(5.0)
-    worker.exchange.settle({0}, 9.0)
+    (early,) = worker.client.push_early(later, 0, Sum(gradient_buffer.chunks[0], 1), 4.0, {}, gradient_buffer)
+    worker.client.tick(5.0)
+    worker.client.confirm({0}, 9.0)
     worker.ack(whole(early), [])
-    worker.exchange.tick(10.0)
-    assert worker.exchange.idle and worker.exchange.transfer_s == 1.0
+    worker.client.tick(10.0)
+    assert worker.client.idle and worker.client.transfer_s == 1.0

@@ -75,7 +75,7 @@ def test_a_greedy_merge_needs_to_be_told_which_of_two_models_is_better() -> None
 
 def test_which_weights_masters_waits_for_is_told_with_process_round_and_chunks() -> None:
     layout = make_layout([TensorSpec("w", [2], "float32", 0), TensorSpec("v", [2], "float32", 0)], 2)
-    exchange = ParameterClient(layout, Settings(), pulls_follow=False)
+    client = ParameterClient(layout, Settings(), pulls_follow=False)
     told: list[str] = []
 
     def wait(ready: Callable[[], Any], what: Callable[[], str], every: float | None = None) -> None:
@@ -86,7 +86,7 @@ def test_which_weights_masters_waits_for_is_told_with_process_round_and_chunks()
     context: Any = SimpleNamespace(wait=wait, io=link, settings=Settings(compress_weights="bf16"))
     work = GradientLoop.__new__(GradientLoop)
     work.version = lambda: 7  # type: ignore[method-assign]
-    assert Training(context, cast(Any, None), exchange, work, None).full_precision() == {}
+    assert Training(context, cast(Any, None), client, work, None).full_precision() == {}
     chunks = {f"server-{n}": ", ".join(str(chunk.id) for chunk in layout.on(n)) for n in layout.owners()}
     servers = " and ".join(f"{name} (chunks {ids})" for name, ids in chunks.items())
     assert told == [f"the trained weights of round 7 from {servers}"]

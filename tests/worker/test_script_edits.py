@@ -33,12 +33,12 @@ class Script:
         self.held = {chunk.id: bytes(self.replica.first_weights(chunk.id)) for chunk in self.replica.layout.chunks}
         self.gradient_buffers = GradientBuffers(self.replica.layout, shared=False)
         self.replica.catch_gradients()
-        exchange = SimpleNamespace(
+        client = SimpleNamespace(
             want_all=lambda: None, pull=lambda *a: [], complete=True, gone=False, take=lambda: (self.frames(), {}),
         )  # fmt: skip
         link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
         context = SimpleNamespace(io=link, wait=lambda *a: None)
-        self.edits = Edits(cast(WorkerContext, context), cast(ParameterClient, exchange), self.replica, only_frozen)
+        self.edits = Edits(cast(WorkerContext, context), cast(ParameterClient, client), self.replica, only_frozen)
         self.replica.load(self.frames())
         self.edits.note()
 

@@ -225,61 +225,61 @@ def answer(
 @given(st.data())
 def test_answers_arrive_whole_whatever_is_lost_repeated_or_late(data: st.DataObject) -> None:
     servers, now = 3, 0.0
-    exchange = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], servers, 7)
+    client = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], servers, 7)
     labels = torch.tensor([0, 64, 128, 1, 65, 2])
     late: list[Any] = []
     for number in range(data.draw(st.integers(1, 3))):
-        sends = exchange.ask(ShardedForward(0, 0, number, BATCH, True), [torch.zeros(BATCH, DIM), labels], now)
+        sends = client.ask(ShardedForward(0, 0, number, BATCH, True), [torch.zeros(BATCH, DIM), labels], now)
         assert [send.to for send in sends] == ["server-0", "server-1", "server-2"]
-        while not exchange.complete:
+        while not client.complete:
             for send in sends:
                 server = int(send.to[7:])
                 reply = send.to, *answer(cast(ShardedForward, send.body), labels, server, servers, number + 0.1 * server)
                 for _ in range(data.draw(st.sampled_from([1, 0, 2]))):
-                    exchange.handle(*reply)
+                    client.handle(*reply)
                 late.append(reply)
             if data.draw(st.booleans()):
-                exchange.handle(*data.draw(st.sampled_from(late)))
+                client.handle(*data.draw(st.sampled_from(late)))
             now += 1e6 * SEND_AGAIN_S
-            sends = exchange.tick(now)
-        found = exchange.take()
+            sends = client.tick(now)
+        found = client.take()
         assert [float(part.largest[0]) for part in found] == pytest.approx([number, number + 0.1, number + 0.2])
         assert [len(part.own) for part in found] == [3, 2, 1]
 
 
 def test_answers_of_another_size_are_refused_and_a_round_that_is_over_ends_the_wait() -> None:
-    exchange = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
+    client = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
     labels = torch.zeros(BATCH, dtype=torch.int64)
-    send, _ = exchange.ask(ShardedForward(0, 0, 0, BATCH, True), [torch.zeros(BATCH, DIM), labels], 0.0)
+    send, _ = client.ask(ShardedForward(0, 0, 0, BATCH, True), [torch.zeros(BATCH, DIM), labels], 0.0)
     body, frames = answer(cast(ShardedForward, send.body), labels, 0, 2, 1.0)
     for some in (frames[:-1], [*frames, frames[0]], [frames[0][:-4], *frames[1:]]):
         with pytest.raises(WireError):
-            exchange.handle("server-0", body, some)
-    assert exchange.missing() == ["server-0", "server-1"]
-    exchange.handle("server-1", ShardedForwardReply(body.number, gone=True), [])
-    assert exchange.complete and exchange.gone
+            client.handle("server-0", body, some)
+    assert client.missing() == ["server-0", "server-1"]
+    client.handle("server-1", ShardedForwardReply(body.number, gone=True), [])
+    assert client.complete and client.gone
 
 
 def test_the_best_of_few_rows_on_a_server_are_all_of_them() -> None:
-    exchange = ShardedClient([ShardedLayerSpec("w", 70, DIM, 0, 0.1)], 2, 7)
-    send, _ = exchange.ask(ShardedForward(0, 0, 0, 1, top=10), [torch.zeros(1, DIM)], 0.0)
+    client = ShardedClient([ShardedLayerSpec("w", 70, DIM, 0, 0.1)], 2, 7)
+    send, _ = client.ask(ShardedForward(0, 0, 0, 1, top=10), [torch.zeros(1, DIM)], 0.0)
     number = cast(ShardedForward, send.body).number
     for server in range(2):
         count = min(10, rows_on(server, 2, 70))
         values, classes = torch.arange(count).float()[None] + server * 0.5, torch.arange(count)[None] + 64 * server
-        exchange.handle(f"server-{server}", ShardedForwardReply(number), [*cut(values), *cut(classes)])
-    best, classes = exchange.take_best()
+        client.handle(f"server-{server}", ShardedForwardReply(number), [*cut(values), *cut(classes)])
+    best, classes = client.take_best()
     assert best[0, :2].tolist() == [9.0, 8.0] and int(classes[0, 0]) == 9
 
 
 def test_a_push_is_sent_until_each_server_acknowledges_it() -> None:
-    exchange = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
-    sends = exchange.push(LayerPush(4, 2, 4, 9, []), [torch.ones(3)], {0: 7, 1: 8}, 0.0)
+    client = ShardedClient([ShardedLayerSpec("w", CLASSES, DIM, 0, 0.1)], 2, 7)
+    sends = client.push(LayerPush(4, 2, 4, 9, []), [torch.ones(3)], {0: 7, 1: 8}, 0.0)
     assert [send.to for send in sends] == ["server-0", "server-1"]
-    exchange.handle("server-0", LayerAck(4, 2, 4), [])
-    exchange.handle("server-1", LayerAck(4, 2, 3), [])
-    assert exchange.unacknowledged(4) == {2, 3} and exchange.unacknowledged(3) == set()
-    assert exchange.tick(SEND_AGAIN_S - 1) == []
-    assert [send.to for send in exchange.tick(SEND_AGAIN_S)] == ["server-1"]
-    exchange.handle("server-1", LayerAck(4, 2, 4), [])
-    assert exchange.tick(99.0) == [] and exchange.unacknowledged(4) == set()
+    client.handle("server-0", LayerAck(4, 2, 4), [])
+    client.handle("server-1", LayerAck(4, 2, 3), [])
+    assert client.unacknowledged(4) == {2, 3} and client.unacknowledged(3) == set()
+    assert client.tick(SEND_AGAIN_S - 1) == []
+    assert [send.to for send in client.tick(SEND_AGAIN_S)] == ["server-1"]
+    client.handle("server-1", LayerAck(4, 2, 4), [])
+    assert client.tick(99.0) == [] and client.unacknowledged(4) == set()

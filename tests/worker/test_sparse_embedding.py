@@ -58,7 +58,7 @@ class Servers:
                 self.asked.append(message.body)
                 found = self.tables[int(message.to[7:])].read(message.body, message.frames)
                 assert found is not None and self.rows is not None
-                self.rows.exchange.handle(message.to, Rows(message.body.number, found[0]), found[1])
+                self.rows.client.handle(message.to, Rows(message.body.number, found[0]), found[1])
 
     def wait(self, ready: Callable[[], Any], timeout: float, what: Callable[[], str]) -> Any:
         assert ready(), what()
@@ -260,53 +260,53 @@ def test_training_that_needs_the_whole_table_is_refused(how: dict[str, Any], wor
 @given(st.data())
 def test_rows_arrive_whole_and_in_order_whatever_is_lost_repeated_or_late(data: st.DataObject) -> None:
     specs, servers = [TableSpec("t", ROWS, DIM, 0)], 3
-    exchange, now = EmbeddingClient(specs, servers), 0.0
+    client, now = EmbeddingClient(specs, servers), 0.0
     values = torch.randn(ROWS, DIM)
     late: list[tuple[str, Rows, Any]] = []
     for _ in range(data.draw(st.integers(1, 4))):
         wanted = torch.tensor(sorted(data.draw(st.sets(st.integers(0, ROWS - 1), max_size=30))), dtype=torch.int64)
-        sends = exchange.pull(0, wanted, 0, now)
-        while not exchange.complete:
+        sends = client.pull(0, wanted, 0, now)
+        while not client.complete:
             for send in sends:
                 asked = cast(RowPull, send.body)
                 mine = wanted[owner_of(wanted, servers) == int(send.to[7:])]
                 assert asked.count == len(mine)
                 answer = send.to, Rows(asked.number, len(mine)), cut(values[mine])
                 for _ in range(data.draw(st.integers(0, 2))):
-                    exchange.handle(*answer)
+                    client.handle(*answer)
                 late.append(answer)
             if data.draw(st.booleans()):
-                exchange.handle(*data.draw(st.sampled_from(late)))
+                client.handle(*data.draw(st.sampled_from(late)))
             now += SEND_AGAIN_S
-            sends = exchange.tick(now)
-        assert torch.equal(exchange.take(), values[wanted])
+            sends = client.tick(now)
+        assert torch.equal(client.take(), values[wanted])
 
 
 def test_an_answer_of_the_wrong_size_is_refused() -> None:
-    exchange = EmbeddingClient([TableSpec("t", ROWS, DIM, 0)], 1)
-    (send,) = exchange.pull(0, torch.tensor([1, 2]), 0, 0.0)
+    client = EmbeddingClient([TableSpec("t", ROWS, DIM, 0)], 1)
+    (send,) = client.pull(0, torch.tensor([1, 2]), 0, 0.0)
     assert isinstance(send.body, RowPull)
     for count, rows in ((1, 1), (2, 1)):
         with pytest.raises(WireError):
-            exchange.handle("server-0", Rows(send.body.number, count), cut(torch.zeros(rows, DIM)))
-    assert exchange.missing() == ["server-0"]
+            client.handle("server-0", Rows(send.body.number, count), cut(torch.zeros(rows, DIM)))
+    assert client.missing() == ["server-0"]
 
 
 def test_a_push_is_sent_until_that_server_acknowledges_it() -> None:
     specs = [TableSpec("t", ROWS, DIM, 0), TableSpec("unused", ROWS, DIM, 0)]
-    exchange = EmbeddingClient(specs, 2)
+    client = EmbeddingClient(specs, 2)
     part = RowSum(torch.tensor([1, 2, 70]), torch.randn(3, DIM))
     nothing = RowSum(part.ids[:0], part.values[:0], used=False)
-    sends = exchange.push(RowPush(4, 2, 4, 9, []), [part, nothing], {0: 7, 1: 8}, 0.0)
+    sends = client.push(RowPush(4, 2, 4, 9, []), [part, nothing], {0: 7, 1: 8}, 0.0)
     assert [(s.to, s.body.counts, s.body.base_version) for s in sends] == [("server-0", [2, -1], 7), ("server-1", [1, -1], 8)]
     found = join_sums(sends[1].frames, [1, -1], specs, "it")
     assert found[0].ids.tolist() == [70] and torch.equal(found[0].values, part.values[2:])
     assert bytes(cut_sums(found)[0]) == bytes(sends[1].frames[0])
-    exchange.handle("server-0", RowAck(4, 2, 4), [])
-    exchange.handle("server-0", RowAck(4, 2, 4), [])
-    exchange.handle("server-1", RowAck(4, 2, 3), [])
-    assert exchange.unacknowledged(4) == {2, 3} and exchange.unacknowledged(3) == set()
-    assert exchange.tick(SEND_AGAIN_S - 1) == []
-    assert [s.to for s in exchange.tick(SEND_AGAIN_S)] == ["server-1"]
-    exchange.handle("server-1", RowAck(4, 2, 4), [])
-    assert exchange.tick(99.0) == [] and exchange.unacknowledged(4) == set()
+    client.handle("server-0", RowAck(4, 2, 4), [])
+    client.handle("server-0", RowAck(4, 2, 4), [])
+    client.handle("server-1", RowAck(4, 2, 3), [])
+    assert client.unacknowledged(4) == {2, 3} and client.unacknowledged(3) == set()
+    assert client.tick(SEND_AGAIN_S - 1) == []
+    assert [s.to for s in client.tick(SEND_AGAIN_S)] == ["server-1"]
+    client.handle("server-1", RowAck(4, 2, 4), [])
+    assert client.tick(99.0) == [] and client.unacknowledged(4) == set()

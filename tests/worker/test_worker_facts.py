@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from torch.utils.data import Dataset
 
 from roundtable.common.config.batch_plan import make_segment
-from roundtable.common.config.worker_facts import Fact, Told, difference
+from roundtable.common.config.worker_facts import Fact, FirstFacts, difference
 from roundtable.common.protocol.messages.setup import Plan
 from roundtable.worker import facts as alike
 from roundtable.worker.optim.optimizer import Hypers
@@ -24,7 +24,7 @@ ROUNDS = 12
 
 def differs(one: list[Fact], other: list[Fact]) -> str:
     sent = msgspec.msgpack.decode(msgspec.msgpack.encode(Plan(segment(), facts=other)), type=Plan)
-    return difference(Told("worker-0 on here", one), sent.facts, "worker-1 on there")
+    return difference(FirstFacts("worker-0 on here", one), sent.facts, "worker-1 on there")
 
 
 def segment(epochs: int = 3) -> Any:

@@ -92,7 +92,7 @@ class IoThread:
         self._error: PsError | None = None
         self._closing = False
         #: The signal that has told this worker to stop, if any, and when.
-        self.told, self.told_at = 0, float("inf")
+        self.stop_signal, self.stop_signal_at = 0, float("inf")
         self._is_interrupted = False
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
@@ -182,8 +182,8 @@ class IoThread:
             raise self._error
         stop = self._attendance.stop
         if stop is not None and not stop.ok:
-            if self.told:
-                raise Stopped(self.told)
+            if self.stop_signal:
+                raise Stopped(self.stop_signal)
             raise (RunStopped if stop.on_request else ClusterError)(f"stopped because {stop.reason}")
 
     def joined(self) -> Welcome:
@@ -227,7 +227,7 @@ class IoThread:
         """Have the main thread end the script where it is: this worker was told to stop, and need not wait any more."""
         if not self._is_interrupted:
             self._is_interrupted = True
-            signal.pthread_kill(threading.main_thread().ident or 0, self.told)
+            signal.pthread_kill(threading.main_thread().ident or 0, self.stop_signal)
 
     def close(self) -> None:
         """Send what is left to send and end the thread."""
@@ -284,7 +284,7 @@ class IoThread:
                             continue
                         self._attendance.handle(body, time.monotonic())
                         if isinstance(body, Stop) and body.restart:
-                            if self.told:
+                            if self.stop_signal:
                                 self.interrupt()
                                 return
                             log.warning("restarts: %s", body.reason)
@@ -341,14 +341,14 @@ class IoThread:
 
     def _heartbeat(self) -> Heartbeat:
         refused, unreached = self._refusals.counts, self._unreached.numbers
-        return msgspec.structs.replace(self.heartbeat(), refused=refused, unreached=unreached, leaves=self.told > 0)
+        return msgspec.structs.replace(self.heartbeat(), refused=refused, unreached=unreached, leaves=self.stop_signal > 0)
 
-    def _look_whether_told(self, now: float) -> None:
+    def _look_for_signal(self, now: float) -> None:
         """Ask the coordinator to be let go, if this worker was told to stop, and go if that takes too long."""
         welcome = self._attendance.welcome
-        if self.told and welcome is not None:
+        if self.stop_signal and welcome is not None:
             self._attendance.heartbeat_soon(now)
-            if now > self.told_at + welcome.settings.stop_timeout + GO_S:
+            if now > self.stop_signal_at + welcome.settings.stop_timeout + GO_S:
                 self.interrupt()
 
     def _look_at_connections(self, now: float) -> None:
@@ -360,7 +360,7 @@ class IoThread:
     def _send_all(self) -> None:
         now = time.monotonic()
         with self.lock:
-            self._look_whether_told(now)
+            self._look_for_signal(now)
             messages = list(self._outbox)
             self._outbox.clear()
             messages += [Send(COORDINATOR, body) for body in self._attendance.tick(now, self._heartbeat)]

@@ -70,12 +70,12 @@ class ParameterClient:
     def push_early(
         self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], gradient_buffer: GradientBuffer
     ) -> list[Send]:
-        """Send a contribution to one chunk, which is to count only when `settle` has said so; likewise."""
+        """Send a contribution to one chunk, which is to count only when `confirm` has said so; likewise."""
         return self._pushes.push_early(push, chunk, value, now, bases, gradient_buffer)
 
-    def settle(self, good: Collection[int], now: float) -> list[Send]:
+    def confirm(self, good: Collection[int], now: float) -> list[Send]:
         """Have the chunks in `good`, of all that were sent early, count. The others are not to."""
-        return self._pushes.settle(good, now)
+        return self._pushes.confirm(good, now)
 
     def sends(self, chunk: int) -> bool:
         """Return whether contributions to a chunk are sent, and not read from this worker's memory."""
@@ -111,13 +111,13 @@ class ParameterClient:
 
     # ---- pulling
 
-    def pull(self, clock: int, settled: bool, now: float, masters: bool = False) -> list[Send]:
-        """Ask for the weights to start round `clock` from; with `masters`, for those that no codec has rounded.
+    def pull(self, for_round: int, after_all_updates: bool, now: float, full_precision: bool = False) -> list[Send]:
+        """Ask for the weights to start round `for_round` from; with `full_precision`, for those that no codec has rounded.
 
         Weights that were staged for another round are let go.
         """
-        self._pushes.rounds_are_over(before=clock - 1)
-        self._pulls.begin(clock, settled, masters)
+        self._pushes.rounds_are_over(before=for_round - 1)
+        self._pulls.begin(for_round, after_all_updates, full_precision)
         return self._ask(now)
 
     def _ask(self, now: float) -> list[Send]:
@@ -128,9 +128,9 @@ class ParameterClient:
         self._pulls.want_all()
 
     @property
-    def clock(self) -> int | None:
+    def for_round(self) -> int | None:
         """The round whose weights are wanted; None before the first pull and when they have been taken."""
-        return self._pulls.clock
+        return self._pulls.for_round
 
     @property
     def complete(self) -> bool:
@@ -172,7 +172,7 @@ class ParameterClient:
     def missing_text(self) -> str:
         """Return the same in words, with the round that the weights are to start."""
         parts = [f"{server} (chunks {', '.join(map(str, chunks))})" for server, chunks in self.missing()]
-        return f"of round {self.clock} from {' and '.join(parts)}"
+        return f"of round {self.for_round} from {' and '.join(parts)}"
 
     def take(self) -> tuple[dict[int, Any], dict[int, int]]:
         """Return the weights that have come since the last call, by chunk, and their versions by server.
@@ -215,13 +215,13 @@ class ParameterClient:
         self._pulls.replaced(server)
         self.peers.replaced(server)
 
-    def met(self, server: int, reads: bool, region: int | None) -> None:
+    def on_shared_memory(self, server: int, reads: bool, region: int | None) -> None:
         """Take a server's answer to the offer to share memory.
 
         `reads`: it reads this worker's gradient buffers. Its memory, if this worker reads it, is number `region` of those that
         it has had.
         """
-        self.peers.met(server, reads, region)
+        self.peers.on_shared_memory(server, reads, region)
         if not reads:
             self._pushes.send_what_it_cannot_read(server)
 

@@ -25,7 +25,7 @@ class UnreachedServers:
         self._reach = Reachability()
         #: Addresses by number.
         self._servers: dict[int, str] = {}
-        self._told_at = float("-inf")
+        self._reported_at = float("-inf")
 
     def watcher(self, key: str, address: str, now: float) -> partial[Any]:
         """Return what watches a new socket, which is known by `key` from now on."""
@@ -39,8 +39,8 @@ class UnreachedServers:
         """Find out which servers cannot be reached, and say so once in a while; return whether there are new ones."""
         found = self._reach.unreached(now, min(UNREACHED_S, patience_s))
         before, self._servers = self._servers, {number_of(name): address for name, address in found.items()}
-        if self._servers and now >= self._told_at + TELL_S:
-            self._told_at = now
+        if self._servers and now >= self._reported_at + TELL_S:
+            self._reported_at = now
             log.warning("there is no connection%s", self.text(" to "))
         return bool(self._servers.keys() - before.keys())
 

@@ -21,7 +21,7 @@ _NEWEST = 0.2
 
 
 class PushOverlap:
-    """Pushes of one worker during backward. They count once `settle` has found that the script left the gradients alone."""
+    """Pushes of one worker during backward. They count once `confirm` has found that the script left the gradients alone."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class PushOverlap:
         self._early = OverlappedPush(self._replica, buffer, samples, joins, self._take_buffer, send, client.sends)
         self._replica.capture.on_gradient = self._early.made
 
-    def settle(self, is_of_use: bool) -> set[int]:
+    def confirm(self, is_of_use: bool) -> set[int]:
         """End the pushes of a micro-batch; return the chunks of which they count: none unless the micro-batch `is_of_use`."""
         early, self._early, self._replica.capture.on_gradient = self._early, None, None
         if early is None:
@@ -78,7 +78,7 @@ class PushOverlap:
         if self._context.settings.on_nonfinite == "fail":
             good = {chunk for chunk in good if is_finite(early.values[chunk])}  # the rest is pushed anew, and found there
         with self._context.io.lock:
-            messages = self._client.settle(good, time.monotonic())
+            messages = self._client.confirm(good, time.monotonic())
             if early.spare is not None:
                 early.spare.taken = False
         self._context.io.send(*messages)

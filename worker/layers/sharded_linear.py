@@ -224,7 +224,7 @@ class ShardedLayers:
         self._servers = servers
         self._version = version
         self._timeout = timeout
-        self.exchange = ShardedClient(self._specs, servers, first_number, may_be_replaced)
+        self.client = ShardedClient(self._specs, servers, first_number, may_be_replaced)
         self._layers = [sharded.layer for sharded in layers]
         self._used: list[LayerGradient | HiddenGradient] = []
         #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
@@ -261,27 +261,27 @@ class ShardedLayers:
     def _ask(self, layer: OnServers, question: ShardedForward, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the answers are here; False where the round is over."""
         with self._link.lock:
-            messages = self.exchange.ask(question, tensors, time.monotonic())
+            messages = self.client.ask(question, tensors, time.monotonic())
         return self._is_answered(layer, messages)
 
     def _ask_back(self, layer: OnServers, question: ShardedForward, slopes: torch.Tensor, features: torch.Tensor) -> bool:
         """Likewise."""
         with self._link.lock:
-            messages = self.exchange.ask_back(question, slopes, features, time.monotonic())
+            messages = self.client.ask_back(question, slopes, features, time.monotonic())
         return self._is_answered(layer, messages)
 
     def _is_answered(self, layer: OnServers, messages: Sequence[Send]) -> bool:
         self._link.send(*messages)
         self._wait(layer)
-        return not self.exchange.gone
+        return not self.client.gone
 
     def _wait(self, layer: OnServers) -> None:
-        exchange, name = self.exchange, self._specs[self._number(layer)].name
+        client, name = self.client, self._specs[self._number(layer)].name
 
         def waited_for() -> str:
-            return f"what '{name}' comes to for round {self._version()} from {' and '.join(exchange.missing())}"
+            return f"what '{name}' comes to for round {self._version()} from {' and '.join(client.missing())}"
 
-        self._link.wait(lambda: exchange.complete, self._timeout, waited_for)
+        self._link.wait(lambda: client.complete, self._timeout, waited_for)
 
     def _number(self, layer: OnServers) -> int:
         return next(number for number, known in enumerate(self._layers) if known is layer)
@@ -318,10 +318,10 @@ class ShardedLayers:
         if not self._ask(layer, question, [x, y]):
             self.round_invalid = True
             return torch.zeros(len(features), device=features.device, requires_grad=contributes)
-        found = combine(self.exchange.take(), x, y, self._servers, layer.num_classes, smoothing, margin)
+        found = combine(self.client.take(), x, y, self._servers, layer.num_classes, smoothing, margin)
         if not contributes:
             return found.losses.to(features.device)
-        number, smoothed = self.exchange.number, smoothing / layer.num_classes
+        number, smoothed = self.client.number, smoothing / layer.num_classes
 
         def backward(g: torch.Tensor) -> None:
             g = g.cpu()
@@ -338,18 +338,18 @@ class ShardedLayers:
         if self.round_invalid or not self._ask(layer, question, [x]):
             self.round_invalid = True
             return features.new_zeros(len(x), layer.out_features, requires_grad=contributes)
-        y = self.exchange.take_outputs().to(features)
+        y = self.client.take_outputs().to(features)
         if not contributes:
             return y
-        question = msgspec.structs.replace(question, back_through=self.exchange.number)
+        question = msgspec.structs.replace(question, back_through=self.client.number)
 
         def backward(g: torch.Tensor) -> torch.Tensor:
             slopes = g.to("cpu", torch.float32).contiguous()
             if self.round_invalid or not self._ask_back(layer, question, slopes, x):
                 self.round_invalid = True
                 return torch.zeros_like(features)
-            self._used.append(HiddenGradient(self.exchange.number, slopes))
-            return self.exchange.take_slopes().to(features)
+            self._used.append(HiddenGradient(self.client.number, slopes))
+            return self.client.take_slopes().to(features)
 
         return Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -359,7 +359,7 @@ class ShardedLayers:
             raise UsageError(f"k is {k}; there are {layer.num_classes} classes.")
         x = self._features(layer, nn.functional.normalize(features) if cosine else features)
         self._ask(layer, ShardedForward(0, self._number(layer), self._version(), len(x), normalised=cosine, top=k), [x])
-        values, classes = self.exchange.take_best()
+        values, classes = self.client.take_best()
         return values.to(features.device), classes.to(features.device)
 
     # ---- contributions
@@ -381,5 +381,5 @@ class ShardedLayers:
             tensors = [tensor for use in uses for tensor in use.tensors]
             push = msgspec.structs.replace(push, uses=[use.use for use in uses])
             with self._link.lock:
-                messages = self.exchange.push(push, tensors, bases, time.monotonic())
+                messages = self.client.push(push, tensors, bases, time.monotonic())
             self._link.send(*messages)

@@ -133,14 +133,14 @@ class Losses(torch.autograd.Function):
         backward: Callable[[torch.Tensor], None],
     ) -> torch.Tensor:
         ctx.save_for_backward(slope)
-        ctx.dtype, ctx.told = features.dtype, backward
+        ctx.dtype, ctx.backward_of = features.dtype, backward
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         (slope,) = ctx.saved_tensors
-        ctx.told(g.detach())
+        ctx.backward_of(g.detach())
         return (g[:, None] * slope).to(ctx.dtype), None, None, None, None
 
 

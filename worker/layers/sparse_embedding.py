@@ -135,7 +135,7 @@ class RowSparse:
         self._servers = servers
         self._version = version
         self._timeout = timeout
-        self.exchange = EmbeddingClient(self._specs, servers, may_be_replaced)
+        self.client = EmbeddingClient(self._specs, servers, may_be_replaced)
         #: Gradients of each table since the last contribution, in the order that backward made them in.
         self._gradients: list[list[RowSum]] = [[] for _ in tables]
         self._weights: list[nn.Parameter] = []
@@ -186,16 +186,16 @@ class RowSparse:
 
     def _pull(self, table: int, ids: torch.Tensor) -> torch.Tensor:
         with self._link.lock:
-            messages = self.exchange.pull(table, ids, self._version(), time.monotonic())
+            messages = self.client.pull(table, ids, self._version(), time.monotonic())
         self._link.send(*messages)
         return self._wait(table)
 
     def _wait(self, table: int) -> torch.Tensor:
-        self._link.wait(lambda: self.exchange.complete, self._timeout, lambda: self._waited_for(table))
-        return self.exchange.take()
+        self._link.wait(lambda: self.client.complete, self._timeout, lambda: self._waited_for(table))
+        return self.client.take()
 
     def _waited_for(self, table: int) -> str:
-        servers = " and ".join(self.exchange.missing())
+        servers = " and ".join(self.client.missing())
         return f"rows of '{self._specs[table].name}' for round {self._version()} from {servers}"
 
     # ---- contributions
@@ -225,5 +225,5 @@ class RowSparse:
         """Contribute; `push` lacks what differs between servers."""
         if self._specs:
             with self._link.lock:
-                messages = self.exchange.push(push, sums, bases, time.monotonic())
+                messages = self.client.push(push, sums, bases, time.monotonic())
             self._link.send(*messages)

@@ -87,7 +87,7 @@ class Contributor:
             self._accumulator.remove(task.k - 1)
             return task.k - 1, before.joined(GradientSum(before.buffer, {}, rows, uses, sums_of_metrics), sums)
         assert self._buffer is not None
-        sums = self._replica.gradient(samples, without=self._overlap.settle(True))
+        sums = self._replica.gradient(samples, without=self._overlap.confirm(True))
         contribution = GradientSum(self._buffer, sums, rows, uses, sums_of_metrics)
         if self._skips_nonfinite:  # before anything is added, for sums depend on who computes what
             contribution.finite = self._pusher.is_finite(task.round, (task.k, task.k + 1), contribution)
@@ -111,7 +111,7 @@ class Contributor:
 
     def give_up(self) -> None:
         """Contribute nothing of the micro-batch that was computed."""
-        self._overlap.settle(False)
+        self._overlap.confirm(False)
         if self._buffer is not None:
             with self._context.io.lock:
                 self._buffer.taken = False

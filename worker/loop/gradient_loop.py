@@ -8,7 +8,7 @@ from typing import Any
 
 from roundtable.common.config.batch_plan import Round, Segment, Task, derive_seed
 from roundtable.common.protocol.effects import COORDINATOR, Send
-from roundtable.common.protocol.messages.session import MOST_TOLD, Heartbeat, RequestWork
+from roundtable.common.protocol.messages.session import MOST_MICRO_BATCHES, Heartbeat, RequestWork
 from roundtable.common.runtime.allocator import keep_memory
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.worker.client.context import WorkerContext
@@ -235,8 +235,8 @@ class GradientLoop:
         if self._departure.requested:
             self._contributor.push_held(segment, self._weights.versions)
             self._departure.early = True
-            told = self._context.io.told
-            raise SystemExit(128 + told if told else 0)
+            number = self._context.io.stop_signal
+            raise SystemExit(128 + number if number else 0)
 
     def _go_to(self, round_: int) -> None:
         """Be in `round_`, whose weights the model has."""
@@ -262,10 +262,10 @@ class GradientLoop:
         now = self.batch.task
         round_ = now.round if now is not None else self.round
         sent = {*self._client.unacknowledged(round_)}
-        sent |= {*self._rows.exchange.unacknowledged(round_), *self._shards.exchange.unacknowledged(round_)}
+        sent |= {*self._rows.client.unacknowledged(round_), *self._shards.client.unacknowledged(round_)}
         at, state = (now.k, "computing") if now is not None else (-1, "waiting")
         return Heartbeat(
-            state, round_, at, self._tasks.left(round_)[:MOST_TOLD], sorted(sent)[:MOST_TOLD],  # type: ignore[arg-type]
+            state, round_, at, self._tasks.left(round_)[:MOST_MICRO_BATCHES], sorted(sent)[:MOST_MICRO_BATCHES],  # type: ignore[arg-type]
             self._throughput.seconds, self._throughput.rate, self._client.transfer_s, reached=self.round,
-            reassigned_here=self._tasks.taken_elsewhere(round_)[:MOST_TOLD], unsteady=self._unsteady,
+            reassigned_here=self._tasks.taken_elsewhere(round_)[:MOST_MICRO_BATCHES], unsteady=self._unsteady,
         )  # fmt: skip

@@ -186,7 +186,7 @@ class LocalSgdLoop:
         while self._policy.contributes == "weights" and self._logged[0][0] <= round_ - self._segment.rounds_per_epoch:
             self._logged.popleft()
 
-    def _told(self) -> Sums:
+    def _kept_metrics(self) -> Sums:
         """The sums of the metrics that are kept."""
         assert self._segment is not None
         first = self._segment.end - self._segment.rounds_per_epoch if self._policy.contributes == "weights" else 0
@@ -252,7 +252,7 @@ class LocalSgdLoop:
         me = self._context.index
         groups = len(self._inner.optimizer.param_groups)
         push = Push(
-            self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._told(),
+            self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._kept_metrics(),
             hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
         )  # fmt: skip
         sums = {c.id: Sum(values[c.id], present[c.id]) if c.id in values else nothing() for c in self.replica.layout.chunks}
@@ -302,7 +302,7 @@ class LocalSgdLoop:
 
     def heartbeat(self) -> Heartbeat:
         """Where this worker is. Called by the link's thread, with the lock held."""
-        waiting = self._client.clock is not None
+        waiting = self._client.for_round is not None
         current = self.batch.task
         return Heartbeat(
             "waiting" if waiting else "computing",

@@ -85,18 +85,18 @@ class Edits:
             return [index for index in written if index in frozen]
         return written
 
-    def check(self, round_: int, clock: int | None) -> None:
+    def check(self, round_: int, version: int | None) -> None:
         """Raise UsageError for a parameter that the script has changed in `round_`.
 
-        `clock`: the version of the weights that the model has, which are fetched again to compare. None if servers may have
+        `version`: that of the weights that the model has, which are fetched again to compare. None if servers may have
         others by now, so that any write counts.
         """
         indices = self.lost()
         if not indices:
             return
-        if clock is not None:
+        if version is not None:
             before = {index: self._replica.tensors[index].detach().clone() for index in indices}
-            if not self._restore(clock):
+            if not self._restore(version):
                 return  # the round is over, and so are its weights: frozen ones are compared the next time
             now = {index: self._replica.tensors[index].detach() for index in indices}
             indices = [index for index, values in before.items() if not same_bytes(as_bytes(values), as_bytes(now[index]))]
@@ -104,12 +104,12 @@ class Edits:
             raise UsageError(f"the script has changed {self.named(indices)} in round {round_}: {_WAY_OUT}")
         self.note()
 
-    def _restore(self, clock: int) -> bool:
-        """Have the servers' weights of round `clock` in watched parameters again; False if that round is over."""
+    def _restore(self, version: int) -> bool:
+        """Have the servers' weights of `version` in watched parameters again; False if that round is over."""
         client, io = self._client, self._context.io
         with io.lock:
             client.want_all()
-            messages = client.pull(clock, False, time.monotonic())
+            messages = client.pull(version, False, time.monotonic())
         io.send(*messages)
         self._context.wait(lambda: client.complete or client.gone, lambda: f"the weights {client.missing_text()}")
         if not client.complete:

@@ -59,7 +59,7 @@ class WeightFetcher:
         and then. `lazy`: some weights may still be on their way when this returns, but none that a server waits for.
         """
         client, io = self._client, self._context.io
-        if client.clock != round_:
+        if client.for_round != round_:
             with io.lock:
                 messages = client.pull(round_, after_all_updates, time.monotonic())
             io.send(*messages)

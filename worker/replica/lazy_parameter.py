@@ -57,14 +57,14 @@ class LazyParameter(nn.Parameter):
 
 
 def put_off(parameter: torch.Tensor, touched: Callable[[], None]) -> None:
-    """Have `touched` called when `parameter` is touched. It must `settle` it."""
+    """Have `touched` called when `parameter` is touched. It must `materialize` it."""
     if not _touched:
         _watch_transforms()
     parameter.__class__ = LazyParameter
     _touched[id(parameter)] = touched
 
 
-def settle(parameter: torch.Tensor) -> None:
+def materialize(parameter: torch.Tensor) -> None:
     """Nothing of `parameter` is put off any more."""
     parameter.__class__ = nn.Parameter
     del _touched[id(parameter)]
@@ -72,7 +72,7 @@ def settle(parameter: torch.Tensor) -> None:
         _watched.close()
 
 
-def settle_all() -> None:
+def materialize_all() -> None:
     """Touch all parameters of which something is put off."""
     while _touched:
         next(iter(_touched.values()))()
@@ -85,7 +85,7 @@ def _watch_transforms() -> None:
     def first(begin: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(begin)
         def begins(*arguments: Any) -> Any:
-            settle_all()
+            materialize_all()
             return begin(*arguments)
 
         return begins

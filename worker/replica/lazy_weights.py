@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from roundtable.worker.replica.lazy_parameter import LazyParameter, put_off, settle
+from roundtable.worker.replica.lazy_parameter import LazyParameter, materialize, put_off
 from roundtable.worker.replica.replica import Replica
 
 
@@ -74,7 +74,7 @@ class LazyWeights:
             self._missing[index] -= found
             if not self._missing[index]:
                 del self._missing[index]
-                settle(self._replica.tensors[index])
+                materialize(self._replica.tensors[index])
         if not self._missing and self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -103,8 +103,8 @@ class Assembly:
             io, layers, self._servers, self._computed, timeout, new_incarnation(), len(tables), sends_first, replicas
         )
         with io.lock:
-            self._router.add(rows.exchange, rows.exchange.handle, Rows, RowAck)
-            self._router.add(shards.exchange, shards.exchange.handle, ShardedForwardReply, LayerAck)
+            self._router.add(rows.client, rows.client.handle, Rows, RowAck)
+            self._router.add(shards.client, shards.client.handle, ShardedForwardReply, LayerAck)
         return rows, shards
 
     def _share(self, client: ParameterClient, replica: Replica, gradients: Handle | None) -> None:

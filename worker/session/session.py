@@ -129,15 +129,15 @@ class Session:
 
     # ---- the end
 
-    def told_to_stop(self, number: int) -> None:
-        """Take a signal; see `Run.told_to_stop`."""
+    def on_stop_signal(self, number: int) -> None:
+        """Take a signal; see `Run.on_stop_signal`."""
         if os.getpid() != self._pid:  # a process that the script has made of this one
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        elif self.io.told and not self._finished:
+        elif self.io.stop_signal and not self._finished:
             raise Stopped(number)
-        elif not self.io.told:
-            self.io.told, self.io.told_at = number, time.monotonic()
+        elif not self.io.stop_signal:
+            self.io.stop_signal, self.io.stop_signal_at = number, time.monotonic()
 
     def _may_leave(self) -> None:
         """Leave, as the coordinator lets this worker go, which was told to stop.
@@ -165,7 +165,7 @@ class Session:
             changed = self.final_tensors.changed()
             self.ending.take_leave(
                 self.heartbeat,
-                lambda: Goodbye(early=self.departure.early or self.io.told > 0, round=self.round, changed=changed),
+                lambda: Goodbye(early=self.departure.early or self.io.stop_signal > 0, round=self.round, changed=changed),
             )
         finally:
             self._watchdog.stop()

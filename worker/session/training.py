@@ -59,7 +59,7 @@ class Training:
         if version is None:
             return {}
         with io.lock:
-            messages = client.pull(version, False, time.monotonic(), masters=True)
+            messages = client.pull(version, False, time.monotonic(), full_precision=True)
         io.send(*messages)
         self.context.wait(lambda: client.complete or client.gone, lambda: f"the trained weights {client.missing_text()}")
         if not client.complete:

@@ -91,7 +91,7 @@ def merge_files(
     )
     measured = None
     if judge is not None:
-        merged, measured = judge.settle(merged), [judge.judge(part.tensors) for part in parts]
+        merged, measured = judge.with_fitting_statistics(merged), [judge.judge(part.tensors) for part in parts]
     elif any(name.endswith("running_mean") for name in merged):
         warnings.append(
             "running statistics of batch normalisation were averaged, and do not fit the mean of the weights: compute them anew, "
@@ -192,12 +192,12 @@ class _Judge:
         """The parts' own scores, and a function that gives that of the mean of some."""
 
         def score(numbers: Sequence[int]) -> float:
-            self.settle(mean([parts[number] for number in numbers], [1.0] * len(numbers)))
+            self.with_fitting_statistics(mean([parts[number] for number in numbers], [1.0] * len(numbers)))
             return accuracy(self._model, self._choosing)
 
         return [score([number]) for number in range(len(parts))], score
 
-    def settle(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+    def with_fitting_statistics(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """The same weights with statistics of batch normalisation that fit them."""
         self.load(tensors)
         batchnorm.recompute(self._model, self._images.train, self._settings.global_batch, self._settings.seed)

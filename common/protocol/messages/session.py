@@ -15,8 +15,8 @@ from roundtable.common.protocol.rejections import Kind
 from roundtable.common.runtime.errors import printable
 
 #: Micro-batches in each list of a Heartbeat, at most: the first ones. Every process has one, and the coordinator keeps it.
-MOST_TOLD = 1 << 14
-MicroBatches = Annotated[list[Count], msgspec.Meta(max_length=MOST_TOLD)]
+MOST_MICRO_BATCHES = 1 << 14
+MicroBatches = Annotated[list[Count], msgspec.Meta(max_length=MOST_MICRO_BATCHES)]
 
 
 class Hello(Body, frozen=True):
@@ -120,9 +120,9 @@ class Heartbeat(Body, frozen=True):
     #: The round that a worker has reached if several rounds may be open. `round` may be an earlier one then.
     reached: CountOrNone = -1
     #: (round, micro-batch) that were reassigned to this worker and that it has not begun, of other rounds than `round`.
-    reassigned_here: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MOST_TOLD)] = []
+    reassigned_here: Annotated[list[tuple[Count, Count]], msgspec.Meta(max_length=MOST_MICRO_BATCHES)] = []
     #: Micro-batches that have not arrived at this server, for each of the rounds after `round`.
-    missing_later: Annotated[list[MicroBatches], msgspec.Meta(max_length=MOST_TOLD)] = []
+    missing_later: Annotated[list[MicroBatches], msgspec.Meta(max_length=MOST_MICRO_BATCHES)] = []
     #: From the coordinator, before the run starts: the processes that the run still waits for.
     awaited: Name = ""
     #: Numbers of servers to which this process has had no connection for a while.
@@ -137,8 +137,8 @@ class Heartbeat(Body, frozen=True):
     progress: Count = 0
 
     def __post_init__(self) -> None:
-        if self.missing_later and sum(map(len, self.missing_later)) > MOST_TOLD:
-            raise ValueError(f"more than {MOST_TOLD} micro-batches are told to be missing in later rounds")
+        if self.missing_later and sum(map(len, self.missing_later)) > MOST_MICRO_BATCHES:
+            raise ValueError(f"more than {MOST_MICRO_BATCHES} micro-batches are told to be missing in later rounds")
 
 
 class MembershipUpdate(Body, frozen=True):

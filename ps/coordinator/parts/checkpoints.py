@@ -40,7 +40,7 @@ class CheckpointDriver:
         #: The versions of what this process has loaded, whatever is installed meanwhile.
         self._versions = versions_here()
         #: When a missing checkpoint was last reported.
-        self._failure_told_at = float("-inf")
+        self._failure_reported_at = float("-inf")
 
     def tick(self, now: float, is_stopping: bool) -> None:
         """Begin a checkpoint that is due, ask for what the one in progress lacks, and finish it.
@@ -118,7 +118,7 @@ class CheckpointDriver:
             return f"the checkpoint of round {round_} could not be finished: {error}."
         for old in folders(context.run_dir)[: -context.settings.keep_checkpoints]:
             remove(old)
-        self._failure_told_at = float("-inf")
+        self._failure_reported_at = float("-inf")
         size = sum(entry.bytes for entry in files.values())
         context.log.event(Event("checkpoint", "coordinator", {"round": round_, "bytes": size}))
         log.info("checkpoint of round %d: %.1f MB", round_, size / 1e6)
@@ -127,6 +127,6 @@ class CheckpointDriver:
     def _tell_of_failure(self, reason: str) -> None:
         """Report once in a while that there is no checkpoint. The next try may soon fail for the same reason."""
         now = time.monotonic()
-        if now >= self._failure_told_at + ALARM_S:
-            self._failure_told_at = now
+        if now >= self._failure_reported_at + ALARM_S:
+            self._failure_reported_at = now
             self._context.journal.warn(f"no checkpoint: {reason}")

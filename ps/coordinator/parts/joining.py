@@ -32,7 +32,7 @@ class Joining:
         #: When it was last reported that a process may not join.
         self._refused_at = float("-inf")
         #: Kinds of arithmetic that were reported because they differ from the first worker's.
-        self._arithmetic_told: set[tuple[tuple[str, str], ...]] = set()
+        self._arithmetic_reported: set[tuple[tuple[str, str], ...]] = set()
 
     def hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
         """Take in a process that asks to join, or refuse it."""
@@ -88,8 +88,8 @@ class Joining:
             a, b = first.hello.arithmetic, member.hello.arithmetic
             keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
             kind = tuple(sorted(b.items()))
-            if keys and kind not in self._arithmetic_told:
-                self._arithmetic_told.add(kind)
+            if keys and kind not in self._arithmetic_reported:
+                self._arithmetic_reported.add(kind)
                 has = " and ".join(f"{key} {b.get(key, 'unknown')} where {first.who} has {a.get(key, 'unknown')}" for key in keys)
                 text = f"{member.who} has {has}: the result is valid, but its bits depend on who computes what."
                 self._context.journal.warn(text)

@@ -40,7 +40,7 @@ class ModelCollector:
         #: The number of the last `Recomputed` that is in the file.
         self._revised = -1
         #: When a failure to write the model was last reported.
-        self._failure_told_at = float("-inf")
+        self._failure_reported_at = float("-inf")
 
     @property
     def is_complete(self) -> bool:
@@ -150,7 +150,7 @@ class ModelCollector:
     def _tell_of_unwritten(self, error: OSError) -> None:
         """Report that the model cannot be written, once in a while: the coordinator tries again."""
         now = time.monotonic()
-        if now >= self._failure_told_at + ALARM_S:
-            self._failure_told_at = now
+        if now >= self._failure_reported_at + ALARM_S:
+            self._failure_reported_at = now
             reason = error.strerror or error
             self._context.journal.warn(f"the model cannot be written to {self._context.run_dir}, and is tried again: {reason}.")

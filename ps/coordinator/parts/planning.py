@@ -30,7 +30,7 @@ class Planning:
         #: Rounds that were planned when the last plan came.
         self._planned = 0
         #: What was said of workers that can get no micro-batch.
-        self._spare_told = ""
+        self._spare_reported = ""
         #: When the first plan was made, once one was.
         self.training_since: float | None = None
 
@@ -69,8 +69,8 @@ class Planning:
         merges = {"merges": True} if context.policy.is_local else {}
         context.log.event(Event("plan", "coordinator", {"rounds": self._planned, "epochs": context.ledger.passes, **merges}))
         spare = segment.spare_workers(context.settings.workers) if context.settings.policy in ("sync", "backup") else ""
-        if spare and spare != self._spare_told:
-            self._spare_told = spare
+        if spare and spare != self._spare_reported:
+            self._spare_reported = spare
             context.journal.warn(spare)
         if context.ledger.committed < self._planned:
             self._train_on()

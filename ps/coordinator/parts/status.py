@@ -33,17 +33,17 @@ class StatusReporter:
         self._model = model
         self._rejections = rejections
         #: When progress was last reported.
-        self._told_at = now
+        self._reported_at = now
         #: The rejected messages that were last reported, by kind.
-        self._told_rejected: Counter[str] = Counter()
+        self._reported_rejected: Counter[str] = Counter()
         #: (incarnation of a worker, of a server that it cannot reach) that were reported.
-        self._told_unreached: set[tuple[int, int]] = set()
+        self._reported_unreached: set[tuple[int, int]] = set()
 
     def tick(self, now: float) -> None:
         """Say from time to time which round it is, or who is missing."""
-        if now < self._told_at + TELL_S:
+        if now < self._reported_at + TELL_S:
             return
-        self._told_at = now
+        self._reported_at = now
         ledger, event_log = self._context.ledger, self._context.log
         if missing := self._missing(now):
             log.info("waits for %s", missing)
@@ -52,8 +52,8 @@ class StatusReporter:
             loss = ledger.recent("loss")
             text = "not logged" if loss is None else f"{loss.value:.4f}"
             log.info("round %d of %d, loss %s", ledger.committed, ledger.planned, text)
-        if (rejected := self.rejected()) != self._told_rejected:
-            self._told_rejected = rejected
+        if (rejected := self.rejected()) != self._reported_rejected:
+            self._reported_rejected = rejected
             event_log.event(Event("refused", "coordinator", dict(rejected)))
 
     def write(self) -> None:
@@ -90,8 +90,8 @@ class StatusReporter:
             self._context.journal.warn(_UNSTEADY.format(who=member.who, name=printable(heartbeat.unsteady)))
         for number in heartbeat.unreached:
             server = self._context.membership.servers.get(f"server-{number}")
-            if server is not None and (pair := (member.incarnation, server.incarnation)) not in self._told_unreached:
-                self._told_unreached.add(pair)
+            if server is not None and (pair := (member.incarnation, server.incarnation)) not in self._reported_unreached:
+                self._reported_unreached.add(pair)
                 self._context.journal.warn(_cannot_reach(member, server))
 
     def whom_all_wait_for(self) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
-from roundtable.common.config.worker_facts import Fact, Told, difference
+from roundtable.common.config.worker_facts import Fact, FirstFacts, difference
 from roundtable.common.model.layout import Layout, make_layout
 from roundtable.common.policies import Policy, load
 from roundtable.common.protocol.messages.base import Body
@@ -76,7 +76,7 @@ class Ledger:
         self.setup: Setup | None = None
         self.segments: list[Segment] = []
         #: The facts that all workers must have in common, as the first one said them: by 'setup', and by plan.
-        self.facts: dict[str, Told] = {}
+        self.facts: dict[str, FirstFacts] = {}
         self.totals = Totals()
         #: Rounds below are applied on every server that takes part.
         self.committed = 0
@@ -137,7 +137,7 @@ class Ledger:
 
     def _differs(self, about: str, facts: Sequence[Fact], who: str) -> str:
         """Return a sentence on a fact in which a worker differs from the first one that said it, or ''."""
-        known = self.facts.setdefault(about, Told(who, list(facts)))
+        known = self.facts.setdefault(about, FirstFacts(who, list(facts)))
         return difference(known, facts, who)
 
     def _owner(self, about: str) -> str:

@@ -238,10 +238,10 @@ class Membership:
         """
         is_server = member.hello.role == "server"
         newest = self.losses.epoch if is_server else self.tables[-1].epoch if self.tables else 0
-        is_on_its_way = newest == member.epoch_told and now < member.told_at + ASK_AGAIN_S
+        is_on_its_way = newest == member.epoch_announced and now < member.announced_at + ASK_AGAIN_S
         if epoch >= newest or (epoch == 0 and not is_server) or is_on_its_way:
             return None
-        member.epoch_told, member.told_at = newest, now
+        member.epoch_announced, member.announced_at = newest, now
         return self.losses if is_server else self.shares
 
     def tick(self, now: float, is_dead: Callable[[Hello], bool] = lambda hello: False) -> News:

@@ -39,9 +39,9 @@ class Member:
     #: It takes part: it was there at the start, or has sent something else than a Hello.
     proven: bool = True
     #: The newest membership epoch that it was told of because it did not know it.
-    epoch_told: int = 0
+    epoch_announced: int = 0
     #: When that was.
-    told_at: float = 0.0
+    announced_at: float = 0.0
 
     @property
     def who(self) -> str:

@@ -54,7 +54,7 @@ class PushCoder:
             self._feedback.sent(chunk, push.key, coded.state)
         return to_frame(coded.frame)
 
-    def settled(self, push: Push, ignored: Collection[int]) -> None:
+    def counted(self, push: Push, ignored: Collection[int]) -> None:
         """The frames of `push` have counted, but for the chunks `ignored`."""
         for chunk in push.coded:
             if chunk in ignored:

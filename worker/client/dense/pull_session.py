@@ -23,7 +23,7 @@ class PullSession:
         self._decoder, self._peers, self._heard = decoder, peers, heard
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
-        self.clock: int | None = None
+        self.for_round: int | None = None
         #: Whether the weights are to show all updates.
         self._after_all_updates = False
         #: Whether weights are wanted that no codec has rounded.
@@ -55,9 +55,14 @@ class PullSession:
 
     # ---- asking
 
-    def begin(self, clock: int, after_all_updates: bool, full_precision: bool) -> None:
-        """Want the weights that round `clock` begins with, and let go what was staged for another one."""
-        self.clock, self._after_all_updates, self._full_precision, self._newest = clock, after_all_updates, full_precision, {}
+    def begin(self, for_round: int, after_all_updates: bool, full_precision: bool) -> None:
+        """Want the weights that round `for_round` begins with, and let go what was staged for another one."""
+        self.for_round, self._after_all_updates, self._full_precision, self._newest = (
+            for_round,
+            after_all_updates,
+            full_precision,
+            {},
+        )
         self._pulls += 1
         self._decoder.begin()
         self._staged, self._versions, self._closed_on, self._changed_frozen = {}, {}, set(), {}
@@ -70,7 +75,7 @@ class PullSession:
 
     def ask(self, now: float, but_not: Collection[int]) -> list[Send]:
         """Ask the servers that were not asked yet or seem not to have heard it, apart from `but_not`."""
-        if self.clock is None:
+        if self.for_round is None:
             return []
         servers = [
             server
@@ -78,13 +83,13 @@ class PullSession:
             if server not in but_not and not self._done(server) and self._heard.is_silent(server, asked_at, now)
         ]
         self._asked_at.update(dict.fromkeys(servers, now))
-        return [Send(f"server-{server}", self._message(self.clock, server)) for server in servers]
+        return [Send(f"server-{server}", self._message(self.for_round, server)) for server in servers]
 
-    def _message(self, clock: int, server: int) -> Pull:
+    def _message(self, for_round: int, server: int) -> Pull:
         have = [chunk.id for chunk in self._chunks[server] if chunk.id in self._staged]
         shared = server in self._peers.readable and not self._full_precision
         return Pull(
-            clock, self._pulls, have, self._after_all_updates, shared, self._weight_buffers.get(server, -1),
+            for_round, self._pulls, have, self._after_all_updates, shared, self._weight_buffers.get(server, -1),
             self._decoder.holds(server), self._full_precision, not self._has_still,
         )  # fmt: skip
 
@@ -109,7 +114,7 @@ class PullSession:
     @property
     def complete(self) -> bool:
         """Whether all weights asked for are here."""
-        return self.clock is not None and all(self._done(server) for server in self._chunks)
+        return self.for_round is not None and all(self._done(server) for server in self._chunks)
 
     @property
     def receives(self) -> bool:
@@ -118,7 +123,7 @@ class PullSession:
 
     def usable(self, needed: Collection[int]) -> bool:
         """Return whether the round can be begun: the one before is closed everywhere, and the `needed` chunks are here."""
-        return self.clock is not None and self._closed_on >= self._chunks.keys() and self.has(needed)
+        return self.for_round is not None and self._closed_on >= self._chunks.keys() and self.has(needed)
 
     def has(self, chunks: Collection[int]) -> bool:
         """Return whether all of these chunks that were to come are here or were taken already."""
@@ -127,7 +132,7 @@ class PullSession:
     @property
     def to_come(self) -> set[int]:
         """Chunks that the pull under way is still to bring."""
-        if self.clock is None:
+        if self.for_round is None:
             return set()
         return {chunk for server in self._chunks for chunk in self._lacks(server)}
 
@@ -163,7 +168,7 @@ class PullSession:
             if not self._full_precision:
                 self._decoder.got_all(self._versions)
                 self._has_still = True
-            self.clock, self._staged = None, {}
+            self.for_round, self._staged = None, {}
         else:
             self._staged.update(dict.fromkeys(staged))
         return staged, self._versions
@@ -172,7 +177,7 @@ class PullSession:
 
     def receive(self, server: str, number: int, body: Weights, frames: Frames) -> None:
         """Stage weights of server `number`, if they are of the round wanted. Raises WireError if they do not fit."""
-        if body.for_round != self.clock:
+        if body.for_round != self.for_round:
             return
         region = self._peers.region(number)
         found = frames
@@ -196,7 +201,7 @@ class PullSession:
 
     def expired(self, server: int, body: VersionExpired) -> None:
         """Note that a server says that the round is over, if it is the one wanted."""
-        if body.for_round == self.clock:
+        if body.for_round == self.for_round:
             self._newest[server] = body.newest
 
     def replaced(self, server: int) -> None:
@@ -204,7 +209,7 @@ class PullSession:
         self._weight_buffers.pop(server, None)
         self._decoder.forget(server)
         self._asks_for_still = True
-        if self.clock is not None and not self._done(server):
+        if self.for_round is not None and not self._done(server):
             self._asked_at[server] = float("-inf")
             if server not in self._closed_on:
                 self._versions.pop(server, None)

@@ -130,11 +130,11 @@ class PushQueue:
         self._outstanding.append(_Outstanding(server, message, [frame], lies_in))
         return self.flow(now)
 
-    def settle(self, good: Collection[int], now: float) -> list[Send]:
+    def confirm(self, good: Collection[int], now: float) -> list[Send]:
         """Have the early pushes of chunks in `good` count, and drop the others."""
         for refused in [o for o in self._outstanding if o.early and o.push.chunks[0] not in good]:
             self._outstanding.remove(refused)
-            self._coder.settled(refused.push, ignored=refused.push.chunks)
+            self._coder.counted(refused.push, ignored=refused.push.chunks)
         effects = []
         for outstanding in (o for o in self._outstanding if o.early):
             outstanding.push = replace(outstanding.push, stage="complete")
@@ -229,7 +229,7 @@ class PushQueue:
                 o.arrived = True
             elif not o.early:
                 self._outstanding.remove(o)
-                self._coder.settled(o.push, ack.ignored)
+                self._coder.counted(o.push, ack.ignored)
                 if self._may_be_replaced and not (o.was_early and o.gradient_buffer is not None):
                     self._repeatable.append(o)
 

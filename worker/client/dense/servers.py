@@ -30,7 +30,7 @@ class SharedMemoryPeers:
         """Return the number of the server's memory among those that it has had."""
         return self._regions.get(server, 0)
 
-    def met(self, server: int, reads: bool, region: int | None) -> None:
+    def on_shared_memory(self, server: int, reads: bool, region: int | None) -> None:
         """Take a server's answer: whether it `reads` gradient buffers, and the `region` that this worker reads, if any."""
         self.unanswered.pop(server, None)
         if region is not None:
