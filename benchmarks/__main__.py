@@ -43,7 +43,7 @@ _QUICK = {"steps": 3, "warmup": 1, "repeats": 1}
               f"1'; FLAGS of ours are settings of the run. Systems are {', '.join(names())}; by default: "
               f"{' '.join(SYSTEMS)}.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True,
-              help="All systems, their variants, our lanes, codecs and policies, on all networks, unless --system or --network "
+              help="All systems, their variants, our transports, codecs and policies, on all networks, unless --system or --network "
               "are given too. That takes many hours.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps.")
 @click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Steps before those.")
@@ -120,8 +120,8 @@ def cli(
 
 def _all(name: str) -> list[str]:
     """Return the systems of --all on a network. On one machine nothing is sent, and so nothing coded, unless through sockets."""
-    lane = "socket," if name == network.LOOPBACK else ""
-    return [*_ALL, *(f"ours:{lane}{codec}" for codec in _CODECS)]
+    transport = "socket," if name == network.LOOPBACK else ""
+    return [*_ALL, *(f"ours:{transport}{codec}" for codec in _CODECS)]
 
 
 def _entries(systems: Sequence[str]) -> list[Entry]:

@@ -129,7 +129,7 @@ class Pace:
     fails_s: float = float("inf")
     finds_no_server: bool = False
     #: Once it is dead, another like it is started after so many seconds, which lives.
-    respawn_s: float = float("inf")
+    restart_s: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -613,7 +613,7 @@ class CoordinatorProcess(Process):
         self.world._tick(self)
 
     def _leave(self, tell: Callable[[], None], away: float = 0.2) -> None:
-        """Begin anew after so many seconds, once all are told to."""
+        """Restart after so many seconds, once all are told to."""
         self.leaves = True
         try:
             with suppress(RestartRun, RunStopped):
@@ -771,7 +771,7 @@ class ServerProcess(Process):
             self._work()
 
     def _is_from_backup(self, frames: list[zmq.Frame]) -> bool:
-        """Whether it would come by the socket to the keeper of its shard's copy. With two servers each is the other's."""
+        """Whether it would come by the socket to the backup of its shard's copy. With two servers each is the other's."""
         try:
             body = self.server._stamp.open(frames[0].buffer).read()
         except WireError:
@@ -943,7 +943,7 @@ class WorkerProcess(Process):
         self._go_on()
 
     def _die(self) -> None:
-        self.kill(self.pace.respawn_s)
+        self.kill(self.pace.restart_s)
 
     #: Seconds until another is in the place of one that was told to stop.
     away = 0.3

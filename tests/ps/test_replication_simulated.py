@@ -64,7 +64,7 @@ def check_copies(outcome: Outcome) -> None:
         assert host._replication is not None
         copy = host._replication._backup
         if copy is None or not copy.whole:
-            continue  # it was on its way to a keeper in the place of another when the run ended
+            continue  # it was on its way to a backup in the place of another when the run ended
         assert not copy.busy and copy.version == shard.version
         for chunk in shard.model.chunks:
             assert torch.equal(copy._store.master(chunk), shard.model.dense.master(chunk))

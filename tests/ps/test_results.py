@@ -17,7 +17,7 @@ from roundtable.ps.coordinator.summary_metrics import Measured, measured, result
 
 
 class Run:
-    """Books of a run on one server; the loss of each update is its number."""
+    """The ledger of a run on one server; the loss of each update is its number."""
 
     def __init__(self, *sizes: tuple[int, int], rounds: int | None = None, **settings: Any) -> None:
         """`sizes` are samples and epochs of each segment, in rounds of 8."""

@@ -154,7 +154,7 @@ def test_what_servers_have_got_is_not_taken_over_from_one_that_is_gone() -> None
     assert given == [Reassign(7, 3, "worker-0", "worker-1"), None, None]  # 5 is worker 2's, who is about to do it
 
 
-def test_what_was_leased_away_from_one_that_hangs_is_dealt_out_when_word_of_that_was_lost() -> None:
+def test_what_was_reassigned_from_one_that_hangs_is_dealt_out_when_word_of_that_was_lost() -> None:
     speculation, members = Speculation(), at_once(gone=False)
     speculation.reassigned[3, 1] = "worker-0"  # of worker 1's run, long ago; worker 0 does not know of it
     speculation._reassigned_at[3, 1] = -10.0

@@ -33,8 +33,8 @@ def fates(draw: st.DrawFn) -> Pace:
                 Pace(compute),
                 Pace(compute, starts_s=3 * when),
                 Pace(compute, dies_s=when),
-                Pace(compute, dies_s=when, respawn_s=0.5),
-                Pace(compute, dies_s=when, respawn_s=5.0),
+                Pace(compute, dies_s=when, restart_s=0.5),
+                Pace(compute, dies_s=when, restart_s=5.0),
                 Pace(compute, leaves_s=when),
                 Pace(compute, fails_s=when),
                 Pace(compute, starts_s=3 * when, fails_s=0.01),
@@ -73,7 +73,7 @@ def test_whatever_becomes_of_workers_the_promises_hold(policy: str, data: st.Dat
 @given(data=st.data())
 def test_workers_that_join_when_all_are_dead_go_on(policy: str, data: st.DataObject) -> None:
     times = st.sampled_from([0.7, 1.0, 1.3, 2.0])
-    paces = [Pace(0.05, dies_s=when, respawn_s=0.5) for when in data.draw(st.lists(times, min_size=1, max_size=3))]
+    paces = [Pace(0.05, dies_s=when, restart_s=0.5) for when in data.draw(st.lists(times, min_size=1, max_size=3))]
     check_promises(case(policy, paces, network=Network(0.0, 0.0, 0.3), seed=data.draw(st.integers(0, 1 << 32))))
 
 
@@ -99,7 +99,7 @@ def test_who_is_taken_for_dead_and_goes_on_is_fenced_and_joins_as_another(policy
 @pytest.mark.parametrize("policy", ["sync", "async"])
 @pytest.mark.parametrize("when", [0.01, 1.0])
 def test_with_all_workers_dead_the_next_to_join_goes_on(policy: str, when: float) -> None:
-    outcome = simulate(case(policy, [Pace(0.1, dies_s=when), Pace(0.1, dies_s=when, respawn_s=20.0)], rows=100))
+    outcome = simulate(case(policy, [Pace(0.1, dies_s=when), Pace(0.1, dies_s=when, restart_s=20.0)], rows=100))
     assert len(outcome.models) == 1
     check(outcome)
 

@@ -90,7 +90,7 @@ def test_a_push_tells_which_of_its_chunks_are_coded_and_takes_the_scale_with_it(
 
 @pytest.mark.parametrize("codec", ["int8", "topk", "onebit"])
 # I12
-def test_what_is_sent_again_has_the_same_bytes_though_the_slot_holds_something_else(codec: str) -> None:
+def test_what_is_sent_again_has_the_same_bytes_though_the_gradient_buffer_holds_something_else(codec: str) -> None:
     worker = Worker(compress_gradients=codec)
     gradient_buffer = worker.gradient_buffer(torch.randn(NUMEL))
     message = worker.push(gradient_buffer, chunks=(0,))
@@ -119,7 +119,7 @@ def test_what_is_computed_again_before_it_is_acknowledged_is_not_sent_anew(codec
 
 
 # I14
-def test_a_slot_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
+def test_a_gradient_buffer_is_needed_as_long_as_something_in_it_is_sent_as_it_is() -> None:
     worker = Worker(compress_gradients="topk")
     gradient_buffer = worker.gradient_buffer(1.0)
     message = worker.push(gradient_buffer)
