@@ -43,8 +43,8 @@ _QUICK = {"steps": 3, "warmup": 1, "repeats": 1}
               f"1'; FLAGS of ours are settings of the run. Systems are {', '.join(names())}; by default: "
               f"{' '.join(SYSTEMS)}.")  # fmt: skip
 @click.option("--all", "everything", is_flag=True,
-              help="All systems, their variants, our transports, codecs and policies, on all networks, unless --system or --network "
-              "are given too. That takes many hours.")  # fmt: skip
+              help="All systems, their variants, our transports, codecs and policies, on all networks, unless --system or "
+              "--network are given too. That takes many hours.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps.")
 @click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Steps before those.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True,
