@@ -25,7 +25,7 @@ from benchmarks.compare.measure import Usage, watch
 from benchmarks.compare.report import markdown_table
 from benchmarks.compare.systems import module_command
 from benchmarks.simulated import FILES_PER_WORKER, Job
-from roundtable.cluster.launch.local import start_coordinator, start_server
+from roundtable.cluster.launch.starting import start_coordinator, start_server
 from roundtable.cluster.process.children import TICK_S, Processes
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.run_directory import LOGS, write_settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -37,6 +38,14 @@ def test_no_folder_has_more_than_ten_modules() -> None:
     folders.remove(ROOT / "common" / "codecs")  # which has one for each codec
     many = {str(folder.relative_to(ROOT)): len([*folder.glob("[!_]*.py")]) for folder in folders}
     assert {folder: number for folder, number in many.items() if number > 10} == {}
+
+
+def test_no_file_has_more_than_400_lines_and_no_class_more_than_300() -> None:
+    files = files_of(*ROOMS, "benchmarks", "roundtable")
+    assert {str(file.relative_to(ROOT)) for file in files if len(file.read_text().splitlines()) > 400} == set()
+    classes = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)]
+    sizes = {f"{file.relative_to(ROOT)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1 for file, node in classes}
+    assert {name: size for name, size in sizes.items() if size > 300} == {}
 
 
 def test_cluster_never_imports_torch() -> None:

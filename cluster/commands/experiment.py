@@ -25,7 +25,8 @@ from typing import Any
 from rich.console import Console
 
 from roundtable.cluster.commands.report import TABLE_FILE, Outcome, write_report
-from roundtable.cluster.launch.local import LaunchSpec, check_order, run_local
+from roundtable.cluster.launch.checks import check_order
+from roundtable.cluster.launch.local import LaunchSpec, run_local
 from roundtable.cluster.options.flags import Choice
 from roundtable.cluster.options.resume import take_up
 from roundtable.cluster.process.output import forgiving_output

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from roundtable.cluster.run.progress import mean_metric
+from roundtable.cluster.run.summary import SHORT_SHA
 from roundtable.common.config.settings import FIELDS, Settings, flat
 from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 
@@ -28,7 +29,6 @@ RESULTS = (
 #: Those of them that stand under `wire` there.
 WIRE = ("pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds")
 
-_SHORT_SHA = 12
 #: Points of a line of the plot; the loss is a mean over the rounds between two of them.
 _POINTS = 100
 #: How Markdown shows what is not a whole number or a word.
@@ -78,7 +78,7 @@ def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict[str, Any
         # settings and results share no name; a result that a run did not measure is an empty cell
         row |= {key: summary.get(key) for key in RESULTS}
         row |= {key: summary.get("wire", {}).get(key) or None for key in WIRE}
-        row["weights_sha256"] = (summary.get("weights_sha256") or "")[:_SHORT_SHA] or None
+        row["weights_sha256"] = (summary.get("weights_sha256") or "")[:SHORT_SHA] or None
         table.append(row | {"error": outcome.error or None})
     return table
 

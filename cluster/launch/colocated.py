@@ -23,7 +23,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import BinaryIO
 
-from roundtable.cluster.launch.local import check_script, start_server
+from roundtable.cluster.launch.checks import check_script
+from roundtable.cluster.launch.starting import start_server
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.exit_codes import exit_code

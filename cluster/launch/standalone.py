@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import roundtable
-from roundtable.cluster.launch.local import start_coordinator, start_server
+from roundtable.cluster.launch.starting import start_coordinator, start_server
 from roundtable.cluster.options.resume import stop_message
 from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, root_cause
 from roundtable.cluster.run.run_directory import LOGS, claim, read_summary, tidy_log, write_settings

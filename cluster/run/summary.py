@@ -11,7 +11,8 @@ from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import some
 from roundtable.common.storage.run_files import MODEL_FILE
 
-_SHORT_SHA = 12
+#: Letters of a hash that people are shown.
+SHORT_SHA = 12
 
 
 def results_line(summary: Mapping[str, Any]) -> str:
@@ -23,9 +24,9 @@ def results_line(summary: Mapping[str, Any]) -> str:
         results.append(f"accuracy {summary['accuracy']:.1%}{_of(summary.get('accuracy_of'))}")
     if summary.get("loss") is not None:
         results.append(f"loss {summary['loss']:.4f}{_of(summary.get('loss_of'))}")
-    rounds = _count(summary["rounds"], "round")
+    rounds = count(summary["rounds"], "round")
     if summary.get("merges") is not None:
-        rounds += f" in {_count(summary['merges'], 'merge')}"
+        rounds += f" in {count(summary['merges'], 'merge')}"
     before = summary.get("samples_before_resume", 0)
     since = f", {summary['samples'] - before} of them since it went on," if before else ""
     amounts = f"{rounds}, {summary['samples']} samples{since} in {summary['seconds']:.1f} s"
@@ -48,7 +49,7 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     for name, why in summary.get("failed_after_the_last_round", {}).items():
         lines.append(f"{name} failed after the last round, which changes nothing of the model: {why}")
     if summary.get("weights_sha256"):
-        lines.append(f"weights_sha256 {summary['weights_sha256'][:_SHORT_SHA]}")
+        lines.append(f"weights_sha256 {summary['weights_sha256'][:SHORT_SHA]}")
     if (folder / MODEL_FILE).exists():
         lines.append(f"the model is in {folder / MODEL_FILE}")
     return lines
@@ -58,7 +59,8 @@ def _of(what: str | None) -> str:
     return f" ({what})" if what else ""
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """Return '1 worker', '2 workers'."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

@@ -248,7 +248,7 @@ class Coordinator:
             context.mail.reply(route, self.farewell.stop)
             return
         if member.lost:
-            context.mail.reply(route, context.membership.fence(member))
+            context.mail.reply(route, member.fence())
             return
         if member.name not in context.mail.routes:
             self.joining.know_again(route, member, now)

@@ -33,12 +33,10 @@ from roundtable.common.storage.tensor_file import Entry, TensorFiles
 from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
-from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.contributions import ClosedRound, LayerContribution, OpenQuestion, replicated, tensors_of
 from roundtable.ps.sharded.jobs import JobQueue
 from roundtable.ps.sharded.layer import CPU, Job, LayerShard
-from roundtable.ps.sharded.questions import Answer, QuestionCache
-from roundtable.ps.sharded.softmax import Samples, Terms
+from roundtable.ps.sharded.questions import Answer, QuestionCache, read_replicated
 
 #: What the tensors of a round that is forwarded are called in a state.
 _PENDING = "pending"
@@ -257,26 +255,8 @@ class LayerShards:
     # ---- copies on other servers
 
     def received(self, told: ReplicateLayers, frames: Frames, what: str) -> list[LayerContribution]:
-        """What a round contributes, out of `contributed`. Raises WireError naming `what` where it does not fit."""
-        parts, out = iter(frames), []
-        for terms in told.terms:
-            if terms.layer >= len(self._layers):
-                raise WireError(f"{what} is about a sharded layer {terms.layer}, which is not here")
-            one, count = self._layers[terms.layer], terms.count
-            features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim).to(one.device)
-            if one.spec.hidden:
-                slopes = join(parts, "float32", count * one.here, what).view(count, one.here).to(one.device)
-                out.append(LayerContribution(terms.layer, Products(features, slopes)))
-                continue
-            own = join(parts, "int64", count, what)
-            if not one.has(own):
-                raise WireError(f"{what} has classes that are not here")
-            others = [join(parts, "float32", count, what).to(one.device) for _ in range(4)]
-            samples = Samples(features, own.to(one.device))
-            out.append(LayerContribution(terms.layer, Terms(samples, *others), terms.normalised))
-        if next(parts, None) is not None:
-            raise WireError(f"{what} has too many frames")
-        return out
+        """Return what a round contributes to all layers. Raises WireError naming `what` if it does not fit."""
+        return read_replicated(self._layers, told, frames, what)
 
     @property
     def is_between_rounds(self) -> bool:

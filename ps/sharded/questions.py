@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from roundtable.common.model.sparse_rows import join
+from roundtable.common.protocol.messages.replication import ReplicateLayers
 from roundtable.common.protocol.messages.sharded import LayerPush, ShardedForward, ShardedForwardReply
 from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.protocol.transport import Frames
@@ -16,7 +17,7 @@ from roundtable.common.runtime.errors import WireError
 from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.contributions import LayerContribution, OpenQuestion
 from roundtable.ps.sharded.layer import LayerShard
-from roundtable.ps.sharded.softmax import Terms
+from roundtable.ps.sharded.softmax import Samples, Terms
 
 #: A message, and its frames.
 Answer = tuple[ShardedForwardReply, list[memoryview]]
@@ -126,3 +127,26 @@ class QuestionCache:
         known = self.askers.get(sender)
         if known is not None and known.newest == answer[0].number:
             known.answer = answer
+
+
+def read_replicated(layers: Sequence[LayerShard], told: ReplicateLayers, frames: Frames, what: str) -> list[LayerContribution]:
+    """Return the contributions of a replicated round to `layers`. Raises WireError naming `what` if it does not fit."""
+    parts, out = iter(frames), []
+    for terms in told.terms:
+        if terms.layer >= len(layers):
+            raise WireError(f"{what} is about a sharded layer {terms.layer}, which is not here")
+        one, count = layers[terms.layer], terms.count
+        features = join(parts, "float32", count * one.spec.dim, what).view(count, one.spec.dim).to(one.device)
+        if one.spec.hidden:
+            slopes = join(parts, "float32", count * one.here, what).view(count, one.here).to(one.device)
+            out.append(LayerContribution(terms.layer, Products(features, slopes)))
+            continue
+        own = join(parts, "int64", count, what)
+        if not one.has(own):
+            raise WireError(f"{what} has classes that are not here")
+        others = [join(parts, "float32", count, what).to(one.device) for _ in range(4)]
+        samples = Samples(features, own.to(one.device))
+        out.append(LayerContribution(terms.layer, Terms(samples, *others), terms.normalised))
+    if next(parts, None) is not None:
+        raise WireError(f"{what} has too many frames")
+    return out

@@ -110,7 +110,8 @@ def local(
     """
     from rich.console import Console
 
-    from roundtable.cluster.launch.local import LaunchSpec, check_order, run_local
+    from roundtable.cluster.launch.checks import check_order
+    from roundtable.cluster.launch.local import LaunchSpec, run_local
     from roundtable.cluster.run.console import Screen
     from roundtable.cluster.run.run_directory import LOGS, claim, passed_over
     from roundtable.cluster.run.script_output import ScriptOutput

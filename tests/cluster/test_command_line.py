@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from roundtable import cli
-from roundtable.cluster.launch.local import check_order
+from roundtable.cluster.launch.checks import check_order
 from roundtable.cluster.options.flags import Choice, choose
 from roundtable.cluster.run.exit_codes import run_command
 from roundtable.cluster.run.run_directory import run_values, to_toml, write_settings

@@ -876,7 +876,6 @@ class SimulatedLink(IoThread):
         self.process = process
         super().__init__(_COORDINATOR, hello)
         self.lock = SimulatedCondition(process)
-        self._names[self._sockets[COORDINATOR]] = COORDINATOR
 
     def request(self, to: str, body: Body, *others: Any, **more: Any) -> Body:
         shares_with_one = self.process.world.case.memory == "beside"
@@ -909,7 +908,6 @@ class WorkerProcess(Process):
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
         self.script = ScriptThread(self._live)
-        self._poller: Any = SimpleNamespace(register=lambda *those: None, unregister=lambda *those: None)
         #: Whether something has come since the script began to wait; and the time until which it does not look.
         self.is_notified = False
         self._sleeps_until = float("-inf")
@@ -917,7 +915,7 @@ class WorkerProcess(Process):
     def is_deaf_to(self, header: bytes) -> bool:
         if not self.pace.deaf_s[0] <= self.world.now - 100.0 < self.pace.deaf_s[1]:
             return False
-        body = self.link._stamp.open(header).read()
+        body = self.link.connections.stamp.open(header).read()
         return isinstance(body, Weights) and 0 in body.chunks
 
     @property
@@ -1000,11 +998,11 @@ class WorkerProcess(Process):
         return WorkerProcess(self.world, key, Pace(self.pace.compute_s, self.pace.pause_s), self.index, pid)
 
     def deliver(self, sender: str, frames: list[zmq.Frame]) -> None:
-        port: Any = self.link._sockets.get(sender.partition(".")[0])
+        port: Any = self.link.connections._sockets.get(sender.partition(".")[0])
         if port is not None and port.peer == sender:
             port.inbox.append(frames)
             try:
-                self.link._receive(port, self._poller)
+                self.link._receive(port)
             except Restarted:
                 self.restart()
                 return
@@ -1062,7 +1060,7 @@ class WorkerProcess(Process):
         world, case = self.world, self.world.case
         world.computed.append((self.key, task))
         policy = load(case.settings)
-        versions = world.versions(self.link._stamp.run)
+        versions = world.versions(self.link.connections.stamp.run)
         if versions and not policy.is_local:
             lead = task.round - min(versions)
             assert policy.may_start(task.round, min(versions)), f"{self.key} leads by {lead} rounds"
@@ -1073,7 +1071,7 @@ class WorkerProcess(Process):
     def has_weights(self, task: Task, weights: dict[str, torch.Tensor]) -> None:
         """It has all weights for `task`: they are everybody's."""
         world, policy = self.world, load(self.world.case.settings)
-        run = self.link._stamp.run
+        run = self.link.connections.stamp.run
         if policy.applies == "round" and task.round == min(world.versions(run), default=-1):
             first = world.weights.setdefault((run, task.round), weights)
             assert same(first, weights), f"{self.key} computes round {task.round} from other weights"
@@ -1306,7 +1304,9 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.coordinator.coordinator",
             "roundtable.ps.server.connections",
             "roundtable.ps.server.server",
+            "roundtable.worker.client.connections",
             "roundtable.worker.client.io_thread",
+            "roundtable.worker.contribute.backward_overlap",
             "roundtable.worker.contribute.contribution_pusher",
             "roundtable.worker.contribute.push_overlap",
             "roundtable.worker.loop.gradient_loop",
@@ -1316,6 +1316,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.model_setup",
             "roundtable.worker.layers.sharded_linear",
             "roundtable.worker.loop.local_sgd",
+            "roundtable.worker.session.session",
         ):
             stack.enter_context(mock.patch(f"{module}.time", clock))
         replacements: dict[str, Any] = {
@@ -1340,14 +1341,16 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
             "roundtable.ps.server.server.dealer": port,
             "roundtable.ps.server.connections.dealer": port,
-            "roundtable.worker.client.io_thread.dealer": port,
+            "roundtable.worker.client.connections.dealer": port,
             "roundtable.worker.client.unreached.Reachability": mock.Mock(
                 return_value=mock.Mock(unreached=lambda now, patience_s: {})
             ),
             "roundtable.worker.client.io_thread.restart": _restart,
             "roundtable.worker.client.io_thread.socket": SimpleNamespace(socketpair=lambda: (null, null)),
             "roundtable.worker.client.io_thread.threading": SimpleNamespace(Condition=threading.Condition, Thread=mock.Mock()),
-            "roundtable.worker.client.io_thread.zmq": SimpleNamespace(Context=lambda: world.starting, POLLIN=zmq.POLLIN),
+            "roundtable.worker.client.connections.zmq": SimpleNamespace(
+                Context=lambda: world.starting, Poller=mock.Mock, POLLIN=zmq.POLLIN
+            ),
             "roundtable.ps.server.connections.zmq": SimpleNamespace(Poller=mock.Mock, POLLIN=zmq.POLLIN),
             "roundtable.ps.replication.state_transfer.CREDIT_BYTES": 2 * world.case.chunk_bytes,
             "roundtable.ps.coordinator.model_collection.CREDIT_BYTES": 2 * world.case.chunk_bytes,

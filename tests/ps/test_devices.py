@@ -19,7 +19,7 @@ from roundtable.common.runtime.devices import find_device
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage import tensor_file
 from roundtable.common.storage.tensor_file import TensorFiles
-from roundtable.ps.sharded.contributions import contributed, tensors_of
+from roundtable.ps.sharded.contributions import replicated, tensors_of
 from roundtable.worker.layers.margin_losses import CosFace
 from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
 
@@ -130,7 +130,7 @@ def test_copies_on_other_servers_may_be_on_another_device(tmp_path: Path) -> Non
         shards.push(LayerPush(0, 0, 1, BATCH, []), shards.contribution(BATCH), {})
         for number, copy in enumerate(copies.servers):
             counted = link._parts(number)
-            told = contributed(0, counted, BATCH, [], None)
+            told = replicated(0, counted, BATCH, [], None)
             frames = [frame for tensor in tensors_of(counted) for frame in cut(tensor)]
             copy.close(copy.received(told, frames, "a copy"), BATCH, [])
         link.close(BATCH)

@@ -17,7 +17,7 @@ from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, Sha
 from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.ps.sharded.column_parallel import Products
-from roundtable.ps.sharded.contributions import contributed, tensors_of
+from roundtable.ps.sharded.contributions import replicated, tensors_of
 from roundtable.ps.sharded.layers import LayerShards
 from roundtable.worker.layers.sharded_linear import (
     ColumnParallelLinear,
@@ -218,7 +218,7 @@ def test_a_copy_is_told_what_counts_and_has_the_same_rows() -> None:
     shard, copy = servers_of(), servers_of()
     there_and_back(shard)
     parts = shard.receive("worker-0", LayerPush(0, 0, 1, 2, [LayerUse(2, 2)]), [])
-    told, frames = contributed(0, parts, 2, [{"lr": 0.1}], None), [frame for t in tensors_of(parts) for frame in cut(t)]
+    told, frames = replicated(0, parts, 2, [{"lr": 0.1}], None), [frame for t in tensors_of(parts) for frame in cut(t)]
     for one, counted in ((shard, parts), (copy, copy.received(told, frames, "a copy"))):
         one.close(counted, 2, [{"lr": 0.1}])
         one.finish_updates()

@@ -20,7 +20,7 @@ from roundtable.common.protocol.messages.sharded import LayerPush, LayerUse, Sha
 from roundtable.common.protocol.model_spec import ShardedLayerSpec
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage import tensor_file
-from roundtable.ps.sharded.contributions import Contributed
+from roundtable.ps.sharded.contributions import LayerContribution
 from roundtable.ps.sharded.layer import LayerShard
 from roundtable.ps.sharded.layers import LayerShards
 from roundtable.ps.sharded.softmax import OnlineSoftmax, Terms
@@ -158,7 +158,7 @@ def train_in_float64(servers: int, tile_rows: int, one_shard: bool, clip: float 
         for mine, its in zip(ours.parameters(), body.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, its.grad, rtol=1e-8, atol=1e-8)
         g = torch.ones(count).double()
-        parts = [[Contributed(0, Terms(one, found.log_total, g, found.own_slope, 0 * g), False)] for one in samples]
+        parts = [[LayerContribution(0, Terms(one, found.log_total, g, found.own_slope, 0 * g), False)] for one in samples]
         assert head.weight.grad is not None
         for server, (shard, part) in enumerate(zip(shards, parts, strict=True)):
             slope = torch.cat([slope for _, _, slope in shard._slopes(part, step, count)])
@@ -388,7 +388,7 @@ def test_a_contribution_alone_moves_rows_as_a_round_of_its_own_does_by_its_part_
     assert kept.log_total is not None
     log_total = torch.logaddexp(kept.log_total, own)
     terms = Terms(kept.samples, log_total, torch.ones(BATCH), torch.exp(own - log_total) - 1.0, torch.zeros(BATCH))
-    whole.close([Contributed(0, terms, False)], BATCH, [])
+    whole.close([LayerContribution(0, terms, False)], BATCH, [])
     whole.finish_updates()
     after, expected = (each._layers[0].read(torch.arange(CLASSES)) for each in (one, whole))
     torch.testing.assert_close(4 * (after - before), expected - before, rtol=1e-3, atol=1e-6)
@@ -414,13 +414,13 @@ def test_rows_that_have_moved_since_make_no_probability_above_one() -> None:
     ask(one, 1, 0)
     applied(one, "worker-0", 1, 0)
     parts = one._questions.askers["worker-0"].kept[1]
-    same = Contributed(0, Terms(parts.samples, *(torch.zeros(BATCH),) * 4), False, parts)
+    same = LayerContribution(0, Terms(parts.samples, *(torch.zeros(BATCH),) * 4), False, parts)
     assert result(one._layers[0].present(same)) is same  # nothing has moved yet
     one._layers[0]._values.mul_(40.0)
     one._layers[0].updates += 1
     x, _ = batch(0)
     log_total = torch.randn(BATCH) * 0.01 + 6.6
-    stale = Contributed(0, Terms(parts.samples, log_total, *(torch.ones(BATCH),) * 3), False, parts)
+    stale = LayerContribution(0, Terms(parts.samples, log_total, *(torch.ones(BATCH),) * 3), False, parts)
     fresh = result(one._layers[0].present(stale))
     z = x @ one._layers[0].read(torch.arange(CLASSES)).T
     z[torch.arange(BATCH), parts.samples.own] = -torch.inf

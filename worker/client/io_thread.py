@@ -13,42 +13,45 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 import zmq
 
 from roundtable.common.config.settings import START_S
-from roundtable.common.network.host_identity import is_own
 from roundtable.common.protocol.effects import COORDINATOR, Send
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.gradients import Push
-from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, Peer, Refused, Stop, Welcome
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, MembershipUpdate, Refused, Stop, Welcome
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.session import Session
-from roundtable.common.protocol.transport import (
-    ASK_AGAIN_S,
-    GO_S,
-    SEND_AGAIN_S,
-    Frames,
-    Stamp,
-    dealer,
-    is_bulk,
-    new_incarnation,
-    receive,
-    send,
-)
+from roundtable.common.protocol.transport import ASK_AGAIN_S, GO_S, SEND_AGAIN_S, Frames, receive
 from roundtable.common.runtime.errors import ClusterError, NoAnswer, PsError, RunStopped, Stopped, UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
 from roundtable.common.runtime.restart import restart
-from roundtable.worker.client.unreached import UnreachedServers
+from roundtable.worker.client.connections import Connections
 
 log = logging.getLogger("roundtable.worker.link")
 
 T = TypeVar("T")
-#: Ending of the name of a server's second socket, which tensors go by.
-_BULK = "/bulk"
 _TICK_MS = 20
+
+
+@dataclass
+class _Request:
+    """A message to `to` whose reply is awaited: the first message from there for which `answer` is true, or a refusal."""
+
+    to: str
+    answer: Callable[[Body], bool]
+    reply: Body | None = None
+
+    def takes(self, sender: str, body: Body) -> bool:
+        """Take a message if it is the reply, and return whether it is."""
+        is_reply = sender == self.to and (self.answer(body) or isinstance(body, Refused))
+        if is_reply and self.reply is None:
+            self.reply = body
+        return is_reply
 
 
 class IoThread:
@@ -66,24 +69,16 @@ class IoThread:
         self.on_tick: Callable[[float], list[Send]] = lambda now: []
         self.heartbeat: Callable[[], Heartbeat] = lambda: Heartbeat("starting")
         self.on_replaced: Callable[[int], None] = lambda server: None
+        self.connections = Connections(coordinator)
         #: Whether to copy frames: necessary once the interpreter shuts down, when zero-copy buffers are no longer tracked.
         self.copies = False
         self._address = coordinator
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {COORDINATOR: dealer(self._context, coordinator)}
-        self._names: dict[Any, str] = {}
-        self._peers: list[Peer] = []
-        self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
-        #: What servers know this worker by.
-        self._ticket = 0
-        #: When each socket was last told whose it is.
-        self._greeted: dict[str, float] = {}
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Rejections(log)
-        self._unreached = UnreachedServers()
         #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
         self._waits_for: Callable[[], str] | None = None
         self.answers = 0
+        self._request: _Request | None = None
         self._outbox: deque[Send] = deque()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
@@ -127,7 +122,7 @@ class IoThread:
                 if rest <= 0:
                     if limit < timeout:
                         return None
-                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}{self._unreached.text()}.")
+                    raise NoAnswer(f"waited {timeout:.0f} s for {what()}{self.connections.unreached.text()}.")
                 self.lock.wait(min(rest, 1.0))
 
     def request(
@@ -143,32 +138,24 @@ class IoThread:
 
         Raises UsageError with the reason where the other side refuses.
         """
-        replies: list[Body] = []
-        before = self.on_message
-
-        def listen(sender: str, reply: Body, reply_frames: Frames) -> None:
-            if sender == to and (answer(reply) or isinstance(reply, Refused)):
-                replies.append(reply)
-            else:
-                before(sender, reply, reply_frames)
-
         again = again or (SEND_AGAIN_S if frames else ASK_AGAIN_S)
+        request = _Request(to, answer)
         with self.lock:
-            self.on_message = listen
+            self._request = request
         name = f"{to} to answer {type(body).__name__}"
         deadline = time.monotonic() + timeout
         try:
-            while not replies:
+            while request.reply is None:
                 self.send(Send(to, body, frames))
-                self.wait(lambda: bool(replies), timeout, lambda: name, every=again)
-                if not replies and time.monotonic() >= deadline:
-                    raise NoAnswer(f"waited {timeout:.0f} s for {name}{self._unreached.text()}.")
+                self.wait(lambda: request.reply is not None, timeout, lambda: name, every=again)
+                if request.reply is None and time.monotonic() >= deadline:
+                    raise NoAnswer(f"waited {timeout:.0f} s for {name}{self.connections.unreached.text()}.")
         finally:
             with self.lock:
-                self.on_message = before
-        if isinstance(replies[0], Refused):
-            raise UsageError(replies[0].reason)
-        return replies[0]
+                self._request = None
+        if isinstance(request.reply, Refused):
+            raise UsageError(request.reply.reason)
+        return request.reply
 
     @property
     def waits_for(self) -> str:
@@ -200,11 +187,11 @@ class IoThread:
     @property
     def epoch(self) -> int:
         """The membership epoch that the coordinator is told to be known here; while it is not the newest, it sends that."""
-        return self._stamp.epoch
+        return self.connections.stamp.epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._stamp.epoch = epoch
+        self.connections.stamp.epoch = epoch
 
     @property
     def stopped(self) -> bool:
@@ -246,15 +233,14 @@ class IoThread:
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._woken.fileno(), zmq.POLLIN)
-        poller.register(self._sockets[COORDINATOR], zmq.POLLIN)
-        self._names[self._sockets[COORDINATOR]] = COORDINATOR
+        self.connections.attach(poller)
         try:
             while not self._closing:
                 for ready, _ in poller.poll(_TICK_MS):
                     if ready == self._woken.fileno():
                         self._woken.recv(65536)
                     else:
-                        self._receive(ready, poller)
+                        self._receive(ready)
                 self._send_all()
         except PsError as error:
             self._fail(error)
@@ -262,7 +248,7 @@ class IoThread:
             log.exception("the link failed")
             self._fail(ClusterError(f"the connection's thread failed: {type(error).__name__}: {error}."))
         finally:
-            self._context.destroy(linger=1000)
+            self.connections.close()
             self._woken.close()
 
     def _fail(self, error: PsError) -> None:
@@ -270,14 +256,14 @@ class IoThread:
             self._error = error
             self.lock.notify_all()
 
-    def _receive(self, sock: Any, poller: zmq.Poller) -> None:
-        name = self._names.get(sock)
+    def _receive(self, sock: Any) -> None:
+        name = self.connections.name_of(sock)
         if name is None:
             return  # of a server that is another process since
         with self.lock:
             while (frames := receive(sock)) is not None:
                 try:
-                    envelope = self._stamp.open(frames[0].buffer)
+                    envelope = self.connections.stamp.open(frames[0].buffer)
                     body: Body = envelope.read()
                     if name == COORDINATOR:
                         if not self._attendance.is_current(envelope.incarnation):
@@ -290,57 +276,26 @@ class IoThread:
                             log.warning("restarts: %s", body.reason)
                             restart()
                     self.answers += len(frames) > 1
-                    if isinstance(body, Welcome) and not self._peers:
-                        self._stamp.sender, self._stamp.run, self._ticket = body.process, body.run, body.ticket
-                        self._connect(body.servers, poller)
-                    elif (
-                        isinstance(body, MembershipUpdate)
-                        and self._peers
-                        and body.servers
-                        and body.share_tables[-1].epoch > self.epoch
-                    ):
-                        self._connect(body.servers, poller)
-                    self.on_message(name, body, frames[1:])
+                    if isinstance(body, Welcome) and not self.connections.servers:
+                        self.connections.introduce(body)
+                        self.connections.connect(body.servers)
+                    elif isinstance(body, MembershipUpdate):
+                        self._know(body)
+                    if self._request is None or not self._request.takes(name, body):
+                        self.on_message(name, body, frames[1:])
                 except WireError as error:
                     self._refusals.note(error, time.monotonic(), name)
             self.lock.notify_all()
 
-    def is_near(self, server: int) -> bool:
-        """Whether what is sent to a server stays on this host."""
-        return is_own(self._peers[server].address)
-
-    def _connect(self, servers: list[Peer], poller: zmq.Poller) -> None:
-        """The servers are these: have connections to them, new ones to those that are other processes than before."""
-        before, self._peers = self._peers, servers
-        for number, peer in enumerate(servers):
-            if before and before[number] == peer:
-                continue
-            for key in (f"server-{number}", f"server-{number}{_BULK}"):
-                if (old := self._sockets.get(key)) is not None:
-                    poller.unregister(old)
-                    del self._names[old]
-                    self._unreached.forget(key)
-                    old.close(linger=0)
-                watch = self._unreached.watcher(key, peer.address, time.monotonic()) if not key.endswith(_BULK) else None
-                sock = self._sockets[key] = dealer(self._context, peer.address, watch)
-                self._names[sock] = f"server-{number}"
-                poller.register(sock, zmq.POLLIN)
-                self._greeted.pop(key, None)
-                self._greet(key)
-            if before:
+    def _know(self, update: MembershipUpdate) -> None:
+        """Connect to servers that are other processes than before."""
+        if self.connections.servers and update.servers and update.share_tables[-1].epoch > self.epoch:
+            for number in self.connections.connect(update.servers):
                 log.warning("server-%d is another process from now on", number)
                 self.on_replaced(number)
 
-    def _greet(self, key: str) -> None:
-        """Say whose connection it is, unless that was said a moment ago. It may be another one than it was, and nobody tells
-        of that; and from a stranger's a server does not take as much as gradients are."""
-        now = time.monotonic()
-        if now >= self._greeted.get(key, float("-inf")) + ASK_AGAIN_S:
-            self._greeted[key] = now
-            send(self._sockets[key], self._stamp.encode(Heartbeat(), self._ticket))
-
     def _heartbeat(self) -> Heartbeat:
-        refused, unreached = self._refusals.counts, self._unreached.numbers
+        refused, unreached = self._refusals.counts, self.connections.unreached.numbers
         return msgspec.structs.replace(self.heartbeat(), refused=refused, unreached=unreached, leaves=self.stop_signal > 0)
 
     def _look_for_signal(self, now: float) -> None:
@@ -354,7 +309,7 @@ class IoThread:
     def _look_at_connections(self, now: float) -> None:
         """Find out which servers cannot be reached."""
         welcome = self._attendance.welcome
-        if welcome is not None and self._unreached.look(now, welcome.settings.progress_timeout / 2):
+        if welcome is not None and self.connections.unreached.look(now, welcome.settings.progress_timeout / 2):
             self._attendance.heartbeat_soon(now)
 
     def _send_all(self) -> None:
@@ -367,13 +322,7 @@ class IoThread:
             messages += self.on_tick(now)
             self._look_at_connections(now)
         for message in messages:
-            to_server = message.to != COORDINATOR
-            bulk = to_server and is_bulk(message.body, message.frames)
-            key = message.to + _BULK * bulk
-            if to_server and message.frames:
-                self._greet(key)
-            header = self._stamp.encode(message.body, self._ticket if to_server else None)
-            send(self._sockets[key], header, message.frames, copy=self.copies)
+            self.connections.send(message, copy=self.copies)
             if isinstance(message.body, Push):
                 failpoint("pushing", message.body.round)
         for message in messages:

@@ -88,7 +88,7 @@ class Assembly:
         """Make the client of the servers that have the model's weights."""
         context = self._context
         with context.io.lock:
-            near = [server for server in range(self._servers) if context.io.is_near(server)]
+            near = [server for server in range(self._servers) if context.io.connections.is_near(server)]
             client = ParameterClient(replica.layout, context.settings, context.policy.applies == "push", near)
             self._router.add(client, client.handle)
         return client

@@ -82,7 +82,7 @@ class Stopping:
             context.mail.send(member.name, Heartbeat(leaves=True))
         else:
             context.mail.tell_members(context.membership.dismiss(member.name))
-            context.mail.send(member.name, context.membership.fence(member))
+            context.mail.send(member.name, member.fence())
 
     def _is_spared(self, member: Member) -> bool:
         """Return whether the run goes on without `member` as if it had never been there."""

@@ -26,7 +26,6 @@ from roundtable.common.protocol.messages.session import (
     MembershipUpdate,
     MembersLost,
     Refused,
-    Stop,
 )
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 from roundtable.common.runtime.errors import ClusterError
@@ -160,7 +159,7 @@ class Membership:
         """
         member = self._roster.incarnations.get(incarnation)
         if member is not None and member.lost:
-            return None, [("", self.fence(member))]
+            return None, [("", member.fence())]
         if member is not None:
             member.heard_at = now
             return member, [("", self._answer(member))]
@@ -295,10 +294,6 @@ class Membership:
         member = self.members[name]
         self._lose(member, f"process {member.hello.pid} on {member.hello.host} was told to stop")
         return self._change()
-
-    def fence(self, member: Member) -> Stop:
-        """Return what a lost member is told, whatever it sends: to restart, because others do its work."""
-        return Stop(False, f"{member.name} was silent for too long and counts as lost; it joins again as another.", restart=True)
 
     def _lose(self, member: Member, why: str) -> None:
         """Count a member as lost.

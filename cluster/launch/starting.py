@@ -1,0 +1,85 @@
+"""Start the coordinator and the servers of a run on this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from roundtable.cluster.process.children import Child, Processes
+from roundtable.cluster.run.run_directory import ADDRESS_FILE
+from roundtable.common.config.settings import START_S
+from roundtable.common.runtime.errors import ClusterError
+from roundtable.common.storage import checkpoint
+from roundtable.common.storage.run_files import SETTINGS_FILE, How
+
+log = logging.getLogger("roundtable.cluster.local")
+
+#: Seconds between two lines about what the launcher itself waits for.
+_TELL_S = 10.0
+#: Bytes of checkpoints that a coordinator checks in a second before it listens, at least.
+_CHECKED_PER_S = 20e6
+
+
+def start_coordinator(
+    processes: Processes,
+    program: Sequence[str],
+    folder: Path,
+    port: int,
+    tick: Callable[[], None],
+    how: How = "begin",
+    flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    start_s: float = START_S,
+    say: Callable[[str], None] = log.info,
+) -> str:
+    """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
+    those settings, and `env` is added to its environment.
+
+    Calls `tick`, which waits a moment, and raises if need be, and tells by `say` what is waited for. Raises ClusterError where
+    the coordinator does not get so far within `start_s` seconds, and those that it takes to look at checkpoints.
+    """
+    command = ["coordinator", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder), *flags]
+    bind = ["--listen", f"tcp://127.0.0.1:{port}"]
+    child = processes.start("coordinator", [*program, *prepared(command, how), *bind], **threads(1), **(env or {}))
+    patience_s = start_s + (checkpoint.size(folder) / _CHECKED_PER_S if how == "resume" else 0.0)
+    told_at = time.monotonic()
+    deadline = told_at + patience_s
+    while not (folder / ADDRESS_FILE).exists():
+        tick()
+        if time.monotonic() > told_at + _TELL_S:
+            told_at = time.monotonic()
+            say("waits for the coordinator to listen.")
+        if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
+            raise ClusterError(f"the coordinator ended at once; its log is {child.log}.")
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the coordinator does not listen after {patience_s:.0f} s; its log is {child.log}.")
+    address = (folder / ADDRESS_FILE).read_text(encoding="utf-8").strip()
+    child.resume_command = prepared(child.command, "resume", f"--listen={address}")
+    return address
+
+
+def start_server(
+    processes: Processes,
+    program: Sequence[str],
+    address: str,
+    index: int | None,
+    device: str = "cpu",
+    bind: str = "tcp://127.0.0.1:0",
+    flags: Sequence[str] = (),
+    **env: str,
+) -> Child:
+    """Start a server of the run whose coordinator is at `address`, with this number or any that is free, and with `flags`."""
+    number = [] if index is None else ["--index", str(index)]
+    command = ["server", "--coordinator", address, "--listen", bind, *number, "--server-device", device, *flags]
+    return processes.start("server" if index is None else f"server-{index}", [*program, *command], **threads(1), **env)
+
+
+def prepared(command: Sequence[str], how: How, *more: str) -> list[str]:
+    """A coordinator's command with another word on what it is to do."""
+    return [*(word for word in command if not word.startswith("--prepared")), f"--prepared={how}", *more]
+
+
+def threads(count: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
