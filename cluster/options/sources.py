@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from roundtable.cluster.options.command import Option
 from roundtable.cluster.options.flags import FOUND, LAUNCH_KEYS, checked
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.config.settings import FIELDS, read_toml
@@ -49,8 +50,14 @@ def _read(file: Path, options: Mapping[str, click.Parameter]) -> dict[str, Any]:
 
 def use_sources(ctx: click.Context, commands: Mapping[str, click.Command], folder: Path) -> None:
     """Give `commands`, which are subcommands of `ctx`, what the files in `folder` say, as defaults of their options."""
-    options = {option.name or "": option for command in commands.values() for option in command.params}
+    may_be_set = {name: [option for option in command.params if _may_be_set(option)] for name, command in commands.items()}
+    options = {option.name or "": option for params in may_be_set.values() for option in params}
     found = read_sources(folder, options)
     ctx.meta[FOUND] = found
-    flags = {name: {option.name for option in command.params} - {"script"} for name, command in commands.items()}
+    flags = {name: {option.name for option in params} - {"script"} for name, params in may_be_set.items()}
     ctx.default_map = {name: {key: value for key, value in found.items() if key in flags[name]} for name in commands}
+
+
+def _may_be_set(option: click.Parameter) -> bool:
+    """Whether files may set it: not if nobody sees it, nor if the command is about it alone, as `scale` is about --workers."""
+    return not getattr(option, "hidden", False) and (isinstance(option, Option) or not option.required)

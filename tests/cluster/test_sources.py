@@ -67,6 +67,17 @@ def test_files_may_use_old_names_and_name_the_script(chosen: Choose) -> None:
     assert chosen("other.py", "-x", toml='script = "train.py"\nargs = ["--lr", "1"]').args == ("-x",)
 
 
+@pytest.mark.parametrize("toml", ["workers = 3", "prepared = 'resume'"])
+def test_files_set_neither_what_a_command_is_about_nor_what_nobody_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toml: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "roundtable.toml").write_text(toml)
+    result = CliRunner().invoke(cli.cli, ["scale", "run"], standalone_mode=False)
+    missing = ("Missing parameter: workers", "there is no setting 'prepared'")
+    assert any(text in str(result.exception) for text in missing)
+
+
 def test_a_process_of_the_launcher_does_what_it_is_told_alone(chosen: Choose) -> None:
     settings = chosen("--workers", "2", toml="epochs = 4", obj=CHILD, SERVERS="7").settings
     assert (settings.workers, settings.servers, settings.epochs) == (2, 2, 10)
