@@ -76,7 +76,7 @@ def test_a_coordinator_that_is_gone_for_less_than_the_others_wait_is_replaced_on
     assert decide(tmp_path / "stopped")[0] == "resume"
 
 
-def test_a_run_without_a_checkpoint_begins_again_with_its_books(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_again_with_its_event_log(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     make_run(folder, stopped=True)
     assert decide(folder) == ("resume", f"starts the run in {folder} again: it had come to round 34 and had no checkpoint")

@@ -65,7 +65,7 @@ class Killer(threading.Thread):
         return sqlite3.connect(f"file:{self._folder / 'events.sqlite'}?mode=ro", uri=True)
 
 
-def test_weights_and_books_are_those_of_a_run_whose_coordinator_lived(launch, tmp_path: Path) -> None:
+def test_weights_and_ledger_are_those_of_a_run_whose_coordinator_lived(launch, tmp_path: Path) -> None:
     recipe = "adamw"  # clips: in each round all servers are told of all norms
     killer = Killer(tmp_path / "run", [5, 25])
     killer.start()

@@ -102,7 +102,7 @@ def gradient_of(round_: int, k: int, weights: torch.Tensor) -> torch.Tensor:
     return torch.randn(5, generator=generator, dtype=torch.float64) + weights
 
 
-def test_a_micro_batch_that_comes_in_parts_is_in_the_books_when_it_began_to_count() -> None:
+def test_a_micro_batch_that_comes_in_parts_is_in_the_ledger_when_it_began_to_count() -> None:
     server, one, two = Server(), Worker("worker-0"), Worker("worker-1")
     one.compute(server, 0, 0)
     two.compute(server, 0, 1)
@@ -131,7 +131,7 @@ def test_one_that_another_worker_ends_is_whose_part_came_first_and_a_duplicate_o
 @schedules(40)
 @given(st.integers(1, 4), st.sampled_from([0.0, LAMBDA]), st.integers(0, 1 << 40))
 # I1, I7
-def test_the_books_replayed_give_the_weights_whatever_comes_in_parts_twice_or_late(
+def test_the_ledger_replayed_give_the_weights_whatever_comes_in_parts_twice_or_late(
     workers: int, compensation: float, seed: int
 ) -> None:
     chance, server = random.Random(seed), Server(delay_compensation=compensation)

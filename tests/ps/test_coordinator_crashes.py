@@ -23,7 +23,7 @@ crashes = st.lists(crash, min_size=1, max_size=5)
 @few
 @given(data=st.data())
 # I8, I24
-def test_a_coordinator_that_crashes_changes_neither_weights_nor_books(policy: str, data: st.DataObject) -> None:
+def test_a_coordinator_that_crashes_changes_neither_weights_nor_ledger(policy: str, data: st.DataObject) -> None:
     plain: dict[str, Any] = {} if policy == "sync" else PLAIN
     check_promises(dataclasses.replace(data.draw(cases(policy, **plain)), killed=data.draw(crashes)))
 

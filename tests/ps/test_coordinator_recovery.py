@@ -113,7 +113,7 @@ def test_what_is_read_back_is_what_was_kept(
 
 @settings(max_examples=12, deadline=None)
 @given(ROUNDS, st.data())
-def test_put_back_to_a_round_they_are_the_books_of_a_run_that_got_so_far(
+def test_put_back_to_a_round_they_are_the_ledger_of_a_run_that_got_so_far(
     tmp_path_factory: pytest.TempPathFactory, rounds: list[Any], data: st.DataObject
 ) -> None:
     upto = data.draw(st.integers(0, len(rounds)))

@@ -178,7 +178,7 @@ def test_local_steps_count_every_micro_batch_by_its_samples(drawn: tuple[Case, b
 @pytest.mark.parametrize("policy", ["ssp", "async"])
 @some
 @given(data=st.data())
-def test_what_is_not_finite_from_some_weights_is_in_the_books_as_the_servers_have_it(policy: str, data: st.DataObject) -> None:
+def test_what_is_not_finite_from_some_weights_is_in_the_ledger_as_the_servers_have_it(policy: str, data: st.DataObject) -> None:
     """Workers that compute a micro-batch again, from other weights, may find the other of the two."""
     case, has_checkpoints = data.draw(deaths(policy, rows=data.draw(st.sampled_from([0, 10])), **PLAIN))
     case = replace(case, settings=structs.replace(case.settings, on_nonfinite="skip"))

@@ -169,7 +169,7 @@ def test_weights_whose_changes_are_sent(case: Case) -> None:
 
 @few
 @given(killed("sync", {"compress_gradients": "onebit"}))
-def test_what_a_codec_has_left_out_is_not_needed_for_the_books(case: Case) -> None:
+def test_what_a_codec_has_left_out_is_not_needed_for_the_ledger(case: Case) -> None:
     check_ledger(simulate(case))
 
 

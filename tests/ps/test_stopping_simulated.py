@@ -23,7 +23,7 @@ def rolled_back(outcome: Outcome) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async", "local"])
-@pytest.mark.parametrize("at", [0.8, 3.0])
+@pytest.mark.parametrize("at", [0.8, pytest.param(3.0, marks=pytest.mark.long)])
 def test_no_round_that_was_done_is_lost_not_even_the_first(tmp_path: Path, policy: PolicyName, at: float) -> None:
     settings = Settings(workers=2, servers=3, policy=policy, global_batch=8, micro_batch=2, local_steps=2)
     case = Case(settings, [Pace(0.3)] * 2, ((48, 3),), **PLAIN, folder=tmp_path, stopped=[(at, 5.0)])  # type: ignore[arg-type]

@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 KILLS = "worker-1:pushing:30:kill;server-1:applied:60:kill;coordinator:reported:90:kill;server-2:aggregating:120:kill"
 
 
-@pytest.mark.parametrize("policy", ["sync", "backup", "ssp", "async"])
+@pytest.mark.parametrize(
+    "policy", ["sync", pytest.param("backup", marks=pytest.mark.long), pytest.param("ssp", marks=pytest.mark.long), "async"]
+)
 def test_whoever_is_killed_each_server_has_counted_every_sample_once_an_epoch(
     policy: str, cluster: Callable[..., Cluster]
 ) -> None:

@@ -35,7 +35,7 @@ def test_a_worker_that_is_told_to_stop_leaves_in_good_order(cluster: Start, undi
     assert not run.events("lost") and summary["micro_batches_recomputed"] <= 1
 
 
-@pytest.mark.parametrize("copies", [0, 1])
+@pytest.mark.parametrize("copies", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_server_that_is_told_to_stop_leaves_after_a_checkpoint(cluster: Start, undisturbed: str, copies: int) -> None:
     run = cluster(*FLAGS, "--replicas", copies, "--checkpoint-every", 60)
     run.until(lambda: trains(run), "training")
@@ -49,7 +49,7 @@ def test_a_server_that_is_told_to_stop_leaves_after_a_checkpoint(cluster: Start,
     assert again == 0 if copies else again < 20, "it went on from the beginning"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_launchers_coordinator_that_is_told_to_stop_ends_the_run_which_goes_on(
     cluster: Start, resumed: Start, undisturbed: str, number: signal.Signals
 ) -> None:
