@@ -1,4 +1,4 @@
-"""A server's part in checkpoints: its state as entries of a file, written by a thread, and read again."""
+"""Writes a server's file of a checkpoint on a thread, and opens a checkpoint to read it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from roundtable.common.storage.checkpoint import TOKEN_FILE, file_of, folder_of
 from roundtable.common.storage.checkpoint import read as read_checkpoint
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
-#: Key of a file's metadata under which a server keeps what is not tensors, as JSON.
+#: Key of the file's metadata under which a server keeps `CheckpointData.extra` as JSON.
 _EXTRA = "extra"
-#: Seconds between two signs of life while one waits for a file.
+#: Seconds between two calls of `show_life` while `wait` blocks.
 _BREATH_S = 0.1
 
 
 @dataclass(frozen=True)
 class CheckpointData:
-    """State to be written for a TakeCheckpoint: what `entries` refer to stays as it is until it is written."""
+    """A shard's state to write for a TakeCheckpoint. Tensors that `entries` refer to must not change until they are written."""
 
     round: int
     token: str
@@ -36,18 +36,20 @@ class CheckpointData:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to go on from: of `round`, taken on `servers` servers of a run whose model was `setup`. `extra` is what each
-    of them that has written a file kept beside its tensors, by number. A server without a part of the model writes none."""
+    """A checkpoint from which a run goes on."""
 
     round: int
+    #: The number of servers that took the checkpoint.
     servers: int
+    #: The model of the run.
     setup: Setup
     files: TensorFiles
+    #: By server: the values beside tensors. A server without a part of the model wrote no file and has no entry.
     extra: Mapping[int, dict[str, Any]]
 
 
 def open_source(run_dir: Path, round_: int) -> Source:
-    """The checkpoint of `round_` in a run directory. Raises UsageError where it cannot be read."""
+    """Return the checkpoint of `round_` in a run directory. Raises UsageError if it cannot be read."""
     found = read_checkpoint(folder_of(run_dir, round_))
     manifest = found.manifest
     wrote = [server for server in range(manifest.servers) if file_of(server) in manifest.files]
@@ -59,7 +61,7 @@ def open_source(run_dir: Path, round_: int) -> Source:
 class CheckpointWriter:
     """Writes a server's file of one checkpoint at a time, on a thread.
 
-    Another one may be wanted while a file is still being written, as a cut is given up when some other server fails.
+    If another server fails, the coordinator gives a checkpoint up. So the next one may be requested during a write.
     """
 
     def __init__(self, server: int, run_dir: Path) -> None:
@@ -67,13 +69,13 @@ class CheckpointWriter:
         self._run_dir = run_dir
         self._thread: threading.Thread | None = None
         self._result: CheckpointStatus | None = None
-        #: What is to be written next; what comes later takes its place.
+        #: The checkpoint to write next. A later request replaces it.
         self._next: CheckpointData | None = None
-        #: How many were written so far, of all files.
+        #: Bytes written so far, of all files.
         self.bytes = 0
 
     def start(self, capture: CheckpointData) -> None:
-        """Write `capture` once what was begun before is done; does not wait for that."""
+        """Write `capture` on the thread as soon as the write in progress is done. Does not block."""
         self._next = capture
         self._go_on()
 
@@ -85,11 +87,11 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether something is being written, or to be."""
+        """Return True if a checkpoint is being written or waits to be."""
         return self._next is not None or (self._thread is not None and self._thread.is_alive())
 
     def wait(self, show_life: Callable[[], None]) -> None:
-        """Block until nothing is being written any more; `breathe` is called from time to time."""
+        """Block until no checkpoint is being written. Calls `show_life` every 0.1 s meanwhile."""
         while self._thread is not None:
             self._thread.join(_BREATH_S)
             if self._thread.is_alive():
@@ -99,7 +101,7 @@ class CheckpointWriter:
                 self._go_on()
 
     def poll(self) -> CheckpointStatus | None:
-        """What came of it, once, when it is done."""
+        """Return the result of a finished write, once, else None."""
         result, self._result = self._result, None
         self._go_on()
         return result
@@ -129,6 +131,6 @@ class CheckpointWriter:
             self._result = CheckpointStatus(
                 capture.round, "failed", reason=f"server-{self._server} could not write {path}: {text}."
             )
-        except Exception as error:  # a checkpoint less must not end the run
+        except Exception as error:  # a failed checkpoint must not end the run
             reason = f"server-{self._server} could not write {path}: {type(error).__name__}: {error}."
             self._result = CheckpointStatus(capture.round, "failed", reason=reason)

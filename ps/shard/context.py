@@ -1,4 +1,4 @@
-"""What a shard is given by its server, and the plans that all parts of a shard look at."""
+"""The context that a server gives its shard, and the plans that all parts of a shard read."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ShardContext:
-    """What a shard needs of the server process that it is in."""
+    """The settings and functions that a shard needs from its server process."""
 
     index: int
     settings: Settings
     policy: Policy
-    #: Where sharded layers are computed.
+    #: The device that computes sharded layers.
     device: torch.device = _CPU
-    #: Return the incarnation of the coordinator whose word counts.
+    #: Return the incarnation of the current coordinator.
     coordinator: Callable[[], int] = lambda: 0
-    #: Give a sign of life in the middle of what takes long.
+    #: Send a heartbeat if one is due. Called during long work.
     show_life: Callable[[], None] = lambda: None
-    #: Block until no checkpoint is being written any more.
+    #: Block until no checkpoint is being written.
     finish_writing: Callable[[], None] = lambda: None
+    #: Return True while a checkpoint is being written.
     is_writing: Callable[[], bool] = lambda: False
-    #: Return how many bytes of checkpoints were written so far.
+    #: Return how many bytes of checkpoints this server has written.
     bytes_written: Callable[[], int] = lambda: 0
 
 
 class Progress:
-    """Steps of what takes long: pieces of a checkpoint that are read, and chunks that are updated."""
+    """Counts the steps of long work: pieces of a checkpoint that are read, and chunks that are updated."""
 
     def __init__(self, show_life: Callable[[], None]) -> None:
         self.steps = 0
         self._show_life = show_life
 
     def step(self) -> None:
-        """Count a step, and give a sign of life."""
+        """Count a step and call `show_life`."""
         self.steps += 1
         self._show_life()
 
@@ -59,7 +60,7 @@ class Plans:
         self.segments: list[Segment] = []
 
     def agree(self, sender: str, segment: Segment) -> Send:
-        """Return the answer to a worker's plan. The first worker defines a segment, and others have to have the same."""
+        """Return the answer to a worker's plan. The first worker defines a segment. All others must have the same segment."""
         if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             self.segments.append(segment)
         elif segment.index >= len(self.segments) or self.segments[segment.index] != segment:
@@ -68,15 +69,15 @@ class Plans:
 
     @property
     def end(self) -> int:
-        """Return the first round that no plan knows yet."""
+        """Return the first round that no segment has."""
         return self.segments[-1].end if self.segments else 0
 
     def has(self, round_: int) -> bool:
-        """Return True if a plan knows the round."""
+        """Return True if a segment has the round."""
         return 0 <= round_ < self.end
 
     def round(self, index: int) -> Round:
-        """Return the plan of a round. Raises WireError for a round that no plan knows."""
+        """Return the plan of a round. Raises WireError if no segment has the round."""
         for segment in reversed(self.segments):
             if segment.first_round <= index < segment.end:
                 return segment.round(index)

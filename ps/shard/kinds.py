@@ -1,6 +1,7 @@
-"""Kinds of parameters beside chunks. A push of a message type of its own contributes to all parameters of a kind at once.
+"""The kinds of parameters beside chunks: embedding rows and sharded layers.
 
-A round files contributions by number: those to chunks by the chunk's, all others by the numbers here.
+Each kind has its own message type. One push of that type contributes to all parameters of the kind.
+A round files contributions by number: the chunk's id, or one of the negative numbers here.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from roundtable.ps.params.planned_rates import Hypers
 from roundtable.ps.sharded.contributions import LayerContribution, replicated, tensors_of
 from roundtable.ps.sharded.layers import LayerShards
 
-#: The number of the metrics of a contribution, on server 0.
+#: The number under which server 0 files the metrics of a contribution.
 METRICS = -1
 
 
 class ParameterKind(ABC):
-    """All parameters of one kind on one server. `total` is what a round, or a push, contributes to them."""
+    """All parameters of one kind on one server. `total` is the sum of the contributions of a round, or of one push."""
 
-    #: The number under which a round files what is contributed.
+    #: The number under which a round files contributions to this kind.
     number: int
-    #: Its pushes.
+    #: The message type of its pushes.
     push_type: type[Body]
-    #: What a push has of it, as messages say.
+    #: The word for its parameters in error messages.
     noun: str
-    #: Whether `close` changes rows at once, so that nobody may be reading them. Otherwise that is done by and by.
+    #: True if `close` changes rows at once. Then nobody may read the rows meanwhile. Otherwise `work` changes them later.
     changes_at_once: bool
 
     @abstractmethod
     def __bool__(self) -> bool:
-        """Return True if there are any such parameters."""
+        """Return True if this server has parameters of this kind."""
 
     @abstractmethod
     def ack(self, push: Any) -> RowAck | LayerAck:
@@ -57,29 +58,29 @@ class ParameterKind(ABC):
 
     @abstractmethod
     def nothing(self) -> Any:
-        """Return the contribution of a round that is dropped."""
+        """Return the empty contribution, which stands for a dropped round."""
 
     @abstractmethod
     def norms(self, total: Any, samples: int) -> list[Norm] | None:
-        """Return the norms of the mean gradient. None: they are being computed."""
+        """Return the norms of the mean gradient, or None while they are being computed."""
 
     @abstractmethod
     def replicated(
         self, round_: int, total: Any, samples: int, hypers: Hypers, factor: torch.Tensor | None
     ) -> tuple[ReplicateRows | ReplicateLayers, Frames]:
-        """Return what the backup is told of an update."""
+        """Return the message and frames from which the backup makes the same update."""
 
     @abstractmethod
     def close(self, total: Any, samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
-        """Update with all that a round contributes. `factor` is the clipping."""
+        """Update with the contributions of a whole round. `factor` is the clipping factor, None without clipping."""
 
     @abstractmethod
     def apply(self, total: Any, round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
-        """Update with what one push to a round contributes."""
+        """Update with the contribution of one push. `lr_scale` multiplies the learning rate."""
 
 
 class RowsKind(ParameterKind):
-    """The rows of all tables."""
+    """The embedding rows of all tables."""
 
     number, push_type, noun, changes_at_once = -2, RowPush, "rows", True
 

@@ -1,4 +1,4 @@
-"""A server's part of the model: the numbers, where its weights lie, and which first weights are still to come."""
+"""A server's part of the model: weights, optimizer state, weight buffers, and which first weights have not arrived."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ log = logging.getLogger("roundtable.ps.shard")
 
 
 class FrozenChunks:
-    """Frozen chunks: their weights lie in a buffer of their own until a worker contributes to them."""
+    """The frozen chunks. Their weights lie in the `home` weight buffer until a worker contributes to them."""
 
     def __init__(self, dense: DenseParameters, buffers: WeightBuffers, chunks: set[int]) -> None:
         self._dense, self._buffers, self._chunks = dense, buffers, chunks
-        #: By chunk that something was contributed to, the first version that this shows in.
+        #: By frozen chunk that a worker contributed to: the first version with changed weights.
         self._changed_in: dict[int, int] = {}
 
     def __contains__(self, chunk: object) -> bool:
         return chunk in self._chunks
 
     def unchanged(self, chunk: int, version: int) -> bool:
-        """Return True if the weights of `version` of a frozen chunk are the first ones."""
+        """Return True if the chunk is frozen and its weights of `version` are its first weights."""
         return chunk in self._chunks and version < self._changed_in.get(chunk, version + 1)
 
     def note_changes(self, version: int) -> None:
-        """Note the chunks whose weights of `version` are the first that are not their first ones."""
+        """Record `version` as the first changed version of each frozen chunk that has just become trained."""
         for chunk in self._chunks - self._changed_in.keys():
             if not self._dense.is_still(chunk):
                 self._changed_in[chunk] = version
 
     def place(self) -> None:
-        """Have the first weights where they stay."""
+        """Write the first weights of frozen chunks to the `home` buffer."""
         for chunk in self._chunks:
             if self._dense.is_still(chunk):
                 self._dense.place(chunk, self._buffers[self._buffers.home][chunk])
 
     def changed(self, version: int) -> list[int]:
-        """Return the chunks whose weights of `version` are not their first ones."""
+        """Return the frozen chunks whose weights of `version` differ from their first weights."""
         return [chunk for chunk, since in self._changed_in.items() if since <= version]
 
 
 class ShardModel:
-    """What a server has of a model that workers have agreed on, with `buffers` versions of its weights."""
+    """A server's part of the model that workers have agreed on, with `buffers` weight buffers."""
 
     def __init__(self, context: ShardContext, setup: Setup, sender: str, buffers: int) -> None:
-        """Raises WireError if there can be no such model here."""
+        """Make the model. Raises WireError if this server cannot hold the model or make its optimizer."""
         check_setup(setup)
         index, settings, keeps = context.index, context.settings, context.policy.applies == "round"
         try:
@@ -85,36 +85,37 @@ class ShardModel:
         self.sender = sender
         self.chunks = {chunk.id: chunk for chunk in layout.on(index)}
         rows, layers = RowsKind(self.tables, layout), LayersKind(self.layers)
-        #: What is contributed to beside chunks.
+        #: The parameters, beside chunks, that workers contribute to.
         self.kinds: list[ParameterKind] = [kind for kind in (rows, layers) if kind]
-        #: All that a contribution consists of here.
+        #: Numbers of all parts that a contribution has on this server (see `ps/shard/kinds.py`).
         self.ids = [*([METRICS] if index == 0 else []), *(kind.number for kind in self.kinds), *self.chunks]
-        #: The parts of the model's file that are here.
+        #: The parts of the model's file that this server sends.
         self.parts = parts_on(layout, index)
         self.buffers = WeightBuffers(layout.on(index), buffers, shared=settings.transport == "auto")
         if self.buffers.refused:
             log.warning("%s Workers get their weights through sockets.", self.buffers.refused)
         self.frozen = FrozenChunks(self.dense, self.buffers, {chunk.id for chunk in self.chunks.values() if chunk.frozen})
-        #: Pages of tables whose first weights workers send; and these and chunks, as long as theirs are still to come.
+        #: (table, page) whose first rows workers send.
         self._pages = self._awaited_pages()
+        #: Chunks and pages whose first weights have not arrived.
         self._awaited: set[int | tuple[int, int]] = {*self.chunks, *self._pages}
-        #: Whether all of it is still to come from the backup.
+        #: True while the shard's state is on its way back from the backup.
         self.is_returning = False
 
     @property
     def lacks_weights(self) -> bool:
-        """Return True if first weights are still to come from workers."""
+        """Return True if workers still have to send first weights."""
         return bool(self._awaited)
 
     @property
     def is_open(self) -> bool:
-        """Return True if all numbers are here."""
+        """Return True if all weights and optimizer state have arrived."""
         return not self._awaited and not self.is_returning
 
     # ---- first weights
 
     def initial_weights(self, sender: str, init: InitialWeights, frames: Frames) -> bool:
-        """Take first weights. Returns True if these were the last ones. Raises WireError if they do not fit."""
+        """Take first weights. Return True if no more are awaited. Raises WireError if they do not fit."""
         if len(frames) != len(init.chunks):
             raise WireError(f"first weights from {sender} do not fit the model agreed on")
         check_distinct(init.chunks, self.chunks, f"a message of {sender} with first weights")
@@ -129,7 +130,7 @@ class ShardModel:
         return lacked and not self._awaited
 
     def initial_rows(self, sender: str, init: InitialRows, frames: Frames) -> bool:
-        """Take first rows. Returns True if these were the last first weights. Raises WireError if they do not fit."""
+        """Take first rows. Return True if no more first weights are awaited. Raises WireError if they do not fit."""
         page = init.table, init.page
         if page not in self._pages:
             raise WireError(f"first rows from {sender} do not fit the model agreed on")
@@ -144,12 +145,12 @@ class ShardModel:
         return not self._awaited
 
     def _awaited_pages(self) -> set[tuple[int, int]]:
-        """Return (table, page) of first values that a worker is to send. Sharded layers count on from the tables."""
+        """Return (table, page) of the first rows that a worker has to send. Sharded layers are numbered after the tables."""
         after = len(self.layout.tables)
         return self.tables.awaited() | {(after + number, page) for number, page in self.layers.awaited()}
 
     def restore(self, source: Source, progress: Progress) -> None:
-        """Have the state of a checkpoint, on however many servers it was taken."""
+        """Load the state of a checkpoint, whatever its number of servers. Raises UsageError if a tensor is missing."""
         source.files.on_read = progress.step
         try:
             self.dense.restore(source.files)
@@ -162,7 +163,7 @@ class ShardModel:
         self._awaited.clear()
 
     def has_returned(self) -> None:
-        """All of it has come from the backup."""
+        """Record that the shard's whole state has arrived from the backup."""
         self._awaited.clear()
         self.is_returning = False
 
@@ -170,16 +171,16 @@ class ShardModel:
 
     @property
     def state(self) -> ShardState:
-        """All numbers, for the backup."""
+        """Return the shard's state, for the backup."""
         return ShardState(self.dense, self.tables, self.layers)
 
     def entries(self, seen: Mapping[int, torch.Tensor], copies: bool) -> Iterator[Entry]:
-        """Return a checkpoint's tensors, without those of sharded layers; see DenseParameters.state."""
+        """Return a checkpoint's tensors without those of sharded layers. See `DenseParameters.state` for the arguments."""
         yield from self.dense.state(seen, copies)
         yield from self.tables.state()
 
     def frames_of(self, part: Part) -> list[memoryview]:
-        """Return the frames of a part of the model's file, in the order of ps/model_parts.py."""
+        """Return the frames of a part of the model's file, in the order that `ps/model_parts.py` defines."""
         if part.kind == "chunk":
             return [to_frame(self.dense.master(part.number))]
         if part.kind == "table":

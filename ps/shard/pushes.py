@@ -1,4 +1,4 @@
-"""Contributions as they come: whether they fit the model and the plan, and what is kept of those that do not count yet."""
+"""Checks pushes against the model and the plan, and keeps tentative pushes until they count."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from roundtable.ps.validation import check_distinct, check_hypers
 
 log = logging.getLogger("roundtable.ps.shard")
 
-#: Contributions of one worker of which tentative parts are kept.
+#: A server keeps the tentative parts of at most this many contributions of one worker.
 _TENTATIVE = 2
 
 
 class PushValidator:
-    """Turns pushes into contributions, or refuses them. Nothing has changed if it raises WireError."""
+    """Turns pushes into contributions, or refuses them. If a method raises WireError, nothing has changed."""
 
     def __init__(self, context: ShardContext, model: ShardModel) -> None:
         self._settings, self._policy, self._model = context.settings, context.policy, model
-        #: Workers' memory that can be read here.
+        #: By worker: its memory that this server can read.
         self._regions: dict[str, Region] = {}
-        #: By worker and gradient buffer, the chunks in that buffer.
+        #: By worker and gradient buffer: the chunks in that buffer.
         self._gradient_buffers: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
 
     # ---- workers' memory
 
     def attach(self, sender: str, offer: OfferSharedMemory) -> bool:
-        """Return True if this server can read the memory in which a worker has its gradients."""
+        """Map a worker's gradient buffers. Return True if this server can read them."""
         self.forget(sender)
         if offer.gradients is not None and self._settings.transport == "auto":
             try:
@@ -57,7 +57,7 @@ class PushValidator:
         return sender in self._regions
 
     def forget(self, worker: str) -> None:
-        """Let go of a worker's memory."""
+        """Unmap a worker's gradient buffers."""
         self._gradient_buffers = {key: views for key, views in self._gradient_buffers.items() if key[0] != worker}
         if worker in self._regions:
             self._regions.pop(worker).close()
@@ -76,12 +76,12 @@ class PushValidator:
     # ---- pushes
 
     def check_open(self, sender: str) -> None:
-        """Raise WireError if nothing can be contributed yet."""
+        """Raise WireError if the shard's weights have not all arrived."""
         if not self._model.is_open:
             raise WireError(f"{sender} pushed before the first weights were set")
 
     def contributions(self, sender: str, push: Push, frames: Frames, plan: Round | None) -> Sequence[Sum]:
-        """Return a push's contributions, one for each of its chunks. Raises WireError as `check` does."""
+        """Return a push's contributions, one for each of its chunks. Raises WireError if the push or its frames do not fit."""
         full = self.check(sender, push, plan)
         count_of_frames = len(full) if push.gradient_buffer < 0 else 0
         if len(frames) != count_of_frames or not full.issuperset(push.coded):
@@ -95,8 +95,11 @@ class PushValidator:
         return [self._received(push, i, next(left) if i in full else None, bits) for i, bits in present]
 
     def check(self, sender: str, push: Push, plan: Round | None) -> set[int]:
-        """Return the chunks of a push that have values. Raises WireError unless all of it, but for frames, fits the model and the
-        plan. Where workers step locally there is no plan, and the number of workers counts."""
+        """Return the chunks of a push that have values.
+
+        Raises WireError unless the push, apart from its frames, fits the model and the plan. If workers step locally, `plan` is
+        None and a round has one contribution of each worker.
+        """
         self.check_open(sender)
         chunks = self._model.chunks
         check_distinct(push.chunks, chunks, f"a push of {sender}")
@@ -120,7 +123,7 @@ class PushValidator:
         return self._model.dense.receive(chunk, frame, present, push.scale)
 
     def of_kind(self, kind: ParameterKind, sender: str, push: RowPush | LayerPush, frames: Frames, plan: Round) -> Any:
-        """Return what a push contributes to parameters beside chunks. Raises WireError unless all of it fits."""
+        """Return the contribution of a push to parameters of `kind`. Raises WireError if the push does not fit."""
         self.check_open(sender)
         if not is_node((push.lo, push.hi), plan.micro_batches) or push.samples != plan.samples_in(push.lo, push.hi):
             raise WireError(f"{kind.noun} from {sender} are for micro-batches {push.lo}..{push.hi - 1} of {plan.micro_batches}")
@@ -130,14 +133,16 @@ class PushValidator:
 
 @dataclass
 class _Tentative:
-    """A contribution that a worker is computing: what has come of it, by chunk, and the chunks that count."""
+    """A contribution that a worker is still computing."""
 
+    #: By chunk: values that have arrived and do not count yet.
     values: dict[int, Sum] = field(default_factory=dict)
+    #: Chunks that the worker has committed.
     committed: set[int] = field(default_factory=set)
 
 
 class TentativePushes:
-    """Parts of contributions that are kept until their worker says that they count."""
+    """Parts of contributions that a server keeps until their worker commits them."""
 
     def __init__(self, context: ShardContext, model: ShardModel, plans: Plans, validator: PushValidator) -> None:
         self._policy, self._model, self._plans, self._validator = context.policy, model, plans, validator
@@ -145,18 +150,24 @@ class TentativePushes:
         self.kept: dict[str, dict[tuple[int, int, int], _Tentative]] = {}
 
     def keep(self, sender: str, push: Push, frames: Frames) -> Send:
-        """Keep a push until its worker commits it or is at other contributions. Returns the acknowledgement."""
+        """Keep a push until its worker commits it or has moved on to other contributions. Return the acknowledgement.
+
+        Raises WireError if the push does not fit.
+        """
         self._check(sender, push)
         values = self._validator.contributions(sender, push, frames, self._plans.round(push.round))
         self._of(sender, push).values.update(zip(push.chunks, values, strict=True))
         return Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, tentative=True))
 
     def is_committed(self, sender: str, push: Push) -> bool:
-        """Return True if the worker has said that these chunks count."""
+        """Return True if the worker has committed all chunks of `push`."""
         return self._of(sender, push).committed.issuperset(push.chunks)
 
     def commit(self, sender: str, push: Push) -> Sequence[Sum] | None:
-        """Have these chunks count. Returns their values, or None if some have not come yet: they count as soon as they come."""
+        """Commit the chunks of `push`. Return their values, or None if some have not arrived.
+
+        Chunks that arrive after their commit count at once.
+        """
         self._check(sender, push)
         found = self._of(sender, push)
         found.committed.update(push.chunks)
@@ -165,11 +176,11 @@ class TentativePushes:
         return [found.values.pop(chunk) for chunk in push.chunks]
 
     def forget(self, worker: str) -> None:
-        """Let go of what a lost worker has sent."""
+        """Drop the tentative parts of a lost worker."""
         self.kept.pop(worker, None)
 
     def _check(self, sender: str, push: Push) -> None:
-        """Raise WireError for what cannot be tentative."""
+        """Raise WireError if `push` cannot be tentative."""
         check_distinct(push.chunks, self._model.chunks, f"a push of {sender}")
         if push.gradient_buffer >= 0 or push.metrics is not None or self._policy.is_local:
             raise WireError(f"{sender} sends early what cannot be sent so")

@@ -1,12 +1,13 @@
-"""What a server with a model decides: which contributions count, when they are applied, and which weights a worker gets.
+"""The base class of shards. A shard decides which contributions count, when to apply them, and which weights a worker gets.
 
-State machines without a socket, a thread or a clock: `handle(sender, message, frames, now)` returns what to send. `SyncShard`
-applies once per round, `AsyncShard` each push at once. Here is what they share. The numbers are those of `ShardModel`.
+A shard is a state machine without a socket, a thread or a clock: `handle(sender, message, frames, now)` returns the messages to
+send. `SyncShard` applies contributions once per round, `AsyncShard` applies each push at once. `ShardModel` holds the weights.
+
 Invariants, which the tests check over random schedules:
 
-- a micro-batch of a round counts at most once in each chunk, whatever is sent again, late or by whom;
-- weights handed out for a round hold every update before it, and nothing of later ones (`SyncShard`);
-- a worker starts a round only as far ahead as the policy admits (`AsyncShard`).
+- A micro-batch of a round counts at most once in each chunk, whatever is sent again, late or by whom.
+- Weights handed out for a round hold every update before that round, and no later update (`SyncShard`).
+- A worker starts a round only as far ahead as the policy admits (`AsyncShard`).
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from roundtable.ps.shard.report_queue import ReportQueue
 from roundtable.ps.shard.shard_checkpoint import ShardCheckpoint, Stage
 from roundtable.ps.shard.weights_sender import WeightsSender
 
-#: Rounds of which it is known whose contributions counted, for workers that have not got word of it.
+#: A shard remembers for this many rounds which contributions counted, to acknowledge pushes that workers send again.
 _REMEMBERED = 64
 
 
 @dataclass(frozen=True)
 class ShardParts:
-    """What there is before a model is agreed on, and outlives that moment."""
+    """The parts of a shard that the server makes before workers have agreed on a model."""
 
     context: ShardContext
     plans: Plans
@@ -53,7 +54,10 @@ class ShardParts:
 
 
 class Shard(ABC):
-    """What both kinds of shard do. One is made when the model is known, and `opened` when all its numbers are here."""
+    """The part that `SyncShard` and `AsyncShard` share.
+
+    The server makes a shard when the model is known. It calls `opened` when all weights and optimizer state have arrived.
+    """
 
     def __init__(self, parts: ShardParts, model: ShardModel) -> None:
         self.model = model
@@ -63,7 +67,7 @@ class Shard(ABC):
         self._validator = PushValidator(parts.context, model)
         self._tentative = TentativePushes(parts.context, model, parts.plans, self._validator)
         self.sender = WeightsSender(model)
-        #: By round and (worker, lo, hi): the chunks in which that worker's contribution counted when it came.
+        #: By round and (worker, lo, hi): the chunks in which that worker's contribution counted.
         self._counted: dict[int, dict[tuple[str, int, int], set[int]]] = {}
         model.tables.before_update = self._before_tables_change
         model.layers.let_update(self._may_update_layers)
@@ -86,92 +90,97 @@ class Shard(ABC):
     @property
     @abstractmethod
     def version(self) -> int:
-        """Return the number of rounds that are applied, of those in a row from the first on."""
+        """Return the first round that is not applied in full. All rounds before it are applied."""
 
     @property
     @abstractmethod
     def at_border(self) -> bool:
-        """Return True if the weights are those of `version`, and nothing of later rounds is in them."""
+        """Return True if the shard can be saved as that of `version`: any part of a later round in it is recorded."""
 
     @property
     @abstractmethod
     def seen(self) -> Mapping[int, torch.Tensor]:
-        """Return the weights that workers compute from now, by chunk, where these may not be the master's."""
+        """Return by chunk the weights that workers compute from, if these may differ from the masters. Empty otherwise."""
 
     @abstractmethod
     def extra(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside tensors."""
+        """Return the values, beside tensors, that a checkpoint must hold."""
 
     @abstractmethod
     def missing(self) -> list[int]:
-        """Return the micro-batches of round `version` that are not all here: the coordinator may reassign them."""
+        """Return the micro-batches of round `version` that have not arrived in full. The coordinator may reassign them."""
 
     @abstractmethod
     def missing_later(self) -> list[list[int]]:
-        """Return the same of the rounds after it, one by one, as far as workers have got to; some of the first if they are many.
-        None if one round is open at a time."""
+        """Return for each round after `version` that workers have reached the micro-batches that have not arrived in full.
+
+        If there are many, return only the first ones. If only one round is open at a time, return an empty list.
+        """
 
     @abstractmethod
     def resume(self, source: Source) -> None:
-        """Be at the round of a checkpoint, whose tensors are here."""
+        """Continue at the round of the checkpoint `source`, whose tensors are already loaded."""
 
     @abstractmethod
     def opened(self, source: Source | None) -> None:
-        """All numbers are here, out of the checkpoint `source` if that is not None."""
+        """Start serving: all weights have arrived. They came from the checkpoint `source` if that is not None."""
 
     @abstractmethod
     def plan_known(self) -> list[Send]:
-        """Go on, as there may be another plan."""
+        """Return the messages to send after a worker has announced a plan."""
 
     @abstractmethod
     def push(self, sender: str, push: Push, values: Callable[[], Sequence[Sum]], now: float) -> list[Send]:
-        """Take a contribution. `values` returns it, or raises WireError if it does not fit."""
+        """Take a contribution and return the messages to send. `values` returns the contribution, or raises WireError."""
 
     @abstractmethod
     def push_kind(self, kind: ParameterKind, sender: str, push: Any, frames: Frames, now: float) -> list[Send]:
-        """Take a contribution to parameters beside chunks."""
+        """Take a contribution to embedding rows or sharded layers, and return the messages to send."""
 
     @abstractmethod
     def decide(self, body: Body, now: float) -> list[Send]:
-        """Take what the coordinator says about a round. Raises WireError if that cannot be meant."""
+        """Take a decision about a round, or another server's question about one, and return the messages to send.
+
+        Raises WireError if the message makes no sense.
+        """
 
     @abstractmethod
     def serve(self, worker: str) -> list[Send]:
-        """Send a waiting worker the weights that there are for it."""
+        """Return messages with the weights that a waiting worker may have now."""
 
     def tick(self, now: float) -> list[Send]:
-        """Return what is due."""
+        """Return the messages that are due at `now`."""
         return []
 
     def work(self, now: float) -> list[Send]:
-        """Go on with what sharded layers have done."""
+        """Return the messages to send after sharded layers have done some work."""
         return []
 
     def begin_backup(self) -> None:  # noqa: B027
-        """Have a backup made, if there is to be one and none is there."""
+        """Start to send the shard's state to its backup, if the run has replicas and the backup has no copy."""
 
     def go_on(self, now: float) -> list[Send]:
-        """Go on with what waited for nothing but the backup."""
+        """Return the messages to send after the backup has made progress."""
         return []
 
     # ---- events
 
     def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:
-        """Take one message of a worker. Raises WireError if it cannot be meant; then nothing has changed."""
+        """Take one message of a worker and return the messages to send. If it raises WireError, nothing has changed."""
         handler = self._handlers.get(type(body))
         if handler is None:
             raise WireError(f"a server has no use for {type(body).__name__}")
         return handler(sender, body, frames, now)
 
     def forget(self, worker: str) -> None:
-        """Let go of what is kept for a lost worker. What it has handed in counts, wherever that lies."""
+        """Release what is kept for a lost worker. Contributions that already count still count."""
         self._tentative.forget(worker)
         self.sender.forget(worker)
         self.model.layers.forget(worker)
         self._validator.forget(worker)
 
     def serve_all(self) -> list[Send]:
-        """Send all waiting workers what there is for them."""
+        """Return messages with the weights that waiting workers may have now."""
         return [effect for worker in list(self.sender.waiting) for effect in self.serve(worker)]
 
     def _on_push(self, sender: str, push: Push, frames: Frames, now: float) -> list[Send]:
@@ -235,14 +244,14 @@ class Shard(ABC):
     # ---- what counts
 
     def _counts(self, sender: str, push: Push, chunk: int) -> None:
-        """Remember that `push` counts in `chunk`."""
+        """Record that `push` counts in `chunk`."""
         if push.round not in self._counted:
             for old in [round_ for round_ in self._counted if round_ < push.round - _REMEMBERED]:
                 del self._counted[old]
         self._counted.setdefault(push.round, {}).setdefault((sender, push.lo, push.hi), set()).add(chunk)
 
     def _ack(self, sender: str, push: Push) -> Send:
-        """Return what became of `push`, or of an earlier copy of it."""
+        """Return the acknowledgement of `push`. It names the chunks in which neither `push` nor an earlier copy counted."""
         counted = self._counted.get(push.round, {}).get((sender, push.lo, push.hi), set())
         ignored = [chunk for chunk in push.chunks if chunk not in counted]
         return Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None, ignored=ignored))
@@ -254,7 +263,7 @@ class Shard(ABC):
         self._context.finish_writing()
 
     def _may_update_layers(self) -> bool:
-        """Return True if nobody reads the layers' rows where they are."""
+        """Return True if no checkpoint reads the sharded layers' rows in place."""
         return self._checkpoint.stage is not Stage.COMPLETE and not self._context.is_writing()
 
 

@@ -1,4 +1,4 @@
-"""A server's part in one checkpoint after another: when its state is taken, and when that is complete."""
+"""Decides when a shard's state is captured for a checkpoint, and when the captured state is complete."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from roundtable.ps.shard.model import ShardModel
 
 
 class Stage(Enum):
-    """How far the newest checkpoint is."""
+    """The stage of the newest checkpoint."""
 
+    #: No checkpoint is in progress here. The newest may be written.
     IDLE = auto()
-    #: The round of the checkpoint is not reached yet.
+    #: The shard has not reached the checkpoint's round.
     AWAITS_ROUND = auto()
-    #: All is taken but sharded layers, which get to the round later.
+    #: All state is captured except sharded layers, which reach the round later.
     AWAITS_LAYERS = auto()
-    #: All is taken, and nobody has begun to write it.
+    #: All state is captured, and the write has not begun.
     COMPLETE = auto()
 
 
 class Checkpointed(Protocol):
-    """What a checkpoint has to know of a shard."""
+    """The part of `Shard` that a checkpoint needs."""
 
     @property
     def model(self) -> ShardModel: ...
@@ -54,11 +55,14 @@ class ShardCheckpoint:
         self._request = TakeCheckpoint(-1, "")
         self._status = CheckpointStatus(-1, "waits")
         self._data = CheckpointData(-1, "", [], {})
-        #: The version that sharded layers have to be at.
+        #: The version that sharded layers must reach before they are captured.
         self._layers_version = 0
 
     def ask(self, request: TakeCheckpoint, shard: Checkpointed | None, done: int) -> list[Send]:
-        """Take a request, which may come several times, and say how far it is."""
+        """Take a request, which may come several times. Return the status for the coordinator.
+
+        `done` is a count of progress, which the status carries.
+        """
         if self._status.round != request.round:
             self.stage, self._request, self._status = Stage.AWAITS_ROUND, request, CheckpointStatus(request.round, "waits")
             if shard is not None:
@@ -68,7 +72,7 @@ class ShardCheckpoint:
         return [Send(COORDINATOR, msgspec.structs.replace(self._status, done=done))]
 
     def round_closed(self, shard: Checkpointed) -> None:
-        """Take the shard's state if this is the moment. Called whenever a round is closed."""
+        """Capture the shard's state if the checkpoint's round is reached. Called whenever a round is closed."""
         request, model = self._request, shard.model
         if self.stage is not Stage.AWAITS_ROUND or shard.version < request.round:
             return
@@ -81,28 +85,30 @@ class ShardCheckpoint:
         self.stage, self._status = Stage.AWAITS_LAYERS, CheckpointStatus(request.round, "writing")
 
     def complete(self, model: ShardModel) -> None:
-        """Add the sharded layers as soon as they have got there as well."""
+        """Add the sharded layers once they have reached the checkpoint's round."""
         layers = model.layers
         if self.stage is Stage.AWAITS_LAYERS and (not layers or layers.version == self._layers_version):
             self._data = replace(self._data, entries=[*self._data.entries, *layers.state()])
             self.stage = Stage.COMPLETE
 
     def flush(self, model: ShardModel) -> None:
-        """Complete a checkpoint now, as tables are about to change. A contribution to the next round proves that every server has
-        closed the round of the checkpoint."""
+        """Complete a checkpoint now, before tables change.
+
+        This is safe: a contribution to the next round proves that every server has closed the checkpoint's round.
+        """
         if self.stage is Stage.AWAITS_LAYERS:
             model.layers.finish_updates(self._layers_version)
             self.complete(model)
 
     def take(self) -> CheckpointData | None:
-        """Return what is to be written, once."""
+        """Return the complete state to write, once, else None."""
         if self.stage is not Stage.COMPLETE:
             return None
         data, self._data, self.stage = self._data, CheckpointData(-1, "", [], {}), Stage.IDLE
         return data
 
     def written(self, status: CheckpointStatus) -> list[Send]:
-        """Tell the coordinator that a checkpoint is written, or could not be."""
+        """Return a message that tells the coordinator whether the checkpoint was written."""
         if self._status.round != status.round:
             return []
         self._status = status

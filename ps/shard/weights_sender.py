@@ -1,4 +1,4 @@
-"""Weights on their way to workers that wait for them."""
+"""Sends weights to workers that wait for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roundtable.common.runtime.errors import WireError
 from roundtable.ps.params.weight_buffers import Readers
 from roundtable.ps.shard.model import ShardModel
 
-#: Bytes of weights that may be on their way to a worker, so that what is needed sooner does not wait for long behind others.
+#: At most this many bytes of weights are under way to a worker, so that an urgent chunk does not wait long behind others.
 CREDIT_BYTES = 8 << 20
 
 
@@ -24,34 +24,38 @@ class WaitingWorker:
     """A worker that waits for weights."""
 
     pull: Pull
-    #: Chunks that were not sent yet.
+    #: Needed chunks that were not sent.
     unsent: set[int] = field(default_factory=set)
-    #: All chunks that it is known to need.
+    #: All chunks that the worker is known to need.
     needed: set[int] = field(default_factory=set)
-    #: Whether it was told that the round before is closed.
+    #: True once the worker was told that the previous round is closed.
     round_closed: bool = False
-    #: By chunk.
+    #: By chunk: bytes sent and not credited.
     bytes_under_way: dict[int, int] = field(default_factory=dict)
-    #: If each push is applied at once: the weights as they were when it was the worker's turn.
+    #: If each push is applied at once: the weights at the moment when the worker might go on.
     weights: Mapping[int, torch.Tensor] | None = None
-    #: The frames that some of them are sent in.
+    #: By chunk: frames of the weight codec to send instead of `weights`.
     coded: Mapping[int, memoryview] = field(default_factory=dict)
+    #: The version of `weights`.
     version: int = -1
 
 
 class WeightsSender:
-    """Which workers wait for weights of this shard, and what each of them still needs."""
+    """The workers that wait for weights of this shard, and the chunks that each of them still needs."""
 
     def __init__(self, model: ShardModel) -> None:
         self._model = model
         self.waiting: dict[str, WaitingWorker] = {}
-        #: Which weight buffers workers may be reading.
+        #: The weight buffers that workers may be reading.
         self.readers = Readers()
         #: The number of each worker's newest pull.
         self._newest_pull: dict[str, int] = {}
 
     def pull(self, sender: str, pull: Pull) -> bool:
-        """Have a worker wait. Returns False for a pull that is older than another one of its sender."""
+        """Record that a worker waits. Return False if the pull is older than another one of the same worker.
+
+        Raises WireError if the pull lists more chunks than this shard has.
+        """
         if pull.number < self._newest_pull.get(sender, 0):
             return False
         count = len(self._model.chunks)
@@ -64,14 +68,14 @@ class WeightsSender:
         return True
 
     def update_needs(self, waiter: WaitingWorker) -> None:
-        """Have `unsent` contain all chunks that the worker is now known to need."""
+        """Add to `unsent` the chunks that the worker is now known to need and was not sent."""
         pull, frozen = waiter.pull, self._model.frozen
         needed = {i for i in self._model.chunks if pull.frozen or not frozen.unchanged(i, pull.for_round)} - set(pull.have_chunks)
         waiter.unsent |= needed - waiter.needed
         waiter.needed |= needed
 
     def credited(self, sender: str, credit: WeightsCredit) -> bool:
-        """Note that frames have come. Returns True if there may be room for more."""
+        """Note that frames have arrived. Return True if more may be sent."""
         waiter = self.waiting.get(sender)
         if waiter is None or waiter.pull.for_round != credit.for_round or not set(credit.chunks) <= set(self._model.chunks):
             return False
@@ -80,7 +84,7 @@ class WeightsSender:
         return True
 
     def forget(self, worker: str) -> None:
-        """Let go of a lost worker."""
+        """Forget a lost worker."""
         self.waiting.pop(worker, None)
         self._newest_pull.pop(worker, None)
         self.readers.forget(worker)
@@ -94,17 +98,17 @@ class WeightsSender:
         round_closed: bool,
         coded: Mapping[int, memoryview],
     ) -> list[Send]:
-        """Return messages with the weights of some chunks, which lie in `buffer` if that is not -1.
+        """Return messages with the weights of some chunks, which lie in weight buffer `buffer` if that is not -1.
 
-        A worker that shares memory is told where they are. Others get messages of up to a chunk's size each, as many as may be on
-        their way. Chunks that the forward pass needs first go first, and those in `coded` as these frames. The wait ends when
-        all is sent.
+        A worker that shares memory gets the buffer's number. Other workers get messages of at most a chunk's size, up to
+        `CREDIT_BYTES`. Chunks that the forward pass needs first go first. A chunk in `coded` goes as that frame. The worker no
+        longer waits once all its chunks are sent.
         """
         waiter = self.waiting[to]
         round_ = waiter.pull.for_round
         changed = self._model.frozen.changed(round_) if round_closed else []
         if buffer >= 0:
-            self.readers.sent(to, buffer)  # frames, too, are sent from where the weights are
+            self.readers.sent(to, buffer)  # sockets, too, send straight from the buffer
         if waiter.pull.shared and buffer >= 0:
             del self.waiting[to]
             frozen = sorted(chunk for chunk in weights if self._model.frozen.unchanged(chunk, version))
@@ -125,7 +129,7 @@ class WeightsSender:
     def _frames(
         self, to: str, waiter: WaitingWorker, version: int, weights: Mapping[int, torch.Tensor], coded: Mapping[int, memoryview]
     ) -> list[Send]:
-        """Return as many messages as there is credit for."""
+        """Return messages with chunks of `weights`, the most urgent first, as many as the worker's credit allows."""
         chunks, effects = self._model.chunks, []
         sizes = {i: coded[i].nbytes if i in coded else chunks[i].weight_bytes for i in weights}
         soonest = sorted(weights, key=lambda i: urgency(chunks[i]))
