@@ -1,10 +1,10 @@
-"""Hidden layers whose outputs are dealt out to servers: what a server computes of one, a tile of rows at a time.
+"""The gradient of a sharded hidden layer, a tile of rows at a time.
 
-Each server has some of the layer's outputs and the rows of the weight that make them, and workers divide the batch: "column
-parallel" in Shoeybi et al., "Megatron-LM" (2019), and for the fully connected layers of a CNN Krizhevsky's "One weird trick for
-parallelizing convolutional neural networks" (2014).
+Each server has some of the layer's outputs and the weight's rows that make them. Workers divide the batch. Shoeybi et al. call
+this "column parallel" ("Megatron-LM", 2019). Krizhevsky used it for the fully connected layers of a CNN ("One weird trick for
+parallelizing convolutional neural networks", 2014).
 
-Shapes: B samples, R rows here, D features, and one more of ones where there is a bias.
+Shapes: B samples, R rows on this server, D features. If the layer has a bias, features have one more column, of ones.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ import torch
 
 @dataclass
 class Products:
-    """What samples contribute: features (B, D + bias), and the gradient of the loss by the outputs here (B, R)."""
+    """A contribution of samples to a hidden layer, as two factors."""
 
+    #: (B, D + bias).
     features: torch.Tensor
+    #: The gradient of the loss by this server's outputs (B, R).
     slopes: torch.Tensor
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All there is, in order."""
+        """Return the tensors in the order in which they are sent."""
         return [self.features, self.slopes]
 
     @staticmethod
     def joined(parts: Sequence[Products]) -> Products:
-        """The samples of several micro-batches as one."""
+        """Return the samples of several micro-batches as one contribution."""
         return Products(torch.cat([one.features for one in parts]), torch.cat([one.slopes for one in parts]))
 
     def mean(self, samples: int) -> Products:
         return replace(self, slopes=self.slopes / samples)
 
     def gradient(self, start: int, end: int) -> torch.Tensor:
-        """Of rows start .. end-1 of the weight (end - start, D + bias), summed over the samples in their order."""
+        """Return the gradient of the weight's rows start .. end-1 (end - start, D + bias), summed over samples in order."""
         return self.slopes[:, start:end].T @ self.features

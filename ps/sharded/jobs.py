@@ -1,4 +1,4 @@
-"""What takes long, a tile at a time, in the order in which it came up."""
+"""A queue of long jobs, which do one tile at a time and run in the order in which they were added."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from roundtable.ps.sharded.layer import Job
 
 @dataclass(frozen=True)
 class _Task:
-    """A job that is waited for by nobody, or by the worker `asker`; `changes`: it is an update of rows."""
+    """A job in the queue."""
 
     job: Job
+    #: The worker that waits for the job's answer, or "".
     asker: str = ""
+    #: True if the job updates rows.
     changes: bool = False
 
 
 class JobQueue:
-    """Jobs of one server's sharded layers."""
+    """The jobs of one server's sharded layers."""
 
     def __init__(self) -> None:
         self._tasks: deque[_Task] = deque()
-        #: Return True if rows may change now; a checkpoint may have them that is not written yet.
+        #: Return True if rows may change now. They may not while a checkpoint or the backup reads them in place.
         self.may_update: Callable[[], bool] = lambda: True
         #: Tiles done so far.
         self.steps = 0
@@ -38,21 +40,21 @@ class JobQueue:
         self._tasks.append(_Task(job, changes=True))
 
     def measure(self, job: Job) -> None:
-        """Add a job that nobody waits for and that changes nothing."""
+        """Add a job that no worker waits for and that changes no rows."""
         self._tasks.append(_Task(job))
 
     @property
     def updates(self) -> int:
-        """Return how many updates are not done."""
+        """Return how many updates are queued or in progress."""
         return sum(task.changes for task in self._tasks)
 
     @property
     def busy(self) -> bool:
-        """Return True if there is something to do."""
+        """Return True if the next job can go on now."""
         return bool(self._tasks) and (not self._tasks[0].changes or self.may_update())
 
     def step(self) -> tuple[str, Any] | None:
-        """Do the next tile. Returns the worker and the answer, if that was the last tile of an answer."""
+        """Do the next tile of the first job. If that completes an answer, return the worker and the answer."""
         task = self._tasks[0]
         self.steps += 1
         try:

@@ -1,4 +1,4 @@
-"""The rows of one sharded layer on one server: what is computed with them, and their updates."""
+"""One sharded layer on one server: answers computed from its rows, and updates of the rows."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from roundtable.ps.sharded.column_parallel import Products
 from roundtable.ps.sharded.contributions import LayerContribution, OpenQuestion
 from roundtable.ps.sharded.softmax import Best, OnlineSoftmax, Samples, Terms, gradient, normalised, renewed, through_normalised
 
-#: Elements of a tile, and the fewest and most rows that it has: it stays in a core's cache on its way through all steps.
+#: Elements of a tile, and its fewest and most rows. A tile of this size stays in a core's cache through all steps.
 _TILE, _FEWEST, _MOST = 1 << 17, 256, 4096
 CPU = torch.device("cpu")
-#: Ids that are drawn from at a time.
+#: Random numbers for negative classes are drawn for this many ids at a time.
 _DRAWN = 1 << 20
 
-#: A job, which yields after each tile.
+#: A job: a generator that yields after each tile. Its return value is the result.
 Job = Generator[None, None, Any]
-#: Where the rows (T, dim) of a tile are, these rows, and their gradient.
+#: The places of a tile's rows, the rows (T, dim), and their gradient (T, dim).
 Slope = tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LayerShard(Rows):
-    """The rows of one sharded layer on one server, all of which are gone through at a time."""
+    """The rows of one sharded layer on one server. Each question and each update goes through all of them, tile by tile."""
 
     spec: ShardedLayerSpec
 
@@ -46,43 +46,46 @@ class LayerShard(Rows):
         super().__init__(spec, server, servers, seed, device)
         self._update = update
         self._tile_rows = min(max(_TILE // spec.dim, _FEWEST), _MOST) // BLOCK * BLOCK
-        #: Whether there was any step before this update.
+        #: True if any update came before the current one.
         self._stepped = False
-        #: What steps on all tiles of this update, as it takes long to make one; and its parameter, whose memory is a tile's.
+        #: The optimizer for all tiles of one update, because it is slow to make, and its parameter, which lies in a tile.
         self._optimizer: tuple[torch.optim.Optimizer, torch.nn.Parameter] | None = None
-        #: Updates so far.
+        #: The number of updates done.
         self.updates = 0
-        #: The negative classes of a round, and that round.
+        #: The newest round that drew negative classes, and the places of these classes.
         self._sampled: tuple[int, torch.Tensor] | None = None
 
     # ---- rows
 
     def places(self, labels: torch.Tensor) -> torch.Tensor:
-        """Where each label's row is here; -1 where it is on another server."""
+        """Return the place of each label's row on this server, or -1 if the row is on another server."""
         here = owner_of(labels, self._servers) == self._server
         return torch.where(here, local_of(labels, self._servers), -1)
 
     @property
     def here(self) -> int:
-        """How many rows there are here."""
+        """Return the number of this server's rows."""
         return len(self._values)
 
     def has(self, places: torch.Tensor) -> bool:
-        """Whether these are places of rows here, or -1."""
+        """Return True if each of `places` is a place of a row on this server, or -1."""
         return not len(places) or bool(places.min() >= -1 and places.max() < len(self._values))
 
     def ids(self, places: torch.Tensor) -> torch.Tensor:
-        """The classes of the rows in these places."""
+        """Return the classes of the rows in `places`."""
         return id_of(places, self._server, self._servers)
 
     def read(self, at: torch.Tensor) -> torch.Tensor:
-        """A copy (N, dim) of the rows in these places."""
+        """Return a copy (N, dim) of the rows in the places `at`, on the layer's device."""
         self._draw(at.cpu().div(BLOCK, rounding_mode="floor").unique())
         return self._values.index_select(0, at.to(self.device))
 
     def tiles(self, at: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Tiles (T, dim) of all rows, in this table's own memory, or copies of those in the places `at`; and where each begins in
-        what is gone through."""
+        """Yield tiles (T, dim), each with the index of its first row.
+
+        Without `at`, the tiles are views of all rows. With `at`, they are copies of the rows in these places, and the index
+        counts within `at`.
+        """
         for start in range(0, len(self._values) if at is None else len(at), self._tile_rows):
             end = start + self._tile_rows
             if at is not None:
@@ -94,12 +97,12 @@ class LayerShard(Rows):
     # ---- questions
 
     def samples(self, features: torch.Tensor, labels: torch.Tensor) -> Samples:
-        """What the sums over classes need of samples: `features` (B, D) without a bias's column."""
+        """Return samples on the layer's device, for `sums` and `outputs`. `features` (B, D) have no column for a bias."""
         ones = [features.new_ones(len(features), 1)] * self.spec.bias
         return Samples(torch.cat([features, *ones], 1).to(self.device), self.places(labels).to(self.device))
 
     def sums(self, samples: Samples, ask: ShardedForward, kept: OpenQuestion | None = None) -> Job:
-        """Job: the answer about samples; `kept` is to know what it came to."""
+        """Job: return the answer about samples. Notes the result in `kept` if that is not None."""
         sampled = self._negatives(ask.version) if ask.keeps else None
         softmax = OnlineSoftmax(self._among(samples, sampled), self.spec.dim - self.spec.bias)
         total = torch.zeros(self.spec.dim, device=self.device)
@@ -116,7 +119,7 @@ class LayerShard(Rows):
         return ShardedForwardReply(ask.number), [frame for part in parts for frame in cut(part.cpu())]
 
     def outputs(self, features: torch.Tensor, ask: ShardedForward) -> Job:
-        """Job: the answer about a hidden layer's outputs; features have a bias's column."""
+        """Job: return the answer with a hidden layer's outputs. `features` include a column of ones if the layer has a bias."""
         out = torch.empty(len(features), len(self._values), device=self.device)
         for start, tile in self.tiles():
             torch.mm(features, tile.T, out=out[:, start : start + len(tile)])
@@ -124,7 +127,7 @@ class LayerShard(Rows):
         return ShardedForwardReply(ask.number), cut(out.cpu())
 
     def back_through(self, slopes: torch.Tensor, ask: ShardedForward) -> Job:
-        """Job: the answer about the features' gradient, given that by the outputs."""
+        """Job: return the answer with the gradient by the features. `slopes` (B, R) is the gradient by this server's outputs."""
         dim = self.spec.dim - self.spec.bias
         out = torch.zeros(len(slopes), dim, device=self.device)
         for start, tile in self.tiles():
@@ -133,7 +136,7 @@ class LayerShard(Rows):
         return ShardedForwardReply(ask.number), cut(out.cpu())
 
     def best(self, features: torch.Tensor, ask: ShardedForward) -> Job:
-        """Job: the answer about the best classes."""
+        """Job: return the answer with the `ask.top` best classes of each sample. `features` include a bias's column."""
         best = Best(features.to(self.device), ask.top)
         for start, tile in self.tiles():
             best.add(normalised(tile) if ask.normalised else tile, start)
@@ -141,7 +144,7 @@ class LayerShard(Rows):
         return ShardedForwardReply(ask.number), [*cut(best.values.cpu()), *cut(self.ids(best.places).cpu())]
 
     def _negatives(self, round_: int) -> torch.Tensor | None:
-        """Places of the classes that take part in a round, if not all; the same whenever they are asked for."""
+        """Return the places of the negative classes of a round, None if all classes take part. They depend on the seed alone."""
         if self.spec.sample_rate >= 1.0:
             return None
         if self._sampled is None or self._sampled[0] != round_:
@@ -152,7 +155,7 @@ class LayerShard(Rows):
         return self._sampled[1]
 
     def _among(self, samples: Samples, at: torch.Tensor | None) -> Samples:
-        """The same samples, their classes' places being those in `at`."""
+        """Return samples whose own classes are given as places within `at`, which is sorted. None: all rows."""
         if at is None:
             return samples
         if not len(at):
@@ -163,8 +166,7 @@ class LayerShard(Rows):
     # ---- updates
 
     def _slopes(self, parts: Sequence[LayerContribution], round_: int, samples: int) -> Iterator[Slope]:
-        """The mean gradient over `samples` samples that these contribute, of a tile of the rows that take part in the round at a
-        time."""
+        """Yield the mean gradient of `parts` over `samples` samples, for one tile at a time of the rows that take part."""
         if products := [part.terms for part in parts if isinstance(part.terms, Products)]:
             whole = Products.joined(products).mean(samples)
             for start, tile in self.tiles():
@@ -192,7 +194,7 @@ class LayerShard(Rows):
             yield slice(start, start + len(tile)) if places is None else places[start : start + len(tile)], tile, total
 
     def norm(self, parts: Sequence[LayerContribution], round_: int, samples: int) -> Generator[None, None, float]:
-        """Job: the 2-norm of that gradient."""
+        """Job: return the 2-norm of the mean gradient over this server's rows."""
         squares = 0.0
         for _, _, slope in self._slopes(parts, round_, samples):
             squares += float(torch.linalg.vector_norm(slope)) ** 2
@@ -208,8 +210,10 @@ class LayerShard(Rows):
         factor: torch.Tensor | None = None,
         lr_scale: float = 1.0,
     ) -> Job:
-        """Job: step with that gradient, times `factor`; `lr_scale` multiplies the learning rate. Of rows that do not take part in
-        the round neither values nor state move."""
+        """Job: make an optimizer step with the mean gradient, multiplied by the clipping factor `factor`.
+
+        `lr_scale` multiplies the learning rate. Rows that do not take part in the round keep their values and state.
+        """
         common, stepped, self._optimizer = self._common, self._stepped, None
         for at, tile, slope in self._slopes(parts, round_, samples):
             common, stepped = self._step(at, tile, slope if factor is None else slope.mul_(factor), hypers, lr_scale), True
@@ -218,7 +222,7 @@ class LayerShard(Rows):
         self.updates += 1
 
     def present(self, part: LayerContribution) -> Generator[None, None, LayerContribution]:
-        """Job: the same contribution, of which what the classes here come to is as of now."""
+        """Job: return the contribution with this server's part of log Σ exp(z) computed from the current rows."""
         question = part.question
         assert question is not None
         if question.updates == self.updates or isinstance(part.terms, Products):
@@ -235,7 +239,7 @@ class LayerShard(Rows):
     def _step(
         self, at: slice | torch.Tensor, tile: torch.Tensor, slope: torch.Tensor, hypers: Mapping[str, Any], lr_scale: float
     ) -> dict[str, Any]:
-        """Have torch.optim step on a tile, the rows `at`; what it keeps besides state of the rows' shape comes back."""
+        """Make an optimizer step on a tile, whose rows have the places `at`. Return the state that has not the tile's shape."""
         if self._optimizer is None:
             parameter = torch.nn.Parameter(tile, requires_grad=False)
             optimizer = optimizer_over(parameter, self._update, self.spec.group)
@@ -252,7 +256,7 @@ class LayerShard(Rows):
         if self._stepped:
             common = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._common.items()}
             optimizer.state[parameter] = {**common, **{name: whole[at] for name, whole in self._state.items()}}
-        elif first:  # the class makes it when it is constructed, so it is not zeros for sure
+        elif first:  # state that the optimizer made in its constructor may be other than zeros
             first = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in first.items()}
         optimizer.step()
         common = {}
@@ -269,7 +273,7 @@ class LayerShard(Rows):
         return common
 
     def _make_state(self, name: str, first: Mapping[str, Any]) -> None:
-        """Have state of this name, as it is before the first step: `first` is what the class makes when it is constructed."""
+        """Make the state called `name` for all rows. `first` is the state that the optimizer's constructor makes for one tile."""
         self._state[name] = zeros(self.here, self.spec.dim, self.device)
         if name in first and first[name].any():
             self._state[name].fill_(first[name].flatten()[0])
@@ -288,7 +292,7 @@ class LayerShard(Rows):
         super().arrived(files)
 
     def restore(self, files: TensorFiles, servers: int) -> Job:
-        """Job: see Rows.restore."""
+        """Job: load a checkpoint of `servers` servers (see `Rows.restore`)."""
         names = [name for name in files.below(f"table-0-of-{servers}", self.spec.name) if "-" in name]
         self._state = {
             n.removeprefix("each-"): zeros(self.here, self.spec.dim, self.device) for n in names if n.startswith("each-")
@@ -299,8 +303,10 @@ class LayerShard(Rows):
 
 
 def _chance(ids: torch.Tensor, seed: int) -> torch.Tensor:
-    """A number from 0 to 1 for each id, float64, that looks random and is always the same: by the last steps of SplitMix64
-    (Steele et al., 2014)."""
+    """Return a pseudorandom number in [0, 1] for each id, float64, which depends on the id and `seed` alone.
+
+    The last steps are those of SplitMix64 (Steele et al., 2014).
+    """
     x = ids.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % (1 << 64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,16 +1,15 @@
-"""Layers too large to move: a server keeps some rows of each, and computes with all of these for whoever
-asks.
+"""All sharded layers on one server. The server keeps some rows of each layer and answers workers' questions about them.
 
-A round's contributions are kept until somebody asks about the next round. Workers go there only when every server has closed
-the round before, so nobody can need its rows any more: a micro-batch that another server still lacks is computed again from the
-rows that it would have been computed from at first, and rows are updated in place, with no second copy of them.
+If servers apply once per round, a server keeps a round's contributions until a worker asks about the next round. A worker does so
+only when every server has closed the round. Until then another server may lack a micro-batch, and a worker may compute that
+micro-batch again from the same rows. So rows can be updated in place, without a second copy.
 
-Where each contribution is applied on its own, its turn comes after whatever was asked or contributed before, and it is applied to
-the rows as they are then. That is the gradient at these rows, if the other servers' classes came to what they did when the worker
-asked: what this server's come to is computed anew where they have moved since (`renewed`), so that no p is above 1.
+If servers apply each push at once, the update for a push waits for all earlier questions and pushes. The gradient is computed at
+the rows as they are at that moment. If this server's rows have changed since the worker's question, the server computes their part
+of log Σ exp(z) again (`renewed`), so that no p is above 1. The other servers' parts stay as they were when the worker asked.
 
-Whatever takes time is a job that goes a tile of rows at a time, so that a server gives signs of life meanwhile. Jobs are done in
-the order in which they came up.
+Long work is a job. A job does one tile of rows at a time, so that the server can send heartbeats in between. Jobs run in the order
+in which they were added.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from roundtable.ps.sharded.jobs import JobQueue
 from roundtable.ps.sharded.layer import CPU, Job, LayerShard
 from roundtable.ps.sharded.questions import Answer, QuestionCache, read_replicated
 
-#: What the tensors of a round that is forwarded are called in a state.
+#: Prefix of the names of the pending round's tensors in a shard's state.
 _PENDING = "pending"
 
 
 class LayerShards:
     """All sharded layers on one server: questions about them, and contributions to them.
 
-    With `keeps_versions`, a question is answered from the version that it names and no other. The update after a round begins
-    only when somebody asks about the next round. Without `keeps_versions`, an answer has whole updates: all that were accepted
-    before the question, and no others.
+    With `keeps_versions`, a question is answered from exactly the version that it names. The update after a round begins only
+    when a worker asks about the next round. Without `keeps_versions`, an answer reflects exactly the updates that were accepted
+    before the question.
     """
 
     def __init__(
@@ -61,16 +60,17 @@ class LayerShards:
     ) -> None:
         self._server = server
         self._keeps_versions = keeps_versions
-        #: What the first layer is called among norms: there are those of tensors and of tables before.
+        #: The number of the first layer among norms, which count tensors and tables first.
         self._first_norm = len(layout.tensors) + len(layout.tables)
         self._specs = layout.sharded_layers
         self._layers = [LayerShard(spec, server, layout.servers, update, seed, device) for spec in layout.sharded_layers]
         self._questions = QuestionCache(self._layers, keeps_versions)
         self._jobs = JobQueue()
-        #: Rounds closed here, or contributions accepted; and the update after the last round, unless it is begun.
+        #: Rounds closed here. If each push is applied at once: contributions accepted.
         self._closed = 0
+        #: The last closed round, if its update has not begun.
         self._pending: ClosedRound | None = None
-        #: Norms of the gradient of the round that is still open, once they are known, and that round.
+        #: The round whose norms were asked for last, and the norms once they are known.
         self._norms: tuple[int, list[Norm] | None] = -1, None
 
     def __bool__(self) -> bool:
@@ -79,11 +79,11 @@ class LayerShards:
     # ---- first values
 
     def awaited(self) -> set[tuple[int, int]]:
-        """(layer, page) of first values that a worker is to send."""
+        """Return (layer, page) of the first values that a worker has to send."""
         return {(number, page) for number, spec in enumerate(self._specs) if spec.std is None for page in pages(spec)}
 
     def load(self, layer: int, page: int, frames: Frames) -> None:
-        """First values of a page. Raises WireError where they do not fit; the page must be one of `awaited`."""
+        """Load the first values of a page, which must be one of `awaited`. Raises WireError if they do not fit."""
         one = self._layers[layer]
         at = one.on_page(page)
         one.load(at, join(iter(frames), "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim))
@@ -91,7 +91,10 @@ class LayerShards:
     # ---- questions
 
     def ask(self, sender: str, ask: ShardedForward, frames: Frames) -> Answer | None:
-        """A question. The answer comes from `work`, unless it is known now. Raises WireError where it cannot be meant."""
+        """Take a question. Return its answer if it is known already, else None: `work` returns the answer later.
+
+        Raises WireError if the question makes no sense.
+        """
         if not 0 <= ask.layer < len(self._layers):
             raise WireError(f"there is no sharded layer {ask.layer}")
         known = self._questions.of(sender)
@@ -130,7 +133,7 @@ class LayerShards:
                 known.kept[ask.number] = kept
         known.newest, known.answer = ask.number, None
         if not self._keeps_versions:
-            pass  # the rows are what they are when its turn comes
+            pass  # the job reads the rows as they are when its turn comes
         elif ask.version == self._closed:
             self.begin_update()
         elif ask.keeps and (ask.version < self._closed - 1 or self._pending is None):
@@ -140,7 +143,7 @@ class LayerShards:
         return None
 
     def page(self, layer: int, page: int) -> list[torch.Tensor]:
-        """This server's rows of a page as they are now, (N, D), and where there is one, the biases (N, 1) apart."""
+        """Return this server's current rows of a page, (N, D). If the layer has a bias, return the biases (N, 1) as well."""
         one = self._layers[layer]
         rows = one.read(one.on_page(page)).cpu()
         features = one.spec.dim - one.spec.bias
@@ -149,8 +152,10 @@ class LayerShards:
     # ---- contributions
 
     def norms(self, parts: Sequence[LayerContribution], samples: int) -> list[Norm] | None:
-        """The norms of the round's mean gradient, over the rows here; `parts` as in `close`. None until `work` has gone through
-        the rows for them, which is begun by the first call."""
+        """Return the norms of the open round's mean gradient over this server's rows. `parts` and `samples` are as in `close`.
+
+        The first call adds a job and returns None. Later calls return None until `work` has done the job.
+        """
         if self._norms[0] != self._closed:
             self._norms = self._closed, None
             self.begin_update()
@@ -167,7 +172,7 @@ class LayerShards:
 
     @property
     def measured(self) -> bool:
-        """Whether the norms that were asked for are known."""
+        """Return True if the norms of the open round are known."""
         return self._norms[0] == self._closed and self._norms[1] is not None
 
     def close(
@@ -177,9 +182,12 @@ class LayerShards:
         hypers: Sequence[Mapping[str, Any]],
         factor: torch.Tensor | None = None,
     ) -> None:
-        """The round is complete: `parts` are all that count, in order of the micro-batches, of `samples` samples; `factor` is the
-        clipping."""
-        self.begin_update()  # it is there still if nobody asked anything in this round
+        """Close the round. Its update is pending from now on.
+
+        `parts` are all contributions that count, in the order of the micro-batches, of `samples` samples. `factor` is the
+        clipping factor.
+        """
+        self.begin_update()  # the round before is still pending if no worker asked anything in this round
         self._pending = ClosedRound(self._closed, parts, samples, hypers, factor)
         self._closed += 1
         self.forget_before(self._closed)
@@ -187,8 +195,7 @@ class LayerShards:
     def apply(
         self, parts: Sequence[LayerContribution], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
     ) -> None:
-        """Have an update of its own, whose learning rate is multiplied by `lr_scale`, for the contribution `parts` of `samples`
-        samples to a round."""
+        """Add an update for one contribution, `parts`, of `samples` samples. `lr_scale` multiplies the learning rate."""
         self._jobs.update(self._apply(parts, round_, samples, hypers, lr_scale))
         self._closed += 1
 
@@ -207,7 +214,7 @@ class LayerShards:
                 yield from one.update(mine, closed.round, closed.samples, settings, closed.factor, lr_scale)
 
     def begin_update(self) -> None:
-        """Have the update after the last round done soon. Only when all servers have closed that round."""
+        """Add the pending update to the jobs. Call this only when all servers have closed the pending round."""
         if self._pending is not None:
             self._jobs.update(self._update(self._pending))
             self._pending = None
@@ -216,7 +223,7 @@ class LayerShards:
 
     @property
     def busy(self) -> bool:
-        """Return True if there is something to do."""
+        """Return True if `work` has something to do."""
         return self._jobs.busy
 
     @property
@@ -225,7 +232,7 @@ class LayerShards:
         return self._jobs.steps
 
     def work(self) -> tuple[str, Answer] | None:
-        """Do the next tile. Returns the worker and the answer, if that was the last tile of an answer."""
+        """Do the next tile. If that completes an answer, return the worker and the answer."""
         return self._step() if self._jobs.busy else None
 
     def _step(self) -> tuple[str, Answer] | None:
@@ -237,46 +244,46 @@ class LayerShards:
         return asker, answer
 
     def forget(self, sender: str) -> None:
-        """Let go of a lost worker."""
+        """Forget the questions of a lost worker."""
         self._questions.forget(sender)
 
     def forget_before(self, round_: int) -> None:
-        """Let go of questions of rounds before this one: nothing more will be contributed to them."""
+        """Forget questions of rounds before `round_`. Workers contribute nothing more to those rounds."""
         self._questions.forget_before(round_)
 
     def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[LayerContribution]:
-        """Return a contribution. Raises WireError if it does not fit."""
+        """Return the contributions in a push. Raises WireError if the push does not fit."""
         return self._questions.receive(sender, push, frames)
 
     def let_update(self, may_update: Callable[[], bool]) -> None:
-        """Have rows change only while `may_update` returns True."""
+        """Set the condition for updates: rows change only while `may_update` returns True."""
         self._jobs.may_update = may_update
 
     # ---- copies on other servers
 
     def received(self, told: ReplicateLayers, frames: Frames, what: str) -> list[LayerContribution]:
-        """Return what a round contributes to all layers. Raises WireError naming `what` if it does not fit."""
+        """Return the contributions of a round that another server sent. Raises WireError, with `what`, if they do not fit."""
         return read_replicated(self._layers, told, frames, what)
 
     @property
     def is_between_rounds(self) -> bool:
-        """Whether no update is under way, so that rows are those after some round."""
+        """Return True if no update is queued or in progress. Then all rows have the same version."""
         return not self._jobs.updates
 
     @property
     def pending(self) -> ReplicateLayers | None:
-        """The last round, if the update after it is not begun."""
+        """Return the message about the last closed round if its update has not begun, else None."""
         last = self._pending
         return None if last is None else replicated(last.round, last.parts, last.samples, last.hypers, last.factor)
 
     def parts(self) -> Iterator[Part]:
-        """See LayerShard.parts; and what `pending` tells of."""
+        """Return the tensors of the pending round and the rows of all layers (see `Rows.parts`)."""
         tensors = tensors_of(self._pending.parts) if self._pending is not None else []
         pending = (Part(f"{_PENDING}/{number}", tensor) for number, tensor in enumerate(tensors))
         return itertools.chain(pending, *(one.parts() for one in self._layers))
 
     def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
-        """See LayerShard.put."""
+        """Store received rows. Return False if no layer has a tensor of this name (see `Rows.put`)."""
         return any(name.endswith(f"/{one.spec.name}") and one.put(name, first, rows) for one in self._layers)
 
     def arrived(
@@ -286,7 +293,10 @@ class LayerShards:
         pending: ReplicateLayers | None,
         factor: Callable[[float | None], torch.Tensor | None],
     ) -> None:
-        """Go on at round `version` from what `parts` gave; see LayerShard.arrived."""
+        """Continue at round `version` from the tensors that `parts` gave. `factor` makes a tensor of a clipping factor.
+
+        Raises WireError if the pending round does not fit.
+        """
         self._closed = version
         for one in self._layers:
             one.arrived(files)
@@ -301,28 +311,31 @@ class LayerShards:
 
     @property
     def accepted(self) -> int:
-        """Rounds closed here, or contributions accepted: what `version` is on its way to."""
+        """Return the number of rounds closed here or, if each push is applied at once, of contributions accepted."""
         return self._closed
 
     @property
     def version(self) -> int:
-        """Of these, how many have their updates done."""
+        """Return how many of `accepted` have their updates done."""
         return self._closed - (self._pending is not None) - self._jobs.updates
 
     def finish_updates(self, version: int | None = None) -> None:
-        """Have the updates up to `version`, all by default, done. Only when all servers have closed that round."""
+        """Do the updates up to `version`, by default all. Call this only when all servers have closed that round."""
         self.begin_update()
         while self.version < (self._closed if version is None else version):
-            self._step()  # who is not told the answer now asks again
+            self._step()  # an answer that this completes is not sent; its worker asks again
 
     def state(self) -> Iterator[Entry]:
-        """See LayerShard.state; those of round `version`."""
+        """Return the checkpoint's tensors of all layers, as of `version` (see `Rows.state`)."""
         return itertools.chain.from_iterable(one.state() for one in self._layers)
 
     def restore(self, files: TensorFiles, servers: int, version: int) -> None:
-        """Go on at round `version`; see LayerShard.restore. Rows are read before anything else is done."""
+        """Add jobs that load a checkpoint of `servers` servers, and continue at round `version`. Later jobs wait for them.
+
+        Raises KeyError if a tensor is missing.
+        """
         self._closed = version
         for one in self._layers:
             job = one.restore(files, servers)
-            next(job, None)  # what is missing is found out now
+            next(job, None)  # a missing tensor raises now
             self._jobs.update(job)

@@ -1,4 +1,4 @@
-"""Questions of workers to sharded layers, which contributions refer to."""
+"""Workers' questions to sharded layers. Later contributions refer to them."""
 
 from __future__ import annotations
 
@@ -19,35 +19,41 @@ from roundtable.ps.sharded.contributions import LayerContribution, OpenQuestion
 from roundtable.ps.sharded.layer import LayerShard
 from roundtable.ps.sharded.softmax import Samples, Terms
 
-#: A message, and its frames.
+#: An answer: a message and its frames.
 Answer = tuple[ShardedForwardReply, list[memoryview]]
 
 
 @dataclass
 class Asker:
-    """One worker: questions by number, the newest one's, and its answer once there is one."""
+    """The questions of one worker."""
 
+    #: By number: questions that the worker may still contribute through.
     kept: dict[int, OpenQuestion] = field(default_factory=dict)
+    #: The number of the newest question.
     newest: int = -1
+    #: The answer to the newest question, once there is one.
     answer: Answer | None = None
 
 
 class QuestionCache:
-    """By worker, the questions that it may still contribute through."""
+    """The questions of all workers. Parses questions, and pushes that refer to them."""
 
     def __init__(self, layers: Sequence[LayerShard], keeps_versions: bool) -> None:
         self._layers, self._keeps_versions = layers, keeps_versions
         self.askers: dict[str, Asker] = {}
 
     def of(self, sender: str) -> Asker:
-        """Return what is known of a worker."""
+        """Return the questions of a worker."""
         return self.askers.setdefault(sender, Asker())
 
     def back(
         self, ask: ShardedForward, one: LayerShard, known: OpenQuestion | None, parts: Iterator[Any], what: str
     ) -> OpenQuestion | None:
-        """The way back through a hidden layer, from the next frames; None where it is not known what it was asked before, as the
-        round is over."""
+        """Return a question for the backward pass through a hidden layer, read from the next frames of `parts`.
+
+        Return None if the forward question `known` is gone because its round is over. Raises WireError, with `what`, if the
+        question does not fit.
+        """
         if not one.spec.hidden or not ask.keeps or ask.count < 1:
             raise WireError(f"{what} goes back through '{one.spec.name}', about which nothing of the kind was asked")
         slopes = join(parts, "float32", ask.count * one.here, what).view(ask.count, one.here).to(one.device)
@@ -64,7 +70,10 @@ class QuestionCache:
     def read(
         self, spec: ShardedLayerSpec, ask: ShardedForward, parts: Iterator[Any], what: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (count, D) and labels (count), or none, from the next frames."""
+        """Return features (count, D) and labels (count), read from the next frames of `parts`.
+
+        Labels are empty if the question needs none. Raises WireError, with `what`, if they do not fit.
+        """
         if ask.count < 1 or not 0 <= ask.top <= spec.rows or (spec.hidden and (ask.top or ask.sums or ask.normalised)):
             raise WireError(f"{what} is about {ask.count} samples and the best {ask.top} of {spec.rows} classes")
         dim = spec.dim - spec.bias
@@ -75,7 +84,7 @@ class QuestionCache:
         return features, labels
 
     def receive(self, sender: str, push: LayerPush, frames: Frames) -> list[LayerContribution]:
-        """A contribution. Raises WireError where it does not fit."""
+        """Return the contributions in a push. Raises WireError if the push does not fit."""
         what, parts, out = f"a push of {sender}", iter(frames), []
         kept = self.askers[sender].kept if sender in self.askers else {}
         told: dict[int, OpenQuestion] = {}
@@ -114,23 +123,23 @@ class QuestionCache:
         return out
 
     def forget(self, sender: str) -> None:
-        """It is lost."""
+        """Forget the questions of a lost worker."""
         self.askers.pop(sender, None)
 
     def forget_before(self, round_: int) -> None:
-        """Nothing more will be contributed to rounds before this one."""
+        """Forget questions of rounds before `round_`. Workers contribute nothing more to those rounds."""
         for sender in self.askers.values():
             sender.kept = {number: kept for number, kept in sender.kept.items() if kept.version >= round_}
 
     def answered(self, sender: str, answer: Answer) -> None:
-        """Keep the answer to a worker's newest question, as it may be asked again."""
+        """Keep the answer to a worker's newest question, because the worker may ask again."""
         known = self.askers.get(sender)
         if known is not None and known.newest == answer[0].number:
             known.answer = answer
 
 
 def read_replicated(layers: Sequence[LayerShard], told: ReplicateLayers, frames: Frames, what: str) -> list[LayerContribution]:
-    """Return the contributions of a replicated round to `layers`. Raises WireError naming `what` if it does not fit."""
+    """Return the contributions of a replicated round to `layers`. Raises WireError, with `what`, if they do not fit."""
     parts, out = iter(frames), []
     for terms in told.terms:
         if terms.layer >= len(layers):
