@@ -1,18 +1,20 @@
-"""A copy of each shard on another server, so that nothing is lost with one server (`--replicas 1`).
+"""The backup's copy of a shard. With `--replicas 1` every shard has one, so that the loss of one server loses nothing.
 
-Primary and backup, as Alsberg and Day have it ("A principle for resilient sharing of distributed resources", ICSE 1976): the
-backup of server m's shard is the server after it. Server m forwards what it applies: the mean contribution of each round, the
-sums of rows, and what sharded layers are updated from. The backup applies the same with the same optimizer, so the copy has the
-same bits. A round is closed, and workers go on to the next, only when the backup has all of it. So a server in another's place
-finds at the backup every round that a worker has gone on from. Of the open round, workers send again what they have, and compute
-again what nobody has any more.
+This is primary and backup of Alsberg and Day ("A principle for resilient sharing of distributed resources", ICSE 1976). The
+backup of server m's shard is the server after m. Server m forwards every update: the mean contribution of each round, the sums of
+embedding rows, and the contributions to sharded layers. The backup applies the same with the same optimizer, so the copy has the
+same bits.
 
-Sharded layers are updated late, when a worker asks about the next round (ps/sharded/layers.py): until then a worker may still ask
-about the last one. So the backup puts an update off as well, until the next round is complete: that proves that all workers have
-got there.
+A round is closed, and workers go on to the next, only when the backup has all of it. So a replacement server finds at the backup
+every round that a worker has gone on from. Workers send their contributions to the open round again. They compute a contribution
+again if no process has it any more.
 
-State machines without a socket or a clock. Invariants: the copy is the state between two rounds, of which none is skipped;
-the backup acknowledges only what it has whole.
+Sharded layers are updated late, when a worker asks about the next round (`ps/sharded/layers.py`). Until then a worker may still
+ask about the last round. So the backup delays the update as well, until the next round is complete: that proves that all workers
+have reached the next round.
+
+`Backup` is a state machine without a socket or a clock. Invariants: the copy is the state between two rounds, and no round is
+skipped; the backup acknowledges only rounds that it has in full.
 """
 
 from __future__ import annotations
@@ -47,25 +49,29 @@ from roundtable.ps.replication.state_transfer import Incoming
 from roundtable.ps.sharded.contributions import LayerContribution
 from roundtable.ps.sharded.layers import LayerShards
 
-#: Rounds that the backup may have and not have applied: the primary is never further ahead than by the open one.
+#: The backup refuses rounds that are more than this many ahead of its copy.
 _AHEAD = 4
 
 
 @dataclass
 class _Round:
-    """What has come of a round: mean contributions by chunk, with what tells how to apply them."""
+    """The contributions of one round that the primary has forwarded and the backup has not applied."""
 
+    #: By chunk: the message and the mean contribution.
     means: dict[int, tuple[Replicate, Sum]] = field(default_factory=dict)
+    #: The contribution to embedding rows.
     rows: tuple[ReplicateRows, RowSums] | None = None
+    #: The contribution to sharded layers.
     classes: tuple[ReplicateLayers, list[LayerContribution]] | None = None
+    #: The round's entry for the ledger, once all of the round is here.
     replicated: RoundReplicated | None = None
 
 
 class Backup:
-    """The backup's side: the shard of server `server`, from the state that `head` announces on."""
+    """The copy of server `server`'s shard. It starts from the state that `head` announces."""
 
     def __init__(self, server: int, layout: Layout, policy: Policy, head: StateHeader, seed: int) -> None:
-        """`seed` is the run's."""
+        """Make an empty copy. `seed` is the run's seed."""
         self.server = server
         self.head = head
         self.version = head.round
@@ -77,18 +83,21 @@ class Backup:
         self._weight_buffers = WeightBuffers(layout.on(server), 2, shared=False)
         self._incoming: Incoming | None = Incoming(head, self._all.put)
         self._rounds: dict[int, _Round] = {}
-        #: What the coordinator may not have been told of.
+        #: Entries of closed rounds that the coordinator may not have.
         self._replicated = list(head.replicated_rounds)
         if self._incoming.complete:
             self._place()
 
     @property
     def whole(self) -> bool:
-        """Whether the shard can be had from here."""
+        """Return True if the initial state has arrived in full, so that a replacement server can get the shard here."""
         return self._incoming is None
 
     def put(self, part: StatePart, frames: Frames) -> StatePartAck | None:
-        """A part of the state. Raises WireError for what is none."""
+        """Store a part of the initial state and return the acknowledgement. Raises WireError if the part does not fit.
+
+        Return None for a part of another state.
+        """
         if part.round != self.head.round:
             return None
         if self._incoming is not None:
@@ -110,7 +119,7 @@ class Backup:
         self._incoming = None
 
     def forward(self, body: Replicate, frames: Frames) -> None:
-        """A contribution. Raises WireError for what does not fit."""
+        """Keep a chunk's mean contribution. Raises WireError if it does not fit."""
         if self._has_all(body.round):
             return
         if body.chunk not in self._chunks or len(frames) != bool(body.present):
@@ -119,14 +128,14 @@ class Backup:
         self._round(body.round).means.setdefault(body.chunk, (body, values))
 
     def forward_rows(self, body: ReplicateRows, frames: Frames) -> None:
-        """A contribution to tables. Raises WireError for what does not fit."""
+        """Keep a contribution to embedding rows. Raises WireError if it does not fit."""
         if self._has_all(body.round):
             return
         rows = self._tables.receive(body, frames, f"what server-{self.server} forwarded")
         self._round(body.round).rows = body, rows
 
     def forward_classes(self, body: ReplicateLayers, frames: Frames) -> None:
-        """A contribution to sharded layers. Raises WireError for what does not fit."""
+        """Keep a contribution to sharded layers. Raises WireError if it does not fit."""
         if self._has_all(body.round):
             return
         parts = self._layers.received(body, frames, f"what server-{self.server} forwarded")
@@ -136,7 +145,7 @@ class Backup:
         return round_ < self.version or (round_ in self._rounds and self._rounds[round_].replicated is not None)
 
     def file(self, body: RoundReplicated) -> RoundReplicatedAck | None:
-        """All of a round was forwarded: the acknowledgement, if all of it is here."""
+        """Take the end of a round. Return the acknowledgement if all of the round is here, else None."""
         if body.round >= self.version:
             round_ = self._round(body.round)
             if round_.replicated is None:
@@ -155,13 +164,13 @@ class Backup:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to apply."""
+        """Return True if `work` has something to apply."""
         if not self.whole:
             return False
         return self._layers.busy or (self.version in self._rounds and self._rounds[self.version].replicated is not None)
 
     def work(self) -> None:
-        """Apply one contribution of a round that is here whole, or to a tile of a sharded layer."""
+        """Apply one contribution of a complete round, or do one tile of a sharded layer."""
         if not self.busy:
             return
         if self._layers.busy:
@@ -190,13 +199,15 @@ class Backup:
 
     @property
     def steps(self) -> int:
-        """A number that grows while updates of sharded layers go on."""
+        """Return a number that grows while sharded layers are updated."""
         return self._layers.steps
 
     def hand_over(self) -> tuple[int, list[RoundReplicated], ReplicateLayers | None, list[Part]]:
-        """The newest whole state, once there is nothing to apply: rounds applied, what the ledger may lack, what sharded layers
-        lack, and the tensors. What has come of later rounds is let go, for it comes again, and not before the state has
-        arrived."""
+        """Return the copy's state, for a replacement server. Call this only while `busy` is False.
+
+        The state is: the version, the entries that the ledger may lack, the pending round of sharded layers, and the tensors.
+        Contributions to later rounds are dropped: workers send them to the replacement, which forwards them again.
+        """
         assert not self.busy
         self._rounds.clear()
         return self.version, self._replicated, self._layers.pending, self._all.parts(self._weight_buffers[self.version % 2])

@@ -1,8 +1,10 @@
-"""A server's dealings with its two neighbours about copies of shards (ps/replication/backup.py): the one after it, which
-keeps a copy of its shard (BACKUP), and the one before it, whose shard has a copy here.
+"""A server's exchange with its two neighbours about copies of shards (`ps/replication/backup.py`).
 
-A state machine without a socket or a clock. Invariants: nothing is forwarded that the backup's copy does not follow on; a shard
-comes back only to who has asked for it.
+The server after this one (BACKUP) keeps a copy of this server's shard. This server keeps a copy of the shard of the server before
+it, the primary server.
+
+`ReplicationManager` is a state machine without a socket or a clock. Invariants: every forwarded update follows on the state of
+the backup's copy; a shard's state is sent back only to a server that has asked for it.
 """
 
 from __future__ import annotations
@@ -34,71 +36,75 @@ from roundtable.ps.replication.primary import Primary, remembered
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
 
-#: Makes the shard that is announced, and tells where its numbers are to go.
+#: Makes the shard that the header announces, and returns the state to fill.
 MakeShard = Callable[[StateHeader], ShardState]
 
 
 class ReplicationManager:
-    """Of server `index`, where each shard is to have a copy."""
+    """The replication of server `index` in a run with replicas."""
 
     def __init__(self, index: int, settings: Settings, policy: Policy, segments: Sequence[Segment], shard: MakeShard) -> None:
-        """`segments` are those of this server, which grow."""
+        """`segments` is this server's own list of segments, which grows later."""
         self._index = index
         self._settings = settings
         self._policy = policy
         self._segments, self._make_shard = segments, shard
-        #: What the backup is told, if there is a copy or one on its way, and the newest rounds as it was told of them.
+        #: The messages to the backup, if it has a copy or one is on its way to it, else None.
         self._primary: Primary | None = None
+        #: The entries of the newest closed rounds. They go along with the shard's state.
         self._replicated: list[RoundReplicated] = []
-        #: The copy kept here, and that on its way to whoever is in the place of its server.
+        #: The copy of the primary server's shard, kept here.
         self._backup: Backup | None = None
+        #: That copy's state, on its way to the process that replaces the primary server.
         self._handed_over: Outgoing | None = None
-        #: Whether that process has asked for it, and waits until what is here is applied.
+        #: True if the replacement has asked for the state and waits until the copy has applied its complete rounds.
         self._is_wanted = False
-        #: This shard, on its way back from the backup; and when it was asked for.
+        #: This server's own shard, on its way back from the backup.
         self._returning: Incoming | None = None
+        #: The time of the last request for it: -inf before the first one, inf once it is back.
         self._asked_at = float("-inf")
+        #: The number of messages with parts of states, and acknowledgements of parts.
         self._moved = 0
 
     # ---- the copy of this server's shard
 
     @property
     def has_backup(self) -> bool:
-        """Whether there is a copy, or one on its way, that is to have all that is applied here."""
+        """Return True if the backup has a copy or one is on its way to it. Then every update must be forwarded."""
         return self._primary is not None
 
     def begin(self, setup: Setup, round_: int, parts: Sequence[Part], pending: ReplicateLayers | None) -> None:
-        """Have a copy made of the state as of `round_`; `pending` as in State."""
+        """Start to send the shard's state as of `round_` to the backup. `pending` is as in `StateHeader`."""
         header = StateHeader(self._index, round_, len(parts), setup, list(self._segments), list(self._replicated), pending)
         self._primary = Primary(round_, Outgoing(header, parts))
 
     @property
     def reads_rows(self) -> bool:
-        """Whether rows are being sent from where they are, and so must not change."""
+        """Return True while rows are sent to the backup straight from their place. They must not change meanwhile."""
         return self._primary is not None and self._primary.sends_state
 
     def forward(self, body: Replicate | ReplicateRows | ReplicateLayers | RoundReplicated, frames: Frames, now: float) -> None:
-        """Tell the backup, if there is one, of something in the open round."""
+        """Forward an update of the open round, or its end, to the backup if there is one."""
         if self._primary is not None:
             self._primary.send(body, frames, now)
 
     def may_close(self, round_: int) -> bool:
-        """Whether nobody is to have more of that round: the backup has all of it, or there is none."""
+        """Return True if the backup has all of the round, or there is no backup."""
         return self._primary is None or self._primary.has(round_)
 
     def remember(self, replicated: RoundReplicated) -> None:
-        """A round is closed."""
+        """Keep the entry of a closed round."""
         self._replicated = remembered(self._replicated, replicated)
 
     def ask_back(self, now: float) -> list[Send]:
-        """Ask the backup for this shard; again if that was long ago and nothing has come."""
+        """Return the request to the backup for this server's shard. It is due again after ASK_AGAIN_S without an answer."""
         if self._returning is not None or now < self._asked_at + ASK_AGAIN_S:
             return []
         self._asked_at = now
         return [Send(BACKUP, RequestState())]
 
     def returned(self) -> Incoming | None:
-        """This shard, once all of it is back, and only once: from then on its copy is followed by what is forwarded."""
+        """Return this server's shard, once, when all of it is back, else None. From then on updates are forwarded to the copy."""
         returning = self._returning
         if returning is None or not returning.complete:
             return None
@@ -106,32 +112,32 @@ class ReplicationManager:
         self._primary = Primary(returning.head.round)
         return returning
 
-    # ---- the copy that is here
+    # ---- the copy of the primary server's shard
 
     @property
     def _primary_server(self) -> int:
-        """The server whose shard has a copy here."""
+        """Return the number of the server whose shard has a copy here."""
         return (self._index - 1) % self._settings.servers
 
     @property
     def backed_up(self) -> list[int]:
-        """Servers of whose shards there is a whole copy here."""
+        """Return the servers whose shards have a whole copy here."""
         return [self._backup.server] if self._backup is not None and self._backup.whole else []
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to apply to it."""
+        """Return True if `work` has something to apply to the copy."""
         return self._backup is not None and self._backup.busy
 
     def work(self) -> None:
-        """Apply a little."""
+        """Apply one contribution or tile to the copy. Hand the copy over if that was the last one and a replacement waits."""
         if self._backup is not None:
             self._backup.work()
             self._hand_over(self._backup)
 
     @property
     def done(self) -> int:
-        """A number that grows while what takes long goes on: parts that move, and updates of sharded layers."""
+        """Return a number that grows during long work: parts that move, and updates of the copy's sharded layers."""
         return self._moved + (self._backup.steps if self._backup is not None else 0)
 
     def _hand_over(self, copy: Backup) -> None:
@@ -146,21 +152,24 @@ class ReplicationManager:
     # ---- events
 
     def changed(self, backup: bool, primary: bool) -> None:
-        """The backup is another process, which has no copy yet; or the one whose shard has a copy here is."""
+        """Note that the backup, or the primary server, is another process now. A new backup has no copy."""
         if primary:
             self._handed_over, self._is_wanted = None, False
         if backup:
             self._primary = None
 
     def due(self, now: float) -> list[Send]:
-        """What to send now."""
+        """Return the messages that are due at `now`."""
         effects = [Send(BACKUP, body, frames) for body, frames in self._primary.due(now)] if self._primary is not None else []
         if self._handed_over is not None:
             effects += [Send(f"server-{self._primary_server}", body, frames) for body, frames in self._handed_over.due(now)]
         return effects
 
     def handle(self, sender: str, body: AboutCopies, frames: Frames) -> list[Send]:
-        """A message of the backup (BACKUP), or of the server before this one. Raises WireError for what does not fit."""
+        """Take a message of the backup (BACKUP) or of the primary server. Return the messages to send.
+
+        Raises WireError if the message does not fit.
+        """
         self._moved += isinstance(body, StatePart | StatePartAck)
         match body:
             case RoundReplicatedAck() if sender == BACKUP and self._primary is not None:
@@ -181,11 +190,11 @@ class ReplicationManager:
         return []
 
     def _about_kept(self, body: AboutCopies, frames: Frames) -> Body | None:
-        """The answer to a message of the server whose shard has a copy here, or is to have one."""
+        """Return the answer to a message of the primary server, or None."""
         number, copy = self._primary_server, self._backup
         match body:
             case StateHeader(shard=shard) if shard == number:
-                if copy is None:  # a process sends another its state once
+                if copy is None:  # a server process sends its state to another one only once
                     tables, sharded_layers = body.setup.tables, body.setup.sharded_layers
                     layout = make_layout(body.setup.tensors, self._settings.servers, tables, sharded_layers)
                     self._backup = Backup(number, layout, self._policy, body, self._settings.seed)

@@ -1,4 +1,4 @@
-"""All numbers of a shard, as one server sends them to another: chunks, rows of tables, and rows of sharded layers."""
+"""The state of a shard, as one server sends it to another: chunks, embedding rows, and rows of sharded layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from roundtable.ps.sharded.layers import LayerShards
 
 @dataclass(frozen=True)
 class ShardState:
-    """What a server holds of its shard, or of another one's."""
+    """The weights and the optimizer state of one shard: the server's own or a copy of another one's."""
 
     store: DenseParameters
     tables: RowTables
@@ -25,22 +25,26 @@ class ShardState:
 
     @property
     def is_between_rounds(self) -> bool:
-        """Whether all of it is as after some round, with no update under way."""
+        """Return True if no update is in progress, so that everything has the same version."""
         return self.sharded_layers.is_between_rounds
 
     def parts(self, seen: Mapping[int, torch.Tensor]) -> list[Part]:
-        """Everything; `seen` as in Store.state. Rows are sent from where they are, so they must stay as they are until all has
-        arrived; of the rest this is a copy."""
+        """Return all tensors as parts. `seen` is as in `DenseParameters.state`.
+
+        Parts with rows share the rows' memory, so rows must not change until all parts have arrived. Other parts are copies.
+        """
         return [*map(whole, self.store.state(seen)), *self.tables.parts(), *self.sharded_layers.parts()]
 
     def put(self, name: str, first: int, rows: torch.Tensor) -> None:
-        """Rows of a part that has come. Raises WireError where there are none such."""
+        """Store the rows of a part that has arrived. Raises WireError if this shard has no such rows."""
         if not self.tables.put(name, first, rows) and not self.sharded_layers.put(name, first, rows):
             raise WireError(f"rows came of '{name[:100]}', which is not here, from the {first}th on")
 
     def arrived(self, state: Incoming) -> None:
-        """Have the state that has come, whose rows are here already. Raises KeyError, RuntimeError or WireError where it does not
-        fit."""
+        """Load a state that has arrived in full. Its rows are in place already.
+
+        Raises KeyError, RuntimeError or WireError if the state does not fit.
+        """
         self.store.restore(state)
         self.tables.arrived(state, state.head.round)
         self.sharded_layers.arrived(state, state.head.round, state.head.pending, self.store.clipping.of_value)

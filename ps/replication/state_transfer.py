@@ -1,9 +1,10 @@
-"""The state of a shard on its way from one server to another, in the parts of a checkpoint, which never touch a disk.
+"""Moves the state of a shard from one server to another. The parts are those of a checkpoint, but never touch a disk.
 
-A part of a tensor that may be large is some of its rows. They are put in their place as they come, so no process has them twice.
+A large tensor is sent as several parts, each with some of its rows. The receiver puts rows in their place as they come, so it
+never holds them twice.
 
-State machines without a socket or a clock. Invariants: no more than CREDIT_BYTES are under way, or one part; what is not
-acknowledged is sent again; what has come is whole, or not used.
+State machines without a socket or a clock. Invariants: at most CREDIT_BYTES, or one part, are under way; a part that is not
+acknowledged is sent again; a state is used only when all its parts have arrived.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.tensor_file import TensorFiles
 from roundtable.ps.params.state_part import Part
 
-#: Bytes of state that may be on their way to a server.
+#: At most this many bytes of state are under way to a server.
 CREDIT_BYTES = 8 << 20
-#: Dimensions and elements that a tensor of a state may have at most.
+#: A tensor of a state has at most this many dimensions and elements.
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 40
 
 
 class Outgoing:
-    """Sends `parts`, which stay as they are, after the `head` that announces them."""
+    """The sender's side: sends `head`, then `parts`, whose tensors must not change meanwhile."""
 
     def __init__(self, head: StateHeader, parts: Sequence[Part]) -> None:
         self.head = head
@@ -39,23 +40,23 @@ class Outgoing:
             told = StatePart(head.shard, head.round, number, part.name, dtype, shape, part.first)
             self._parts[number] = told, cut(part.values.contiguous())
         self._head_known = False
-        #: When parts that are not acknowledged were sent; the head is -1.
+        #: By number of an unacknowledged part: when it was sent last. The head has the number -1.
         self._sent_at: dict[int, float] = {}
 
     @property
     def done(self) -> bool:
-        """Whether all of it has arrived."""
+        """Return True if all parts are acknowledged."""
         return self._head_known and not self._parts
 
     def got(self, ack: StatePartAck) -> None:
-        """A part has arrived."""
+        """Take an acknowledgement of a part."""
         if (ack.shard, ack.round) == (self.head.shard, self.head.round):
             self._head_known = True
             self._parts.pop(ack.number, None)
             self._sent_at.pop(ack.number, None)
 
     def due(self, now: float) -> Iterator[tuple[Body, Frames]]:
-        """What to send now."""
+        """Yield the messages that are due at `now`."""
         if not self._head_known:
             if self._is_due(-1, now):
                 yield self.head, ()
@@ -77,8 +78,10 @@ class Outgoing:
 
 
 class Incoming(TensorFiles):
-    """The tensors that have come of what `head` announced: to read them is to read a checkpoint's files. Rows are given to
-    `put_rows` (name, first, rows) instead, which raises WireError where they do not fit."""
+    """The receiver's side: the tensors of the state that `head` announced, read like the files of a checkpoint.
+
+    Parts with rows go to `put_rows(name, first, rows)` instead. It raises WireError if they do not fit.
+    """
 
     def __init__(self, head: StateHeader, put_rows: Callable[[str, int, torch.Tensor], None]) -> None:
         super().__init__(())
@@ -92,7 +95,7 @@ class Incoming(TensorFiles):
         return not self._missing
 
     def put(self, part: StatePart, frames: Frames) -> None:
-        """Raises WireError for what is none of its parts."""
+        """Store a part. Raises WireError if the part does not belong to the state."""
         what = f"part {part.number} of the state of server-{part.shard}"
         numel = math.prod(part.shape)
         if part.number >= self.head.parts or len(part.shape) > _MOST_DIMENSIONS or numel > _MOST_ELEMENTS:

@@ -5,11 +5,11 @@ only when every server has closed the round. Until then another server may lack 
 micro-batch again from the same rows. So rows can be updated in place, without a second copy.
 
 If servers apply each push at once, the update for a push waits for all earlier questions and pushes. The gradient is computed at
-the rows as they are at that moment. If this server's rows have changed since the worker's question, the server computes their part
-of log Σ exp(z) again (`renewed`), so that no p is above 1. The other servers' parts stay as they were when the worker asked.
+the rows as they are at that moment. If this server's rows have changed since the worker's question, the server computes their
+part of log Σ exp(z) again (`renewed`), so that no p is above 1. The other servers' parts stay as they were when the worker asked.
 
-Long work is a job. A job does one tile of rows at a time, so that the server can send heartbeats in between. Jobs run in the order
-in which they were added.
+Long work is a job. A job does one tile of rows at a time, so that the server can send heartbeats in between. Jobs run in the
+order in which they were added.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Softmax over classes, a tile of rows at a time. Neither all logits nor the gradient of all rows ever exist in memory.
 
 The running maximum and sum are those of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
-FlashAttention (Dao et al., 2022) adds up weighted sums of rows in the same way. The server leaves each sample's own class out, and
-the worker adds it. So a margin changes nothing on the server, and 1 - p of the own class has no cancellation.
+FlashAttention (Dao et al., 2022) adds up weighted sums of rows in the same way. The server leaves each sample's own class out,
+and the worker adds it. So a margin changes nothing on the server, and 1 - p of the own class has no cancellation.
 
 Shapes: B samples, T classes in a tile, D features, one more if the layer has a bias. Any floating dtype; servers use float32.
 """

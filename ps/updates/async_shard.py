@@ -1,8 +1,9 @@
-"""A server that applies each push at once: `ssp`, `async`.
+"""A shard that applies each push at once, under `ssp` and `async`.
 
-A micro-batch may come in several messages, with those of others in between. All its parts are applied on the terms of the first
-one (`ps/params/planned_rates.py`). Server 0 enters it in the ledger when the first part comes. So the ledger's rows are in the
-order in which server 0 began to apply micro-batches, and their staleness is server 0's. Other servers may see another order.
+A micro-batch's contribution may come in several messages, with messages of other workers in between. All its parts are applied on
+the terms of the first part (`ps/params/planned_rates.py`). Server 0 reports the contribution to the ledger when its first part
+comes. So the ledger's rows are in the order in which server 0 began to apply them, and have server 0's staleness. Other servers
+may see another order.
 """
 
 from __future__ import annotations
@@ -33,39 +34,45 @@ from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
 from roundtable.ps.shard.shard import Shard, ShardParts, contribution
 
-#: Workers that can have weight buffers to read their weights from; the others are sent them.
+#: At most this many workers have weight buffers in shared memory. Other workers get weights through sockets.
 _PAIRS = 64
 #: Weight buffers: two for each of these workers.
 BUFFERS = 2 * _PAIRS
-#: Micro-batches, and rounds, that the coordinator is told of as missing from rounds after the earliest open one.
+#: `missing_later` stops at this many micro-batches or rounds.
 _MOST_MISSING = 2000
 
 
 class AsyncShard(Shard):
-    """A worker's clock is the round it works on; the slowest clock is the earliest round with something outstanding here."""
+    """A shard under `ssp` or `async`.
+
+    A worker's clock is the round that it works on. The slowest clock is the earliest round with a micro-batch outstanding here.
+    """
 
     def __init__(self, parts: ShardParts, model: ShardModel) -> None:
         super().__init__(parts, model)
+        #: The slowest clock. Rounds from this one on are open.
         self._slowest = 0
-        #: For rounds not complete: the chunks that were applied of each micro-batch. METRICS counts as a chunk on server 0.
+        #: By open round and micro-batch: the chunks that were applied. METRICS counts as a chunk on server 0.
         self._applied: dict[int, dict[int, set[int]]] = {}
-        #: The newest round that a worker has contributed to or asked for the weights of.
+        #: The newest round that a worker has contributed to, or asked for the weights of.
         self._reached = 0
+        #: On server 0, by open round and micro-batch: the metrics.
         self._metrics: dict[int, dict[int, Metrics]] = {}
-        #: What was dropped of them as not finite, and which chunks.
+        #: By open round and micro-batch: a contribution that is not finite, and its chunks that were dropped here.
         self._drops: dict[int, dict[int, tuple[Contribution, set[int]]]] = {}
-        #: Counts distinct micro-batches, which is what staleness is counted in.
+        #: The learning rates. It also counts distinct micro-batches, the unit of staleness.
         self._course = PlannedRates(self._policy)
-        #: For rounds not complete: the terms on which each micro-batch is applied.
+        #: By open round and micro-batch: the terms on which the contribution is applied.
         self._terms: dict[tuple[int, int], Terms] = {}
-        #: On server 0, contributions to rounds that are not complete, as the ledger has them.
+        #: On server 0, by open round and micro-batch: the contribution's row in the ledger.
         self._ahead: dict[tuple[int, int], Contribution] = {}
-        #: Copies of weights, by chunk, until the next update, and frames of the weight codec with the same; and those each worker
-        #: was last sent, for delay compensation.
+        #: By chunk: a copy of the current weights, until the next update.
         self._published: dict[int, torch.Tensor] = {}
+        #: By chunk: the frame of the weight codec with the current weights.
         self._coded: dict[int, memoryview] = {}
+        #: For delay compensation, by worker and chunk: the weights that the worker was sent last.
         self._sent: dict[str, dict[int, torch.Tensor]] = {}
-        #: The two weight buffers of each worker, by turns: it may read one while the other is written.
+        #: By worker: the number n of its weight buffers 2n and 2n + 1. The worker may read one while the other is written.
         self._pairs: dict[str, int] = {}
 
     @property
@@ -95,7 +102,7 @@ class AsyncShard(Shard):
 
     @property
     def at_border(self) -> bool:
-        return True  # what is applied of later rounds is known, and counts
+        return True  # `extra` records the micro-batches of later rounds that are applied
 
     @property
     def seen(self) -> Mapping[int, torch.Tensor]:
@@ -112,7 +119,7 @@ class AsyncShard(Shard):
         return {"seen": self._course.seen, "applied": applied, "metrics": metrics, "counted": counted, "drops": drops}
 
     def resume(self, source: Source) -> None:
-        """What was applied of later rounds, by whichever server, is not to be applied again."""
+        """Continue at the checkpoint's round. Micro-batches of later rounds that any server has applied are not applied again."""
         self._slowest = source.round
         self._course = PlannedRates(self._policy, max(int(extra["seen"]) for extra in source.extra.values()))
         own, kinds = set(self.model.ids), {kind.number for kind in self.model.kinds}
@@ -192,19 +199,19 @@ class AsyncShard(Shard):
         return [self._ack(sender, push), *self._advance()]
 
     def _computed_from(self, sender: str, chunk: int) -> torch.Tensor | None:
-        """Return the weights that a worker's contribution was computed from, if those are kept."""
+        """Return the weights that a worker's contribution was computed from, or None if they are not kept."""
         buffers, compensates = self.model.buffers, self._settings.delay_compensation
         first = buffers[buffers.home][chunk] if chunk in self.model.frozen and compensates else None
         return self._sent.get(sender, {}).get(chunk, first)
 
     def _single(self, sender: str, push: Push | RowPush | LayerPush) -> Round:
-        """The plan of a push's round. Raises WireError where it is not of one micro-batch."""
+        """Return the plan of a push's round. Raises WireError if the push has more than one micro-batch."""
         if push.hi != push.lo + 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, but policy {self._settings.policy} applies each on its own")
         return self._plans.round(push.round)
 
     def _arrives(self, sender: str, push: Push | RowPush | LayerPush, plan: Round) -> tuple[set[int], Terms]:
-        """What is applied of the push's micro-batch already, and the terms on which the rest is to be."""
+        """Return the chunks of the push's micro-batch that are applied already, and the terms on which to apply the rest."""
         key = push.round, push.lo
         self._reached = max(self._reached, push.round)
         applied = self._applied.setdefault(push.round, {}).setdefault(push.lo, set())
@@ -222,7 +229,7 @@ class AsyncShard(Shard):
     def push_kind(self, kind: ParameterKind, sender: str, push: Any, frames: Frames, now: float) -> list[Send]:
         plan, ack = self._single(sender, push), Send(sender, kind.ack(push))
         if push.round < self._slowest or kind.number in self._applied.get(push.round, {}).get(push.lo, ()):
-            return [ack]  # what was asked of sharded layers is forgotten then
+            return [ack]  # the push's questions to sharded layers may be forgotten, so do not read it
         found = self._validator.of_kind(kind, sender, push, frames, plan)
         applied, terms = self._arrives(sender, push, plan)
         applied.add(kind.number)
@@ -232,11 +239,11 @@ class AsyncShard(Shard):
         return [ack, *self._advance()]
 
     def _drop(self, row: Contribution, chunk: int) -> None:
-        """Note that this chunk of a micro-batch was dropped."""
+        """Record that this chunk of a micro-batch was dropped."""
         self._drops.setdefault(row.round, {}).setdefault(row.lo, (row, set()))[1].add(chunk)
 
     def _advance(self) -> list[Send]:
-        """Close rounds of which nothing is outstanding, and serve who may go on now."""
+        """Close the complete rounds. Return messages to the workers that may go on now."""
         before = self._slowest
         while self._slowest < self._plans.end and not self._missing_from(self._slowest):
             plan = self._plans.round(self._slowest)
@@ -260,7 +267,7 @@ class AsyncShard(Shard):
         waiter = self.sender.waiting[worker]
         pull = waiter.pull
         self._reached = max(self._reached, pull.for_round)
-        # who joins late begins in the last round that is over, which is as far as every other server lets it go on
+        # a worker that joins late begins in the newest closed round: every other server lets it go on there
         if pull.number == 1 and pull.for_round < self._slowest - 1 and self.model.is_open:
             del self.sender.waiting[worker]
             return [Send(worker, VersionExpired(pull.for_round, self._slowest - 1))]
@@ -280,14 +287,14 @@ class AsyncShard(Shard):
         return self.sender.send(worker, waiter.version, self._buffer_for(worker, pull), weights, True, waiter.coded)
 
     def _buffer_for(self, worker: str, pull: Pull) -> int:
-        """The buffer to write a worker's weights to: of its two the one that it does not read. -1: it has none."""
+        """Return the one of the worker's two weight buffers that the worker does not read, or -1 if the worker has none."""
         if pull.shared and worker not in self._pairs:
             self._pairs[worker] = next(n for n in range(len(self._pairs) + 1) if n not in self._pairs.values())
         pair = self._pairs[worker] if pull.shared else _PAIRS
         return 2 * pair + (pull.weight_buffer + 1) % 2 if pair < _PAIRS else -1
 
     def _as_now(self, worker: str, pull: Pull, chunks: set[int]) -> dict[int, torch.Tensor]:
-        """The weights as they are, in memory that no later update touches."""
+        """Return the current weights of `chunks`, in memory that no later update changes."""
         if pull.full_precision:
             return {chunk: self.model.dense.master(chunk) for chunk in chunks}
         home = self.model.buffers[self.model.buffers.home]

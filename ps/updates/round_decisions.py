@@ -1,4 +1,7 @@
-"""What only all servers together can decide about a round: asked of the coordinator, and remembered for the next coordinator."""
+"""Decisions about a round that all servers must share: which micro-batches count, and the norms for clipping.
+
+A server asks the coordinator, and keeps the decision for a coordinator that takes over the run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from roundtable.common.protocol.transport import ASK_AGAIN_S
 
 
 class RoundDecisions:
-    """Decisions about the open round and the one before, and the question that is on its way."""
+    """The decisions about the open round and the one before, and the question that was asked last."""
 
     def __init__(self) -> None:
         self._decided: list[CloseRound | AllNorms] = []
@@ -22,17 +25,17 @@ class RoundDecisions:
         self._decided = [*known, decision]
 
     def repeat(self, question: RoundReady | Norms) -> list[Send]:
-        """Return what was decided about another server's question."""
+        """Return messages to the coordinator with the decision on another server's question, if this server knows it."""
         kind = CloseRound if isinstance(question, RoundReady) else AllNorms
         return [Send(COORDINATOR, one) for one in self._decided if isinstance(one, kind) and one.round == question.round]
 
     def ask(self, question: RoundReady | Norms | None, now: float) -> list[Send]:
-        """Ask the coordinator, unless the same was asked a moment ago."""
+        """Return the message to the coordinator, none if the same question was asked less than ASK_AGAIN_S ago."""
         if question is None or (question == self._asked and now < self._asked_at + ASK_AGAIN_S):
             return []
         self._asked, self._asked_at = question, now
         return [Send(COORDINATOR, question)]
 
     def begin_round(self) -> None:
-        """The open round is another one."""
+        """Forget the question of the previous round."""
         self._asked, self._asked_at = None, float("-inf")

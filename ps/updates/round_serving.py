@@ -1,4 +1,4 @@
-"""Which weights a waiting worker gets, where each round makes a version."""
+"""Chooses the weights that a waiting worker gets, if each round makes a version."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from roundtable.ps.updates.weight_versions import WeightVersions
 
 
 class RoundServing:
-    """Sends the newest version and earlier ones, and chunks of the next one as they are made."""
+    """Serves whole versions, and chunks of the next version as they are made."""
 
     def __init__(self, model: ShardModel, versions: WeightVersions, sender: WeightsSender) -> None:
         self._model, self._versions, self._sender = model, versions, sender
 
     def serve(self, worker: str, applied: Collection[int]) -> list[Send]:
-        """Return what there is for a waiting worker. `applied` are the chunks of the next version that are there."""
+        """Return messages with the weights that a waiting worker may have now. `applied` are the next version's chunks so far."""
         waiter, versions, sender = self._sender.waiting[worker], self._versions, self._sender
         round_, newest = waiter.pull.for_round, self._versions.newest
         if not self._model.is_open or round_ > newest + 1:
@@ -50,9 +50,8 @@ class RoundServing:
     def _ready(self, waiter: WaitingWorker, applied: Collection[int]) -> set[int]:
         """Return the chunks of the next version to send now.
 
-        None goes before those that are needed sooner. Gradients come in the opposite order, and the chunk that comes last should
-        be the one that the next forward can wait for. But rather than nothing one that is needed later is sent: an idle network
-        costs more than to be late by one chunk.
+        Chunks go in the order in which the next forward pass needs them. Gradients arrive in the opposite order. If no chunk in
+        order is ready and nothing is under way, one chunk goes out of order: an idle network costs more than one chunk's delay.
         """
         chunks = self._model.chunks
         soonest = sorted(waiter.unsent, key=lambda chunk: urgency(chunks[chunk]))

@@ -1,4 +1,4 @@
-"""What has come of the round that is open."""
+"""The contributions to the open round that have arrived, and their sums."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.shard.shard import contribution
 
-#: Adds two contributions, left first.
+#: Returns the sum of two contributions, left + right.
 Adder = Callable[[Any, Any], Any]
 
 
 class RoundSums:
-    """Contributions to one round by number: a chunk's, or one of ps/shard/kinds.py.
+    """The contributions to one round by number: a chunk's id, or a number of `ps/shard/kinds.py`.
 
-    They are summed as they come, or kept apart if some may be left out.
+    Contributions are added as they come. If the policy may leave some out, they are kept apart until the coordinator has decided.
     """
 
     def __init__(
@@ -39,48 +39,52 @@ class RoundSums:
     ) -> None:
         self.round = round_
         self._policy, self._workers, self._find_plan, self._adder = policy, workers, plan, adder
+        #: By number: the sum so far, if contributions are added as they come.
         self._sums: dict[int, TreeSum[Any]] = {}
-        #: By number and first micro-batch.
+        #: By number and micro-batch: contributions, if they are kept apart.
         self._leaves: dict[int, dict[int, Any]] = {}
-        #: Micro-batches that count in this round, as the ledger will have them.
+        #: By span of micro-batches: the row for the ledger of each contribution.
         self._rows: dict[Span, Contribution] = {}
-        #: Contributions that lie in workers' memory: nobody has looked yet whether they are finite.
+        #: Contributions that lie in workers' memory. Nobody has checked them for values that are not finite.
         self.in_memory: list[tuple[str, Push, Sequence[Sum]]] = []
-        #: Samples of each leaf, and its weight in the mean, if workers step locally and the plan cannot tell.
+        #: The samples of each leaf. The plan does not know them if workers step locally.
         self._leaf_samples: dict[int, int] = {}
+        #: The weight of each leaf in the mean, if workers step locally.
         self._leaf_weights: dict[int, int] = {}
+        #: By parameter group: the optimizer's settings for this round.
         self.hypers: list[dict[str, Any]] = []
         #: First micro-batches of contributions that are not finite.
         self._not_finite: set[int] = set()
-        #: `backup`: the micro-batches to apply, once that is decided.
+        #: Policy `backup`: the micro-batches to apply, once decided.
         self.decided: list[int] | None = None
-        #: Clipping: the norms of this server's part of the mean gradient, and of all, once they are known.
+        #: Clipping: the norms of this server's part of the mean gradient, once known.
         self.own_norms: list[Norm] | None = None
+        #: Clipping: the norms of all servers' parts, once known.
         self.norms: list[Norm] | None = None
-        #: Clipping: mean contributions that are final and wait for all norms.
+        #: Clipping, by chunk: mean contributions that are final and wait for `norms`.
         self.means: dict[int, Sum] = {}
-        #: Numbers of what is applied.
+        #: Numbers of the chunks and kinds that are applied.
         self.applied: set[int] = set()
 
     @functools.cached_property
     def _plan(self) -> Round:
-        """The plan of this round. Raises WireError before there is one."""
+        """Return the plan of this round. Raises WireError if no segment has the round."""
         return self._find_plan()
 
     @property
     def count(self) -> int:
-        """Return the number of leaves of this round's tree: micro-batches, or workers if they step locally."""
+        """Return the number of leaves of this round's reduction tree: micro-batches, or workers if they step locally."""
         return self._workers if self._policy.is_local else self._plan.micro_batches
 
     @property
     def drops(self) -> bool:
-        """Return True if something that counts is not finite. Then the round is dropped, on all servers, as all get told."""
+        """Return True if a contribution that counts is not finite. Then all servers drop the round: each message says so."""
         return bool(self._not_finite if self.decided is None else self._not_finite & set(self.decided))
 
     # ---- contributions
 
     def add(self, number: int, push: Push | RowPush | LayerPush, value: Any) -> bool:
-        """Add a contribution. Returns False if it does not count, as others came before."""
+        """Add a contribution. Return False if it does not count because others came before."""
         span = push.lo, push.hi
         if not self._policy.combines:
             counts = self._leaves.setdefault(number, {}).setdefault(span[0], value) is value
@@ -93,12 +97,12 @@ class RoundSums:
         return counts
 
     def describe(self, push: Push) -> None:
-        """Note what a push says about its micro-batches as a whole."""
+        """Record the number of samples and the weight of a push."""
         self._leaf_samples.setdefault(push.lo, push.samples)
         self._leaf_weights.setdefault(push.lo, push.weight)
 
     def account(self, sender: str, push: Push, counts: bool) -> list[Contribution]:
-        """Have each micro-batch in exactly one committed row. Returns rows that are duplicates."""
+        """Record a push for the ledger, so that each micro-batch is in one committed row. Return the rows that are duplicates."""
         if not counts:
             return [contribution(sender, push, "duplicate")]
         inside = [s for s in self._rows if push.lo <= s[0] and s[1] <= push.hi] if push.hi - push.lo > 1 else []
@@ -106,10 +110,10 @@ class RoundSums:
         self._rows[push.lo, push.hi] = contribution(sender, push, "committed")
         return replaced
 
-    # ---- what has come
+    # ---- arrived and missing
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
-        """Return the micro-batches that are not all here."""
+        """Return the micro-batches of which a part in `numbers` has not arrived."""
         everything = set(range(self.count))
         absent: set[int] = set()
         for number in numbers:
@@ -120,7 +124,7 @@ class RoundSums:
         return sorted(absent)
 
     def arrived(self, numbers: Sequence[int]) -> list[int]:
-        """Return the micro-batches that are all here, or none while they are too few to close the round with."""
+        """Return the micro-batches that have arrived in full, or an empty list while they are too few to close the round."""
         each = [self._leaves.get(number, {}).keys() for number in numbers]
         fewest = min(map(len, each), default=0)
         if not fewest or fewest < self.count - self._policy.may_leave_out:
@@ -128,7 +132,7 @@ class RoundSums:
         return sorted(set.intersection(*map(set, each)))
 
     def total(self, number: int) -> list[Any] | None:
-        """Return the round's sum, or the two halves of it, once that is final, else None."""
+        """Return the round's sum in a list, or its two halves, once final, else None."""
         if self._policy.combines:
             sums = self._sums.get(number)
             return sums.parts if sums is not None and sums.complete else None
@@ -140,11 +144,11 @@ class RoundSums:
         return [fold({k: leaves[k] for k in self.decided}, self.count, self._adder(number))]
 
     def weight(self) -> int:
-        """Return what sums are divided by for their mean, once that is final."""
+        """Return the divisor that makes a mean of a sum. Final once the sums are."""
         return sum(self._leaf_weights.values()) if self._policy.is_local else self.samples()
 
     def samples(self) -> int:
-        """Return the samples of this round's update, once that is final."""
+        """Return the number of samples in this round's update. Final once the sums are."""
         if self._policy.is_local:
             return sum(self._leaf_samples.values())
         if self.decided is None:
@@ -152,11 +156,11 @@ class RoundSums:
         return sum(self._plan.samples_in(k, k + 1) for k in self.decided)
 
     def hypers_of(self, chunk: Chunk) -> dict[str, Any]:
-        """Return the settings of a chunk's parameter group."""
+        """Return the optimizer's settings for a chunk's parameter group."""
         return of_group(self.hypers, chunk.group)
 
     def not_finite(self, name: str, layout: Layout) -> UsageError:
-        """Return what to say if the mean gradient of the tensor called `name` is not finite."""
+        """Return the error for a mean gradient of the tensor `name` that is not finite. It names a worker if one is to blame."""
         text = f"the sum of the gradients of '{name}' in round {self.round} is not finite"
         for sender, push, sums in self.in_memory:
             values = {chunk: one.values for chunk, one in zip(push.chunks, sums, strict=True)}
@@ -169,13 +173,13 @@ class RoundSums:
 
     @property
     def left_out(self) -> set[int]:
-        """Return the micro-batches that do not count, and had not come when that was decided."""
+        """Return the micro-batches that do not count and have not arrived."""
         if self.decided is None:
             return set()
         return set(range(self.count)) - {*self.decided, *(lo for lo, _ in self._rows)}
 
     def entry(self, metrics: Metrics) -> tuple[Committed, list[Contribution]]:
-        """Return what the ledger is to have of the round."""
+        """Return the round's entry for the ledger, and the rows of its contributions."""
         rows, means = list(self._rows.values()), mean_metrics(metrics)
         if self.decided is not None:
             rows = [row if row.lo in self.decided else msgspec.structs.replace(row, outcome="dropped") for row in rows]

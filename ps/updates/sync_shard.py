@@ -1,4 +1,4 @@
-"""A shard that applies once per round: `sync`, `backup`, `local`, `average`."""
+"""A shard that applies contributions once per round, under `sync`, `backup`, `local` and `average`."""
 
 from __future__ import annotations
 
@@ -35,17 +35,20 @@ log = logging.getLogger("roundtable.ps.shard")
 
 
 class SyncShard(Shard):
-    """Round t is open while the version is t. Each chunk is applied as soon as its sum is final, into another weight buffer, and
-    is sent at once to workers that wait for W(t+1). The round closes when all chunks are applied."""
+    """A shard whose updates are rounds. Round t is open while the version is t.
+
+    Each chunk is applied as soon as its sum is final. Its new weights go to another weight buffer, and at once to workers that
+    wait for W(t+1). The round closes when all chunks are applied and the backup, if there is one, has all of the round.
+    """
 
     def __init__(self, parts: ShardParts, model: ShardModel, replication: ReplicationManager | None) -> None:
         super().__init__(parts, model)
         self.versions = WeightVersions(model, self._settings, self.sender.readers)
         self._serving = RoundServing(model, self.versions, self.sender)
-        #: Backups of shards, if there are to be any.
+        #: Replication, or None in a run without replicas.
         self._replication = replication
         self._decisions = RoundDecisions()
-        #: `backup`: (round, micro-batch) left out of closed rounds, that nobody has sent yet.
+        #: Policy `backup`, on server 0: (round, micro-batch) that closed rounds left out and no worker has sent.
         self._left_out: set[tuple[int, int]] = set()
         self._kinds = {kind.number: kind for kind in model.kinds}
         self._open_round()
@@ -54,11 +57,11 @@ class SyncShard(Shard):
         round_ = self.version
         self.round = RoundSums(round_, self._policy, self._settings.workers, lambda: self._plans.round(round_), self._adder)
         self._decisions.begin_round()
-        #: What the ledger is to have of the round, once all of it is applied.
+        #: The round's entry for the ledger, once all of the round is applied.
         self._ending: RoundReplicated | None = None
-        #: On server 0: micro-batches that do not count, and had not come by then.
+        #: On server 0: micro-batches that do not count and had not arrived when the round was applied.
         self._absent: set[int] = set()
-        #: Whether rows were not updated yet, as they are on their way to the backup.
+        #: True if an update of embedding rows waits until their state has arrived at the backup.
         self._awaits_backup = False
 
     def _adder(self, number: int) -> Adder:
@@ -137,7 +140,7 @@ class SyncShard(Shard):
             raise WireError(f"{sender} pushed {kind.noun} for round {push.round} while round {self.version} is open")
         ack = Send(sender, kind.ack(push))
         if push.round < self.version or (kind.number in self.round.applied and not kind.changes_at_once):
-            return [ack]  # what was asked of sharded layers is forgotten then
+            return [ack]  # the push's questions to sharded layers may be forgotten, so do not read it
         value = self._validator.of_kind(kind, sender, push, frames, self._plans.round(push.round))
         self._check_apart(sender, push)
         self.round.add(kind.number, push, value)
@@ -145,15 +148,15 @@ class SyncShard(Shard):
         return [ack, *self._advance(now)]
 
     def _check_apart(self, sender: str, push: Any) -> None:
-        """Raise WireError for a sum of which a part may have to be left out."""
+        """Raise WireError if the push is a sum and the policy may leave out a part of it."""
         if not self._policy.combines and push.hi - push.lo > 1:
             raise WireError(f"{sender} pushed a sum of micro-batches, which policy {self._settings.policy} cannot take apart")
 
-    # ---- what only all servers together can decide
+    # ---- decisions that all servers share
 
     def decide(self, body: Body, now: float) -> list[Send]:
         match body:
-            case RoundReady() | Norms():  # another server asks this: was it decided before?
+            case RoundReady() | Norms():  # another server's question: repeat the decision if this server knows it
                 return self._decisions.repeat(body)
             case CloseRound() | AllNorms() if body.round != self.version or not self.model.is_open:
                 return []
@@ -174,7 +177,7 @@ class SyncShard(Shard):
         return self._decisions.ask(self._question(), now)
 
     def _question(self) -> RoundReady | Norms | None:
-        """Return what has to be known to go on."""
+        """Return the question to the coordinator whose answer the round waits for, or None."""
         round_ = self.round
         if not self._policy.combines and round_.decided is None:
             arrived = round_.arrived(self.model.ids)
@@ -186,7 +189,7 @@ class SyncShard(Shard):
     # ---- applying
 
     def _advance(self, now: float) -> list[Send]:
-        """Apply what can be applied, close the round if all is, and serve workers that wait."""
+        """Apply the final sums, and close the round if everything is applied. Return the messages to send."""
         round_, before = self.round, (self.version, len(self.round.applied))
         clipping = self.model.dense.clipping
         clips = clipping.clips and not round_.drops
@@ -205,7 +208,7 @@ class SyncShard(Shard):
         return self._replicated(now) + self._decisions.ask(self._question(), now) + (self.serve_all() if news else [])
 
     def _take_totals(self, clips: bool, now: float) -> None:
-        """Apply each chunk whose sum is final, or have its mean if that waits for the norms."""
+        """Apply each chunk whose sum is final. With clipping, only take the mean, which waits for the norms."""
         round_ = self.round
         for chunk in self.model.chunks:
             if chunk in round_.applied or chunk in round_.means or (total := round_.total(chunk)) is None:
@@ -217,8 +220,10 @@ class SyncShard(Shard):
             self._progress.step()
 
     def _measured(self) -> list[Norm] | None:
-        """Return the norms of this server's part of the round's mean gradient. None while not all of it is here, or sharded
-        layers, which take long, are computing theirs."""
+        """Return the norms of this server's part of the round's mean gradient.
+
+        Return None while a sum is not final, or while sharded layers compute their norms, which takes long.
+        """
         round_, model = self.round, self.model
         totals = [round_.total(kind.number) for kind in model.kinds]
         if len(round_.means) < len(model.chunks) or None in totals or not (model.chunks or totals):
@@ -232,11 +237,11 @@ class SyncShard(Shard):
         return found + [norm for chunk in model.chunks for norm in model.dense.norms(chunk, round_.means[chunk])]
 
     def _apply(self, chunk: int, total: list[Sum], samples: int, now: float, factor: torch.Tensor | None = None) -> None:
-        """Write a chunk's weights after this round to the next version's buffer."""
+        """Apply a chunk's sum: write its new weights to the next version's weight buffer, and forward its mean to the backup."""
         dense, backup = self.model.dense, self._backup
         into, before = self.versions.next_of(chunk), self.versions.of(self.version, chunk)
         hypers = self.round.hypers_of(self.model.chunks[chunk])
-        if self.round.drops or not samples:  # the new weights are the old ones
+        if self.round.drops or not samples:  # without values, the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
         elif backup is not None and factor is None:
             total, samples = [dense.mean(chunk, total, samples)], 1
@@ -253,7 +258,7 @@ class SyncShard(Shard):
         failpoint("applying", self.version)
 
     def _close_kind(self, kind: ParameterKind, factor: torch.Tensor | None, now: float) -> None:
-        """Update parameters beside chunks, if all that the round contributes to them is here."""
+        """Update the parameters of `kind` if the round's contributions to them are complete."""
         round_ = self.round
         if kind.number in round_.applied or (total := round_.total(kind.number)) is None:
             return
@@ -270,7 +275,7 @@ class SyncShard(Shard):
     # ---- the end of a round
 
     def _try_to_end(self, now: float) -> None:
-        """Close the round if all of it is applied, and the backup, if there is one, has all of it."""
+        """Close the round if all of it is applied and the backup, if there is one, has all of it."""
         metrics = self.round.total(METRICS) if self._index == 0 else [{}]
         if metrics is None or not self.round.applied >= set(self.model.ids) - {METRICS}:
             return
@@ -282,7 +287,7 @@ class SyncShard(Shard):
             self._commit(self._ending)
 
     def _end(self, metrics: dict[str, tuple[float, float]]) -> RoundReplicated:
-        """Return what the ledger is to have of the round: only server 0 tells it."""
+        """Return the round's entry for the ledger. Only server 0 fills it in."""
         if self._index:
             return RoundReplicated(self.version)
         committed, rows = self.round.entry(metrics)
@@ -290,7 +295,7 @@ class SyncShard(Shard):
         return RoundReplicated(self.version, [committed], rows, max(self._reports.reported_version, 0))
 
     def book(self, ending: RoundReplicated) -> None:
-        """Report a closed round."""
+        """Queue the report of a closed round."""
         self._reports.rounds += ending.rounds
         self._reports.contributions += ending.contributions
         if self._replication is not None:
@@ -298,7 +303,7 @@ class SyncShard(Shard):
 
     def _commit(self, ending: RoundReplicated) -> None:
         self.book(ending)
-        # not of rounds that came back from a backup: what of them has come late since, may have been told already
+        # rounds that came back from a backup add nothing: their late contributions may have been reported already
         self._left_out |= {(ending.round, k) for k in self._absent}
         self.versions.commit()
         failpoint("applied", self.version)
@@ -309,16 +314,19 @@ class SyncShard(Shard):
     # ---- the backup of this shard (ps/replication/manager.py)
 
     def begin_backup(self) -> None:
-        """Have a backup made, if there is to be one and none is there: at a border, for it starts from that."""
+        """Start to send the shard's state to its backup, if the run has replicas and the backup has no copy.
+
+        Only at a border: the copy starts from the state between two rounds.
+        """
         replication, model = self._replication, self.model
         if replication is None or replication.has_backup or not self.at_border or not model.is_open:
             return
-        if model.state.is_between_rounds:  # else this is tried again
+        if model.state.is_between_rounds:  # if not, `tick` tries again
             replication.begin(model.setup, self.version, model.state.parts(self.seen), model.layers.pending)
 
     @property
     def _backup(self) -> ReplicationManager | None:
-        """Return the manager if there is a backup, or one on its way."""
+        """Return the replication manager if the backup has a copy, or one on its way to it, else None."""
         return self._replication if self._replication is not None and self._replication.has_backup else None
 
     def _may_update_layers(self) -> bool:
@@ -328,7 +336,7 @@ class SyncShard(Shard):
         return self._replication.due(now) if self._replication is not None else []
 
     def go_on(self, now: float) -> list[Send]:
-        """Go on with a round that waited for nothing but the backup."""
+        """Continue a round that waited only for the backup. Return the messages to send."""
         return self._advance(now) if self._ending is not None or self._awaits_backup else []
 
     def work(self, now: float) -> list[Send]:

@@ -1,4 +1,4 @@
-"""Versions of a shard's weights, each in a weight buffer, where each round makes one."""
+"""The versions of a shard's weights, each in a weight buffer. Every round makes one."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ BUFFERS = 4
 
 
 class WeightVersions:
-    """W(t) stays whole for workers that still need it, and so do earlier versions, as long as a worker reads them and there is
-    room. W(t+1) is made chunk by chunk."""
+    """The versions of a shard's weights and their weight buffers.
+
+    The newest version W(t) stays whole. Earlier versions stay while workers read them and there is room. W(t+1) is made chunk by
+    chunk.
+    """
 
     def __init__(self, model: ShardModel, settings: Settings, readers: Readers) -> None:
         self._model, self._readers = model, readers
         self._sends_changes = sends_changes(settings)
-        #: Rounds that are applied.
+        #: The newest whole version: the number of applied rounds.
         self.newest = 0
-        #: By buffer, the version in it. That of `newest` is always among them.
+        #: By weight buffer: the version in it. `newest` is always among them.
         self._version_in: dict[int, int] = {0: 0}
-        #: By buffer and chunk: frames of the weight codec.
+        #: By weight buffer and chunk: frames of the weight codec.
         self._coded: dict[int, dict[int, memoryview]] = {}
-        #: The buffer in which the next version is made, once it is begun.
+        #: The weight buffer in which the next version is being made, or None.
         self.target: int | None = None
 
     def resume(self, version: int) -> None:
-        """Begin with this version."""
+        """Start at `version`."""
         self.newest, self._version_in = version, {0: version}
 
     def place(self, source: Source | None) -> None:
-        """Have the first weights in a buffer; if there is a checkpoint, those that workers computed from."""
+        """Write the first weights to a weight buffer, or those that workers computed from, if `source` is a checkpoint."""
         model = self._model
         model.frozen.place()
         model.frozen.note_changes(self.newest)
@@ -49,24 +52,24 @@ class WeightVersions:
                 model.dense.restore_seen(chunk, source.files, into)
 
     def of(self, version: int, chunk: int) -> torch.Tensor:
-        """Return a chunk's weights of a version that is still here, or of the one that is being made."""
+        """Return a chunk's weights of a version that is still in a weight buffer, or of the next version."""
         buffer = self.buffer_of(version) if version <= self.newest else self.target
         if buffer is None or self._model.frozen.unchanged(chunk, version):
             buffer = self._model.buffers.home
         return self._model.buffers[buffer][chunk]
 
     def buffer_of(self, version: int) -> int:
-        """Return the buffer with the weights of `version`, or -1."""
+        """Return the weight buffer that holds `version`, or -1."""
         return next((buffer for buffer, found in self._version_in.items() if found == version), -1)
 
     def next_of(self, chunk: int) -> torch.Tensor:
-        """Return where a chunk's next weights are to be written. Begins the next version if need be."""
+        """Return the memory for a chunk's next weights. If the next version has no weight buffer, take one."""
         if self.target is None:
             self.target = self._take_buffer()
         return self._model.buffers[self.target][chunk]
 
     def _take_buffer(self) -> int:
-        """Return a buffer that nobody reads, else that of the worker that lags most."""
+        """Return a weight buffer that no worker reads. If there is none, return the one with the oldest version."""
         current, read = self.buffer_of(self.newest), self._readers.weight_buffers
         free = [buffer for buffer in range(BUFFERS) if buffer != current and buffer not in read]
         others = [buffer for buffer in range(BUFFERS) if buffer != current]
@@ -76,7 +79,7 @@ class WeightVersions:
         return buffer
 
     def written(self, chunk: int, frame: memoryview | None) -> None:
-        """A chunk's next weights are in place. `frame` is what to send instead, if that is not None."""
+        """Record that a chunk's next weights are written. `frame`, if not None, is sent instead of them."""
         assert self.target is not None
         self._keep_frame(self.target, chunk, frame)
         self._model.frozen.note_changes(self.newest + 1)
@@ -86,16 +89,18 @@ class WeightVersions:
             self._coded.setdefault(buffer, {})[chunk] = frame
 
     def commit(self) -> None:
-        """The next version is whole."""
+        """Make the next version the newest one."""
         self.newest += 1
         if self.target is not None:
             self._version_in[self.target], self.target = self.newest, None
-        else:  # a server without chunks, whose rows can be had one version back
+        else:  # a server without chunks: workers may ask for its rows one version back
             self._version_in = {self.newest % 2: self.newest, (self.newest - 1) % 2: self.newest - 1}
 
     def frames_for(self, pull: Pull, buffer: int) -> dict[int, memoryview]:
-        """Return what to send instead of weights in `buffer`, which are those that were asked for. Changes are sent only to a
-        worker that has what they change."""
+        """Return by chunk the frames to send instead of the weights in `buffer`, which are those that `pull` asks for.
+
+        If the codec sends changes, only a worker that has the version before gets these frames.
+        """
         if self._sends_changes and pull.held_version != pull.for_round - 1:
             return {}
         return self._coded.get(buffer, {})
