@@ -137,7 +137,7 @@ class SharedMemorySetup:
                 self._meet(server, answer)
         names = [f"server-{server}" for server in sorted(client.peers.readers | client.peers.readable)]
         if names:
-            log.info("memory is shared with %s", ", ".join(names))
+            log.info("using shared memory with %s", ", ".join(names))
 
     def hear(self, sender: str, reply: SharedMemoryReply) -> None:
         """Take the answer of a server that is another process than before, if it was asked. The I/O thread calls this."""
@@ -151,5 +151,5 @@ class SharedMemorySetup:
             try:
                 region = self._replica.mapped.attach(server, reply.weights)
             except NotShared as error:
-                log.info("server-%d sends its weights: %s", server, error)
+                log.info("server-%d sends its weights over TCP: %s", server, error)
         self._client.on_shared_memory(server, reply.reads, region)

@@ -94,13 +94,13 @@ def read_experiment(file: Path) -> Experiment:
 def _text(values: Mapping[str, Any], key: str, file: Path) -> str | None:
     value = values.get(key)
     if value is not None and (not isinstance(value, str) or not value):
-        raise UsageError(f"{file}: {key} = {value!r} cannot be: it must be a string that is not empty.")
+        raise UsageError(f"{file}: {key} must be a string that is not empty (got {value!r}).")
     return value
 
 
 def _check_name(name: str, where: str) -> None:
     if not is_folder_name(name):
-        raise UsageError(f"{where} = {name!r} cannot be: it is to be a folder's name.")
+        raise UsageError(f"{where} must be a folder's name (got {name!r}).")
 
 
 def _cases(values: Mapping[str, Any], file: Path) -> tuple[Case, ...]:
@@ -158,7 +158,7 @@ def _matrix(values: Any, file: Path) -> dict[str, list[Any]]:
     matrix = with_new_names(values, where)
     for key, choices in matrix.items():
         if not isinstance(choices, list) or not choices:
-            raise UsageError(f"{where}: {key} = {choices!r} cannot be: it must be a list of the values to try, and not empty.")
+            raise UsageError(f"{where}: {key} must be a list of the values to try, and not empty (got {choices!r}).")
         for choice in choices:
             check_values({key: choice}, where)
     return matrix
@@ -210,7 +210,7 @@ def _check_out(experiment: Experiment) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not (out / TABLE_FILE).exists():
-            raise UsageError(f"{out} is not empty and holds no experiment: give an empty or new folder as out.")
+            raise UsageError(f"{out} is not empty and holds no experiment: choose an empty or new folder as out.")
         (out / TABLE_FILE).touch()
     except FileExistsError:
         raise UsageError(f"{out} is a file; an experiment's out must be a folder.") from None

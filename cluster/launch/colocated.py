@@ -135,7 +135,7 @@ class _Watch(threading.Thread):
                 sys.stderr.buffer.write(self._log_file.read())
                 sys.stderr.flush()
             if self._server.code is None and self._signs.hangs(time.monotonic()):
-                log.warning("the server beside this worker hangs, and is killed.")
+                log.warning("the server beside this worker does not respond; killing it.")
                 self._signs.begins()
                 self._server.popen.kill()
 

@@ -70,7 +70,7 @@ class Supervisor:
         told = f"; {some(started)} started" if started else ""
         if leaving:
             told = f"; {some([child.name for child in leaving])} told to leave"
-        self._say(f"{count} {'worker' if count == 1 else 'workers'} from now on{told}.")
+        self._say(f"scaled to {count} {'worker' if count == 1 else 'workers'}{told}.")
 
     def look(self, progress: Progress, finished: bool) -> None:
         """Start again who was killed, as often as may be, and kill servers that hang. What is no failure of the run is excused.
@@ -125,7 +125,7 @@ class Supervisor:
         """Kill a server that the coordinator has given up. It is ours by its name, and whatever its message said."""
         if child.popen.pid not in self._ended:
             self._ended.add(child.popen.pid)
-            self._say(f"{child.name} hangs, and is killed.")
+            self._say(f"{child.name} does not respond; killing it.")
             child.popen.kill()
 
     def kill_late(self, progress: Progress) -> None:
@@ -138,7 +138,7 @@ class Supervisor:
     def _plan(self, child: Child, now: float) -> bool:
         """Have a child started again, if it has not been so too often; whether it is."""
         if child.restarts >= self._restart_policy.times:
-            self._say(f"{child.name} {child.end()}; --max-restarts allows no more restarts.")
+            self._say(f"{child.name} {child.end()}; restart limit reached (--max-restarts {self._restart_policy.times}).")
             return False
         pause_s = self._restart_policy.pause_s(child.restarts)
         self._say(f"{child.name} {child.end()}; {self._restart_policy.plan(child.restarts, pause_s)}.")

@@ -244,9 +244,9 @@ def check_address(ctx: click.Context, option: click.Parameter, value: str) -> st
     """Check the value of an option that takes tcp://HOST:PORT: ZeroMQ itself would take port 100000 for 34464."""
     found = _ADDRESS.fullmatch(value)
     if found is None:
-        raise click.BadParameter(f"'{value}' is no address; it looks like tcp://HOST:PORT.")
+        raise click.BadParameter(f"expected tcp://HOST:PORT, got '{value}'.")
     if int(found[1]) > 65535:
-        raise click.BadParameter(f"'{value}' is no address: a port is at most 65535.")
+        raise click.BadParameter(f"the port in '{value}' is above 65535.")
     return value
 
 

@@ -89,7 +89,7 @@ def choose(
     if script is None:
         script, args = launch.get("script"), args or tuple(launch.get("args", ()))
     if args and script is None:
-        raise UsageError("arguments go to a script, but no SCRIPT was given before the --.")
+        raise UsageError("there are arguments but no SCRIPT before them: give roundtable local SCRIPT [ARGS].")
     run_dir = _run_dir(launch_flags, line) or _run_dir(launch_file, source) or _run_dir(found, "roundtable.toml")
     restart_policy = RestartPolicy(
         launch.get("max_restarts", RestartPolicy.times), launch.get("restart_delay", RestartPolicy.backoff_s)
@@ -110,7 +110,7 @@ def checked(values: Mapping[str, Any], where: str, others: Iterable[str] = ()) -
         elif key in FIELDS:
             settings[key] = value
         elif isinstance(value, dict):
-            raise UsageError(f"{where}: [{key}] cannot be: settings stand at the top of the file and not in tables.")
+            raise UsageError(f"{where}: [{key}] is not allowed: settings stand at the top of the file and not in tables.")
         else:
             raise unknown_key(key, sorted({*FIELDS, *LAUNCH_KEYS, *others}), where)
     return check_values(settings, where), launch
@@ -122,7 +122,7 @@ def _run_dir(launch: Mapping[str, Any], where: str) -> Path | None:
         raise UsageError(f"{where}: give run_dir or name, not both; a name stands for the folder runs/NAME.")
     if name is not None:
         if not is_folder_name(name):
-            raise UsageError(f"{where}: name = {name!r} cannot be: a name is one folder's name; use run_dir for a path.")
+            raise UsageError(f"{where}: name must be the name of one folder (got {name!r}); use run_dir for a path.")
         return RUNS / str(name)
     if folder == "":
         raise UsageError(f"{where}: run_dir is empty; give a folder's path.")

@@ -102,7 +102,7 @@ def resumed(
     found = _newest(folder)
     if found is None:
         raise UsageError(
-            f"{folder} has no checkpoint to resume from: its run ended before the first one, or had --checkpoint-every 0."
+            f"{folder} has no checkpoint to resume from: its run stopped before the first one, or had --checkpoint-every 0."
         )
     checkpoint.check_versions(found, accept_versions)
     _check_end(folder, now, found.manifest.round)
@@ -157,8 +157,8 @@ def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
         new = new_values[key]
         if old != new and key not in _FREE:
             raise UsageError(
-                f"the run in {folder} has {key} = {old} and cannot be resumed with {new}: leave "
-                f"--{key.replace('_', '-')} out, or start a new run."
+                f"--{key.replace('_', '-')} cannot change on resume ({old} -> {new}, in {folder}): drop the flag, or start a new "
+                "run."
             )
         changed |= old != new
     if has_script and (before.script, before.args) != (now.script, now.args):

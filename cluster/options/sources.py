@@ -44,7 +44,7 @@ def _read(file: Path, options: Mapping[str, click.Parameter]) -> dict[str, Any]:
         try:
             options[key].type.convert(value, options[key], None)
         except click.BadParameter as error:
-            raise UsageError(f"{where}: {key} = {value!r} cannot be: {error.message}") from None
+            raise UsageError(f"{where}: {key} = {value!r} is refused: {error.message}") from None
     return {**others, **settings, **launch}
 
 

@@ -97,7 +97,7 @@ class Child:
         if reason is not None:
             return f"failed: {reason.rstrip('.')}"
         last = last_line(self.log)
-        return f"failed with exit code {self.code}" + (f": {last}" if last else " and no word")
+        return f"failed with exit code {self.code}" + (f": {last}" if last else " and no output")
 
 
 class Processes:

@@ -60,7 +60,7 @@ def _rounds(progress: Progress) -> list[str]:
     if progress.total is None and not progress.rounds:
         there = len(progress.processes)
         doing = "at work" if any(row.state == "computing" for row in progress.processes) else "starting"
-        return [f"{doing}, {there} {'process has' if there == 1 else 'processes have'} joined"]
+        return [f"{doing}, {there} {'process' if there == 1 else 'processes'} connected"]
     rounds = f"{what} {progress.rounds:,}" + (f"/{progress.total:,}" if progress.total is not None else "")
     epochs = [f"epoch {min(progress.epoch, progress.epochs)}/{progress.epochs}"] if progress.epoch and progress.epochs else []
     return [rounds, *epochs]

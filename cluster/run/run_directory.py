@@ -119,7 +119,7 @@ def _make_room(folder: Path, overwrite: bool) -> None:
     if not _contents(folder):
         return
     if not is_run(folder):
-        raise UsageError(f"{folder} is not empty and holds no run: give an empty or new folder as --run-dir.")
+        raise UsageError(f"{folder} is not empty and is not a run directory: choose an empty or new folder as --run-dir.")
     if not overwrite and (found := kept(folder)):
         raise UsageError(f"{folder} holds {found} --overwrite to replace it, or another --run-dir or --name.")
     _remove(folder, _FILES)

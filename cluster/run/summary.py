@@ -28,7 +28,7 @@ def results_line(summary: Mapping[str, Any]) -> str:
     if summary.get("merges") is not None:
         rounds += f" in {count(summary['merges'], 'merge')}"
     before = summary.get("samples_before_resume", 0)
-    since = f", {summary['samples'] - before} of them since it went on," if before else ""
+    since = f", {summary['samples'] - before} of them since it was resumed," if before else ""
     amounts = f"{rounds}, {summary['samples']} samples{since} in {summary['seconds']:.1f} s"
     if summary.get("samples_per_second") is not None:
         amounts += f" ({summary['samples_per_second']:.0f} samples/s)"
@@ -38,14 +38,14 @@ def results_line(summary: Mapping[str, Any]) -> str:
 def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     """Return the end of a run in a few lines: the results, and where they are."""
     lines = [f"done: {results_line(summary)}"]
-    extra = {"micro_batches_recomputed": "computed twice", "dropped": "dropped"}
+    extra = {"micro_batches_recomputed": "redone", "dropped": "dropped"}
     told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]
     if told:
         lines.append(", ".join(told))
     if failed := summary.get("workers_failed"):
         lines.append(f"went on without {some(failed)}")
     for name, round_ in summary.get("left_early", {}).items():
-        lines.append(f"{name} left after round {round_}, as its script ended; others did what it had not done")
+        lines.append(f"{name} left after round {round_}, as its script ended; other workers did the rest of its work")
     for name, why in summary.get("failed_after_the_last_round", {}).items():
         lines.append(f"{name} failed after the last round, which changes nothing of the model: {why}")
     if summary.get("weights_sha256"):

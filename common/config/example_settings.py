@@ -33,20 +33,20 @@ class ExampleSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     model: Annotated[ModelName, doc("The network.")] = "lenet"
     parallel: Annotated[
         Literal["data", "hybrid"],
-        doc("Hybrid has the fully connected layers on the servers, which compute them."),
+        doc("data: whole model on each worker. hybrid: fully connected layers run on the servers."),
     ] = "data"
     data: Annotated[DataName, doc("The images.")] = "mnist-5k"
-    data_dir: Annotated[Text | None, doc("Folder that holds the images, where --data needs one.")] = None
+    data_dir: Annotated[Text | None, doc("Folder that holds the images, if --data reads files.")] = None
     init: Annotated[Text | None, doc("File with weights to start from, safetensors or a state_dict of torch.save.")] = None
-    image: Annotated[Name | None, doc("Size of the images, where --data is synthetic or folder: 3x224x224, say.")] = None
-    classes: Annotated[Positive | None, doc("Number of classes, where --data is synthetic.")] = None
+    image: Annotated[Name | None, doc("Size of the images of --data synthetic or folder, e.g. 3x224x224.")] = None
+    classes: Annotated[Positive | None, doc("Number of classes of --data synthetic.")] = None
     column_devices: Annotated[
-        Name | None, doc("Devices of both columns of alexnet-2012 or alexnet-text, such as cuda:0,cuda:1.")
+        Name | None, doc("Two devices for the columns of alexnet-2012 or alexnet-text, e.g. cuda:0,cuda:1.")
     ] = None
     loss: Annotated[Literal["cross-entropy", "mse"], doc("The loss; mse is against one-hot targets.")] = "cross-entropy"
     optimizer: Annotated[OptimizerName, doc("A class of torch.optim.")] = "SGD"
     lr: Annotated[PositiveFloat, doc("Learning rate.")] = 0.02
-    momentum: Annotated[float, Meta(ge=0, lt=1), doc("Momentum, where the optimizer has one.")] = 0.9
+    momentum: Annotated[float, Meta(ge=0, lt=1), doc("Momentum, if the optimizer has one.")] = 0.9
     weight_decay: Annotated[float, Meta(ge=0), doc("Weight decay.")] = 0.0
     clip_norm: Annotated[PositiveFloat | None, doc("Clip the gradient to this global norm.")] = None
     schedule: Annotated[ScheduleName, doc("Learning-rate schedule.")] = "CosineAnnealingLR"

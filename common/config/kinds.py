@@ -25,4 +25,4 @@ def check_finite(settings: msgspec.Struct) -> None:
     for key in settings.__struct_fields__:
         value = getattr(settings, key)
         if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{key} is {value}: it must be a number that is not infinite.")
+            raise UsageError(f"{key} must be a finite number (got {value}).")

@@ -150,8 +150,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         check_finite(self)
         if self.micro_batch > self.global_batch:
             raise UsageError(
-                f"micro_batch is {self.micro_batch} but global_batch is only {self.global_batch}: "
-                "a micro-batch is a part of the global batch, so make it no larger."
+                f"micro_batch ({self.micro_batch}) must not exceed global_batch ({self.global_batch}): a micro-batch is a "
+                "part of the global batch."
             )
         micro_batches = -(-self.global_batch // self.micro_batch)
         if self.policy == "backup" and self.backup_micro_batches >= micro_batches:
@@ -224,33 +224,37 @@ def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
         try:
             msgspec.convert(value, FIELDS[key].type)
         except msgspec.ValidationError as error:
-            raise refused(key, value, where, _one_of(key, value) or in_words(error)) from None
+            why, hint = _one_of(key, value) if choices(key) else (in_words(error), "")
+            raise refused(key, value, where, why, hint) from None
     return values
 
 
-def refused(key: str, value: Any, where: str, why: str) -> UsageError:
-    """Return the error for a value that a setting cannot have. A flag is named as it is typed."""
+def refused(key: str, value: Any, where: str, why: str, hint: str = "") -> UsageError:
+    """Return the error for a value that a setting cannot have. A flag is named as it is typed.
+
+    `why` begins with 'must be'. `hint` is a question.
+    """
+    end = f"; {hint}" if hint else "."
     if where == COMMAND_LINE:
-        return UsageError(f"--{key.replace('_', '-')} {value} cannot be: {why}")
-    return UsageError(f"{where}: {key} = {value!r} cannot be: {why}")
+        return UsageError(f"--{key.replace('_', '-')} {why} (got {value}){end}")
+    return UsageError(f"{where}: {key} {why} (got {value!r}){end}")
 
 
 def in_words(error: msgspec.ValidationError) -> str:
-    """Return a sentence on what was expected."""
+    """Return 'must be' and what was expected."""
     found = re.match(r"Expected `(\w+)[^`]*`(?: (>=|>|<=|<) (\S+))?", str(error))
     if found is None:
-        return f"{error}."
+        return f"must be another value: {error}"
     kind = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}.get(found[1], found[1])
     bound = {">=": "of at least", ">": "above", "<=": "of at most", "<": "below"}.get(found[2] or "", "")
-    return f"it must be {kind}" + (f" {bound} {found[3].removesuffix('.0')}." if bound else ".")
+    return f"must be {kind}" + (f" {bound} {found[3].removesuffix('.0')}" if bound else "")
 
 
-def _one_of(key: str, value: Any) -> str:
-    """Return a sentence on the words that a setting may have, if these are a fixed list; else ''."""
-    if not (words := choices(key)):
-        return ""
+def _one_of(key: str, value: Any) -> tuple[str, str]:
+    """Return 'must be one of' and the words of a setting that has a fixed list, and a question with the nearest one, or ''."""
+    words = choices(key)
     near = difflib.get_close_matches(str(value), words, n=1)
-    return f"it must be one of {', '.join(words)}" + (f"; did you mean '{near[0]}'?" if near else ".")
+    return f"must be one of {', '.join(words)}", f"did you mean '{near[0]}'?" if near else ""
 
 
 def choices(key: str) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ def find_device(name: str, setting: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # torch's own words are many, and about how it was built
+    except (RuntimeError, AssertionError):  # torch's own text is long, and about how torch was built
         count = torch.cuda.device_count()
         raise UsageError(
-            f"{setting} has '{name}', which torch does not find here; it finds the CPU and {count} of CUDA."
+            f"{setting}: device '{name}' is not available here; torch finds the CPU and {count} CUDA device(s)."
         ) from None
     return device

@@ -47,7 +47,7 @@ class Watchdog:
         while not self._stopped.wait(every):
             faulthandler.dump_traceback_later(2 * self._seconds, exit=False, file=sys.__stderr__ or sys.stderr)
             if self.look(monotonic()):
-                log.warning("no progress for %.0f s; this process waits for %s. Its threads:", self._seconds, self._waits_for())
+                log.warning("no progress for %.0f s, waiting for %s. Stack traces:", self._seconds, self._waits_for())
                 faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         faulthandler.cancel_dump_traceback_later()
 

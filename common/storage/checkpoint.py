@@ -121,8 +121,8 @@ def read(folder: Path) -> Checkpoint:
         written = msgspec.json.decode(data, type=_Format)
         if written.format != FORMAT:
             raise _OtherFormat(
-                f"the checkpoint {folder} has format {written.format}, of {written.versions}, and here is {versions_here()}, "
-                f"which reads format {FORMAT}: go on with the other version, or begin a new run."
+                f"the checkpoint {folder} was made by {written.versions} in format {written.format}, and this is "
+                f"{versions_here()}, which reads format {FORMAT}: use the other version, or start a new run."
             )
         manifest = msgspec.json.decode(data, type=Manifest)
     except FileNotFoundError:
@@ -142,9 +142,9 @@ def check_versions(checkpoint: Checkpoint, accepted: bool) -> str:
     was, here = checkpoint.manifest.versions, versions_here()
     if was == here:
         return ""
-    text = f"the checkpoint {checkpoint.folder} is of {was}, and here is {here}, so the same bits cannot be promised"
+    text = f"the checkpoint {checkpoint.folder} was made by {was}, and this is {here}; results may differ in the last bits"
     if not accepted:
-        raise UsageError(f"{text}: go on with the other version, or give --allow-version-mismatch.")
+        raise UsageError(f"{text}. Use the other version, or give --allow-version-mismatch.")
     return f"{text}."
 
 

@@ -38,5 +38,5 @@ def find_run(name: str) -> Path:
         if folder.is_dir() and is_run(folder):
             return folder
     there = sorted(path.name for path in RUNS.glob("*") if is_run(path))
-    known = f"{RUNS}/ has {', '.join(there)}" if there else f"there are none in {RUNS}/ either"
-    raise UsageError(f"there is no run {name}: give a run directory, or the name of one under {RUNS}/; {known}.")
+    known = f"{RUNS}/ has {', '.join(there)}" if there else f"{RUNS}/ has none"
+    raise UsageError(f"run '{name}' not found: give a run directory, or the name of one under {RUNS}/; {known}.")

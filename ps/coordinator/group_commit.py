@@ -89,7 +89,7 @@ class GroupCommit:
             self.unwritten_since = self.unwritten_since or now
             if now >= self._alarmed_at + ALARM_S:
                 self._alarmed_at = now
-                text = f"the event log cannot be written ({error}): is the disk full? Training goes on, and nobody sees how far."
+                text = f"the event log cannot be written ({error}). Is the disk full? Training continues; progress is not shown."
                 disk_alarm.raise_alarm(text)
                 log.error(text)
             return []

@@ -239,7 +239,7 @@ class ShardHost:
         for replicated in head.replicated_rounds:
             shard.book(replicated)
         self.restoring, self.reports.may_repeat = False, True
-        log.info("has the copy of its shard, as of round %d", head.round)
+        log.info("restored from its backup at round %d", head.round)
 
     # ---- what is saved
 

@@ -122,8 +122,8 @@ class CheckpointWriter:
             self._result = CheckpointStatus(capture.round, "written", digest, size)
         except FileNotFoundError:
             reason = (
-                f"server-{self._server} does not reach the run directory {self._run_dir} of the coordinator: have the folder "
-                "on every host of a server, under the same path."
+                f"server-{self._server} cannot see {self._run_dir}. Checkpoints need a folder that all hosts of servers share, "
+                "at the same path."
             )
             self._result = CheckpointStatus(capture.round, "failed", reason=reason)
         except (OSError, UsageError) as error:

@@ -93,7 +93,7 @@ class ShardModel:
         self.parts = parts_on(layout, index)
         self.buffers = WeightBuffers(layout.on(index), buffers, shared=settings.transport == "auto")
         if self.buffers.refused:
-            log.warning("%s Workers get their weights through sockets.", self.buffers.refused)
+            log.warning("%s Workers get their weights over TCP.", self.buffers.refused)
         self.frozen = FrozenChunks(self.dense, self.buffers, {chunk.id for chunk in self.chunks.values() if chunk.frozen})
         #: (table, page) whose first rows workers send.
         self._pages = self._awaited_pages()

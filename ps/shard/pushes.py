@@ -53,7 +53,7 @@ class PushValidator:
             try:
                 self._regions[sender] = attach(offer.gradients)
             except NotShared as error:
-                log.info("%s sends its gradients: %s", sender, error)
+                log.info("%s sends its gradients over TCP: %s", sender, error)
         return sender in self._regions
 
     def forget(self, worker: str) -> None:

@@ -24,7 +24,7 @@ def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
             "FILE.py:FACTORY",
             "What makes the model of a run of your own script: a class or function; FILE.py is imported.",
         ),
-        ("--data-dir", "DIR", "Folder that holds the images, where --data needs one."),
+        ("--data-dir", "DIR", "Folder that holds the images, if --data reads files."),
         ("--data", "NAME", "The images, as in `local`; by default those that the run was trained on."),
     ):
         command = click.option(flag, metavar=metavar, help=text)(command)
@@ -36,13 +36,13 @@ def _looks_at_a_run(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--image", metavar="CxHxW", help="The size of an image; by default 3x224x224 for alexnets and 1x28x28 for others.")
 @click.option("--classes", type=click.IntRange(min=1), metavar="N", help="By default 1000 for alexnets and 10 for others.")
 @click.option("--data", metavar="NAME", help="Take both from these images, as for --data of local.")
-@click.option("--data-dir", metavar="DIR", help="Folder that holds them, where --data needs one.")
+@click.option("--data-dir", metavar="DIR", help="Folder that holds them, if --data reads files.")
 def inspect(model: str, image: str | None, classes: int | None, data: str | None, data_dir: str | None) -> None:
     """Show what a network costs, layer by layer.
 
     MODEL is the name of a built-in network, or FILE.py:FACTORY, which is called without arguments and returns a torch.nn.Module.
-    The table has each layer's output, parameters and multiply-adds. It also has the weights that the layer has, would have if
-    they were not shared, and would have if it were fully connected.
+    The table has a line per layer: output shape, parameters, multiply-adds, and the weights that the layer has, would need
+    unshared, and would need if it were fully connected.
     """
     from rich.console import Console
 

@@ -92,7 +92,7 @@ def merge(models: tuple[Path, ...], out: Path, how: str, weights: str | None, ov
     try:
         numbers = [float(weight) for weight in weights.split(",")] if weights is not None else None
     except ValueError:
-        raise UsageError(f"--weights {weights} cannot be: give comma-separated numbers, e.g. 1,2,0.5.") from None
+        raise UsageError(f"--weights must be comma-separated numbers, e.g. 1,2,0.5 (got {weights}).") from None
     merged = merge_files(models, out, how, numbers, overwrite)
     for warning in merged.warnings:
         click.echo(f"warning: {warning}", err=True)

@@ -279,7 +279,7 @@ def scale(run: str, workers: int) -> None:
     from roundtable.cluster.launch.scale import scale as ask
 
     folder = ask(run, workers)
-    click.echo(f"{folder}: {workers} {'worker' if workers == 1 else 'workers'} from now on.")
+    click.echo(f"{folder}: scaled to {workers} {'worker' if workers == 1 else 'workers'}.")
 
 
 def _going_on(

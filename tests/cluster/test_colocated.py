@@ -153,8 +153,7 @@ def test_where_there_are_more_such_workers_than_servers_wanted_the_last_one_is_t
         time.sleep(0.05)
     code, lines = min((worker for worker in workers), key=lambda worker: worker.popen.poll() is None).end()
     assert code == 2 and re.fullmatch(
-        r"error: the server beside this worker failed: run \w+ has all of its 1 servers already; the coordinator's --servers "
-        r"says how many\.",
+        r"error: the server beside this worker failed: run \w+ already has its 1 servers \(--servers 1 of the coordinator\)\.",
         lines[-1],
     )
 

@@ -122,7 +122,7 @@ def test_a_case_that_has_not_finished_goes_on_and_is_deleted_only_if_told_to() -
     log.round(RoundRow(0, 0, 8, 2, 0, {}))
     log.close()
     lines, error = run(one.replace("workers = 1", "workers = 1\nlr = 0.5"))
-    assert "1 of 1 runs failed" in error and any("has lr = 0.02 and cannot be resumed with 0.5" in line for line in lines)
+    assert "1 of 1 runs failed" in error and any("--lr cannot change on resume (0.02 -> 0.5" in line for line in lines)
     assert kept(folder).startswith("an unfinished run, after 1 rounds")
     lines, _ = run(one)
     assert any("starts the run in runs/experiments/e/seed-0 again: it had come to round 1" in line for line in lines)
@@ -146,22 +146,22 @@ def test_a_folder_of_other_things_is_not_touched() -> None:
     [
         ("", "there is nothing to run"),
         ("[matrix]", "[matrix] is empty"),
-        ("[matrix]\nworkers = 2", "it must be a list"),
-        ("[matrix]\nworkers = []", "it must be a list"),
+        ("[matrix]\nworkers = 2", "must be a list"),
+        ("[matrix]\nworkers = []", "must be a list"),
         ("[matrix]\nworkers = ['2']", "workers = '2' cannot be"),
         ("[matrix]\nworkrs = [2]", "did you mean 'workers'?"),
         ("[matrix]\nworkers = [2, 2]", "two runs are called 'workers-2'"),
         ("[matrix]\nglobal-batch = [64]\nglobal_batch = [32]", "are one setting"),
-        ("[matrix]\nmicro_batch = [16, 128]", "micro_batch-128: micro_batch is 128 but global_batch is only 64"),
-        ("[matrix]\ninit = ['']", "cannot be: it is to be a folder's name"),
+        ("[matrix]\nmicro_batch = [16, 128]", "micro_batch-128: micro_batch (128) must not exceed global_batch (64)"),
+        ("[matrix]\ninit = ['']", "must be a folder's name"),
         ("[matirx]\nworkers = [2]", "did you mean 'matrix'?"),
         ("settings = 3\n[matrix]\nworkers = [2]", "[settings] must be a table"),
         ("[settings]\nworkrs = 3\n[matrix]\nlr = [1.0]", "[settings]: there is no setting 'workrs'"),
         ("[[case]]\nlr = 1.0", "case 1 has no name"),
-        ("[[case]]\nname = '../x'", "cannot be: it is to be a folder's name"),
+        ("[[case]]\nname = '../x'", "must be a folder's name"),
         ("[case]\nname = 'x'", "under [[case]]"),
         ("[[case]]\nname = 'x'\nlr = 1.0\n[matrix]\nlr = [1.0]", "case 1 sets lr, which the [matrix] varies"),
-        ("name = 'a/b'\n[matrix]\nlr = [1.0]", "cannot be: it is to be a folder's name"),
+        ("name = 'a/b'\n[matrix]\nlr = [1.0]", "must be a folder's name"),
         ("script = 'no.py'\n[matrix]\nlr = [1.0]", "there is no script no.py"),
         ("args = ['x']\n[matrix]\nlr = [1.0]", "there is no script"),
         ("[matrix\n", "is not valid TOML"),

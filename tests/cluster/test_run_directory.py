@@ -85,7 +85,7 @@ def test_files_that_are_no_runs_are_never_touched() -> None:
     Path("r").mkdir()
     Path("r/thesis.tex").touch()
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="is not empty and holds no run"), claim(Path("r"), "x", overwrite):
+        with pytest.raises(UsageError, match="is not empty and is not a run directory"), claim(Path("r"), "x", overwrite):
             pass
     make_run(Path("q"), finished=True)
     Path("q/notes.txt").touch()

@@ -100,14 +100,14 @@ def test_a_worker_killed_with_9_is_started_again_as_often_as_is_allowed_and_then
     code, lines = run.end()
     told = [line for line in lines if "restart" in line]
     assert told[0] == "worker-1 was killed by signal 9 (SIGKILL); restarting in 0.05 s (restart 1 of 1)."
-    assert "worker-1 was killed by signal 9 (SIGKILL); --max-restarts allows no more restarts." in told
+    assert "worker-1 was killed by signal 9 (SIGKILL); restart limit reached (--max-restarts 1)." in told
     assert code == 1
     assert lines[-1].startswith("error: no worker is left, and none can be restarted: worker-0 was killed by signal 9 (SIGKILL)")
     run.leaves_nothing(set())
 
 
 def test_who_wants_more_or_fewer_workers_than_a_run_can_have_is_told_why(stub: Stub, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no run"):
+    with pytest.raises(UsageError, match="not found: give a run directory"):
         scale(str(tmp_path / "run"), 2)
     run = stub()
     run.ready(ALL)
@@ -124,8 +124,8 @@ def test_who_wants_more_or_fewer_workers_than_a_run_can_have_is_told_why(stub: S
     os.kill(run.popen.pid, signal.SIGTERM)
     code, lines = run.end()
     assert code == 143
-    assert "3 workers from now on; worker-2 started." in lines
-    assert "1 worker from now on; worker-1 and worker-2 told to leave." in lines
+    assert "scaled to 3 workers; worker-2 started." in lines
+    assert "scaled to 1 worker; worker-1 and worker-2 told to leave." in lines
     run.leaves_nothing(set())
 
 
@@ -195,7 +195,7 @@ def test_a_run_goes_on_without_its_guard_and_its_fork_server_and_ends_well(stub:
 @pytest.mark.parametrize(
     ("action", "sentence"),
     [
-        ("exit 3", "worker-1 failed with exit code 3 and no word"),
+        ("exit 3", "worker-1 failed with exit code 3 and no output"),
         ("fail ValueError: no (train.py line 7)", "worker-1 failed: ValueError: no (train.py line 7)"),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_server_that_hangs_is_killed_by_who_has_started_it_and_nobody_else_is(
     assert {pids["worker-0"], pids["worker-1"]} <= run.members()
     os.kill(run.popen.pid, signal.SIGTERM)
     _, lines = run.end()
-    assert lines.count("server-0 hangs, and is killed.") == 1
+    assert lines.count("server-0 does not respond; killing it.") == 1
 
 
 def test_a_worker_that_the_coordinator_goes_on_without_does_not_end_the_run(stub: Stub, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_finished_run_is_left_alone_until_it_is_to_be_replaced_or_to_go_on_for
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"lr": 0.5}, "has lr = 0.02 and cannot be resumed with 0.5"),
+        ({"lr": 0.5}, r"--lr cannot change on resume \(0\.02 -> 0\.5"),
         ({"rounds": 20}, "has done 27 rounds, and --rounds 20 is fewer"),
         ({"epochs": 2}, "has done 2.7 epochs, and --epochs 2 is fewer"),
     ],

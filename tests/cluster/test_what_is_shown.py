@@ -61,7 +61,7 @@ def test_a_line_of_progress_has_rounds_time_speed_loss_accuracy_and_who_waits_fo
     waits = "worker-0 and worker-1 wait for worker-2, worker-3 and 1 more"
     numbers = "123 samples/s, elapsed 1:02, left 0:09, loss 0.9877, accuracy 50.0%"
     assert line(PROGRESS, 62.0) == f"round 4/10, epoch 1/2, {numbers}; {waits}"
-    assert line(Progress(processes=ROWS)).startswith("starting, 4 processes have joined")
+    assert line(Progress(processes=ROWS)).startswith("starting, 4 processes connected")
 
 
 def test_a_picture_of_few_workers_has_a_line_for_each_and_their_speeds_add_up() -> None:
@@ -113,7 +113,7 @@ def test_an_alarm_that_the_log_cannot_tell_is_shown_for_as_long_as_it_lasts(
                 now[0] += 0.5
                 screen.update()
             assert [str(part) for part in picture(screen.progress).renderables][1:] == [f"warning: {text}"] * bool(text)
-    starting, told = "starting, 0 processes have joined, elapsed 0:", "warning: the disk is full."
+    starting, told = "starting, 0 processes connected, elapsed 0:", "warning: the disk is full."
     assert out.getvalue().splitlines() == [
         f"{starting}05", told, f"{starting}10; {told}", f"{starting}15; {told}", f"{starting}20",
     ]  # fmt: skip
@@ -169,7 +169,7 @@ def test_where_there_is_no_terminal_a_line_comes_every_few_seconds_without_contr
             now[0] += 0.25
             screen.update()
     lines = out.getvalue().splitlines()
-    assert 4 <= len(lines) <= 5 and all(one.startswith("starting, 0 processes have joined, elapsed 0:") for one in lines)
+    assert 4 <= len(lines) <= 5 and all(one.startswith("starting, 0 processes connected, elapsed 0:") for one in lines)
 
 
 def test_plain_lines_become_fewer_after_a_minute_and_quiet_and_off_show_none(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_summary_tells_what_its_numbers_are_of() -> None:
 def test_a_run_that_trains_nothing_is_told_as_that() -> None:
     assert results_line({"rounds": 0, "samples": 0, "seconds": 0.0, "weights_sha256": None}) == "no model was trained"
     rows = [StatusRow("server-0", "waiting", -1, ""), StatusRow("worker-0", "computing", -1, "")]
-    assert line(Progress(processes=rows)) == "at work, 2 processes have joined"
+    assert line(Progress(processes=rows)) == "at work, 2 processes connected"
 
 
 def test_time_left_speeds_and_the_epoch_are_read_from_the_log(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_all_that_a_script_has_printed_is_shown_in_the_end(tmp_path: Path) -> No
 def test_what_worker_0_prints_is_shown_without_our_own_log_and_tracebacks(tmp_path: Path) -> None:
     (tmp_path / "worker-0.log").write_text("of an earlier run\n")
     one, all_ = ScriptOutput(tmp_path), ScriptOutput(tmp_path, everybody=True)
-    ours = "2026-11-30 06:57:52,001 INFO roundtable.worker.run: memory is shared with server-0\n"
+    ours = "2026-11-30 06:57:52,001 INFO roundtable.worker.run: using shared memory with server-0\n"
     error = "Traceback (most recent call last):\n  File x\nValueError: no\nerror: ValueError: no\n"
     with (tmp_path / "worker-0.log").open("a") as log:
         log.write(f"{ours}accuracy 98%\n 1%|#\r 2%|##\n{error}not the end")
@@ -296,7 +296,7 @@ def child(folder: Path, name: str, code: int, log: str, ended_at: float = 0.0) -
         (-11, "", "worker-0 was killed by signal 11 (SIGSEGV)"),
         (1, "Traceback\nerror: ValueError: no.\nbye\n", "worker-0 failed: ValueError: no"),
         (2, "usage\n\n", "worker-0 failed with exit code 2: usage"),
-        (3, "", "worker-0 failed with exit code 3 and no word"),
+        (3, "", "worker-0 failed with exit code 3 and no output"),
     ],
 )
 def test_the_end_of_a_child_is_one_sentence(tmp_path: Path, code: int, log: str, sentence: str) -> None:
@@ -328,4 +328,4 @@ def test_the_failure_that_brought_about_the_others_is_told(tmp_path: Path) -> No
 
 def test_a_summary_tells_how_many_samples_its_seconds_are_for_after_a_resume() -> None:
     summary = {"rounds": 9, "samples": 320, "seconds": 2.0, "weights_sha256": "ab", "samples_before_resume": 200}
-    assert results_line(summary) == "9 rounds, 320 samples, 120 of them since it went on, in 2.0 s"
+    assert results_line(summary) == "9 rounds, 320 samples, 120 of them since it was resumed, in 2.0 s"

@@ -68,9 +68,9 @@ def test_one_of_another_format_is_refused_and_not_passed_over_for_an_older_one(t
     make(tmp_path, 5)
     newer = make(tmp_path, 6) / checkpoint.MANIFEST_FILE
     newer.write_text(json.dumps({"format": 2, "versions": {"program": "9.9", "torch": "3.0"}, "unlike": "the first"}))
-    here = f"here is {versions_here()}, which reads format 1:"
+    here = f"this is {versions_here()}, which reads format 1:"
     for find in (lambda: checkpoint.read(newer.parent), lambda: checkpoint.newest(tmp_path)):
-        with pytest.raises(UsageError, match=f"format 2, of roundtable 9.9 with torch 3.0, and {re.escape(here)}"):
+        with pytest.raises(UsageError, match=f"made by roundtable 9.9 with torch 3.0 in format 2, and {re.escape(here)}"):
             find()
 
 
@@ -85,7 +85,7 @@ def test_one_of_another_version_is_refused_unless_that_is_accepted(tmp_path: Pat
         values["versions"] = {"program": was.program, "torch": was.torch}
     path.write_text(json.dumps(values))
     found = checkpoint.read(path.parent)
-    sentence = re.escape(f"is of {was or 'roundtable unknown with torch unknown'}, and here is {versions_here()},")
+    sentence = re.escape(f"was made by {was or 'roundtable unknown with torch unknown'}, and this is {versions_here()};")
     with pytest.raises(UsageError, match=f"{sentence}.*--allow-version-mismatch"):
         checkpoint.check_versions(found, accepted=False)
     assert re.search(sentence, checkpoint.check_versions(found, accepted=True))

@@ -26,5 +26,5 @@ def test_the_log_says_what_is_waited_for_and_where_every_thread_is() -> None:
         "dog = Watchdog(0.4, lambda: 1, lambda: 'the weights of round 3 from server-1'); stuck(); dog.stop()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stderr.count("waits for the weights of round 3 from server-1") == 1
+    assert done.stderr.count("waiting for the weights of round 3 from server-1") == 1
     assert "in stuck" in done.stderr and done.stderr.count("in stuck") == 1

@@ -65,7 +65,7 @@ def test_the_last_checkpoint_has_the_last_weights_and_an_earlier_one_others(run:
 
 def test_a_run_is_found_by_its_folder_and_by_its_name(users_run: Path) -> None:
     assert find_run("mine") == find_run("runs/mine") == users_run
-    with pytest.raises(UsageError, match=r"no run yours.* mine"):
+    with pytest.raises(UsageError, match=r"run 'yours' not found.* mine"):
         find_run("yours")
 
 

@@ -51,9 +51,9 @@ def test_it_holds_the_state_and_what_is_not_tensors(folder: Path, tmp_path: Path
 def test_a_folder_that_is_not_the_coordinator_s_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (folder / checkpoint.TOKEN_FILE).write_text("another")
     saved = written(tmp_path)
-    assert saved.state == "failed" and "server-1 does not reach the run directory" in saved.reason
+    assert saved.state == "failed" and "server-1 cannot see " in saved.reason
     assert not (folder / checkpoint.file_of(1)).exists()
-    assert "does not reach" in written(tmp_path / "elsewhere").reason
+    assert "cannot see" in written(tmp_path / "elsewhere").reason
 
 
 def test_a_full_disk_is_told_and_raises_nothing(folder: Path, tmp_path: Path) -> None:

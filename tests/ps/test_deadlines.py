@@ -42,8 +42,8 @@ def test_where_nothing_moves_it_is_told_who_is_waited_for_and_which_micro_batche
         with pytest.raises(ClusterError) as caught:
             coordinator.deadline.tick(began + 5.1)
         assert str(caught.value) == (
-            "nothing has moved for 5 s: round 0 waits for worker-1; server-0 lacks micro-batches 1, 3 and 2 more of round 4; "
-            "server-1 lacks micro-batch 2 of round 5."
+            "no progress for 5 s (--progress-timeout): round 0 waits for worker-1; server-0 is missing micro-batches 1, 3 and 2 "
+            "more of round 4; server-1 is missing micro-batch 2 of round 5."
         )
     finally:
         context.destroy(linger=0)
@@ -164,7 +164,7 @@ def test_a_server_that_a_worker_cannot_reach_is_named_with_its_address_and_both_
         run.tell("worker-1", Heartbeat("starting", unreached=[0, 7]))
     assert [record.getMessage() for record in caplog.records].count(text) == 1
     assert run.coordinator.status.whom_all_wait_for() == f"a connection ({text})"
-    with pytest.raises(ClusterError, match=r"^nothing has moved for 5 s: round 0 waits for a connection"):
+    with pytest.raises(ClusterError, match=r"^no progress for 5 s \(--progress-timeout\): round 0 waits for a connection"):
         run.coordinator.deadline.tick(run.coordinator.context.progressed_at + 5.1)
     run.tell("worker-1", Heartbeat("starting"))
     assert run.coordinator.status.whom_all_wait_for() == "worker-0 and worker-1"

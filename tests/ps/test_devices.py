@@ -144,5 +144,5 @@ def test_the_pretence_finds_operands_that_are_apart() -> None:
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:98", ""])
 def test_a_device_that_is_not_here_is_named(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--device has '{name}', which torch does not find here"):
+    with pytest.raises(UsageError, match=f"--device: device '{name}' is not available here"):
         find_device(name, "--device")

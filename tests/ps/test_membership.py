@@ -178,7 +178,7 @@ def test_who_has_ended_and_falls_silent_before_the_run_is_over_is_lost_too() -> 
 def test_a_lost_replica_breaks_the_run() -> None:
     membership = started(2, policy="local")
     go_on(membership, 0, FAR_S + 1, "server-0", "worker-0")
-    assert membership.broken == "worker-1: process 0 on same was silent for 15 s."
+    assert membership.broken == "worker-1: process 0 on same sent no heartbeat for 15 s."
 
 
 def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that_is_silent() -> None:
@@ -188,7 +188,7 @@ def test_a_server_that_is_known_to_be_dead_is_not_waited_for_as_long_as_one_that
     membership.tick(NEAR_S + 0.1, lambda hello: False)
     assert not membership.broken
     membership.tick(NEAR_S + 0.2, lambda hello: True)
-    assert membership.broken == "server-0: process 0 on  is dead."
+    assert membership.broken == "server-0: process 0 on  exited."
 
 
 def test_a_server_that_is_known_to_be_dead_is_replaced_as_soon_as_another_is_there() -> None:
@@ -348,7 +348,7 @@ def test_no_more_workers_take_part_than_some_times_those_that_were_expected() ->
             break
         membership.heartbeat(member.name, Heartbeat("computing", 3, not_started=[1, 2, 3]), 0.0)
     ((_, refused),) = answers
-    assert isinstance(refused, Refused) and "run run has 72 workers, and takes no more where --workers is 2" in refused.reason
+    assert isinstance(refused, Refused) and "run run has 72 workers, the most with --workers 2" in refused.reason
     assert len(membership.names("worker")) == 72
     membership.leave("worker-5", early=True)
     assert membership.members["worker-5"].heartbeat == Heartbeat(round=3)  # of one that is gone no more is kept than is needed
@@ -388,7 +388,7 @@ def test_a_server_whose_place_is_free_is_awaited_by_name_and_host() -> None:
     membership = started(2, replicas=0)
     assert membership.awaited() == ""
     membership.servers["server-0"].lost = True
-    assert membership.awaited() == "another process in the place of server-0, which was on "
+    assert membership.awaited() == "a replacement of server-0, which was on "
 
 
 def test_a_process_that_was_taken_for_dead_a_thousand_times_is_watched_no_longer_than_any() -> None:

@@ -116,8 +116,8 @@ def test_other_arithmetic_is_told_of_once_a_kind_also_of_who_joins_late(coordina
     coordinator.context.flush()
     warned = [event.data["text"] for _, _, event in RunLogReader(tmp_path / FILE_NAME).events() if event.kind == "warning"]
     assert warned == [
-        f"worker-{number} on host-{number} has cpu {cpu} where worker-0 on host-0 has AVX2: the result is valid, but its bits "
-        "depend on who computes what."
+        f"worker-{number} on host-{number} has cpu {cpu} where worker-0 on host-0 has AVX2: training is correct but not "
+        "bit-reproducible."
         for number, cpu in ((2, "DEFAULT"), (5, "AVX512"))
     ]
 

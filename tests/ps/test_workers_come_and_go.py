@@ -118,7 +118,9 @@ def test_a_script_that_breaks_off_has_left_and_others_do_the_rest(policy: str, w
     outcome = simulate(case(policy, [Pace(0.1, breaks_s=1.0 if n == who else float("inf")) for n in range(2)]))
     (left,) = [event.data for event in outcome.log.events if event.kind == "left" and event.process == f"worker-{who}"]
     (warning,) = [event.data["text"] for event in outcome.log.events if event.kind == "warning"]
-    assert warning.startswith(f"worker-{who} left after round {left['round']} of 12, as its script ended; others")
+    assert warning.startswith(
+        f"worker-{who} left after round {left['round']} of 12, as its script ended; its work was reassigned"
+    )
     assert all(host.lost == {f"worker-{who}"} for host in outcome.hosts)
     assert outcome.world.coordinator.summary.made()["left_early"] == {f"worker-{who}": left["round"]}
     check(outcome)
@@ -126,7 +128,7 @@ def test_a_script_that_breaks_off_has_left_and_others_do_the_rest(policy: str, w
 
 def test_where_all_scripts_break_off_the_run_ends_with_a_checkpoint_of_what_is_done(tmp_path: Path) -> None:
     paces = [Pace(0.1, breaks_s=1.0), Pace(0.1, breaks_s=1.2)]
-    with pytest.raises(ClusterError, match=r"^all workers have left after \d+ of 9 rounds: a script must go on"):
+    with pytest.raises(ClusterError, match=r"^all scripts left the training loop after \d+ of 9 rounds"):
         simulate(short(paces, folder=tmp_path))
     with closing(RunLogReader(tmp_path / FILE_NAME)) as reader:
         assert newest(tmp_path)[0].manifest.round == len(reader.rounds())  # type: ignore[union-attr]
@@ -164,7 +166,7 @@ def test_who_does_not_get_the_last_weights_is_given_up_and_the_run_ends() -> Non
     deaf = short([Pace(0.1), Pace(0.1, deaf_s=(1.0, never), hangs_s=never)])
     outcome = simulate(replace(deaf, settings=msgspec.structs.replace(deaf.settings, progress_timeout=5.0)))
     lost = [event.data["why"] for event in outcome.log.events if event.kind == "lost"]
-    assert lost == ["it has not got the last weights for 5 s."]
+    assert lost == ["it has not received the last weights within 5 s."]
     check(outcome)
 
 

@@ -67,7 +67,7 @@ def test_a_run_ends_though_a_worker_is_stopped_for_good(cluster: Start, undistur
 def test_workers_are_added_and_taken_away_while_a_run_goes_on(cluster: Start, undisturbed: str, tmp_path: Path) -> None:
     run = cluster(*TRAINING)
     run.until(lambda: run.rounds() > 5, "training")
-    assert scale(run, 1) == (0, f"{run.folder}: 1 worker from now on.\n")
+    assert scale(run, 1) == (0, f"{run.folder}: scaled to 1 worker.\n")
     run.until(lambda: names(run, "left") == ["worker-1"], "leaving")
     assert scale(run, 3)[0] == 0
     check_same(run, undisturbed)

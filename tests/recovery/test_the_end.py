@@ -83,7 +83,7 @@ def test_who_evaluates_for_longer_than_the_timeout_is_waited_for_and_the_model_i
     assert not run.events("left")[-1].data.get("failed") and "failed_after_the_last_round" not in summary
 
 
-@pytest.mark.parametrize(("how", "why"), [("raise", "ValueError: the evaluation failed"), ("kill", "is dead")])
+@pytest.mark.parametrize(("how", "why"), [("raise", "ValueError: the evaluation failed"), ("kill", "exited")])
 @pytest.mark.parametrize("policy", ["sync", "local"])
 def test_a_worker_that_fails_after_the_last_round_changes_nothing(cluster: Start, how: str, why: str, policy: str) -> None:
     run = cluster("--epochs", 3, "--policy", policy, "--max-restarts", 0, ENDS, how)
@@ -115,6 +115,6 @@ def test_a_script_that_breaks_off_alone_says_why_the_run_is_not_finished(tmp_pat
             timeout=120, check=False,
         )  # fmt: skip
         assert ended.returncode == code, ended.stderr
-        told = "all workers have left after 2 of 12 rounds: a script must go on until run.batches() ends"
+        told = "all scripts left the training loop after 2 of 12 rounds: let run.batches() finish"
         assert (told in ended.stderr) == (code == 1) and "Traceback" not in ended.stderr
     assert [path.name for path in tmp_path.glob("runs/*/model.safetensors")] == ["model.safetensors"]

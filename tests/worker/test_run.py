@@ -47,14 +47,14 @@ def refusal(of: Run, **arguments: Any) -> str:
 
 def test_batches_come_after_the_optimizer_and_a_micro_batch_is_no_larger_than_the_global_batch() -> None:
     assert "run.optimizer" in refusal(run())
-    assert "micro_batch is 9" in refusal(run(training=object()), micro_batch=9, global_batch=8)
+    assert "micro_batch (9)" in refusal(run(training=object()), micro_batch=9, global_batch=8)
 
 
 def test_a_loop_that_was_left_early_cannot_be_followed_by_another() -> None:
     first = make_segment(before=None, samples=8, global_batch=4, micro_batch=2, epochs=3, round_limit=None)
     known = segments(round_=5)
     known._all.append(first)
-    assert "was left in round 5 of 6" in refusal(run(training=object(), segments=known))
+    assert "stopped at round 5 of 6" in refusal(run(training=object(), segments=known))
 
 
 def test_answers_of_the_key_value_store_show_in_beats_that_something_moves() -> None:

@@ -291,7 +291,7 @@ class IoThread:
         """Connect to servers that are other processes than before."""
         if self.connections.servers and update.servers and update.share_tables[-1].epoch > self.epoch:
             for number in self.connections.connect(update.servers):
-                log.warning("server-%d is another process from now on", number)
+                log.warning("server-%d was replaced; reconnected", number)
                 self.on_replaced(number)
 
     def _heartbeat(self) -> Heartbeat:

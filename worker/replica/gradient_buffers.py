@@ -48,7 +48,7 @@ class GradientBuffers:
             try:
                 self._region = create(GRADIENT_BUFFERS * self._bytes)
             except NotShared as error:
-                log.warning("%s Gradients are sent through sockets.", error)
+                log.warning("%s Gradients are sent over TCP.", error)
 
     def may_lie_apart(self, round_: int) -> bool:
         """Whether one more contribution to a round may be left where it is, not added to others."""

@@ -52,13 +52,13 @@ class Segments:
         """Return the next segment. Raises UsageError if there can be none, as `run.batches` says."""
         if not self.done:
             raise UsageError(
-                f"the last loop over batches() was left in round {self._round()} of {self._all[-1].end}: it must go on to its "
-                "end, which epochs and --rounds set."
+                f"the previous run.batches() loop stopped at round {self._round()} of {self._all[-1].end}: finish it before "
+                "starting another."
             )
         settings = self._context.settings
         micro, whole = micro_batch or settings.micro_batch, global_batch or settings.global_batch
         if micro > whole:
-            raise UsageError(f"micro_batch is {micro} but global_batch is only {whole}: make it no larger.")
+            raise UsageError(f"micro_batch ({micro}) must not exceed global_batch ({whole}).")
         return make_segment(
             before=self._all[-1] if self._all else None,
             samples=dataset_size(dataset),

@@ -46,18 +46,19 @@ class Deadline:
             return
         if not behind:
             raise ClusterError(
-                f"nothing has moved for {patience_s:.0f} s: round {context.ledger.committed} waits for {self._waits_for()}"
+                f"no progress for {patience_s:.0f} s (--progress-timeout): round {context.ledger.committed} waits for "
+                f"{self._waits_for()}"
                 f"{self._missing()}."
             )
         for worker in behind:
-            self._departures.give_up(worker, f"it has not got the last weights for {patience_s:.0f} s.", now, {})
+            self._departures.give_up(worker, f"it has not received the last weights within {patience_s:.0f} s.", now, {})
 
     def _fail_without_workers(self) -> None:
         ledger = self._context.ledger
         if self._checkpoints.scheduler.in_progress is None:
             raise ClusterError(
-                f"all workers have left after {ledger.committed} of {ledger.planned} rounds: "
-                "a script must go on until run.batches() ends; --rounds sets where that is."
+                f"all scripts left the training loop after {ledger.committed} of {ledger.planned} rounds: let run.batches() "
+                "finish, or set --rounds."
             )
 
     def _fail_between_loops(self) -> None:
@@ -81,18 +82,23 @@ class Deadline:
     def _waits_for(self) -> str:
         membership = self._context.membership
         if self._context.journal.unwritten_since is not None:
-            return "the disk, for the event log cannot be written"
+            return "the disk, because the event log cannot be written"
         if self._model.collecting is not None:
             missing = [f"server-{number}" for number in self._model.collecting.missing]
-            return f"{some(missing)}, for a part of the trained model" if missing else "the disk, for the model cannot be written"
+            return (
+                f"{some(missing)}, for a part of the trained model"
+                if missing
+                else "the disk, because the model cannot be written"
+            )
         if membership.awaits_workers:
-            return f"a worker to join, for {some(list(membership.workers))} are gone"
+            return f"a worker to join, because {some(list(membership.workers))} are gone"
         return self._status.whom_all_wait_for() or "every process"
 
     def _missing(self) -> str:
         """Say what each server has not got of its open round, as far as it has said so."""
         lacking = [(server.name, server.heartbeat) for server in self._context.scheduler.servers if server.heartbeat.missing]
         return "".join(
-            f"; {name} lacks micro-batch{'es' * (len(last.missing) > 1)} {some([*map(str, last.missing)])} of round {last.round}"
+            f"; {name} is missing micro-batch{'es' * (len(last.missing) > 1)} {some([*map(str, last.missing)])} "
+            f"of round {last.round}"
             for name, last in lacking
         )

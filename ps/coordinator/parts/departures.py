@@ -61,7 +61,7 @@ class Departures:
             if context.policy.is_local:
                 raise ClusterError(f"{text}, and policy {context.settings.policy} needs all workers up to the last round.")
             context.mail.tell_members(context.membership.leave(worker.name, early=True))
-            context.journal.warn(f"{text}; others do what it has not done.")
+            context.journal.warn(f"{text}; its work was reassigned.")
 
     def behind_the_end(self) -> list[Member]:
         """Return the workers that have not got to the end of the rounds, which others have done."""
@@ -75,7 +75,7 @@ class Departures:
         """Go on without a worker. `data` is for the event log."""
         context = self._context
         if not worker.early:
-            log.warning("%s is given up, and others do what it has not done: %s", worker.name, why)
+            log.warning("dropped %s; its work was reassigned: %s", worker.name, why)
             context.log.event(Event("lost", worker.name, {"why": why, "pid": worker.hello.pid, **data}))
             context.progressed_at = now
         context.mail.tell_members(context.membership.leave(worker.name, early=True))

@@ -37,7 +37,7 @@ class Joining:
     def hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
         """Take in a process that asks to join, or refuse it."""
         if hello.role == "server" and not is_address(hello.address):
-            raise WireError(f"a server wants to join whose address is '{hello.address[:100]}', which is none")
+            raise WireError(f"a server wants to join with '{hello.address[:100]}', which is not an address")
         membership = self._context.membership
         is_known, started = membership.knows(incarnation), membership.started
         member, answers = membership.hello(hello, incarnation, now, self.is_dead)
@@ -91,5 +91,5 @@ class Joining:
             if keys and kind not in self._arithmetic_reported:
                 self._arithmetic_reported.add(kind)
                 has = " and ".join(f"{key} {b.get(key, 'unknown')} where {first.who} has {a.get(key, 'unknown')}" for key in keys)
-                text = f"{member.who} has {has}: the result is valid, but its bits depend on who computes what."
+                text = f"{member.who} has {has}: training is correct but not bit-reproducible."
                 self._context.journal.warn(text)

@@ -50,8 +50,8 @@ class StatusReporter:
             event_log.event(Event("waiting", "coordinator", {"for": missing}))
         if ledger.planned:
             loss = ledger.recent("loss")
-            text = "not logged" if loss is None else f"{loss.value:.4f}"
-            log.info("round %d of %d, loss %s", ledger.committed, ledger.planned, text)
+            text = "no loss logged: call run.log(loss=loss)" if loss is None else f"loss {loss.value:.4f}"
+            log.info("round %d of %d, %s", ledger.committed, ledger.planned, text)
         if (rejected := self.rejected()) != self._reported_rejected:
             self._reported_rejected = rejected
             event_log.event(Event("refused", "coordinator", dict(rejected)))
@@ -74,10 +74,10 @@ class StatusReporter:
             if name in forgotten:
                 context.log.event(Event("forgotten", name, {"why": why}))
                 continue
-            then = "others do what it has not done" if name in membership.workers else "another is to take its place"
+            then = "its work was reassigned" if name in membership.workers else "waiting for its replacement"
             if context.is_over and name in membership.workers:
-                membership.workers[name].failed, then = why, "all rounds are done, and nobody needs it"
-            log.warning("%s is lost: %s; %s", name, why, then)
+                membership.workers[name].failed, then = why, "all rounds are done, so nobody needs it"
+            log.warning("%s died: %s; %s", name, why, then)
             context.log.event(Event("lost", name, {"why": why, "pid": pid}))
             context.progressed_at = now
         membership.newly_lost.clear()
@@ -100,7 +100,7 @@ class StatusReporter:
         if unreached := self._unreached():
             return f"a connection ({unreached})"
         if gone := membership.lost_servers:
-            return f"another process in the place of {some(gone)}"
+            return f"a replacement of {some(gone)}"
         busy = [name for name in membership.names("worker") if membership.members[name].heartbeat.state != "waiting"]
         if busy:
             return some(busy)
@@ -123,12 +123,12 @@ class StatusReporter:
             return f"the script of {some(there)}, which goes on after the last round"
         if now < context.progressed_at + TELL_S or not (names := self.whom_all_wait_for()):
             return ""
-        return f"{names}; nothing has moved for {now - context.progressed_at:.0f} s"
+        return f"{names}; no progress for {now - context.progressed_at:.0f} s"
 
     def _forget(self) -> None:
         """Keep only the names of workers that have joined and never took part."""
         gone = self._context.membership.newly_forgotten
-        log.warning("%s said hello, and nothing else has come from there", some([member.name for member in gone]))
+        log.warning("%s connected but sent nothing else, and is forgotten", some([member.name for member in gone]))
         for member in gone:
             self._context.mail.routes.pop(member.name, None)
             self._context.journal.forget(member)

@@ -164,18 +164,18 @@ class Admission:
         """Return why no other worker is taken in, or ''. Each takes up memory here, on the servers and in the event log."""
         workers, expected = self._roster.workers, self._settings.workers
         if sum(member.active for member in workers.values()) >= (most := _MOST_TIMES * expected + _MOST_MORE):
-            return f"run {self._run} has {most} workers, and takes no more where --workers is {expected}: start it with more."
+            return f"run {self._run} has {most} workers, the most with --workers {expected}: start it with more."
         if len(workers) + len(self._forgotten) >= MOST_NAMES:
-            return f"run {self._run} has had {MOST_NAMES} workers, and takes no more: stop it, and go on from its checkpoint."
+            return f"run {self._run} has had {MOST_NAMES} workers and takes no more: stop it, and resume it from its checkpoint."
         return ""
 
     def _why_full(self, role: str) -> str:
         settings = self._settings
         if role == "server":
             return (
-                f"run {self._run} has all of its {settings.servers} servers already; the coordinator's --servers says how many."
+                f"run {self._run} already has its {settings.servers} servers (--servers {settings.servers} of the coordinator)."
             )
-        return f"policy {settings.policy} cannot take in more than the {settings.workers} workers it began with."
+        return f"policy {settings.policy} cannot add workers after the start: it has its {settings.workers} (--workers)."
 
     def _is_free(self, role: str, number: int) -> bool:
         name = f"{role}-{number}"

@@ -61,8 +61,8 @@ class FailureDetector:
         """Return why `member` counts as lost, or ''. `is_dead` says whether it is certain that a process has ended."""
         silent_s, who = now - member.heard_at, f"process {member.hello.pid} on {member.hello.host}"
         if silent_s > _LOOKED_FOR_S and is_dead(member.hello):
-            return f"{who} is dead"
-        return f"{who} was silent for {self.silence_s(member):g} s" if silent_s > self.silence_s(member) else ""
+            return f"{who} exited"
+        return f"{who} sent no heartbeat for {self.silence_s(member):g} s" if silent_s > self.silence_s(member) else ""
 
 
 def _process(member: Member) -> tuple[str, str, int]:

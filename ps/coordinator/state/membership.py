@@ -135,7 +135,7 @@ class Membership:
         gone = [member for member in self.servers.values() if member.lost]
         if not gone and self.awaits_workers:
             gone = [member for member in self.workers.values() if member.lost or member.early]
-        return some([f"another process in the place of {m.name}, which was on {m.hello.host}" for m in gone])[:LONGEST_TEXT]
+        return some([f"a replacement of {m.name}, which was on {m.hello.host}" for m in gone])[:LONGEST_TEXT]
 
     # ---- joining
 

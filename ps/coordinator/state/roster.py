@@ -66,7 +66,7 @@ class Member:
 
     def fence(self) -> Stop:
         """Return what this member is told once it is lost, whatever it sends: to restart, because others do its work."""
-        return Stop(False, f"{self.name} was silent for too long and counts as lost; it joins again as another.", restart=True)
+        return Stop(False, f"{self.name} missed its heartbeats and counts as dead; it rejoins under a new name.", restart=True)
 
     def keep_counts(self) -> None:
         """Keep of the last heartbeat of a member that is gone only what the summary counts, and where it was."""
