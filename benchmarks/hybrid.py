@@ -16,7 +16,7 @@ from benchmarks.scripts.train_hybrid import FEATURES, HIDDEN
 from roundtable.common.storage.event_log import RunLogReader
 
 #: A machine that is busy must not lose a worker, for what another one then does in its place is no part of a round.
-_SILENCE_S = 120
+_HEARTBEAT_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
     and last weights. What was sent again counts."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--workers", workers, "--servers", servers, "--transport", "tcp", "--checkpoint-every", 0, "--run-dir", folder]
-        flags += ["--heartbeat-timeout", _SILENCE_S]
+        flags += ["--heartbeat-timeout", _HEARTBEAT_TIMEOUT_S]
         script = [SCRIPTS / "train_hybrid.py", "--", "--classes", classes, "--batch", batch, "--rounds", 1 + rounds]
         command = [sys.executable, LAUNCH, "local", *flags, *script, *["--hybrid"] * hybrid]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)

@@ -243,7 +243,7 @@ def _popen(argv: Sequence[str], env: Mapping[str, str], log: Path, files: Sequen
 
 
 def _start_guard(family: str) -> subprocess.Popen[bytes]:
-    """See cluster.guard. It is out of reach of the terminal's signals, and starts fast, without site packages."""
+    """Start the orphan reaper, out of reach of the terminal's signals, and fast: without site packages."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", orphan_reaper.__file__, family],
         stdin=subprocess.PIPE,

@@ -15,6 +15,8 @@ from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeChe
 from roundtable.ps.shard.checkpoint_writer import CheckpointData
 from roundtable.ps.shard.model import ShardModel
 
+_NOTHING = CheckpointData(-1, "", [], {})
+
 
 class Stage(Enum):
     """The stage of the newest checkpoint."""
@@ -54,7 +56,7 @@ class ShardCheckpoint:
         self.stage = Stage.IDLE
         self._request = TakeCheckpoint(-1, "")
         self._status = CheckpointStatus(-1, "waits")
-        self._data = CheckpointData(-1, "", [], {})
+        self._data = _NOTHING
         #: The version that sharded layers must reach before they are captured.
         self._layers_version = 0
 
@@ -65,6 +67,7 @@ class ShardCheckpoint:
         """
         if self._status.round != request.round:
             self.stage, self._request, self._status = Stage.AWAITS_ROUND, request, CheckpointStatus(request.round, "waits")
+            self._data = _NOTHING  # of an earlier request, which the coordinator has given up
             if shard is not None:
                 self.round_closed(shard)
         if request.reached and self.stage is Stage.AWAITS_LAYERS and shard is not None:
@@ -104,7 +107,7 @@ class ShardCheckpoint:
         """Return the complete state to write, once, else None."""
         if self.stage is not Stage.COMPLETE:
             return None
-        data, self._data, self.stage = self._data, CheckpointData(-1, "", [], {}), Stage.IDLE
+        data, self._data, self.stage = self._data, _NOTHING, Stage.IDLE
         return data
 
     def written(self, status: CheckpointStatus) -> list[Send]:

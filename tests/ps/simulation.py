@@ -1310,7 +1310,6 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.contribute.contribution_pusher",
             "roundtable.worker.contribute.push_overlap",
             "roundtable.worker.loop.gradient_loop",
-            "roundtable.worker.loop.script_edits",
             "roundtable.worker.loop.weight_fetcher",
             "roundtable.worker.layers.sparse_embedding",
             "roundtable.worker.model_setup",

@@ -34,7 +34,7 @@ class Script:
         self.gradient_buffers = GradientBuffers(self.replica.layout, shared=False)
         self.replica.catch_gradients()
         client = SimpleNamespace(
-            want_all=lambda: None, pull=lambda *a: [], complete=True, gone=False, take=lambda: (self.frames(), {}),
+            want_all=lambda: None, pull=lambda *a, **more: [], complete=True, gone=False, take=lambda: (self.frames(), {}),
         )  # fmt: skip
         link = SimpleNamespace(lock=threading.Lock(), send=lambda *messages: None)
         context = SimpleNamespace(io=link, wait=lambda *a: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import some
 from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.push_pull import ParameterClient
+from roundtable.worker.loop.weight_fetcher import fetch_again
 from roundtable.worker.replica.buffers import as_bytes, same_bytes
 from roundtable.worker.replica.replica import Replica
 
@@ -106,16 +106,11 @@ class Edits:
 
     def _restore(self, version: int) -> bool:
         """Have the servers' weights of `version` in watched parameters again; False if that round is over."""
-        client, io = self._client, self._context.io
-        with io.lock:
-            client.want_all()
-            messages = client.pull(version, False, time.monotonic())
-        io.send(*messages)
-        self._context.wait(lambda: client.complete or client.gone, lambda: f"the weights {client.missing_text()}")
-        if not client.complete:
+        with self._context.io.lock:
+            self._client.want_all()
+        weights = fetch_again(self._context, self._client, version, "the weights")
+        if weights is None:
             return False
-        with io.lock:
-            weights, _ = client.take()
         ours = self._replica.frozen if self._only_frozen else self._watched
         chunks = {chunk.id for index in ours for chunk in self._replica.chunks_of(index)}
         self._replica.load({chunk: found for chunk, found in weights.items() if chunk in chunks}, copy=self._only_frozen)

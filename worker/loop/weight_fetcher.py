@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
 from roundtable.common.protocol.transport import PATIENCE_BY_WORKER_S
 from roundtable.common.runtime.errors import NoAnswer
@@ -130,3 +131,21 @@ class WeightFetcher:
     def close(self) -> None:
         """Make the model an ordinary one, which waits for nothing."""
         self._lazy.give_up()
+
+
+def fetch_again(
+    context: WorkerContext, client: ParameterClient, version: int, what: str, *, full_precision: bool = False
+) -> dict[int, Any] | None:
+    """Return the weights of `version` by chunk, whatever the model has; None if that round is over.
+
+    With `full_precision` they are those that no codec has rounded. `what` names them if they do not come: ClusterError then.
+    """
+    with context.io.lock:
+        messages = client.pull(version, False, time.monotonic(), full_precision=full_precision)
+    context.io.send(*messages)
+    context.wait(lambda: client.complete or client.gone, lambda: f"{what} {client.missing_text()}")
+    if not client.complete:
+        return None
+    with context.io.lock:
+        weights, _ = client.take()
+    return weights

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.facts import ScheduleFacts
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop
+from roundtable.worker.loop.weight_fetcher import fetch_again
 from roundtable.worker.model_setup import ModelSetup
 
 log = logging.getLogger("roundtable.worker.run")
@@ -52,18 +52,10 @@ class Training:
 
         None of them if no codec rounds the model's weights, or the round is over.
         """
-        client, work, io = self.client, self.work, self.context.io
+        work = self.work
         if self.context.settings.compress_weights == "none" or not isinstance(work, GradientLoop):
             return {}
         version = work.version()
         if version is None:
             return {}
-        with io.lock:
-            messages = client.pull(version, False, time.monotonic(), full_precision=True)
-        io.send(*messages)
-        self.context.wait(lambda: client.complete or client.gone, lambda: f"the trained weights {client.missing_text()}")
-        if not client.complete:
-            return {}
-        with io.lock:
-            weights, _ = client.take()
-        return weights
+        return fetch_again(self.context, self.client, version, "the trained weights", full_precision=True) or {}
