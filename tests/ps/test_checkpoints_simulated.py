@@ -56,7 +56,7 @@ def counted(outcome: Outcome, account: torch.Tensor) -> list[float]:
 
 def test_a_server_gives_signs_of_life_while_it_reads_a_checkpoint() -> None:
     case = Case(Settings(workers=2, servers=2, global_batch=8, micro_batch=2), [Pace(0.1)] * 2, ((48, 3),), rows=200)
-    with mock.patch.object(_Server, "_breathe", autospec=True, side_effect=_Server._show_life) as breathes:
+    with mock.patch.object(_Server, "_show_life", autospec=True, side_effect=_Server._show_life) as breathes:
         outcome = go_on(case, 2, 2)
     readers = {call.args[0]._stamp.sender for call in breathes.mock_calls}
     assert readers == {"server-0", "server-1"} and len(breathes.mock_calls) > 10
