@@ -1,1 +1,1 @@
-"""Starting and watching the processes of a run, and experiments over many runs. Knows the others by command line only."""
+"""Starts and watches the processes of a run, and runs experiments. It knows servers and workers by their command lines only."""

@@ -29,7 +29,7 @@ __all__ = [
     "sharded_cross_entropy",
 ]
 
-#: Modules that import torch, by the names that they give.
+#: The names whose modules import torch, and those modules.
 _NEED_TORCH = {
     "ArcFace": "worker.layers.margin_losses",
     "CosFace": "worker.layers.margin_losses",
@@ -41,7 +41,7 @@ _NEED_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is used."""
+    """Return a name that needs torch. Its module is imported at the first use."""
     if name not in _NEED_TORCH:
         raise AttributeError(f"module 'roundtable' has no attribute '{name}'")
     return getattr(importlib.import_module(f"roundtable.{_NEED_TORCH[name]}"), name)

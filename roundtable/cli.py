@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines that call into a room. `roundtable` and `python launch.py` are the same."""
+"""The command line. Each command is a few lines that call into a room. `roundtable` and `python launch.py` do the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GROUPS = {
 
 
 class _Program(click.Group):
-    """A group whose help text has its commands in sections."""
+    """A group that lists its commands in sections of the help text."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in _GROUPS.items():

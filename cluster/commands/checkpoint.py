@@ -1,4 +1,4 @@
-"""What the command `checkpoint` does with the checkpoints of a run."""
+"""The command `checkpoint`: lists, checks and exports the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from roundtable.common.storage.run_files import find_run
 
 
 def list_checkpoints(run: str) -> None:
-    """Print a line for each checkpoint. Raises UsageError where there is no such run, or none in it."""
+    """Print a line for each checkpoint. Raises UsageError if there is no such run, or if it has no checkpoint."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("round", "servers", "MB", "written", "roundtable", "torch"):
         table.add_column(title, justify="right" if title in ("round", "servers", "MB") else "left", no_wrap=True)
@@ -34,9 +34,9 @@ def list_checkpoints(run: str) -> None:
 
 
 def verify_checkpoints(run: str, hindrance: Callable[[Checkpoint], str]) -> None:
-    """Print what is wrong with each checkpoint: with its files, or what hinders a restore from whole ones, as `hindrance` says.
+    """Print for each checkpoint whether it is good, its files are damaged, or `hindrance` finds that it cannot be restored.
 
-    Raises ClusterError where something is wrong, UsageError where there is no checkpoint.
+    Raises ClusterError if a checkpoint cannot be used, or UsageError if there is none.
     """
     console, damaged = Console(), 0
     for saved in _all(find_run(run)):
@@ -48,9 +48,9 @@ def verify_checkpoints(run: str, hindrance: Callable[[Checkpoint], str]) -> None
 
 
 def export_model(run: str, round_: int | None, out: Path) -> None:
-    """Write the model's parameters and buffers at `round_` (None: in the newest whole checkpoint) to a safetensors file.
+    """Write the model's parameters and buffers at `round_` to a safetensors file. None is the newest whole checkpoint.
 
-    Raises UsageError where there is no such checkpoint, or the file cannot be written; ClusterError where it is damaged.
+    Raises UsageError if there is no such checkpoint or the file cannot be written, or ClusterError if it is damaged.
     """
     folder = find_run(run)
     if round_ is None:

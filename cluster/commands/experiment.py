@@ -1,4 +1,4 @@
-"""Experiments: one file says which settings to compare; their runs go one after another on this machine.
+"""Experiments: a file names the settings to compare. Their runs go one after another on this machine.
 
 [settings]                       # for all runs
 data = "digits"
@@ -45,7 +45,7 @@ _KEYS = ("args", "case", "matrix", "name", "out", "script", "settings")
 
 @dataclass(frozen=True)
 class Case:
-    """One run of an experiment; `name` is its folder's name and its line in the table and the plot."""
+    """One run of an experiment. `name` is the name of its folder, and of its line in the table and the plot."""
 
     name: str
     settings: Settings
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs to compare. Each trains `script` with `args`, or the built-in example where it is None, in out/<name of the case>."""
+    """Runs to compare. Each runs `script` with `args` in out/<name of the case>. `script` None is the built-in example."""
 
     name: str
     out: Path
@@ -69,7 +69,7 @@ class Experiment:
 
 
 def read_experiment(file: Path) -> Experiment:
-    """Read an experiment. Raises UsageError with one sentence on what is wrong in the file."""
+    """Return the experiment in `file`. Raises UsageError with one sentence if the file is wrong."""
     if not file.exists():
         raise UsageError(f"there is no file {file}; an experiment is a TOML file, such as examples/policies.toml.")
     values = read_toml(file)
@@ -104,7 +104,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _cases(values: Mapping[str, Any], file: Path) -> tuple[Case, ...]:
-    """Every case of the file with every combination of its matrix."""
+    """Return every case of the file with every combination of its matrix."""
     common = _table(values.get("settings", {}), f"{file}: [settings]")
     matrix = _matrix(values.get("matrix"), file)
     tables = values.get("case", [])
@@ -139,7 +139,7 @@ def _cases(values: Mapping[str, Any], file: Path) -> tuple[Case, ...]:
 def _settings(values: dict[str, Any], where: str) -> Settings:
     try:
         return make_settings(values, where)
-    except UsageError as error:  # each value has been checked, so it is their combination, which does not say where it is from
+    except UsageError as error:  # the values were checked one by one, so their combination is wrong
         raise UsageError(f"{where}: {error}") from None
 
 
@@ -165,7 +165,7 @@ def _matrix(values: Any, file: Path) -> dict[str, list[Any]]:
 
 
 def _label(key: str, value: Any) -> str:
-    """A word is clear by itself, a number is not: 'async', 'workers-2'."""
+    """Return the part of a case's name for a setting. A word stands alone, a number does not: 'async', 'workers-2'."""
     return value.replace("/", "-").strip(".-") if isinstance(value, str) else f"{key}-{str(value).lower()}"
 
 
@@ -173,11 +173,11 @@ def _label(key: str, value: Any) -> str:
 def run_experiment(
     experiment: Experiment, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool
 ) -> list[Outcome]:
-    """Run what has not finished before with the same settings, all with `overwrite`, and report; `program` as in run_local.
-    What was begun and has not finished goes on; with other settings, it is left alone, and reported as failed.
+    """Run the cases that have not finished before with the same settings, or all with `overwrite`. Return all outcomes.
 
-    The report is written anew after each run, so that one that was interrupted is of use. Raises ClusterError at the end if
-    a run failed, UsageError where the `out` folder cannot be had, KeyboardInterrupt as run_local does.
+    An unfinished run goes on. If its settings are others, it is left alone, and reported as failed. `program` is as in run_local.
+    The report is written after each run, so that an interrupted experiment has one. Raises ClusterError at the end if a run
+    failed, UsageError if the `out` folder cannot be used, and KeyboardInterrupt as run_local does.
     """
     require("experiment", "matplotlib")
     _check_out(experiment)
@@ -205,7 +205,7 @@ def run_experiment(
 
 
 def _check_out(experiment: Experiment) -> None:
-    """An experiment replaces its own finished runs without asking, so its folder must not be one of anything else."""
+    """Raise UsageError if the folder holds anything else: an experiment replaces its own finished runs without asking."""
     out = experiment.out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,7 @@ def _check_out(experiment: Experiment) -> None:
 
 
 def _finished(order: LaunchSpec) -> dict[str, Any] | None:
-    """The summary of a run that has finished as ordered, or None."""
+    """Return the summary of a run that has finished with the settings of `order`, or None."""
     try:
         before = tomllib.loads((order.run_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
         summary = read_summary(order.run_dir)
@@ -231,7 +231,7 @@ def _finished(order: LaunchSpec) -> dict[str, Any] | None:
 def _run(
     case: Case, order: LaunchSpec, program: Sequence[str], env: Mapping[str, str], console: Console, overwrite: bool
 ) -> Outcome:
-    """Run a case, or go on with it if it has not finished. One that has finished with other settings is replaced."""
+    """Run a case, or resume it if it is unfinished, and return the outcome. Replace a run that finished with other settings."""
 
     def how(folder: Path) -> How:
         if overwrite or read_summary(folder) is not None or not kept(folder):
@@ -250,6 +250,6 @@ def _run(
 
 
 def _comparison(outcomes: Sequence[Outcome]) -> list[str]:
-    """One line for each run."""
+    """Return one line for each run."""
     width = max(len(outcome.name) for outcome in outcomes)
     return [f"{o.name:<{width}}  " + (results_line(o.summary) if o.summary else "failed") for o in outcomes]

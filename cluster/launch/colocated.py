@@ -1,8 +1,8 @@
-"""A server on the host of a worker: a child of the worker's process, watched by it, that ends with it and is started again where
-it was killed.
+"""A server on the host of a worker: a child of the worker's process, which watches it. The server ends with the worker. If it is
+killed, it is restarted.
 
-With one beside each of N workers, a server holds 1/N of the parameters. A worker reaches the one on its host through shared
-memory, so a host sends (N-1)/N of the gradients and of the weights, and receives as much: the traffic of a ring all-reduce
+If each of N workers has a server beside it, a server holds 1/N of the parameters. A worker reaches its own server through shared
+memory. So a host sends (N-1)/N of the gradients and of the weights, and receives as much: the traffic of a ring all-reduce
 (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009).
 """
 
@@ -35,13 +35,13 @@ from roundtable.common.runtime.signal_handlers import handled
 
 log = logging.getLogger("roundtable.cluster.colocated")
 
-#: Seconds between two words of a worker that has left a run which goes on, and for which its server is still needed.
+#: Seconds between two log lines of a worker that has left the run while its server still serves others.
 _TELL_S = 10.0
-#: Tells the main thread that the server has failed: nobody else uses it, and without a handler it does nothing.
+#: The signal that tells the main thread that the server has failed. It has no other use, and does nothing without a handler.
 _SIGNAL = signal.SIGURG
-#: Environment variable that says how often the server was started again: this process may have begun anew since.
+#: Environment variable with the number of the server's restarts. It outlives a restart of this process.
 _COUNT_VARIABLE = "ROUNDTABLE_SERVER_RESTARTS"
-#: The shortest pause before that, seconds: a worker that restarts kills its server just before.
+#: The shortest pause before a restart of the server, in seconds: a worker that restarts kills its server just before.
 _SHORTEST_S = 0.2
 
 
@@ -56,20 +56,20 @@ def server_beside(
     start_s: float,
     advertise: str | None = None,
 ) -> Iterator[None]:
-    """Have a server beside this process, which is to be worker `index` of `coordinator`'s run and to run `script`.
+    """Run a server beside this process, which will be worker `index` of `coordinator`'s run and will run `script`.
 
     The server waits for the run to start for `start_s` seconds, as the worker does.
-    The server tells others to connect to `advertise`, if that is not None, and listens at its port, if it has one.
-    What the server logs goes to stderr. If it hangs, it is killed; a killed one is started again, as `restart_policy` says.
-    Within the context, which is the main thread's, its failure is raised: UsageError where it was refused, else ClusterError.
-    After that it goes on until the run or this process ends.
+    If `advertise` is given, the server tells others to connect to it, and listens at its port, if it has one.
+    The server's log goes to stderr. A server that hangs is killed. A killed server is restarted, as `restart_policy` says.
+    Within the context, its failure is raised in the main thread: UsageError if the server was refused, else ClusterError.
+    After the context the server goes on until the run or this process ends.
     """
     if script is not None:
-        check_script(script)  # before there is a server that others would have to do without
+        check_script(script)  # before a server joins that others would then lose
     cleanup = ExitStack()
     signs = cleanup.enter_context(contextlib.closing(liveness.Listener()))
     try:
-        with TemporaryDirectory() as folder:  # its file lives on without a name, so that nothing is left whoever is killed when
+        with TemporaryDirectory() as folder:  # the log lives on without a name, so no kill leaves it behind
             env = {**os.environ, liveness.VARIABLE: str(signs.write)}
             processes = cleanup.enter_context(Processes(Path(folder), env, files=[signs.write]))
             bind, flags = "tcp://*:0", ["--start-timeout", str(start_s)]
@@ -98,19 +98,21 @@ def server_beside(
 
 
 class _Watch(threading.Thread):
-    """Copies the server's log to stderr, kills it if it hangs, starts it again, and has the main thread raise when it has failed
-    for good."""
+    """Watches the server: copies its log to stderr, kills it if it hangs, and restarts it.
+
+    If the server has failed for good, the watch makes the main thread raise.
+    """
 
     def __init__(
         self, processes: Processes, server: Child, log_file: BinaryIO, restart_policy: RestartPolicy, signs: liveness.Listener
     ) -> None:
         super().__init__(name="server", daemon=True)
-        #: Set when nobody needs the server any more.
+        #: Set when this worker has left the run, so that the server is not restarted.
         self.over = threading.Event()
-        #: Seconds for the server to end by itself, as it does with the run, which may go on without the worker: none where the
-        #: worker has failed, which may not have been in the run yet.
+        #: Seconds to wait for the server to end with the run, which may go on without this worker. 0 if the worker has failed:
+        #: it may not have joined the run.
         self.patience_s = float("inf")
-        #: The signal that has told the worker to stop, if any: the server leaves too.
+        #: The signal that has told the worker to stop, or 0. The server leaves too.
         self.stop_signal = 0
         self._processes = processes
         self._server = server
@@ -124,14 +126,14 @@ class _Watch(threading.Thread):
             self._until_it_ends()
         if self._server.failed and not self._server.was_stopped:
             if self._server.code != -signal.SIGKILL:
-                time.sleep(GATHER_S)  # where the run has failed, the worker is told too, and says it better
+                time.sleep(GATHER_S)  # if the run has failed, the worker is told the reason, and raises it
             signal.pthread_kill(threading.main_thread().ident or 0, _SIGNAL)
 
     def _until_it_ends(self) -> None:
         while self._server.code is None:
             time.sleep(TICK_S)
             self._processes.poll()
-            with contextlib.suppress(OSError, ValueError):  # ours is closed
+            with contextlib.suppress(OSError, ValueError):  # our stderr is closed
                 sys.stderr.buffer.write(self._log_file.read())
                 sys.stderr.flush()
             if self._server.code is None and self._signs.hangs(time.monotonic()):
@@ -140,7 +142,7 @@ class _Watch(threading.Thread):
                 self._server.popen.kill()
 
     def _starts_again(self) -> bool:
-        """Start a server again that was killed, after a pause; whether there was reason to."""
+        """Restart the server after a pause, if it was killed and may be restarted. Return whether it was restarted."""
         done, code = int(os.environ.get(_COUNT_VARIABLE, "0")), self._server.code
         was_ended = code is not None and (code < 0 or self._server.was_stopped)
         if self.over.is_set() or not was_ended or done >= self._restart_policy.times:
@@ -153,12 +155,12 @@ class _Watch(threading.Thread):
         try:
             self._processes.again(self._server)
         except OSError as error:
-            log.error("the server beside this worker cannot be started again: %s.", error.strerror or error)
+            log.error("the server beside this worker cannot be restarted: %s.", error.strerror or error)
             return False
         return True
 
     def tell(self, number: int) -> None:
-        """Pass a signal that the worker has got on to the server; 0 is none."""
+        """Pass a signal to the worker on to the server. 0 is no signal."""
         with contextlib.suppress(ProcessLookupError):
             if number and self._server.code is None:
                 os.kill(self._server.popen.pid, number)
@@ -170,7 +172,7 @@ class _Watch(threading.Thread):
 
 
 def _end(cleanup: ExitStack, watch: _Watch) -> None:
-    """Called when the script has ended and the worker has left the run."""
+    """Wait for the server's end and clean up. Called when the script has ended and the worker has left the run."""
     watch.over.set()
     watch.tell(watch.stop_signal)
     with cleanup, handled((signal.SIGTERM, signal.SIGINT), watch.tell):
@@ -179,4 +181,4 @@ def _end(cleanup: ExitStack, watch: _Watch) -> None:
             watch.join(_TELL_S)
             if watch.is_alive():
                 log.info("this worker has left; the server beside it serves the others until the run ends.")
-    watch.join(4 * TICK_S)  # for its last words
+    watch.join(4 * TICK_S)  # for its last lines

@@ -1,4 +1,4 @@
-"""A run on this machine: its coordinator, servers and workers are started, watched, and stopped together."""
+"""The launcher of a run on this machine: it starts, watches and stops the coordinator, servers and workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from roundtable.common.storage.run_files import SETTINGS_FILE, How
 
 log = logging.getLogger("roundtable.cluster.local")
 
-#: Seconds for the fork server to have imported what servers and workers need; after that they do so themselves.
+#: Seconds for the fork server to import the modules of servers and workers. After that they import the modules themselves.
 _PREPARED_S = 60.0
 #: Seconds for the servers to end after the coordinator.
 _SERVERS_END_S = 10.0
@@ -40,15 +40,15 @@ _SERVERS_END_S = 10.0
 _JOIN_S = 2.0
 #: Seconds for the coordinator to say whether a run goes on without a worker that has failed.
 _WORD_S = 15.0
-#: The environment of those who may be started again at once.
+#: Environment of the processes that may ask to be restarted at once.
 _AGAIN = {AGAIN_VARIABLE: "1"}
-#: How often a coordinator that was killed is started again at least.
+#: The fewest restarts that a killed coordinator gets.
 _RECOVERIES = 5
 
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """What to run: `script` with `args`, or the built-in example where it is None; `port` 0 is any free one."""
+    """A run to launch. If `script` is None, it runs the built-in example. `port` 0 is any free port."""
 
     settings: Settings
     run_dir: Path
@@ -56,24 +56,24 @@ class LaunchSpec:
     args: tuple[str, ...] = ()
     port: int = 0
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
-    #: What is done with the run in `run_dir`.
+    #: What to do with a run that is in `run_dir`.
     how: How = "begin"
-    #: Whether a checkpoint to go on from may be of another version of this program or of torch.
+    #: Whether a checkpoint of another version of this program or of torch may be resumed.
     accept_versions: bool = False
-    #: What is imported once for all servers and workers.
+    #: Modules that the fork server imports for all servers and workers.
     modules: tuple[str, ...] = ("roundtable.ps.server.server", "roundtable.worker.tools.builtin_script")
-    #: Of the servers, by turns.
+    #: Devices of the servers, which take turns.
     devices: Sequence[str] = ("cpu",)
 
 
 @forgiving_output()
 def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str], screen: Screen) -> dict[str, Any]:
-    """Run `order` to its end and return its summary, having shown it on `screen`.
+    """Run `order` to its end, show it on `screen`, and return its summary.
 
-    `program` is the command line of launch.py, to which its commands are added; `env` is the environment for all.
-    Raises ClusterError, naming the process and its log, when one fails, or UsageError where its user made a mistake;
-    Stopped on Ctrl-C, SIGTERM and SIGHUP, the first of which has the run make a checkpoint before.
-    However it ends, no process is left.
+    `program` is the command line of this program, to which the names of commands are added. `env` is the environment of all
+    processes. Raises ClusterError, which names the process and its log, if a process fails. Raises UsageError if it fails by
+    its user's mistake. Raises Stopped on Ctrl-C, SIGTERM and SIGHUP; after the first of them the run makes a checkpoint.
+    No process is left, however the run ends.
     """
     folder = order.run_dir
     try:
@@ -96,7 +96,7 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
 
 
 class _Local:
-    """The loop that starts and watches one run's processes. Whoever runs it stops them afterwards."""
+    """The loop that starts and watches the processes of one run. Its caller stops them afterwards."""
 
     def __init__(
         self, order: LaunchSpec, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen
@@ -108,13 +108,13 @@ class _Local:
         self._screen = screen
         self._recoveries = max(_RECOVERIES, order.restart_policy.times)
         self._supervisor: Supervisor | None = None
-        #: When all others were started: on a busy machine a coordinator that ends at once may have ended long before.
+        #: When all processes were started. On a busy machine a coordinator that ends at once may have ended long before.
         self._started_at = float("-inf")
-        #: Until when the coordinator may make a checkpoint, once a signal has come.
+        #: Until when the coordinator may make a checkpoint. None before a stop signal has come.
         self._stops_until: float | None = None
 
     def run(self) -> None:
-        """Returns when every process has ended well."""
+        """Start all processes, and return when every one has ended well."""
         order, settings = self._order, self._order.settings
         what = order.script or f"{settings.example.model} on {settings.example.data}"
         self._screen.say(
@@ -160,7 +160,7 @@ class _Local:
         self._supervisor.start(settings.workers)
 
     def _tick(self) -> None:
-        """Wait a moment, and look at everything. Raises what ends the run."""
+        """Wait a moment, then look at the signals, the processes and the event log. Raise the error that ends the run."""
         time.sleep(TICK_S)
         self._processes.poll()
         if self._is_stopping and self._signals.first is not None:
@@ -174,11 +174,11 @@ class _Local:
             self._supervisor.look(self._screen.progress, finished=code == 0)
         if self._processes.failures():
             self._fail()
-        self._screen.update(has_log=self._supervisor is not None)  # which the coordinator puts back for a run that goes on
+        self._screen.update(has_log=self._supervisor is not None)  # before that the log may be of an earlier part
 
     @property
     def _is_stopping(self) -> bool:
-        """Whether a signal has come, and not just as the run was ending well."""
+        """Return whether a stop signal has come. A first one counts only if the coordinator has not ended well already."""
         has_ended_well = bool(self._processes.children) and self._processes.children[0].code == 0
         return self._signals.first is not None and (self._signals.count > 1 or not has_ended_well)
 
@@ -199,7 +199,7 @@ class _Local:
         self._screen.update()
 
     def _check_stopped(self) -> None:
-        """Raise Stopped if somebody has told the coordinator to stop. It says so to the others first, which then end."""
+        """Raise Stopped if a signal has told the coordinator to stop. It tells the servers and workers first, which then end."""
         coordinator = next((child for child in self._processes.children if child.name == "coordinator"), None)
         if coordinator is None or not (coordinator.was_stopped or any(c.code == STOPPED for c in self._processes.children)):
             return
@@ -211,7 +211,7 @@ class _Local:
             raise Stopped(coordinator.code - 128)
 
     def _recover_coordinator(self) -> None:
-        """Start a coordinator that was killed again; the others wait for it and lose nothing. One that failed says why."""
+        """Restart a coordinator that was killed. The others wait for it and lose nothing. One that failed is not restarted."""
         child = next((child for child in self._processes.failures() if child.name == "coordinator"), None)
         if child is None or child.code is None or child.code > 0 or not self._recoveries:
             return
@@ -221,14 +221,16 @@ class _Local:
         self._processes.again(child)
 
     def _fail(self) -> None:
-        """Give the others a moment to fail too, then raise for the one that failed first. Return if the run goes on without those
-        that failed, as the coordinator says of workers, or has ended well without them."""
+        """Give other processes a moment to fail too, then raise for the failure that caused the others.
+
+        Return if the run goes on without the failed processes, as the coordinator decides for workers, or has ended well.
+        """
         began = time.monotonic()
         while self._processes.running() and self._signals.first is None:
             self._check_stopped()
             cause = root_cause(self._processes.failures())
             if cause.code is not None and cause.code < 0:
-                break  # nothing can explain this one
+                break  # no log can explain a kill
             coordinator = self._processes.children[0]
             awaits = (
                 coordinator.code is None and self._supervisor is not None and self._supervisor.awaits_word(self._screen.progress)
@@ -246,7 +248,7 @@ class _Local:
         raise (UsageError if cause.code == USAGE else ClusterError)(cause.describe_end())
 
     def _check_workers_joined(self) -> None:
-        """A worker that has ended well without having joined will keep everybody waiting."""
+        """Raise ClusterError if a worker has ended well without joining: the others would wait for it."""
         if not self._processes.running("coordinator"):
             return
         joined = self._screen.progress.joined
@@ -259,7 +261,7 @@ class _Local:
                 )
 
     def _check_end(self) -> None:
-        """Raise for a process that goes on for too long after the coordinator has ended."""
+        """Raise ClusterError for a process that runs for too long after the coordinator has ended."""
         coordinator = self._processes.children[0]
         if coordinator.code is None:
             return

@@ -1,4 +1,4 @@
-"""Changing how many workers a run has that a launcher looks after: by a file, which the launcher takes away."""
+"""Changes the number of workers of a launcher's run, by a file that the launcher takes away."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from roundtable.common.policies import load
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.run_files import SETTINGS_FILE, find_run
 
-#: Seconds for the launcher to take note.
+#: Seconds for the launcher to take the file.
 _TAKEN_S = 30.0
 
 
 def scale(run: str, workers: int) -> Path:
-    """Have the launcher of `run` see to it that there are `workers` workers; the run's folder.
+    """Ask the launcher of `run` for `workers` workers, and return the run's folder.
 
-    Raises UsageError where there is no such run, it is not going, or its workers cannot be others.
+    Raises UsageError if there is no such run, if it does not run, if its policy has a fixed number of workers, or if no launcher
+    takes the request.
     """
     folder = find_run(run)
     if not is_in_use(folder):
-        raise UsageError(f"the run in {folder} is not going: only a run that goes on can be scaled.")
+        raise UsageError(f"the run in {folder} is not running: only a running run can be scaled.")
     settings = choose({}, str(folder / SETTINGS_FILE)).settings
     if load(settings).is_local:
         raise UsageError(
-            f"the run in {folder} has policy {settings.policy}, where each worker is a part of it: it cannot be scaled."
+            f"the run in {folder} has policy {settings.policy}, which has a fixed number of workers: it cannot be scaled."
         )
     file = folder / SCALE_FILE
     temporary = folder / f".{SCALE_FILE}-{os.getpid()}"
@@ -42,9 +43,9 @@ def scale(run: str, workers: int) -> Path:
     try:
         while file.exists():
             if not is_in_use(folder):
-                raise UsageError(f"the run in {folder} has ended meanwhile: only a run that goes on can be scaled.")
+                raise UsageError(f"the run in {folder} has ended meanwhile: only a running run can be scaled.")
             if time.monotonic() > deadline:
-                raise UsageError(f"nobody looks after the workers of the run in {folder}: `launch.py local` has not started it.")
+                raise UsageError(f"the run in {folder} has no launcher: only a run of `roundtable local` can be scaled.")
             time.sleep(TICK_S)
     finally:
         file.unlink(missing_ok=True)
@@ -52,10 +53,10 @@ def scale(run: str, workers: int) -> Path:
 
 
 def take(folder: Path) -> int | None:
-    """The number of workers that was asked for since the last time, if any."""
+    """Return the number of workers that was asked for since the last call. None if none was."""
     taken = folder / f"{SCALE_FILE}.tmp"
     try:
-        (folder / SCALE_FILE).rename(taken)  # so that none is lost which comes just now
+        (folder / SCALE_FILE).rename(taken)  # so that a request that comes just now is not lost
         count = int(taken.read_text(encoding="utf-8"))
         taken.unlink()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The cluster of one: a script that was started by itself gets a coordinator and a server of its own."""
+"""The cluster of a script that was started by itself: it gets a coordinator and a server of its own."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import ClusterError, PsError
 from roundtable.common.storage.run_files import SETTINGS_FILE
 
-#: Seconds for the companions to end after the worker has.
+#: Seconds for the coordinator and the server to end after the worker.
 _END_S = 10.0
-#: Flags of the coordinator: nobody could do what the one worker has, and it may be stopped for a while, as by Ctrl-Z.
+#: Flags of the coordinator. No other worker could take over, and this one may pause, as by Ctrl-Z, so it never counts as lost.
 _FLAGS = ("--heartbeat-timeout", "1e6")
 _LAUNCH = Path(roundtable.__file__).with_name("cli.py")
 
@@ -31,9 +31,10 @@ _LAUNCH = Path(roundtable.__file__).with_name("cli.py")
 def start_companions(script: str, was_stopped: Callable[[], int] = lambda: 0) -> str:
     """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
 
-    The run is kept in runs/<name of the script>. When this process ends, so do they, and the results are told on stderr: or how
-    to go on, if a signal has told the worker to stop, whose number `stop_signal` returns.
-    Raises UsageError where the run directory cannot be had, ClusterError where they do not start.
+    The run is kept in runs/<name of the script>. The coordinator and the server end with this process. The results are then
+    printed on stderr. If a signal has told the worker to stop, the command that resumes the run is printed instead.
+    `was_stopped` returns the number of that signal, or 0.
+    Raises UsageError if the run directory cannot be used, or ClusterError if the coordinator or the server does not start.
     """
     cleanup = ExitStack()
     try:
@@ -62,16 +63,16 @@ def start_companions(script: str, was_stopped: Callable[[], int] = lambda: 0) ->
 
 
 def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_stopped: Callable[[], int]) -> None:
-    """Called when the script has ended and the worker has left the run, be it that a signal has told it to."""
+    """Wait for the coordinator and the server, and print the results. Called when the worker has left the run."""
     with cleanup:
         if number := was_stopped():
-            for child in processes.running("coordinator"):  # which has made a checkpoint, and lets the worker leave
+            for child in processes.running("coordinator"):  # it has made a checkpoint, and lets the worker leave
                 os.kill(child.popen.pid, signal.SIGINT)
         deadline = time.monotonic() + _END_S
         while processes.running() and time.monotonic() < deadline:
             time.sleep(TICK_S)
             processes.poll()
-            if processes.failures():  # the others may say why in a moment
+            if processes.failures():  # the other process may say why in a moment
                 deadline = min(deadline, time.monotonic() + GATHER_S)
         why = root_cause(failures).describe_end() if (failures := processes.failures()) else f"its logs are in {folder / LOGS}."
     if number:

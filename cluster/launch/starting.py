@@ -16,9 +16,9 @@ from roundtable.common.storage.run_files import SETTINGS_FILE, How
 
 log = logging.getLogger("roundtable.cluster.local")
 
-#: Seconds between two lines about what the launcher itself waits for.
+#: Seconds between two lines that say what the launcher waits for.
 _TELL_S = 10.0
-#: Bytes of checkpoints that a coordinator checks in a second before it listens, at least.
+#: The fewest bytes of checkpoints that a coordinator checks in a second, before it listens.
 _CHECKED_PER_S = 20e6
 
 
@@ -34,11 +34,12 @@ def start_coordinator(
     start_s: float = START_S,
     say: Callable[[str], None] = log.info,
 ) -> str:
-    """Start the coordinator of the run in `folder`, where its settings are, and return its address once it listens. `flags` beat
-    those settings, and `env` is added to its environment.
+    """Start the coordinator of the run in `folder`, and return its address once it listens.
 
-    Calls `tick`, which waits a moment, and raises if need be, and tells by `say` what is waited for. Raises ClusterError where
-    the coordinator does not get so far within `start_s` seconds, and those that it takes to look at checkpoints.
+    The settings file is in `folder`. `flags` beat it. `env` is added to the coordinator's environment.
+
+    Calls `tick` again and again, which waits a moment and may raise. Says by `say` what the launcher waits for. Raises
+    ClusterError if the coordinator does not listen within `start_s` seconds, plus the time to check the checkpoints.
     """
     command = ["coordinator", "--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder), *flags]
     bind = ["--listen", f"tcp://127.0.0.1:{port}"]
@@ -50,7 +51,7 @@ def start_coordinator(
         tick()
         if time.monotonic() > told_at + _TELL_S:
             told_at = time.monotonic()
-            say("waits for the coordinator to listen.")
+            say("waiting for the coordinator to listen.")
         if not processes.running("coordinator") and not (folder / ADDRESS_FILE).exists():
             raise ClusterError(f"the coordinator ended at once; its log is {child.log}.")
         if time.monotonic() > deadline:
@@ -70,14 +71,14 @@ def start_server(
     flags: Sequence[str] = (),
     **env: str,
 ) -> Child:
-    """Start a server of the run whose coordinator is at `address`, with this number or any that is free, and with `flags`."""
+    """Start a server of the run whose coordinator is at `address`, and return it. `index` None: any free number."""
     number = [] if index is None else ["--index", str(index)]
     command = ["server", "--coordinator", address, "--listen", bind, *number, "--server-device", device, *flags]
     return processes.start("server" if index is None else f"server-{index}", [*program, *command], **threads(1), **env)
 
 
 def prepared(command: Sequence[str], how: How, *more: str) -> list[str]:
-    """A coordinator's command with another word on what it is to do."""
+    """Return a coordinator's command in which `--prepared` is `how`, with `more` flags."""
     return [*(word for word in command if not word.startswith("--prepared")), f"--prepared={how}", *more]
 
 

@@ -1,4 +1,4 @@
-"""The servers and workers of a launcher: who is started again after it was killed, and how many workers there are to be."""
+"""The launcher's care for servers and workers: restarts of killed processes, and the number of workers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from roundtable.common.runtime.errors import ClusterError, UsageError
 from roundtable.common.runtime.restart import LEAVE_SIGNAL
 from roundtable.common.storage.event_log import some
 
-#: Seconds in which the run may yet end by itself when the last worker has ended well.
+#: Seconds for the run to end by itself after the last worker has ended well.
 _END_S = 10.0
 
 
 class Supervisor:
-    """Looks after all children but the coordinator, each time `look` is called; what happens is told by `say`."""
+    """Looks after all children but the coordinator, each time `look` is called. It reports by `say`."""
 
     def __init__(
         self,
@@ -31,8 +31,11 @@ class Supervisor:
         is_local: bool,
         say: Callable[[str], None],
     ) -> None:
-        """`worker(n)` is the command of a worker that asks for the number n, or for none, and `env` what it gets besides.
-        `is_local`: workers cannot be done without."""
+        """Make a supervisor.
+
+        `worker(n)` is the command of a worker that asks for the number n, or for none. `env` is added to its environment.
+        `is_local`: the policy needs all workers, so the run cannot go on without one.
+        """
         self._processes = processes
         self._worker = worker
         self._env = env
@@ -47,14 +50,14 @@ class Supervisor:
         return [child for child in self._processes.children if child.name.startswith("worker")]
 
     def start(self, count: int, numbered: bool = True) -> list[str]:
-        """Start so many more workers; their names. OSError where that cannot be."""
+        """Start `count` more workers and return their names. Raises OSError if one cannot be started."""
         first = len(self._workers)
         for number in range(first, first + count):
             self._processes.start(f"worker-{number}", self._worker(number if numbered else None), **self._env)
         return [child.name for child in self._workers[first:]]
 
     def scale(self, count: int) -> None:
-        """Have `count` workers from now on: the newest ones leave, after what they are at, or others are started."""
+        """Change the number of workers to `count`: start new ones, or tell the newest ones to finish a micro-batch and leave."""
         there = [child for child in self._workers if not child.leaves and (child.code is None or child.due_at is not None)]
         leaving = there[count:]
         for child in leaving:
@@ -73,10 +76,10 @@ class Supervisor:
         self._say(f"scaled to {count} {'worker' if count == 1 else 'workers'}{told}.")
 
     def look(self, progress: Progress, finished: bool) -> None:
-        """Start again who was killed, as often as may be, and kill servers that hang. What is no failure of the run is excused.
+        """Restart killed children within the restart limit, kill servers that hang, and excuse exits that do not fail the run.
 
-        `finished`: the run has ended well. Raises ClusterError where no worker is left and none will come,
-        UsageError if the last one ended by its user's mistake.
+        `finished`: the run has ended well. Raises ClusterError if no worker is left and none will come, or UsageError if the
+        last worker ended by its user's mistake.
         """
         now = time.monotonic()
         for child in self._processes.children[1:]:
@@ -104,8 +107,10 @@ class Supervisor:
             self._check_any_left(progress, now)
 
     def _goes_on_without(self, child: Child, progress: Progress) -> bool:
-        """Whether a worker's script has failed and the run goes on: the coordinator says so of one that had joined; one that had
-        not is missed by nobody once there is training."""
+        """Return whether a worker's script has failed and the run goes on without it.
+
+        If the worker had joined, the coordinator decides. If it had not, the run goes on once it trains.
+        """
         if child.code is None or child.code < 0:
             return False
         if child.popen.pid in progress.joined:
@@ -113,30 +118,30 @@ class Supervisor:
         return progress.total is not None and not self._is_local
 
     def _is_lost(self, child: Child, progress: Progress) -> bool:
-        """Whether the coordinator goes on without a process."""
+        """Return whether the coordinator goes on without a process."""
         pid = child.popen.pid
         return (progress.joined.get(pid, ""), pid) in progress.lost
 
     def awaits_word(self, progress: Progress) -> bool:
-        """Whether the coordinator is yet to say what becomes of the run after a worker that was in it has failed."""
+        """Return whether a worker that had joined has failed, and the coordinator still has to decide whether the run goes on."""
         return any(child.failed and child.popen.pid in progress.joined for child in self._workers)
 
     def _end_hung(self, child: Child) -> None:
-        """Kill a server that the coordinator has given up. It is ours by its name, and whatever its message said."""
+        """Kill a server that the coordinator counts as lost. Its name and process id are those of our child."""
         if child.popen.pid not in self._ended:
             self._ended.add(child.popen.pid)
             self._say(f"{child.name} does not respond; killing it.")
             child.popen.kill()
 
     def kill_late(self, progress: Progress) -> None:
-        """End processes that have no part in the run, which has finished: stopped ones, and ones that came too late."""
+        """Kill the processes that have no part in the run, which has finished: stopped ones, and ones that came too late."""
         for child in self._processes.children[1:]:
             if child.code is None and _has_no_part(child, progress):
                 child.leaves = True
                 child.popen.kill()
 
     def _plan(self, child: Child, now: float) -> bool:
-        """Have a child started again, if it has not been so too often; whether it is."""
+        """Plan the restart of a child, unless the restart limit is reached. Return whether it will be restarted."""
         if child.restarts >= self._restart_policy.times:
             self._say(f"{child.name} {child.end()}; restart limit reached (--max-restarts {self._restart_policy.times}).")
             return False
@@ -150,27 +155,29 @@ class Supervisor:
         try:
             self._processes.again(child)
         except OSError as error:
-            raise ClusterError(f"{child.name} cannot be started again: {error.strerror or error}.") from None
+            raise ClusterError(f"{child.name} cannot be restarted: {error.strerror or error}.") from None
 
     def _check_any_left(self, progress: Progress, now: float) -> None:
         workers = self._workers
         if not workers or any(child.code is None or child.failed or child.due_at is not None for child in workers):
             return
         if any(row.process.startswith("worker") and row.state not in ("lost", "done") for row in progress.processes):
-            return  # it may have been started elsewhere
+            return  # this worker may have been started elsewhere
         if progress.has_model:
-            return  # nobody is needed any more
+            return  # no worker is needed any more
         last = max(workers, key=lambda child: child.ended_at)
         if last.code:
-            kind = UsageError if last.code == USAGE else ClusterError  # as it is where the run ends before this worker is excused
+            kind = UsageError if last.code == USAGE else ClusterError  # as if the run ended before the worker is excused
             raise kind(f"no worker is left, and none can be restarted: {last.describe_end()}")
         if any(child.code for child in workers) and now > last.ended_at + _END_S:
             raise ClusterError(f"no worker is left, and the run has not ended: see {last.log}.")
 
 
 def _has_no_part(child: Child, progress: Progress) -> bool:
-    """Whether a run that has ended well has done so without this process: a worker whose script has not ended in it, or a server
-    that was killed, be it that another has been started in its place."""
+    """Return whether a run that has ended well has done so without this process.
+
+    That is so for a worker whose script has not ended in the run, and for a server that was killed, even if it was restarted.
+    """
     if child.name.startswith("worker"):
         return progress.joined.get(child.popen.pid) not in progress.left
     return child.restarts > 0 or (child.code is not None and child.code < 0)

@@ -23,7 +23,7 @@ from roundtable.common.network.addresses import to_advertise
 #: The object of a context whose process the launcher has started.
 CHILD = "child"
 EXAMPLE = "Built-in example (without SCRIPT)"
-#: Where options stand in the help text. The first section has what `--help` shows; `--help-all` shows all of them.
+#: The sections of the help text. `--help` shows the first section, `--help-all` shows all of them.
 _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Common options": (
         "workers", "servers", "policy", "global_batch", "epochs", "checkpoint_every", "name", "resume", "config", "progress",
@@ -46,18 +46,18 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 #: The beginning of the names of environment variables that give options.
 _PREFIX = "ROUNDTABLE_"
-#: Where a coordinator listens by default.
+#: The port at which a coordinator listens by default.
 _PORT = 5555
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
 
 def is_of_example(key: str) -> bool:
-    """Return whether the setting `key` is one of the built-in example, of which a script knows nothing."""
+    """Return whether the setting `key` is one of the built-in example, which no other script reads."""
     return key in EXAMPLE_FIELDS
 
 
 class Words(click.Choice[str]):
-    """A list of words, of which one may be given in any case."""
+    """A choice among words, in upper or lower case."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         words = {str(word).lower(): str(word) for word in self.choices}
@@ -69,10 +69,10 @@ class Words(click.Choice[str]):
 
 
 class Option(click.Option):
-    """An option that the environment variable ROUNDTABLE_NAME and hidden flags may give too.
+    """An option that the environment variable ROUNDTABLE_NAME and hidden flags may set too.
 
-    Hidden flags are its old names, which are those of `OLD_NAMES` and `old`, and names that other programs use (`also`).
-    A process that the launcher has started is not given options by the environment, which is the launcher's.
+    Hidden flags are its old names, from `OLD_NAMES` and `old`, and names that other programs use (`also`). A process that the
+    launcher has started takes no options from the environment, because the environment is the launcher's.
     """
 
     def __init__(self, *args: Any, old: Sequence[str] = (), also: Sequence[str] = (), **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class Option(click.Option):
             parser.add_option(obj=self, opts=[flag], dest=flag, **kind)
 
     def handle_parse_result(self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]) -> tuple[Any, list[str]]:
-        """Take a value that was given by a hidden flag as this option's own."""
+        """Parse this option. A value that a hidden flag gives counts as its own."""
         found = dict(opts)
         for flag in self._hidden:
             if flag not in found:
@@ -107,10 +107,10 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose options stand before SCRIPT, if it takes one. The arguments after SCRIPT, or after
-    `--`, are in `ctx.meta["args"]`.
+    """A command whose options stand before SCRIPT, if it takes one.
 
-    If it has many options, `--help` shows the common ones.
+    The arguments after SCRIPT, or after `--`, are in `ctx.meta["args"]`. If the command has many options, `--help` shows the
+    common ones.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -223,7 +223,7 @@ def _description(key: str) -> str:
 
 
 def _plain_type(annotation: Any) -> type:
-    """Return int, float, bool or str: what is left of a field's type without its bounds, None and lists of words."""
+    """Return int, float, bool or str: a field's type without its bounds and None. For a list of words, return str."""
     while not inspect.isclass(annotation):
         inner = [part for part in get_args(annotation) if part is not NoneType]
         if get_origin(annotation) is None or isinstance(inner[0], str):
@@ -233,7 +233,7 @@ def _plain_type(annotation: Any) -> type:
 
 
 def whole_address(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    """Check the value of an option that takes the coordinator's address, of which HOST is enough."""
+    """Return the coordinator's address that an option gives as HOST, HOST:PORT or tcp://HOST:PORT, in the last form."""
     if "://" not in value:
         has_port = re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d+", value) is not None
         value = f"tcp://{value}" if has_port else f"tcp://{value}:{_PORT}"
@@ -241,7 +241,7 @@ def whole_address(ctx: click.Context, option: click.Parameter, value: str) -> st
 
 
 def check_address(ctx: click.Context, option: click.Parameter, value: str) -> str:
-    """Check the value of an option that takes tcp://HOST:PORT: ZeroMQ itself would take port 100000 for 34464."""
+    """Return the value of an option that takes tcp://HOST:PORT, or raise. ZeroMQ itself would take port 100000 for 34464."""
     found = _ADDRESS.fullmatch(value)
     if found is None:
         raise click.BadParameter(f"expected tcp://HOST:PORT, got '{value}'.")
@@ -251,7 +251,7 @@ def check_address(ctx: click.Context, option: click.Parameter, value: str) -> st
 
 
 def check_advertised(ctx: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """Check the value of an option that takes HOST, HOST:PORT or tcp://HOST:PORT."""
+    """Return the value of an option that takes HOST, HOST:PORT or tcp://HOST:PORT, or raise."""
     if value is not None:
         to_advertise(value, "tcp://*:0")
     return value

@@ -1,4 +1,4 @@
-"""Join flags and files to the user's choice."""
+"""Joins flags and files into the user's choice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from roundtable.common.config.settings import (
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.run_files import RUNS
 
-#: Where a context has what was found in the files of the working directory.
+#: The key of `ctx.meta` with the values from files of the working directory.
 FOUND = "roundtable.found"
 #: Keys that a file given with --config may hold besides settings.
 LAUNCH_KEYS: Mapping[str, Any] = {
@@ -47,7 +47,7 @@ LAUNCH_KEYS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The run that the user asked for. `run_dir` is None where neither a folder nor a name was given."""
+    """The run that the user asked for. `run_dir` is None if neither a folder nor a name was given."""
 
     settings: Settings
     run_dir: Path | None
@@ -72,9 +72,9 @@ def choose(
     args: tuple[str, ...] = (),
     found: Mapping[str, Any] | None = None,
 ) -> Choice:
-    """Join the flags that were given with the table in the file `config`, and with what was `found` in files of the folder.
+    """Return the user's choice: `flags`, the file `config`, and `found`, the values from files of the working directory.
 
-    A flag beats `config`, and that beats what was found.
+    A flag beats `config`, and `config` beats `found`.
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """

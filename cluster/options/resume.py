@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped, has crashed or was to end early: how, what may be given anew, what must be as it was."""
+"""Resumes a run that was stopped, has crashed or has finished. Says how, and which settings may change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from roundtable.common.storage.checkpoint import Checkpoint
 from roundtable.common.storage.event_log import FILE_NAME, Event, RunLogReader
 from roundtable.common.storage.run_files import SETTINGS_FILE, SUMMARY_FILE, How
 
-#: Settings that a run may go on with other values of: none changes what a round computes.
+#: Settings that may change on resume: no round computes anything else for it.
 _OF_DATA = frozenset({"workers", "servers", "epochs", "rounds", "transport", "num_data_workers"})
 _OF_FAULTS = frozenset(
     {
@@ -41,27 +41,30 @@ _OF_FAULTS = frozenset(
     }
 )
 _FREE = _OF_DATA | _OF_FAULTS
-#: A run that ended so many seconds ago is not replaced: an engine that starts a failed process again does so within them.
+#: Seconds after its end for which a run is not replaced: within them an engine may restart a process that has just ended.
 _JUST_NOW_S = 10.0
-#: The word in place of a run's name that lets the run directory say what fits.
+#: The value of --resume that leaves the choice to the contents of the run directory.
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Before:
-    """What a run directory holds of a run. `rounds` are committed, of `planned`; nothing was written for `idle_s` seconds."""
+    """The state of the run in a run directory."""
 
+    #: Committed rounds.
     rounds: int
+    #: Planned rounds. 0 before there is a plan.
     planned: int
+    #: Seconds since the event log was last written.
     idle_s: float
-    #: Whether its coordinator has told all that it is over, or that they are to restart.
+    #: Whether the coordinator has told all processes that the run is over, or to restart.
     is_over: bool
 
 
 def look(folder: Path) -> Before | None:
-    """What is in the run directory `folder`; None where no coordinator has written anything.
+    """Return the state of the run in `folder`. None if no coordinator has written anything.
 
-    Raises UsageError where its event log cannot be read.
+    Raises UsageError if the event log cannot be read.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -79,7 +82,7 @@ def look(folder: Path) -> Before | None:
 
 
 def _idle_s(path: Path) -> float:
-    """Seconds since the event log was last written, by the clock of its own file system."""
+    """Return the seconds since the event log was last written, by the clock of its file system."""
     files = [path, path.with_name(path.name + "-wal")]
     written = max(file.stat().st_mtime for file in files if file.exists())
     try:
@@ -92,10 +95,10 @@ def _idle_s(path: Path) -> float:
 def resumed(
     folder: Path, flags: Mapping[str, Any], script: str | None, args: tuple[str, ...], accept_versions: bool = False
 ) -> Choice:
-    """The settings of the run in `folder`, with `flags` instead of some.
+    """Return the settings of the run in `folder`, changed by `flags`.
 
-    Raises UsageError where they would make another run of it, or there is no checkpoint to go on from; or where the newest is of
-    another version of this program or of torch, unless `accept_versions`.
+    Raises UsageError if `flags` would make another run of it, if there is no checkpoint, or if another version of this program or
+    of torch made the newest checkpoint and `accept_versions` is False.
     """
     now = choose(flags, str(folder / SETTINGS_FILE), script, args)
     _check_same(folder, now, script is not None or bool(args))
@@ -110,14 +113,14 @@ def resumed(
 
 
 def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool, say: Callable[[str], None]) -> How:
-    """Decide how a command that is to begin a run or go on with one does so in `folder`, and say which it is.
+    """Decide whether to begin, resume or recover the run in `folder`, say so by `say`, and return the decision.
 
-    `recovers`: servers and workers may be waiting for another coordinator. Raises UsageError as `resumed` does, but a run without
-    a checkpoint begins again, with its event log.
+    `recovers`: servers and workers may be waiting for a new coordinator. Raises UsageError as `resumed` does, except that a run
+    without a checkpoint begins again, with its event log.
     """
     before = look(folder)
     if before is None:
-        say(f"begins a run in {folder}")
+        say(f"starts a run in {folder}")
         return "begin"
     if (folder / SUMMARY_FILE).exists() and (how := _take_up_finished(folder, choice, before, recovers, say)) is not None:
         return how
@@ -127,7 +130,7 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
         return "recover"
     found = _newest(folder)
     if found is None:
-        say(f"starts the run in {folder} again: it had come to round {before.rounds} and had no checkpoint")
+        say(f"starts the run in {folder} from the beginning: it stopped at round {before.rounds}, without a checkpoint")
         return "resume"
     checkpoint.check_versions(found, accept_versions)
     _check_end(folder, choice, found.manifest.round)
@@ -137,9 +140,9 @@ def take_up(folder: Path, choice: Choice, recovers: bool, accept_versions: bool,
 
 
 def _take_up_finished(folder: Path, choice: Choice, before: Before, recovers: bool, say: Callable[[str], None]) -> How | None:
-    """Likewise for a run that has finished; None where it is to go on for longer."""
+    """Decide as `take_up` does for a run that has finished. Return None if it is to train longer."""
     if choice.overwrite and not (recovers and before.idle_s < _JUST_NOW_S):
-        say(f"begins a run in {folder} in place of one that has finished")
+        say(f"starts a run in {folder} in place of a finished one")
         return "begin"
     was = choose({}, str(folder / SETTINGS_FILE)).settings
     if (choice.settings.epochs, choice.settings.rounds) != (was.epochs, was.rounds):
@@ -149,7 +152,7 @@ def _take_up_finished(folder: Path, choice: Choice, before: Before, recovers: bo
 
 
 def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
-    """Whether settings differ that may. Raises UsageError where others do, or the script."""
+    """Return whether settings that may change differ. Raises UsageError if other settings or the script differ."""
     before = choose({}, str(folder / SETTINGS_FILE))
     changed = False
     new_values = flat(now.settings)
@@ -163,12 +166,12 @@ def _check_same(folder: Path, now: Choice, has_script: bool) -> bool:
         changed |= old != new
     if has_script and (before.script, before.args) != (now.script, now.args):
         told = " ".join([before.script or "the built-in example", *before.args])
-        raise UsageError(f"the run in {folder} is one of {told}: leave the script and its arguments out, or start a new run.")
+        raise UsageError(f"the run in {folder} is one of {told}: drop the script and its arguments, or start a new run.")
     return changed
 
 
 def _newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint. Raises UsageError where there are some and none is whole."""
+    """Return the newest whole checkpoint, or None. Raises UsageError if there are checkpoints and none is whole."""
     found, problems = checkpoint.newest(folder)
     if found is None and problems:
         raise UsageError(f"{folder} has no checkpoint to resume from: {' '.join(problems)}")
@@ -176,7 +179,7 @@ def _newest(folder: Path) -> Checkpoint | None:
 
 
 def _check_end(folder: Path, now: Choice, done: int) -> None:
-    """Raises UsageError where a run is to go on for fewer rounds than are `done` in the checkpoint."""
+    """Raise UsageError if the run is to end before the round of the checkpoint, `done`."""
     before, was = look(folder), choose({}, str(folder / SETTINGS_FILE)).settings
     rounds, epochs = now.settings.rounds, now.settings.epochs
     if rounds is not None and rounds < done:
@@ -189,10 +192,9 @@ def _check_end(folder: Path, now: Choice, done: int) -> None:
 
 
 def stop_message(number: int, folder: Path, command: Sequence[str], launch: str = "") -> str:
-    """What is said of a run in `folder` that the signal `number` has stopped: how far it has come, and how to go on with it.
+    """Return the message on a run in `folder` that the signal `number` has stopped: its rounds, and the command that resumes it.
 
-    `command` is the part of the command line that goes on with it, without --resume; `launch` is launch.py, if that is not what
-    this process runs.
+    `command` is the command to show, without --resume. `launch` is the program's file, if this process does not run it.
     """
     done = 0
     with contextlib.suppress(UsageError):
@@ -201,7 +203,7 @@ def stop_message(number: int, folder: Path, command: Sequence[str], launch: str 
     saved = f"with a checkpoint of round {checkpoint.round_of(newest[-1])}" if newest else "without a checkpoint"
     program = [sys.orig_argv[0], launch or sys.argv[0]]
     words = [*program, command[0], "--resume", str(folder), *command[1:]]
-    if not newest:  # which --resume RUN would need
+    if not newest:  # --resume RUN would need a checkpoint
         place = ["--config", str(folder / SETTINGS_FILE), "--run-dir", str(folder)]
         words = [*program, command[0], "--resume", AUTO, *place, *command[1:]]
     name = signal.Signals(number).name

@@ -1,7 +1,7 @@
-"""Read options from files of the working directory: `roundtable.toml`, and the table [tool.roundtable] of `pyproject.toml`.
+"""Reads options from files of the working directory: `roundtable.toml`, and the table [tool.roundtable] of `pyproject.toml`.
 
-The command line beats the environment (`ROUNDTABLE_WORKERS` is --workers). The environment beats --config, that beats
-`roundtable.toml`, and that beats `pyproject.toml`.
+The command line beats the environment (`ROUNDTABLE_WORKERS` is --workers). The environment beats --config, --config beats
+`roundtable.toml`, and `roundtable.toml` beats `pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from roundtable.common.runtime.errors import UsageError
 
 
 def read_sources(folder: Path, options: Mapping[str, click.Parameter]) -> dict[str, Any]:
-    """Return the values that files in `folder` have for `options`, for settings, and for a script and its arguments.
+    """Return the values that files in `folder` give `options`, settings, and a script and its arguments.
 
-    Raises UsageError, which names the file and the key, for a key that nobody knows and for a value that cannot be.
+    Raises UsageError, which names the file and the key, for an unknown key and for a wrong value.
     """
     found: dict[str, Any] = {}
     for file in (folder / "pyproject.toml", folder / "roundtable.toml"):
@@ -49,7 +49,7 @@ def _read(file: Path, options: Mapping[str, click.Parameter]) -> dict[str, Any]:
 
 
 def use_sources(ctx: click.Context, commands: Mapping[str, click.Command], folder: Path) -> None:
-    """Give `commands`, which are subcommands of `ctx`, what the files in `folder` say, as defaults of their options."""
+    """Make the values in the files of `folder` the defaults of options of `commands`, which are subcommands of `ctx`."""
     may_be_set = {name: [option for option in command.params if _may_be_set(option)] for name, command in commands.items()}
     options = {option.name or "": option for params in may_be_set.values() for option in params}
     found = read_sources(folder, options)
@@ -59,5 +59,5 @@ def use_sources(ctx: click.Context, commands: Mapping[str, click.Command], folde
 
 
 def _may_be_set(option: click.Parameter) -> bool:
-    """Whether files may set it: not if nobody sees it, nor if the command is about it alone, as `scale` is about --workers."""
+    """Return whether files may set an option: not if it is hidden, nor if a command is about it, as `scale` about --workers."""
     return not getattr(option, "hidden", False) and (isinstance(option, Option) or not option.required)

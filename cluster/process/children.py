@@ -1,9 +1,9 @@
 """Child processes that are watched together and leave nothing behind.
 
-Each child has its own session, hence process group, and its own log file. What a child starts in turn, such as processes
-that load data, is known by that group and by an environment variable, and is stopped too, even after the child has died. If
-this process is killed, the kernel ends the children (`roundtable.cluster.process.parent_death`) and a guard all else
-(`roundtable.cluster.process.orphan_reaper`).
+Each child has its own session, hence process group, and its own log file. A child may start processes in turn, such as
+processes that load data. They are known by that group and by an environment variable, and are stopped too, even after the child
+has died. If this process is killed, the kernel ends the children (`roundtable.cluster.process.parent_death`), and a guard ends
+all their descendants (`roundtable.cluster.process.orphan_reaper`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from roundtable.common.storage import private_files
 
 #: Seconds that a child has to end by itself after SIGTERM, before SIGKILL.
 TERM_S = 1.5
-#: Seconds for the dead of SIGKILL to be gone.
+#: Seconds for killed processes to be gone after SIGKILL.
 _KILL_S = 1.0
 #: Seconds in which, after one process has failed, the others may say why they did.
 GATHER_S = 2.0
 #: How often waiting loops look.
 TICK_S = 0.05
 
-#: Exit codes of those that a signal has told to stop.
+#: Exit codes of processes that a signal has told to stop.
 _STOP_CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _TAIL_BYTES = 16 << 10
 _ERROR_LINE = re.compile(r"^(?:\S+: )?error: (.+)$")
@@ -54,16 +54,18 @@ class Child:
     code: int | None = None
     #: When the end was noticed, on the clock of time.monotonic.
     ended_at: float = 0.0
-    #: Whether the run goes on although it has failed; whether it was told to leave.
+    #: Whether the run goes on although the child has failed.
     excused: bool = False
+    #: Whether the child was told to leave the run.
     leaves: bool = False
-    #: How often it was started again, and when it is to be, if it is.
+    #: How often the child was restarted.
     restarts: int = 0
+    #: When the child is to be restarted, on the same clock. None if it is not.
     due_at: float | None = None
-    #: Whether nothing of its process group is left.
+    #: Whether no process of its process group is left.
     gone: bool = field(default=False, repr=False)
     command: Sequence[str] = field(default=(), repr=False)
-    #: The command with which it restarts when it asks for that; its own if there is none.
+    #: The command for a restart that the child asks for. If empty, `command`.
     resume_command: Sequence[str] = field(default=(), repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -73,21 +75,21 @@ class Child:
 
     @property
     def was_stopped(self) -> bool:
-        """Whether it has ended because a signal has told it to stop."""
+        """Return whether the child ended because a signal told it to stop."""
         return self.code in _STOP_CODES
 
     def describe_end(self) -> str:
-        """One sentence on how and why it ended, for one that failed."""
+        """Return one sentence on how and why the child failed, and which log to read."""
         assert self.code is not None
         if self.code > 0 and (other := _OTHERS_FAILURE.match(error_in(self.log) or "")):
-            log = self.log.with_name(f"{other[1]}.log")  # has that one's own word, even if it has not ended yet
+            log = self.log.with_name(f"{other[1]}.log")  # has the other's own error, even if that process has not ended yet
             own = error_in(log)
             told = f"{other[1]} failed: {own}" if own else str(other.string)
             return f"{told.rstrip('.')}; its log is {log}."
         return f"{self.name} {self.end()}; its log is {self.log}."
 
     def end(self) -> str:
-        """How and why it ended, for one that failed: 'was killed by ...', 'failed: ...'."""
+        """Return how and why the child failed: 'was killed by ...', 'failed: ...'."""
         assert self.code is not None
         if self.code < 0:
             return f"was killed by signal {-self.code} ({_signal_name(-self.code)})"
@@ -101,10 +103,13 @@ class Child:
 
 
 class Processes:
-    """Children with logs in the folder `log_dir`. As a context, it stops them all at its end."""
+    """Children with logs in the folder `log_dir`. A context: at its end it stops all of them."""
 
     def __init__(self, log_dir: Path, env: Mapping[str, str], term_s: float = TERM_S, files: Sequence[int] = ()) -> None:
-        """`env` is the environment that children get, with what `start` adds, and `files` are ours that they have open too."""
+        """Make a set without children.
+
+        `env` is the children's environment; `start` adds to it. Children inherit the file descriptors `files`.
+        """
         self.children: list[Child] = []
         self._log_dir = log_dir
         self._family = secrets.token_hex(8)
@@ -113,7 +118,7 @@ class Processes:
         self._term_s = term_s
         self._files = files
         self._guard: subprocess.Popen[bytes] | None = None
-        #: Processes that were there when all were about to be stopped.
+        #: Descendants that ran when `start_no_more` was called.
         self._seen: set[int] = set()
         self._fork_server: ForkServer | None = None
         self._stops = False
@@ -125,14 +130,15 @@ class Processes:
         self.stop()
 
     def prepare(self, modules: Sequence[str], **env: str) -> ForkServer:
-        """Have children made by a process that has imported `modules`, once it is ready; it gets `env` besides.
+        """Return a fork server that imports `modules`. Once it is ready, it makes the children.
 
-        OSError if it cannot be started."""
+        `env` is added to its environment. Raises OSError if it cannot be started.
+        """
         self._fork_server = ForkServer(modules, {**self._env, **env})
         return self._fork_server
 
     def start(self, name: str, argv: Sequence[str], **env: str) -> Child:
-        """Start a child; all it prints goes to `<name>.log`. OSError if it cannot be started."""
+        """Start a child and return it. Its output goes to `<name>.log`. Raises OSError if the child cannot be started."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._guard = self._guard or _start_guard(self._family)
         log = self._log_dir / f"{name}.log"
@@ -142,9 +148,10 @@ class Processes:
         return child
 
     def again(self, child: Child) -> None:
-        """Start a child that has ended once more, with its `command`; its log goes on. What it has started is killed.
+        """Restart a child that has ended, with its `command`. Append to its log, and kill the processes that it started.
 
-        OSError if it cannot be started."""
+        Raises OSError if the child cannot be started.
+        """
         old = child.popen.pid
         for pid in orphan_reaper.relatives({old}, ""):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -155,7 +162,7 @@ class Processes:
 
     def _spawn(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes] | Forked:
         env = {**self._env, **env}
-        log.open("ab").close()  # OSError here and now
+        log.open("ab").close()  # raises OSError here, if at all
         forked = self._fork_server.start(argv, env, log) if self._fork_server is not None and not self._files else None
         popen = forked or _popen(argv, env, log, self._files)
         assert self._guard is not None and self._guard.stdin is not None
@@ -164,7 +171,7 @@ class Processes:
         return popen
 
     def poll(self) -> None:
-        """Note which children have ended; who asks for that, and can be, is started again."""
+        """Note which children have ended. If a child asks for a restart, restart it."""
         for child in self.running():
             code = child.popen.poll()
             if code == AGAIN and not self._stops:
@@ -177,16 +184,18 @@ class Processes:
                 child.gone = not orphan_reaper.relatives({child.popen.pid}, "")
 
     def running(self, role: str = "") -> list[Child]:
-        """Children not known to have ended whose name begins with `role`."""
+        """Return the children that are not known to have ended and whose name begins with `role`."""
         return [child for child in self.children if child.code is None and child.name.startswith(role)]
 
     def failures(self) -> list[Child]:
-        """Children that ended other than with exit code 0 and are not excused."""
+        """Return the children that failed and are not excused."""
         return [child for child in self.children if child.failed]
 
     def start_no_more(self) -> None:
-        """Have no child started again that asks for it: all are about to be stopped. What these have started by now may end
-        before that, and leave shared memory behind."""
+        """Refuse further restarts, because all children are about to be stopped.
+
+        Note their descendants now: some may end before `stop`, and leave shared memory behind.
+        """
         self._stops = True
         self._seen = orphan_reaper.relatives(self._groups(), self._family)
 
@@ -194,8 +203,10 @@ class Processes:
         return {child.popen.pid for child in self.children if not child.gone}
 
     def stop(self) -> None:
-        """End every child and all that these have started: SIGTERM, of which the second means at once, and after `term_s` seconds
-        SIGKILL."""
+        """End every child and all its descendants: by SIGTERM, by a second SIGTERM, which means at once, then by SIGKILL.
+
+        SIGKILL comes `term_s` seconds after the second SIGTERM.
+        """
         self._stops = True
         self.poll()
         groups = self._groups()
@@ -255,10 +266,10 @@ def _start_guard(family: str) -> subprocess.Popen[bytes]:
 
 
 def root_cause(failures: Sequence[Child]) -> Child:
-    """The failure among `failures` that most likely brought about the others.
+    """Return the failure that most likely caused the others.
 
-    A process that failed by itself comes before the coordinator's report on another, and that before those that were told
-    to stop; among equals the first counts, and where two were noticed at once, one that was killed, then a worker or server.
+    A process that failed by itself comes first, then a report on another process, then processes that were told to stop. Among
+    equals the earliest comes first. If two were noticed at once, a killed process comes first, then a worker or server.
     """
 
     def rank(child: Child) -> tuple[int, float, bool, bool]:
@@ -270,7 +281,7 @@ def root_cause(failures: Sequence[Child]) -> Child:
 
 
 def error_in(log: Path) -> str | None:
-    """The sentence of the last `error:` line in a log, or None."""
+    """Return the sentence of the last `error:` line in a log, or None."""
     for line in reversed(_tail(log)):
         if found := _ERROR_LINE.match(line):
             return found[1].strip()
@@ -278,7 +289,7 @@ def error_in(log: Path) -> str | None:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not blank, or ''."""
+    """Return the last line of a log that is not blank, or ''."""
     return next((line.strip() for line in reversed(_tail(log)) if line.strip()), "")
 
 

@@ -1,11 +1,11 @@
-"""A process that has imported torch already, and of which the servers and workers on this machine are made.
+"""The fork server: a process that has imported torch, and from which the servers and workers of this machine are forked.
 
-To import torch takes seconds of a processor; a fork takes milliseconds, and shares the memory. So a run starts sooner, and who
-was killed is back sooner. (What is imported touches no device, so a child may use CUDA; untested.)
+An import of torch takes seconds of processor time. A fork takes milliseconds and shares the memory. So a run starts sooner, and
+a killed process is back sooner. (The imports touch no device, so a child may use CUDA; untested.)
 
-Run as a script, this file is the fork server. It reads requests, one JSON a line, and forks twice for each: the process between
-the two ends at once, so that the kernel gives the child to the launcher (PR_SET_CHILD_SUBREAPER), which is its parent from then
-on and waits for it as for one that it has started itself. The end of the fork server harms nobody.
+Run as a script, this file is the fork server. It reads requests, one JSON a line, and forks twice for each. The process between
+the two forks ends at once, so the kernel gives the child to the launcher (PR_SET_CHILD_SUBREAPER). From then on the launcher is
+its parent, and waits for it as for any child. If the fork server ends, no process is harmed.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ if __name__ == "__main__":
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE, die_with_parent
 from roundtable.common.storage import private_files
 
-#: Seconds for one that is ready to make a process.
+#: Seconds for a fork server that is ready to make a process.
 _FORK_S = 10.0
 _PR_SET_CHILD_SUBREAPER = 36
-#: Room for the command lines of children, in bytes: they stand in place of the fork server's own.
+#: Bytes of room for the command lines of children, which are written over the fork server's own.
 _COMMAND_BYTES = 1024
 _TICK_S = 0.001
 
 
 class Forked:
-    """A process that a fork server has made, as subprocess.Popen has it."""
+    """A process that a fork server has made, with the methods of subprocess.Popen that we use."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """None while it runs, else its exit code, or minus the signal that killed it."""
+        """Return None while the process runs, else its exit code, or minus the signal that killed it."""
         if self._code is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # whoever started the launcher has it ignore SIGCHLD, so nobody knows
+            except ChildProcessError:  # the launcher was started with SIGCHLD ignored, so the code is unknown
                 pid, status = self.pid, 0
             if pid:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code
 
     def wait(self, timeout: float) -> int:
-        """Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        """Wait for the end and return the exit code. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() >= deadline:
@@ -67,16 +67,16 @@ class Forked:
         return code
 
     def kill(self) -> None:
-        """SIGKILL, unless its end is known."""
+        """Send SIGKILL, unless the process is known to have ended."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
 
 
 class ForkServer:
-    """The launcher's side. Linux only; elsewhere, and where it has failed, it is never ready."""
+    """The launcher's side of a fork server. If it has failed, or on other systems than Linux, it is never ready."""
 
     def __init__(self, modules: Sequence[str], env: Mapping[str, str]) -> None:
-        """Start one that imports `modules`, if there are any; `env` is its environment."""
+        """Start a fork server that imports `modules`, if there are any. `env` is its environment."""
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         if modules and sys.platform.startswith("linux") and ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0:
@@ -93,7 +93,7 @@ class ForkServer:
 
     @property
     def coming(self) -> bool:
-        """Whether it is yet to be ready."""
+        """Return whether the fork server is starting and not ready yet."""
         if self._process is None or self._ready:
             return False
         if self._answers(0.0):
@@ -103,7 +103,10 @@ class ForkServer:
         return self._process is not None and not self._ready
 
     def start(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> Forked | None:
-        """A process of `argv`, a command line of Python with a script, whose output is added to `log`; None if there is none."""
+        """Return a process that runs `argv`, a command line of Python with a script, and appends its output to `log`.
+
+        Return None if the fork server cannot make one.
+        """
         if self._process is None or not self._ready or self._process.stdin is None or argv[0] != sys.executable:
             return None
         request = json.dumps({"argv": list(argv), "env": dict(env), "log": str(log.absolute()), "cwd": str(Path.cwd())})
@@ -115,7 +118,7 @@ class ForkServer:
         return None
 
     def stop(self) -> None:
-        """End it; the processes that it has made go on."""
+        """End the fork server. The processes that it has made go on."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -126,20 +129,20 @@ class ForkServer:
         return bool(select.select([self._process.stdout], [], [], patience_s)[0])
 
     def _line(self) -> bytes:
-        """The next line, which is short and comes at once; empty if the fork server has ended."""
+        """Return the next line, which is short and comes at once. It is empty if the fork server has ended."""
         assert self._process is not None and self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
 
 def main() -> None:
-    """Import, and then make a process for each request. Returns in the processes that were made, when they are over."""
+    """Import the modules, then fork a process for each request. Returns in a forked process when its script has ended."""
     parent = int(os.environ.pop(PARENT_VARIABLE))
     die_with_parent(parent)
     for module in sys.argv[1:-1]:
-        with contextlib.suppress(Exception):  # those who need it will say what is wrong
+        with contextlib.suppress(Exception):  # a process that needs the module reports the error
             importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # a collection in a child would have it copy all that it shares
+    gc.freeze()  # a garbage collection in a child would copy the shared memory
     os.write(1, b"ready\n")
     with open(0, "rb", closefd=False) as requests:
         while line := requests.readline():
@@ -156,7 +159,7 @@ def main() -> None:
 
 
 def _become(argv: Sequence[str], env: Mapping[str, str], log: str, cwd: str, parent: int) -> None:
-    """Be a process that was started with `argv`, and tell the launcher, `parent`, once this is its child."""
+    """Turn this process into one that was started with `argv`. Once it is a child of `parent`, the launcher, tell it so."""
     os.setsid()
     while os.getppid() != parent and Path(f"/proc/{parent}").exists():
         time.sleep(_TICK_S)
@@ -176,13 +179,13 @@ def _become(argv: Sequence[str], env: Mapping[str, str], log: str, cwd: str, par
     if "torch" in sys.modules and env.get("OMP_NUM_THREADS", threads) != threads:
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # Python has its own seeded anew after a fork
+        sys.modules["numpy"].random.seed()  # Python itself reseeds only its own generator after a fork
     os.write(answers, b"%d\n" % os.getpid())
     os.close(answers)
 
 
 def _show(argv: Sequence[str]) -> None:
-    """Have ps, top and pgrep show this command line, which is written over the one that this process was born with."""
+    """Show `argv` in ps, top and pgrep: write it over the command line that this process was started with."""
     start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
     line = b"\0".join(os.fsencode(arg) for arg in argv)[: end - start - 1]
     ctypes.memmove(start, line.ljust(end - start, b"\0"), end - start)

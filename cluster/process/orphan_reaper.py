@@ -1,7 +1,7 @@
-"""Ending all that a launcher's children have started, also when the launcher itself was killed.
+"""Ends all processes that a launcher's children have started, even if the launcher itself was killed.
 
-Run as a script, this file is the guard: a process of its own that reads the numbers of its starter's process groups, one a
-line, until its input ends. That is so only once the starter is gone without having stopped the guard, as after kill -9.
+Run as a script, this file is the guard, a process of its own. It reads the numbers of the launcher's process groups, one a line,
+until its input ends. The input ends only if the launcher is gone and has not stopped the guard, as after kill -9.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-#: Environment variable whose value all descendants of a launcher have in common, and nobody else.
+#: Environment variable with a value that all descendants of a launcher share, and no other process has.
 FAMILY_VARIABLE = "PS_FAMILY"
 
 _PROC = Path("/proc")
@@ -26,15 +26,15 @@ _TICK_S = 0.02
 
 
 def relatives(groups: Collection[int], family: str) -> set[int]:
-    """Living processes that are in one of these process groups or were started with this value of FAMILY_VARIABLE.
+    """Return the living processes that are in one of these process groups or were started with this value of FAMILY_VARIABLE.
 
-    The group tells on those who have written over their environment, the environment on those who have left the group.
+    The group finds processes that have written over their environment. The environment finds processes that have left the group.
     """
     found = set()
     entry = f"{FAMILY_VARIABLE}={family}".encode()
     for path in _PROC.iterdir():
         if path.name.isdigit():
-            with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            with contextlib.suppress(OSError):  # the process has just ended, or is another user's
                 pid = int(path.name)
                 if os.getpgid(pid) in groups or entry in (path / "environ").read_bytes().split(b"\0"):
                     state = (path / "stat").read_bytes().rpartition(b")")[2].split()[0]
@@ -44,7 +44,7 @@ def relatives(groups: Collection[int], family: str) -> set[int]:
 
 
 def remove_shared_memory(pids: Collection[int]) -> None:
-    """Remove what torch's tensors in shared memory leave behind where a process was killed before it unlinked them."""
+    """Remove the shared memory of torch's tensors that killed processes have not unlinked."""
     with contextlib.suppress(OSError):
         for path in _SHARED_MEMORY.iterdir():
             made = _TORCH_FILE.match(path.name)
@@ -53,7 +53,7 @@ def remove_shared_memory(pids: Collection[int]) -> None:
 
 
 def main() -> None:
-    """Once the input has ended, kill until nobody is left."""
+    """Wait until the input ends, then kill until no process is left."""
     groups = {int(line) for line in sys.stdin}
     seen = set(groups)
     deadline = time.monotonic() + _LIMIT_S

@@ -1,4 +1,4 @@
-"""Standard output, error output and names: what is wrong with them must not end a run."""
+"""Standard output, error output and names. No fault of theirs ends a run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from roundtable.common.runtime.errors import UsageError
 
 
 class Forgiving(io.TextIOBase):
-    """A text stream on which writing never fails: text that `stream` cannot take is lost.
+    """A text stream whose writes never fail. Text that `stream` cannot take is lost.
 
-    A full disk may have room again, so each write is tried anew. A pipe that nobody reads any more stays broken.
+    A full disk may have room again, so each write is tried. A pipe without a reader stays broken.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -45,7 +45,7 @@ class Forgiving(io.TextIOBase):
             self._stream.flush()
 
     def give_up(self) -> None:
-        """Drop the text that could not be written until now, so that nobody stumbles over it later."""
+        """Drop the text that could not be written until now, so that a later flush does not fail."""
         try:
             self._stream.flush()
         except OSError:
@@ -54,7 +54,7 @@ class Forgiving(io.TextIOBase):
 
 @contextlib.contextmanager
 def forgiving_output() -> Iterator[None]:
-    """Have what is printed meanwhile get lost if it cannot be written: a run is worth more than the lines about it."""
+    """Lose printed text that cannot be written, for the time of the context. A run is worth more than the lines about it."""
     before = sys.stdout, sys.stderr
     streams = [Forgiving(stream) for stream in before]
     sys.stdout, sys.stderr = streams
@@ -67,7 +67,7 @@ def forgiving_output() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null for each standard stream that the caller has closed, as `>&-` does, and let no character be unprintable."""
+    """Open /dev/null for each standard stream that the caller has closed, as `>&-` does. Make every character printable."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -80,9 +80,9 @@ def open_standard_streams() -> None:
 
 
 def check_names(argv: Sequence[str]) -> None:
-    """See that the names on the command line, and that of this folder, are text.
+    """Check that the names on the command line, and the name of the working directory, are text.
 
-    If the locale cannot read them, the program begins again in Python's UTF-8 mode. Raises UsageError for a name that is not
+    If the locale cannot read one of them, restart the program in Python's UTF-8 mode. Raises UsageError for a name that is not
     UTF-8 either.
     """
     odd = next((name for name in (*argv, str(Path.cwd())) if not _is_text(name)), None)
@@ -107,6 +107,6 @@ def _readable(name: str) -> str:
 
 
 def silence(descriptor: int) -> None:
-    """Have what is written to `descriptor` go nowhere from now on."""
+    """Send all further output of `descriptor` to /dev/null."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -1,4 +1,4 @@
-"""A process that was started by another one here ends with it, even if that one is killed with -9."""
+"""Ends a child process with its parent, even if the parent is killed with -9."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import signal
 import sys
 
-#: Environment variable in which a process tells those it starts who their parent is.
+#: Environment variable by which a process tells its children its process id.
 PARENT_VARIABLE = "PS_PARENT_PID"
 
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the process `parent`, which started it, ends. Linux only; elsewhere nothing.
+    """Have the kernel kill this process when the process `parent`, which started it, ends. Do nothing if this is not Linux.
 
-    Raises SystemExit where the parent is gone already: it may have ended before the kernel was asked.
+    Raises SystemExit if the parent has ended already: it may have ended before the kernel was asked.
     """
     if not sys.platform.startswith("linux"):
         return

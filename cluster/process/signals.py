@@ -1,4 +1,4 @@
-"""Ctrl-C and its like as a flag that a loop looks at, so that no signal can come between starting a process and noting it."""
+"""Stop signals as a flag for a loop to look at. So no signal interrupts the launcher between starting a process and noting it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopSignals:
-    """A context in which SIGINT, SIGTERM and SIGHUP do nothing but to be counted.
+    """A context in which SIGINT, SIGTERM and SIGHUP are only counted.
 
-    SIGHUP stays ignored where it was, as under nohup.
+    If SIGHUP was ignored before, as under nohup, it stays ignored.
     """
 
     def __init__(self) -> None:
-        #: The first signal that came, if any, and how many have.
+        #: The first signal that came, if any.
         self.first: signal.Signals | None = None
+        #: How many signals have come.
         self.count = 0
         self._before: dict[signal.Signals, _Handler] = {}
 
@@ -41,5 +42,5 @@ class StopSignals:
 
 
 def stopped(number: int, frame: FrameType | None) -> None:
-    """A handler that has the main thread raise Stopped."""
+    """Raise Stopped. A handler, so the main thread raises it."""
     raise Stopped(number)

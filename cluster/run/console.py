@@ -1,4 +1,4 @@
-"""Show a run to the user: live on a terminal, in a plain line now and then elsewhere, and with the script's output."""
+"""Shows a run to the user: live on a terminal, elsewhere in plain lines, with the script's output."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from roundtable.cluster.run.script_output import ScriptOutput
 from roundtable.common.runtime.errors import printable
 from roundtable.common.storage.disk_alarm import Alarm
 
-#: Seconds between two looks, and between two plain lines: in the first minute, and later.
+#: Seconds between two looks at the event log.
 _LIVE_S = 0.5
+#: Seconds between two plain lines in the first `_FIRST_S` seconds.
 _PLAIN_S = 5.0
+#: Seconds between two plain lines after that.
 _LATER_S = 30.0
 _FIRST_S = 60.0
 
 
 class Screen:
-    """Shows a run's progress; a context, at whose end the terminal is as before. Call `update` as often as you like."""
+    """Shows a run's progress. A context: at its end the terminal is as before. Call `update` often."""
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class Screen:
         quiet: bool = False,
         output: ScriptOutput | None = None,
     ) -> None:
-        """`log` is the run's event log; it need not exist yet. `quiet`: only `report` and warnings are printed."""
+        """Show the run whose event log is `log`, which need not exist yet. `quiet`: print only warnings and `report` lines."""
         self._console = console
         self._tracker = Tracker(log)
         self._clock = clock
@@ -49,7 +51,7 @@ class Screen:
         self._looked_at = float("-inf")
         self._began_at = self._reported_at = clock()
         self.progress = Progress()
-        #: Tells when the coordinator cannot write to the log.
+        #: The coordinator's report that it cannot write to the event log.
         self.alarm = Alarm()
 
     def __enter__(self) -> Screen:
@@ -67,16 +69,19 @@ class Screen:
         self.alarm.close()
 
     def say(self, text: str) -> None:
-        """Print a line about what happens, above the live part if there is one."""
+        """Print a line of news, above the live part if there is one."""
         if not self._quiet or text.startswith("warning: "):
             say(self._console, text)
 
     def report(self, text: str) -> None:
-        """Print a line that is of use when all is over, also if the user wants quiet."""
+        """Print a line of results, even with `quiet`."""
         say(self._console, text)
 
     def update(self, has_log: bool = True) -> None:
-        """Look at the run and show it, if the last time is long enough ago. While not `has_log`, the log is an earlier part's."""
+        """Look at the run and show it, if the last look is long enough ago.
+
+        Give `has_log` False while the event log is still that of an earlier part of the run.
+        """
         now = self._clock()
         if now < self._looked_at + _LIVE_S:
             return
@@ -105,7 +110,7 @@ class Screen:
 
 
 class LiveOnly(Screen):
-    """For a run that is only a means to something else: its progress on a terminal, and no lines about it."""
+    """A screen for a run that is only a means to something else: progress on a terminal, and no lines."""
 
     def say(self, text: str) -> None:
         pass
@@ -115,5 +120,5 @@ class LiveOnly(Screen):
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is, but for what would be more than letters on a terminal."""
+    """Print a line. Replace characters that a terminal would obey."""
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Progress as text: a picture for a terminal, of 80 columns or more, and a line for where there is none."""
+"""Progress as text: a picture for a terminal of at least 80 columns, and a plain line for other outputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.text import Text
 from roundtable.cluster.run.progress import Progress
 from roundtable.common.storage.event_log import StatusRow, some
 
-#: Nobody is told to wait before so many seconds: most waiting is over at once.
+#: Seconds of waiting before it is shown: most waiting is over at once.
 _WAITS_S = 2.0
 _BAR = 36
 _SHORT_BAR = 20
 #: Lines of the picture that are not of workers.
 _OTHER_LINES = 5
-#: From so many workers on, those that are well are counted.
+#: With so many workers or more, those that are well share one line.
 _MANY = 5
 _NOT_HERE = ("lost", "done")
 
@@ -90,7 +90,7 @@ def _waits(row: StatusRow, progress: Progress) -> bool:
 
 
 def _of_workers(progress: Progress, most: int) -> list[str]:
-    """Return a line for each worker if there are few; else one for those that are well, and one for each of the others."""
+    """Return a line for each worker if there are few. Else return one line for all that are well, and one for each other."""
     rows = _workers(progress)
     if len(rows) < _MANY and len(rows) <= most:
         return [_row(row, progress) for row in rows]

@@ -1,4 +1,4 @@
-"""The one place where a command ends: what it says last, and its exit code (docs/fault-tolerance.md has a list of these)."""
+"""The one place where a command ends: its last line, and its exit code. docs/fault-tolerance.md lists the exit codes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import click
 from roundtable.cluster.process.output import check_names, silence
 from roundtable.common.runtime.errors import PsError, RunStopped, Stopped, UsageError, printable
 
-#: The exit code after a mistake of whoever gave the command.
+#: The exit code after a mistake in the command.
 USAGE = 2
-#: That of a server or worker whose run was told to stop and can go on: whoever starts it again has it join then.
+#: The exit code of a server or worker whose run was told to stop and can be resumed. Started again, it joins the resumed run.
 STOPPED = 75
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ _LONGEST = 400
 
 
 def run_command(cli: click.Command, argv: Sequence[str], prog: str, obj: object = None) -> int:
-    """Run `cli` and return the exit code; where it fails, the last line on stderr is `error: <sentence>`.
+    """Run `cli` and return the exit code. If it fails, the last line on stderr is `error: <sentence>`.
 
     Failures go through sys.excepthook, so that a worker's own hook, which tells the coordinator, is called too.
     """
@@ -66,10 +66,11 @@ def run_command(cli: click.Command, argv: Sequence[str], prog: str, obj: object 
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as `sys.exit` does: threads are waited for, what was registered with atexit is called, and what was
-    written to files that are still open gets there. If such a function has put a PsError into sys.last_value, the process fails.
+    """End this process as `sys.exit` does: wait for threads, call the functions of atexit, and flush open files.
 
-    Python is not taken apart, which with torch takes 0.2 s, and touches, and so copies, all memory that processes made by a fork
+    If such a function has put a PsError into sys.last_value, the process fails.
+
+    Python's own teardown is skipped. With torch it takes 0.2 s. It also touches, and so copies, all memory that forked processes
     share.
     """
     threading._shutdown()  # type: ignore[attr-defined]
@@ -84,7 +85,7 @@ def leave(code: int) -> NoReturn:
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a process that `error` ends."""
+    """Return the exit code of a process that `error` ends."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
@@ -95,7 +96,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say on stderr why a command ends: a sentence for an expected error, after a traceback for any other."""
+    """Say on stderr why a command ends: in a sentence, after a traceback if the error was not expected."""
     if isinstance(error, KeyboardInterrupt):
         with contextlib.suppress(OSError):
             if str(error):
@@ -114,7 +115,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 
 def _output_is_broken() -> bool:
-    """Whether nobody reads our output any more, as after `| head`; then the interpreter is kept from stumbling over it."""
+    """Return whether nothing reads the output any more, as after `| head`. If so, silence it: no later flush may fail."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -124,7 +125,7 @@ def _output_is_broken() -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line: a PsError's sentence, else type, text, and where in the user's own code it came from."""
+    """Return an exception as one line: a PsError's sentence, else its type, text and place in the user's own code."""
     if isinstance(error, PsError):
         return " ".join(str(error).split())
     if isinstance(error, SyntaxError) and error.filename:
@@ -141,7 +142,7 @@ def describe(error: BaseException) -> str:
 
 
 def _place(trace: TracebackType | None) -> traceback.FrameSummary | None:
-    """The innermost frame of the user's code; without one that of ours, and without that any."""
+    """Return the innermost frame of the user's code. If there is none, return ours, or else any."""
     frames = traceback.extract_tb(trace)[::-1]
     user = [f for f in frames if not f.filename.startswith("<") and not _in(f.filename, (*_OURS, *_LIBRARIES))]
     ours = [f for f in frames if _in(f.filename, _OURS)]

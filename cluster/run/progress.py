@@ -1,4 +1,4 @@
-"""How far a run is, read from its event log while it goes on."""
+"""The progress of a run, read from its event log while the run goes on."""
 
 from __future__ import annotations
 
@@ -14,57 +14,63 @@ from typing import Literal
 from roundtable.common.network.host_identity import here
 from roundtable.common.storage.event_log import Event, RoundRow, RunLogReader, StatusRow
 
-#: How progress is shown: live on a terminal and in plain lines elsewhere; or in one of these ways; or not at all.
+#: How progress is shown. `auto`: live on a terminal, elsewhere in plain lines.
 Mode = Literal["auto", "live", "plain", "off"]
 
-#: Speed and loss are means over so many seconds.
+#: Seconds over which speed and loss are means.
 _WINDOW_S = 5.0
-#: The time left is that at the speed of so many seconds.
+#: Seconds whose mean speed gives the time left.
 _LONG_WINDOW_S = 60.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known at one moment. `total` is None while nobody has said how many rounds there will be."""
+    """The state of a run at one moment."""
 
+    #: Committed rounds, or merges.
     rounds: int = 0
+    #: The planned rounds, or merges. None while there is no plan.
     total: int | None = None
     samples: int = 0
     samples_per_second: float = 0.0
     loss: float | None = None
     accuracy: float | None = None
     processes: Sequence[StatusRow] = ()
-    #: What has happened since the last look that somebody may have to do something about, a line each.
+    #: Lines on events since the last look that the user may have to act on.
     news: Sequence[str] = ()
-    #: What processes of this host, by id, are called in the run, the newest name of each; and who has left it.
+    #: The newest name in the run of each process of this host, by process id.
     joined: Mapping[int, str] = field(default_factory=dict)
+    #: Names of processes that have left the run.
     left: Set[str] = frozenset()
-    #: Who of them failed when all rounds were done, which is no failure of the run; and whether the trained model is written.
+    #: Names of processes that failed after the last round, which does not fail the run.
     failed_late: Set[str] = frozenset()
+    #: Whether the trained model is written.
     has_model: bool = False
-    #: Those of this host, by name and process id, that the coordinator has counted as lost.
+    #: Name and process id of each process of this host that the coordinator has counted as lost.
     lost: Set[tuple[str, int]] = frozenset()
-    #: What is wrong that the event log cannot tell, for as long as it is; '' if nothing.
+    #: A fault that the event log cannot tell, while it lasts. '' if there is none.
     alarm: str = ""
     #: Whether `rounds` and `total` count merges, which are of several rounds each.
     merges: bool = False
-    #: The epoch that the newest round is of, from 1 on, and how many there will be; 0 if that is not known.
+    #: The data epoch of the newest round, from 1 on. 0 if it is not known.
     epoch: int = 0
+    #: The planned data epochs. 0 if the number is not known.
     epochs: int = 0
     #: Seconds until all rounds are done, at the speed of the last minute.
     left_s: float | None = None
     #: Samples per second of each worker that has contributed lately; they add up to `samples_per_second`.
     speeds: Mapping[str, float] = field(default_factory=dict)
-    #: For how many seconds each process has waited for the same others.
+    #: Seconds for which each process has waited for the same other processes.
     waits_s: Mapping[str, float] = field(default_factory=dict)
-    #: The newest checkpoint: its round, and how many seconds ago it was made.
+    #: The newest checkpoint: its round, and the seconds since it was made.
     checkpoint: tuple[int, float] | None = None
 
 
 class Tracker:
-    """Reads what is new in the event log at `path`, which need not exist yet.
+    """Reads the new entries of the event log at `path`, which need not exist yet.
 
-    It opens the file for each look and keeps off once the run is over, for the coordinator closes its log better alone.
+    Each look opens the file. Once the run is over, looks leave it alone, because an open reader hinders the coordinator from
+    closing its log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,31 +80,32 @@ class Tracker:
         self._last_event = 0
         #: Rounds of the last minute.
         self._minute: deque[RoundRow] = deque()
-        #: What workers have contributed lately: when, who, and how many samples; and the number of the newest row.
+        #: The contributions of the last `_WINDOW_S` seconds: unix time, worker, samples.
         self._contributed: deque[tuple[float, str, int]] = deque()
+        #: The number of the newest contribution that was read.
         self._last_contribution = 0
-        #: Since when each process waits, and for whom.
+        #: For each process, the processes that it waits for, and the unix time since when.
         self._waits: dict[str, tuple[str, float]] = {}
         self._checkpoint: tuple[int, float] | None = None
-        #: When the plan of this part of the run was made, if that was in this part.
+        #: Unix time of the first plan of this part of the run. None before it.
         self._first_at: float | None = None
-        #: When the coordinator of this part started.
+        #: Unix time when the coordinator of this part started.
         self._part_at = 0.0
         self._over = False
 
     def look(self, now: float | None = None) -> Progress:
-        """The state of the run at the unix time `now`."""
+        """Return the state of the run at the unix time `now`."""
         if self._over or not self._path.exists():
             return replace(self._last, news=())
         try:
             with closing(RunLogReader(self._path)) as reader:
                 self._last = self._read(reader, time.time() if now is None else now)
         except sqlite3.Error:
-            return replace(self._last, news=())  # not written to yet, or just being closed: the next look will tell
+            return replace(self._last, news=())  # the coordinator has not written to it yet, or is closing it: look again later
         return self._last
 
     def _read(self, reader: RunLogReader, now: float) -> Progress:
-        # All is read before anything is noted, so that a look which fails in the middle loses nothing.
+        # Read all before noting anything, so that a look that fails in the middle loses nothing.
         events = reader.events(after=self._last_event)
         goes_back = any(event.kind == "rolled back" for _, _, event in events)
         rounds_read = reader.rounds(after=-1 if goes_back else self._last_round)
@@ -116,14 +123,14 @@ class Tracker:
                 total, has_model = int(event.data["rounds"]), False
                 merges, epochs = bool(event.data.get("merges")), int(event.data.get("epochs", 0))
                 self._first_at = self._first_at or at
-            elif event.kind == "started":  # from now on names are other processes'
+            elif event.kind == "started":  # names are those of other processes from here on
                 joined, left, failed_late, has_model = dict.fromkeys(joined, ""), set(), set(), False
                 self._first_at, self._part_at = None, at
                 self._minute.clear()
             elif event.kind == "joined" and event.data["place"] == here().pids:
                 joined[event.data["pid"]] = event.process
             elif event.kind == "lost":
-                if joined.get(pid := event.data.get("pid", -1)) == event.process:  # another may have its name by now
+                if joined.get(pid := event.data.get("pid", -1)) == event.process:  # another process may have the name by now
                     lost.add((event.process, pid))
             elif event.kind == "rolled back":
                 rounds, samples = self._go_back(rounds_read, int(event.data["to"]))
@@ -171,7 +178,7 @@ class Tracker:
         )
 
     def _go_back(self, rounds: Sequence[RoundRow], to: int) -> tuple[int, int]:
-        """Rounds from `to` on are done again; how many there are before, and their samples."""
+        """Forget the rounds from `to` on, which are done again. Return the number of earlier rounds, and of their samples."""
         self._last_round = to - 1
         self._minute = deque(row for row in self._minute if row.round < to)
         self._last_contribution = 0
@@ -185,7 +192,7 @@ class Tracker:
         return sum(row.samples for row in recent) / (now - start) if now > start else 0.0
 
     def _since(self, now: float, window_s: float) -> float:
-        """Return when the window began that ends now: not before training did."""
+        """Return the unix time when the window that ends now began: not before training began."""
         return max(self._first_at or (self._minute[0].at if len(self._minute) > 1 else now), now - window_s)
 
     def _left(self, now: float, total: int | None, done: int) -> float | None:
@@ -196,7 +203,7 @@ class Tracker:
         return max(0, total - done) * (now - start) / recent
 
     def _speeds(self, contributed: Sequence[tuple[int, float, str, int]], now: float, speed: float) -> dict[str, float]:
-        """Divide `speed` among the workers by what they have contributed."""
+        """Divide `speed` among the workers by the samples that they have contributed."""
         for number, at, worker, samples in contributed:
             self._last_contribution = number
             self._contributed.append((at, worker, samples))
@@ -209,7 +216,7 @@ class Tracker:
         return {worker: speed * samples / whole for worker, samples in by_worker.items()} if whole else {}
 
     def _waited(self, rows: Sequence[StatusRow], now: float) -> dict[str, float]:
-        """Note who waits for whom. Return for how long each has done so."""
+        """Note which process waits for which. Return the seconds that each has waited."""
         before, self._waits = self._waits, {}
         for row in rows:
             if row.waits_for:
@@ -225,7 +232,7 @@ def in_order(process: str) -> tuple[str, int]:
 
 
 def _news(event: Event) -> str | None:
-    """An event as a line for the screen, for those kinds that are shown."""
+    """Return the line for the screen on an event. None if events of its kind are not shown."""
     match event.kind:
         case "warning":
             return f"warning: {event.data['text']}"
@@ -244,7 +251,7 @@ def _news(event: Event) -> str | None:
 
 
 def mean_metric(rows: Sequence[RoundRow] | deque[RoundRow], name: str) -> float | None:
-    """The mean of a metric over the samples of `rows`; None where no round has it."""
+    """Return the mean of a metric over the samples of `rows`. None if no round has the metric."""
     having = [row for row in rows if name in row.metrics and row.samples > 0]
     samples = sum(row.samples for row in having)
     return sum(row.metrics[name] * row.samples for row in having) / samples if samples else None

@@ -1,4 +1,4 @@
-"""The run directory: which folder a run gets, that no two runs share one, and what is in it."""
+"""The run directory: which folder a run gets, its lock, and its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SUFFIXES = ("", ".tmp", "-wal", "-shm", "-journal")
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether `name` can be that of a folder inside another, and is not hidden."""
+    """Return whether `name` is the name of one folder, without a path, and not hidden."""
     return name == Path(name).name and not name.startswith(".") and "\0" not in name and bool(name)
 
 
@@ -36,13 +36,14 @@ def is_folder_name(name: str) -> bool:
 def claim(
     path: Path | None, default: str, overwrite: bool, take_up: Callable[[Path], How] | None = None
 ) -> Iterator[tuple[Path, How]]:
-    """The folder for a run, locked against other launchers for the time of the context, and what is to be done there. Where that
-    is to begin one, it is empty of other runs' files.
+    """Yield the folder for a run, and what is to be done there. For the time of the context it is locked against other launchers.
 
-    `path` is the folder asked for; None stands for runs/<default>, or the next of runs/<default>-2, -3, ... that is free. With
-    `take_up` it is never another one, and that says of the locked folder what is to be done.
-    Raises UsageError where the folder holds a run and not `overwrite`, is in use, or is no run's folder; then nothing was
-    removed.
+    If a run is to begin there, files of other runs are removed first.
+
+    `path` is the folder asked for. None stands for runs/<default>, or for the first of runs/<default>-2, -3, ... that is free.
+    With `take_up` it stands for runs/<default> only, and `take_up` decides in the locked folder what is to be done.
+    Raises UsageError if the folder is in use, if it is not a run directory, or if it holds a run and `overwrite` is False. Then
+    nothing was removed.
     """
     if path is None and not overwrite and take_up is None:
         folder, lock = _next_free(default)
@@ -64,7 +65,10 @@ def claim(
 
 
 def passed_over(folder: Path, default: str) -> Path | None:
-    """The newest run of runs/<default>, -2, ... before `folder`, if that is one of them, that has not finished and can go on."""
+    """Return the newest unfinished run among runs/<default>, -2, ... before `folder` that can be resumed.
+
+    None if there is none, or if `folder` is not one of these.
+    """
     found = None
     for number in itertools.count(1):
         one = RUNS / (default if number == 1 else f"{default}-{number}")
@@ -94,7 +98,10 @@ def _is_free(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> int | None:
-    """Make `folder` if need be and lock it, which leaves no file behind; None if another process has it locked."""
+    """Make `folder` if need be, lock it, and return its descriptor. None if another process has locked it.
+
+    The lock leaves no file behind.
+    """
     try:
         make_run_dir(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -115,7 +122,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _make_room(folder: Path, overwrite: bool) -> None:
-    """Remove what an earlier run left in `folder`, file by file: never anything that a run has not written."""
+    """Remove an earlier run from `folder`, file by file. Never remove a file that a run has not written."""
     if not _contents(folder):
         return
     if not is_run(folder):
@@ -126,7 +133,7 @@ def _make_room(folder: Path, overwrite: bool) -> None:
 
 
 def kept(folder: Path) -> str:
-    """What there is of a run in `folder` that is not to be removed unasked, as the beginning of a sentence; '' if nothing."""
+    """Return the beginning of a sentence on the run in `folder`, if it must not be removed unasked; else ''."""
     if (folder / SUMMARY_FILE).exists():
         return "a finished run: give"
     goes_on = "give --resume auto to resume it,"
@@ -137,13 +144,13 @@ def kept(folder: Path) -> str:
     try:
         with contextlib.closing(RunLogReader(folder / FILE_NAME)) as log:
             rounds = log.count_rounds()
-    except sqlite3.Error:  # of which nobody knows what is in it
+    except sqlite3.Error:  # its contents are unknown
         return "a run whose event log cannot be read: give"
     return f"an unfinished run, after {rounds} rounds: {goes_on}" if rounds else ""
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:
-    """Remove files of an earlier run, and if its event log is among them all else that a run writes."""
+    """Remove the files `names` of an earlier run. If its event log is among them, remove its logs and checkpoints too."""
     try:
         for name, suffix in itertools.product(names, _SUFFIXES):
             (folder / (name + suffix)).unlink(missing_ok=True)
@@ -157,7 +164,7 @@ def _remove(folder: Path, names: Sequence[str]) -> None:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether a run goes on in `folder`: another process has claimed it."""
+    """Return whether a run goes on in `folder`, so that another process has locked it."""
     lock = _lock(folder)
     if lock is not None:
         os.close(lock)
@@ -165,7 +172,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def _contents(folder: Path) -> list[str]:
-    """Names in `folder` without those of hidden files."""
+    """Return the names in `folder`, except those of hidden files."""
     try:
         return [path.name for path in folder.iterdir() if not path.name.startswith(".") and path.name != "lost+found"]
     except OSError as error:
@@ -173,7 +180,7 @@ def _contents(folder: Path) -> list[str]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What the coordinator wrote at the end of the run in `folder`; None if it has not finished."""
+    """Return the summary of the run in `folder`. None if the run has not finished."""
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -184,12 +191,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def write_settings(path: Path, settings: Settings, script: str | None = None, args: Sequence[str] = ()) -> None:
-    """Write all that --config needs to repeat a run. OSError where that cannot be."""
+    """Write the file that --config needs to repeat a run. Raises OSError if it cannot be written."""
     path.write_text(SETTINGS_HEADER + to_toml(run_values(settings, script, args)), encoding="utf-8")
 
 
 def run_values(settings: Settings, script: str | None, args: Sequence[str]) -> dict[str, Any]:
-    """What the settings file of such a run holds: all that is not None."""
+    """Return the values in the settings file of such a run: all that are not None."""
     values = flat(settings)
     if script is not None:
         values |= {"script": script, "args": list(args)}
@@ -197,7 +204,7 @@ def run_values(settings: Settings, script: str | None, args: Sequence[str]) -> d
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """A flat TOML table. TOML has no None."""
+    """Return `values`, without None, which TOML lacks, as a flat TOML table."""
 
     def literal(value: Any) -> str:
         if isinstance(value, list):
@@ -210,7 +217,7 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 def tidy_log(folder: Path) -> None:
-    """Fold the side files, which a killed coordinator leaves, into the event log."""
+    """Fold the side files that a killed coordinator leaves into the event log."""
     path = folder / FILE_NAME
     if path.with_name(FILE_NAME + "-wal").exists() or path.with_name(FILE_NAME + "-shm").exists():
         with contextlib.suppress(Exception):  # the log is as readable as before

@@ -1,4 +1,4 @@
-"""Read the output of scripts from the workers' logs."""
+"""Reads the output of scripts from the workers' logs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 
 #: A line of this program's own log.
 _OURS = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ roundtable\b|error: ")
-#: Bytes that are read at once, at most, while a script runs.
+#: The most bytes that are read at once while a script runs.
 _MOST = 1 << 16
 
 
 class ScriptOutput:
-    """Reads what is new in the log of worker-0, or in all workers' logs. Lines that this program logs itself are left out."""
+    """Reads new output from the log of worker-0, or from all workers' logs, without the lines that this program logs itself."""
 
     def __init__(self, logs: Path, everybody: bool = False) -> None:
         self._logs = logs
         self._pattern = "worker-*.log" if everybody else "worker-0.log"
         self._everybody = everybody
-        #: How far each file has been read, by name and inode: those that are there already are an earlier part's.
+        #: Bytes read of each file, by name and inode. Files that exist already are of an earlier part, and count as read.
         self._read = {(path.name, path.stat().st_ino): path.stat().st_size for path in logs.glob(self._pattern)}
         self._partial: dict[str, bytes] = {}
         self._in_traceback: set[str] = set()
 
     def lines(self, at_end: bool = False) -> list[str]:
-        """Return the lines that have come since the last call; `at_end` also those without an end."""
+        """Return the lines that have come since the last call, and `at_end` also an unfinished last line."""
         found, most = [], -1 if at_end else _MOST
         for path in sorted(self._logs.glob(self._pattern)):
             *whole, rest = (self._partial.pop(path.stem, b"") + self._new(path, most)).split(b"\n")
@@ -47,10 +47,10 @@ class ScriptOutput:
         return found
 
     def _kept(self, worker: str, lines: list[bytes]) -> list[bytes]:
-        """Return the script's own lines. The end of a script is told by the launcher, so its traceback stays in the log."""
+        """Return the script's own lines, without tracebacks. The launcher itself reports how a script ended."""
         kept = []
         for one in lines:
-            text = one.rstrip(b"\r").rpartition(b"\r")[2]  # of a bar that is drawn again and again, its last state
+            text = one.rstrip(b"\r").rpartition(b"\r")[2]  # the last state of a progress bar
             if text.startswith(b"Traceback (most recent call last)"):
                 self._in_traceback.add(worker)
             elif worker in self._in_traceback:

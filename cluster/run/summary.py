@@ -11,7 +11,7 @@ from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.event_log import some
 from roundtable.common.storage.run_files import MODEL_FILE
 
-#: Letters of a hash that people are shown.
+#: Characters of a hash that are shown.
 SHORT_SHA = 12
 
 
@@ -36,7 +36,7 @@ def results_line(summary: Mapping[str, Any]) -> str:
 
 
 def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return the end of a run in a few lines: the results, and where they are."""
+    """Return a few lines on the end of a run: the results, and where they are."""
     lines = [f"done: {results_line(summary)}"]
     extra = {"micro_batches_recomputed": "redone", "dropped": "dropped"}
     told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]
@@ -65,7 +65,7 @@ def count(number: int, what: str) -> str:
 
 
 def check_trained(summary: Mapping[str, Any], script: str | None, folder: Path) -> None:
-    """Raise ClusterError if there was a model to train and it was not trained."""
+    """Raise ClusterError if there was a model to train and no round trained it."""
     if summary.get("weights_sha256") and not summary["rounds"]:
         what = script or "the example"
         raise ClusterError(f"nothing was trained: {what} came to no batch of run.batches(); its logs are in {folder / LOGS}.")

@@ -1,4 +1,4 @@
-"""Commands for what runs have left: checkpoints, experiments, and models to merge."""
+"""Commands on the results of runs: checkpoints, experiments, and models to merge."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def export(run: str, round_: int | None, out: Path) -> None:
 def experiment(file: Path, overwrite: bool) -> None:
     """Run many settings and compare them.
 
-    FILE is TOML. [settings] are for all runs. [matrix] has lists of settings, and every combination is a run. Each [[case]] has a
-    name and settings of its own, and runs with every combination of the matrix. Optional keys are script, args, name and out. out
-    is the folder for the runs and results, by default runs/experiments/NAME.
+    FILE is TOML. Put shared values in [settings], and lists to combine in [matrix]: every combination is a run. Put single
+    variants in [[case]]: each needs a name, and runs with every combination of the matrix. Optional keys are script, args, name
+    and out. out is the folder for the runs and results, by default runs/experiments/NAME.
 
-    The runs go one after another. Runs that have finished with the same settings are not run again, and unfinished ones go on. A
-    table (CSV and Markdown) and a plot of loss and accuracy over time are written.
+    The runs go one after another. Runs that have finished with the same settings are not run again, and unfinished runs go on.
+    The results are a table (CSV and Markdown) and a plot of loss and accuracy over time.
     """
     from rich.console import Console
 

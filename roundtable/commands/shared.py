@@ -1,4 +1,4 @@
-"""Things that several commands share: their log, the program that they start again, and runs of their own."""
+"""Functions that several commands share: their log, the program's command line, and runs of their own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def program() -> list[str]:
 
 
 def log_to_stderr(quiet: bool) -> None:
-    """Show what our packages log, or of that warnings and errors only. A script's own logging is left alone."""
+    """Show on stderr what our packages log. `quiet`: warnings and errors only. Leave a script's own logging alone."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("roundtable")
@@ -36,7 +36,7 @@ def complete_runs(ctx: click.Context, parameter: click.Parameter, incomplete: st
 
 
 def on_cluster(folder: Path, settings: Settings, script: str, args: tuple[str, ...]) -> None:
-    """Run a script on a cluster of this machine, as a means to something else. `folder` is its run directory."""
+    """Run a script on a cluster of this machine, as a part of another command. `folder` is the run directory."""
     from rich.console import Console
 
     from roundtable.cluster.launch.local import LaunchSpec, run_local

@@ -1,4 +1,4 @@
-"""Commands that train. `local` starts all processes of a run here. Each of the others is one of them."""
+"""Commands that train. `local` starts all processes of a run on this machine. Each of the others runs one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _COORDINATOR = click.option(
     metavar="HOST[:PORT]",
     required=True,
     envvar=["ROUNDTABLE_COORDINATOR", "PS_COORDINATOR"],
-    help="Coordinator address; tcp://HOST:PORT is taken too. Port 5555 is the default. [env: ROUNDTABLE_COORDINATOR]",
+    help="Coordinator address, also tcp://HOST:PORT. The default port is 5555. [env: ROUNDTABLE_COORDINATOR]",
 )
 _INDEX = click.option(
     "--index",
@@ -123,7 +123,7 @@ def local(
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
         if choice.run_dir is None and (before := passed_over(folder, choice.default_name)) is not None:
-            click.echo(f"{before} holds an unfinished run; --resume {before} resumes it. This is a new one.")
+            click.echo(f"{before} holds an unfinished run; --resume {before} resumes it. This is a new run.")
         if how != "nothing":
             order = LaunchSpec(
                 choice.settings, folder, choice.script, choice.args, choice.port, choice.restart_policy, how,
@@ -291,7 +291,10 @@ def _going_on(
     accept_versions: bool,
     say: Callable[[str], None],
 ) -> tuple[Choice, Callable[[Path], How] | None]:
-    """Return what the user chose, and what is done in the run directory according to --resume; None: it is to be empty."""
+    """Return the user's choice, and the function that --resume gives to decide what is done in the run directory.
+
+    The function is None without --resume: then the run directory must be empty.
+    """
     from roundtable.cluster.options.resume import AUTO, resumed, take_up
     from roundtable.common.storage.run_files import find_run
 

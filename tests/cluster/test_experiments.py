@@ -125,7 +125,7 @@ def test_a_case_that_has_not_finished_goes_on_and_is_deleted_only_if_told_to() -
     assert "1 of 1 runs failed" in error and any("--lr cannot change on resume (0.02 -> 0.5" in line for line in lines)
     assert kept(folder).startswith("an unfinished run, after 1 rounds")
     lines, _ = run(one)
-    assert any("starts the run in runs/experiments/e/seed-0 again: it had come to round 1" in line for line in lines)
+    assert any("starts the run in runs/experiments/e/seed-0 from the beginning: it stopped at round 1" in line for line in lines)
     (folder / "summary.json").unlink()
     assert kept(folder)
     run(one, overwrite=True)

@@ -112,7 +112,7 @@ def test_who_wants_more_or_fewer_workers_than_a_run_can_have_is_told_why(stub: S
     run = stub()
     run.ready(ALL)
     folder = tmp_path / "run"
-    with pytest.raises(UsageError, match="is not going"):  # a stub's launcher claims no folder
+    with pytest.raises(UsageError, match="is not running"):  # a stub's launcher claims no folder
         scale(str(folder), 3)
     with claim_of(folder):
         assert scale(str(folder), 3) == folder

@@ -57,7 +57,7 @@ def decide(folder: Path, recovers: bool = True, **flags: object) -> tuple[How, s
 
 def test_where_nothing_is_a_run_begins(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    assert decide(folder) == ("begin", f"begins a run in {folder}")
+    assert decide(folder) == ("begin", f"starts a run in {folder}")
     folder.mkdir()
     RunLog(folder / FILE_NAME).close()
     assert decide(folder)[0] == "begin"
@@ -79,7 +79,10 @@ def test_a_coordinator_that_is_gone_for_less_than_the_others_wait_is_replaced_on
 def test_a_run_without_a_checkpoint_begins_again_with_its_event_log(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     make_run(folder, stopped=True)
-    assert decide(folder) == ("resume", f"starts the run in {folder} again: it had come to round 34 and had no checkpoint")
+    assert decide(folder) == (
+        "resume",
+        f"starts the run in {folder} from the beginning: it stopped at round 34, without a checkpoint",
+    )
     assert (folder / FILE_NAME).exists()
 
 

@@ -72,7 +72,7 @@ def test_workers_are_added_and_taken_away_while_a_run_goes_on(cluster: Start, un
     assert scale(run, 3)[0] == 0
     check_same(run, undisturbed)
     code, text = scale(run, 2)
-    assert code == 2 and "is not going" in text
+    assert code == 2 and "is not running" in text
     assert "Traceback" not in "".join(log.read_text() for log in (tmp_path / "run" / "logs").iterdir())
 
 
