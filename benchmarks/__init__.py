@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("psutil") is None:  # processes are measured with it
+if importlib.util.find_spec("psutil") is None:  # psutil measures the processes
     print("error: the benchmarks need psutil, of the extra 'dev': run pip install -e '.[dev]' in a checkout.", file=sys.stderr)
     raise SystemExit(2)
 

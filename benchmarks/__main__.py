@@ -37,27 +37,26 @@ _QUICK = {"steps": 3, "warmup": 1, "repeats": 1}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--model", "models", multiple=True, type=click.Choice(list(WORKLOADS)), help="What to train; by default all.")
+@click.option("--model", "models", multiple=True, type=click.Choice(list(WORKLOADS)), help="Model to train (default: all).")
 @click.option("--system", "systems", multiple=True, metavar="'[NAME=]SYSTEM[:VARIANT,...] [FLAGS]'",
-              help="Who is to train it: ddp:view, ours:socket,ssp, ours:int8/onebit (pushes and weights), 'one=ours --servers "
-              f"1'; FLAGS of ours are settings of the run. Systems are {', '.join(names())}; by default: "
-              f"{' '.join(SYSTEMS)}.")  # fmt: skip
+              help="System that trains it: ddp:view, ours:socket,ssp, ours:int8/onebit (pushes and weights), 'one=ours --servers "
+              f"1'. FLAGS of ours are its settings. Systems: {', '.join(names())} (default: {' '.join(SYSTEMS)}).")  # fmt: skip
 @click.option("--all", "everything", is_flag=True,
               help="All systems, their variants, our transports, codecs and policies, on all networks, unless --system or "
               "--network are given too. That takes many hours.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True, help="Timed steps.")
-@click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Steps before those.")
+@click.option("--warmup", type=click.IntRange(min=1), default=5, show_default=True, help="Steps before the timed ones.")
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True,
               help="Runs of each system, in fresh processes; the systems take turns.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="A few steps only, to see whether it works.")
 @click.option("--network", "networks", multiple=True, type=click.Choice(NETWORKS),
-              help="What is between workers, repeatable; a rate makes network namespaces (as root). By default the "
-              f"{network.LOOPBACK}.")  # fmt: skip
+              help="Network between the workers (repeatable). A rate makes network namespaces, as root (default: "
+              f"{network.LOOPBACK}).")  # fmt: skip
 @click.option("--slow-worker", type=click.FloatRange(min=1.0), default=1.0, metavar="FACTOR",
               help="Have the last worker compute this many times slower; ours then has 8 micro-batches a round.")  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for one run.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/benchmarks"), show_default=True,
-              help="Folder for results and logs; what is in it of an earlier benchmark is replaced.")  # fmt: skip
+              help="Folder for results and logs. The results of an earlier benchmark are replaced.")  # fmt: skip
 @click.option("--report-only", is_flag=True, help="Make table and plot again from the results in --out.")
 @click.pass_context
 def cli(
@@ -99,7 +98,7 @@ def cli(
     about |= {f"`{e.name}`": " ".join((e.system, *e.flags)) for e in named}
     for name in chosen:
         with network.hosts(name):
-            pass  # else a missing permission would show only after hours
+            pass  # find a missing permission now, not after hours
     _prepare(out)
     results = Results(about, [])
     with StopSignals() as signals:
@@ -119,7 +118,7 @@ def cli(
 
 
 def _all(name: str) -> list[str]:
-    """Return the systems of --all on a network. On one machine nothing is sent, and so nothing coded, unless through sockets."""
+    """Return the systems of --all on a network. On one machine only systems with sockets send, and so encode, anything."""
     transport = "socket," if name == network.LOOPBACK else ""
     return [*_ALL, *(f"ours:{transport}{codec}" for codec in _CODECS)]
 
@@ -145,7 +144,7 @@ def _prepare(out: Path) -> None:
 
 
 def _run(name: str, entry: Entry, job: Job, repeat: int, signals: StopSignals, warmup: int, timeout: float) -> Result:
-    """Run and show one job on a network. A failure is a result too, and so is a refusal by the system."""
+    """Run and show one job on a network, and return the result. A failure and a refusal by the system are results too."""
     model = job.workload.name
     title = f"{name} {model} {entry.name} #{repeat + 1}"
     if why := entry.refuses(job.workload):

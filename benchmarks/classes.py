@@ -1,5 +1,7 @@
-"""Classifiers on the servers: `python -m benchmarks.classes` trains `examples/sharded_classifier.py` over some numbers of
-classes, and prints what a round takes, what travels, and what memory all processes have together."""
+"""Classifiers on the servers: `python -m benchmarks.classes` trains `examples/sharded_classifier.py`.
+
+For each number of classes it prints the time and the traffic of a round, and the memory of all processes together.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ _TRAVELLED = re.compile(r"and ([\d.]+) MB travelled")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run: seconds of each round after the first, MB that travelled in a round, and the largest sum of proportional set
-    sizes from start to end, in bytes."""
+    """The cost of one run: seconds of each round after the first, MB that travelled in a round, and the peak memory.
+
+    The peak memory is the largest sum of proportional set sizes, in bytes.
+    """
 
     round_s: list[float]
     megabytes: float
@@ -69,7 +73,7 @@ def measure(
         watch(processes, signals, timeout, lambda: usage.look([child.popen.pid for child in processes.running()]))
     told = _TRAVELLED.search((folder / "run" / LOGS / "worker-0.log").read_text(encoding="utf-8"))
     if told is None:
-        raise ClusterError("the example's worker has not said what travelled.")
+        raise ClusterError("the example's worker has not logged its traffic.")
     ended = [row.at for row in RunLogReader(folder / "run" / FILE_NAME).rounds()]
     return Cost([after - before for before, after in pairwise(ended)], float(told[1]), usage.memory)
 

@@ -1,7 +1,7 @@
-"""Many workers: what a round and a connection cost a real coordinator and a real server, by the number of workers.
+"""Many workers: the cost of a round and of a connection to a real coordinator and a real server, by the number of workers.
 
-`python -m benchmarks.connections` starts both as a run does, and simulated workers (`benchmarks.simulated`) that send as much as
-real ones, over real sockets, and compute nothing. So it measures the processes in the middle, at their busiest.
+`python -m benchmarks.connections` starts the two as a run does. It also starts simulated workers (`benchmarks.simulated`), which
+send as much as real ones over real sockets, and compute nothing. So the coordinator and the server are at their busiest.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ _MEASURED = ("coordinator", "server-0")
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run took."""
+    """The cost of one run."""
 
     workers: int
-    #: Of each timed round: from the last worker's having the weights before it to the last one's having those after it.
+    #: Seconds of each timed round: from when all workers have the weights before it until all have the weights after it.
     round_s: list[float]
-    #: Of the coordinator and of the server: processor seconds in the timed rounds, by round, and largest proportional set size.
+    #: Processor seconds of a timed round, of the coordinator and of the server.
     cpu_s: tuple[float, float]
+    #: The largest proportional set size of the coordinator and of the server, in bytes.
     memory: tuple[int, int]
-    #: How many processors others used meanwhile.
+    #: The number of processors that other processes used in the timed rounds.
     others: float
 
 
@@ -62,7 +63,7 @@ class Measurement:
 @click.option("--timeout", type=click.FloatRange(min=1.0), default=600.0, show_default=True, help="Seconds for one run.")
 def cli(workers: Sequence[int], pushes: int, values: int, timeout: float) -> None:
     """Measure a round and a connection of a coordinator and a server with many simulated workers, and print a table."""
-    allow_files(FILES_PER_WORKER * -(-max(workers) // _PROCESSES))  # or processes started here could not either
+    allow_files(FILES_PER_WORKER * -(-max(workers) // _PROCESSES))  # the processes that this one starts inherit the limit
     measured = []
     with StopSignals() as signals:
         for count in workers:
@@ -74,13 +75,14 @@ def cli(workers: Sequence[int], pushes: int, values: int, timeout: float) -> Non
 
 
 def measure(workers: int, rounds: int, values: int, timeout: float, folder: Path, signals: StopSignals) -> Measurement:
-    """Run so many workers for so many rounds of a model of `values` weights; `folder` is for what the run writes.
+    """Run that many workers for that many rounds of a model of `values` weights, in `folder`, and return the cost.
 
-    Raises ClusterError, naming the process and its log, where one fails or time is over; KeyboardInterrupt on a signal.
+    Raises ClusterError, which names the process and its log, if a process fails or the time is over. Raises KeyboardInterrupt on
+    a signal.
     """
     settings = Settings(
         workers=workers, servers=1, global_batch=workers, micro_batch=1, epochs=1, transport="tcp", progress_timeout=timeout,
-        heartbeat_timeout=timeout,  # a process of simulated workers that the machine leaves waiting is silent for all of them
+        heartbeat_timeout=timeout,  # a busy machine may silence a process, and with it many workers
     )  # fmt: skip
     write_settings(folder / SETTINGS_FILE, settings)
     program = [sys.executable, str(LAUNCH)]
@@ -122,7 +124,7 @@ def _evaluate(workers: int, times: Sequence[Sequence[float]], usage: dict[str, U
 
 
 def to_markdown(measured: Sequence[Measurement]) -> str:
-    """The table. Memory of a connection is what this many workers take more than the fewest, by worker."""
+    """Return the table. The memory of a connection is the difference to the run with the fewest workers, by worker."""
     least = min(measured, key=lambda m: m.workers)
     cells: list[Sequence[str]] = [_HEADER]
     for m in measured:
@@ -148,8 +150,8 @@ _HEADER = (
 _LEGEND = f"""\
 - ms/round: until the last worker has the new weights; median (first..ninth tenth) of the rounds after the first {_WARMUP}
 - us/worker: of a round, by worker; CPU: user and system time in a round, by worker
-- MB: peak of the proportional set size; kB/connection: what it is more than with the fewest workers, by worker
-- others: processors that were busy with something else in the timed rounds; times with much of that are disturbed"""
+- MB: peak of the proportional set size; kB/connection: its difference to the run with the fewest workers, by worker
+- others: processors that were busy with something else in the timed rounds; if there are many, the times are disturbed"""
 
 
 def _per_round(measured: Measurement) -> str:

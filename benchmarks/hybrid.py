@@ -1,5 +1,7 @@
-"""Data parallelism against the hybrid: `python -m benchmarks.hybrid` prints traffic and time of a round of both, by the number of
-classes and of samples, through sockets, and where the one overtakes the other."""
+"""Data parallelism against the hybrid: `python -m benchmarks.hybrid` prints traffic and time of a round of each, through sockets.
+
+The table is by the number of classes and of samples. It also has the number of samples at which both move the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,23 @@ from benchmarks import LAUNCH, SCRIPTS
 from benchmarks.scripts.train_hybrid import FEATURES, HIDDEN
 from roundtable.common.storage.event_log import RunLogReader
 
-#: A machine that is busy must not lose a worker, for what another one then does in its place is no part of a round.
+#: Seconds. No worker may count as lost on a busy machine, because the work of another one in its place would falsify the costs.
 _HEARTBEAT_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one round of all workers: MB (10^6 bytes) through sockets, and seconds."""
+    """The cost of one round of all workers: MB (10^6 bytes) through sockets, and seconds."""
 
     megabytes: float
     seconds: float
 
 
 def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, rounds: int) -> Cost:
-    """Train `rounds` rounds of `batch` samples a worker after a first one, which does not count and neither do the model's first
-    and last weights. What was sent again counts."""
+    """Train `rounds` rounds of `batch` samples a worker, after a first one, and return the cost of a round.
+
+    The first round does not count, nor do the model's first and last weights. Repeated messages count.
+    """
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--workers", workers, "--servers", servers, "--transport", "tcp", "--checkpoint-every", 0, "--run-dir", folder]
         flags += ["--heartbeat-timeout", _HEARTBEAT_TIMEOUT_S]
@@ -40,14 +44,12 @@ def measure(classes: int, batch: int, hybrid: bool, workers: int, servers: int, 
         megabytes, seconds = ([value for _, _, _, value in log.metrics(name)] for name in ("megabytes", "seconds"))
         lost = [event.process for _, _, event in log.events() if event.kind == "lost"]
     if lost or len(megabytes) != workers:
-        raise click.ClickException(
-            f"{', '.join(lost) or 'a worker'} was lost on the way, and others did its part: measure again."
-        )
+        raise click.ClickException(f"{', '.join(lost) or 'a worker'} died on the way, and others did its work: measure again.")
     return Cost(sum(megabytes), seconds[0])
 
 
 def crossing(classes: int, servers: int) -> float:
-    """The samples a worker at which both ways move the same, by docs/tutorial/layers-on-servers.md."""
+    """Return the samples a worker at which both ways move the same bytes, by docs/tutorial/layers-on-servers.md."""
     inputs, outputs = (FEATURES, HIDDEN, HIDDEN), (HIDDEN, HIDDEN, classes)
     weights = sum((i + 1) * o for i, o in zip(inputs, outputs, strict=True))
     return weights / (servers * sum(inputs) + sum(outputs[:-1]))

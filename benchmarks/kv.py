@@ -1,6 +1,6 @@
 """ps-lite's own benchmark on our servers: one worker pushes and pulls 10 million float32 through the key-value client.
 
-`python -m benchmarks.kv` prints a line for each number of servers. Run as a worker's script it is the worker.
+`python -m benchmarks.kv` prints a line for each number of servers. Run as a worker's script, this file is the worker.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cli(values: int, times: int, servers: Sequence[int], flags: Sequence[str]) -
 
 
 def work(values: int, times: int, out: Path) -> None:
-    """Be the worker."""
+    """Run as the worker."""
     import roundtable
 
     run = roundtable.join()

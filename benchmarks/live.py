@@ -27,7 +27,7 @@ from roundtable.common.storage.run_files import SUMMARY_FILE
 #: A small network on real digits, for so many rounds that there is time to do harm.
 LENGTH = ("--epochs", 24, "--checkpoint-every", 0.4)
 TRAINING = ("--data", "digits", "--model", "mlp", *LENGTH)
-#: Where a coordinator listens that is started by hand.
+#: The address at which a coordinator that is started by hand listens.
 LOOPBACK = "tcp://127.0.0.1:0"
 #: Seconds for anything to happen, on a machine that others use too.
 _PATIENCE_S = 90.0
@@ -188,7 +188,7 @@ class Cluster:
 
 
 class ByHand(Cluster):
-    """A coordinator, servers and workers on this machine that were started one by one: nobody starts any of them again."""
+    """A coordinator, servers and workers on this machine that were started one by one, without a launcher to restart them."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class ByHand(Cluster):
         env: Mapping[str, str] | None = None,
         bind: str = LOOPBACK,
     ):
-        """`env` is the coordinator's; that of the others is what `processes` gives them."""
+        """Start all processes. `env` is added to the coordinator's environment. `processes` gives the others theirs."""
         self._processes = processes
         self._env = env
         self._flags = ("--listen", bind, "--run-dir", folder, "--servers", servers, "--workers", workers, *flags)
@@ -227,16 +227,16 @@ class ByHand(Cluster):
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether this process lives, and is none that only has the number of a process of a run."""
+    """Return whether a process of a run has this id and lives. Another program may have got the id."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"launch.py" in command or b"cli.py" in command  # as which the launcher calls itself
+        return b"launch.py" in command or b"cli.py" in command  # the launcher runs one of these files
     except OSError:
         return False
 
 
 def _goes_on(process: psutil.Process) -> bool:
-    """Whether it has not ended, be it that nobody has asked how."""
+    """Return whether the process runs. A zombie has ended."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:

@@ -1,7 +1,7 @@
-"""What replicas that were trained apart are worth merged, beside each alone and synchronous training: a table of experiments.
+"""A table of experiments: the accuracy of merged replicas, of each replica alone, and of synchronous training.
 
-`python -m benchmarks.merging FOLDER...` reads what `launch.py experiment examples/merging.toml` has left, and other experiments
-with the same cases; each is a column. All is measured on those held-out images that the greedy merge did not choose by.
+`python -m benchmarks.merging FOLDER...` reads the results of `launch.py experiment examples/merging.toml`, and of other
+experiments with the same cases. Each is a column. Accuracy is measured on held-out images that the greedy merge did not use.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from roundtable.worker import data
 from roundtable.worker.models import builtin
 from roundtable.worker.tools.builtin_script import accuracy, halves
 
-#: By name of a case, its results over the seeds.
+#: Name of a case -> its results over the seeds.
 Column = dict[str, list[float]]
 
 
 def read_experiment(folder: Path) -> tuple[str, Column]:
-    """A column's title, and accuracies of the runs in `folder`. Raises UsageError where there are none."""
+    """Return a column's title, and the accuracies of the runs in `folder`. Raises UsageError if there are no runs."""
     found: Column = defaultdict(list)
     title = ""
     for run in _runs(folder):
@@ -52,7 +52,7 @@ def read_experiment(folder: Path) -> tuple[str, Column]:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """Finished runs, in the order of the experiment."""
+    """Return the folders of the finished runs, in the order of the experiment."""
     try:
         with (folder / TABLE_FILE).open(newline="", encoding="utf-8") as file:
             runs = [folder / row["name"] for row in csv.DictReader(file)]
@@ -62,7 +62,7 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def measure(file: Path, settings: Settings) -> float:
-    """The accuracy of a model of the built-in example on the half of the held-out images that nothing was chosen by."""
+    """Return the accuracy of a model of the built-in example on the half of the held-out images by which nothing was chosen."""
     images = data.chosen(settings)
     model = builtin.build(settings.example.model, images.shape, images.classes)
     model.load_state_dict(load_file(file))
@@ -70,7 +70,7 @@ def measure(file: Path, settings: Settings) -> float:
 
 
 def to_markdown(columns: Sequence[tuple[str, Column]]) -> str:
-    """A row for each case, in the order in which they came: mean +- standard deviation over the seeds."""
+    """Return the table, a row for each case in the order of the columns: mean ± standard deviation over the seeds."""
     cases = dict.fromkeys(case for _, column in columns for case in column)
     lines = [["", *(title for title, _ in columns)], ["---", *("---:" for _ in columns)]]
     lines += [[case, *(_cell(case, column.get(case, [])) for _, column in columns)] for case in cases]

@@ -20,20 +20,19 @@ from roundtable.common.runtime.errors import UsageError
 
 HOSTS = 2
 LOOPBACK = "loopback"
-#: Networks there are besides the loopback, and tc's word for their rate.
+#: Networks besides the loopback, and tc's word for their rate.
 RATES: Mapping[str, str] = {"1gbit": "1gbit", "100mbit": "100mbit"}
 
 _INTERFACE = "veth0"
-#: Each command line is a machine to itself: it sees no other's processes, nor the one that has started it, and so cannot reach
-#: their memory.
+#: Makes each command line a machine of its own: it sees no process of others, nor its parent, and so cannot reach their memory.
 _ALONE = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child", "env", "--unset", PARENT_VARIABLE)
-#: Names of namespaces, ports and bridges, with the number of the process that has made them.
+#: Names of namespaces, ports and bridges. They have the id of the process that has made them.
 _OURS = re.compile(r"\b(?:bench|bn)(\d+)(?:h\d+|br)\b")
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where processes run. `prefix` goes before their command lines."""
+    """A host for processes. `prefix` goes before their command lines."""
 
     address: str
     interface: str
@@ -42,9 +41,9 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(network: str) -> Iterator[list[Host]]:
-    """Two hosts on `network`; on the loopback both are this machine. Nothing is left of them at the context's end.
+    """Yield two hosts on `network`, and remove them at the end. On the loopback both hosts are this machine.
 
-    Raises UsageError where a network cannot be made, saying what is missing.
+    Raises UsageError if the network cannot be made. The message says what is missing.
     """
     if network == LOOPBACK:
         yield [Host("127.0.0.1", "lo")] * HOSTS
@@ -83,7 +82,7 @@ def _make(number: int, rate: str) -> list[Host]:
 
 
 def _remove(number: int) -> None:
-    """Remove what `_make` has made, be it only a part."""
+    """Remove everything that `_make` has made, even if it stopped halfway."""
     commands = [["ip", "link", "del", _port(number, index)] for index in range(HOSTS)]
     commands += [["ip", "netns", "del", _namespace(number, index)] for index in range(HOSTS)]
     commands.append(["ip", "link", "del", _bridge(number)])
@@ -92,7 +91,7 @@ def _remove(number: int) -> None:
 
 
 def remove_stale() -> None:
-    """Remove what processes have left that were killed while they had a network. Does nothing where none can be made."""
+    """Remove the networks of processes that were killed. Do nothing if this process may not make networks."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return
     listed = ""
@@ -104,7 +103,7 @@ def remove_stale() -> None:
 
 
 def _is_there(number: int) -> bool:
-    """Whether a process lives that may have made a network, and is none that only has the number of one that did."""
+    """Return whether a benchmark has this process id and lives. Another program may have got the id."""
     try:
         return b"benchmarks" in Path(f"/proc/{number}/cmdline").read_bytes()
     except OSError:

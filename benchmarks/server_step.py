@@ -1,7 +1,7 @@
-"""How near a server's step, summing contributions and updating, comes to what the memory can move.
+"""The memory rate of a server's step, which sums contributions and updates, beside the rate of a plain copy.
 
-`python -m benchmarks.server_step` measures it in one process on one core, beside copying memory, and counts the bytes that have
-to be moved at least: each contribution, the old weights and the optimizer's state once in, new weights and state once out.
+`python -m benchmarks.server_step` measures both in one process on one core. It counts the fewest bytes that a step must move:
+each contribution, the old weights and the optimizer's state once in, the new weights and the state once out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.ps.params.dense import DenseParameters
 from roundtable.ps.params.weight_buffers import WeightBuffers
 
-#: Name -> class of torch.optim, its settings, and the tensors of state that it reads and writes for each weight.
+#: Name -> class of torch.optim, its settings, and the number of state tensors that it reads and writes.
 _OPTIMIZERS = {
     "SGD": ("SGD", {"lr": 1e-3}, 0),
     "SGD-momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}, 1),
@@ -65,7 +65,7 @@ def cli(values: int, contributions: int, times: int) -> None:
 
 
 def _medians_s(what: Sequence[Callable[[], object]], times: int) -> list[float]:
-    """Seconds that each takes; they take turns."""
+    """Return the median seconds of each function. They take turns."""
     seconds: list[list[float]] = [[] for _ in what]
     for _, (of, do) in itertools.product(range(times), zip(seconds, what, strict=True)):
         began = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Simulated workers: many in one process, each with sockets of its own, that speak the protocol of real ones and compute nothing.
+"""Simulated workers: many in one process. Each has its own sockets, speaks the protocol of real workers, and computes nothing.
 
-`python -m benchmarks.simulated JOB` is started by `benchmarks.connections`. Needs no torch. A worker joins, sets up, and for each
-round sends a gradient of random numbers for every micro-batch that is its own or reassigned to it; a waiting one asks for more.
+`benchmarks.connections` starts `python -m benchmarks.simulated JOB`, which needs no torch. A worker joins and sets up. In each
+round it sends a gradient of random numbers for every micro-batch of its share or reassigned to it. While it waits, it asks for
+more.
 """
 
 from __future__ import annotations
@@ -54,20 +55,22 @@ from roundtable.common.runtime.errors import ClusterError, PsError, WireError
 from roundtable.worker.loop.task_queue import TaskQueue
 
 COORDINATOR, SERVER = "coordinator", "server-0"
-#: The second socket to the server, which tensors go by.
+#: The second socket to the server, for tensors.
 _BULK = "server-0/bulk"
-#: As long as a real worker waits at least for weights before it asks for more to do, and between two looks at the clock.
+#: The fewest seconds that a real worker waits for weights before it asks for more to do.
 _PATIENCE_S = 0.05
+#: Seconds between two looks at the clock.
 _TICK_S = 0.02
-#: What a worker says of its speed; all say the same, so that shares stay as they are.
+#: A worker's reported speed: seconds a micro-batch, and samples a second. All report the same, so that shares do not change.
 _SECONDS, _RATE = 0.01, 100.0
-#: A worker's sockets; and files that it has open: their connections, and what ZeroMQ wakes their readers by.
+#: Sockets of a worker.
 _SOCKETS = 3
+#: Open files of a worker: the connection of each socket, and the file by which ZeroMQ wakes its reader.
 FILES_PER_WORKER = 2 * _SOCKETS
 
 
 class Job(msgspec.Struct, frozen=True):
-    """Workers `first` .. `first + count - 1` of a run of `workers`, for `rounds` rounds; `values` are the model's float32."""
+    """Workers `first` .. `first + count - 1` of a run of `workers`, for `rounds` rounds. The model has `values` weights."""
 
     coordinator: str
     first: int
@@ -80,13 +83,13 @@ class Job(msgspec.Struct, frozen=True):
 
     @property
     def segment(self) -> Segment:
-        """One micro-batch of one sample for each worker and round."""
+        """Return the segment: one micro-batch of one sample for each worker and round."""
         samples, whole = self.workers * self.rounds, self.workers
         return make_segment(before=None, samples=samples, global_batch=whole, micro_batch=1, epochs=1, round_limit=None)
 
 
 class _Question(msgspec.Struct, frozen=True):
-    """A request, sent every `again_s` seconds until a message for which `answers` is true has come."""
+    """A request that is sent every `again_s` seconds until a message comes for which `answers` is true."""
 
     to: str
     body: Body
@@ -96,14 +99,14 @@ class _Question(msgspec.Struct, frozen=True):
 
 
 class _Worker:
-    """One worker: `tick` what is due, `handle` what has come. Its life, `_live`, is a generator of questions."""
+    """One worker. `tick` does what is due, and `handle` takes a message. `_live` yields the worker's questions one by one."""
 
     def __init__(self, context: zmq.Context[Any], job: Job, index: int, gradient: bytes, now: float) -> None:
         self.job = job
         self.index = index
         self.sockets = {COORDINATOR: dealer(context, job.coordinator)}
         self.attendance = Session(Hello("worker", index), job.coordinator, now)
-        #: When the weights to start each round from were here.
+        #: Round -> the time when the weights for it had arrived.
         self.done_at: dict[int, float] = {}
         self._context = context
         self._stamp = Stamp(sender="worker", incarnation=new_incarnation())
@@ -114,11 +117,11 @@ class _Worker:
         self._life = self._live()
         self._question: _Question | None = None
         self._asked_at = self._patient_until = now
-        #: Pushes that are not acknowledged, by round and micro-batch, and when they were sent.
+        #: (round, micro-batch) -> a push that is not acknowledged, and the time when it was sent.
         self._outstanding: dict[tuple[int, int], tuple[Push, float]] = {}
 
     def _live(self) -> Generator[_Question, Body | None, None]:
-        """Asks what a worker asks, in its order; goes on when that is answered."""
+        """Yield a worker's questions in its order. Each `send` brings the answer."""
         job, segment = self.job, self.job.segment
         file = [InFile("w", "F32", [job.values], [0], True)]
         setup = Setup([TensorSpec("w", [job.values], "float32", 0)], Update("SGD", [{"lr": 1e-3}]), file=file)
@@ -132,7 +135,7 @@ class _Worker:
         round_ = 0
         for number in itertools.count(1):
             answer = yield _Question(SERVER, Pull(round_, number), _weights(round_), again_s=SEND_AGAIN_S)
-            if isinstance(answer, VersionExpired):  # others have done its part meanwhile
+            if isinstance(answer, VersionExpired):  # other workers have done this one's share
                 round_ = answer.newest
                 continue
             self.done_at[round_] = time.monotonic()
@@ -145,7 +148,7 @@ class _Worker:
             yield _Question(COORDINATOR, Goodbye(round=job.rounds), lambda body: isinstance(body, Stop))
 
     def _compute(self) -> None:
-        """Push what there is to compute."""
+        """Push a gradient for each micro-batch that there is to compute."""
         while (task := self._tasks.next()) is not None:
             metrics = {"loss": (random.random(), 1.0)}
             push = Push(task.round, task.k, task.k + 1, 1, 1, [0], [1], metrics=metrics)
@@ -172,7 +175,7 @@ class _Worker:
 
     @property
     def _waits(self) -> bool:
-        """Whether it waits for the weights after a round that it has done its part of."""
+        """Return whether the worker has done its share of a round and waits for the weights after it."""
         return self._question is not None and isinstance(self._question.body, Pull) and self._tasks.round >= 0
 
     def _heartbeat(self) -> Heartbeat:
@@ -180,7 +183,7 @@ class _Worker:
         return Heartbeat("waiting", self._tasks.round, -1, self._tasks.left(self._tasks.round), sent, _SECONDS, _RATE)
 
     def handle(self, name: str, header: Any) -> None:
-        """Raises PsError where the run has failed or this worker is refused."""
+        """Take a message. Raises PsError if the run has failed or this worker is refused."""
         body = self._stamp.open(header).read()
         now = time.monotonic()
         if name == COORDINATOR:
@@ -209,7 +212,7 @@ class _Worker:
             self._tasks = TaskQueue(welcome.process, welcome.share_tables)
             for name in (SERVER, _BULK):
                 sock = self.sockets[name] = dealer(self._context, welcome.servers[0].address)
-                send(sock, self._stamp.encode(Heartbeat(), self._ticket), copy=True)  # whose connection it is
+                send(sock, self._stamp.encode(Heartbeat(), self._ticket), copy=True)  # tells the server whose connection this is
             self._go_on(None, now)
 
     def _go_on(self, answer: Body | None, now: float) -> None:
@@ -234,9 +237,9 @@ def _weights(clock: int) -> Callable[[Body], bool]:
 
 
 def run(job: Job) -> None:
-    """Be these workers until the run ends, and write when the last of them had the weights after each round.
+    """Run these workers until the run ends. Write for each round when the last of them had the weights after it.
 
-    Raises PsError where the run fails, or lasts for longer than the job's time-out.
+    Raises PsError if the run fails, or lasts for longer than the job's timeout.
     """
     allow_files(FILES_PER_WORKER * job.count)
     context: zmq.Context[Any] = zmq.Context()
@@ -253,10 +256,10 @@ def run(job: Job) -> None:
 
 
 def _loop(workers: list[_Worker], deadline: float) -> None:
-    """Have the workers live until each was told to stop.
+    """Run the workers until each was told to stop.
 
-    ZeroMQ's own poller looks at every socket each time; epoll tells of those with news alone. A socket's file shows only once
-    that there is news, so then it is read until nothing is left, and once more after it was used.
+    ZeroMQ's own poller looks at every socket each time. epoll reports only sockets with messages. A socket's file reports
+    messages only once, so the loop reads the socket until it is empty, and again after it was used.
     """
     epoll = select.epoll()
     by_file: dict[int, tuple[_Worker, str]] = {}

@@ -16,8 +16,8 @@ from roundtable.common.protocol.messages.gradients import Pull
 STORM = 200
 
 
-#: The first names that libzmq gives to connections of a process's first and second listener, if the C library is not seeded; and
-#: the number of names after these that are chosen.
+#: The first names that libzmq gives to connections of a process's first and second listener, if the C library is not seeded. The
+#: second constant is the number of names after these that are chosen.
 _UNSEEDED = (0x6B8B4567, 0xE43C9869)
 _NAMES = 40
 #: Linux: a connection in repair sends nothing when it is closed.
@@ -65,7 +65,7 @@ def scan(target: Target) -> None:
 
 
 def slow(target: Target) -> None:
-    """Send a byte at a time, and ask without ever reading."""
+    """Send a byte at a time, and ask without reading the answers."""
     question = header_of(target, Pull(0, full_precision=True))
     with open_peer(target, (b"\x00" + bytes([len(question)]) + question) * 1000), open_plain(target) as slow:
         for byte in (GREETING + READY)[:20]:

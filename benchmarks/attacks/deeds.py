@@ -87,7 +87,7 @@ def _heartbeats(joined: Joined) -> None:
 
 
 class _Encoded(dict[str, object]):
-    """A body that is no message of this project."""
+    """A body that is not a message of this project."""
 
 
 def _keys(joined: Joined) -> None:
@@ -116,12 +116,12 @@ def _nowhere(joined: Joined) -> None:
 
 @dataclass(frozen=True)
 class Deed:
-    """An attack of a joined worker, once or again and again; kinds of refusals as in `Item`; flags of the run."""
+    """An attack of a joined worker, the kinds of its refusals as in `Item`, and flags of the run."""
 
     act: Callable[[Joined], None]
     refused: Collection[str] = ()
     flags: Sequence[object] = ()
-    #: The worker leaves by this, so another one has to join.
+    #: The worker leaves by this attack, so another one has to join.
     leaves: bool = False
 
 
@@ -136,10 +136,10 @@ DEEDS: Mapping[str, Deed] = {
     "gradients of another size or type": Deed(_unfit, ("unfit",)),
     "unknown rounds and chunks": Deed(_nowhere, ("unfit",)),
 }
-#: Attacks that only keys can stop: any process that reaches the coordinator may join, and any on the wire can read.
+#: Attacks that only keys can stop: any process that reaches the coordinator may join, and any host on the way can read.
 NEED_KEYS: Mapping[str, str] = {
-    "gradients of its own making, by a worker that has joined": "they count as anybody's",
-    "to pull all weights, by a worker that has joined": "it is what workers do",
+    "gradients of its own making, by a worker that has joined": "they count like any worker's",
+    "to pull all weights, by a worker that has joined": "all workers do so",
     "to take the place of a server that is lost, by a stranger": "it is given its shard where there are copies",
     "to be the coordinator that a worker asks, at an address that was mistyped": "the worker does what its settings say",
     "to read or change what is on the wire": "nothing on it is encrypted",

@@ -1,4 +1,4 @@
-"""Attacks of a stranger with bytes and frames that are no messages."""
+"""Attacks of a stranger with bytes and frames that are not messages."""
 
 from __future__ import annotations
 

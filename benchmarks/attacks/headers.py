@@ -40,7 +40,7 @@ def colliding(target: Target) -> None:
 
 
 def made_up_names(target: Target) -> None:
-    """Send thousands of names that workers may have one day."""
+    """Send thousands of names that future workers may get."""
     pull = Pull(0)
     say(target.address, [[header_of(target, pull, f"worker-{number}")] for number in range(3000)])
 

@@ -15,7 +15,7 @@ from roundtable.common.runtime.errors import WireError
 
 
 class Joined:
-    """A worker that has joined, as any process can that reaches the coordinator. It does only what it is told here."""
+    """A worker that has joined, as any process that reaches the coordinator can. It sends only what its caller tells it to."""
 
     def __init__(self, coordinator: Target) -> None:
         self.coordinator = coordinator

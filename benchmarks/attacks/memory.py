@@ -13,7 +13,7 @@ _LOOK_S = 0.05
 
 
 class Memory:
-    """Measures how much the processes of a run grow from now on."""
+    """Measures how much the memory of a run's processes grows, from its creation on."""
 
     def __init__(self, run: Cluster) -> None:
         self._over = threading.Event()

@@ -56,7 +56,7 @@ def attacking(items: Sequence[Item], where: Sequence[Target]) -> Iterator[None]:
 
     def repeat(item: Item, target: Target) -> None:
         while not over.wait(AGAIN_S):
-            with contextlib.suppress(OSError):  # the target does not let us in, or has shut us out
+            with contextlib.suppress(OSError):  # the target refuses the connection, or has shut it
                 item.act(target)
 
     pairs = [(item, target) for item in items for target in where]

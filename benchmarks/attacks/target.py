@@ -27,7 +27,7 @@ AGAIN_S = 0.02
 STAY_S = 0.5
 #: The most seconds that an attack takes.
 ENDS_S = 10.0
-#: A worker that does not exist. Servers take it for one that they have not heard of yet.
+#: The name of a worker that does not exist. To servers it is a worker that they do not know yet.
 NOBODY = "worker-9000000"
 #: Rounds that may have begun since the newest one of the event log, and chunks of a small model on a server.
 ROUNDS, CHUNKS = 40, 6

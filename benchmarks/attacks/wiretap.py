@@ -1,6 +1,7 @@
-"""What goes over the sockets of a run's processes: written down, so that it can be sent again, or sent twice and out of order.
+"""Changes at the sockets of a run's processes: messages are recorded for a replay, or are sent twice and out of order.
 
-Either is a module for a folder in PYTHONPATH, which wraps what sends messages while there is a certain file in that folder.
+Each is done by a module in a folder of PYTHONPATH. It wraps the method that sends messages, and is active while a certain file is
+in that folder.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ import msgspec
 from benchmarks.attacks.target import Target, say
 
 _FLAG = "now"
-#: A file that says that some message has gone twice or late.
+#: The file that exists once a message has gone twice or late.
 _DID = "did"
-#: Messages that each process writes down at most.
+#: The most messages that each process records.
 _MOST = 200
 _LENGTH = struct.Struct(">Q")
 _BEGIN = """import os, random, struct
 import msgspec, zmq
 send, folder, flag = zmq.Socket.send_multipart, {folder!r}, {flag!r}
 """
-#: Has each process write down where it sends what, in a file of its own.
+#: Makes each process record its messages and their addresses, in a file of its own.
 _TAP = """written = {{}}
 def tapped(self, parts, *args, **more):
     number = written.get(os.getpid(), 0)
@@ -36,7 +37,7 @@ def tapped(self, parts, *args, **more):
     return send(self, parts, *args, **more)
 zmq.Socket.send_multipart = tapped
 """
-#: Has a fifth of all messages go later than those sent after them, and another fifth twice.
+#: Makes a fifth of all messages go after later ones, and another fifth twice.
 _UNRULY = """held = {{}}
 def unruly(self, parts, *args, **more):
     late, chance = held.setdefault((os.getpid(), id(self)), []), random.random()
@@ -53,7 +54,7 @@ def unruly(self, parts, *args, **more):
         try:
             send(self, message, zmq.NOBLOCK)
         except zmq.ZMQError:
-            pass  # whoever it was for is gone
+            pass  # the recipient is gone
     return sent
 zmq.Socket.send_multipart = unruly
 """
@@ -63,7 +64,7 @@ class Wire:
     """The sockets of processes that are started with `env`."""
 
     def __init__(self, folder: Path, is_unruly: bool = False) -> None:
-        """`folder` is made. Messages are written down while it is `on`, or if `is_unruly` then sent twice and out of order."""
+        """Make `folder`, which has the module. While it is `on`, messages are recorded, or if `is_unruly`, disordered."""
         folder.mkdir(parents=True)
         self._folder = folder
         self._flag = folder / _FLAG
@@ -80,16 +81,16 @@ class Wire:
 
     @property
     def was_unruly(self) -> bool:
-        """Whether a message has gone twice or late."""
+        """Return whether a message has gone twice or late."""
         return (self._folder / _DID).exists()
 
     def heard(self) -> list[tuple[str, list[bytes]]]:
-        """Addresses, and what was sent there: header and frames, by process and in order."""
+        """Return the recorded messages, by process and in order: the address, and header and frames."""
         return [message for file in sorted(self._folder.glob("*.sent")) for message in _read(file)]
 
 
 def replay(messages: Sequence[tuple[str, list[bytes]]], where: Sequence[Target] = ()) -> None:
-    """Send messages once more, to where they went or, if there are any, to each of these."""
+    """Send messages once more: to the targets `where`, or if there are none, to the addresses that they went to."""
     addresses = [target.address for target in where] or sorted({address for address, _ in messages})
     for address in addresses:
         say(address, [parts for to, parts in messages if where or to == address])
@@ -100,6 +101,6 @@ def _read(file: Path) -> list[tuple[str, list[bytes]]]:
     while at + _LENGTH.size <= len(data):
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size + length
-        if at <= len(data):  # else its process was killed while it wrote
+        if at <= len(data):  # else the process was killed in the middle of a record
             found.append(msgspec.msgpack.decode(data[at - length : at], type=tuple[str, list[bytes]]))
     return found

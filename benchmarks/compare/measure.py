@@ -22,10 +22,10 @@ from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, roo
 from roundtable.cluster.process.signals import StopSignals
 from roundtable.common.runtime.errors import ClusterError
 
-#: Seconds between two looks at what processes use.
+#: Seconds between two samples of the processes' usage.
 _LOOK_EVERY_S = 0.2
-#: Proportional set sizes take long to count, on a processor that is the processes' own: they are counted when the resident
-#: sizes, which are at hand, have become so many times as large as when that was done last.
+#: Proportional set sizes take long to count, on a processor that the measured processes need. They are counted when the resident
+#: sizes, which are cheap, have grown by this factor since the last count.
 _GROWTH = 1.02
 
 
@@ -38,26 +38,27 @@ class Measurement(msgspec.Struct, frozen=True):
     cpu_s: float
     #: Largest sum of the processes' proportional set sizes, from start to end.
     memory_mb: float
-    #: Of the last global batch after the last step, for each worker's weights; and what it was before the first.
+    #: The loss of the last global batch after the last step, with each worker's weights.
     losses: list[float]
+    #: The loss of that batch before the first step.
     loss_before: float
-    #: How many processors others used meanwhile: above a tenth or so, times are disturbed.
+    #: The number of processors that other processes used in the timed steps. Above a tenth or so, times are disturbed.
     others: float
     wire: Wire | None = None
 
     @property
     def step_ms(self) -> float:
-        """Return the mean step, because some systems wait or merge in few steps only."""
+        """Return the milliseconds of the mean step. The mean, because some systems wait or merge in few steps only."""
         return statistics.fmean(self.step_s) * 1000.0
 
     @property
     def loss(self) -> float:
-        """Return the mean over workers."""
+        """Return the mean of `losses`."""
         return statistics.fmean(self.losses)
 
 
 class Usage:
-    """Samples of what a process tree uses."""
+    """Samples of the processor time and memory of a process tree."""
 
     def __init__(self) -> None:
         self._cpu: dict[tuple[int, float], float] = {}
@@ -92,15 +93,16 @@ class Usage:
             self.memory = max(self.memory, sum(map(_proportional, tree)))
 
     def between(self, start: float, end: float) -> tuple[float, float]:
-        """Return the processor seconds of the tree, and of the whole machine, in this time."""
+        """Return the processor seconds of the tree, and of the whole machine, between two times."""
         at, tree, whole = zip(*self.samples, strict=True)
         return tuple(float(np.interp(end, at, used) - np.interp(start, at, used)) for used in (tree, whole))  # type: ignore[return-value]
 
 
 def run(commands: Sequence[Command], job: Job, signals: StopSignals, warmup: int, timeout: float) -> Measurement:
-    """Run a job's processes to their end and measure the steps after `warmup`. However it ends, no process is left.
+    """Run a job's processes to their end and return the measurement of the steps after `warmup`. No process is left at the end.
 
-    Raise ClusterError, which names the process and its log, if one fails or time is over, and KeyboardInterrupt on a signal.
+    Raise ClusterError, which names the process and its log, if a process fails or the time is over. Raise KeyboardInterrupt on a
+    signal.
     """
     steps = job.folder / "steps"
     steps.mkdir(parents=True)
@@ -120,7 +122,7 @@ def run(commands: Sequence[Command], job: Job, signals: StopSignals, warmup: int
 
 
 def watch(processes: Processes, signals: StopSignals, timeout: float, look: Callable[[], object] | None = None) -> None:
-    """Return when all processes have ended well, having called `look` all the while. Raises as `run` does."""
+    """Wait until all processes have ended well, and call `look` meanwhile. Raise as `run` does."""
     deadline = time.monotonic() + timeout
     failed_at = float("inf")
     while processes.running():
@@ -170,7 +172,7 @@ def _evaluate(steps: Path, usage: Usage, count: int, warmup: int) -> Measurement
 
 
 def step_durations(marks: Sequence[tuple[int, float]]) -> list[float]:
-    """Return how long each step took, from (steps done, time) in order. Steps that ended together share their time equally."""
+    """Return how long each step took, from (steps done, time) in order. Steps that ended at one time share the time equally."""
     out: list[float] = []
     for (done, at), (next_done, next_at) in itertools.pairwise(marks):
         out += [(next_at - at) / (next_done - done)] * (next_done - done)

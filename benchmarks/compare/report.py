@@ -18,11 +18,11 @@ PLOT_FILE = "results.png"
 
 #: The systems that others are compared with.
 BASELINE, BOUND, OTHER = "ddp", "independent", "rpc"
-#: Losses are equal to rounding if they differ by less than this part of what training has changed them by.
+#: Losses are equal to rounding if they differ by less than this part of the change by training.
 ROUNDING = 1e-2
 
 
-#: A network and a model: what is compared is on one and trains the other.
+#: A network and a model. Systems are compared within one setting.
 Setting = tuple[str, str]
 
 
@@ -82,18 +82,18 @@ class Spread:
 def ratios(
     of: dict[int, Measurement], to: dict[int, Measurement], value: Callable[[Measurement], float] = lambda m: m.step_ms
 ) -> Spread | None:
-    """`value` of one system as a multiple of another's, repeat by repeat: what ran one after the other is compared.
+    """Return `value` of one system as a multiple of another's, by repeat: runs that followed each other are compared.
 
-    None where they have no repeat in common.
+    None if they have no repeat in common.
     """
     return Spread.of([value(of[repeat]) / value(to[repeat]) for repeat in of if repeat in to])
 
 
 def same_loss(of: dict[int, Measurement], to: dict[int, Measurement]) -> bool | None:
-    """Whether the loss of every worker in every run is that of another system to rounding; None where one of them has none.
+    """Return whether the loss of every worker in every run equals that of another system, to rounding. None without such runs.
 
-    Each worker's and not the mean, for that of workers that never talked is nearly the same after a few steps. Measured by
-    how far the loss has moved, for a loss that has hardly moved is nearly the same whatever was done wrong.
+    The mean over workers would not do: for workers that never talk it is nearly the same after a few steps. The difference counts
+    relative to how far the loss has moved: a loss that has hardly moved is nearly the same whatever went wrong.
     """
     if not of or not to:
         return None
@@ -147,8 +147,10 @@ def _row(results: Results, setting: Setting, system: str) -> list[str]:
 
 
 def markdown_table(cells: Sequence[Sequence[str]], left: int) -> str:
-    """A table whose first row is the header, and whose first `left` columns hold words and not numbers. A row that is shorter
-    than the header ends in words that are as long as they are."""
+    """Return a Markdown table. The first row is the header, and the first `left` columns hold words, not numbers.
+
+    A row that is shorter than the header ends in a text that need not fit its column.
+    """
     cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     columns = len(cells[0])
     widths = [max(len(row[i]) for row in cells if len(row) == columns or i < len(row) - 1) for i in range(columns)]
@@ -164,8 +166,8 @@ _LEGEND = f"""\
 - ms/step: mean of worker 0's timed steps, then the median of the repeats (least..largest); ratios are taken repeat by repeat
 - wire: tensors that workers have sent and received in frames; codec: to encode + to decode, of all processes; both over all steps
 - CPU: user and system time of all the system's processes in the timed steps; memory: peak sum of their proportional set sizes
-- loss: of the last global batch after the last step, mean over workers; as {BASELINE}: each within {ROUNDING:g} of what it moved
-- others: processors that were busy with something else during the timed steps; times with much of that are disturbed
+- loss: of the last global batch after the last step, mean over workers; as {BASELINE}: each within {ROUNDING:g} of its change
+- others: processors that were busy with something else during the timed steps; if there are many, the times are disturbed
 """
 
 
@@ -177,8 +179,10 @@ def _cell(spread: Spread | None, form: str) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write a picture of every system's step as a multiple of the baseline's, or in ms where that is missing; a row of it for
-    each network and a column for each model."""
+    """Write a picture of every system's step as a multiple of the baseline's, or in ms if the baseline is missing.
+
+    It has a row for each network and a column for each model.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -211,7 +215,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write what was measured so far to `folder`. OSError where that cannot be."""
+    """Write the results so far to `folder`. Raises OSError if the file cannot be written."""
     text = msgspec.json.format(msgspec.json.encode(results), indent=1)
     (folder / RESULTS_FILE).write_bytes(text)
 
@@ -228,7 +232,7 @@ def read_results(folder: Path) -> Results:
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
-    """Write the table and the plot to `folder` and return the files. OSError where that cannot be."""
+    """Write the table and the plot to `folder` and return the files. Raises OSError if a file cannot be written."""
     table, plot = folder / TABLE_FILE, folder / PLOT_FILE
     table.write_text(f"# Benchmarks\n\n{to_markdown(results)}", encoding="utf-8")
     draw(results, plot)

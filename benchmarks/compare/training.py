@@ -16,32 +16,32 @@ from torch import nn
 from benchmarks.compare.workloads import WORKLOADS, Workload
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE, die_with_parent
 
-#: Environment variable with the folder that workers write their steps to, as rank-N.jsonl.
+#: Environment variable with the folder to which workers write their steps, as rank-N.jsonl.
 STEPS_VARIABLE = "BENCHMARK_STEPS"
 WORKERS = 2
 
 
 class StepLog:
-    """The steps of one worker as JSON lines: how many were done at which time of the monotonic clock, and at last the loss."""
+    """The steps of one worker as JSON lines: steps done and the time on the monotonic clock. The last line has the loss."""
 
     def __init__(self, rank: int) -> None:
         self._file = (Path(os.environ[STEPS_VARIABLE]) / f"rank-{rank}.jsonl").open("w", encoding="utf-8")
         self._done = 0
 
     def reached(self, done: int) -> None:
-        """Note that `done` steps are over by now; nothing is noted twice."""
+        """Note that `done` steps are over, unless that was noted before."""
         if done > self._done:
             self._done = done
             self._file.write(json.dumps({"done": done, "at": time.monotonic()}) + "\n")
 
     def close(self, before: float, after: float) -> None:
-        """Note the loss that training has begun with and what it has led to, and end the log."""
+        """Note the loss before and after training, and end the log."""
         self._file.write(json.dumps({"loss_before": before, "loss": after}) + "\n")
         self._file.close()
 
 
 class Brake:
-    """Makes the last worker slower: it sleeps after computing, for (factor - 1) times the processor time that took."""
+    """Makes the last worker slower: after computing it sleeps for (factor - 1) times the processor time of the computation."""
 
     def __init__(self, rank: int, factor: float) -> None:
         self._factor = factor if rank == WORKERS - 1 else 1.0
@@ -52,7 +52,7 @@ class Brake:
         self._began = time.thread_time()
 
     def end(self) -> None:
-        """Note that it is over, and sleep."""
+        """Note that the computation is over, and sleep."""
         if self._factor > 1.0:
             time.sleep((self._factor - 1.0) * (time.thread_time() - self._began))
 
@@ -68,7 +68,7 @@ class Task:
     flags: frozenset[str]
 
     def loss(self, model: nn.Module) -> float:
-        """The loss of the last step's global batch with the weights that the model has now."""
+        """Return the loss of the last step's global batch with the present weights of the model."""
         x, y = self.workload.dataset(WORKERS).tensors
         size = WORKERS * self.workload.batch
         at = (self.steps - 1) * size % len(x)
@@ -78,7 +78,7 @@ class Task:
 
 
 def parse_task(*flags: str) -> Task:
-    """The task on the command line; `flags` are the switches that this system has besides. Dies with who started this."""
+    """Return the task on the command line, and let this process die with its parent. `flags` are the system's own switches."""
     if parent := os.environ.pop(PARENT_VARIABLE, None):
         die_with_parent(int(parent))
     parser = argparse.ArgumentParser()
@@ -97,7 +97,7 @@ def parse_task(*flags: str) -> Task:
 def train(task: Task, model: nn.Module, update: Callable[[], nn.Module], rank: int | None = None) -> None:
     """Train for the task's steps on this worker's part of each global batch, and log them.
 
-    `update` makes a step of the gradients in the model and returns the model to go on with.
+    `update` makes a step of the gradients in the model, and returns the model for the next step.
     """
     rank = task.rank if rank is None else rank
     x, y = task.workload.dataset(WORKERS).tensors
@@ -113,7 +113,7 @@ def train(task: Task, model: nn.Module, update: Callable[[], nn.Module], rank: i
 
 
 def train_with(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """`train` with an optimizer over the model's parameters."""
+    """Call `train` with an optimizer over the model's parameters."""
 
     def update() -> nn.Module:
         optimizer.step()

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-#: Global batches in the data set; longer runs go over them again, in the same order.
+#: Global batches in the data set. Longer runs repeat them in the same order.
 BATCHES = 8
 _SEED = 7
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, its data and its optimizer. `batch` is what one worker computes in a step."""
+    """A model, its data and its optimizer. `batch` is the number of samples that one worker computes in a step."""
 
     name: str
     network: Callable[[], nn.Module]
@@ -29,23 +29,23 @@ class Workload:
 
     @property
     def sparse(self) -> bool:
-        """Whether most of the gradient is zero and left out."""
+        """Return whether gradients are sparse."""
         return False
 
     def model(self) -> nn.Module:
-        """The network with its initial weights, which are always the same."""
+        """Return the network with its initial weights, which are always the same."""
         torch.manual_seed(_SEED)
         return self.network()
 
     def dataset(self, workers: int) -> TensorDataset:
-        """Synthetic samples for that many workers, always the same; global batch i is the i-th slice of them."""
+        """Return synthetic samples for that many workers, always the same. Global batch i is the i-th slice of them."""
         generator = torch.Generator().manual_seed(_SEED)
         size = BATCHES * workers * self.batch
         x = torch.randn(size, *self.shape, generator=generator)
         return TensorDataset(x, torch.randint(self.classes, (size,), generator=generator))
 
     def loss(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return nn.functional.cross_entropy(model(x), y)
 
 
@@ -110,7 +110,7 @@ class GPT(nn.Module):
         self.head.weight = self.words.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, words) of ids (B, T)."""
+        """Return logits (B, T, words) of ids (B, T)."""
         x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
         logits: torch.Tensor = self.head(self.layers(x))
         return logits
@@ -141,7 +141,7 @@ class WideAndDeep(nn.Module):
         self.rows = rows
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B) of ids (B, fields)."""
+        """Return logits (B) of ids (B, fields)."""
         rows = ids + self.rows * torch.arange(ids.shape[1])
         logits: torch.Tensor = self.wide(rows).sum((1, 2)) + self.deep(self.embedding(rows).flatten(1)).squeeze(1)
         return logits

@@ -26,7 +26,7 @@ _QUICK = ("a worker, at pushed", "a server, at applying", "the coordinator, at r
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--row", "wanted", multiple=True, help="Only rows whose name has this in it; repeatable. By default all.")
+@click.option("--row", "wanted", multiple=True, help="Only rows whose name contains this (repeatable; default: all).")
 @click.option("--quick", is_flag=True, help="A few rows only.")
 @click.option("--times", type=click.IntRange(min=1), default=1, show_default=True, help="Runs of each row.")
 @click.option(
@@ -74,5 +74,5 @@ def cli(wanted: Sequence[str], quick: bool, times: int, churn_s: float, out: Pat
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all that was started is ended, and all that was made is removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that SIGTERM ends all processes and removes all files
     cli()

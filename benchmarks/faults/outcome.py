@@ -36,9 +36,9 @@ class Bounds:
 DEAD = Bounds(3.0, 8.0)
 #: A server is stopped, which looks like a slow one.
 SILENT = Bounds(15.0, 20.0)
-#: A server is stopped that nobody starts again until it is woken.
+#: A server is stopped that no launcher restarts, and is woken later.
 WOKEN = Bounds(15.0, 23.0)
-#: No process is dead, and the run is started again as soon as it has ended.
+#: No process dies, and the run is started again as soon as it has ended.
 STOPPED = Bounds(None, 8.0)
 #: A link is cut.
 CUT = Bounds(None, 20.0)
@@ -48,15 +48,21 @@ UNHARMED = Bounds(None, 5.0)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a run: seconds until the first event that tells of the fault; the longest seconds without a committed round;
-    `rounds` that were rolled back; and `recomputed` micro-batches."""
+    """The outcome of a run."""
 
+    #: Why the run did not finish, or ''.
     problem: str = ""
+    #: Whether the weights are those of an undisturbed run.
     same: bool = False
+    #: Whether each micro-batch is in exactly one committed contribution.
     exact: bool = False
+    #: Seconds until the first event that tells of the fault. None without such an event.
     noticed_s: float | None = None
+    #: The longest seconds without a committed round.
     pause_s: float = 0.0
+    #: Rounds that were rolled back.
     rounds: int = 0
+    #: Micro-batches that were recomputed.
     recomputed: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""A TCP proxy that delays what goes through it: connections that the kernel redirects here go on to where they were meant for.
+"""A TCP proxy that delays traffic. It passes connections that the kernel redirects here on to their original destination.
 
 `python -m benchmarks.faults.proxy PORT SECONDS` delays each direction for so long. Linux only.
 """
@@ -13,12 +13,12 @@ import sys
 
 _SO_ORIGINAL_DST = 80
 _READ_BYTES = 256 << 10
-#: Pieces of a direction that may be on their way.
+#: The most pieces of one direction that may be on their way.
 _MOST = 1000
 
 
 async def _delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seconds: float) -> None:
-    """Hand on what is read, each piece so long after it came, until the end of it."""
+    """Pass on each piece `seconds` after it came, until the stream ends."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_MOST)
 

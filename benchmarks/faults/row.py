@@ -28,7 +28,7 @@ class Row:
     by_hand: bool = False
     #: The address of a coordinator that is started by hand.
     bind: str = LOOPBACK
-    #: What happens to the network of a run on two hosts.
+    #: The harm to the network of a run on two hosts.
     network: spread.Change | None = None
     #: How a run on two hosts is laid out.
     scene: spread.Scene = spread.Spread

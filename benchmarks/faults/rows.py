@@ -18,7 +18,7 @@ from roundtable.common.runtime.failpoints import POINTS, VARIABLE
 
 #: The round at which a process fails at a failpoint.
 _FAIL_AT = 60
-#: The processes that fail at failpoints. The server has two chunks, so that one can be applied and the other not.
+#: The processes that fail at failpoints. The server has two chunks, so that it can fail after one is applied.
 _WHO = {"worker": "worker-1", "server": "server-2", "coordinator": "coordinator"}
 _LONG = ("--epochs", 40)
 #: Epochs for each second of random kills, so that a run surely lasts.

@@ -1,4 +1,4 @@
-"""A run on two hosts, which are network namespaces, and what can happen to the network between them."""
+"""A run on two hosts, which are network namespaces, and harms to the network between them."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from roundtable.cluster.process.children import Processes
 from roundtable.cluster.process.parent_death import PARENT_VARIABLE
 from roundtable.common.runtime.errors import UsageError
 
-#: Where workers and servers of both hosts find the coordinator; and a proxy's port.
+#: The coordinator's port, and the proxy's.
 _PORT, _PROXY_PORT = 5555, 5556
-#: A host has a name of its own: processes with the same number on another are others.
+#: Gives the host a name of its own, so that equal process ids on two hosts mean different processes.
 _NAMED = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"')
-#: Before a command that is to end when this process does.
+#: The words before a command that must end with this process.
 _WITH_US = ("setpriv", "--pdeathsig", "KILL")
-#: A host on which processes see each other, and which has ids of its own for them.
+#: Makes a host whose processes see each other and have their own process ids.
 _SHARED = ("unshare", "--fork", "--pid", "--uts", "--mount-proc", "--kill-child", "sh", "-c", 'hostname "$0" && exec sleep 1d')
-#: Has a command have the process id $0.
+#: Gives a command the process id $0.
 _NUMBERED = ("sh", "-c", 'echo $(($0 - 1)) > /proc/sys/kernel/ns_last_pid && { "$@" & wait $!; }')
-#: Seconds for which processes are stopped: for longer than it takes to notice that on another host.
+#: Seconds for which processes are stopped: longer than the heartbeat timeout between hosts.
 _STOPPED_S = 18.0
-#: A server whose port or name matters; names of the coordinator's and its address; and seconds for which each is not known.
+#: The server with a fixed port, and that port.
 _FIXED, _FIXED_PORT = "server-1", 6001
+#: Host names of the coordinator and of that server.
 _HEAD, _STORE = "head.test", "store.test"
+#: Seconds for which each of these names is unknown.
 _UNKNOWN_S = 12.0
-#: Has a command look names up in the file $0.
+#: Makes a command look names up in the file $0.
 _LOOKED_UP = ("sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"')
-#: Seconds for the proxy to listen, or a process to be there.
+#: Seconds for the proxy to listen, or for a process to start.
 _LISTENS_S = 20.0
 
 
 class Spread(Cluster):
-    """A coordinator and servers on one host, and workers on both or the other one, started one by one."""
+    """A run whose coordinator and servers are on one host, and workers on both hosts or the other one. They start one by one."""
 
     def __init__(
         self, folder: Path, processes: Processes, hosts: list[network.Host], servers: int, near: int, far: int, *flags: object
     ):
-        """`near` workers are on the coordinator's host, `far` ones on the other."""
+        """Start the run. `near` workers are on the coordinator's host, `far` ones on the other host."""
         self.hosts, self.processes = hosts, processes
         self._near = near
         bind = ("--listen", f"tcp://{hosts[0].address}:{_PORT}", "--run-dir", folder)
@@ -63,11 +65,11 @@ class Spread(Cluster):
             self.processes.start(name, [*self._on(self._host(name), name), sys.executable, str(LAUNCH), *command])
 
     def _coordinator(self) -> str:
-        """Its address, as the others are told it."""
+        """Return the coordinator's address for the other processes."""
         return f"tcp://{self.hosts[0].address}:{_PORT}"
 
     def _host(self, name: str) -> int:
-        """The number of the host that a process is on."""
+        """Return the number of the host of a process."""
         role, _, number = name.partition("-")
         return int(role == "worker" and int(number) >= self._near)
 
@@ -75,11 +77,11 @@ class Spread(Cluster):
         return ()
 
     def _on(self, host: int, name: str) -> tuple[str, ...]:
-        """Give the words before a command that is to run on a host, as the process of this name."""
+        """Return the words before a command that runs on a host as the process of this name."""
         return (*self.hosts[host].prefix, *_NAMED, f"host{host}")
 
     def pids(self) -> dict[str, int]:
-        return {}  # each process has a numbering of its own
+        return {}  # each process has a process namespace of its own
 
     def left_behind(self) -> dict[str, int]:
         return {}
@@ -89,7 +91,7 @@ class Spread(Cluster):
 
 
 class Unreached(Spread):
-    """A server is where no worker of the other host gets to, from the beginning."""
+    """A run with a server that no worker of the other host can reach."""
 
     def _start_all(self, names: list[str]) -> None:
         self.firewall(1, "-A", "OUTPUT", "-p", "tcp", "--dport", str(_FIXED_PORT), "-j", "DROP")
@@ -100,14 +102,14 @@ class Unreached(Spread):
 
 
 class Unresolved(Spread):
-    """For some time nobody knows the names under which the coordinator and a server are to be reached."""
+    """A run in which the host names of the coordinator and of a server are unknown for some time."""
 
     def _start_all(self, names: list[str]) -> None:
         self._names().write_text("127.0.0.1 localhost\n", encoding="utf-8")
         super()._start_all(names)
         for name in (_HEAD, _STORE):
             time.sleep(_UNKNOWN_S)
-            assert not self.rounds(), f"training goes on though nobody knows {name}"
+            assert not self.rounds(), f"training goes on although {name} is unknown"
             with self._names().open("a", encoding="utf-8") as file:
                 file.write(f"{self.hosts[0].address} {name}\n")
 
@@ -126,8 +128,11 @@ class Unresolved(Spread):
 
 
 class Namesakes(Spread):
-    """Two hosts with one name. On the second one a server has the coordinator's process id, and a worker that of a stranger to
-    the run, which is on the first one."""
+    """A run on two hosts with one name.
+
+    A server on the second host has the coordinator's process id. A worker there has the process id of a process on the first
+    host that is not part of the run.
+    """
 
     def __init__(
         self, folder: Path, processes: Processes, hosts: list[network.Host], servers: int, near: int, far: int, *flags: object
@@ -149,27 +154,30 @@ class Namesakes(Spread):
         return (*entered, "env", "--unset", PARENT_VARIABLE, *((*_NUMBERED, str(number)) if number else ()))
 
     def pids(self) -> dict[str, int]:
-        """As they are outside of the hosts, of those that were given an id there."""
+        """Return the ids, as seen from outside of the hosts, of the processes that were given an id there."""
         started = {child.name: child.popen.pid for child in self.processes.children} | {"coordinator": self._popen.pid}
         return {name: _inside(started[name], "sleep" if name == "stranger" else sys.executable) for name in self._ids}
 
 
-#: Makes a run on two hosts; does something to it.
+#: Makes a run on two hosts.
 Scene = Callable[..., Spread]
+#: Does harm to such a run.
 Change = Callable[[Spread], None]
 
 
 @contextlib.contextmanager
 def hosts(logs: Path) -> Iterator[tuple[list[network.Host], Processes]]:
-    """Two hosts, and what starts processes on them; nothing is left of either."""
+    """Yield two hosts, and a set of processes to start on them. At the end no process and no host is left."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with network.hosts("1gbit") as made, Processes(logs, env) as processes:
         yield made, processes
 
 
 def cut(seconds: float, both_ways: bool, heals: bool = True) -> Change:
-    """What worker-2, alone on its host, sends to server-1 is lost for so long, or unless it `heals` for ever; `both_ways`: what
-    server-1 sends to it is, too."""
+    """Return a change that drops all packets from worker-2, alone on its host, to server-1.
+
+    `both_ways`: packets in the other direction are dropped too. After `seconds` the link is whole again, if it `heals`.
+    """
 
     def harm(run: Spread) -> None:
         told = [event.data["address"] for event in run.events("joined") if event.process == "server-1"]
@@ -185,13 +193,13 @@ def cut(seconds: float, both_ways: bool, heals: bool = True) -> Change:
 
 
 def cut_off(run: Spread) -> None:
-    """Nothing gets from worker-2, alone on its host, to server-1 any more. Others have to do without it."""
+    """Drop all packets from worker-2, alone on its host, to server-1 for ever. The run must go on without worker-2."""
     cut(0.0, both_ways=False, heals=False)(run)
     run.until(lambda: any(event.process == "worker-2" for event in run.events("lost")), "giving up of worker-2")
 
 
 def stop_namesakes(run: Spread) -> None:
-    """The server and the worker of `Namesakes` are stopped for longer than that takes to be noticed, and woken."""
+    """Stop the server and the worker of `Namesakes` until both count as lost, and wake them."""
     pids = run.pids()
     ids = {name: Path(f"/proc/{pid}/status").read_text(encoding="ascii").partition("NSpid:")[2].split("\n")[0].split()[-1]
            for name, pid in pids.items()}  # fmt: skip
@@ -208,13 +216,13 @@ def stop_namesakes(run: Spread) -> None:
 
 
 def cannot_reach(run: Spread) -> None:
-    """Nothing but to wait until it is told which address worker-2 cannot reach from its host."""
+    """Wait until the run says which address worker-2 cannot reach from its host."""
     told = f"worker-2 on host1 cannot reach {_FIXED} on host0 at tcp://{run.hosts[0].address}:{_FIXED_PORT}"
     run.until(lambda: any(told in event.data["text"] for event in run.events("warning")), f"word that {told}")
 
 
 def delay(made: list[network.Host], processes: Processes, seconds: float) -> None:
-    """All that goes between the hosts takes so long, in each direction. Called before a run is started."""
+    """Delay all traffic between the hosts by `seconds`, in each direction. Called before a run is started."""
     prefix = made[0].prefix
     listens = ("-m", "benchmarks.faults.proxy", str(_PROXY_PORT), str(seconds))
     proxy = processes.start("proxy", [*prefix, sys.executable, *listens], PYTHONPATH=str(LAUNCH.parent))
@@ -229,7 +237,7 @@ def delay(made: list[network.Host], processes: Processes, seconds: float) -> Non
 
 
 def _inside(pid: int, program: str) -> int:
-    """The process that runs `program` and was started by way of `pid`, once it is there. Raises UsageError where it is not."""
+    """Return the id of the process that runs `program` below `pid`, once it has started. Raises UsageError if it does not."""
     deadline = time.monotonic() + _LISTENS_S
     while time.monotonic() < deadline:
         with contextlib.suppress(psutil.Error, IndexError):

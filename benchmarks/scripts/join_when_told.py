@@ -1,5 +1,7 @@
-"""A worker of the built-in example that has imported all that it needs, and joins once a file says so: `FOLDER NUMBER` are its
-arguments, FOLDER/ready-NUMBER is made when it could, and FOLDER/go-NUMBER awaited."""
+"""A worker of the built-in example that imports its modules, and joins once a file tells it to.
+
+Its arguments are `FOLDER NUMBER`. It makes FOLDER/ready-NUMBER when it could join, and waits for FOLDER/go-NUMBER.
+"""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""What `benchmarks/hybrid.py` runs on each worker: AlexNet's fully connected layers, over classes made up, both ways."""
+"""The workers' script of `benchmarks/hybrid.py`: AlexNet's fully connected layers over made-up classes, in both ways."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import roundtable
 from roundtable.common.protocol.messages.session import Traffic
 from roundtable.worker.models.hybrid import shard_fully_connected
 
-#: Activities before the fully connected layers, and outputs of the two hidden ones, as in AlexNet; the convolutions are one small
-#: one here, for they are the same both ways.
+#: Maps and their side before the fully connected layers, and outputs of the two hidden layers, as in AlexNet. One small
+#: convolution stands for AlexNet's, which are the same both ways.
 MAPS, SIDE, HIDDEN = 256, 6, 4096
 FEATURES = MAPS * SIDE**2
 
@@ -37,7 +37,7 @@ def main() -> None:
     data = TensorDataset(torch.randn(whole, 3, 4 * SIDE, 4 * SIDE), torch.randint(args.classes, (whole,)))
     began, moved = time.monotonic(), 0
     for x, y in run.batches(data, micro_batch=args.batch, global_batch=whole, epochs=args.rounds):
-        if run.round == 1:  # the first round is for getting started, and what first weights come to is no part of a round
+        if run.round == 1:  # the first round, with the first weights, does not count
             began, moved = time.monotonic(), bytes_of(run.traffic)
         out = model(x)
         loss = nn.functional.cross_entropy(out, y) if head is None else roundtable.sharded_cross_entropy(out, y)

@@ -1,5 +1,7 @@
-"""What the fault matrix trains where gradients are to be NaN or infinite: digits, one sample of which has such a loss from round
-60 on. Unless that is allowed, the weights must never have any of it."""
+"""The script of fault matrix rows with a NaN or infinite gradient: one sample of digits has such a loss from round 60 on.
+
+Unless that is allowed, the weights must stay finite.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import roundtable
 from roundtable.worker import data
 from roundtable.worker.models import builtin
 
-#: From which round on, and the number of the sample.
+#: The first round with such a loss, and the number of the sample.
 ROUND, SAMPLE = 60, 17
 
 

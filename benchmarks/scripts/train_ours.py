@@ -8,7 +8,7 @@ from benchmarks.compare.workloads import BATCHES
 
 
 def main() -> None:
-    """Train for as many rounds as the run's settings say; a step is a round."""
+    """Train for the rounds of the run's settings. A step is a round."""
     task = parse_task()
     run = roundtable.join()
     model = run.replicate(task.workload.model())

@@ -1,8 +1,8 @@
-"""What the fault matrix trains where something happens at the end: digits, with the bits of the built-in example.
+"""The script of fault matrix rows about the end of a run: digits, with the bits of the built-in example.
 
-The command line says how scripts end. `leave`: that of worker 1 breaks off its loop; `exit`: that of worker 0 ends early.
-After the last round worker 0 may `evaluate` for long, `raise`, or be killed (`kill`). `wait FILE`: no worker goes on before there
-is such a file, so that something can happen to all of them meanwhile. Worker 0 may come `late` to its first batch.
+The first argument says how scripts end. `leave`: worker 1 breaks out of its loop. `exit`: worker 0 ends early. After the last
+round worker 0 may `evaluate` for long, `raise`, or be killed (`kill`). `wait FILE`: no worker goes on before FILE exists, so that
+a harm can reach all of them. `late`: worker 0 comes late to its first batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from roundtable.worker import data
 from roundtable.worker.models import builtin
 from roundtable.worker.tools.builtin_script import optimizer_arguments, optimizer_class, schedule
 
-#: The round from which on a script ends early or waits, and how long worker 0 evaluates, seconds.
+#: The round from which on a script ends early or waits, and the seconds for which worker 0 evaluates or comes late.
 ROUND, SECONDS = 60, 8.0
 
 

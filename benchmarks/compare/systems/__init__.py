@@ -1,9 +1,13 @@
 """The systems that are compared: one module each, found by its name.
 
-A module has `commands(job)`, which says what processes to start for one run, and `FLAGS`, the switches it knows (None: it
-passes any on). `VARIANTS` has words for flags, where they are not the switches. Where it cannot do with sparse gradients,
-`not_sparse(flags)` says why; where it counts what it sends, `wire(job)` tells of a run that is over. Its workers write their
-steps as `benchmarks.compare.training` says.
+A module has `commands(job)`, which returns the processes to start for one run, and `FLAGS`, the switches that it knows (None: it
+passes on any flag). Optional names:
+
+- `VARIANTS` maps words to flags. Without it each switch is a word.
+- `not_sparse(flags)` returns why the system cannot train with sparse gradients.
+- `wire(job)` returns the traffic of a run that is over.
+
+The workers write their steps as `benchmarks.compare.training` says.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one system. `steps` counts those of the warm-up too; `folder` is empty and the job's own."""
+    """One run of one system. `steps` includes the warm-up. `folder` is empty, and no other job uses it."""
 
     workload: Workload
     steps: int
@@ -47,17 +51,16 @@ class Job:
 
     @property
     def networked(self) -> bool:
-        """Whether the hosts have a network between them."""
+        """Return whether there is a network between the hosts."""
         return bool(self.hosts[0].prefix)
 
     def worker_arguments(self) -> list[str]:
-        """The command line of a worker script, but for its rank."""
+        """Return the arguments of a worker script, except its rank."""
         return ["--model", self.workload.name, "--steps", str(self.steps), "--slow", str(self.slow)]
 
 
 class Wire(msgspec.Struct, frozen=True):
-    """What travelled in a run, by step: tensors that workers have sent and received, and the seconds that codecs took of all
-    processes."""
+    """The traffic of a run, by step: MB of tensors that workers sent and received, and seconds of codecs in all processes."""
 
     megabytes: float
     encode_s: float
@@ -65,7 +68,7 @@ class Wire(msgspec.Struct, frozen=True):
 
 
 class System(Protocol):
-    """What a module of this package has."""
+    """The names that each module of this package has."""
 
     FLAGS: Sequence[str] | None
 
@@ -84,26 +87,25 @@ class Entry:
         return _load(self.system).commands(job)
 
     def refuses(self, workload: Workload) -> str:
-        """Why it is not to train this, in a sentence; empty if it is."""
+        """Return why the system does not train this, in a sentence, or ''."""
         why = getattr(_load(self.system), "not_sparse", None)
         return str(why(self.flags)) if why is not None and workload.sparse else ""
 
     def wire(self, job: Job) -> Wire | None:
-        """What travelled in a run that has ended well; None where the system does not count that."""
+        """Return the traffic of a run that has ended well. None if the system does not count it."""
         count = getattr(_load(self.system), "wire", None)
         return cast(Wire, count(job)) if count is not None else None
 
 
 def names() -> list[str]:
-    """All systems there are."""
+    """Return the names of all systems."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def parse_entry(text: str) -> Entry:
-    """Read `[NAME=]SYSTEM[:VARIANT,...] [FLAGS]`: 'ddp', 'ours:socket,bf16', 'one=ours --servers 1'; without NAME it is the
-    whole text.
+    """Return the entry that `[NAME=]SYSTEM[:VARIANT,...] [FLAGS]` names: 'ddp', 'ours:socket,bf16', 'one=ours --servers 1'.
 
-    Raises UsageError for a system, variant or flag that there is not.
+    Without NAME, the whole text is the name. Raises UsageError for an unknown system, variant or flag.
     """
     name, equals, rest = text.partition("=")
     if not equals or " " in name.strip():
@@ -131,7 +133,7 @@ def parse_entry(text: str) -> Entry:
 
 
 def module_command(module: str, *args: str) -> list[str]:
-    """The command line that runs a module of ours as a script."""
+    """Return the command line that runs a module of this project as a script."""
     return [sys.executable, "-m", module, *args]
 
 

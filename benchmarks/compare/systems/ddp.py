@@ -26,7 +26,7 @@ def commands(job: Job) -> list[Command]:
 
 
 def gloo_commands(job: Job, module: str) -> list[Command]:
-    """One process for each worker that runs `module` and finds the others by `join_group`."""
+    """Return a command for each worker. It runs `module`, and its process finds the others by `join_group`."""
     return [
         Command(
             f"worker-{rank}",
@@ -39,13 +39,13 @@ def gloo_commands(job: Job, module: str) -> list[Command]:
 
 
 def join_group(task: Task) -> None:
-    """Make this process one of the gloo group; they find each other by a file, and talk over the network."""
+    """Join the gloo group. Its processes find each other by a file, and talk over the network."""
     meeting = Path(os.environ[STEPS_VARIABLE]).resolve() / "meeting"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=task.rank, world_size=WORKERS)
 
 
 def replicate(task: Task) -> DistributedDataParallel:
-    """The task's model as DDP's replica."""
+    """Return the task's model as DDP's replica."""
     model = DistributedDataParallel(task.workload.model(), gradient_as_bucket_view="view" in task.flags)
     if "fp16" in task.flags:
         model.register_comm_hook(None, fp16_compress_hook)

@@ -1,4 +1,4 @@
-"""Two processes that train on their own parts of the data and never talk: what communication costs is what is above this."""
+"""Two processes that train on their own parts of the data and never talk. The excess of other systems is their communication."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     **{push: _codecs(push, push if push in get_args(WeightCodec) else "none") for push in get_args(PushCodec) if push != "none"},
     **{f"{push}/{weight}": _codecs(push, weight) for push in get_args(PushCodec) for weight in get_args(WeightCodec)},
 }
-#: Micro-batches per round where a worker is slowed down: reassigned work must be finer than a worker's share.
+#: Micro-batches per round if a worker is slowed down: reassigned work must be finer than a worker's share.
 _UNEVEN_MICRO_BATCHES = 8
 _PORT = 5555
 _LAUNCH = [sys.executable, str(LAUNCH)]
@@ -44,12 +44,12 @@ def not_sparse(flags: Sequence[str]) -> str:
 
 
 def commands(job: Job) -> list[Command]:
-    """The launcher on this machine; over a network, a coordinator and on each host a worker with a server beside it."""
+    """Return the launcher's command on this machine. Over a network: a coordinator, and on each host a worker with a server."""
     whole = WORKERS * job.workload.batch
     micro = whole // _UNEVEN_MICRO_BATCHES if job.slow > 1.0 else job.workload.batch
     settings = ["--workers", str(WORKERS), "--threads", "1", "--rounds", str(job.steps)]
     settings += ["--global-batch", str(whole), "--micro-batch", str(micro)]
-    settings += ["--checkpoint-every", "0", *job.flags]  # for the others take none
+    settings += ["--checkpoint-every", "0", *job.flags]  # the other systems make no checkpoints
     run = ["--run-dir", str(_run_dir(job))]
     script = [_SCRIPT, "--", *job.worker_arguments()]
     if not job.networked:
@@ -62,7 +62,7 @@ def commands(job: Job) -> list[Command]:
 
 
 def wire(job: Job) -> Wire:
-    """What the run's summary says, over all steps; the first weights are among it."""
+    """Return the traffic in the run's summary, over all steps, the first weights included."""
     told = (read_summary(_run_dir(job)) or {})["wire"]
     megabytes = (told["pushed_bytes"] + told["pulled_bytes"]) / 1e6
     return Wire(megabytes / job.steps, told["encode_seconds"] / job.steps, told["decode_seconds"] / job.steps)

@@ -1,8 +1,8 @@
-"""A parameter server as PyTorch's tutorial "Implementing batch RPC processing using asynchronous executions" writes it.
+"""The parameter server of PyTorch's tutorial "Implementing batch RPC processing using asynchronous executions".
 
-One server process adds up the gradients of the trainers, steps once all are in, and returns the model to each. Two slips of
-the tutorial are put right here, since losses are compared: gradients are added under the lock, and are zeroed rather than
-taken away (the default of zero_grad has changed since).
+One server process adds up the gradients of the trainers, steps once all have come, and returns the model to each trainer. Two
+slips of the tutorial are corrected, because losses are compared: gradients are added under the lock, and are set to zero rather
+than to None (the default of zero_grad has changed since).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from benchmarks.compare.training import STEPS_VARIABLE, WORKERS, Task, parse_tas
 
 FLAGS: tuple[str, ...] = ()
 _SERVER = "server"
-#: Seconds that a call may take: a step of the slowest model on a busy machine.
+#: The most seconds of a call: a step of the slowest model on a busy machine.
 _TIMEOUT_S = 300.0
 
 
 class BatchUpdateParameterServer:
-    """The model and its optimizer; lives in the server process."""
+    """The model and its optimizer, in the server process."""
 
     def __init__(self, task: Task) -> None:
         self.model = task.workload.model()
@@ -44,7 +44,7 @@ class BatchUpdateParameterServer:
     @staticmethod
     @rpc.functions.async_execution  # type: ignore[untyped-decorator,unused-ignore]
     def update_and_fetch_model(ps_rref: Any, grads: list[torch.Tensor]) -> torch.futures.Future[nn.Module]:
-        """Add `grads`; the model comes back once the gradients of all trainers are in and applied."""
+        """Add `grads`. Return the model, once the gradients of all trainers have come and are applied."""
         self: BatchUpdateParameterServer = ps_rref.local_value()
         with self.lock:
             for p, g in zip(self.model.parameters(), grads, strict=True):
@@ -65,7 +65,7 @@ class BatchUpdateParameterServer:
 
 
 def run_trainer(ps_rref: Any, task: Task, rank: int) -> None:
-    """Train; called by the server in each trainer's process."""
+    """Train. The server calls this in each trainer's process."""
     torch.set_num_threads(1)
     model: nn.Module = ps_rref.rpc_sync(timeout=_TIMEOUT_S).get_model()
 
@@ -84,7 +84,7 @@ def not_sparse(flags: Sequence[str]) -> str:
 
 
 def commands(job: Job) -> list[Command]:
-    """A process for each worker, and the server's on host 0, which is rank WORKERS."""
+    """Return a command for each worker, and the server's on host 0, which has rank WORKERS."""
     return [
         Command(
             f"worker-{rank}" if rank < WORKERS else _SERVER,
@@ -103,7 +103,7 @@ def _environment(job: Job, host: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """Be one of the processes; the server has the last rank."""
+    """Run as one of the processes. The server has the last rank."""
     task = parse_task(*FLAGS)
     over_tcp: dict[str, Any] = {}
     if os.environ.get("BENCHMARK_TCP_ONLY") == "1":
@@ -122,6 +122,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks.compare.systems import rpc as this  # so that functions are not pickled as __main__'s, whose module differs
+    from benchmarks.compare.systems import rpc as this  # else functions would be pickled as __main__'s, another module
 
     this.main()

@@ -62,7 +62,7 @@ def fill(seconds: float) -> Harm:
                 try:
                     out.write(bytes(64 << 10))
                 except OSError:
-                    time.sleep(0.02)  # and take what is given back meanwhile
+                    time.sleep(0.02)  # then fill the space that was freed meanwhile
         assert "warning: " in (shown := run.shown()), f"nobody who looks on was told of the full disk: {shown}"
         file.unlink()
         return run
