@@ -1,1 +1,1 @@
-"""Server and coordinator: the processes that hold what matters."""
+"""The server and the coordinator: the processes that keep the state of a run."""

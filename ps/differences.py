@@ -1,4 +1,4 @@
-"""One sentence on how a worker's model, optimizer or batches are not those of the workers before it."""
+"""Sentences that say how a worker's model, optimizer or batches differ from those of the other workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.storage.event_log import some
 
 ADVICE = "every worker must run the same script on the same data"
-#: Fields of a segment as people call them.
+#: By field of a segment: its name in messages.
 _FIELDS = {
     "samples": "samples",
     "global_batch": "global_batch",
@@ -24,7 +24,10 @@ _FIELDS = {
 
 
 def of_setups(known: Setup, owner: str, other: Setup, who: str) -> str:
-    """How two models or their optimizers differ."""
+    """Return a sentence that says how two models or their optimizers differ.
+
+    `owner` and `who` name the processes that have `known` and `other`.
+    """
     for a, b in zip(known.tensors, other.tensors, strict=False):
         if a != b:
             return (
@@ -49,7 +52,10 @@ def of_setups(known: Setup, owner: str, other: Setup, who: str) -> str:
 
 
 def of_plans(known: Sequence[Segment], owner: str, other: Segment, who: str) -> str:
-    """How a segment differs from that of the same number, or that there can be no such segment."""
+    """Return a sentence that says how the segment `other` differs from the known one, or that it does not follow on those.
+
+    `owner` and `who` name the processes that have `known` and `other`.
+    """
     if other.index < len(known):
         a, b = (msgspec.structs.asdict(segment) for segment in (known[other.index], other))
         found = [f"{name} {b[key]} where {owner} has {a[key]}" for key, name in _FIELDS.items() if a[key] != b[key]]

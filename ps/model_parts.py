@@ -1,8 +1,8 @@
-"""The parts in which a server hands in what it has of the trained model, and where their bytes belong in the model's tensors.
+"""The parts in which a server sends the trained model to the coordinator, and where their bytes belong in the model's tensors.
 
-A function of the layout alone, so that server and coordinator number parts alike: the server's chunks, then the pages of tables,
-then those of sharded layers. A chunk's bytes are the weights in their own dtype, piece by piece. A page's bytes are the rows that
-the server has of it, in order; where a sharded layer has a bias, all rows without it come first, and then their biases.
+Parts depend on the layout alone, so server and coordinator number them alike: first the server's chunks, then the pages of
+tables, then the pages of sharded layers. A chunk's bytes are the weights in their own dtype, piece by piece. A page's bytes are
+the server's rows of the page, in order. If a sharded layer has a bias, all rows without their biases come first, then the biases.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Part:
-    """Chunk number `number` of the layout, or page `page` of the table or sharded layer of that number; and its size."""
+    """Chunk `number` of the layout, or page `page` of table or sharded layer `number`, and its size in bytes."""
 
     kind: Literal["chunk", "table", "sharded layer"]
     number: int
@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes `start` .. `start + length - 1` of tensor number `of`, as `InFile` counts tensors."""
+    """Bytes `start` .. `start + length - 1` of tensor number `of`. `InFile` defines the numbers."""
 
     of: int
     start: int
@@ -39,7 +39,7 @@ class Span:
 
 
 def parts_on(layout: Layout, server: int) -> list[Part]:
-    """All parts of a server, in the order of their numbers."""
+    """Return all parts of a server, in the order of their numbers."""
     parts = [Part("chunk", chunk.id, 0, chunk.weight_bytes) for chunk in layout.on(server)]
     for kind, specs in (("table", layout.tables), ("sharded layer", layout.sharded_layers)):
         for number, spec in enumerate(specs):
@@ -51,7 +51,7 @@ def parts_on(layout: Layout, server: int) -> list[Part]:
 
 
 def spans(layout: Layout, server: int, part: Part) -> Iterator[Span]:
-    """Where the bytes of a part belong, in their order."""
+    """Yield the places in the model's tensors to which the bytes of a part belong, in the order of the bytes."""
     tables, sharded_layers = len(layout.tables), len(layout.sharded_layers)
     first = len(layout.tensors)
     if part.kind == "chunk":
@@ -80,7 +80,7 @@ def _rows(spec: TableSpec, page: int, server: int, servers: int, of: int, column
 
 
 def sizes(layout: Layout) -> Sequence[int]:
-    """Bytes of each tensor, by the number that `InFile` has for it."""
+    """Return the bytes of each tensor. `InFile` defines the order."""
     tensors = [0] * len(layout.tensors)
     for chunk in layout.chunks:
         for piece in chunk.pieces:

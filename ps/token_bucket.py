@@ -1,19 +1,19 @@
-"""How much of something each of several may use: so much a second, and more at once after a while of less."""
+"""A token bucket for each of several names: it limits how much each may use per second, and allows short bursts."""
 
 from __future__ import annotations
 
 
 class Allowance:
-    """A bucket for each name, which fills by `rate` a second up to `most`."""
+    """A bucket for each name. It fills by `rate` per second, up to `most`."""
 
     def __init__(self, rate: float, most: float) -> None:
         self._rate = rate
         self._most = most
-        #: The amount that is left to each, and since when.
+        #: By name: the amount left at a time, and that time in seconds.
         self._left: dict[str, tuple[float, float]] = {}
 
     def take(self, name: str, amount: float, now: float) -> bool:
-        """Use `amount`, if so much is left to `name`. A full bucket is enough for any amount."""
+        """Take `amount` from the bucket of `name`. Return False if it has less. A full bucket is enough for any amount."""
         left, at = self._left.get(name, (self._most, now))
         left = min(self._most, left + self._rate * (now - at))
         enough = left >= min(amount, self._most)

@@ -1,4 +1,4 @@
-"""What cannot be meant although it is well-formed: looked at before anything is done, so that what is refused has no effect."""
+"""Checks of well-formed messages whose values make no sense. They run first, so that a refused message has no effect."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from roundtable.common.protocol.messages.setup import InFile, Setup, Update
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.storage.safetensors_header import size_of
 
-#: Settings of a parameter group, and numbers in one of them, at most.
+#: A parameter group has at most this many settings, and one setting at most this many numbers.
 _SETTINGS = 1000
 
 
 def check_setup(setup: Setup) -> None:
-    """Raise WireError for a model or an update that names parameter groups it has not, or settings that are none."""
+    """Raise WireError if a model names parameter groups that its update lacks, or if the update's settings are not valid."""
     update, groups = setup.update, len(setup.update.groups)
     named = [spec.group for spec in setup.tensors] + [spec.group for spec in (*setup.tables, *setup.sharded_layers)]
     if any(group >= groups for group in named):
@@ -28,7 +28,7 @@ def check_setup(setup: Setup) -> None:
 
 
 def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:
-    """Raise WireError unless these are settings of the optimizer's groups, of the same kinds and finite."""
+    """Raise WireError unless `hypers` are settings of the update's groups, with values of the same types, and finite."""
     if not hypers:
         return
     if len(hypers) != len(update.groups):
@@ -36,13 +36,13 @@ def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:
     for given, first in zip(hypers, update.groups, strict=True):
         for key, value in given.items():
             if key == "nesterov" and key in first and isinstance(value, bool):
-                continue  # post-local SGD begins without, and torch does as it is told at every step
+                continue  # post-local SGD turns nesterov on later, and torch reads it at every step
             if key not in first or not _is_like(value, first[key]):
                 raise WireError(f"a push sets the optimizer's {key[:100]} to {str(value)[:100]}, which it cannot be")
 
 
 def check_distinct(ids: Sequence[int], known: Collection[int], what: str) -> None:
-    """Raise WireError naming `what` unless `ids` are among `known`, each once."""
+    """Raise WireError, with `what`, unless `ids` are distinct and all in `known`."""
     if len(ids) > len(known) or len(set(ids)) != len(ids) or not all(i in known for i in ids):
         raise WireError(f"{what} names chunks {list(ids[:20])!s} that are not all here, or some twice")
 
@@ -58,7 +58,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_like(value: Any, first: Any) -> bool:
-    """Whether a setting may change from `first` to `value`: a number to another, anything else not at all."""
+    """Return True if a setting may change from `first` to `value`. Only numbers may change."""
     if isinstance(first, list | tuple) and isinstance(value, list | tuple):
         return len(first) == len(value) and all(_is_like(a, b) for a, b in zip(value, first, strict=True))
     if _is_number(first):
@@ -67,7 +67,7 @@ def _is_like(value: Any, first: Any) -> bool:
 
 
 def check_file(file: Sequence[InFile], sizes: Sequence[int]) -> None:
-    """Raise WireError unless these can be the tensors of a model's file; `sizes` are those of the model's tensors, in bytes."""
+    """Raise WireError unless `file` can be the tensors of the model's file. `sizes` are the bytes of the model's tensors."""
     if len({entry.name for entry in file}) != len(file):
         raise WireError("the model's file has two tensors of one name")
     for entry in file:

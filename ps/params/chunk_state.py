@@ -1,4 +1,4 @@
-"""The state of one chunk on a server: master values, and torch.optim's own optimizers stepping on blocks of them."""
+"""The state of one chunk on a server: its master weights, and torch.optim's own optimizers, which update them block by block."""
 
 from __future__ import annotations
 
@@ -19,36 +19,41 @@ from roundtable.common.model.tensor_bytes import dtype_of, stored_as
 from roundtable.common.protocol.messages.setup import Update
 from roundtable.common.storage.tensor_file import Entry, TensorFiles
 
-#: Elements that are summed and updated at a time: few enough to stay in a core's cache on their way through all steps.
-#: A fused kernel is one step; without one there are many, with memory of their own in between, and each takes time to call.
+#: Elements that are summed and updated at a time: few enough to stay in a core's cache through all steps.
+#: A fused kernel is one step. Without one there are many steps, which need memory for temporaries and time to call.
 _BLOCK, FUSED_BLOCK = 256 << 10, 1 << 20
-#: A fused kernel gives the same bits where there are only whole vectors, of whatever processor.
+#: A fused kernel gives the same bits on every processor if the length is a multiple of this, which makes whole vectors.
 _WHOLE_VECTORS = 64
-#: What an optimizer's state is called in checkpoints: that of each element, and that of all of a tensor.
+#: Prefixes of the optimizer's state in checkpoints: state of each element, and state of a whole tensor.
 _EACH, _COMMON = "optimizer", "optimizer-common"
 
 
 @dataclass
 class Block:
-    """Elements start .. start+length-1 of a chunk, all of pieces in the mask `pieces`, as a parameter of an optimizer, `fused` or
-    not."""
+    """Elements start .. start+length-1 of a chunk, which are one parameter of an optimizer."""
 
     start: int
     length: int
+    #: A bit mask of the chunk's pieces that the elements belong to.
     pieces: int
+    #: True if the optimizer uses a fused kernel.
     fused: bool
+    #: The block's master weights.
     parameter: torch.Tensor
 
 
 class ChunkState:
-    """One chunk: master values (flat, `sum_dtype`) and the optimizer over its blocks. `rounds`: workers get its weights by way of
-    a codec. `joins`: pieces that have always had gradients at the same times share blocks.
+    """One chunk: its master weights (flat, `sum_dtype`) and the optimizer over its blocks.
 
-    A frozen chunk is `still` until something is contributed to it: then its values are what came, in the chunk's own dtype, and
-    there are no blocks and no optimizers.
+    A frozen chunk is `still` until a worker contributes to it. While it is still, its weights are the first ones, in the chunk's
+    own dtype, and it has no blocks and no optimizers.
     """
 
     def __init__(self, chunk: Chunk, update: Update, rounds: bool, joins: bool = True) -> None:
+        """`rounds`: a weight codec rounds the weights that workers get.
+
+        `joins`: pieces that have always had gradients at the same times may share blocks.
+        """
         self.chunk = chunk
         self.rounds = rounds
         self.dtype, self.sum_dtype = dtype_of(chunk.dtype), dtype_of(chunk.sum_dtype)
@@ -59,7 +64,7 @@ class ChunkState:
         is_own_choice = any(self._settings.get(key) is not None for key in ("fused", "foreach"))
         self._fuses = self._update is not None and update.optimizer == "SGD" and not is_own_choice
         self._size = FUSED_BLOCK if self._fuses or self._settings.get("fused") else _BLOCK
-        #: The optimizer with and without fused kernels, as far as there are blocks for it.
+        #: The optimizers with (True) and without (False) fused kernels, if there are blocks for them.
         self.optimizers: dict[bool, torch.optim.Optimizer] = {}
         self.blocks: list[Block] = []
         self._joins = joins
@@ -67,7 +72,7 @@ class ChunkState:
             self._make_blocks()
 
     def stir(self) -> None:
-        """Something is contributed to a chunk that was still."""
+        """Make masters and optimizers for a chunk that was still, because a worker contributes to it."""
         self.still = False
         self.master = self.master.to(self.sum_dtype, copy=True)
         self._make_blocks()
@@ -78,7 +83,7 @@ class ChunkState:
         self._make_optimizers()
 
     def _blocks(self, bits: Sequence[int], values: torch.Tensor, first: int) -> Iterator[Block]:
-        """Blocks of the pieces `bits`, side by side, as far as these are in `values`, which begin with element `first`."""
+        """Yield blocks of the adjacent pieces `bits`, as far as these lie in `values`, which begin with element `first`."""
         pieces = self.chunk.pieces
         start = max(pieces[bits[0]].offset, first)
         end = min(pieces[bits[-1]].offset + pieces[bits[-1]].length, first + len(values))
@@ -92,18 +97,18 @@ class ChunkState:
             start += length
 
     def _make_optimizers(self) -> None:
-        """Make those that are still to be made."""
+        """Make the optimizers that the blocks need and that do not exist."""
         if self._update is None:
             return
         optimizer_class = getattr(torch.optim, self._update.optimizer or "")
-        # what the constructor takes is given to it, for some classes (Adagrad) make their first state there
+        # pass the settings to the constructor as well: some classes (Adagrad) make their first state there
         known = _only(self._settings, inspect.signature(optimizer_class).parameters)
         for fused in {block.fused for block in self.blocks} - self.optimizers.keys():
             group = {"params": [b.parameter for b in self.blocks if b.fused == fused], **self._settings}
             self.optimizers[fused] = optimizer_class([group | {"fused": True} if fused else group], **known)
 
     def separate(self, kinds: Sequence[object]) -> None:
-        """From now on pieces side by side share blocks only where `kinds`, one for each piece, are equal."""
+        """Split blocks so that adjacent pieces share one only if their `kinds` are equal. `kinds` has one item for each piece."""
         blocks: list[Block] = []
         for block in self.blocks:
             bits = [bit for bit in range(len(kinds)) if block.pieces >> bit & 1]
@@ -124,16 +129,16 @@ class ChunkState:
         self.blocks = blocks
 
     def state_of(self, block: Block) -> dict[str, Any]:
-        """What its optimizer has kept for a block."""
+        """Return the optimizer's state for a block."""
         state: dict[str, Any] = self.optimizers[block.fused].state.get(block.parameter, {}) if self.optimizers else {}
         return state
 
     def divides(self, block: Block) -> bool:
-        """Whether the optimizer can divide gradients as it reads them."""
+        """Return True if the optimizer's kernel can divide gradients as it reads them."""
         return bool(self.optimizers) and bool(self.optimizers[block.fused].param_groups[0].get("fused"))
 
     def step(self, block: Block, gradient: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Update a block with a gradient, which its kernel is to divide by `scale`."""
+        """Update a block with a gradient. If `scale` is given, the fused kernel divides the gradient by it."""
         optimizer = self.optimizers[block.fused]
         optimizer.param_groups[0]["params"] = [block.parameter]
         block.parameter.grad, optimizer.grad_scale = gradient, scale  # type: ignore[attr-defined]
@@ -141,20 +146,21 @@ class ChunkState:
         block.parameter.grad = None
 
     def move(self, block: Block, into: torch.Tensor) -> None:
-        """Have the block's master values in `into` from now on."""
+        """Move the block's master weights to `into`, where they stay."""
         target = into[block.start : block.start + block.length]
         target.copy_(block.parameter)
         block.parameter.data = target
 
     @property
     def moves(self) -> bool:
-        """Whether what workers get are the master values themselves, and not a copy of another dtype or precision."""
+        """Return True if workers get the master weights themselves, not a copy of another dtype or precision."""
         return self.dtype == self.sum_dtype and not self.rounds
 
     def keys(self, layout: Layout) -> list[tuple[str, Sequence[int], Piece]]:
-        """The names of its pieces in checkpoints, and their shapes: a whole tensor as in the model, others by where they start.
+        """Return the name in checkpoints and the shape of each piece.
 
-        Neither depends on the number of servers, and nor do the places where tensors are cut.
+        A whole tensor has its name and shape in the model. A part of a tensor has its start in its name. None of this depends on
+        the number of servers.
         """
         out: list[tuple[str, Sequence[int], Piece]] = []
         for piece in self.chunk.pieces:
@@ -165,7 +171,7 @@ class ChunkState:
         return out
 
     def state(self, layout: Layout, copies: bool = True) -> Iterator[Entry]:
-        """The master values and the optimizer's state, for a checkpoint: `copies`, or where they are."""
+        """Yield the master weights and the optimizer's state for a checkpoint, as copies if `copies` is True, else as views."""
         take = torch.Tensor.clone if copies and not self.still else torch.Tensor.detach
         for bit, (key, shape, piece) in enumerate(self.keys(layout)):
             values, spec = self.master[piece.offset : piece.offset + piece.length], layout.tensors[piece.tensor]
@@ -180,11 +186,11 @@ class ChunkState:
             for name, first in parts[0][2].items():
                 if _is_each(first, parts[0][0]):
                     yield Entry(f"{_EACH}/{name}/{key}", shape, [take(state[name][own]) for _, own, state in parts])
-                elif first is not None:  # the same for all blocks, such as the number of steps
+                elif first is not None:  # all blocks have the same value, such as the number of steps
                     yield Entry(f"{_COMMON}/{name}/{key}", first.shape, [first.clone()])
 
     def _within(self, bit: int) -> Iterator[tuple[Block, slice, slice]]:
-        """The blocks that piece number `bit` lies in, where it is in each, and what of the piece that is."""
+        """Yield each block of piece number `bit`, with the piece's slice of the block and the block's slice of the piece."""
         piece = self.chunk.pieces[bit]
         for block in self.blocks:
             if block.pieces >> bit & 1:
@@ -192,7 +198,7 @@ class ChunkState:
                 yield block, slice(start - block.start, end - block.start), slice(start - piece.offset, end - piece.offset)
 
     def restore(self, layout: Layout, files: TensorFiles) -> None:
-        """Go on from what `state` gave."""
+        """Load the tensors that `state` gave."""
         if self.still and any(self._was_stirred(files, key) for key, *_ in self.keys(layout)):
             self.stir()
         each: list[dict[str, torch.Tensor]] = []
@@ -218,20 +224,20 @@ class ChunkState:
                 self.optimizers[block.fused].state[block.parameter] = state
 
     def not_finite(self, block: Block, gradient: torch.Tensor) -> int:
-        """The number of the first tensor of which the gradient of a block has a number that is not finite."""
+        """Return the number of the first tensor in the block whose gradient is not finite."""
         bits = [bit for bit in range(len(self.chunk.pieces)) if block.pieces >> bit & 1]
         places = {bit: own for bit in bits for other, own, _ in self._within(bit) if other is block}
         return next(self.chunk.pieces[bit].tensor for bit in bits if not is_finite(gradient[places[bit]]))
 
     def _was_stirred(self, files: TensorFiles, key: str) -> bool:
-        """Whether a checkpoint has more of a piece than the weights it began with."""
+        """Return True if a checkpoint has more than first weights for a piece: a worker has contributed to it."""
         if self.chunk.group < 0:
             return False
         with_state = files.below(_EACH, key) or files.below(_COMMON, key) or f"seen/{key}" in files
         return bool(with_state) or files[f"weights/{key}"].dtype != self.dtype
 
     def place(self, into: torch.Tensor) -> None:
-        """Have the weights in `into`: the master values themselves, wherever they are now, or a copy of them."""
+        """Write the weights to `into`. If workers get the master weights themselves, move them there."""
         if self.still:
             self.master = into.copy_(self.master)
             return
@@ -245,12 +251,12 @@ class ChunkState:
 
 
 def _is_each(value: torch.Tensor | None, block: Block) -> bool:
-    """Whether a value that an optimizer keeps for a block has a number for each element of it."""
+    """Return True if a value of the optimizer's state has the block's shape."""
     return value is not None and value.shape == block.parameter.shape
 
 
 def may_share_blocks(chunk: Chunk, update: Update) -> bool:
-    """Whether pieces of a chunk may share blocks."""
+    """Return True if pieces of a chunk may share blocks."""
     if chunk.group < 0 or update.optimizer is None or len(chunk.pieces) == 1:
         return chunk.kind != "last"
     return _may_join(update.optimizer, msgspec.msgpack.encode(update.groups[chunk.group]), chunk.sum_dtype)
@@ -258,7 +264,7 @@ def may_share_blocks(chunk: Chunk, update: Update) -> bool:
 
 @functools.cache
 def _may_join(optimizer: str, settings: bytes, dtype: str) -> bool:
-    """Whether pieces can be updated as one with the same bits, which depends on the kernels: it is tried out."""
+    """Return True if updating pieces together gives the same bits as apart. That depends on the kernels, so try it out."""
     lengths = (1, 64, 3, 10, 32, 65, 17, 128, 7, 100, 31, 256, 5, 15) * 4
     starts = itertools.accumulate(lengths, initial=0)
     pieces = [Piece(number, 0, length, start) for number, (length, start) in enumerate(zip(lengths, starts, strict=False))]

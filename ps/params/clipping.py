@@ -1,4 +1,4 @@
-"""Clipping by the norm of the whole gradient, which servers know together only."""
+"""Clipping by the norm of the whole gradient. Each server knows only the norms of its own part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Norm = tuple[int, int, float]
 
 
 class Clipping:
-    """The factor that all gradients of a round are multiplied by."""
+    """Computes the clipping factor, by which all gradients of a round are multiplied."""
 
     def __init__(self, layout: Layout, update: Update) -> None:
         self._norm = update.clip_norm
@@ -27,9 +27,10 @@ class Clipping:
         return self._norm is not None
 
     def factor(self, norms: Sequence[Norm]) -> torch.Tensor | None:
-        """Return what to multiply gradients by, given the norms of all pieces on all servers in order. None: nothing.
+        """Return the clipping factor, given the norms of all pieces on all servers in order. None: do not multiply.
 
-        The arithmetic is that of `torch.nn.utils.clip_grad_norm_`, so the bits are too (a tensor cut into chunks: to rounding).
+        The arithmetic and the bits are those of `torch.nn.utils.clip_grad_norm_`. If a tensor is cut into chunks, the result may
+        differ by rounding.
         """
         if self._norm is None or not norms:
             return None
@@ -37,10 +38,10 @@ class Clipping:
         return torch.clamp(self._norm / (total + 1e-6), max=1.0)
 
     def of_value(self, value: float | None) -> torch.Tensor | None:
-        """Return the factor that has this value."""
+        """Return the factor with this value as a tensor. None stays None."""
         return None if value is None else torch.tensor(value, dtype=self._dtype)
 
 
 def value_of(factor: torch.Tensor | None) -> float | None:
-    """Return a factor as a number."""
+    """Return a factor as a number. None stays None."""
     return None if factor is None else float(factor)

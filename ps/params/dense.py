@@ -1,4 +1,4 @@
-"""The dense parameters of a server: its chunks, what is contributed to them, and their updates."""
+"""The dense parameters of a server: it reads contributions to its chunks, adds them up, and updates the weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NotFinite(Exception):
 
 
 class DenseParameters:
-    """The chunks of one server. Knows arithmetic only: when to do what is the shard's business."""
+    """The chunks of one server. This class does the arithmetic. The shard decides when."""
 
     def __init__(self, layout: Layout, server: int, update: Update, policy: Policy) -> None:
         self._layout = layout
@@ -44,18 +44,24 @@ class DenseParameters:
         self._policy = policy
         self._at_once = policy.applies == "push"
         self._checks = policy.settings.on_nonfinite == "fail" and policy.applies == "round" and not policy.is_local
-        #: By dtype, memory for blocks: the first is for gradients, the others for what is added up on the way to them.
+        #: By dtype: memory for blocks. The first is for gradients, the others are for intermediate sums.
         self._scratch = {dt: [torch.empty(FUSED_BLOCK, dtype=dt)] for dt in {p.sum_dtype for p in self._parts.values()}}
 
     def receive(self, chunk: int, frame: Any, present: int, scale: float = 1.0) -> Sum:
-        """A contribution out of a frame. Raises WireError if it has not the chunk's size or names pieces it lacks."""
+        """Return the contribution in a frame.
+
+        Raises WireError if the frame has not the chunk's size or `present` names pieces that the chunk lacks.
+        """
         part = self._parts[chunk].chunk
         if not part.has_values(present):
             return nothing()
         return self.view(chunk, from_frame(frame, part.sum_dtype, part.numel, f"chunk {chunk}"), present, scale)
 
     def decode(self, chunk: int, frame: Any, present: int, seed: int) -> Sum:
-        """A contribution out of a frame of the push codec. Raises WireError for what is none, or names pieces the chunk lacks."""
+        """Return the contribution in a frame of the push codec.
+
+        Raises WireError if the frame cannot be decoded or `present` names pieces that the chunk lacks.
+        """
         if self._gradient_codec is None:
             raise WireError(f"chunk {chunk} is coded in a run without a codec")
         values = self._gradient_codec.decode(chunk, bytes_of(frame), seed)
@@ -64,8 +70,11 @@ class DenseParameters:
         return contribution
 
     def view(self, chunk: int, values: torch.Tensor, present: int, scale: float, stays: bool = False) -> Sum:
-        """A contribution in memory that this server can read, and that `stays` as it is until its round is over. Raises WireError
-        if it names pieces the chunk lacks."""
+        """Return the contribution in memory that this server can read.
+
+        `stays`: the memory does not change until the round is over. Raises WireError if `present` names pieces that the chunk
+        lacks, or if the optimizer was not given the chunk.
+        """
         part = self._parts[chunk].chunk
         if not 0 <= present < 1 << len(part.pieces):
             raise WireError(f"chunk {chunk} has {len(part.pieces)} pieces, not those of mask {present:#x}")
@@ -76,23 +85,23 @@ class DenseParameters:
         return Sum(values, present, scale=1.0 if part.kind in ("max", "sum", "last") else scale, stays=stays)
 
     def is_still(self, chunk: int) -> bool:
-        """Whether it is a frozen chunk whose weights are those that came first, for nothing was contributed to it."""
+        """Return True if the chunk is frozen and no worker has contributed to it, so that it has its first weights."""
         return self._parts[chunk].still
 
     def adder(self, chunk: int) -> Callable[[Sum, Sum], Sum]:
-        """The function that adds two sums of `chunk`, left first."""
+        """Return the function that adds two sums of `chunk`, left + right."""
         return adder(self._parts[chunk].chunk)
 
     def load(self, chunk: int, frame: Any) -> None:
-        """Start from the weights in `frame`, which have the chunk's own dtype."""
+        """Set the first weights from `frame`, which has the chunk's own dtype."""
         part = self._parts[chunk]
         part.master.copy_(from_frame(frame, part.chunk.dtype, part.chunk.numel, f"chunk {chunk}"))
 
     def place(self, chunk: int, into: torch.Tensor, before: torch.Tensor | None = None) -> memoryview | None:
-        """Have the weights in `into`, as `apply` does, where workers had them `before` in memory that `into` is not.
+        """Write the weights to `into`. Return the weight codec's frame to send instead of them, or None.
 
-        With a weight codec these are what its frame decodes to, and the masters stay what they are. Returned is that frame: of
-        the weights, or of their change since `before`; None where they are sent as they are.
+        With a weight codec, the weights in `into` are those that the frame decodes to. The masters stay as they are. The frame
+        has the weights, or their change since `before`, the weights that workers had. `before` and `into` must not overlap.
         """
         part = self._parts[chunk]
         if part.still or not part.rounds:
@@ -101,7 +110,10 @@ class DenseParameters:
         return self._round(part, into, before)
 
     def _round(self, part: ChunkState, into: torch.Tensor, before: torch.Tensor | None) -> memoryview | None:
-        """`place` where there is a codec. Changes have nothing to start from at first, and none of them may be infinite."""
+        """Do the work of `place` with a codec.
+
+        If the codec sends changes, there is no frame if `before` is None or a change is not finite.
+        """
         codec, coded = self._weight_codec, None
         assert codec is not None
         if not self._sends_changes:
@@ -121,8 +133,11 @@ class DenseParameters:
         return frame
 
     def publish(self, chunk: int, into: torch.Tensor | None = None) -> torch.Tensor:
-        """The weights now, flat and in the chunk's own dtype, in memory that no later update touches: in `into` if given. A codec
-        that sends weights, not changes, has rounded them, and `frame` tells how they are sent."""
+        """Return the current weights, flat and in the chunk's own dtype, in `into` or in new memory.
+
+        Later updates do not change them. A codec that sends weights, not changes, has rounded them. `frame` returns the frame to
+        send for them.
+        """
         part = self._parts[chunk]
         into = torch.empty(part.chunk.numel, dtype=part.dtype) if into is None else into
         if part.rounds and not part.still and not self._sends_changes:
@@ -131,15 +146,17 @@ class DenseParameters:
         return into.copy_(part.master)
 
     def frame(self, chunk: int, weights: torch.Tensor) -> memoryview | None:
-        """What to send instead of weights that `publish` gave; None if they are sent as they are."""
+        """Return the codec's frame to send instead of `weights`, which `publish` gave, or None if there is none."""
         if not self._parts[chunk].rounds or self._parts[chunk].still or self._weight_codec is None:
             return None
         coded = self._weight_codec.encode(chunk, weights, WEIGHT_SEED, None)
         return to_frame(coded.frame) if coded is not None else None
 
     def state(self, seen: Mapping[int, torch.Tensor], copies: bool = True) -> Iterator[Entry]:
-        """Everything, for a checkpoint: `copies`, or what nothing changes any more. `seen` are the weights by chunk that workers
-        compute from now: where these get changes from one round to the next, they are not what the masters are."""
+        """Yield all tensors for a checkpoint, as copies if `copies` is True, else as views, which must not change any more.
+
+        `seen` has by chunk the weights that workers compute from. They differ from the masters if a codec sends changes.
+        """
         for number, part in self._parts.items():
             yield from part.state(self._layout, copies)
             if part.rounds and self._sends_changes and not part.still:
@@ -147,25 +164,25 @@ class DenseParameters:
                     yield Entry(f"seen/{key}", shape, [seen[number][piece.offset : piece.offset + piece.length].clone()])
 
     def restore(self, files: TensorFiles) -> None:
-        """Go on from what `state` gave, on however many servers. Raises KeyError where something is missing."""
+        """Load the tensors that `state` gave, on any number of servers. Raises KeyError if a tensor is missing."""
         for part in self._parts.values():
             part.restore(self._layout, files)
 
     def restore_seen(self, chunk: int, files: TensorFiles, into: torch.Tensor) -> None:
-        """Have in `into` what workers computed from."""
+        """Write to `into` the weights that workers computed from, if the checkpoint has them apart from the masters."""
         part = self._parts[chunk]
         if part.rounds and self._sends_changes and not part.still:
             for key, _, piece in part.keys(self._layout):
                 into[piece.offset : piece.offset + piece.length].copy_(files[f"seen/{key}"].reshape(-1))
 
     def master(self, chunk: int) -> torch.Tensor:
-        """A copy of the weights that no weight codec has rounded, in the chunk's own dtype."""
+        """Return a copy of the master weights, which no codec has rounded, in the chunk's own dtype."""
         part = self._parts[chunk]
         return part.master.to(part.dtype, copy=True)
 
     @property
     def traffic(self) -> Traffic:
-        """Seconds that codecs took here."""
+        """Return the seconds that codecs took on this server."""
         codecs = [codec for codec in (self._gradient_codec, self._weight_codec) if codec is not None]
         return Traffic(
             encode_seconds=sum(codec.encode_seconds for codec in codecs),
@@ -173,7 +190,7 @@ class DenseParameters:
         )
 
     def mean(self, chunk: int, total: Sequence[Sum], samples: int) -> Sum:
-        """The sample-weighted mean whose sum `total` is, alone or in two halves, in memory of its own."""
+        """Return the mean contribution over `samples` samples, in new memory. `total` is its sum, or the two halves of it."""
         part, present = self._parts[chunk], _present(total)
         if not part.chunk.has_values(present):
             return nothing()
@@ -186,21 +203,24 @@ class DenseParameters:
         return Sum(out, present, owned=True)
 
     def _sum(self, of: ChunkState, block: Block, total: Sequence[Sum], out: torch.Tensor) -> Sum:
-        """The sum of a block, in `out` if anything was added; in this order, whatever the block and wherever the values lie."""
+        """Return the sum of a block. It lies in `out` if there was anything to add.
+
+        The order of additions depends neither on the block nor on where the values lie.
+        """
         if of.chunk.kind == "last":
-            total = [last_of(total, block.pieces.bit_length() - 1)]  # of one piece
+            total = [last_of(total, block.pieces.bit_length() - 1)]  # such a block has one piece
         whole = total[0] if len(total) == 1 else put_off(*total)
         scratch = self._scratch[of.sum_dtype]
 
         def place(depth: int) -> torch.Tensor:
-            while len(scratch) <= depth:  # what is deepest comes first
+            while len(scratch) <= depth:  # the deepest sum is placed first
                 scratch.append(torch.empty_like(scratch[0]))
             return scratch[depth][: block.length] if depth else out
 
         return add_up(of.chunk.kind, whole.section(block.start, block.length), place)
 
     def norms(self, chunk: int, mean: Sum) -> list[Norm]:
-        """2-norm of the gradient of each piece that has one."""
+        """Return the 2-norm of the gradient of each piece that has one."""
         part = self._parts[chunk].chunk
         if part.kind != "param":
             return []
@@ -222,16 +242,19 @@ class DenseParameters:
         into: torch.Tensor | None = None,
         before: torch.Tensor | None = None,
     ) -> memoryview | None:
-        """Make new weights from the mean contribution, whose sum `total` is, alone or in two halves.
+        """Update a chunk with the mean contribution over `samples` samples. Return the frame to send, as `place` does.
 
-        `hypers` overrides settings of the parameter group; `factor` is the clipping; `lr_scale` multiplies the learning rate;
-        `then` holds the weights (of `publish`) that the contribution was computed from, for policies that correct for what has
-        happened since. What has no optimizer becomes the mean; sums, parameters that were frozen at first, and all buffers where
-        each push is applied at once, `move`. The new weights
-        are written to `into`, flat and of the chunk's own dtype, and the old ones, which are in `before`, left alone; without it
-        they take the old ones' place. A chunk that is still and gets nothing stays where it is. Returns what `place` does.
+        `total` is the sum of the contributions, or the two halves of it. `hypers` overrides settings of the parameter group.
+        `factor` is the clipping factor. `lr_scale` multiplies the learning rate. `then` has the weights (of `publish`) from which
+        the contribution was computed, for policies that correct for later updates.
 
-        Raises NotFinite where the run is to fail then; the chunk is half updated and of no use any more.
+        A chunk without an optimizer takes the mean as its new values. Three kinds `move` by the contribution instead: sums,
+        parameters that were frozen at first, and, if each push is applied at once, all buffers.
+
+        The new weights are written to `into`, flat and of the chunk's own dtype. The old weights, in `before`, stay as they are.
+        Without `into` the new weights replace the old ones. A still chunk without a contribution stays where it is.
+
+        Raises NotFinite if the mean is not finite and the run must fail then. The chunk is half updated and must not be used.
         """
         part = self._parts[chunk]
         present = _present(total)
@@ -249,7 +272,7 @@ class DenseParameters:
             group["lr"] = rate * lr_scale
         for block in part.blocks:
             if into is not None and part.moves:
-                part.move(block, into)  # just before its update, for then it is in the cache
+                part.move(block, into)  # just before its update, so that it is in the cache
             if not present & block.pieces:
                 continue
             overwrites = not (part.optimizers or self._at_once or part.chunk.kind == "sum" or part.chunk.frozen)
@@ -258,7 +281,7 @@ class DenseParameters:
             may_divide = part.divides(block) and found.values is out and factor is None and then is None
             scale = _for_kernel(samples / found.scale) if may_divide else None
             gradient = out if scale is not None else _divided(part, found, samples, out)
-            if self._checks and not is_finite(gradient):  # here, for it is in the cache
+            if self._checks and not is_finite(gradient):  # here, while it is in the cache
                 raise NotFinite(self._layout.tensors[part.not_finite(block, gradient)].name)
             if part.optimizers:
                 if factor is not None:
@@ -275,18 +298,18 @@ class DenseParameters:
 
 
 def _divided(of: ChunkState, total: Sum, samples: int, out: torch.Tensor) -> torch.Tensor:
-    """Write the mean whose sum `total` is to `out`."""
+    """Write the mean over `samples` samples to `out` and return it. `total` is the sum."""
     if of.chunk.kind in ("max", "sum", "last"):
         return out if total.values is out else out.copy_(total.values)
     return torch.div(total.values, samples / total.scale, out=out)
 
 
 def _for_kernel(divisor: float) -> torch.Tensor | None:
-    """What a fused kernel is to divide by, as it takes it; None where that is another number."""
+    """Return a divisor as the tensor that a fused kernel takes, or None if float32 cannot represent it."""
     found = torch.tensor(divisor, dtype=torch.float32)
     return found if found.item() == divisor else None
 
 
 def _present(total: Sequence[Sum]) -> int:
-    """Pieces that any of these contributions has a gradient for."""
+    """Return the bit mask of the pieces for which any of the contributions has values."""
     return functools.reduce(operator.or_, (half.present for half in total))

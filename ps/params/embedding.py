@@ -1,12 +1,12 @@
-"""The rows that a server has of each table, and torch.optim's own optimizers stepping on those that were touched.
+"""A server's embedding rows of each table. torch.optim's own optimizers update the rows that a round has touched.
 
-An update is "lazy" as torch.optim.SparseAdam's is: a row that no sample of the round looked up does not move, and neither does
-its state. Adam's bias correction counts the rounds in which the table had a gradient, as SparseAdam's does. All else is as in the
-class that the script names: Adam adds its eps after the correction of the second moment, where SparseAdam adds it before. So with
-the same eps, steps on gradients that are not far above it are larger than SparseAdam's in the first rounds.
+An update is "lazy" as that of torch.optim.SparseAdam: a row that no sample of the round looked up keeps its values and its state.
+Adam's bias correction counts the rounds in which the table had a gradient, as in SparseAdam. Everything else is as in the class
+that the script names. Adam adds its eps after the correction of the second moment, and SparseAdam before it. So if gradients are
+not far above eps, the first rounds' steps are larger than SparseAdam's with the same eps.
 
-First values that servers draw are drawn when a row of their block is first asked for, so that a table takes up memory and time
-as it is used.
+If servers draw the first values, they draw a block when one of its rows is first asked for. So a table takes memory and time as
+it is used.
 """
 
 from __future__ import annotations
@@ -35,37 +35,40 @@ from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
 
-#: Settings of torch.optim for how it computes, not what. Whether they change the last bit may depend on the number of rows.
+#: Settings of torch.optim that choose a kernel. They are ignored: the last bit might then depend on the number of rows.
 _HOW = ("foreach", "fused")
 _CPU = torch.device("cpu")
 
 
 class Rows:
-    """The rows of a table on one server, (N, dim), float32, and the optimizer's state of the same shape. Both are on `device`;
-    what goes in may be elsewhere, and what comes out of here for files and other servers is on the CPU."""
+    """A server's rows of one table, (N, dim), float32, and the optimizer's state of the same shape.
+
+    Both are on `device`. Arguments may be on any device. Tensors for files and other servers are on the CPU.
+    """
 
     def __init__(self, spec: TableSpec, server: int, servers: int, seed: int, device: torch.device = _CPU) -> None:
         self.spec = spec
         self.device = device
         self._server, self._servers, self._seed = server, servers, seed
         self._values = zeros(rows_on(server, servers, spec.rows), spec.dim, device)
-        #: Blocks of rows whose first values are there; None where a worker sends them.
+        #: By block of rows: True once its first values are drawn. None if a worker sends the first values.
         self._drawn = torch.zeros(-(-len(self._values) // BLOCK), dtype=torch.bool) if spec.std is not None else None
-        #: The optimizer's state: what it has for each row, and the rest, such as the number of steps.
+        #: The optimizer's state of the rows' shape (N, dim).
         self._state: dict[str, torch.Tensor] = {}
+        #: The rest of the optimizer's state, such as the number of steps.
         self._common: dict[str, Any] = {}
 
     def on_page(self, page: int) -> torch.Tensor:
-        """The places of this server's rows of a page, in order."""
+        """Return the places of this server's rows of a page, in order."""
         ids = page_ids(self.spec, page)
         return local_of(ids[owner_of(ids, self._servers) == self._server], self._servers)
 
     def load(self, at: torch.Tensor, values: torch.Tensor) -> None:
-        """Start from `values` (N, dim) in the places `at`."""
+        """Set the first values (N, dim) of the rows in the places `at`."""
         self._values.index_copy_(0, at.to(self.device), values.to(self.device))
 
     def _draw(self, blocks: torch.Tensor) -> None:
-        """Have first values of these blocks, which are drawn on the CPU: they are the same wherever they are used."""
+        """Draw the first values of the blocks that lack them. The CPU draws them, so they are the same on every device."""
         if self._drawn is None or self.spec.std is None:
             return
         for block in blocks[~self._drawn[blocks]].tolist():
@@ -77,8 +80,10 @@ class Rows:
         self._drawn[blocks] = True
 
     def state(self) -> Iterator[Entry]:
-        """Everything, for a checkpoint, as it is: no update may come before it is written. Drawing may, for what is drawn is the
-        same whenever it is."""
+        """Yield all tensors for a checkpoint, as views. No update may come before they are written.
+
+        First values may be drawn meanwhile, because they do not depend on when they are drawn.
+        """
         prefix, name = self._prefix, self.spec.name
         yield Entry(f"{prefix}/values/{name}", self._values.shape, self._on_cpu(self._values), torch.float32)
         for key, whole in self._state.items():
@@ -92,7 +97,7 @@ class Rows:
             yield Entry(f"{prefix}/drawn/{name}", self._drawn.shape, [self._drawn.clone()])
 
     def _on_cpu(self, whole: torch.Tensor) -> Iterator[torch.Tensor]:
-        """A page at a time, so that no second copy of all of it is made."""
+        """Return a tensor's pages on the CPU, one at a time, so that the whole is never copied."""
         return (page.cpu() for page in whole.split(max(1, page_rows(self.spec))))
 
     @property
@@ -100,8 +105,10 @@ class Rows:
         return f"table-{self._server}-of-{self._servers}"
 
     def parts(self) -> Iterator[Part]:
-        """Everything, for another server, as it is: no update may come before it is there. Rows whose first values nobody has
-        asked for are left out."""
+        """Yield all tensors for another server, as views. No update may come before they have arrived.
+
+        A page without drawn values is left out.
+        """
         name, size = self.spec.name, page_rows(self.spec)
         wholes = {"values": self._values} | {f"each-{key}": state for key, state in self._state.items()}
         for key, whole in wholes.items():
@@ -117,7 +124,7 @@ class Rows:
             yield Part(f"{self._prefix}/drawn/{name}", self._drawn.clone())
 
     def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
-        """Take in some rows of `parts`; whether there are such."""
+        """Store rows that `parts` gave. Return False if this table has no such rows."""
         key = name.removeprefix(f"{self._prefix}/").removesuffix(f"/{self.spec.name}")
         whole = self._values if key == "values" else self._state.get(key.removeprefix("each-"))
         if whole is None or rows.dtype != whole.dtype or rows.shape[1:] != whole.shape[1:] or first + len(rows) > len(whole):
@@ -126,7 +133,7 @@ class Rows:
         return True
 
     def arrived(self, files: TensorFiles) -> None:
-        """Go on from what `parts` gave, of which the rows are here already. Raises KeyError where something is missing."""
+        """Load the tensors that `parts` gave. Their rows are in place already. Raises KeyError if a tensor is missing."""
         name = self.spec.name
         for key, known in self._common.items():
             if known is not None:
@@ -136,8 +143,10 @@ class Rows:
             self._drawn.copy_(files[f"{self._prefix}/drawn/{name}"])
 
     def restore(self, files: TensorFiles, servers: int) -> Generator[None, None, None]:
-        """Go on from what `state` of the tables on `servers` servers gave, a page at a time. Raises KeyError where something is
-        missing, by the first page."""
+        """Load the tensors that `state` gave on `servers` servers, and yield after each page.
+
+        Raises KeyError before the first yield if a tensor is missing.
+        """
         name = self.spec.name
         for key, known in self._common.items():
             value = files[f"table-0-of-{servers}/common-{key}/{name}"]
@@ -162,14 +171,14 @@ class Rows:
 
 
 class RowTable(Rows):
-    """One table's rows of which some are read and updated at a time.
+    """A server's rows of one embedding table. Each call reads or updates some of them.
 
-    Invariant: `read` of the version before gives what `read` gave before the last `apply`.
+    Invariant: `read` with `before` returns the rows that `read` returned before the last `apply`.
     """
 
     def __init__(self, spec: TableSpec, server: int, servers: int, update: Update, seed: int) -> None:
         super().__init__(spec, server, servers, seed)
-        #: Places of the rows that the last update touched, and what they were before it.
+        #: Places of the rows that the last update touched, and their values before it.
         self._undo = torch.empty(0, dtype=torch.int64), torch.empty(0, spec.dim)
         self._optimizer, self._parameter = _optimizer(update, spec)
         for name, first in first_state(update, spec).items():
@@ -179,7 +188,10 @@ class RowTable(Rows):
                 self._common[name] = torch.zeros_like(first) if isinstance(first, torch.Tensor) else first
 
     def parts(self) -> Iterator[Part]:
-        """Likewise, with the rows as they were before the last update: who is still at the round before may ask for them."""
+        """Yield all tensors for another server, as `Rows.parts` does, and the touched rows as they were before the last update.
+
+        A worker that is still in the round before may ask for these.
+        """
         yield from super().parts()
         for key, tensor in zip(("undo-places", "undo-values"), self._undo, strict=True):
             yield Part(f"{self._prefix}/{key}/{self.spec.name}", tensor)
@@ -190,7 +202,7 @@ class RowTable(Rows):
         self._undo = places, values
 
     def places(self, ids: torch.Tensor, what: str) -> torch.Tensor:
-        """Where rows are in this table. Raises WireError naming `what` unless they are sorted, distinct and all here."""
+        """Return the places of the rows `ids`. Raises WireError, with `what`, unless they are sorted, distinct and all here."""
         ordered = bool((ids[1:] > ids[:-1]).all())
         if len(ids) and not (ordered and int(ids[0]) >= 0 and int(ids[-1]) < self.spec.rows and self._has(ids)):
             raise WireError(f"{what} names rows of '{self.spec.name}' that are not sorted, or not on this server")
@@ -200,7 +212,7 @@ class RowTable(Rows):
         return bool((owner_of(ids, self._servers) == self._server).all())
 
     def read(self, at: torch.Tensor, before: bool = False) -> torch.Tensor:
-        """A copy (N, dim) of the rows in these places, which are sorted, now or `before` the last update."""
+        """Return a copy (N, dim) of the rows in the places `at`, which are sorted. `before`: as before the last update."""
         self._draw(at.div(BLOCK, rounding_mode="floor").unique_consecutive())
         rows = self._values.index_select(0, at)
         touched, old = self._undo
@@ -218,9 +230,10 @@ class RowTable(Rows):
         lr_scale: float = 1.0,
         factor: torch.Tensor | None = None,
     ) -> None:
-        """Step on the touched rows with the mean gradient whose sum over `samples` samples `total` is.
+        """Update the touched rows with the mean gradient. `total` is its sum over `samples` samples.
 
-        `hypers` overrides settings of the parameter group, `lr_scale` multiplies its learning rate; `factor` is the clipping.
+        `hypers` overrides settings of the parameter group. `lr_scale` multiplies its learning rate. `factor` is the clipping
+        factor.
         """
         at = local_of(total.ids, self._servers)
         old = self.read(at)
@@ -245,52 +258,52 @@ class RowTable(Rows):
 
 
 class RowTables:
-    """All tables on one server. With `keeps_versions` an update is a round's, and rows can be read as before the last one."""
+    """All embedding tables on one server. With `keeps_versions` each round makes one update, and `read` knows two versions."""
 
     def __init__(self, layout: Layout, server: int, update: Update, seed: int, keeps_versions: bool) -> None:
         self._specs = layout.tables
         self._server, self._first_norm = server, len(layout.tensors)
         self._tables = [RowTable(spec, server, layout.servers, update, seed) for spec in layout.tables]
         self._keeps_versions = keeps_versions
-        #: Called before an update: whoever reads what `state` gave is to be done with it then.
+        #: Called before an update. When it returns, no checkpoint reads the rows any more.
         self.before_update: Callable[[], object] = lambda: None
-        #: Updates so far.
+        #: The number of updates done.
         self._version = 0
 
     def __bool__(self) -> bool:
         return bool(self._tables)
 
     def state(self) -> Iterator[Entry]:
-        """See RowTable.state."""
+        """Return all tensors of all tables for a checkpoint (see `Rows.state`)."""
         return itertools.chain.from_iterable(table.state() for table in self._tables)
 
     def restore(self, files: TensorFiles, servers: int, version: int) -> None:
-        """Go on at round `version`; see RowTable.restore."""
+        """Load a checkpoint of `servers` servers, and continue at round `version` (see `Rows.restore`)."""
         self._version = version
         for table in self._tables:
             for _ in table.restore(files, servers):
                 pass
 
     def parts(self) -> Iterator[Part]:
-        """See RowTable.parts."""
+        """Return all tensors of all tables for another server (see `RowTable.parts`)."""
         return itertools.chain.from_iterable(table.parts() for table in self._tables)
 
     def put(self, name: str, first: int, rows: torch.Tensor) -> bool:
-        """See RowTable.put."""
+        """Store received rows. Return False if no table has such rows."""
         return any(name.endswith(f"/{table.spec.name}") and table.put(name, first, rows) for table in self._tables)
 
     def arrived(self, files: TensorFiles, version: int) -> None:
-        """Go on at round `version`; see RowTable.arrived."""
+        """Load the tensors that `parts` gave, and continue at round `version` (see `Rows.arrived`)."""
         self._version = version
         for table in self._tables:
             table.arrived(files)
 
     def awaited(self) -> set[tuple[int, int]]:
-        """(table, page) of first values that a worker is to send."""
+        """Return (table, page) of the first values that a worker has to send."""
         return {(number, page) for number, spec in enumerate(self._specs) if spec.std is None for page in pages(spec)}
 
     def load(self, table: int, page: int, frames: Frames) -> None:
-        """First values of a page. Raises WireError where they do not fit; the page must be one of `awaited`."""
+        """Load the first values of a page, which must be one of `awaited`. Raises WireError if they do not fit."""
         one = self._tables[table]
         at, left = one.on_page(page), iter(frames)
         values = join(left, "float32", len(at) * one.spec.dim, f"page {page}").view(len(at), one.spec.dim)
@@ -299,9 +312,9 @@ class RowTables:
         one.load(at, values)
 
     def read(self, pull: RowPull, frames: Frames) -> tuple[int, list[memoryview]] | None:
-        """The rows asked for, how many, and their frames; None where that version is still to come.
+        """Return how many rows `pull` asks for, and their frames. Return None if their version does not exist yet.
 
-        Raises WireError where they cannot be meant.
+        Raises WireError if the pull names rows that are not on this server.
         """
         if not 0 <= pull.table < len(self._tables):
             raise WireError(f"there is no table {pull.table}")
@@ -313,19 +326,22 @@ class RowTables:
         return len(rows), cut(rows)
 
     def page(self, table: int, page: int) -> torch.Tensor:
-        """A copy (N, dim) of this server's rows of a page, as they are now."""
+        """Return a copy (N, dim) of this server's current rows of a page."""
         one = self._tables[table]
         return one.read(one.on_page(page))
 
     def receive(self, push: RowPush | ReplicateRows, frames: Frames, what: str) -> RowSums:
-        """A contribution to all tables. Raises WireError naming `what` where it does not fit."""
+        """Return the contribution in a push to all tables. Raises WireError, with `what`, if the push does not fit."""
         sums = join_sums(frames, push.counts, self._specs, what)
         for part, table in zip(sums, self._tables, strict=True):
             table.places(part.ids, what)
         return sums
 
     def norms(self, total: RowSums, samples: int) -> list[Norm]:
-        """2-norm of the mean gradient of each table's rows here, if it has one; tables count on from the model's tensors."""
+        """Return the 2-norm of the mean gradient of each table's rows here, if it has one.
+
+        Norms number tables after the model's tensors.
+        """
         return [
             (self._first_norm + number, self._server, float(torch.linalg.vector_norm(part.values / samples)))
             for number, part in enumerate(total)
@@ -340,7 +356,7 @@ class RowTables:
         lr_scale: float = 1.0,
         factor: torch.Tensor | None = None,
     ) -> None:
-        """Step on all rows that were touched; see RowTable.apply. `hypers` are those of each parameter group, or none."""
+        """Update the touched rows of all tables (see `RowTable.apply`). `hypers` has one item per parameter group, or none."""
         self.before_update()
         for part, table in zip(total, self._tables, strict=True):
             table.apply(part, samples, of_group(hypers, table.spec.group), lr_scale, factor)
@@ -348,8 +364,11 @@ class RowTables:
 
 
 def zeros(rows: int, dim: int, device: torch.device = _CPU) -> torch.Tensor:
-    """Zeros, float32. On the CPU they take up no memory until they are written to, as those of torch do; and are aligned as those
-    are, for where memory begins matters to the last bit of matrix products."""
+    """Return zeros (rows, dim), float32.
+
+    On the CPU they take no memory until they are written to. They are aligned as torch's tensors are, because alignment affects
+    the last bit of matrix products.
+    """
     if device.type != "cpu":
         return torch.zeros(rows, dim, device=device)
     memory = np.zeros(rows * dim + ALIGNED // 4, dtype=np.float32)
@@ -358,13 +377,13 @@ def zeros(rows: int, dim: int, device: torch.device = _CPU) -> torch.Tensor:
 
 
 def _optimizer(update: Update, spec: TableSpec) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
-    """The group's optimizer over a parameter whose memory is given to it for each step."""
+    """Return the group's optimizer and its parameter. The caller sets the parameter's memory before each step."""
     parameter = torch.nn.Parameter(torch.zeros(1, spec.dim))
     return optimizer_over(parameter, update, spec.group), parameter
 
 
 def optimizer_over(parameter: torch.nn.Parameter, update: Update, group: int) -> torch.optim.Optimizer:
-    """What torch.optim has for the parameters of a group."""
+    """Return the torch.optim optimizer of a parameter group, for `parameter`."""
     assert update.optimizer is not None
     cls = getattr(torch.optim, update.optimizer)
     settings = {key: value for key, value in with_tuples(update.groups[group]).items() if key not in _HOW}
@@ -374,7 +393,7 @@ def optimizer_over(parameter: torch.nn.Parameter, update: Update, group: int) ->
 
 
 def first_state(update: Update, spec: TableSpec) -> dict[str, Any]:
-    """The state of a row that has had a gradient of nothing but zeros, which is what a row begins with."""
+    """Return the optimizer state with which a row begins: that after one step with a gradient of zeros."""
     optimizer, parameter = _optimizer(update, spec)
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""Whether a machine has memory for what a server is to keep: looked at before it is taken."""
+"""Checks that a machine has enough memory for a server's shard, before the server allocates it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from roundtable.ps.params.embedding import first_state
 
 
 def check_memory(layout: Layout, server: int, update: Update, device: torch.device, replicas: int) -> None:
-    """Raise WireError for chunks that this machine has no memory for, and for layers that servers compute, with the optimizer's
-    state and copies for other servers. Tables of rows take up memory as they are used."""
+    """Raise WireError if this machine has less memory than the chunks and the sharded layers take.
+
+    Chunks count with their weights and masters. Sharded layers count with their optimizer state: once if the CPU computes them,
+    and once more if this server keeps a copy. Embedding tables do not count, because they take memory as they are used.
+    """
     dense = sum(chunk.weight_bytes + (0 if chunk.frozen else chunk.sum_bytes) for chunk in layout.on(server))
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if dense > there:
@@ -37,6 +40,6 @@ def check_memory(layout: Layout, server: int, update: Update, device: torch.devi
 
 
 def _states(update: Update, spec: ShardedLayerSpec) -> int:
-    """Tensors of a row's shape that the optimizer keeps."""
+    """Return how many tensors of a row's shape the optimizer keeps."""
     first = first_state(update, spec).values()
     return sum(isinstance(value, torch.Tensor) and value.shape == (1, spec.dim) for value in first)

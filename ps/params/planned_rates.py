@@ -1,11 +1,11 @@
-"""The learning rate of each micro-batch where pushes are applied at once.
+"""The learning rate of each micro-batch if each push is applied at once.
 
-A schedule plans a rate for each round, and workers send it with their pushes. A slow worker is at an early round when the others
-are near the end, so the rate of its own round would be far too high there. Hence the plan is followed in the order in which
-micro-batches come: number n gets what is planned for number n, whatever round it belongs to. So each planned rate is used once.
+A schedule plans a rate for each round, and workers send it with their pushes. A slow worker is still at an early round when the
+others are near the end, so the rate of its own round would be far too high. So rates follow the order in which micro-batches
+come: the n-th to come gets the rate that is planned for the n-th, whatever its round. Each planned rate is used once.
 
-With `--staleness-lr` a push moves the weights by less, the older the weights are that it was computed from (see
-common/policies/ssp.py). What such pushes lose is handed out again, in equal shares to all: the weights move as far as planned.
+With `--staleness-lr` a push moves the weights less if it was computed from older weights (see `common/policies/ssp.py`). The
+reduction is handed out again in equal shares to all pushes, so that the weights move as far as planned.
 """
 
 from __future__ import annotations
@@ -22,51 +22,61 @@ _H = TypeVar("_H", bound=Mapping[str, Any])
 
 
 def of_group(hypers: Sequence[_H], group: int) -> _H | dict[str, Any]:
-    """Return the settings of parameter group number `group`, if `hypers` has some for it."""
+    """Return the settings of parameter group `group` from `hypers`, or {} if it has none."""
     return hypers[group] if 0 <= group < len(hypers) else {}
 
 
-#: Micro-batches over which the policy's factors are averaged, and over which what they have taken is handed out again.
+#: The policy's factors are averaged over this many micro-batches, and their reductions are handed out again over as many.
 _WINDOW = 32
 
 
 @dataclass(frozen=True)
 class Terms:
-    """How one micro-batch is applied, in all its parts: updates since the weights that it was computed from, the factor on the
-    learning rate, and the parameter groups' settings."""
+    """The terms on which all parts of one micro-batch are applied."""
 
+    #: The number of updates since the weights from which the micro-batch was computed.
     staleness: int
+    #: The factor on the learning rate.
     lr_scale: float
+    #: The settings of each parameter group.
     hypers: Hypers
 
 
 class PlannedRates:
-    """Says on which terms each micro-batch is applied. Invariants: as often as a round is planned to have a micro-batch, its
-    settings are used, if a worker has told them in time; the mean of all `lr_scale` tends to 1.
+    """Chooses the terms on which each micro-batch is applied.
+
+    Invariants: a round's settings are used as often as the round is planned to have micro-batches, if a worker has sent them in
+    time; the mean of all `lr_scale` tends to 1.
     """
 
     def __init__(self, policy: Policy, seen: int = 0) -> None:
-        """`seen` is the number of micro-batches that were seen before, of a run that goes on."""
+        """`seen` is the number of micro-batches seen before the checkpoint from which the run goes on."""
+        #: The number of distinct micro-batches seen.
         self.seen = seen
         self._policy = policy
-        #: By round, the settings that its first push had; those of rounds that the plan has left behind are forgotten.
+        #: By round: the settings in the first push to it. Rounds that the plan has passed are forgotten.
         self._announced: dict[int, Hypers] = {}
-        #: The segment that the plan has got to, and micro-batches before it.
+        #: The segment that the plan has reached, and the number of micro-batches before it.
         self._at = self._before = 0
-        #: A moving mean of the policy's factors, over how many at most, and what they have taken and was not handed out yet.
+        #: A moving mean of the policy's factors, the number of factors in it, and the reduction not yet handed out again.
         self._mean, self._count, self._owed = 1.0, 0, 0.0
 
     def take(self, round_: int, base: int, hypers: Hypers, segments: Sequence[Segment], is_new: bool = True) -> Terms:
-        """The terms of a micro-batch of `round_`, whose push has these `hypers` and was computed from weights of `base` updates.
-        It `is_new` unless it was counted before, by a server in this one's place."""
+        """Return the terms of a micro-batch of `round_`. Its push has the settings `hypers`.
+
+        `base` is the number of updates in the weights from which the push was computed. `is_new` is False if the micro-batch was
+        counted before this server resumed from a checkpoint.
+        """
         number = self.seen
         self.seen += is_new
         staleness = max(0, number - base)
         return Terms(staleness, self._factor(staleness), self._planned(self._round_of(number, segments), round_, hypers))
 
     def _round_of(self, number: int, segments: Sequence[Segment]) -> int:
-        """The round that has micro-batch `number` of the run, if all are counted from 0 in the order of the plan; the last round
-        where there is no such micro-batch."""
+        """Return the round of micro-batch `number`, if those of the run are counted from 0 in the order of the plan.
+
+        Return the last round if the plan has fewer micro-batches.
+        """
         while self._at + 1 < len(segments) and number >= self._before + segments[self._at].micro_batches:
             self._before += segments[self._at].micro_batches
             self._at += 1

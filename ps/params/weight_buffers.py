@@ -1,13 +1,12 @@
-"""The memory that a server's weights lie in: several weight buffers, each with room for one version of all its chunks.
+"""A server's weight buffers. Each has room for one version of all the server's chunks.
 
-Workers that share the memory compute right from it. So the server must not write to a weight buffer that a worker may read.
-What workers ask for tells which these are: a worker reads the buffer that its model is in until it has got another one.
-Two buffers are enough while all workers go along, and a worker that lags behind pins another. If no buffer is free, the server
-takes that of the worker that lags most. The round that this worker computes is closed, so the server refuses its result.
-Nothing here knows what a version means.
+A worker that shares the memory computes right from it. So the server must not write to a weight buffer that a worker may read. A
+worker's pulls say which buffer that is: the worker reads the buffer that its model lies in until it has got another one. Two
+buffers are enough while all workers keep up. A worker that lags behind pins another one. If no buffer is free, the server takes
+that of the worker that lags most. The round that this worker computes is closed, so the server refuses its result.
 
-One more buffer, `home`, has the first weights of frozen chunks, which lie still until a worker contributes to them. The server
-writes there once, so a reader of it is in nobody's way. Memory that nothing is written to takes up none.
+One more buffer, `home`, has the first weights of frozen chunks. They stay there until a worker contributes to them. The server
+writes to `home` once, so its readers block nothing. The operating system allocates a buffer's memory only as it is written to.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotSh
 
 
 class WeightBuffers:
-    """`count` weight buffers for `chunks`, in shared memory if `shared` and there is any, else in this process's own."""
+    """`count` weight buffers for `chunks`, and `home`. They lie in shared memory if `shared` is True and it is available."""
 
     def __init__(self, chunks: Sequence[Chunk], count: int, shared: bool) -> None:
-        """Raises nothing where shared memory cannot be had: `refused` then says why."""
+        """Allocate the buffers. If shared memory is not available, use this process's own memory and set `refused`."""
+        #: Why shared memory is not available, or "".
         self.refused = ""
-        #: The number of the weight buffer for chunks that lie still.
+        #: The number of the weight buffer for the first weights of frozen chunks.
         self.home = count
         self._chunks = chunks
         self._offsets, self._bytes = weight_offsets(chunks)
@@ -41,11 +41,11 @@ class WeightBuffers:
 
     @property
     def handle(self) -> Handle | None:
-        """What workers need to map the memory; None where it is not shared."""
+        """Return the handle with which workers map the memory, or None if it is not shared."""
         return self._region.handle if self._region is not None else None
 
     def __getitem__(self, weight_buffer: int) -> dict[int, torch.Tensor]:
-        """The flat tensors, in the chunks' own dtypes, that a version's weights are written to, by chunk."""
+        """Return by chunk the flat tensors of a weight buffer, in the chunks' own dtypes."""
         if weight_buffer not in self._views:
             memory = self._memory(weight_buffer)
             self._views[weight_buffer] = {
@@ -61,27 +61,28 @@ class WeightBuffers:
 
 
 class Readers:
-    """Which weight buffer each worker may be reading."""
+    """The weight buffers that each worker may be reading."""
 
     def __init__(self) -> None:
         self._read: dict[str, set[int]] = {}
 
     def asks(self, worker: str, weight_buffer: int) -> None:
-        """It asked for new weights, and until it has them reads `weight buffer` (-1: none)."""
+        """Record that the worker asked for new weights. Until they come it reads `weight_buffer` (-1: none)."""
         self._read[worker] = {weight_buffer}
 
     def sent(self, worker: str, weight_buffer: int) -> None:
-        """It was told to read `weight buffer`, beside the one before."""
+        """Record that the worker was sent to `weight_buffer`. It may still read the one before."""
         self._read.setdefault(worker, set()).add(weight_buffer)
 
     def uses(self, worker: str, weight_buffer: int) -> None:
-        """It has shown that it is at `weight buffer` and nothing else."""
+        """Record that the worker has shown that it reads `weight_buffer` and no other."""
         self._read[worker] = {weight_buffer}
 
     def forget(self, worker: str) -> None:
-        """It reads no more, or nothing that matters."""
+        """Record that the worker is lost: what it reads does not matter any more."""
         self._read.pop(worker, None)
 
     @property
     def weight_buffers(self) -> set[int]:
+        """Return all weight buffers that a worker may be reading."""
         return {weight_buffer for weight_buffers in self._read.values() for weight_buffer in weight_buffers}

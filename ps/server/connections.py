@@ -1,4 +1,4 @@
-"""A server's sockets: to the coordinator, to workers and servers that connect here, and to the server with its backup."""
+"""A server's sockets: to the coordinator, to the backup, and for workers and the server that connect here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roundtable.common.protocol.transport import ASK_AGAIN_S, Stamp, dealer, is_
 
 
 class Connections:
-    """Sends what state machines ask for, by the connection that is meant for it."""
+    """Sends the messages of state machines, each on the right connection."""
 
     def __init__(
         self,
@@ -28,14 +28,15 @@ class Connections:
         self._context, self._coordinator, self._workers = context, coordinator, workers
         self._stamp, self._outflow = stamp, outflow
         self.poller = zmq.Poller()
-        #: The socket to the server with the backup of this one's shard, if there is to be one.
+        #: The socket to the backup, or None in a run without replicas.
         self.backup: zmq.Socket[bytes] | None = None
+        #: When this server last named itself to the backup.
         self._greeted_at = float("-inf")
-        #: The routing ids of a peer's connections, for small messages (False) and tensors (True).
+        #: By peer and kind of message: the routing id of the connection for small messages (False) or for tensors (True).
         self.routes: dict[tuple[str, bool], bytes] = {}
 
     def connect_backup(self, address: str) -> None:
-        """Have the backup at another address than before."""
+        """Connect to the backup at `address`, and close the connection to the old one."""
         if self.backup is not None:
             self.poller.unregister(self.backup)
             self.backup.close(linger=0)
@@ -44,13 +45,13 @@ class Connections:
         self._greeted_at = float("-inf")
 
     def forget(self, lost: Collection[str]) -> None:
-        """Let go of the connections of lost workers."""
+        """Forget the connections of lost workers."""
         self.routes = {key: route for key, route in self.routes.items() if key[0] not in lost}
 
     def send(self, effects: Sequence[Send]) -> None:
         """Send messages."""
         for effect in effects:
-            # what a worker is told could be said to the coordinator in this server's name
+            # hide the incarnation from a worker, which could use it to speak to the coordinator in this server's name
             header = self._stamp.encode(effect.body, 0 if is_worker(effect.to) else None)
             if effect.to == COORDINATOR:
                 send(self._coordinator, header, effect.frames)
@@ -62,14 +63,16 @@ class Connections:
                 self._to_peer(effect, header)
 
     def _greet(self, backup: zmq.Socket[bytes]) -> None:
-        """Say whose connection it is, unless that was said a moment ago, as workers do."""
+        """Send the backup a heartbeat that names this server, unless one was sent less than ASK_AGAIN_S ago."""
         if (now := time.monotonic()) >= self._greeted_at + ASK_AGAIN_S:
             self._greeted_at = now
             send(backup, self._stamp.encode(Heartbeat()))
 
     def _to_peer(self, effect: Send, header: bytes) -> None:
-        """Send by the connection that is meant for it. If that has broken and the peer has sent nothing by the one in its place,
-        send by the other one."""
+        """Send on the peer's connection for this kind of message.
+
+        If that connection is broken and its replacement has not sent anything, send on the peer's other connection.
+        """
         bulk = is_bulk(effect.body, effect.frames)
         for key in ((effect.to, bulk), (effect.to, not bulk)):
             route = self.routes.get(key)

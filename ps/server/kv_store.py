@@ -1,8 +1,8 @@
-"""The key-value side of a server: named tensors that workers push to and pull from, outside of any model.
+"""The key-value store of a server: named tensors that workers push to and pull from, outside of any model.
 
-A key is on one server, so that its pushes have one order: a pull sees the first few of them whole, and nothing of the others.
-Values travel in blocks. A push is applied when all of its blocks are here, and a pull is answered with all blocks of one version.
-A push counts once, however often it is sent.
+A key is on one server, so its pushes have one order. A pull sees some number of the first pushes in full, and nothing of later
+ones. Values travel in blocks. A push is applied when all its blocks have arrived. A pull is answered with all blocks of one
+version. A push counts once, however often it is sent.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from roundtable.common.protocol.messages.session import Refused
 from roundtable.common.protocol.transport import Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 
-#: How many of a client's latest pushes are remembered. A client has far fewer outstanding.
+#: The store remembers this many of a client's latest pushed blocks. A client has far fewer outstanding.
 _REMEMBERED = 4096
-#: Bytes that a block takes up besides its elements, and a key's value besides its blocks and the key's letters, at most.
+#: Upper bounds in bytes: of a block besides its elements, of a value besides its blocks, and of one letter of its key.
 _BLOCK_BYTES, _VALUE_BYTES, _LETTER_BYTES = 500, 1000, 4
-#: What may be added up.
+#: The dtypes of values.
 _DTYPES = (
     "float32", "float64", "bfloat16", "float16", "complex64", "complex128", "int64", "int32", "int16", "int8", "uint8", "bool",
 )  # fmt: skip
@@ -34,11 +34,13 @@ _DTYPES = (
 
 @dataclass
 class _Value:
-    """One key's value, in blocks. `lent`: frames that are on their way lie in the blocks, so nothing is to be written there."""
+    """One key's value, in blocks."""
 
     blocks: list[torch.Tensor]
     numel: int
+    #: The number of pushes applied.
     version: int = 0
+    #: True if frames under way lie in the blocks, which must not be written to then.
     lent: bool = False
 
     @property
@@ -55,28 +57,30 @@ class _Value:
 
 @dataclass
 class _Client:
-    """Of one client: the versions that its blocks were answered with, by id, and the order in which to forget them; and by push,
-    the blocks of those that are not complete, in the memory that they came in."""
+    """The pushes of one client."""
 
+    #: By a block's message id: the version in its answer.
     answered: dict[int, int] = field(default_factory=dict)
+    #: Message ids in the order in which to forget them.
     order: deque[int] = field(default_factory=deque)
+    #: By incomplete push and block number: the blocks so far, in the memory of their frames.
     incoming: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
-    #: Why the newest of its pushes that did not fit were refused.
+    #: By push that did not fit: why it was refused.
     failed: dict[int, str] = field(default_factory=dict)
 
 
 class KvStore:
-    """Values by key, in so many `mib` of memory at most."""
+    """Values by key, in at most `mib` MiB of memory."""
 
     def __init__(self, mib: int) -> None:
         self._mib = mib
-        #: Of all values and incoming blocks together.
+        #: Bytes of all values and incoming blocks.
         self._bytes = 0
         self._values: dict[str, _Value] = {}
         self._clients: dict[tuple[str, int], _Client] = {}
 
     def handle(self, sender: str, incarnation: int, body: KvPush | KvPull, frames: Frames) -> list[tuple[Body, list[Any]]]:
-        """Replies and their frames. Raises WireError for a push that does not fit the key."""
+        """Take a push or a pull. Return the replies and their frames. Raises WireError if a push does not fit."""
         if isinstance(body, KvPull):
             return self._pull(body)
         client = self._clients.get((sender, incarnation), _Client())
@@ -90,7 +94,7 @@ class KvStore:
         return [(KvReply(body.id, client.answered[body.id]), [])]
 
     def forget(self, worker: str) -> None:
-        """It sends nothing any more: what has come of its last pushes counts for nothing unless they are complete."""
+        """Forget a lost worker. Its incomplete pushes do not count."""
         for key in [key for key in self._clients if key[0] == worker]:
             client = self._clients.pop(key)
             self._bytes -= sum(_bytes_of(blocks.values()) for blocks in client.incoming.values())
@@ -108,7 +112,7 @@ class KvStore:
         ]
 
     def _take(self, sender: str, client: _Client, push: KvPush, block: torch.Tensor) -> int:
-        """Keep a block, and apply the push if it is complete; the key's version."""
+        """Keep a block, and apply its push if that is complete. Return the key's version."""
         self._check_fits(sender, client, push)
         blocks = client.incoming.setdefault(push.push, {})
         if push.block not in blocks:
@@ -121,11 +125,11 @@ class KvStore:
         return value.version if value is not None else 0
 
     def _let_go(self, client: _Client, push: KvPush) -> None:
-        """Forget the blocks that have come of a push."""
+        """Forget the blocks of a push."""
         self._bytes -= _bytes_of(client.incoming.pop(push.push, {}).values())
 
     def _check(self, sender: str, push: KvPush, frames: Frames) -> torch.Tensor:
-        """The block. Raises WireError for what cannot be a part of a push to this key as it is now."""
+        """Return the block in a push. Raises WireError if the block is malformed or the store is full."""
         if len(frames) != 1:
             raise WireError(f"a push of {sender} to '{push.key}' has {len(frames)} frames instead of one")
         if push.dtype not in _DTYPES:
@@ -142,7 +146,7 @@ class KvStore:
         return from_frame(buffer, push.dtype, length, f"key '{push.key}'")
 
     def _check_fits(self, sender: str, client: _Client, push: KvPush) -> None:
-        """Raise WireError for a push that does not fit the key as it is now, or did not when another block of it came."""
+        """Raise WireError if the push does not fit the key's value, or did not fit when another of its blocks came."""
         value = self._values.get(push.key)
         if push.op == "add" and value is not None and (value.numel, value.dtype) != (push.numel, push.dtype):
             what = f"key '{push.key}' holds {value.numel} x {value.dtype}; {sender} added {push.numel} x {push.dtype}"
@@ -170,7 +174,7 @@ def _bytes_of(blocks: Collection[torch.Tensor]) -> int:
 
 
 def _step(push: KvPush) -> int:
-    """Elements of each block but the last."""
+    """Return the number of elements in each block but the last."""
     return CHUNK_BYTES // dtype_of(push.dtype).itemsize
 
 

@@ -1,4 +1,4 @@
-"""Making a server's shard, and trying whether shards can be made from a checkpoint."""
+"""Makes a server's state machine without a process, and checks that shards can be restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from roundtable.ps.shard.context import ShardContext
 
 
 def make_host(index: int, settings: Settings, source: Source | None = None, returns: bool = False) -> ShardHost:
-    """Return what server `index` decides without a process around it; see ShardHost."""
+    """Return the state machine of server `index`. The arguments are those of `ShardHost`."""
     return ShardHost(ShardContext(index, settings, load(settings)), source, returns)
 
 
 def hindrance(checkpoint: Checkpoint) -> str:
-    """Restore one server's shard after the other, as servers do. Returns what hinders that, in a sentence; '' if nothing does."""
+    """Try to restore each server's shard as servers do. Return a sentence that says what fails, or '' if nothing does."""
     manifest, run_dir = checkpoint.manifest, checkpoint.folder.parent.parent
     try:
         settings = make_settings({**manifest.settings, "transport": "tcp"}, str(checkpoint.folder))
@@ -26,6 +26,6 @@ def hindrance(checkpoint: Checkpoint) -> str:
             for answer in host.handle("worker-0", manifest.setup, (), 0.0):
                 if isinstance(answer.body, Refused):
                     return f"{checkpoint.folder} does not restore server-{index}: {answer.body.reason}"
-    except Exception as error:  # whatever reading or torch objects to
+    except Exception as error:  # any error of reading the files, or of torch
         return f"{checkpoint.folder} cannot be restored: {' '.join(str(error).split()).rstrip('.')}."
     return ""

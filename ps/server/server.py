@@ -1,4 +1,4 @@
-"""The server process: a loop that moves messages between sockets and its state machines."""
+"""The server process: a loop that moves messages between its sockets and its state machines."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ from roundtable.ps.shard.context import ShardContext
 
 log = logging.getLogger("roundtable.ps.server")
 
-#: What the server says whose shard has a copy here.
+#: Messages that this server takes from the server whose shard has a copy here.
 _FROM_KEPT = (Replicate, ReplicateRows, ReplicateLayers, RoundReplicated, StateHeader, StatePart, StatePartAck, RequestState)
 _CPU = torch.device("cpu")
-#: Milliseconds between two looks at the clock when no message comes.
+#: Milliseconds that the loop waits for a message before it looks at the clock.
 _TICK_MS = 20
 
 
@@ -89,11 +89,13 @@ def serve(
     start_s: float = START_S,
     advertise: str | None = None,
 ) -> None:
-    """Be a server of the cluster of `coordinator`, listening at `bind`, until the run ends; what it computes is on `device`.
+    """Run a server of the cluster of `coordinator` until the run ends. The server listens at `bind`.
 
-    The coordinator has `start_s` seconds to answer. Others are told to connect to `advertise`, which is HOST, HOST:PORT or
-    tcp://HOST:PORT, if that is not None. Raises UsageError if it cannot listen or is refused, ClusterError if the run
-    fails or the coordinator falls silent, and Stopped on SIGTERM and Ctrl-C: of the first once the coordinator lets it leave.
+    Sharded layers are computed on `device`. The coordinator has `start_s` seconds to answer. If `advertise` (HOST, HOST:PORT or
+    tcp://HOST:PORT) is not None, other processes connect to that address.
+
+    Raises UsageError if the server cannot listen or is refused. Raises ClusterError if the run fails or the coordinator falls
+    silent. Raises Stopped on SIGTERM and Ctrl-C: at the first signal, once the coordinator lets the server leave.
     """
     torch.set_num_threads(1)
     keep_memory()
@@ -125,28 +127,30 @@ class _Server:
         address = to_advertise(advertise, bound) if advertise is not None else advertised(bound, coordinator)
         hello = Hello("server", index, address, platform.node(), os.getpid(), place=here())
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
-        #: The last beat, and when one was last sent besides those.
+        #: The last regular heartbeat, and when `_show_life` last sent an extra one.
         self._last_heartbeat, self._shown_life_at = Heartbeat("starting"), float("-inf")
         self._signs = Signs()
         self._stamp = Stamp(sender="server", incarnation=new_incarnation())
-        #: The signal that has told it to stop, if any, and when.
+        #: The signal that told this server to stop, or 0, and when it came.
         self.stop_signal, self._stop_signal_at = 0, float("inf")
+        #: None before this server is welcomed.
         self._shard: ShardHost | None = None
         self._writer: CheckpointWriter | None = None
         self._kv: KvStore | None = None
         self._rejections = Rejections(log)
-        #: Watches connections, once the loop runs; and what is on its way to them.
+        #: Watches incoming connections, once the loop runs.
         self._inflow: Inflow | None = None
         outflow = Outflow(self._rejections)
         self._connections = Connections(context, self._coordinator, self._workers, self._stamp, outflow)
         self._watchdog: Watchdog | None = None
         #: None before this server is welcomed.
         self._identities: Identities | None = None
-        #: Messages of workers that may move something.
+        #: The number of workers' messages, without pulls. The watchdog takes it as progress.
         self._handled = 0
         log.info("listening at %s%s", bound, "" if address == bound else f"; others are told {address}")
 
     def run(self) -> None:
+        """Run the loop until the coordinator stops this server. Raises as `serve` says."""
         self._connections.poller.register(self._workers, zmq.POLLIN)
         self._connections.poller.register(self._coordinator, zmq.POLLIN)
         self._inflow = Inflow(self._workers, self._rejections)
@@ -167,14 +171,16 @@ class _Server:
             raise (RunStopped if stop.on_request else ClusterError)(f"stopped because {stop.reason}")
 
     def stop(self, number: int) -> None:
-        """Leave the run, for the signal `number`, when the coordinator lets this server. If called again, or if it is in no run,
-        raise Stopped. A signal's handler may call it."""
+        """Leave the run because of signal `number`, once the coordinator lets this server go. A signal handler may call this.
+
+        Raises Stopped if called again, or if this server is in no run.
+        """
         if self.stop_signal or self._shard is None:
             raise Stopped(number)
         self.stop_signal, self._stop_signal_at = number, time.monotonic()
 
     def _look_for_signal(self, now: float) -> None:
-        """Ask the coordinator to be let go, if this server was told to stop. Raises Stopped if that takes too long."""
+        """If a signal has come, ask the coordinator for leave in a heartbeat. Raises Stopped if that takes too long."""
         if self.stop_signal and self._shard is not None:
             self._attendance.heartbeat_soon(now)
             if now > self._stop_signal_at + self._shard.settings.stop_timeout + GO_S:
@@ -203,7 +209,7 @@ class _Server:
                 self._save()
 
     def _save(self) -> None:
-        """Have a checkpoint written that is due, and tell of one that is written."""
+        """Start to write a complete checkpoint, and report one that is written."""
         assert self._shard is not None and self._writer is not None
         if (data := self._shard.take_checkpoint()) is not None:
             self._writer.start(data)
@@ -211,13 +217,13 @@ class _Server:
             self._do(self._shard.written(status))
 
     def _finish_saving(self) -> None:
-        """Called before tables change, for what a checkpoint has of them is not a copy."""
+        """Block until the checkpoint is written. Called before tables change, because a checkpoint's tables are not copies."""
         self._save()
         if self._writer is not None:
             self._writer.wait(self._show_life)
 
     def _progress(self) -> tuple[int, int] | None:
-        """What changes while something is trained here. Called by the watchdog's thread."""
+        """Return values that change while the shard is trained, or None before. The watchdog's thread calls this."""
         shard = self._shard
         return (shard.version, self._handled + shard.done) if shard is not None and shard.plans.segments else None
 
@@ -226,14 +232,14 @@ class _Server:
         return "the run to start" if shard is None else f"micro-batches {shard.missing()[:20]} of round {shard.version}"
 
     def _show_life(self) -> None:
-        """Give a sign of life in the middle of what takes long: reading a checkpoint, and waiting for one to be written."""
+        """Send the last heartbeat again if one is due. Called in long work: reading a checkpoint, or waiting for a write."""
         if self._shard is not None and (now := time.monotonic()) >= self._shown_life_at + HEARTBEAT_S:
             self._shown_life_at = now
             send(self._coordinator, self._stamp.encode(msgspec.structs.replace(self._last_heartbeat, progress=self._shard.done)))
             self._signs.give(self._silence_s())
 
     def _silence_s(self) -> float:
-        """Seconds of silence after which the coordinator counts this server as lost, the first time."""
+        """Return the seconds of silence after which the coordinator first counts this server as lost."""
         welcome = self._attendance.welcome
         return FAR_S if welcome is None or welcome.settings.heartbeat_timeout is None else welcome.settings.heartbeat_timeout
 
@@ -260,7 +266,7 @@ class _Server:
         )
 
     def _drain(self, sock: zmq.Socket[bytes]) -> None:
-        """Handle what has come in at `sock`, for about as long as a heartbeat at most."""
+        """Handle the messages that have come in at `sock`, for about HEARTBEAT_S at most."""
         until = time.monotonic() + HEARTBEAT_S
         while time.monotonic() < until:
             frames: list[zmq.Frame] | None = []
@@ -291,7 +297,10 @@ class _Server:
                 self._inflow.took(frames[1:], standing)
 
     def _identify(self, envelope: Envelope) -> bool:
-        """Return True if a message comes from the worker or server that it names. Raises WireError if it must not come."""
+        """Return True if a message comes from the worker or server that it names. Raises WireError if its sender is no member.
+
+        Return False if the sender may prove to be a member later. It sends the message again.
+        """
         name = envelope.sender
         if not is_worker(name):
             return self._is_server(envelope, -1)
@@ -320,7 +329,7 @@ class _Server:
             self._stamp.sender = welcome.process
             self._stamp.run = welcome.run
             self._kv = KvStore(welcome.settings.kv_memory)
-            allow_files(2 * welcome.settings.workers)  # each has a connection for tensors, and one for all else
+            allow_files(2 * welcome.settings.workers)  # each worker has a connection for tensors and one for other messages
             index, run_dir = number_of(welcome.process), Path(welcome.run_dir)
             arm(welcome.process, run_dir)
             source = open_source(run_dir, welcome.resume) if welcome.resume >= 0 else None
@@ -336,7 +345,7 @@ class _Server:
             log.info("this is %s of run %s", welcome.process, welcome.run)
 
     def _know(self, servers: list[Peer]) -> None:
-        """The servers are these."""
+        """Take a new list of servers. Connect to the backup if it is another process now."""
         assert self._shard is not None and self._identities is not None
         identities = self._identities
         before, identities.servers = identities.servers, servers
@@ -349,7 +358,7 @@ class _Server:
         self._do(self._shard.changed(is_other[backup], is_other[primary], time.monotonic()))
 
     def _about_copies(self, sender: str, body: Body, frames: Frames) -> None:
-        """A message of the backup of this shard's copy (BACKUP), or of the server whose shard has a copy here."""
+        """Handle a message of the backup (BACKUP), or of the server whose shard has a copy here."""
         assert self._shard is not None
         if not isinstance(body, AboutCopies):
             raise WireError(f"a server has no use for {type(body).__name__}")
@@ -376,10 +385,10 @@ class _Server:
             self._connections.routes[sender, False] = self._connections.routes[sender, True] = route
             self._about_copies(sender, body, frames)
             return
-        if isinstance(body, Heartbeat):  # the first message of a connection, which tells whose it is
+        if isinstance(body, Heartbeat):  # a connection's first message, which only names the worker
             return
         self._connections.routes[sender, is_bulk(body, frames)] = route
-        self._handled += not isinstance(body, Pull | RowPull)  # who waits asks again and again
+        self._handled += not isinstance(body, Pull | RowPull)  # a waiting worker repeats its pull
         try:
             if isinstance(body, KvPush | KvPull):
                 replies = self._kv.handle(sender, envelope.incarnation, body, frames)

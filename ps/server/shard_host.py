@@ -1,6 +1,6 @@
-"""What a server decides: its shard, once workers have said which model they train, and what there is to do before and beside it.
+"""The server's main state machine. It makes the shard once workers have sent their model, and handles what is not the shard's.
 
-A state machine without a socket, a thread or a clock: `handle`, `tick` and `work` return what to send.
+`ShardHost` has no socket, thread or clock: `handle`, `tick` and `work` return the messages to send.
 """
 
 from __future__ import annotations
@@ -40,54 +40,54 @@ log = logging.getLogger("roundtable.ps.shard")
 
 
 class ShardHost:
-    """A server's shard, and what is known before there is one."""
+    """A server's shard, and the state that exists before the shard does."""
 
     def __init__(self, context: ShardContext, source: Source | None = None, returns: bool = False) -> None:
-        """`source` is the checkpoint to go on from, if any. `returns`: the shard is to come from the server's backup."""
+        """`source` is the checkpoint to go on from, if any. `returns`: the shard's state will come from the backup."""
         self.settings, self.index, self._policy = context.settings, context.index, context.policy
         self._context, self._source = context, source
         self.plans = Plans()
         self.reports = ReportQueue()
         self.checkpoint = ShardCheckpoint()
         self._progress = Progress(context.show_life)
-        #: None until a worker has said which model it trains.
+        #: None until a worker has sent its model.
         self.shard: Shard | None = None
-        #: Whether the shard is still to come from the backup: nobody is answered before.
+        #: True until the shard's state has arrived from the backup. The server does not read workers' messages meanwhile.
         self.restoring = returns
-        #: Workers that are lost: nothing of theirs counts any more.
+        #: Lost workers. The server refuses their messages.
         self.lost: set[str] = set()
-        #: Backups of shards on other servers, if there are to be any.
+        #: Replication, or None in a run without replicas.
         self._replication = (
             ReplicationManager(context.index, context.settings, context.policy, self.plans.segments, self._make_again)
             if context.settings.replicas
             else None
         )
-        #: Parts of the model's file that the coordinator wants, and of which round.
+        #: The round of which the coordinator wants parts of the model's file, and the numbers of these parts.
         self._wanted: tuple[int, set[int]] = -1, set()
 
-    # ---- what is known of it
+    # ---- state for heartbeats
 
     @property
     def version(self) -> int:
-        """Return the number of rounds that are applied."""
+        """Return the first round that is not applied in full."""
         return self.shard.version if self.shard is not None else 0
 
     def missing(self) -> list[int]:
-        """Return the micro-batches of round `version` that are not all here."""
+        """Return the micro-batches of round `version` that have not arrived in full."""
         return self.shard.missing() if self.shard is not None else []
 
     def missing_later(self) -> list[list[int]]:
-        """Return the same of the rounds after it."""
+        """Return for each later round the micro-batches that have not arrived in full (see `Shard.missing_later`)."""
         return self.shard.missing_later() if self.shard is not None else []
 
     @property
     def traffic(self) -> Traffic:
-        """Return the seconds that codecs took here."""
+        """Return the seconds that codecs took on this server."""
         return self.shard.model.dense.traffic if self.shard is not None else Traffic()
 
     @property
     def backed_up(self) -> list[int]:
-        """Return the servers of whose shards there is a whole backup here."""
+        """Return the servers whose shards have a whole copy here."""
         return self._replication.backed_up if self._replication is not None else []
 
     @property
@@ -98,7 +98,7 @@ class ShardHost:
 
     @property
     def done(self) -> int:
-        """Return a number that grows while what takes long goes on: sharded layers, reading and writing checkpoints, backups."""
+        """Return a number that grows during long work: sharded layers, reading and writing checkpoints, replication."""
         layers = self.shard.model.layers.steps if self.shard is not None else 0
         backup = self._replication.done if self._replication is not None else 0
         return self._context.bytes_written() + self._progress.steps + layers + backup
@@ -106,7 +106,7 @@ class ShardHost:
     # ---- events
 
     def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:
-        """Take one message. Raises WireError if it cannot be meant; then nothing has changed."""
+        """Take one message and return the messages to send. If it raises WireError, nothing has changed."""
         if sender == COORDINATOR:
             return self._from_coordinator(body, now)
         match body:
@@ -143,7 +143,7 @@ class ShardHost:
                 return self.shard.decide(body, now) if self.shard is not None else []
 
     def tick(self, now: float) -> list[Send]:
-        """Return what is due: the report, and questions that were not answered."""
+        """Return the messages that are due at `now`: reports, repeated questions, and parts of states."""
         effects = self.reports.tick(now, self.version)
         if self.shard is not None:
             effects += self.shard.tick(now)
@@ -154,7 +154,7 @@ class ShardHost:
         return effects
 
     def work(self, now: float) -> list[Send]:
-        """Do a little of what takes long."""
+        """Do a little long work, such as one tile of a sharded layer. Return the messages to send."""
         if self._replication is not None:
             self._replication.work()
         if self.shard is None:
@@ -168,7 +168,7 @@ class ShardHost:
     # ---- setting up
 
     def _set_up(self, sender: str, setup: Setup) -> list[Send]:
-        setup = msgspec.structs.replace(setup, facts=[])  # which are the coordinator's to compare
+        setup = msgspec.structs.replace(setup, facts=[])  # the coordinator compares the facts
         if self.shard is None:
             if self._source is not None and setup != self._source.setup:
                 return [
@@ -187,7 +187,7 @@ class ShardHost:
         return [Send(sender, SetupReply(self.shard.model.lacks_weights))]
 
     def _made(self, setup: Setup, sender: str) -> Shard:
-        """Make the shard, without numbers. Raises WireError if there can be no such model here."""
+        """Return a new shard without weights. Raises WireError if this server cannot hold the model or make its optimizer."""
         parts = ShardParts(self._context, self.plans, self.reports, self.checkpoint, self._progress)
         if self._policy.applies == "round":
             return SyncShard(parts, ShardModel(self._context, setup, sender, weight_versions.BUFFERS), self._replication)
@@ -196,7 +196,10 @@ class ShardHost:
     # ---- backups of shards on other servers (ps/replication/manager.py)
 
     def about_copies(self, sender: str, body: AboutCopies, frames: Frames, now: float) -> list[Send]:
-        """Take a message of the server that has the backup of this shard (BACKUP), or of the one whose backup is here."""
+        """Take a message of the backup (BACKUP), or of the server whose shard has a copy here. Return the messages to send.
+
+        Raises WireError if the message does not fit.
+        """
         if self._replication is None:
             raise WireError(f"{sender} keeps or has no copy here")
         effects = self._replication.handle(sender, body, frames)
@@ -205,7 +208,7 @@ class ShardHost:
         return effects + self._go_on(now) + self._replication.due(now)
 
     def changed(self, backup: bool, primary: bool, now: float) -> list[Send]:
-        """The server with the backup of this shard is another process, or the one whose backup is here."""
+        """Note that the backup, or the server whose shard has a copy here, is another process. Return the messages to send."""
         if self._replication is not None:
             self._replication.changed(backup, primary)
             if self.shard is not None:
@@ -216,7 +219,7 @@ class ShardHost:
         return self.shard.go_on(now) if self.shard is not None else []
 
     def _make_again(self, head: StateHeader) -> ShardState:
-        """Make the shard whose state is on its way from the backup."""
+        """Make the shard that the backup's header announces, and return the state to fill."""
         self.plans.segments[:] = head.segments
         if self.shard is None:
             self.shard = self._made(head.setup, BACKUP)
@@ -224,7 +227,7 @@ class ShardHost:
         return self.shard.model.state
 
     def _return(self, state: Incoming) -> None:
-        """Go on from the state that has come from the backup."""
+        """Continue from the state that has arrived from the backup. Raises UsageError if it does not fit."""
         head, shard = state.head, self.shard
         assert isinstance(shard, SyncShard)
         model = shard.model
@@ -244,16 +247,18 @@ class ShardHost:
     # ---- what is saved
 
     def take_checkpoint(self) -> CheckpointData | None:
-        """Return a checkpoint that is to be written, once."""
+        """Return the complete checkpoint to write, once, else None."""
         return self.checkpoint.take()
 
     def written(self, status: CheckpointStatus) -> list[Send]:
-        """A checkpoint is written, or could not be."""
+        """Return a message that tells the coordinator whether the checkpoint was written."""
         return self.checkpoint.written(status)
 
     def _send_model(self) -> list[Send]:
-        """Send the coordinator the parts of the model that it wants, once all updates before that round are done and no others.
-        By then every server has closed the rounds before it."""
+        """Return messages with the parts of the model that the coordinator wants, once the shard is exactly at their round.
+
+        By then every server has closed the rounds before, so sharded layers may finish their updates.
+        """
         round_, numbers = self._wanted
         shard = self.shard
         if not numbers or shard is None or round_ != shard.version or not shard.at_border or not shard.model.is_open:
