@@ -1,4 +1,4 @@
-"""What all parts of the coordinator share: the state of the run, its event log, and the way to send messages."""
+"""The context that all parts of the coordinator share: the state of the run, its event log, and the mailbox."""
 
 from __future__ import annotations
 
@@ -29,39 +29,42 @@ from roundtable.ps.coordinator.state.scheduler import Scheduler
 
 B = TypeVar("B", bound=Body)
 
-#: Seconds for all workers to join a run that goes on. It starts without the workers that do not.
+#: A resumed run waits this many seconds for all workers to join. Then it starts with those that have.
 _FEWER_S = 15.0
 
 
 @dataclass(frozen=True)
 class Received(Generic[B]):
-    """A message of a member. `route` is the way back, and `epoch` the newest membership epoch that the sender knows."""
+    """A message of a member."""
 
+    #: The route for an answer.
     route: bytes
     member: Member
     body: B
     frames: Frames
+    #: The newest membership epoch that the sender knows.
     epoch: int
+    #: When the message was read.
     now: float
 
 
 class Mailbox:
-    """Sends messages, to members by name, and to others by the route on which they asked."""
+    """Sends messages: to members by name, and to other processes by route."""
 
     def __init__(self, sock: zmq.Socket[bytes], stamp: Stamp, journal: GroupCommit) -> None:
         self._sock = sock
         self.stamp = stamp
         self._journal = journal
-        #: By name of the member.
+        #: By member: the route of its newest message.
         self.routes: dict[str, bytes] = {}
 
     def send(self, name: str, body: Body) -> None:
-        """Send `body` to a member, if it has been heard of here."""
+        """Send `body` to a member, if this coordinator has a route to it."""
         if name in self.routes:
             self.reply(self.routes[name], body)
 
     def reply(self, route: bytes, body: Body, run: str | None = None) -> None:
-        """Send `body` to whoever is at the end of `route`, as a message of `run` if that is another run's name."""
+        """Send `body` on `route`. If `run` is given, the message names that run instead of this one."""
         stamp = self.stamp if run is None else replace(self.stamp, run=run)
         send(self._sock, stamp.encode(body), to=route)
 
@@ -71,7 +74,7 @@ class Mailbox:
             self.send(f"server-{server}", body)
 
     def tell_members(self, news: Sequence[tuple[str, Body]], asker: bytes | None = None) -> None:
-        """Send what the membership says, to members by name and '' to `asker`, once the event log has it."""
+        """Send `news` to members by name; '' stands for the route `asker`. Promises are sent once the event log has them."""
         for name, body in news:
             to = self.routes.get(name) if name else asker
             if to is not None and isinstance(body, Welcome | MembershipUpdate | MembersLost):
@@ -81,7 +84,7 @@ class Mailbox:
 
 
 class RunContext:
-    """The state of one run, and how far it is."""
+    """The state of one run."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class RunContext:
         self.policy = policy
         self.run_dir = run_dir
         self.head = head
-        #: The run's name as people know it: without the part that tells it from itself before a restart.
+        #: The run's name for people, without the part that changes at each restart.
         self.run = head.run.partition(".")[0]
         self.membership = membership
         self.ledger = ledger
@@ -110,7 +113,7 @@ class RunContext:
         self.mail = mail
         #: When something of the run last moved.
         self.progressed_at = now
-        #: When the newest round was committed, once one was.
+        #: When the newest round was committed, or None before the first.
         self.committed_at: float | None = None
 
     @property
@@ -122,7 +125,7 @@ class RunContext:
     def may_go_on(self) -> bool:
         """Return whether more rounds may follow the known ones.
 
-        Scripts may loop over batches several times. None of them may have ended by itself.
+        They may if scripts have looped over batches several times and no script has ended by itself.
         """
         ended = any(worker.left and worker.ended_at >= 0 and not worker.failed for worker in self.membership.workers.values())
         return len(self.ledger.segments) > 1 and not ended
@@ -132,17 +135,17 @@ class RunContext:
         return bool(self.ledger.segments) and round_ >= self.ledger.segments[-1].end
 
     def enter_rows(self, now: float) -> None:
-        """Hand the event log the new rounds and contributions."""
+        """Hand the new rounds and contributions to the event log."""
         if self.journal.enter_rows():
             self.progressed_at = self.committed_at = now
 
     def enter(self, now: float) -> None:
-        """Hand the event log all that is new. Its next flush writes it to the disk."""
+        """Hand all new rows and state to the event log. Its next flush writes them to the disk."""
         self.enter_rows(now)
         self.journal.enter_state()
 
     def flush(self) -> None:
-        """Write the event log to the disk, and send the messages that were promised for then."""
+        """Write the event log to the disk, then send the promised messages."""
         now = time.monotonic()
         self.enter(now)
         for route, body in self.journal.flush(now):
@@ -152,7 +155,7 @@ class RunContext:
 def new_context(
     sock: zmq.Socket[bytes], settings: Settings, run_dir: Path, restored: RestoredRun | None, recovers: bool, now: float
 ) -> RunContext:
-    """Return the context of a new run, or of the run `restored`, whose coordinator has died if this one `recovers`."""
+    """Return the context of a new run, or of the run `restored`. With `recovers` that run's coordinator has died."""
     head = RunHeader(
         run=new_run() if restored is None else restored.head.run,
         incarnation=new_incarnation() if restored is None else restored.head.incarnation + 1,
@@ -167,8 +170,8 @@ def new_context(
     if restored is not None:
         ledger = restored.ledger
         if not policy.is_local:
-            membership.fewer_after_s = _FEWER_S  # by now there may be fewer workers on purpose
-        if not restored.tables:  # the processes that join say what the model and the plan are
+            membership.fewer_after_s = _FEWER_S  # the user may have started fewer workers this time
+        if not restored.tables:  # workers that join send the model and the plan again
             ledger.go_on(settings)
     journal = GroupCommit(run_dir, head, membership, ledger, now)
     mail = Mailbox(sock, Stamp(sender="coordinator", run=head.run, incarnation=head.incarnation), journal)

@@ -1,6 +1,6 @@
 """The coordinator process: a loop that moves messages between its socket and its parts. It needs no torch.
 
-`parts/` has one file for each thing that the coordinator does, and `state/` the state machines that they share.
+`parts/` has one file for each task of the coordinator. `state/` has the state machines that the parts share.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ from roundtable.ps.coordinator.results import summarized_run
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
+#: Milliseconds between two ticks.
 TICK_MS = 50
-#: Seconds between two writings of the status of all members to the event log.
+#: Seconds after which the status of all members is written to the event log again.
 _STATUS_S = 0.25
 
 Handler = Callable[[Received[Any]], None]
@@ -66,10 +67,10 @@ class Coordinator:
         recovers: bool = False,
         late_s: float | None = None,
     ) -> None:
-        """Begin a run, or go on with the run `restored`.
+        """Begin a new run, or continue the run `restored`.
 
-        The processes of that run restart. If this coordinator `recovers`, they do not: it takes the place of a coordinator
-        that has died. With `late_s` that run is over, and as many processes as it had may ask for so long.
+        If this coordinator `recovers` the run, it replaces one that has died, and the other processes stay. Otherwise all
+        processes of the run restart. If `late_s` is given, the run may be over: its processes have `late_s` seconds to ask.
         """
         now = time.monotonic()
         self._sock = sock
@@ -116,6 +117,10 @@ class Coordinator:
     # ---- the loop
 
     def run(self) -> None:
+        """Run the loop until the run ends, and write its results.
+
+        Raises RestartRun, Stopped, or the PsError that says why the run failed.
+        """
         if self.farewell.stop is not None:
             self.farewell.end_as_decided(self.farewell.stop)
             return
@@ -153,7 +158,7 @@ class Coordinator:
         self.farewell.say(Stop(True))
 
     def drain(self) -> None:
-        """Handle the messages that have come in, for about as long as a heartbeat at most."""
+        """Handle the messages that have come in, for about HEARTBEAT_S at most."""
         until = time.monotonic() + HEARTBEAT_S
         while time.monotonic() < until:
             frames: list[zmq.Frame] | None = []
@@ -176,14 +181,14 @@ class Coordinator:
         self.drain()
 
     def _take(self, frames: list[zmq.Frame]) -> Standing:
-        """Handle one message. Return what its sender is. Raise WireError if the message is rejected."""
+        """Handle one message. Return the sender's standing. Raises WireError if the message is rejected."""
         if len(frames) < 2:
             raise WireError("a message has no header", "malformed")
         try:
             envelope = self.context.mail.stamp.open(frames[1].buffer, joining=True)
         except ForeignRun as error:
             if error.run.partition(".")[0] == self.context.run:  # the sender has not heard of the restart
-                self.context.mail.reply(frames[0].bytes, Stop(False, "the run has begun anew.", restart=True), error.run)
+                self.context.mail.reply(frames[0].bytes, Stop(False, "the run has restarted.", restart=True), error.run)
             raise
         self.handle(frames[0].bytes, envelope, frames[2:])
         if envelope.run:
@@ -191,7 +196,7 @@ class Coordinator:
         return Standing.JOINING if self.context.membership.knows(envelope.incarnation) else Standing.STRANGER
 
     def tick(self, now: float) -> None:
-        """Do what is due. Raise BeginAnew, Stopped or ClusterError if the run ends."""
+        """Do everything that is due. Raises RestartRun, Stopped or ClusterError if the run ends."""
         context = self.context
         context.mail.tell_members(context.membership.tick(now, self.joining.is_dead))
         self.stopping.let_leave(now)
@@ -228,7 +233,7 @@ class Coordinator:
     # ---- messages
 
     def handle(self, route: bytes, envelope: Envelope, frames: Frames) -> None:
-        """Answer one message. Raise WireError if it is rejected."""
+        """Answer one message. Raises WireError if it is rejected."""
         now = time.monotonic()
         if not envelope.run:
             self._hello(route, envelope, now)
@@ -238,7 +243,7 @@ class Coordinator:
         if member is None or member.incarnation != envelope.incarnation:
             why = f"{envelope.sender} is not a member of the run; it joins again as another."
             context.mail.reply(route, Stop(False, why, restart=True))
-            raise WireError(f"{envelope.sender} is not a member of this run, or another process than the one that is", "sender")
+            raise WireError(f"{envelope.sender} is not a member of this run, or is another process of that name", "sender")
         body = envelope.read()
         handler = self._handlers[member.hello.role].get(type(body))
         if handler is None:
@@ -264,7 +269,7 @@ class Coordinator:
             self.farewell.answer(route, envelope.incarnation)
 
     def _all_handlers(self) -> dict[str, dict[type[Body], Handler]]:
-        """Return who handles which message of a server or of a worker that has joined."""
+        """Return by role of the sender and type of message the method that handles it."""
         servers: dict[type[Body], Handler] = {
             Heartbeat: self._heartbeat,
             Report: self._report,
@@ -324,7 +329,7 @@ class Coordinator:
         self.context.mail.send(body.owner, body)
 
     def _progress(self) -> float | None:
-        """Return when something last moved. The watchdog's thread calls it."""
+        """Return when something last moved, or None before the run starts. The watchdog's thread calls this."""
         return self.context.progressed_at if self.context.membership.started else None
 
 

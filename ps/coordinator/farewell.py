@@ -1,4 +1,4 @@
-"""The end of a run: telling all members, and those that ask later."""
+"""The end of a run: the coordinator tells all members, and processes that ask later."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from roundtable.ps.coordinator.parts.stopping import Stopping
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
-#: Seconds in which members are told that the run is over, before the coordinator leaves.
+#: Seconds for which the coordinator tells members that the run is over, before it leaves.
 _FAREWELL_S = 1.0
-#: The same before a restart: a member that has not heard is told by the next coordinator.
+#: The same before a restart. It is short, because the next coordinator tells members that have not heard.
 _RESTART_S = 0.1
 
 
 class RestartRun(Exception):
-    """The run is to go on from its newest checkpoint. All processes restart, this one too."""
+    """Raised if the run must go on from its newest checkpoint. All processes restart, this one too."""
 
 
 class Farewell:
-    """Knows how the run has ended, and says so."""
+    """Records how the run has ended, and tells members and late processes."""
 
     def __init__(
         self, context: RunContext, failover: Failover, stopping: Stopping, listen: Callable[[], None], late_s: float | None
@@ -48,12 +48,15 @@ class Farewell:
 
     def answer(self, route: bytes, incarnation: int) -> None:
         """Tell a process that comes too late how the run has ended."""
-        if self.stop is not None and not self.stop.restart:  # after a restart it asks the next coordinator
+        if self.stop is not None and not self.stop.restart:  # before a restart, let the process ask the next coordinator
             self._late.add(incarnation)
             self._context.mail.reply(route, self.stop)
 
     def end_as_decided(self, stop: Stop) -> None:
-        """End as the coordinator before has ended the run. It may have died before all members heard of that."""
+        """End the run as the coordinator before did, which may have died before all members heard.
+
+        Raises RestartRun, RunStopped or ClusterError if the run did not end well.
+        """
         self.tell(stop)
         if stop.restart:
             raise RestartRun(stop.reason)
@@ -61,13 +64,13 @@ class Farewell:
             raise (RunStopped if stop.on_request else ClusterError)(stop.reason)
 
     def restart(self, reason: str) -> None:
-        """Have all members restart, from the newest checkpoint."""
+        """Make all members restart from the newest checkpoint."""
         self._context.log.event(Event("restarted", "coordinator", {"reason": reason}))
         log.warning("all restart, from the newest checkpoint: %s", reason)
         self.say(Stop(False, reason, restart=True))
 
     def say(self, stop: Stop) -> None:
-        """Write down how the run has ended, and tell all members."""
+        """Write to the event log how the run has ended, and tell all members."""
         self._context.log.event(Event("stopped", "coordinator", msgspec.structs.asdict(stop)))
         self._context.flush()
         self.tell(stop)
@@ -90,7 +93,7 @@ class Farewell:
             self._context.log.close()
 
     def _awaits_late_ones(self, waited_s: float) -> bool:
-        """Return whether another process may yet ask about a run that is over."""
+        """Return whether another process may still ask about a run that is over."""
         settings = self._context.settings
         heard, expected = len(self._context.mail.routes) + len(self._late), settings.servers + settings.workers
         return self._late_s is not None and waited_s < self._late_s and heard < expected and not self._stopping.signal

@@ -1,4 +1,4 @@
-"""Writing the event log, and sending what was promised once it is on the disk."""
+"""Group commit: writes the event log, then sends the messages that depend on what was written."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
-#: Seconds that a process waits at most to hear that the event log is written.
+#: At most this many seconds pass before a promised message is sent.
 _PROMISE_S = 0.1
 #: Seconds between two alarms if the event log cannot be written.
 ALARM_S = 30.0
 
 
 class GroupCommit:
-    """Writes to the event log in `run_dir`. Times are the coordinator's clock's, in seconds."""
+    """Writes to the event log in `run_dir`. Times are those of the coordinator's clock, in seconds."""
 
     def __init__(self, run_dir: Path, head: RunHeader, membership: Membership, ledger: Ledger, now: float) -> None:
         self.log = RunLog(run_dir / FILE_NAME)
@@ -31,16 +31,16 @@ class GroupCommit:
         self._state_writer = StateWriter()
         #: (route, message) to send when the event log is on the disk.
         self._promises: list[tuple[bytes, Body]] = []
-        #: Whether a process cannot go on without such a message.
+        #: True if a process cannot go on without one of these messages.
         self.is_urgent = False
-        #: Since when the event log cannot be written, if so.
+        #: Since when the event log cannot be written, or None if it can.
         self.unwritten_since: float | None = None
         #: When that was last reported.
         self._alarmed_at = float("-inf")
         self._flushed_at = now
 
     def promise(self, route: bytes, body: Body, urgent: bool = False) -> None:
-        """Have `flush` return `body` once the event log is on the disk. With `urgent`, a flush should come at once."""
+        """Queue `body`, which `flush` returns once the event log is on the disk. With `urgent`, the flush should come at once."""
         self._promises.append((route, body))
         self.is_urgent |= urgent
 
@@ -50,11 +50,11 @@ class GroupCommit:
         self.log.event(Event("warning", "coordinator", {"text": text}))
 
     def forget(self, worker: Member) -> None:
-        """Keep no more than the name of a worker that never took part."""
+        """Keep in the event log only the name of a worker that never took part."""
         self._state_writer.forget(self.log, worker)
 
     def enter_rows(self) -> bool:
-        """Hand the event log the ledger's new rows. Return whether rounds are among them."""
+        """Hand the ledger's new rows to the event log. Return whether rounds are among them."""
         rounds, contributions = self._ledger.new_rounds, self._ledger.new_contributions
         self._ledger.new_rounds, self._ledger.new_contributions = [], []
         for row in rounds:
@@ -66,21 +66,21 @@ class GroupCommit:
             )
             if c.outcome == "dropped in part":
                 self.warn(
-                    f"micro-batch {c.lo} of round {c.round} is not finite from all weights it was computed from, "
-                    f"and so some of its gradient was left out, that of {c.worker}, and some applied."
+                    f"micro-batch {c.lo} of round {c.round} was computed from different weights, and not every result is finite: "
+                    f"some servers dropped the gradient of {c.worker}, and others applied another one."
                 )
         return bool(rounds)
 
     def enter_state(self) -> None:
-        """Hand the event log all other state that is new. Its next flush writes that to the disk."""
+        """Hand all other new state to the event log. Its next flush writes that to the disk."""
         self._state_writer.write(self.log, self._head, self._membership, self._ledger)
 
     def is_due(self, now: float) -> bool:
-        """Return whether a process has waited for a flush for long enough."""
+        """Return whether a promised message has waited long enough for a flush."""
         return bool(self._promises) and now >= self._flushed_at + _PROMISE_S
 
     def flush(self, now: float) -> list[tuple[bytes, Body]]:
-        """Write what was entered to the disk. Return the promises, or none if that fails: processes that wait ask again."""
+        """Write the event log to the disk. Return the promised messages, or none if that fails: waiting processes ask again."""
         self._flushed_at = now
         promises, self._promises, self.is_urgent = self._promises, [], False
         try:

@@ -1,4 +1,4 @@
-"""Starting a coordinator: at a run's beginning, in place of one that has died, or to go on from a checkpoint."""
+"""Starts a coordinator: for a new run, in place of a coordinator that has died, or to resume a run from a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ log = logging.getLogger("roundtable.ps.coordinator")
 
 T = TypeVar("T")
 
-#: Seconds for the old address of a coordinator to become free.
+#: Seconds to wait for the old coordinator's address to become free.
 _REBIND_S = 5.0
-#: Seconds for all servers and workers to hear that the run has finished, which were started as if it had not: on a busy machine
-#: it takes them long to start. Once all have heard, nobody waits.
+#: Seconds for servers and workers of a finished run, which were started again, to hear that it has finished. They may be slow to
+#: start on a busy machine. The wait ends when all have heard.
 _LATE_S = 60.0
 
 
@@ -47,13 +47,16 @@ def serve(
     accept_versions: bool = False,
     signals: Sequence[signal.Signals] = (),
 ) -> None:
-    """Coordinate one run, listening at `bind`, with its event log and results in `run_dir`. `how` says what is done with what is
-    there. The newest checkpoint to resume from may be of another version of this program or of torch only if `accept_versions`.
+    """Coordinate one run, listening at `bind`. Return when the run has finished and its results are written.
 
-    One that recovers a run is at the address of the coordinator before it, if `bind` leaves the port open. Writes the address it
-    listens at to run_dir/address. Returns when the run has finished and its results are written.
-    The first of `signals` that comes has it stop, with a checkpoint, and a second one at once. Raises UsageError where it cannot
-    listen, read or write, ClusterError where the run failed, naming who and why, and Stopped where one of `signals` has come.
+    The event log and the results are in `run_dir`. `how` says whether to begin, recover or resume a run there. A checkpoint of
+    another version of this program or of torch is resumed from only if `accept_versions` is True.
+
+    A coordinator that recovers a run takes the port of the one before it, if `bind` leaves the port open. The coordinator writes
+    its address to run_dir/address. The first of `signals` stops the run after a checkpoint, the second one at once.
+
+    Raises UsageError if it cannot listen, read or write. Raises ClusterError, which names the process and the reason, if the run
+    fails. Raises Stopped if one of `signals` has come.
     """
     allow_files(settings.workers + settings.servers)
     restored, warning = None, ""
@@ -70,7 +73,7 @@ def serve(
             make_run_dir(run_dir)
             patience_s = _LATE_S if how == "nothing" else None
             coordinator = Coordinator(sock, settings, run_dir, restored, recovers=how != "resume", late_s=patience_s)
-            if how == "resume":  # of a run that had finished, and is to go on for longer
+            if how == "resume":  # the run may have finished before, and go on for longer now
                 for name in (SUMMARY_FILE, MODEL_FILE):
                     (run_dir / name).unlink(missing_ok=True)
             address = advertised(bound, "tcp://127.0.0.1:1")
@@ -91,9 +94,11 @@ def serve(
 
 
 def run_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[RestoredRun, str]:
-    """A run that goes on from its newest checkpoint, put back to there, and a warning of other versions, '' if none.
+    """Return the run in `run_dir`, rolled back to its newest checkpoint, and a warning about other versions, '' if none.
 
-    What was begun after it is removed. Raises UsageError if there is no run, or one of other versions."""
+    Files of later checkpoints are removed. Raises UsageError if there is no run. Unless `accept_versions` is True, also raises
+    UsageError if the checkpoint is of other versions.
+    """
     found, problems = newest(run_dir)
     warning = check_versions(found, accept_versions) if found is not None else ""
     for problem in problems:
@@ -108,7 +113,7 @@ def run_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Restore
 
 
 def run_to_recover(run_dir: Path) -> RestoredRun | None:
-    """A run whose coordinator has died, if there is one. Checkpoints that were under way are removed."""
+    """Return the run whose coordinator has died, or None if there is none. Remove its unfinished checkpoints."""
     restored = restore(run_dir / FILE_NAME)
     if restored is not None:
         for folder in set(folders(run_dir)) - set(finished(run_dir)):
@@ -125,14 +130,17 @@ def _check_same(settings: Settings, restored: RestoredRun, run_dir: Path) -> Non
 
 
 def _address_of_old(bind: str, file: Path) -> str:
-    """`bind` with the port that the others know, if it names none."""
+    """Return `bind` with the old coordinator's port from `file`, if `bind` names no port."""
     if not bind.endswith(":0") or not file.exists():
         return bind
     return f"{bind.removesuffix(':0')}:{file.read_text(encoding='utf-8').strip().rpartition(':')[2]}"
 
 
 def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zmq.Socket[bytes], str]:
-    """A socket at `bind`, which may be in use for a moment yet by a process that has just died."""
+    """Return a socket at `bind` and its address. Retry for `patience_s` seconds: a process that has just died may hold the port.
+
+    Raises UsageError if that fails.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         try:
@@ -144,7 +152,7 @@ def _listen(context: zmq.Context[Any], bind: str, patience_s: float) -> tuple[zm
 
 
 def _meanwhile(sock: zmq.Socket[bytes], work: Callable[[], T]) -> T:
-    """Return what `work` returns on another thread. Tell processes to wait that ask to join meanwhile."""
+    """Run `work` on another thread and return its result. Meanwhile tell processes that ask to join to wait."""
     stamp = Stamp(sender="coordinator")
     with ThreadPoolExecutor(1) as thread:
         result = thread.submit(work)

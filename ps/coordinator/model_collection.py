@@ -1,10 +1,10 @@
-"""How the coordinator gets the trained model: it asks the servers for their parts, and says where their bytes belong.
+"""Collects the trained model: asks the servers for its parts, and says where their bytes belong.
 
-A state machine without a socket, a clock or a disk. Invariants:
+`ModelCollection` is a state machine without a socket, a clock or a disk. Invariants:
 
 - a part is taken once, and only from the server that has it, while that server is asked for it;
-- no more bytes than the credit are on their way, or one part of each server;
-- a missing part is asked for again, so a server that replaces another is asked too.
+- at most the credit's bytes are under way, or one part of each server;
+- a missing part is asked for again, so a replacement server is asked too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.ps.model_parts import Part, Span, parts_on, spans
 
-#: Bytes that may be on their way from one server.
+#: At most this many bytes are under way from one server.
 CREDIT_BYTES = 8 << 20
-#: Bytes that may be on their way from all servers.
+#: At most this many bytes are under way from all servers.
 ALL_BYTES = 64 << 20
-#: Parts for which a server is asked at once, at most.
+#: A server is asked for at most this many parts at once.
 _MOST_PARTS = 1000
-#: The longest time, in seconds, after which parts are asked for again.
+#: The wait before parts are asked for again doubles up to this many seconds.
 _LONGEST_S = 20.0
 
 
@@ -32,17 +32,18 @@ _LONGEST_S = 20.0
 class _Server:
     """The state of one server's parts."""
 
-    #: Parts that are missing, by number.
+    #: By number: the parts that are missing.
     missing: dict[int, Part]
-    #: Bytes of the parts for which the server is asked, by number.
+    #: By number: the bytes of the parts for which the server was asked.
     asked: dict[int, int] = field(default_factory=dict)
-    #: When the server is asked again.
+    #: When to ask the server again.
     again_at: float = float("-inf")
+    #: Seconds to wait after the next request.
     patience_s: float = SEND_AGAIN_S
 
 
 class ModelCollection:
-    """Collects the model as it is when `round_` rounds are applied, and nothing else."""
+    """Collects the model as it is after exactly `round_` rounds."""
 
     def __init__(self, layout: Layout, round_: int) -> None:
         self.round = round_
@@ -56,11 +57,11 @@ class ModelCollection:
 
     @property
     def missing(self) -> list[int]:
-        """Return the servers of which a part is missing."""
+        """Return the servers that have not sent all their parts."""
         return [number for number, server in self._servers.items() if server.missing]
 
     def ask(self, now: float) -> list[tuple[int, SendModel]]:
-        """Return what to ask of which server now."""
+        """Return (server, request) for each server to ask now."""
         out = []
         under_way = sum(sum(server.asked.values()) for server in self._servers.values())
         for number, server in self._servers.items():
@@ -77,12 +78,12 @@ class ModelCollection:
         return out
 
     def replaced(self, server: int) -> None:
-        """Another process is in the place of a server, which was asked for nothing yet."""
+        """Note that another process replaces a server and must be asked at once."""
         one = self._servers[server]
         one.again_at, one.patience_s = float("-inf"), SEND_AGAIN_S
 
     def _next(self, server: _Server, room: int) -> Iterator[int]:
-        """Parts to ask for besides those that are asked for."""
+        """Yield the parts for which the server may be asked as well, within its credit and `room` bytes."""
         under_way, count = sum(server.asked.values()), len(server.asked)
         for number, part in server.missing.items():
             if number in server.asked:
@@ -93,28 +94,28 @@ class ModelCollection:
             under_way, room, count = under_way + part.bytes, room - part.bytes, count + 1
 
     def take(self, server: int, body: ModelPart, frames: Frames) -> list[tuple[Span, memoryview]]:
-        """The bytes of a part, and where they belong. It is missing until `took` says that they are there.
+        """Return the bytes of a part and the places where they belong. The part stays missing until `took` is called.
 
-        Raises WireError for a part that nobody was asked for, or that has not its size.
+        Raises WireError if the server was not asked for the part, or if the part has the wrong size.
         """
         one = self._servers.get(server)
         if one is None or body.round != self.round or body.part not in one.asked:
-            raise WireError(f"server-{server} hands in part {body.part} of round {body.round}, which it is not asked for")
+            raise WireError(f"server-{server} sent part {body.part} of round {body.round}, which it was not asked for")
         part = one.missing[body.part]
         data = [bytes_of(frame) for frame in frames]
         if sum(frame.nbytes for frame in data) != part.bytes:
-            raise WireError(f"part {body.part} of server-{server} has not the {part.bytes} bytes that belong to it")
+            raise WireError(f"part {body.part} of server-{server} has not its {part.bytes} bytes")
         return list(_cut(data, spans(self._layout, server, part)))
 
     def took(self, server: int, body: ModelPart) -> None:
-        """What `take` gave is where it belongs."""
+        """Note that the bytes that `take` returned are written."""
         one = self._servers[server]
         del one.missing[body.part], one.asked[body.part]
         one.patience_s = SEND_AGAIN_S
 
 
 def _cut(data: Sequence[memoryview], places: Iterator[Span]) -> Iterator[tuple[Span, memoryview]]:
-    """The same bytes, which are as many as `places` have, cut at their ends as well."""
+    """Yield the bytes of `data` cut at the ends of `places` as well, each with its place. `places` has as many bytes."""
     left = iter(data)
     frame = memoryview(b"")
     for place in places:

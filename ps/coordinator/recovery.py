@@ -1,9 +1,9 @@
-"""Restoring a run from its event log, when its coordinator starts again.
+"""Restores a run from its event log when its coordinator starts again.
 
-The event log, `common/storage/event_log.py`, has rounds, contributions and metrics as rows, and the rest as `state`. The
-coordinator writes every promise (an acknowledged report, a name, a plan) to the log before it sends the promise. Some things are
-not in the log, because servers and workers say them anew: where they are, what they wait for, and what was decided for the open
-round (`ps/coordinator/state/ledger.py`).
+The event log (`common/storage/event_log.py`) has rounds, contributions and metrics as rows, and everything else as `state`. The
+coordinator writes every promise (an acknowledged report, a name, a plan) to the log before it sends the promise. Some state is
+not in the log, because servers and workers send it again: their addresses, what they wait for, and decisions on the open round
+(`ps/coordinator/state/decisions.py`).
 """
 
 from __future__ import annotations
@@ -37,23 +37,21 @@ from roundtable.ps.coordinator.summary_metrics import Measured, measured
 
 
 class RunHeader(msgspec.Struct, frozen=True):
-    """The run and the coordinator whose event log this is.
-
-    Every coordinator of a run has a higher `incarnation` than the one before it. `resume` is the round of the checkpoint that its
-    processes began from, -1 if they began from nothing.
-    """
+    """The run of an event log, and its coordinator."""
 
     run: str
+    #: Higher than that of the coordinator before.
     incarnation: int
     host: str
     settings: Settings
+    #: The round of the checkpoint from which the run's processes began, or -1 if they began without one.
     resume: int = -1
-    #: Of the tickets by which names are known.
+    #: The key with which members' tickets are made.
     key: bytes = b""
 
 
 class SavedMember(msgspec.Struct, frozen=True):
-    """A member, as the event log has it, so that the next coordinator knows it again."""
+    """A member as the event log has it, for the next coordinator. See `Member` for the attributes."""
 
     hello: Hello
     incarnation: int
@@ -67,39 +65,42 @@ class SavedMember(msgspec.Struct, frozen=True):
 
 @dataclass
 class RestoredRun:
-    """What `restore` found. Times are unix seconds."""
+    """A run as `restore` found it in the event log. Times are unix seconds."""
 
     head: RunHeader
     ledger: Ledger
     members: dict[str, SavedMember] = field(default_factory=dict)
-    #: Empty where the run has not started.
+    #: The share tables. Empty if the run has not started.
     tables: list[ShareTable] = field(default_factory=list)
-    #: (incarnation of the worker, number) of all metrics in the log, and the newest accuracy that a script measured.
+    #: (incarnation of the worker, number) of all metrics in the log.
     metrics: set[tuple[int, int]] = field(default_factory=set)
+    #: The newest accuracy that a script measured.
     accuracy: Measured | None = None
-    #: Sentences on workers whose script has failed and that the run goes on without; how many `worker_failures` has admitted.
+    #: A sentence on each worker whose script has failed and without which the run goes on.
     failed: list[str] = field(default_factory=list)
+    #: How many failures `worker_failures` has admitted.
     admitted: int = 0
-    #: When the first plan was made, and when the newest round was committed.
+    #: When the first plan was made.
     planned_at: float | None = None
+    #: When the newest round was committed.
     committed_at: float | None = None
-    #: Samples of the rounds before that of `head.resume`.
+    #: Samples of the rounds before `head.resume`.
     samples_before: int = 0
-    #: The hash of the model that was written when all rounds were done, and after how many, if that was so.
+    #: The hash of the trained model's parameters and the number of its rounds, if the model was written.
     model: tuple[str, int] | None = None
-    #: How the run has ended, if it has.
+    #: How the run has ended, or None if it has not.
     stop: Stop | None = None
 
 
 class StateWriter:
-    """Writes what has changed of a run's state to the event log."""
+    """Writes changes of a run's state to the event log."""
 
     def __init__(self) -> None:
         #: The values that were last written, by kind and key.
         self._written: dict[tuple[str, str], Any] = {}
 
     def write(self, log: RunLog, head: RunHeader, membership: Membership, ledger: Ledger) -> None:
-        """Hand `log` what is new. Its next flush writes that to the disk."""
+        """Hand new state to `log`. Its next flush writes that to the disk."""
         for kind, key, value in _state(head, membership, ledger):
             if self._written.get((kind, key)) != value:
                 self._written[kind, key] = value
@@ -134,19 +135,19 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
 
 
 def new_run(before: str = "") -> str:
-    """Return a name for a run, or another name for the run `before`, whose processes all restart."""
+    """Return a name for a new run, or the next name of the run `before`, whose processes all restart."""
     return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
 
 
 def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
     """Return the run in the event log at `path`, or None if no coordinator has written one.
 
-    With `upto`, put the event log back to what it was when the rounds below were committed and no other. Rows of later rounds
-    are deleted for good, with what servers have reported of them, and count as computed again. The members and plans are
-    forgotten too, but for plans that rounds before `upto` need: the processes that make those rounds anew say all that
-    themselves. The run gets another name. A crash leaves all of that done or nothing.
+    With `upto`, roll the event log back to the moment when exactly the rounds below `upto` were committed. Rows and reports of
+    later rounds are deleted for good, and their micro-batches count as computed again. Members and plans are forgotten, except
+    plans that rounds before `upto` need: the restarted processes send their own. The run gets another name. A crash leaves all of
+    that done or nothing.
 
-    Raise UsageError if the file cannot be read, or if rounds below `upto` are missing from it.
+    Raises UsageError if the file cannot be read, or if rounds below `upto` are missing from it.
     """
     if not path.exists():
         return None
@@ -154,7 +155,7 @@ def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
         with closing(sqlite3.connect(path, isolation_level=None) if upto is None else connect_to_write(path)) as db:
             if upto is None:
                 return _read(db)
-            db.execute("BEGIN IMMEDIATE")  # undone with the connection where an error is raised
+            db.execute("BEGIN IMMEDIATE")  # if an error is raised, closing the connection rolls this back
             _put_back(db, path, upto)
             restored = _read(db)
             if restored is not None:
@@ -179,7 +180,7 @@ def _put_back(db: sqlite3.Connection, path: Path, upto: int) -> None:
     (micro_batches,) = db.execute(query, (upto,)).fetchone()
     for table in ("rounds", "contributions", "metrics"):
         db.execute(f"DELETE FROM {table} WHERE round >= ?", (upto,))
-    db.execute("DELETE FROM status")  # names are other processes' from now on
+    db.execute("DELETE FROM status")  # other processes get the names from now on
     db.execute("DELETE FROM state WHERE kind IN ('reported', 'pending', 'dropped')")
     db.execute("DELETE FROM events WHERE kind = 'stopped'")
     data = json.dumps({"to": upto, "rounds": rounds, "micro_batches": micro_batches})
@@ -199,7 +200,7 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
         ledger.set_up(setup)
     ledger.facts = state("told", FirstFacts)
     plans = state("plan", Segment)
-    # the plans of rounds before `head.resume` may not have been told again since all restarted
+    # since the restart no worker may have sent the plans of rounds before `head.resume` again
     ledger.segments = _in_order({**state("planned", Segment), **plans})
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
@@ -243,10 +244,10 @@ def _in_order(segments: dict[str, Segment]) -> list[Segment]:
 
 
 def _count(db: sqlite3.Connection, restored: RestoredRun) -> None:
-    """Count what there are many rows of without reading each."""
+    """Fill in the counts that come from many rows, without reading each row."""
     counts = "SELECT outcome, staleness, count(*), sum(micro_batches) FROM contributions GROUP BY outcome, staleness"
     for row in db.execute(counts):
         restored.ledger.count(*row)
     restored.metrics = set(db.execute("SELECT DISTINCT incarnation, number FROM metrics"))
-    query = "SELECT DISTINCT worker FROM contributions WHERE round >= ?"  # names from before are other processes'
+    query = "SELECT DISTINCT worker FROM contributions WHERE round >= ?"  # earlier rows have names of other processes
     restored.ledger.contributors = {worker for (worker,) in db.execute(query, (restored.head.resume,))}

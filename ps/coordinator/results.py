@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the trained model and the summary, each written whole or not at all."""
+"""The results of a finished run: the trained model and the summary, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from roundtable.common.storage.run_files import MODEL_FILE, SUMMARY_FILE
 from roundtable.common.storage.safetensors_header import BUFFERS, header, size_of
 from roundtable.ps.model_parts import Span
 
-#: Bytes after which what is written is waited for to be on the disk, so that it does not take long at the end; and bytes that are
-#: hashed at a time.
+#: After this many written bytes the file is synced to the disk, so that the end is quick; and bytes that are hashed at a time.
 _SYNC_BYTES, _HASH_BYTES = 64 << 20, 8 << 20
 
 
@@ -27,21 +26,26 @@ class ModelFile:
     def __init__(
         self, folder: Path, file: Sequence[InFile], sizes: Sequence[int], rules: Mapping[str, str] | None = None
     ) -> None:
-        """The file has the tensors in `file` (see ps/validation.py), and `rules` merge its buffers. Nothing is written yet."""
+        """Plan a file with the tensors in `file` (see `ps/validation.py`), without writing it.
+
+        `sizes` are the bytes of the model's tensors. `rules` say how buffers were merged, by their names in the file.
+        """
         self._path = folder / MODEL_FILE
         self._temporary = folder / (MODEL_FILE + ".tmp")
         self._file = file
         self._rules = json.dumps(rules or {})
-        #: Where each tensor begins, once for each of its names, by the number that `InFile` has for it.
+        #: By the tensor's number in `InFile`: the places in the file where it begins, one for each of its names.
         self._places: dict[int, list[int]] = {}
         #: Bytes of each tensor, by number.
         self._sizes = sizes
         #: Missing bytes of each tensor, by number.
         self._missing: dict[int, int] = {}
         self._digest = hashlib.sha256()
-        #: (number of the tensor, place in the file, length) of what is not hashed yet.
+        #: (number of the tensor, place in the file, length) of the bytes that are not hashed yet.
         self._to_hash: list[tuple[int, int, int]] = []
+        #: Bytes written since the last sync.
         self._unsynced = 0
+        #: True once the file has its name.
         self.complete = False
         #: SHA-256 over the bytes of the model's parameters in the order of their names, once it is complete.
         self.weights_sha256: str | None = None
@@ -56,7 +60,7 @@ class ModelFile:
         self._bytes = at
 
     def begin(self) -> None:
-        """Begin to write. Raise OSError if the file cannot be written."""
+        """Make the temporary file. Raises OSError if it cannot be written."""
         with self._temporary.open("wb") as out:
             out.truncate(self._bytes)
 
@@ -70,7 +74,7 @@ class ModelFile:
         return header(tensors, {"format": "pt", "weights_sha256": sha256, BUFFERS: self._rules})
 
     def write(self, pieces: Iterable[tuple[Span, memoryview]]) -> None:
-        """Write bytes where they belong, but not those of tensors that are not in the file. Raise OSError if that fails."""
+        """Write bytes where they belong. Skip tensors that are not in the file. Raises OSError if that fails."""
         with self._temporary.open("r+b", buffering=0) as out:
             done = []
             for span, data in pieces:
@@ -86,7 +90,7 @@ class ModelFile:
                 self._missing[span.of] -= span.length
 
     def hash_some(self) -> bool:
-        """Hash some of the bytes that are there. Return whether there are more."""
+        """Hash some of the bytes that have arrived. Return whether more can be hashed now."""
         if not self._to_hash or self._missing[self._to_hash[0][0]]:
             return False
         of, at, left = self._to_hash[0]
@@ -102,11 +106,11 @@ class ModelFile:
 
     @property
     def hashed(self) -> bool:
-        """Return whether all bytes are there and hashed, so that `finish` may be called."""
+        """Return whether all bytes have arrived and are hashed, so that `finish` may be called."""
         return not self.complete and not self._to_hash and not any(self._missing.values())
 
     def finish(self) -> None:
-        """Write the file to the disk, and give it its name. Raise OSError if that fails."""
+        """Write the file to the disk and give it its name. Raises OSError if that fails."""
         digest = self._digest.hexdigest()
         with self._temporary.open("r+b") as file:
             file.write(self._header(digest))
@@ -116,17 +120,17 @@ class ModelFile:
         self.complete, self.weights_sha256 = True, digest
 
     def revise(self, names: Sequence[str], values: Sequence[memoryview]) -> None:
-        """Replace tensors of the complete file. Meanwhile the file has not its name, so it is never there in part.
+        """Replace tensors of the complete file. Meanwhile the file has its temporary name, so no process reads a part of it.
 
-        Raise WireError if they are not the file's tensors or not of their size, and OSError if they cannot be written.
+        Raises WireError if a name or a size does not fit the file, and OSError if the file cannot be written.
         """
         if not self.complete or len(names) != len(values):
-            raise WireError("tensors were computed anew for a model that is not complete, or without their values")
+            raise WireError("tensors were recomputed for a model that is not complete, or sent without their values")
         known = {entry.name: entry.of[0] for entry in self._file if len(entry.of) == 1 and not entry.counts}
         for name, data in zip(names, values, strict=True):
             if name not in known or self._sizes[known[name]] != len(data):
-                raise WireError(f"'{name[:100]}' was computed anew, and is no tensor of the model's file for which that can be")
-        if self._path.exists():  # else this is tried again
+                raise WireError(f"'{name[:100]}' was recomputed, but the model's file has no such tensor that may be replaced")
+        if self._path.exists():  # if not, an earlier try failed half-way
             rename(self._path, self._temporary)
         with self._temporary.open("r+b", buffering=0) as out:
             for name, data in zip(names, values, strict=True):
@@ -136,12 +140,12 @@ class ModelFile:
         rename(self._temporary, self._path)
 
     def discard(self) -> None:
-        """Delete what was written: training goes on, so it is not the trained model any more."""
+        """Delete the file, because training goes on."""
         (self._path if self.complete else self._temporary).unlink(missing_ok=True)
 
 
 def rules_in(setup: Setup) -> dict[str, str]:
-    """Return what merges the buffers in the model's file, by their names there."""
+    """Return by name in the model's file the rule that merges each buffer."""
     known = dict(enumerate(setup.tensors))
     named = {entry.name: known[entry.of[0]] for entry in setup.file if len(entry.of) == 1 and entry.of[0] in known}
     return {name: spec.rule for name, spec in named.items() if spec.is_buffer}

@@ -1,4 +1,4 @@
-"""The numbers of a run's summary that say how well it went, each with what it is of."""
+"""The losses and accuracies in a run's summary, each with a text that says which samples it is of."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from roundtable.ps.coordinator.state.ledger import Ledger, Recent
 
 @dataclass(frozen=True)
 class Measured:
-    """An accuracy that a script logged outside of a batch, after `round` rounds. `held_out` is the number of samples that it is
-    over and that nobody trained on, where the script logged that with it."""
+    """An accuracy that a script logged outside of a batch."""
 
     value: float
+    #: The number of rounds before it was logged.
     round: int
+    #: The number of held-out samples that it is over, if the script logged that too.
     held_out: int | None = None
 
     @property
     def of(self) -> str:
-        """Say in a few words on which samples it was measured."""
+        """Return a few words on the samples and the round of the measurement."""
         what = "samples of the script's choice" if self.held_out is None else f"{self.held_out} held-out samples"
         return f"{what}, after round {self.round}"
 
@@ -36,8 +37,11 @@ def measured(values: Mapping[str, float | None], round_: int) -> Measured | None
 
 
 def results(ledger: Ledger, policy: Policy, accuracy: Measured | None) -> dict[str, Any]:
-    """`rounds` are global batches under every policy, `epochs` whole passes over the data. `loss` is what was logged in batches,
-    over the newest epoch's worth of rounds; so is `accuracy` where the script measured none."""
+    """Return the summary's entries on results.
+
+    `rounds` counts global batches under every policy. `epochs` counts whole passes over the data. `loss` is the mean of what
+    scripts logged in batches, over the newest epoch's worth of rounds. So is `accuracy` if no script measured one.
+    """
     rounds, epochs = ledger.done
     loss, trained = ledger.recent("loss"), ledger.recent("accuracy")
     found: dict[str, Any] = {"rounds": rounds}
