@@ -1,13 +1,14 @@
-"""When checkpoints are taken, and when one is complete.
+"""Decides when checkpoints are taken, and when one is complete.
 
-A state machine without a socket, a clock or a disk. A checkpoint is of a round that no server has reached yet. All servers are
-told of the round ahead of time, and each keeps its state when it gets there, while training goes on. Every server passes through
-the state between two rounds, so no messages need be stopped or recorded (compare Chandy and Lamport, "Distributed snapshots",
-1985). Invariants: at most one checkpoint is in progress; it is complete only when every server has written its file.
+`CheckpointScheduler` is a state machine without a socket, a clock or a disk. A checkpoint is of a round that no server has
+reached. The coordinator names the round to all servers ahead of time. Each server captures its state at that round, while
+training goes on. Every server passes through the state between two rounds, so no messages need be stopped or recorded (compare
+Chandy and Lamport, "Distributed snapshots", 1985). Invariants: at most one checkpoint is in progress; it is complete only when
+every server has written its file.
 
-A checkpoint may take as long as it needs, because rounds and files can be of any size. It is given up if a server does not
-answer for some time, or has reached the round and gets no further with its file. Before that the server waits for the
-training, which has a deadline of its own.
+A checkpoint may take as long as it needs, because rounds and files can be of any size. The coordinator gives it up if a server
+does not answer for some time, or has reached the round and makes no progress with its file. Before the round is reached, the
+server waits for training, which has a deadline of its own.
 """
 
 from __future__ import annotations
@@ -19,31 +20,32 @@ from dataclasses import dataclass, field
 from roundtable.common.protocol.messages.saving import CheckpointStatus, TakeCheckpoint
 from roundtable.common.protocol.transport import ASK_AGAIN_S
 
-#: A checkpoint is so many rounds ahead of the newest known round,
+#: A checkpoint's round is this many rounds ahead of the newest known round,
 _LEAD_ROUNDS = 2
-#: and so many seconds at the speed of the last rounds.
+#: plus the rounds of this many seconds at the last speed.
 _LEAD_S = 0.5
-#: How many times as far ahead the next try is at most, if a server had passed the round already.
+#: If a server had passed the round, the next try is twice as far ahead, up to this factor.
 _FURTHEST = 64
-#: Seconds after which a checkpoint is given up if a server gets no further.
+#: Seconds without progress of a server after which a checkpoint is given up.
 _PATIENCE_S = 120.0
 
 
 @dataclass
 class CheckpointInProgress:
-    """A checkpoint of `round` that servers write. With `final`, no worker is left."""
+    """A checkpoint that servers write."""
 
     round: int
     token: str
     began: float
+    #: True if no worker is left.
     final: bool
-    #: When all servers were last asked.
+    #: When servers were last asked.
     asked_at: float = float("-inf")
-    #: Since when all servers have reached the round.
+    #: Since when all servers have reached the round, or None.
     reached_at: float | None = None
-    #: What each server said last.
+    #: By server: its last status.
     said: dict[int, CheckpointStatus] = field(default_factory=dict)
-    #: When each server last said something new.
+    #: By server: when its status last changed.
     moved_at: dict[int, float] = field(default_factory=dict)
 
 
@@ -54,9 +56,9 @@ class CheckpointScheduler:
         self._every_s = every_s
         self._due_at = now + every_s
         self._lead_factor = 1
-        #: A checkpoint is wanted as soon as possible.
+        #: True if a checkpoint is wanted as soon as possible.
         self._hurries = False
-        #: A checkpoint has been completed since `hurry`.
+        #: True if a checkpoint has been completed since `hurry`.
         self.is_made = False
         #: The checkpoint in progress, if any.
         self.in_progress: CheckpointInProgress | None = None
@@ -64,14 +66,16 @@ class CheckpointScheduler:
         self.newest = -1
         #: Why the last try failed, or ''.
         self.failure = ""
+        #: The time and the round from which `_pace` is measured.
         self._pace_from = now, 0
+        #: Rounds per second.
         self._pace = 0.0
 
     def due(self, versions: Mapping[int, int], planned: int, ended: bool, now: float) -> int | None:
         """Return the round for which to begin a checkpoint now, or None.
 
-        `versions` are the servers' newest versions, and `planned` the known updates. With `ended`, no worker is left and nothing
-        moves any more.
+        `versions` has the servers' newest versions, and `planned` is the number of known updates. With `ended`, no worker is left
+        and no version changes any more.
         """
         if not self._every_s or self.in_progress is not None or not versions:
             return None
@@ -88,11 +92,11 @@ class CheckpointScheduler:
         return min(newest + self._lead_factor * lead, planned)
 
     def hurry(self, now: float) -> None:
-        """Have a checkpoint made of the end of the round in progress. `is_made` says when that is done."""
+        """Ask for a checkpoint of the end of the round in progress. `is_made` says when it is complete."""
         self._hurries, self.is_made, self._due_at, self.failure = True, False, now, ""
 
     def has_ended(self, round_: int) -> bool:
-        """Return whether no checkpoint is to come after the end of a run of `round_` rounds."""
+        """Return whether a run that ended after `round_` rounds needs no further checkpoint."""
         return self.in_progress is None and (not self._every_s or self.newest == round_ or bool(self.failure))
 
     def begin(self, round_: int, token: str, now: float, final: bool = False) -> None:
@@ -100,7 +104,10 @@ class CheckpointScheduler:
         self.in_progress, self.failure = CheckpointInProgress(round_, token, now, final), ""
 
     def ask(self, servers: Mapping[int, int], now: float) -> list[tuple[int, TakeCheckpoint]]:
-        """Return what to ask which of `servers` (by version) now. Servers that have not written are asked again."""
+        """Return (server, request) for each server that has not written its file, if it is time to ask again.
+
+        `servers` has the version of each server.
+        """
         in_progress = self.in_progress
         if in_progress is None or now < in_progress.asked_at + ASK_AGAIN_S:
             return []
@@ -116,7 +123,7 @@ class CheckpointScheduler:
         ]
 
     def note_status(self, server: int, saved: CheckpointStatus, now: float) -> None:
-        """Note what a server says of the checkpoint."""
+        """Note a server's status of the checkpoint."""
         in_progress = self.in_progress
         if in_progress is not None and saved.round == in_progress.round:
             if saved.state == "waits" or in_progress.said.get(server) != saved:
@@ -143,18 +150,18 @@ class CheckpointScheduler:
 
     def _is_late(self, in_progress: CheckpointInProgress, server: int, state: str, now: float) -> bool:
         since = in_progress.moved_at.get(server, in_progress.began)
-        if state == "writing":  # for which it may need that the others get there first
+        if state == "writing":  # its sharded layers may need the other servers to reach the round first
             since = max(since, now if in_progress.reached_at is None else in_progress.reached_at)
         return state != "written" and now > since + _PATIENCE_S
 
     def give_up(self) -> int:
-        """Give up the checkpoint in progress, and return its round. Another may be begun at once."""
+        """Give up the checkpoint in progress and return its round. Another one may begin at once."""
         assert self.in_progress is not None
         round_, self.in_progress = self.in_progress.round, None
         return round_
 
     def end(self, failure: str, now: float) -> None:
-        """End the checkpoint in progress: it is complete, or it failed for the reason `failure`."""
+        """End the checkpoint in progress. It is complete if `failure` is '', else it failed for that reason."""
         assert self.in_progress is not None
         missed = any(said.state == "missed" for said in self.in_progress.said.values())
         if not failure:

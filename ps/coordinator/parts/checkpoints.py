@@ -1,4 +1,4 @@
-"""Taking checkpoints: their folders, messages and manifests. The checkpoint scheduler says when."""
+"""Takes checkpoints: makes folders, sends messages, and writes manifests. The checkpoint scheduler decides when."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class CheckpointDriver:
         self._context = context
         self._departures = departures
         self.scheduler = CheckpointScheduler(context.settings.checkpoint_every, now)
-        #: The versions of what this process has loaded, whatever is installed meanwhile.
+        #: The versions of the packages that this process has loaded, whatever is installed later.
         self._versions = versions_here()
-        #: When a missing checkpoint was last reported.
+        #: When a failed checkpoint was last reported.
         self._failure_reported_at = float("-inf")
 
     def tick(self, now: float, is_stopping: bool) -> None:
-        """Begin a checkpoint that is due, ask for what the one in progress lacks, and finish it.
+        """Begin a checkpoint that is due, ask servers for missing files, and finish a complete checkpoint.
 
         With `is_stopping`, workers leave before the last round.
         """
@@ -69,7 +69,7 @@ class CheckpointDriver:
             self._end(in_progress, outcome, now)
 
     def note_status(self, message: Received[CheckpointStatus]) -> None:
-        """Note what a server says of its part of the checkpoint."""
+        """Note a server's status of its part of the checkpoint."""
         self.scheduler.note_status(number_of(message.member.name), message.body, message.now)
 
     def _begin(self, round_: int, now: float, final: bool) -> None:
@@ -84,10 +84,10 @@ class CheckpointDriver:
             self._tell_of_failure(self.scheduler.failure)
 
     def _end(self, in_progress: CheckpointInProgress, outcome: str, now: float) -> None:
-        """End a checkpoint that is complete, or that failed for the reason `outcome`."""
+        """End a checkpoint whose `outcome` is "complete", or the reason why it failed."""
         if outcome == "complete":
             if self._context.ledger.committed < in_progress.round:
-                return  # the ledger must have all that is in a checkpoint
+                return  # wait until the ledger has all rounds of the checkpoint
             outcome = self._finish(in_progress)
         if outcome:
             remove(folder_of(self._context.run_dir, in_progress.round))
@@ -96,7 +96,7 @@ class CheckpointDriver:
             self._tell_of_failure(outcome)
 
     def _finish(self, in_progress: CheckpointInProgress) -> str:
-        """Write the manifest once the event log is on the disk, and remove old checkpoints. Return why that failed, or ''."""
+        """Write the event log and then the manifest, and remove old checkpoints. Return why that failed, or ''."""
         context, round_ = self._context, in_progress.round
         assert context.ledger.setup is not None
         files = {file_of(server): FileEntry(said.sha256, said.bytes) for server, said in in_progress.said.items()}
@@ -114,7 +114,7 @@ class CheckpointDriver:
             context.log.flush()
             failpoint("completing", round_)
             write_manifest(folder_of(context.run_dir, round_), manifest)
-        except Exception as error:  # a checkpoint less must not end the run
+        except Exception as error:  # a failed checkpoint must not end the run
             return f"the checkpoint of round {round_} could not be finished: {error}."
         for old in folders(context.run_dir)[: -context.settings.keep_checkpoints]:
             remove(old)
@@ -125,7 +125,7 @@ class CheckpointDriver:
         return ""
 
     def _tell_of_failure(self, reason: str) -> None:
-        """Report once in a while that there is no checkpoint. The next try may soon fail for the same reason."""
+        """Warn once in a while that there is no checkpoint. The next try may soon fail for the same reason."""
         now = time.monotonic()
         if now >= self._failure_reported_at + ALARM_S:
             self._failure_reported_at = now

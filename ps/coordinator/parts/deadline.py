@@ -1,4 +1,4 @@
-"""When the run is given up: nothing has moved for too long, or nobody is left to move anything."""
+"""Gives a run up if nothing has moved for too long, or if no worker is left."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Deadline:
         self._fail_between_loops()
         behind = self._departures.behind_the_end()
         if model.is_complete and not behind:
-            context.progressed_at = now  # workers that are still there do something of their own, for as long as they like
+            context.progressed_at = now  # scripts may go on after the last round for as long as they like
             return
         idle_s, patience_s = now - context.progressed_at, context.settings.progress_timeout
         if idle_s <= patience_s or (not self._has_begun and idle_s <= context.settings.start_timeout):
@@ -62,7 +62,7 @@ class Deadline:
             )
 
     def _fail_between_loops(self) -> None:
-        """Raise ClusterError if nobody is left, more rounds may follow, and a script has failed."""
+        """Raise ClusterError if no worker is left, more rounds may follow, and a script has failed."""
         membership = self._context.membership
         nobody = not membership.names("worker") and not membership.awaits_workers
         if nobody and self._context.may_go_on and (failed := [w for w in membership.workers.values() if w.left and w.failed]):
@@ -70,9 +70,9 @@ class Deadline:
 
     @property
     def _has_begun(self) -> bool:
-        """Return whether any worker trains, or would if it reached all servers.
+        """Return whether any worker trains, or tries to reach servers.
 
-        Before that, the first worker may do something of its own, such as loading data.
+        Before that, the first worker may be busy outside of the run, such as with loading data.
         """
         members = self._context.membership.members.values()
         return bool(self._context.ledger.planned) or any(
@@ -95,7 +95,7 @@ class Deadline:
         return self._status.whom_all_wait_for() or "every process"
 
     def _missing(self) -> str:
-        """Say what each server has not got of its open round, as far as it has said so."""
+        """Return a text on the micro-batches that each server lacks of its open round, by its last heartbeat."""
         lacking = [(server.name, server.heartbeat) for server in self._context.scheduler.servers if server.heartbeat.missing]
         return "".join(
             f"; {name} is missing micro-batch{'es' * (len(last.missing) > 1)} {some([*map(str, last.missing)])} "

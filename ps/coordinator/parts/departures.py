@@ -1,4 +1,4 @@
-"""How workers leave: with their script's end, before it, or with a failure."""
+"""Handles workers that leave: at their script's end, before it, or with a failure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
-#: Seconds for the servers' last reports to come in after all workers have left.
+#: After all workers have left, the coordinator waits this many seconds for the servers' last reports.
 _LEFT_S = 3.0
 
 
 class Departures:
-    """Decides whether the run can go on without a worker, and has others do the rest of that worker's work."""
+    """Decides whether the run can go on without a worker, and gives the rest of its work to others."""
 
     def __init__(self, context: RunContext, failover: Failover, restored: RestoredRun | None) -> None:
-        """Go on with the failures of the run `restored`."""
+        """Take over the failures of the run `restored`."""
         self._context = context
         self._failover = failover
         #: Workers whose model or data differ from the others'.
@@ -43,7 +43,7 @@ class Departures:
             return
         if not member.left:
             self._left(member, goodbye, now)
-        elif goodbye.early and not member.early:  # its script had ended, and it does not wait for the run's end
+        elif goodbye.early and not member.early:  # a worker whose script had ended does not wait for the run's end
             context.mail.tell_members(context.membership.leave(member.name, early=True))
         if goodbye.early and context.policy.is_local and not context.is_over and not member.lost:
             context.mail.tell_members(context.membership.dismiss(member.name))
@@ -51,7 +51,10 @@ class Departures:
             context.journal.promise(message.route, Stop(True))
 
     def note_early_leavers(self) -> None:
-        """Have others do the work of workers whose scripts ended before the last round."""
+        """Give the work of workers whose scripts ended before the last round to others.
+
+        Raises ClusterError if the policy needs these workers.
+        """
         context = self._context
         segments = context.ledger.segments
         for worker in context.membership.workers.values():
@@ -64,7 +67,7 @@ class Departures:
             context.journal.warn(f"{text}; its work was reassigned.")
 
     def behind_the_end(self) -> list[Member]:
-        """Return the workers that have not got to the end of the rounds, which others have done."""
+        """Return the active workers that have not reached the end of the rounds, although all rounds are done."""
         ledger = self._context.ledger
         if not ledger.planned or ledger.committed < ledger.planned:
             return []
@@ -72,7 +75,7 @@ class Departures:
         return [worker for worker in active if worker.reached < ledger.segments[-1].end and self._can_do_without(worker)]
 
     def give_up(self, worker: Member, why: str, now: float, data: dict[str, str]) -> None:
-        """Go on without a worker. `data` is for the event log."""
+        """Go on without a worker. `why` and `data` are for the event log."""
         context = self._context
         if not worker.early:
             log.warning("dropped %s; its work was reassigned: %s", worker.name, why)
@@ -90,7 +93,7 @@ class Departures:
         return not membership.awaits_workers and self._are_all_here(now) and not context.scheduler.all_applied
 
     def _are_all_here(self, now: float) -> bool:
-        """Return whether all servers have been heard of lately, and after a take-over all members."""
+        """Return whether all servers have sent heartbeats lately and, after a take-over, all members have been heard."""
         servers = self._context.scheduler.servers
         silent = any(server.heartbeat.round < 0 or now > server.heard_at + 2 * HEARTBEAT_S for server in servers)
         return not silent and not self._context.membership.lost_servers and not self._failover.awaits_members(now)
@@ -113,12 +116,13 @@ class Departures:
         self.note_early_leavers()
 
     def _script_failed(self, worker: Member, goodbye: Goodbye, now: float) -> None:
-        """Go on without a worker whose script has failed, if others can do its work and it may fail.
+        """Go on without a worker whose script has failed, if others can do its work and the worker may fail.
 
-        It may fail if it is cut off from a server, if nothing of its work counts yet, or if `worker_failures` admits it.
+        A worker may fail if it is cut off from a server, if nothing of its work counts yet, or if `worker_failures` admits it.
+        Raises ClusterError otherwise.
         """
         why = f"{worker.called} failed: {goodbye.reason}"
-        if worker.early:  # it says so again
+        if worker.early:  # a repeated Goodbye
             self._context.mail.send(worker.name, Stop(True))
             return
         is_new = self._is_beginner(worker)
@@ -132,17 +136,17 @@ class Departures:
         self.give_up(worker, why, now, {"failed": kind})
 
     def _is_beginner(self, worker: Member) -> bool:
-        """Return whether the ledger has nothing of a worker.
+        """Return whether the ledger has no contribution of a worker.
 
-        A worker that has begun with the others is no beginner if its model or data differ from theirs before there is any round:
-        nobody knows which of them is right.
+        A worker that started with the run is no beginner if its model or data differ before any round is committed: it is unknown
+        which worker is right.
         """
         ledger, first = self._context.ledger, self._context.membership.tables[0]
         began_with_others = first.epoch == 1 and worker.name in first.workers and not ledger.committed
         return worker.name not in ledger.contributors and not (began_with_others and worker.name in self.unlike)
 
     def _can_do_without(self, worker: Member) -> bool:
-        """Return whether other workers can do the work of `worker`, even if that is only to hand in the model."""
+        """Return whether other workers can do the work of `worker`."""
         workers = self._context.membership.workers.values()
         others = [other for other in workers if other is not worker and not other.lost and not other.early]
         return not self._context.policy.is_local and any(other.active or self._context.is_over for other in others)

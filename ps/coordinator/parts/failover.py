@@ -1,4 +1,4 @@
-"""What a coordinator does differently in the place of one that has died."""
+"""Takes over the run of a coordinator that has died."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.state.failure_detector import NEAR_S
 from roundtable.ps.coordinator.state.roster import Member
 
-#: Seconds for the members to connect to a coordinator that was started again.
+#: A new coordinator waits this many seconds for members to connect.
 _REJOIN_S = 5.0
-#: Seconds that members may need at least to find a new coordinator. Their silence does not count for so long.
+#: The silence of members does not count in this many seconds after a take-over: they need time to find the new coordinator.
 _FIND_S = 4.0
 
 
 class Failover:
-    """Knows who has not found this coordinator yet, and asks servers for decisions of the one before."""
+    """Knows which members have not found this coordinator, and asks servers for decisions of the coordinator before."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
-        #: When this coordinator took over, if it did.
+        #: When this coordinator took over, or None if it did not.
         self._recovered_at: float | None = None
-        #: The newest round on which the coordinator before can have decided, once that is known.
+        #: The newest round that the coordinator before can have decided, once known.
         self._inherits_to: int | None = None
 
     def take_over(self, restored: RestoredRun, is_dead: Callable[[Hello], bool], now: float) -> None:
-        """Go on with the members of the coordinator before. `is_dead` says whether a process has certainly ended."""
+        """Take over the members of the coordinator before. `is_dead` returns True if a process has certainly ended."""
         committed = self._context.ledger.committed
         self._context.membership.restore(
             [
@@ -56,21 +56,21 @@ class Failover:
         self._recovered_at = now
 
     def awaits_members(self, now: float) -> bool:
-        """Return whether this coordinator took over just now, and does not know yet where all members are."""
+        """Return whether this coordinator took over within _REJOIN_S seconds and has no route to some member."""
         if self._recovered_at is None or now > self._recovered_at + _REJOIN_S:
             return False
         members, routes = self._context.membership.members.items(), self._context.mail.routes
         return any(not member.lost and not member.early and name not in routes for name, member in members)
 
     def decide(self, message: Received[RoundReady] | Received[Norms]) -> None:
-        """Give the decision that all servers must take alike, if it is time.
+        """Send all servers the decision that a server asks for, if it can be made now.
 
-        After a take-over, ask the servers for a decision that the coordinator before may have given. It can have decided on no
-        later round than that of the first question.
+        After a take-over, ask the other servers for a decision that the coordinator before may have given. That coordinator
+        cannot have decided a later round than that of the first question.
         """
         context, question = self._context, message.body
         if question.coordinator != context.head.incarnation:
-            return  # the coordinator before was asked, and its answer may have arrived since
+            return  # the question was for the coordinator before, whose answer may have arrived since
         number, decisions = number_of(message.member.name), context.decisions
         answers = (
             decisions.round_ready(number, question) if isinstance(question, RoundReady) else decisions.norms(number, question)

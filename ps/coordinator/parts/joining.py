@@ -1,4 +1,4 @@
-"""Processes that join: who they are, what they are told, and whether their arithmetic is the others'."""
+"""Answers processes that want to join, and compares their arithmetic with that of the first worker."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ log = logging.getLogger("roundtable.ps.coordinator")
 
 
 class Joining:
-    """Answers processes that say Hello, and knows which processes of this host have ended."""
+    """Answers Hello messages, and knows which processes of this host have ended."""
 
     def __init__(self, context: RunContext, model: ModelCollector, seen: set[int]) -> None:
-        """`seen` are ids of processes that the coordinator before could see."""
+        """`seen` has the ids of processes that the coordinator before could see."""
         self._context = context
         self._model = model
-        #: Ids of processes that this one could see: not those of other containers, even on this host.
+        #: Ids of processes that this one has seen on its host. It does not see those of other containers.
         self._seen = seen
-        #: When it was last reported that a process may not join.
+        #: When a refused process was last reported.
         self._refused_at = float("-inf")
         #: Kinds of arithmetic that were reported because they differ from the first worker's.
         self._arithmetic_reported: set[tuple[tuple[str, str], ...]] = set()
 
     def hello(self, route: bytes, hello: Hello, incarnation: int, now: float) -> None:
-        """Take in a process that asks to join, or refuse it."""
+        """Welcome a process that asks to join, refuse it, or let it wait. Raises WireError if its address is invalid."""
         if hello.role == "server" and not is_address(hello.address):
             raise WireError(f"a server wants to join with '{hello.address[:100]}', which is not an address")
         membership = self._context.membership
@@ -56,14 +56,14 @@ class Joining:
             self._warn_of_unequal_arithmetic([member])
 
     def know_again(self, route: bytes, member: Member, now: float) -> None:
-        """Greet a member of the coordinator before, which has found this one."""
+        """Greet a member that the coordinator before knew and that has found this one."""
         self._context.progressed_at = now
         membership = self._context.membership
-        if member.hello.role == "worker" and membership.started:  # the event log may lack what the one before said last
+        if member.hello.role == "worker" and membership.started:  # the last news of the coordinator before may be out of date
             self._context.mail.reply(route, membership.shares)
 
     def is_dead(self, hello: Hello) -> bool:
-        """Return whether a process has certainly ended: its id means the same here, and this one could see it."""
+        """Return whether a process has certainly ended. Its id must mean the same here, and this process must have seen it."""
         return hello.place.sees(here()) and hello.pid in self._seen and not Path(f"/proc/{hello.pid}").exists()
 
     def _joined(self, member: Member, now: float) -> None:
@@ -79,7 +79,7 @@ class Joining:
             context.progressed_at = now
 
     def _warn_of_unequal_arithmetic(self, workers: Iterable[Member]) -> None:
-        """Report each kind of worker whose arithmetic differs from the first one's, once: equal bits need equal arithmetic."""
+        """Warn once of each kind of arithmetic that differs from the first worker's. Equal bits need equal arithmetic."""
         membership = self._context.membership
         first = next((membership.members[name] for name in membership.names("worker")), None)
         if first is None:

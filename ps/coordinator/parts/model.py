@@ -1,4 +1,4 @@
-"""The trained model: getting its parts from the servers, and writing its file."""
+"""Gets the parts of the trained model from the servers, and writes the model's file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from roundtable.ps.model_parts import sizes
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
-#: Seconds after the last round in which a script that goes on with another loop says so. Then its model is the trained one.
+#: Seconds after the last round in which a script may begin another loop. After that the model counts as trained.
 _SETTLED_S = 0.3
 
 
@@ -29,13 +29,13 @@ class ModelCollector:
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
-        #: The file that is being written or complete.
+        #: The file, while it is written and when it is complete.
         self._file: ModelFile | None = None
-        #: The parts that are being collected, until the file is complete.
+        #: The collection of parts, until the file is complete.
         self.collecting: ModelCollection | None = None
-        #: Since when all known rounds have been done.
+        #: Since when all known rounds have been done, or None.
         self._trained_since: float | None = None
-        #: Whether there is more to hash at once.
+        #: True if more bytes can be hashed at once.
         self.hashes = False
         #: The number of the last `Recomputed` that is in the file.
         self._revised = -1
@@ -53,7 +53,7 @@ class ModelCollector:
         return self._file.weights_sha256 if self._file is not None else None
 
     def recover(self, restored: RestoredRun) -> None:
-        """Take over the file that the coordinator before has completed, if the file is still there."""
+        """Take over the file that the coordinator before has completed, if it still exists."""
         if restored.model is not None and restored.model[1] == self._context.ledger.planned:
             self._file = self._new_file()
             self._file.restore(restored.model[0])
@@ -65,7 +65,7 @@ class ModelCollector:
         return not self.is_complete or (has_rows and bool(self._context.membership.names("worker")))
 
     def tick(self, now: float) -> None:
-        """Get the model from the servers once it is trained, and give its file its name."""
+        """Collect the model from the servers once it is trained. Finish its file when all parts are there."""
         self.hashes = False
         if self.is_complete or not self._is_trained(now):
             return
@@ -84,25 +84,25 @@ class ModelCollector:
             self._tell_of_unwritten(error)
 
     def take_part(self, message: Received[ModelPart]) -> None:
-        """Write a part of the model."""
+        """Write a part of the model. Raises WireError if the part was not asked for or has the wrong size."""
         if self.collecting is None or self._file is None:
-            return  # it was asked for twice, or before the coordinator knew that training goes on
+            return  # the part came twice, or training goes on
         number = number_of(message.member.name)
         pieces = self.collecting.take(number, message.body, message.frames)
         try:
             self._file.write(pieces)
         except OSError as error:
             self._tell_of_unwritten(error)
-            return  # it is asked for again
+            return  # the coordinator asks for the part again
         self.collecting.took(number, message.body)
         self._context.progressed_at = message.now
 
     def recomputed(self, message: Received[Recomputed]) -> None:
-        """Write to the model's file what workers have computed anew, unless they train on."""
+        """Write tensors that a worker has recomputed to the model's file, unless training goes on."""
         body = message.body
         if body.id > self._revised and self._context.has_done_all(body.round):
             if self._file is None or not self._file.complete:
-                return  # it is sent again
+                return  # the worker sends it again
             try:
                 self._file.revise(body.names, [bytes_of(frame) for frame in message.frames])
             except OSError as error:
@@ -112,12 +112,12 @@ class ModelCollector:
         self._context.mail.reply(message.route, Accepted(Request.RECOMPUTED, body.id))
 
     def server_replaced(self, number: int) -> None:
-        """Ask the process that replaces a server for the server's parts."""
+        """Ask the process that replaces server `number` for the server's parts."""
         if self.collecting is not None:
             self.collecting.replaced(number)
 
     def discard(self) -> None:
-        """Forget the model: training goes on."""
+        """Forget the model, because training goes on."""
         if self._file is not None:
             self._file.discard()
         self._file = self.collecting = self._trained_since = None
@@ -136,7 +136,7 @@ class ModelCollector:
         log.info("the model of round %d is in %s", context.ledger.committed, context.run_dir / MODEL_FILE)
 
     def _is_trained(self, now: float) -> bool:
-        """Return whether the weights are final, as far as is known: all rounds are done, and nobody has begun others."""
+        """Return whether the weights seem final: all rounds are done, and no worker has begun others."""
         ledger, membership = self._context.ledger, self._context.membership
         if ledger.layout is None or not membership.started or ledger.committed < ledger.planned:
             self._trained_since = None
@@ -148,7 +148,7 @@ class ModelCollector:
         return self._context.is_over and now >= self._trained_since + _SETTLED_S
 
     def _tell_of_unwritten(self, error: OSError) -> None:
-        """Report that the model cannot be written, once in a while: the coordinator tries again."""
+        """Warn that the model cannot be written, once in a while. The coordinator tries again."""
         now = time.monotonic()
         if now >= self._failure_reported_at + ALARM_S:
             self._failure_reported_at = now

@@ -1,4 +1,4 @@
-"""What the run is: the model and the rounds, as its workers say."""
+"""Takes the model and the plan of rounds from the workers."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from roundtable.ps.coordinator.state.roster import Member
 
 
 class Planning:
-    """Has all workers agree on one model and one plan."""
+    """Makes sure that all workers have one model and one plan."""
 
     def __init__(self, context: RunContext, model: ModelCollector, departures: Departures) -> None:
         self._context = context
         self._model = model
         self._departures = departures
-        #: Rounds that were planned when the last plan came.
+        #: The number of rounds planned when the last plan came.
         self._planned = 0
-        #: What was said of workers that can get no micro-batch.
+        #: The last warning about workers that can get no micro-batch.
         self._spare_reported = ""
-        #: When the first plan was made, once one was.
+        #: When the first plan was made, or None before.
         self.training_since: float | None = None
 
     def recover(self, restored: RestoredRun, now: float) -> None:
-        """Go on with the plans of the coordinator before."""
+        """Take over the plans of the coordinator before."""
         self._planned = self._context.ledger.planned
         if restored.planned_at is not None:
             self.training_since = restored.planned_at + now - time.time()
 
     def set_up(self, message: Received[Setup]) -> None:
-        """Take a worker's model, or compare it with the known one."""
+        """Take the first worker's model, or compare a worker's model with the known one."""
         membership, worker = self._context.membership, message.member
         answer = self._context.ledger.set_up(message.body, worker.who)
         if isinstance(answer, SetupReply):
@@ -50,7 +50,7 @@ class Planning:
         self._answer(message.route, worker, answer)
 
     def plan(self, message: Received[Plan]) -> None:
-        """Take a worker's plan, or compare it with the known one."""
+        """Take a new plan, or compare a worker's plan with the known one."""
         context, worker, plan = self._context, message.member, message.body
         trusted = context.membership.starters | context.ledger.contributors
         may_define = worker.name in trusted or trusted.isdisjoint(context.membership.names("worker"))
@@ -76,7 +76,7 @@ class Planning:
             self._train_on()
 
     def _train_on(self) -> None:
-        """Go on with more rounds than were known."""
+        """Go on with more rounds than were known. Raises ClusterError if a worker failed in between."""
         self._model.discard()
         for worker in self._context.membership.workers.values():
             if worker.left and worker.failed:
@@ -86,7 +86,7 @@ class Planning:
         self._departures.note_early_leavers()
 
     def _answer(self, route: bytes, worker: Member, answer: Body) -> None:
-        """Tell a worker whether its model or plan is the others'."""
+        """Promise a worker the answer to its model or plan. Note the worker if the answer is a refusal."""
         if isinstance(answer, Refused):
             self._departures.unlike.add(worker.name)
         self._context.journal.promise(route, answer, urgent=True)

@@ -1,4 +1,4 @@
-"""What people are told while the run goes on: progress, losses, and for whom the run waits."""
+"""Tells users how the run goes on: progress, losses, and which processes it waits for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from roundtable.ps.coordinator.state.roster import Member
 
 log = logging.getLogger("roundtable.ps.coordinator")
 
-#: Seconds between two lines on progress in the log, for people who have no other screen.
+#: Seconds between two lines on progress in the log, for users without the web page.
 TELL_S = 10.0
-#: What is said of a worker whose first micro-batch had two gradients.
+#: The warning about a worker that computed different gradients for the same micro-batch.
 _UNSTEADY = (
     "{who} has computed its first micro-batch twice, from the same weights, samples and seed, and the gradient of '{name}' "
     "differs: the script carries something from batch to batch (a hidden state, a counter, a generator of its own), or its "
@@ -26,7 +26,7 @@ _UNSTEADY = (
 
 
 class StatusReporter:
-    """Writes to the log and the event log how the run gets on."""
+    """Writes the state of the run to the log and the event log."""
 
     def __init__(self, context: RunContext, model: ModelCollector, rejections: Rejections, now: float) -> None:
         self._context = context
@@ -34,13 +34,13 @@ class StatusReporter:
         self._rejections = rejections
         #: When progress was last reported.
         self._reported_at = now
-        #: The rejected messages that were last reported, by kind.
+        #: By kind: the rejected messages that were last reported.
         self._reported_rejected: Counter[str] = Counter()
-        #: (incarnation of a worker, of a server that it cannot reach) that were reported.
+        #: (incarnation of a worker, of a server that it cannot reach) of the reported pairs.
         self._reported_unreached: set[tuple[int, int]] = set()
 
     def tick(self, now: float) -> None:
-        """Say from time to time which round it is, or who is missing."""
+        """Every TELL_S, report the round and the loss, and the processes that the run waits for."""
         if now < self._reported_at + TELL_S:
             return
         self._reported_at = now
@@ -67,7 +67,7 @@ class StatusReporter:
             self._context.log.status(StatusRow(member.name, state, heartbeat.round, waits, heartbeat.rate))
 
     def note_losses(self, now: float) -> None:
-        """Report lost members. The launcher of a process that hangs reads it in the event log, and may end the process."""
+        """Report lost members. The launcher of a hanging process reads the event log, and may end the process."""
         context, membership = self._context, self._context.membership
         forgotten = {member.name for member in membership.newly_forgotten}
         for name, why, pid in membership.newly_lost:
@@ -85,7 +85,7 @@ class StatusReporter:
             self._forget()
 
     def note_heartbeat(self, member: Member, heartbeat: Heartbeat) -> None:
-        """Report what a new heartbeat of a member says that people should know."""
+        """Warn about problems in a member's new heartbeat: gradients that differ, and servers that it cannot reach."""
         if heartbeat.unsteady and not member.heartbeat.unsteady:
             self._context.journal.warn(_UNSTEADY.format(who=member.who, name=printable(heartbeat.unsteady)))
         for number in heartbeat.unreached:
@@ -95,7 +95,10 @@ class StatusReporter:
                 self._context.journal.warn(_cannot_reach(member, server))
 
     def whom_all_wait_for(self) -> str:
-        """Name the workers that have something left to do in the open round, or else the servers that have not applied it."""
+        """Return the names of the processes that the open round waits for.
+
+        These are workers with work left or, if there are none, the servers that have not applied the round.
+        """
         membership = self._context.membership
         if unreached := self._unreached():
             return f"a connection ({unreached})"
@@ -108,12 +111,12 @@ class StatusReporter:
         return some([name for name in membership.names("server") if membership.members[name].heartbeat.round <= round_])
 
     def rejected(self) -> Counter[str]:
-        """Count the messages that this process and all members have rejected, by kind."""
+        """Return by kind how many messages this process and all members have rejected."""
         told = (member.heartbeat.refused for member in self._context.membership.members.values())
         return sum((Counter(counts) for counts in told), Counter(self._rejections.counts))
 
     def _missing(self, now: float) -> str:
-        """Name those who have to do something before anything moves. '' while something moves."""
+        """Return the names of the processes that the run waits for, or '' while something moves."""
         context = self._context
         if not context.membership.started:
             return context.membership.missing()
@@ -126,7 +129,7 @@ class StatusReporter:
         return f"{names}; no progress for {now - context.progressed_at:.0f} s"
 
     def _forget(self) -> None:
-        """Keep only the names of workers that have joined and never took part."""
+        """Forget workers that have joined and never took part, except for their names."""
         gone = self._context.membership.newly_forgotten
         log.warning("%s connected but sent nothing else, and is forgotten", some([member.name for member in gone]))
         for member in gone:
@@ -136,7 +139,7 @@ class StatusReporter:
         gone.clear()
 
     def _unreached(self) -> str:
-        """Say which workers cannot reach which servers. '' if all can."""
+        """Return a text on the workers that cannot reach servers, or '' if all can."""
         membership = self._context.membership
         servers, active = membership.servers, membership.names("worker")
         workers = [worker for name in active if (worker := membership.members[name]).heartbeat.unreached]

@@ -1,4 +1,4 @@
-"""Stopping on request: the whole run after a signal, or single members that were told to stop."""
+"""Stops on request: the whole run after a signal, or single members that were told to stop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("roundtable.ps.coordinator")
 
 
 class Stopping:
-    """Has a checkpoint made before the run stops, or before a member leaves without which the run cannot go on."""
+    """Asks for a checkpoint before the run stops, or before a member leaves that the run needs."""
 
     def __init__(self, context: RunContext, checkpoints: CheckpointDriver, model: ModelCollector) -> None:
         self._context = context
@@ -26,27 +26,27 @@ class Stopping:
         #: The signal that told the run to stop, or 0.
         self.signal = 0
         self._is_stopping = False
-        #: Until when the checkpoint may take, while somebody waits for one.
+        #: The deadline of the checkpoint that the run or a member waits for, or None.
         self._until: float | None = None
         #: Workers that were told to stop and may leave.
         self.dismissed: set[str] = set()
 
     @property
     def awaits_checkpoint(self) -> bool:
-        """Return whether somebody is to stop as soon as a checkpoint is made."""
+        """Return whether the run or a member waits for a checkpoint before it stops."""
         return self._until is not None
 
     def request(self, number: int) -> None:
-        """Have the run stop after the round in progress, for the signal `number`. Raise Stopped if it comes a second time.
+        """Stop the run after the round in progress, because of signal `number`. Raises Stopped if it comes a second time.
 
-        If all processes of a host are told to stop, a launcher among them sends another signal, which changes nothing.
+        If all processes of a host are told to stop, a launcher among them sends another signal. It changes nothing.
         """
         if self.signal == number:
             raise Stopped(number, self._how_far())
         self.signal = self.signal or number
 
     def tick(self, now: float) -> None:
-        """Raise Stopped once the run may stop."""
+        """After a signal, raise Stopped once the run may stop."""
         if not self.signal:
             return
         if not self._is_stopping:
@@ -57,10 +57,10 @@ class Stopping:
             raise Stopped(self.signal, self._how_far())
 
     def let_leave(self, now: float) -> None:
-        """Let members leave that were told to stop.
+        """Let members that were told to stop leave.
 
         A worker leaves at once if others stay and do its work. Other members leave after a checkpoint, because the run may have
-        to go on from it. If the run itself is to stop, all leave with it.
+        to go on from it. If the run itself must stop, all leave with it.
         """
         members = self._context.membership.members.values()
         asking = [member for member in members if member.active and member.heartbeat.leaves and member.name not in self.dismissed]
@@ -92,7 +92,7 @@ class Stopping:
         return self._context.is_over or (stays and not self._context.policy.is_local)
 
     def _is_saved(self, now: float) -> bool:
-        """Have a checkpoint made of the end of the round in progress. Return whether it is made, or will not be made in time."""
+        """Ask for a checkpoint of the end of the round in progress. Return whether it is complete, or cannot be in time."""
         context, scheduler = self._context, self._checkpoints.scheduler
         if self._until is None:
             self._until = now + context.settings.stop_timeout
@@ -103,7 +103,7 @@ class Stopping:
         return bool(is_made or cannot or now > self._until)
 
     def _how_far(self) -> str:
-        """Say from what the run can go on if it stops now."""
+        """Return a text on how many rounds are done and from which checkpoint the run can go on."""
         settings, done, newest = self._context.settings, self._context.ledger.committed, finished(self._context.run_dir)
         saved = f"with a checkpoint of round {round_of(newest[-1])}" if newest else "without a checkpoint"
         why = ""

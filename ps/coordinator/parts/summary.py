@@ -1,4 +1,4 @@
-"""What the run came to: the metrics that scripts log, and summary.json."""
+"""Takes the metrics that scripts log, and writes summary.json."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from roundtable.ps.coordinator.results import write_summary
 from roundtable.ps.coordinator.summary_metrics import Measured, measured, results
 from roundtable.ps.token_bucket import Allowance
 
-#: Bytes of metrics that a worker may log a second, and at once.
+#: Bytes of metrics that a worker may log per second, and in a burst.
 _METRICS_BYTES_S, _METRICS_BYTES = 100e3, 4e6
-#: Bytes of a row of metrics besides the name.
+#: Bytes of a row of metrics, besides the metric's name.
 _ROW_BYTES = 100
 
 
 class RunSummary:
-    """Takes metrics of scripts, and puts the summary together at the end."""
+    """Takes metrics of scripts, and makes the summary at the end."""
 
     def __init__(
         self, context: RunContext, model: ModelCollector, departures: Departures, planning: Planning, status: StatusReporter
@@ -38,27 +38,27 @@ class RunSummary:
         self._departures = departures
         self._planning = planning
         self._status = status
-        #: Samples of the run that were trained on before this coordinator began.
+        #: Samples of the run before the checkpoint from which it was resumed.
         self._samples_before = context.ledger.totals.samples
         #: (incarnation of the worker, number) of the metrics that are in the event log.
         self._seen_metrics: set[tuple[int, int]] = set()
-        #: How much each worker may have written to the event log.
+        #: Limits the bytes that each worker writes to the event log.
         self._metrics_bytes = Allowance(_METRICS_BYTES_S, _METRICS_BYTES)
         #: The newest accuracy that a script measured.
         self._accuracy: Measured | None = None
 
     def recover(self, restored: RestoredRun) -> None:
-        """Go on with the metrics of the coordinator before."""
+        """Take over the metrics of the coordinator before."""
         self._samples_before, self._seen_metrics, self._accuracy = restored.samples_before, restored.metrics, restored.accuracy
 
     def log_metrics(self, message: Received[Metrics]) -> None:
-        """Write a script's metrics to the event log, once."""
+        """Write a script's metrics to the event log, once. Raises WireError if the worker logs too much."""
         context, worker, metrics, now = self._context, message.member, message.body, message.now
         if (worker.incarnation, metrics.id) in self._seen_metrics:
             context.journal.promise(message.route, Accepted(Request.METRICS, metrics.id))
             return
         if not self._metrics_bytes.take(worker.name, sum(_ROW_BYTES + len(name) for name in metrics.values), now):
-            raise WireError(f"{worker.name} logs more metrics than can be written down, and is to send them again later", "flood")
+            raise WireError(f"{worker.name} logs more metrics than can be written, and must send them again later", "flood")
         context.journal.promise(message.route, Accepted(Request.METRICS, metrics.id))
         self._seen_metrics.add((worker.incarnation, metrics.id))
         context.progressed_at = now
@@ -67,7 +67,7 @@ class RunSummary:
             context.log.metric(metrics.round, worker.name, name, value, worker.incarnation, metrics.id)
 
     def write(self) -> None:
-        """Write summary.json. Raise ClusterError if it cannot be written."""
+        """Write summary.json. Raises ClusterError if it cannot be written."""
         run_dir = self._context.run_dir
         try:
             failpoint("ending", self._context.ledger.committed)
@@ -103,7 +103,7 @@ class RunSummary:
         exceptions: dict[str, Any] = {
             "left_early": early,
             "failed_after_the_last_round": {worker.name: worker.failed for worker in workers if worker.failed},
-            "samples_before_resume": self._samples_before,  # which `seconds` does not cover
+            "samples_before_resume": self._samples_before,  # `seconds` does not cover these
             "dropped_in_part": totals.dropped_in_part,
             "workers_failed": self._departures.failed,
             "staleness": {str(k): n for k, n in sorted(totals.staleness.items())},
@@ -111,6 +111,6 @@ class RunSummary:
         return summary | {key: value for key, value in exceptions.items() if value}
 
     def _wire(self) -> dict[str, float]:
-        """Add up what all members say of tensors in frames: bytes of workers, seconds of workers and servers."""
+        """Return the sums of all members' traffic: bytes of workers' frames, and seconds in codecs of workers and servers."""
         told = [msgspec.structs.asdict(member.heartbeat.traffic) for member in self._context.membership.members.values()]
         return {key: round(sum(traffic[key] for traffic in told), 3) for key in Traffic.__struct_fields__}
