@@ -70,7 +70,7 @@ class Deadline:
 
     @property
     def _has_begun(self) -> bool:
-        """Return whether any worker trains, or tries to reach servers.
+        """Return whether any worker trains, or would train if it reached all servers.
 
         Before that, the first worker may be busy outside of the run, such as with loading data.
         """

@@ -1,4 +1,4 @@
-"""Which processes may join, and under which number."""
+"""Decides which processes may join, and under which number."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from roundtable.common.protocol.messages.session import Heartbeat, Hello, Refuse
 from roundtable.common.storage.event_log import some
 from roundtable.ps.coordinator.state.roster import Member, Roster
 
-#: Seconds after which a process is refused whose place seems to be taken.
+#: A process that asks for a place that seems taken is refused after this many seconds.
 _TAKEN_S = 6.0
-#: Workers beyond the expected ones that have said Hello and nothing else, at most. Others wait until some are proven or lost.
+#: At most this many late workers may have sent a Hello and nothing else. Others wait until some are proven or lost.
 MOST_UNPROVEN = 64
-#: Workers that take part at a time, at most: so many times the expected ones,
+#: At most this many times the expected number of workers take part at once,
 _MOST_TIMES = 4
-#: and so many more.
+#: plus this many.
 _MOST_MORE = 64
-#: Names of workers in a run, at most.
+#: A run gives at most this many names to workers.
 MOST_NAMES = 100_000
-#: Characters of a text on missing processes, at most.
+#: A text on missing processes has at most this many characters.
 LONGEST_TEXT = 600
 
 
 class Admission:
-    """Answers processes that ask to join, as long as they are no members."""
+    """Answers processes that ask to join and are not members."""
 
     def __init__(self, settings: Settings, policy: Policy, roster: Roster, run: str) -> None:
-        """`run` is the run's name as people know it."""
+        """`run` is the run's name for users."""
         self._settings = settings
         self._policy = policy
         self._roster = roster
         self._run = run
-        #: Since when processes have been waiting for a place that seems to be taken, by incarnation, oldest first.
+        #: By incarnation, oldest first: since when the process has waited for a place that seems taken.
         self._newcomers: dict[int, float] = {}
-        #: Names of workers that never took part and are no members any more. They are not given again.
+        #: Names of workers that never took part and are not members any more. No other worker gets these names.
         self._forgotten: set[str] = set()
-        #: Workers that have said Hello and nothing else.
+        #: The number of workers that have sent a Hello and nothing else.
         self._unproven = 0
-        #: All lower numbers of workers are taken.
+        #: All worker numbers below this one are taken.
         self._lowest_free = 0
 
     def tick(self, now: float) -> None:
-        """Forget processes that have asked long ago."""
+        """Forget processes that asked long ago."""
         while self._newcomers and now > next(iter(self._newcomers.values())) + 2 * _TAKEN_S:
             del self._newcomers[next(iter(self._newcomers))]
 
@@ -53,12 +53,12 @@ class Admission:
         self._unproven += not member.proven
 
     def prove(self, member: Member) -> None:
-        """Note that a worker has sent something else than a Hello."""
+        """Note that a worker has sent a message after its Hello."""
         member.proven = True
         self._unproven -= 1
 
     def forget(self, member: Member) -> None:
-        """Keep only the name of a member that never took part."""
+        """Remove a member. Keep its name if it never took part, so that no other worker gets the name."""
         if not member.proven:
             self._unproven -= 1
             self._forgotten.add(member.name)
@@ -67,14 +67,15 @@ class Admission:
         self._roster.remove(member)
 
     def is_newcomer_late(self, incarnation: int, now: float) -> bool:
-        """Return whether a process has waited for long enough for a place that is taken."""
+        """Return whether a process has waited long enough for a place that is taken."""
         return now - self._newcomers.setdefault(incarnation, now) >= _TAKEN_S
 
     def place_of(self, hello: Hello) -> Member | None:
         """Return the member whose place a new process would take, if that member is part of the run.
 
-        A server takes the place of the server with its number, and a worker that of the worker that asked for the same number. If
-        no more may join, it is the place of the member that has been silent for longest.
+        A server takes the place of the server with its number. A worker takes the place of the worker that asked for the same
+        number. If a process asks for no number and the run is full, it takes the place of the member that has been silent for
+        longest.
         """
         there = self._roster.of(hello.role)
         if hello.index is not None:
@@ -82,14 +83,14 @@ class Admission:
             asked = (m for m in there.values() if m.hello.index == hello.index or m.name == name)
             return next((member for member in asked if member.active), None)
         if hello.role == "server" and self._roster.lost_server(None) is not None:
-            return None  # there is a free place
+            return None  # the lost server's place is free
         full = len(there) >= (self._settings.servers if hello.role == "server" else self._settings.workers)
         if full and (hello.role == "server" or self._policy.is_local):
             return min((m for m in there.values() if m.active), key=lambda member: member.heard_at, default=None)
         return None
 
     def answer(self, hello: Hello, over: bool) -> Refused | Heartbeat | None:
-        """Return what to answer to a process that may not join, or not yet. None if it may."""
+        """Return the answer to a process that may not join, or not yet. Return None if it may."""
         expected = self._settings.servers if hello.role == "server" else self._settings.workers
         if hello.role == "server":
             number = self.number(hello)
@@ -99,7 +100,7 @@ class Admission:
         there = self._roster.workers
         if self._policy.is_local and len(there) >= expected:
             if over or any(m.left and m.hello.index == hello.index is not None for m in there.values()):
-                return Heartbeat()  # in the place of a worker whose script has ended there is nothing to do but to wait
+                return Heartbeat()  # its place is that of a worker whose script has ended, so the process waits
             return Refused("Hello", self._why_full("worker"))
         if (self._unproven if self._roster.started else len(there) - expected) >= MOST_UNPROVEN:
             return Heartbeat()
@@ -107,7 +108,7 @@ class Admission:
         return Refused("Hello", why) if why else None
 
     def number(self, hello: Hello) -> int:
-        """Return the number that a process gets: the one that it asks for, if that is free."""
+        """Return the number for a process: the one that it asks for if that is free, else the lowest free one."""
         if hello.index is not None and self._is_free(hello.role, hello.index):
             return hello.index
         if hello.role == "server":
@@ -117,11 +118,11 @@ class Admission:
         return self._lowest_free
 
     def is_incomplete(self) -> bool:
-        """Return whether expected processes have not joined yet."""
+        """Return whether some expected processes have not joined."""
         return bool(self._lacks("server") or self._lacks("worker"))
 
     def missing(self) -> str:
-        """Say which processes must join before the run starts, and on which hosts the others are."""
+        """Return a text on the processes that must join before the run starts, and on the hosts of the others."""
         lacks = []
         for role in ("server", "worker"):
             if count := self._lacks(role):
@@ -141,7 +142,7 @@ class Admission:
         return self._settings.servers if role == "server" else self._settings.workers
 
     def why_apart(self, hello: Hello) -> str:
-        """Return why a server and a process that needs it cannot reach each other, if one is the newcomer. '' if they can."""
+        """Return why the newcomer `hello` cannot reach a server, or a member cannot reach the newcomer as a server, or ''."""
         newcomer = Member("this server", hello, 0, 0.0)
         there = [member for member in self._roster.members.values() if member.active]
         for server, other in [*((member, newcomer) for member in there), *((newcomer, member) for member in there)]:
@@ -155,13 +156,13 @@ class Admission:
         return ""
 
     def why_taken(self, hello: Hello) -> str:
-        """Say that the place is taken for which a process asks."""
+        """Return a sentence that says that the place a process asks for is taken."""
         if hello.index is not None:
             return f"there is a {hello.role}-{hello.index} in run {self._run} already."
         return self._why_full(hello.role)
 
     def _why_no_more(self) -> str:
-        """Return why no other worker is taken in, or ''. Each takes up memory here, on the servers and in the event log."""
+        """Return why no more workers may join, or ''. Each worker takes memory here, on servers and in the event log."""
         workers, expected = self._roster.workers, self._settings.workers
         if sum(member.active for member in workers.values()) >= (most := _MOST_TIMES * expected + _MOST_MORE):
             return f"run {self._run} has {most} workers, the most with --workers {expected}: start it with more."

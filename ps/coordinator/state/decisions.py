@@ -1,7 +1,7 @@
-"""What all servers must decide alike: which micro-batches are in a round, and how gradients are clipped.
+"""Decisions that all servers must share: which micro-batches are in a round, and how gradients are clipped.
 
-A decision on a round never changes once it is given. It is on no disk. A coordinator that takes over learns it from the servers
-that know it, before all servers can ask it to decide (`RoundReady`).
+A decision on a round never changes once it is given. It is not written to the disk. A coordinator that takes over gets decisions
+from the servers that know them, before all servers can have asked for a new one (`RoundReady`).
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Norms, RoundReady
 from roundtable.ps.coordinator.state.ledger import Ledger
 
-#: Decisions on so many rounds are kept for servers that ask again.
+#: Decisions on this many rounds are kept for servers that ask again.
 _REMEMBERED = 16
 
 
 class RoundDecisions:
-    """Decides on rounds."""
+    """Makes the decisions on rounds, and keeps the newest ones."""
 
     def __init__(self, policy: Policy, ledger: Ledger) -> None:
         self._policy = policy
         self._ledger = ledger
-        #: Micro-batches that have arrived, by round and server.
+        #: By round and server: the micro-batches that have arrived.
         self._ready: dict[int, dict[int, list[int]]] = {}
-        #: The micro-batches of closed rounds.
+        #: By decided round: the micro-batches that count.
         self._closed: dict[int, list[int]] = {}
-        #: Norms that servers have sent, by round and server.
+        #: By round and server: the norms that the server has sent.
         self._norms: dict[int, dict[int, list[tuple[int, int, float]]]] = {}
-        #: All norms of a round.
+        #: By decided round: the norms of all servers.
         self._all_norms: dict[int, AllNorms] = {}
 
     def round_ready(self, server: int, message: RoundReady) -> list[tuple[int, Body]]:
-        """`backup` policy: close the round when enough micro-batches have arrived everywhere. Return what to send."""
+        """Policy `backup`: decide a round once enough micro-batches have arrived at all servers. Return (server, answer)."""
         if message.round in self._closed:
             return [(server, CloseRound(message.round, self._closed[message.round]))]
         count = self._ledger.micro_batches(message.round)
@@ -48,7 +48,7 @@ class RoundDecisions:
         return self.decided(CloseRound(message.round, sorted(everywhere)))
 
     def norms(self, server: int, message: Norms) -> list[tuple[int, Body]]:
-        """Clipping: send all norms of a round when every server with a part of the model has sent its own."""
+        """Clipping: join a round's norms once every server with a part of the model has sent its own. Return (server, answer)."""
         if self._ledger.layout is None or self._ledger.segment_of(message.round) is None:
             return []
         if message.round in self._all_norms:
@@ -64,7 +64,7 @@ class RoundDecisions:
         return self.decided(AllNorms(message.round, sorted(norm for part in parts.values() for norm in part)))
 
     def decided(self, decision: CloseRound | AllNorms) -> list[tuple[int, Body]]:
-        """Send all servers a decision of this coordinator, or of one before it."""
+        """Keep a decision of this coordinator, or of one before it. Return (server, decision) for all servers."""
         if isinstance(decision, CloseRound):
             self._closed[decision.round] = decision.micro_batches
             self._ready.pop(decision.round, None)

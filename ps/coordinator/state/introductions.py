@@ -1,4 +1,4 @@
-"""What members are told of the run when they join: their names, the servers, and the shares."""
+"""The messages that tell members their names, the servers, and the shares."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from roundtable.ps.coordinator.state.share_tables import ShareTables
 
 
 class Introductions:
-    """Welcomes members."""
+    """Makes the messages for members that join, and for workers after a change."""
 
     def __init__(
         self, settings: Settings, run: str, run_dir: str, resume: int, key: bytes, roster: Roster, share_tables: ShareTables
     ) -> None:
-        """The run goes on from the checkpoint of round `resume` in `run_dir`, if that is not -1. Tickets are made with `key`."""
+        """Tickets are made with `key`. If `resume` is not -1, the run goes on from the checkpoint of that round in `run_dir`."""
         self._settings = settings
         self._run = run
         self._run_dir = run_dir
@@ -27,22 +27,22 @@ class Introductions:
 
     @property
     def peers(self) -> list[Peer]:
-        """Return all servers, by number, as servers know each other."""
+        """Return all servers in the order of their numbers, with the incarnations by which servers know each other."""
         members = sorted(self._roster.servers.values(), key=lambda member: number_of(member.name))
         return [Peer(member.hello.address, member.incarnation) for member in members]
 
     @property
     def peers_of_workers(self) -> list[Peer]:
-        """Return the same for workers. A process that knew a server's incarnation could speak in the server's name."""
+        """Return all servers for workers, with tickets: a worker that knew an incarnation could speak in the server's name."""
         return [Peer(peer.address, ticket(self._key, f"server {peer.incarnation}")) for peer in self.peers]
 
     @property
     def shares(self) -> MembershipUpdate:
-        """Return what workers must know."""
+        """Return the share tables and servers for workers."""
         return MembershipUpdate(self._share_tables.tables, self.peers_of_workers)
 
     def welcome(self, member: Member) -> Welcome:
-        """Return what a member is told when the run has started."""
+        """Return the welcome of a member to a run that has started."""
         told = self._run, self._settings
         if member.hello.role == "worker":
             return Welcome(

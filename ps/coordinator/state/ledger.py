@@ -1,11 +1,11 @@
-"""The ledger of a run: which rounds are applied everywhere, and of which micro-batches.
+"""The ledger of a run: which rounds all servers have applied, and which contributions count in them.
 
-A state machine without a socket or a clock. It takes what servers and workers report, and answers with messages and with rows for
-the event log. Invariants:
+`Ledger` is a state machine without a socket or a clock. It takes reports of servers and models and plans of workers. It answers
+with messages and with rows for the event log. Invariants:
 
 - a round is committed when every server that takes part has applied it, once, in order;
 - in every committed round each micro-batch is in exactly one committed contribution, or dropped; if some servers have applied
-  what others have dropped, that is reported too, as dropped in part.
+  a micro-batch that others have dropped, the ledger has a row "dropped in part" as well.
 """
 
 from __future__ import annotations
@@ -39,16 +39,24 @@ from roundtable.ps.validation import check_file, check_setup
 
 @dataclass
 class Totals:
-    """Counts over the run, as the summary has them."""
+    """Counts over the run, for the summary."""
 
+    #: Committed updates.
     rounds: int = 0
+    #: Samples in committed updates.
     samples: int = 0
+    #: Dropped micro-batches.
     dropped: int = 0
+    #: Samples of dropped micro-batches.
     samples_dropped: int = 0
     micro_batches_committed: int = 0
+    #: Micro-batches in duplicate contributions, and of rounds that were rolled back.
     micro_batches_recomputed: int = 0
+    #: Duplicate contributions.
     duplicates_ignored: int = 0
+    #: Micro-batches that some servers have dropped and others have applied.
     dropped_in_part: int = 0
+    #: By staleness: committed contributions.
     staleness: Counter[int] = field(default_factory=Counter)
 
 
@@ -68,45 +76,52 @@ class Recent:
 
 
 class Ledger:
-    """Takes reports. `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
+    """The ledger. `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
 
     def __init__(self, settings: Settings, policy: Policy) -> None:
         self.settings = settings
+        #: The layout of the model, once a worker has sent it.
         self.layout: Layout | None = None
+        #: The model, once a worker has sent it.
         self.setup: Setup | None = None
+        #: The known plans.
         self.segments: list[Segment] = []
-        #: The facts that all workers must have in common, as the first one said them: by 'setup', and by plan.
+        #: By 'setup' or plan: facts that all workers must have in common, from the first worker that sent them.
         self.facts: dict[str, FirstFacts] = {}
         self.totals = Totals()
-        #: Rounds below are applied on every server that takes part.
+        #: The number of committed updates: every server that takes part has applied the ones below it.
         self.committed = 0
         self.new_rounds: list[Committed] = []
         self.new_contributions: list[Contribution] = []
         #: Workers that have contributed to a reported round.
         self.contributors: set[str] = set()
-        #: (sum of metric x samples, samples) of each metric, by data epoch.
+        #: By data epoch and metric: (sum of metric x samples, samples).
         self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
         #: The newest updates and their rounds: a data epoch's worth of rounds, or one update that has more.
         self._newest: deque[tuple[range, Committed]] = deque()
         self._policy = policy
+        #: By server: its newest report.
         self.reported: dict[int, Reported] = {}
-        #: Rounds that are applied on server 0, and not yet everywhere.
+        #: Rounds that server 0 has applied and some other server has not.
         self.pending: list[Committed] = []
-        #: What servers have dropped of rounds that are not committed.
+        #: Micro-batches that servers have dropped of rounds that are not committed.
         self.dropped: list[Contribution] = []
 
     def go_on(self, settings: Settings) -> None:
-        """Go on with other settings. The workers say anew what the model and the plan are."""
+        """Go on with other settings. The workers send the model and the plans again."""
         self.settings, self._policy = settings, load(settings)
         self.layout = self.setup = None
         self.segments, self.facts = [], {}
         self.pending, self.dropped, self.reported = [], [], {}
         self.contributors = set()
 
-    # ---- what the run is
+    # ---- the model and the plans
 
     def set_up(self, setup: Setup, who: str = "") -> Body:
-        """Take the model of a worker, or compare it with the known one. People know the worker as `who`."""
+        """Take the first worker's model, or compare a worker's model with the known one. Return the answer.
+
+        `who` is the worker's name in messages.
+        """
         facts, setup = setup.facts, msgspec.structs.replace(setup, facts=[])
         if self.setup is None:
             try:
@@ -122,9 +137,10 @@ class Ledger:
         return Refused("Setup", reason) if reason else SetupReply()
 
     def plan(self, segment: Segment, facts: Sequence[Fact] = (), who: str = "", may_define: bool = True) -> Body | None:
-        """Return what a worker must know of its plan. None if the plan is new and another worker must define it.
+        """Take a new plan, or compare a worker's plan with the known one. Return the answer.
 
-        People know the worker as `who`.
+        Return None if the plan is new and `may_define` is False: another worker must define it. `who` is the worker's name in
+        messages.
         """
         if segment.index == len(self.segments) and segment.follows(self.segments[-1] if self.segments else None):
             if not may_define:
@@ -136,22 +152,22 @@ class Ledger:
         return Refused("Plan", reason) if reason else PlanReply(segment.index)
 
     def _differs(self, about: str, facts: Sequence[Fact], who: str) -> str:
-        """Return a sentence on a fact in which a worker differs from the first one that said it, or ''."""
+        """Return a sentence on a fact in which a worker differs from the first worker, or ''."""
         known = self.facts.setdefault(about, FirstFacts(who, list(facts)))
         return difference(known, facts, who)
 
     def _owner(self, about: str) -> str:
-        """Return the worker with which all others are compared."""
+        """Return the name of the worker with which all others are compared."""
         return self.facts[about].by if about in self.facts and self.facts[about].by else "the other workers"
 
     @property
     def planned(self) -> int:
-        """Return the updates of all known plans."""
+        """Return the number of updates in all known plans."""
         return sum(self._policy.updates(segment) for segment in self.segments)
 
     @property
     def passes(self) -> int:
-        """Return the data epochs that the known plans begin."""
+        """Return the number of data epochs that the known plans begin."""
         return sum(segment.passes for segment in self.segments)
 
     @property
@@ -165,7 +181,7 @@ class Ledger:
         return rounds, epochs
 
     def segment_of(self, update: int) -> Segment | None:
-        """Return the segment of update number `update`, if a plan knows it."""
+        """Return the segment of update number `update`, or None if no plan has it."""
         first = 0
         for segment in self.segments:
             if first <= update < first + self._policy.updates(segment):
@@ -179,29 +195,32 @@ class Ledger:
         return 0 if segment is None else segment.round(self._rounds_of(segment, update)[0]).epoch
 
     def _rounds_of(self, segment: Segment, update: int) -> range:
-        """Return the rounds of which an update of `segment` consists."""
+        """Return the rounds that make update number `update`, which is in `segment`."""
         number = update - sum(self._policy.updates(earlier) for earlier in self.segments[: segment.index])
         begin, end = (segment.first_round + self._policy.rounds_in(segment, n) for n in (number, number + 1))
         return range(begin, end)
 
     def micro_batches(self, round_: int) -> int:
-        """Return the number of micro-batches of a round, or 0 if no plan knows it."""
+        """Return the number of micro-batches of a round, or 0 if no plan has it."""
         for segment in self.segments:
             if segment.first_round <= round_ < segment.end:
                 return segment.round(round_).micro_batches
         return 0
 
-    # ---- what servers report
+    # ---- servers' reports
 
     def report(self, server: int, report: Report) -> Body:
-        """Take a report of a server. It counts once, however often it is sent."""
+        """Take a server's report, which counts once, however often it is sent. Return the acknowledgement.
+
+        Raises WireError if the report names updates that no plan has.
+        """
         if any(self.segment_of(t) is None for t in [row.round for row in report.rounds] + [row.round for row in report.dropped]):
             raise WireError(f"server-{server} reports updates that no plan knows")
         before = self.reported.get(server, Reported(-1, 0))
         if report.seq > before.seq:
             self.reported[server] = Reported(report.seq, max(report.version, before.version))
             first = self.pending[-1].round + 1 if self.pending else self.committed
-            first = first if report.may_repeat else 0  # of those before, this was told already
+            first = first if report.may_repeat else 0  # the process before has reported earlier rounds
             self.pending += [row for row in report.rounds if row.round >= first]
             contributions = [row for row in report.contributions if row.round >= first]
             self.new_contributions += contributions
@@ -213,12 +232,12 @@ class Ledger:
         return ReportAck(report.seq)
 
     def replaced(self, server: int) -> None:
-        """Note that another process replaces a server, and counts its reports anew."""
+        """Note that another process replaces a server. It numbers its reports from the beginning."""
         if server in self.reported:
             self.reported[server] = Reported(-1, self.reported[server].version)
 
     def count(self, outcome: str, staleness: int | None, contributions: int, micro_batches: int) -> None:
-        """Count contributions with one outcome, of `micro_batches` in all."""
+        """Count contributions with one outcome. Together they have `micro_batches` micro-batches."""
         if outcome == "committed":
             self.totals.micro_batches_committed += micro_batches
             if staleness is not None:
@@ -239,7 +258,7 @@ class Ledger:
             self.new_rounds.append(row)
 
     def _compare(self, round_: int, servers: int) -> None:
-        """Find the micro-batches of a round that some servers have dropped and others have not, or not whole."""
+        """Find the micro-batches of a round that not all servers have dropped in full. Add rows "dropped in part" for them."""
         by_micro_batch: dict[int, list[Contribution]] = {}
         for row in self.dropped:
             if row.round == round_:
@@ -251,7 +270,7 @@ class Ledger:
         self.dropped = [row for row in self.dropped if row.round > round_]
 
     def book(self, row: Committed) -> None:
-        """Count a round that is applied everywhere. It is the next one after those before."""
+        """Count the next round, which all servers have applied."""
         self.committed = row.round + 1
         self.totals.rounds += 1
         self.totals.samples += row.samples
@@ -278,7 +297,7 @@ class Ledger:
             self._newest.popleft()
 
     def mean(self, ask: Mean) -> Mean:
-        """Return the mean of a metric over the samples of a data epoch, as far as its rounds are committed."""
+        """Return the mean of a metric over the samples of a data epoch's committed rounds."""
         total, samples = self._epoch_metrics.get(ask.epoch, {}).get(ask.name, (0.0, 0))
         complete = self.committed >= self.planned or self.epoch_of(self.committed) > ask.epoch
         return Mean(ask.epoch, ask.name, total / samples if samples else None, complete)

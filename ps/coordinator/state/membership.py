@@ -1,14 +1,14 @@
-"""Who takes part: rendezvous, signs of life, losses, and the membership epochs.
+"""The membership of a run: joining, heartbeats, losses, and membership epochs.
 
-A state machine without a socket or a clock. Invariants:
+`Membership` is a state machine without a socket or a clock. Invariants:
 
-- once the run has started, a worker's name belongs to one incarnation and is never used again; a server's name goes to another
-  process only if the server is lost and another server has a backup of its shard;
-- a member that has counted as lost takes part no more, whatever it sends;
-- nobody is welcomed before every expected process is there;
-- a worker that joins later has a share only when it has sent something else than a Hello, and until then it is one of few:
-  anybody who knows the address can say Hello, as often as they like;
-- share tables have growing epochs, and a new one holds only from a round on that nobody has begun.
+- Once the run has started, a worker's name belongs to one incarnation and is never used again. A server's name goes to another
+  process only if the server is lost and its backup has a copy of its shard.
+- A member that has counted as lost never takes part again, whatever it sends.
+- No process is welcomed before every expected process has joined.
+- A worker that joins later gets a share only once it has sent a message after its Hello. Few workers may be in that state: any
+  process that knows the address can send a Hello, as often as it likes.
+- Share tables have growing epochs, and a new one holds only from a round that no worker has begun.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from roundtable.ps.coordinator.state.introductions import Introductions
 from roundtable.ps.coordinator.state.roster import DEAD_S, Backups, Member, Roster
 from roundtable.ps.coordinator.state.share_tables import ShareTables
 
-#: What to send to which members, by name. '' is the process that has asked.
+#: (member, message) to send. '' stands for the process that has asked.
 News = list[tuple[str, Body]]
 
 
 class Membership:
-    """The members of a run, and what they must know of each other."""
+    """The members of a run, and the messages that tell them of each other."""
 
     def __init__(
         self,
@@ -54,9 +54,9 @@ class Membership:
         place: Place = NOWHERE,
         key: bytes = b"",
     ) -> None:
-        """The run directory is `run_dir` for the coordinator, which is at `place`.
+        """Start without members. `run_dir` is the run directory's path on the coordinator's host. `place` is the coordinator's.
 
-        The run goes on from the checkpoint of round `resume`, if that is not -1. Tickets are made with `key`.
+        If `resume` is not -1, the run goes on from the checkpoint of that round. Tickets are made with `key`.
         """
         self.settings = settings
         self._policy = policy
@@ -67,31 +67,31 @@ class Membership:
         self.backups = Backups(settings, self._roster)
         self._share_tables = ShareTables(settings, self._roster, now)
         self._introductions = Introductions(settings, run, run_dir, resume, key, self._roster, self._share_tables)
-        #: Grows whenever the workers or their shares change.
+        #: The membership epoch. It grows when workers, shares or servers change.
         self.epoch = 0
-        #: Why the run must go on from its newest checkpoint, once it must.
+        #: Why the run must restart from its newest checkpoint, or ''.
         self.broken = ""
-        #: Whether workers take part that have no share yet.
+        #: True if workers without a share take part.
         self._is_change_due = False
         #: Workers that were there when the run started under this coordinator.
         self.starters: frozenset[str] = frozenset()
-        #: Whether all known rounds are done: then no member's part is missing.
+        #: True if all known rounds are done, so that a loss does not break the run.
         self.over = False
-        #: (name, why, process id) of members that were lost, until that is reported.
+        #: (name, why, process id) of lost members that were not reported yet.
         self.newly_lost: list[tuple[str, str, int]] = []
-        #: Those of them that never took part.
+        #: The members in `newly_lost` that never took part.
         self.newly_forgotten: list[Member] = []
-        #: All workers that are gone, as servers must know.
+        #: The message to servers with all workers that are gone and all servers.
         self.losses = MembersLost(0, [])
-        #: Seconds after which the run starts with fewer workers than it should have, if there are any.
+        #: Seconds after which the run starts with the workers that have joined, if there are any.
         self.fewer_after_s = float("inf")
         self._began_at = now
 
-    # ---- what is known
+    # ---- queries
 
     @property
     def started(self) -> bool:
-        """Return whether all expected processes have been there."""
+        """Return whether the run has started: all expected processes had joined."""
         return self._roster.started
 
     @property
@@ -100,21 +100,21 @@ class Membership:
         return self._share_tables.tables
 
     def names(self, role: str) -> list[str]:
-        """Return the members of `role` that are part of the run, by number."""
+        """Return the names of the members of `role` that are part of the run, in the order of their numbers."""
         return self._roster.names(role)
 
     def knows(self, incarnation: int) -> bool:
-        """Return whether a process of this incarnation is a member."""
+        """Return whether the process with this incarnation is a member."""
         return incarnation in self._roster.incarnations
 
     @property
     def lost_servers(self) -> list[str]:
-        """Return the servers that other processes are to replace."""
+        """Return the names of lost servers, which other processes must replace."""
         return [member.name for member in self.servers.values() if member.lost]
 
     @property
     def shares(self) -> MembershipUpdate:
-        """Return what workers must know."""
+        """Return the share tables and servers for workers."""
         return self._introductions.shares
 
     @property
@@ -127,11 +127,11 @@ class Membership:
         return self._detector.silence_s(member)
 
     def missing(self) -> str:
-        """Say which processes must join before the run starts, and on which hosts the others are."""
+        """Return a text on the processes that must join before the run starts, and on the hosts of the others."""
         return self._admission.missing()
 
     def awaited(self) -> str:
-        """Say which processes must join for a started run to go on, and which were there before. '' if none must."""
+        """Return a text on the processes that must join for a started run to go on, and on those before them, or ''."""
         gone = [member for member in self.servers.values() if member.lost]
         if not gone and self.awaits_workers:
             gone = [member for member in self.workers.values() if member.lost or member.early]
@@ -140,7 +140,7 @@ class Membership:
     # ---- joining
 
     def restore(self, members: Iterable[Member], tables: list[ShareTable]) -> None:
-        """Take over the members and tables of the coordinator before. `heard_at` of a member may lie in the future."""
+        """Take over the members and tables of the coordinator before. A member's `heard_at` may lie in the future."""
         for member in members:
             self._roster.add(member)
         self._share_tables.restore(tables)
@@ -153,9 +153,9 @@ class Membership:
     def hello(
         self, hello: Hello, incarnation: int, now: float, is_dead: Callable[[Hello], bool] = lambda hello: False
     ) -> tuple[Member | None, News]:
-        """Let a process join. Return the member that it is, None if it is refused, and what to answer.
+        """Let a process join. Return its member, or None if it may not join now, and the messages to send.
 
-        `is_dead` says whether it is certain that a process has ended.
+        `is_dead` returns True if a process has certainly ended.
         """
         member = self._roster.incarnations.get(incarnation)
         if member is not None and member.lost:
@@ -187,7 +187,10 @@ class Membership:
     def _answer_for_taken(
         self, taken: Member, hello: Hello, incarnation: int, now: float, is_dead: Callable[[Hello], bool]
     ) -> Body | None:
-        """Count a dead member as lost in whose place a process asks to be. Return what to answer if the member is alive."""
+        """Return the answer to a process that asks for the place of `taken`.
+
+        If `taken` is dead, count it as lost and return None.
+        """
         is_gone = now - taken.heard_at > DEAD_S or is_dead(taken.hello)
         if is_gone and not self.backups.may_exist(taken, now):
             self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died, and another takes its place")
@@ -196,7 +199,7 @@ class Membership:
         return None if taken.lost else Heartbeat()
 
     def _replace(self, gone: Member, hello: Hello, incarnation: int, now: float) -> tuple[Member, News]:
-        """Put a new process in the place of a lost server."""
+        """Put a new process in the place of a lost server. Return its member and the messages to send."""
         member = Member(gone.name, hello, incarnation, now, replaces=True)
         self._admission.add(member)
         return member, [("", self._answer(member)), *self._change()]
@@ -216,14 +219,14 @@ class Membership:
     # ---- staying
 
     def heard(self, member: Member, now: float) -> None:
-        """Note that a member has sent something else than a Hello."""
+        """Note that a member has sent a message other than a Hello."""
         member.heard_at = now
         if not member.proven:
             self._admission.prove(member)
             self._is_change_due = True
 
     def heartbeat(self, name: str, heartbeat: Heartbeat, now: float) -> None:
-        """Note what a member says of itself."""
+        """Take a member's heartbeat."""
         member = self.members[name]
         self.heard(member, now)
         if (heartbeat.round, heartbeat.micro_batch) != (member.heartbeat.round, member.heartbeat.micro_batch):
@@ -231,7 +234,7 @@ class Membership:
         member.heartbeat = heartbeat
 
     def news(self, member: Member, epoch: int, now: float) -> Body | None:
-        """Return what a member must hear that knows membership epoch `epoch`. None if that may be on its way.
+        """Return the news for a member that knows membership epoch `epoch`, or None if it has the news or they may be under way.
 
         With many workers these messages are long.
         """
@@ -244,9 +247,9 @@ class Membership:
         return self.losses if is_server else self.shares
 
     def tick(self, now: float, is_dead: Callable[[Hello], bool] = lambda hello: False) -> News:
-        """Count silent members as lost, and return the messages that are due: new share tables.
+        """Count silent members as lost. Return the messages that are due, such as new share tables.
 
-        Raise ClusterError if the run cannot start. `is_dead` says whether it is certain that a process has ended.
+        `is_dead` returns True if a process has certainly ended. Raises ClusterError if the run cannot start.
         """
         self._detector.note_pause(self._roster, now)
         self._admission.tick(now)
@@ -261,7 +264,7 @@ class Membership:
         return self._change() if not self._policy.is_local and self._share_tables.should_change(now) else []
 
     def _start_late(self, now: float) -> News:
-        """Start with fewer workers if that is allowed by now. Raise ClusterError if the run cannot start any more."""
+        """Start with fewer workers if that is allowed by now. Raises ClusterError once `start_timeout` has passed."""
         fewer = len(self.names("server")) == self.settings.servers and self.names("worker")
         if fewer and now - self._began_at > self.fewer_after_s:
             return self._start()
@@ -272,7 +275,7 @@ class Membership:
         return []
 
     def train_on(self) -> None:
-        """Go on with more rounds than were known."""
+        """Go on with more rounds than were known. If workers step locally, the run is broken if a worker has died since."""
         self.over = False
         if self._policy.is_local:
             gone = [member.name for member in self.workers.values() if member.lost and not member.left]
@@ -281,7 +284,7 @@ class Membership:
     # ---- leaving
 
     def leave(self, name: str, early: bool) -> News:
-        """Note that a member says goodbye. With `early`, others do the rest of its work, even if it has left before."""
+        """Note that a member leaves. With `early`, others do the rest of its work. Return the messages to send."""
         member = self.members[name]
         is_news = early and not member.early and not member.lost
         member.left, member.early = True, member.early or early
@@ -290,7 +293,7 @@ class Membership:
         return self._change() if is_news else []
 
     def dismiss(self, name: str) -> News:
-        """Have a member leave that was told to stop. It counts as lost, because nobody has its part."""
+        """Let a member that was told to stop leave, and count it as lost. Return the messages to send."""
         member = self.members[name]
         self._lose(member, f"process {member.hello.pid} on {member.hello.host} was told to stop")
         return self._change()
@@ -298,8 +301,8 @@ class Membership:
     def _lose(self, member: Member, why: str) -> None:
         """Count a member as lost.
 
-        A worker that has ended its script may still have to hand in the model. Before the start nobody was promised anything, so
-        a member is just forgotten. So is a member that never took part.
+        A member that never took part is forgotten. So is any member before the start, when nothing was promised to it. The run
+        breaks if a server is lost without a copy of its shard, or a worker under a policy that needs all workers.
         """
         member.lost = True
         member.keep_counts()
@@ -320,7 +323,7 @@ class Membership:
             self.broken = f"{member.name}: {why}."
 
     def _change(self) -> News:
-        """Open a membership epoch. Return what to tell workers and servers."""
+        """Open a membership epoch. Return the messages to workers and servers."""
         self.epoch += 1
         self._is_change_due = False
         told: News = []
@@ -333,7 +336,7 @@ class Membership:
         return told
 
     def _note_losses(self) -> bool:
-        """Note which workers are gone, and which servers there are. Return whether that is news."""
+        """Update `losses`. Return whether it has changed."""
         gone = [name for name, member in self.workers.items() if member.lost or member.early]
         if (gone, self._introductions.peers) == (self.losses.workers, self.losses.servers):
             return False

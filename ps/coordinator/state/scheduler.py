@@ -1,4 +1,4 @@
-"""Decides which worker computes what others have not done, by the members' last heartbeats."""
+"""Decides from the members' last heartbeats which worker computes micro-batches that others have not done."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.state.speculation import Speculation
 
-#: Seconds for which a server's heartbeat holds.
+#: A server's heartbeat is trusted for this many seconds.
 _BELIEVED_S = 3 * HEARTBEAT_S
 
 
 class Scheduler:
-    """Asks `Speculation` with what members said last."""
+    """Calls `Speculation` with the members' last heartbeats."""
 
     def __init__(self, policy: Policy, ledger: Ledger, membership: Membership) -> None:
         self._policy = policy
@@ -24,7 +24,7 @@ class Scheduler:
         self._speculation = Speculation()
 
     def reassign(self, waiting: str, round_: int, now: float) -> Reassign | None:
-        """Reassign a micro-batch to a worker that is idle in `round_`, if there is one for it."""
+        """Return the reassignment of a micro-batch to `waiting`, a worker that is idle in `round_`, or None."""
         if self._policy.is_local or not self._ledger.segments:
             return None
         first = self._ledger.committed if self._policy.applies == "push" else round_
@@ -39,12 +39,12 @@ class Scheduler:
         servers = self.servers
         open_round = min(server.heartbeat.round for server in servers)
         if open_round > round_:
-            return None  # a later one is not for a worker that has not got its weights yet
+            return None  # `waiting` has no weights of a later round yet
         missing = (k for server in servers if server.heartbeat.round == open_round for k in server.heartbeat.missing)
         return self._speculation.reassign_missing(waiting, open_round, missing, count(open_round), tables, workers, now)
 
     def assign_orphans(self, now: float) -> list[Reassign]:
-        """If pushes are applied at once, assign the micro-batches that nobody computes. No worker waits for them."""
+        """If each push is applied at once, return assignments of the micro-batches that no worker computes."""
         if self._policy.applies != "push" or not self._ledger.segments or self._is_silent(now):
             return []
         of_all = self._membership.tables, self._membership.workers
@@ -58,12 +58,12 @@ class Scheduler:
 
     @property
     def all_applied(self) -> bool:
-        """Return whether every planned round is applied, even if only the servers say so."""
+        """Return whether every planned round is applied, by the ledger or by the servers' heartbeats."""
         applied = min(server.heartbeat.round for server in self.servers)
         return max(applied, self._ledger.committed) >= self._ledger.planned
 
     def _lacking(self) -> dict[int, set[int]]:
-        """Return what servers say they lack, by round, earliest first."""
+        """Return by round, earliest first, the micro-batches that servers lack by their heartbeats."""
         found: dict[int, set[int]] = {}
         for heartbeat in (server.heartbeat for server in self.servers if server.heartbeat.round >= 0):
             for round_, ks in enumerate([heartbeat.missing, *heartbeat.missing_later], heartbeat.round):
@@ -72,5 +72,5 @@ class Scheduler:
         return dict(sorted(found.items()))
 
     def _is_silent(self, now: float) -> bool:
-        """Return whether a server has been silent. It may hang, and have what it seems to lack. Or it is gone."""
+        """Return whether a server has been silent. Then its last heartbeat is no proof of what it lacks."""
         return any(server.heartbeat.round < 0 or now > server.heard_at + _BELIEVED_S for server in self.servers)

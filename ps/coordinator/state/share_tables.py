@@ -1,4 +1,4 @@
-"""The shares of workers in each round: a table for each membership epoch, which follows the measured speeds."""
+"""The share tables: one for each membership epoch. Shares follow the workers' measured speeds."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.config.work_shares import ShareTable, shares
 from roundtable.ps.coordinator.state.roster import Roster
 
-#: Seconds between two looks at whether shares should follow the measured speeds.
+#: Seconds between two comparisons of the shares with the measured speeds.
 RESHARE_S = 2.0
-#: A new table holds from so many rounds after the newest known one, so that the news gets everywhere first. If it does not,
-#: micro-batches are missing or done twice, and are reassigned.
+#: A new table holds from this many rounds after the newest known one, so that all workers have it first. If a worker has not,
+#: some micro-batches are missing or done twice, and are reassigned.
 _LEAD_ROUNDS = 2
-#: And from so many seconds later, at the speed of the last rounds.
+#: The rounds of this many seconds, at the last speed, are added.
 _LEAD_S = 1.5
-#: So many seconds if a worker is gone: until then others do its share micro-batch by micro-batch, which takes longer.
+#: The same if a worker is gone. It is short, because others do the lost share micro-batch by micro-batch until then.
 _LEAD_WITHOUT_S = 0.3
-#: Tables that are kept.
+#: At most this many tables are kept.
 _MOST_TABLES = 8
 
 
 class ShareTables:
-    """The tables in force. A new one holds only from a round on that nobody has begun."""
+    """The share tables in force. A new one holds only from a round that no worker has begun."""
 
     def __init__(self, settings: Settings, roster: Roster, now: float) -> None:
         self._settings = settings
         self._roster = roster
-        #: Oldest first. Empty until the run starts.
+        #: The tables, oldest first. Empty until the run starts.
         self.tables: list[ShareTable] = []
+        #: When `should_change` last compared speeds.
         self._looked_at = now
-        #: The newest round that a worker was in at the last look.
+        #: The newest round that a worker was in then.
         self._newest = 0
-        #: Rounds per second between the last two looks.
+        #: Rounds per second between the last two comparisons.
         self._pace = 0.0
 
     def start(self, epoch: int, workers: list[str]) -> None:
@@ -45,7 +46,7 @@ class ShareTables:
     def add(self, epoch: int, workers: list[str]) -> None:
         """Add a table for `workers`, by their measured speeds."""
         gone = [not self._roster.members[name].active for name in self.tables[-1].workers]
-        if all(gone):  # nobody has begun anything
+        if all(gone):  # no round can be in progress, so the table holds at once
             self.tables = [ShareTable(epoch, 0, workers, self._weights(workers))]
             return
         lead = _LEAD_ROUNDS + round(self._pace * (_LEAD_WITHOUT_S if any(gone) else _LEAD_S))
@@ -53,7 +54,7 @@ class ShareTables:
         self.tables = [*self.tables[1 - _MOST_TABLES :], ShareTable(epoch, first, workers, self._weights(workers))]
 
     def should_change(self, now: float) -> bool:
-        """Look at the speeds from time to time. Return whether other shares would follow them better."""
+        """Every RESHARE_S, compare shares with the measured speeds. Return whether other shares would fit better."""
         if now - self._looked_at <= RESHARE_S:
             return False
         newest = self._roster.newest_round()
@@ -62,7 +63,7 @@ class ShareTables:
         return self._speeds_changed()
 
     def _speeds_changed(self) -> bool:
-        """Return whether shares by the speeds measured now would move a micro-batch."""
+        """Return whether shares by the current speeds would move a micro-batch."""
         workers, table = self._roster.names("worker"), self.tables[-1]
         if workers != table.workers or any(self._roster.members[worker].heartbeat.rate <= 0 for worker in workers):
             return False
@@ -70,7 +71,7 @@ class ShareTables:
         return shares(count, self._weights(workers)) != shares(count, table.weights)
 
     def _weights(self, workers: list[str]) -> list[int]:
-        """Return samples per second, relative to the fastest, in hundredths. Workers without a measurement get the mean."""
+        """Return each worker's speed in hundredths of the fastest one's. Workers without a measurement get the mean."""
         rates = [self._roster.members[worker].heartbeat.rate for worker in workers]
         known = [rate for rate in rates if rate > 0]
         if not known:

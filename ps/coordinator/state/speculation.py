@@ -1,7 +1,8 @@
 """Speculative execution: an idle worker computes a micro-batch that its owner has not finished.
 
-Dean and Ghemawat, "MapReduce" (OSDI 2004), section 3.6. Contributions are idempotent, so a wrong guess costs a little work
-and never a wrong sum. The result does not need speculation. The speed does, and so do micro-batches of workers that are gone.
+Source: Dean and Ghemawat, "MapReduce" (OSDI 2004), section 3.6. Contributions are idempotent, so a wrong guess costs a little
+work and never makes a wrong sum. Speculation does not change the result. It makes rounds faster, and computes the micro-batches
+of workers that are gone.
 """
 
 from __future__ import annotations
@@ -24,48 +25,48 @@ _OVERDUE = 1.5
 _PATIENCE = 2.0
 #: Seconds after which a reassignment without a result is repeated.
 _REASSIGN_AGAIN_S = 2.0
-#: Seconds for which a micro-batch must be nowhere before it is reassigned: servers' news is as old as a heartbeat.
+#: A micro-batch must be missing this many seconds before it is reassigned, because servers' news is as old as a heartbeat.
 _MISSING_S = 1.0
-#: A contribution counts as on its way for so many times the usual transfer time,
+#: A contribution counts as under way for this many times the usual transfer time,
 _SENT_TIMES = 2.0
-#: for so many seconds at least,
+#: for at least this many seconds,
 _SENT_S = 3.0
-#: and for so many seconds if the usual time is not known.
+#: and for this many seconds if the usual time is not known.
 _SENT_FIRST_S = 15.0
-#: Seconds that a worker's news may take until they are known.
+#: The coordinator gets a worker's news within this many seconds.
 _NEWS_S = 0.2
-#: Seconds of orphaned work that a worker may have ahead,
+#: A worker may have at most this many seconds of orphaned work ahead,
 _AHEAD_S = 0.5
-#: and micro-batches that this may be.
+#: and at most this many orphaned micro-batches.
 _MOST_AHEAD = 64
-#: Seconds, for each worker and open round, for which a view of all workers holds: making it takes time, and many ask at once.
+#: A view of all workers is used for this many seconds per worker and open round. It is slow to make, and many workers ask.
 _VIEW_S = 5e-5
 
 
 @dataclass
 class _StragglerView:
-    """How far all workers are in a round."""
+    """The progress of all workers in a round."""
 
-    #: The view holds until then.
+    #: The view may be used until this time.
     until: float
-    #: Micro-batches that workers have not begun, by worker.
+    #: By worker: micro-batches that the worker has not begun.
     runs: dict[str, list[int]]
-    #: Those of these workers that are still in earlier rounds.
+    #: Workers in `runs` that are still in earlier rounds.
     behind: set[str]
-    #: (since when it computes, name) of workers that are overdue with a micro-batch of the round, longest first.
+    #: (begin, worker) of workers that are overdue with a micro-batch of the round, the longest first.
     overdue: list[tuple[float, str]]
-    #: (when it is likely to be done, since when it computes, name) of the other workers that compute one, last first.
+    #: (likely end, begin, worker) of the other workers that compute a micro-batch of the round, the last first.
     due: list[tuple[float, float, str]]
-    #: (when it is likely to be done, name, micro-batch) that slow workers may have begun by now, last first.
+    #: (likely end, worker, micro-batch) that slow workers may have begun by now, the last first.
     next: list[tuple[float, str, int]]
 
     def keep_only(self, lacking: set[int]) -> None:
-        """Forget all micro-batches but those that servers lack."""
+        """Forget all micro-batches except those that servers lack."""
         self.runs = {name: left for name, ks in self.runs.items() if (left := [k for k in ks if k in lacking])}
         self.next = [one for one in self.next if one[2] in lacking]
 
     def take_next(self, waiting: Member, now: float) -> tuple[str, int] | None:
-        """Return a slow worker and its next micro-batch, if `waiting` will have done that sooner."""
+        """Return a slow worker and its next micro-batch, if `waiting` would finish that micro-batch sooner."""
         for one in self.next:
             done_at, owner, k = one
             if owner != waiting.name and done_at - now > _GAIN * _cost_of_another(waiting):
@@ -74,33 +75,35 @@ class _StragglerView:
         return None
 
     def late_for(self, waiting: Member, now: float) -> Iterator[tuple[float, str]]:
-        """Yield workers whose micro-batch `waiting` had better compute too, with the time at which they began it."""
+        """Yield (begin, worker) for workers whose current micro-batch `waiting` should compute too."""
         cost = _cost_of_another(waiting)
         yield from takewhile(lambda one: now - one[0] > _PATIENCE * cost, self.overdue)
         yield from ((since, name) for _, since, name in takewhile(lambda one: one[0] - now > _GAIN * cost, self.due))
 
 
 class Speculation:
-    """Reassigns micro-batches, and remembers to which worker."""
+    """Reassigns micro-batches, and keeps to which worker."""
 
     def __init__(self) -> None:
-        #: The worker to which (round, micro-batch) was reassigned last.
+        #: By (round, micro-batch): the worker of the last reassignment.
         self.reassigned: dict[tuple[int, int], str] = {}
+        #: By (round, micro-batch): when the last reassignment was made.
         self._reassigned_at: dict[tuple[int, int], float] = {}
+        #: By round: the view of all workers.
         self._views: dict[int, _StragglerView] = {}
-        #: Earlier rounds are forgotten.
+        #: Rounds before this one are forgotten.
         self._first = 0
-        #: (round, unacknowledged micro-batches, since when) of each worker's last heartbeat.
+        #: By worker: (round, unacknowledged micro-batches, since when) of its last heartbeat.
         self._sent: dict[str, tuple[int, list[int], float]] = {}
-        #: Since when micro-batches have been missing that nobody has.
+        #: By (round, micro-batch) that servers lack and no worker has: since when.
         self._missing_since: dict[tuple[int, int], float] = {}
-        #: Until when that holds.
+        #: `_missing_since` and `_lacking` may be used until this time.
         self._missing_until = float("-inf")
-        #: The round of those micro-batches.
+        #: The round of the micro-batches in `_missing_since`.
         self._missing_round = -1
-        #: Those that have been missing for too long.
+        #: Micro-batches that have been missing for longer than _MISSING_S.
         self._lacking: list[tuple[int, int]] = []
-        #: If pushes are applied at once: since when servers have lacked micro-batches that nobody will compute.
+        #: If each push is applied at once, by (round, micro-batch) that servers lack and no worker will compute: since when.
         self._free_since: dict[tuple[int, int], float] = {}
 
     def reassign(
@@ -113,10 +116,10 @@ class Speculation:
         now: float,
         lacking: Mapping[int, set[int]] | None = None,
     ) -> Reassign | None:
-        """Reassign a micro-batch to the idle worker `waiting`, of the earliest of `rounds` that has one for it.
+        """Return the reassignment of a micro-batch to the idle worker `waiting`, from the earliest of `rounds`, or None.
 
-        `count(round)` is the number of a round's micro-batches. `lacking` are those that servers lack, by round, if servers
-        say so of all open rounds.
+        `count(round)` is the number of a round's micro-batches. `lacking` has by round the micro-batches that servers lack, if
+        servers report that for all open rounds, else it is None.
         """
         if rounds.start > self._first:
             self._forget(rounds.start)
@@ -147,10 +150,10 @@ class Speculation:
         self, waiting: str, round_: int, missing: Iterable[int], count: int, tables: list[ShareTable],
         workers: Mapping[str, Member], now: float,
     ) -> Reassign | None:  # fmt: skip
-        """Reassign one of the micro-batches that servers lack in their open round and that nobody seems to finish.
+        """Return the reassignment of a micro-batch that servers lack in their open round and no worker seems to finish, or None.
 
-        There are such if a worker is gone, if two workers used different share tables for a round, if a reassignment was lost on
-        its way, or if a worker cannot reach a server any more.
+        A micro-batch may be missing if a worker is gone, if two workers used different share tables for a round, if a
+        reassignment was lost on its way, or if a worker cannot reach a server any more.
         """
         if now >= self._missing_until or round_ != self._missing_round:
             self._missing_until, self._missing_round = now + _VIEW_S * len(workers), round_
@@ -172,11 +175,12 @@ class Speculation:
         workers: Mapping[str, Member],
         now: float,
     ) -> list[Reassign]:
-        """Assign what servers lack (by round, earliest first) and nobody will compute to workers that have reached its round.
+        """Return assignments of micro-batches that no worker will compute, to workers that have reached their round.
 
-        This is for policies that apply pushes at once, with many open rounds. A micro-batch has no owner if its worker is gone,
-        or if two workers used different share tables. Nobody waits for it until the end. But no later round counts as over, so
-        no checkpoint would have one.
+        `lacking` has by round, earliest first, the micro-batches that servers lack. This is for policies that apply each push at
+        once, with many open rounds. A micro-batch has no owner if its worker is gone, or if two workers used different share
+        tables. No worker waits for it until the end. But as long as it is missing, no later round is closed, so no checkpoint
+        could include one.
         """
         if lacking and (first := min(lacking)) > self._first:
             self._forget(first)
@@ -205,9 +209,9 @@ class Speculation:
         active: Mapping[str, Member],
         now: float,
     ) -> list[tuple[int, int]]:
-        """Return what servers lack and none of these workers will compute, computes or has just sent.
+        """Return the micro-batches that servers lack and no active worker will compute, computes or has just sent.
 
-        A worker that is past a round has done its share of it, and servers have that: the worker got weights since.
+        A worker that is past a round has done its share of that round, and servers have the result: the worker got weights since.
         """
         held: set[tuple[int, int]] = set()
         for name, member in active.items():
@@ -227,11 +231,11 @@ class Speculation:
         return free
 
     def _has(self, name: str, key: tuple[int, int]) -> bool:
-        """Return whether a micro-batch has not been reassigned to another worker."""
+        """Return whether a micro-batch was not reassigned to a worker other than `name`."""
         return self.reassigned.get(key, name) == name
 
     def _forget(self, before: int) -> None:
-        """Forget rounds that are over."""
+        """Forget the rounds before `before`, which are over."""
         self._first = before
         for key in [key for key in self.reassigned if key[0] < before]:
             del self.reassigned[key], self._reassigned_at[key]
@@ -275,7 +279,7 @@ class Speculation:
         return held
 
     def _is_on_its_way(self, name: str, member: Member, now: float) -> bool:
-        """Return whether what a worker has sent may still arrive."""
+        """Return whether a worker's unacknowledged contributions may still arrive."""
         round_, sent = member.heartbeat.round, member.heartbeat.unacknowledged
         before, known, since = self._sent.get(name, (-1, [], 0.0))
         if before != round_:
@@ -287,7 +291,7 @@ class Speculation:
         return now - self._sent[name][2] < (max(_SENT_S, _SENT_TIMES * transfer) if transfer else _SENT_FIRST_S)
 
     def _not_begun(self, round_: int, count: int, table: ShareTable, workers: Mapping[str, Member]) -> dict[str, list[int]]:
-        """Return the micro-batches of `round_` that workers have and have not begun, as far as is known."""
+        """Return by worker the micro-batches of `round_` that it has and has not begun, as far as is known."""
         out: dict[str, list[int]] = {}
         for name in {*table.workers, *workers}:
             member = workers.get(name)
@@ -301,13 +305,13 @@ class Speculation:
             else:
                 continue
             out[name] = [k for k in ks if self.reassigned.get((round_, k), name) == name]
-            if gone:  # what was reassigned to it is open again too
+            if gone:  # micro-batches that were reassigned to a lost worker are open again
                 out[name] += [k for (r, k), to in self.reassigned.items() if r == round_ and to == name and k not in out[name]]
         return out
 
 
 def _most_ahead(member: Member) -> int:
-    """Return how many micro-batches a worker may have ahead."""
+    """Return how many orphaned micro-batches a worker may have ahead."""
     return max(1, min(_MOST_AHEAD, int(_AHEAD_S / member.heartbeat.seconds))) if member.heartbeat.seconds else 1
 
 
@@ -319,7 +323,7 @@ def _computes(member: Member, round_: int) -> bool:
 def _may_begin(member: Member | None, now: float) -> int:
     """Return how many micro-batches a worker may have begun that the coordinator has not heard of.
 
-    A worker begins the next one when this one has taken as long as usual. Its heartbeat says so soon afterwards.
+    A worker begins the next micro-batch when the current one has taken as long as usual. Its heartbeat follows soon afterwards.
     """
     if member is None or not member.active or member.heartbeat.seconds <= 0:
         return 0
@@ -330,12 +334,12 @@ def _may_begin(member: Member | None, now: float) -> int:
 
 
 def _is_quick(member: Member) -> bool:
-    """Return whether a worker may have done several micro-batches before its heartbeat is here."""
+    """Return whether a worker may do several micro-batches before its heartbeat arrives."""
     return member.heartbeat.seconds < _NEWS_S
 
 
 def _done_next_at(member: Member) -> float:
-    """Return when the next micro-batch of a worker is likely to have arrived."""
+    """Return when a worker's next micro-batch is likely to have arrived."""
     return member.since + member.heartbeat.seconds + _cost(member)
 
 
@@ -345,15 +349,15 @@ def _cost(worker: Member) -> float:
 
 
 def _cost_of_another(waiting: Member) -> float:
-    """Return the same for an idle worker, but no less than heartbeats take on average: what is known of others is as old."""
+    """Return `_cost` of an idle worker, but at least the average age of heartbeats: news of other workers is as old."""
     return max(_cost(waiting), _NEWS_S / 2)
 
 
 def _is_worth_it(waiting: Member, owner: Member | None, view: _StragglerView, name: str, now: float) -> bool:
-    """Return whether `waiting` should compute what `owner` has not begun.
+    """Return whether `waiting` should compute micro-batches that `owner` has not begun.
 
-    It should not if the owner does it sooner, as on a slow network: a worker that is behind may be about to get its weights, and
-    another contribution takes time to send.
+    It should not if the owner would be sooner, which happens on a slow network: a worker that is behind may be about to get its
+    weights, and one more contribution takes time to send.
     """
     if owner is None or not owner.active:
         return True
@@ -363,5 +367,5 @@ def _is_worth_it(waiting: Member, owner: Member | None, view: _StragglerView, na
 
 
 def _is_overdue(member: Member, now: float) -> bool:
-    """Return whether a micro-batch takes a worker longer than usual, or nobody knows what is usual."""
+    """Return whether a worker's micro-batch takes longer than usual, or its usual time is unknown."""
     return now - member.since > _OVERDUE * member.heartbeat.seconds
