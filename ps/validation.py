@@ -24,7 +24,7 @@ def check_setup(setup: Setup) -> None:
         raise WireError(f"a gradient cannot be clipped to the norm {update.clip_norm}")
     for group in update.groups:
         if len(group) > _SETTINGS or "params" in group or not all(_is_plain(value) for value in group.values()):
-            raise WireError("the optimizer's settings are no plain values")
+            raise WireError("the optimizer's settings are not plain values")
 
 
 def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:
@@ -38,13 +38,13 @@ def check_hypers(hypers: Sequence[Mapping[str, Any]], update: Update) -> None:
             if key == "nesterov" and key in first and isinstance(value, bool):
                 continue  # post-local SGD turns nesterov on later, and torch reads it at every step
             if key not in first or not _is_like(value, first[key]):
-                raise WireError(f"a push sets the optimizer's {key[:100]} to {str(value)[:100]}, which it cannot be")
+                raise WireError(f"a push sets the optimizer's {key[:100]} to {str(value)[:100]}, which is not allowed")
 
 
 def check_distinct(ids: Sequence[int], known: Collection[int], what: str) -> None:
     """Raise WireError, with `what`, unless `ids` are distinct and all in `known`."""
     if len(ids) > len(known) or len(set(ids)) != len(ids) or not all(i in known for i in ids):
-        raise WireError(f"{what} names chunks {list(ids[:20])!s} that are not all here, or some twice")
+        raise WireError(f"{what} names chunks {list(ids[:20])!s}: some are not here, or named twice")
 
 
 def _is_plain(value: Any) -> bool:
@@ -76,4 +76,4 @@ def check_file(file: Sequence[InFile], sizes: Sequence[int]) -> None:
         except KeyError:
             raise WireError(f"'{entry.name[:100]}' has dtype '{entry.dtype[:100]}', which safetensors has no name for") from None
         if any(number >= len(sizes) for number in entry.of) or size != sum(sizes[number] for number in entry.of):
-            raise WireError(f"'{entry.name[:100]}' in the model's file is {entry.dtype} {entry.shape}, which it cannot be")
+            raise WireError(f"'{entry.name[:100]}' in the model's file is {entry.dtype} {entry.shape}, but the model's is not")

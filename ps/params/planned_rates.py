@@ -45,8 +45,8 @@ class Terms:
 class PlannedRates:
     """Chooses the terms on which each micro-batch is applied.
 
-    Invariants: a round's settings are used as often as the round is planned to have micro-batches, if a worker has sent them in
-    time; the mean of all `lr_scale` tends to 1.
+    Invariants: if a worker has sent a round's settings in time, they are used as often as the round is planned to have
+    micro-batches; the mean of all `lr_scale` tends to 1.
     """
 
     def __init__(self, policy: Policy, seen: int = 0) -> None:

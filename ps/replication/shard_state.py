@@ -38,7 +38,7 @@ class ShardState:
     def put(self, name: str, first: int, rows: torch.Tensor) -> None:
         """Store the rows of a part that has arrived. Raises WireError if this shard has no such rows."""
         if not self.tables.put(name, first, rows) and not self.sharded_layers.put(name, first, rows):
-            raise WireError(f"rows came of '{name[:100]}', which is not here, from the {first}th on")
+            raise WireError(f"rows of '{name[:100]}' from {first} on do not belong to this shard")
 
     def arrived(self, state: Incoming) -> None:
         """Load a state that has arrived in full. Its rows are in place already.

@@ -99,7 +99,7 @@ class Incoming(TensorFiles):
         what = f"part {part.number} of the state of server-{part.shard}"
         numel = math.prod(part.shape)
         if part.number >= self.head.parts or len(part.shape) > _MOST_DIMENSIONS or numel > _MOST_ELEMENTS:
-            raise WireError(f"{what} is none")
+            raise WireError(f"{what} does not belong to the state")
         if part.number in self._missing:
             values = join(iter(frames), part.dtype, numel, what).view(part.shape)
             if part.first >= 0:

@@ -32,7 +32,7 @@ class Identities:
         name = envelope.sender
         if self.tickets.get(name) != envelope.incarnation:
             if ticket(self.key, name) != envelope.incarnation:
-                raise WireError(f"a process calls itself {name}, which is not the name that the coordinator gave it", "sender")
+                raise WireError(f"a process calls itself {name}, but the coordinator did not give it that name", "sender")
             self.tickets[name] = envelope.incarnation
 
     def is_server(self, envelope: Envelope, step: int) -> bool:
@@ -42,9 +42,9 @@ class Identities:
         """
         number = self.neighbour(step)
         if envelope.sender != f"server-{number}":
-            raise WireError(f"'{envelope.sender}' is no worker, and has no copy of a shard here", "sender")
+            raise WireError(f"'{envelope.sender}' is neither a worker nor a neighbour of this server", "sender")
         if envelope.incarnation == self.servers[number].incarnation:
             return True
         if envelope.body == _RESTORE:
             return False  # the coordinator's list of servers is still under way; the replacement asks again
-        raise WireError(f"a process calls itself {envelope.sender} and is another than the one known by that name", "sender")
+        raise WireError(f"a process calls itself {envelope.sender}, but another process is known by that name", "sender")

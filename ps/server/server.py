@@ -162,7 +162,7 @@ class _Server:
                 self._watchdog.stop()
         stop = self._attendance.stop
         if stop is not None and (stop.restart or stop.on_request) and self.stop_signal:
-            raise Stopped(self.stop_signal, "has left the run, as it was told to stop.")
+            raise Stopped(self.stop_signal, "has left the run because it was told to stop.")
         if stop is not None and stop.restart:
             log.warning("restarts: %s", stop.reason)
             self._signs.pause()
@@ -184,7 +184,7 @@ class _Server:
         if self.stop_signal and self._shard is not None:
             self._attendance.heartbeat_soon(now)
             if now > self._stop_signal_at + self._shard.settings.stop_timeout + GO_S:
-                raise Stopped(self.stop_signal, "leaves the run, as it was told to stop, and was not let go in time.")
+                raise Stopped(self.stop_signal, "was told to stop, got no leave in time, and leaves the run.")
 
     def _loop(self) -> None:
         assert self._inflow is not None
@@ -308,12 +308,12 @@ class _Server:
             raise WireError(f"'{name}' speaks before this server is in a run", "sender")
         self._identities.check_worker(envelope)
         if self._shard is not None and name in self._shard.lost:
-            raise WireError(f"{name} is lost and is no part of the run any more", "sender")
+            raise WireError(f"{name} is lost and no longer part of the run", "sender")
         return True
 
     def _is_server(self, envelope: Envelope, step: int) -> bool:
         if self._identities is None:
-            raise WireError(f"'{envelope.sender}' is no worker, and has no copy of a shard here", "sender")
+            raise WireError(f"'{envelope.sender}' is neither a worker nor a neighbour of this server", "sender")
         return self._identities.is_server(envelope, step)
 
     def _from_coordinator(self, body: Body, frames: Frames) -> None:

@@ -201,7 +201,7 @@ class ShardHost:
         Raises WireError if the message does not fit.
         """
         if self._replication is None:
-            raise WireError(f"{sender} keeps or has no copy here")
+            raise WireError(f"{sender} sent a message about copies of shards in a run without replicas")
         effects = self._replication.handle(sender, body, frames)
         if self.restoring and (state := self._replication.returned()) is not None:
             self._return(state)
@@ -234,7 +234,7 @@ class ShardHost:
         try:
             model.state.arrived(state)
         except (KeyError, RuntimeError) as error:
-            raise UsageError(f"the copy of server-{self.index}'s shard, which came back, does not fit it: {error}.") from None
+            raise UsageError(f"the copy of server-{self.index}'s shard from its backup does not fit it: {error}.") from None
         model.has_returned()
         source = Source(head.round, self.settings.servers, head.setup, state, {})
         shard.resume(source)

@@ -105,14 +105,14 @@ class PushValidator:
         check_distinct(push.chunks, chunks, f"a push of {sender}")
         check_distinct(push.coded, push.chunks, f"a push of {sender}")
         if len(push.chunks) != len(push.present):
-            raise WireError(f"a push of {sender} names chunks {push.chunks} and says what is present of {len(push.present)}")
+            raise WireError(f"a push of {sender} names chunks {push.chunks} but has {len(push.present)} masks of pieces")
         if not push.scale > 0 or math.frexp(push.scale)[0] != 0.5:
-            raise WireError(f"a push of {sender} is to be multiplied by {push.scale}, which is no power of two")
+            raise WireError(f"a push of {sender} has the scale {push.scale}, which is not a power of two")
         count = self._settings.workers if plan is None else plan.micro_batches
         if not is_node((push.lo, push.hi), count):
             raise WireError(f"a push of {sender} is for micro-batches {push.lo}..{push.hi - 1} of {count}")
         if plan is not None and (push.samples, push.micro_batches) != (plan.samples_in(push.lo, push.hi), push.hi - push.lo):
-            raise WireError(f"a push of {sender} counts {push.samples} samples, which is not what the plan has")
+            raise WireError(f"a push of {sender} counts {push.samples} samples, which differs from the plan")
         check_hypers(push.hypers, self._model.setup.update)
         return {i for i, bits in zip(push.chunks, push.present, strict=True) if chunks[i].has_values(bits)}
 
@@ -183,7 +183,7 @@ class TentativePushes:
         """Raise WireError if `push` cannot be tentative."""
         check_distinct(push.chunks, self._model.chunks, f"a push of {sender}")
         if push.gradient_buffer >= 0 or push.metrics is not None or self._policy.is_local:
-            raise WireError(f"{sender} sends early what cannot be sent so")
+            raise WireError(f"{sender} sends a tentative push that cannot be tentative")
         self._plans.round(push.round)
 
     def _of(self, sender: str, push: Push) -> _Tentative:

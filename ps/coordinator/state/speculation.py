@@ -356,8 +356,8 @@ def _cost_of_another(waiting: Member) -> float:
 def _is_worth_it(waiting: Member, owner: Member | None, view: _StragglerView, name: str, now: float) -> bool:
     """Return whether `waiting` should compute micro-batches that `owner` has not begun.
 
-    It should not if the owner would be sooner, which happens on a slow network: a worker that is behind may be about to get its
-    weights, and one more contribution takes time to send.
+    It should not if the owner would be sooner. That happens on a slow network: a worker that is behind may be about to get its
+    weights. One more contribution takes time to send.
     """
     if owner is None or not owner.active:
         return True
