@@ -1,4 +1,4 @@
-"""The sockets of a worker: one to the coordinator, and two to each server, of which one carries tensors."""
+"""The sockets of a worker: one to the coordinator, and two to each server, one of them for tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from roundtable.worker.client.unreached import UnreachedServers
 
 log = logging.getLogger("roundtable.worker.link")
 
-#: Ending of the name of a server's second socket, which tensors go by.
+#: Suffix of the name of a server's second socket, which carries tensors.
 _BULK = "/bulk"
 
 
@@ -29,10 +29,10 @@ class Poller(Protocol):
 
 
 class Connections:
-    """Sockets by name, and the names of those at their other ends. One thread uses them, but for `is_near`."""
+    """Sockets by name, and the names of the processes at their other ends. Only `is_near` is safe in a second thread."""
 
     def __init__(self, coordinator: str) -> None:
-        """Connect to the coordinator at this address. Raises UsageError if it is none."""
+        """Connect to the coordinator at this address. Raises UsageError if it is not an address."""
         self.stamp = Stamp(sender="worker", incarnation=new_incarnation())
         self.unreached = UnreachedServers()
         self.servers: list[Peer] = []
@@ -40,31 +40,31 @@ class Connections:
         self._sockets: dict[str, zmq.Socket[bytes]] = {COORDINATOR: dealer(self._context, coordinator)}
         self._names: dict[Any, str] = {self._sockets[COORDINATOR]: COORDINATOR}
         self._poller: Poller = zmq.Poller()
-        #: The name by which servers know this worker.
+        #: The number by which servers recognise this worker.
         self._ticket = 0
-        #: When this worker last said at each socket whose it is.
+        #: By socket: when this worker last introduced itself there.
         self._greeted: dict[str, float] = {}
 
     def attach(self, poller: Poller) -> None:
-        """Have `poller` poll the sockets that there are and will be."""
+        """Have `poller` poll all sockets, also those that are opened later."""
         self._poller = poller
         for sock in self._sockets.values():
             poller.register(sock, zmq.POLLIN)
 
     def name_of(self, sock: Any) -> str | None:
-        """Return who is at the other end; None if that server is another process since."""
+        """Return the name of the process at the other end. Return None if a new process has taken that server's place."""
         return self._names.get(sock)
 
     def is_near(self, server: int) -> bool:
-        """Whether what is sent to a server stays on this host."""
+        """Return whether messages to a server stay on this host."""
         return is_own(self.servers[server].address)
 
     def introduce(self, welcome: Welcome) -> None:
-        """Have the name from now on that the coordinator gave to this worker."""
+        """Use the name that the coordinator gave to this worker from now on."""
         self.stamp.sender, self.stamp.run, self._ticket = welcome.process, welcome.run, welcome.ticket
 
     def connect(self, servers: list[Peer]) -> list[int]:
-        """Connect to those of all servers that are other processes than before, and return their numbers."""
+        """Connect to the servers that are new processes, and return their numbers. `servers` are all."""
         before, self.servers = self.servers, servers
         others = [number for number, peer in enumerate(servers) if not before or before[number] != peer]
         for number in others:
@@ -87,9 +87,10 @@ class Connections:
             self._greet(key)
 
     def _greet(self, key: str) -> None:
-        """Say whose connection it is, unless this worker said so a moment ago.
+        """Introduce this worker on a connection, unless it has done so a moment ago.
 
-        ZeroMQ may have made the connection anew without a word, and from a stranger's a server takes less than gradients need.
+        ZeroMQ may have reconnected without notice. Until a server knows whose connection it is, it accepts less than gradients
+        need.
         """
         now = time.monotonic()
         if now >= self._greeted.get(key, float("-inf")) + ASK_AGAIN_S:
@@ -97,7 +98,7 @@ class Connections:
             send(self._sockets[key], self.stamp.encode(Heartbeat(), self._ticket))
 
     def send(self, message: Send, copy: bool) -> None:
-        """Send a message, and unless `copy` its frames without copying."""
+        """Send a message. Its frames are copied first only if `copy`."""
         if message.to == COORDINATOR:
             send(self._sockets[COORDINATOR], self.stamp.encode(message.body), message.frames, copy=copy)
             return
@@ -107,5 +108,5 @@ class Connections:
         send(self._sockets[key], self.stamp.encode(message.body, self._ticket), message.frames, copy=copy)
 
     def close(self) -> None:
-        """Close all sockets, after a second at most in which what is left to send goes out."""
+        """Close all sockets. What is left to send has one second at most to go out."""
         self._context.destroy(linger=1000)

@@ -15,18 +15,18 @@ from roundtable.worker.client.io_thread import IoThread
 
 T = TypeVar("T")
 
-#: Seconds that a worker waits longer than servers do, so that the one that does not answer is named first.
+#: Seconds that a worker waits longer than servers do. A server can then name the process that does not answer before it.
 _MARGIN_S = 20.0
 
 
 def is_accepted(request: Request, id_: int) -> Callable[[Body], bool]:
-    """Return what tells whether a message says that request number `id_` of its kind is done."""
+    """Return a predicate that says whether a message accepts request number `id_` of its kind."""
     return lambda body: body == Accepted(request, id_)
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One worker: its name and number, the run that it takes part in, and the thread that its messages go by."""
+    """One worker: its name and number, its run, and the thread that sends and receives its messages."""
 
     name: str
     index: int
@@ -36,15 +36,15 @@ class WorkerContext:
 
     @property
     def timeout_s(self) -> float:
-        """Seconds after which a wait for others fails."""
+        """Seconds after which a wait for other processes fails."""
         return self.settings.progress_timeout + _MARGIN_S
 
     def wait(self, ready: Callable[[], T | None], what: Callable[[], str], every: float | None = None) -> T | None:
-        """Block until `ready()` is neither None nor False, or for `every` seconds: see `IoThread.wait`."""
+        """Block until `ready()` is neither None nor False, or for `every` seconds. See `IoThread.wait`."""
         return self.io.wait(ready, self.timeout_s, what, every)
 
     def request(
         self, to: str, body: Body, answer: Callable[[Body], bool], frames: Frames = (), again: float | None = None
     ) -> Body:
-        """Send a message until it is answered, and return the answer: see `IoThread.request`."""
+        """Send a message until it is answered, and return the answer. See `IoThread.request`."""
         return self.io.request(to, body, answer, self.settings.progress_timeout, frames, again)

@@ -1,7 +1,9 @@
-"""A worker's dealings with the servers about rows of tables: the one pull that it waits for, and pushes until acknowledged.
+"""A worker's pulls and pushes of embedding rows.
 
-A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when it is acknowledged; what is
-taken are the rows that were asked for last, and all of them.
+A state machine without a socket, a thread or a clock. The worker waits for one pull at a time. Invariants:
+
+- A push is forgotten only when it is acknowledged.
+- The rows taken are all the rows of the newest pull.
 """
 
 from __future__ import annotations
@@ -26,24 +28,26 @@ class EmbeddingClient:
     """One worker's pulls and pushes of rows."""
 
     def __init__(self, tables: Sequence[TableSpec], servers: int, may_be_replaced: bool = False) -> None:
-        """`may_be_replaced`: a server may be another process later on, which has closed as many rounds."""
+        """`may_be_replaced`: a new process, which has closed as many rounds, may take a server's place."""
         self._tables = tables
         self._servers = servers
         self._pushes = RetransmitQueue(may_be_replaced)
-        #: By number: questions that are not answered, which of the rows asked for each is about, and the answers.
+        #: By number: questions without an answer.
         self._questions: dict[int, Sent[RowPull]] = {}
+        #: By number: which of the wanted rows the question is about, as int64 positions.
         self._places: dict[int, torch.Tensor] = {}
+        #: By number: answers.
         self._answers: dict[int, torch.Tensor] = {}
         self._number = 0
-        #: How many rows were asked for, and their length.
+        #: Number of rows that were asked for, and their length.
         self._shape = 0, 0
-        #: Of tensors, repetitions included.
+        #: Bytes of tensors, repetitions included.
         self._pushed_bytes = self._pulled_bytes = 0
 
     # ---- pulling
 
     def pull(self, table: int, ids: torch.Tensor, version: int, now: float) -> list[Send]:
-        """Ask for the rows with these sorted, distinct ids; whatever was asked for before is let go."""
+        """Ask for the rows with these sorted, distinct ids. Drop the previous pull."""
         return self._ask(table, ids, lambda number, part: (RowPull(number, table, version, len(part)), cut(part)), now)
 
     def _ask(
@@ -70,11 +74,11 @@ class EmbeddingClient:
         return not self._questions
 
     def missing(self) -> list[str]:
-        """Servers that have not answered."""
+        """Return the servers that have not answered."""
         return [sent.server for sent in self._questions.values()]
 
     def take(self) -> torch.Tensor:
-        """The rows asked for, (N, dim), in the order of their ids."""
+        """Return the rows that were asked for, (N, dim) float32, in the order of their ids."""
         assert self.complete
         rows = torch.empty(self._shape)
         for number, values in self._answers.items():
@@ -84,8 +88,11 @@ class EmbeddingClient:
     # ---- pushing
 
     def push(self, push: RowPush, sums: RowSums, bases: Mapping[int, int], now: float) -> list[Send]:
-        """Send every server its part of a contribution. `push` holds what all messages of it share; `bases` are the versions,
-        by server, of the weights that it was computed from."""
+        """Send every server its part of a contribution.
+
+        `push` holds what all messages of the contribution share. `bases` are the versions, by server, of the weights that it was
+        computed from.
+        """
         effects = []
         for server, part in enumerate(split(sums, self._servers)):
             body = msgspec.structs.replace(push, counts=[one.count for one in part], base_version=bases.get(server, 0))
@@ -96,38 +103,38 @@ class EmbeddingClient:
 
     @property
     def idle(self) -> bool:
-        """Whether servers have all that was pushed."""
+        """Whether servers have acknowledged all pushes."""
         return not self._pushes.sent
 
     def unacknowledged(self, round_: int) -> set[int]:
-        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        """Return the micro-batches of `round_` that were pushed but not acknowledged by all servers."""
         return self._pushes.of_round(round_)
 
     # ---- events
 
     def handle(self, server: str, body: Rows | RowAck, frames: Frames) -> None:
-        """One message of a server. Raises WireError where it does not fit."""
+        """Take one message of a server. Raises WireError if it does not fit."""
         if isinstance(body, RowAck):
             self._pushes.acknowledged(server, body)
         elif body.number in self._questions:
             count, dim = len(self._places[body.number]), self._shape[1]
             if body.count != count:
-                raise WireError(f"{server} sent {body.count} rows where {count} were asked for")
+                raise WireError(f"{server} sent {body.count} rows, but was asked for {count}")
             self._pulled_bytes += sum(bytes_of(frame).nbytes for frame in frames)
             self._answers[body.number] = join(iter(frames), "float32", count * dim, f"an answer of {server}").view(count, dim)
             del self._questions[body.number]
 
     def replaced(self, server: int) -> None:
-        """A server is another process: what the one before it has not answered, and of the open round all, is sent anew."""
+        """Send a server that is a new process all pushes of the open round again, and the questions without an answer."""
         self._pushes.replaced(f"server-{server}")
         again(self._questions.values(), f"server-{server}")
 
     @property
     def traffic(self) -> Traffic:
-        """Of rows so far."""
+        """The traffic of rows so far."""
         return Traffic(self._pushed_bytes, self._pulled_bytes)
 
     def tick(self, now: float) -> list[Send]:
-        """What was not answered for too long is sent again."""
+        """Send again the messages that were not answered in time."""
         late = due([*self._pushes.sent, *self._questions.values()], now)
         return [self._send(sent) for sent in late]

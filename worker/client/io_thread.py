@@ -1,6 +1,6 @@
-"""The thread that owns a worker's sockets, and how the training thread talks to it.
+"""The thread that owns a worker's sockets, and the interface that the training thread uses.
 
-The training thread never touches a socket and never blocks in one: it hands over messages, and waits on one condition.
+The training thread never touches a socket and never blocks in one. It hands over messages, and waits on one condition.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TICK_MS = 20
 
 @dataclass
 class _Request:
-    """A message to `to` whose reply is awaited: the first message from there for which `answer` is true, or a refusal."""
+    """A message to `to` without a reply yet. The reply is the first message from `to` that `answer` accepts, or a refusal."""
 
     to: str
     answer: Callable[[Body], bool]
@@ -57,36 +57,37 @@ class _Request:
 class IoThread:
     """Sockets to the coordinator and all servers, served by a thread of its own.
 
-    `lock` guards everything that both threads touch, the state machines of the worker included. Callbacks are called by the
-    thread with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `heartbeat() -> Heartbeat`, and
-    `on_replaced(server)` when a server is another process from now on.
+    `lock` guards everything that both threads touch, including the worker's state machines. The thread calls these callbacks
+    with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `heartbeat() -> Heartbeat`, and
+    `on_replaced(server)` when a new process has taken a server's place.
     """
 
     def __init__(self, coordinator: str, hello: Hello, start_s: float = START_S) -> None:
-        """The coordinator has `start_s` seconds to answer."""
+        """Connect to the coordinator, which has `start_s` seconds to answer."""
         self.lock = threading.Condition()
         self.on_message: Callable[[str, Body, Frames], None] = lambda sender, body, frames: None
         self.on_tick: Callable[[float], list[Send]] = lambda now: []
         self.heartbeat: Callable[[], Heartbeat] = lambda: Heartbeat("starting")
         self.on_replaced: Callable[[int], None] = lambda server: None
         self.connections = Connections(coordinator)
-        #: Whether to copy frames: necessary once the interpreter shuts down, when zero-copy buffers are no longer tracked.
+        #: Whether to copy frames. The interpreter's shutdown needs copies, because zero-copy buffers are no longer tracked then.
         self.copies = False
         self._address = coordinator
         self._attendance = Session(hello, coordinator, time.monotonic(), start_s)
         self._refusals = Rejections(log)
-        #: Says whom the training thread waits for, if it does; and how many messages with tensors have come.
+        #: Returns what the training thread waits for; None if it does not wait.
         self._waits_for: Callable[[], str] | None = None
+        #: Number of messages with tensors that have come.
         self.answers = 0
         self._request: _Request | None = None
         self._outbox: deque[Send] = deque()
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._woken.setblocking(False)
-        #: Why the thread ended, if it did.
+        #: The error that ended the thread, if any.
         self._error: PsError | None = None
         self._closing = False
-        #: The signal that has told this worker to stop, if any, and when.
+        #: The signal that has asked this worker to stop (0 if none has), and when it came (in monotonic seconds).
         self.stop_signal, self.stop_signal_at = 0, float("inf")
         self._is_interrupted = False
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
@@ -95,7 +96,7 @@ class IoThread:
     # ---- for the training thread
 
     def send(self, *messages: Send) -> None:
-        """Hand over messages; they go out at once, in order."""
+        """Hand over messages. The thread sends them at once and in order."""
         if messages:
             with self.lock:
                 self._outbox.extend(messages)
@@ -104,10 +105,10 @@ class IoThread:
     def wait(
         self, ready: Callable[[], T | None], timeout: float, what: Callable[[], str], every: float | None = None
     ) -> T | None:
-        """Block until `ready()`, called with the lock held, is neither None nor False, and return that.
+        """Block until `ready()`, called with the lock held, is neither None nor False, and return that value.
 
-        With `every`, return None after so many seconds. Raises the error that ended the link, or NoAnswer after `timeout`
-        seconds, saying `what()` was waited for.
+        With `every`, return None after so many seconds. Raises the error that ended the thread. Raises NoAnswer after `timeout`
+        seconds, with `what()` as the thing waited for.
         """
         start = time.monotonic()
         limit = timeout if every is None else min(every, timeout)
@@ -134,9 +135,9 @@ class IoThread:
         frames: Frames = (),
         again: float | None = None,
     ) -> Body:
-        """Send, every `again` seconds, until a message for which `answer` is true comes back, and return it.
+        """Send a message every `again` seconds until a message that `answer` accepts comes back, and return that one.
 
-        Raises UsageError with the reason where the other side refuses.
+        Raises UsageError with the reason if the other side refuses, and NoAnswer after `timeout` seconds.
         """
         again = again or (SEND_AGAIN_S if frames else ASK_AGAIN_S)
         request = _Request(to, answer)
@@ -159,12 +160,12 @@ class IoThread:
 
     @property
     def waits_for(self) -> str:
-        """Whom the training thread waits for; '' if it does not."""
+        """What the training thread waits for; '' if it does not wait."""
         what = self._waits_for
         return what() if what is not None else ""
 
     def check(self) -> None:
-        """Raise the error that ended the link, if any."""
+        """Raise the error that ended the thread or the run, if any."""
         if self._error is not None:
             raise self._error
         stop = self._attendance.stop
@@ -174,8 +175,10 @@ class IoThread:
             raise (RunStopped if stop.on_request else ClusterError)(f"stopped because {stop.reason}")
 
     def joined(self) -> Welcome:
-        """Block until the run starts, for as long as the coordinator answers. Raises SystemExit, with exit code 0, if that says
-        that the run has finished, and ClusterError if it has failed."""
+        """Block until the run starts, and return the Welcome. There is no limit while the coordinator answers.
+
+        Raises SystemExit, with exit code 0, if the run has finished, and ClusterError if it has failed.
+        """
         what = f"the run of {self._address} to start"
         self.wait(lambda: self._attendance.welcome or self.stopped, float("inf"), lambda: what)
         if self._attendance.welcome is None:
@@ -186,7 +189,7 @@ class IoThread:
 
     @property
     def epoch(self) -> int:
-        """The membership epoch that the coordinator is told to be known here; while it is not the newest, it sends that."""
+        """The membership epoch that this worker reports to the coordinator, which answers an old one with the newest."""
         return self.connections.stamp.epoch
 
     @epoch.setter
@@ -200,24 +203,24 @@ class IoThread:
 
     @property
     def failed(self) -> bool:
-        """Whether it has said that the run has failed."""
+        """Whether the coordinator has said that the run has failed."""
         return self._attendance.stop is not None and not self._attendance.stop.ok
 
     def heartbeat_soon(self) -> None:
-        """Tell the coordinator where this worker is, unless it was told just now."""
+        """Tell the coordinator what this worker is doing, unless it has done so a moment ago."""
         with self.lock:
             due = self._attendance.heartbeat_soon(time.monotonic())
         if due:
             self._notify()
 
     def interrupt(self) -> None:
-        """Have the main thread end the script where it is: this worker was told to stop, and need not wait any more."""
+        """Interrupt the script in the main thread, because this worker was asked to stop and need not wait any longer."""
         if not self._is_interrupted:
             self._is_interrupted = True
             signal.pthread_kill(threading.main_thread().ident or 0, self.stop_signal)
 
     def close(self) -> None:
-        """Send what is left to send and end the thread."""
+        """Send what is left to send, and end the thread."""
         with self.lock:
             self._closing = True
         self._notify()
@@ -225,7 +228,7 @@ class IoThread:
         self._wake.close()
 
     def _notify(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # it is awake already, or gone
+        with contextlib.suppress(BlockingIOError, OSError):  # the thread is awake already, or gone
             self._wake.send(b"\0")
 
     # ---- the thread
@@ -259,7 +262,7 @@ class IoThread:
     def _receive(self, sock: Any) -> None:
         name = self.connections.name_of(sock)
         if name is None:
-            return  # of a server that is another process since
+            return  # from a server whose place a new process has taken
         with self.lock:
             while (frames := receive(sock)) is not None:
                 try:
@@ -288,7 +291,7 @@ class IoThread:
             self.lock.notify_all()
 
     def _know(self, update: MembershipUpdate) -> None:
-        """Connect to servers that are other processes than before."""
+        """Connect to servers that are new processes."""
         if self.connections.servers and update.servers and update.share_tables[-1].epoch > self.epoch:
             for number in self.connections.connect(update.servers):
                 log.warning("server-%d was replaced; reconnected", number)
@@ -299,7 +302,7 @@ class IoThread:
         return msgspec.structs.replace(self.heartbeat(), refused=refused, unreached=unreached, leaves=self.stop_signal > 0)
 
     def _look_for_signal(self, now: float) -> None:
-        """Ask the coordinator to be let go, if this worker was told to stop, and go if that takes too long."""
+        """Ask the coordinator to release this worker if it was asked to stop. Interrupt the script if that takes too long."""
         welcome = self._attendance.welcome
         if self.stop_signal and welcome is not None:
             self._attendance.heartbeat_soon(now)

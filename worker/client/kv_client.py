@@ -1,7 +1,7 @@
-"""The key-value client: named tensors on the servers, for those who write their own loop.
+"""The key-value client: named tensors on the servers, for scripts with their own loop.
 
 The interface is that of Li et al., "Scaling distributed machine learning with the parameter server" (OSDI 2014): `push` and
-`pull` return at once with a timestamp, and `wait` blocks until what it stands for is done.
+`pull` return at once with a timestamp, and `wait` blocks until that push or pull is done.
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ from roundtable.worker.client.io_thread import IoThread
 
 @dataclass
 class _Request:
-    """One block of a push, or a pull, until it is answered."""
+    """One block of a push, or a whole pull, until it is answered."""
 
     server: str
     body: KvPush | KvPull
     frames: list[memoryview]
     sent_at: float
-    #: Where the blocks of a pull go; the newest version of which some have come, and the blocks of it that have not.
+    #: The tensors that the blocks of a pull are written to.
     out: Sequence[torch.Tensor] = ()
+    #: The newest version of which a block has come.
     version: int = -1
+    #: The blocks of that version still to come.
     missing: set[int] = field(default_factory=set)
 
 
 @dataclass
 class _Timestamp:
-    """What one push or pull still waits for."""
+    """The requests that one push or pull still waits for."""
 
     outstanding: set[int] = field(default_factory=set)
     error: str = ""
 
 
 class KvClient:
-    """Pushes to and pulls from keys. A push counts once, whatever is lost or repeated on the way.
+    """Pushes tensors to keys, and pulls them. Each push counts once, even if messages are lost or repeated.
 
-    A key is on one of the servers, which its name decides; use several keys to have a large value on several. Pushes by one
-    worker to one key are applied in order, those of several workers in any order, so that `add` sums are exact only up to
-    rounding. A pull sees each push whole or not at all.
+    A key's name decides which server it is on. To spread a large value over servers, use several keys. The servers apply the
+    pushes of one worker to one key in order, but those of several workers in any order. Sums by `add` are thus exact only up to
+    rounding. A pull sees each push as a whole or not at all.
     """
 
     def __init__(self, link: IoThread, servers: int, timeout: float) -> None:
@@ -64,7 +66,7 @@ class KvClient:
         self._requests: dict[int, _Request] = {}
         self._timestamps: dict[int, _Timestamp] = {}
         self._owner: dict[int, int] = {}
-        #: Answers so far, by which the coordinator sees that something moves.
+        #: Number of answers so far, which shows the coordinator that there is progress.
         self.answered = 0
         keep_memory()
         with link.lock:
@@ -73,21 +75,23 @@ class KvClient:
             link.on_message, link.on_tick = self._on_message, self._on_tick
 
     def push(self, key: str, tensor: torch.Tensor, op: Literal["add", "set"] = "add") -> int:
-        """Add `tensor` to the value of `key`, or set it; a new key starts from the first push. Returns a timestamp.
+        """Add `tensor` to the value of `key`, or set the value to it, and return a timestamp.
 
-        The values are copied before this returns.
+        A new key starts from its first push. The values are copied before this returns.
         """
         values = tensor.detach().to("cpu").reshape(-1)
         step = CHUNK_BYTES // values.element_size()
         timestamp = self._new()
-        for block, part in enumerate(values.split(step)):  # one is on its way while the next is copied
+        for block, part in enumerate(values.split(step)):  # one block is sent while the next one is copied
             body = KvPush(self._take_id(), key, block, values.numel(), dtype_name(values.dtype), op, timestamp)
             self._submit(timestamp, self._server(key), body, [to_frame(part.clone())])
         return timestamp
 
     def pull(self, key: str, out: torch.Tensor) -> int:
-        """Read the value of `key` into `out` (contiguous, on the CPU), which is filled when `wait` returns. Returns a
-        timestamp."""
+        """Read the value of `key` into `out` (contiguous, on the CPU), and return a timestamp.
+
+        `out` is filled when `wait` returns. Raises UsageError if `out` is not contiguous or not on the CPU.
+        """
         if not out.is_contiguous() or out.device.type != "cpu":
             raise UsageError(f"the tensor to pull key '{key}' into must be contiguous and on the CPU.")
         flat = out.detach().view(-1)
@@ -99,7 +103,7 @@ class KvClient:
     def wait(self, timestamp: int) -> None:
         """Block until the push or pull with this timestamp is done.
 
-        Raises UsageError where it cannot be (no such key, another size), ClusterError after the run's time-out.
+        Raises UsageError if it cannot be done (no such key, another size), and NoAnswer after the run's time-out.
         """
         state = self._timestamps.get(timestamp)
         if state is None:
@@ -156,7 +160,7 @@ class KvClient:
             self._before_message(sender, body, frames)
 
     def _take_block(self, request: _Request, body: KvReply, frames: Frames) -> None:
-        """Take in a block of a pull, unless the newer answer to the same question has come by now."""
+        """Store a block of a pull, unless a block of a newer version has come already."""
         request.sent_at = time.monotonic()
         if body.version < request.version:
             return

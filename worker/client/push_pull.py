@@ -1,13 +1,13 @@
-"""A worker's dealings with the servers: pushes until they are acknowledged, and the pull of the next weights.
+"""A worker's pushes to the servers, and its pulls of the weights.
 
 A state machine without a socket, a thread or a clock. Its invariants:
 
-- A push is forgotten only when every part of it is acknowledged. Where servers may be replaced (`--replicas`) it is kept until
+- A push is forgotten only when every part of it is acknowledged. If servers may be replaced (`--replicas`), it is kept until
   its round is over.
-- A push that is sent again has the same bytes, even if it was computed again meanwhile.
+- A push that is sent again has the same bytes, even if its micro-batch was computed again meanwhile.
 - At most CREDIT_BYTES of pushes are on their way to a server, or one message.
 - Of the chunks that wait, those that the next forward needs first go first.
-- All staged weights belong to the round last pulled.
+- All weights kept here belong to the round of the newest pull.
 - Nothing received touches the model.
 """
 
@@ -33,12 +33,13 @@ from roundtable.worker.replica.gradient_buffers import GradientBuffer
 
 
 class ParameterClient:
-    """One worker's pushes and pulls, for all servers that take part in rounds."""
+    """One worker's pushes and pulls of dense parameters, to and from all servers that have chunks."""
 
     def __init__(self, layout: Layout, settings: Settings, pulls_follow: bool, near: Collection[int] = ()) -> None:
-        """Make the client of all servers that have chunks; `near` are those on this host.
+        """Make the client of all servers that have chunks. `near` are those on this host.
 
-        `pulls_follow`: a server is asked for weights only when it has all that was pushed to it, for they are to show it.
+        If `pulls_follow`, a server is asked for weights only once it has acknowledged all pushes, because the weights must show
+        them.
         """
         self._owners = layout.owners()
         self._pulls_follow = pulls_follow
@@ -60,25 +61,25 @@ class ParameterClient:
         bases: Mapping[int, int] | None = None,
         gradient_buffer: GradientBuffer | None = None,
     ) -> list[Send]:
-        """Send a contribution, `sums` by chunk. Servers that can read `gradient_buffer`, in which they lie, only get word of it.
+        """Send a contribution, `sums` by chunk. A server that can read `gradient_buffer`, where the sums lie, gets no frames.
 
-        `push` holds what all messages of it share; its metrics go to server 0 alone. `bases` are the versions, by server,
-        of the weights it was computed from. A chunk of it that is outstanding from an earlier time is not sent anew.
+        `push` holds what all messages of the contribution share. Its metrics go to server 0 alone. `bases` are the versions, by
+        server, of the weights that it was computed from. A chunk that is outstanding already is not sent again.
         """
         return self._pushes.push(push, sums, now, bases, gradient_buffer)
 
     def push_early(
         self, push: Push, chunk: int, value: Sum, now: float, bases: Mapping[int, int], gradient_buffer: GradientBuffer
     ) -> list[Send]:
-        """Send a contribution to one chunk, which is to count only when `confirm` has said so; likewise."""
+        """Send a contribution to one chunk before the micro-batch is done. It counts only after `confirm`. See also `push`."""
         return self._pushes.push_early(push, chunk, value, now, bases, gradient_buffer)
 
     def confirm(self, good: Collection[int], now: float) -> list[Send]:
-        """Have the chunks in `good`, of all that were sent early, count. The others are not to."""
+        """Make the early pushes of chunks in `good` count, and drop the others."""
         return self._pushes.confirm(good, now)
 
     def sends(self, chunk: int) -> bool:
-        """Return whether contributions to a chunk are sent, and not read from this worker's memory."""
+        """Return whether contributions to a chunk are sent, rather than read from this worker's memory."""
         return self._pushes.sends(chunk)
 
     @property
@@ -92,29 +93,29 @@ class ParameterClient:
         return self._pushes.sends_away
 
     def needs(self, gradient_buffer: GradientBuffer) -> bool:
-        """Return whether a push of what is in `gradient_buffer` is not acknowledged yet."""
+        """Return whether a push of gradients in `gradient_buffer` is not acknowledged yet."""
         return self._pushes.needs(gradient_buffer)
 
     @property
     def idle(self) -> bool:
-        """Whether servers have all that was pushed."""
+        """Whether servers have acknowledged all pushes."""
         return not self._pushes.busy
 
     def unacknowledged(self, round_: int) -> list[int]:
-        """Return the micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        """Return the micro-batches of `round_` that were pushed but not acknowledged by all servers."""
         return self._pushes.unacknowledged(round_)
 
     @property
     def transfer_s(self) -> float:
-        """Seconds that servers take to have what was pushed, where nothing was sent early: a moving average."""
+        """Seconds that servers take to acknowledge a push, if nothing was sent early: a moving average."""
         return self._pushes.transfer_s
 
     # ---- pulling
 
     def pull(self, for_round: int, after_all_updates: bool, now: float, full_precision: bool = False) -> list[Send]:
-        """Ask for the weights to start round `for_round` from; with `full_precision`, for those that no codec has rounded.
+        """Ask for the weights that round `for_round` starts from. With `full_precision`, no codec rounds them.
 
-        Weights that were staged for another round are let go.
+        Weights that were kept for another round are dropped.
         """
         self._pushes.rounds_are_over(before=for_round - 1)
         self._pulls.begin(for_round, after_all_updates, full_precision)
@@ -124,7 +125,7 @@ class ParameterClient:
         return self._pulls.ask(now, {*self.peers.unanswered, *(self._pushes.busy if self._pulls_follow else ())})
 
     def want_all(self) -> None:
-        """Have the next pull bring all weights, also those that lie still and have come before."""
+        """Have the next pull bring all weights, also the frozen ones that have come before."""
         self._pulls.want_all()
 
     @property
@@ -139,30 +140,30 @@ class ParameterClient:
 
     @property
     def receives(self) -> bool:
-        """Whether there are weights that are sent here, and not read from a server's memory."""
+        """Whether some weights are sent here, rather than read from a server's memory."""
         return self._pulls.receives
 
     def usable(self, needed: Collection[int]) -> bool:
-        """Return whether the round can be begun: the one before is closed everywhere, and the `needed` chunks are here."""
+        """Return whether the round can start: all servers have closed the previous one, and the `needed` chunks are here."""
         return self._pulls.usable(needed)
 
     def has(self, chunks: Collection[int]) -> bool:
-        """Return whether all of these chunks that were to come are here or were taken already."""
+        """Return whether none of these chunks is still to come."""
         return self._pulls.has(chunks)
 
     @property
     def to_come(self) -> set[int]:
-        """Chunks that the pull under way is still to bring."""
+        """The chunks that the pull under way is still to bring."""
         return self._pulls.to_come
 
     @property
     def gone(self) -> bool:
-        """Whether a server says that the round wanted is over."""
+        """Whether a server has answered that the wanted round is over."""
         return self._pulls.gone
 
     @property
     def over(self) -> int | None:
-        """The round to ask for instead, once every server has answered; None if the round wanted is not over."""
+        """The round to ask for instead, once every server has answered; None if the wanted round is not over."""
         return self._pulls.over
 
     def missing(self) -> list[tuple[str, list[int]]]:
@@ -170,7 +171,7 @@ class ParameterClient:
         return self._pulls.missing()
 
     def missing_text(self) -> str:
-        """Return the same in words, with the round that the weights are to start."""
+        """Return the result of `missing` in words, with the round of the weights."""
         parts = [f"{server} (chunks {', '.join(map(str, chunks))})" for server, chunks in self.missing()]
         return f"of round {self.for_round} from {' and '.join(parts)}"
 
@@ -198,18 +199,18 @@ class ParameterClient:
                 raise WireError(f"a worker has no use for {type(body).__name__}")
 
     def tick(self, now: float) -> list[Send]:
-        """Send again what was not answered for too long, and send what there is credit for."""
+        """Send again what was not answered in time, and send the pushes for which there is credit."""
         self._heard.tick(now)
         effects = self._pulls.credits() + self._pushes.tick(now) + self.peers.offers_due(now)
         return effects + self._ask(now) + self._pushes.flow(now)
 
     def replaced(self, server: int) -> None:
-        """Take note that a server is a new process, which has closed as many rounds as the one before.
+        """Note that a server is a new process, which has closed as many rounds as the previous one.
 
-        It gets all pushes of the open round anew, and weights that are to come are asked for again.
+        It gets all pushes of the open round again. Weights that are still to come are asked for again.
         """
         if server not in self._owners:
-            return  # it has no part in rounds
+            return  # it has no chunks
         self._pushes.replaced(server)
         self._heard.forget(server)
         self._pulls.replaced(server)
@@ -218,8 +219,8 @@ class ParameterClient:
     def on_shared_memory(self, server: int, reads: bool, region: int | None) -> None:
         """Take a server's answer to the offer to share memory.
 
-        `reads`: it reads this worker's gradient buffers. Its memory, if this worker reads it, is number `region` of those that
-        it has had.
+        `reads`: the server reads this worker's gradient buffers. `region`: the number of the server's memory, counting every
+        replacement, if this worker reads it.
         """
         self.peers.on_shared_memory(server, reads, region)
         if not reads:
@@ -227,5 +228,5 @@ class ParameterClient:
 
     @property
     def traffic(self) -> Traffic:
-        """Of this worker so far."""
+        """This worker's traffic so far."""
         return Traffic(self._pushes.bytes, self._pulls.bytes, self._coder.seconds, self._decoder.seconds)

@@ -1,7 +1,9 @@
-"""A worker's dealings with the servers about sharded layers: the one question that it waits for, and pushes until acknowledged.
+"""A worker's questions about sharded layers, and its pushes to them.
 
-A state machine without a socket, a thread or a clock. Invariants: a push is forgotten only when it is acknowledged; what is
-taken are the answers of all servers to the question asked last, or word that one of them refused it.
+A state machine without a socket, a thread or a clock. The worker waits for one question at a time. Invariants:
+
+- A push is forgotten only when it is acknowledged.
+- The answers taken are those of all servers to the newest question, or one server has refused it.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from roundtable.common.protocol.transport import SEND_AGAIN_S, Frames, bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.client.retransmit import RetransmitQueue, Sent, again, due
 
-#: Seconds after which what is not answered is sent again at the latest.
+#: Longest wait, in seconds, before an unanswered message is sent again.
 _PATIENCE_S = 4 * SEND_AGAIN_S
 
 
 @dataclass(frozen=True)
 class Sums:
-    """One server's answer, see `ShardedForwardReply`: largest and total (B), rows (B, D), the sum of all rows (dim) where it was
-    wanted, and the rows of labels that it has (N, dim)."""
+    """One server's answer, see `ShardedForwardReply`: the largest logit and the total of each sample (B), and rows (B, D).
+
+    If asked for, also the sum of all rows (dim). Then the rows of the labels that the server has (N, dim).
+    """
 
     largest: torch.Tensor
     total: torch.Tensor
@@ -46,7 +50,7 @@ class Best:
     classes: torch.Tensor
 
 
-#: What a server has answered; or what is asked of a hidden layer; None where it has no more of that version.
+#: A server's answer. A tensor answers a question about a hidden layer. None: the server no longer has that version.
 Answer = Sums | Best | torch.Tensor | None
 
 
@@ -54,46 +58,54 @@ class ShardedClient:
     """One worker's questions about sharded layers, and its pushes."""
 
     def __init__(self, specs: Sequence[ShardedLayerSpec], servers: int, first_number: int, may_be_replaced: bool = False) -> None:
-        """Questions are counted from `first_number`, which no earlier process of the same name has used. `may_be_replaced`: a
-        server may be another process later on, which has closed as many rounds."""
+        """Count questions from `first_number`, which no earlier process of the same name has used.
+
+        `may_be_replaced`: a new process, which has closed as many rounds, may take a server's place.
+        """
         self._specs = specs
         self._servers = servers
         self._number = first_number
         self._pushes = RetransmitQueue(may_be_replaced)
         self._may_be_replaced = may_be_replaced
-        #: Questions of the newest round about which something may be contributed, with the frames that tell each server all about
-        #: them; and for each server that was replaced, the newest question that it may not know.
+        #: By number: questions of the newest round to which a push may refer, with the frames that repeat each one to a server.
         self._asked: dict[int, tuple[ShardedForward, Sequence[Frames]]] = {}
+        #: By server that was replaced: the newest question that its new process may not know.
         self._unknown_to: dict[str, int] = {}
         self._question: ShardedForward | None = None
-        #: By server: how many of the labels it has, questions that are not answered, and answers.
+        #: By server: how many of the labels it has.
         self._own: list[int] = []
+        #: By server: the question, if it is not answered.
         self._unanswered: dict[int, Sent[ShardedForward]] = {}
+        #: By server: its answer.
         self._answers: dict[int, Answer] = {}
-        #: Of tensors, repetitions included.
+        #: Bytes of tensors, repetitions included.
         self._pushed_bytes = 0
         self._pulled_bytes = 0
 
     # ---- asking
 
     def ask(self, question: ShardedForward, tensors: Sequence[torch.Tensor], now: float) -> list[Send]:
-        """Ask all servers: `question`, whose number is still to be set, and `tensors`, features and labels as far as it has them.
-        What was asked before is let go."""
+        """Ask all servers. `tensors` are the features, and the labels if the question has any. Drop the previous question.
+
+        The number of `question` is set here.
+        """
         owners = owner_of(tensors[1], self._servers) if len(tensors) > 1 else torch.empty(0)
         self._own = [int((owners == server).sum()) for server in range(self._servers)]
         frames = [frame for tensor in tensors for frame in cut(tensor)]
         return self._ask(question, [frames] * self._servers, [frames] * self._servers, now)
 
     def ask_back(self, question: ShardedForward, slopes: torch.Tensor, features: torch.Tensor, now: float) -> list[Send]:
-        """Likewise for the way back through a hidden layer: `slopes` (B, rows) is the loss's gradient by its outputs, `features`
-        (B, D) what these were of."""
+        """Ask all servers for the gradients of a hidden layer's inputs. Drop the previous question.
+
+        `slopes` (B, rows) is the loss's gradient by the layer's outputs, which were computed from `features` (B, D).
+        """
         owners = owner_of(torch.arange(slopes.shape[1]), self._servers)
         frames = [cut(slopes[:, owners == server]) for server in range(self._servers)]
         again_ = cut(features)
         return self._ask(question, frames, [[*own, *again_] for own in frames], now)
 
     def _ask(self, question: ShardedForward, frames: Sequence[Frames], whole: Sequence[Frames], now: float) -> list[Send]:
-        """`frames` are what to ask each server with, `whole` what to ask one with that knows nothing of earlier questions."""
+        """Ask each server with its `frames`. `whole` are the frames for a server that knows no earlier question."""
         self._number += 1
         self._question = msgspec.structs.replace(question, number=self._number)
         if self._may_be_replaced and question.keeps:
@@ -118,12 +130,12 @@ class ShardedClient:
 
     @property
     def number(self) -> int:
-        """Of the question asked last."""
+        """The number of the newest question."""
         return self._number
 
     @property
     def gone(self) -> bool:
-        """Whether a server has no more of the version asked about."""
+        """Whether a server no longer has the version asked about."""
         return None in self._answers.values()
 
     @property
@@ -132,23 +144,23 @@ class ShardedClient:
         return not self._unanswered or self.gone
 
     def missing(self) -> list[str]:
-        """Servers that have not answered."""
+        """Return the servers that have not answered."""
         return [f"server-{server}" for server in self._unanswered]
 
     def take(self) -> list[Sums]:
-        """The answers, by server."""
+        """Return the answers, by server."""
         assert self.complete and not self.gone
         return [answer for _, answer in sorted(self._answers.items()) if isinstance(answer, Sums)]
 
     def take_best(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The largest logits of each sample (B, k), in order, and their classes."""
+        """Return the largest logits of each sample (B, k), in descending order, and their classes (B, k)."""
         assert self.complete and self._question is not None
         answers = [answer for _, answer in sorted(self._answers.items()) if isinstance(answer, Best)]
         best, order = torch.cat([answer.values for answer in answers], 1).topk(self._question.top, 1)
         return best, torch.cat([answer.classes for answer in answers], 1).gather(1, order)
 
     def take_outputs(self) -> torch.Tensor:
-        """Of a hidden layer, all outputs (B, rows)."""
+        """Return all outputs of a hidden layer (B, rows)."""
         assert self.complete and not self.gone and self._question is not None
         rows = self._specs[self._question.layer].rows
         owners, out = owner_of(torch.arange(rows), self._servers), torch.empty(self._question.count, rows)
@@ -158,12 +170,13 @@ class ShardedClient:
         return out
 
     def take_slopes(self) -> torch.Tensor:
-        """Of a hidden layer, the loss's gradient by its features (B, D): the sum of the servers' parts, in their order."""
+        """Return the loss's gradient by a hidden layer's features (B, D): the sum of the servers' parts, in the servers'
+        order."""
         assert self.complete and not self.gone
         return torch.stack([answer for _, answer in sorted(self._answers.items()) if isinstance(answer, torch.Tensor)]).sum(0)
 
     def _decode(self, server: int, answer: ShardedForwardReply, frames: Frames) -> Answer:
-        """Raises WireError for what does not answer the question."""
+        """Return the decoded answer. Raises WireError if it does not fit the question."""
         ask, parts, what = self._question, iter(frames), f"an answer of server-{server}"
         assert ask is not None
         spec = self._specs[ask.layer]
@@ -191,7 +204,7 @@ class ShardedClient:
     # ---- pushing
 
     def push(self, push: LayerPush, tensors: Sequence[torch.Tensor], bases: Mapping[int, int], now: float) -> list[Send]:
-        """Send every server a contribution; `bases` are the versions, by server, of the other weights it was computed from."""
+        """Send every server a contribution. `bases` are the versions, by server, of the dense weights it was computed from."""
         frames = [frame for tensor in tensors for frame in cut(tensor)]
         bodies = [msgspec.structs.replace(push, base_version=bases.get(number, 0)) for number in range(self._servers)]
         sent = [Sent(f"server-{number}", body, frames, now) for number, body in enumerate(bodies)]
@@ -201,17 +214,17 @@ class ShardedClient:
 
     @property
     def idle(self) -> bool:
-        """Whether servers have all that was pushed."""
+        """Whether servers have acknowledged all pushes."""
         return not self._pushes.sent
 
     def unacknowledged(self, round_: int) -> set[int]:
-        """Micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        """Return the micro-batches of `round_` that were pushed but not acknowledged by all servers."""
         return self._pushes.of_round(round_)
 
     # ---- events
 
     def handle(self, server: str, body: ShardedForwardReply | LayerAck, frames: Frames) -> None:
-        """One message of a server. Raises WireError where it does not fit."""
+        """Take one message of a server. Raises WireError if it does not fit."""
         number = number_of(server)
         if isinstance(body, LayerAck):
             self._pushes.acknowledged(server, body)
@@ -221,7 +234,7 @@ class ShardedClient:
             del self._unanswered[number]
 
     def replaced(self, server: int) -> None:
-        """A server is another process: what the one before it has not answered, and of the open round all, is sent anew."""
+        """Send a server that is a new process all pushes of the open round again, and the question if it is not answered."""
         name = f"server-{server}"
         self._unknown_to[name] = self._number
         self._pushes.replaced(name)
@@ -229,10 +242,10 @@ class ShardedClient:
 
     @property
     def traffic(self) -> Traffic:
-        """Of questions, answers and pushes so far."""
+        """The traffic of questions, answers and pushes so far."""
         return Traffic(self._pushed_bytes, self._pulled_bytes)
 
     def tick(self, now: float) -> list[Send]:
-        """What was not answered for too long is sent again."""
+        """Send again the messages that were not answered in time."""
         late = due([*self._pushes.sent, *self._unanswered.values()], now, _PATIENCE_S)
         return [self._send(sent) for sent in late]

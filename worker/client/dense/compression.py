@@ -1,4 +1,4 @@
-"""A worker's side of the codecs: what it pushes becomes frames, and frames of weights become weights."""
+"""Encode the contributions that a worker pushes, and decode the weights that it receives."""
 
 from __future__ import annotations
 
@@ -19,31 +19,36 @@ from roundtable.common.protocol.transport import bytes_of
 from roundtable.common.runtime.errors import WireError
 from roundtable.worker.replica.mapped_weights import InWeightBuffer
 
-#: Rounds, at most, of which it is known what has counted: far more than a server knows that of.
+#: Rounds whose counted contributions are remembered. Servers remember far fewer.
 _REMEMBERED = 1000
 
 
 class PushCoder:
-    """Encodes contributions. The residual of a codec with error feedback is sent later: once, and only if the rest counted."""
+    """Encodes contributions. With error feedback, the residual is added to a later contribution once, and only if this one
+    counted."""
 
     def __init__(self, settings: Settings, layout: Layout) -> None:
         self._settings = settings
         self._codec = for_pushes(settings, layout)
         self._feedback = Feedback()
-        #: By round, chunks of contributions that have counted. A worker that does not know this may compute one of them again.
-        #: The frame that it then sends does not count, though one of that name has: nothing may come or go with it.
+        #: By round: (chunk, lo, hi) of contributions that have counted. A worker that has not heard of that may compute one
+        #: again. The
+        #: second frame does not count, so it must neither use nor change a residual.
         self._counted: dict[int, set[tuple[int, int, int]]] = {}
-        #: By chunk, the pieces that are compressed, as bits.
+        #: By chunk: the pieces that are compressed, as bits.
         self._pieces = {
             chunk.id: sum(1 << chunk.pieces.index(piece) for piece in coded_pieces(layout, chunk)) for chunk in layout.chunks
         }
 
     def encode(self, push: Push, chunk: int, value: Sum) -> memoryview | None:
-        """The frame of a chunk in `push`, with the value's scale in it, in memory of its own; None: it is sent as it is."""
+        """Return the encoded frame of a chunk of `push`, multiplied by the sum's scale. Return None if the codec does not apply.
+
+        The frame has memory of its own.
+        """
         if self._codec is None or not self._codec.covers(chunk):
             return None
         if self._codec.codec.states and ~value.present & self._pieces[chunk]:
-            return None  # what waits of a piece without a gradient would be sent and not be applied
+            return None  # the residual of a piece without a gradient would be sent, but not applied
         values = value.values if value.scale == 1.0 else value.values * value.scale
         seed = push_seed(self._settings, push.round, push.lo, push.hi, chunk)
         again = (chunk, push.lo, push.hi) in self._counted.get(push.round, ())
@@ -55,7 +60,7 @@ class PushCoder:
         return to_frame(coded.frame)
 
     def counted(self, push: Push, ignored: Collection[int]) -> None:
-        """The frames of `push` have counted, but for the chunks `ignored`."""
+        """Note that servers have counted the frames of `push`, except those of the chunks `ignored`."""
         for chunk in push.coded:
             if chunk in ignored:
                 self._feedback.drop(chunk, push.key)
@@ -70,33 +75,36 @@ class PushCoder:
 
 
 class WeightDecoder:
-    """Decodes weights. Where their changes are sent it keeps the last ones, as they came: a script may write into its model."""
+    """Decodes weights. If servers send changes, it keeps the last weights as they came, since a script may write into its
+    model."""
 
     def __init__(self, settings: Settings, layout: Layout) -> None:
         self._codec = for_weights(settings, layout)
         self._keeps = self._codec is not None and sends_changes(settings)
         self._server_of = {chunk.id: chunk.server for chunk in layout.chunks}
-        #: The last weights that came whole, by chunk, and their versions by server; and those that are coming.
+        #: By chunk: the last complete weights.
         self._kept: dict[int, Any] = {}
+        #: By server: the version of those weights.
         self._versions: dict[int, int] = {}
+        #: By chunk: the weights received for the pull under way.
         self._coming: dict[int, Any] = {}
 
     def holds(self, server: int) -> int:
-        """The version of the server's weights that changes can be added to; -1: none."""
+        """Return the version of the server's weights to which changes can be added, or -1 if there is none."""
         return self._versions.get(server, -1)
 
     def forget(self, server: int) -> None:
-        """The server is another process: it is to send its weights whole."""
+        """Forget the version of a server that is a new process, which must send its weights whole."""
         self._versions.pop(server, None)
 
     def begin(self) -> None:
-        """Other weights are asked for."""
+        """Start a pull of other weights."""
         self._coming = {}
 
     def weights(self, version: int, chunk: int, found: Any, is_coded: bool) -> Any:
-        """The chunk's weights of `version`, which came as `found`: decoded, float32, if they are coded.
+        """Return the weights of a chunk, received as `found`. If they are coded, decode them (float32).
 
-        Raises WireError for what is no frame of it or no change of what is held.
+        Raises WireError if the frame does not fit the chunk, or is the change of a version that is not held.
         """
         weights = self._decoded(version, chunk, found) if is_coded else found
         if self._keeps and self._codec is not None and self._codec.covers(chunk):
@@ -114,7 +122,7 @@ class WeightDecoder:
         return to_frame(values)
 
     def got_all(self, versions: Mapping[int, int]) -> None:
-        """All that was asked for is here, in `versions` by server."""
+        """End a pull: all weights are here, in `versions` by server."""
         mapped = {found.server for found in self._coming.values() if isinstance(found, InWeightBuffer)}
         self._kept, self._coming = self._coming, {}
         self._versions = {server: version for server, version in versions.items() if server not in mapped}

@@ -1,4 +1,4 @@
-"""The pull of the weights that a round begins with, from all servers."""
+"""The pull of the weights that a round starts from, from all servers."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from roundtable.worker.replica.mapped_weights import InWeightBuffer
 
 
 class PullSession:
-    """Asks servers for the weights of one round, again where they are silent, and stages what comes until it is taken."""
+    """Asks servers for the weights of one round, asks silent servers again, and keeps weights until they are taken."""
 
     def __init__(self, layout: Layout, decoder: WeightDecoder, peers: SharedMemoryPeers, heard: LastHeard) -> None:
         self._decoder, self._peers, self._heard = decoder, peers, heard
         self._chunks: dict[int, list[Chunk]] = {server: layout.on(server) for server in layout.owners()}
         #: The round whose weights are wanted; None before the first pull and when they have been taken.
         self.for_round: int | None = None
-        #: Whether the weights are to show all updates.
+        #: Whether the weights must include all updates.
         self._after_all_updates = False
-        #: Whether weights are wanted that no codec has rounded.
+        #: Whether weights without the rounding of a codec are wanted.
         self._full_precision = False
         #: Number of pulls so far.
         self._pulls = 0
-        #: Weights by chunk, as frames or where they are. None: taken already.
+        #: By chunk: the weights, as frames or where they lie; None if they were taken already.
         self._staged: dict[int, Any] = {}
-        #: By server, the version of its weights.
+        #: By server: the version of its weights.
         self._versions: dict[int, int] = {}
-        #: Servers on which the round before is closed.
+        #: Servers that have closed the previous round.
         self._closed_on: set[int] = set()
-        #: By server, the frozen chunks that have had contributions. New weights of these come with every round.
+        #: By server: the frozen chunks that have had contributions. Their weights come anew with every round.
         self._changed_frozen: dict[int, set[int]] = {}
-        #: Whether weights of the other frozen chunks, which lie still, are here.
+        #: Whether the weights of the other frozen chunks, which never change, are here.
         self._has_still = False
-        #: Whether the next pull is to bring those again. All servers send them, as a tensor may lie on several.
+        #: Whether the next pull asks for those again. All servers send theirs, because a tensor may lie on several servers.
         self._asks_for_still = False
-        #: Credit for servers, which is still to be sent.
+        #: Credit for servers that is still to be sent.
         self._credits: list[Send] = []
-        #: By server that says that the round wanted is over: the newest round that it knows.
+        #: By server that has answered that the wanted round is over: the newest round that it knows.
         self._newest: dict[int, int] = {}
-        #: When each server was last asked; -inf: it is still to be.
+        #: By server: when it was last asked; -inf if it was not asked yet.
         self._asked_at: dict[int, float] = {}
-        #: By server whose memory this worker reads: the weight buffer that the model is in.
+        #: By server whose memory this worker reads: the weight buffer that the model uses.
         self._weight_buffers: dict[int, int] = {}
         #: Bytes received so far.
         self.bytes = 0
@@ -56,7 +56,7 @@ class PullSession:
     # ---- asking
 
     def begin(self, for_round: int, after_all_updates: bool, full_precision: bool) -> None:
-        """Want the weights that round `for_round` begins with, and let go what was staged for another one."""
+        """Start a pull of the weights of round `for_round`, and drop weights that were kept for another round."""
         self.for_round, self._after_all_updates, self._full_precision, self._newest = (
             for_round,
             after_all_updates,
@@ -70,11 +70,11 @@ class PullSession:
         self._asked_at = dict.fromkeys(self._chunks, float("-inf"))
 
     def want_all(self) -> None:
-        """Have the next pull bring all weights, also those that lie still and have come before."""
+        """Have the next pull bring all weights, also the frozen ones that have come before."""
         self._asks_for_still = True
 
     def ask(self, now: float, but_not: Collection[int]) -> list[Send]:
-        """Ask the servers that were not asked yet or seem not to have heard it, apart from `but_not`."""
+        """Ask each server, except `but_not`, that was not asked yet or is silent."""
         if self.for_round is None:
             return []
         servers = [
@@ -101,7 +101,7 @@ class PullSession:
     # ---- what has come
 
     def _lacks(self, server: int) -> list[int]:
-        """Return chunks of a server that are to come and are not here, as far as it has told."""
+        """Return the chunks that a server is still to send, as far as this worker knows."""
         changed = self._changed_frozen.get(server, ())
         return [c.id for c in self._chunks[server] if c.id not in self._staged and (self._comes(c) or c.id in changed)]
 
@@ -118,35 +118,35 @@ class PullSession:
 
     @property
     def receives(self) -> bool:
-        """Whether there are weights that are sent here, and not read from a server's memory."""
+        """Whether some weights are sent here, rather than read from a server's memory."""
         return any(chunks and server not in self._peers.readable for server, chunks in self._chunks.items())
 
     def usable(self, needed: Collection[int]) -> bool:
-        """Return whether the round can be begun: the one before is closed everywhere, and the `needed` chunks are here."""
+        """Return whether the round can start: all servers have closed the previous one, and the `needed` chunks are here."""
         return self.for_round is not None and self._closed_on >= self._chunks.keys() and self.has(needed)
 
     def has(self, chunks: Collection[int]) -> bool:
-        """Return whether all of these chunks that were to come are here or were taken already."""
+        """Return whether none of these chunks is still to come."""
         return not self.to_come.intersection(chunks)
 
     @property
     def to_come(self) -> set[int]:
-        """Chunks that the pull under way is still to bring."""
+        """The chunks that the pull under way is still to bring."""
         if self.for_round is None:
             return set()
         return {chunk for server in self._chunks for chunk in self._lacks(server)}
 
     @property
     def gone(self) -> bool:
-        """Whether a server says that the round wanted is over."""
+        """Whether a server has answered that the wanted round is over."""
         return bool(self._newest)
 
     @property
     def over(self) -> int | None:
-        """The round to ask for instead, once every server has answered; None if the round wanted is not over.
+        """The round to ask for instead, once every server has answered; None if the wanted round is not over.
 
-        It is the earliest of the newest rounds that servers know. A worker that goes further cannot compute what another server
-        still lacks, and there may be no other worker.
+        The round is the earliest of the newest rounds that servers know. If this worker went further, it could not compute what a
+        slower server still lacks, and there may be no other worker.
         """
         answered = all(server in self._newest or self._done(server) for server in self._chunks)
         return min(self._newest.values()) if self._newest and answered else None
@@ -200,12 +200,12 @@ class PullSession:
         failpoint("receiving", body.for_round)
 
     def expired(self, server: int, body: VersionExpired) -> None:
-        """Note that a server says that the round is over, if it is the one wanted."""
+        """Note that a server has answered that the round is over, if it is the wanted one."""
         if body.for_round == self.for_round:
             self._newest[server] = body.newest
 
     def replaced(self, server: int) -> None:
-        """Ask a server that is a new process again, and take nothing of the one before if its answer was not complete."""
+        """Ask a server again that is a new process. Drop what the previous process sent, unless its answer was complete."""
         self._weight_buffers.pop(server, None)
         self._decoder.forget(server)
         self._asks_for_still = True

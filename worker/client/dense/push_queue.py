@@ -17,8 +17,7 @@ from roundtable.worker.client.dense.compression import PushCoder
 from roundtable.worker.client.dense.servers import LastHeard, SharedMemoryPeers
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
 
-#: Bytes of pushes that may be on their way to a server: enough to keep a fast network busy, and few enough that what is
-#: needed sooner does not wait for long behind them.
+#: Bytes of pushes that may be on their way to a server. They keep a fast network busy, and delay urgent chunks only a little.
 CREDIT_BYTES = 8 << 20
 #: Weight of the newest transfer in the moving average.
 _NEWEST = 0.5
@@ -26,22 +25,23 @@ _NEWEST = 0.5
 
 @dataclass
 class _Outstanding:
-    """A message until it is acknowledged, and the gradient buffer that its frames lie in."""
+    """A message until the server acknowledges it."""
 
     server: int
     push: Push
     frames: Frames
+    #: Where the frames lie; None if they have memory of their own.
     gradient_buffer: GradientBuffer | None
-    #: None while it waits for its turn.
+    #: When the message was sent last; None while it waits for its turn.
     sent_at: float | None = None
-    #: Whether the server has said that the frames are there.
+    #: Whether the server has said that the frames have arrived.
     arrived: bool = False
-    #: Whether it was sent early, and so the gradient buffer may be used again as soon as it is acknowledged.
+    #: Whether the message was sent early. If so, its gradient buffer may be used again once it is acknowledged.
     was_early: bool = False
 
     @property
     def early(self) -> bool:
-        """Whether it does not count yet. It is then not sent again either."""
+        """Whether the push does not count yet. Such a push is not sent again."""
         return self.push.stage == "tentative"
 
     @property
@@ -50,12 +50,12 @@ class _Outstanding:
 
 
 class PushQueue:
-    """Sends pushes within a credit for each server, the most urgent first, and again until they are acknowledged."""
+    """Sends pushes within each server's credit, the most urgent first, and repeats them until they are acknowledged."""
 
     def __init__(
         self, layout: Layout, coder: PushCoder, peers: SharedMemoryPeers, heard: LastHeard, may_be_replaced: bool
     ) -> None:
-        """`may_be_replaced`: another process may take a server's place, and then needs the open round again."""
+        """`may_be_replaced`: a new process may take a server's place, and then needs the pushes of the open round again."""
         self._coder, self._peers, self._heard = coder, peers, heard
         self._chunks = {server: layout.on(server) for server in layout.owners()}
         self._chunk_of = layout.chunks
@@ -63,13 +63,13 @@ class PushQueue:
         self._urgencies = {chunk.id: urgency(chunk) for chunk in layout.chunks}
         self._outstanding: list[_Outstanding] = []
         self._may_be_replaced = may_be_replaced
-        #: Where servers may be replaced: what was acknowledged of the open round and is still here.
+        #: If servers may be replaced: acknowledged pushes of the open round that can be sent again.
         self._repeatable: list[_Outstanding] = []
-        #: Since when something has been outstanding.
+        #: Since when pushes have been outstanding without a break; None if none is.
         self._busy_since: float | None = None
-        #: Whether some of what is outstanding since then was sent early.
+        #: Whether one of those pushes was sent early.
         self._overlaps = False
-        #: Seconds that pushes were outstanding where none was early, a moving average.
+        #: Seconds from the first push to the last acknowledgement, if none was sent early: a moving average.
         self.transfer_s = 0.0
         #: Bytes sent so far.
         self.bytes = 0
@@ -97,7 +97,7 @@ class PushQueue:
         return self.flow(now)
 
     def _add(self, server: int, push: Push, sums: dict[int, Sum], gradient_buffer: GradientBuffer | None) -> None:
-        """Have messages with `sums` wait for their turn, the first of them with the metrics of `push`."""
+        """Queue messages with `sums`. The first carries the metrics of `push`."""
         reads = gradient_buffer is not None and gradient_buffer.index >= 0 and server in self._peers.readers
         sent = [] if reads else [i for i, one in sums.items() if not one.is_nothing]
         coded = {i: frame for i in sent if (frame := self._coder.encode(push, i, sums[i])) is not None}
@@ -131,7 +131,7 @@ class PushQueue:
         return self.flow(now)
 
     def confirm(self, good: Collection[int], now: float) -> list[Send]:
-        """Have the early pushes of chunks in `good` count, and drop the others."""
+        """Make the early pushes of chunks in `good` count, and drop the others."""
         for refused in [o for o in self._outstanding if o.early and o.push.chunks[0] not in good]:
             self._outstanding.remove(refused)
             self._coder.counted(refused.push, ignored=refused.push.chunks)
@@ -145,7 +145,7 @@ class PushQueue:
         return effects + self.flow(now)
 
     def flow(self, now: float) -> list[Send]:
-        """Send what there is credit for."""
+        """Send the waiting messages for which there is credit."""
         effects: list[Send] = []
         waiting = [o for o in self._outstanding if o.sent_at is None and o.server not in self._peers.unanswered]
         if not waiting:
@@ -171,7 +171,7 @@ class PushQueue:
         return Send(f"server-{outstanding.server}", push, frames)
 
     def tick(self, now: float) -> list[Send]:
-        """Send again what was not answered for too long."""
+        """Send again the messages that were not acknowledged in time."""
         self._measure(now)
         effects = []
         for o in self._outstanding:
@@ -181,7 +181,7 @@ class PushQueue:
         return effects
 
     def _measure(self, now: float) -> None:
-        """Measure how long servers take to have what was pushed."""
+        """Measure how long servers take to acknowledge what was pushed."""
         if self._outstanding and self._busy_since is None:
             self._busy_since = now
         elif not self._outstanding and self._busy_since is not None:
@@ -189,10 +189,10 @@ class PushQueue:
                 self.transfer_s += _NEWEST * (now - self._busy_since - self.transfer_s)
             self._busy_since, self._overlaps = None, False
 
-    # ---- what is asked of it
+    # ---- questions
 
     def sends(self, chunk: int) -> bool:
-        """Return whether contributions to a chunk are sent, and not read from this worker's memory."""
+        """Return whether contributions to a chunk are sent, rather than read from this worker's memory."""
         return self._server_of[chunk] not in self._peers.readers
 
     @property
@@ -207,23 +207,23 @@ class PushQueue:
         return any(chunks and server not in here for server, chunks in self._chunks.items())
 
     def needs(self, gradient_buffer: GradientBuffer) -> bool:
-        """Return whether a push of what is in `gradient_buffer` is not acknowledged yet."""
+        """Return whether a push of gradients in `gradient_buffer` is not acknowledged yet."""
         return any(outstanding.gradient_buffer is gradient_buffer for outstanding in self._outstanding)
 
     @property
     def busy(self) -> set[int]:
-        """Servers that do not have all that was pushed to them."""
+        """Servers that have not acknowledged all pushes."""
         return {outstanding.server for outstanding in self._outstanding}
 
     def unacknowledged(self, round_: int) -> list[int]:
-        """Return the micro-batches of `round_` that were pushed and may not have arrived everywhere."""
+        """Return the micro-batches of `round_` that were pushed but not acknowledged by all servers."""
         pushes = (outstanding.push for outstanding in self._outstanding if not outstanding.early)
         return sorted({k for push in pushes if push.round == round_ for k in range(push.lo, push.hi)})
 
     # ---- events
 
     def acknowledged(self, server: int, ack: Ack) -> None:
-        """Forget the push that a server has acknowledged."""
+        """Remove the push that a server has acknowledged from the outstanding ones."""
         for o in [o for o in self._outstanding if o.server == server and _is_meant(ack, o.push)]:
             if ack.tentative:
                 o.arrived = True
@@ -234,18 +234,18 @@ class PushQueue:
                     self._repeatable.append(o)
 
     def rounds_are_over(self, before: int) -> None:
-        """Forget pushes of rounds before this one, which no server needs again."""
+        """Forget pushes of rounds before this one, because no server needs them again."""
         self._repeatable = [o for o in self._repeatable if o.push.round >= before]
 
     def replaced(self, server: int) -> None:
-        """Have all pushes of the open round wait for their turn again, as the server is a new process."""
+        """Queue all pushes of the open round again for a server that is a new process."""
         self._outstanding += [o for o in self._repeatable if o.server == server]
         self._repeatable = [o for o in self._repeatable if o.server != server]
         for outstanding in (o for o in self._outstanding if o.server == server):
             outstanding.sent_at, outstanding.arrived = None, False
 
     def send_what_it_cannot_read(self, server: int) -> None:
-        """Put frames into messages that only said where the gradients lie."""
+        """Put frames into messages that only said where the gradients lie, for a server that cannot read them."""
         for outstanding in self._outstanding:
             if (
                 outstanding.server == server

@@ -1,4 +1,4 @@
-"""The servers as a worker knows them: those that it shares memory with, and when it last heard from each."""
+"""The servers as a worker knows them: which ones share memory with it, and when it last heard from each."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class SharedMemoryPeers:
         self.readable: set[int] = set()
         #: The message that asks a server to share memory; None if this run shares none.
         self.offer: OfferSharedMemory | None = None
-        #: By server that is a new process and has not answered the offer: when it was asked last.
+        #: By server that is a new process and has not answered the offer: when it was last asked.
         self.unanswered: dict[int, float] = {}
-        #: By server, how often its memory was another.
+        #: By server: how many times its memory was replaced.
         self._regions: dict[int, int] = {}
 
     def region(self, server: int) -> int:
@@ -31,7 +31,8 @@ class SharedMemoryPeers:
         return self._regions.get(server, 0)
 
     def on_shared_memory(self, server: int, reads: bool, region: int | None) -> None:
-        """Take a server's answer: whether it `reads` gradient buffers, and the `region` that this worker reads, if any."""
+        """Take a server's answer: whether the server reads gradient buffers, and its memory `region` that this worker reads, if
+        any."""
         self.unanswered.pop(server, None)
         if region is not None:
             self._regions[server] = region
@@ -47,7 +48,7 @@ class SharedMemoryPeers:
             self.unanswered[server] = float("-inf")
 
     def offers_due(self, now: float) -> list[Send]:
-        """Ask new processes that have not answered for a while."""
+        """Return the offer for each new process that has not answered for a while."""
         if self.offer is None:
             return []
         due = [server for server, asked_at in self.unanswered.items() if now >= asked_at + ASK_AGAIN_S]
@@ -56,26 +57,26 @@ class SharedMemoryPeers:
 
 
 class LastHeard:
-    """When each server was last heard of."""
+    """When each server was last heard from."""
 
     def __init__(self) -> None:
         self._heard_at: dict[int, float] = {}
-        #: Servers heard of since the last tick, which brings the time.
+        #: Servers heard from since the last tick. A tick brings the time.
         self._since_tick: set[int] = set()
 
     def hear(self, server: int) -> None:
-        """Note that a message has come."""
+        """Note that a message of a server has come."""
         self._since_tick.add(server)
 
     def tick(self, now: float) -> None:
-        """Date what was heard since the last tick."""
+        """Give this time to the messages that have come since the last tick."""
         self._heard_at.update(dict.fromkeys(self._since_tick, now))
         self._since_tick.clear()
 
     def forget(self, server: int) -> None:
-        """Forget what the process before has said."""
+        """Forget when the previous process of a server was heard."""
         self._heard_at.pop(server, None)
 
     def is_silent(self, server: int, since: float, now: float) -> bool:
-        """Return whether a server has sent nothing for so long that a message to it, of time `since`, may be lost."""
+        """Return whether a message sent at time `since` may be lost, because the server has sent nothing for too long."""
         return since == float("-inf") or now >= max(since, self._heard_at.get(server, since)) + SEND_AGAIN_S
