@@ -114,7 +114,7 @@ def test_a_sparse_buffer_travels_by_its_parts(make: Callable[[torch.Tensor], tor
     def grow(net: Any) -> None:
         net.adjacency = make(torch.ones(2, 3))
 
-    with pytest.raises(UsageError, match=r"'adjacency' has become float32 .* with 6 entries where it was .* with 2 entries"):
+    with pytest.raises(UsageError, match=r"'adjacency' was .* with 2 entries and has become float32 .* with 6 entries"):
         train(net, grow)
 
 
@@ -179,9 +179,9 @@ def test_what_is_merged_how_depends_on_the_layer_and_on_what_the_script_says() -
 @pytest.mark.parametrize(
     ("rules", "said"),
     [
-        ({"quue": "last"}, "no buffer of the model is called 'quue', for which there is a rule; there are 'queue', 'place'."),
-        ({"queue": "first"}, "there is no rule 'first' for the buffer 'queue': it is one of mean, max, sum, last, own."),
-        ({"*": "mean"}, "the buffer 'place' is int64 [1], of which there is no mean: give 'last', 'max' or 'sum'."),
+        ({"quue": "last"}, "a rule is for the buffer 'quue', but the model has no such buffer; it has 'queue', 'place'."),
+        ({"queue": "first"}, "there is no rule 'first' for the buffer 'queue': give one of mean, max, sum, last, own."),
+        ({"*": "mean"}, "the buffer 'place' is int64 [1], which has no mean: give 'last', 'max' or 'sum'."),
     ],
 )
 def test_a_rule_that_means_nothing_is_refused(rules: Any, said: str) -> None:

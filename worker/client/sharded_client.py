@@ -170,8 +170,7 @@ class ShardedClient:
         return out
 
     def take_slopes(self) -> torch.Tensor:
-        """Return the loss's gradient by a hidden layer's features (B, D): the sum of the servers' parts, in the servers'
-        order."""
+        """Return the loss's gradient by a hidden layer's features (B, D): the sum of the servers' parts, in order."""
         assert self.complete and not self.gone
         return torch.stack([answer for _, answer in sorted(self._answers.items()) if isinstance(answer, torch.Tensor)]).sum(0)
 

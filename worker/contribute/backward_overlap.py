@@ -1,10 +1,10 @@
 """Pushing a contribution while backward is still making the rest of it.
 
-Horovod, DDP and others overlap communication with backward in this way; Hashemi et al., "TicTac" (MLSys 2019), Jayarajan et al.,
-"Priority-based parameter propagation" (P3, MLSys 2019) and Peng et al., "ByteScheduler" (SOSP 2019) add that what the next
-forward needs first goes first, with few bytes under way. What a script does with gradients between backward and `step` is not
-known when they are sent: it may clip them, or call backward again. So what is sent early does not count until `unchanged` has
-found that the gradients are still those that were sent.
+Horovod, DDP and others overlap communication with backward in this way. Hashemi et al., "TicTac" (MLSys 2019), Jayarajan et al.,
+"Priority-based parameter propagation" (P3, MLSys 2019) and Peng et al., "ByteScheduler" (SOSP 2019) also send first what the
+next forward needs first, with few bytes under way. When a gradient is sent, nobody knows what the script will do with it before
+`step`: it may clip it, or call backward again. So an early push does not count until `unchanged` has found that the gradients
+are still those that were sent.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from roundtable.worker.replica.replica import Replica
 
 @dataclass(frozen=True)
 class TreeJoin:
-    """Contributions to all chunks, by chunk, that the new one is added to: on its left or on its right."""
+    """Contributions that the new one is added to, by chunk, and whether they are its left operand or its right one."""
 
     sums: dict[int, Sum]
     on_left: bool
 
 
 class OverlappedPush:
-    """One contribution in the making, of `samples` samples, in `gradient_buffer`."""
+    """One contribution of `samples` samples that backward is making in `gradient_buffer`."""
 
     def __init__(
         self,
@@ -42,8 +42,11 @@ class OverlappedPush:
         send: Callable[[int, Sum, GradientBuffer], None],
         sends: Callable[[int], bool],
     ) -> None:
-        """`joins` are what it is added to, in order; `spare()` is memory for sums, as gradients must stay what they are until
-        `step`. `send` takes a chunk that is ready, for which `sends` is true."""
+        """`joins`: the sums to add the contribution to, in order. `spare()` returns memory for the results.
+
+        The results need memory of their own, because gradients must not change before `step`. `send` is called for a ready
+        chunk if `sends` is true for it.
+        """
         self._replica = replica
         self._gradient_buffer = gradient_buffer
         self._samples = samples
@@ -52,21 +55,22 @@ class OverlappedPush:
         self._spare: GradientBuffer | None = None
         self._send = send
         self._sends = sends
-        #: What gradients looked like when they were made, by tensor; and, by chunk, when it was sent.
+        #: By tensor: where its gradient lay when it was made, its write count and its checksum.
         self._made: dict[int, tuple[int, int, int]] = {}
+        #: By chunk: the same for each of its pieces when it was sent.
         self._sent: dict[int, list[tuple[int, int, int]]] = {}
-        #: How long all of this has taken.
+        #: Seconds that all of this has taken.
         self.seconds = 0.0
-        #: By chunk, what was sent.
+        #: By chunk: the values that were sent.
         self.values: dict[int, torch.Tensor] = {}
 
     @property
     def spare(self) -> GradientBuffer | None:
-        """Memory that was used for sums, if any."""
+        """The memory that was used for sums, if any."""
         return self._spare
 
     def made(self, index: int) -> None:
-        """Backward has made the gradient of tensor number `index`."""
+        """Note that backward has made the gradient of tensor number `index`, and send the chunks that are complete now."""
         chunks = [c for c in self._replica.chunks_of(index) if c.id not in self._sent and self._sends(c.id)]
         if not chunks:
             return
@@ -87,7 +91,7 @@ class OverlappedPush:
         self.seconds += time.monotonic() - began
 
     def unchanged(self) -> set[int]:
-        """Chunks that were sent and whose gradients are still the same."""
+        """Return the chunks that were sent and whose gradients are still the same."""
         began = time.monotonic()
         tensors = {piece.tensor for chunk in self._sent for piece in self._replica.layout.chunks[chunk].pieces}
         now = {index: self._look(index) for index in tensors}
@@ -97,7 +101,10 @@ class OverlappedPush:
         return same
 
     def _look(self, index: int) -> tuple[int, int, int]:
-        """Where a gradient is, how often torch has written to it, and a sum over its bits, for there are other ways to write."""
+        """Return a gradient's address, torch's write count and a checksum.
+
+        The checksum finds writes that torch does not count.
+        """
         gradient = self._replica.tensors[index].grad
         if gradient is None or gradient.is_sparse:
             return 0, 0, 0
@@ -106,7 +113,10 @@ class OverlappedPush:
         return gradient.data_ptr(), gradient._version, int(words.sum()) + int(bits[len(bits) // 8 * 8 :].sum())
 
     def _add_up(self, chunk: Chunk, value: Sum) -> Sum:
-        """x samples, and added to what was computed before: to the bit what `weighted` and the tree would give."""
+        """Return the value times its samples, added to earlier sums.
+
+        The bits are those that `weighted` and the tree would give.
+        """
         if self._samples & (self._samples - 1):
             value = Sum(torch.mul(value.values, self._samples, out=self._memory.chunks[chunk.id]), value.present)
         else:

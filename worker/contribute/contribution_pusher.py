@@ -45,13 +45,13 @@ class ContributionPusher:
         self._on_nonfinite = context.settings.on_nonfinite
 
     def header(self, plan: Round, span: Span, metrics: Sums | None, finite: bool = True) -> Push:
-        """Return what all messages of a contribution of micro-batches `span` share."""
+        """Return the message parts that all pushes of a contribution of micro-batches `span` share."""
         lo, hi = span
         hypers = self._hypers.at(plan.index, plan.epoch)
         return Push(plan.index, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite)
 
     def push(self, plan: Round, span: Span, contribution: GradientSum, versions: dict[int, int]) -> None:
-        """Push a contribution that was computed from weights of these versions, by server."""
+        """Push a contribution to all servers. `versions` are those of the weights that it was computed from, by server."""
         if self._on_nonfinite == "fail":
             self.is_finite(plan.index, span, contribution)
         header = self.header(plan, span, contribution.metrics, contribution.finite)
@@ -67,10 +67,10 @@ class ContributionPusher:
         self._shards.push(layers, contribution.uses, versions)
 
     def is_finite(self, round_: int, span: Span, contribution: GradientSum) -> bool:
-        """Return whether all of a contribution is finite. Raises UsageError if the run is to fail otherwise."""
+        """Return whether a contribution is finite. Raises UsageError if it is not and the run must fail then."""
         fails = self._on_nonfinite == "fail"
         values = {chunk: total.values for chunk, total in contribution.sums.items()}
-        if fails and self._context.policy.applies == "round":  # servers look at what they read from here, as they sum it
+        if fails and self._context.policy.applies == "round":  # servers check the values that they read in this worker's memory
             values = {chunk: one for chunk, one in values.items() if self._client.sends(chunk)}
         what = tensors_not_finite(self._replica.layout, values)
         others = [rows.values for rows in contribution.rows] + [part for use in contribution.uses for part in use.gradients]
@@ -83,7 +83,7 @@ class ContributionPusher:
         return False
 
     def clip(self, norm: float) -> None:
-        """Clip the gradient of a micro-batch, that of embedding rows included."""
+        """Clip the gradient of a micro-batch, including that of embedding rows."""
         parts = [tensor for tensor in self._replica.trainable if tensor.grad is not None]
         for gradient in self._rows.gradients():
             rows = torch.empty_like(gradient)

@@ -24,60 +24,60 @@ Span = tuple[int, int]
 class GradientSum:
     """The contribution of one micro-batch, or the sum of several in a row."""
 
-    #: Where the sums lie.
+    #: Where the dense sums lie.
     buffer: GradientBuffer
-    #: By chunk.
+    #: By chunk: the sum.
     sums: dict[int, Sum]
-    #: Of embedding rows.
+    #: Gradients of embedding rows.
     rows: RowSums
-    #: Of sharded layers.
+    #: Gradients of sharded layers.
     uses: list[LayerGradient | HiddenGradient]
-    #: Sums x samples, and the samples.
+    #: By name: the sum of a metric x samples, and the samples.
     metrics: Sums
-    #: Whether each of the micro-batches was finite, if that is looked at.
+    #: Whether each of the micro-batches was finite, if that is checked.
     finite: bool = True
 
     def joined(self, right: GradientSum, sums: dict[int, Sum]) -> GradientSum:
-        """Return both contributions as one, with these sums, which lie where this one's do."""
+        """Return both contributions as one, with the given sums, which lie in this contribution's buffer."""
         rows, uses = add_tables(self.rows, right.rows), self.uses + right.uses
         return GradientSum(self.buffer, sums, rows, uses, add_metrics(self.metrics, right.metrics), self.finite and right.finite)
 
     @property
     def scale(self) -> float:
-        """What the values are to be multiplied by."""
+        """The factor that the values have yet to be multiplied by."""
         return max((total.scale for total in self.sums.values()), default=1.0)
 
 
 class GradientAccumulator:
-    """What was computed of a round and is not pushed yet, added up along the reduction tree."""
+    """The contributions of a round that are not pushed yet, added up along the reduction tree."""
 
     def __init__(self, layout: Layout) -> None:
         self._chunks = len(layout.chunks)
         self._add: dict[int, Callable[[Sum, Sum], Sum]] = {chunk.id: adder(chunk) for chunk in layout.chunks}
-        #: None if nothing is held.
+        #: None if there are no contributions.
         self._tree: TreeSum[GradientSum] | None = None
         self._round = -1
 
     def add(self, round_: int, micro_batches: int, span: Span, contribution: GradientSum) -> None:
-        """Add a contribution of micro-batches `span` of a round that has so many."""
+        """Add a contribution of micro-batches `span`, in a round of `micro_batches`."""
         if self._tree is None:
             self._tree, self._round = TreeSum(micro_batches, self._add_up), round_
         self._tree.file(span, contribution)
 
     def before(self, round_: int, k: int) -> GradientSum | None:
-        """Return the contribution of the micro-batch before number `k`, if it is held by itself and all of it is here."""
+        """Return the contribution of the micro-batch before number `k`, if that is held by itself and complete."""
         if self._tree is None or self._round != round_:
             return None
         found = self._tree.held.get((k - 1, k))
         return found if found is not None and len(found.sums) == self._chunks else None
 
     def remove(self, k: int) -> None:
-        """Let go of the contribution of micro-batch `k` by itself."""
+        """Remove the contribution of micro-batch `k`, which is held by itself."""
         if self._tree is not None:
             del self._tree.held[k, k + 1]
 
     def joins(self, k: int) -> tuple[Span, list[TreeJoin]]:
-        """Return the span that micro-batch `k` completes, and the sums that it is added to for that, in order."""
+        """Return the span that micro-batch `k` completes, and the sums to add it to for that, in order."""
         (lo, hi), joins = (k, k + 1), []
         for left, right in self._tree.joins((lo, hi)) if self._tree is not None else ():
             on_left = left[0] < lo
@@ -87,13 +87,13 @@ class GradientAccumulator:
         return (lo, hi), joins
 
     def take(self) -> Iterator[tuple[int, Span, GradientSum]]:
-        """Yield all that is held: the round, the micro-batches and their sum. Nothing is held then."""
+        """Remove all contributions, and yield the round, the micro-batches and the sum of each."""
         tree, self._tree = self._tree, None
         for span, total in sorted(tree.held.items(), key=lambda item: item[0]) if tree is not None else ():
             yield self._round, span, total
 
     def _add_up(self, left: GradientSum, right: GradientSum) -> GradientSum:
-        both = left.sums.keys() & right.sums.keys()  # but for chunks that were pushed early
+        both = left.sums.keys() & right.sums.keys()  # chunks that were pushed early are in one of them only
         is_one_scale = left.scale == right.scale
         sums = {}
         for chunk in both:
@@ -102,12 +102,12 @@ class GradientAccumulator:
                 sums[chunk] = _alone(b if a.is_nothing else a, left.buffer.chunks[chunk], is_one_scale)
             else:
                 sums[chunk] = self._add[chunk](a, b)
-        right.buffer.taken = False  # both are owned, so the sum is where the left one was
+        right.buffer.taken = False  # the buffers belong to the sums, and the result is in the left one
         return left.joined(right, sums)
 
 
 def _alone(total: Sum, out: torch.Tensor, keeps_scale: bool) -> Sum:
-    """Return a sum to which the other half of a contribution adds nothing, in `out`, with the scale of the others."""
+    """Return a sum, in `out`, to which the other half of a contribution adds nothing. Its scale fits the other chunks' scale."""
     if total.is_nothing:
         return total
     if total.values.data_ptr() != out.data_ptr():

@@ -1,4 +1,4 @@
-"""From gradients in the model to pushes: where they are made, what they are added to, and when they are pushed."""
+"""From gradients in the model to pushes: where gradients are made, what they are added to, and when they are pushed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from roundtable.worker.optim.optimizer import Hypers
 from roundtable.worker.replica.gradient_buffers import GradientBuffer, GradientBuffers
 from roundtable.worker.replica.replica import Replica
 
-#: A contribution is kept for the next one to be added to it if micro-batches take no longer than this, seconds: others may
-#: wait for it.
+#: Keep a contribution for later ones only if micro-batches take at most this many seconds: other workers may wait for it.
 _KEPT_S = 0.25
 
 
 class Contributor:
-    """Makes contributions of one worker's gradients, adds up those in a row, and pushes them."""
+    """Makes contributions from one worker's gradients, adds up those in a row, and pushes them."""
 
     def __init__(
         self,
@@ -46,19 +45,20 @@ class Contributor:
         self._combines = context.policy.combines
         self._per_round = context.policy.applies == "round"
         self._skips_nonfinite = context.settings.on_nonfinite == "skip"
-        #: The round of the weights in the model: buffers of earlier rounds have been applied.
+        #: The round of the weights in the model. Servers have applied the gradient buffers of earlier rounds.
         self._round = 0
-        #: Where the gradients of the current micro-batch are made; None if they are added to those of the one before.
+        #: Where the gradients of the current micro-batch are made; None if they are added to those of the previous one.
         self._buffer: GradientBuffer | None = None
+        #: The contribution that the gradients are added to as they are made, if any.
         self._accumulate_into: GradientSum | None = None
         self._accumulator = GradientAccumulator(replica.layout)
         self._pusher = ContributionPusher(context, client, replica, rows, shards, hypers)
-        # if what is not finite is skipped, servers must know of all of a contribution before any of it counts
+        # if contributions that are not finite are skipped, servers must have all of one before any of it counts
         may_overlap = not self._skips_nonfinite and clip_norm is None
         self._overlap = PushOverlap(context, client, replica, self._pusher, self._accumulator, self._free_buffer, may_overlap)
 
     def prepare(self, task: Task, plan: Round, compute_s: float) -> None:
-        """Have the gradients of a micro-batch made in a free buffer, or added to those of the micro-batch before."""
+        """Prepare a free gradient buffer for a micro-batch, or have its gradients added to those of the previous micro-batch."""
         before = self._accumulator.before(task.round, task.k) if self._is_added(plan, task.k) else None
         if before is not None and self._is_pushed_early(compute_s):
             before = None
@@ -71,12 +71,12 @@ class Contributor:
             self._replica.contribute_to(self._buffer)
 
     def overlap(self, task: Task, plan: Round, compute_s: float, versions: dict[int, int]) -> None:
-        """Push what backward makes of a micro-batch as it is made, if that pays."""
+        """Push the gradients of a micro-batch while backward makes them, if that saves time."""
         if self._buffer is not None and self._is_pushed_early(compute_s):
             self._overlap.begin(plan, task.k, self._buffer, versions)
 
     def take(self, task: Task, plan: Round, metrics: dict[str, float]) -> tuple[int, GradientSum]:
-        """Take the gradients out of the model: return the contribution, and the first micro-batch of those it is of."""
+        """Take the gradients out of the model. Return the first micro-batch of the contribution, and the contribution."""
         samples = plan.samples_in(task.k, task.k + 1)
         if self._clip_norm is not None:
             self._pusher.clip(self._clip_norm)
@@ -89,14 +89,14 @@ class Contributor:
         assert self._buffer is not None
         sums = self._replica.gradient(samples, without=self._overlap.confirm(True))
         contribution = GradientSum(self._buffer, sums, rows, uses, sums_of_metrics)
-        if self._skips_nonfinite:  # before anything is added, for sums depend on who computes what
+        if self._skips_nonfinite:  # before anything is added: which micro-batches are added depends on who computes them
             contribution.finite = self._pusher.is_finite(task.round, (task.k, task.k + 1), contribution)
         return task.k, contribution
 
     def keep_or_push(
         self, plan: Round, span: tuple[int, int], contribution: GradientSum, compute_s: float, versions: dict[int, int]
     ) -> None:
-        """Push a contribution, or keep it for others to be added to it."""
+        """Push a contribution, or keep it so that later ones are added to it."""
         k = span[1]
         is_kept = compute_s <= _KEPT_S and self._is_added(plan, k) and self._is_next(plan.index, k)
         if not self._combines or (not is_kept and self._lies_apart(contribution.buffer, plan.index)):
@@ -105,12 +105,12 @@ class Contributor:
             self._accumulator.add(plan.index, plan.micro_batches, span, contribution)
 
     def push_held(self, segment: Segment, versions: dict[int, int]) -> None:
-        """Push all that was kept."""
+        """Push all contributions that were kept."""
         for round_, span, total in self._accumulator.take():
             self._pusher.push(segment.round(round_), span, total, versions)
 
     def give_up(self) -> None:
-        """Contribute nothing of the micro-batch that was computed."""
+        """Drop the micro-batch that was computed, without a contribution."""
         self._overlap.confirm(False)
         if self._buffer is not None:
             with self._context.io.lock:
@@ -120,17 +120,17 @@ class Contributor:
         self._shards.contribution(0)
 
     def go_to(self, round_: int) -> None:
-        """Be in another round. What is not pushed was of a round that was closed without it."""
+        """Note that the model is in another round. Drop kept contributions, because their round was closed without them."""
         self._round = round_
         with self._context.io.lock:
             for _, _, total in self._accumulator.take():
                 total.buffer.taken = False
 
     def _is_added(self, plan: Round, k: int) -> bool:
-        """Return whether a micro-batch's gradients may be added, as they are made, to those of the one before.
+        """Return whether a micro-batch's gradients may be added, as they are made, to those of the previous one.
 
-        They may if both together are in the reduction tree, if nothing is done to either first, and if neither has to be
-        multiplied by its samples.
+        They may if three things are true. The reduction tree adds these two together, neither is clipped or checked first, and
+        neither has to be multiplied by its samples.
         """
         if k % 2 == 0 or k >= plan.micro_batches or not self._combines:
             return False
@@ -140,26 +140,26 @@ class Contributor:
         return samples == plan.samples_in(k - 1, k) and samples & (samples - 1) == 0
 
     def _is_next(self, round_: int, k: int) -> bool:
-        """Return whether this worker is about to compute that micro-batch."""
+        """Return whether this worker has yet to compute that micro-batch."""
         with self._context.io.lock:
             return k in self._tasks.left(round_)
 
     def _lies_apart(self, buffer: GradientBuffer, round_: int) -> bool:
-        """Return whether servers are to add this contribution up, and not this worker."""
+        """Return whether the servers add up this contribution, rather than this worker."""
         with self._context.io.lock:
             return buffer.index >= 0 and not self._client.sends_any and self._buffers.may_lie_apart(round_)
 
     def _is_pushed_early(self, compute_s: float) -> bool:
-        """Return whether what backward makes now is to be pushed at once, if it is sent."""
+        """Return whether to push gradients while backward makes them, if they are sent at all."""
         if not self._overlap.pays(compute_s):
             return False
         with self._context.io.lock:
-            return self._tasks.run_done or not self._combines  # else more is to be added to it
+            return self._tasks.run_done or not self._combines  # otherwise more is added to the contribution
 
     def _free_buffer(self) -> GradientBuffer:
         """Return a buffer that no server needs any more.
 
-        Servers that apply once a round read a buffer until they have applied it, as the weights after it show.
+        A server that applies once a round reads a buffer until it has applied it. The weights of the next round show that it has.
         """
 
         def is_needed(buffer: GradientBuffer) -> bool:

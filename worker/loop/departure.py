@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Departure:
     """Whether this worker leaves before the run's end."""
 
-    #: Whether it is to leave after the micro-batch that is computed now.
+    #: Whether this worker is to leave after the current micro-batch.
     requested: bool = False
-    #: Whether it has stopped training for that.
+    #: Whether this worker has stopped training because it leaves.
     early: bool = False

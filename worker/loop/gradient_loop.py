@@ -1,4 +1,4 @@
-"""Computing gradients for policies whose servers apply them: `sync`, `backup`, `ssp`, `async`."""
+"""The worker's loop for policies whose servers apply gradients: `sync`, `backup`, `ssp`, `async`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from roundtable.worker.replica.replica import Replica
 
 
 class GradientLoop:
-    """One worker's loop: take a micro-batch, contribute its gradient, go on when the policy lets it."""
+    """One worker's loop: take a micro-batch, contribute its gradient, and go on when the policy allows it."""
 
     def __init__(
         self,
@@ -54,25 +54,25 @@ class GradientLoop:
         self._per_round = context.policy.applies == "round"
         #: None before the first loop over batches.
         self._segment: Segment | None = None
-        #: Whether something was contributed since the weights in the model came.
+        #: Whether this worker has started a micro-batch since it fetched the weights in the model.
         self._stale = False
         self._begun_at = 0.0
         self._throughput = Throughput()
         self._contributor = contributor
         self._weights = WeightFetcher(context, client, replica, self._throughput)
-        #: The micro-batch that is computed twice.
+        #: The micro-batch that is computed twice, if any.
         self._repeat: Repeat | None = None
-        #: The parameter that had another gradient the second time; '' if none had.
+        #: The name of the parameter whose second gradient was different; '' if there is none.
         self._unsteady = ""
         replica.catch_gradients()
 
     def join(self) -> None:
-        """Have the servers' weights in the model, whatever was there."""
+        """Put the servers' weights into the model."""
         reached = self._weights.fetch(self.round)
         self._stale = False
         self._go_to(self.round if reached is None else reached)
         self.edits.note()
-        keep_memory()  # not before, for what the model was made in is given back now
+        keep_memory()  # not before: the memory in which the model was made is given back now
 
     @property
     def epoch(self) -> int:
@@ -99,7 +99,7 @@ class GradientLoop:
                 self._contributor.overlap(task, plan, compute_s, self._weights.versions)
             yield from self._compute(task, batch)
             if self._repeat is not None:
-                batch = loader.load(task)  # anew, for the script may have written to the first
+                batch = loader.load(task)  # again, because the script may have written to the first one
                 self.replica.reset_buffers()
                 yield from self._compute(task, batch)
 
@@ -113,7 +113,7 @@ class GradientLoop:
         self._check_edits()
 
     def _is_repeated(self, task: Task) -> bool:
-        """Return whether the script is to compute a micro-batch twice: the first of a run, on one worker of several."""
+        """Return whether the script computes this micro-batch twice: the first of a run, on one worker of several."""
         is_first = task.round == 0 and not self._throughput.seconds
         is_one_of_several = self._tasks.is_chief and self._context.settings.workers > 1
         return is_first and is_one_of_several and self._per_round and may_repeat(self.replica)
@@ -125,7 +125,7 @@ class GradientLoop:
                 self.edits.check(self.round, self.round if self._per_round else None)
 
     def step(self) -> None:
-        """Contribute the gradients that the model holds now, and wait as the policy says."""
+        """Contribute the gradients that the model holds now, and wait as the policy requires."""
         task, segment = self.batch.in_hand, self._segment
         assert segment is not None
         self._weights.await_all()
@@ -150,10 +150,10 @@ class GradientLoop:
         if self._repeat is None:
             self._advance(segment)
         else:
-            self._push_finished(segment)  # but the weights stay
+            self._push_finished(segment)  # the weights stay: the script computes the micro-batch again
 
     def _contribute(self, task: Task, plan: Round) -> None:
-        """Push what was computed of a micro-batch, or keep it for others to be added to it."""
+        """Push the gradients of a micro-batch, or keep them so that later ones are added to them."""
         lo, contribution = self._contributor.take(task, plan, self.batch.metrics)
         seconds = time.monotonic() - self._begun_at - self._weights.waited_s
         self._throughput.measured(seconds, plan.samples_in(task.k, task.k + 1))
@@ -161,7 +161,7 @@ class GradientLoop:
         self._contributor.keep_or_push(plan, span, contribution, compute_s, self._weights.versions)
 
     def _end_repeat(self, segment: Segment) -> None:
-        """Compare the gradients of a micro-batch that was computed twice. Nothing else comes of the second."""
+        """Compare the gradients of a micro-batch that was computed twice. The second ones are dropped."""
         assert self._repeat is not None
         self._unsteady = self._repeat.differs() or ""
         self._repeat = None
@@ -169,17 +169,17 @@ class GradientLoop:
         self._advance(segment)
 
     def _give_up(self, segment: Segment) -> None:
-        """Contribute nothing of this micro-batch: its round was closed before its weights were all here."""
+        """Drop this micro-batch, because its round was closed before all its weights were here."""
         self._contributor.give_up()
         self._advance(segment)
 
     # ---- going on
 
     def _push_finished(self, segment: Segment) -> bool:
-        """Push what was kept if nothing is left of this worker's own part; return whether there is a micro-batch to compute.
+        """Push what was kept if this worker's own run is finished, and return whether there is a micro-batch to compute.
 
-        Others may have taken over the rest meanwhile, so this is not only done after a step. Both answers come of one look: if
-        others take over the last of it afterwards, there was a micro-batch, and the next look pushes what was kept.
+        Others may have taken over the rest of the run, so this is also called between steps. Both answers come from one look at
+        the queue. If others take over the last micro-batch afterwards, the next look pushes what was kept.
         """
         with self._context.io.lock:
             self._tasks.drop_taken(self.round if self._per_round else segment.first_round)
@@ -189,9 +189,9 @@ class GradientLoop:
         return has_task
 
     def _next_task(self, segment: Segment) -> Task | None:
-        """Return the next micro-batch, with the weights to compute it from in the model; None at the segment's end."""
+        """Return the next micro-batch, with its weights in the model. Return None at the segment's end."""
         task = None
-        while task is None:  # others may have taken over what there was just now
+        while task is None:  # others may have taken over the micro-batch that was here just now
             self._leave_if_asked(segment)
             self._advance(segment)
             if self.round >= segment.end:
@@ -211,7 +211,7 @@ class GradientLoop:
         while self.round < segment.end:
             if not self._weights.round_invalid and self._push_finished(segment):
                 return
-            self._weights.await_all()  # for it may yet be asked to compute something from these
+            self._weights.await_all()  # this worker may yet be asked to compute something from these weights
             target = self.round + 1
             is_last = target == segment.end
             after_all_updates = is_last and not self._per_round
@@ -225,13 +225,13 @@ class GradientLoop:
                 self._go_to(reached)
 
     def _ask_for_work(self, segment: Segment) -> None:
-        """Ask the coordinator for something to compute, as this worker waits."""
+        """Ask the coordinator for a micro-batch, because this worker waits."""
         self._leave_if_asked(segment)
         self._context.io.send(Send(COORDINATOR, RequestWork(self.round)))
         self._context.io.heartbeat_soon()
 
     def _leave_if_asked(self, segment: Segment) -> None:
-        """End the script here, between two micro-batches, if this worker is to leave."""
+        """End the script here, between two micro-batches, if this worker was asked to leave."""
         if self._departure.requested:
             self._contributor.push_held(segment, self._weights.versions)
             self._departure.early = True
@@ -239,7 +239,7 @@ class GradientLoop:
             raise SystemExit(128 + number if number else 0)
 
     def _go_to(self, round_: int) -> None:
-        """Be in `round_`, whose weights the model has."""
+        """Enter `round_`, whose weights are in the model."""
         self._contributor.go_to(round_)
         self.round, self._weights.round_invalid = round_, False
         if self._segment is not None and round_ < self._segment.end:
@@ -249,16 +249,16 @@ class GradientLoop:
     # ---- for others
 
     def version(self) -> int | None:
-        """Return the round whose weights are in the model, all of them; None if that round is over."""
+        """Return the round whose weights are in the model, once they are complete. Return None if that round is over."""
         self._weights.await_all()
         return None if self._weights.round_invalid else self.round
 
     def close(self) -> None:
-        """Make the model an ordinary one, which waits for nothing."""
+        """Make the model an ordinary one that waits for nothing."""
         self._weights.close()
 
     def heartbeat(self) -> Heartbeat:
-        """Return where this worker is. Called by the I/O thread, with the lock held."""
+        """Return what this worker is doing. The I/O thread calls this with the lock held."""
         now = self.batch.task
         round_ = now.round if now is not None else self.round
         sent = {*self._client.unacknowledged(round_)}

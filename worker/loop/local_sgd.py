@@ -1,4 +1,4 @@
-"""Stepping locally, for policies that merge replicas now and then: `local`, `average`."""
+"""The worker's loop for policies that train replicas apart and merge them now and then: `local`, `average`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ from roundtable.worker.optim.optimizer import NO_LOSS, Per, Schedule, make_sched
 from roundtable.worker.replica.replica import Replica
 
 log = logging.getLogger("roundtable.worker.local")
-UNJUDGED = "merge is greedy, but nothing says which of two models is better: call run.merge_by(evaluate) before run.batches()."
+UNJUDGED = (
+    "merge is greedy, but no function says which of two models is better: call run.merge_by(evaluate) before run.batches()."
+)
 
 
 @dataclass
 class Inner:
-    """The user's own optimizer, stepping on this worker's replica."""
+    """The user's own optimizer, which steps on this worker's replica."""
 
     optimizer: torch.optim.Optimizer
     schedule: Schedule | None
@@ -50,21 +52,24 @@ class Inner:
 
 @dataclass
 class MergeHooks:
-    """What a script and its run give to merges. A script may set them after it has made its optimizer."""
+    """What a script and its run give to merges. A script may set this after it has made its optimizer."""
 
     #: Called before each merge.
     before_merge: list[Callable[[], None]]
-    #: Makes the client of the key-value store, which a greedy merge agrees through.
+    #: Makes the client of the key-value store, through which workers agree on a greedy merge.
     kv: Callable[[], KvClient]
     #: Reports metrics.
     log: Callable[[dict[str, float]], None]
-    #: Gives the score of a model, more is better.
+    #: Returns the score of a model. More is better.
     evaluate: Callable[[nn.Module], float] | None = None
 
 
 class LocalSgdLoop:
-    """One worker's loop: in each round a step on its own run of micro-batches; after as many rounds as the policy says, and at
-    the end of the data, a merge of all replicas. Shares are fixed, for a replica's state cannot be handed over."""
+    """One worker's loop: a step on its own run of micro-batches in each round, and from time to time a merge of all replicas.
+
+    The policy says how many rounds lie between merges. One more merge ends the data. Shares are fixed, because a replica's state
+    cannot be handed over to another worker.
+    """
 
     def __init__(
         self,
@@ -88,28 +93,30 @@ class LocalSgdLoop:
         self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
         self._merge_by = context.settings.average_weights_by if self._policy.contributes == "weights" else "samples"
         self._segment: Segment | None = None
-        #: Merges done, which is the version of the weights.
+        #: Merges done. This is the version of the weights.
         self._merges = 0
-        #: Merges of all segments so far, when they are done, and of those before the newest.
+        #: Merges of all segments so far, including those to come, and merges of the segments before the newest.
         self._planned = self._merged_before = 0
-        #: By chunk, the weights that a contributed change is counted from. Where replicas contribute weights, only chunks that
-        #: were frozen at first are here: others may have these frozen still.
+        #: By chunk: the weights from which a contributed change is counted. If replicas contribute weights, only chunks that were
+        #: frozen at first are here, because other workers may have them frozen still.
         self._start: dict[int, torch.Tensor] = {}
-        #: Since the last merge: samples and micro-batches computed; and by round, sums of metrics and the samples that they are
-        #: over.
+        #: Samples computed since the last merge.
         self._samples = 0
+        #: Micro-batches computed since the last merge.
         self._micro_batches = 0
+        #: By round since the last merge: sums of metrics, and the samples in each sum.
         self._logged: deque[tuple[int, Sums]] = deque()
-        #: Of this epoch, the sum of this worker's losses x samples, and the samples.
+        #: In this data epoch: the sum of this worker's losses x samples, and the samples.
         self._epoch_loss = (0.0, 0)
-        #: In this round: the sum of gradients x samples, by parameter, and the samples.
+        #: In this round: the sum of gradients x samples, by parameter.
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        #: In this round: the samples.
         self._weight = 0
         self._begun_at = 0.0
         self._throughput = Throughput()
 
     def join(self) -> None:
-        """Have the merged weights in the model, whatever was there."""
+        """Put the merged weights into the model."""
         self._load(self._merges)
         self.edits.note()
 
@@ -143,9 +150,9 @@ class LocalSgdLoop:
                 self._merge()
 
     def _first(self, segment: Segment) -> int:
-        """The round of `segment` to begin at: the first that is not in the weights, which may be those of a run that goes on.
+        """Return the round of `segment` to start at. The weights of a resumed run may include earlier rounds of the segment.
 
-        The inner optimizer's own state was in no checkpoint, so it begins again; its schedule does not.
+        No checkpoint holds the inner optimizer's own state, so that starts again; its schedule continues.
         """
         self._merged_before, self._planned = self._planned, self._planned + self._policy.updates(segment)
         first = segment.first_round + self._policy.rounds_in(segment, max(0, self._merges - self._merged_before))
@@ -155,7 +162,7 @@ class LocalSgdLoop:
         return first
 
     def step(self) -> None:
-        """Keep the gradients of this micro-batch; the inner optimizer steps when the round's last one is in."""
+        """Keep the gradients of this micro-batch. The inner optimizer steps after the round's last one."""
         task, segment = self.batch.in_hand, self._segment
         assert segment is not None
         self.replica.check_dtypes()
@@ -180,14 +187,14 @@ class LocalSgdLoop:
         self._throughput.measured(time.monotonic() - self._begun_at, samples)
 
     def _keep(self, round_: int, sums: Sums) -> None:
-        """Keep the metrics of a micro-batch until the merge: where that comes only at the end, of an epoch's worth of rounds."""
+        """Keep a micro-batch's metrics until the merge. If the only merge is at the end, keep one data epoch's metrics."""
         assert self._segment is not None
         self._logged.append((round_, sums))
         while self._policy.contributes == "weights" and self._logged[0][0] <= round_ - self._segment.rounds_per_epoch:
             self._logged.popleft()
 
     def _kept_metrics(self) -> Sums:
-        """The sums of the metrics that are kept."""
+        """Return the sums of the metrics that are kept."""
         assert self._segment is not None
         first = self._segment.end - self._segment.rounds_per_epoch if self._policy.contributes == "weights" else 0
         none: Sums = {}
@@ -201,7 +208,7 @@ class LocalSgdLoop:
         if self._context.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
             text = f"{self._context.name}'s gradient in round {self.round} is not finite"
             if self._context.settings.on_nonfinite == "fail":
-                raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow lets them be.")
+                raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow takes them.")
             log.warning("%s: the step is left out.", text)
             self._samples -= self._weight
             for parameter in self._sums:
@@ -231,7 +238,7 @@ class LocalSgdLoop:
             self._scheduler.step()
 
     def _merge(self) -> None:
-        """Contribute this replica, and go on from the merged one."""
+        """Contribute this replica, and continue from the merged one."""
         for callback in self._script.before_merge:
             callback()
         values = self.replica.weights()
@@ -245,7 +252,7 @@ class LocalSgdLoop:
                 values[chunk.id] = change.neg_() if self._policy.contributes == "delta" else change
             if chunk.kind == "last":
                 present[chunk.id] = present[chunk.id] if weight else 0
-            elif not weight and chunk.kind != "max":  # 0 times what is no number would be none
+            elif not weight and chunk.kind != "max":  # 0 times a value that is not finite would not be finite
                 values[chunk.id] = torch.zeros_like(values[chunk.id])
             elif chunk.kind in ("param", "mean"):
                 values[chunk.id].mul_(weight)
@@ -265,24 +272,24 @@ class LocalSgdLoop:
         self._load(self._merges)
 
     def _weigh(self, values: dict[int, torch.Tensor]) -> int:
-        """What this replica, whose weights are `values`, counts with in the merge that is due."""
+        """Return the weight in the next merge of this replica, whose parameters are `values`."""
         if self._merge_by == "greedy":
             evaluate = self._script.evaluate
             assert evaluate is not None
-            values = values | self.replica.frozen_weights()  # which others may have trained
+            values = values | self.replica.frozen_weights()  # other workers may have trained these
             score = lambda: evaluate(self.replica.model)  # noqa: E731
             kv, is_chief, log_ = self._script.kv(), self._tasks.is_chief, self._script.log
             return GreedySoup(self._context, kv, is_chief, self.replica, score, log_, self._merges).weight(values)
         return min(1, self._samples) if self._merge_by == "uniform" else self._samples
 
     def _load(self, version: int) -> None:
-        """Wait for the merged weights number `version` and go on from them."""
+        """Wait for the merged weights number `version`, and put them into the model."""
         client, io = self._client, self._context.io
         with io.lock:
             messages = client.pull(version, False, time.monotonic())
         io.send(*messages)
         self._context.wait(lambda: client.complete or client.over is not None, self._waited_for)
-        if client.over is not None:  # the run goes on from a checkpoint
+        if client.over is not None:  # the run was resumed from a checkpoint
             self._merges = client.over
             self._load(self._merges)
             return
@@ -298,10 +305,10 @@ class LocalSgdLoop:
         return f"the merged weights {self._client.missing_text()}"
 
     def close(self) -> None:
-        """Make the model an ordinary one: it always is."""
+        """Do nothing: the model is always an ordinary one."""
 
     def heartbeat(self) -> Heartbeat:
-        """Where this worker is. Called by the link's thread, with the lock held."""
+        """Return what this worker is doing. The I/O thread calls this with the lock held."""
         waiting = self._client.for_round is not None
         current = self.batch.task
         return Heartbeat(

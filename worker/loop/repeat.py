@@ -1,8 +1,8 @@
-"""State that a script carries from batch to batch, found by computing one micro-batch twice.
+"""A check for state that a script carries from batch to batch: one micro-batch is computed twice.
 
-A micro-batch is to be a function of weights, buffers, samples and seed alone, as any worker may compute it. A hidden state, a
-counter or a generator of the script's own is none of these. So the chief computes the first micro-batch of a run again when its
-contribution is made, and compares the gradients' bits. Nothing comes of that but a warning, which the coordinator gives.
+Any worker may compute a micro-batch, so its gradients must depend on weights, buffers, samples and seed alone. A hidden state, a
+counter or a random generator of the script's own breaks this. Therefore the chief computes the first micro-batch of a run again
+after its contribution, and compares the gradients' bits. If they differ, the coordinator warns; nothing else happens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from roundtable.worker.replica.buffers import as_bytes
 from roundtable.worker.replica.replica import Replica
 
-#: What takes longer, seconds, or has more bytes of parameters, is not computed twice.
+#: A micro-batch is not computed twice if it takes longer (seconds), or if the parameters have more bytes.
 LONGEST_S, _MOST_BYTES = 1.0, 256 << 20
 
 
 def may_repeat(replica: Replica) -> bool:
-    """Whether a micro-batch of this model can be computed twice without anybody noticing, and for little."""
+    """Return whether a micro-batch of this model can be computed twice cheaply and without side effects."""
     layout, parameters = replica.layout, replica.parameters.values()
     is_small = sum(parameter.nbytes for parameter in parameters) <= _MOST_BYTES
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters)
@@ -27,7 +27,7 @@ def may_repeat(replica: Replica) -> bool:
 
 
 class Repeat:
-    """The two times that a micro-batch is computed. `once`: the first is over."""
+    """The two computations of a micro-batch. `once`: the first one is done."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -35,12 +35,14 @@ class Repeat:
         self.once = False
 
     def note(self) -> None:
-        """The model has the gradient of the first time."""
+        """Note the gradients of the first computation, which are in the model."""
         self._weights, self._gradients, self.once = self._read(of_gradients=False), self._read(of_gradients=True), True
 
     def differs(self) -> str | None:
-        """The model has the gradient of the second time: the name of the first parameter for which it is another. None also if
-        the weights are others by now: servers may write over them once other workers have gone on."""
+        """Return the name of the first parameter whose second gradient, which is in the model, is different.
+
+        Return None if there is none, or if the weights have changed. Servers may overwrite them once other workers have gone on.
+        """
         now = self._read(of_gradients=True)
         index = next((index for index, found in now.items() if found != self._gradients[index]), None)
         if index is None or self._read(of_gradients=False) != self._weights:
@@ -48,7 +50,7 @@ class Repeat:
         return self._replica.specs[index].name
 
     def _read(self, of_gradients: bool) -> dict[int, int | None]:
-        """A checksum of each parameter, or of its gradient."""
+        """Return a checksum of each parameter, or of its gradient."""
         parameters = self._replica.parameters.items()
         return {index: _checksum(parameter.grad if of_gradients else parameter) for index, parameter in parameters}
 

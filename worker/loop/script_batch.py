@@ -1,4 +1,4 @@
-"""The batch that a script has in its hands, and the order of calls that it keeps to."""
+"""The batch that a script is computing, and the order of calls that the script must keep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STEP_TOO_MUCH = "opt.step() was called without a batch: call it once for each b
 
 
 class ScriptBatch:
-    """The micro-batch that the script computes now, and what it logs of it."""
+    """The micro-batch that the script is computing, and the metrics that it logs of it."""
 
     def __init__(self) -> None:
         #: None between a step and the next batch.
@@ -22,20 +22,20 @@ class ScriptBatch:
         self.task, self.metrics = task, {}
 
     def log(self, numbers: dict[str, float]) -> bool:
-        """Keep metrics of the micro-batch; return False if there is none."""
+        """Keep metrics of the micro-batch. Return False if there is none."""
         if self.task is not None:
             self.metrics.update(numbers)
         return self.task is not None
 
     @property
     def in_hand(self) -> Task:
-        """The micro-batch. Raises UsageError if there is none, so that `step` has nothing to contribute."""
+        """The current micro-batch. Raises UsageError if there is none: `step` then has nothing to contribute."""
         if self.task is None:
             raise UsageError(_STEP_TOO_MUCH)
         return self.task
 
     def take_back(self) -> None:
-        """Note that the micro-batch is computed now."""
+        """Note that the script has computed the micro-batch."""
         self.task = None
 
     def check_computed(self) -> None:

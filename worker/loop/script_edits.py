@@ -1,4 +1,4 @@
-"""What a script does to parameters in mid-training, which servers know nothing of: it is told, for it would be lost."""
+"""Checks for parameters that a script changes during training. Servers do not see such changes, so they would be lost."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from roundtable.worker.replica.buffers import as_bytes, same_bytes
 from roundtable.worker.replica.replica import Replica
 
 _WAY_OUT = (
-    "servers hold the parameters, so this would be lost. Change them before the first batch, keep what the script moves in a "
-    "buffer or outside of the model, and evaluate other weights in a copy of it."
+    "servers hold the parameters, so this change would be lost. Change them before the first batch, keep values that the script "
+    "changes in a buffer or outside of the model, and evaluate other weights in a copy of the model."
 )
 _version = operator.attrgetter("_version")
 
@@ -37,11 +37,14 @@ def check_layers(model: nn.Module, may_change: Container[int]) -> None:
 
 
 class Edits:
-    """Watches a replica's parameters. What this package writes goes through `.data`, which torch does not count, and so does not
-    what a script writes there."""
+    """Watches a replica's parameters for writes by the script.
+
+    torch counts writes to a tensor, but not those through `.data`. This package writes through `.data`, so only the script's
+    writes are counted.
+    """
 
     def __init__(self, context: WorkerContext, client: ParameterClient, replica: Replica, only_frozen: bool = False) -> None:
-        """`only_frozen`: trained parameters are this worker's own, and may be changed."""
+        """`only_frozen`: the trained parameters are this worker's own, so the script may change them."""
         self._context = context
         self._client = client
         self._replica = replica
@@ -49,11 +52,11 @@ class Edits:
         self._watched: dict[int, torch.Tensor] = {}
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
-        #: Where each of them, and each module, is found.
+        #: Where each watched parameter, and each module, is found.
         self._places: list[tuple[Mapping[str, Any], str, object]] = []
 
     def note(self) -> None:
-        """Take parameters for unchanged as they are now."""
+        """Take the present parameters as unchanged."""
         parameters = self._replica.parameters
         self._watched = {index: tensor for index, tensor in parameters.items() if not tensor.is_inference()}
         self._tensors = list(self._watched.values())
@@ -70,7 +73,7 @@ class Edits:
             self._places = _places(self._replica.model, self._tensors)
 
     def written(self) -> list[int]:
-        """Numbers of parameters that were written to since `note`."""
+        """Return the numbers of parameters that were written to since `note`."""
         now = list(map(_version, self._tensors))
         if now == self._versions:
             return []
@@ -78,7 +81,7 @@ class Edits:
         return [index for index, version, before in pairs if version != before]
 
     def lost(self) -> list[int]:
-        """Of those, the ones of which servers have others."""
+        """Return the numbers of those whose values the servers hold."""
         written = self.written()
         if written and self._only_frozen:
             frozen = self._replica.frozen
@@ -88,8 +91,8 @@ class Edits:
     def check(self, round_: int, version: int | None) -> None:
         """Raise UsageError for a parameter that the script has changed in `round_`.
 
-        `version`: that of the weights that the model has, which are fetched again to compare. None if servers may have
-        others by now, so that any write counts.
+        `version`: the version of the weights in the model, which are fetched again for comparison. If it is None, servers may
+        have a newer version by now, and any write counts as a change.
         """
         indices = self.lost()
         if not indices:
@@ -97,7 +100,7 @@ class Edits:
         if version is not None:
             before = {index: self._replica.tensors[index].detach().clone() for index in indices}
             if not self._restore(version):
-                return  # the round is over, and so are its weights: frozen ones are compared the next time
+                return  # the round is over, and its weights are gone: frozen ones are compared the next time
             now = {index: self._replica.tensors[index].detach() for index in indices}
             indices = [index for index, values in before.items() if not same_bytes(as_bytes(values), as_bytes(now[index]))]
         if indices:
@@ -105,7 +108,7 @@ class Edits:
         self.note()
 
     def _restore(self, version: int) -> bool:
-        """Have the servers' weights of `version` in watched parameters again; False if that round is over."""
+        """Put the servers' weights of `version` into watched parameters again. Return False if that round is over."""
         with self._context.io.lock:
             self._client.want_all()
         weights = fetch_again(self._context, self._client, version, "the weights")
@@ -121,7 +124,7 @@ class Edits:
 
 
 def _places(model: nn.Module, tensors: Iterable[torch.Tensor]) -> list[tuple[Mapping[str, Any], str, object]]:
-    """Where parameters and modules of `model` are found: dictionary, name, and what is there."""
+    """Return the dictionary, the name and the object for each parameter and module of `model`."""
     watched = {id(tensor) for tensor in tensors}
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     parameters = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if id(p) in watched]

@@ -1,9 +1,11 @@
-"""Which micro-batch a worker computes next: its run of each round by the table in force, minus what others took over,
-plus what it takes over itself.
+"""Which micro-batch a worker computes next.
 
-A state machine without a socket or a clock. Invariants: a micro-batch of the open round or a later one is handed out at most
-once; none is handed out before its round is open, for the weights to compute it from are not there; none of a round that was
-dropped.
+In each round a worker has its run by the share table in force, without micro-batches that others took over, and with those that
+it took over itself. A state machine without a socket or a clock. Invariants:
+
+- A micro-batch of the open round or a later one is handed out at most once.
+- No micro-batch is handed out before its round is open, because its weights are not here yet.
+- No micro-batch is handed out of a round that was dropped.
 """
 
 from __future__ import annotations
@@ -16,21 +18,21 @@ from roundtable.common.protocol.messages.session import Reassign
 
 
 class TaskQueue:
-    """One worker's work list. `round` is the round it is in; -1 before the first."""
+    """One worker's work list. `round` is the round that the worker is in; -1 before the first."""
 
     def __init__(self, worker: str, tables: list[ShareTable]) -> None:
         self.worker = worker
         self.tables = tables
         self.round = -1
-        #: Own micro-batches of this round not begun, in order.
+        #: This worker's own micro-batches of this round that are not started, in order.
         self._run: deque[Task] = deque()
-        #: Micro-batches taken over, in order, also of rounds to come; they come after the own run.
+        #: Micro-batches taken over, in order, also of later rounds. They come after the own run.
         self._taken: deque[Task] = deque()
-        #: Micro-batches of rounds to come that others took over.
+        #: Micro-batches of later rounds that others took over.
         self._given: set[Task] = set()
-        #: Handed out in this round or later ones.
+        #: Micro-batches handed out, of this round or later ones.
         self._begun: set[Task] = set()
-        #: Nothing of rounds before this one is taken over.
+        #: No micro-batch of rounds before this one is taken over.
         self._floor = 0
 
     @property
@@ -39,7 +41,7 @@ class TaskQueue:
         return self.worker == self.tables[-1].workers[0]
 
     def open(self, round_: int, count: int) -> None:
-        """Start round `round_` of `count` micro-batches; what is left of earlier rounds is dropped."""
+        """Start round `round_` of `count` micro-batches, and drop what is left of earlier rounds."""
         self.round = round_
         run = in_force(self.tables, round_).run(self.worker, count)
         self._run = deque(task for k in run if (task := Task(round_, k)) not in self._given and task not in self._begun)
@@ -48,7 +50,7 @@ class TaskQueue:
         self._begun = {task for task in self._begun if task.round >= round_}
 
     def reassigned(self, reassignment: Reassign) -> None:
-        """A micro-batch changes hands. Reassignments may come twice, late, or for rounds not open yet."""
+        """Take note of a reassignment. Reassignments may come twice, late, or for rounds that are not open yet."""
         task = Task(reassignment.round, reassignment.micro_batch)
         if reassignment.to == self.worker:
             if reassignment.round >= self._floor and not any(task in held for held in (self._begun, self._taken, self._run)):
@@ -62,11 +64,11 @@ class TaskQueue:
                 self._given.add(task)
 
     def forget_begun(self) -> None:
-        """What was begun may be asked for again, for a server has lost what it had of it."""
+        """Allow micro-batches to be computed again, because a server has lost their gradients."""
         self._begun.clear()
 
     def next(self) -> Task | None:
-        """The next micro-batch to compute, or None while there is nothing to do."""
+        """Return the next micro-batch to compute, or None while there is none."""
         if self._run:
             task = self._run.popleft()
         elif ready := [task for task in self._taken if task.round <= self.round]:
@@ -78,16 +80,16 @@ class TaskQueue:
         return task
 
     def drop_taken(self, before: int) -> None:
-        """Forget what was taken over of rounds that are closed, and take over no more of them."""
+        """Forget micro-batches that were taken over in rounds before this one, which are closed, and accept no more of them."""
         self._floor = max(self._floor, before)
         self._taken = deque(task for task in self._taken if task.round >= before)
 
     def left(self, round_: int) -> list[int]:
-        """Micro-batches of a round that are this worker's and not begun."""
+        """Return the micro-batches of a round that are this worker's and not started."""
         return [task.k for task in [*self._run, *self._taken] if task.round == round_]
 
     def taken_elsewhere(self, round_: int) -> list[tuple[int, int]]:
-        """(round, micro-batch) of what was taken over of other rounds than this one, and is not begun."""
+        """Return (round, micro-batch) of those taken over in other rounds than this one and not started."""
         return [(task.round, task.k) for task in self._taken if task.round != round_]
 
     @property
@@ -96,10 +98,10 @@ class TaskQueue:
 
     @property
     def run_done(self) -> bool:
-        """Whether nothing of the own run of this round is left."""
+        """Whether nothing is left of the own run of this round."""
         return not self._run
 
     def expected(self, round_: int, count: int) -> list[Task]:
-        """What this worker will probably be given in a round to come, for loading ahead."""
+        """Return what this worker will probably compute in a later round, for loading ahead."""
         run = in_force(self.tables, round_).run(self.worker, count)
         return [task for k in run if (task := Task(round_, k)) not in self._given]

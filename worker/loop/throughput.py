@@ -10,9 +10,9 @@ class Throughput:
     """Moving averages over micro-batches."""
 
     def __init__(self) -> None:
-        #: Of one micro-batch.
+        #: Seconds for one micro-batch.
         self.seconds = 0.0
-        #: Samples a second.
+        #: Samples per second.
         self.rate = 0.0
 
     def measured(self, seconds: float, samples: int) -> None:

@@ -1,4 +1,4 @@
-"""Having the servers' weights in the model, some of them later than others."""
+"""Putting the servers' weights into the model, some of them later than others."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from roundtable.worker.loop.throughput import Throughput
 from roundtable.worker.replica.lazy_weights import LazyWeights
 from roundtable.worker.replica.replica import Replica
 
-#: A waiting worker asks for more work after this long, seconds, or half a micro-batch's time if that is longer.
+#: Least time, in seconds, after which a waiting worker asks for more work.
 _PATIENCE_S = 0.05
 
 
 class _Found(Enum):
     """How a wait for weights ends."""
 
+    #: The weights are here.
     HERE = "here"
     #: The round is over, and its weights are gone.
     GONE = "gone"
-    #: There is something else to compute first.
+    #: There is a micro-batch to compute first.
     WORK = "work"
 
 
 class WeightFetcher:
-    """Pulls weights, and has the model wait for those that are still on their way."""
+    """Pulls weights, and makes the model wait for those that are still to come."""
 
     def __init__(self, context: WorkerContext, client: ParameterClient, replica: Replica, throughput: Throughput) -> None:
         self._context = context
@@ -38,12 +39,13 @@ class WeightFetcher:
         self._replica = replica
         self._throughput = throughput
         self._lazy = LazyWeights(replica, self._await_tensor)
+        #: The chunks that are not in the model yet.
         self._to_come: set[int] = set()
         #: Versions, by server, of the weights in the model.
         self.versions: dict[int, int] = {}
-        #: Whether weights of this round never come, so that nothing computed in it is of use.
+        #: Whether some weights of this round never come. Nothing computed in the round is of use then.
         self.round_invalid = False
-        #: Seconds that the training thread has waited for weights in mid-computation.
+        #: Seconds that the training thread has waited for weights during a computation.
         self.waited_s = 0.0
 
     def fetch(
@@ -54,10 +56,11 @@ class WeightFetcher:
         has_work: Callable[[], bool] | None = None,
         ask_for_work: Callable[[], None] | None = None,
     ) -> int | None:
-        """Put the weights to start a round from into the model; return the round that they really are for.
+        """Put the weights that a round starts from into the model, and return that round, or a later one if it is over.
 
-        Return None if `has_work` says that there is something to compute first. A worker that waits calls `ask_for_work` now
-        and then. `lazy`: some weights may still be on their way when this returns, but none that a server waits for.
+        Return None if `has_work` says that there is a micro-batch to compute first. While this worker waits, it calls
+        `ask_for_work` now and then. If `lazy`, some weights may come after the return, but none that the forward needs first.
+        Raises NoAnswer.
         """
         client, io = self._client, self._context.io
         if client.for_round != round_:
@@ -78,7 +81,7 @@ class WeightFetcher:
         found = self._wait(ready, ask_for_work)
         if found is _Found.WORK:
             return None
-        if found is _Found.GONE:  # what comes now is not lazy, for that may be the end
+        if found is _Found.GONE:  # not lazy, because the weights now may be the last ones
             return self.fetch(client.over or 0, after_all_updates, False, has_work, ask_for_work)
         self._lazy.came(self._load())
         self._lazy.expect(self._to_come)
@@ -98,15 +101,15 @@ class WeightFetcher:
                 raise NoAnswer(f"waited {time.monotonic() - began:.0f} s for {self._waited_for()}.")
 
     def _load(self) -> set[int]:
-        """Put into the model what has come; return the chunks."""
+        """Put the weights that have come into the model, and return their chunks."""
         with self._context.io.lock:
             found, self.versions = self._client.take()
-            self._to_come = self._client.to_come  # now, for what comes next is not in the model yet
+            self._to_come = self._client.to_come  # now: chunks that come later are not in the model yet
         self._replica.load(found, copy=False)
         return set(found)
 
     def _await_tensor(self, index: int) -> None:
-        """Wait for the weights of tensor number `index`: something wants to use them."""
+        """Wait for the weights of tensor number `index`, because the model is about to use them."""
         self._await_chunks({chunk.id for chunk in self._replica.chunks_of(index)})
 
     def await_all(self) -> None:
@@ -119,7 +122,7 @@ class WeightFetcher:
         client, began = self._client, time.monotonic()
         self._context.wait(lambda: client.gone or client.has(chunks), self._waited_for)
         if not client.has(chunks):
-            self.round_invalid = True  # whatever the model holds will do, for nothing comes of it
+            self.round_invalid = True  # any weights will do, because the result is dropped
             self._lazy.give_up()
         else:
             self._lazy.came(self._load())
@@ -129,7 +132,7 @@ class WeightFetcher:
         return f"the weights {self._client.missing_text()}"
 
     def close(self) -> None:
-        """Make the model an ordinary one, which waits for nothing."""
+        """Make the model an ordinary one that waits for nothing."""
         self._lazy.give_up()
 
 

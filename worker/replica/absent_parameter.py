@@ -1,6 +1,6 @@
-"""Parameters whose values are on the servers and never here: in the model stands an empty one of device "meta".
+"""Parameters whose values are on the servers alone. The model has an empty parameter of device "meta" in their place.
 
-Its own layer knows how to use it. Anything else that would need its values is an error, which names it.
+Its own layer can use such a parameter. Any other operation that needs the values raises an error with the parameter's name.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import nn
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.replica.lazy_parameter import accessors, instances_in
 
-#: What gives a tensor that has nothing to do with the parameter any more, or needs no values.
+#: Functions of torch whose result no longer depends on the parameter, or that need no values.
 _PLAIN: set[Any] = {
     torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.to, torch.Tensor.copy_, torch.Tensor.requires_grad_,
     torch.Tensor.__deepcopy__, torch.Tensor.__reduce_ex__,
 } | accessors("data")  # fmt: skip
-#: By id, what parameters are called. Not in the parameter, for what that has is saved along with a model.
+#: By id: the names of parameters. They are not attributes, because a saved model would contain them.
 _names: dict[int, str] = {}
 
 
 def absent(like: torch.Tensor, name: str, requires_grad: bool = True) -> nn.Parameter:
-    """An empty parameter of the shape and dtype of `like`, whose values are on the servers under `name`."""
+    """Return an empty parameter of the shape and dtype of `like`. The servers have its values under `name`."""
     parameter = nn.Parameter(torch.empty_like(like, device="meta"), requires_grad)
     parameter.__class__ = _Absent
     _names[id(parameter)] = name
@@ -40,7 +40,7 @@ class _Absent(nn.Parameter):
 
 
 class _Part(torch.Tensor):
-    """What torch has made of an absent parameter, such as its transpose."""
+    """A tensor that torch has derived from an absent parameter, such as its transpose."""
 
     called: str
 
@@ -50,7 +50,7 @@ class _Part(torch.Tensor):
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function of torch, unless it needs values that are not here."""
+    """Call a function of torch. Raises UsageError if it needs the values."""
     with torch._C.DisableTorchFunctionSubclass():
         tensors = list(instances_in((args, kwargs), torch.Tensor))
         first = next(tensor for tensor in tensors if isinstance(tensor, _Absent | _Part))
@@ -63,7 +63,7 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
             raise error
         try:
             found = func(*args, **kwargs)
-        except NotImplementedError:  # what torch raises for reading one
+        except NotImplementedError:  # torch raises this if a function reads a tensor without values
             raise error from None
         if func in _PLAIN or type(found) is not torch.Tensor or not found.is_meta:
             return found

@@ -1,9 +1,9 @@
-"""A model's buffers: which of them travel, and how those of a round's micro-batches become one.
+"""A model's buffers: which ones travel, and how the buffers of a round's micro-batches are merged.
 
-Every micro-batch begins with the buffers as they were when the round began. What it leaves in them is merged by a rule: running
-statistics of normalisation layers are averaged, weighted by samples; any other buffer gets the value of the last micro-batch, in
-order, that changed it. A mean of queues, of unit vectors or of codebooks is none. A counter under the rule `sum` gets
-what all of them have counted.
+Every micro-batch starts from the buffers as they were at the start of the round. A rule says how to merge the results. Running
+statistics of normalisation layers are averaged, weighted by samples. Any other buffer gets its value from the last micro-batch,
+in order, that changed it, because a mean of queues, of unit vectors or of codebooks has no meaning. With the rule `sum`, a
+counter gets the total of all micro-batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from roundtable.common.protocol.model_spec import Rule
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
 
-#: What a script can say of a buffer; `own`: each worker has its own, which is neither sent nor put back.
+#: What a script can choose for a buffer. With `own`, each worker has its own buffer, which is never sent or reset.
 BufferRule = Literal["mean", "max", "sum", "last", "own"]
 Rules = Mapping[str, BufferRule]
 
@@ -30,14 +30,14 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclass
 class Place:
-    """Where a module has a buffer."""
+    """A module's buffer by name."""
 
     module: nn.Module
     name: str
 
     @property
     def tensor(self) -> torch.Tensor | None:
-        there = self.module._buffers  # of a scripted module it has no get()
+        there = self.module._buffers  # in a scripted module this has no get()
         return there[self.name] if self.name in there else None  # noqa: SIM401
 
     @property
@@ -47,7 +47,7 @@ class Place:
 
 @dataclass
 class Buffer:
-    """A buffer that travels. `tensor` is the one that the model is given at each micro-batch's beginning."""
+    """A buffer that travels. `tensor` is the one that the model gets at the start of each micro-batch."""
 
     name: str
     rule: Rule
@@ -55,11 +55,11 @@ class Buffer:
     places: list[Place]
 
     def parts(self) -> list[tuple[str, torch.Tensor]]:
-        """The strided tensors that it consists of, and what they are called: more than one if it is sparse."""
+        """Return the name and tensor of each strided part. A sparse buffer has more than one."""
         return [(f"{self.name}{suffix}", part) for suffix, part in parts_of(self.tensor)]
 
     def now(self) -> torch.Tensor:
-        """What the model has in its place. Raises UsageError for what cannot travel in place of `tensor`."""
+        """Return the tensor in the buffer's place in the model. Raises UsageError if it cannot travel in place of `tensor`."""
         for place in self.places:
             found = place.tensor
             if found is not self.tensor:
@@ -70,13 +70,13 @@ class Buffer:
         if found is None or kind_of(found) != kind_of(self.tensor):
             became = "none" if found is None else described(found)
             raise UsageError(
-                f"the buffer '{self.name}' has become {became} where it was {described(self.tensor)}; one that travels keeps its "
-                f"size and dtype. If it is a mere cache, {advice(self.name, 'own')}"
+                f"the buffer '{self.name}' was {described(self.tensor)} and has become {became}. A buffer that travels must keep "
+                f"its size and dtype. If it is only a cache, {advice(self.name, 'own')}"
             )
         return found.detach()
 
     def put_back(self) -> bool:
-        """Have the model use `tensor`, whatever a script has put in its place. On another device, a new one: then it is true."""
+        """Put `tensor` back into the model. Return True if `tensor` is new, because the script has moved the buffer."""
         moved = False
         for place in self.places:
             found = place.tensor
@@ -89,7 +89,7 @@ class Buffer:
 
 @dataclass
 class Constant:
-    """A buffer that is not in the model's file and does not travel, as it never changes: each worker makes its own."""
+    """A buffer that is not in the model's file and does not travel. It never changes, and each worker makes its own."""
 
     name: str
     place: Place
@@ -98,24 +98,24 @@ class Constant:
     contents: list[torch.Tensor]
 
     def check(self) -> None:
-        """Raise UsageError if it is not what it was."""
+        """Raise UsageError if the buffer has changed."""
         found = self.place.tensor
         if found is not None and _stamp(found) == self.stamp:
             return
         if found is None or kind_of(found) != kind_of(self.tensor) or not all(map(same_bytes, _bytes(found), self.contents)):
             raise UsageError(
-                f"the buffer '{self.name}' has changed, but it does not travel, as it is not in the model's file "
-                f"(persistent=False). If it is a part of the model's state, {advice(self.name, 'last')} If it is a mere cache, "
+                f"the buffer '{self.name}' has changed, but it does not travel, because it is not in the model's file "
+                f"(persistent=False). If it is a part of the model's state, {advice(self.name, 'last')} If it is only a cache, "
                 f"{advice(self.name, 'own')}"
             )
         self.tensor, self.stamp = found, _stamp(found)
 
 
 def find(model: nn.Module, rules: Rules) -> tuple[list[Buffer], list[Constant]]:
-    """The buffers of `model` that travel, and those that never change. `rules` maps names, or patterns with *, to what merges
-    such buffers; the last pattern that fits decides.
+    """Return the buffers of `model` that travel, and those that never change.
 
-    Raises UsageError for a rule that is none, or fits no buffer, or cannot merge it.
+    `rules` maps names, or patterns with *, to rules. The last pattern that fits a buffer decides. Raises UsageError for a rule
+    that does not exist, fits no buffer, or cannot merge a buffer that it fits.
     """
     places: dict[int, list[Place]] = {}
     for module in model.modules():
@@ -143,22 +143,22 @@ def _check_rules(rules: Rules, buffers: Mapping[str, torch.Tensor]) -> None:
         fits = [name for name in buffers if fnmatch.fnmatchcase(name, pattern)]
         if rule not in get_args(BufferRule):
             raise UsageError(
-                f"there is no rule '{rule}' for the buffer '{pattern}': it is one of {', '.join(get_args(BufferRule))}."
+                f"there is no rule '{rule}' for the buffer '{pattern}': give one of {', '.join(get_args(BufferRule))}."
             )
         if not fits:
             there = ", ".join(f"'{name}'" for name in list(buffers)[:10]) or "none"
-            raise UsageError(f"no buffer of the model is called '{pattern}', for which there is a rule; there are {there}.")
+            raise UsageError(f"a rule is for the buffer '{pattern}', but the model has no such buffer; it has {there}.")
         for name in fits:
             if rule == "mean" and not buffers[name].is_floating_point():
                 raise UsageError(
-                    f"the buffer '{name}' is {described(buffers[name])}, of which there is no mean: give 'last', 'max' or 'sum'."
+                    f"the buffer '{name}' is {described(buffers[name])}, which has no mean: give 'last', 'max' or 'sum'."
                 )
             if rule in ("mean", "max", "sum") and buffers[name].layout != torch.strided:
                 raise UsageError(f"the buffer '{name}' is sparse: give 'last' or 'own'.")
 
 
 def _rule_for(place: Place, tensor: torch.Tensor) -> Rule:
-    """What merges a buffer of which the script says nothing."""
+    """Return the rule of a buffer for which the script gives none."""
     is_norm = isinstance(place.module, _NormBase) or all(hasattr(place.module, name) for name in _STATISTICS)
     if not is_norm or tensor.layout != torch.strided:
         return "last"
@@ -168,7 +168,7 @@ def _rule_for(place: Place, tensor: torch.Tensor) -> Rule:
 
 
 def parts_of(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The strided tensors that a tensor consists of, and a suffix for the name of each: '' for all of it."""
+    """Yield each strided part of a tensor, with a suffix for its name. The suffix is '' if there is one part."""
     if tensor.layout == torch.strided:
         yield "", tensor
     elif tensor.layout == torch.sparse_coo:
@@ -187,19 +187,19 @@ def parts_of(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def stored_parts(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """`parts_of` a tensor as they are in files."""
+    """Yield `parts_of` a tensor in the form that files store."""
     for suffix, part in parts_of(tensor):
-        has_name = part.dtype not in (torch.complex128, torch.complex32)  # which safetensors has not
+        has_name = part.dtype not in (torch.complex128, torch.complex32)  # safetensors does not know these
         yield suffix, part if has_name else torch.view_as_real(part.detach().resolve_conj())
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a strided tensor, flat: its own memory if that is contiguous."""
+    """Return the bytes of a strided tensor, flat (uint8). They share the memory of a contiguous tensor."""
     return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
 
 
 def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two flat tensors of bytes, on whatever devices, are equal."""
+    """Return whether two flat tensors of bytes are equal, on any devices."""
     return torch.equal(one.to(other.device), other)
 
 
@@ -208,21 +208,21 @@ def _bytes(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What must not change of a buffer that travels."""
+    """Return the properties that a travelling buffer must keep: layout, dtypes and shapes."""
     return tensor.layout, *((suffix, part.dtype, part.shape) for suffix, part in parts_of(tensor))
 
 
 def described(tensor: torch.Tensor) -> str:
-    """'float32 [3, 4]'."""
+    """Return a tensor's dtype and shape in words, such as 'float32 [3, 4]'."""
     count = "" if tensor.layout == torch.strided else f" with {tensor._nnz()} entries"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{count}"
 
 
 def advice(name: str, rule: BufferRule) -> str:
-    """What to write to have a buffer merged by a rule."""
+    """Return what a script must call to have a buffer merged by a rule."""
     return f"say run.replicate(model, buffers={{'{name}': '{rule}'}})."
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    """What changes when torch writes to a tensor, or another takes its place."""
+    """Return a value that changes when torch writes to a tensor, or when another tensor takes its place."""
     return id(tensor), -1 if tensor.is_inference() else tensor._version

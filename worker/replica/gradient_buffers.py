@@ -1,4 +1,4 @@
-"""The memory that this worker's contributions lie in, from backward until nobody needs them any more."""
+"""The memory of this worker's contributions, from backward until no server needs them any more."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from roundtable.common.protocol.shared_memory import Handle, NotShared, Region, 
 
 log = logging.getLogger("roundtable.worker.gradient_buffers")
 
-#: How many gradient buffers this worker's part of a round may lie in, for servers to add up. They read each once, block by block,
-#: while a sum made here is read, written and read again. The rest is added up here, as gradient buffers cost memory.
+#: In so many gradient buffers, a worker's part of a round may wait for servers to add it up. A server reads each of them once,
+#: while a sum made here is read, written and read again. The rest is added up here, because gradient buffers cost memory.
 _APART = 4
-#: Smaller contributions are added up here, for a message costs more.
+#: Smaller contributions are added up here, because a message costs more than that.
 _LARGE_BYTES = 8 << 20
 
 
 @dataclass(eq=False)
 class GradientBuffer:
-    """Room for one contribution. `index` is its place in the shared region; -1: it is this process's own."""
+    """Memory for one contribution. `index` is its place in the shared region, or -1 if the memory is this process's own."""
 
     index: int
-    #: Flat tensors of each chunk's `sum_dtype`.
+    #: By chunk: a flat tensor of the chunk's `sum_dtype`.
     chunks: dict[int, torch.Tensor]
-    #: All its bytes, for tensors that reach over several chunks.
+    #: All bytes, for tensors that span several chunks.
     memory: torch.Tensor
-    #: Whether a contribution is being made in it, or waits to be summed up.
+    #: Whether a contribution is being made here, or waits to be added up.
     taken: bool = False
-    #: The last round that it was pushed for.
+    #: The last round for which the buffer was pushed, or -1.
     pushed: int = field(default=-1)
 
 
 class GradientBuffers:
-    """Gradient buffers as they are needed, in shared memory as long as there is room, reused when they are free."""
+    """Makes gradient buffers as they are needed, in shared memory while there is room, and reuses free ones."""
 
     def __init__(self, layout: Layout, shared: bool) -> None:
         self._layout = layout
@@ -51,18 +51,18 @@ class GradientBuffers:
                 log.warning("%s Gradients are sent over TCP.", error)
 
     def may_lie_apart(self, round_: int) -> bool:
-        """Whether one more contribution to a round may be left where it is, not added to others."""
+        """Return whether one more contribution to a round may stay in its own buffer, rather than be added to others."""
         if self._region is None or self._bytes < _LARGE_BYTES:
             return False
         return sum(gradient_buffer.pushed == round_ for gradient_buffer in self._gradient_buffers) < _APART
 
     @property
     def handle(self) -> Handle | None:
-        """What servers need to read the gradient buffers; None where they are not shared."""
+        """What servers need to read the gradient buffers; None if they are not shared."""
         return self._region.handle if self._region is not None else None
 
     def take(self, in_use: Callable[[GradientBuffer], bool]) -> GradientBuffer:
-        """A gradient buffer that is not taken and, as `in_use` tells, not read by anybody."""
+        """Return a gradient buffer that is not taken and that, by `in_use`, no server reads."""
         gradient_buffer = next(
             (
                 gradient_buffer
@@ -85,6 +85,6 @@ class GradientBuffers:
 
 
 def _pin(memory: torch.Tensor) -> None:
-    """Have GPUs copy gradients to this memory directly. Untested so far, as CUDA is."""
+    """Let GPUs copy gradients to this memory directly. Untested so far, like all of CUDA."""
     if torch.cuda.is_available() and memory.numel():
         torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)

@@ -1,7 +1,7 @@
-"""Gradients of linear layers' weights, computed right where they are contributed from.
+"""Gradients of linear layers' weights, computed in the place from which they are contributed.
 
-Left to itself, autograd allocates each gradient anew, and for a large one touching new memory takes longer than computing it.
-So the backward of `torch.nn.Linear` is given a place to write to. The arithmetic, and so each bit, is autograd's own.
+Without this, autograd allocates each gradient anew. For a large one, touching new memory takes longer than computing it. So the
+backward of `torch.nn.Linear` gets a place to write to. The arithmetic, and so each bit, is autograd's own.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-#: Weights of fewer bytes are torch's own business, for a call of ours takes longer than a copy of their gradient.
+#: Weights of fewer bytes are left to torch, because a call of ours takes longer than copying their gradient.
 _LARGE_BYTES = 256 << 10
 
 
 class GradientSink(Protocol):
-    """Who gets the gradients of weights."""
+    """The receiver of weights' gradients."""
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """Where the gradient is to be written, a tensor of the weight's shape; None to have it allocated."""
+        """Return the tensor to write the gradient to, of the weight's shape. Return None to have it allocated."""
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b, with dW = (dy)^T x written to its place where it is what backward will accumulate."""
+    """y = x W^T + b, with dW = (dy)^T x written to its place if backward will accumulate it."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taker: GradientSink) -> torch.Tensor:
@@ -47,7 +47,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _accumulates(node: Any) -> bool:
-    """Whether this backward adds to the `grad` of the leaf behind `node`, and is not itself to be differentiated."""
+    """Return whether this backward adds to the `grad` of the leaf behind `node`, and is not itself differentiated."""
     if torch.is_grad_enabled() or _is_transformed():
         return False
     try:
@@ -57,7 +57,7 @@ def _accumulates(node: Any) -> bool:
 
 
 def install(model: nn.Module, taker: GradientSink) -> None:
-    """Have all large plain linear layers of `model` ask `taker` what to do with their weights' gradients."""
+    """Make all large plain linear layers of `model` ask `taker` where to put their weights' gradients."""
 
     def forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if not _is_usual(module, x):
@@ -67,12 +67,12 @@ def install(model: nn.Module, taker: GradientSink) -> None:
 
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module) and module.weight.nbytes >= _LARGE_BYTES:
-            # a copy of the model takes this along, and one read back from a file has torch's own again
+            # a copy of the model keeps this; a model read from a file has torch's own forward again
             module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
 def _is_usual(module: nn.Linear, x: torch.Tensor) -> bool:
-    """Whether nothing is going on that only torch's own forward knows about."""
+    """Return whether nothing is going on that only torch's own forward can handle."""
     return (
         torch.is_grad_enabled()
         and not _is_transformed()
@@ -90,8 +90,10 @@ def _is_usual(module: nn.Linear, x: torch.Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether torch itself is to see each operation: for a transform of torch.func, for forward-mode differentiation, or because
-    it records a trace."""
+    """Return whether torch must see each operation.
+
+    It must for a transform of torch.func, for forward-mode differentiation, and while it records a trace.
+    """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0

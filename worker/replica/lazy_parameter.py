@@ -1,7 +1,7 @@
-"""Parameters of which something is put off until somebody touches them.
+"""Parameters with an action that is deferred until something uses the parameter.
 
-Such a parameter is made an instance of a subclass for the time being, which torch asks before it does anything with it, wherever
-that is: in a module's forward, in a penalty on all weights, in a script's own lines.
+Such a parameter becomes an instance of a subclass. Before torch does anything with a parameter, it asks the subclass, wherever
+the use is: in a module's forward, in a penalty on all weights, in a script's own lines.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from torch._functorch import eager_transforms, vmap
 
 T = TypeVar("T")
 
-#: By id, what to do when a parameter is touched. Not in the parameter, for what that has is saved along with a model.
+#: By id: the deferred action of a parameter. It is not an attribute, because a saved model would contain it.
 _touched: dict[int, Callable[[], None]] = {}
-#: Undoes what `_watch_transforms` has done, while any parameter is here.
+#: Undoes `_watch_transforms`. It is armed while any parameter is lazy.
 _watched = contextlib.ExitStack()
 
 
-#: Where torch has its transforms, and the functions that each of them calls first.
+#: The modules of torch's transforms, and the functions that each transform calls first.
 _TRANSFORMS = (eager_transforms, vmap, _vmap_internals)
 _BEGINNINGS = tuple(f"_{kind}_increment_nesting" for kind in ("grad", "jvp", "vmap", "func"))
 
 
 def accessors(*names: str) -> set[Any]:
-    """The functions, as torch names them, that get and set these attributes of a tensor."""
+    """Return the functions by which torch gets and sets these attributes of a tensor."""
     return {getattr(getattr(torch.Tensor, name), access) for name in names for access in ("__get__", "__set__")}
 
 
-#: What may be done to a parameter all the same.
+#: What may be done to a parameter without triggering its action.
 _HARMLESS = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse", "_version") | {
     getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")
 }
 
 
 class LazyParameter(nn.Parameter):
-    """A parameter with something put off; touching it does that first."""
+    """A parameter with a deferred action, which runs when the parameter is used."""
 
     def __new__(cls, data: Any = None, requires_grad: bool = True) -> Any:
-        return nn.Parameter(data, requires_grad)  # a copy of one, which has what it copied
+        return nn.Parameter(data, requires_grad)  # copies are ordinary parameters with the values
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,7 +57,7 @@ class LazyParameter(nn.Parameter):
 
 
 def put_off(parameter: torch.Tensor, touched: Callable[[], None]) -> None:
-    """Have `touched` called when `parameter` is touched. It must `materialize` it."""
+    """Call `touched` when `parameter` is used. `touched` must `materialize` the parameter."""
     if not _touched:
         _watch_transforms()
     parameter.__class__ = LazyParameter
@@ -65,7 +65,7 @@ def put_off(parameter: torch.Tensor, touched: Callable[[], None]) -> None:
 
 
 def materialize(parameter: torch.Tensor) -> None:
-    """Nothing of `parameter` is put off any more."""
+    """Make `parameter` an ordinary one, without a deferred action."""
     parameter.__class__ = nn.Parameter
     del _touched[id(parameter)]
     if not _touched:
@@ -73,14 +73,16 @@ def materialize(parameter: torch.Tensor) -> None:
 
 
 def materialize_all() -> None:
-    """Touch all parameters of which something is put off."""
+    """Run the deferred actions of all parameters."""
     while _touched:
         next(iter(_touched.values()))()
 
 
 def _watch_transforms() -> None:
-    """Have each transform of torch.func touch all parameters as it begins. A transform takes what is in a tensor, and does not
-    ask the tensor's class."""
+    """Make each transform of torch.func run all deferred actions when it starts.
+
+    A transform takes a tensor's values without asking the tensor's class.
+    """
 
     def first(begin: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(begin)
@@ -98,7 +100,7 @@ def _watch_transforms() -> None:
 
 
 def instances_in(thing: Any, kind: type[T]) -> Iterator[T]:
-    """All of a kind that are in nested lists, tuples and dicts."""
+    """Yield all instances of `kind` in nested lists, tuples and dicts."""
     if isinstance(thing, kind):
         yield thing
     elif isinstance(thing, dict):

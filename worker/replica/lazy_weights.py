@@ -1,7 +1,7 @@
-"""Weights that a forward pass may begin without: whatever touches one waits until it is here.
+"""Weights that may come after a forward pass has started: each use of such a weight waits until it is here.
 
-So the first layers compute while the weights of later ones are still on their way. Code that torch knows nothing of is met at the
-door of the module that the parameter belongs to.
+So the first layers compute while the weights of later ones are still on their way. torch does not see all code that uses weights.
+Therefore each module also waits for its own parameters before its forward.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from roundtable.worker.replica.replica import Replica
 
 
 class LazyWeights:
-    """Which of a replica's parameters are awaited."""
+    """The parameters of a replica that are still to come."""
 
     def __init__(self, replica: Replica, arrive: Callable[[int], None]) -> None:
-        """`arrive(index)` is to come back when all weights of tensor number `index` were told to `came`."""
+        """`arrive(index)` must return once all chunks of tensor number `index` were passed to `came`."""
         self._replica = replica
         self._arrive = arrive
-        #: Chunks still to come, by tensor.
+        #: By tensor: the chunks still to come.
         self._missing: dict[int, set[int]] = {}
         numbers = {id(tensor): index for index, tensor in enumerate(replica.tensors)}
-        #: By module, its own parameters.
+        #: By module: its own parameters.
         self._own = {
             module: [numbers[id(p)] for p in module.parameters(recurse=False) if id(p) in numbers]
             for module in replica.model.modules()
         }
-        #: At the doors of all modules, while something is awaited: a hook of one module would be copied and saved with it, and
-        #: scripted modules take none.
+        #: A hook on all modules, while a parameter is still to come. A hook on one module would be copied and saved with it,
+        #: and scripted modules take none.
         self._hook: RemovableHandle | None = None
 
     @property
     def needed_first(self) -> set[int]:
-        """Chunks without which nothing can begin: those with buffers, and parameters of a kind of their own. All of them where
-        the model is compiled, for then torch does not ask."""
+        """The chunks without which no forward can start: those with buffers, or with parameters of a class of their own.
+
+        If the model is compiled, these are all chunks, because compiled code does not ask the parameter's class.
+        """
         whole = self._replica.is_scripted or "torch._dynamo" in sys.modules
         return {
             chunk.id
@@ -54,11 +56,11 @@ class LazyWeights:
 
     @property
     def any(self) -> bool:
-        """Whether weights that the model is to have now are still to come."""
+        """Whether weights are still to come that the model needs now."""
         return bool(self._missing)
 
     def expect(self, chunks: Iterable[int]) -> None:
-        """The weights of these chunks are still to come."""
+        """Make the model wait for the weights of these chunks when it uses them."""
         for chunk in chunks:
             for piece in self._replica.layout.chunks[chunk].pieces:
                 self._missing.setdefault(piece.tensor, set()).add(chunk)
@@ -68,7 +70,7 @@ class LazyWeights:
             self._hook = register_module_forward_pre_hook(self._before_forward)
 
     def came(self, chunks: Iterable[int]) -> None:
-        """These chunks are in the model, or nobody needs to wait for them any more."""
+        """Stop waiting for these chunks: they are in the model, or are not needed any more."""
         found = set(chunks)
         for index in list(self._missing):
             self._missing[index] -= found
@@ -80,7 +82,7 @@ class LazyWeights:
             self._hook = None
 
     def give_up(self) -> None:
-        """Nobody needs to wait any more: the model keeps the values that it has."""
+        """Stop waiting altogether. The model keeps the values that it has."""
         self.came(chunk.id for chunk in self._replica.layout.chunks)
 
     def _before_forward(self, module: nn.Module, inputs: Any) -> None:

@@ -1,7 +1,7 @@
-"""Weights that are not copied: tensors over the memory in which a server of this host lays them out.
+"""Weights that are not copied: tensors over the memory of a server on the same host.
 
-The mapping is private: what a script writes into a weight stays in this process, and is gone with the next version, as it
-is where weights are sent. A tensor whose chunks lie on several servers is pieced together by mapping them side by side.
+The mapping is private. What a script writes into a weight stays in this process and is gone with the next version, as with
+weights that are sent. If a tensor's chunks lie on several servers, their memory is mapped side by side to make up the tensor.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from roundtable.common.model.layout import ALIGN_BYTES, Chunk, Layout, Piece, we
 from roundtable.common.model.tensor_bytes import dtype_of
 from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotShared, Region, attach
 
-#: Bits of an entry of the kernel's pagemap: the page is in memory, on disk; and it is a file's, not this process's own.
+#: Bits of an entry of the kernel's pagemap: the page is in memory; it is on disk; it belongs to a file, not to this process.
 _PRESENT, _SWAPPED, _SHARED = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
-#: Combinations of weight buffers of several servers that one tensor is mapped for; more are copied.
+#: How many combinations of several servers' weight buffers are mapped for one tensor. Further combinations are copied.
 _COMBINATIONS = 32
 
 
 @dataclass(frozen=True)
 class InWeightBuffer:
-    """Say where a chunk's weights are: in a weight buffer of the memory of server `server`.
+    """The place of a chunk's weights: a weight buffer in the memory of server `server`.
 
-    That memory is the server's `region`-th, from 0, as a server that takes its place has another. `still`: nobody writes to that
-    weight buffer again.
+    `region` counts that server's memories from 0, because a process that takes the server's place has its own. `still`: no
+    process writes to this weight buffer again.
     """
 
     server: int
@@ -44,18 +44,20 @@ class MappedWeights:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        #: By server and number.
+        #: By server and number of the region.
         self._regions: dict[tuple[int, int], Region] = {}
         self._offsets = {server: weight_offsets(layout.on(server)) for server in range(layout.servers)}
         self._tensors: dict[tuple[int, tuple[InWeightBuffer, ...]], torch.Tensor] = {}
         self._chunks: dict[tuple[int, InWeightBuffer], torch.Tensor] = {}
-        #: Of chunks of whole tensors, the tensors.
+        #: By chunk of whole tensors: the tensors.
         self._shaped: dict[tuple[int, InWeightBuffer], Sequence[torch.Tensor]] = {}
         self._pagemap = -1
 
     def attach(self, server: int, handle: Handle) -> int:
-        """Have the memory of a server; its number among those that the server has had. Raises NotShared where it cannot be
-        reached."""
+        """Map the memory of a server, and return its number among those that the server has had.
+
+        Raises NotShared if the memory cannot be reached.
+        """
         if self._pagemap < 0:
             try:
                 self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -66,7 +68,7 @@ class MappedWeights:
         return number
 
     def chunk(self, chunk: Chunk, at: InWeightBuffer) -> torch.Tensor:
-        """The flat weights of a chunk in its own dtype."""
+        """Return the flat weights of a chunk in the chunk's dtype."""
         key = chunk.id, at
         if key not in self._chunks:
             self._let_go(at)
@@ -75,7 +77,7 @@ class MappedWeights:
         return self._chunks[key]
 
     def shaped(self, chunk: Chunk, at: InWeightBuffer, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """The weights of a chunk of whole tensors, each in the shape of the one in `like`."""
+        """Return the weights of a chunk of whole tensors, each in the shape of the one in `like`."""
         key = chunk.id, at
         if key not in self._shaped:
             flat = zip(chunk.pieces, like, strict=True)
@@ -83,7 +85,7 @@ class MappedWeights:
         return self._shaped[key]
 
     def _let_go(self, at: InWeightBuffer) -> None:
-        """Weights of a server are in new memory from now on: nobody comes back to what it had before."""
+        """Release a server's earlier memory, because its weights are in new memory from now on."""
         for server, number in [key for key in self._regions if key[0] == at.server and key[1] < at.region]:
             self._regions.pop((server, number)).close()
         old = [key for key in self._chunks if key[1].server == at.server and key[1].region < at.region]
@@ -98,7 +100,10 @@ class MappedWeights:
         return HEADER_BYTES + at.weight_buffer * size + offsets[chunk.id]
 
     def tensor(self, index: int, chunks: Sequence[Chunk], at: Sequence[InWeightBuffer]) -> torch.Tensor | None:
-        """Tensor number `index`, which all of `chunks` in order make up and `at` places: flat; None where it must be copied."""
+        """Return tensor number `index`, flat. `chunks` in order make it up, and `at` are their places.
+
+        Return None if the tensor cannot be mapped and must be copied.
+        """
         key = index, tuple(at)
         if key not in self._tensors:
             if len(chunks) == 1:
@@ -113,7 +118,7 @@ class MappedWeights:
         return self._tensors[key]
 
     def _alone(self, chunk: Chunk, piece: Piece, at: InWeightBuffer) -> torch.Tensor:
-        """Give the elements of a piece a storage of their own, for whoever saves a tensor saves its storage."""
+        """Return the elements of a piece with a storage of their own, because saving a tensor saves its whole storage."""
         whole = self.chunk(chunk, at)
         if piece.length in (0, chunk.numel):
             return whole[: piece.length]
@@ -130,9 +135,9 @@ class MappedWeights:
         return torch.frombuffer(buffer, dtype=dtype_of(chunks[0].dtype))
 
     def forget_writes(self, flat: torch.Tensor) -> None:
-        """Undo what this process wrote into a tensor of `tensor`, which would hide what its server has written since.
+        """Undo this process's writes to a tensor of `tensor`, which hide newer values of the server.
 
-        The kernel is asked, for a script can write in ways that torch does not count (`weight.data.clamp_()`).
+        The kernel knows which pages were written to. torch does not count all writes of a script (`weight.data.clamp_()`).
         """
         first, last = flat.data_ptr() // mmap.PAGESIZE, (flat.data_ptr() + flat.nbytes - 1) // mmap.PAGESIZE
         entries = np.frombuffer(os.pread(self._pagemap, 8 * (last + 1 - first), 8 * first), dtype=np.uint64)
@@ -144,13 +149,16 @@ class MappedWeights:
 
 
 def shaped(flat: torch.Tensor, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Views of `flat`, which the tensors in `like` make up, in their shapes."""
+    """Return views of `flat` in the shapes of the tensors in `like`, which make it up."""
     views: Sequence[torch.Tensor] = torch._C._nn.unflatten_dense_tensors(flat, list(like))
     return views
 
 
 def _map(at: int | None, size: int, fd: int, offset: int) -> int:
-    """Map `size` bytes of a file from `offset` on to the address `at`; without a file reserve them somewhere."""
+    """Map `size` bytes of a file, from `offset` on, to the address `at`.
+
+    Without `at`, reserve them anywhere. Return the address.
+    """
     libc = _libc()
     fixed = 0x10  # MAP_FIXED, which the module mmap does not name
     flags = mmap.MAP_PRIVATE | (fixed if at is not None else mmap.MAP_ANONYMOUS)

@@ -1,4 +1,4 @@
-"""A model's tensors as chunks: gradients out of it, new weights into it."""
+"""A model's tensors as chunks: gradients leave it, new weights enter it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from roundtable.worker.replica.tensors.weight_loader import WeightLoader
 
 
 class Replica:
-    """One worker's copy of the model. Buffers are as much part of it as parameters: both have a version."""
+    """One worker's copy of the model. Buffers belong to it like parameters: both have a version."""
 
     def __init__(
         self,
@@ -36,15 +36,16 @@ class Replica:
         at_once: bool = False,
         elsewhere: Collection[int] = (),
     ) -> None:
-        """`groups` maps id(parameter) to its parameter group. A parameter is frozen if it is not in it or requires no gradient.
+        """`groups` maps id(parameter) to the parameter's group. A parameter is frozen if it has no group or requires no gradient.
+
         `tables` and `sharded_layers` are on the servers alone, and `elsewhere` has the ids of their parameters. `rules` are the
-        script's for buffers. `at_once`: servers apply each contribution by itself.
+        script's rules for buffers. `at_once`: servers apply each contribution by itself.
 
         Raises UsageError for a parameter of a dtype that servers cannot keep, and for a rule that fits no buffer.
         """
         self.model = model
         self.is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-        if self.is_scripted:  # else torch rewrites the code after a few calls, and the bits depend on how many there were
+        if self.is_scripted:  # otherwise torch rewrites the code after a few calls, and the bits depend on the number of calls
             torch._C._set_graph_executor_optimize(False)
         self._tensors = ModelTensors(model, groups, servers, tables, sharded_layers, rules or {}, elsewhere)
         #: Parameters and parts of buffers by number. If a script moves a buffer to another device, there is a new tensor.
@@ -64,11 +65,11 @@ class Replica:
         self.capture = GradientCapture(self._tensors)
         self._contributions = Contributions(self._tensors, self._buffers, self.capture, at_once)
         self._loader = WeightLoader(self._tensors, self._buffers)
-        #: The memory of servers on this host, which parameters then lie in.
+        #: The memory of servers on this host, in which parameters then lie.
         self.mapped = self._loader.mapped
 
     def chunks_of(self, index: int) -> list[Chunk]:
-        """Return the chunks that tensor number `index` is cut into or packed in."""
+        """Return the chunks that tensor number `index` lies in."""
         return self._tensors.chunks_of[index]
 
     @property
@@ -77,7 +78,7 @@ class Replica:
         return {piece.tensor: self.tensors[piece.tensor] for chunk in self._frozen.values() for piece in chunk.pieces}
 
     def thawed(self) -> list[Chunk]:
-        """Return frozen chunks that have a gradient for the first time."""
+        """Return the frozen chunks that have a gradient for the first time, and count them as frozen no longer."""
         chunks = [c for c in self._frozen.values() if any(self.tensors[piece.tensor].grad is not None for piece in c.pieces)]
         for chunk in chunks:
             del self._frozen[chunk.id]
@@ -95,50 +96,50 @@ class Replica:
     # ---- out of the model
 
     def catch_gradients(self) -> None:
-        """From now on have backward leave each large gradient in the gradient buffer given to `contribute_to`."""
+        """Make backward leave each large gradient in the gradient buffer given to `contribute_to`, from now on."""
         self.capture.install(self.model)
 
     def contribute_to(self, gradient_buffer: GradientBuffer) -> None:
-        """Have the next gradients go to `gradient_buffer`."""
+        """Send the next gradients to `gradient_buffer`."""
         self.capture.contribute_to(gradient_buffer)
 
     def add_to(self, gradient_buffer: GradientBuffer) -> None:
-        """Have the next gradients added, by `added`, to those of another micro-batch, which are in `gradient_buffer`."""
+        """Let `added` add the next gradients to those of another micro-batch, which are in `gradient_buffer`."""
         self.capture.add_to(gradient_buffer)
 
     def gradient(self, samples: int, without: Collection[int] = ()) -> dict[int, Sum]:
-        """Return the contribution of one micro-batch by chunk, but for those in `without`: gradients and buffers x samples.
+        """Return the contribution of one micro-batch by chunk, except the chunks `without`: gradients and buffers x samples.
 
-        It is in the gradient buffer. The model's gradients are taken away.
+        The values lie in the gradient buffer. The model's gradients are removed.
         """
         return self._contributions.gradient(samples, without)
 
     def added(self, samples: int, sums: Mapping[int, Sum]) -> dict[int, Sum]:
-        """Return `sums`, of another micro-batch of as many samples, with the contribution of this one added to them in place.
+        """Add the contribution of one micro-batch in place to `sums`, those of another with as many samples, and return them.
 
         The number of samples is a power of two. Each bit is as if the result of `gradient` were added. The model's gradients
-        are taken away.
+        are removed.
         """
         return self._contributions.added(samples, sums)
 
     def collect(self, chunk: Chunk, gradient_buffer: GradientBuffer) -> int:
-        """Have what the model contributes to a chunk in the gradient buffer; return the mask of its pieces."""
+        """Put the model's contribution to a chunk into the gradient buffer, and return the mask of its pieces."""
         return self._contributions.collect(chunk, gradient_buffer)
 
     def discard(self) -> None:
-        """Take away the model's gradients and contribute nothing."""
+        """Remove the model's gradients without a contribution."""
         self.capture.discard()
 
     def added_to(self, chunk: Chunk, values: torch.Tensor) -> torch.Tensor:
-        """Return what was added to the buffers of a chunk since the round began, given what they are now."""
+        """Return how much the buffers of a chunk, whose values are now `values`, have grown since the round began."""
         return values - self._buffers.of(chunk).to(values.dtype)
 
     def began(self) -> dict[int, torch.Tensor]:
-        """Return buffers as they were when the round began, by chunk."""
+        """Return the buffers as they were when the round began, by chunk."""
         return self._buffers.began()
 
     def present(self, values: Mapping[int, torch.Tensor]) -> dict[int, int]:
-        """Return the mask of pieces to take over from `values`, which are those of `weights`: parameters and changed buffers."""
+        """Return the mask of pieces to take over from `values`, a result of `weights`: parameters and changed buffers."""
         changed = self._buffers.changed
         return {
             chunk.id: sum(
@@ -150,36 +151,35 @@ class Replica:
         }
 
     def weights(self, chunks: Iterable[Chunk] | None = None) -> dict[int, torch.Tensor]:
-        """Return a copy of some tensors by chunk, flat, in the dtype that servers keep.
+        """Return a copy of the tensors of `chunks`, flat, by chunk, in the dtype that servers keep.
 
-        Without `chunks`: of all that are not as they came first.
+        Without `chunks`, copy all but the frozen chunks that have had no gradient.
         """
         if chunks is None:
             chunks = [chunk for chunk in self.layout.chunks if chunk.id not in self._frozen]
         return {chunk.id: self._tensors.flat(chunk, dtype_of(chunk.sum_dtype)) for chunk in chunks}
 
     def frozen_weights(self) -> dict[int, torch.Tensor]:
-        """Return a copy of those that are as they came first but may be trained, likewise."""
+        """Return such a copy of the frozen chunks that have had no gradient but may be trained."""
         return self.weights([chunk for chunk in self._frozen.values() if chunk.group >= 0])
 
     def first_weights(self, chunk: int) -> memoryview:
-        """Return the tensors of a chunk, as a frame in their own dtype."""
+        """Return the tensors of a chunk as a frame in their own dtype."""
         wanted = self.layout.chunks[chunk]
         return to_frame(self._tensors.flat(wanted, dtype_of(wanted.dtype)))
 
     # ---- into the model
 
     def load(self, weights: Mapping[int, Any], copy: bool = True) -> None:
-        """Take over new weights and buffers: for each chunk that has come a frame, or where it is in a server's memory.
+        """Put new weights and buffers into the model. For each chunk there is a frame, or the place in a server's memory.
 
-        Without `copy` parameters that are in servers' memory lie there from then on. Raises WireError for a frame of the
-        wrong size.
+        Without `copy`, parameters in servers' memory lie there from then on. Raises WireError for a frame of the wrong size.
         """
         self._loader.load(weights, copy)
 
     @contextlib.contextmanager
     def holding(self, weights: Mapping[int, Any]) -> Iterator[None]:
-        """Have other parameters while this lasts; buffers stay as they are."""
+        """Have other parameters in the model inside the context. Buffers stay as they are."""
         before = {index: tensor.detach().clone() for index, tensor in self.parameters.items()}
         self.load({chunk: found for chunk, found in weights.items() if self.layout.chunks[chunk].kind == "param"})
         try:
@@ -189,5 +189,5 @@ class Replica:
                 self.parameters[index].data.copy_(values)
 
     def reset_buffers(self) -> None:
-        """Put the buffers back to what they were when the round began."""
+        """Reset the buffers to their values at the start of the round."""
         self._buffers.reset()

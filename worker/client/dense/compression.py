@@ -24,8 +24,10 @@ _REMEMBERED = 1000
 
 
 class PushCoder:
-    """Encodes contributions. With error feedback, the residual is added to a later contribution once, and only if this one
-    counted."""
+    """Encodes contributions.
+
+    With error feedback, the residual is added to a later contribution once, and only if this one counted.
+    """
 
     def __init__(self, settings: Settings, layout: Layout) -> None:
         self._settings = settings
@@ -75,8 +77,10 @@ class PushCoder:
 
 
 class WeightDecoder:
-    """Decodes weights. If servers send changes, it keeps the last weights as they came, since a script may write into its
-    model."""
+    """Decodes weights.
+
+    If servers send changes, it keeps the last weights as they came, since a script may write into its model.
+    """
 
     def __init__(self, settings: Settings, layout: Layout) -> None:
         self._codec = for_weights(settings, layout)

@@ -31,8 +31,7 @@ class SharedMemoryPeers:
         return self._regions.get(server, 0)
 
     def on_shared_memory(self, server: int, reads: bool, region: int | None) -> None:
-        """Take a server's answer: whether the server reads gradient buffers, and its memory `region` that this worker reads, if
-        any."""
+        """Take a server's answer: whether it `reads` gradient buffers, and the `region` that this worker reads, if any."""
         self.unanswered.pop(server, None)
         if region is not None:
             self._regions[server] = region

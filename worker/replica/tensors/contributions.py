@@ -1,4 +1,4 @@
-"""The contribution of a micro-batch, as sums by chunk: out of the model's gradients and buffers."""
+"""The contribution of a micro-batch as sums by chunk, made from the model's gradients and buffers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from roundtable.worker.replica.tensors.model_tensors import ModelTensors
 
 
 class Contributions:
-    """Makes contributions in the gradient buffer that the gradients go to."""
+    """Makes contributions in the gradient buffer where the gradients are."""
 
     def __init__(self, tensors: ModelTensors, buffers: BufferState, capture: GradientCapture, at_once: bool) -> None:
         """`at_once`: servers apply each contribution by itself."""
         self._tensors, self._buffers, self._capture = tensors, buffers, capture
-        #: Chunks whose contributions are the changes of buffers.
+        #: Chunks whose contributions are changes of buffers.
         self._changes = {chunk.id for chunk in tensors.layout.chunks if is_change(chunk, at_once)}
-        #: By packed chunk and gradient buffer, where each tensor's gradient is contributed from.
+        #: By packed chunk and gradient buffer: the place of each tensor's gradient.
         self._parts: dict[tuple[int, GradientBuffer], Sequence[torch.Tensor]] = {}
 
     @torch.no_grad()

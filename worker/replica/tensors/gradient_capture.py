@@ -1,4 +1,4 @@
-"""Hooks that leave gradients in the gradient buffer as backward makes them."""
+"""Hooks that put gradients into the gradient buffer as backward makes them."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from roundtable.worker.replica import inplace_wgrad
 from roundtable.worker.replica.gradient_buffers import GradientBuffer
 from roundtable.worker.replica.tensors.model_tensors import ModelTensors
 
-#: Gradients of fewer bytes are taken over together when all are made, for a call each takes longer than the copy.
+#: Gradients of fewer bytes are copied together after backward, because a call for each takes longer than its copy.
 _SMALL_BYTES = 64 << 10
 
 
 class GradientCapture:
-    """Says where each gradient is to lie, and moves there what backward has left elsewhere."""
+    """Decides where each gradient lies, and moves those that backward has put elsewhere."""
 
     def __init__(self, tensors: ModelTensors) -> None:
         self._tensors = tensors
-        #: By number, trainable parameters without a hook for their gradient: torch takes none before they require one.
+        #: Trainable parameters, by number, whose gradients have no hook yet. torch accepts none before they require a gradient.
         self._uncaught = {i for i, spec in enumerate(tensors.specs) if spec.group >= 0 and spec.numel}
-        #: Numbers of parameters whose gradients are not caught.
+        #: Numbers of parameters whose gradients have no hook, because they are small.
         self._not_caught: list[int] = []
-        #: The gradient buffer that backward makes gradients in; None if they are not to be contributed.
+        #: The gradient buffer in which backward makes gradients; None if they are not contributed.
         self._gradient_buffer: GradientBuffer | None = None
-        #: By gradient buffer and id of a parameter, the place of its gradient.
+        #: By gradient buffer and id of a parameter: the place of its gradient.
         self._places: dict[GradientBuffer, dict[int, torch.Tensor]] = {}
-        #: Ids of parameters whose place has been given away already.
+        #: Ids of parameters whose places have been given out.
         self._given: set[int] = set()
-        #: Whether gradients are added to what is in the gradient buffer.
+        #: Whether gradients are added to those in the gradient buffer.
         self._adds = False
         self._on_gradient: Callable[[int], None] | None = None
         self._made = threading.Lock()
 
     def __deepcopy__(self, memo: object) -> GradientCapture:
-        """Return this one. A copy of the model has copies of its hooks. They lead here and do nothing for other parameters."""
+        """Return this one. The hooks in a copy of the model call it, and it ignores the copy's parameters."""
         return self
 
     # ---- hooks
 
     def install(self, model: nn.Module) -> None:
-        """From now on have backward leave each large gradient in the gradient buffer given to `contribute_to`."""
+        """Make backward put each large gradient into the gradient buffer given to `contribute_to`, from now on."""
         self._catch_all()
         inplace_wgrad.install(model, self)
 
     def _catch_all(self) -> None:
-        """Catch the gradients of those that have become able to have one: small ones only where each is pushed as it comes."""
+        """Add hooks to parameters that now require a gradient: to small ones only if each is pushed as it comes."""
         tensors = self._tensors.tensors
         for index in [index for index in self._uncaught if tensors[index].requires_grad]:
             self._uncaught.remove(index)
@@ -67,8 +67,10 @@ class GradientCapture:
 
     @property
     def on_gradient(self) -> Callable[[int], None] | None:
-        """Called with a tensor's number when backward has made its gradient: of one at a time, though backward has a thread for
-        each GPU."""
+        """A function that is called with a tensor's number when backward has made its gradient.
+
+        Only one call runs at a time, although backward has a thread for each GPU.
+        """
         return self._on_gradient
 
     @on_gradient.setter
@@ -80,12 +82,12 @@ class GradientCapture:
 
     @torch.no_grad()
     def catch(self, index: int, parameter: torch.Tensor) -> None:
-        """Take the gradient of a parameter, which has been accumulated. Autograd calls this."""
+        """Move the accumulated gradient of a parameter to its place. Autograd calls this."""
         gradient = parameter.grad
         if self._gradient_buffer is None or self._adds or gradient is None or gradient.requires_grad or gradient.is_sparse:
             return
         if parameter is not self._tensors.tensors[index]:
-            return  # of a copy of the model
+            return  # this parameter belongs to a copy of the model
         place = self._places[self._gradient_buffer].get(id(parameter))
         if place is not None and gradient.dtype == place.dtype and gradient.data_ptr() != place.data_ptr():
             parameter.grad = place.copy_(gradient)
@@ -97,12 +99,12 @@ class GradientCapture:
 
     @property
     def gradient_buffer(self) -> GradientBuffer:
-        """The gradient buffer that gradients go to now. There is one between `contribute_to` and `discard`."""
+        """The present gradient buffer. There is one between `contribute_to` and `discard`."""
         assert self._gradient_buffer is not None
         return self._gradient_buffer
 
     def contribute_to(self, gradient_buffer: GradientBuffer) -> None:
-        """Have the next gradients go to `gradient_buffer`."""
+        """Send the next gradients to `gradient_buffer`."""
         self._catch_all()
         self._gradient_buffer, self._adds, self._given = gradient_buffer, False, set()
         if gradient_buffer not in self._places:
@@ -116,17 +118,17 @@ class GradientCapture:
             self._places[gradient_buffer] = {key: place for key, place in places.items() if place.data_ptr() % ALIGNED == 0}
 
     def add_to(self, gradient_buffer: GradientBuffer) -> None:
-        """Have the next gradients added later to those of another micro-batch, which are in `gradient_buffer`."""
+        """Let the next gradients be added later to those of another micro-batch, which are in `gradient_buffer`."""
         self._gradient_buffer, self._adds = gradient_buffer, True
 
     def discard(self) -> None:
-        """Take away the model's gradients and contribute nothing."""
+        """Remove the model's gradients without a contribution."""
         self._gradient_buffer = None
         for tensor in self._tensors.tensors:
             tensor.grad = None
 
     def places(self, gradient_buffer: GradientBuffer) -> Mapping[int, torch.Tensor]:
-        """Return the places of gradients in a gradient buffer that was given to `contribute_to`, by id of their parameter."""
+        """Return the places of gradients in a buffer that was given to `contribute_to`, by id of the parameter."""
         return self._places[gradient_buffer]
 
     def _place(
@@ -137,19 +139,19 @@ class GradientCapture:
         place = (
             gradient_buffer.memory[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
         )
-        return place.data  # with a count of its own of how often it is written to
+        return place.data  # its count of writes is then its own
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """Return where to compute the gradient of `weight`; None if that is not for this backward to decide."""
+        """Return where to compute the gradient of `weight`. Return None if this backward cannot decide that."""
         if self._gradient_buffer is None or self._adds or weight.grad is not None or id(weight) in self._given:
             return None
         place = self._places[self._gradient_buffer].get(id(weight))
         if place is None or place.dtype != weight.dtype:
             return None
         self._given.add(id(weight))
-        return place.view(place.shape)  # a new tensor, for autograd keeps it only if nobody else does
+        return place.view(place.shape)  # a new tensor: autograd keeps it only if no other reference to it exists
 
 
 def _is_plain(tensor: torch.Tensor, chunk: Chunk) -> bool:
-    """Return whether its gradient and its elements in chunks are one and the same memory, on the CPU."""
+    """Return whether a tensor's gradient and its elements in chunks can be the same memory, on the CPU."""
     return tensor.device.type == "cpu" and tensor.is_contiguous() and chunk.dtype == chunk.sum_dtype

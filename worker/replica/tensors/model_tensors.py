@@ -1,4 +1,4 @@
-"""The tensors of a model that travel, in the order of the layout, and the chunks that they are cut into."""
+"""The tensors of a model that travel, in the order of the layout, and the chunks in which they lie."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class ModelTensors:
         rules: Rules,
         elsewhere: Collection[int],
     ) -> None:
-        """Find the model's tensors; `Replica` says what the arguments are.
+        """Find the model's tensors. `Replica` documents the arguments.
 
         Raises UsageError for a tensor that cannot travel, and for a rule that fits no buffer.
         """
         _check_model(model, groups)
         trained, frozen = _parameters_of(model, groups, elsewhere)
-        #: `constants` are the buffers that do not travel.
+        #: `constants`: the buffers that do not travel.
         buffers, self.constants = find(model, rules)
         parts = [(name, part, buffer.rule) for buffer in buffers for name, part in buffer.parts()]
         named = [*trained, *frozen, *((name, part) for name, part, _ in parts)]
         _check_memory(named)
         self.tensors: list[torch.Tensor] = [tensor for _, tensor in named]
         first = len(trained) + len(frozen)
-        #: By number of a buffer's part: the buffer, and which part of it that is.
+        #: By number of a buffer's part: the buffer, and the index of the part.
         self.buffer_of: dict[int, tuple[Buffer, int]] = dict(
             enumerate(((b, n) for b in buffers for n in range(len(b.parts()))), first)
         )
@@ -56,12 +56,12 @@ class ModelTensors:
             *(TensorSpec(name, list(t.shape), dtype_name(t.dtype), -1, rule) for name, t, rule in parts),
         ]
         self.layout: Layout = make_layout(self.specs, servers, tables, sharded_layers)
-        #: By tensor, the chunks that it is cut into or packed in.
+        #: By tensor: the chunks in which it lies.
         self.chunks_of: dict[int, list[Chunk]] = {}
         for chunk in self.layout.chunks:
             for piece in chunk.pieces:
                 self.chunks_of.setdefault(piece.tensor, []).append(chunk)
-        #: By chunk that has whole parameters only: these.
+        #: By chunk that has whole parameters only: those parameters.
         self.packed = {
             chunk.id: [self.tensors[piece.tensor] for piece in chunk.pieces]
             for chunk in self.layout.chunks
@@ -69,7 +69,7 @@ class ModelTensors:
         }
         #: Parameters that may be trained.
         self.trainable = [tensor for tensor, spec in zip(self.tensors, self.specs, strict=True) if spec.group >= 0]
-        #: Parameters by number.
+        #: By number: parameters.
         self.parameters = dict(enumerate(self.tensors[:first]))
         self._dtypes = list(map(_dtype, self.parameters.values()))
 
@@ -87,7 +87,7 @@ class ModelTensors:
             )
 
     def elements(self, index: int) -> torch.Tensor:
-        """Return the elements of tensor number `index` as the model has it now, flat, as chunks have them."""
+        """Return the present elements of tensor number `index`, flat, in the form that chunks have."""
         if index not in self.buffer_of:
             tensor = self.tensors[index].detach()
             return as_bytes(tensor) if self.specs[index].is_bytes else tensor.reshape(-1)
@@ -105,7 +105,7 @@ class ModelTensors:
 
     def write(self, piece: Piece, values: torch.Tensor) -> None:
         """Write a piece of a chunk's `values` into the model."""
-        tensor = self.tensors[piece.tensor].data  # a graph that has kept it already is to see what comes now
+        tensor = self.tensors[piece.tensor].data  # an autograd graph that has saved the tensor must see the new values
         part = values[piece.offset : piece.offset + piece.length]
         if self.specs[piece.tensor].is_bytes:
             if not tensor.is_contiguous():
@@ -125,7 +125,7 @@ class ModelTensors:
 
 
 def _check_model(model: nn.Module, groups: Mapping[int, int]) -> None:
-    """Raise UsageError if a tensor has no shape yet, or `groups` has parameters of another model."""
+    """Raise UsageError if a tensor has no shape yet, or if `groups` has parameters of another model."""
     for name, tensor in [*tensor_names.parameters(model), *tensor_names.buffers(model)]:
         if is_lazy(tensor):
             raise UsageError(f"'{name}' has no shape yet: pass one batch through the model before run.optimizer().")
@@ -145,7 +145,7 @@ def _parameters_of(model: nn.Module, groups: Mapping[int, int], elsewhere: Colle
 
 
 def _check_memory(named: _Named) -> None:
-    """Raise UsageError for a tensor that is not dense, or that shares memory with another."""
+    """Raise UsageError for a tensor that is not dense, or that shares memory with another one."""
     places: dict[tuple[torch.device, int], str] = {}
     for name, tensor in named:
         if tensor.layout != torch.strided:
