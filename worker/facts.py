@@ -1,4 +1,4 @@
-"""What this worker tells of its schedule, data and settings, to be compared with what the others have."""
+"""Facts about a worker's schedule, data and settings. The coordinator compares them with those of other workers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from roundtable.worker.replica.buffers import Constant, parts_of
 
 log = logging.getLogger("roundtable.worker.alike")
 
-#: Steps of a schedule that are compared at most: these are taken before the first batch.
+#: Steps of a schedule that are compared at most. They are computed before the first batch.
 _STEPS = 3000
-#: Samples of a data set that are compared, and the seconds after which no more of them are loaded.
+#: Samples of a data set that are compared, and the seconds after which no more samples are loaded.
 _SAMPLES, _SAMPLES_S = 4, 2.0
-#: Relative difference between numbers of samples that is none: of an image, decoders differ by more than rounding.
+#: Relative difference below which two numbers of samples are equal. Image decoders differ by more than rounding.
 _WITHIN = 1e-3
 
 
@@ -37,32 +37,35 @@ _WITHIN = 1e-3
 
 
 def setting(name: str, value: object) -> Fact:
-    """A setting with a value that is to be the same to the letter."""
+    """Return a fact about a setting whose text must be equal on all workers."""
     return Fact(name, str(value)[:200])
 
 
 def called(function: Any) -> str:
-    """What a function or class is called, wherever it lies in memory."""
+    """Return the name of a function or class, without its address."""
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return str(name)[:200]
 
 
 def constant_facts(constants: Sequence[Constant]) -> list[Fact]:
-    """Of buffers that do not travel: each worker makes its own."""
+    """Return facts about buffers that do not travel, because each worker makes its own."""
     return [_fact(f"the buffer '{constant.name}'", constant.tensor) for constant in constants[:50]]
 
 
 class ScheduleFacts:
-    """Tells a schedule's settings by round: a function of the round, so that all workers are to have the same."""
+    """Computes a schedule's settings by round. They depend on the round alone, so all workers must have the same ones."""
 
     def __init__(self, hypers: Hypers) -> None:
-        """`hypers` is stepped here, and must be of no other use."""
+        """`hypers` is stepped here, so nothing else may use it."""
         self._hypers = hypers
         self._steps = 0
         self._state = dict(hypers.scheduler.state_dict()) if hypers.scheduler is not None else {}
 
     def of(self, segment: Segment) -> list[Fact]:
-        """Facts about a segment's rounds, which must be told in order: settings in some rounds, and their mean over all."""
+        """Return facts about a segment's rounds: the settings in some rounds, and their mean over all rounds.
+
+        Segments must come in order.
+        """
         scheduler = self._hypers.scheduler
         facts = [setting("the schedule", type(scheduler).__name__), *_plain_facts("the schedule's", self._state)]
         rounds = range(segment.first_round, segment.first_round + min(segment.rounds, max(0, _STEPS - self._steps)))
@@ -79,7 +82,7 @@ class ScheduleFacts:
                         facts.append(_rate(f"{key} in round {round_}", values))
                     known = sums.setdefault(key, [0.0] * len(values))
                     sums[key] = [a + b for a, b in zip(known, values, strict=True)]
-        except Exception as error:  # if it fails in training too, that is told there
+        except Exception as error:  # if it fails in training too, the error is raised there
             log.debug("the schedule is not compared: %s", error)
             return facts
         of = f"in rounds {rounds[0]} to {rounds[-1]}, of which the mean is"
@@ -87,7 +90,7 @@ class ScheduleFacts:
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> list[Fact]:
-    """Of an optimizer that runs on the workers."""
+    """Return facts about an optimizer that runs on the workers."""
     facts = [setting("the optimizer", type(optimizer).__name__)]
     for number, group in enumerate(optimizer.param_groups[:20]):
         facts += _plain_facts(f"parameter group {number}'s", {key: group[key] for key in group if key != "params"})
@@ -95,7 +98,7 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> list[Fact]:
 
 
 def _plain_facts(whose: str, values: Mapping[str, Any]) -> list[Fact]:
-    """Of values that are plain, one by one."""
+    """Return a fact about each plain value."""
     facts = []
     for key, value in values.items():
         items: Any = list(value.items()) if isinstance(value, Mapping) else value
@@ -110,7 +113,7 @@ def _rate(name: str, values: Sequence[float]) -> Fact:
 
 
 def _by_key(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Numbers of all groups by the setting's name."""
+    """Return the numbers of all groups by the name of the setting."""
     out: dict[str, list[float]] = {}
     for group in groups:
         for key, value in group.items():
@@ -125,16 +128,17 @@ def _by_key(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def sample_facts(dataset: Dataset[Any], seed: int, epoch: int, size: int, in_process: bool) -> list[Fact]:
-    """Of a few samples of `dataset`, augmented as in `epoch`: each is loaded twice, and if that gives two things it is not
-    compared. `in_process`: load them here; else in another process, for a data set may open its files in the first that loads.
+    """Return facts about a few samples of `dataset`, augmented as in data epoch `epoch`.
 
-    Random numbers are drawn afterwards as if nothing had been. A sample that cannot be loaded is told of when it is needed.
+    Each sample is loaded twice. If the two differ, it is not compared. `in_process`: load samples here. Otherwise, load them in
+    another process, because a data set may open its files in the first process that loads. Random generators stay as they were. A
+    sample that cannot be loaded is not compared; training reports it when it needs the sample.
     """
     indices = sorted({size * part // (_SAMPLES - 1) if part < _SAMPLES - 1 else size - 1 for part in range(_SAMPLES)})
     keys = [(epoch, index) for index in indices for _ in range(2)]
     samples = Samples(dataset, seed)
     if not in_process and multiprocessing.get_start_method(allow_none=True) not in (None, "fork"):
-        return []  # to start a process takes longer than it is worth
+        return []  # starting a process takes longer than the comparison is worth
     facts: list[Fact] = []
     began = time.monotonic()
     with _random_numbers_kept():
@@ -161,7 +165,7 @@ def _as_it_is(sample: Any) -> Any:
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    """Leave all generators as they were."""
+    """Restore all random generators at the end of the context."""
     ours, numpys, pythons = torch.get_rng_state(), np.random.get_state(), random.getstate()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
@@ -178,7 +182,7 @@ def _random_numbers_kept() -> Iterator[None]:
 
 
 def _fact(name: str, value: Any) -> Fact:
-    """What a value is: the kinds of all that is in it, a hash of what must be equal, and numbers for what may be rounded."""
+    """Return a fact about a value: the kinds of its parts, a hash of what must be equal, and numbers that may be rounded."""
     kinds: list[str] = []
     digest = hashlib.blake2b(digest_size=4)
     numbers: list[float] = []
@@ -201,7 +205,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _look(leaf: Any, digest: Any, numbers: list[float]) -> str:
-    """Take a leaf into the digest or the numbers; its kind."""
+    """Add a leaf to the digest or the numbers, and return its kind."""
     if isinstance(leaf, torch.Tensor):
         for _, part in parts_of(leaf):
             _look_at_tensor(part.detach().cpu(), digest, numbers)
@@ -229,7 +233,7 @@ def _look_at_tensor(tensor: torch.Tensor, digest: Any, numbers: list[float]) -> 
     finite = flat.isfinite()
     digest.update(finite.numpy().tobytes() if not finite.all() else b"")
     flat = torch.where(finite, flat, 0.0)
-    places = torch.arange(len(flat), dtype=torch.float64) % 97 + 1  # of another order, the same values have another sum
+    places = torch.arange(len(flat), dtype=torch.float64) % 97 + 1  # the same values in another order give another sum
     sizes = flat.abs()
-    found = [sizes.sum(), (sizes * places).sum(), (flat.clamp(min=0) * places.flip(0)).sum()]  # nothing cancels out
+    found = [sizes.sum(), (sizes * places).sum(), (flat.clamp(min=0) * places.flip(0)).sum()]  # no terms cancel out
     numbers.extend(float(sum_) / max(len(flat), 1) for sum_ in found if math.isfinite(float(sum_)))

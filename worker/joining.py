@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
     from roundtable.worker.run import Run
 
-#: Set by whoever starts a script as a worker: the coordinator's address, and the number this worker is to have.
+#: A launcher of workers sets these: the coordinator's address, and the number of this worker.
 ADDRESS_VARIABLE = "ROUNDTABLE_COORDINATOR"
 INDEX_VARIABLE = "ROUNDTABLE_WORKER_INDEX"
 
-#: Signals that tell a worker to leave, and what handles them in scripts that have no handler of their own.
+#: Signals that tell a worker to leave, and their handlers in scripts that set none.
 _USUAL: tuple[tuple[signal.Signals, Any], ...] = (
     (signal.SIGTERM, signal.SIG_DFL),
     (signal.SIGINT, signal.default_int_handler),
 )
 
-#: Seconds that the coordinator has to answer, where they are not the default.
+#: Seconds that the coordinator has to answer, if not the default.
 START_VARIABLE = "ROUNDTABLE_START_TIMEOUT"
 
-#: What these were called before, which is understood for one more release.
+#: The former names of these variables, which still work for one more release.
 OLD_VARIABLES = {ADDRESS_VARIABLE: "PS_COORDINATOR", INDEX_VARIABLE: "PS_WORKER_INDEX", START_VARIABLE: "PS_START_TIMEOUT"}
 
 
@@ -72,7 +72,7 @@ def join() -> Run:
     if threading.current_thread() is threading.main_thread():
         signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
         for number, usual in _USUAL:
-            if signal.getsignal(number) == usual:  # else the script has one of its own
+            if signal.getsignal(number) == usual:  # otherwise the script has a handler of its own
                 signal.signal(number, run.on_stop_signal)
     before = sys.excepthook
 
@@ -111,7 +111,7 @@ def _finish(run: Run) -> None:
 
 
 def describe_failure(error: BaseException, script: str) -> str:
-    """One sentence on an exception that ended a script: its type, text, and the script's own line."""
+    """Return one sentence on an exception that ended a script: its type, its text, and the script's own line."""
     line = ""
     traceback = error.__traceback__
     while traceback is not None:
@@ -121,7 +121,7 @@ def describe_failure(error: BaseException, script: str) -> str:
     from roundtable.common.runtime.errors import PsError
 
     text = str(error).strip().splitlines()
-    if isinstance(error, PsError) and text:  # a sentence already
+    if isinstance(error, PsError) and text:  # the text is a sentence already
         return text[0]
     return f"{type(error).__name__}{': ' + text[0] if text else ''}{line}"
 

@@ -1,4 +1,4 @@
-"""What the model's file is to have: the names of the model's state_dict, and which tensor of the run is under each."""
+"""The contents of the model's file: the names of the model's state_dict, and the run's tensor for each name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from roundtable.worker.replica.buffers import stored_parts
 
 log = logging.getLogger("roundtable.worker.contents")
 
-#: The attribute of a tensor in a state_dict that consists of others, one after another along dimension 0: a list of these.
+#: An attribute of a tensor in a state_dict. It lists the tensors that make up this one, in order, along dimension 0.
 JOINED = "joined_of"
 
 
 def file_of(model: nn.Module, tensors: Sequence[torch.Tensor | None], specs: Sequence[TensorSpec]) -> list[InFile]:
-    """The tensors of the model's file. `tensors` are those that servers keep, in the order in which `InFile` counts them; None is
-    a bias that a layer has not. `specs` name the first of them.
+    """Return the tensors of the model's file.
 
-    Tied weights are there once for each of their names, and sparse buffers by their parts. Parameters come first, in the order of
-    their names. What a model adds to its state_dict by other means than parameters and buffers is left out, and told of, unless
-    it is `JOINED` of some.
+    `tensors` are those that servers keep, in the order in which `InFile` counts them. None stands for the bias of a layer
+    without one. `specs` describe the first of them. Tied weights are there once for each of their names, and sparse buffers by
+    their parts. Parameters come first, sorted by name. If a model adds to its state_dict a tensor that is no parameter, no
+    buffer and not `JOINED` of some, the tensor is left out with a warning.
     """
     number_of = {id(tensor): number for number, tensor in enumerate(tensors)}
     by_name = {spec.name: number for number, spec in enumerate(specs)}
@@ -50,5 +50,5 @@ def file_of(model: nn.Module, tensors: Sequence[torch.Tensor | None], specs: Seq
                 continue
             file.append(InFile(f"{name}{suffix}", name_of(part.dtype), list(part.shape), known, counts))
     if unknown:
-        log.warning("the model's file will not have %s, which no parameter or buffer is", ", ".join(unknown[:5]))
+        log.warning("the model's file will not have %s, because it is no parameter or buffer", ", ".join(unknown[:5]))
     return sorted(file, key=lambda entry: (not entry.counts, entry.name if entry.counts else ""))

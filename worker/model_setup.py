@@ -1,4 +1,4 @@
-"""Agreeing with everybody on the model, and whose weights are the first ones."""
+"""Agreement with the coordinator and the servers on the model, and on the worker whose weights are the first ones."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from roundtable.worker.replica.replica import Replica
 
 log = logging.getLogger("roundtable.worker.run")
 
-#: Seconds between two questions whether servers have got the first weights, at first and at most.
+#: Seconds between two questions whether servers have the first weights: the first wait, and the longest.
 _FIRST_WEIGHTS_S = (0.1, 1.0)
 
 
 class ModelSetup:
-    """Tells coordinator and servers of one worker's model, and sends its weights if they are the first ones."""
+    """Describes one worker's model to the coordinator and the servers, and sends its weights if they are the first ones."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ModelSetup:
         facts: Sequence[Fact],
         servers: int,
     ) -> None:
-        """`facts` are what the script has said of the optimizer beyond `update`."""
+        """`facts` are the script's settings of the optimizer that `update` does not have."""
         self._context = context
         self._replica = replica
         self._servers = [f"server-{number}" for number in range(servers)]
@@ -62,19 +62,19 @@ class ModelSetup:
         self._setup = Setup(replica.specs, update, replica.layout.tables, replica.layout.sharded_layers, file)
         facts = [*facts, *alike.constant_facts(replica.constants)]
         self._for_coordinator = msgspec.structs.replace(self._setup, facts=facts)
-        #: Whether servers had no weights when this worker came; and whether first weights are sent with the first batch.
+        #: Whether the servers had no weights when this worker came, and whether first weights are sent only with the first batch.
         self.begins = self.begins_later = False
         self._has_own_layers = bool(tables or layers)
 
     def agree(self) -> bool:
-        """Tell everybody of the model; return whether this worker has sent the first weights."""
+        """Describe the model to all processes, and return whether this worker has sent the first weights."""
         self._tell(COORDINATOR, self._for_coordinator)
         self.begins = any([self._tell(server, self._setup).needs_weights for server in self._servers])
         self.begins_later = self.begins and not self._has_own_layers
         return not self.begins_later and self.send_first_weights()
 
     def send_first_weights(self) -> bool:
-        """See that servers have first weights: those of this worker if it is the first one. Return whether it is."""
+        """Make sure that servers have first weights. Send this worker's if it is the first one, and return whether it is."""
         replica, is_first = self._replica, self._sends_first()
         if is_first:
             replica.check_dtypes()
@@ -89,9 +89,9 @@ class ModelSetup:
         return is_first
 
     def _sends_first(self) -> bool:
-        """Return whether first weights are to come from here; wait while another worker is to send them.
+        """Return whether this worker must send first weights. If another worker must, wait until it has.
 
-        It waits for as long as all workers may take to join.
+        The longest wait is the time that all workers may take to join. Raises ClusterError after that.
         """
         began = told_at = time.monotonic()
         patience_s = self._context.settings.start_timeout
@@ -103,7 +103,7 @@ class ModelSetup:
                 return bool(lacking)
             missing = f"{told.first or 'the first worker'}, whose weights are the first ones, has not come to its first batch"
             if (now := time.monotonic()) > began + patience_s:
-                raise ClusterError(f"{missing} in {patience_s:g} s, as --start-timeout says.")
+                raise ClusterError(f"{missing} in {patience_s:g} s (--start-timeout).")
             if now > told_at + TELL_S:
                 told_at = now
                 log.info("waits: %s for %.0f s", missing, now - began)
@@ -117,17 +117,17 @@ class ModelSetup:
 
 
 class SharedMemorySetup:
-    """Finds out with which servers this worker shares memory: only those that touch the same do."""
+    """Finds out with which servers this worker shares memory. Both sides must see the same memory."""
 
     def __init__(self, context: WorkerContext, client: ParameterClient, replica: Replica, gradients: Handle | None) -> None:
-        """`gradients` is where servers find this worker's gradients, if they are shared."""
+        """`gradients` is the place of this worker's gradient buffers, if they are shared."""
         self._context = context
         self._client = client
         self._replica = replica
         self._offer = OfferSharedMemory(gradients)
 
     def agree(self) -> None:
-        """Ask all servers."""
+        """Offer shared memory to all servers, and take their answers."""
         client = self._client
         client.peers.offer = self._offer
         for server in self._replica.layout.owners():
@@ -140,7 +140,7 @@ class SharedMemorySetup:
             log.info("using shared memory with %s", ", ".join(names))
 
     def hear(self, sender: str, reply: SharedMemoryReply) -> None:
-        """Take the answer of a server that is another process than before, if it was asked. The I/O thread calls this."""
+        """Take the answer of a server that is a new process, if it was asked. The I/O thread calls this."""
         server = number_of(sender)
         if server in self._client.peers.unanswered:
             self._meet(server, reply)

@@ -1,4 +1,4 @@
-"""What a script's call of `run.optimizer()` comes to, before anybody is told of it."""
+"""Makes the parts that a call of `run.optimizer()` asks for, before another process hears of them."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ class OptimizerCall:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A replica of the model, and how it is trained."""
+    """A replica of the model, and the settings of its training."""
 
     replica: Replica
     tables: list[SparseEmbedding]
     layers: list[Sharded]
-    #: Parameter groups, without what sparse embeddings and sharded layers have.
+    #: Parameter groups, without the weights of sparse embeddings and sharded layers.
     dense: list[dict[str, Any]]
     update: Update
-    #: The optimizer that steps here; or one like that of the servers, which a schedule steps.
+    #: The optimizer that steps here, or one like the servers' optimizer, for a schedule to step.
     optimizer: Inner | torch.optim.Optimizer
-    #: What the script has said beyond the update.
+    #: The script's settings that `update` does not have.
     facts: list[Fact]
-    #: None if there is no schedule to be told of.
+    #: None if there is no schedule to compare between workers.
     schedule: alike.ScheduleFacts | None
 
 
 def prepare(
     model: nn.Module, rules: Rules, params: Iterable[Any] | None, call: OptimizerCall, policy: Policy, servers: int
 ) -> Preparation:
-    """Make the replica, and check that servers can train it. Raises UsageError if not, saying why."""
+    """Make the replica, and check that servers can train it. Raises UsageError with the reason if they cannot."""
     cls, hyper, clip_norm = call.cls, call.hyper, call.clip_norm
     if clip_norm is not None and clip_norm <= 0:
         raise UsageError(f"clip_norm is {clip_norm}; a norm to clip to must be above 0.")
@@ -98,7 +98,7 @@ def prepare(
 
 
 def _facts(call: OptimizerCall, groups: list[dict[str, Any]], is_local: bool) -> tuple[list[Fact], alike.ScheduleFacts | None]:
-    """Return what the script has said of the optimizer beyond an `Update`, and what tells of the schedule in each segment."""
+    """Return the script's settings of the optimizer beyond an `Update`, and an object that gives facts about the schedule."""
     facts = [alike.setting("clip_norm", call.clip_norm), alike.setting("schedule_per", call.schedule_per)]
     facts.append(alike.setting("the schedule", "none" if call.schedule is None else "set"))
     with no_compiler():
@@ -110,6 +110,6 @@ def _facts(call: OptimizerCall, groups: list[dict[str, Any]], is_local: bool) ->
                 hypers = Hypers(example, call.schedule, call.schedule_per, lambda epoch: None)
                 return facts, alike.ScheduleFacts(hypers)
         except Exception:
-            if not is_local:  # any local class will do, so it may be one that needs the model's own tensors
+            if not is_local:  # a local optimizer may be of any class, also of one that needs the model's own tensors
                 raise
     return facts, None

@@ -1,4 +1,4 @@
-"""What a worker tells the coordinator until it is acknowledged: metrics, and tensors computed from the last weights."""
+"""A worker's reports to the coordinator, sent until they are acknowledged: metrics, and tensors for the model's file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ReportQueue:
         self._io.heartbeat_soon()
 
     def recomputed(self, round_: int, names: list[str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Have these of the tensors in the model's file."""
+        """Report tensors that replace those in the model's file. `names` are theirs."""
         for start in range(0, len(names), MOST_RECOMPUTED):
             message = Recomputed(self._take_number(Request.RECOMPUTED), round_, names[start : start + MOST_RECOMPUTED])
             found = (tensors[name].detach().cpu() for name in message.names)
@@ -52,7 +52,7 @@ class ReportQueue:
             self._io.heartbeat_soon()
 
     def forget_recomputed(self) -> None:
-        """Let go of tensors that were computed from weights of before."""
+        """Drop reports of tensors that were computed from earlier weights."""
         with self._io.lock:
             self._reports = {key: report for key, report in self._reports.items() if key[0] is not Request.RECOMPUTED}
 
@@ -66,7 +66,7 @@ class ReportQueue:
             self._reports[kind, body.id] = _Report(body, frames)
 
     def accepted(self, answer: Accepted) -> None:
-        """Forget a report that the coordinator has."""
+        """Forget a report that the coordinator has acknowledged."""
         self._reports.pop((answer.request, answer.id), None)
 
     def has_all(self, kind: Request) -> bool:
@@ -74,12 +74,12 @@ class ReportQueue:
         return all(known is not kind for known, _ in self._reports)
 
     def metrics_text(self) -> str:
-        """Return which metrics are not acknowledged, for people."""
+        """Return in words which metrics are not acknowledged."""
         rounds = sorted({report.body.round for report in self._reports.values() if isinstance(report.body, Metrics)})
-        return f"what was logged in round {some(list(map(str, rounds)))}"
+        return f"the metrics that were logged in round {some(list(map(str, rounds)))}"
 
     def tick(self, now: float) -> list[Send]:
-        """Return the reports that are to be sent now."""
+        """Return the reports to send now."""
         due = [report for report in self._reports.values() if now > report.sent_at + _AGAIN_S]
         for report in due:
             report.sent_at = now

@@ -1,4 +1,4 @@
-"""Which part of a worker each message is for. The I/O thread calls all of this, with the lock held."""
+"""The handler of each kind of message in a worker. The I/O thread calls all of this with the lock held."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ Handler = Callable[[str, Any, Frames], None]
 
 
 class ServerClient(Protocol):
-    """What a worker has of the servers: parameters, embedding rows, or sharded layers."""
+    """A client for one kind of parameters on the servers: dense parameters, embedding rows, or sharded layers."""
 
     @property
     def idle(self) -> bool:
-        """Whether servers have all that was pushed."""
+        """Whether servers have acknowledged all pushes."""
 
     @property
     def traffic(self) -> Traffic:
-        """How much has travelled so far."""
+        """The client's traffic so far."""
 
     def replaced(self, server: int) -> None:
-        """Go on with another process in the place of a server."""
+        """Continue with a new process in the place of a server."""
 
     def tick(self, now: float) -> list[Send]:
-        """Return what is to be sent now."""
+        """Return the messages to send now."""
 
 
 def _ignore(sender: str, body: Body, frames: Frames) -> None:
-    """Take the second answer to something asked twice."""
+    """Ignore a second answer to a question that was asked twice."""
 
 
 class MessageRouter:
-    """A table of what handles each kind of message, and the clients of servers, which clocks and losses concern too."""
+    """The handlers by kind of message, and the clients, which also follow the clock and the loss of servers."""
 
     def __init__(self, io: IoThread, tasks: TaskQueue, reports: ReportQueue, may_leave: Callable[[], None]) -> None:
-        """`may_leave` is called when the coordinator lets this worker go."""
+        """`may_leave` is called when the coordinator releases this worker."""
         self._io = io
         self._tasks = tasks
         self._reports = reports
         self._may_leave = may_leave
         self._clients: list[ServerClient] = []
-        #: By kind of message, from the coordinator or a server.
+        #: By kind of message, from the coordinator or a server: its handler.
         self._handlers: dict[type[Body], Handler] = {
             MembershipUpdate: self._know_members,
             Reassign: lambda sender, body, frames: self._tasks.reassigned(body),
@@ -63,20 +63,20 @@ class MessageRouter:
             PlanReply: _ignore,
             SharedMemoryReply: _ignore,
         }
-        #: By kind of message, from a server.
+        #: By kind of message, from a server: its handler.
         self._of_servers: dict[type[Body], Handler] = {}
-        #: For all others from a server. It refuses what it has no use for.
+        #: The handler of all other messages from servers. It rejects kinds that it does not know.
         self._others: Handler = _ignore
 
     def add(self, client: ServerClient, handler: Handler, *kinds: type[Body]) -> None:
-        """Have `handler` get these kinds of servers' messages; without kinds, all that nobody else gets."""
+        """Let `handler` handle these kinds of servers' messages. Without kinds, it gets all that have no other handler."""
         self._clients.append(client)
         self._of_servers.update(dict.fromkeys(kinds, handler))
         if not kinds:
             self._others = handler
 
     def share_memory(self, handler: Callable[[str, SharedMemoryReply], None]) -> None:
-        """Have `handler` get what servers say of their memory."""
+        """Let `handler` handle servers' answers about shared memory."""
         self._handlers[SharedMemoryReply] = lambda sender, body, frames: handler(sender, body)
 
     def handle(self, sender: str, body: Body, frames: Frames) -> None:
@@ -88,23 +88,23 @@ class MessageRouter:
             self._of_servers.get(kind, self._others)(sender, body, frames)
 
     def replaced(self, server: int) -> None:
-        """Go on with another process in the place of a server."""
+        """Continue with a new process in the place of a server."""
         self._tasks.forget_begun()
         for client in self._clients:
             client.replaced(server)
 
     def tick(self, now: float) -> list[Send]:
-        """Return what is to be sent now."""
+        """Return the messages to send now."""
         return [message for client in self._clients for message in client.tick(now)] + self._reports.tick(now)
 
     @property
     def idle(self) -> bool:
-        """Whether servers have all that was pushed."""
+        """Whether servers have acknowledged all pushes."""
         return all(client.idle for client in self._clients)
 
     @property
     def traffic(self) -> Traffic:
-        """How much of this worker's tensors has travelled so far."""
+        """The traffic of all clients so far."""
         each = [msgspec.structs.astuple(client.traffic) for client in self._clients]
         return Traffic(*map(sum, zip(*each, strict=True)))
 

@@ -1,8 +1,8 @@
-"""`Run`: the object that a training script holds. It keeps a replica up to date and hands in contributions.
+"""`Run`: the object that a training script holds. It keeps a replica up to date and pushes contributions.
 
-Everything here happens on the script's own thread. Sockets are served by `roundtable.worker.client.io_thread`. The state machines
-in `roundtable.worker.loop.task_queue` and `roundtable.worker.client.push_pull` decide what to compute next and what to send
-again. Both threads use them under one lock. The parts behind `Run` are in `roundtable.worker.session`.
+Everything here happens on the script's own thread. `roundtable.worker.client.io_thread` serves the sockets. The state machines in
+`roundtable.worker.loop.task_queue` and `roundtable.worker.client.push_pull` decide what to compute next and what to send again.
+Both threads use them under one lock. The parts behind `Run` are in `roundtable.worker.session`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Run:
-    """A script's part in a run. Made by `roundtable.join`."""
+    """A script's part in a run. `roundtable.join` makes it."""
 
     def __init__(self, link: IoThread) -> None:
         self._session = session = Session(link)
@@ -42,71 +42,76 @@ class Run:
         #: This worker's number, from 0.
         self.index = context.index
         self.name = context.name
-        #: The device that tensors of the training loop belong on.
+        #: The device for the tensors of the training loop.
         self.device = (
             torch.device("cuda", self.index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
         )
         self._model: nn.Module | None = None
         self._buffer_rules: Rules = {}
-        #: Whether a loop over batches goes on, or was left before its end.
+        #: Whether a loop over batches is under way, or was left before its end.
         self._is_training = True
-        #: Whether the script was interrupted, so that what it was at is given up.
+        #: Whether the script was interrupted.
         self.interrupted = False
-        #: Why the script failed, if it did: told to the coordinator in `finish`.
+        #: Why the script failed; '' if it did not. `finish` tells the coordinator.
         self.failure = ""
-        #: Whether that was for a server that did not answer.
+        #: Whether the script failed because a server did not answer.
         self.cut_off = False
 
-    # ---- what a script may ask
+    # ---- questions
 
     @property
     def is_chief(self) -> bool:
-        """True on one worker, the one with the lowest number: for what needs doing once, such as evaluation."""
+        """True on one worker, the one with the lowest number. Use it for work that is needed once, such as evaluation."""
         return self._session.tasks.is_chief
 
     @property
     def workers(self) -> int:
-        """Workers that take part now."""
+        """The number of workers that take part now."""
         return len(self._session.tasks.tables[-1].workers)
 
     @property
     def round(self) -> int:
-        """Rounds before this one are in the weights of the model."""
+        """The round of the model's weights. They include all earlier rounds."""
         return self._session.round
 
     @property
     def epoch(self) -> int:
-        """The epoch that the current round belongs to; after the last round, the number of epochs done."""
+        """The data epoch that the current round belongs to; after the last round, the number of epochs done."""
         work = self._session.work
         return work.epoch if work is not None else 0
 
     # ---- setting up
 
     def replicate(self, model: M, buffers: Rules | None = None) -> M:
-        """Make `model` this worker's replica: it gets the cluster's weights at the first batch and at every round's end.
+        """Make `model` this worker's replica and return it. It gets the run's weights at the first batch and at every round's
+        end.
 
-        The first weights are those that the first worker's model has at its first `batches()`. Other workers have their own until
-        theirs. In a model with row-sparse tables or sharded layers `optimizer` sends the first weights. If the run has weights
-        already, as it goes on or as this worker joins later, `optimizer` puts these into the model.
+        The first weights are those of the first worker's model at its first `batches()`. Other models keep their own weights
+        until their first `batches()`. In a model with row-sparse tables or sharded layers, `optimizer` sends the first weights.
+        If the run has weights already, because it was resumed or this worker joins late, `optimizer` puts them into the model.
 
-        From then on servers hold all parameters, frozen ones too, and a script must not change them: `step` raises UsageError and
-        names the parameter. Under `local` and `average` this is so for frozen ones alone. A script may write other values and put
-        the old ones back before it goes on, but not under `ssp` and `async`. Writes to `parameter.data` are not seen: they are
-        lost.
+        From then on, servers hold all parameters, frozen ones too, and a script must not change them: `step` raises UsageError
+        and names the parameter. Under `local` and `average`, only frozen parameters must not change. A script may write other
+        values and restore the old ones before it continues, but not under `ssp` and `async`. Writes to `parameter.data` are not
+        seen, and are lost.
 
-        Each micro-batch begins with the buffers as they were at the round's beginning. Running statistics of normalisation layers
-        become the mean of what micro-batches make of them, weighted by samples. Any other buffer gets the value that the last
-        micro-batch in order has left, of those that changed it. `buffers` says otherwise: it maps names, or patterns with `*`, to
-        `mean`, `max`, `last`, `sum` (of what each micro-batch adds, as of a counter of tokens), or `own` (each worker has its
-        own, as of a cache). A buffer that the model's file has not (`persistent=False`) does not travel unless it is named, and
-        must not change.
+        Each micro-batch starts with the buffers as they were when the round began. Running statistics of normalisation layers
+        are averaged over the micro-batches, weighted by samples. Any other buffer gets its value from the last micro-batch, in
+        order, that changed it. `buffers` can change this: it maps names, or patterns with `*`, to rules.
+
+        - `mean`, `max`, `last`: the mean, the largest value, or the value of the last micro-batch that changed the buffer.
+        - `sum`: the total of what each micro-batch adds, for example to a counter of tokens.
+        - `own`: each worker has its own buffer, for example a cache.
+
+        A buffer that is not in the model's file (`persistent=False`) does not travel unless it has a rule. Without one it must
+        not change.
 
         The weight of a trained `nn.Embedding(sparse=True)` is on the servers alone. This worker fetches the rows that a batch
         looks up, and `weight` is an empty tensor of device "meta". `roundtable.embedding` makes a layer that never had memory
         here.
 
-        Convert the model to its dtype before. Where torch.compile has made it, or a part of it, tensors have the names that
-        they had before.
+        Convert the model to its dtype before this call. In a model that torch.compile has made, in whole or in part, tensors
+        keep their former names. Raises UsageError if it is called twice.
         """
         if self._model is not None:
             raise UsageError("replicate() was called twice; a run trains one model.")
@@ -123,16 +128,17 @@ class Run:
         clip_norm: float | None = None,
         **hyper: Any,
     ) -> Optimizer:
-        """Say how the weights are updated; the update runs on the servers (under `local` and `average`, here).
+        """Set how the weights are updated, and return the optimizer. Servers run the update; under `local` and `average`,
+        workers do.
 
-        `cls` is a class of torch.optim and `hyper` its arguments; `params` are parameters or groups as torch.optim takes
-        them, all of the model's by default. `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer it is
-        given, which is stepped by itself every round or epoch: `schedule=lambda o: StepLR(o, 30)`. ReduceLROnPlateau, once an
-        epoch, gets the epoch's mean of the `loss` that was logged for each batch. `clip_norm` bounds the 2-norm of the whole
-        gradient as torch.nn.utils.clip_grad_norm_ does. The bits are those of the same class in plain PyTorch; `fused=True` takes
-        torch's fused kernel, which for Adam halves the servers' time.
+        `cls` is a class of torch.optim and `hyper` its arguments. `params` are parameters or groups as torch.optim takes them,
+        by default all of the model's. `schedule` makes a scheduler of torch.optim.lr_scheduler for the optimizer that it is
+        given, such as `schedule=lambda o: StepLR(o, 30)`. The run steps the scheduler after every round or epoch, by
+        `schedule_per`. ReduceLROnPlateau needs epochs, and gets the epoch's mean of the `loss` that was logged for each batch.
+        `clip_norm` bounds the 2-norm of the whole gradient, like torch.nn.utils.clip_grad_norm_. The results have the bits of
+        the same class in plain PyTorch. `fused=True` takes torch's fused kernel, which for Adam halves the servers' time.
 
-        Raises UsageError for a class, settings or parameters that cannot be trained this way, saying why.
+        Raises UsageError, with the reason, for a class, settings or parameters that cannot be trained in this way.
         """
         if self._model is None:
             raise UsageError("optimizer() needs a model: call run.replicate(model) before it.")
@@ -160,11 +166,11 @@ class Run:
     ) -> Iterator[Any]:
         """Yield this worker's micro-batches of `epochs` passes over a map-style dataset, until all rounds are complete.
 
-        The run's settings stand in for arguments that are left out. Every worker must pass the same dataset and sizes. After each
-        batch call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. May be called again, for example
-        once an epoch: rounds and epochs go on counting. `num_workers` processes load samples ahead.
+        Arguments that are left out come from the run's settings. Every worker must pass the same dataset and sizes. After each
+        batch, call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. `batches` may be called again,
+        for example once an epoch: rounds and epochs continue to count. `num_workers` processes load samples ahead.
 
-        Raises UsageError where the dataset is not map-style, or `step` was not called for a batch.
+        Raises UsageError if the dataset is not map-style, or if `step` was not called for a batch.
         """
         session, training = self._session, self._session.training
         if training is None:
@@ -187,9 +193,12 @@ class Run:
             loader.close()
 
     def log(self, **values: Any) -> None:
-        """Report metrics, numbers or one-element tensors. Between a batch and its `step` they join the round's means;
-        elsewhere (after an evaluation, say) each call is recorded on its own. The last `accuracy` that is logged there is the
-        summary's. Log `held_out` with it, the number of samples that it is over, if nobody trains on these."""
+        """Report metrics: numbers or one-element tensors.
+
+        Between a batch and its `step`, they join the round's means. Elsewhere, for example after an evaluation, each call is
+        recorded on its own. The summary takes the last `accuracy` that is logged there. Log `held_out` with it, the number of
+        samples that were measured, if no worker trains on them.
+        """
         numbers = {name: float(v.detach() if isinstance(v, torch.Tensor) else v) for name, v in values.items()}
         self._session.log(numbers)
 
@@ -198,20 +207,21 @@ class Run:
         self._session.merge_hooks.before_merge.append(callback)
 
     def merge_by(self, evaluate: Callable[[nn.Module], float]) -> None:
-        """Have `evaluate(model)`, more is better, choose among replicas that were trained apart, where `merge` is `greedy`.
+        """Choose among replicas that were trained apart by `evaluate(model)`, more is better, if `merge` is `greedy`.
 
-        It is called on each worker with its replica, and on the chief with means of several: say, accuracy on held-out data. A
-        model with batch normalisation needs `recompute_batchnorm` there first, or the means' statistics do not fit.
+        Each worker calls it with its replica, and the chief also with means of several replicas. It may return the accuracy on
+        held-out data. If the model has batch normalisation, `evaluate` must call `recompute_batchnorm` first, because the
+        means' statistics do not fit.
         """
         self._session.merge_hooks.evaluate = evaluate
 
     @contextlib.contextmanager
     def masters(self) -> Iterator[None]:
-        """Have the servers' own weights in the model while this lasts, for an evaluation: `with run.masters(): ...`.
+        """Have the servers' own weights in the model inside the context, for an evaluation: `with run.masters(): ...`.
 
-        They differ from those that the model is trained with where `--compress-weights` rounds these. They are what the model's
-        file has. Otherwise this does nothing. Do not train within it. If other workers have ended the round meanwhile, the model
-        keeps the weights that it has. After the last round this cannot be.
+        These are the weights in the model's file. They differ from the model's only if `--compress-weights` rounds these;
+        otherwise the context changes nothing. Do not train inside it. If other workers have ended the round meanwhile, the model
+        keeps its weights. After the last round they cannot end it.
         """
         training = self._session.training
         weights = training.full_precision() if training is not None else {}
@@ -222,60 +232,64 @@ class Run:
             yield
 
     def recompute_batchnorm(self, dataset: Dataset[Any]) -> None:
-        """Compute the running statistics of the model's batch normalisation anew, by one pass through training data.
+        """Compute the running statistics of the model's batch normalisation again, by one pass over training data.
 
-        To be called by every worker when the loop is over, under `local` and `average`: the mean of the replicas' statistics is
-        not that of the merged weights. All get the same bits, and so does the model's file. Does nothing where there is no batch
-        normalisation.
+        Every worker must call this after the loop under `local` and `average`, because the mean of the replicas' statistics
+        does not fit the merged weights. All workers get the same bits, and so does the model's file. A model without batch
+        normalisation is not changed.
         """
         if self._model is None:
             raise UsageError("recompute_batchnorm() needs a model: call run.replicate(model) before it.")
         batchnorm.recompute(self._model, dataset, self.settings.global_batch, self.settings.seed)
-        if not self._is_training:  # else it is a candidate for a merge that was judged
+        if not self._is_training:  # otherwise the model is a candidate for a merge
             found = batchnorm.statistics(self._model)
             self._session.final_tensors.are_also({tensor_names.plain(name): tensor for name, tensor in found.items()})
             self._hand_in(found)
 
     def _hand_in(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Have tensors that every worker has computed anew, with the same bits, in the model's file as far as it has them."""
+        """Report tensors that every worker has computed with the same bits, for the model's file as far as it has them."""
         known = {tensor_names.plain(name): tensor for name, tensor in tensors.items() if tensor.numel()}
         training = self._session.training
         in_file = training.setup.in_file if training is not None else set()
         self._session.reports.recomputed(self.round, [name for name in known if name in in_file], known)
 
     def kv(self) -> KvClient:
-        """The key-value client: `push`, `pull` and `wait` with timestamps, for those who write their own loop.
+        """Return the key-value client, for scripts with their own loop: `push`, `pull` and `wait` with timestamps.
 
-        Raises UsageError where servers are to keep copies, for of keys there are none.
+        Raises UsageError with --replicas, because the key-value store has no backups.
         """
         return self._session.open_kv()
 
     # ---- the end
 
     def leave(self) -> None:
-        """Leave the run after the micro-batch that is being computed: the script ends there, and others do the rest. Has no
-        effect where replicas train apart (`local`, `average`). May be called by a signal's handler."""
+        """Leave the run after the current micro-batch. The script ends there, and other workers do the rest.
+
+        Has no effect if replicas train apart (`local`, `average`). A signal's handler may call this.
+        """
         self._session.departure.requested = not self._session.context.policy.is_local
 
     def on_stop_signal(self, number: int, frame: object = None) -> None:
-        """A signal's handler: leave as soon as the coordinator lets this worker, as others do the rest or there is a checkpoint.
-        If called again, raise Stopped."""
+        """Handle a signal: leave once the coordinator allows it, because other workers do the rest or there is a checkpoint.
+
+        Raises Stopped if it is called again.
+        """
         self._session.on_stop_signal(number)
 
     @property
     def left_early(self) -> bool:
-        """Whether this worker has stopped training before the run's end, as it was to leave."""
+        """Whether this worker has stopped training before the run's end, because it was asked to leave."""
         return self._session.departure.early
 
     @property
     def stop_signal(self) -> int:
-        """The signal that has told this worker to stop; 0 if none has."""
+        """The signal that has asked this worker to stop; 0 if none has."""
         return self._session.io.stop_signal
 
     def finish(self) -> None:
-        """Leave the run: report what is left, hand in the model if asked to, and wait until the results are saved.
+        """Leave the run: send the last reports and pushes, and wait until the run's results are saved.
 
-        Called by itself when the script ends. Raises ClusterError if the run failed elsewhere.
+        The end of the script calls this. Raises ClusterError if the run failed elsewhere.
         """
         self._session.finish(self.failure, self.interrupted, self.cut_off)
 
@@ -284,9 +298,9 @@ class Run:
         """Whether the coordinator has said that the run has failed."""
         return self._session.io.failed
 
-    # ---- for the parts of this package
+    # ---- for other parts of this package
 
     @property
     def traffic(self) -> Traffic:
-        """Return how much of this worker's tensors has travelled so far."""
+        """This worker's traffic so far."""
         return self._session.router.traffic

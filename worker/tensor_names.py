@@ -1,4 +1,4 @@
-"""The names of a model's tensors: those that its script gave them, without what torch.compile puts in between."""
+"""The names of a model's tensors as its script gave them, without the additions of torch.compile."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod(?:\.|$)")
 
 
 def plain(name: str) -> str:
-    """Take out of a tensor's or a module's name what it has because a part of the model is compiled."""
+    """Return the name of a tensor or module without the parts that torch.compile adds."""
     return _COMPILED.sub("", name).removesuffix(".")
 
 
 def parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Give each parameter of `model` once, by the first of its names."""
+    """Yield the name and value of each parameter of `model` once, by the first of its names."""
     return ((plain(name), parameter) for name, parameter in model.named_parameters())
 
 
 def buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Likewise each buffer."""
+    """Yield the name and value of each buffer of `model` once, by the first of its names."""
     return ((plain(name), buffer) for name, buffer in model.named_buffers())
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Find the model inside of what torch.compile makes of it: the same parameters, by the names that the script gave them."""
+    """Return the model inside a compiled one. It has the same parameters, by the names that the script gave them."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     return model

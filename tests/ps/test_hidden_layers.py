@@ -255,5 +255,5 @@ def test_layers_that_cannot_be_are_refused() -> None:
         ColumnParallelLinear(3, 5)(torch.ones(1, 3))
     layer = ColumnParallelLinear.of(nn.Linear(6, 6))
     sharded(layer, 1, Update("SGD", [{"lr": 0.1}]))
-    with pytest.raises(UsageError, match=r"features are \(2, 5\), and a ColumnParallelLinear takes \(samples, 6\)"):
+    with pytest.raises(UsageError, match=r"features are \(2, 5\), but a ColumnParallelLinear takes \(samples, 6\)"):
         layer(torch.ones(2, 5))

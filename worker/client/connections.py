@@ -108,5 +108,5 @@ class Connections:
         send(self._sockets[key], self.stamp.encode(message.body, self._ticket), message.frames, copy=copy)
 
     def close(self) -> None:
-        """Close all sockets. What is left to send has one second at most to go out."""
+        """Close all sockets. Messages that are left to send have one second at most."""
         self._context.destroy(linger=1000)

@@ -1,4 +1,4 @@
-"""What all parts of a worker share."""
+"""The objects that all parts of a worker share."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class IoThread:
 
     @property
     def waits_for(self) -> str:
-        """What the training thread waits for; '' if it does not wait."""
+        """The thing that the training thread waits for; '' if it does not wait."""
         what = self._waits_for
         return what() if what is not None else ""
 

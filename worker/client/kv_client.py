@@ -1,7 +1,7 @@
 """The key-value client: named tensors on the servers, for scripts with their own loop.
 
-The interface is that of Li et al., "Scaling distributed machine learning with the parameter server" (OSDI 2014): `push` and
-`pull` return at once with a timestamp, and `wait` blocks until that push or pull is done.
+`push` and `pull` return at once with a timestamp, and `wait` blocks until that push or pull is done. The interface is that of Li
+et al., "Scaling distributed machine learning with the parameter server" (OSDI 2014).
 """
 
 from __future__ import annotations

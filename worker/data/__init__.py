@@ -1,7 +1,7 @@
 """Images to train on, by name.
 
-Adding a source is adding a file to `sources`: `my_scans.py` with a function `load` is `my-scans`. To have it as --data, add its
-name to `DataName` in `common/config/example_settings.py` too.
+To add a source, add a file to `sources`: `my_scans.py` with a function `load` is `my-scans`. For --data, also add the name to
+`DataName` in `common/config/example_settings.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Images", "Sample", "Samples", "chosen", "load", "names"]
 
 
 def names() -> list[str]:
-    """The names that `load` knows, sorted."""
+    """Return the names that `load` knows, sorted."""
     found = (module.name for module in pkgutil.iter_modules(sources.__path__))
     return sorted(name.replace("_", "-") for name in found)
 
 
 def chosen(settings: Settings) -> Images:
-    """The images that a run's settings name, as `load` gives them."""
+    """Return the images that a run's settings name, by `load`."""
     example = settings.example
     shape = parse_shape(example.image) if example.image is not None else None
     return load(example.data, example.data_dir, settings.seed, shape=shape, classes=example.classes)
@@ -40,16 +40,15 @@ def load(
     shape: tuple[int, int, int] | None = None,
     classes: int | None = None,
 ) -> Images:
-    """The training and held-out images called `name`.
+    """Return the training and held-out images called `name`.
 
-    `data_dir` is the folder that holds the files, for the sources that read any (the others ignore it). `seed` draws the
-    images of `synthetic`; no other source depends on it, so held-out images stay held out from run to run. `augment`
-    varies training images at random where the source has a recipe for that, which of these only `cifar-10` has; it draws
-    from torch's global generator. `shape` (C, H, W) and `classes` are for the sources that can have any: `synthetic`, and as for
-    height and width `folder`.
+    `data_dir` is the folder of the files, for sources that read any; others ignore it. `seed` draws the images of `synthetic`.
+    No other source depends on it, so held-out images are the same in every run. If `augment`, sources with a recipe vary
+    training images at random, by torch's global generator; only `cifar-10` has one. `shape` (C, H, W) and `classes` are for
+    sources that accept any: `synthetic`, and `folder` for height and width.
 
-    Raises UsageError for an unknown name, for files that are missing, damaged or not what they should be, and for a shape or a
-    number of classes that the source's images do not have.
+    Raises UsageError for an unknown name, for files that are missing, damaged or of another kind, and for a shape or a number of
+    classes that the source does not have.
     """
     if name not in names():
         raise UsageError(f"there is no data source '{name}'; there are {', '.join(names())}.")

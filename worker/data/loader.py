@@ -1,7 +1,7 @@
-"""Samples for micro-batches: the same samples, augmented the same way, whoever loads them.
+"""Samples for micro-batches. They are the same, with the same augmentation, on any worker.
 
-The order of an epoch is seeded by (seed, epoch), a sample's augmentation by (seed, epoch, sample), and all else that is
-random in a micro-batch (dropout) by (seed, round, k).
+The order of a data epoch is seeded by (seed, epoch), a sample's augmentation by (seed, epoch, sample), and everything else that
+is random in a micro-batch (dropout) by (seed, round, k).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PREFETCH = 2
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch (all devices in use), numpy and Python. What torch.manual_seed does, at a hundredth of its cost."""
+    """Seed torch (all devices in use), numpy and Python. The effect is that of torch.manual_seed, at a hundredth of the time."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
@@ -32,7 +32,7 @@ def seed_everything(seed: int) -> None:
 
 
 def dataset_size(dataset: Dataset[Any]) -> int:
-    """Raises UsageError unless the dataset is map-style and has samples."""
+    """Return the number of samples. Raises UsageError unless the dataset is map-style and has samples."""
     try:
         size = len(cast(Sized, dataset))
     except TypeError:
@@ -46,7 +46,7 @@ def dataset_size(dataset: Dataset[Any]) -> int:
 
 
 class Samples(Dataset[Any]):
-    """The user's dataset, with the random numbers of each sample seeded by (seed, epoch, sample)."""
+    """The user's dataset, with random numbers that are seeded for each sample by (seed, epoch, sample)."""
 
     def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self._dataset = dataset
@@ -72,7 +72,7 @@ class Loader:
         collate_fn: Callable[[list[Any]], Any] | None,
         forecast: Callable[[], Iterator[Task]],
     ) -> None:
-        """`forecast()` yields the tasks that this worker will probably be given, without an end in sight."""
+        """`forecast()` yields the tasks that this worker will probably get. It may never end."""
         self._samples = Samples(dataset, seed)
         self._segment = segment
         self._seed = seed
@@ -80,8 +80,9 @@ class Loader:
         self._collate = collate_fn or default_collate
         self._forecast = forecast
         self._orders: dict[int, torch.Tensor] = {}
-        #: Tasks handed to the loading processes and not taken from them, in order; and batches taken but not used.
+        #: Tasks that the loading processes have got and not delivered, in order.
         self._ordered: deque[Task] = deque()
+        #: Batches that were delivered and not used yet.
         self._ready: dict[Task, Any] = {}
         self._batches: Iterator[Any] | None = None
         if num_workers:
@@ -96,7 +97,7 @@ class Loader:
             )
 
     def load(self, task: Task) -> Any:
-        """The micro-batch of `task`."""
+        """Return the micro-batch of `task`."""
         for old in [t for t in self._ready if t.round < task.round]:
             del self._ready[old]
         while self._batches is not None and task in self._ordered:
@@ -106,12 +107,15 @@ class Loader:
         return self._collate([self._samples[key] for key in self._keys(task)])
 
     def close(self) -> None:
-        """End the loading processes. Left to the garbage collector they would be waited for in vain, for it takes them and the
-        queues that tell them to end, which refer to each other through here, in any order."""
+        """End the loading processes.
+
+        The garbage collector would wait for them in vain. It collects them and the queues that tell them to end in any order,
+        because they refer to each other through this object.
+        """
         self._batches = None
 
     def _keys(self, task: Task) -> list[tuple[int, int]]:
-        """(epoch, sample) of each of the micro-batch's samples."""
+        """Return (epoch, sample) for each of the micro-batch's samples."""
         plan: Round = self._segment.round(task.round)
         order = self._order(plan.epoch)
         return [(plan.epoch, int(order[place])) for place in plan.places(task.k)]
@@ -132,7 +136,7 @@ class Loader:
 
 
 class _Feed:
-    """What a DataLoader takes as its batch sampler: lists of keys, made when it asks for them."""
+    """A batch sampler for a DataLoader: lists of keys, made when it asks for them."""
 
     def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
         self._make = make

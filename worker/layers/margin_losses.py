@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-#: The cosine of the smallest angle whose slope is exact.
+#: The sine of the smallest angle whose slope is exact.
 _SMALLEST_SINE = 1e-3
 
 

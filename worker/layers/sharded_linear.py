@@ -1,6 +1,6 @@
-"""Classifiers that servers keep and compute: a layer whose weight is never here, and its loss.
+"""Layers that servers keep and compute, and their loss. Workers never have the weights.
 
-A forward asks every server what its classes come to (`ShardedForward`), which is all that backward needs too:
+A forward asks every server for its part of the outputs (`ShardedForward`). The answers are all that backward needs too. See
 docs/protocol.md.
 """
 
@@ -33,19 +33,20 @@ from roundtable.worker.layers.sharded_loss import HiddenGradient, LayerGradient,
 from roundtable.worker.optim.optimizer import Groups
 from roundtable.worker.replica.absent_parameter import absent
 
-#: More than any table has pages: where ids of first values are counted from for each layer.
+#: The first id of a layer's first values is a multiple of this. No table has so many pages.
 _FIRST_ID = 1 << 32
-#: What the features that a layer has returned are known by.
+#: The attribute of features that names the layer that has returned them.
 _LAYER = "roundtable_layer"
 
 Reduction = Literal["mean", "sum", "none"]
 
 
 class OnServers(nn.Module):
-    """A layer like `nn.Linear` whose weight (rows, in_features), and bias if any, are dealt out to the servers by rows.
+    """A layer like `nn.Linear` whose weight (rows, in_features), and bias if any, are split by rows over the servers.
 
-    Here both are empty tensors of device "meta". The servers draw first values as nn.Linear does. `of` takes over a layer's
-    own."""
+    Here both are empty tensors of device "meta". The servers draw first values as nn.Linear does. `of` takes over the values of
+    an existing layer.
+    """
 
     def __init__(self, in_features: int, rows: int, bias: bool) -> None:
         super().__init__()
@@ -72,23 +73,26 @@ class OnServers(nn.Module):
         return self._shards
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or one read back from a file, has nothing to do with the run."""
+        """Leave out the run: a copy of the layer, or one read from a file, does not belong to it."""
         return {**self.__dict__, "_shards": None}
 
 
 class ShardedLinear(OnServers):
-    """The last layer of a classifier, `nn.Linear(in_features, num_classes)`, whose rows are dealt out to the servers.
+    """The last layer of a classifier, `nn.Linear(in_features, num_classes)`, with its rows split over the servers.
 
-    Called with features (B, in_features), it returns them for `sharded_cross_entropy`. Logits exist nowhere.
+    Called with features (B, in_features), the layer returns them for `sharded_cross_entropy`. No process ever has all logits.
     """
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = False, sample_rate: float = 1.0) -> None:
-        """Make the layer. With `sample_rate` below 1, a round uses that share of the classes, drawn anew each time, and each
-        sample's own class (An et al., "Partial FC: Training 10 Million Identities on a Single Machine", 2021)."""
+        """Make the layer. With `sample_rate` below 1, each round draws that share of the classes and uses only these.
+
+        Each sample's own class is always used (An et al., "Partial FC: Training 10 Million Identities on a Single Machine",
+        2021).
+        """
         if in_features < 1 or num_classes < 2 or not 0.0 < sample_rate <= 1.0:
             raise UsageError(
-                f"ShardedLinear({in_features}, {num_classes}, sample_rate={sample_rate:g}) cannot be: it needs 1 feature, 2 "
-                "classes and a share of them above 0, at most 1."
+                f"ShardedLinear({in_features}, {num_classes}, sample_rate={sample_rate:g}) cannot be: it needs at least 1 "
+                "feature, at least 2 classes, and a sample_rate above 0 and at most 1."
             )
         super().__init__(in_features, num_classes, bias)
         self.num_classes, self.sample_rate = num_classes, sample_rate
@@ -108,10 +112,10 @@ class ShardedLinear(OnServers):
 
 
 class ColumnParallelLinear(OnServers):
-    """`nn.Linear(in_features, out_features)` whose outputs are dealt out to the servers, which compute them: float32.
+    """`nn.Linear(in_features, out_features)` whose outputs are split over the servers, which compute them in float32.
 
-    A forward is one round trip to all servers, and a backward another. The servers make the weight's gradient at the end of a
-    round ("column parallel": Shoeybi et al., "Megatron-LM", 2019).
+    A forward is one round trip to all servers, and a backward is another. The servers compute the weight's gradient at the end
+    of a round ("column parallel": Shoeybi et al., "Megatron-LM", 2019).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -136,13 +140,14 @@ def sharded_cross_entropy(
 ) -> torch.Tensor:
     """Return `nn.functional.cross_entropy(linear(features), labels)` for a ShardedLinear `linear`, in one round trip, float32.
 
-    Features are (B, in_features), and labels (B) integers. `layer` is the layer that returned the features, unless it is given.
-    `margin`, `CosFace` or `ArcFace`, normalises features and rows. Without gradients, the loss is over all classes, whatever the
-    layer's sample_rate. Raise UsageError for labels without a class in the layer, and for arguments that do not fit together.
+    Features are (B, in_features), and labels (B) integers. `layer` is by default the layer that returned the features.
+    `margin`, `CosFace` or `ArcFace`, normalises features and rows. Without gradients, the loss is over all classes, even if the
+    layer's sample_rate is below 1. Raises UsageError for labels that are no class of the layer, and for arguments that do not
+    fit together.
     """
     layer = layer if layer is not None else getattr(features, _LAYER, None)
     if not isinstance(layer, ShardedLinear):
-        raise UsageError("sharded_cross_entropy() needs what a ShardedLinear has returned, or the layer itself as `layer`.")
+        raise UsageError("sharded_cross_entropy() needs the output of a ShardedLinear, or the layer itself as `layer`.")
     losses = layer.shards.losses(layer, features, labels, label_smoothing, margin)
     match reduction:
         case "mean":
@@ -151,7 +156,7 @@ def sharded_cross_entropy(
             return losses.sum()
         case "none":
             return losses
-    raise UsageError(f"reduction is '{reduction}'; there are mean, sum and none.")
+    raise UsageError(f"reduction is '{reduction}'; it must be mean, sum or none.")
 
 
 # ---- setting up
@@ -159,14 +164,14 @@ def sharded_cross_entropy(
 
 @dataclass(frozen=True)
 class Sharded:
-    """A layer, and what servers must know of it."""
+    """A sharded layer, and its description for the servers."""
 
     spec: ShardedLayerSpec
     layer: OnServers
 
 
 def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
-    """All sharded layers of `model`. Raises UsageError for one that cannot be trained."""
+    """Return all sharded layers of `model`. Raises UsageError for one that cannot be trained."""
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     found = []
     for name, layer in model.named_modules():
@@ -187,22 +192,22 @@ def find_layers(model: nn.Module, groups: Groups) -> list[Sharded]:
 
 
 def check_sharding(layers: Sequence[Sharded], policy: Policy, clips: bool) -> None:
-    """Raise UsageError where sharded layers cannot be trained like this."""
+    """Raise UsageError if sharded layers cannot be trained under this policy or with clipping."""
     for sharded in layers:
         name, its = f"'{sharded.spec.name}' is sharded", f"policy {policy.settings.policy}"
         if policy.is_local:
-            raise UsageError(f"{name}, and {its} trains replicas that have all parameters: choose another policy.")
+            raise UsageError(f"{name}, but {its} trains replicas that have all parameters: choose another policy.")
         if policy.applies == "push" and clips:
             raise UsageError(
-                f"{name}, and under {its} workers clip their own gradients, of which this layer's part is on the servers: "
+                f"{name}, but under {its} workers clip their own gradients, and this layer's gradient is on the servers: "
                 "leave out clip_norm, or choose sync or backup."
             )
         if policy.settings.delay_compensation:
-            raise UsageError(f"{name}, and servers do not keep old rows: leave out --delay-compensation.")
+            raise UsageError(f"{name}, but servers do not keep old rows: leave out --delay-compensation.")
 
 
 class ShardedLayers:
-    """The sharded layers of one worker's model: asked and contributed to. There may be none."""
+    """The sharded layers of one worker's model, and the client that asks servers about them. There may be no layer."""
 
     def __init__(
         self,
@@ -216,9 +221,11 @@ class ShardedLayers:
         sends_first: bool,
         may_be_replaced: bool = False,
     ) -> None:
-        """Servers have the Setup. Sends first values (`sends_first`), which are counted after those of `tables` tables; the
-        memory of the layers is given up. `version()` is the round that is computed; questions are counted from
-        `first_number`, see ShardedClient, and there for `may_be_replaced`."""
+        """Put absent parameters into the layers. The servers must have the Setup.
+
+        If `sends_first`, send first values, whose ids come after those of `tables` tables. `version()` returns the round that is
+        computed. For `first_number` and `may_be_replaced` see `ShardedClient`.
+        """
         self._link = link
         self._specs = [sharded.spec for sharded in layers]
         self._servers = servers
@@ -227,7 +234,7 @@ class ShardedLayers:
         self.client = ShardedClient(self._specs, servers, first_number, may_be_replaced)
         self._layers = [sharded.layer for sharded in layers]
         self._used: list[LayerGradient | HiddenGradient] = []
-        #: Whether something was asked about a round that is over, so that nothing computed in it is of use.
+        #: Whether a question was about a round that is over. Nothing computed in it is of use then.
         self.round_invalid = False
         for number, sharded in enumerate(layers):
             if sends_first and sharded.spec.std is None:
@@ -259,13 +266,13 @@ class ShardedLayers:
     # ---- asking
 
     def _ask(self, layer: OnServers, question: ShardedForward, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether the answers are here; False where the round is over."""
+        """Ask, and return whether the answers are here. Return False if the round is over."""
         with self._link.lock:
             messages = self.client.ask(question, tensors, time.monotonic())
         return self._is_answered(layer, messages)
 
     def _ask_back(self, layer: OnServers, question: ShardedForward, slopes: torch.Tensor, features: torch.Tensor) -> bool:
-        """Likewise."""
+        """Ask for the gradients of a hidden layer's features, and return whether the answers are here, like `_ask`."""
         with self._link.lock:
             messages = self.client.ask_back(question, slopes, features, time.monotonic())
         return self._is_answered(layer, messages)
@@ -279,7 +286,7 @@ class ShardedLayers:
         client, name = self.client, self._specs[self._number(layer)].name
 
         def waited_for() -> str:
-            return f"what '{name}' comes to for round {self._version()} from {' and '.join(client.missing())}"
+            return f"the outputs of '{name}' for round {self._version()} from {' and '.join(client.missing())}"
 
         self._link.wait(lambda: client.complete, self._timeout, waited_for)
 
@@ -289,13 +296,13 @@ class ShardedLayers:
     def _features(self, layer: OnServers, features: torch.Tensor) -> torch.Tensor:
         if features.dim() != 2 or features.shape[1] != layer.in_features or not len(features):
             kind = type(layer).__name__
-            raise UsageError(f"features are {tuple(features.shape)}, and a {kind} takes (samples, {layer.in_features}).")
+            raise UsageError(f"features are {tuple(features.shape)}, but a {kind} takes (samples, {layer.in_features}).")
         return features.detach().to("cpu", torch.float32).contiguous()
 
     def losses(
         self, layer: ShardedLinear, features: torch.Tensor, labels: torch.Tensor, smoothing: float, margin: Margin | None
     ) -> torch.Tensor:
-        """See `sharded_cross_entropy`: (B)."""
+        """Return the loss of each sample (B); see `sharded_cross_entropy`."""
         name = self._specs[self._number(layer)].name
         if labels.shape != features.shape[:1] or labels.is_floating_point():
             raise UsageError(f"labels are {labels.dtype} {tuple(labels.shape)}; they must be integers, one for each sample.")
@@ -308,7 +315,7 @@ class ShardedLayers:
             raise UsageError("label_smoothing goes neither with a margin nor with a sample_rate below 1: leave out one of them.")
         if margin is not None:
             if layer.bias is not None:
-                raise UsageError(f"'{name}' has a bias, and a margin is between directions: make it with bias=False.")
+                raise UsageError(f"'{name}' has a bias, but a margin is between directions: make the layer with bias=False.")
             features = nn.functional.normalize(features) * margin.scale
         contributes = torch.is_grad_enabled()
         question = ShardedForward(
@@ -328,11 +335,11 @@ class ShardedLayers:
             self._used.append(LayerGradient(number, smoothed, found.log_total, g, g * found.own_slope))
 
         device = features.device
-        anchor = torch.zeros((), requires_grad=True)  # backward comes by, even where features want no gradient
+        anchor = torch.zeros((), requires_grad=True)  # makes backward run even if features need no gradient
         return Losses.apply(features, anchor, found.losses.to(device), found.slope.to(device), backward)  # type: ignore[no-any-return, no-untyped-call]
 
     def outputs(self, layer: ColumnParallelLinear, features: torch.Tensor) -> torch.Tensor:
-        """Of a hidden layer: (B, out_features) of features (B, D)."""
+        """Return a hidden layer's outputs (B, out_features) for features (B, D)."""
         x, number, contributes = self._features(layer, features), self._number(layer), torch.is_grad_enabled()
         question = ShardedForward(0, number, self._version(), len(x), contributes)
         if self.round_invalid or not self._ask(layer, question, [x]):
@@ -354,7 +361,7 @@ class ShardedLayers:
         return Outputs.apply(features, torch.zeros((), requires_grad=True), lambda: y, backward)  # type: ignore[no-any-return, no-untyped-call]
 
     def topk(self, layer: ShardedLinear, features: torch.Tensor, k: int, cosine: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ShardedLinear.topk`."""
+        """Return the largest logits and their classes; see `ShardedLinear.topk`."""
         if not 1 <= k <= layer.num_classes:
             raise UsageError(f"k is {k}; there are {layer.num_classes} classes.")
         x = self._features(layer, nn.functional.normalize(features) if cosine else features)
@@ -365,18 +372,18 @@ class ShardedLayers:
     # ---- contributions
 
     def contribution(self, samples: int) -> list[LayerGradient | HiddenGradient]:
-        """What backward has come by since the last one, times the samples of the micro-batch."""
+        """Return the gradients that backward has made since the last call, times the samples of the micro-batch."""
         used = [use.times(samples) for use in self._used]
         self.forget()
         self.round_invalid = False
         return used
 
     def forget(self) -> None:
-        """Let it go, as zero_grad does."""
+        """Drop the gradients, as zero_grad does."""
         self._used = []
 
     def push(self, push: LayerPush, uses: Sequence[LayerGradient | HiddenGradient], bases: Mapping[int, int]) -> None:
-        """Contribute; `push` lacks the uses, and what differs between servers."""
+        """Push contributions to all servers. `push` has no uses yet, nor what differs between servers."""
         if self._layers:
             tensors = [tensor for use in uses for tensor in use.tensors]
             push = msgspec.structs.replace(push, uses=[use.use for use in uses])

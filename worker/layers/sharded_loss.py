@@ -1,4 +1,4 @@
-"""The loss over a sharded layer, from what each server says of its part, and the gradients that a worker contributes."""
+"""The loss over a sharded layer, computed from every server's part, and the gradients that a worker contributes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from roundtable.worker.layers.margin_losses import Margin
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """What one use of a layer contributes: the question it is about, and log_total, g and own_gradient (B) of `LayerPush`."""
+    """The contribution of one use of a layer: its question's number, and log_total, g and own_gradient (B) of `LayerPush`."""
 
     number: int
     smoothing: float
@@ -27,12 +27,12 @@ class LayerGradient:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All that is sent of it, in this order."""
+        """The tensors that are sent, in this order."""
         return [self.log_total, self.g, self.own_gradient]
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        """What is to be finite."""
+        """The tensors that must be finite."""
         return self.tensors
 
     @property
@@ -40,13 +40,13 @@ class LayerGradient:
         return LayerUse(self.number, len(self.g), self.smoothing)
 
     def times(self, samples: int) -> LayerGradient:
-        """That of a micro-batch of so many samples, of whose mean this is."""
+        """Return the contribution times the samples of its micro-batch. This one is of the mean over them."""
         return replace(self, g=self.g * samples, own_gradient=self.own_gradient * samples)
 
 
 @dataclass(frozen=True)
 class HiddenGradient:
-    """Likewise of a hidden layer: servers have the gradient by its outputs (B, rows) from the question."""
+    """The contribution of one use of a hidden layer. Servers have the gradient by its outputs (B, rows) from the question."""
 
     number: int
     slopes: torch.Tensor
@@ -70,8 +70,11 @@ class HiddenGradient:
 
 @dataclass(frozen=True)
 class Combined:
-    """What all servers' sums come to, (B) each but for `slope` (B, D): losses, the logarithm of the sum of exp(z) over all
-    classes; and the gradients of the losses by the logit of a sample's own class, margin included, and by its features."""
+    """The sums of all servers, (B) each, except `slope` (B, D).
+
+    `losses` are the losses, and `log_total` is the logarithm of the sum of exp(z) over all classes. `own_slope` is the gradient
+    of the losses by the logit of a sample's own class, margin included. `slope` is their gradient by the features.
+    """
 
     losses: torch.Tensor
     log_total: torch.Tensor
@@ -88,11 +91,11 @@ def combine(
     smoothing: float,
     margin: Margin | None,
 ) -> Combined:
-    """The loss of each sample, and what backward needs, from the sums of each server over the classes that are not its own.
+    """Return the loss of each sample, and what backward needs, from each server's sums over the classes but a sample's own.
 
-    With t the logit of its own class and q = 1 - p of that class: loss = softplus(log of the others' sum - t), and its gradient
-    by the features is the sum of p x row over the others - q x own row. With smoothing s over C classes the target is
-    1 - s + s/C for its own class and s/C for the others.
+    Let t be the logit of a sample's own class and q = 1 - p of that class. Then loss = softplus(log of the others' sum - t). Its
+    gradient by the features is the sum of p x row over the others - q x own row. With smoothing s over C classes, the target is
+    1 - s + s/C for the own class and s/C for the others.
     """
     own = torch.empty(len(features), sums[0].own.shape[1], dtype=features.dtype)
     owners = owner_of(labels, servers)
@@ -121,7 +124,7 @@ def combine(
 
 
 class Losses(torch.autograd.Function):
-    """Losses that are known already, with the features' part in them."""
+    """Losses that are known already, as a function of the features for autograd."""
 
     @staticmethod
     def forward(
@@ -145,8 +148,10 @@ class Losses(torch.autograd.Function):
 
 
 class Outputs(torch.autograd.Function):
-    """Outputs that are known already, of features whose gradient is asked for when it is wanted. What is returned is no input,
-    so that a layer behind it may work in place."""
+    """Outputs that are known already. Backward asks for the features' gradient when it needs it.
+
+    The result is not an input, so a later layer may work in place.
+    """
 
     @staticmethod
     def forward(

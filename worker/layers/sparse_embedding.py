@@ -1,7 +1,7 @@
-"""Row-sparse parameters in a worker: `nn.Embedding(sparse=True)` whose rows are on the servers and nowhere else.
+"""Embedding rows in a worker: `nn.Embedding(sparse=True)` whose rows are on the servers and nowhere else.
 
-A forward pulls the rows that its ids name; they are a small leaf of the graph, and its gradient is what is contributed. The
-table itself is never here, so it may be larger than a worker's memory.
+A forward pulls the rows of its ids as a small leaf of the graph, and contributes the gradient of that leaf. The table itself is
+never here, so it may be larger than a worker's memory.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.optim.optimizer import Groups
 from roundtable.worker.replica.absent_parameter import absent
 
-#: Classes of torch.optim whose update of a row with no gradient is to leave it alone, once momentum and weight decay are off.
+#: Classes of torch.optim that leave a row without a gradient alone, if momentum and weight decay are 0.
 OPTIMIZERS = ("SGD", "Adagrad", "Adam", "AdamW")
-#: Arguments of nn.Embedding that cannot be had, and why.
+#: Arguments of nn.Embedding that are not possible, and why.
 _ARGUMENTS = {
     "padding_idx": "a row that must not be trained is not kept apart from the others",
     "max_norm": "it writes to the weights in the forward",
@@ -43,7 +43,7 @@ _STD = "roundtable_std"
 
 
 def make_embedding(rows: int, dim: int, std: float) -> nn.Embedding:
-    """What `roundtable.embedding` returns."""
+    """Return the layer for `roundtable.embedding`."""
     module = nn.Embedding(rows, dim, sparse=True, device="meta")
     setattr(module, _STD, std)
     return module
@@ -51,14 +51,14 @@ def make_embedding(rows: int, dim: int, std: float) -> nn.Embedding:
 
 @dataclass(frozen=True)
 class SparseEmbedding:
-    """A row-sparse parameter: what servers must know of it, and the layer that looks rows up in it."""
+    """A sparse embedding: its description for the servers, and the layer that looks up its rows."""
 
     spec: TableSpec
     module: nn.Embedding
 
 
 def find_tables(model: nn.Module, groups: Groups) -> list[SparseEmbedding]:
-    """All sparse embeddings of `model` whose weight is in one of the groups. Raises UsageError for one that cannot be had."""
+    """Return all sparse embeddings of `model` with a weight in one of the groups. Raises UsageError for an impossible one."""
     group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
     tables = []
     for name, module in model.named_modules():
@@ -73,7 +73,7 @@ def find_tables(model: nn.Module, groups: Groups) -> list[SparseEmbedding]:
 
 def _check_module(name: str, module: nn.Embedding, model: nn.Module) -> None:
     why = f"'{name}' cannot be row-sparse: "
-    instead = "; without sparse=True it is trained as any other parameter."
+    instead = "; without sparse=True it is trained like any other parameter."
     for argument, reason in _ARGUMENTS.items():
         value = getattr(module, argument)
         if value is not None and value is not False:
@@ -91,31 +91,31 @@ def _check_module(name: str, module: nn.Embedding, model: nn.Module) -> None:
 def check_training(
     tables: Sequence[SparseEmbedding], cls: type[torch.optim.Optimizer], settings: Sequence[Mapping[str, Any]], policy: Policy
 ) -> None:
-    """Raise UsageError where tables cannot be trained like this; `settings` are those of all parameter groups."""
+    """Raise UsageError if tables cannot be trained in this way. `settings` are those of all parameter groups."""
     for table in tables:
         name, group = table.spec.name, settings[table.spec.group]
         if policy.is_local:
             raise UsageError(
-                f"'{name}' is row-sparse, and policy {policy.settings.policy} trains replicas that have all parameters: choose "
+                f"'{name}' is row-sparse, but policy {policy.settings.policy} trains replicas that have all parameters: choose "
                 "another policy, or leave out sparse=True."
             )
         if cls.__name__ not in OPTIMIZERS:
             raise UsageError(
-                f"'{name}' is row-sparse, and {cls.__name__} cannot step on some rows only: choose one of "
+                f"'{name}' is row-sparse, but {cls.__name__} cannot update some rows only: choose one of "
                 f"{', '.join(OPTIMIZERS)}, or leave out sparse=True."
             )
         for key in ("momentum", "weight_decay"):
             if group.get(key):
                 raise UsageError(
-                    f"'{name}' is row-sparse, and {key}={group[key]:g} would move rows that no sample has touched: put it into a "
+                    f"'{name}' is row-sparse, but {key}={group[key]:g} would move rows that no sample has touched: put it into a "
                     f"parameter group of its own with {key}=0."
                 )
         if policy.settings.delay_compensation:
-            raise UsageError(f"'{name}' is row-sparse, and servers do not keep old rows: leave out --delay-compensation.")
+            raise UsageError(f"'{name}' is row-sparse, but servers do not keep old rows: leave out --delay-compensation.")
 
 
 class RowSparse:
-    """The tables of one worker's model: looked up and contributed to. There may be none."""
+    """The tables of one worker's model, and the client that pulls and pushes their rows. There may be no table."""
 
     def __init__(
         self,
@@ -127,16 +127,19 @@ class RowSparse:
         sends_first: bool,
         may_be_replaced: bool = False,
     ) -> None:
-        """Servers have the Setup. Sends first values (`sends_first`), and has the layers look up rows from now on; the memory
-        of their weights is given up. `version()` is the round that the model's other weights are for; `may_be_replaced`: see
-        EmbeddingClient."""
+        """Make the layers look up rows on the servers from now on, and free their weights' memory. The servers must have the
+        Setup.
+
+        If `sends_first`, send first values. `version()` returns the round of the model's other weights. For `may_be_replaced` see
+        `EmbeddingClient`.
+        """
         self._link = link
         self._specs = [table.spec for table in tables]
         self._servers = servers
         self._version = version
         self._timeout = timeout
         self.client = EmbeddingClient(self._specs, servers, may_be_replaced)
-        #: Gradients of each table since the last contribution, in the order that backward made them in.
+        #: By table: the gradients since the last contribution, in the order in which backward made them.
         self._gradients: list[list[RowSum]] = [[] for _ in tables]
         self._weights: list[nn.Parameter] = []
         self._sent = 0
@@ -160,7 +163,7 @@ class RowSparse:
         def forward(module: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
             return self._look_up(number, input, contributes=module is layer and module.weight.requires_grad)
 
-        # a copy of the model takes this along but contributes nothing; one read back from a file has torch's own again
+        # a copy of the model keeps this but contributes nothing; a model read from a file has torch's own forward again
         layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
         layer.weight = absent(layer.weight, self._specs[number].name, layer.weight.requires_grad)
         self._weights.append(layer.weight)
@@ -168,7 +171,7 @@ class RowSparse:
     # ---- forward and backward
 
     def _look_up(self, table: int, ids: torch.Tensor, contributes: bool) -> torch.Tensor:
-        """The rows (*, dim) of `ids` (*), integers of any shape."""
+        """Return the rows (*, dim) of `ids` (*), integers of any shape. Raises IndexError for an id outside the table."""
         spec = self._specs[table]
         distinct, at = ids.detach().to("cpu", torch.int64).unique(return_inverse=True)
         if len(distinct) and not (distinct[0] >= 0 and distinct[-1] < spec.rows):
@@ -201,13 +204,15 @@ class RowSparse:
     # ---- contributions
 
     def gradients(self) -> list[torch.Tensor]:
-        """The gradient of each table that has one, of the rows (N, dim) that were looked up: what `contribution` starts from, so
-        that who clips it writes to it."""
+        """Return the gradient of each table that has one, (N, dim), for the rows that were looked up.
+
+        `contribution` uses the same tensors, so clipping them in place changes the contribution.
+        """
         self._gradients = [[functools.reduce(add_rows, one)] if one else [] for one in self._gradients]
         return [one[0].values for one in self._gradients if one]
 
     def contribution(self, samples: int) -> RowSums:
-        """What the gradients since the last one come to, times the samples of the micro-batch."""
+        """Return the gradients since the last contribution, times the samples of the micro-batch."""
         self.gradients()
         sums = [
             RowSum(one[0].ids, one[0].values * samples) if one else no_rows(spec)
@@ -217,12 +222,12 @@ class RowSparse:
         return sums
 
     def forget(self) -> None:
-        """Let the gradients go, as zero_grad does."""
+        """Drop the gradients, as zero_grad does."""
         for gradients in self._gradients:
             gradients.clear()
 
     def push(self, push: RowPush, sums: RowSums, bases: Mapping[int, int]) -> None:
-        """Contribute; `push` lacks what differs between servers."""
+        """Push a contribution to all servers. `push` lacks what differs between servers."""
         if self._specs:
             with self._link.lock:
                 messages = self.client.push(push, sums, bases, time.monotonic())

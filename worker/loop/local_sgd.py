@@ -52,7 +52,7 @@ class Inner:
 
 @dataclass
 class MergeHooks:
-    """What a script and its run give to merges. A script may set this after it has made its optimizer."""
+    """The functions of a script and its run that merges call. A script may set them after it has made its optimizer."""
 
     #: Called before each merge.
     before_merge: list[Callable[[], None]]

@@ -1,4 +1,4 @@
-"""Merging models that were trained apart: the arithmetic, of models as tensors by name.
+"""Merging models that were trained apart: the arithmetic, with a model as tensors by name.
 
 Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference
 time" (ICML 2022).
@@ -21,11 +21,11 @@ K = TypeVar("K")
 def mean(
     models: Sequence[Mapping[K, torch.Tensor]], weights: Sequence[float], rules: Mapping[K, Rule] | None = None
 ) -> dict[K, torch.Tensor]:
-    """The weighted mean of models that have the same names and shapes, tensor by tensor, in the first one's dtypes.
+    """Return the weighted mean of models with the same names and shapes, tensor by tensor, in the first model's dtypes.
 
-    It is summed in double precision. A tensor that has no fractions, such as a counter of batches, is not averaged: it is the
-    largest of them all. `rules` says otherwise of buffers: `max`, `sum`, or `last`, the value in the last model. A weight of 0
-    leaves a model out, even one whose weights are no numbers. The weights need not sum to 1.
+    The sums are in double precision. A tensor without fractions, such as a counter of batches, gets the largest value instead.
+    For buffers, `rules` can choose `max`, `sum`, or `last`, the value in the last model. A weight of 0 leaves a model out, even
+    one with weights that are not finite. The weights need not sum to 1.
     """
     counted = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight]
     total = math.fsum(weight for _, weight in counted)
@@ -36,7 +36,7 @@ def mean(
 
 
 def _merged(values: Sequence[torch.Tensor], shares: Sequence[float], rule: Rule) -> torch.Tensor:
-    """One tensor of several models."""
+    """Return one tensor, merged from several models."""
     first = values[0]
     if rule == "last":
         return values[-1]
@@ -52,11 +52,11 @@ def _merged(values: Sequence[torch.Tensor], shares: Sequence[float], rule: Rule)
 
 
 def greedy(scores: Sequence[float], evaluate: Callable[[Sequence[int]], float]) -> list[int]:
-    """Numbers of the models whose mean is the greedy soup (recipe 1), in the order in which they were added.
+    """Return the numbers of the models whose mean is the greedy soup (recipe 1), in the order in which they were added.
 
-    `scores` are the models' own, more is better; `evaluate(numbers)` gives that of the mean of some. Models are tried best first,
-    of equal ones that with the lower number, and one stays in the mean if the score does not fall. A score that is no number
-    counts as less than any.
+    `scores` are the models' own scores, more is better. `evaluate(numbers)` returns the score of a mean of models. Models are
+    tried best first. Of equal models, the one with the lower number is first. A model stays in the mean if the score does not
+    fall. NaN counts as the lowest score.
     """
     order = sorted(range(len(scores)), key=lambda number: (-_number(scores[number]), number))
     chosen, best = order[:1], _number(scores[order[0]])

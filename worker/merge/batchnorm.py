@@ -1,8 +1,8 @@
-"""Running statistics of batch normalisation, for weights that were merged.
+"""Running statistics of batch normalisation for merged weights.
 
-A mean of networks is another network: its layers see other activations than any part did, so the mean of the parts' running
-statistics does not fit it. Izmailov et al., "Averaging weights leads to wider optima and better generalization" (UAI 2018),
-compute them anew by one pass over training data.
+The mean of several networks is another network. Its layers see other activations, so the mean of the running statistics does not
+fit it. Izmailov et al., "Averaging weights leads to wider optima and better generalization" (UAI 2018), compute them again by one
+pass over training data.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from roundtable.worker.data.loader import dataset_size, seed_everything
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether there are running statistics in it."""
+    """Return whether the model has running statistics."""
     layers = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return any(layer.track_running_stats for layer in layers)
 
 
 def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The running statistics in it, by the name of each in the state_dict of `model`."""
+    """Return the model's running statistics, by their names in the state_dict of `model`."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     return {
         f"{name}.{key}" if name else key: buffer
@@ -38,9 +38,9 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 def recompute(model: nn.Module, dataset: Dataset[Any], batch: int, seed: int) -> None:
     """Replace the running statistics of `model` by means over one pass through a map-style `dataset`, in batches of `batch`.
 
-    Order, augmentation and dropout are drawn from `seed`, so that every worker gets the same bits from the same weights.
-    Samples are inputs, or tuples whose first item is one. A last batch that is short is left out, as each counts alike. Weights
-    and training modes stay as they were. A model without such layers is left alone.
+    Order, augmentation and dropout are drawn from `seed`, so every worker gets the same bits from the same weights. Samples are
+    inputs, or tuples whose first item is the input. A short last batch is left out, because each batch counts alike. Weights and
+    training modes stay as they were. A model without such layers is not changed.
     """
     if not has_statistics(model):
         return

@@ -1,8 +1,8 @@
-"""What a parametrization promises of a layer's weight, put back after a merge.
+"""Constraints that a parametrization sets for a layer's weight, restored after a merge.
 
-A spectral norm divides a weight by its largest singular value, which it estimates from two unit vectors: buffers that follow the
-weight by a step of power iteration in each forward pass. The vectors of one replica do not fit the mean of several weights.
-Orthogonal weights and weight normalisation need nothing: whatever numbers they are made from, they keep their promise.
+A spectral norm divides a weight by its largest singular value. It estimates that value from two unit vectors, which are buffers
+and follow the weight by a step of power iteration in each forward. The vectors of one replica do not fit the mean of several
+weights. Orthogonal weights and weight normalisation need no such step, because they hold for any values.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-#: Steps of power iteration, as torch takes when it makes such a layer.
+#: Steps of power iteration: as many as torch takes when it makes such a layer.
 STEPS = 15
 
 
 @torch.no_grad()
 def put_back(model: nn.Module) -> None:
-    """Have the unit vectors of all spectral norms in `model` fit its weights. All workers get the same bits from the same weights
-    and vectors."""
+    """Fit the unit vectors of all spectral norms in `model` to its weights.
+
+    All workers get the same bits from the same weights and vectors.
+    """
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
@@ -35,7 +37,7 @@ def put_back(model: nn.Module) -> None:
 
 
 def unit_vectors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Find the unit vectors of all spectral norms in `model`, by the name of each in its state_dict."""
+    """Return the unit vectors of all spectral norms in `model`, by their names in its state_dict."""
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
@@ -47,8 +49,8 @@ def unit_vectors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fit(several: Any) -> None:
-    """Likewise of all parametrizations of one weight, each of which makes another weight for the next."""
-    weight: Any = getattr(several, "original", None)  # others have several
+    """Fit the unit vectors of one weight's parametrizations. Each of these makes a weight for the next one."""
+    weight: Any = getattr(several, "original", None)  # other parametrizations have several originals
     for one in several if weight is not None else ():
         if isinstance(one, _SpectralNorm) and weight.ndim > 1:
             one._power_method(one._reshape_weight_to_matrix(weight), STEPS)
@@ -58,8 +60,10 @@ def _fit(several: Any) -> None:
 
 
 def fitted(merged: dict[str, torch.Tensor], part: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`merged`, a mean of models by name, with unit vectors of spectral norms that fit its weights; they start from those of
-    `part`, one of the models. Which tensors these are is told by the names that torch gives them."""
+    """Return `merged`, a mean of models by name, with unit vectors of spectral norms that fit its weights.
+
+    The vectors start from those of `part`, one of the models. torch's names for them tell which tensors they are.
+    """
     out = dict(merged)
     for name in merged:
         for u, v, weight in _SPECTRAL:
@@ -74,8 +78,10 @@ _SPECTRAL = (("0._u", "0._v", "original"), ("_u", "_v", "_orig"))
 
 
 def _iterated(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """u and v after power iteration with `weight`. Which dimension is that of u is not told: it is the one along which they fit
-    the weight that they come with best."""
+    """Return u and v after power iteration with `weight`.
+
+    The dimension of u is not known. It is the one along which u and v best fit `theirs`, the weight that they come with.
+    """
     fits = [dim for dim in range(weight.ndim) if (weight.shape[dim], weight.numel() // len(u)) == (len(u), len(v))]
     if not fits:
         return u, v

@@ -1,9 +1,9 @@
-"""Which replicas are in a merge that takes only those that help, agreed on through the servers' key-value store.
+"""The choice of the replicas for a greedy merge, on which workers agree through the servers' key-value store.
 
-Every worker leaves its weights and their score there. The chief adds them to a mean, best first, and says which ones it has
-kept; then the merge goes on as any other, in which a replica counts with 1 or 0. What is pushed counts once and is exact, for
-everybody adds to places of its own; so all agree, whatever is sent again. The servers hold all parts until the choice is known
-to their owners.
+Every worker puts its weights and their score there. The chief adds replicas to a mean, best first, and announces which ones it
+has kept. Then the merge goes on as any other, with a weight of 1 or 0 for each replica. All workers agree even if messages are
+repeated, because each push counts once and each worker adds to places of its own. The servers hold all replicas until their
+owners know the choice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from roundtable.worker.replica.replica import Replica
 
 Part = dict[int, torch.Tensor]
 
-#: Seconds between two looks at what others have said.
+#: Seconds between two looks at the other workers' keys.
 _LOOK_S = 0.1
 
 
@@ -44,7 +44,7 @@ class GreedySoup:
         log: Callable[[dict[str, float]], None],
         merge: int,
     ) -> None:
-        """`evaluate` gives the score of what is in the model now; `merge` is the merge's number."""
+        """`evaluate` returns the score of the weights in the model now. `merge` is the merge's number."""
         self._context = context
         self._kv = kv
         self._is_chief = is_chief
@@ -59,13 +59,14 @@ class GreedySoup:
         self._scores = f"merge/{merge}/scores"
         #: The key of the choice, and of the number of means tried so far.
         self._choice = f"merge/{merge}/choice"
-        #: What the keys of the workers' weights begin with.
+        #: The prefix of the keys of the workers' weights.
         self._parts = f"merge/{merge}/part"
 
     def weight(self, values: Part) -> int:
         """Return 1 if this worker's replica, whose weights by chunk are `values`, is chosen; else 0.
 
-        The chief's model is left with weights of a mean. Raises ClusterError if the others say nothing for the run's time-out.
+        The chief's model then has the weights of some mean. Raises ClusterError if other workers write nothing for the run's
+        time-out.
         """
         me = self._context.index
         self._chunks = chunks = [chunk for chunk in self._replica.layout.chunks if chunk.id in values]
@@ -80,7 +81,7 @@ class GreedySoup:
         choice = self._look(
             self._choice, 2 + self._workers, lambda seen: bool(seen[0]), lambda seen: "worker-0 to choose replicas"
         )
-        self._wait([self._kv.push(f"{self._parts}/{me}/{c.id}", torch.zeros(1), "set") for c in chunks])  # the memory is free
+        self._wait([self._kv.push(f"{self._parts}/{me}/{c.id}", torch.zeros(1), "set") for c in chunks])  # free the memory
         return int(choice[2 + me])
 
     def _choose(self) -> None:
@@ -108,7 +109,7 @@ class GreedySoup:
         self._add(self._choice, _at(2 + count, [0, *(2 + number for number in chosen)]))
 
     def _merged(self, parts: Sequence[Part]) -> Part:
-        """What servers would make of these replicas, each of weight 1, in the order of their workers."""
+        """Return what servers would merge these replicas to, with a weight of 1 each, in the order of their workers."""
         out = mean(parts, [1.0] * len(parts))
         for chunk in self._chunks:
             each = [part[chunk.id] for part in parts]
@@ -123,7 +124,7 @@ class GreedySoup:
         return out
 
     def _changed(self, chunk: Chunk, values: torch.Tensor) -> int:
-        """The mask of pieces in which a replica's buffers are not what all began with."""
+        """Return the mask of pieces in which a replica's buffers have changed since the round began."""
         began = self._began[chunk.id]
         pieces = [slice(piece.offset, piece.offset + piece.length) for piece in chunk.pieces]
         return sum((not torch.equal(values[at], began[at])) << bit for bit, at in enumerate(pieces))
@@ -147,7 +148,7 @@ class GreedySoup:
         ready: Callable[[torch.Tensor], bool],
         waited_for: Callable[[torch.Tensor], str],
     ) -> torch.Tensor:
-        """Read `key` until it is `ready`."""
+        """Read `key` until its value is `ready`, and return the value. Raises ClusterError if it does not change in time."""
         timeout = self._context.settings.progress_timeout
         seen, changed_at = _zeros(size), time.monotonic()
         while not ready(seen):
@@ -162,11 +163,11 @@ class GreedySoup:
 
 
 def _zeros(size: int) -> torch.Tensor:
-    return torch.zeros(size, dtype=torch.float64)  # which has all of a score's digits
+    return torch.zeros(size, dtype=torch.float64)  # float64 has all digits of a score
 
 
 def _at(size: int, places: Sequence[int]) -> torch.Tensor:
-    """Ones at some places among zeros."""
+    """Return zeros with a one at each of these places."""
     out = _zeros(size)
     out[list(places)] = 1.0
     return out

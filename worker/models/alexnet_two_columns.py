@@ -1,9 +1,9 @@
 """AlexNet in two columns, each on a device of its own: model parallelism inside a worker.
 
-Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional neural networks" (NIPS 2012), had two GPUs of
-3 GB share the network: each has half of every layer's outputs, and only some layers see what the other GPU has. `alexnet` makes
-the network for one device, where layers that see their own column only are grouped convolutions; `TwoColumns` divides it. Both
-compute the same function, with the same random numbers, and have the same state.
+In Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional neural networks" (NIPS 2012), two GPUs of
+3 GB share the network. Each has half of every layer's outputs, and only some layers see the other GPU's outputs. `alexnet` makes
+the network for one device, with grouped convolutions for layers that see their own column only. `TwoColumns` divides it over two.
+Both compute the same function, with the same random numbers, and have the same state.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from roundtable.worker.models.cnn_blocks import side_after
 
 #: (first, second).
 Devices = tuple[torch.device, torch.device]
-#: What each column has: a tensor of half the maps or features on its device, or both the same whole one.
+#: The values of both columns: half of the maps or features on each device, or the same whole tensor for both.
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution, ReLU, and what follows them."""
+    """A convolution, its ReLU, and the layers that follow them."""
 
-    #: Over both columns.
+    #: Number of maps in both columns.
     maps: int
     #: Height and width of a filter, in pixels.
     field: int
     stride: int = 1
     padding: int = 0
-    #: Whether it sees all maps before it, and not those of its own column only.
+    #: Whether the layer sees all maps before it, rather than those of its own column.
     sees_both: bool = False
     norm: bool = False
     #: Side and stride of a max-pooling, in pixels.
@@ -48,14 +48,14 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A network of that form. Hidden layers are fully connected and followed by ReLU and dropout."""
+    """The sizes of such a network. Hidden layers are fully connected, with ReLU and dropout behind them."""
 
     convolutions: tuple[Convolution, ...]
     hidden: tuple[int, ...] = (4096, 4096)
 
 
-#: The paper's, with its response normalisation and overlapping pools. It says 224x224 and means a padding of 2, or its maps would
-#: not be 55x55. 60,965,224 parameters.
+#: The paper's sizes, with its response normalisation and overlapping pools. The paper says 224x224; its 55x55 maps need a padding
+#: of 2. 60,965,224 parameters.
 PAPER = Sizes(
     (
         Convolution(96, 11, stride=4, padding=2, sees_both=True, norm=True, pool=(3, 2)),
@@ -65,8 +65,8 @@ PAPER = Sizes(
         Convolution(256, 3, padding=1, pool=(3, 2)),
     )
 )
-#: Those of the text that this project grew from: smaller filters, pools of 2x2, and no normalisation. Of strides and padding it
-#: says nothing; these make maps as large as the paper's behind each pool (docs/tutorial/built-in-networks.md). It has
+#: The sizes of the text from which this project grew: smaller filters, pools of 2x2, and no normalisation. The text has no
+#: strides and no padding. These make maps as large as the paper's behind each pool (docs/tutorial/built-in-networks.md).
 #: 60,740,968 parameters.
 TEXT = Sizes(
     (
@@ -80,24 +80,27 @@ TEXT = Sizes(
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """The paper's local response normalisation, over neighbouring maps of the same column. Its alpha is not divided by the number
-    of neighbours as torch's is."""
+    """The paper's local response normalisation, over neighbouring maps of one column.
+
+    Unlike torch's, its alpha is not divided by the number of neighbours.
+    """
 
     def __init__(self, columns: int) -> None:
         super().__init__(size=5, alpha=5 * 1e-4, beta=0.75, k=2.0)
         self.columns = columns
 
     def forward(self, maps: Tensor) -> Tensor:
-        """float (B, C, H, W), C divided among the columns, to the same shape."""
+        """Return the normalised maps, float (B, C, H, W) with C divided among the columns, in the same shape."""
         batch, channels, height, width = maps.shape
         apart = maps.reshape(batch * self.columns, channels // self.columns, height, width)
         return super().forward(apart).view(maps.shape)
 
 
 def alexnet(sizes: Sizes, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
-    """The network for one device, float32 (B, *shape) in, logits (B, classes) out, layers named conv1, relu1, norm1, pool1 ...
+    """Return the network for one device: float32 (B, *shape) to logits (B, classes). Layers are named conv1, relu1, norm1,
+    pool1 ...
 
-    Dropout of one half follows the hidden layers, as in the paper. Weights are drawn as torch does by default.
+    Dropout of one half follows the hidden layers, as in the paper. torch's defaults draw the weights.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels, rows, columns = shape
@@ -124,10 +127,10 @@ def alexnet(sizes: Sizes, shape: tuple[int, int, int], classes: int) -> nn.Seque
 
 
 class TwoColumns(nn.Module):
-    """A network of `alexnet` divided over two devices, which may be the same one. The weights are copied.
+    """A network of `alexnet`, divided over two devices, which may be the same one. The weights are copied.
 
-    Forward takes images from any device and returns logits on the first. The state (`state_dict`) is that of the whole network,
-    so that a file of either can be loaded into the other; `parameters()` are the halves, each on its device.
+    The forward takes images on any device and returns logits on the first. The state (`state_dict`) is that of the whole
+    network, so a file of either can be loaded into the other. `parameters()` are the halves, each on its device.
     """
 
     def __init__(self, whole: nn.Sequential, devices: Devices) -> None:
@@ -142,7 +145,7 @@ class TwoColumns(nn.Module):
         self.register_load_state_dict_pre_hook(_divide_state)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, classes) of float32 (B, C, H, W)."""
+        """Return logits (B, classes) for float32 (B, C, H, W)."""
         first, second = self.layers((_move(images, self.devices[0]), _move(images, self.devices[1])))
         return torch.cat([first, _move(second, self.devices[0])], 1)
 
@@ -156,7 +159,7 @@ class _Apart(nn.ModuleList):
 
 
 class _Both(_Apart):
-    """One layer in each column, both of which see the outputs of both columns before them."""
+    """One layer in each column. Both see the previous outputs of both columns."""
 
     def forward(self, columns: Pair) -> Pair:
         first, second = columns
@@ -167,7 +170,7 @@ class _Both(_Apart):
 
 
 class _Dropout(nn.Module):
-    """Dropout over both columns, drawn at once on the first's device as for the whole network."""
+    """Dropout over both columns, drawn at once on the first device, like that of the whole network."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -183,7 +186,7 @@ class _Dropout(nn.Module):
 
 
 def parse_devices(text: str) -> Devices:
-    """The two devices named in "cuda:0,cuda:1" or "cpu,cpu". Raises UsageError where there are not two, or one is not here."""
+    """Return the two devices in "cuda:0,cuda:1" or "cpu,cpu". Raises UsageError if there are not two, or one does not exist."""
     names = [name.strip() for name in text.split(",")]
     if len(names) != 2:
         raise UsageError(f"devices is '{text}': two columns need two devices, such as cuda:0,cuda:1 or cpu,cpu.")
@@ -192,12 +195,12 @@ def parse_devices(text: str) -> Devices:
 
 
 def _move(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on that device. Only what comes from a GPU to the CPU is waited for, since it may be read at once."""
+    """Return `x` on that device. Only a copy from a GPU to the CPU is waited for, because it may be read at once."""
     return x.to(device, non_blocking=device.type != "cpu")
 
 
 def _divide(layer: nn.Module, devices: Devices, sees_both: bool) -> nn.Module:
-    """That layer of the whole network for both columns."""
+    """Return a layer of the whole network, divided over both columns."""
     match layer:
         case nn.Conv2d():
             kind = _Both if sees_both and layer.groups == 1 else _Apart
@@ -208,12 +211,12 @@ def _divide(layer: nn.Module, devices: Devices, sees_both: bool) -> nn.Module:
             return _Dropout(layer.p)
         case ResponseNorm():
             return _Apart([ResponseNorm(columns=1), ResponseNorm(columns=1)])
-        case _:  # what has no weights and does not look across columns
+        case _:  # a layer without weights that does not look across columns
             return _Apart([layer, layer])
 
 
 def _half(layer: nn.Conv2d | nn.Linear, number: int, device: torch.device) -> nn.Module:
-    """The half of the layer that makes the outputs of column `number`."""
+    """Return the half of the layer that makes the outputs of column `number`."""
     state = {name: tensor.chunk(2)[number].to(device, copy=True) for name, tensor in layer.state_dict().items()}
     outputs, inputs = state["weight"].shape[:2]
     half: nn.Module
@@ -226,8 +229,10 @@ def _half(layer: nn.Conv2d | nn.Linear, number: int, device: torch.device) -> nn
 
 
 def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole network's tensors from those of the halves, by the names of `parameters()`: checkpoints have them so. Others are
-    left as they are."""
+    """Return the whole network's tensors from those of the halves, by the names of `parameters()`, which checkpoints use.
+
+    Tensors of other models stay as they are.
+    """
     whole: dict[str, Tensor] = {}
     for name in sorted(state):  # the first half first
         half = re.fullmatch(r"layers\.(\w+)\.[01]\.(\w+)", name)
@@ -237,7 +242,7 @@ def whole_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _join_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Put the whole network's tensors, on the first device, in the place of the halves."""
+    """Replace the halves by the whole network's tensors, on the first device."""
     for whole, (first, second) in _names(module, prefix).items():
         halves = state.pop(first), state.pop(second)
         state[whole] = torch.cat([halves[0], halves[1].to(halves[0].device)])
@@ -245,14 +250,14 @@ def _join_state(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -
 
 
 def _divide_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The reverse of `_join_state`, as far as there are the whole network's tensors."""
+    """Replace the whole network's tensors, as far as there are any, by the halves."""
     for whole, halves in _names(module, prefix).items():
         if whole in state:
             state.update(zip(halves, state.pop(whole).chunk(2), strict=True))
 
 
 def _names(module: nn.Module, prefix: str) -> dict[str, list[str]]:
-    """The names of both halves of each tensor, by its name in the whole network."""
+    """Return the names of both halves of each tensor, by its name in the whole network."""
     names: dict[str, list[str]] = {}
     for name, _ in module.named_parameters():
         layer, _, tensor = name.removeprefix("layers.").rsplit(".", 2)

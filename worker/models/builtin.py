@@ -1,4 +1,4 @@
-"""The networks of the built-in example, by name. Plain modules: nothing in them knows that training is distributed."""
+"""The networks of the built-in example, by name. They are plain modules that know nothing of distributed training."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Shape = tuple[int, int, int]
 
 
 def build(name: str, shape: Shape, classes: int, devices: str | None = None) -> nn.Module:
-    """A new network, float32 (B, *shape) in, logits (B, classes) out; its weights are drawn from torch's global generator.
+    """Return a new network: float32 (B, *shape) to logits (B, classes). torch's global generator draws its weights.
 
-    With `devices`, such as "cuda:0,cuda:1", its two columns are on these (`roundtable.worker.models.alexnet_two_columns`), with
-    the same weights.
+    With `devices`, such as "cuda:0,cuda:1", its two columns are on these devices, with the same weights
+    (`roundtable.worker.models.alexnet_two_columns`).
 
-    Raises UsageError for an unknown name, for images that are too small for the network, and for devices that are not there or
-    not what it can be divided over.
+    Raises UsageError for an unknown name, for images that are too small for the network, and for devices that do not exist or
+    that the network cannot be divided over.
     """
     if name not in MODELS:
         raise UsageError(f"there is no model '{name}'; there are {', '.join(sorted(MODELS))}.")
@@ -34,12 +34,12 @@ def build(name: str, shape: Shape, classes: int, devices: str | None = None) -> 
         return make(shape, classes)
     pair = alexnet_two_columns.parse_devices(devices)
     if name not in TWO_COLUMNS:
-        raise UsageError(f"the model '{name}' has no two columns to be put on {devices}; {' and '.join(TWO_COLUMNS)} have.")
+        raise UsageError(f"the model '{name}' has no two columns to divide over {devices}; {' and '.join(TWO_COLUMNS)} have.")
     return alexnet_two_columns.TwoColumns(TWO_COLUMNS[name](shape, classes), pair)
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
-    """Two hidden layers of 256 and 128."""
+    """Return a network with two hidden layers, of 256 and 128."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(shape[0] * shape[1] * shape[2], 256),
@@ -51,10 +51,10 @@ def mlp(shape: Shape, classes: int) -> nn.Module:
 
 
 def lenet(shape: Shape, classes: int) -> nn.Module:
-    """LeNet-5 with today's ReLU and max-pooling, for digits and the like.
+    """Return LeNet-5 with today's ReLU and max-pooling, for digits and similar images.
 
-    It has 16 and 32 channels where the original had 6 and 16, with which some seeds stayed below 97 % on `mnist-5k`. On
-    images smaller than 12x12 the second convolution is padded too, or nothing would be left.
+    It has 16 and 32 channels. With the original's 6 and 16, some seeds stayed below 97 % on `mnist-5k`. For images smaller than
+    12x12, the second convolution is padded too, because nothing would be left otherwise.
     """
     channels, height, width = shape
     pad = 2 if min(height, width) < 12 else 0
@@ -76,7 +76,7 @@ def lenet(shape: Shape, classes: int) -> nn.Module:
 
 
 def cnn(shape: Shape, classes: int) -> nn.Module:
-    """Four convolutions with batch normalisation, and dropout: a network with buffers and random numbers in it."""
+    """Return four convolutions with batch normalisation, and dropout: a network with buffers and random numbers."""
     channels, height, width = shape
 
     def convolution(inputs: int, outputs: int) -> list[nn.Module]:
@@ -100,9 +100,9 @@ def cnn(shape: Shape, classes: int) -> nn.Module:
 
 
 class AlexNet(nn.Module):
-    """AlexNet in the single tower of "One weird trick", with the layer names and sizes of torchvision's.
+    """AlexNet in the single tower of "One weird trick", with torchvision's layer names and sizes.
 
-    Images below 224x224 leave less than 6x6 after the convolutions, and the first dense layer is that much smaller.
+    Images below 224x224 leave less than 6x6 after the convolutions, so the first dense layer is smaller.
     """
 
     def __init__(self, shape: Shape, classes: int) -> None:
@@ -136,26 +136,26 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, classes) of float32 (B, C, H, W)."""
+        """Return logits (B, classes) for float32 (B, C, H, W)."""
         maps = self.avgpool(self.features(images))
         logits: torch.Tensor = self.classifier(maps.flatten(1))
         return logits
 
 
 def _alexnet_side(side: int) -> int:
-    """Rows (or columns) that reach the dense layers from that many pixels: 6 at 224 and above, 1 at 64."""
+    """Return the rows (or columns) that reach the dense layers from `side` pixels: 6 at 224 and above, 1 at 64."""
     side = (side + 4 - 11) // 4 + 1
     for _ in range(3):
         side = (side - 3) // 2 + 1
     return min(side, 6)
 
 
-#: Name → what makes a network that can be divided over two devices.
+#: Name → a function that makes a network that can be divided over two devices.
 TWO_COLUMNS: Mapping[str, Callable[[Shape, int], nn.Sequential]] = {
     "alexnet-2012": partial(alexnet_two_columns.alexnet, alexnet_two_columns.PAPER),
     "alexnet-text": partial(alexnet_two_columns.alexnet, alexnet_two_columns.TEXT),
 }
-#: Name → the smallest height and width that it takes, in pixels, and what makes it.
+#: Name → the smallest height and width in pixels, and a function that makes the network.
 MODELS: Mapping[str, tuple[int, Callable[[Shape, int], nn.Module]]] = {
     "alexnet": (64, AlexNet),
     "alexnet-2012": (63, TWO_COLUMNS["alexnet-2012"]),

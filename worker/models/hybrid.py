@@ -1,12 +1,12 @@
 """The hybrid of data and model parallelism: convolutions on the workers, fully connected layers on the servers.
 
-After Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014): where weights are few and activities
-many, batches are divided; where it is the other way round, layers are. For a layer of D features and R outputs on M servers
-8 x (M x D + R) bytes travel for each sample, instead of 8 x R x D for each worker and round.
+Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014): divide batches if a layer has few weights
+and many activities, and divide layers in the opposite case. Take a layer of D features and R outputs on M
+servers. In the hybrid, 8 x (M x D + R) bytes travel for each sample, instead of 8 x R x D for each worker and round.
 
-Of that paper's schemes this is (b): the features of one worker's micro-batch go to all servers, which compute it at once while
-others are on their way. Only the gradients of the layers' own weights are made from the whole batch together, at the round's
-end, as in (a): so the result does not depend on who sent what when.
+This is scheme (b) of that paper. The features of one worker's micro-batch go to all servers, which compute it at once while
+others are on their way. Only the layers' own weight gradients are made from the whole batch, at the end of the round, as in
+scheme (a). So the result does not depend on the order of messages.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, Sharde
 
 
 def shard_fully_connected(model: nn.Module, classes: int) -> ShardedLinear:
-    """Have all fully connected layers of `model` on the servers, each of which begins with the values that it has. Returned is
-    the last one, an nn.Linear to `classes`: what it gets is what the model then returns.
+    """Move all fully connected layers of `model` to the servers with their present values, and return the last one.
 
-    Raises UsageError where the model ends in something else.
+    The last one must be an nn.Linear to `classes`. The model then returns that layer's input. Raises UsageError if the model
+    ends in another layer.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linears or linears[-1][1].out_features != classes or not linears[-1][0]:
-        raise UsageError(f"the model does not end in an nn.Linear to {classes} classes, which is what parallel = hybrid shards.")
+        raise UsageError(f"the model does not end in an nn.Linear to {classes} classes, which parallel = hybrid needs.")
     for name, linear in linears[:-1]:
         model.set_submodule(name, ColumnParallelLinear.of(linear))
     name, linear = linears[-1]

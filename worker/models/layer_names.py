@@ -1,4 +1,4 @@
-"""What the layers of a model are called wherever a person reads or writes of them: conv1, relu1, pool1, fc1, ..."""
+"""The short names of a model's layers for people: conv1, relu1, pool1, fc1, ..."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.layers.sharded_linear import OnServers
 
-#: What short names begin with; those of other kinds of modules begin with the name of their class.
+#: The prefixes of short names. For other modules, the prefix is the name of the class.
 _KINDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv",
     nn.Linear: "fc",
@@ -21,9 +21,9 @@ _KINDS: dict[type[nn.Module], str] = {
 
 
 def short_names(model: nn.Module) -> dict[str, str]:
-    """Short name → name in `named_modules()`, of every module that has none inside: conv1, relu1, pool1, fc1, ...
+    """Return short name → name in `named_modules()`, for every module without children: conv1, relu1, pool1, fc1, ...
 
-    Modules of a kind are counted in the order in which they are registered, which in a Sequential is that of the forward.
+    Modules of one kind are numbered in the order of registration. In a Sequential, that is the order of the forward.
     """
     found: Counter[str] = Counter()
     names = {}
@@ -36,7 +36,7 @@ def short_names(model: nn.Module) -> dict[str, str]:
 
 
 def find_layer(model: nn.Module, name: str) -> str:
-    """The name in `named_modules()` of the layer called `name`, there or in short. Raises UsageError with the names there are."""
+    """Return the name in `named_modules()` of a layer, given by that or its short name. Raises UsageError with all names."""
     own = [known for known, _ in model.named_modules() if known]
     if name in own:
         return name
@@ -51,5 +51,5 @@ def find_layer(model: nn.Module, name: str) -> str:
 
 
 def short_name(model: nn.Module, layer: str) -> str:
-    """The short name of a layer, or its own if it has none, as a block of layers."""
+    """Return the short name of a layer, or its own name if it has none, such as a block of layers."""
     return next((short for short, name in short_names(model).items() if name == layer), layer)

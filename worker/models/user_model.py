@@ -14,10 +14,10 @@ from roundtable.common.runtime.errors import UsageError
 
 
 def load_factory(text: str) -> Callable[[], nn.Module]:
-    """What FILE.py:FACTORY names, checked to make a model.
+    """Return the function or class that FILE.py:FACTORY names, after checking that it makes a model.
 
-    Raises UsageError where there is no such file, nothing of that name that can be called without arguments, or what it makes is
-    no model.
+    Raises UsageError if the file does not exist, has nothing of that name that can be called without arguments, or makes
+    something else than a model.
     """
     file, _, name = text.rpartition(":")
     path = Path(file)
@@ -27,7 +27,7 @@ def load_factory(text: str) -> Callable[[], nn.Module]:
     if spec is None or spec.loader is None:
         raise UsageError(f"{text}: {file} is no Python file.")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))  # as for a script: what it imports may stand beside it
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script: its imports may stand beside it
     try:
         spec.loader.exec_module(module)
         make: Callable[[], nn.Module] = getattr(module, name)

@@ -1,6 +1,6 @@
-"""What a user says of the optimizer, checked on the worker and turned into what servers need.
+"""The user's settings of the optimizer, checked on the worker and converted into what servers need.
 
-The update itself runs on the servers with torch.optim's own class; under policies that step locally, it runs here.
+The update itself runs on the servers with torch.optim's own class. Under policies that step locally, it runs here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ Per = Literal["round", "epoch"]
 
 
 def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
-    """Groups as torch.optim takes them: dicts whose 'params' are lists of parameters. Some may require no gradient for now."""
+    """Return parameter groups as torch.optim takes them: dicts whose 'params' are lists. Some parameters may require no gradient.
+
+    Raises UsageError if a parameter is given twice, or if none requires a gradient.
+    """
     given = list(model.parameters()) if params is None else list(params)
     groups = [dict(g) for g in given] if given and isinstance(given[0], dict) else [{"params": given}]
     seen: set[int] = set()
@@ -42,16 +45,16 @@ def parameter_groups(model: nn.Module, params: Iterable[Any] | None) -> Groups:
 
 
 def example_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimizer of the same class and settings over one dummy element per group: it checks the settings and, under a
-    schedule, tells them for every round.
+    """Return an optimizer of the same class and settings over one dummy element per group.
 
-    Raises UsageError where torch.optim refuses the settings.
+    It checks the settings, and a schedule can step it to get the settings of every round. Raises UsageError if torch.optim
+    refuses the settings.
     """
     return make_optimizer(cls, [{**group, "params": [torch.zeros(1, 1, requires_grad=True)]} for group in groups], hyper)
 
 
 def make_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict[str, Any]) -> torch.optim.Optimizer:
-    """Raises UsageError where torch.optim refuses the settings or the parameters."""
+    """Return an optimizer of this class. Raises UsageError if torch.optim refuses the settings or the parameters."""
     try:
         return cls(groups, **hyper)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -59,12 +62,12 @@ def make_optimizer(cls: type[torch.optim.Optimizer], groups: Groups, hyper: dict
 
 
 def plain_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Every group's settings, which must be plain values to be sent to servers. Raises UsageError for others."""
+    """Return every group's settings. Raises UsageError if one is not a plain value that can be sent to servers."""
     return [{key: _plain(key, group[key]) for key in group if key != "params"} for group in optimizer.param_groups]
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A setting as what messages can carry; numpy's numbers are taken for what they are."""
+    """Return a setting as messages can carry it. numpy's numbers become Python's."""
     if isinstance(value, list | tuple):
         return type(value)(_plain(key, item) for item in value)
     if value is None or isinstance(value, bool | str):
@@ -80,16 +83,16 @@ def check_sendable(cls: type[torch.optim.Optimizer]) -> None:
     """Raise UsageError unless servers can find this class in torch.optim."""
     if getattr(torch.optim, cls.__name__, None) is not cls:
         raise UsageError(
-            f"{cls.__module__}.{cls.__qualname__} is not one of torch.optim's classes, which are the ones servers have; "
-            "under policies local and average any optimizer will do, as it runs on the workers."
+            f"{cls.__module__}.{cls.__qualname__} is not a class of torch.optim, and servers have only these; "
+            "policies local and average accept any optimizer, because it runs on the workers."
         )
 
 
 def check_elementwise(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -> None:
     """Raise UsageError unless the update of each element depends on that element alone.
 
-    Servers hold slices of flattened tensors, so an update that looks at a whole tensor (LBFGS, Adafactor, Muon) would come
-    out different. It is tried: three steps on a matrix, against the same steps on its two flattened halves.
+    Servers hold slices of flattened tensors. An update that looks at a whole tensor (LBFGS, Adafactor, Muon) would have another
+    result. The check takes three steps on a matrix, and the same steps on its two flattened halves.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 8, generator=generator)
@@ -97,7 +100,7 @@ def check_elementwise(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -
     why = f"{cls.__name__} cannot run on parameter servers, each of which holds only parts of tensors: "
     try:
         whole, cut = start.clone(), [part.clone() for part in start.reshape(-1).split(24)]
-        # in a group of a server every setting but the parameters is known, so nothing else can differ
+        # in a group of a server, the settings are the same and only the parameters differ
         on_whole, on_cut = cls([whole], **hyper), cls(cut, **hyper)
         for gradient in gradients:
             whole.grad = gradient
@@ -105,7 +108,7 @@ def check_elementwise(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -
                 part.grad = values
             on_whole.step()
             on_cut.step()
-    except Exception as error:  # whatever the class objects to, it objects to slices
+    except Exception as error:  # the class may object to slices with any exception
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"{why}{text.rstrip('.')}. Choose one with an elementwise update, such as SGD or AdamW.") from None
     if not torch.equal(whole.reshape(-1), torch.cat(cut)):
@@ -116,8 +119,7 @@ def check_elementwise(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -
 
 
 class Hypers:
-    """The parameter groups' settings of every round: a pure function of the round, so that whoever computes a micro-batch
-    sends the same.
+    """The parameter groups' settings of every round. They depend on the round alone, so all workers send the same ones.
 
     The scheduler is torch's own, stepped over a dummy optimizer once per round or epoch.
     """
@@ -129,7 +131,7 @@ class Hypers:
         per: Per,
         epoch_loss: Callable[[int], float | None],
     ) -> None:
-        """`epoch_loss(epoch)` is what ReduceLROnPlateau looks at: the mean loss of an epoch, None if it is not known yet."""
+        """`epoch_loss(epoch)` returns the mean loss of a data epoch for ReduceLROnPlateau, or None if it is not known yet."""
         self._optimizer = optimizer
         self._per = per
         self._epoch_loss = epoch_loss
@@ -142,7 +144,7 @@ class Hypers:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """All settings of the parameter groups, as they are in the round that was asked for last."""
+        """All settings of the parameter groups in the round that was asked for last."""
         return self._optimizer.param_groups
 
     @property
@@ -150,9 +152,9 @@ class Hypers:
         return self._scheduler
 
     def at(self, round_: int, epoch: int) -> list[dict[str, Any]]:
-        """Settings that the schedule has ever changed, for each group; empty without a schedule.
+        """Return the settings that the schedule has ever changed, for each group; empty without a schedule.
 
-        Rounds must not go backwards by more than the schedule's own period: asked for an earlier one, the newest is given.
+        The scheduler never goes back. For an earlier round than the last one, the newest settings are returned.
         """
         if self._scheduler is None:
             return []
@@ -161,7 +163,7 @@ class Hypers:
         return [{key: _plain(key, group[key]) for key in sorted(self._changed)} for group in self._optimizer.param_groups]
 
     def _step(self) -> bool:
-        """Step the scheduler; False if what it looks at is not known yet."""
+        """Step the scheduler. Return False if the loss that it needs is not known yet."""
         if isinstance(self._scheduler, ReduceLROnPlateau):
             loss = self._epoch_loss(self._steps)
             if loss is None:
@@ -178,7 +180,7 @@ class Hypers:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None, per: Per) -> LRScheduler | None:
-    """The scheduler that the user's function makes. Raises UsageError for what is none, or cannot step once a round."""
+    """Return the scheduler that the user's function makes. Raises UsageError if it is none, or cannot step once per round."""
     if schedule is None:
         return None
     scheduler = schedule(optimizer)
@@ -190,7 +192,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None, p
 
 
 class Optimizer:
-    """What `Run.optimizer` returns: the usual calls of an optimizer, carried out by the cluster."""
+    """The result of `Run.optimizer`: the usual calls of an optimizer, carried out by the cluster."""
 
     def __init__(self, step: Callable[[], None], groups: Groups, forget: Sequence[Callable[[], None]]) -> None:
         self._step = step
@@ -198,11 +200,11 @@ class Optimizer:
         self._params: Sequence[torch.Tensor] = [p for group in groups for p in group["params"]]
 
     def step(self) -> None:
-        """Hand in the gradients of this micro-batch, and wait for new weights as the policy says."""
+        """Contribute the gradients of this micro-batch, and wait for new weights as the policy requires."""
         self._step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Never needed, as `step` takes the gradients away; here because training loops call it."""
+        """Drop the gradients. This is never needed, because `step` does it; training loops call it."""
         for forget in self._forget:
             forget()
         for parameter in self._params:
@@ -213,10 +215,10 @@ class Optimizer:
 
 
 def silence_scheduler_warnings() -> None:
-    """Schedulers here are stepped over dummy optimizers, which is what this warning is about."""
+    """Ignore a warning of schedulers that is about their dummy optimizers."""
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 
 def accepts(cls: type, name: str) -> bool:
-    """Whether the constructor of `cls` takes an argument called `name`."""
+    """Return whether the constructor of `cls` takes an argument called `name`."""
     return name in inspect.signature(cls).parameters

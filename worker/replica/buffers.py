@@ -21,7 +21,7 @@ from roundtable.common.protocol.model_spec import Rule
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import tensor_names
 
-#: What a script can choose for a buffer. With `own`, each worker has its own buffer, which is never sent or reset.
+#: The rules that a script can choose for a buffer. With `own`, each worker has its own buffer, which is never sent or reset.
 BufferRule = Literal["mean", "max", "sum", "last", "own"]
 Rules = Mapping[str, BufferRule]
 

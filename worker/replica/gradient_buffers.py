@@ -58,7 +58,7 @@ class GradientBuffers:
 
     @property
     def handle(self) -> Handle | None:
-        """What servers need to read the gradient buffers; None if they are not shared."""
+        """The handle by which servers read the gradient buffers; None if they are not shared."""
         return self._region.handle if self._region is not None else None
 
     def take(self, in_use: Callable[[GradientBuffer], bool]) -> GradientBuffer:

@@ -33,7 +33,7 @@ def accessors(*names: str) -> set[Any]:
     return {getattr(getattr(torch.Tensor, name), access) for name in names for access in ("__get__", "__set__")}
 
 
-#: What may be done to a parameter without triggering its action.
+#: Functions of torch that do not trigger a parameter's action.
 _HARMLESS = accessors("grad", "requires_grad", "shape", "dtype", "device", "ndim", "is_leaf", "is_sparse", "_version") | {
     getattr(torch.Tensor, name) for name in ("numel", "size", "stride", "dim", "element_size", "is_contiguous")
 }

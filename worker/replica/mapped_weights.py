@@ -1,6 +1,6 @@
 """Weights that are not copied: tensors over the memory of a server on the same host.
 
-The mapping is private. What a script writes into a weight stays in this process and is gone with the next version, as with
+The mapping is private. A script's writes to a weight stay in this process and are gone with the next version, as with
 weights that are sent. If a tensor's chunks lie on several servers, their memory is mapped side by side to make up the tensor.
 """
 

@@ -1,4 +1,4 @@
-"""Makes the parts of a training, and has servers and the coordinator agree to it."""
+"""Makes the parts of a training, and agrees on them with the servers and the coordinator."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from roundtable.worker.replica.replica import Replica
 from roundtable.worker.router import MessageRouter
 from roundtable.worker.session.training import Training
 
-#: Seconds after which the mean loss of an epoch is asked for again.
+#: Seconds after which a worker asks for the mean loss of a data epoch again.
 _MEAN_AGAIN_S = 0.1
 
 
 class Assembly:
-    """Puts a training together from the parts of a worker."""
+    """Assembles a training from the parts of a worker."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Assembly:
         servers: int,
         rounds: tuple[Callable[[], int], Callable[[], int]],
     ) -> None:
-        """`rounds`: return the round whose weights the model has, and the round of the micro-batch that is computed now."""
+        """`rounds`: return the round of the model's weights, and the round of the micro-batch that is computed now."""
         self._context, self._router, self._tasks = context, router, tasks
         self._departure, self._merge_hooks, self._servers = departure, merge_hooks, servers
         self._round, self._computed = rounds
@@ -58,7 +58,10 @@ class Assembly:
     def assemble(
         self, model: nn.Module, rules: Rules, params: Iterable[Any] | None, call: OptimizerCall
     ) -> tuple[Training, Optimizer]:
-        """Return the training of a model, and the optimizer for the script. Raises UsageError if it cannot be trained so."""
+        """Return the training of a model, and the optimizer for the script.
+
+        Raises UsageError if it cannot be trained this way.
+        """
         policy = self._context.policy
         made = prepare(model, rules, params, call, policy, self._servers)
         setup = ModelSetup(self._context, made.replica, made.update, made.tables, made.layers, made.facts, self._servers)
@@ -85,7 +88,7 @@ class Assembly:
         return GradientLoop(self._context, client, self._tasks, self._departure, replica, rows, shards, contributor)
 
     def _client_of(self, replica: Replica) -> ParameterClient:
-        """Make the client of the servers that have the model's weights."""
+        """Return the client of the servers that hold the model's weights."""
         context = self._context
         with context.io.lock:
             near = [server for server in range(self._servers) if context.io.connections.is_near(server)]
@@ -96,7 +99,7 @@ class Assembly:
     def _clients_of_layers(
         self, tables: Sequence[SparseEmbedding], layers: Sequence[Sharded], sends_first: bool
     ) -> tuple[RowSparse, ShardedLayers]:
-        """Have sparse embeddings and sharded layers computed with the servers from now on."""
+        """Let the servers compute sparse embeddings and sharded layers from now on, and return the clients' owners."""
         io, timeout, replicas = self._context.io, self._context.timeout_s, self._context.settings.replicas > 0
         rows = RowSparse(io, tables, self._servers, self._round, timeout, sends_first, replicas)
         shards = ShardedLayers(
@@ -108,14 +111,18 @@ class Assembly:
         return rows, shards
 
     def _share(self, client: ParameterClient, replica: Replica, gradients: Handle | None) -> None:
-        """Share memory with the servers that can, if the run allows it."""
+        """Share memory with the servers on this host, if the run allows it."""
         if self._context.settings.transport == "auto":
             memory = SharedMemorySetup(self._context, client, replica, gradients)
             self._router.share_memory(memory.hear)
             memory.agree()
 
     def _epoch_loss(self, epoch: int) -> float | None:
-        """Return the mean of the logged loss over an epoch; None if pushes are applied at once and it is not over everywhere."""
+        """Return the mean of the logged loss over a data epoch.
+
+        Return None if pushes are applied at once and some worker has not finished the data epoch. Raises UsageError if no loss
+        was logged.
+        """
         waits = self._context.policy.applies == "round"
         answer = self._context.request(
             COORDINATOR,

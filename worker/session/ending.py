@@ -11,14 +11,14 @@ from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.reports import ReportQueue
 from roundtable.worker.router import MessageRouter
 
-#: Seconds that a worker which leaves waits at most for servers to have what it has sent.
+#: Seconds that a worker waits at most, before it leaves, for servers to acknowledge what it has sent.
 _HAND_OVER_S = 10.0
-#: The thing that a worker waits for once its script has ended.
+#: The thing that a worker waits for once its script has ended, in words.
 _END = "the coordinator to end the run, which others may still compute"
 
 
 class Ending:
-    """Waits until others have all that this worker has made, and takes leave of the coordinator."""
+    """Waits until other processes have all results of this worker, and says goodbye to the coordinator."""
 
     def __init__(self, context: WorkerContext, router: MessageRouter, reports: ReportQueue) -> None:
         self._context, self._router, self._reports = context, router, reports
@@ -30,16 +30,16 @@ class Ending:
         io.wait(lambda: io.stopped, 2.0, lambda: "", every=1.0)
 
     def await_reports(self) -> None:
-        """Wait until the coordinator has all reports, and for a while until the servers have all pushes."""
+        """Wait until the coordinator has all reports, and for a limited time until the servers have all pushes."""
         wait, reports = self._context.wait, self._reports
         wait(lambda: reports.has_all(Request.METRICS), lambda: f"the coordinator to record {reports.metrics_text()}")
-        statistics = "the coordinator to write the statistics that were computed anew"
+        statistics = "the coordinator to write the statistics that were computed again"
         wait(lambda: reports.has_all(Request.RECOMPUTED), lambda: statistics)
-        wait(lambda: self._router.idle, lambda: "the servers to have all that was pushed", every=_HAND_OVER_S)
+        wait(lambda: self._router.idle, lambda: "the servers to acknowledge all pushes", every=_HAND_OVER_S)
 
     def take_leave(self, heartbeat: Callable[[], Heartbeat], goodbye: Callable[[], Goodbye]) -> None:
-        """Say that the script has ended, until the coordinator ends the run."""
+        """Tell the coordinator that the script has ended, again and again until the coordinator ends the run."""
         io = self._context.io
         while not io.stopped:
-            io.send(Send(COORDINATOR, heartbeat()), Send(COORDINATOR, goodbye()))  # first, the last of what was sent
+            io.send(Send(COORDINATOR, heartbeat()), Send(COORDINATOR, goodbye()))  # the heartbeat first: it reports the last work
             io.wait(lambda: io.stopped, float("inf"), lambda: _END, every=1.0)

@@ -1,4 +1,4 @@
-"""Edits that a script makes after training, which are in no file."""
+"""Changes that a script makes to its model after training. They are in no file."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from torch import nn
 
 from roundtable.worker import tensor_names
 
-#: The coordinator is told of at most so many tensors that a script has changed after the last round.
+#: A worker reports at most so many tensors that its script has changed after the last round.
 _MOST_CHANGED = 100
 
 
 def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers of a model, by name."""
+    """Return the parameters and buffers of a model, by name."""
     return dict([*tensor_names.parameters(model), *tensor_names.buffers(model)])
 
 
 class FinalTensors:
-    """The tensors that a model has had when its training ended."""
+    """The tensors that the model had when its training ended."""
 
     def __init__(self) -> None:
-        #: None before the end of the first loop.
+        #: The model; None before the end of the first loop.
         self._model: nn.Module | None = None
-        #: By name, a tensor and how often torch had written to it.
+        #: By name: a tensor, and how often torch had written to it.
         self._versions: dict[str, tuple[torch.Tensor, int]] = {}
 
     def are(self, model: nn.Module) -> None:
-        """Take those of a model, as a loop over batches has ended."""
+        """Note the tensors of a model at the end of a loop over batches."""
         self._model, self._versions = model, {}
         self.are_also(_tensors_of(model))
 
     def are_also(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take tensors that were computed anew for the model's file."""
+        """Note tensors that were computed again for the model's file."""
         self._versions |= {name: (tensor, tensor._version) for name, tensor in tensors.items()}
 
     def changed(self) -> list[str]:
-        """Return tensors that the script has changed since; some, if they are many."""
+        """Return the names of tensors that the script has changed since, at most 100."""
         now = _tensors_of(self._model) if self._model is not None else {}
         changed = [name for name, (was, version) in self._versions.items() if now.get(name) is not was or was._version != version]
         return changed[:_MOST_CHANGED]

@@ -21,7 +21,7 @@ from roundtable.worker.loop.task_queue import TaskQueue
 
 @dataclass(frozen=True)
 class Samples:
-    """The arguments of `run.batches()` that say which samples are loaded, and how."""
+    """The arguments of `run.batches()` that say which samples to load, and how."""
 
     dataset: Dataset[Any]
     shuffle: bool
@@ -30,17 +30,17 @@ class Samples:
 
 
 class Segments:
-    """Has all processes agree on each segment, and loads its samples."""
+    """Makes all processes agree on each segment, and loads its samples."""
 
     def __init__(self, context: WorkerContext, tasks: TaskQueue, servers: int, round_now: Callable[[], int]) -> None:
         self._context, self._tasks, self._servers, self._round = context, tasks, servers, round_now
         self._all: list[Segment] = []
-        #: The data set whose samples the coordinator has got facts of.
+        #: The data set for which the coordinator has facts of samples.
         self._compared: object = None
 
     @property
     def none(self) -> bool:
-        """Whether no segment has begun yet."""
+        """Whether no segment has started yet."""
         return not self._all
 
     @property
@@ -49,7 +49,7 @@ class Segments:
         return not self._all or self._round() >= self._all[-1].end
 
     def plan(self, dataset: Dataset[Any], micro_batch: int | None, global_batch: int | None, epochs: int | None) -> Segment:
-        """Return the next segment. Raises UsageError if there can be none, as `run.batches` says."""
+        """Return the next segment. Raises UsageError if there cannot be one, as `run.batches` says."""
         if not self.done:
             raise UsageError(
                 f"the previous run.batches() loop stopped at round {self._round()} of {self._all[-1].end}: finish it before "
@@ -81,13 +81,13 @@ class Segments:
             segment,
             self._context.settings.seed,
             shuffle=samples.shuffle,
-            num_workers=samples.num_workers if self._round() < segment.end else 0,  # it may have joined later
+            num_workers=samples.num_workers if self._round() < segment.end else 0,  # a late worker may find the segment over
             collate_fn=samples.collate_fn,
             forecast=lambda: self._forecast(segment),
         )
 
     def _facts_of(self, segment: Segment, samples: Samples, schedule: alike.ScheduleFacts | None) -> list[Fact]:
-        """Return the facts that all workers must have in common in a segment."""
+        """Return the facts that must be equal on all workers in a segment."""
         dataset, collate_fn = samples.dataset, samples.collate_fn
         facts = [
             alike.setting("shuffle", samples.shuffle),
@@ -102,7 +102,7 @@ class Segments:
         return facts + (schedule.of(segment) if schedule is not None else [])
 
     def _forecast(self, segment: Segment) -> Iterator[Task]:
-        """Yield the micro-batches that this worker is to compute, as far as is known now."""
+        """Yield the micro-batches that this worker will probably compute."""
         round_ = segment.first_round
         while round_ < segment.end:
             round_ = max(round_, self._round())

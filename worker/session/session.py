@@ -1,4 +1,4 @@
-"""A worker's part in a run, behind what `Run` offers to a script."""
+"""A worker's part in a run. `Run` is the interface to it for scripts."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from roundtable.worker.session.training import Training
 
 
 class Session:
-    """Joins the parts of a worker: its messages, its training, and its end."""
+    """Connects the parts of a worker: its messages, its training, and its end."""
 
     def __init__(self, io: IoThread) -> None:
-        """Begin to take part in the run that `io` joins."""
+        """Start to take part in the run that `io` joins."""
         self.io = io
         welcome = io.joined()
         self.servers = len(welcome.servers)
@@ -59,7 +59,7 @@ class Session:
         #: None before the script has made its optimizer.
         self.training: Training | None = None
         self.final_tensors = FinalTensors()
-        #: None before the script has asked for it.
+        #: None before the script has asked for the key-value client.
         self.kv: KvClient | None = None
         self._finished = False
         self._pid = os.getpid()
@@ -72,7 +72,7 @@ class Session:
             io.heartbeat = self.heartbeat
         torch.set_num_threads(welcome.settings.threads)
         seed = derive_seed(welcome.settings.seed, "model")
-        torch.manual_seed(seed)  # also what is not in use yet
+        torch.manual_seed(seed)  # also GPUs that are not in use yet
         seed_everything(seed)
         silence_scheduler_warnings()
         self._watchdog = Watchdog(welcome.settings.stack_dump_after, self._progress, lambda: io.waits_for or "its own script")
@@ -84,25 +84,25 @@ class Session:
 
     @property
     def round(self) -> int:
-        """Rounds before this one are in the weights of the model."""
+        """The round of the model's weights. They include all earlier rounds."""
         return self.work.round if self.work is not None else 0
 
     @property
     def _computed(self) -> int:
-        """The round of the micro-batch that is computed now; if there is none, `round`."""
+        """The round of the micro-batch that is computed now, or `round` if there is none."""
         task = self.work.batch.task if self.work is not None else None
         return task.round if task is not None else self.round
 
     def log(self, numbers: dict[str, float]) -> None:
-        """Report metrics: with the micro-batch that is computed now, or by themselves."""
+        """Report metrics: with the current micro-batch, or by themselves if there is none."""
         if self.work is None or not self.work.batch.log(numbers):
             self.reports.metrics(self.round, numbers)
 
     def open_kv(self) -> KvClient:
-        """Return the key-value client. Raises UsageError if servers are to keep copies, for of keys there are none."""
+        """Return the key-value client. Raises UsageError with --replicas, because the key-value store has no backups."""
         settings = self.context.settings
         if settings.replicas:
-            raise UsageError("the key-value store is on one server each, of which no copies are kept: leave out --replicas.")
+            raise UsageError("the key-value store has no copies on other servers: leave out --replicas.")
         if self.kv is None:
             self.kv = KvClient(self.io, self.servers, settings.progress_timeout)
         return self.kv
@@ -110,7 +110,7 @@ class Session:
     # ---- signs of life
 
     def heartbeat(self) -> Heartbeat:
-        """Return what this worker is at."""
+        """Return what this worker is doing."""
         traffic = self.router.traffic
         if self._finished:
             unsteady = self.work.heartbeat().unsteady if self.work is not None else ""
@@ -120,7 +120,7 @@ class Session:
         return Heartbeat("starting") if self.kv is None else Heartbeat("computing", progress=self.kv.answered)
 
     def _progress(self) -> tuple[int, int, int] | None:
-        """Return numbers that change while this worker gets on. The watchdog's thread calls it."""
+        """Return numbers that change while this worker makes progress. The watchdog's thread calls this."""
         with self.io.lock:
             heartbeat = self.heartbeat()
         return (
@@ -130,8 +130,8 @@ class Session:
     # ---- the end
 
     def on_stop_signal(self, number: int) -> None:
-        """Take a signal; see `Run.on_stop_signal`."""
-        if os.getpid() != self._pid:  # a process that the script has made of this one
+        """Handle a signal; see `Run.on_stop_signal`."""
+        if os.getpid() != self._pid:  # this process is a child that the script has forked
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         elif self.io.stop_signal and not self._finished:
@@ -140,17 +140,17 @@ class Session:
             self.io.stop_signal, self.io.stop_signal_at = number, time.monotonic()
 
     def _may_leave(self) -> None:
-        """Leave, as the coordinator lets this worker go, which was told to stop.
+        """Leave after a stop signal, because the coordinator has released this worker.
 
-        Between two micro-batches it hands over what it has. If it is at another part of its script, there is nothing to be
-        handed over.
+        Inside a loop over batches, the worker leaves between two micro-batches and pushes what it has. Elsewhere there is
+        nothing to push, so the script is interrupted.
         """
         self.departure.requested = True
         if self.segments.done:
             self.io.interrupt()
 
     def finish(self, failure: str, interrupted: bool, cut_off: bool) -> None:
-        """End this worker's part; see `Run.finish`. `cut_off`: the failure is that a server did not answer."""
+        """End this worker's part; see `Run.finish`. `cut_off`: the script failed because a server did not answer."""
         if self._finished:
             return
         self._finished = self.io.copies = True
@@ -173,6 +173,6 @@ class Session:
             self.release_model()
 
     def release_model(self) -> None:
-        """Make the model an ordinary one: after a run that has failed, weights that it still waits for never come."""
+        """Make the model an ordinary one. After a failed run, the weights that it still waits for never come."""
         if self.work is not None:
             self.work.close()

@@ -26,11 +26,11 @@ class Training:
     setup: ModelSetup
     client: ParameterClient
     work: GradientLoop | LocalSgdLoop
-    #: None if there is no schedule to be told of.
+    #: None if there is no schedule to compare between workers.
     schedule: ScheduleFacts | None
 
     def begin(self) -> None:
-        """Have the run's weights in the model. If the run begins, those that it has here are the first ones."""
+        """Put the run's weights into the model. If the run has none yet, send this model's weights if they are the first ones."""
         work, setup = self.work, self.setup
         if setup.begins_later:
             setup.send_first_weights()
@@ -43,14 +43,14 @@ class Training:
                 raise UsageError(
                     f"{changed}, which has sent the first weights: in a model with tables or sharded layers, change them before."
                 )
-            log.warning("%s, but the run has weights already: they are put back.", changed)
+            log.warning("%s, but the run has weights already: these replace the changes.", changed)
             self.client.want_all()
         work.join()
 
     def full_precision(self) -> dict[int, Any]:
-        """Return the servers' own weights for the round that the model is in, by chunk.
+        """Return the servers' own weights for the model's round, by chunk.
 
-        None of them if no codec rounds the model's weights, or the round is over.
+        Return an empty dict if no codec rounds the model's weights, or if the round is over.
         """
         work = self.work
         if self.context.settings.compress_weights == "none" or not isinstance(work, GradientLoop):

@@ -1,7 +1,7 @@
-"""The built-in training script: a network of `roundtable.worker.models.builtin` on images of `roundtable.worker.data`, as the
-run's settings say.
+"""The built-in training script: a network of `roundtable.worker.models.builtin` on images of `roundtable.worker.data`, chosen by
+the run's settings.
 
-It is a user's script like any other, and a model of one: nothing here is out of reach of yours.
+It is a user's script like any other, and an example of one. It uses nothing that other scripts cannot use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Schedule = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
 
 def main() -> None:
-    """Train until the settings' epochs or rounds are over, measuring on the held-out images once an epoch and at the end."""
+    """Train until the settings' epochs or rounds are over. Measure on the held-out images once an epoch and at the end."""
     run = roundtable.join()
     settings, example = run.settings, run.settings.example
     images = data.chosen(settings)
@@ -53,13 +53,13 @@ def main() -> None:
     )
     held_out: Dataset[data.Sample] = images.test
     if settings.policy == "average":
-        if settings.average_weights_by == "greedy":  # images that choose cannot judge the choice
+        if settings.average_weights_by == "greedy":  # images that choose a model must not measure it
             choosing, held_out = halves(images.test)
             run.merge_by(lambda model: score(run, model, images.train, choosing))
         run.before_merge(lambda: run.log(part_accuracy=accuracy(model, held_out)))
 
     def log_accuracy() -> None:
-        with run.masters():  # as the model's file has them
+        with run.masters():  # measure the weights of the model's file
             run.log(accuracy=accuracy(model, held_out, head), held_out=size)
 
     measured, size = run.epoch, len(cast(Sized, held_out))
@@ -69,7 +69,7 @@ def main() -> None:
         loss = cnn_blocks.LOSSES[example.loss](out, y) if head is None else roundtable.sharded_cross_entropy(out, y)
         loss.backward()
         run.log(loss=loss)
-        if head is None:  # else it would be another question to the servers
+        if head is None:  # with a head, this would be another question to the servers
             run.log(train_accuracy=(out.argmax(1) == y).float().mean())
         opt.step()
         if run.is_chief and run.epoch != measured:
@@ -82,23 +82,25 @@ def main() -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Have the weights in a file in `model`. Raises UsageError naming what does not fit."""
+    """Load the weights in a file into `model`. Raises UsageError with the first tensor that does not fit."""
     found, wanted = whole_state(read_weights(path)), model.state_dict()
     for name, tensor in wanted.items():
         if name not in found:
             raise UsageError(f"{path} has no '{name}', which the model has: give the weights of the same model.")
         if found[name].shape != tensor.shape:
-            shapes = f"{list(found[name].shape)} where the model has {list(tensor.shape)}"
+            shapes = f"{list(found[name].shape)}, but the model needs {list(tensor.shape)}"
             raise UsageError(f"{path} has '{name}' of shape {shapes}: give the weights of the same model.")
     strange = sorted(found.keys() - wanted.keys())
     if strange:
-        raise UsageError(f"{path} has '{strange[0]}', which the model has not: give the weights of the same model.")
+        raise UsageError(f"{path} has '{strange[0]}', but the model does not: give the weights of the same model.")
     model.load_state_dict(found)
 
 
 def accuracy(model: nn.Module, samples: Dataset[data.Sample], head: roundtable.ShardedLinear | None = None) -> float:
-    """The share of `samples`, 0 to 1, whose label gets the largest logit, which `head` knows where it is sharded. Leaves the mode
-    and torch's generator as they were."""
+    """Return the share of `samples`, 0 to 1, whose label has the largest logit. A sharded `head` computes the logits.
+
+    The model's mode and torch's generator stay as they were.
+    """
     training = model.training
     model.eval()
     loader = DataLoader(samples, batch_size=250, generator=torch.Generator())
@@ -113,19 +115,19 @@ def accuracy(model: nn.Module, samples: Dataset[data.Sample], head: roundtable.S
 
 
 def score(run: Run, model: nn.Module, train: data.Samples, held_out: Dataset[data.Sample]) -> float:
-    """How good a mean of models is: its accuracy, once its batch normalisation has statistics of its own."""
+    """Return a score of a mean of models: its accuracy, after its batch normalisation got statistics of its own."""
     run.recompute_batchnorm(train)
     return accuracy(model, held_out)
 
 
 def halves(samples: data.Samples) -> tuple[Dataset[data.Sample], Dataset[data.Sample]]:
-    """Some of the samples to choose a model by, and the others to judge it by; always the same ones."""
+    """Return half of the samples to choose a model by, and the other half to measure it by. They are always the same."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     return Subset(samples, order[::2]), Subset(samples, order[1::2])
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class of torch.optim with that name. Raises UsageError where there is none."""
+    """Return the class of torch.optim with that name. Raises UsageError if there is none."""
     found = getattr(torch.optim, name, None)
     if not inspect.isclass(found) or not issubclass(found, torch.optim.Optimizer) or found is torch.optim.Optimizer:
         raise UsageError(f"torch.optim has no optimizer '{name}'; --optimizer takes a class of it, such as SGD or AdamW.")
@@ -133,14 +135,17 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 
 
 def optimizer_arguments(optimizer: type[torch.optim.Optimizer], example: ExampleSettings) -> dict[str, Any]:
-    """Of lr, momentum and weight_decay, those that the class takes."""
+    """Return those of lr, momentum and weight_decay that the class takes."""
     takes = inspect.signature(optimizer).parameters
     asked = {"lr": example.lr, "momentum": example.momentum, "weight_decay": example.weight_decay}
     return {key: value for key, value in asked.items() if key in takes}
 
 
 def schedule(example: ExampleSettings, rounds: int) -> Schedule | None:
-    """The learning rate's course over that many rounds, or None for a constant one. Raises UsageError for an unknown name."""
+    """Return the schedule of the learning rate over `rounds`, or None if it is constant.
+
+    Raises UsageError for an unknown name.
+    """
     courses: dict[str, Schedule] = {
         "CosineAnnealingLR": partial(lr_scheduler.CosineAnnealingLR, T_max=rounds),
         "LinearLR": partial(lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=rounds),

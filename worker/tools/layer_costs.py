@@ -1,6 +1,6 @@
-"""What a network costs layer by layer, and would cost without what makes a convolution cheap: `launch.py inspect`.
+"""The costs of a network by layer, and what they would be with local or full connections: `launch.py inspect`.
 
-Nothing is computed: the network is made on torch's device "meta", where tensors have shapes only.
+Nothing is computed. The network is made on torch's device "meta", where tensors have only shapes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from roundtable.worker.models import builtin
 from roundtable.worker.models.layer_names import short_names
 from roundtable.worker.models.user_model import load_factory
 
-#: Columns that the table needs where nobody says how many there are.
+#: Columns of the table if the output is not a terminal.
 _WIDTH = 130
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one layer, without biases."""
+    """Numbers of weights of one layer, without biases, for three kinds of connections."""
 
     #: Every output sees every input.
     full: int
@@ -42,9 +42,9 @@ class Weights:
 
 
 def costs(inputs: int, positions: int, maps: int, field: int) -> Weights:
-    """The weights between `inputs` and `maps` maps of `positions` outputs, each of which sees, or should, `field` inputs.
+    """Return the weights between `inputs` and `maps` maps of `positions` outputs, each of which sees `field` inputs.
 
-    A grey image of 1000x1000 pixels and a map of as many outputs that see 10x10 pixels: costs(10**6, 10**6, 1, 100) is
+    For a grey image of 1000x1000 pixels and a map of as many outputs that see 10x10 pixels, costs(10**6, 10**6, 1, 100) is
     10**12, 10**8 or 100 weights. A fully connected layer has one position, and its field is all inputs.
     """
     outputs = positions * maps
@@ -53,26 +53,27 @@ def costs(inputs: int, positions: int, maps: int, field: int) -> Weights:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One use of a layer, on one image."""
+    """The cost of one use of a layer on one image."""
 
-    #: In short, such as conv1, and in `named_modules()`.
+    #: The short name, such as conv1.
     name: str
+    #: The name in `named_modules()`.
     module: str
     #: The class of the layer.
     kind: str
-    #: Without the batch.
+    #: The output's shape without the batch.
     output: tuple[int, ...]
-    #: Biases included; 0 where the layer was used before.
+    #: Number of parameters, biases included; 0 if the layer was used before.
     parameters: int
-    #: Of convolutions and fully connected layers; 0 for others, which have few.
+    #: Multiply-adds of convolutions and fully connected layers; 0 for other layers, which have few.
     multiply_adds: int
     weights: Weights | None
 
 
 def layers(model: nn.Module, shape: Sequence[int]) -> list[LayerCost]:
-    """The costs of the layers of a model on "meta", in the order in which they are used on one float32 image of that shape.
+    """Return the costs of the layers of a model on "meta", in order of use, on one float32 image of that shape.
 
-    Raises RuntimeError, ValueError or TypeError, as torch does, where the model cannot take it.
+    Raises RuntimeError, ValueError or TypeError, like torch, if the model cannot take the image.
     """
     found: list[LayerCost] = []
     short = {name: short for short, name in short_names(model).items()}
@@ -101,7 +102,7 @@ def layers(model: nn.Module, shape: Sequence[int]) -> list[LayerCost]:
         if not list(layer.children()) or list(layer.parameters(recurse=False))
     ]
     for layer in model.modules():
-        if isinstance(layer, OnServers):  # as an nn.Linear: there are no servers
+        if isinstance(layer, OnServers):  # compute it like an nn.Linear, because there are no servers
             layer.forward = partial(_plain, layer)
     training = model.training
     with torch.no_grad():
@@ -120,7 +121,7 @@ def _plain(layer: OnServers, features: torch.Tensor) -> torch.Tensor:
 
 
 def _weights(layer: nn.Module, before: Sequence[int], after: Sequence[int]) -> Weights | None:
-    """None for layers that are neither convolutions nor fully connected. Each weight is used once at each position."""
+    """Return None for a layer that is no convolution and not fully connected. Each weight is used once at each position."""
     if isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd):
         return costs(math.prod(before), math.prod(after[1:]), after[0], layer.weight[0].numel())
     if isinstance(layer, nn.Linear | OnServers):
@@ -131,10 +132,10 @@ def _weights(layer: nn.Module, before: Sequence[int], after: Sequence[int]) -> W
 def inspect(
     name: str, image: str | None, source: str | None, data_dir: str | None, classes: int | None, console: Console
 ) -> None:
-    """Print the costs of a built-in model, or of that which `FILE.py:FACTORY` makes when it is called without arguments.
+    """Print the costs of a built-in model, or of the model that `FILE.py:FACTORY` makes.
 
-    A built-in model is made for `image` and `classes`, or for those of the data `source`; by default for the images that it is
-    known for. Raises UsageError for what is not there, and for images that the model cannot take.
+    A built-in model is made for `image` and `classes`, or for those of the data `source`. The default is the usual image size
+    of that model. Raises UsageError if something named does not exist, or if the model cannot take the images.
     """
     known = ((3, 224, 224), 1000) if name.startswith("alexnet") or ":" in name else ((1, 28, 28), 10)
     shape = parse_shape(image) if image is not None else None
@@ -159,7 +160,7 @@ def inspect(
     console.print(
         "Multiply-adds are those of convolutions and fully connected layers. Weights are without biases; if not shared, each is "
         f"used once. For comparison: from an image of 1000x1000 to 10^6 hidden units lead {example.full:,} weights, "
-        f"{example.local:,} where each unit sees a field of 10x10, and {example.shared} where all share theirs.",
+        f"{example.local:,} if each unit sees a field of 10x10, and {example.shared} if all units share their weights.",
         highlight=False,
     )
 

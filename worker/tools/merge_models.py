@@ -28,17 +28,17 @@ from roundtable.worker.tools.builtin_script import accuracy, halves
 
 Tensors = Mapping[str, torch.Tensor]
 
-#: Settings that the built-in example cannot be without.
+#: Settings that every run of the built-in example has.
 _NEEDED = {"model", "data"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """A trained model, and what its run has left next to it: settings and summary, both empty where there are none."""
+    """A trained model, and the settings and summary beside it. Both are empty if there are none."""
 
     path: Path
     tensors: Tensors
-    #: What merges its buffers, as far as the file says so.
+    #: The rules that merge its buffers, as far as the file has them.
     rules: Mapping[str, Rule]
     settings: Mapping[str, Any]
     summary: Mapping[str, Any]
@@ -46,8 +46,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: the weight of each part, and what is to be said about it, a sentence each. The accuracies, of the parts
-    and of the whole, are on held-out images that have not chosen anything; None where there are none to be had."""
+    """The result of a merge.
+
+    `weights` are the weight of each part. `warnings` has one sentence each. The accuracies, of the parts and of the merged model,
+    are on held-out images that did not choose between models. They are None if there are no such images.
+    """
 
     weights: list[float]
     warnings: list[str]
@@ -58,14 +61,14 @@ class Merged:
 def merge_files(
     paths: Sequence[Path], out: Path, how: str, weights: Sequence[float] | None = None, overwrite: bool = False
 ) -> Merged:
-    """Write the mean of models to `out`, a safetensors file.
+    """Write the mean of models to `out`, a safetensors file, and return the weights used, warnings and accuracies.
 
-    `paths` are safetensors files, or state_dicts of torch.save, or run directories. `how` is `uniform`, `samples` (weighted by
-    those that the runs have trained on) or `greedy` (see `roundtable.worker.merge.averaging.greedy`; for runs of the built-in
-    example, on half of their held-out images); `weights`, one for each, are used instead. Where the runs are of the built-in
-    example, statistics of batch normalisation are computed anew.
+    `paths` are safetensors files, state_dicts of torch.save, or run directories. `how` is `uniform`, `samples` (weighted by the
+    samples of each run) or `greedy` (see `roundtable.worker.merge.averaging.greedy`). Greedy is for runs of the built-in
+    example, and measures on half of their held-out images. `weights`, one for each model, replace `how`. For runs of the
+    built-in example, statistics of batch normalisation are computed again.
 
-    Raises UsageError for files that are no models, or not of the same names, shapes and dtypes, and where something needed is
+    Raises UsageError for files that are no models, for models with other names, shapes or dtypes, and if something needed is
     missing.
     """
     if len(paths) < 2:
@@ -94,7 +97,7 @@ def merge_files(
         merged, measured = judge.with_fitting_statistics(merged), [judge.judge(part.tensors) for part in parts]
     elif any(name.endswith("running_mean") for name in merged):
         warnings.append(
-            "running statistics of batch normalisation were averaged, and do not fit the mean of the weights: compute them anew, "
+            "running statistics of batch normalisation were averaged, and do not fit the mean of the weights: compute them again "
             "with torch.optim.swa_utils.update_bn."
         )
     _write(out, merged, {str(part.path): weight for part, weight in zip(parts, weights, strict=True)}, rules)
@@ -102,7 +105,7 @@ def merge_files(
 
 
 def read_part(path: Path) -> Part:
-    """Raises UsageError where there is no model."""
+    """Return the model at `path`. Raises UsageError if there is none."""
     path = path / MODEL_FILE if path.is_dir() else path
     found, rules = read_weights(path), read_rules(path)
     return Part(path, found, rules, _beside(path, SETTINGS_FILE, tomllib.loads), _beside(path, SUMMARY_FILE, json.loads))
@@ -117,7 +120,7 @@ def _beside(model: Path, name: str, parse: Callable[[str], Any]) -> Mapping[str,
 
 
 def check_alike(one: Part, other: Part) -> None:
-    """Raises UsageError naming the first difference in names, shapes or dtypes."""
+    """Raise UsageError with the first difference in names, shapes or dtypes."""
     for name in [*one.tensors, *other.tensors]:
         for has, lacks in ((one, other), (other, one)):
             if name not in lacks.tensors:
@@ -134,13 +137,13 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def starts(parts: Sequence[Part]) -> list[str]:
-    """Warnings where the models did not start from the same weights, or nobody knows."""
+    """Return warnings if the models started from different weights, or if that is not known."""
     unknown = [str(part.path) for part in parts if not part.settings]
     if unknown:
         names = ", ".join(unknown)
         return [f"it is not known whether all started from the same weights: there is no settings.toml next to {names}."]
     given = any(part.settings.get("init") for part in parts)
-    for key in ("script", "model", "init" if given else "seed"):  # which first weights depend on
+    for key in ("script", "model", "init" if given else "seed"):  # the first weights depend on these
         values = list(dict.fromkeys(str(part.settings.get(key)) for part in parts))
         if len(values) > 1:
             differ = f"{key} {' and '.join(values)}"
@@ -180,7 +183,7 @@ def _samples(part: Part) -> float:
 
 
 class _Judge:
-    """Measures models of the built-in example: on some of its held-out images to choose by, on the others to judge by."""
+    """Measures models of the built-in example. Half of its held-out images choose a model, and the other half measures it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -189,7 +192,7 @@ class _Judge:
         self._choosing, self._judging = halves(self._images.test)
 
     def contest(self, parts: Sequence[Tensors]) -> tuple[list[float], Callable[[Sequence[int]], float]]:
-        """The parts' own scores, and a function that gives that of the mean of some."""
+        """Return the parts' own scores, and a function that returns the score of the mean of some."""
 
         def score(numbers: Sequence[int]) -> float:
             self.with_fitting_statistics(mean([parts[number] for number in numbers], [1.0] * len(numbers)))
@@ -198,7 +201,7 @@ class _Judge:
         return [score([number]) for number in range(len(parts))], score
 
     def with_fitting_statistics(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """The same weights with statistics of batch normalisation that fit them."""
+        """Return the same weights with statistics of batch normalisation that fit them."""
         self.load(tensors)
         batchnorm.recompute(self._model, self._images.train, self._settings.global_batch, self._settings.seed)
         return {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
@@ -216,7 +219,7 @@ class _Judge:
 
 
 def _judge(parts: Sequence[Part]) -> _Judge | None:
-    """None where the parts are not of the built-in example. Raises UsageError where they are, but its data is not there."""
+    """Return None if the parts are not of the built-in example. Raises UsageError if they are, but its data is missing."""
     if not all(part.settings.keys() >= _NEEDED and "script" not in part.settings for part in parts):
         return None
     judge = _Judge(make_settings(dict(parts[0].settings), str(parts[0].path.with_name(SETTINGS_FILE))))

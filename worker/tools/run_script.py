@@ -12,9 +12,9 @@ from roundtable.worker.joining import ADDRESS_VARIABLE, INDEX_VARIABLE
 
 
 def run_script(coordinator: str, script: str | None, args: list[str], index: int | None) -> None:
-    """Run `script` (None: the built-in example) with `args`, as `python script args` would, joined to `coordinator`.
+    """Run `script` with `args` as `python script args` would, as a worker of `coordinator`. None is the built-in example.
 
-    What the script raises comes out of here, after the coordinator was told. Raises UsageError where there is no such file.
+    An exception of the script is raised here, after the coordinator was told. Raises UsageError if the file does not exist.
     """
     path = Path(script) if script is not None else Path(__file__).with_name("builtin_script.py")
     if not path.is_file():

@@ -36,7 +36,7 @@ class PullSession:
         self._versions: dict[int, int] = {}
         #: Servers that have closed the previous round.
         self._closed_on: set[int] = set()
-        #: By server: the frozen chunks that have had contributions. Their weights come anew with every round.
+        #: By server: the frozen chunks that have had contributions. Every round brings new weights of these.
         self._changed_frozen: dict[int, set[int]] = {}
         #: Whether the weights of the other frozen chunks, which never change, are here.
         self._has_still = False

@@ -1,6 +1,6 @@
-"""IDX, the file format of MNIST and of the sets made in its likeness.
+"""IDX, the file format of MNIST and of similar sets.
 
-A file is 0, 0, 8 (bytes), the number of dimensions, then each dimension as a big-endian uint32, then the bytes.
+A file has the bytes 0, 0, 8 (for bytes), then the number of dimensions, each dimension as a big-endian uint32, and the data.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.formats.images import Images, Request, TensorImages, shape_of
 
-#: A header that promises more than this is taken for damaged, rather than memory allocated for it.
+#: A header with a larger size counts as damaged, and no memory is allocated for it.
 MOST_BYTES = 2**31
 
 
 def load_idx(request: Request, folder: str, mean: float, std: float) -> Images:
-    """Ten classes of grey images from the four usual files, plain or gzipped.
+    """Return ten classes of grey images from the four usual files, plain or gzipped.
 
-    They are looked for in `folder`/raw and raw under the data folder, where torchvision puts them, then in `folder` and in
-    the data folder itself. Raises UsageError naming the first file that is missing, damaged or at odds with another.
+    The files are looked for in `folder`/raw and raw under the data folder, where torchvision puts them, then in `folder` and in
+    the data folder itself. Raises UsageError with the first file that is missing, damaged or inconsistent with another.
     """
     root = request.folder()
     places = [root / folder / "raw", root / "raw", root / folder, root]
@@ -35,7 +35,9 @@ def load_idx(request: Request, folder: str, mean: float, std: float) -> Images:
         label_file = _find(request.name, places, f"{prefix}-labels", 1)
         pixels, labels = read_idx(image_file, 3), read_idx(label_file, 1)
         if len(pixels) != len(labels):
-            raise UsageError(f"{image_file} has {len(pixels)} images but {label_file} has {len(labels)}: one is not the other's.")
+            raise UsageError(
+                f"{image_file} has {len(pixels)} images but {label_file} has {len(labels)}: they are not of one set."
+            )
         if int(labels.max()) > 9:
             raise UsageError(f"{label_file} has labels above 9, so it is not of '{request.name}': fetch the original again.")
         return TensorImages(pixels.unsqueeze(1), labels.to(torch.int64), (mean,), (std,))
@@ -59,10 +61,10 @@ def _find(name: str, places: list[Path], stem: str, dimensions: int) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """The bytes of an IDX file as uint8 of that many dimensions.
+    """Return the bytes of an IDX file as uint8 with that many dimensions.
 
-    Raises UsageError where the file can't be read, is no IDX file of bytes with that many dimensions, or is of another
-    length than its header says.
+    Raises UsageError if the file cannot be read, is no IDX file of bytes with that many dimensions, or has another length than
+    its header says.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a data source gives, what it is asked, and the data set that most of them use."""
+"""The result of a data source, the request to it, and the data set class that most sources use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sample = tuple[Tensor, int]
 class Samples(Dataset[Sample]):
     """A map-style data set that knows its length."""
 
-    #: A value of a Sample is (v - mean) / std of a pixel's v, 0 to 1; one mean and std per channel.
+    #: A pixel value v, 0 to 1, becomes (v - mean) / std in a Sample. There is one mean and std per channel.
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -38,13 +38,13 @@ class Images:
     classes: int
     #: (channels, height, width) of every image, in pixels.
     shape: tuple[int, int, int]
-    #: What the labels stand for, where that is known.
+    #: The names of the classes, if they are known.
     names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a source is asked for; the fields are the arguments of `roundtable.worker.data.load`."""
+    """A request to a source. The fields are the arguments of `roundtable.worker.data.load`."""
 
     name: str
     data_dir: str | None
@@ -54,7 +54,7 @@ class Request:
     classes: int | None = None
 
     def folder(self) -> Path:
-        """The folder to read. Raises UsageError where none was given or there is no such folder."""
+        """Return the folder to read. Raises UsageError if none was given or it does not exist."""
         if self.data_dir is None:
             raise UsageError(f"the data source '{self.name}' reads files: name the folder that holds them with --data-dir.")
         folder = Path(self.data_dir)
@@ -64,10 +64,10 @@ class Request:
 
 
 class TensorImages(Samples):
-    """Images that are kept in memory as bytes and made float32 one at a time.
+    """Images that are kept in memory as bytes and converted to float32 one at a time.
 
-    `pixels` is uint8 (N, C, H, W) and `labels` int64 (N). A pixel p becomes (p / white - mean) / std, with one `mean` and
-    `std` per channel. `vary` is applied to the uint8 (C, H, W) image before that.
+    `pixels` is uint8 (N, C, H, W) and `labels` int64 (N). A pixel p becomes (p / white - mean) / std, with one `mean` and `std`
+    per channel. Before that, `vary` is applied to the uint8 (C, H, W) image.
     """
 
     def __init__(
@@ -97,6 +97,6 @@ class TensorImages(Samples):
 
 
 def shape_of(images: TensorImages) -> tuple[int, int, int]:
-    """(channels, height, width) of every image."""
+    """Return (channels, height, width) of every image."""
     _, channels, height, width = images.pixels.shape
     return channels, height, width

@@ -1,7 +1,7 @@
-"""Tables of digits that come inside installed packages, and the fixed split of them into training and held-out samples.
+"""Tables of digits inside installed packages, and their fixed split into training and held-out samples.
 
-The packages' own loaders take two seconds of CPU, parsing or importing; here it is a tenth of that, which counts when
-every worker of a run loads the data at once. The packages are located but not imported.
+The packages' own loaders take two seconds of CPU for parsing or importing. This takes a tenth of that, which counts if every
+worker of a run loads the data at once. The packages are located but not imported.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.extras import require
 from roundtable.worker.data.formats.images import Images, Request, TensorImages, shape_of
 
-#: Draws the held-out samples. Fixed for good: figures are comparable between runs only where they are held out from all.
+#: Draws the held-out samples. It never changes, so that results of different runs are comparable.
 SPLIT_SEED = 20260101
 
 
 def load_digits(
     request: Request, package: str, file: str, side: int, white: int, held_out: int, mean: float, std: float
 ) -> Images:
-    """Digits from the gzipped CSV `file` of `package`: rows of side*side grey values, 0 to `white`, and the label, 0 to 9.
+    """Return digits from the gzipped CSV `file` of `package`: rows of side*side grey values, 0 to `white`, and the label, 0 to 9.
 
-    `held_out` samples of each class are held out. Raises UsageError where the package lacks the file or it is damaged.
+    `held_out` samples of each class are held out. Raises UsageError if the package lacks the file, or if the file is damaged.
     """
     table = read_table(package_file(package, file), columns=side * side + 1)
     labels = table[:, -1]
@@ -46,22 +46,22 @@ def load_digits(
 
 
 def package_file(package: str, file: str) -> Path:
-    """The path of `file` in an installed package. Raises UsageError where the package is not installed or lacks it."""
+    """Return the path of `file` in an installed package. Raises UsageError if the package is not installed or lacks the file."""
     require("this data set", package)
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / file
     if not path.is_file():
-        raise UsageError(f"there is no {path}: this version of {package} lacks the images that others come with, so change it.")
+        raise UsageError(f"there is no {path}, so this version of {package} lacks the images: install another version of it.")
     return path
 
 
 def read_table(path: Path, columns: int) -> npt.NDArray[np.int64]:
-    """The (rows, columns) integers of a gzipped CSV file without a header. Raises UsageError where it is no such thing."""
+    """Return the (rows, columns) integers of a gzipped CSV file without a header. Raises UsageError if it is something else."""
     try:
         text = gzip.decompress(path.read_bytes()).decode("ascii").strip()
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # numpy only warns of text that is no number
+            warnings.simplefilter("error")  # for text that is no number, numpy only warns
             values: npt.NDArray[np.int64] = np.fromstring(text.replace("\n", ","), dtype=np.int64, sep=",")
     except (OSError, EOFError, ValueError, zlib.error, DeprecationWarning) as error:
         raise UsageError(f"{path} is damaged ({error}): reinstall the package that it belongs to.") from None
@@ -71,9 +71,9 @@ def read_table(path: Path, columns: int) -> npt.NDArray[np.int64]:
 
 
 def split(labels: npt.NDArray[np.int64], held_out: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Row numbers for training and, `held_out` of each class, for testing; both ascending, the same in every process.
+    """Return row numbers for training, and `held_out` of each class for testing. Both ascend and are equal in every process.
 
-    RandomState and no newer generator, because numpy promises that its numbers never change.
+    RandomState is used because numpy promises that its numbers never change. Newer generators have no such promise.
     """
     random = np.random.RandomState(SPLIT_SEED)
     drawn = [random.permutation(np.flatnonzero(labels == label))[:held_out] for label in np.unique(labels)]

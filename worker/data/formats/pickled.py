@@ -1,8 +1,8 @@
-"""Reads the dictionaries of numpy arrays that CIFAR's Python batches are, without running anything a pickle may ask for.
+"""Reads the dictionaries of numpy arrays in CIFAR's Python batches, without running any code that a pickle asks for.
 
-A pickle names the functions that rebuild its objects. The few that a numpy array needs are answered with the stand-ins
-below, which only keep the bytes; any other name is refused. A few bytes can ask for gigabytes, so the pickle is looked through
-before it is read, and what comes of it is counted.
+A pickle names the functions that rebuild its objects. For the few functions that a numpy array needs, there are stand-ins below,
+which only keep the bytes. Any other name is refused. A few bytes can ask for gigabytes, so the pickle is checked before it is
+read, and the bytes that it makes are counted.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from typing import Any
 
 from roundtable.common.runtime.errors import UsageError
 
-#: Bytes that a file may have, and instructions of a pickle: a batch of CIFAR-100 has 200,000.
+#: Bytes that a file may have.
 _MOST_BYTES = 1 << 30
+#: Instructions that a pickle may have: a batch of CIFAR-100 has 200,000.
 _MOST_STEPS = 1_000_000
-#: Numbers of objects that may be left out.
+#: Numbers of objects that may be skipped.
 _NUMBERS = 1000
 
 
 class ByteArray:
-    """Stands in for a numpy array of bytes: its shape, and its contents in C order."""
+    """A stand-in for a numpy array of bytes: its shape, and its contents in C order."""
 
     shape: tuple[int, ...] = ()
     data: bytes | bytearray = b""
 
     @classmethod
     def empty(cls, *_: object) -> ByteArray:
-        """In place of numpy's `_reconstruct`; the contents follow by `__setstate__`."""
+        """Stand in for numpy's `_reconstruct`. The contents follow by `__setstate__`."""
         return cls()
 
     @classmethod
     def full(cls, data: bytes, dtype: ByteType, shape: tuple[int, ...], order: str) -> ByteArray:
-        """In place of numpy's `_frombuffer`."""
+        """Stand in for numpy's `_frombuffer`."""
         array = cls()
         array._fill(shape, dtype, order != "C", data)
         return array
@@ -54,14 +55,14 @@ class ByteArray:
 
 
 class ByteType:
-    """Stands in for numpy's dtype uint8, and refuses to be another."""
+    """A stand-in for numpy's dtype uint8, which refuses other dtypes."""
 
     def __init__(self, code: str | bytes, *_: object) -> None:
         if code not in ("u1", b"u1"):
             raise pickle.UnpicklingError(f"an array in it is of {code!r}, not of uint8")
 
     def __setstate__(self, _: object) -> None:
-        """Byte order and the like, which mean nothing for bytes."""
+        """Ignore byte order and the like, which mean nothing for bytes."""
 
 
 _STAND_INS: Mapping[tuple[str, str], object] = {
@@ -77,11 +78,11 @@ _STAND_INS: Mapping[tuple[str, str], object] = {
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
-        #: Bytes that may yet be made of texts: no more than the file has, for each of them is in it.
+        #: Bytes that texts may yet be converted to. They cannot be more than the file's, because each of them is in the file.
         self._left = len(data)
 
     def _encode(self, text: str, _encoding: str) -> bytes:
-        """In place of `_codecs.encode`: how Python 3 writes bytes in a pickle that Python 2 could read."""
+        """Stand in for `_codecs.encode`, by which Python 3 writes bytes in a pickle that Python 2 can read."""
         self._left -= len(text)
         if self._left < 0:
             raise pickle.UnpicklingError("its arrays have more bytes than the file")
@@ -97,9 +98,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_batch(path: Path) -> dict[str, Any]:
-    """The dictionary in a pickle of numbers, strings, lists and uint8 arrays; arrays come as ByteArray.
+    """Return the dictionary in a pickle of numbers, strings, lists and uint8 arrays. Arrays become ByteArray.
 
-    Raises UsageError where the file can't be read, is damaged, is no dictionary, or asks for anything else.
+    Raises UsageError if the file cannot be read, is damaged, has no dictionary, or asks for anything else.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
@@ -115,12 +116,12 @@ def read_batch(path: Path) -> dict[str, Any]:
 
 
 def _look_through(data: bytes) -> None:
-    """Raise UnpicklingError or ValueError for a pickle that has more than it says, or asks for more memory than it has bytes."""
+    """Raise UnpicklingError or ValueError if a pickle has more than it says, or asks for more memory than it has bytes."""
     put = 0
     for steps, (code, value, _) in enumerate(pickletools.genops(data)):
         if steps >= _MOST_STEPS:
             raise pickle.UnpicklingError(f"it has more than {_MOST_STEPS} instructions")
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             put += 1
-            if not isinstance(value, int) or value > 2 * put + _NUMBERS:  # room is made for as many as the number says
+            if not isinstance(value, int) or value > 2 * put + _NUMBERS:  # the unpickler allocates as many places as this number
                 raise pickle.UnpicklingError(f"it numbers its {put}. object {value}")

@@ -18,14 +18,14 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 TRAIN = [f"data_batch_{n}" for n in range(1, 6)]
 TEST = ["test_batch"]
-#: Pixels by which a training image may be moved in each direction.
+#: Pixels by which a training image may be shifted in each direction.
 SHIFT = 4
 
 
 def load(request: Request) -> Images:
-    """3x32x32, ten classes; training images are moved and mirrored at random where `request.augment`.
+    """Return 3x32x32 images of ten classes. If `request.augment`, training images are shifted and mirrored at random.
 
-    Raises UsageError naming the file that is missing or damaged.
+    Raises UsageError with the file that is missing or damaged.
     """
     folder = _batches(request.folder())
     train = TensorImages(*_read(folder, TRAIN), MEAN, STD, vary=shift_and_flip if request.augment else None)
@@ -33,9 +33,9 @@ def load(request: Request) -> Images:
 
 
 def shift_and_flip(image: Tensor) -> Tensor:
-    """The usual augmentation of (C, H, W): moved by up to SHIFT pixels, black moving in, and half of the time mirrored.
+    """Return an image (C, H, W) shifted by up to SHIFT pixels, with a black border, and mirrored half of the time.
 
-    Draws from torch's global generator, three numbers an image.
+    This is the usual augmentation. It draws three numbers per image from torch's global generator.
     """
     _, height, width = image.shape
     down, right = (int(n) for n in torch.randint(2 * SHIFT + 1, (2,)))
@@ -46,7 +46,7 @@ def shift_and_flip(image: Tensor) -> Tensor:
 
 
 def _batches(root: Path) -> Path:
-    """The folder under `root` that has the batches."""
+    """Return the folder under `root` that has the batches."""
     places = [root, root / "cifar-10-batches-bin", root / "cifar-10-batches-py"]
     for place in places:
         if any((place / name).is_file() for first in TRAIN[:1] + TEST for name in (first, f"{first}.bin")):
@@ -60,7 +60,7 @@ def _batches(root: Path) -> Path:
 
 
 def _read(folder: Path, names: list[str]) -> tuple[Tensor, Tensor]:
-    """uint8 (N, 3, 32, 32) and int64 (N) from batches of either kind."""
+    """Return uint8 (N, 3, 32, 32) and int64 (N) from batches of either kind."""
     parts = [_read_one(folder, name) for name in names]
     return torch.cat([pixels for pixels, _ in parts]), torch.cat([labels for _, labels in parts])
 
@@ -74,7 +74,7 @@ def _read_one(folder: Path, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _read_binary(path: Path) -> tuple[Tensor, Tensor]:
-    """A file of records, each of a label and 3072 bytes of pixels."""
+    """Read a file of records, each with a label and 3072 bytes of pixels."""
     try:
         data = bytearray(path.read_bytes())
     except OSError as error:
@@ -90,7 +90,7 @@ def _read_binary(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _read_pickled(path: Path) -> tuple[Tensor, Tensor]:
-    """A pickled dictionary of `data`, bytes (N, 3072), and `labels`, a list of N integers, 0 to 9."""
+    """Read a pickled dictionary of `data`, bytes (N, 3072), and `labels`, a list of N integers, 0 to 9."""
     batch = read_batch(path)
     data, labels = batch.get("data"), batch.get("labels")
     if (

@@ -7,5 +7,5 @@ from roundtable.worker.data.formats.packaged import load_digits
 
 
 def load(request: Request) -> Images:
-    """1x8x8, ten classes; needs no files. Raises UsageError where scikit-learn lacks its table."""
+    """Return 1x8x8 images of ten classes. No files are needed. Raises UsageError if scikit-learn lacks its table."""
     return load_digits(request, "sklearn", "datasets/data/digits.csv.gz", side=8, white=16, held_out=36, mean=0.3053, std=0.3760)

@@ -7,5 +7,5 @@ from roundtable.worker.data.formats.images import Images, Request
 
 
 def load(request: Request) -> Images:
-    """1x28x28, ten classes. Raises UsageError naming the file that is missing or damaged."""
+    """Return 1x28x28 images of ten classes. Raises UsageError with the file that is missing or damaged."""
     return load_idx(request, "FashionMNIST", mean=0.2860, std=0.3530)

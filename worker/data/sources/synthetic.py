@@ -1,4 +1,4 @@
-"""Images made up from a seed, for trying things out where there are no files: one blocky pattern per class, under noise."""
+"""Images made from a seed, for trials without files: one blocky pattern per class, under noise."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from roundtable.common.config.batch_plan import derive_seed
 from roundtable.worker.data.formats.images import Images, Request, Sample, Samples, TensorImages
 
-#: Height and width, in pixels, of the blocks that patterns are made of.
+#: Height and width, in pixels, of the blocks of a pattern.
 BLOCK = 4
-#: How much of an image is its class's pattern; the rest is noise.
+#: The share of the class's pattern in an image. The rest is noise.
 PATTERN = 0.2
-#: Of pixels from 0 to 1, about.
+#: Approximate mean and standard deviation of pixels from 0 to 1.
 MEAN, STD = 0.5, 0.25
 
 
 def load(request: Request) -> Images:
-    """1x28x28, ten classes, 2,000 images to train on and 500 held out; or of the shape and classes asked for."""
+    """Return 2,000 training and 500 held-out images, by default 1x28x28 of ten classes, or as the request says."""
     if request.shape is None and request.classes is None:
         return make(request.seed)
     shape, classes = request.shape or (1, 28, 28), request.classes or 10
@@ -26,7 +26,7 @@ def load(request: Request) -> Images:
 
 
 def make(seed: int, classes: int = 10, shape: tuple[int, int, int] = (1, 28, 28), train: int = 2000, test: int = 500) -> Images:
-    """`train` and `test` images of that (C, H, W), all classes equally often. The same seed gives the same images."""
+    """Return `train` and `test` images of `shape` (C, H, W), equally many of each class. The same seed gives the same images."""
     generator = torch.Generator().manual_seed(seed)
     patterns = _enlarge(_coarse(classes, shape, generator), shape)
 
@@ -38,7 +38,7 @@ def make(seed: int, classes: int = 10, shape: tuple[int, int, int] = (1, 28, 28)
 
 
 class DrawnImages(Samples):
-    """Images that take up no memory: each is drawn when it is asked for, from a seed of its own."""
+    """Images that take up no memory. Each is drawn when it is read, from a seed of its own."""
 
     def __init__(self, seed: int, part: str, count: int, classes: int, shape: tuple[int, int, int]) -> None:
         self._seed, self._part, self._count, self._shape = seed, part, count, shape
@@ -56,17 +56,17 @@ class DrawnImages(Samples):
 
 
 def _coarse(classes: int, shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """The patterns with one element for each block."""
+    """Return the patterns with one element for each block."""
     channels, height, width = shape
     return torch.rand(classes, channels, -(-height // BLOCK), -(-width // BLOCK), generator=generator)
 
 
 def _enlarge(coarse: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """float32 (..., *shape)."""
+    """Return the patterns in full size, float32 (..., *shape)."""
     return coarse.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., : shape[1], : shape[2]]
 
 
 def _noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 of the shape of `images`, whose values are 0 to 1."""
+    """Return images with noise, uint8, for patterns `images` of values from 0 to 1."""
     noise = torch.rand(images.shape, generator=generator)
     return (images * PATTERN + noise * (1 - PATTERN)).mul(255).to(torch.uint8)

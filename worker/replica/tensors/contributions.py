@@ -61,19 +61,19 @@ class Contributions:
         return chunk.kind == "param" and all(self._tensors.tensors[piece.tensor].grad is None for piece in chunk.pieces)
 
     def _own(self, chunk: Chunk, values: torch.Tensor, samples: int) -> Sum:
-        """Return what the model contributes to a chunk now, times its samples, in `values`."""
+        """Return the model's contribution to a chunk, times its samples, in `values`."""
         if self._has_none(chunk):
             return nothing()
         return weighted(values, self._collect(chunk, values, {}), samples, chunk.kind)
 
     def _add_pieces(self, chunk: Chunk, total: torch.Tensor) -> int:
-        """Add a chunk's gradients to `total`; return the mask of the pieces that have one."""
+        """Add a chunk's gradients to `total`, and return the mask of the pieces that have one."""
         present, parts, gradients = 0, [], []
         for bit, piece in enumerate(chunk.pieces):
             part = total[piece.offset : piece.offset + piece.length]
             gradient = self._tensors.tensors[piece.tensor].grad
             if gradient is None:
-                part.add_(0.0)  # as the contribution is 0 there
+                part.add_(0.0)  # the contribution is 0 here
                 continue
             gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
             parts.append(part)
@@ -85,7 +85,7 @@ class Contributions:
 
     @torch.no_grad()
     def collect(self, chunk: Chunk, gradient_buffer: GradientBuffer) -> int:
-        """Have what the model contributes to a chunk in the gradient buffer; return the mask of its pieces."""
+        """Put the model's contribution to a chunk into the gradient buffer, and return the mask of its pieces."""
         if chunk.id in self._tensors.packed:
             return self._collect_packed(chunk, gradient_buffer)
         return self._collect(chunk, gradient_buffer.chunks[chunk.id], self._capture.places(gradient_buffer))

@@ -1,4 +1,4 @@
-"""New weights into the model: copied, or read where a server has them."""
+"""Putting new weights into the model, copied or as they lie in a server's memory."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from roundtable.worker.replica.tensors.model_tensors import ModelTensors
 
 
 class WeightLoader:
-    """Has the model take over weights and buffers, chunk by chunk."""
+    """Puts weights and buffers into the model, chunk by chunk."""
 
     def __init__(self, tensors: ModelTensors, buffers: BufferState) -> None:
         self._tensors, self._buffers = tensors, buffers
-        #: The memory of servers on this host, which parameters then lie in.
+        #: The memory of servers on this host, in which parameters then lie.
         self.mapped = MappedWeights(tensors.layout)
         #: Numbers of parameters that lie in servers' memory.
         self._in_memory: set[int] = set()
 
     @torch.no_grad()
     def load(self, weights: Mapping[int, Any], copy: bool) -> None:
-        """Take over new weights and buffers; see `Replica.load`."""
-        with torch._C.DisableTorchFunctionSubclass():  # parameters that are awaited are to come here
+        """Put new weights and buffers into the model; see `Replica.load`."""
+        with torch._C.DisableTorchFunctionSubclass():  # lazy parameters must not wait for themselves
             self._tensors.check_dtypes()
             self._load(weights, copy)
 
@@ -42,7 +42,7 @@ class WeightLoader:
         tensors = {piece.tensor: [weights.get(c.id) for c in chunks_of[piece.tensor]] for c in cut for piece in c.pieces}
         adopted = {index for index, found in tensors.items() if not copy and self._adopt(index, chunks_of[index], found)}
         self._buffers.put_back(piece.tensor for chunk in cut for piece in chunk.pieces)
-        # only now, for what a script wrote into one of those may have hidden others on the same page
+        # only now: a script's writes to an adopted tensor may have hidden newer values on the same page until here
         for chunk in cut:
             for piece in chunk.pieces:
                 if piece.tensor not in adopted:
@@ -66,13 +66,13 @@ class WeightLoader:
                 continue
             if not copy and piece.tensor in self._in_memory:
                 self._move_out(piece.tensor)
-            targets.append(tensor.data)  # a graph that has kept it already is to see what comes now
+            targets.append(tensor.data)  # an autograd graph that has saved the tensor must see the new values
             sources.append(view)
         if targets:
             torch._foreach_copy_(targets, sources)
 
     def _move_out(self, index: int) -> None:
-        """Have a place of its own again for a parameter that lies in a server's memory."""
+        """Give a parameter that lies in a server's memory a memory of its own again."""
         tensor = self._tensors.tensors[index]
         tensor.data = torch.empty_like(tensor)
         self._in_memory.remove(index)
@@ -83,7 +83,7 @@ class WeightLoader:
         return from_frame(found, chunk.dtype, chunk.numel, f"chunk {chunk.id}")
 
     def _adopt(self, index: int, chunks: list[Chunk], found: list[Any]) -> bool:
-        """Have a parameter lie where its weights are. Return False if they must be copied."""
+        """Make a parameter use the memory of its weights. Return False if they must be copied."""
         tensor = self._tensors.tensors[index]
         if chunks[0].kind != "param" or tensor.device.type != "cpu" or not tensor.is_contiguous():
             return False
