@@ -2,9 +2,9 @@
 
 Horovod, DDP and others overlap communication with backward in this way. Hashemi et al., "TicTac" (MLSys 2019), Jayarajan et al.,
 "Priority-based parameter propagation" (P3, MLSys 2019) and Peng et al., "ByteScheduler" (SOSP 2019) also send first what the
-next forward needs first, with few bytes under way. When a gradient is sent, it is not known what the script will do with it before
-`step`: it may clip it, or call backward again. So an early push does not count until `unchanged` has found that the gradients
-are still those that were sent.
+next forward needs first, with few bytes under way. After a gradient is sent, the script may yet change it
+before `step`: it may clip it, or call backward again. So an early push does not count until `unchanged` has found that the
+gradients are still those that were sent.
 """
 
 from __future__ import annotations
