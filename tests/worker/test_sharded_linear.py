@@ -171,7 +171,7 @@ def refusal(what: Callable[[], Any]) -> str:
         ({"label_smoothing": 1.0}, "below 1"),
         ({"label_smoothing": 0.1, "margin": roundtable.CosFace()}, "goes neither with a margin"),
         ({"margin": roundtable.ArcFace()}, "has a bias"),
-        ({"reduction": "max"}, "mean, sum and none"),
+        ({"reduction": "max"}, "it must be mean, sum or none"),
         ({"layer": None}, "has returned"),
     ],
 )
