@@ -1,15 +1,16 @@
-"""A whole cluster in one thread: a network that loses, repeats, delays and reorders messages, and a clock that is a number.
+"""A simulated cluster in one process: its network loses, repeats, delays and reorders messages, and its clock is a number.
 
-Coordinator, servers, workers and the workers' links are the real ones, over sockets that only look like ZeroMQ's. A worker's
-script is what a user writes. It runs on a thread of its own, and blocks wherever the worker's loop blocks, inside torch too.
-Only one thread runs at any time: a script runs while the world waits for it, and the world runs while all scripts wait. So a
-run depends on its seed alone.
+Coordinator, servers, workers and the workers' links are the real ones. Their sockets only look like ZeroMQ's. A worker's script
+is like a user's. It runs on a thread of its own, and blocks wherever the worker's loop blocks, inside torch too. Only one thread
+runs at any time: a script runs while the world waits for it, and the world runs while all scripts wait. So a run depends on its
+seed alone.
 
-The model is such that its weights tell on the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the
-run alone, so it shows how often that was counted. The other gradients depend on the weights and round differently in every
-order, so they show a wrong order of summing, or weights of the wrong round. With a codec for pushes, `account` and `c`
-are what it compresses. With `Case.rows` there is a table too, of which only rows are sent: so many that are looked up at random,
-and behind them an account. With `Case.classes` there is a layer that is sharded over the servers, of so many.
+The model's weights show mistakes of the cluster. Element n of `account` gets a gradient of 1 from micro-batch n of the run only,
+so it shows how often that micro-batch was counted. The other gradients depend on the weights and round differently in every order
+of summing. So they show a wrong order, or weights of a wrong round.
+
+A codec for pushes compresses `account` and `c`. With `Case.rows` the model has an embedding table as well: that many rows, which
+are looked up at random, and after them an account. With `Case.classes` it has a sharded layer with that many classes.
 """
 
 from __future__ import annotations
@@ -78,15 +79,15 @@ from roundtable.worker.run import Run
 
 _TICK_S = 0.1
 _COORDINATOR = "tcp://coordinator:1"
-#: The most that a run may take, in its own seconds: what is not over by then hangs.
+#: A run that takes longer than this, in simulated seconds, hangs.
 _LIMIT_S = 5000.0
 
 
 def schedules(examples: int) -> settings:
     """Return Hypothesis' settings for tests over random schedules.
 
-    The environment variable SCHEDULES says how many times `examples` are tried, and each time others. Without it, half as many
-    are tried, and always the same (decision 0010).
+    If the environment variable SCHEDULES is set, that many times `examples` schedules are tried, which differ each time.
+    Otherwise half of `examples` are tried, which are always the same (decision 0010).
     """
     return settings(
         max_examples=examples * int(os.environ["SCHEDULES"]) if "SCHEDULES" in os.environ else (examples + 1) // 2,
@@ -99,42 +100,49 @@ def schedules(examples: int) -> settings:
 
 @dataclass(frozen=True)
 class Network:
-    """What happens to a message: each is a probability but `delay_s`, the longest time it may be under way."""
+    """The network's faults."""
 
+    #: The probability that a message is lost.
     loss: float = 0.0
+    #: The probability that a message is sent twice.
     twice: float = 0.0
+    #: The longest time that a message is under way, in seconds.
     delay_s: float = 0.01
 
 
 @dataclass(frozen=True)
 class Pace:
-    """One worker. Seconds for a micro-batch, and of the user's own between two of them; when it starts; and, counted from the
-    moment when it was welcomed, when it dies or hangs."""
+    """One worker's speed and faults. Times are seconds after its welcome, unless the comment says otherwise."""
 
+    #: How long a micro-batch takes.
     compute_s: float = 0.1
+    #: How long the script is busy with something else between two micro-batches.
     pause_s: float = 0.0
+    #: When the worker starts, in seconds of the run.
     starts_s: float = 0.0
-    #: From then on it is silent.
+    #: When the worker dies. It is silent from then on.
     dies_s: float = float("inf")
-    #: From then on it computes for ever, but gives signs of life.
+    #: When the worker begins to compute for ever. It still sends heartbeats.
     hangs_s: float = float("inf")
-    #: Seconds of the run in which weights of the first chunk do not reach it.
+    #: Begin and end, in seconds of the run, of a time when weights of the first chunk do not reach the worker.
     deaf_s: tuple[float, float] = (0.0, 0.0)
-    #: Seconds, counted likewise, in which nothing reaches the coordinator from it or it from the coordinator.
+    #: Begin and end of a time when no message passes between the worker and the coordinator.
     cut_off_s: tuple[float, float] = (0.0, 0.0)
-    #: When it is told to leave early, and when its script breaks off its loop by itself, which the others know nothing of.
+    #: When the worker is told to leave early.
     leaves_s: float = float("inf")
+    #: When the script leaves its loop by itself, without a word to others.
     breaks_s: float = float("inf")
-    #: When it fails, and whether that is for a server that does not answer it.
+    #: When the script fails.
     fails_s: float = float("inf")
+    #: True if the script fails because a server does not answer.
     finds_no_server: bool = False
-    #: Once it is dead, another like it is started after so many seconds, which lives.
+    #: How long after a worker's death another one without faults takes its place.
     restart_s: float = float("inf")
 
 
 @dataclass(frozen=True)
 class Case:
-    """All that a run depends on."""
+    """Everything that a run depends on."""
 
     settings: Settings
     paces: Sequence[Pace]
@@ -144,34 +152,39 @@ class Case:
     seed: int = 0
     clip_norm: float | None = None
     chunk_bytes: int = 48
-    #: Chunks of weights that may be on their way to a worker; and versions that a server has room for.
+    #: Chunks of weights that may be under way to a worker.
     credit: int = 1
+    #: Weight buffers of each server.
     weight_buffers: int = 4
     momentum: float = 0.9
     lr: float = 0.125
+    #: Rows of the embedding table that are looked up at random. 0: no table.
     rows: int = 0
+    #: Classes of the sharded layer. 0: no sharded layer.
     classes: int = 0
-    #: Whether workers share memory with servers: `beside`, each with one only; `apart`, and whether they leave what they compute
-    #: for a round apart there.
+    #: How workers share memory with servers. "": not at all. "beside": each worker with one server only. "apart": with all
+    #: servers, and a worker leaves contributions to a round in separate gradient buffers.
     memory: Literal["", "shared", "beside", "apart"] = ""
-    #: Folder for checkpoints, which are made if there is one; and whether the run goes on from those in it.
+    #: The folder for checkpoints, or None for a run without checkpoints.
     folder: Path | None = None
+    #: True if the run goes on from the newest checkpoint in `folder`.
     resume: bool = False
-    #: Who is killed (coordinator, server-N, worker-N, or who is in its place by then), when, and after how many seconds another
-    #: process is in its place.
+    #: (place, when, after how many seconds another process is there) of killed processes. A place is coordinator, server-N or
+    #: worker-N.
     killed: Sequence[tuple[str, float, float]] = ()
-    #: When the coordinator gets a SIGTERM, and after how many seconds the run is started again; others are killed by one.
+    #: (when, after how many seconds the run is started again) of SIGTERMs to the coordinator.
     stopped: Sequence[tuple[float, float]] = ()
-    #: Which server or worker gets a SIGTERM (as in `killed`), when, and after how many seconds another process is in its place.
+    #: (place, when, after how many seconds another process is there) of SIGTERMs to servers and workers.
     told: Sequence[tuple[str, float, float]] = ()
-    #: Whether workers are on the coordinator's host, and so are soon counted as lost.
+    #: True if workers are on the coordinator's host, so that silent ones soon count as lost.
     near: bool = False
-    #: Where servers keep copies: which server is killed when, and after how many seconds another process is in its place.
+    #: In a run with replicas: (server, when, after how many seconds another process is there) of servers that are killed once
+    #: every shard has a copy.
     replaced: Sequence[tuple[int, float, float]] = ()
 
     @property
     def keeps_event_log(self) -> bool:
-        """Whether the event log is real, and so there for a coordinator that comes after."""
+        """Return True if the event log is a real file, which a later coordinator can read."""
         return bool(self.killed or self.stopped or self.told) or self.folder is not None
 
     def plans(self) -> list[Segment]:
@@ -190,7 +203,7 @@ class Case:
         return out
 
     def micro_batches(self) -> list[Task]:
-        """All of the run, in order."""
+        """Return all micro-batches of the run, in order."""
         rounds = [segment.round(r) for segment in self.plans() for r in range(segment.first_round, segment.end)]
         return [Task(plan.index, k) for plan in rounds for k in range(plan.micro_batches)]
 
@@ -202,9 +215,12 @@ class Case:
 
 
 class Model(nn.Module):
-    """See the top. `rare` has a gradient in even rounds only; `mean`, `most`, `seen` and `latest` are buffers of all kinds, the
-    last of which not every micro-batch changes. `late` and `kept` are frozen at first: `late` has a gradient in the second round,
-    the fifth and so on, and `kept` in none."""
+    """The model of the module's docstring.
+
+    `rare` has a gradient in even rounds only. `late` and `kept` are frozen at first. `late` has a gradient in the second round,
+    the fifth and so on, and `kept` has none. `mean`, `most`, `seen` and `latest` are buffers, one of each kind. Not every
+    micro-batch changes `latest`.
+    """
 
     RULES: ClassVar[dict[str, BufferRule]] = {"mean": "mean", "most": "max", "seen": "sum"}
 
@@ -237,12 +253,12 @@ class Model(nn.Module):
                 self.table.weight[case.rows :] = 0.0
         self.classes = case.classes
         if case.classes:
-            #: In each block of classes, dealt out to the servers in turns, one whose rows are an account.
+            #: One class on each server, in a block of its own. Its row is an account.
             self.counting = torch.arange(0, case.classes, BLOCK)[: case.settings.servers]
             self.head = ShardedLinear(3 + len(self.number), case.classes)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameters as an optimizer takes them: tables do without momentum."""
+        """Return parameter groups for an optimizer. The table's group has no momentum."""
         table = [self.table.weight] if self.rows else []
         return [
             {"params": [p for p in self.parameters() if all(p is not t for t in table)]},
@@ -250,13 +266,16 @@ class Model(nn.Module):
         ]
 
     def ids(self, task: Task) -> torch.Tensor:
-        """The rows that a micro-batch looks up; the last is its account's."""
+        """Return the rows that a micro-batch looks up. The last one is the row of its account."""
         generator = torch.Generator().manual_seed(2000 * task.round + task.k)
         return torch.cat([torch.randint(self.rows, (5,), generator=generator), torch.tensor([self.rows + self.number[task]])])
 
     def samples(self, task: Task) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and labels of a micro-batch for the sharded layer: two samples, and those of which others know nothing and
-        all classes are as probable, so that their gradient is known."""
+        """Return features and labels of a micro-batch for the sharded layer: two random samples, then one for each account.
+
+        No other micro-batch has the features of an account's sample. All its classes are about equally likely, so that its
+        gradient is known.
+        """
         generator = torch.Generator().manual_seed(3000 * task.round + task.k)
         features = torch.zeros(2 + len(self.counting), 3 + len(self.number))
         features[:2, :3] = torch.randn(2, 3, generator=generator) * self.a.detach()
@@ -265,7 +284,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def compute(self, task: Task) -> None:
-        """Stand in for forward and backward of a micro-batch: leaves gradients, changes buffers."""
+        """Do a micro-batch's forward and backward: set the gradients and change the buffers."""
         generator = torch.Generator().manual_seed(1000 * task.round + task.k)
         self.account.grad = torch.zeros_like(self.account)
         self.account.grad[self.number[task]] = 1.0
@@ -277,46 +296,48 @@ class Model(nn.Module):
         self.most[task.k % 2] += task.k
         self.seen[self.number[task]] += 1
         if (task.round + task.k) % 3:
-            self.latest = self.latest + self.number[task] * 1j  # another tensor, as scripts do
+            self.latest = self.latest + self.number[task] * 1j  # a new tensor, as some scripts make
         if self.rows:
             factors = torch.randn(2, generator=generator)
             with torch.enable_grad():
                 looked_up = self.table(self.ids(task))
-                # every row's gradient depends on all of them, wherever they are
+                # each row's gradient depends on all rows, on whatever server they are
                 ((looked_up[:5].sum(0).sin() * factors).sum() + looked_up[5:].sum()).backward()
         if self.classes:
             features, labels = self.samples(task)
             with torch.enable_grad():
                 sharded_cross_entropy(features.requires_grad_(), labels, self.head).backward()
-            if features.grad is not None:  # else it was asked too late
+            if features.grad is not None:  # None if the servers did not have the version any more
                 self.a.grad = self.a.grad + features.grad[:, :3].sum(0)
 
 
 HEAD = "head"
-#: Features of the accounts of a sharded layer: they move logits little.
+#: The feature of an account's sample in the sharded layer. It is small, so that it moves logits little.
 TALLY = 0.01
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of all its numbers that are here."""
+    """Return a copy of a model's state_dict, without tensors that servers keep."""
     return {name: value.detach().clone() for name, value in model.state_dict().items() if not value.is_meta}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether all bits are equal, but for the sign of zeros."""
+    """Return True if all common tensors are equal. The sign of zeros does not matter."""
     return all(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
 
 
 def first_head(case: Case) -> torch.Tensor:
-    """The rows of the sharded layer that a run begins with."""
+    """Return the sharded layer's rows at the beginning of a run."""
     model = Model(case)
     update = Update("SGD", plain_settings(example_optimizer(torch.optim.SGD, model.groups(), {"lr": case.lr})))
     return sharded(model, case.settings.servers, update, case.settings.seed)[1].rows()
 
 
 def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[dict[str, torch.Tensor]]:
-    """Weights by round, and the final ones, of a plain loop in one process that sums along the tree. `counted`: the micro-batches
-    that count in each round, if not all."""
+    """Return the weights before each round and the final ones, from a plain loop that sums along the reduction tree.
+
+    `counted` has the micro-batches that count in each round. None: all.
+    """
     model = Model(case, sparse=False)
     hyper = {"lr": case.lr, "momentum": case.momentum}
     update = Update("SGD", plain_settings(example_optimizer(torch.optim.SGD, model.groups(), hyper)))
@@ -373,7 +394,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
 
 
 class Port:
-    """A process's socket, as far as the real code uses one. Without `peer` it is a ROUTER."""
+    """A simulated socket of a process, with the methods that the real code uses. Without `peer` it is a ROUTER."""
 
     def __init__(self, process: Process, peer: str | None) -> None:
         self.inbox: deque[list[zmq.Frame]] = deque()
@@ -388,7 +409,7 @@ class Port:
         self._process.world.post(self._process.key, to, data)
 
     def recv(self, flags: int = 0, copy: bool = True) -> zmq.Frame:
-        """The next frame of the message at hand, or the first one of the next."""
+        """Return the next frame of the current message, or the first one of the next message."""
         if not self._rest:
             if not self.inbox:
                 raise zmq.Again
@@ -398,7 +419,7 @@ class Port:
         return self._rest.popleft()
 
     def poll(self, ms: float) -> None:
-        """Let the world go on for so long. Raises Killed where the process is not there any more then."""
+        """Let the world go on for `ms` milliseconds. Raises Killed if the process is gone then."""
         world = self._process.world
         world.run(lambda: False, world.now + ms / 1000)
         if self.closed:
@@ -409,11 +430,11 @@ class Port:
 
 
 class Killed(Exception):
-    """Stands for a process that ends where it is."""
+    """Raised in place of a process's sudden end."""
 
 
 class World:
-    """Clock, network and processes of one run."""
+    """The clock, the network and the processes of one run."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -422,19 +443,19 @@ class World:
         self.random = random.Random(case.seed)
         self.processes: dict[str, Process] = {}
         self.pids = itertools.count(1)
-        #: How often a micro-batch was given up because its weights were gone, and a worker restarted as it was counted as lost.
+        #: How often a worker gave up a micro-batch because its weights were gone, and restarted because it counted as lost.
         self.given_up = self.fenced = 0
-        #: Processes that were killed, and how often all restarted.
+        #: How many processes were killed, and how often all restarted.
         self.killed = self.restarts = 0
-        #: How often the run was told to stop and did, and how often a member left that was.
+        #: How often the run stopped after a signal, and how often a member left after one.
         self.stopped = self.left = 0
-        #: How often a server had no more of the version that it was asked about.
+        #: How often a server did not have the version any more that a worker asked about.
         self.asked_too_late = 0
-        #: Workers that are there or will be.
+        #: Workers that have started or will start.
         self.expected: set[str] = {f"worker-{number}" for number in range(len(case.paces))}
-        #: Who computed what, and the weights that were computed from by the run's id, which is another where all restarted, and
-        #: round.
+        #: (worker, micro-batch) of each computation.
         self.computed: list[tuple[str, Task]] = []
+        #: By run id and round: the weights that workers computed from. A run that restarts gets another id.
         self.weights: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
         self.starting: Process | None = None
         self.over = False
@@ -466,17 +487,20 @@ class World:
         return found
 
     def newest(self, place: str) -> Process | None:
-        """The last process that was started in a place."""
+        """Return the last process that was started in `place`, or None."""
         return next((process for process in reversed(self.processes.values()) if process.place == place), None)
 
     def versions(self, run: str) -> list[int]:
-        """Of the servers that take part in rounds of the run of that id."""
+        """Return the versions of the servers that have chunks in the run with id `run`."""
         servers = [p for p in self.processes.values() if isinstance(p, ServerProcess) and p.alive and p.server._stamp.run == run]
         hosts = [p.host for p in servers if p.server._shard is not None]
         return [h.version for h in hosts if not h.restoring and h.shard is not None and h.shard.model.chunks]
 
     def run(self, ready: Callable[[], Any], until: float = float("inf")) -> Any:
-        """Let things happen until `ready()`, or the time is `until`; what `ready` returned."""
+        """Let events happen until `ready()` is true, and return its result. Return None if the time `until` comes first.
+
+        Raises AssertionError if the run hangs.
+        """
         while not (value := ready()):
             if not self.events or self.events[0][0] > min(until, 100.0 + _LIMIT_S):
                 if until < 100.0 + _LIMIT_S:
@@ -495,7 +519,7 @@ class World:
         return counting
 
     def end_scripts(self) -> None:
-        """End all scripts, wherever they wait: a failed run leaves nothing behind for the next test."""
+        """End all scripts, wherever they wait, so that a failed run leaves no threads for the next test."""
         for process in self.processes.values():
             if isinstance(process, WorkerProcess):
                 process.script.end()
@@ -516,11 +540,11 @@ class World:
 
 
 class Restarted(Exception):
-    """Stands for a process that is replaced by a new one of the same command."""
+    """Raised in place of replacing the process by a new one of the same command."""
 
 
 class Interrupted(Exception):
-    """Stands for a script that a second signal ends where it is."""
+    """Raised in place of a second signal's end of the script."""
 
 
 def _restart(options: Sequence[str] | None = None) -> None:
@@ -528,7 +552,7 @@ def _restart(options: Sequence[str] | None = None) -> None:
 
 
 class Process:
-    """Something that gets messages and looks at the clock."""
+    """A simulated process. It gets messages and ticks."""
 
     def __init__(self, world: World, key: str) -> None:
         self.world = world
@@ -537,15 +561,15 @@ class Process:
 
     @property
     def place(self) -> str:
-        """Its name, or that of the process in whose place it is."""
+        """Return the name of the first process in this one's place."""
         return self.key.partition(".")[0]
 
     def kill(self, away: float) -> None:
-        """End it at once, and start another in its place after so many seconds."""
+        """End the process at once. Start another one in its place after `away` seconds."""
         raise NotImplementedError
 
     def tell(self, away: float) -> None:
-        """Tell it to stop, as a signal does, and start another in its place so many seconds after its end."""
+        """Tell the process to stop, as a signal does. Start another one in its place `away` seconds after its end."""
         raise NotImplementedError
 
     def is_deaf_to(self, header: bytes) -> bool:
@@ -565,13 +589,14 @@ class Process:
 
 
 class CoordinatorProcess(Process):
-    """A real event log is in `folder`, and all that is not on the disk is lost when it is killed."""
+    """The coordinator. Its run directory is `folder`. When it is killed, everything that is not on the disk is lost."""
 
     def __init__(self, world: World, key: str, folder: Path) -> None:
         super().__init__(world, key)
         self.folder = folder
-        #: Whether it tells the others that all restart, or end; and seconds until the run is started again, once it is to end.
+        #: True while the coordinator tells members that all restart or end.
         self.leaves = False
+        #: Seconds until the run is started again after a stop.
         self.away = 0.2
 
     def begin(self) -> None:
@@ -587,7 +612,7 @@ class CoordinatorProcess(Process):
         self.log: RecordedLog = self.coordinator.context.log  # type: ignore[assignment]
         self.alive, self.leaves = True, False
         if self.world.case.keeps_event_log:
-            self.coordinator.context.log._db.execute("PRAGMA synchronous=OFF")  # the disk does not crash
+            self.coordinator.context.log._db.execute("PRAGMA synchronous=OFF")  # the machine does not crash
 
     def kill(self, away: float) -> None:
         self.world.killed += 1
@@ -595,7 +620,7 @@ class CoordinatorProcess(Process):
         self.coordinator.context.log._db.close()
 
     def stop(self, away: float) -> None:
-        """Tell it to stop, as a signal does."""
+        """Tell the coordinator to stop, as a signal does. Start the run again `away` seconds after its end."""
         if self.alive and not self.leaves and not self.world.over and self.coordinator.farewell.stop is None:
             self.away = away
             self._until_it_ends(lambda: self.coordinator.stopping.request(15))
@@ -613,12 +638,12 @@ class CoordinatorProcess(Process):
         self.world._tick(self)
 
     def _leave(self, tell: Callable[[], None], away: float = 0.2) -> None:
-        """Restart after so many seconds, once all are told to."""
+        """Let `tell` tell all members to restart, and restart `away` seconds later."""
         self.leaves = True
         try:
             with suppress(RestartRun, RunStopped):
                 tell()
-        except Killed:  # before it was done
+        except Killed:  # the coordinator was killed meanwhile
             return
         self._end(away, self._restart)
 
@@ -627,7 +652,7 @@ class CoordinatorProcess(Process):
         self.world._tick(self)
 
     def finish(self) -> None:
-        """What came in last is written down."""
+        """Write the last rows to the event log, and read it into `log`."""
         self.coordinator.context.flush()
         if self.world.case.keeps_event_log:
             reader = RunLogReader(self.folder / FILE_NAME)
@@ -650,7 +675,7 @@ class CoordinatorProcess(Process):
             self._until_it_ends(lambda: self.coordinator.tick(self.world.now))
 
     def _until_it_ends(self, what: Callable[[], None]) -> None:
-        """Do what may be the last of this process."""
+        """Call `what`. If it raises that the run restarts or stops, tell all members and start the run again."""
         try:
             what()
         except RestartRun as error:
@@ -666,9 +691,9 @@ class CoordinatorProcess(Process):
 
 
 class ServerProcess(Process):
-    """`key` is server-N, or of one in the place of another that was killed, server-N.M."""
+    """A server. Its `key` is server-N, or server-N.M if it replaces another process."""
 
-    #: Seconds until another is in the place of one that was told to stop.
+    #: Seconds until another process replaces one that was told to stop.
     away = 0.3
 
     def begin(self) -> None:
@@ -691,18 +716,18 @@ class ServerProcess(Process):
             self._end(self.away)
 
     def _end(self, away: float) -> None:
-        """Have another process in its place after so many seconds."""
+        """End the process. Start another one in its place after `away` seconds."""
         self.alive = False
         self.world.at(self.world.now + away, lambda: self.world.start(ServerProcess(self.world, self._next_key)))
 
     @property
     def _next_key(self) -> str:
-        """Of the process in its place: server-0, server-0.1, server-0.2, ..."""
+        """Return the key of the next process in this place: server-0, server-0.1, server-0.2, ..."""
         place, _, number = self.key.partition(".")
         return f"{place}.{int(number or 0) + 1}"
 
     def kill_once_copied(self, away: float) -> None:
-        """Kill it as soon as there is a copy of every shard."""
+        """Kill the process as soon as every shard has a copy."""
         membership, servers = self.world.coordinator.context.membership, self.world.case.settings.servers
         if not self.alive or self.world.over:
             return
@@ -720,7 +745,7 @@ class ServerProcess(Process):
         if stop is not None and self.alive:
             assert stop.restart or stop.on_request, f"{self.key} is told to stop: {stop.reason}"
             self.world.left += self.server.stop_signal > 0
-            self._end(self.away if self.server.stop_signal else 0.3)  # somebody starts it again
+            self._end(self.away if self.server.stop_signal else 0.3)  # a launcher starts it again
 
     @property
     def host(self) -> ShardHost:
@@ -733,7 +758,7 @@ class ServerProcess(Process):
         return self.host.shard
 
     def _work(self) -> None:
-        """What takes long, a little at a time."""
+        """Do a little long work, and come back for more."""
         if not self.alive or self.server._shard is None:
             return
         self.server._do(self.server._shard.work(self.world.now))
@@ -771,7 +796,7 @@ class ServerProcess(Process):
             self._work()
 
     def _is_from_backup(self, frames: list[zmq.Frame]) -> bool:
-        """Whether it would come by the socket to the backup of its shard's copy. With two servers each is the other's."""
+        """Return True if a message belongs to the socket to the backup. With two servers the backup is the primary server too."""
         try:
             body = self.server._stamp.open(frames[0].buffer).read()
         except WireError:
@@ -789,7 +814,7 @@ class ServerProcess(Process):
 
 
 class ScriptEnded(BaseException):
-    """Raised in a script that waits in a world that is over."""
+    """Raised in a script that waits when the world is over."""
 
 
 class ScriptThread:
@@ -798,20 +823,21 @@ class ScriptThread:
     def __init__(self, script: Callable[[], None]) -> None:
         self._script = script
         self._thread = threading.Thread(target=self._run, daemon=True)
-        #: Each is released when the script, or the world, may go on.
+        #: Released when the script may run.
         self._may_run = threading.Lock()
+        #: Released when the world may go on.
         self._may_go_on = threading.Lock()
         self._may_run.acquire()
         self._may_go_on.acquire()
         self._error: BaseException | None = None
         self._is_over = False
-        #: Whether the script has returned or raised.
+        #: True once the script has returned or raised.
         self.ended = False
-        #: While the script waits: when it goes on at the latest.
+        #: While the script waits: the latest time at which it goes on.
         self.until = float("inf")
 
     def go_on(self) -> None:
-        """Let the script run until it waits or ends. Raise what it raises."""
+        """Let the script run until it waits or ends. Raises its exception."""
         if not self._thread.ident:
             self._thread.start()
         else:
@@ -850,7 +876,7 @@ class ScriptThread:
 
 
 class SimulatedCondition(threading.Condition):
-    """A condition of a script's thread: what waits for it lets the world go on."""
+    """The condition of a script's thread. A script that waits for it lets the world go on."""
 
     def __init__(self, process: WorkerProcess) -> None:
         super().__init__()
@@ -870,7 +896,7 @@ class SimulatedCondition(threading.Condition):
 
 
 class SimulatedLink(IoThread):
-    """The real link without its thread: messages go out at once, and what waits lets the world go on."""
+    """The real link without its thread. Messages go out at once, and a wait lets the world go on."""
 
     def __init__(self, process: WorkerProcess, hello: Hello) -> None:
         self.process = process
@@ -895,21 +921,24 @@ class SimulatedLink(IoThread):
 
 
 class WorkerProcess(Process):
+    """A worker and its script."""
+
     run: Run
 
     def __init__(self, world: World, key: str, pace: Pace, index: int | None = None, pid: int | None = None) -> None:
         super().__init__(world, key)
-        #: The process id that it tells.
+        #: The process id in its Hello.
         self.pid = next(world.pids) if pid is None else pid
-        #: The number it asks for.
+        #: The number that it asks for.
         self.index = number_of(key) if index is None else index
         self.pace = pace
         self.done = self.breaks = False
         self.model = Model(world.case)
         self._welcomed_at = float("inf")
         self.script = ScriptThread(self._live)
-        #: Whether something has come since the script began to wait; and the time until which it does not look.
+        #: True if news has come since the script began to wait.
         self.is_notified = False
+        #: The script sleeps until this time, whatever comes.
         self._sleeps_until = float("-inf")
 
     def is_deaf_to(self, header: bytes) -> bool:
@@ -920,8 +949,11 @@ class WorkerProcess(Process):
 
     @property
     def useful(self) -> bool:
-        """Whether its script will come to an end: not that of one in the place of another that had ended its own and trained
-        apart from the rest."""
+        """Return True if the script will come to an end.
+
+        It will not if the worker hangs. Nor will it if the worker waits in place of one whose script had ended, under a policy
+        with local steps.
+        """
         members = self.world.coordinator.context.membership.workers.values()
         waits = self.link._attendance.welcome is None and load(self.world.case.settings).is_local
         is_late = waits and any(m.left and m.hello.index == self.index for m in members)
@@ -943,7 +975,7 @@ class WorkerProcess(Process):
     def _die(self) -> None:
         self.kill(self.pace.restart_s)
 
-    #: Seconds until another is in the place of one that was told to stop.
+    #: Seconds until another process replaces one that was told to stop.
     away = 0.3
 
     def tell(self, away: float) -> None:
@@ -957,7 +989,7 @@ class WorkerProcess(Process):
                 self._interrupted()
 
     def _interrupted(self) -> None:
-        """It gives up what it is at, and says so."""
+        """Give up the script's work, and say goodbye."""
         self.link._outbox.clear()
         self.link._outbox.append(Send(COORDINATOR, Goodbye(early=True, round=self.run.round)))
         self.link.stop_signal = 0
@@ -977,7 +1009,7 @@ class WorkerProcess(Process):
             self.world.at(self.world.now + away, lambda: self.world.start(self._successor(None)))
 
     def _break_off(self) -> None:
-        """Leave the loop at the next batch."""
+        """Make the script leave its loop at the next batch."""
         self.breaks = True
 
     def _fail(self) -> None:
@@ -985,13 +1017,13 @@ class WorkerProcess(Process):
         self._die()
 
     def restart(self) -> None:
-        """It was told that it is lost."""
+        """End the process because the coordinator told it to restart. Start it again after 0.3 s."""
         self.alive = False
         self.world.fenced += 1
         self.world.at(self.world.now + 0.3, lambda: self.world.start(self._successor(self.pid)))
 
     def _successor(self, pid: int | None) -> WorkerProcess:
-        """A process like it to which nothing happens; it asks for the same number."""
+        """Return a worker with the same speed and no faults, which asks for the same number."""
         number = sum(isinstance(process, WorkerProcess) for process in self.world.processes.values())
         key = next(f"worker-{n}" for n in range(number + 100) if f"worker-{n}" not in self.world.expected)
         self.world.expected.add(key)
@@ -1030,7 +1062,7 @@ class WorkerProcess(Process):
         return f"{self.key} at {work.heartbeat() if work is not None else 'start'}"
 
     def _look(self) -> None:
-        """Let the script go on if there is news, or if it has waited for long enough."""
+        """Let the script go on if there is news, or if it has waited long enough."""
         while self.alive and not self.script.ended:
             is_due = self.world.now >= self.script.until
             if self.world.now < self._sleeps_until or not (self.is_notified or is_due):
@@ -1044,19 +1076,19 @@ class WorkerProcess(Process):
         except Interrupted:
             self._interrupted()
         if self.script.ended:
-            self.alive = self.alive and self.done  # else it has left
+            self.alive = self.alive and self.done  # a script that ended before it was done has left
         elif self.script.until < float("inf"):
             self.world.at(max(self.script.until, self._sleeps_until), self._look)
 
     @property
     def beside(self) -> int:
-        """The server that it shares memory with, if only one does."""
+        """Return the number of the server that shares memory with this worker, if only one does."""
         return number_of(self.place) % self.world.case.settings.servers
 
-    # ---- what a script does
+    # ---- the script
 
     def begins(self, task: Task) -> float:
-        """It goes about `task`: check what must hold then. Seconds it takes."""
+        """Record that the worker begins `task`, and check the policy's lead. Return the seconds that the task takes."""
         world, case = self.world, self.world.case
         world.computed.append((self.key, task))
         policy = load(case.settings)
@@ -1069,7 +1101,7 @@ class WorkerProcess(Process):
         return self.pace.compute_s * world.random.uniform(0.7, 1.3)
 
     def has_weights(self, task: Task, weights: dict[str, torch.Tensor]) -> None:
-        """It has all weights for `task`: they are everybody's."""
+        """Check that all workers have the same weights for `task`."""
         world, policy = self.world, load(self.world.case.settings)
         run = self.link.connections.stamp.run
         if policy.applies == "round" and task.round == min(world.versions(run), default=-1):
@@ -1077,7 +1109,7 @@ class WorkerProcess(Process):
             assert same(first, weights), f"{self.key} computes round {task.round} from other weights"
 
     def _live(self) -> None:
-        """What a process does that runs a script."""
+        """Run the script as a worker's process does: schedule its faults, train, and finish."""
         self.run = run = Run(self.link)
         now, pace = self.world.now, self.pace
         self._welcomed_at = now
@@ -1105,7 +1137,7 @@ class WorkerProcess(Process):
             run._session.release_model()
 
     def _train(self, run: Run) -> None:
-        """What a user writes."""
+        """Train as a user's script does."""
         case = self.world.case
         run.merge_by(lambda model: 0.0)
         run.replicate(self.model, Model.RULES)
@@ -1133,9 +1165,9 @@ class WorkerProcess(Process):
             self.script.wait(self._sleeps_until)
 
     def residuals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """What the push codec has left out: tensor, where in it that begins, and values."""
+        """Yield the push codec's residuals: the tensor's name, where in it the residual begins, and values."""
         if not hasattr(self, "run") or self.run._session.training is None:
-            return  # it came too late
+            return  # the worker came too late to train
         training = self.run._session.training
         layout, feedback = training.work.replica.layout, training.client._coder._feedback
         assert not feedback._pending
@@ -1146,7 +1178,7 @@ class WorkerProcess(Process):
                 yield layout.tensors[piece.tensor].name, piece.start, values
 
     def _compute(self, work: GradientLoop, task: Task) -> None:
-        """Some gradients are known early, and of those some change again."""
+        """Compute a micro-batch. Capture some gradients early, and change some of these again."""
         world, chance = self.world, self.world.random
         self.model.a.sum()
         weights = state(self.model)
@@ -1181,7 +1213,7 @@ class Numbers(Dataset[int]):
 
 
 class RecordedLog:
-    """Stands in for the run's event log."""
+    """An event log in memory, in place of the run's."""
 
     def __init__(self, path: Path) -> None:
         self.rounds: list[Any] = []
@@ -1212,16 +1244,17 @@ class RecordedLog:
 
 @dataclass
 class Outcome:
-    """What is left of a run."""
+    """The end of a run."""
 
     case: Case
     world: World
-    #: The final weights of every worker that came to the end, and what the servers hold.
+    #: By worker that came to the end: its final weights.
     models: dict[str, dict[str, torch.Tensor]]
     ledger: Any
     log: RecordedLog
+    #: The servers' state machines, by number.
     hosts: list[ShardHost] = field(default_factory=list)
-    #: By parameter, the residuals of all workers together: gradients x samples.
+    #: By parameter: the sum of all workers' residuals, gradients x samples.
     unsent: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -1229,7 +1262,7 @@ class Outcome:
         return [host.shard for host in self.hosts if host.shard is not None]
 
     def table(self) -> torch.Tensor:
-        """The rows that the servers hold."""
+        """Return the embedding rows of all servers."""
         layout = self.shards[0].model.layout
         out = torch.empty(layout.tables[0].rows, layout.tables[0].dim)
         owners = owner_of(torch.arange(len(out)), len(self.shards))
@@ -1238,22 +1271,22 @@ class Outcome:
         return out
 
     def head(self) -> torch.Tensor:
-        """The rows of the sharded layer that the servers hold."""
+        """Return the sharded layer's rows of all servers."""
         held = [shard.model.layers for shard in self.shards]
         for layers in held:
             layers.finish_updates()
         return rows_of([layers._layers[0] for layers in held])
 
     def tallies(self) -> list[torch.Tensor]:
-        """The accounts of the sharded layer, each like `account`."""
+        """Return the accounts of the sharded layer, each like `account`."""
         model = Model(self.case)
         moved = first_head(self.case) - self.head()
         loss = 1.0 / (2 + len(model.counting))
-        slope = TALLY * loss * (1.0 - len(model.counting) / self.case.classes)  # of its class and of others' samples
+        slope = TALLY * loss * (1.0 - len(model.counting) / self.case.classes)  # from all samples of accounts
         return [row[3:] / slope for row in moved[model.counting]]
 
     def committed(self) -> dict[int, list[int]]:
-        """The micro-batches of each round that count, by the ledger."""
+        """Return by round the micro-batches that count, according to the ledger."""
         out: dict[int, list[int]] = {row.round: [] for row in self.log.rounds}
         for row in self.log.contributions:
             if row.outcome == "committed":
@@ -1261,9 +1294,9 @@ class Outcome:
         return {round_: sorted(ks) for round_, ks in out.items()}
 
     def counted(self, account: torch.Tensor | None = None) -> list[float]:
-        """How often each micro-batch was counted, for runs with lr=1 and no momentum, by what the weights say.
+        """Return how often each micro-batch was counted, according to the weights of a run with lr=1 and no momentum.
 
-        A share of a round counts by its samples: a micro-batch of s samples of S moves its element by s/S.
+        A micro-batch of s samples, in a round of S samples, moves its element by s/S.
         """
         account = next(iter(self.models.values()))["account"] if account is None else account
         out = []
@@ -1275,7 +1308,7 @@ class Outcome:
 
 
 class Mapped(Region):
-    """A region that is known here, as simulated processes do not give back what they have when they end."""
+    """A region of shared memory that the test closes at the end. Simulated processes do not close theirs."""
 
     there: ClassVar[list[Region]] = []
 
@@ -1291,7 +1324,7 @@ class Mapped(Region):
 
 @contextmanager
 def _stand_ins(world: World) -> Iterator[None]:
-    """Clock, sockets and the like of this world in place of the real ones."""
+    """Replace clocks, sockets and other things of the real code by those of `world`."""
     clock = SimpleNamespace(monotonic=lambda: world.now, sleep=lambda s: None, time=lambda: world.now)
     null = SimpleNamespace(setblocking=lambda flag: None, send=lambda data: None, close=lambda: None)
 
@@ -1324,7 +1357,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.common.protocol.shared_memory.Region": Mapped,
             "roundtable.worker.replica.lazy_weights.sys": SimpleNamespace(
                 modules={}
-            ),  # tests have torch's compiler, with which nothing is awaited
+            ),  # tests have loaded torch's compiler, with which a worker awaits all weights at once
             "roundtable.ps.updates.weight_versions.BUFFERS": world.case.weight_buffers,
             "roundtable.common.model.layout.CHUNK_BYTES": world.case.chunk_bytes,
             "roundtable.ps.shard.weights_sender.CREDIT_BYTES": world.case.credit * world.case.chunk_bytes,
@@ -1334,7 +1367,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.coordinator.group_commit.RunLog": RunLog if world.case.keeps_event_log else RecordedLog,
             "roundtable.ps.server.server.Watchdog": mock.Mock(),
             "roundtable.worker.session.session.Watchdog": mock.Mock(),
-            "roundtable.worker.session.ending._HAND_OVER_S": 1000.0,  # messages are lost here, so that acknowledgements take long
+            "roundtable.worker.session.ending._HAND_OVER_S": 1000.0,  # acknowledgements take long because messages are lost
             "roundtable.worker.session.assembly.new_incarnation": lambda: 0,
             "roundtable.ps.coordinator.parts.joining.Joining.is_dead": lambda coordinator, hello: False,
             "roundtable.ps.server.server.router": lambda process, bind: (Port(process, None), bind),
@@ -1365,9 +1398,9 @@ def _stand_ins(world: World) -> Iterator[None]:
 
 
 def simulate(case: Case, until_checkpoint: bool = False) -> Outcome:
-    """Run it to the end, or until a checkpoint has been made.
+    """Run a case to its end, or until its first checkpoint is complete. Return the outcome.
 
-    Raises AssertionError where it hangs or a promise is broken on the way.
+    Raises AssertionError if the run hangs or breaks a promise.
     """
     world = World(case)
     threads = torch.get_num_threads()
@@ -1406,7 +1439,7 @@ def simulate(case: Case, until_checkpoint: bool = False) -> Outcome:
         try:
             world.run(over)
             world.over = True
-            world.run(lambda: False, world.now + 8.0)  # what was under way arrives; what was lost is sent again, and reported
+            world.run(lambda: False, world.now + 8.0)  # time for late messages, for messages sent again, and for reports
             coordinator.finish()
         finally:
             torch.set_num_threads(threads)
@@ -1425,7 +1458,7 @@ def simulate(case: Case, until_checkpoint: bool = False) -> Outcome:
 
 
 def _check_file(outcome: Outcome, path: Path) -> None:
-    """The model's file has what the servers have in the end."""
+    """Assert that the model's file has the servers' final weights."""
     file, layout = load_file(path), outcome.shards[0].model.layout
     assert file.keys() == Model(outcome.case).state_dict().keys()
     for chunk in layout.chunks:
@@ -1444,25 +1477,28 @@ def _check_file(outcome: Outcome, path: Path) -> None:
 
 
 def _newest_of(world: World, number: int) -> ServerProcess:
-    """The process that is server number `number`, or is gone and was the last one."""
+    """Return the newest process in the place of server `number`. It may be gone."""
     newest = world.newest(f"server-{number}")
     assert isinstance(newest, ServerProcess)
     return newest
 
 
 def _last_host(world: World, number: int) -> ShardHost:
-    """Of the last process that had it: nobody needs it any more if that one died after the model had been written."""
+    """Return the state machine of the last process that had the shard of server `number`.
+
+    A server that dies after the model has been written may not be replaced.
+    """
     place = f"server-{number}"
     those = [p.host for p in world.processes.values() if p.place == place and isinstance(p, ServerProcess) and p.server._shard]
     return next((host for host in reversed(those) if host.shard is not None and not host.restoring), those[-1])
 
 
 def _is_settled(world: World) -> bool:
-    """Whether the coordinator and all servers are there, of one run, and no checkpoint is to come."""
+    """Return True if the coordinator and all servers are in one run and no more checkpoint will come."""
     process: Any = world.processes["coordinator"]
     coordinator: Coordinator = process.coordinator
     if process.alive and coordinator.context.membership.lost_servers and coordinator.is_finished():
-        return True  # with the model written, it ends without the servers that have died since
+        return True  # once the model is written, the run ends without servers that have died since
     servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
     are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator.context.head.run for s in servers)
     begins_anew = (
@@ -1476,14 +1512,14 @@ def _is_settled(world: World) -> bool:
 
 
 def _tell(world: World, name: str, away: float) -> None:
-    """Tell who has that name or is in its place to stop, if somebody is."""
+    """Tell the newest process in the place `name` to stop, if it is alive."""
     process = world.newest(name)
     if process is not None and process.alive and not world.over:
         process.tell(away)
 
 
 def _kill(world: World, name: str, away: float) -> None:
-    """Kill who has that name or is in its place, if somebody is."""
+    """Kill the newest process in the place `name`, if it is alive."""
     process = world.newest(name)
     if process is not None and process.alive and not world.over:
         process.kill(away)
