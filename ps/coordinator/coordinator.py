@@ -69,8 +69,8 @@ class Coordinator:
     ) -> None:
         """Begin a new run, or continue the run `restored`.
 
-        If this coordinator `recovers` the run, it replaces one that has died, and the other processes stay. Otherwise all
-        processes of the run restart. If `late_s` is given, the run may be over: its processes have `late_s` seconds to ask.
+        If this coordinator `recovers` the run, it replaces a coordinator that has died, and the other processes stay. Otherwise
+        all processes of the run restart. If `late_s` is given, the run may be over: its processes have `late_s` seconds to ask.
         """
         now = time.monotonic()
         self._sock = sock

@@ -16,7 +16,7 @@ from roundtable.common.storage.run_files import MODEL_FILE, SUMMARY_FILE
 from roundtable.common.storage.safetensors_header import BUFFERS, header, size_of
 from roundtable.ps.model_parts import Span
 
-#: After this many written bytes the file is synced to the disk, so that the end is quick; and bytes that are hashed at a time.
+#: The file is synced to the disk after this many bytes, so that the end is quick. And: bytes that are hashed at a time.
 _SYNC_BYTES, _HASH_BYTES = 64 << 20, 8 << 20
 
 

@@ -35,7 +35,7 @@ from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.params.state_part import Part
 
-#: Settings of torch.optim that choose a kernel. They are ignored: the last bit might then depend on the number of rows.
+#: Settings of torch.optim that choose a kernel. They are ignored: with them the last bit may depend on the number of rows.
 _HOW = ("foreach", "fused")
 _CPU = torch.device("cpu")
 

@@ -1,7 +1,7 @@
 """The learning rate of each micro-batch if each push is applied at once.
 
 A schedule plans a rate for each round, and workers send it with their pushes. A slow worker is still at an early round when the
-others are near the end, so the rate of its own round would be far too high. So rates follow the order in which micro-batches
+others are near the end. Then the rate of its own round would be far too high. So rates follow the order in which micro-batches
 come: the n-th to come gets the rate that is planned for the n-th, whatever its round. Each planned rate is used once.
 
 With `--staleness-lr` a push moves the weights less if it was computed from older weights (see `common/policies/ssp.py`). The

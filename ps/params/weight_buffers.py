@@ -3,7 +3,7 @@
 A worker that shares the memory computes right from it. So the server must not write to a weight buffer that a worker may read. A
 worker's pulls say which buffer that is: the worker reads the buffer that its model lies in until it has got another one. Two
 buffers are enough while all workers keep up. A worker that lags behind pins another one. If no buffer is free, the server takes
-that of the worker that lags most. The round that this worker computes is closed, so the server refuses its result.
+the one of the worker that lags most. The round that this worker computes is closed, so the server refuses its result.
 
 One more buffer, `home`, has the first weights of frozen chunks. They stay there until a worker contributes to them. The server
 writes to `home` once, so its readers block nothing. The operating system allocates a buffer's memory only as it is written to.

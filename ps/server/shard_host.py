@@ -1,4 +1,4 @@
-"""The server's main state machine. It makes the shard once workers have sent their model, and handles what is not the shard's.
+"""The server's main state machine. It makes the shard once a worker has sent the model, and handles all messages.
 
 `ShardHost` has no socket, thread or clock: `handle`, `tick` and `work` return the messages to send.
 """
@@ -244,7 +244,7 @@ class ShardHost:
         self.restoring, self.reports.may_repeat = False, True
         log.info("restored from its backup at round %d", head.round)
 
-    # ---- what is saved
+    # ---- saving
 
     def take_checkpoint(self) -> CheckpointData | None:
         """Return the complete checkpoint to write, once, else None."""

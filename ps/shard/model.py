@@ -77,7 +77,7 @@ class ShardModel:
             self.layers = LayerShards(layout, index, setup.update, settings.seed, keeps, context.device)
         except WireError:
             raise
-        except Exception as error:  # whatever torch objects to in what it is to make
+        except Exception as error:  # any error of torch about the model or its optimizer
             text = str(error).strip().splitlines()
             raise WireError(f"the model or its optimizer cannot be made: {text[0] if text else type(error).__name__}") from None
         self.setup = setup
@@ -167,7 +167,7 @@ class ShardModel:
         self._awaited.clear()
         self.is_returning = False
 
-    # ---- what is saved
+    # ---- saving
 
     @property
     def state(self) -> ShardState:

@@ -85,7 +85,7 @@ class Shard(ABC):
         }
         self._kind_of: dict[type[Body], ParameterKind] = {kind.push_type: kind for kind in model.kinds}
 
-    # ---- what differs
+    # ---- methods of the two kinds of shard
 
     @property
     @abstractmethod
@@ -173,7 +173,7 @@ class Shard(ABC):
         return handler(sender, body, frames, now)
 
     def forget(self, worker: str) -> None:
-        """Release what is kept for a lost worker. Contributions that already count still count."""
+        """Forget a lost worker, and unmap its memory. Contributions that already count still count."""
         self._tentative.forget(worker)
         self.sender.forget(worker)
         self.model.layers.forget(worker)
@@ -241,7 +241,7 @@ class Shard(ABC):
     def _on_offer(self, sender: str, offer: OfferSharedMemory, frames: Frames, now: float) -> list[Send]:
         return [Send(sender, SharedMemoryReply(self._validator.attach(sender, offer), self.model.buffers.handle))]
 
-    # ---- what counts
+    # ---- counted contributions
 
     def _counts(self, sender: str, push: Push, chunk: int) -> None:
         """Record that `push` counts in `chunk`."""

@@ -21,7 +21,7 @@ _NOTHING = CheckpointData(-1, "", [], {})
 class Stage(Enum):
     """The stage of the newest checkpoint."""
 
-    #: No checkpoint is in progress here. The newest may be written.
+    #: Nothing is left to capture. A thread may be writing the newest checkpoint.
     IDLE = auto()
     #: The shard has not reached the checkpoint's round.
     AWAITS_ROUND = auto()

@@ -6,7 +6,7 @@ micro-batch again from the same rows. So rows can be updated in place, without a
 
 If servers apply each push at once, the update for a push waits for all earlier questions and pushes. The gradient is computed at
 the rows as they are at that moment. If this server's rows have changed since the worker's question, the server computes their
-part of log Σ exp(z) again (`renewed`), so that no p is above 1. The other servers' parts stay as they were when the worker asked.
+part of log Σ exp(z) again (`renewed`). So no p is above 1. The other servers' parts stay as they were when the worker asked.
 
 Long work is a job. A job does one tile of rows at a time, so that the server can send heartbeats in between. Jobs run in the
 order in which they were added.
@@ -307,7 +307,7 @@ class LayerShards:
             clipping = factor(pending.factor)
             self._pending = ClosedRound(pending.round, parts, pending.samples, pending.hypers, clipping)
 
-    # ---- what there is to save
+    # ---- saving
 
     @property
     def accepted(self) -> int:

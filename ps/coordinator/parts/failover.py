@@ -65,8 +65,8 @@ class Failover:
     def decide(self, message: Received[RoundReady] | Received[Norms]) -> None:
         """Send all servers the decision that a server asks for, if it can be made now.
 
-        After a take-over, ask the other servers for a decision that the coordinator before may have given. That coordinator
-        cannot have decided a later round than that of the first question.
+        After a take-over, ask the other servers for a decision that the coordinator before may have given. No such decision can
+        be about a later round than the first question.
         """
         context, question = self._context, message.body
         if question.coordinator != context.head.incarnation:

@@ -234,7 +234,7 @@ class Membership:
         member.heartbeat = heartbeat
 
     def news(self, member: Member, epoch: int, now: float) -> Body | None:
-        """Return the news for a member that knows membership epoch `epoch`, or None if it has the news or they may be under way.
+        """Return the news for a member that knows membership epoch `epoch`, or None if the news is known or under way.
 
         With many workers these messages are long.
         """

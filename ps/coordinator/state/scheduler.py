@@ -72,5 +72,5 @@ class Scheduler:
         return dict(sorted(found.items()))
 
     def _is_silent(self, now: float) -> bool:
-        """Return whether a server has been silent. Then its last heartbeat is no proof of what it lacks."""
+        """Return whether a server has been silent. Then its last heartbeat does not prove that it lacks micro-batches."""
         return any(server.heartbeat.round < 0 or now > server.heard_at + _BELIEVED_S for server in self.servers)
