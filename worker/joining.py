@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import platform
-import signal
+import shlex
 import sys
-import threading
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roundtable.common.config.launching import as_module, name_of, other_launcher, rank_variables, words_of
+from roundtable.common.network.addresses import whole
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.session.participation import Participation, is_interactive
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from roundtable.cluster.launch.standalone import Companions
     from roundtable.worker.run import Run
 
 #: A launcher of workers sets these: the coordinator's address, and the number of this worker.
 ADDRESS_VARIABLE = "ROUNDTABLE_COORDINATOR"
 INDEX_VARIABLE = "ROUNDTABLE_WORKER_INDEX"
 
-#: Signals that tell a worker to leave, and their handlers in scripts that set none.
-_USUAL: tuple[tuple[signal.Signals, Any], ...] = (
-    (signal.SIGTERM, signal.SIG_DFL),
-    (signal.SIGINT, signal.default_int_handler),
-)
+#: Lets a script that another launcher has started several times train a model in each process.
+ALONE_VARIABLE = "ROUNDTABLE_ALONE"
 
 #: Seconds that the coordinator has to answer, if not the default.
 START_VARIABLE = "ROUNDTABLE_START_TIMEOUT"
@@ -32,32 +33,59 @@ START_VARIABLE = "ROUNDTABLE_START_TIMEOUT"
 #: The former names of these variables, which still work for one more release.
 OLD_VARIABLES = {ADDRESS_VARIABLE: "PS_COORDINATOR", INDEX_VARIABLE: "PS_WORKER_INDEX", START_VARIABLE: "PS_START_TIMEOUT"}
 
+#: Stands for a script in the run directory of a notebook. Jupyter gives the notebook's name in a variable.
+_NOTEBOOK = "a notebook"
+_NOTEBOOK_VARIABLE = "JPY_SESSION_NAME"
+
+#: The part of this process in a run, if it has one.
+_participations: list[Participation] = []
+
 
 def join() -> Run:
     """Join the cluster that the environment names. Without one, start a cluster for this process alone.
 
     Seed torch, numpy and Python by the run's seed, so that every worker builds the same model afterwards. Set torch's number of
-    threads, because the bits of the result depend on it. When the script ends, the worker leaves the run by itself.
+    threads, because the bits of the result depend on it. When the script ends, the worker leaves the run by itself. In a notebook
+    `run.finish()` does so, or the next `join()`, which begins another run.
 
-    Raise UsageError if the coordinator refuses this worker, and ClusterError if it cannot be reached.
+    Raise UsageError if the coordinator refuses this worker, or while a run of this process is under way. Raise ClusterError if
+    the coordinator cannot be reached. Exit with code 2 if torchrun, srun or mpirun has started this script several times without
+    a coordinator.
     """
+    address = _from_launcher(ADDRESS_VARIABLE)
+    while _participations:
+        if address is not None and not is_interactive():
+            raise UsageError("this script has joined a run already: it can call run.batches() again, to train further.")
+        _participations[0].make_way()
+        _participations.pop()
+    companions = None
+    if address is None:
+        _refuse_other_launchers()
+        companions = _start_companions()
+        address = companions.address
+    try:
+        run = _join(whole(address))
+    except BaseException:
+        if companions is not None:
+            companions.stop()
+        raise
+    _participations.append(Participation(run, companions))
+    if companions is None:
+        os.environ |= rank_variables(os.environ, run.index, run.workers, run.device.index or 0)
+    return run
+
+
+def _join(address: str) -> Run:
+    """Join the run of the coordinator at `address`."""
     import torch
 
     from roundtable.common.config.settings import START_S
     from roundtable.common.network.addresses import await_route
     from roundtable.common.network.host_identity import here
     from roundtable.common.protocol.messages.session import Hello
-    from roundtable.common.runtime.errors import NoAnswer
-    from roundtable.common.runtime.restart import LEAVE_SIGNAL
     from roundtable.worker.client.io_thread import IoThread
     from roundtable.worker.run import Run
 
-    runs: list[Run] = []
-    address = _from_launcher(ADDRESS_VARIABLE)
-    if address is None:
-        from roundtable.cluster.launch.standalone import start_companions
-
-        address = start_companions(sys.argv[0], lambda: runs[0].stop_signal if runs else 0)
     arithmetic = {
         "torch": str(torch.__version__),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -67,63 +95,53 @@ def join() -> Run:
     hello = Hello("worker", int(index) if index else None, "", platform.node(), os.getpid(), arithmetic, here())
     start_s = float(_from_launcher(START_VARIABLE) or START_S)
     await_route(address, start_s)
-    run = Run(IoThread(address, hello, start_s))
-    runs.append(run)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(LEAVE_SIGNAL, lambda number, frame: run.leave())
-        for number, usual in _USUAL:
-            if signal.getsignal(number) == usual:  # otherwise the script has a handler of its own
-                signal.signal(number, run.on_stop_signal)
-    before = sys.excepthook
+    io = IoThread(address, hello, start_s)
+    try:
+        return Run(io)
+    except BaseException:
+        io.close()
+        raise
 
-    def failed(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            run.interrupted = True
-        elif not (isinstance(error, SystemExit) and run.left_early):
-            run.failure, run.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
-        before(kind, error, traceback)
 
-    sys.excepthook = failed
-    atexit.register(_finish, run)
-    return run
+def _start_companions() -> Companions:
+    """Start a coordinator and a server for this process alone."""
+    from roundtable.cluster.launch.standalone import Companions
+
+    if is_interactive():
+        return Companions(_NOTEBOOK, Path(os.environ.get(_NOTEBOOK_VARIABLE, "notebook")).stem, [])
+    script = _this_script()
+    return Companions(script, name_of(script), sys.argv[1:])
+
+
+def _this_script() -> str:
+    """Return what names this script on a command line: its file, or the module that `python -m` runs."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or spec.origin != sys.argv[0]:
+        return sys.argv[0]
+    return as_module(spec.name.removesuffix(".__main__"))
+
+
+def _refuse_other_launchers() -> None:
+    """End the script if another launcher has started it several times: each process would train a model of its own."""
+    found = other_launcher(os.environ)
+    if found is None or os.environ.get(ALONE_VARIABLE):
+        return
+    launcher, count = found
+    command = shlex.join(["roundtable", "local", "--workers", str(count), *words_of(_this_script()), *sys.argv[1:]])
+    text = (
+        f"{launcher} has started this script {count} times without a coordinator, and each would train a model of its own: on "
+        f"one host run `{command}` instead, on several start a coordinator and servers and set {ADDRESS_VARIABLE}=HOST:PORT for "
+        f"all; {ALONE_VARIABLE}=1 trains {count} models."
+    )
+    if is_interactive():
+        raise UsageError(text)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def _from_launcher(variable: str) -> str | None:
     """Return what the environment has for `variable`, or for its old name."""
     return os.environ.get(variable, os.environ.get(OLD_VARIABLES[variable]))
-
-
-def _finish(run: Run) -> None:
-    """Leave the run when the script has ended. If the run has failed elsewhere, `launch.py` finds that in sys.last_value."""
-    from roundtable.common.runtime.errors import PsError, Stopped
-
-    try:
-        run.finish()
-    except Stopped:
-        pass
-    except PsError as error:
-        if not run.failure:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.last_value = error if run.failed_elsewhere else None
-    for number, usual in _USUAL:
-        if signal.getsignal(number) == run.on_stop_signal:
-            signal.signal(number, usual)
-
-
-def describe_failure(error: BaseException, script: str) -> str:
-    """Return one sentence on an exception that ended a script: its type, its text, and the script's own line."""
-    line = ""
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == script:
-            line = f" ({script.rpartition('/')[2]} line {traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    from roundtable.common.runtime.errors import PsError
-
-    text = str(error).strip().splitlines()
-    if isinstance(error, PsError) and text:  # the text is a sentence already
-        return text[0]
-    return f"{type(error).__name__}{': ' + text[0] if text else ''}{line}"
 
 
 def embedding(rows: int, dim: int, std: float = 1.0) -> nn.Embedding:

@@ -56,6 +56,8 @@ class Run:
         self.failure = ""
         #: Whether the script failed because a server did not answer.
         self.cut_off = False
+        #: Called when this worker has left the run.
+        self.after_end: Callable[[], None] = lambda: None
 
     # ---- questions
 
@@ -289,9 +291,11 @@ class Run:
     def finish(self) -> None:
         """Leave the run: send the last reports and pushes, and wait until the run's results are saved.
 
-        The end of the script calls this. Raises ClusterError if the run failed elsewhere.
+        The end of the script calls this, and so does `roundtable.join()` in a notebook. Raises ClusterError if the run failed
+        elsewhere.
         """
-        self._session.finish(self.failure, self.interrupted, self.cut_off)
+        self.leave_cluster()
+        self.after_end()
 
     @property
     def failed_elsewhere(self) -> bool:
@@ -299,6 +303,20 @@ class Run:
         return self._session.io.failed
 
     # ---- for other parts of this package
+
+    def leave_cluster(self) -> None:
+        """Do the part of `finish` that others see."""
+        self._session.finish(self.failure, self.interrupted, self.cut_off)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether rounds of a loop over batches are left to do."""
+        return not self._session.segments.done
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether there has been a loop over batches."""
+        return not self._session.segments.none
 
     @property
     def traffic(self) -> Traffic:

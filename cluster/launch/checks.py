@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import socket
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from roundtable.common.config.example_settings import READ_FILES
+from roundtable.common.config.launching import module_of
 from roundtable.common.config.settings import Settings
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.runtime.extras import require
@@ -27,7 +30,14 @@ def check_order(settings: Settings, script: str | None, port: int) -> None:
 
 
 def check_script(script: str) -> None:
-    """Raise UsageError if the script cannot be read."""
+    """Raise UsageError if the script cannot be read, or if there is no package with that module.
+
+    Packages are not imported here. The workers find out that one lacks a module.
+    """
+    module = module_of(script)
+    if module is not None:
+        _check_module(module)
+        return
     path = Path(script)
     if not path.is_file():
         raise UsageError(f"there is no script {script}." if not path.exists() else f"{script} is not a file.")
@@ -35,6 +45,14 @@ def check_script(script: str) -> None:
         path.open("rb").close()
     except OSError as error:
         raise UsageError(f"the script {script} cannot be read: {error.strerror}.") from None
+
+
+def _check_module(name: str) -> None:
+    if "/" in name or name.endswith(".py"):
+        raise UsageError(f"-m takes a module's name, such as package.train, but {name} is a file's: leave -m out.")
+    package = name.partition(".")[0]
+    if not all(name.split(".")) or not (PathFinder.find_spec(package, [str(Path.cwd())]) or importlib.util.find_spec(package)):
+        raise UsageError(f"there is no module {name}: neither in {Path.cwd()} nor where Python finds modules.")
 
 
 def _check_example(settings: Settings) -> None:

@@ -24,6 +24,7 @@ from roundtable.cluster.run.console import Screen
 from roundtable.cluster.run.exit_codes import STOPPED, USAGE
 from roundtable.cluster.run.run_directory import LOGS, read_summary, tidy_log, write_settings
 from roundtable.cluster.run.summary import check_trained, count, summary_lines
+from roundtable.common.config.launching import rank_variables, words_of
 from roundtable.common.config.settings import Settings
 from roundtable.common.policies import load
 from roundtable.common.runtime.errors import ClusterError, Stopped, UsageError
@@ -48,7 +49,10 @@ _RECOVERIES = 5
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """A run to launch. If `script` is None, it runs the built-in example. `port` 0 is any free port."""
+    """A run to launch. If `script` is None, it runs the built-in example. `port` 0 is any free port.
+
+    `script` is a file's path, or a module as `-m package.module`.
+    """
 
     settings: Settings
     run_dir: Path
@@ -80,7 +84,7 @@ def run_local(order: LaunchSpec, program: Sequence[str], env: Mapping[str, str],
         with StopSignals() as signals:
             try:
                 with screen, Processes(folder / LOGS, env) as processes:
-                    _Local(order, program, processes, signals, screen).run()
+                    _Local(order, program, env, processes, signals, screen).run()
             except Stopped as stopped:
                 screen.report(stop_message(stopped.number, folder, ["local"]))
                 raise
@@ -99,10 +103,17 @@ class _Local:
     """The loop that starts and watches the processes of one run. Its caller stops them afterwards."""
 
     def __init__(
-        self, order: LaunchSpec, program: Sequence[str], processes: Processes, signals: StopSignals, screen: Screen
+        self,
+        order: LaunchSpec,
+        program: Sequence[str],
+        env: Mapping[str, str],
+        processes: Processes,
+        signals: StopSignals,
+        screen: Screen,
     ) -> None:
         self._order = order
         self._program = list(program)
+        self._env = env
         self._processes = processes
         self._signals = signals
         self._screen = screen
@@ -149,13 +160,16 @@ class _Local:
             start_server(
                 self._processes, self._program, address, index, self._order.devices[index % len(self._order.devices)], **_AGAIN
             )
-        script = [self._order.script, "--", *self._order.args] if self._order.script is not None else []
+        script = [*words_of(self._order.script), "--", *self._order.args] if self._order.script is not None else []
 
         def worker(index: int | None) -> list[str]:
             number = [] if index is None else ["--index", str(index)]
             return [*self._program, "worker", "--coordinator", address, *number, *script]
 
-        env, is_local = {**threads(settings.threads), **_AGAIN}, load(settings).is_local
+        def env(number: int, workers: int) -> dict[str, str]:
+            return {**threads(settings.threads), **_AGAIN, **rank_variables(self._env, number, workers, number)}
+
+        is_local = load(settings).is_local
         self._supervisor = Supervisor(self._processes, worker, env, self._order.restart_policy, is_local, self._screen.say)
         self._supervisor.start(settings.workers)
 

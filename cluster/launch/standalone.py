@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from roundtable.cluster.process.children import GATHER_S, TICK_S, Processes, roo
 from roundtable.cluster.run.run_directory import LOGS, claim, read_summary, tidy_log, write_settings
 from roundtable.cluster.run.summary import summary_lines
 from roundtable.common.config.settings import Settings
-from roundtable.common.runtime.errors import ClusterError, PsError
+from roundtable.common.runtime.errors import ClusterError
 from roundtable.common.storage.run_files import SETTINGS_FILE
 
 #: Seconds for the coordinator and the server to end after the worker.
@@ -28,62 +27,68 @@ _FLAGS = ("--heartbeat-timeout", "1e6")
 _LAUNCH = Path(roundtable.__file__).with_name("cli.py")
 
 
-def start_companions(script: str, was_stopped: Callable[[], int] = lambda: 0) -> str:
-    """Start a coordinator and a server for this process, the one worker of a run, and return the coordinator's address.
+class Companions:
+    """The coordinator and the server of the one worker of a run, which is kept in runs/<name>."""
 
-    The run is kept in runs/<name of the script>. The coordinator and the server end with this process. The results are then
-    printed on stderr. If a signal has told the worker to stop, the command that resumes the run is printed instead.
-    `was_stopped` returns the number of that signal, or 0.
-    Raises UsageError if the run directory cannot be used, or ClusterError if the coordinator or the server does not start.
-    """
-    cleanup = ExitStack()
-    try:
-        folder, _ = cleanup.enter_context(claim(None, Path(script).stem or "run", overwrite=False))
-        write_settings(folder / SETTINGS_FILE, Settings(workers=1, servers=1), script, sys.argv[1:])
-        cleanup.callback(tidy_log, folder)
-        processes = cleanup.enter_context(Processes(folder / LOGS, os.environ))
-        program = [sys.executable, str(_LAUNCH)]
+    def __init__(self, script: str, name: str, args: Sequence[str]) -> None:
+        """Start the coordinator and the server. The run directory names `script` and `args` as what is run.
 
-        def tick() -> None:
-            time.sleep(TICK_S)
-            processes.poll()
-            for child in processes.failures():
-                raise ClusterError(child.describe_end())
+        Raises UsageError if the run directory cannot be used, or ClusterError if the coordinator or the server does not start.
+        """
+        self._cleanup = ExitStack()
+        try:
+            self.folder, _ = self._cleanup.enter_context(claim(None, name or "run", overwrite=False))
+            write_settings(self.folder / SETTINGS_FILE, Settings(workers=1, servers=1), script, args)
+            self._cleanup.callback(tidy_log, self.folder)
+            self._processes = self._cleanup.enter_context(Processes(self.folder / LOGS, os.environ))
+            program = [sys.executable, str(_LAUNCH)]
+            #: The coordinator's address.
+            self.address = start_coordinator(self._processes, program, self.folder, 0, self._tick, flags=_FLAGS)
+            start_server(self._processes, program, self.address, 0)
+        except OSError as error:
+            self._cleanup.close()
+            why = error.strerror or error
+            raise ClusterError(f"the coordinator and server of this script cannot be started: {why}.") from None
+        except BaseException:
+            self._cleanup.close()
+            raise
 
-        address = start_coordinator(processes, program, folder, 0, tick, flags=_FLAGS)
-        start_server(processes, program, address, 0)
-    except OSError as error:
-        cleanup.close()
-        raise ClusterError(f"the coordinator and server of this script cannot be started: {error.strerror or error}.") from None
-    except BaseException:
-        cleanup.close()
-        raise
-    atexit.register(_end, cleanup, processes, folder, was_stopped)
-    return address
+    def _tick(self) -> None:
+        time.sleep(TICK_S)
+        self._processes.poll()
+        for child in self._processes.failures():
+            raise ClusterError(child.describe_end())
 
+    def stop(self) -> None:
+        """Stop the coordinator and the server at once."""
+        self._cleanup.close()
 
-def _end(cleanup: ExitStack, processes: Processes, folder: Path, was_stopped: Callable[[], int]) -> None:
-    """Wait for the coordinator and the server, and print the results. Called when the worker has left the run."""
-    with cleanup:
-        if number := was_stopped():
-            for child in processes.running("coordinator"):  # it has made a checkpoint, and lets the worker leave
-                os.kill(child.popen.pid, signal.SIGINT)
+    def end(self, stop_signal: int) -> str:
+        """Wait until the coordinator and the server have ended, as the worker has left. Print the results on stderr.
+
+        Return why the run is not finished, or '' if it is. If `stop_signal` has told the worker to stop, print the command that
+        resumes the run instead. 0 is no signal.
+        """
+        with self._cleanup:
+            if stop_signal:
+                for child in self._processes.running("coordinator"):  # it has made a checkpoint, and lets the worker leave
+                    os.kill(child.popen.pid, signal.SIGINT)
+            self._await_end()
+            failures = self._processes.failures()
+            why = root_cause(failures).describe_end() if failures else f"its logs are in {self.folder / LOGS}."
+        if stop_signal:
+            print(stop_message(stop_signal, self.folder, ["local"], str(_LAUNCH)), file=sys.stderr)
+            return ""
+        summary = read_summary(self.folder)
+        if summary is None:
+            return why
+        print("\n".join(summary_lines(summary, self.folder)), file=sys.stderr)
+        return ""
+
+    def _await_end(self) -> None:
         deadline = time.monotonic() + _END_S
-        while processes.running() and time.monotonic() < deadline:
+        while self._processes.running() and time.monotonic() < deadline:
             time.sleep(TICK_S)
-            processes.poll()
-            if processes.failures():  # the other process may say why in a moment
+            self._processes.poll()
+            if self._processes.failures():  # the other process may say why in a moment
                 deadline = min(deadline, time.monotonic() + GATHER_S)
-        why = root_cause(failures).describe_end() if (failures := processes.failures()) else f"its logs are in {folder / LOGS}."
-    if number:
-        print(stop_message(number, folder, ["local"], str(_LAUNCH)), file=sys.stderr)
-        return
-    summary = read_summary(folder)
-    if summary is not None:
-        print("\n".join(summary_lines(summary, folder)), file=sys.stderr)
-        return
-    print(f"error: the run is not finished: {why}", file=sys.stderr)
-    if isinstance(getattr(sys, "last_value", None), PsError | None):  # the script itself ended as if all were well
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)

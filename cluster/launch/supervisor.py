@@ -26,15 +26,15 @@ class Supervisor:
         self,
         processes: Processes,
         worker: Callable[[int | None], Sequence[str]],
-        env: Mapping[str, str],
+        env: Callable[[int, int], Mapping[str, str]],
         restart_policy: RestartPolicy,
         is_local: bool,
         say: Callable[[str], None],
     ) -> None:
         """Make a supervisor.
 
-        `worker(n)` is the command of a worker that asks for the number n, or for none. `env` is added to its environment.
-        `is_local`: the policy needs all workers, so the run cannot go on without one.
+        `worker(n)` is the command of a worker that asks for the number n, or for none. `env(n, workers)` is added to the
+        environment of the n-th of so many workers. `is_local`: the policy needs all workers, so the run cannot go on without one.
         """
         self._processes = processes
         self._worker = worker
@@ -53,7 +53,8 @@ class Supervisor:
         """Start `count` more workers and return their names. Raises OSError if one cannot be started."""
         first = len(self._workers)
         for number in range(first, first + count):
-            self._processes.start(f"worker-{number}", self._worker(number if numbered else None), **self._env)
+            env = self._env(number, first + count)
+            self._processes.start(f"worker-{number}", self._worker(number if numbered else None), **env)
         return [child.name for child in self._workers[first:]]
 
     def scale(self, count: int) -> None:

@@ -18,7 +18,7 @@ import msgspec
 
 from roundtable.common.config.old_names import OLD_NAMES, new_value
 from roundtable.common.config.settings import EXAMPLE_FIELDS, FIELDS, choices
-from roundtable.common.network.addresses import to_advertise
+from roundtable.common.network.addresses import to_advertise, whole
 
 #: The object of a context whose process the launcher has started.
 CHILD = "child"
@@ -27,7 +27,7 @@ EXAMPLE = "Built-in example (without SCRIPT)"
 _SECTIONS: Mapping[str, tuple[str, ...]] = {
     "Common options": (
         "workers", "servers", "policy", "global_batch", "epochs", "checkpoint_every", "name", "resume", "config", "progress",
-        "quiet", "verbose",
+        "quiet", "tee", "module",
     ),
     "Batch and length": ("micro_batch", "rounds", "seed", "threads"),
     "Policy": (
@@ -46,8 +46,6 @@ _SECTIONS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 #: The beginning of the names of environment variables that give options.
 _PREFIX = "ROUNDTABLE_"
-#: The port at which a coordinator listens by default.
-_PORT = 5555
 _ADDRESS = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\[\]\s]+):(\d+)")
 
 
@@ -234,10 +232,7 @@ def _plain_type(annotation: Any) -> type:
 
 def whole_address(ctx: click.Context, option: click.Parameter, value: str) -> str:
     """Return the coordinator's address that an option gives as HOST, HOST:PORT or tcp://HOST:PORT, in the last form."""
-    if "://" not in value:
-        has_port = re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d+", value) is not None
-        value = f"tcp://{value}" if has_port else f"tcp://{value}:{_PORT}"
-    return check_address(ctx, option, value)
+    return check_address(ctx, option, whole(value))
 
 
 def check_address(ctx: click.Context, option: click.Parameter, value: str) -> str:

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from roundtable.cluster.options.command import is_of_example
 from roundtable.cluster.process.restart_policy import RestartPolicy
 from roundtable.cluster.run.run_directory import is_folder_name
+from roundtable.common.config.launching import name_of
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.config.settings import (
     COMMAND_LINE,
@@ -61,7 +62,7 @@ class Choice:
     @property
     def default_name(self) -> str:
         if self.script is not None:
-            return Path(self.script).stem
+            return name_of(self.script)
         return f"{self.settings.example.model}-{self.settings.example.data}".replace("/", "-")
 
 

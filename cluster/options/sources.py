@@ -60,4 +60,6 @@ def use_sources(ctx: click.Context, commands: Mapping[str, click.Command], folde
 
 def _may_be_set(option: click.Parameter) -> bool:
     """Return whether files may set an option: not if it is hidden, nor if a command is about it, as `scale` about --workers."""
+    if option.name == "module":  # a file says `script = "-m package.module"`
+        return False
     return not getattr(option, "hidden", False) and (isinstance(option, Option) or not option.required)

@@ -21,6 +21,8 @@ from roundtable.common.runtime.errors import ClusterError, UsageError
 
 log = logging.getLogger("roundtable.common.addresses")
 
+#: Where a coordinator listens by default.
+_PORT = 5555
 #: Seconds between two tries to resolve a name, and between two lines about it.
 _TRY_S = 1.0
 _TELL_S = 10.0
@@ -40,6 +42,14 @@ def split(address: str) -> tuple[str, int]:
 def join(host: str, port: int) -> str:
     """Make tcp://HOST:PORT."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def whole(address: str) -> str:
+    """Make tcp://HOST:PORT of the coordinator's address, of which HOST is enough."""
+    if "://" in address:
+        return address
+    has_port = re.fullmatch(r"(\[[^\]]*\]|[^:]*):\d+", address) is not None
+    return f"tcp://{address}" if has_port else f"tcp://{address}:{_PORT}"
 
 
 def is_loopback(address: str) -> bool:

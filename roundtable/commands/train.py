@@ -25,7 +25,9 @@ from roundtable.cluster.options.command import (
 from roundtable.cluster.options.flags import FOUND, Choice, choose, given, refuse_example_flags
 from roundtable.cluster.run.progress import Mode
 from roundtable.commands.shared import complete_runs, log_to_stderr, program
+from roundtable.common.config.launching import as_module
 from roundtable.common.config.settings import START_S
+from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.private_files import keep_private
 from roundtable.common.storage.run_files import RUNS, How
 
@@ -71,11 +73,15 @@ _DELAY = click.option(
 
 _QUIET = click.option("--quiet", "-q", cls=Option, is_flag=True, help="Show warnings, errors and the results only.")
 _QUIET_LOG = click.option("--quiet", "-q", cls=Option, is_flag=True, help="Log warnings and errors only.")
-_VERBOSE = click.option("--verbose", "-v", cls=Option, is_flag=True, help="Show what all workers print, not worker-0 alone.")
+_TEE = click.option("--tee", cls=Option, is_flag=True, also=["-v"], old=["--verbose"],
+                    help="Show what the scripts of all workers print, not that of worker-0 alone.")  # fmt: skip
+_MODULE = click.option("--module", "-m", cls=Option, is_flag=True,
+                       help="SCRIPT is a module's name, such as package.train: run it as `python -m` does.")  # fmt: skip
 
 
 @click.command(cls=Command)
 @click.argument("script", required=False)
+@_MODULE
 @settings_options
 @click.option("--port", cls=Option, type=click.IntRange(0, 65535), default=0, metavar="N", show_default=True,
               help="Coordinator port (0 = any free port).")  # fmt: skip
@@ -89,24 +95,25 @@ _VERBOSE = click.option("--verbose", "-v", cls=Option, is_flag=True, help="Show 
 @click.option("--progress", cls=Option, type=Words(get_args(Mode)), default="auto", show_default=True,
               help="How progress is shown: live, in plain lines, or not at all. auto is live on a terminal.")  # fmt: skip
 @_QUIET
-@_VERBOSE
+@_TEE
 @click.pass_context
 def local(
     ctx: click.Context,
     /,
     config: str | None,
     script: str | None,
+    module: bool,
     resume: str | None,
     allow_version_mismatch: bool,
     progress: Mode,
     quiet: bool,
-    verbose: bool,
+    tee: bool,
     **_: Any,
 ) -> None:
     """Train on this machine.
 
-    Runs SCRIPT ARGS on a local cluster: one coordinator, --servers and --workers. Without SCRIPT, trains the built-in example.
-    Options stand before SCRIPT.
+    Runs SCRIPT ARGS with one coordinator, --servers and --workers. Without SCRIPT, trains the built-in example.
+    Options stand before SCRIPT. `-m package.module ARGS` runs a module.
     """
     from rich.console import Console
 
@@ -118,7 +125,7 @@ def local(
     from roundtable.common.storage.event_log import FILE_NAME
 
     keep_private()
-    choice, take_up = _going_on(ctx, resume, config, script, False, allow_version_mismatch, click.echo)
+    choice, take_up = _going_on(ctx, resume, config, _named(script, module), False, allow_version_mismatch, click.echo)
     refuse_example_flags(ctx, choice.script)
     check_order(choice.settings, choice.script, choice.port)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
@@ -129,7 +136,7 @@ def local(
                 choice.settings, folder, choice.script, choice.args, choice.port, choice.restart_policy, how,
                 accept_versions=allow_version_mismatch, devices=choice.server_device.split(","),
             )  # fmt: skip
-            output = ScriptOutput(folder / LOGS, everybody=verbose)
+            output = ScriptOutput(folder / LOGS, everybody=tee)
             screen = Screen(Console(), folder / FILE_NAME, mode=progress, quiet=quiet, output=output)
             run_local(order, program(), os.environ, screen)
 
@@ -220,6 +227,7 @@ def server(
 
 @click.command(cls=Command)
 @click.argument("script", required=False)
+@_MODULE
 @_COORDINATOR
 @_INDEX
 @click.option("--colocate", cls=Option, is_flag=True,
@@ -238,6 +246,7 @@ def server(
 def worker(
     ctx: click.Context,
     script: str | None,
+    module: bool,
     coordinator: str,
     index: int | None,
     colocate: bool,
@@ -256,6 +265,7 @@ def worker(
     from roundtable.worker.tools.run_script import run_script
 
     log_to_stderr(quiet)
+    script = _named(script, module)
     os.environ[START_VARIABLE] = str(start_s)  # for the script, which joins by itself
     with ExitStack() as beside:
         if colocate:
@@ -280,6 +290,15 @@ def scale(run: str, workers: int) -> None:
 
     folder = ask(run, workers)
     click.echo(f"{folder}: scaled to {workers} {'worker' if workers == 1 else 'workers'}.")
+
+
+def _named(script: str | None, module: bool) -> str | None:
+    """Return what names the script from here on. Raise UsageError if a module has no name."""
+    if not module:
+        return script
+    if script is None:
+        raise UsageError("-m needs a module's name, such as -m package.train.")
+    return as_module(script)
 
 
 def _going_on(
