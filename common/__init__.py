@@ -1,1 +1,1 @@
-"""What both sides of the wire agree on. Imports nothing else of this project."""
+"""The parts on which both sides of the wire agree. Imports nothing else of this project."""

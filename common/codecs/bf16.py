@@ -1,4 +1,4 @@
-"""bfloat16: the range of float32 with 8 bits of precision, in two bytes a value."""
+"""bfloat16: the range of float32 with 8 bits of precision, in two bytes per value."""
 
 import torch
 
@@ -6,7 +6,7 @@ from roundtable.common.codecs.cast import Cast
 
 
 class Bf16(Cast):
-    """Off by at most 1/256 of a value."""
+    """The error is at most 1/256 of a value."""
 
     dtype = torch.bfloat16
 

@@ -12,7 +12,7 @@ from roundtable.common.model.tensor_bytes import dtype_name, from_frame
 
 
 class Cast(Codec):
-    """Values beyond the format's largest become that, so that what is finite stays finite."""
+    """Values beyond the format's largest one are clipped to it, so that finite values stay finite."""
 
     dtype: ClassVar[torch.dtype]
 

@@ -1,7 +1,8 @@
-"""How a codec applies to the chunks of a layout: to large weights only, the rest of a chunk travels as it is.
+"""How a codec applies to the chunks of a layout. Only large weights are compressed; the rest of a chunk is sent as it is.
 
-Biases, norms and small tensors are a small share of the bytes and matter most to convergence, so they are not compressed
-(as PowerSGD and most others do: Vogels, Karimireddy and Jaggi, NeurIPS 2019); buffers are no gradients.
+Biases, norms and small tensors have few bytes and matter most to convergence, so they are not compressed. PowerSGD and most
+others do the same (Vogels, Karimireddy and Jaggi, NeurIPS 2019). Buffers are not compressed either, because they are no
+gradients.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from roundtable.common.runtime.errors import WireError
 
 #: Tensors with fewer elements are not compressed.
 MIN_NUMEL = 1024
-#: Chunks with a value beyond this are not compressed: what codecs add up would overflow.
+#: A chunk with a larger value is not compressed, because sums in codecs would overflow.
 LARGEST = 1e30
 
 Run = tuple[int, int]
 
 
 def coded_pieces(layout: Layout, chunk: Chunk) -> list[Piece]:
-    """The pieces of `chunk` that are compressed: of float32 parameters with two dimensions and 1,024 elements at least."""
+    """Return the pieces of `chunk` that are compressed: of float32 parameters with at least two dimensions and 1,024 elements."""
     if chunk.kind != "param" or chunk.dtype != "float32":
         return []
     tensors = layout.tensors
@@ -33,7 +34,7 @@ def coded_pieces(layout: Layout, chunk: Chunk) -> list[Piece]:
 
 
 def coded_runs(layout: Layout, chunk: Chunk) -> list[Run]:
-    """(start, length) of the runs of the chunk's elements that are compressed, ascending and apart from each other."""
+    """Return (start, length) of each run of the chunk's elements that is compressed, ascending and with gaps between them."""
     runs: list[Run] = []
     for piece in coded_pieces(layout, chunk):
         if runs and sum(runs[-1]) == piece.offset:
@@ -45,7 +46,7 @@ def coded_runs(layout: Layout, chunk: Chunk) -> list[Run]:
 
 @dataclass(frozen=True)
 class _Cut:
-    """A chunk's elements: those in runs are compressed, those in gaps are not."""
+    """A chunk's elements. Those in runs are compressed, those in gaps are not."""
 
     numel: int
     runs: list[Run]
@@ -53,38 +54,38 @@ class _Cut:
 
     @property
     def coded(self) -> int:
-        """How many elements are compressed."""
+        """Number of elements that are compressed."""
         return sum(length for _, length in self.runs)
 
 
 class ChunkCodec:
     """Encodes and decodes whole chunks.
 
-    Frame: the elements outside the runs, float32, in order; then the codec's frame for all runs, one after the other.
+    A frame has the elements outside the runs, float32, in order, and then the codec's frame for all runs, one after the other.
     """
 
     def __init__(self, codec: Codec, layout: Layout) -> None:
         self.codec = codec
         self._cuts = [_cut(chunk.numel, coded_runs(layout, chunk)) for chunk in layout.chunks]
-        #: Time spent so far.
+        #: Seconds spent so far.
         self.encode_seconds = 0.0
         self.decode_seconds = 0.0
 
     def covers(self, chunk_id: int) -> bool:
-        """Whether something in the chunk is compressed."""
+        """Return whether a part of the chunk is compressed."""
         return bool(self._cuts[chunk_id].runs)
 
     def _compressed(self, chunk_id: int) -> _Cut:
-        """Raises WireError for a chunk in which nothing is compressed."""
+        """Return how a chunk is cut. Raises WireError if no part of it is compressed."""
         if not 0 <= chunk_id < len(self._cuts) or not self._cuts[chunk_id].runs:
             raise WireError(f"chunk {chunk_id} is not one that is compressed")
         return self._cuts[chunk_id]
 
     def encode(self, chunk_id: int, values: torch.Tensor, seed: int, state: State | None) -> Coded | None:
-        """The frame for a chunk's `values` (flat, float32) and the state after it; see Codec.encode. The state is of the runs.
+        """Return the frame for a chunk's `values` (flat, float32) and the new state. See Codec.encode. The state covers the runs.
 
-        None: the chunk is to be sent as it is, and no state changes. Nothing in it is compressed, or something that would be
-        is NaN, infinite or beyond 1e30.
+        Return None if the chunk must be sent as it is; the state does not change then. In such a chunk no part is compressed,
+        or a value in a run is NaN, infinite or beyond 1e30.
         """
         began = time.perf_counter()
         try:
@@ -96,7 +97,7 @@ class ChunkCodec:
         if not cut.runs:
             return None
         inside = _gather(values, cut.runs)
-        low, high = torch.aminmax(inside)  # NaN if any element is
+        low, high = torch.aminmax(inside)  # both are NaN if any element is
         if not (low >= -LARGEST and high <= LARGEST):
             return None
         coded = self.codec.encode(inside, seed, state)
@@ -105,9 +106,9 @@ class ChunkCodec:
         return Coded(torch.cat([_gather(values, cut.gaps).view(torch.uint8), coded.frame]), coded.state)
 
     def decode(self, chunk_id: int, frame: memoryview, seed: int) -> torch.Tensor:
-        """The chunk's values, flat, float32, in memory of their own.
+        """Return the chunk's values, flat, float32, in memory of their own.
 
-        Raises WireError for a chunk in which nothing is compressed, and for what is no frame of the chunk.
+        Raises WireError if no part of the chunk is compressed, or if the frame does not fit the chunk.
         """
         cut = self._compressed(chunk_id)
         began = time.perf_counter()
@@ -137,7 +138,7 @@ def _cut(numel: int, runs: list[Run]) -> _Cut:
 
 
 def _gather(values: torch.Tensor, runs: list[Run]) -> torch.Tensor:
-    """The elements of all runs; a single run is not copied."""
+    """Return the elements of all runs. A single run is not copied."""
     parts = [values[start : start + length] for start, length in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

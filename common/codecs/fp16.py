@@ -1,4 +1,4 @@
-"""IEEE half precision: 11 bits of precision from 6e-5 to 65504, in two bytes a value."""
+"""IEEE half precision: 11 bits of precision from 6e-5 to 65504, in two bytes per value."""
 
 import torch
 
@@ -6,7 +6,7 @@ from roundtable.common.codecs.cast import Cast
 
 
 class Fp16(Cast):
-    """Off by at most 1/2048 of a value or 3e-8, whichever is more; beyond 65504 values are cut off there."""
+    """The error is at most 1/2048 of a value, or 3e-8 if that is more. Values beyond 65504 are clipped."""
 
     dtype = torch.float16
 

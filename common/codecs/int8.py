@@ -1,13 +1,14 @@
-"""A byte a value and a scale per block, with stochastic rounding: QSGD with a maximum norm per block.
+"""A byte per value and a scale per block, with stochastic rounding: QSGD with a maximum norm per block.
 
-Alistarh, Grubic, Li, Tomioka and Vojnovic, "QSGD: communication-efficient SGD via gradient quantization and encoding"
-(NIPS 2017). A value x in a block with largest magnitude m becomes floor(x / s + u) steps of s = m / 127, with u uniform in
-[0, 1): the mean over u is x / s.
+Alistarh, Grubic, Li, Tomioka and Vojnovic, "QSGD: communication-efficient SGD via gradient quantization and encoding" (NIPS
+2017). Let m be the largest magnitude of a block. A value x becomes floor(x / s + u) steps of s = m / 127, with u uniform in [0,
+1). The mean over u is x / s.
 
-A random number for each element would cost more than all else. Instead u is read from a table in which each of the numbers
-(i + 1/2) / 65536 stands once, in random order, over and over, from a place drawn from the seed for each span. Over all places
-each element meets each number equally often, so what it decodes to is right in the mean over rounds (to 2^-17 of a
-step, about float32's own precision of m), whatever the order in the table; within a round, neighbours meet unrelated numbers.
+A random number for each element would cost more than everything else. Instead, u is read from a table that repeats each of the
+numbers (i + 1/2) / 65536 in random order. The seed draws the first place in the table for each span. Over all places, each
+element meets each number equally often. So the decoded values are right in the mean over rounds, to 2^-17 of a step, which is
+about float32's own precision of m. The order in the table does not matter for that. Within a round, neighbours meet unrelated
+numbers.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from roundtable.common.model.tensor_bytes import from_frame
 from roundtable.common.runtime.errors import WireError
 
 BLOCK = 256
-#: Steps to the largest magnitude: a touch below 127, so that rounding in x / s never makes 128 of it.
+#: Steps up to the largest magnitude: slightly less than 127, so that rounding of x / s never gives 128.
 _STEPS = 126.9999
-#: Blocks without a magnitude above this are sent as zeros: the reciprocal of their step may be infinite.
+#: Blocks with no larger magnitude are sent as zeros, because the reciprocal of their step may be infinite.
 _TINY = 1e-30
 #: Random numbers in the table before it repeats.
 _PERIOD = 1 << 16
 
 
 class Int8(Codec):
-    """Frame: a float32 scale for each block of 256, then an int8 for each value. No state.
+    """A frame has a float32 scale for each block of 256, and then an int8 for each value. There is no state.
 
-    `stochastic`: off by less than a step and unbiased; if not, rounded to nearest, off by half a step, whatever the seed.
+    If `stochastic`, the error is less than a step and has mean 0. Otherwise values are rounded to nearest with an error of half
+    a step, and the seed has no effect.
     """
 
     def __init__(self, settings: CodecSettings, stochastic: bool = True) -> None:
@@ -72,15 +74,15 @@ class Int8(Codec):
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude of each block."""
+    """Return the largest magnitude of each block."""
     whole = values.numel() // BLOCK * BLOCK
     blocks, rest = values[:whole].view(-1, BLOCK), values[whole:]
-    largest = torch.maximum(blocks.amax(1), -blocks.amin(1))  # half the time that abs takes first
+    largest = torch.maximum(blocks.amax(1), -blocks.amin(1))  # takes half the time of abs and amax
     return torch.cat([largest, rest.abs().amax().view(1)]) if len(rest) else largest
 
 
 def _uniform_table() -> torch.Tensor:
-    """The numbers (i + 1/2) / 65536 in an order that is the same everywhere, repeated for as far as a span may read."""
+    """Return the numbers (i + 1/2) / 65536 in an order that is the same everywhere, repeated as far as a span may read."""
     order = np.argsort(np.random.PCG64(0).random_raw(_PERIOD), kind="stable")
     once = torch.from_numpy(((order + 0.5) / _PERIOD).astype(np.float32))
     return once.repeat(1 + -(-SPAN // _PERIOD))

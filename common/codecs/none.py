@@ -1,4 +1,4 @@
-"""No compression: four bytes a value."""
+"""No compression: four bytes per value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from roundtable.common.model.tensor_bytes import from_frame
 
 
 class Uncompressed(Codec):
-    """The values as they are, in the memory they are in."""
+    """The values without a change, in their own memory."""
 
     def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
         return Coded(values.view(torch.uint8), None)

@@ -1,8 +1,8 @@
-"""A bit a value: the sign, and the mean magnitude of a block, with error feedback.
+"""A bit per value: the sign, and the mean magnitude of a block, with error feedback.
 
-Seide, Fu, Droppo, Li and Yu, "1-bit stochastic gradient descent" (Interspeech 2014), with one magnitude for both signs as in
-Karimireddy, Rebjock, Stich and Jaggi, "Error feedback fixes SignSGD and other gradient compression schemes" (ICML 2019):
-that is the nearest to the values that one magnitude can come, and blocks keep layers of different scale apart.
+Seide, Fu, Droppo, Li and Yu, "1-bit stochastic gradient descent" (Interspeech 2014). One magnitude serves for both signs, as in
+Karimireddy, Rebjock, Stich and Jaggi, "Error feedback fixes SignSGD and other gradient compression schemes" (ICML 2019). The
+mean is the best approximation by one magnitude. Blocks keep layers of different scale apart.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ BLOCK = 1024
 
 
 class OneBit(Codec):
-    """Frame: a float32 mean magnitude for each block of 1,024, then a bit for each value, 1 for a negative one."""
+    """A frame has a float32 mean magnitude for each block of 1,024, and then a bit for each value, 1 if it is negative."""
 
     states = ("residual",)
 
     def __init__(self, settings: CodecSettings) -> None:
         super().__init__(settings)
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-        self._signs = (1 - 2 * bits.astype(np.float32)).astype(np.float32)  # byte -> eight signs
+        self._signs = (1 - 2 * bits.astype(np.float32)).astype(np.float32)  # byte → eight signs
 
     def encode(self, values: torch.Tensor, seed: int, state: State | None) -> Coded:
         numel = values.numel()

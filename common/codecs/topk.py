@@ -1,4 +1,4 @@
-"""The largest values and where they are, with error feedback; the others wait until enough of them has added up.
+"""The largest values and their positions, with error feedback. Smaller values wait until their sums are large enough.
 
 Aji and Heafield, "Sparse communication for distributed gradient descent" (EMNLP 2017); Stich, Cordonnier and Jaggi,
 "Sparsified SGD with memory" (NeurIPS 2018).
@@ -19,25 +19,25 @@ from roundtable.common.runtime.errors import WireError
 
 Positions = npt.NDArray[np.int64]
 
-#: First byte of a frame: how positions follow.
+#: The first byte of a frame: the format of the positions.
 _BITMAP, _INDICES = 0, 1
-#: A threshold is guessed from every 61st element: a stride that no width of a matrix is likely to share.
+#: A threshold is estimated from every 61st element. No width of a matrix is likely to share this stride.
 _STRIDE = 61
-#: Values of fewer elements are ordered as they are.
+#: With fewer elements, all values are sorted.
 _SMALL = 1 << 12
-#: The smallest magnitude that is not zero.
+#: The smallest magnitude above zero.
 _SMALLEST = float(np.nextafter(np.float32(0), np.float32(1)))
 
 
 def kept(numel: int, ratio: float) -> int:
-    """How many of `numel` elements a frame carries: the share `ratio`, and at least one."""
+    """Return how many of `numel` elements a frame carries: the share `ratio`, and at least one."""
     return min(numel, max(1, round(ratio * numel)))
 
 
 class TopK(Codec):
-    """Frame: a byte; the positions, ascending, as a bit for each element or 32 bits each, whichever is smaller; the values.
+    """A frame has a byte, the positions in ascending order, and the values.
 
-    Of equal magnitudes those that come first are sent.
+    The positions are a bit for each element or 32 bits each, whichever is smaller. Of equal magnitudes, the first ones are sent.
     """
 
     states = ("residual",)
@@ -66,7 +66,7 @@ class TopK(Codec):
 
 
 def _pack(at: Positions, numel: int) -> npt.NDArray[np.uint8]:
-    """The first byte and the positions."""
+    """Return the first byte and the positions."""
     if 4 * len(at) <= _bitmap_bytes(numel):
         return np.concatenate([np.array([_INDICES], np.uint8), at.astype(np.uint32).view(np.uint8)])
     mask = np.zeros(numel, bool)
@@ -75,7 +75,7 @@ def _pack(at: Positions, numel: int) -> npt.NDArray[np.uint8]:
 
 
 def _unpack(kind: int, where: npt.NDArray[np.uint8]) -> Positions:
-    """What `_pack` packed, or anything else of the same length."""
+    """Return the positions that `_pack` has packed, or any numbers for other bytes of the same length."""
     if kind == _INDICES:
         return where.view(np.uint32).astype(np.int64)
     return np.flatnonzero(np.unpackbits(where).view(bool))
@@ -86,10 +86,9 @@ def _bitmap_bytes(numel: int) -> int:
 
 
 def _largest(values: torch.Tensor, count: int) -> Positions:
-    """Positions, ascending, of the `count` largest magnitudes; of equal ones the first.
+    """Return the positions, ascending, of the `count` largest magnitudes. Of equal magnitudes, the first ones count.
 
-    Exact: the threshold that a sample suggests only sorts out what need not be ordered. If it sorts out too much, all are
-    ordered but the zeros, which sparse gradients are full of.
+    A threshold is estimated so that only few elements must be sorted. This changes the time, not the result.
     """
     at, magnitudes = _above(values, _threshold(values, count))
     if len(at) < count:
@@ -106,23 +105,26 @@ def _largest(values: torch.Tensor, count: int) -> Positions:
 
 
 def _threshold(values: torch.Tensor, count: int) -> float:
-    """A magnitude that a few more than `count` elements likely reach."""
+    """Return a magnitude that probably a few more than `count` elements reach."""
     if values.numel() < _SMALL:
         return _SMALLEST
     sample = np.abs(values.numpy()[::_STRIDE])
     expected = count / _STRIDE
-    rank = math.ceil(expected + 4 * math.sqrt(expected) + 2)  # four standard deviations more than needed
+    rank = math.ceil(expected + 4 * math.sqrt(expected) + 2)  # four standard deviations above the expected rank
     return max(_kth(sample, rank), _SMALLEST) if rank < len(sample) else _SMALLEST
 
 
 def _kth(magnitudes: npt.NDArray[np.float32], k: int) -> float:
-    """The k-th largest. torch.kthvalue and numpy.partition are as fast, but take 50 times as long and more on some: on
-    descending ones, or with many equal ones among others."""
+    """Return the k-th largest magnitude.
+
+    torch.kthvalue and numpy.partition are as fast, but on some inputs take 50 times as long and more: on descending ones, or
+    with many equal magnitudes among others.
+    """
     return float(torch.from_numpy(magnitudes).topk(k, sorted=False).values.min())
 
 
 def _above(values: torch.Tensor, threshold: float) -> tuple[Positions, npt.NDArray[np.float32]]:
-    """Positions and magnitudes of the elements whose magnitude is at least `threshold`."""
+    """Return the positions and magnitudes of the elements whose magnitude is at least `threshold`."""
     numel = values.numel()
     scratch = torch.empty(min(SPAN, numel))
     positions, magnitudes = [], []

@@ -1,7 +1,7 @@
-"""Which samples every micro-batch of every round consists of: a pure function that all processes share.
+"""The samples of every micro-batch of every round. All processes compute the same plan.
 
-A segment is what one call of `Run.batches` asks for: some epochs over one dataset. Rounds and epochs are numbered
-through the whole run, over all its segments.
+A segment is one call of `Run.batches`: some data epochs over one data set. Rounds and data epochs are numbered through the whole
+run, over all segments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     global_batch: Positive
     micro_batch: Positive
     epochs: Positive
-    #: Rounds in this segment: all its epochs, or fewer where the run's limit of rounds comes first.
+    #: Rounds in this segment: all its data epochs, or fewer if the run's limit of rounds comes first.
     rounds: Count
 
     @property
@@ -37,7 +37,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def passes(self) -> int:
-        """Return how many epochs are begun, which `--rounds` may make fewer than `epochs`."""
+        """The number of data epochs that start, which `--rounds` may make fewer than `epochs`."""
         return -(-self.rounds // self.rounds_per_epoch)
 
     def spare_workers(self, workers: int) -> str:
@@ -52,7 +52,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def follows(self, before: Segment | None) -> bool:
-        """Whether its numbers go on from those of `before`, the segment before it, and make sense."""
+        """Return whether the segment's numbers continue those of `before`, the previous segment, and are valid."""
         first = (0, 0, 0) if before is None else (before.index + 1, before.end, before.first_epoch + before.epochs)
         fits = self.rounds <= self.rounds_per_epoch * self.epochs and self.global_batch <= MOST_MICRO_BATCHES * self.micro_batch
         return fits and (self.index, self.first_round, self.first_epoch) == first
@@ -63,25 +63,25 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total_samples(self) -> int:
-        """Samples that all rounds of the segment use."""
+        """The samples that all rounds of the segment use."""
         whole, rest = divmod(self.rounds, self.rounds_per_epoch)
         return whole * self.samples + min(rest * self.global_batch, self.samples)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of all rounds of the segment."""
+        """The micro-batches of all rounds of the segment."""
         epochs, rest = divmod(self.rounds, self.rounds_per_epoch)
         return epochs * self._per_epoch + rest * self._per_round
 
     def round_of(self, number: int) -> int:
-        """The round that has micro-batch `number` of the segment, if they are counted from 0 in the order of the plan."""
+        """Return the round that has micro-batch `number` of the segment, counted from 0 in the order of the plan."""
         epoch, rest = divmod(number, self._per_epoch)
         step = min(rest // self._per_round, self.rounds_per_epoch - 1)
         return self.first_round + epoch * self.rounds_per_epoch + step
 
     @property
     def _per_round(self) -> int:
-        """Micro-batches of each round but the last of an epoch."""
+        """The micro-batches of each round except the last one of a data epoch."""
         return -(-self.global_batch // self.micro_batch)
 
     @property
@@ -90,7 +90,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         return (self.rounds_per_epoch - 1) * self._per_round + -(-last // self.micro_batch)
 
     def round(self, index: int) -> Round:
-        """The plan of round `index`, counted through the run. Raises IndexError outside the segment."""
+        """Return the plan of round `index`, counted through the run. Raises IndexError outside the segment."""
         if not self.first_round <= index < self.end:
             raise IndexError(f"round {index} is not in rounds {self.first_round}..{self.end - 1}")
         epoch, step = divmod(index - self.first_round, self.rounds_per_epoch)
@@ -106,7 +106,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Round:
-    """One global batch: `samples` samples from place `start` of the epoch's order on, cut into micro-batches."""
+    """One global batch: `samples` samples from place `start` of the data epoch's order, cut into micro-batches."""
 
     index: int
     epoch: int
@@ -116,23 +116,23 @@ class Round:
 
     @property
     def micro_batches(self) -> int:
-        """K: the last of them may be short."""
+        """The number of micro-batches, K. The last one may be short."""
         return -(-self.samples // self.micro_batch)
 
     def places(self, k: int) -> range:
-        """Places in the epoch's order that micro-batch `k` takes."""
+        """Return the places in the data epoch's order that micro-batch `k` takes."""
         lo = self.start + k * self.micro_batch
         return range(lo, min(lo + self.micro_batch, self.start + self.samples))
 
     def samples_in(self, lo: int, hi: int) -> int:
-        """Samples in micro-batches lo..hi-1."""
+        """Return the number of samples in micro-batches lo..hi-1."""
         return min(hi * self.micro_batch, self.samples) - min(lo * self.micro_batch, self.samples)
 
 
 def make_segment(
     *, before: Segment | None, samples: int, global_batch: int, micro_batch: int, epochs: int, round_limit: int | None
 ) -> Segment:
-    """The segment that follows `before` (None for the first); `round_limit` counts the rounds of the whole run."""
+    """Return the segment that follows `before`, or the first one if that is None. `round_limit` counts the whole run's rounds."""
     first_round = before.end if before else 0
     rounds = -(-samples // global_batch) * epochs
     if round_limit is not None:
@@ -150,7 +150,10 @@ def make_segment(
 
 
 def derive_seed(seed: int, purpose: str, *place: int) -> int:
-    """A 63-bit seed for one purpose at one place of the run, such as ('sample', epoch, index). The same everywhere."""
+    """Return a 63-bit seed for one purpose at one place of the run, such as ('sample', epoch, index).
+
+    It is the same everywhere.
+    """
     text = ":".join([str(seed), purpose, *map(str, place)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

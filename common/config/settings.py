@@ -1,4 +1,4 @@
-"""The one definition of what can be set about a run.
+"""The only definition of a run's settings.
 
 Flags, TOML keys and the coordinator's `Welcome` are all made from `Settings`. Flags and files are flat: they name the settings of
 the built-in example (`example_settings.py`) like any other.
@@ -20,7 +20,7 @@ from roundtable.common.config.kinds import NonNegative, Positive, PositiveFloat,
 from roundtable.common.config.old_names import with_new_names
 from roundtable.common.runtime.errors import UsageError
 
-#: What errors call the place of settings that flags gave.
+#: The name, in errors, of the place of settings that flags gave.
 COMMAND_LINE = "the command line"
 #: Seconds for all processes of a run to start and find each other, by default.
 START_S = 600.0
@@ -95,7 +95,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, Meta(ge=0), doc("ssp, async: weight of the delay-compensation term (DC-ASGD); 0 is off.")
     ] = 0.0
 
-    #: What the built-in script trains. No other script reads it.
+    #: The settings of the built-in script. No other script reads them.
     example: ExampleSettings = ExampleSettings()
 
     on_nonfinite: Annotated[
@@ -184,19 +184,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
 
 
-#: The fields of the built-in example's settings, and of all settings. Files and flags know no difference.
+#: The fields of the built-in example's settings, and of all settings. Files and flags treat both alike.
 EXAMPLE_FIELDS = {field.name: field for field in msgspec.structs.fields(ExampleSettings)}
 FIELDS = {field.name: field for field in msgspec.structs.fields(Settings) if field.name != "example"} | EXAMPLE_FIELDS
 
 
 def unknown_key(key: str, known: list[str], where: str) -> UsageError:
-    """The error for a key nobody knows, with the nearest known one."""
+    """Return the error for an unknown key, with the nearest known one."""
     near = difflib.get_close_matches(key, known, n=1)
     return UsageError(f"{where}: there is no setting '{key}'" + (f"; did you mean '{near[0]}'?" if near else "."))
 
 
 def make_settings(values: dict[str, Any], where: str) -> Settings:
-    """Check `values` and build Settings from them; `where` (a file, 'the command line') is named in errors.
+    """Check `values` and return Settings made from them. Errors name `where` (a file, 'the command line').
 
     Raises UsageError with one sentence for an unknown key, a wrong type, a value out of range or an impossible combination.
     """
@@ -213,7 +213,7 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 
 def check_values(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` with underscores in their keys, each checked by itself, as part of what `make_settings` will get."""
+    """Return `values` with underscores in their keys, each checked by itself, as part of the input of `make_settings`."""
     values = with_new_names(values, where)
     for key in values:
         if key not in FIELDS:
@@ -265,7 +265,7 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file. Raises UsageError where there is none or it does not parse."""
+    """Return the table in a TOML file. Raises UsageError if the file does not exist or is not valid."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""How the micro-batches of a round are divided among the workers: the same function everywhere, so that a quiet
-cluster needs no message to assign work.
+"""How the micro-batches of a round are divided among the workers. All processes compute the same shares, so a quiet cluster needs
+no message to assign work.
 
-A table is what one membership epoch says about shares. Exceptions to it (a worker that takes over what another has
-not done) are messages, and are the coordinator's business.
+A table has the shares of one membership epoch. The coordinator sends exceptions as messages, by which a worker takes over a
+micro-batch of another.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from roundtable.common.config.field_types import Count, Many, Name
 
 
 class ShareTable(msgspec.Struct, frozen=True, dict=True):
-    """Shares of the workers from round `from_round` on. `weights` are whole numbers, one for each of `workers`."""
+    """The shares of the workers from round `from_round` on. `weights` are whole numbers, one for each of `workers`."""
 
     epoch: Count
     from_round: Count
@@ -29,25 +29,25 @@ class ShareTable(msgspec.Struct, frozen=True, dict=True):
             raise ValueError("a table needs a weight for each worker, and one above 0")
 
     def run(self, worker: str, count: int) -> range:
-        """The contiguous micro-batches, out of `count`, that `worker` computes; empty for a stranger."""
+        """Return the contiguous micro-batches, out of `count`, that `worker` computes. They are empty for an unknown worker."""
         if count not in self._runs:
             self._runs[count] = dict(zip(self.workers, shares(count, self.weights), strict=True))
         return self._runs[count].get(worker, range(0))
 
     @cached_property
     def _runs(self) -> dict[int, dict[str, range]]:
-        """Everybody's runs, for each number of micro-batches that was asked for: there are few."""
+        """The runs of all workers, by number of micro-batches. Only few numbers are asked for."""
         return {}
 
     def owner(self, k: int, count: int) -> str:
-        """Whose run micro-batch `k` of `count` is in."""
+        """Return the worker whose run contains micro-batch `k` of `count`."""
         return next(w for w, run in zip(self.workers, shares(count, self.weights), strict=True) if k in run)
 
 
 def shares(count: int, weights: Sequence[int]) -> list[range]:
-    """Cut 0..count-1 into contiguous runs as near to `weights` as whole numbers get (cumulative rounding).
+    """Cut 0..count-1 into contiguous runs, and return them. They are as near to `weights` as cumulative rounding gets.
 
-    More workers than micro-batches leave some with an empty run. Raises ValueError unless some weight is above 0.
+    If there are more workers than micro-batches, some runs are empty. Raises ValueError unless some weight is above 0.
     """
     total = sum(weights)
     if total <= 0 or min(weights) < 0:
@@ -60,5 +60,5 @@ def shares(count: int, weights: Sequence[int]) -> list[range]:
 
 
 def in_force(tables: Sequence[ShareTable], round_: int) -> ShareTable:
-    """The newest of `tables` (oldest first) that holds for `round_`; the oldest known where that has been forgotten."""
+    """Return the newest of `tables` (oldest first) that holds for `round_`, or the oldest one if that table was forgotten."""
     return next((table for table in reversed(tables) if table.from_round <= round_), tables[0])

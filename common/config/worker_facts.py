@@ -1,6 +1,6 @@
-"""What workers must have in common beside model and plan, and how it is compared.
+"""Facts that must be equal on all workers, besides the model and the plan, and their comparison.
 
-A worker that differs in silence trains something else, and the result depends on who was first.
+A worker with other facts would silently train something else, and the result would depend on which worker was first.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import msgspec
 
 from roundtable.common.config.field_types import Name
 
-#: Facts in a message, and numbers in a fact, at most.
+#: Most facts of a message, and most numbers of a fact.
 MOST_FACTS, MOST_NUMBERS = 200, 64
 
 
 class Fact(msgspec.Struct, frozen=True, array_like=True):
-    """One of a worker's settings, or a trait of its data: `name` is what people call it, and `said` is what it is. `numbers` are
-    more of what it is, in which a relative difference of `within` is none: other processors round otherwise."""
+    """One of a worker's settings, or a trait of its data. `name` is its name for people, and `said` its value.
+
+    `numbers` belong to the value too. Two numbers are equal if their relative difference is at most `within`, because
+    processors round differently.
+    """
 
     name: Name
     said: Name = ""
@@ -28,11 +31,11 @@ class Fact(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def text(self) -> str:
-        """What it is, to be read."""
+        """The value in words."""
         return self.said or " and ".join(f"{number:.6g}" for number in self.numbers)
 
     def agrees(self, other: Fact) -> bool:
-        """Whether two workers have this in common."""
+        """Return whether two workers have this fact in common."""
         if (self.said, len(self.numbers)) != (other.said, len(other.numbers)):
             return False
         pairs = zip(self.numbers, other.numbers, strict=True)
@@ -43,15 +46,17 @@ Facts = Annotated[list[Fact], msgspec.Meta(max_length=MOST_FACTS)]
 
 
 class FirstFacts(msgspec.Struct, frozen=True):
-    """Facts, and who has told them first: 'worker-0 on HOST'."""
+    """Facts, and the worker that has sent them first: 'worker-0 on HOST'."""
 
     by: Name
     facts: Facts
 
 
 def difference(known: FirstFacts, other: Sequence[Fact], who: str) -> str:
-    """A sentence on the first fact that `who` does not share with the one who told it first; '' where there is none. What only
-    one of them has told is not compared."""
+    """Return a sentence on the first fact of `who` that differs from the facts sent first, or '' if none does.
+
+    A fact that only one of the two has is not compared.
+    """
     told = {fact.name: fact for fact in known.facts}
     for fact in other:
         before = told.get(fact.name)

@@ -1,4 +1,4 @@
-"""Where a worker's contributions lie: gradient buffers, each with room for one contribution to all chunks."""
+"""The layout of a worker's gradient buffers. Each has room for one contribution to all chunks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from roundtable.common.model.layout import Layout, gradient_offsets
 from roundtable.common.model.tensor_bytes import dtype_of
 from roundtable.common.protocol.shared_memory import HEADER_BYTES, Region
 
-#: Gradient buffers in the region that a worker shares. It seldom needs more than three; what finds no free one is sent instead.
+#: Gradient buffers in the region that a worker shares. It seldom needs more than three. A contribution without one is sent.
 GRADIENT_BUFFERS = 8
 
 
 def gradient_buffer_bytes(layout: Layout) -> int:
-    """Return how many bytes a gradient buffer takes up."""
+    """Return the size of a gradient buffer in bytes."""
     return gradient_offsets(layout)[1]
 
 
 def views(layout: Layout, memory: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Return the chunks of a gradient buffer by id: flat tensors of each chunk's `sum_dtype`, which share its bytes, `memory`.
+    """Return the chunks of a gradient buffer by id: flat tensors of each chunk's `sum_dtype` in the buffer's bytes, `memory`.
 
     The chunks of one tensor are neighbours.
     """
@@ -29,7 +29,7 @@ def views(layout: Layout, memory: torch.Tensor) -> dict[int, torch.Tensor]:
 
 
 def memory_of(layout: Layout, region: Region, gradient_buffer: int) -> torch.Tensor:
-    """The bytes of one gradient buffer of a region. Raises IndexError where there is no such gradient buffer."""
+    """Return the bytes of one gradient buffer of a region. Raises IndexError if it does not exist."""
     size = gradient_buffer_bytes(layout)
     start = HEADER_BYTES + gradient_buffer * size
     if not 0 <= gradient_buffer < GRADIENT_BUFFERS or start + size > len(region.memory):
@@ -37,5 +37,5 @@ def memory_of(layout: Layout, region: Region, gradient_buffer: int) -> torch.Ten
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a reader's mapping is read-only, and so is its use of it
+        warnings.simplefilter("ignore")  # a reader's mapping is read-only, and readers do not write
         return torch.frombuffer(region.memory, dtype=torch.uint8, count=size, offset=start)

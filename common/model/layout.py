@@ -1,7 +1,7 @@
 """How a model's parameters and buffers are cut into chunks and placed on servers.
 
-A pure function of (names, shapes, dtypes, groups, number of servers): every process computes it and compares digests.
-Where a tensor is cut never depends on the number of servers, so neither do the bits of anything computed on chunks.
+The layout depends only on names, shapes, dtypes, groups and the number of servers. Every process computes it and compares
+digests. Where tensors are cut does not depend on the number of servers, and so neither do the bits of results.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from roundtable.common.protocol.model_spec import (
 )
 from roundtable.common.runtime.errors import UsageError
 
-#: Largest chunk in bytes: ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
+#: Largest chunk in bytes. ZeroMQ's high-water mark counts messages, and frames of this size still stream well.
 CHUNK_BYTES = 4 << 20
-#: Small tensors are packed together at least up to this many bytes.
+#: Small tensors share chunks of at least so many bytes.
 _PACK_BYTES = 64 << 10
-#: Pieces of a chunk at most: which of them a contribution has is told by a bit each of a MessagePack integer.
+#: Most pieces of a chunk. A contribution has one bit for each piece, in one MessagePack integer.
 _MOST_PIECES = 64
 
-#: Models beyond this have more chunks than any process should keep track of.
+#: Largest model in bytes. A larger one has more chunks than a process should keep track of.
 _MOST_BYTES = 1 << 40
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """Elements start .. start+length-1 of flattened tensor number `tensor`, lying at `offset` in the chunk. Of a tensor that
-    travels as bytes, an element is a byte."""
+    """Elements start .. start+length-1 of flattened tensor number `tensor`, at `offset` in the chunk.
+
+    If the tensor travels as bytes, an element is a byte.
+    """
 
     tensor: int
     start: int
@@ -45,10 +47,10 @@ class Piece(msgspec.Struct, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The unit of sending, summing and updating. All pieces have one kind, dtype and group, and are all `frozen` or not.
+    """The unit of sending, summing and updating. All pieces have one kind, dtype and group, and all are `frozen` or none is.
 
-    Ids follow the order in which the model registers its tensors, which for most is the order of the forward pass:
-    the lower an id, the sooner the next forward needs it.
+    Ids follow the order in which the model registers its tensors. For most models this is the order of the forward, so the next
+    forward needs lower ids first.
     """
 
     id: int
@@ -60,7 +62,7 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     frozen: bool = False
 
     def has_values(self, present: int) -> bool:
-        """Whether a contribution that is `present` in these pieces has values: parameters without a gradient have none."""
+        """Return whether a contribution to the pieces `present` has values. Parameters without a gradient have none."""
         return self.kind != "param" or present != 0
 
     @property
@@ -70,7 +72,7 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def sum_dtype(self) -> str:
-        """dtype of contributions, of their sum, and of the master copy on the server."""
+        """The dtype of contributions, of their sum, and of the server's weights."""
         return DTYPES[self.dtype][1]
 
     @property
@@ -83,12 +85,12 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def urgency(chunk: Chunk) -> tuple[bool, int]:
-    """Sorts chunks by how soon the next round needs them: buffers before it begins, parameters as the forward pass goes."""
+    """Return the key that sorts chunks by when the next round needs them: buffers first, then parameters in forward order."""
     return chunk.kind == "param", chunk.id
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Every tensor of a model and the chunks they are cut into, and the tables and sharded layers that are not."""
+    """Every tensor of a model, the chunks, and the tables and sharded layers, which are in no chunk."""
 
     tensors: list[TensorSpec]
     chunks: list[Chunk]
@@ -97,29 +99,27 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
     sharded_layers: list[ShardedLayerSpec] = []
 
     def on(self, server: int) -> list[Chunk]:
-        """The chunks placed on `server`, by id."""
+        """Return the chunks on `server`, by id."""
         return [chunk for chunk in self.chunks if chunk.server == server]
 
     def owners(self) -> list[int]:
-        """Servers that take part in rounds: 0 with the metrics, and those with a chunk; all with tables or sharded layers."""
+        """Return the servers that take part in rounds: 0 with the metrics, and those with a chunk, a table or a sharded layer."""
         if self.tables or self.sharded_layers:
             return list(range(self.servers))
         return sorted({0} | {chunk.server for chunk in self.chunks})
 
     def digest(self) -> str:
-        """SHA-256 over everything above, as hexadecimal digits."""
+        """Return the SHA-256 of all fields, in hexadecimal."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
 def make_layout(
     tensors: Sequence[TensorSpec], servers: int, tables: Sequence[TableSpec] = (), sharded_layers: Sequence[ShardedLayerSpec] = ()
 ) -> Layout:
-    """Cut `tensors` into chunks and place them on `servers` servers, by bytes, least-loaded first.
+    """Return the layout: cut `tensors` into chunks, and place them by bytes on `servers` servers, least loaded first.
 
-    `tables` and `sharded_layers` are left as they are.
-
-    A tensor above CHUNK_BYTES is cut into several chunks; small ones of one kind, dtype and group share one.
-    Raises UsageError for a dtype that cannot be trained or sent.
+    A tensor above CHUNK_BYTES is cut into several chunks. Small ones of one kind, dtype and group share a chunk. `tables` and
+    `sharded_layers` are not cut. Raises UsageError for a dtype that cannot be trained or sent.
     """
     for spec in tensors:
         _check_dtype(spec)
@@ -154,7 +154,7 @@ def make_layout(
 
 
 def _check_dtype(spec: TensorSpec) -> None:
-    """Raise UsageError for a dtype that the tensor's kind cannot have."""
+    """Raise UsageError if a tensor of this kind cannot have its dtype."""
     if spec.is_bytes and spec.dtype in BYTES_OF_ANY:
         return
     if (
@@ -180,14 +180,14 @@ def _place(chunks: list[Chunk], servers: int) -> list[Chunk]:
     return [msgspec.structs.replace(chunk, server=server_of[chunk.id]) for chunk in chunks]
 
 
-#: Chunks in memory begin at multiples of this many bytes, so that each can be mapped by itself: a page everywhere.
+#: In memory, chunks start at multiples of so many bytes, so that each can be mapped by itself. It is a page on every system.
 ALIGN_BYTES = 4096
 
 
 def gradient_offsets(layout: Layout) -> tuple[dict[int, int], int]:
-    """Byte offsets of the contributions to all chunks in one memory, by chunk, and the bytes of it all.
+    """Return the byte offset of each chunk's contribution in one memory, by chunk, and the size of that memory.
 
-    A tensor that is cut into several chunks lies there in one piece.
+    The chunks of one tensor lie together without gaps.
     """
     offsets, end = {}, 0
     for chunk in layout.chunks:
@@ -199,7 +199,7 @@ def gradient_offsets(layout: Layout) -> tuple[dict[int, int], int]:
 
 
 def weight_offsets(chunks: Iterable[Chunk]) -> tuple[dict[int, int], int]:
-    """Byte offsets of the weights of a server's chunks in one memory, by chunk, and the bytes of it all."""
+    """Return the byte offset of the weights of each of a server's chunks in one memory, by chunk, and the size of that memory."""
     offsets, end = {}, 0
     for chunk in chunks:
         offsets[chunk.id] = end
@@ -212,7 +212,7 @@ def _aligned(offset: int) -> int:
 
 
 def message_batches(ids: Iterable[int], size: Callable[[int], int]) -> list[list[int]]:
-    """Cut chunk ids into lists whose bytes, as `size` gives them, fill one message: a chunk's worth, or one chunk."""
+    """Return chunk ids in lists that fill one message by `size`, in bytes: one chunk, or several of a chunk's size together."""
     out: list[list[int]] = []
     room = 0
     for i in ids:

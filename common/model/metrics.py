@@ -17,5 +17,5 @@ def add_metrics(left: Mapping[str, tuple[float, float]], right: Mapping[str, tup
 
 
 def mean_metrics(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the mean by name, of the names that have samples."""
+    """Return the mean of each metric that has samples, by name."""
     return {name: value / samples for name, (value, samples) in total.items() if samples}

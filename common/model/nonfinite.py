@@ -1,4 +1,4 @@
-"""Gradients that are NaN or infinite: finding them, and what is said of them."""
+"""Gradients that are NaN or infinite: finding them, and the messages about them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ import torch
 
 from roundtable.common.model.layout import Layout
 
-#: What can be done where a run fails for one.
-ADVICE = "--on-nonfinite skip drops such rounds, and allow lets them be."
+#: Advice for a run that fails because of such a gradient.
+ADVICE = "--on-nonfinite skip drops such rounds, and allow takes them."
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite. One quick pass: a sum is finite only if all that is added is; where it overflows
-    although all are, they are looked at one by one."""
+    """Return whether no element is NaN or infinite.
+
+    A finite sum proves it in one fast pass. If the sum is not finite, it may have overflowed, so the elements are tested one by
+    one.
+    """
     return not values.is_floating_point() or math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def tensors_not_finite(layout: Layout, contribution: Mapping[int, torch.Tensor]) -> str:
-    """The names of tensors, three at most, in the first chunk of a contribution (flat tensors by chunk) in which some are not
-    finite; '' where all are."""
+    """Return the names of tensors that are not finite, or '' if there are none.
+
+    `contribution` has flat tensors by chunk. At most three names are returned, from the first chunk with such a tensor.
+    """
     chunk = next((chunk for chunk, values in contribution.items() if not is_finite(values)), None)
     if chunk is None:
         return ""
@@ -31,6 +36,6 @@ def tensors_not_finite(layout: Layout, contribution: Mapping[int, torch.Tensor])
 
 
 def sentence(worker: str, what: str, round_: int, lo: int, hi: int) -> str:
-    """That a worker's gradient of `what` in micro-batches lo..hi-1 is not finite, without a full stop."""
+    """Return that a worker's gradient of `what` in micro-batches lo..hi-1 is not finite, without a full stop."""
     which = f"micro-batch {lo}" if hi == lo + 1 else f"micro-batches {lo}..{hi - 1}"
     return f"{worker}'s gradient of {what} in {which} of round {round_} is not finite"

@@ -1,4 +1,4 @@
-"""Contributions to a chunk and how two of them are added: the same on workers and servers."""
+"""Contributions to a chunk, and their addition. Workers and servers add in the same way."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from roundtable.common.protocol.model_spec import Kind
 class Sum:
     """A contribution to one chunk, or a sum of several.
 
-    `values` is flat, of the chunk's `sum_dtype`; bit p of `present` says that piece p had a gradient. `owned` memory may be
-    written to; other memory belongs to a received frame. What is meant is `values` x `scale`, a power of two: multiplying by
-    it changes no bit of what comes later, so it is put off until values are touched anyway. Of parameters without a gradient
-    there are no values: to add `nothing` changes nothing.
+    `values` is flat, of the chunk's `sum_dtype`. Bit p of `present` says that piece p had a gradient. `owned` memory may be
+    written to; other memory belongs to a received frame. The value is `values` x `scale`. `scale` is a power of two, so the
+    multiplication can wait until `values` are read anyway, without a change of bits. Parameters without a gradient have no
+    values: adding `nothing` changes nothing.
 
-    Memory that `stays` as it is until the round is over need not be read before, so adding is put off too: such a sum has
-    `halves`, left and right, and no values.
+    Memory that `stays` does not change until the round is over, so it need not be read before, and additions can wait too. Such
+    a sum has `halves`, left and right, and no values.
     """
 
     values: torch.Tensor
@@ -34,11 +34,11 @@ class Sum:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether there are no values, as none of the parameters had a gradient."""
+        """Whether there are no values, because none of the parameters had a gradient."""
         return self.halves is None and not self.present and not len(self.values)
 
     def section(self, start: int, length: int) -> Sum:
-        """Elements start .. start+length-1, in the same memory."""
+        """Return elements start .. start+length-1, in the same memory."""
         if self.halves is not None:
             left, right = self.halves
             return put_off(left.section(start, length), right.section(start, length))
@@ -46,19 +46,19 @@ class Sum:
 
 
 def nothing() -> Sum:
-    """The contribution to parameters that have no gradient."""
+    """Return the contribution to parameters without a gradient."""
     return Sum(torch.empty(0), 0)
 
 
 def put_off(left: Sum, right: Sum) -> Sum:
-    """The sum of two contributions, to be added later."""
+    """Return the sum of two contributions, which is added up later."""
     if left.is_nothing or right.is_nothing:
         return right if left.is_nothing else left
     return Sum(torch.empty(0), left.present | right.present, stays=left.stays and right.stays, halves=(left, right))
 
 
 def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:
-    """The contribution of a micro-batch with gradient `values`, which may be written to: times its samples."""
+    """Return the contribution of a micro-batch: its gradients `values`, which may be overwritten, times its samples."""
     if kind in ("max", "sum", "last"):
         return Sum(values, present, owned=True)
     if samples & (samples - 1):
@@ -67,13 +67,16 @@ def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Su
 
 
 def is_change(chunk: Chunk, at_once: bool) -> bool:
-    """Whether contributions to a chunk of buffers are their changes: those of sums always, and those of means and counters if
-    each is applied `at_once`, so that of micro-batches that began with the same values each one counts."""
+    """Return whether contributions to a chunk of buffers are changes.
+
+    Sums always are. If servers apply each contribution `at_once`, means and counters are too, so that each micro-batch counts
+    even if several started from the same values.
+    """
     return chunk.kind == "sum" or (at_once and (chunk.kind == "mean" or (chunk.kind == "max" and "int" in chunk.dtype)))
 
 
 def move(chunk: Chunk, buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Apply one contribution to the buffers of a chunk, or to some of its elements, at once. Of parameters it is their change."""
+    """Apply one contribution at once to the buffers of a chunk, or to some elements. For parameters it is their change."""
     if chunk.kind == "param" or is_change(chunk, at_once=True):
         buffer.add_(value)
     elif chunk.kind == "max":
@@ -83,8 +86,10 @@ def move(chunk: Chunk, buffer: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def adder(chunk: Chunk) -> Callable[[Sum, Sum], Sum]:
-    """The function (left, right) -> sum for contributions to `chunk`; it reuses owned memory, the left one's first, and leaves
-    alone what stays."""
+    """Return the function (left, right) -> sum for contributions to `chunk`.
+
+    It reuses owned memory, the left one's first, and does not read memory that stays.
+    """
     if chunk.kind == "last":
         return functools.partial(_later, chunk)
     kind = chunk.kind
@@ -101,7 +106,7 @@ def adder(chunk: Chunk) -> Callable[[Sum, Sum], Sum]:
 
 
 def _later(chunk: Chunk, left: Sum, right: Sum) -> Sum:
-    """Of each piece the right one's value, if it has one, else the left one's."""
+    """Return, for each piece, the right value if there is one, and otherwise the left value."""
     first, second, taken = (left, right, right.present) if left.owned or not right.owned else (right, left, ~right.present)
     values = first.values if first.owned else first.values.clone()
     for bit, piece in enumerate(chunk.pieces):
@@ -111,12 +116,12 @@ def _later(chunk: Chunk, left: Sum, right: Sum) -> Sum:
 
 
 def last_of(parts: Sequence[Sum], bit: int) -> Sum:
-    """Of contributions in order, the last one that has piece number `bit`; the last of all if none has."""
+    """Return the last of several contributions in order that has piece number `bit`, or the last one if none has."""
     return next((part for part in reversed(parts) if part.present >> bit & 1), parts[-1])
 
 
 def add_up(kind: Kind, total: Sum, out: Callable[[int], torch.Tensor], depth: int = 0) -> Sum:
-    """`total` with what was put off done: where it was, or in `out(0)`, with `out(1)` and so on for what comes in between."""
+    """Return `total` added up, in its own memory or in `out(0)`. `out(1)` and so on hold intermediate sums."""
     if total.halves is None:
         return total
     left, right = add_up(kind, total.halves[0], out, depth), add_up(kind, total.halves[1], out, depth + 1)
@@ -125,7 +130,7 @@ def add_up(kind: Kind, total: Sum, out: Callable[[int], torch.Tensor], depth: in
 
 
 def _added_up(kind: Kind, total: Sum) -> Sum:
-    """`total` in memory of its own where adding was put off."""
+    """Return `total` added up. If additions had to wait, the result is in memory of its own."""
     first = total
     while first.halves is not None:
         first = first.halves[0]
@@ -134,7 +139,7 @@ def _added_up(kind: Kind, total: Sum) -> Sum:
 
 
 def add_values(kind: Kind, left: Sum, right: Sum, out: torch.Tensor) -> float:
-    """Write the sum of two contributions to `out`, which may be the memory of one of them; returns the sum's scale."""
+    """Write the sum of two contributions to `out`, which may be the memory of one of them. Return the sum's scale."""
     if kind == "max":
         torch.maximum(left.values, right.values, out=out)
         return 1.0

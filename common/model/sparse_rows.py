@@ -1,9 +1,9 @@
-"""Tables of which only rows are sent: where each row is, contributions to some of them, and how two are added.
+"""Embedding rows: the server of each row, contributions to some rows, and their addition.
 
-Row-sparse parameters are what parameter servers were first made for (Li et al., "Scaling Distributed Machine Learning with the
-Parameter Server", OSDI 2014): a batch touches few rows of an embedding, so only those are pulled, pushed and updated. Rows are
-dealt out to the servers in blocks, as in many data sets the first ids are the frequent ones. Nothing that is computed on rows
-depends on which server has them, so neither do the bits.
+Parameter servers were first made for row-sparse parameters (Li et al., "Scaling Distributed Machine Learning with the Parameter
+Server", OSDI 2014). A batch touches few rows of an embedding, so only those are pulled, pushed and updated. Rows are spread
+over the servers in blocks, because in many data sets the first ids are the frequent ones. No computation on rows depends on
+their server, so the bits do not either.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from roundtable.common.protocol.model_spec import ShardedLayerSpec, TableSpec
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 
-# ---- where rows are
+# ---- the places of rows
 
 
 def owner_of(ids: torch.Tensor, servers: int) -> torch.Tensor:
-    """The server of each row: int64, like `ids`."""
+    """Return the server of each row (int64, like `ids`)."""
     return ids.div(BLOCK, rounding_mode="floor") % servers
 
 
 def local_of(ids: torch.Tensor, servers: int) -> torch.Tensor:
-    """The place of each row among those of its server, int64. It grows with the id."""
+    """Return the place of each row among those of its server, int64. It grows with the id."""
     return ids.div(BLOCK * servers, rounding_mode="floor") * BLOCK + ids % BLOCK
 
 
 def id_of(places: torch.Tensor, server: int, servers: int) -> torch.Tensor:
-    """The ids of the rows in these places of `server`, int64."""
+    """Return the ids of the rows in these places of `server`, int64."""
     blocks = places.div(BLOCK, rounding_mode="floor") * servers + server
     return blocks * BLOCK + places % BLOCK
 
 
 def rows_on(server: int, servers: int, rows: int) -> int:
-    """How many of a table's rows `server` has."""
+    """Return how many of a table's rows `server` has."""
     rounds, rest = divmod(rows, BLOCK * servers)
     return rounds * BLOCK + min(max(rest - server * BLOCK, 0), BLOCK)
 
 
 def draw(spec: TableSpec, seed: int, block: int, rows: torch.Tensor) -> None:
-    """Write the first values of a block of rows to `rows`: a function of the run's seed, the table and the block alone."""
+    """Write the first values of a block to `rows`. They depend on the run's seed, the table and the block alone."""
     assert spec.std is not None
     generator = torch.Generator().manual_seed(derive_seed(seed, f"rows of {spec.name}", block))
     if isinstance(spec, ShardedLayerSpec):
@@ -58,7 +58,7 @@ def draw(spec: TableSpec, seed: int, block: int, rows: torch.Tensor) -> None:
 
 
 def page_ids(spec: TableSpec, page: int) -> torch.Tensor:
-    """The ids of the rows of a page, in order."""
+    """Return the ids of the rows of a page, in order."""
     size = page_rows(spec)
     return torch.arange(page * size, min((page + 1) * size, spec.rows))
 
@@ -68,8 +68,11 @@ def page_ids(spec: TableSpec, page: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RowSum:
-    """A contribution to some rows of a table, or a sum of several: `values` (N, dim), float32, for the sorted, distinct `ids`
-    (N), int64. Neither is ever written to. `used` tells whether the table had a gradient at all, if of no row of these."""
+    """A contribution to some rows of a table, or a sum of several.
+
+    `values` (N, dim), float32, are for the sorted, distinct `ids` (N), int64. Neither is ever written to. `used`: the table had a
+    gradient, though perhaps none for any row here.
+    """
 
     ids: torch.Tensor
     values: torch.Tensor
@@ -77,34 +80,34 @@ class RowSum:
 
     @property
     def count(self) -> int:
-        """The number of rows as messages have it: -1 where the table had no gradient."""
+        """The number of rows in messages: -1 if the table had no gradient."""
         return len(self.ids) if self.used else -1
 
 
 def no_rows(spec: TableSpec, used: bool = False) -> RowSum:
-    """The contribution of who has not used the table."""
+    """Return a contribution without rows, by default of a worker that has not used the table."""
     return RowSum(torch.empty(0, dtype=torch.int64), torch.empty(0, spec.dim), used)
 
 
-#: A contribution to every table, in their order.
+#: A contribution to every table, in the tables' order.
 RowSums = Sequence[RowSum]
 
 
 def add_rows(left: RowSum, right: RowSum) -> RowSum:
-    """Row by row left plus right; a row that only one side has is that side's."""
+    """Return left plus right, row by row. A row that only one side has is taken from that side."""
     used = left.used or right.used
     if not len(left.ids) or not len(right.ids):
         one = right if len(right.ids) else left
         return RowSum(one.ids, one.values, used)
     ids, at = torch.cat([left.ids, right.ids]).unique(return_inverse=True)
-    values = torch.full((len(ids), left.values.shape[1]), -0.0)  # adding to -0.0 leaves every bit; to 0.0 it does not
+    values = torch.full((len(ids), left.values.shape[1]), -0.0)  # adding to -0.0 keeps every bit; adding to 0.0 does not
     values.index_add_(0, at[: len(left.ids)], left.values)
     values.index_add_(0, at[len(left.ids) :], right.values)
     return RowSum(ids, values, used)
 
 
 def add_tables(left: RowSums, right: RowSums) -> RowSums:
-    """`add_rows` of each table."""
+    """Return `add_rows` of each table."""
     return [add_rows(a, b) for a, b in zip(left, right, strict=True)]
 
 
@@ -112,22 +115,22 @@ def add_tables(left: RowSums, right: RowSums) -> RowSums:
 
 
 def cut(tensor: torch.Tensor) -> list[memoryview]:
-    """The bytes of a contiguous tensor as frames of up to a chunk's size; none for an empty one."""
+    """Return the bytes of a contiguous tensor as frames of up to a chunk's size. An empty tensor has no frames."""
     whole = to_frame(tensor)
     return [whole[start : start + CHUNK_BYTES] for start in range(0, len(whole), CHUNK_BYTES)]
 
 
 def join(frames: Iterator[Any], dtype: str, numel: int, what: str) -> torch.Tensor:
-    """The flat tensor of `numel` elements that `cut` made the next of `frames` of; those are taken out of the iterator.
+    """Return the flat tensor of `numel` elements from the next frames of `cut`, and take these out of the iterator.
 
-    Read-only by agreement. Raises WireError naming `what` where they have not its bytes.
+    Do not write to it. Raises WireError with `what` if the frames have another number of bytes.
     """
     parts = []
     step = CHUNK_BYTES // dtype_of(dtype).itemsize
     for start in range(0, numel, step):
         frame = next(frames, None)
         if frame is None:
-            raise WireError(f"{what} is not there as a whole")
+            raise WireError(f"{what} is incomplete")
         parts.append(from_frame(frame, dtype, min(step, numel - start), what))
     if len(parts) == 1:
         return parts[0]
@@ -135,14 +138,14 @@ def join(frames: Iterator[Any], dtype: str, numel: int, what: str) -> torch.Tens
 
 
 def cut_sums(sums: RowSums) -> list[memoryview]:
-    """The frames of a contribution: of each table ids, then values."""
+    """Return the frames of a contribution: for each table, ids and values."""
     return [frame for part in sums for tensor in (part.ids, part.values) for frame in cut(tensor)]
 
 
 def join_sums(frames: Frames, counts: Sequence[int], tables: Sequence[TableSpec], what: str) -> RowSums:
-    """A contribution out of its frames. Raises WireError naming `what` unless they are just what `counts` says."""
+    """Return a contribution from its frames. Raises WireError with `what` unless they are as `counts` says."""
     if len(counts) != len(tables) or any(count < -1 for count in counts):
-        raise WireError(f"{what} has rows for {len(counts)} tables where there are {len(tables)}")
+        raise WireError(f"{what} has rows for {len(counts)} tables, but there are {len(tables)}")
     left, sums = iter(frames), []
     for count, spec in zip(counts, tables, strict=True):
         ids = join(left, "int64", count, what)
@@ -154,7 +157,7 @@ def join_sums(frames: Frames, counts: Sequence[int], tables: Sequence[TableSpec]
 
 
 def split(sums: RowSums, servers: int) -> list[RowSums]:
-    """The part of a contribution that belongs to each server."""
+    """Return the part of a contribution that belongs to each server."""
     if servers == 1:
         return [sums]
     masks = [[owner_of(part.ids, servers) == server for part in sums] for server in range(servers)]

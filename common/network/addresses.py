@@ -90,10 +90,10 @@ def await_route(address: str, patience_s: float, sleep: Callable[[float], None] 
     while problem := _problem(address):
         now = time.monotonic()
         if now >= began + patience_s:
-            raise ClusterError(f"{problem}; --start-timeout says for how long it is waited for.")
+            raise ClusterError(f"{problem}; --start-timeout sets how long to wait for that.")
         if now >= told_at + _TELL_S:
             told_at = now
-            log.warning("%s; it is tried again, %.0f s so far", problem, now - began)
+            log.warning("%s; trying again, %.0f s so far", problem, now - began)
         sleep(_TRY_S)
 
 
@@ -156,7 +156,7 @@ def _by_default_route() -> Iterator[str]:
 def _of_interfaces() -> Iterator[str]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # it has none
+            with contextlib.suppress(OSError):  # the interface has no IPv4 address
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 yield socket.inet_ntoa(answer[20:24])
     with contextlib.suppress(OSError):
@@ -170,7 +170,8 @@ def to_advertise(advertise: str, bound: str) -> str:
     """Return the address that HOST, HOST:PORT or tcp://HOST:PORT stands for. Without a port, it is that of the listener at
     `bound`.
 
-    Raise UsageError for anything else."""
+    Raise UsageError for anything else.
+    """
     text = advertise.removeprefix("tcp://")
     with contextlib.suppress(ValueError):
         text = f"[{ipaddress.IPv6Address(text)}]"

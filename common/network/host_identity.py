@@ -17,8 +17,11 @@ _Mark = Annotated[str, msgspec.Meta(max_length=100)]
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
-    """Two processes with the same `pids` can look each other up by process id. Two with the same `network` mean the same by a
-    loopback address. Each is '' if the system does not say, and then equals no other."""
+    """The place of one process.
+
+    Two processes with the same `pids` can look each other up by process id. Two processes with the same `network` reach the same
+    host by a loopback address. Each is '' if the system does not say, and then equals no other.
+    """
 
     pids: _Mark = ""
     network: _Mark = ""
@@ -56,7 +59,7 @@ def here() -> Place:
         return Place(host, host)
     try:
         boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        own = str((_PROC / "self").readlink()) == str(os.getpid())  # else /proc belongs to another namespace
+        own = str((_PROC / "self").readlink()) == str(os.getpid())  # otherwise /proc belongs to another namespace
         pids, network = (f"{boot}/{(_PROC / 'self/ns' / kind).readlink()}" for kind in ("pid", "net"))
     except (OSError, UnicodeDecodeError):
         return NOWHERE

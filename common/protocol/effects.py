@@ -1,4 +1,4 @@
-"""What state machines ask their drivers to do, and the names of those whom they may have to send to."""
+"""The effects that state machines ask their drivers for, and the names of receivers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from roundtable.common.protocol.transport import Frames
 COORDINATOR = "coordinator"
 #: The server with the backup of this one's shard.
 BACKUP = "backup"
-#: What servers say to each other.
+#: The messages that servers send to each other.
 AboutCopies = (
     Replicate
     | ReplicateRows
@@ -45,5 +45,5 @@ class Send:
 
 
 def number_of(name: str) -> int:
-    """Return 3 for 'worker-3'."""
+    """Return the number in a process's name, such as 3 in 'worker-3'."""
     return int(name.rpartition("-")[2])

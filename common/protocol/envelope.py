@@ -1,4 +1,4 @@
-"""The header of every message. Its body is MessagePack, decoded into one of the typed messages or refused."""
+"""The header of every message. Its body is MessagePack, and is decoded into one of the typed messages or refused."""
 
 from __future__ import annotations
 
@@ -59,17 +59,19 @@ Message = (
     | RequestState | StateHeader | StatePart | StatePartAck
     | Mean | Metrics | Goodbye | Recomputed | SendModel | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
-#: Bytes that a Hello may have.
+#: Largest size of a Hello, in bytes.
 _MOST_HELLO_BYTES = 64 << 10
 _MESSAGE = msgspec.msgpack.Decoder(Message)
 _HELLO = msgspec.msgpack.Decoder(Hello)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """What every header carries. `run` is empty until the coordinator's Welcome has told it; `incarnation` tells a process
-    from others of its name, and of what workers send to servers is the worker's ticket; `epoch` is the newest
-    membership epoch of which the sender has been told: a worker its shares, a server its losses; 0 elsewhere. The message
-    itself is bytes until it is known from whom they are: a stranger's are never decoded, unless they say Hello."""
+    """The contents of every header. The body stays bytes until its sender is known: of a stranger, only a Hello is decoded.
+
+    `run` is empty until the coordinator's Welcome has named the run. `incarnation` tells a process from others of its name; in
+    messages from workers to servers it is the worker's ticket. `epoch` is the newest membership epoch that the sender knows: a
+    worker's of the shares, a server's of the losses. It is 0 for other senders.
+    """
 
     protocol: int
     run: Name
@@ -79,11 +81,11 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     body: msgspec.Raw
 
     def read(self) -> Message:
-        """The message. Raises WireError unless it is one."""
+        """Return the message. Raises WireError if the body is none."""
         return self._decoded(_MESSAGE)
 
     def read_hello(self) -> Hello:
-        """The same of somebody unknown, from whom only a Hello is taken."""
+        """Return the Hello of an unknown sender. Raises WireError if the body is anything else."""
         if memoryview(self.body).nbytes > _MOST_HELLO_BYTES:
             raise WireError(f"a Hello of more than {_MOST_HELLO_BYTES} bytes", "oversized")
         return self._decoded(_HELLO)

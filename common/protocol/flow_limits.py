@@ -1,9 +1,9 @@
-"""Bounds on what strangers and peers that do not read can make a listening process keep in memory.
+"""Bounds on the memory that strangers, and peers that do not read, can take up in a listening process.
 
-ZeroMQ keeps a message until its last frame has come, and its high-water marks count messages, not bytes: a peer that never ends
-a message, or never reads, would fill the memory. So `Inflow` compares, for each connection, the bytes that the kernel has
-received with those that came out of the socket, and shuts the connection down where too much is in between; `Outflow` counts
-bytes handed to the socket for a peer until they are sent, and admits no more where there are too many.
+ZeroMQ keeps a message until its last frame has come, and its high-water marks count messages, not bytes. A peer that never ends a
+message, or never reads, would fill the memory. For each connection, `Inflow` compares the bytes that the kernel has received with
+those that came out of the socket. If too much is in between, it shuts the connection down. `Outflow` counts the bytes that were
+handed to the socket for a peer until they are sent, and accepts no more if they are too many.
 """
 
 from __future__ import annotations
@@ -24,31 +24,35 @@ from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.transport import bytes_of, send
 from roundtable.common.runtime.errors import WireError
 
-#: Bytes that may be under way inside a connection nobody has vouched for, and inside all of those: as frames of two bytes each
-#: they take up 32 times as many, and half a second to read. And inside one of a member: rows of tables and blocks of keys come
-#: without credit.
+#: Bytes that may be under way in one stranger's connection. As frames of two bytes they take up 32 times as much memory, and
+#: half a
+#: second to read.
 _STRANGER_BYTES = 1 << 20
+#: Bytes that may be under way in all strangers' connections.
 _STRANGERS_BYTES = 16 << 20
+#: Bytes that may be under way in a member's connection: embedding rows and blocks of keys come without credit.
 _MEMBER_BYTES = 2 << 30
-#: The share of the files that this process may open which strangers' connections may have.
+#: Strangers' connections may have this fraction (1/n) of the files that this process may open.
 _STRANGERS_SHARE = 4
 _MANY_FILES = 1 << 16
-#: Seconds between two looks, and how much longer for each connection.
+#: Seconds between two looks.
 _LOOK_S = 0.05
+#: Further seconds between two looks for each connection.
 _LOOK_BY_CONNECTION_S = 5e-5
-#: Where Linux's tcp_info has the number of bytes received (since 4.1).
+#: Offset in Linux's tcp_info of the number of bytes received (since 4.1).
 _RECEIVED_AT = 128
-#: Bytes that may be handed over for a peer and not sent; only answers to many pulls of keys come near it. Up to the first of
-#: these each peer has its own, which weights never go beyond, and what is above that all peers have together.
+#: Bytes that each peer may have under way for itself. Weights never exceed this; only answers to many pulls of keys come near it.
 _OWN_BYTES = 16 << 20
+#: Bytes that one peer may have under way.
 _UNREAD_BYTES = 512 << 20
+#: Bytes that all peers together may have under way above their own.
 _UNREAD_IN_ALL = 1 << 30
-#: Peers of which something is under way, or was when they were last sent to.
+#: Number of peers after which those with nothing under way are forgotten.
 _PEERS = 1000
 
 
 class Standing(IntEnum):
-    """Whose message it is: nobody's, that of a process which asks to join and may, or that of one which belongs to the run."""
+    """The standing of a message's sender: unknown, a process that asks to join and may, or a member of the run."""
 
     STRANGER = 0
     JOINING = 1
@@ -60,12 +64,12 @@ class _Connection:
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)
         #: Bytes that came out of the ZeroMQ socket.
         self.taken = 0
-        #: The best that a message has had which has come by it.
+        #: The highest standing of any message that has come by this connection.
         self.standing = Standing.STRANGER
         self.shut = False
 
     def under_way(self) -> int:
-        """Bytes received by the kernel and not taken. Raises OSError where that cannot be known."""
+        """Return the bytes that the kernel has received and that were not taken. Raises OSError if the kernel cannot tell."""
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RECEIVED_AT + 8)
         if len(info) < _RECEIVED_AT + 8:
             raise OSError("this kernel does not tell")
@@ -74,7 +78,10 @@ class _Connection:
 
 
 class Inflow:
-    """The connections of a listening socket, oldest first. Call `took` with the frames of every message, and `look` often."""
+    """The connections of a listening socket, oldest first.
+
+    Call `took` with the frames of every message, and call `look` often.
+    """
 
     def __init__(self, sock: zmq.Socket[bytes], refusals: Rejections) -> None:
         self._monitor = sock.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
@@ -84,11 +91,11 @@ class Inflow:
         self._looked_at = float("-inf")
 
     def took(self, frames: Iterable[Any], standing: Standing) -> None:
-        """A message has come out of the socket; its sender's standing."""
+        """Note that a message of a sender of this standing has come out of the socket."""
         size, fd = 0, -1
         for frame in frames:
             size += len(frame) + (2 if len(frame) < 256 else 9)  # as ZMTP frames it
-            with contextlib.suppress(zmq.ZMQError):  # not every frame tells
+            with contextlib.suppress(zmq.ZMQError):  # not every frame knows its connection
                 fd = frame.get(zmq.SRCFD)
         if fd >= 0 and fd not in self._connections and not self._monitor.closed:
             self._follow()
@@ -98,8 +105,10 @@ class Inflow:
             connection.standing = max(connection.standing, standing)
 
     def look(self, now: float, listening: bool = True) -> None:
-        """Shut down connections in which too much is under way, and of strangers that have more of them than there are files for
-        the oldest: who belongs to the run says so at once. While nobody is `listening`, nobody can have said so."""
+        """Shut down connections with too much under way, and strangers' oldest connections if strangers have too many.
+
+        A member shows its standing at once. Unless this process is `listening`, no sender can have shown it.
+        """
         if now < self._looked_at + _LOOK_S + _LOOK_BY_CONNECTION_S * len(self._connections):
             return
         self._looked_at = now
@@ -124,22 +133,22 @@ class Inflow:
                 total -= size
         nobody = [connection for _, connection in strangers if connection.standing == Standing.STRANGER and not connection.shut]
         for connection in nobody[: max(0, len(nobody) - _files() // _STRANGERS_SHARE)]:
-            self._shut(connection, "the oldest connection of a stranger was shut, for strangers have too many", now)
+            self._shut(connection, "the oldest connection of a stranger was shut, because strangers have too many", now)
 
     def _follow(self) -> None:
-        """Take note of connections that were made and of those that have ended."""
+        """Note the connections that were made or have ended."""
         while self._monitor.poll(0):
             event: Any = recv_monitor_message(self._monitor)
             fd = int(event["value"])
             self._forget(fd)
             if event["event"] == zmq.EVENT_ACCEPTED:
-                with contextlib.suppress(OSError):  # it has ended already
+                with contextlib.suppress(OSError):  # the connection has ended already
                     self._connections[fd] = _Connection(fd)
 
     def _forget(self, fd: int) -> None:
         connection = self._connections.pop(fd, None)
         if connection is not None:
-            connection.socket.detach()  # it is ZeroMQ's to close
+            connection.socket.detach()  # ZeroMQ closes it
 
     def _shut(self, connection: _Connection, why: str, now: float) -> None:
         connection.shut = True
@@ -150,7 +159,7 @@ class Inflow:
         self._refusals.note(WireError(why, "flood"), now)
 
     def close(self) -> None:
-        """Let go of everything. Messages may still come, by connections that nobody watches."""
+        """Stop watching. Messages may still come by connections that are not watched."""
         for fd in list(self._connections):
             self._forget(fd)
         self._sock.disable_monitor()
@@ -167,14 +176,17 @@ def _files() -> int:
 
 
 class Outflow:
-    """What is on its way to each peer of a ROUTER: bytes, by routing id, until they have left this process."""
+    """The bytes on their way to each peer of a ROUTER, by routing id, until they have left this process."""
 
     def __init__(self, refusals: Rejections) -> None:
         self._refusals = refusals
         self._under_way: dict[bytes, _Queue] = {}
 
     def send(self, sock: zmq.Socket[bytes], header: bytes, frames: Sequence[Any], to: bytes, now: float) -> bool | None:
-        """Send a message with frames as `wire.send` does, unless its receiver has not taken what was sent before (False)."""
+        """Send a message with frames like `transport.send`.
+
+        Return False if the receiver has not taken enough of earlier messages.
+        """
         if not self._has_room(to):
             self._refusals.note(WireError("a peer does not read what it was sent, and is sent no more for now", "unread"), now)
             return False
@@ -196,7 +208,7 @@ class Outflow:
 
 
 class _Queue:
-    """Messages that are on their way to a peer: what tells when one has left this process, and its bytes."""
+    """Messages on their way to a peer: a tracker that knows when one has left this process, and its bytes."""
 
     def __init__(self) -> None:
         self._messages: deque[tuple[Any, int]] = deque()
@@ -207,7 +219,7 @@ class _Queue:
         self._bytes += size
 
     def left(self) -> int:
-        """Bytes that have not left."""
+        """Return the bytes that have not left this process."""
         while self._messages and self._messages[0][0].done:
             self._bytes -= self._messages.popleft()[1]
         return self._bytes

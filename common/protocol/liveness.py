@@ -1,6 +1,6 @@
-"""Signs of life that a process gives whoever started it, by a pipe: one that hangs can then be ended by its starter alone.
+"""Signs of life from a process to its starter, by a pipe, so that the starter can end a process that hangs.
 
-Where the starter is the launcher of a whole run, it reads in the event log who is lost; on other hosts nobody can.
+The launcher of a whole run reads in the event log which processes are lost. On other hosts no process can.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from time import monotonic
 
 from roundtable.common.protocol.transport import HEARTBEAT_S, STOPPED_S
 
-#: Environment variable with the number of the file by which signs are given.
+#: Environment variable with the file number that signs are written to.
 VARIABLE = "PS_SIGNS_TO"
-#: Bytes that are read at once, of signs that are a few each.
+#: Bytes that are read at once. A sign has a few bytes.
 _MOST_BYTES = 1 << 16
 
 
 class Signs:
-    """Gives signs to the process that has started this one, if that listens; else does nothing."""
+    """Gives signs of life to the starter of this process, if it listens. Otherwise it does nothing."""
 
     def __init__(self) -> None:
         number = os.environ.get(VARIABLE, "")
@@ -26,23 +26,23 @@ class Signs:
         self._given_at = float("-inf")
 
     def give(self, silence_s: float) -> None:
-        """Say that this process lives, unless it has just said so, and hangs once it has been silent for `silence_s` seconds."""
+        """Say that this process lives, unless it has just said so, and that it hangs if no sign comes for `silence_s` seconds."""
         if self._file >= 0 and (now := monotonic()) >= self._given_at + HEARTBEAT_S:
             self._given_at = now
             self._write(silence_s)
 
     def pause(self) -> None:
-        """Say that it may take as long as it likes until the next sign."""
+        """Say that the next sign may take any time."""
         if self._file >= 0:
             self._write(float("inf"))
 
     def _write(self, silence_s: float) -> None:
-        with contextlib.suppress(OSError):  # nobody listens, or has for so long that there is no room
+        with contextlib.suppress(OSError):  # the starter does not listen, or has not read for so long that the pipe is full
             os.write(self._file, b"%g\n" % silence_s)
 
 
 class Listener:
-    """The starter's end of the pipe. `write` is the other one, which the process that is started must have."""
+    """The starter's end of the pipe. `write` is the other end, which the started process must have."""
 
     def __init__(self) -> None:
         self._read, self.write = os.pipe()
@@ -52,12 +52,12 @@ class Listener:
         self._silence_s = float("inf")
 
     def begins(self) -> None:
-        """The process is started anew: until its first sign it may be silent for as long as it likes."""
+        """Note that the process is started again. Until its first sign it may be silent for any time."""
         self._take()
         self._silence_s = float("inf")
 
     def hangs(self, now: float) -> bool:
-        """Whether the process has been silent for as long as it said that it never is, not counting while nobody looked."""
+        """Return whether the process has been silent for longer than it said. Time without calls of this does not count."""
         if now - self._looked_at > STOPPED_S:
             self._heard_at += now - self._looked_at
         self._looked_at = now

@@ -1,4 +1,4 @@
-"""What a model consists of, as processes tell each other: its parameters, buffers, tables of rows and sharded layers."""
+"""The description of a model in messages: its parameters, buffers, embedding rows and sharded layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from roundtable.common.config.field_types import Amount, Count, CountOrNone, Nam
 Kind = Literal["param", "mean", "max", "sum", "last"]
 #: How a round's contributions to a buffer are merged.
 Rule = Literal["mean", "max", "sum", "last"]
-#: dtype name -> (bytes an element has on the wire, dtype that gradients are summed and masters kept in)
+#: dtype → (bytes of an element on the wire, dtype of gradient sums and of the servers' weights)
 DTYPES = {
     "float32": (4, "float32"),
     "float64": (8, "float64"),
@@ -23,7 +23,7 @@ DTYPES = {
     "bool": (1, "bool"),
 }
 ELEMENT_BYTES = {name: size for name, (size, _) in DTYPES.items()}
-#: dtype name -> bytes of an element, of all that can travel as bytes.
+#: dtype → bytes of an element, for all dtypes that can travel as bytes.
 BYTES_OF_ANY = ELEMENT_BYTES | {
     **dict.fromkeys(("int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
     **dict.fromkeys(("int16", "uint16"), 2),
@@ -34,7 +34,7 @@ BYTES_OF_ANY = ELEMENT_BYTES | {
 
 
 def is_trainable(dtype: str) -> bool:
-    """Whether servers can train a parameter of this dtype."""
+    """Return whether servers can train a parameter of this dtype."""
     return dtype in DTYPES and "float" in dtype
 
 
@@ -42,11 +42,11 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     """A parameter (`group` is its parameter group) or a buffer (`group` is -1) of the model.
 
     A `frozen` parameter required no gradient when the optimizer was made. If it was not given to the optimizer, its `group` is
-    -1, and it may have any dtype, for it travels as bytes.
+    -1. It then travels as bytes and may have any dtype.
 
-    Of a buffer, `rule` says how a round's contributions are merged: `mean`, weighted by samples; `max`, element by element;
-    `sum`, of what each has added; or `last`, the value that the last micro-batch in order has left which changed it. One of
-    `last` may have any dtype, for it travels as bytes.
+    `rule` says how a round's contributions to a buffer are merged: `mean`, weighted by samples; `max`, element by element;
+    `sum`, the total of all changes; or `last`, the value from the last micro-batch, in order, that changed it. A buffer with
+    `last` travels as bytes and may have any dtype.
     """
 
     name: Name
@@ -65,7 +65,7 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def kind(self) -> Kind:
-        """How contributions are merged: gradients through the optimizer, buffers by their rule."""
+        """How contributions are merged: gradients by the optimizer, buffers by their rule."""
         return "param" if self.group >= 0 or self.frozen else self.rule
 
     @property
@@ -74,23 +74,26 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def is_bytes(self) -> bool:
-        """Whether it travels as bytes."""
+        """Whether the tensor travels as bytes."""
         return self.kind == "last" or (self.frozen and self.group < 0)
 
     @property
     def units(self) -> int:
-        """The elements that it has in chunks: bytes, if it travels as bytes."""
+        """The number of elements in chunks: bytes, if the tensor travels as bytes."""
         return self.numel * (BYTES_OF_ANY[self.dtype] if self.is_bytes else 1)
 
     @property
     def unit(self) -> str:
-        """dtype of these elements."""
+        """The dtype of these elements."""
         return "uint8" if self.is_bytes else self.dtype
 
 
 class TableSpec(msgspec.Struct, frozen=True):
-    """A float32 parameter of which only rows are sent: `rows` x `dim`. It is in no chunk; `common/model/sparse_rows.py` says
-    which server has what of it. `std`: servers draw its first values, with that standard deviation; None: worker 0 sends them."""
+    """A float32 parameter, `rows` x `dim`, whose rows are sent one by one. It is in no chunk.
+
+    `common/model/sparse_rows.py` says which server has which rows. If `std` is set, servers draw first values with that standard
+    deviation. If it is None, worker 0 sends them.
+    """
 
     name: Name
     rows: Positive
@@ -100,10 +103,12 @@ class TableSpec(msgspec.Struct, frozen=True):
 
 
 class ShardedLayerSpec(TableSpec, frozen=True):
-    """A classifier of which servers keep and compute all: `rows` classes and `dim` numbers for each, the last of which is the
-    bias where it has one. `std`: as above, but drawn evenly from -sqrt(3)*std .. sqrt(3)*std. A share of `sample_rate` of the
-    classes, drawn anew for each round, are the negative ones. `hidden`: it is no classifier but a layer whose `rows` outputs go
-    on into another one."""
+    """A fully connected layer that servers keep and compute: `rows` outputs with `dim` numbers each. The last one is the bias,
+    if any.
+
+    `std` is as in `TableSpec`, but values are uniform from -sqrt(3)*std to sqrt(3)*std. In a classifier, each round draws a share
+    `sample_rate` of the classes as negative ones. `hidden`: the layer is no classifier, and its outputs go on to another layer.
+    """
 
     bias: bool = False
     sample_rate: float = 1.0

@@ -1,4 +1,4 @@
-"""What a process has refused: counted by kind, and logged seldom, for whoever sends nonsense may send much of it."""
+"""The messages that a process has refused, counted by kind. They are logged seldom, because a hostile peer may send many."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from roundtable.common.runtime.errors import WireError
 
 Kind = Literal["malformed", "oversized", "protocol", "run", "sender", "unfit", "flood", "unread"]
 
-#: Seconds between two lines on one kind.
+#: Seconds between two log lines on one kind.
 _LOG_S = 10.0
 
 
 class Rejections:
-    """Kinds are `malformed` (no message of ours), `oversized`, `protocol` (another version), `run` (another run), `sender` (not
-    who it says it is, or not known), `unfit` (does not fit what the run is or where it stands), `flood` (a connection that was
-    shut because what it sent was no end of a message, or more than was asked for) and `unread` (not sent, for its receiver
-    has not taken what was sent before)."""
+    """Counts refused messages by kind.
+
+    - `malformed`: it is no message of this protocol.
+    - `oversized`: it is too large.
+    - `protocol`: it has another version of the protocol.
+    - `run`: it belongs to another run.
+    - `sender`: its sender is not known, or is not the process it claims to be.
+    - `unfit`: it does not fit the run or the run's progress.
+    - `flood`: its connection was shut because of a message without an end, or of more messages than were asked for.
+    - `unread`: it was not sent, because its receiver has not taken earlier messages.
+    """
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
@@ -26,7 +33,7 @@ class Rejections:
         self._reported: dict[str, tuple[float, int]] = {}
 
     def note(self, error: WireError, now: float, who: str = "") -> None:
-        """Count what was refused; and log it, unless the same kind was logged a moment ago."""
+        """Count a refused message. Log it, unless one of the same kind was logged a moment ago."""
         self._counts[error.kind] += 1
         at, count = self._reported.get(error.kind, (float("-inf"), 0))
         if now >= at + _LOG_S:
@@ -37,5 +44,5 @@ class Rejections:
 
     @property
     def counts(self) -> dict[Kind, int]:
-        """How many of each kind."""
+        """Number of refused messages of each kind."""
         return cast(dict[Kind, int], dict(self._counts))

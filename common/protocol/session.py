@@ -1,9 +1,9 @@
-"""How a server or worker joins the coordinator and stays in touch: ask until welcomed, then beat, and notice silence.
+"""How a server or worker joins the coordinator and stays in touch: ask until welcomed, then send heartbeats, and notice silence.
 
-While a coordinator is away, which may be started again, rounds go on without it: so its silence is endured for longer than that
-of others, the setting `away`.
+A coordinator that dies may be started again, and rounds go on meanwhile. So its silence is tolerated for longer than that of
+other processes (`--coordinator-timeout`).
 
-A state machine: `handle` takes what the coordinator sent, `tick` returns what to send it now.
+A state machine: `handle` takes a message of the coordinator, and `tick` returns the messages to send now.
 """
 
 from __future__ import annotations
@@ -20,42 +20,43 @@ from roundtable.common.runtime.errors import ClusterError, UsageError
 
 log = logging.getLogger("roundtable.common.attendance")
 
-#: Seconds between two lines about what this process waits for.
+#: Seconds between two log lines about what this process waits for.
 TELL_S = 10.0
-#: Seconds between two heartbeats at least, however much news there is.
+#: Least seconds between two heartbeats, even if there is news.
 NEWS_S = 0.1
 
 
 class Session:
-    """One process's standing with the coordinator at `address`."""
+    """One process's relation to the coordinator at `address`."""
 
     def __init__(self, hello: Hello, address: str, now: float, start_s: float = START_S) -> None:
-        """The coordinator has `start_s` seconds to answer, for it may start later than the others."""
+        """The coordinator has `start_s` seconds to answer, because it may start later than this process."""
         self._hello = hello
         self._address = address
         #: None until the run starts.
         self.welcome: Welcome | None = None
         #: None until the run is over.
         self.stop: Stop | None = None
-        #: The incarnation of the coordinator whose word counts: each that takes over the run has a higher one.
+        #: The incarnation of the coordinator that counts. A coordinator that takes over the run has a higher one.
         self.coordinator = 0
         self._heard_at, self._was_heard = now, False
         self._silence_s = start_s
-        #: What the coordinator waited for when it last said so, and when this process last told what it waits for itself.
+        #: In words, what the coordinator waits for, by its last message.
         self._missing = ""
+        #: When this process last logged what it waits for.
         self._reported_at = now
         self._sent_at = float("-inf")
         self._ticked_at = now
-        #: Whether something has happened that the last beat did not tell.
+        #: Whether there is news that the last heartbeat did not have.
         self._news = False
 
     def is_current(self, incarnation: int) -> bool:
-        """Whether a message of this coordinator counts. An earlier one's, that was long on its way, does not."""
+        """Return whether a coordinator's message counts. A late message of an earlier coordinator does not."""
         self.coordinator = incarnation if self.welcome is None else max(self.coordinator, incarnation)
         return incarnation == self.coordinator
 
     def handle(self, body: Body, now: float) -> None:
-        """Raises UsageError where the coordinator refuses this process."""
+        """Take a message of the coordinator. Raises UsageError if it refuses this process."""
         self._heard_at, self._was_heard = now, True
         match body:
             case Welcome():
@@ -69,12 +70,16 @@ class Session:
                 raise UsageError(body.reason)
 
     def tick(self, now: float, heartbeat: Callable[[], Heartbeat]) -> list[Body]:
-        """Raises ClusterError if the coordinator has been silent for too long, not counting while this process was stopped."""
+        """Return the messages to send now.
+
+        Raises ClusterError if the coordinator has been silent for too long, not counting the time in which this process was
+        stopped.
+        """
         if (stopped_s := now - self._ticked_at) > STOPPED_S:
             self._heard_at += stopped_s
         self._ticked_at = now
         if now - self._heard_at > self._silence_s:
-            raise ClusterError(self._silence(now) + f"; {self._flag()} says for how long it is waited for.")
+            raise ClusterError(self._silence(now) + f"; {self._flag()} sets how long to wait for it.")
         self._tell(now)
         every_s = ASK_AGAIN_S if self.welcome is None else NEWS_S if self._news else HEARTBEAT_S
         if now - self._sent_at < every_s:
@@ -83,7 +88,7 @@ class Session:
         return [heartbeat() if self.welcome else self._hello]
 
     def _tell(self, now: float) -> None:
-        """Say what this process waits for, if it does and has not said so just now."""
+        """Log what this process waits for, if it waits and has not logged it a moment ago."""
         is_silent = now - self._heard_at >= TELL_S
         if now - self._reported_at < TELL_S or not (is_silent or self.welcome is None):
             return
@@ -103,6 +108,6 @@ class Session:
         return "--start-timeout" if self.welcome is None else "--coordinator-timeout"
 
     def heartbeat_soon(self, now: float) -> bool:
-        """Have a beat sent as soon as may be, for there is news in it. Whether the next tick will."""
+        """Have a heartbeat sent as soon as possible, because there is news. Return whether the next tick sends it."""
         self._news = self.welcome is not None
         return self._news and now - self._sent_at >= NEWS_S

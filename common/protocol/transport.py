@@ -1,9 +1,9 @@
 """Sockets: every option, limit and address rule of the project is in this file.
 
 A message is one MessagePack header frame (`roundtable.common.protocol.envelope.Envelope`) and any number of raw tensor frames.
-Workers and servers connect with DEALER; servers and the coordinator listen with ROUTER. Between a worker and a server tensors
+Workers and servers connect with DEALER; servers and the coordinator listen with ROUTER. Between a worker and a server, tensors
 have a connection of their own, so that small messages do not wait behind them. One socket belongs to one thread. Nothing here
-blocks: a message that cannot go out now is dropped, because whoever waits for an answer asks again.
+blocks: a message that cannot be sent now is dropped, because the process that waits for an answer asks again.
 """
 
 from __future__ import annotations
@@ -30,34 +30,37 @@ from roundtable.common.runtime.errors import UsageError, WireError
 
 PROTOCOL = 3
 
-#: Largest frame accepted, bytes: a chunk, and some room for a long layout in a header.
+#: Largest frame that is accepted, in bytes: a chunk, and room for a long layout in a header.
 MAX_FRAME_BYTES = 16 << 20
-#: Frames a message may have at most, and bytes its header: what is decoded takes up many times as many.
+#: Most frames of a message. A decoded message takes up many times its bytes.
 MAX_FRAMES = 4096
+#: Most bytes of a header.
 MAX_HEADER_BYTES = 4 << 20
-#: Files that a process has open besides its connections, at most, and more that it has for strangers where it can.
+#: Most files that a process has open besides its connections.
 _OTHER_FILES = 500
+#: Further files for strangers' connections, if the system allows them.
 _FILES_OF_STRANGERS = 4000
 #: Connections that may wait to be accepted.
 _BACKLOG = 1024
-#: A connection whose other end is gone without a word is closed after some 60 seconds.
+#: Closes a connection after about 60 seconds if its other end has vanished.
 _KEEPALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 30, zmq.TCP_KEEPALIVE_INTVL: 10, zmq.TCP_KEEPALIVE_CNT: 3}
-#: Seconds between two signs of life; and between two looks at the clock that can only mean that this process was stopped
-#: meanwhile, and has not listened.
+#: Seconds between two signs of life.
 HEARTBEAT_S = 0.5
+#: If two looks at the clock are so many seconds apart, this process was stopped meanwhile and has not listened.
 STOPPED_S = 1.0
-#: Seconds, besides those for a checkpoint, after which one that was told to stop leaves without the coordinator's word.
+#: Seconds, besides those for a checkpoint, after which a process that was asked to stop leaves without the coordinator's consent.
 GO_S = 5.0
-#: Seconds after which an unanswered request is sent again: small ones, and ones that move tensors.
+#: Seconds after which an unanswered request without tensors is sent again.
 ASK_AGAIN_S = 1.0
+#: Seconds after which an unanswered request with tensors is sent again.
 SEND_AGAIN_S = 5.0
-#: Seconds, for each worker of the run, that one waits before it asks for something to take over: 2000 questions a second in all.
+#: Seconds per worker of the run that a worker waits before it asks for work: 2000 questions per second in all.
 PATIENCE_BY_WORKER_S = 5e-4
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Envelope)
-#: Of the C library, which libzmq begins every ROUTER's own names of connections with. Nobody seeds it, and a peer that has chosen
-#: the name that comes next for itself makes libzmq abort this process.
+#: The C library, which draws the first of a ROUTER's own names for connections. libzmq does not seed it, and a peer that uses the
+#: next name for itself makes libzmq abort this process.
 _LIBC = ctypes.CDLL(None)
 
 Frames = Sequence[Any]
@@ -67,7 +70,7 @@ _WORKER = re.compile(r"worker-(0|[1-9][0-9]{0,15})", re.ASCII)
 
 
 class ForeignRun(WireError):
-    """A message of `run`, which is not the one here."""
+    """A message belongs to `run`, which is not the run of this process."""
 
     def __init__(self, text: str, run: str) -> None:
         super().__init__(text, "run")
@@ -76,7 +79,7 @@ class ForeignRun(WireError):
 
 @dataclass
 class Stamp:
-    """What a process writes on its messages, and checks on others'."""
+    """The fields that a process writes on its messages, and checks on those of others."""
 
     sender: str = ""
     run: str = ""
@@ -84,14 +87,14 @@ class Stamp:
     incarnation: int = 0
 
     def encode(self, body: Body, ticket: int | None = None) -> bytes:
-        """A header. `ticket` stands in for the incarnation, where servers and workers are each other's receivers."""
+        """Return a header. Between servers and workers, `ticket` replaces the incarnation."""
         incarnation = self.incarnation if ticket is None else ticket
         return _ENCODER.encode(Envelope(PROTOCOL, self.run, self.sender, incarnation, self.epoch, body))  # type: ignore[arg-type]
 
     def open(self, header: Any, joining: bool = False) -> Envelope:
-        """The envelope in a header frame. Raises WireError if it is malformed, foreign or of another version.
+        """Return the envelope in a header frame. Raises WireError if it is malformed, of another run or of another version.
 
-        `joining`: it may come from a process that does not know the run's id yet.
+        `joining`: the sender may not know the run's id yet.
         """
         if len(header) > MAX_HEADER_BYTES:
             raise WireError(f"a header has {len(header)} bytes; {MAX_HEADER_BYTES} are allowed", "oversized")
@@ -108,12 +111,12 @@ class Stamp:
 
 
 def new_incarnation() -> int:
-    """A number that tells this process from an earlier one of the same name."""
+    """Return a random number that tells this process from an earlier one of the same name."""
     return int.from_bytes(os.urandom(6), "little")
 
 
 def allow_files(count: int) -> None:
-    """Have this process open `count` files, such as connections, and some more. Raises UsageError where the system forbids it."""
+    """Let this process open `count` connections or other files, and some more. Raises UsageError if the system forbids it."""
     needed = count + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed + _FILES_OF_STRANGERS:
@@ -133,9 +136,9 @@ def allow_files(count: int) -> None:
 
 
 def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str]:
-    """Make a listening ROUTER; it and the address it really has. At tcp://*:PORT it listens by IPv4 and IPv6 alike.
+    """Return a listening ROUTER and its real address. At tcp://*:PORT, it listens by IPv4 and IPv6.
 
-    Raises UsageError where `bind` cannot be had.
+    Raises UsageError if it cannot listen at `bind`.
     """
     _LIBC.srand(int.from_bytes(os.urandom(4), "little"))
     is_any = bind.startswith("tcp://*:")
@@ -147,7 +150,7 @@ def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str
             if not is_any or error.errno == zmq.EADDRINUSE:
                 raise
             sock.close()
-            sock = _listening(context, bind, ipv6=False)  # this host has none
+            sock = _listening(context, bind, ipv6=False)  # this host has no IPv6
             sock.bind(bind)
     except zmq.ZMQError as error:
         sock.close()
@@ -159,15 +162,17 @@ def router(context: zmq.Context[Any], bind: str) -> tuple[zmq.Socket[bytes], str
 
 def _listening(context: zmq.Context[Any], bind: str, ipv6: bool) -> zmq.Socket[bytes]:
     sock = _socket(context, zmq.ROUTER, ipv6)
-    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # without it, what cannot be routed vanishes silently
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)  # otherwise messages without a route vanish silently
     return sock
 
 
 def dealer(
     context: zmq.Context[Any], address: str, watch: Callable[[zmq.Socket[bytes]], object] | None = None
 ) -> zmq.Socket[bytes]:
-    """Make a DEALER connected to `address`, which is handed to `watch` before it connects. Raises UsageError where that is no
-    address."""
+    """Return a DEALER connected to `address`. `watch` gets the socket before it connects.
+
+    Raises UsageError if `address` is not an address.
+    """
     sock = _socket(context, zmq.DEALER, needs_ipv6(address))
     if watch is not None:
         watch(sock)
@@ -182,7 +187,7 @@ def dealer(
 def _socket(context: zmq.Context[Any], kind: int, ipv6: bool) -> zmq.Socket[bytes]:
     sock: zmq.Socket[bytes] = context.socket(kind)
     sock.setsockopt(zmq.LINGER, 1000)
-    sock.setsockopt(zmq.IMMEDIATE, 0)  # queue while connecting: what is stale by then is refused by its header
+    sock.setsockopt(zmq.IMMEDIATE, 0)  # queue while connecting: the header of a message that is stale by then is refused
     sock.setsockopt(zmq.RECONNECT_IVL, 50)
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     sock.setsockopt(zmq.HANDSHAKE_IVL, 10000)
@@ -197,8 +202,10 @@ def _socket(context: zmq.Context[Any], kind: int, ipv6: bool) -> zmq.Socket[byte
 
 
 def send(sock: zmq.Socket[bytes], header: bytes, frames: Frames = (), to: bytes | None = None, copy: bool = False) -> bool | None:
-    """Send without blocking, and unless `copy` without copying. False if it could not go out now, and None if the connection `to`
-    is gone; then nothing was sent."""
+    """Send a message without blocking. Its frames are copied only if `copy`.
+
+    Return False if the message cannot be sent now, and None if the connection `to` is gone. In both cases nothing was sent.
+    """
     parts = [header, *frames] if to is None else [to, header, *frames]
     try:
         sock.send_multipart(parts, zmq.NOBLOCK, copy=copy)
@@ -212,8 +219,10 @@ def send(sock: zmq.Socket[bytes], header: bytes, frames: Frames = (), to: bytes 
 
 
 def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
-    """The next message's frames without copying, or None if there is none now. Raises WireError for one with too many, of which
-    nothing is kept."""
+    """Return the next message's frames without copying, or None if there is none now.
+
+    Raises WireError for a message with too many frames, which is dropped.
+    """
     try:
         frames = [sock.recv(zmq.NOBLOCK, copy=False)]
     except zmq.Again:
@@ -228,7 +237,7 @@ def receive(sock: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 def _skip_message(sock: zmq.Socket[bytes]) -> int:
-    """Read the frames that are left of a message; how many there were."""
+    """Skip the remaining frames of a message, and return their number."""
     count = 0
     while sock.recv(copy=False).more:
         count += 1
@@ -236,30 +245,33 @@ def _skip_message(sock: zmq.Socket[bytes]) -> int:
 
 
 def is_bulk(body: Body, frames: Frames) -> bool:
-    """Whether a message goes by the connection for tensors: those that have some, but for rows and logits, which somebody
-    waits for in mid-forward; and pulls that must not overtake pushes."""
+    """Return whether a message goes by the connection for tensors.
+
+    Messages with tensors do, except rows and logits, for which a forward waits. Pulls of keys do too, so that they never overtake
+    pushes.
+    """
     return isinstance(body, KvPull) or (
         bool(frames) and not isinstance(body, RowPull | Rows | ShardedForward | ShardedForwardReply)
     )
 
 
 def is_worker(name: str) -> bool:
-    """Whether a worker may be called so."""
+    """Return whether `name` is a worker's name."""
     return _WORKER.fullmatch(name) is not None
 
 
 def is_address(text: str) -> bool:
-    """Whether it looks like an address to connect to."""
+    """Return whether `text` looks like an address to connect to."""
     return text.isprintable() and _ADDRESS.fullmatch(text) is not None
 
 
 def bytes_of(frame: Any) -> memoryview:
-    """The bytes of a frame, whether ZeroMQ's own or any buffer."""
+    """Return the bytes of a frame, which may be ZeroMQ's or any buffer."""
     return frame.buffer if isinstance(frame, zmq.Frame) else memoryview(frame)
 
 
 def write_address(path: Path, address: str) -> None:
-    """Put `address` into the file `path`, whole or not at all."""
+    """Write `address` to the file `path`, as a whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(address + "\n", encoding="utf-8")
     temporary.rename(path)

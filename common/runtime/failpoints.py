@@ -22,7 +22,7 @@ VARIABLE = "PS_FAILPOINTS"
 MARK = "failpoint-"
 #: Each point, and its place in the process.
 POINTS: Mapping[str, str] = {
-    "computing": "worker: a gradient is made, and nobody has it",
+    "computing": "worker: a gradient is made, and no server has it",
     "pushing": "worker: the first message of a contribution is sent, others are not",
     "pushed": "worker: a contribution is sent, no acknowledgement is read",
     "receiving": "worker: the first weights of a round have come",

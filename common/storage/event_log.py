@@ -82,7 +82,8 @@ class ContributionRow:
     says late. One more row says dropped in part if some servers applied a gradient of it and others dropped one. If pushes are
     applied at once, rows are in the order in which server 0 began to apply them.
     `staleness` counts updates between pull and push, if the policy lets it differ from 0. `micro_batches` is hi - lo. If workers
-    step locally, it is not: then `lo` is a worker's number."""
+    step locally, it is not: then `lo` is a worker's number.
+    """
 
     round: int
     lo: int
@@ -96,7 +97,7 @@ class ContributionRow:
 
 @dataclass(frozen=True)
 class StatusRow:
-    """What a process does now. `state` is a word. `waits_for` names processes as `some` does, or is empty."""
+    """The present state of a process. `state` is a word. `waits_for` names processes as `some` does, or is empty."""
 
     process: str
     state: str
@@ -218,7 +219,7 @@ class RunLog:
             self._close()
 
     def _close(self) -> None:
-        with contextlib.suppress(sqlite3.OperationalError):  # a program is reading: then the side files stay until it ends
+        with contextlib.suppress(sqlite3.OperationalError):  # if a program is reading, the side files stay until it ends
             self._db.execute("PRAGMA journal_mode=DELETE")
         self._db.close()
 
@@ -242,7 +243,7 @@ class RunLogReader:
         return [ContributionRow(*row) for row in self._db.execute(query)]
 
     def committed_samples(self, after: int, since: float) -> list[tuple[int, float, str, int]]:
-        """(sequence number, unix seconds, worker, samples) of committed contributions: those after a number and a time."""
+        """Return (sequence number, unix seconds, worker, samples) of contributions committed after a number and a time."""
         query = "SELECT seq, at, worker, samples FROM contributions WHERE seq > ? AND at >= ? AND outcome = 'committed'"
         return list(self._db.execute(f"{query} ORDER BY seq", (after, since)))
 

@@ -23,7 +23,8 @@ from roundtable.common.storage.tensor_file import Entry, TensorFiles
 def write_model(checkpoint: Checkpoint, path: Path) -> None:
     """Write all parameters and buffers in a checkpoint to one safetensors file, in the model's own dtypes.
 
-    Tables and sharded layers are written a page at a time. If that fails, raise OSError and leave no file."""
+    Tables and sharded layers are written a page at a time. If that fails, raise OSError and leave no file.
+    """
     setup, servers = checkpoint.manifest.setup, checkpoint.manifest.servers
     files, seed = TensorFiles(checkpoint.paths), int(checkpoint.manifest.settings["seed"])
     entries = [Entry(spec.name, stored_as(spec)[1], list(_pieces(files, spec))) for spec in setup.tensors if spec.numel]
@@ -115,7 +116,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         return {name: files[name] for name in files}
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a file that somebody else made, torch's readers raise nearly anything
+    except Exception as error:  # for a file from elsewhere, torch's readers may raise almost anything
         text = next(iter(str(error).strip().splitlines()), type(error).__name__)
         kinds = "a safetensors file nor a state_dict that torch.save wrote"
         raise UsageError(f"{path} holds no weights that can be read: it is neither {kinds} ({text.rstrip('.')}).") from None

@@ -14,8 +14,8 @@ SUMMARY_FILE = "summary.json"
 MODEL_FILE = "model.safetensors"
 RUNS = Path("runs")
 
-#: What a coordinator does with the run directory. It begins a run, or takes the place of a dead coordinator whose servers and
-#: workers wait, or resumes from the newest checkpoint, or only tells late comers that the run has finished.
+#: The start of a coordinator in a run directory. It begins a run, or takes the place of a dead coordinator whose servers and
+#: workers wait, or resumes from the newest checkpoint, or only tells late workers that the run has finished.
 How = Literal["begin", "recover", "resume", "nothing"]
 
 #: The first line of a run's settings file.

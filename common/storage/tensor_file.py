@@ -26,8 +26,10 @@ _PIECE_BYTES, _SYNC_BYTES = 4 << 20, 64 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file. Its elements are those of `parts`, one after another. With a `dtype`, parts may be made one by one,
-    when they are written."""
+    """A tensor of a file. Its elements are those of `parts`, one after another.
+
+    With a `dtype`, parts may be made one by one, when they are written.
+    """
 
     name: str
     shape: Sequence[int]
@@ -62,7 +64,7 @@ def write(
         head = header({e.name: (e.dtype or next(iter(e.parts)).dtype, e.shape) for e in entries}, metadata)
         for data in itertools.chain([memoryview(head)], (to_frame(part) for entry in entries for part in entry.parts)):
             for start in range(0, len(data), _PIECE_BYTES):
-                piece = bytes(data[start : start + _PIECE_BYTES])  # nothing changes it between here and there
+                piece = bytes(data[start : start + _PIECE_BYTES])  # a copy: the digest and the file get the same bytes
                 digest.update(piece)
                 file.write(piece)
                 size += len(piece)
@@ -125,7 +127,8 @@ class TensorFiles:
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Return rows start..end-1 of a tensor in memory of their own.
 
-        The tensor must exist. A caller that goes through all rows never has all of them in memory, as with mapped files."""
+        The tensor must exist. A caller that goes through all rows never has all of them in memory, as with mapped files.
+        """
         self.on_read()
         none: torch.Tensor = self._files[name].get_slice(name)[:0]
         path, begin = self._places[name]

@@ -64,7 +64,7 @@ def test_a_refusal_to_join_is_raised_with_its_reason_and_another_is_not() -> Non
 def test_a_coordinator_that_never_answers_is_named() -> None:
     attendance = Session(HELLO, "tcp://c:1", 10.0)
     sent(attendance, 9.9 + START_S, step=0.5, since=10.0)
-    with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {START_S:.0f} s; .* --start-timeout says"):
+    with pytest.raises(ClusterError, match=f"tcp://c:1 has not answered for {START_S:.0f} s; .* --start-timeout sets"):
         attendance.tick(10.1 + START_S, heartbeat)
 
 

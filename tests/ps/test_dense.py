@@ -487,7 +487,7 @@ def test_a_contribution_that_names_pieces_the_chunk_lacks_is_refused(present: in
 def test_frames_of_another_size_are_refused_and_change_nothing(size: int) -> None:
     cluster = Cluster([torch.ones(3), torch.ones(2)], [0, 0], Update("SGD", [{"lr": 0.5}]), 1)
     for call in (lambda: cluster.stores[0].receive(0, bytes(size), 1), lambda: cluster.stores[0].load(0, bytes(size))):
-        with pytest.raises(WireError, match=f"chunk 0 has {size} bytes where 20 belong"):
+        with pytest.raises(WireError, match=f"chunk 0 has {size} bytes, but must have 20"):
             call()
     assert torch.equal(cluster.weights()[0], torch.ones(3))
 

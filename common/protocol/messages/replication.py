@@ -48,7 +48,7 @@ class LossTerms(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplicateLayers(Body, frozen=True):
-    """What `round` contributes to sharded layers over `samples` samples. The other fields are as in ReplicateRows.
+    """The contribution of `round` to sharded layers over `samples` samples. The other fields are as in ReplicateRows.
 
     For each of `terms`, frames follow with, for every sample:
     - its features, with a 1 if there is a bias,
@@ -114,7 +114,7 @@ class StatePart(Body, frozen=True):
 
 
 class StatePartAck(Body, frozen=True):
-    """That part has arrived. Number -1 is the StateHeader."""
+    """The receiver has the part. Number -1 is the StateHeader."""
 
     shard: Count
     round: Count

@@ -26,7 +26,7 @@ class TakeCheckpoint(Body, frozen=True):
 
 
 class CheckpointStatus(Body, frozen=True):
-    """What has become of a TakeCheckpoint.
+    """The progress of a TakeCheckpoint.
 
     The server `waits` for the round, has `missed` it, is `writing`, has `written`, or has `failed` for a reason.
     """

@@ -29,9 +29,9 @@ class Hello(Body, frozen=True):
     #: The host's name for people.
     host: Annotated[str, msgspec.Meta(max_length=300)] = ""
     pid: Count = 0
-    #: What must be equal for equal bits.
+    #: Versions and traits of the processor that must be equal for equal bits.
     arithmetic: ByName[Name] = {}
-    #: What tells hosts apart.
+    #: The place of the process, which tells hosts apart.
     place: Place = NOWHERE
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Refused(Body, frozen=True):
 
 
 class Traffic(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a process has done with tensors in frames so far."""
+    """The traffic of a process so far: tensors in frames, and the time that codecs took."""
 
     #: Bytes that a worker has sent, repetitions included.
     pushed_bytes: Count = 0

@@ -30,7 +30,7 @@ class InFile(msgspec.Struct, frozen=True, array_like=True):
     """A tensor of the model's file, under its name in the model's state_dict."""
 
     name: Name
-    #: What safetensors calls it.
+    #: The dtype's name in safetensors.
     dtype: Name
     shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
     #: The tensors of the Setup that it consists of, in order. Tensors are counted first, then embedding tables, then weights of

@@ -53,25 +53,25 @@ class ShardedForwardReply(Body, frozen=True):
 
 
 class LayerUse(msgspec.Struct, frozen=True, array_like=True):
-    """What a micro-batch contributes through its question `number`, of `count` samples.
+    """A micro-batch's contribution through its question `number`, of `count` samples.
 
-    Every class but a sample's own has a logit's gradient of (p - smoothing) x g. For a hidden layer the question is the one
-    about the features' gradient.
+    The logit of every class except a sample's own has the gradient (p - smoothing) x g. For a hidden layer, the question is the
+    one about the features' gradient.
     """
 
     number: Count
     count: Count
     smoothing: float = 0.0
-    #: For a hidden layer: the gradient by its outputs is multiplied by it.
+    #: For a hidden layer: the factor on the gradient by its outputs.
     scale: float = 1.0
 
 
 class LayerPush(Body, frozen=True):
-    """What micro-batches lo..hi-1 of `round` contribute to sharded layers, in order of the micro-batches.
+    """The contribution of micro-batches lo..hi-1 of `round` to sharded layers, in order of the micro-batches.
 
-    For each of `uses`, three results follow for every sample: the logarithm of the sum of all exp(z); g, which is the gradient
-    of its loss x samples; and the gradient of its own class's logit, in which g is a factor already. `base_version` and
-    `finite` are as in Push.
+    For each of `uses`, three results follow for every sample. The first is the logarithm of the sum of all exp(z). The second, g,
+    is the gradient of its loss x samples. The third is the gradient of its own class's logit, already multiplied by g.
+    `base_version` and `finite` are as in Push.
     """
 
     round: Count
