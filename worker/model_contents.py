@@ -25,8 +25,8 @@ def file_of(model: nn.Module, tensors: Sequence[torch.Tensor | None], specs: Seq
 
     `tensors` are those that servers keep, in the order in which `InFile` counts them. None stands for the bias of a layer
     without one. `specs` describe the first of them. Tied weights are there once for each of their names, and sparse buffers by
-    their parts. Parameters come first, sorted by name. If a model adds to its state_dict a tensor that is no parameter, no
-    buffer and not `JOINED` of some, the tensor is left out with a warning.
+    their parts. Parameters come first, sorted by name. A model may add other tensors to its state_dict. Unless these are `JOINED`
+    of parameters or buffers, they are left out with a warning.
     """
     number_of = {id(tensor): number for number, tensor in enumerate(tensors)}
     by_name = {spec.name: number for number, spec in enumerate(specs)}

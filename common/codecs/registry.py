@@ -1,7 +1,7 @@
 """The codecs that a run's settings choose, and their seeds. They are the same on workers and servers.
 
 Under every codec, all workers have the same weights. With bf16, fp16 and int8, a push depends on its sum and its micro-batches
-alone, so only the division of micro-batches among workers affects the result. With error feedback (onebit, topk), each worker's
+alone. So only the division of micro-batches among workers affects the result. With error feedback (onebit, topk), each worker's
 residuals affect it too. If a sum replaces parts that came from others, or `backup` leaves out a contribution, the residuals in
 these are lost.
 """
@@ -43,6 +43,6 @@ def for_weights(settings: Settings, layout: Layout) -> ChunkCodec | None:
 def sends_changes(settings: Settings) -> bool:
     """Return whether weights are sent as changes of the workers' weights, V(t+1) = V(t) + decode(encode(W(t+1) - V(t))).
 
-    The residual of a frame is part of the next difference. That is error feedback, and V stays close to W.
+    The residual of a frame is part of the next difference. This is error feedback, and it keeps V close to W.
     """
     return settings.compress_weights in ("int8", "onebit")

@@ -88,7 +88,8 @@ def _bitmap_bytes(numel: int) -> int:
 def _largest(values: torch.Tensor, count: int) -> Positions:
     """Return the positions, ascending, of the `count` largest magnitudes. Of equal magnitudes, the first ones count.
 
-    A threshold is estimated so that only few elements must be sorted. This changes the time, not the result.
+    The result is exact. The threshold from a sample only removes elements that need not be sorted. If it removes too many, all
+    elements are sorted except the zeros, of which sparse gradients have many.
     """
     at, magnitudes = _above(values, _threshold(values, count))
     if len(at) < count:
@@ -117,8 +118,8 @@ def _threshold(values: torch.Tensor, count: int) -> float:
 def _kth(magnitudes: npt.NDArray[np.float32], k: int) -> float:
     """Return the k-th largest magnitude.
 
-    torch.kthvalue and numpy.partition are as fast, but on some inputs take 50 times as long and more: on descending ones, or
-    with many equal magnitudes among others.
+    torch.kthvalue and numpy.partition are as fast, but take at least 50 times as long on some inputs. Examples are descending
+    ones, or many equal magnitudes among others.
     """
     return float(torch.from_numpy(magnitudes).topk(k, sorted=False).values.min())
 

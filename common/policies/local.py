@@ -1,7 +1,7 @@
 """Local steps with periodic merging through an outer optimizer.
 
-McMahan et al., "Communication-efficient learning of deep networks from decentralized data" (AISTATS 2017); Stich, "Local SGD
-converges fast and communicates little" (ICLR 2019); Douillard et al., "DiLoCo: Distributed low-communication training of
+McMahan et al., "Communication-efficient learning of deep networks from decentralized data" (AISTATS 2017). Stich, "Local SGD
+converges fast and communicates little" (ICLR 2019). Douillard et al., "DiLoCo: Distributed low-communication training of
 language models" (2023). The outer Nesterov step is DiLoCo's: the gradient that the servers' optimizer sees is the mean change of
 the replicas since the last merge, negated. By default its rate over one minus its momentum is 1. So in the long run the weights
 move as far as the replicas do, and the user's learning rate means what it does under `sync`.

@@ -44,9 +44,12 @@ class TensorSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     A `frozen` parameter required no gradient when the optimizer was made. If it was not given to the optimizer, its `group` is
     -1. It then travels as bytes and may have any dtype.
 
-    `rule` says how a round's contributions to a buffer are merged: `mean`, weighted by samples; `max`, element by element;
-    `sum`, the total of all changes; or `last`, the value from the last micro-batch, in order, that changed it. A buffer with
-    `last` travels as bytes and may have any dtype.
+    `rule` says how a round's contributions to a buffer are merged:
+
+    - `mean`: weighted by samples,
+    - `max`: element by element,
+    - `sum`: the total of all changes,
+    - `last`: the value from the last micro-batch, in order, that changed it. Such a buffer travels as bytes, in any dtype.
     """
 
     name: Name

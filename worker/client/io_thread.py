@@ -57,9 +57,13 @@ class _Request:
 class IoThread:
     """Sockets to the coordinator and all servers, served by a thread of its own.
 
-    `lock` guards everything that both threads touch, including the worker's state machines. The thread calls these callbacks
-    with the lock held: `on_message(sender, body, frames)`, `on_tick(now) -> messages`, `heartbeat() -> Heartbeat`, and
-    `on_replaced(server)` when a new process has taken a server's place.
+    `lock` guards everything that both threads touch, including the worker's state machines. The thread calls all callbacks with
+    the lock held:
+
+    - `on_message(sender, body, frames)` for each message,
+    - `on_tick(now)`, which returns messages to send,
+    - `heartbeat()`, which returns a Heartbeat,
+    - `on_replaced(server)` when a new process has taken a server's place.
     """
 
     def __init__(self, coordinator: str, hello: Hello, start_s: float = START_S) -> None:

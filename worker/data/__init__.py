@@ -47,8 +47,8 @@ def load(
     training images at random, by torch's global generator; only `cifar-10` has one. `shape` (C, H, W) and `classes` are for
     sources that accept any: `synthetic`, and `folder` for height and width.
 
-    Raises UsageError for an unknown name, for files that are missing, damaged or of another kind, and for a shape or a number of
-    classes that the source does not have.
+    Raises UsageError for an unknown name, and for files that are missing, damaged or of another kind. A shape or a number of
+    classes that the source does not have is an error too.
     """
     if name not in names():
         raise UsageError(f"there is no data source '{name}'; there are {', '.join(names())}.")

@@ -1,7 +1,7 @@
 """Samples for micro-batches. They are the same, with the same augmentation, on any worker.
 
-The order of a data epoch is seeded by (seed, epoch), a sample's augmentation by (seed, epoch, sample), and everything else that
-is random in a micro-batch (dropout) by (seed, round, k).
+(seed, epoch) seeds the order of a data epoch. (seed, epoch, sample) seeds a sample's augmentation. (seed, round, k) seeds
+everything else that is random in a micro-batch, such as dropout.
 """
 
 from __future__ import annotations

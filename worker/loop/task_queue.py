@@ -1,7 +1,7 @@
 """Which micro-batch a worker computes next.
 
-In each round a worker has its run by the share table in force, without micro-batches that others took over, and with those that
-it took over itself. A state machine without a socket or a clock. Invariants:
+In each round, the share table in force gives a worker its run. Micro-batches that others took over are left out, and those that
+the worker took over are added. A state machine without a socket or a clock. Invariants:
 
 - A micro-batch of the open round or a later one is handed out at most once.
 - No micro-batch is handed out before its round is open, because its weights are not here yet.

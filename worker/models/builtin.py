@@ -21,8 +21,8 @@ def build(name: str, shape: Shape, classes: int, devices: str | None = None) -> 
     With `devices`, such as "cuda:0,cuda:1", its two columns are on these devices, with the same weights
     (`roundtable.worker.models.alexnet_two_columns`).
 
-    Raises UsageError for an unknown name, for images that are too small for the network, and for devices that do not exist or
-    that the network cannot be divided over.
+    Raises UsageError for an unknown name, and for images that are too small for the network. Devices that do not exist, or over
+    which the network cannot be divided, are an error too.
     """
     if name not in MODELS:
         raise UsageError(f"there is no model '{name}'; there are {', '.join(sorted(MODELS))}.")

@@ -1,8 +1,8 @@
 """The hybrid of data and model parallelism: convolutions on the workers, fully connected layers on the servers.
 
-Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014): divide batches if a layer has few weights
-and many activities, and divide layers in the opposite case. Take a layer of D features and R outputs on M
-servers. In the hybrid, 8 x (M x D + R) bytes travel for each sample, instead of 8 x R x D for each worker and round.
+Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014). If a layer has few weights and many
+activities, batches are divided. In the opposite case, the layer is divided. Take a layer of D features and R outputs on M
+servers. The hybrid sends 8 x (M x D + R) bytes for each sample, instead of 8 x R x D for each worker and round.
 
 This is scheme (b) of that paper. The features of one worker's micro-batch go to all servers, which compute it at once while
 others are on their way. Only the layers' own weight gradients are made from the whole batch, at the end of the round, as in

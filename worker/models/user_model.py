@@ -16,8 +16,8 @@ from roundtable.common.runtime.errors import UsageError
 def load_factory(text: str) -> Callable[[], nn.Module]:
     """Return the function or class that FILE.py:FACTORY names, after checking that it makes a model.
 
-    Raises UsageError if the file does not exist, has nothing of that name that can be called without arguments, or makes
-    something else than a model.
+    Raises UsageError if the file does not exist, or has nothing of that name that can be called without arguments. A result
+    that is no model is an error too.
     """
     file, _, name = text.rpartition(":")
     path = Path(file)

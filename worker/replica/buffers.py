@@ -2,8 +2,8 @@
 
 Every micro-batch starts from the buffers as they were at the start of the round. A rule says how to merge the results. Running
 statistics of normalisation layers are averaged, weighted by samples. Any other buffer gets its value from the last micro-batch,
-in order, that changed it, because a mean of queues, of unit vectors or of codebooks has no meaning. With the rule `sum`, a
-counter gets the total of all micro-batches.
+in order, that changed it. A mean of queues, of unit vectors or of codebooks would have no meaning. With the rule `sum`, a counter
+gets the total of all micro-batches.
 """
 
 from __future__ import annotations

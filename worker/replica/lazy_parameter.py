@@ -1,7 +1,7 @@
 """Parameters with an action that is deferred until something uses the parameter.
 
-Such a parameter becomes an instance of a subclass. Before torch does anything with a parameter, it asks the subclass, wherever
-the use is: in a module's forward, in a penalty on all weights, in a script's own lines.
+Such a parameter becomes an instance of a subclass. Before torch does anything with the parameter, it asks the subclass. The use
+may be in a module's forward, in a penalty on all weights, or in a script's own lines.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from roundtable.common.model.layout import ALIGN_BYTES, Chunk, Layout, Piece, we
 from roundtable.common.model.tensor_bytes import dtype_of
 from roundtable.common.protocol.shared_memory import HEADER_BYTES, Handle, NotShared, Region, attach
 
-#: Bits of an entry of the kernel's pagemap: the page is in memory; it is on disk; it belongs to a file, not to this process.
+#: Bits of an entry of the kernel's pagemap. The page is in memory, is on disk, or belongs to a file rather than this process.
 _PRESENT, _SWAPPED, _SHARED = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 #: How many combinations of several servers' weight buffers are mapped for one tensor. Further combinations are copied.
 _COMBINATIONS = 32
