@@ -139,7 +139,7 @@ class WeightFetcher:
 def fetch_again(
     context: WorkerContext, client: ParameterClient, version: int, what: str, *, full_precision: bool = False
 ) -> dict[int, Any] | None:
-    """Return the weights of `version` by chunk, whatever the model has; None if that round is over.
+    """Return the weights of `version` by chunk, even if the model has them. Return None if that round is over.
 
     With `full_precision` they are those that no codec has rounded. `what` names them if they do not come: ClusterError then.
     """
