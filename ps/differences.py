@@ -18,6 +18,7 @@ _FIELDS = {
     "samples": "samples",
     "global_batch": "global_batch",
     "micro_batch": "micro_batch",
+    "min_micro_batch": "min_micro_batch",
     "epochs": "epochs",
     "rounds": "rounds",
 }

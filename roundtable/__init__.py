@@ -9,12 +9,15 @@ from roundtable.common.runtime.errors import ClusterError, NoAnswer, PsError, Ru
 from roundtable.worker.joining import embedding, join
 
 if TYPE_CHECKING:
+    from roundtable.worker.data.arguments import BatchArguments
+    from roundtable.worker.data.orders import class_balanced_order, length_bucketed_order, weighted_order
     from roundtable.worker.layers.margin_losses import ArcFace, CosFace
     from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
     from roundtable.worker.run import Run
 
 __all__ = [
     "ArcFace",
+    "BatchArguments",
     "ClusterError",
     "ColumnParallelLinear",
     "CosFace",
@@ -24,19 +27,26 @@ __all__ = [
     "RunStopped",
     "ShardedLinear",
     "UsageError",
+    "class_balanced_order",
     "embedding",
     "join",
+    "length_bucketed_order",
     "sharded_cross_entropy",
+    "weighted_order",
 ]
 
 #: The names whose modules import torch, and those modules.
 _NEED_TORCH = {
     "ArcFace": "worker.layers.margin_losses",
+    "BatchArguments": "worker.data.arguments",
     "CosFace": "worker.layers.margin_losses",
     "ColumnParallelLinear": "worker.layers.sharded_linear",
     "ShardedLinear": "worker.layers.sharded_linear",
     "sharded_cross_entropy": "worker.layers.sharded_linear",
     "Run": "worker.run",
+    "class_balanced_order": "worker.data.orders",
+    "length_bucketed_order": "worker.data.orders",
+    "weighted_order": "worker.data.orders",
 }
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.worker_facts import MOST_FACTS, MOST_NUMBERS, Fact
 from roundtable.worker.data.loader import Samples
+from roundtable.worker.data.orders import Order
 from roundtable.worker.optim.optimizer import Hypers
 from roundtable.worker.replica.buffers import Constant, parts_of
 
@@ -125,6 +126,17 @@ def _by_key(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 # ---- data
+
+
+def order_facts(order: Order, segment: Segment) -> list[Fact]:
+    """Of the order of samples: its name and seed, and unless these say all, hashes of the first and the last epoch."""
+    facts = [setting("the order of samples", order.name), setting("the seed of the order", order.seed)]
+    epochs = () if order.is_named else {segment.first_epoch, segment.first_epoch + max(1, segment.passes) - 1}
+    for epoch in sorted(epochs):
+        indices = order.indices(epoch)
+        digest = hashlib.blake2b(indices.numpy().tobytes(), digest_size=4).hexdigest()
+        facts.append(setting(f"the order of epoch {epoch}", f"{digest} ({len(indices)} indices)"))
+    return facts
 
 
 def sample_facts(dataset: Dataset[Any], seed: int, epoch: int, size: int, in_process: bool) -> list[Fact]:

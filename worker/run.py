@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from roundtable.common.config.settings import Settings
 from roundtable.common.protocol.messages.session import Traffic
-from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.errors import UsageError, at_script_line
 from roundtable.worker import tensor_names
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
+from roundtable.worker.data.arguments import BatchArguments, Data, resolve
 from roundtable.worker.merge import batchnorm, constraints
 from roundtable.worker.optim.optimizer import Optimizer, Per, Schedule
 from roundtable.worker.preparation import OptimizerCall
 from roundtable.worker.replica.buffers import Rules
-from roundtable.worker.session.segments import Samples
+from roundtable.worker.session.batches import Batches
 from roundtable.worker.session.session import Session
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,6 +82,11 @@ class Run:
         """The data epoch that the current round belongs to; after the last round, the number of epochs done."""
         work = self._session.work
         return work.epoch if work is not None else 0
+
+    @property
+    def total_rounds(self) -> int:
+        """The rounds of the run up to the end of the newest `batches()`. A script that calls it again has more."""
+        return self._session.segments.total_rounds
 
     # ---- setting up
 
@@ -155,39 +161,43 @@ class Run:
 
     # ---- training
 
-    def batches(
-        self,
-        dataset: Dataset[Any],
-        *,
-        micro_batch: int | None = None,
-        global_batch: int | None = None,
-        epochs: int | None = None,
-        shuffle: bool = True,
-        num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-    ) -> Iterator[Any]:
-        """Yield this worker's micro-batches of `epochs` passes over a map-style dataset, until all rounds are complete.
+    def batches(self, dataset: Dataset[Any] | DataLoader[Any], **arguments: Unpack[BatchArguments]) -> Batches:
+        """Return this worker's micro-batches of passes over a map-style data set or a DataLoader: loop over them.
 
-        Arguments that are left out come from the run's settings. Every worker must pass the same dataset and sizes. After each
-        batch, call `loss.backward()` and `opt.step()`; the loss is a mean over the micro-batch. `batches` may be called again,
-        for example once an epoch: rounds and epochs continue to count. `num_workers` processes load samples ahead.
+        `BatchArguments` has the arguments. The run's settings stand in for sizes and epochs that are left out. Every worker must
+        pass the same data and sizes. Batches come on `device` if the model is there. After each batch call `loss.backward()` and
+        `opt.step()`; the loss is a mean over the micro-batch. Each loop over the batches is a segment, for example an epoch:
+        rounds and epochs continue to count. `len()` is the number of batches that this worker expects of a loop.
 
-        Raises UsageError if the dataset is not map-style, or if `step` was not called for a batch.
+        Of a DataLoader all but the order in which it draws is taken over, and its `batch_size` is the micro-batch. The order of
+        its sampler is made anew from the run's seed and the epoch.
+
+        Raises UsageError, with the script's line, if workers cannot share the data (a stream) or the order (a sampler that is no
+        pure function of seed and epoch). The loop raises it if `step` was not called for a batch.
         """
+        segments = self._session.segments
+        try:
+            data = resolve(dataset, arguments, self._session.context.settings.seed, segments.next_epoch)
+            return Batches(data, segments, self._loop)
+        except UsageError as error:
+            raise at_script_line(error) from None
+
+    def _loop(self, data: Data) -> Iterator[Any]:
+        """Yield this worker's micro-batches of the next segment."""
         session, training = self._session, self._session.training
         if training is None:
             raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
-        segment = session.segments.plan(dataset, micro_batch, global_batch, epochs)
+        segment = session.segments.plan(data)
         if session.segments.none:
             training.begin()
-        samples = Samples(dataset, shuffle, num_workers, collate_fn)
-        loader = session.segments.begin(segment, samples, training.schedule)
+        model = training.work.replica.model
+        device = self.device if any(tensor.device == self.device for tensor in model.parameters()) else torch.device("cpu")
+        loader = session.segments.begin(segment, data, training.schedule, device)
         session.reports.forget_recomputed()
         self._is_training = True
         try:
             yield from training.work.batches(segment, loader)
             self._is_training = False
-            model = training.work.replica.model
             if session.context.policy.is_local:
                 self._hand_in(constraints.unit_vectors(model))
             session.final_tensors.are(model)

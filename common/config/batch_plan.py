@@ -18,7 +18,7 @@ MOST_MICRO_BATCHES = 1 << 20
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """Epochs over a dataset of `samples` samples, starting at `first_round` and `first_epoch` of the run."""
+    """Epochs of `samples` samples each, starting at `first_round` and `first_epoch` of the run."""
 
     index: Count
     first_round: Count
@@ -29,6 +29,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     epochs: Positive
     #: Rounds in this segment: all its data epochs, or fewer if the run's limit of rounds comes first.
     rounds: Count
+    #: Samples that each micro-batch has at least.
+    min_micro_batch: Positive = 1
 
     @property
     def end(self) -> int:
@@ -55,6 +57,8 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         """Return whether the segment's numbers continue those of `before`, the previous segment, and are valid."""
         first = (0, 0, 0) if before is None else (before.index + 1, before.end, before.first_epoch + before.epochs)
         fits = self.rounds <= self.rounds_per_epoch * self.epochs and self.global_batch <= MOST_MICRO_BATCHES * self.micro_batch
+        sizes = {min(self.global_batch, self.samples), self.samples % self.global_batch}
+        fits = fits and all(most_samples(size, self.micro_batch, self.min_micro_batch) == size for size in sizes)
         return fits and (self.index, self.first_round, self.first_epoch) == first
 
     @property
@@ -89,6 +93,15 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
         last = self.samples - (self.rounds_per_epoch - 1) * self.global_batch
         return (self.rounds_per_epoch - 1) * self._per_round + -(-last // self.micro_batch)
 
+    def rounds_by_size(self, first: int) -> dict[int, int]:
+        """Return the numbers of micro-batches that rounds from `first` on have, each with the number of such rounds."""
+        done, left = max(0, first - self.first_round), max(0, self.end - max(first, self.first_round))
+        last = self.rounds // self.rounds_per_epoch - done // self.rounds_per_epoch if left else 0
+        last_size = self._per_epoch - (self.rounds_per_epoch - 1) * self._per_round
+        sizes = {self._per_round: left - last}
+        sizes[last_size] = sizes.get(last_size, 0) + last
+        return {size: rounds for size, rounds in sizes.items() if rounds}
+
     def round(self, index: int) -> Round:
         """Return the plan of round `index`, counted through the run. Raises IndexError outside the segment."""
         if not self.first_round <= index < self.end:
@@ -101,18 +114,23 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
             start=start,
             samples=min(self.global_batch, self.samples - start),
             micro_batch=self.micro_batch,
+            min_micro_batch=self.min_micro_batch,
         )
 
 
 @dataclass(frozen=True)
 class Round:
-    """One global batch: `samples` samples from place `start` of the data epoch's order, cut into micro-batches."""
+    """One global batch: `samples` samples from place `start` of the data epoch's order, cut into micro-batches.
+
+    If the last micro-batch would have fewer than `min_micro_batch` samples, the one before it gives it some.
+    """
 
     index: int
     epoch: int
     start: int
     samples: int
     micro_batch: int
+    min_micro_batch: int = 1
 
     @property
     def micro_batches(self) -> int:
@@ -121,16 +139,48 @@ class Round:
 
     def places(self, k: int) -> range:
         """Return the places in the data epoch's order that micro-batch `k` takes."""
-        lo = self.start + k * self.micro_batch
-        return range(lo, min(lo + self.micro_batch, self.start + self.samples))
+        return range(self.start + self._before(k), self.start + self._before(k + 1))
 
     def samples_in(self, lo: int, hi: int) -> int:
         """Return the number of samples in micro-batches lo..hi-1."""
-        return min(hi * self.micro_batch, self.samples) - min(lo * self.micro_batch, self.samples)
+        return self._before(hi) - self._before(lo)
+
+    def _before(self, k: int) -> int:
+        """Return the samples in micro-batches 0..k-1."""
+        start = min(k * self.micro_batch, self.samples)
+        if 0 < self.samples - start < self.min_micro_batch and k:
+            return self.samples - self.min_micro_batch
+        return start
+
+
+def most_samples(samples: int, micro_batch: int, min_micro_batch: int) -> int:
+    """Return how many of `samples` fit into micro-batches that have at least `min_micro_batch` samples each."""
+    last = samples % micro_batch
+    if last == 0 or last >= min_micro_batch:
+        return samples
+    can_borrow = samples > micro_batch and micro_batch + last >= 2 * min_micro_batch
+    return samples if can_borrow else samples - last
+
+
+def samples_per_epoch(places: int, global_batch: int, micro_batch: int, min_micro_batch: int, drop_last: bool) -> int:
+    """Return how many samples of an order with `places` places an epoch uses.
+
+    `drop_last` leaves out the last round if it is not whole. `min_micro_batch` leaves out a few samples of it if they would make
+    a micro-batch that is too small.
+    """
+    last = places % global_batch
+    return places - last + (0 if drop_last else most_samples(last, micro_batch, min_micro_batch))
 
 
 def make_segment(
-    *, before: Segment | None, samples: int, global_batch: int, micro_batch: int, epochs: int, round_limit: int | None
+    *,
+    before: Segment | None,
+    samples: int,
+    global_batch: int,
+    micro_batch: int,
+    epochs: int,
+    round_limit: int | None,
+    min_micro_batch: int = 1,
 ) -> Segment:
     """Return the segment that follows `before`, or the first one if that is None. `round_limit` counts the whole run's rounds."""
     first_round = before.end if before else 0
@@ -146,6 +196,7 @@ def make_segment(
         micro_batch=micro_batch,
         epochs=epochs,
         rounds=rounds,
+        min_micro_batch=min_micro_batch,
     )
 
 

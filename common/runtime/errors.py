@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 
 
 def printable(text: str) -> str:
@@ -56,3 +58,11 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, text: str = "") -> None:
         super().__init__(text)
         self.number = number
+
+
+def at_script_line(error: UsageError) -> UsageError:
+    """Return the error with the place in the user's script from which this package was called, such as 'train.py line 12'."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "roundtable":
+        frame = frame.f_back
+    return UsageError(f"{Path(frame.f_code.co_filename).name} line {frame.f_lineno}: {error}")

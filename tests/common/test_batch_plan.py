@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from roundtable.common.config.batch_plan import Segment, derive_seed, make_segment
+from roundtable.common.config.batch_plan import Segment, derive_seed, make_segment, most_samples, samples_per_epoch
 
 sizes = st.tuples(st.integers(1, 60), st.integers(1, 20), st.integers(1, 20), st.integers(1, 3)).map(
     lambda t: {"samples": t[0], "global_batch": max(t[1], t[2]), "micro_batch": min(t[1], t[2]), "epochs": t[3]}
@@ -83,6 +85,41 @@ def test_a_limit_of_rounds_holds_over_all_segments_and_cuts_no_sooner(parts: lis
     assert all(segment.rounds >= 0 for segment in cut)
     for a, b in zip(free, cut, strict=True):
         assert all(a.round(index) == b.round(index) for index in range(b.first_round, b.end))
+
+
+@given(chains(), st.integers(-3, 400))
+def test_rounds_by_size_are_those_that_are_left(segments: list[Segment], first: int) -> None:
+    for segment in segments:
+        left = range(max(first, segment.first_round), segment.end)
+        assert segment.rounds_by_size(first) == Counter(segment.round(index).micro_batches for index in left)
+
+
+@given(sizes, st.integers(1, 20), st.booleans())
+def test_no_micro_batch_is_smaller_than_asked_and_no_sample_is_lost_that_need_not_be(
+    size: dict[str, int], least: int, drop_last: bool
+) -> None:
+    places, whole, micro = size["samples"], size["global_batch"], size["micro_batch"]
+    assume(least <= micro and most_samples(whole, micro, least) == whole)
+    samples = samples_per_epoch(places, whole, micro, least, drop_last)
+    assert places - samples <= (places % whole if drop_last else min(places % whole, least - 1))
+    assume(samples)
+    segment = make_segment(before=None, round_limit=None, min_micro_batch=least, **{**size, "samples": samples})
+    assert segment.follows(None)
+    used: dict[int, list[int]] = {}
+    for index in range(segment.end):
+        plan = segment.round(index)
+        assert plan.samples == whole or not drop_last
+        for k in range(plan.micro_batches):
+            assert least <= len(plan.places(k)) == plan.samples_in(k, k + 1) <= micro
+            used.setdefault(plan.epoch, []).extend(plan.places(k))
+    assert used == {epoch: list(range(samples)) for epoch in range(size["epochs"])}
+
+
+def test_the_last_micro_batch_of_one_gets_a_sample_of_the_one_before() -> None:
+    segment = make_segment(before=None, samples=33, global_batch=33, micro_batch=8, epochs=1, round_limit=None, min_micro_batch=2)
+    assert [len(segment.round(0).places(k)) for k in range(5)] == [8, 8, 8, 7, 2]
+    assert samples_per_epoch(33, 16, 4, 2, False) == 32  # a round of one sample has nobody to take one from
+    assert not replace(segment, min_micro_batch=5).follows(None)  # 8 and 1 are no two of at least 5
 
 
 @given(chains(), st.integers(-3, 400))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed, make_segment
-from roundtable.common.runtime.errors import UsageError
-from roundtable.worker.data.loader import Loader, dataset_size
+from roundtable.worker.data.arguments import BatchArguments, resolve
+from roundtable.worker.data.loader import Loader, Processes
 
 SEED = 11
 
@@ -40,10 +40,11 @@ def segment(**changes: Any) -> Segment:
     return make_segment(**{**plan, **changes})
 
 
-def loader(plan: Segment, tasks: list[Task], num_workers: int = 0, dataset: Any = None, **changes: Any) -> Loader:
+def loader(plan: Segment, tasks: list[Task], dataset: Any = None, **arguments: Any) -> Loader:
     """A loader that expects to be given `tasks`."""
-    options: dict[str, Any] = {"shuffle": True, "collate_fn": None, **changes}
-    return Loader(dataset or Augmented(), plan, SEED, num_workers=num_workers, forecast=lambda: iter(tasks), **options)
+    data = resolve(dataset or Augmented(), BatchArguments(**arguments), SEED, plan.first_epoch)
+    processes = Processes(data, SEED, torch.device("cpu")) if data.processes else None
+    return Loader(data, plan, SEED, forecast=lambda: iter(tasks), processes=processes)
 
 
 def tasks_of(plan: Segment) -> list[Task]:
@@ -112,15 +113,40 @@ def test_a_dataset_smaller_than_a_micro_batch_is_one_short_micro_batch() -> None
     assert loader(plan, [], dataset=data, shuffle=False).load(task)[0].tolist() == [0, 1, 2]
 
 
-class Stream(IterableDataset[int]):
-    def __iter__(self) -> Iterator[int]:
-        return iter([1])
+class Numbered(Dataset[Any]):
+    """Samples that say which process has loaded them."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return index, os.getpid()
 
 
-@pytest.mark.parametrize(
-    ("data", "said"), [(Stream(), "Stream has no length"), (TensorDataset(torch.zeros(0)), "TensorDataset has no samples")]
-)
-def test_data_without_a_length_or_samples_is_refused_in_a_sentence(data: Any, said: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        dataset_size(data)
-    assert str(caught.value).startswith(said) and str(caught.value).endswith(".")
+def test_processes_that_are_kept_load_the_next_loop_too_also_after_one_that_was_left_early() -> None:
+    first = segment(samples=8, epochs=1)
+    data = resolve(Numbered(), BatchArguments(num_workers=1, persistent_workers=True, shuffle=False, prefetch_factor=3), SEED, 0)
+    kept = Processes(data, SEED, torch.device("cpu"))
+    seen: list[list[int]] = []
+    pids: set[int] = set()
+    for plan, loads in ((first, 2), (segment(samples=8, before=first, epochs=2), 1), (segment(samples=8, epochs=1), 2)):
+        tasks = tasks_of(plan)
+        mine = Loader(data, plan, SEED, forecast=lambda tasks=tasks: iter(tasks), processes=kept)  # type: ignore[misc]
+        for task in tasks[:loads]:
+            indices, loaded_by = mine.load(task)
+            seen.append(indices.tolist())
+            pids |= set(loaded_by.tolist())
+        mine.close()
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(pids) == 1 and os.getpid() not in pids
+    (process,) = multiprocessing.active_children()
+    del kept, mine
+    process.join(10)
+    assert process.exitcode == 0
+
+
+def test_batches_of_a_device_are_there() -> None:
+    plan = segment(samples=8, epochs=1)
+    data = resolve(Numbered(), BatchArguments(), SEED, 0)
+    batch = Loader(data, plan, SEED, forecast=lambda: iter([]), device=torch.device("meta")).load(Task(0, 0))
+    assert [part.device.type for part in batch] == ["meta", "meta"]

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from roundtable.common.config.batch_plan import Round, Segment, Task, derive_seed
-from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data.arguments import Data
+from roundtable.worker.data.devices import move
 
-#: Batches that each loading process keeps ready.
-_PREFETCH = 2
+_CPU = torch.device("cpu")
 
 
 def seed_everything(seed: int) -> None:
@@ -29,20 +29,6 @@ def seed_everything(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     random.seed(seed)
-
-
-def dataset_size(dataset: Dataset[Any]) -> int:
-    """Return the number of samples. Raises UsageError unless the dataset is map-style and has samples."""
-    try:
-        size = len(cast(Sized, dataset))
-    except TypeError:
-        raise UsageError(
-            f"{type(dataset).__name__} has no length: batches() needs a map-style dataset (__len__ and __getitem__), so that "
-            "any worker can load any sample."
-        ) from None
-    if size == 0:
-        raise UsageError(f"{type(dataset).__name__} has no samples.")
-    return size
 
 
 class Samples(Dataset[Any]):
@@ -58,46 +44,67 @@ class Samples(Dataset[Any]):
         return self._dataset[index]
 
 
+class Processes:
+    """Loads ahead in other processes, which may stay from one loop over the same batches to the next."""
+
+    def __init__(self, data: Data, seed: int, device: torch.device) -> None:
+        self.data = data
+        self._feed = _Feed()
+        self._batches = DataLoader(
+            Samples(data.dataset, seed),
+            batch_sampler=self._feed,
+            collate_fn=data.collate_fn or default_collate,
+            pin_memory=data.pins(device),
+            **data.processes,
+        )
+
+    def begin(self, make: Callable[[], Iterator[list[tuple[int, int]]]]) -> Iterator[Any]:
+        """Yield the batches whose samples `make()` lists."""
+        self._feed.make = make
+        return iter(self._batches)
+
+    def end(self) -> None:
+        """Forget the lists of the loop that has ended."""
+        self._feed.make = None
+
+
 class Loader:
     """Loads micro-batches of one segment, in this process or ahead of time in others."""
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        data: Data,
         segment: Segment,
         seed: int,
         *,
-        shuffle: bool,
-        num_workers: int,
-        collate_fn: Callable[[list[Any]], Any] | None,
         forecast: Callable[[], Iterator[Task]],
+        processes: Processes | None = None,
+        device: torch.device = _CPU,
     ) -> None:
-        """`forecast()` yields the tasks that this worker will probably get. It may never end."""
-        self._samples = Samples(dataset, seed)
+        """`forecast()` yields the tasks that this worker will probably get. It may never end.
+
+        Batches come on `device`.
+        """
+        self._data = data
+        self._samples = Samples(data.dataset, seed)
         self._segment = segment
-        self._seed = seed
-        self._shuffle = shuffle
-        self._collate = collate_fn or default_collate
+        self._collate = data.collate_fn or default_collate
         self._forecast = forecast
+        self._device = device
+        self._pin = data.pins(device)
         self._orders: dict[int, torch.Tensor] = {}
         #: Tasks that the loading processes have got and not delivered, in order.
         self._ordered: deque[Task] = deque()
         #: Batches that were delivered and not used yet.
         self._ready: dict[Task, Any] = {}
-        self._batches: Iterator[Any] | None = None
-        if num_workers:
-            self._batches = iter(
-                DataLoader(
-                    self._samples,
-                    batch_sampler=_Feed(self._ahead),
-                    num_workers=num_workers,
-                    collate_fn=self._collate,
-                    prefetch_factor=_PREFETCH,
-                )
-            )
+        self._processes = processes
+        self._batches: Iterator[Any] | None = processes.begin(self._ahead) if processes is not None else None
 
     def load(self, task: Task) -> Any:
-        """Return the micro-batch of `task`."""
+        """Return the micro-batch of `task`, on the device."""
+        return move(self._load(task), self._device, self._pin)
+
+    def _load(self, task: Task) -> Any:
         for old in [t for t in self._ready if t.round < task.round]:
             del self._ready[old]
         while self._batches is not None and task in self._ordered:
@@ -107,12 +114,14 @@ class Loader:
         return self._collate([self._samples[key] for key in self._keys(task)])
 
     def close(self) -> None:
-        """End the loading processes.
+        """End the loading processes, unless they are kept.
 
         The garbage collector would wait for them in vain. It collects them and the queues that tell them to end in any order,
         because they refer to each other through this object.
         """
         self._batches = None
+        if self._processes is not None:
+            self._processes.end()
 
     def _keys(self, task: Task) -> list[tuple[int, int]]:
         """Return (epoch, sample) for each of the micro-batch's samples."""
@@ -124,9 +133,7 @@ class Loader:
         if epoch not in self._orders:
             for old in [e for e in self._orders if e < epoch - 1]:
                 del self._orders[old]
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
-            size = self._segment.samples
-            self._orders[epoch] = torch.randperm(size, generator=generator) if self._shuffle else torch.arange(size)
+            self._orders[epoch] = self._data.order.indices(epoch)
         return self._orders[epoch]
 
     def _ahead(self) -> Iterator[list[tuple[int, int]]]:
@@ -138,8 +145,8 @@ class Loader:
 class _Feed:
     """A batch sampler for a DataLoader: lists of keys, made when it asks for them."""
 
-    def __init__(self, make: Callable[[], Iterator[list[tuple[int, int]]]]) -> None:
-        self._make = make
+    def __init__(self) -> None:
+        self.make: Callable[[], Iterator[list[tuple[int, int]]]] | None = None
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self._make()
+        return self.make() if self.make is not None else iter([])

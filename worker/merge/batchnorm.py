@@ -15,7 +15,8 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset
 
 from roundtable.common.config.batch_plan import derive_seed
-from roundtable.worker.data.loader import dataset_size, seed_everything
+from roundtable.worker.data.arguments import dataset_size
+from roundtable.worker.data.loader import seed_everything
 
 
 def has_statistics(model: nn.Module) -> bool:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
-from torch.utils.data import Dataset
+import torch
 
-from roundtable.common.config.batch_plan import Segment, Task, make_segment
+from roundtable.common.config.batch_plan import Segment, Task, make_segment, most_samples, samples_per_epoch
 from roundtable.common.config.worker_facts import Fact
 from roundtable.common.protocol.effects import COORDINATOR
 from roundtable.common.protocol.messages.setup import Plan, PlanReply
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker import facts as alike
 from roundtable.worker.client.context import WorkerContext
-from roundtable.worker.data.loader import Loader, dataset_size
+from roundtable.worker.data.arguments import Data
+from roundtable.worker.data.loader import Loader, Processes
 from roundtable.worker.loop.task_queue import TaskQueue
 
-
-@dataclass(frozen=True)
-class Samples:
-    """The arguments of `run.batches()` that say which samples to load, and how."""
-
-    dataset: Dataset[Any]
-    shuffle: bool
-    num_workers: int
-    collate_fn: Callable[[list[Any]], Any] | None
+_CPU = torch.device("cpu")
 
 
 class Segments:
@@ -35,6 +26,10 @@ class Segments:
     def __init__(self, context: WorkerContext, tasks: TaskQueue, servers: int, round_now: Callable[[], int]) -> None:
         self._context, self._tasks, self._servers, self._round = context, tasks, servers, round_now
         self._all: list[Segment] = []
+        #: The segment that was planned last, which may not have begun.
+        self.planned: Segment | None = None
+        #: Loading processes for the next loop over the same batches.
+        self._kept: Processes | None = None
         #: The data set for which the coordinator has facts of samples.
         self._compared: object = None
 
@@ -48,57 +43,97 @@ class Segments:
         """Whether no segment is under way."""
         return not self._all or self._round() >= self._all[-1].end
 
-    def plan(self, dataset: Dataset[Any], micro_batch: int | None, global_batch: int | None, epochs: int | None) -> Segment:
-        """Return the next segment. Raises UsageError if there cannot be one, as `run.batches` says."""
+    @property
+    def next_epoch(self) -> int:
+        """The first data epoch that no segment has yet."""
+        return self._all[-1].first_epoch + self._all[-1].epochs if self._all else 0
+
+    @property
+    def total_rounds(self) -> int:
+        """The rounds of all segments, and of the one that was planned last."""
+        return self.planned.end if self.planned is not None else 0
+
+    def plan(self, data: Data) -> Segment:
+        """Return the segment that would come next. Raises UsageError if the batches cannot be cut as `data` asks."""
+        settings = self._context.settings
+        micro, whole = data.micro_batch or settings.micro_batch, data.global_batch or settings.global_batch
+        least, places = data.min_micro_batch, data.order.places
+        if micro > whole:
+            raise UsageError(f"micro_batch ({micro}) must not exceed global_batch ({whole}).")
+        if most_samples(whole, micro, least) != whole:
+            raise UsageError(
+                f"global_batch {whole} cannot be cut into micro-batches of {least} to {micro} samples: make it a multiple of "
+                "micro_batch, or min_micro_batch smaller."
+            )
+        samples = samples_per_epoch(places, whole, micro, least, data.drop_last)
+        if not samples:
+            dropped = f"drop_last leaves out rounds of fewer than {whole}" if data.drop_last else f"min_micro_batch is {least}"
+            raise UsageError(f"an epoch has {places} samples, of which none would be used: {dropped}.")
+        return make_segment(
+            before=self._all[-1] if self._all else None,
+            samples=samples,
+            global_batch=whole,
+            micro_batch=micro,
+            epochs=data.epochs or settings.epochs,
+            round_limit=settings.rounds,
+            min_micro_batch=least,
+        )
+
+    def expected(self, segment: Segment) -> int:
+        """Return how many micro-batches of a segment this worker computes from now on, if shares stay as they are."""
+        with self._context.io.lock:
+            table = self._tasks.tables[-1]
+            sizes = segment.rounds_by_size(self._round())
+            return sum(rounds * len(table.run(self._context.name, count)) for count, rounds in sizes.items())
+
+    def begin(self, segment: Segment, data: Data, schedule: alike.ScheduleFacts | None, device: torch.device = _CPU) -> Loader:
+        """Agree on a segment with the coordinator and all servers, and return the loader of its micro-batches.
+
+        Raises UsageError if the segment before has not ended.
+        """
         if not self.done:
             raise UsageError(
                 f"the previous run.batches() loop stopped at round {self._round()} of {self._all[-1].end}: finish it before "
                 "starting another."
             )
-        settings = self._context.settings
-        micro, whole = micro_batch or settings.micro_batch, global_batch or settings.global_batch
-        if micro > whole:
-            raise UsageError(f"micro_batch ({micro}) must not exceed global_batch ({whole}).")
-        return make_segment(
-            before=self._all[-1] if self._all else None,
-            samples=dataset_size(dataset),
-            global_batch=whole,
-            micro_batch=micro,
-            epochs=epochs or settings.epochs,
-            round_limit=settings.rounds,
-        )
-
-    def begin(self, segment: Segment, samples: Samples, schedule: alike.ScheduleFacts | None) -> Loader:
-        """Agree on a segment with the coordinator and all servers, and return the loader of its micro-batches."""
         self._all.append(segment)
-        plan = Plan(segment, facts=self._facts_of(segment, samples, schedule))
+        self.planned = segment
+        plan = Plan(segment, facts=self._facts_of(segment, data, schedule))
         for name in [COORDINATOR, *(f"server-{number}" for number in range(self._servers))]:
             ready = self._context.request(name, plan, lambda b: isinstance(b, PlanReply) and b.segment == segment.index)
             if name == COORDINATOR and isinstance(ready, PlanReply):
                 plan = Plan(segment, ready.seal)
-        return Loader(
-            samples.dataset,
-            segment,
-            self._context.settings.seed,
-            shuffle=samples.shuffle,
-            num_workers=samples.num_workers if self._round() < segment.end else 0,  # a late worker may find the segment over
-            collate_fn=samples.collate_fn,
-            forecast=lambda: self._forecast(segment),
-        )
+        seed, forecast = self._context.settings.seed, lambda: self._forecast(segment)
+        processes = self._processes_for(data, device) if self._round() < segment.end else None  # a late worker may find it over
+        return Loader(data, segment, seed, forecast=forecast, processes=processes, device=device)
 
-    def _facts_of(self, segment: Segment, samples: Samples, schedule: alike.ScheduleFacts | None) -> list[Fact]:
+    def close(self) -> None:
+        """End the loading processes that were kept."""
+        self._kept = None
+
+    def _processes_for(self, data: Data, device: torch.device) -> Processes | None:
+        """Return the processes that load; None if this one loads."""
+        if self._kept is not None and self._kept.data is data:
+            return self._kept
+        self._kept = None
+        if not data.processes:
+            return None
+        processes = Processes(data, self._context.settings.seed, device)
+        self._kept = processes if data.processes.get("persistent_workers") else None
+        return processes
+
+    def _facts_of(self, segment: Segment, data: Data, schedule: alike.ScheduleFacts | None) -> list[Fact]:
         """Return the facts that must be equal on all workers in a segment."""
-        dataset, collate_fn = samples.dataset, samples.collate_fn
+        seed = self._context.settings.seed
         facts = [
-            alike.setting("shuffle", samples.shuffle),
-            alike.setting("the data set", alike.called(type(dataset))),
-            alike.setting("collate_fn", alike.called(collate_fn) if collate_fn is not None else "none"),
+            alike.setting("the data set", alike.called(type(data.dataset))),
+            alike.setting("samples in the data set", data.samples),
+            alike.setting("collate_fn", alike.called(data.collate_fn) if data.collate_fn is not None else "none"),
+            *alike.order_facts(data.order, segment),
         ]
-        if dataset is not self._compared:
-            self._compared = dataset
-            in_order = not samples.num_workers
-            seed = self._context.settings.seed
-            facts += alike.sample_facts(dataset, seed, segment.first_epoch, segment.samples, in_order)
+        if data.dataset is not self._compared:
+            self._compared = data.dataset
+            facts += alike.sample_facts(data.dataset, seed, segment.first_epoch, data.samples, not data.processes)
         return facts + (schedule.of(segment) if schedule is not None else [])
 
     def _forecast(self, segment: Segment) -> Iterator[Task]:

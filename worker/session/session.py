@@ -154,6 +154,7 @@ class Session:
         if self._finished:
             return
         self._finished = self.io.copies = True
+        self.segments.close()
         try:
             if failure or interrupted:
                 used_kv = self.kv is not None
