@@ -251,7 +251,7 @@ def _news(event: Event) -> str | None:
 
 
 def mean_metric(rows: Sequence[RoundRow] | deque[RoundRow], name: str) -> float | None:
-    """Return the mean of a metric over the samples of `rows`. None if no round has the metric."""
-    having = [row for row in rows if name in row.metrics and row.samples > 0]
-    samples = sum(row.samples for row in having)
-    return sum(row.metrics[name] * row.samples for row in having) / samples if samples else None
+    """Return the weighted mean of a metric over `rows`. None if no round has the metric."""
+    having = [row for row in rows if name in row.metrics and row.total_weight > 0]
+    weight = sum(row.total_weight for row in having)
+    return sum(row.metrics[name] * row.total_weight for row in having) / weight if weight else None

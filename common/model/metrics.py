@@ -1,4 +1,4 @@
-"""Sums of metrics: by name, the sum of value x samples, and the samples."""
+"""Sums of metrics: by name, the sum of value x weight, and the weight."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Metrics = dict[str, tuple[float, float]]
 def add_metrics(left: Mapping[str, tuple[float, float]], right: Mapping[str, tuple[float, float]]) -> Metrics:
     """Return both sums as one. A name that only one side has is kept."""
     out = dict(left)
-    for name, (total, samples) in right.items():
+    for name, (total, weight) in right.items():
         before = out.get(name, (0.0, 0.0))
-        out[name] = before[0] + total, before[1] + samples
+        out[name] = before[0] + total, before[1] + weight
     return out
 
 
 def mean_metrics(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the mean of each metric that has samples, by name."""
-    return {name: value / samples for name, (value, samples) in total.items() if samples}
+    """Return the mean of each metric that has a weight above 0, by name."""
+    return {name: value / weight for name, (value, weight) in total.items() if weight}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,13 +58,28 @@ def put_off(left: Sum, right: Sum) -> Sum:
     return Sum(torch.empty(0), left.present | right.present, stays=left.stays and right.stays, halves=(left, right))
 
 
-def weighted(values: torch.Tensor, present: int, samples: int, kind: Kind) -> Sum:
-    """Return the contribution of a micro-batch: its gradients `values`, which may be overwritten, times its samples."""
-    if kind in ("max", "sum", "last"):
+def is_mean(kind: Kind) -> bool:
+    """Return whether contributions to chunks of this kind become a mean, in which each has a weight."""
+    return kind in ("param", "mean")
+
+
+def is_put_off(weight: float) -> bool:
+    """Return whether multiplying by this weight can be put off without changing a bit: it is a power of two from 1 on."""
+    return weight >= 1 and math.frexp(weight)[0] == 0.5
+
+
+def weighted(values: torch.Tensor, present: int, weight: float, kind: Kind) -> Sum:
+    """Return the contribution of a micro-batch: its gradients `values`, which may be overwritten, times its weight.
+
+    With weight 0 a micro-batch contributes nothing to a mean, even if `values` are not finite.
+    """
+    if not is_mean(kind):
         return Sum(values, present, owned=True)
-    if samples & (samples - 1):
-        return Sum(values.mul_(samples), present, owned=True)
-    return Sum(values, present, owned=True, scale=float(samples))
+    if not weight:
+        return nothing() if kind == "param" else Sum(values.zero_(), 0, owned=True)
+    if is_put_off(weight):
+        return Sum(values, present, owned=True, scale=float(weight))
+    return Sum(values.mul_(weight), present, owned=True)
 
 
 def is_change(chunk: Chunk, at_once: bool) -> bool:

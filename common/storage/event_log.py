@@ -36,7 +36,7 @@ CREATE TABLE IF NOT EXISTS events (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, kind TEXT NOT NULL, process TEXT NOT NULL, data TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY, at REAL NOT NULL, epoch INTEGER NOT NULL, samples INTEGER NOT NULL,
-    micro_batches INTEGER NOT NULL, dropped INTEGER NOT NULL, metrics TEXT NOT NULL);
+    micro_batches INTEGER NOT NULL, dropped INTEGER NOT NULL, metrics TEXT NOT NULL, weight REAL);
 CREATE TABLE IF NOT EXISTS contributions (
     seq INTEGER PRIMARY KEY, at REAL NOT NULL, round INTEGER NOT NULL, lo INTEGER NOT NULL, hi INTEGER NOT NULL,
     worker TEXT NOT NULL, samples INTEGER NOT NULL, outcome TEXT NOT NULL, staleness INTEGER,
@@ -62,7 +62,7 @@ class Event:
 
 @dataclass(frozen=True)
 class RoundRow:
-    """A committed round. `metrics` are means over its samples; `samples` excludes the dropped ones."""
+    """A committed round. `samples` excludes the dropped ones. `metrics` are means of weight `weight`. None: of its samples."""
 
     round: int
     epoch: int
@@ -70,7 +70,13 @@ class RoundRow:
     micro_batches: int
     dropped: int
     metrics: dict[str, float]
+    weight: float | None = None
     at: float = 0.0
+
+    @property
+    def total_weight(self) -> float:
+        """Return the weight that the round has in means over several rounds."""
+        return self.samples if self.weight is None else self.weight
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,15 @@ def connect_to_write(path: Path) -> sqlite3.Connection:
     return db
 
 
+def round_rows(db: sqlite3.Connection, after: int = -1) -> list[RoundRow]:
+    """Return the rounds after one, in order. A log of an earlier release has no weights."""
+    rows = db.execute("SELECT * FROM rounds WHERE round > ? ORDER BY round", (after,))
+    return [
+        RoundRow(round_, epoch, samples, micro_batches, dropped, json.loads(metrics), weight[0] if weight else None, at)
+        for round_, at, epoch, samples, micro_batches, dropped, metrics, *weight in rows
+    ]
+
+
 class RunLog:
     """The writing end, one per run, in the coordinator. Rows are buffered until `flush`. After that they outlast a crash.
 
@@ -149,6 +164,8 @@ class RunLog:
         self._db = connect_to_write(path)
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
+        if "weight" not in {column[1] for column in self._db.execute("PRAGMA table_info(rounds)")}:
+            self._db.execute("ALTER TABLE rounds ADD COLUMN weight REAL")  # a log of an earlier release
         self._pending: deque[tuple[str, tuple[Any, ...]]] = deque()
         #: Rows that overwrite others, by the key that they overwrite.
         self._newest: dict[tuple[Any, ...], tuple[str, tuple[Any, ...]]] = {}
@@ -159,8 +176,8 @@ class RunLog:
 
     def round(self, row: RoundRow) -> None:
         self._keep(
-            "INSERT OR IGNORE INTO rounds VALUES (?,?,?,?,?,?,?)",
-            (row.round, time.time(), row.epoch, row.samples, row.micro_batches, row.dropped, json.dumps(row.metrics)),
+            "INSERT OR IGNORE INTO rounds VALUES (?,?,?,?,?,?,?,?)",
+            (row.round, time.time(), row.epoch, row.samples, row.micro_batches, row.dropped, json.dumps(row.metrics), row.weight),
         )
 
     def contribution(self, row: ContributionRow) -> None:
@@ -231,8 +248,7 @@ class RunLogReader:
         self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=5.0, isolation_level=None)
 
     def rounds(self, after: int = -1) -> list[RoundRow]:
-        rows = self._db.execute("SELECT * FROM rounds WHERE round > ? ORDER BY round", (after,))
-        return [RoundRow(r, epoch, n, k, dropped, json.loads(m), at) for r, at, epoch, n, k, dropped, m in rows]
+        return round_rows(self._db, after)
 
     def count_rounds(self) -> int:
         count: int = self._db.execute("SELECT count(*) FROM rounds").fetchone()[0]

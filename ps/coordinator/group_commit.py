@@ -59,7 +59,7 @@ class GroupCommit:
         self._ledger.new_rounds, self._ledger.new_contributions = [], []
         for row in rounds:
             epoch = self._ledger.epoch_of(row.round)
-            self.log.round(RoundRow(row.round, epoch, row.samples, row.micro_batches, row.dropped, row.metrics))
+            self.log.round(RoundRow(row.round, epoch, row.samples, row.micro_batches, row.dropped, row.metrics, row.weight))
         for c in contributions:
             self.log.contribution(
                 ContributionRow(c.round, c.lo, c.hi, c.worker, c.samples, c.outcome, c.staleness, c.micro_batches)

@@ -29,7 +29,7 @@ from roundtable.common.protocol.messages.commit import Committed, Contribution
 from roundtable.common.protocol.messages.session import Hello, Stop
 from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
-from roundtable.common.storage.event_log import RunLog, connect_to_write
+from roundtable.common.storage.event_log import RunLog, connect_to_write, round_rows
 from roundtable.ps.coordinator.state.ledger import Ledger, Reported
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
@@ -208,11 +208,10 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     restored = RestoredRun(head, ledger, state("member", SavedMember))
     restored.tables = [table for tables in state("tables", list[ShareTable]).values() for table in tables]
     _count(db, restored)
-    query = "SELECT round, samples, micro_batches, dropped, metrics, at FROM rounds ORDER BY round"
-    for round_, samples, micro_batches, dropped, metrics, at in db.execute(query):
-        ledger.book(Committed(round_, samples, micro_batches, dropped, json.loads(metrics)))
-        restored.committed_at = at
-        restored.samples_before += samples if round_ < head.resume else 0
+    for row in round_rows(db):
+        ledger.book(Committed(row.round, row.samples, row.micro_batches, row.dropped, row.metrics, row.weight))
+        restored.committed_at = row.at
+        restored.samples_before += row.samples if row.round < head.resume else 0
     ledger.segments = _in_order(plans)
     query = "SELECT round, incarnation, number FROM metrics WHERE name = 'accuracy' ORDER BY seq DESC LIMIT 1"
     for round_, *call in db.execute(query).fetchall():

@@ -12,7 +12,7 @@ import torch
 from roundtable.common.codecs.registry import WEIGHT_SEED, for_pushes, for_weights, sends_changes
 from roundtable.common.model.layout import Layout
 from roundtable.common.model.nonfinite import is_finite
-from roundtable.common.model.partial_sum import Sum, add_up, adder, last_of, move, nothing, put_off
+from roundtable.common.model.partial_sum import Sum, add_up, adder, is_mean, last_of, move, nothing, put_off
 from roundtable.common.model.tensor_bytes import from_frame, to_frame
 from roundtable.common.policies import Policy
 from roundtable.common.protocol.messages.session import Traffic
@@ -189,8 +189,8 @@ class DenseParameters:
             decode_seconds=sum(codec.decode_seconds for codec in codecs),
         )
 
-    def mean(self, chunk: int, total: Sequence[Sum], samples: int) -> Sum:
-        """Return the mean contribution over `samples` samples, in new memory. `total` is its sum, or the two halves of it."""
+    def mean(self, chunk: int, total: Sequence[Sum], weight: float) -> Sum:
+        """Return the mean contribution of weight `weight`, in new memory. `total` is its sum, or the two halves of it."""
         part, present = self._parts[chunk], _present(total)
         if not part.chunk.has_values(present):
             return nothing()
@@ -199,7 +199,7 @@ class DenseParameters:
         out = torch.empty(part.chunk.numel, dtype=part.sum_dtype)
         for block in part.blocks:
             place = out[block.start : block.start + block.length]
-            _divided(part, self._sum(part, block, total, place), samples, place)
+            _divided(part, self._sum(part, block, total, place), weight, place)
         return Sum(out, present, owned=True)
 
     def _sum(self, of: ChunkState, block: Block, total: Sequence[Sum], out: torch.Tensor) -> Sum:
@@ -234,7 +234,7 @@ class DenseParameters:
         self,
         chunk: int,
         total: Sequence[Sum],
-        samples: int,
+        weight: float,
         hypers: Mapping[str, Any],
         factor: torch.Tensor | None = None,
         lr_scale: float = 1.0,
@@ -279,8 +279,8 @@ class DenseParameters:
             out = block.parameter if overwrites else self._scratch[part.sum_dtype][0][: block.length]
             found = self._sum(part, block, total, out)
             may_divide = part.divides(block) and found.values is out and factor is None and then is None
-            scale = _for_kernel(samples / found.scale) if may_divide else None
-            gradient = out if scale is not None else _divided(part, found, samples, out)
+            scale = _for_kernel(weight / found.scale) if may_divide else None
+            gradient = out if scale is not None else _divided(part, found, weight, out)
             if self._checks and not is_finite(gradient):  # here, while it is in the cache
                 raise NotFinite(self._layout.tensors[part.not_finite(block, gradient)].name)
             if part.optimizers:
@@ -297,11 +297,11 @@ class DenseParameters:
         return self.place(chunk, into, before) if into is not None else None
 
 
-def _divided(of: ChunkState, total: Sum, samples: int, out: torch.Tensor) -> torch.Tensor:
-    """Write the mean over `samples` samples to `out` and return it. `total` is the sum."""
-    if of.chunk.kind in ("max", "sum", "last"):
+def _divided(of: ChunkState, total: Sum, weight: float, out: torch.Tensor) -> torch.Tensor:
+    """Write the mean of weight `weight` to `out` and return it. `total` is the sum."""
+    if not is_mean(of.chunk.kind):
         return out if total.values is out else out.copy_(total.values)
-    return torch.div(total.values, samples / total.scale, out=out)
+    return torch.div(total.values, weight / total.scale, out=out)
 
 
 def _for_kernel(divisor: float) -> torch.Tensor | None:

@@ -225,12 +225,12 @@ class RowTable(Rows):
     def apply(
         self,
         total: RowSum,
-        samples: int,
+        weight: float,
         hypers: Mapping[str, Any],
         lr_scale: float = 1.0,
         factor: torch.Tensor | None = None,
     ) -> None:
-        """Update the touched rows with the mean gradient. `total` is its sum over `samples` samples.
+        """Update the touched rows with the mean gradient. `total` is its sum, of weight `weight`.
 
         `hypers` overrides settings of the parameter group. `lr_scale` multiplies its learning rate. `factor` is the clipping
         factor.
@@ -245,7 +245,7 @@ class RowTable(Rows):
         rate = group["lr"]
         group["lr"] = rate * lr_scale
         rows = {name: whole.index_select(0, at) for name, whole in self._state.items()}
-        parameter.data, parameter.grad = old.clone(), total.values / samples
+        parameter.data, parameter.grad = old.clone(), total.values / weight
         if factor is not None:
             parameter.grad.mul_(factor)
         self._optimizer.state[parameter] = {**self._common, **rows}
@@ -337,13 +337,13 @@ class RowTables:
             table.places(part.ids, what)
         return sums
 
-    def norms(self, total: RowSums, samples: int) -> list[Norm]:
+    def norms(self, total: RowSums, weight: float) -> list[Norm]:
         """Return the 2-norm of the mean gradient of each table's rows here, if it has one.
 
         Norms number tables after the model's tensors.
         """
         return [
-            (self._first_norm + number, self._server, float(torch.linalg.vector_norm(part.values / samples)))
+            (self._first_norm + number, self._server, float(torch.linalg.vector_norm(part.values / weight)))
             for number, part in enumerate(total)
             if part.used
         ]
@@ -351,7 +351,7 @@ class RowTables:
     def apply(
         self,
         total: RowSums,
-        samples: int,
+        weight: float,
         hypers: Sequence[Mapping[str, Any]],
         lr_scale: float = 1.0,
         factor: torch.Tensor | None = None,
@@ -359,7 +359,7 @@ class RowTables:
         """Update the touched rows of all tables (see `RowTable.apply`). `hypers` has one item per parameter group, or none."""
         self.before_update()
         for part, table in zip(total, self._tables, strict=True):
-            table.apply(part, samples, of_group(hypers, table.spec.group), lr_scale, factor)
+            table.apply(part, weight, of_group(hypers, table.spec.group), lr_scale, factor)
         self._version += 1
 
 

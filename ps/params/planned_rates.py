@@ -4,6 +4,9 @@ A schedule plans a rate for each round, and workers send it with their pushes. A
 others are near the end. Then the rate of its own round would be far too high. So rates follow the order in which micro-batches
 come: the n-th to come gets the rate that is planned for the n-th, whatever its round. Each planned rate is used once.
 
+A push moves the weights by its part of a global batch. If a script gives weights to micro-batches, nobody knows the weight of the
+whole global batch when a push of it is applied. `TypicalWeight` estimates it.
+
 With `--staleness-lr` a push moves the weights less if it was computed from older weights (see `common/policies/ssp.py`). The
 reduction is handed out again in equal shares to all pushes, so that the weights move as far as planned.
 """
@@ -26,6 +29,8 @@ def of_group(hypers: Sequence[_H], group: int) -> _H | dict[str, Any]:
     return hypers[group] if 0 <= group < len(hypers) else {}
 
 
+#: The factor by which each micro-batch reduces the weight of those before it, in the estimate of `TypicalWeight`.
+_FADES = 1 - 1 / 256
 #: The policy's factors are averaged over this many micro-batches, and their reductions are handed out again over as many.
 _WINDOW = 32
 
@@ -40,6 +45,24 @@ class Terms:
     lr_scale: float
     #: The settings of each parameter group.
     hypers: Hypers
+
+
+class TypicalWeight:
+    """Estimates the weight of a whole round from the newest micro-batches: their weight by sample.
+
+    Pushes then move the weights by gradient x weight, divided by the mean weight. Over many rounds that is the weighted mean. If
+    weights are samples, the estimate is exact.
+    """
+
+    def __init__(self, sums: Sequence[float] = (0.0, 0.0)) -> None:
+        """`sums` are those of a run that goes on."""
+        self.sums = sums[0], sums[1]
+
+    def of_round(self, weight: float, samples: int, samples_of_round: int) -> float:
+        """Take in a micro-batch; return the estimate for its round."""
+        weights, all_samples = self.sums
+        self.sums = weights * _FADES + weight, all_samples * _FADES + samples
+        return samples_of_round * (self.sums[0] / self.sums[1])
 
 
 class PlannedRates:

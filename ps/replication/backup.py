@@ -184,11 +184,11 @@ class Backup:
             self._store.apply(chunk, [mean], 1, body.hypers, self._factor(body.factor), into=into[chunk], before=before)
         elif round_.rows is not None:
             told, rows = round_.rows
-            self._tables.apply(rows, told.samples, told.hypers, factor=self._factor(told.factor))
+            self._tables.apply(rows, told.weight, told.hypers, factor=self._factor(told.factor))
             round_.rows = None
         elif round_.classes is not None:
             what, parts = round_.classes
-            self._layers.close(parts, what.samples, what.hypers, self._factor(what.factor))
+            self._layers.close(parts, what.weight, what.hypers, self._factor(what.factor))
             round_.classes = None
         if not round_.means and round_.rows is None and round_.classes is None:
             del self._rounds[self.version]

@@ -26,6 +26,8 @@ from roundtable.ps.sharded.layers import LayerShards
 
 #: The number under which server 0 files the metrics of a contribution.
 METRICS = -1
+#: The number of the weights of contributions.
+WEIGHTS = -4
 
 
 class ParameterKind(ABC):
@@ -61,21 +63,21 @@ class ParameterKind(ABC):
         """Return the empty contribution, which stands for a dropped round."""
 
     @abstractmethod
-    def norms(self, total: Any, samples: int) -> list[Norm] | None:
+    def norms(self, total: Any, weight: float) -> list[Norm] | None:
         """Return the norms of the mean gradient, or None while they are being computed."""
 
     @abstractmethod
     def replicated(
-        self, round_: int, total: Any, samples: int, hypers: Hypers, factor: torch.Tensor | None
+        self, round_: int, total: Any, weight: float, hypers: Hypers, factor: torch.Tensor | None
     ) -> tuple[ReplicateRows | ReplicateLayers, Frames]:
         """Return the message and frames from which the backup makes the same update."""
 
     @abstractmethod
-    def close(self, total: Any, samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
+    def close(self, total: Any, weight: float, hypers: Hypers, factor: torch.Tensor | None) -> None:
         """Update with the contributions of a whole round. `factor` is the clipping factor, None without clipping."""
 
     @abstractmethod
-    def apply(self, total: Any, round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
+    def apply(self, total: Any, round_: int, weight: float, hypers: Hypers, lr_scale: float) -> None:
         """Update with the contribution of one push. `lr_scale` multiplies the learning rate."""
 
 
@@ -102,20 +104,20 @@ class RowsKind(ParameterKind):
     def nothing(self) -> RowSums:
         return [no_rows(spec) for spec in self._specs]
 
-    def norms(self, total: RowSums, samples: int) -> list[Norm]:
-        return self._tables.norms(total, samples)
+    def norms(self, total: RowSums, weight: float) -> list[Norm]:
+        return self._tables.norms(total, weight)
 
     def replicated(
-        self, round_: int, total: RowSums, samples: int, hypers: Hypers, factor: torch.Tensor | None
+        self, round_: int, total: RowSums, weight: float, hypers: Hypers, factor: torch.Tensor | None
     ) -> tuple[ReplicateRows, Frames]:
         counts = [part.count for part in total]
-        return ReplicateRows(round_, samples, counts, [dict(one) for one in hypers], value_of(factor)), cut_sums(total)
+        return ReplicateRows(round_, weight, counts, [dict(one) for one in hypers], value_of(factor)), cut_sums(total)
 
-    def close(self, total: RowSums, samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
-        self._tables.apply(total, samples, hypers, factor=factor)
+    def close(self, total: RowSums, weight: float, hypers: Hypers, factor: torch.Tensor | None) -> None:
+        self._tables.apply(total, weight, hypers, factor=factor)
 
-    def apply(self, total: RowSums, round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
-        self._tables.apply(total, samples, hypers, lr_scale)
+    def apply(self, total: RowSums, round_: int, weight: float, hypers: Hypers, lr_scale: float) -> None:
+        self._tables.apply(total, weight, hypers, lr_scale)
 
 
 class LayersKind(ParameterKind):
@@ -141,17 +143,17 @@ class LayersKind(ParameterKind):
     def nothing(self) -> list[LayerContribution]:
         return []
 
-    def norms(self, total: list[LayerContribution], samples: int) -> list[Norm] | None:
-        return self._layers.norms(total, samples)
+    def norms(self, total: list[LayerContribution], weight: float) -> list[Norm] | None:
+        return self._layers.norms(total, weight)
 
     def replicated(
-        self, round_: int, total: list[LayerContribution], samples: int, hypers: Hypers, factor: torch.Tensor | None
+        self, round_: int, total: list[LayerContribution], weight: float, hypers: Hypers, factor: torch.Tensor | None
     ) -> tuple[ReplicateLayers, Frames]:
         frames = [frame for tensor in tensors_of(total) for frame in cut(tensor)]
-        return replicated(round_, total, samples, hypers, factor), frames
+        return replicated(round_, total, weight, hypers, factor), frames
 
-    def close(self, total: list[LayerContribution], samples: int, hypers: Hypers, factor: torch.Tensor | None) -> None:
-        self._layers.close(total, samples, hypers, factor)
+    def close(self, total: list[LayerContribution], weight: float, hypers: Hypers, factor: torch.Tensor | None) -> None:
+        self._layers.close(total, weight, hypers, factor)
 
-    def apply(self, total: list[LayerContribution], round_: int, samples: int, hypers: Hypers, lr_scale: float) -> None:
-        self._layers.apply(total, round_, samples, hypers, lr_scale)
+    def apply(self, total: list[LayerContribution], round_: int, weight: float, hypers: Hypers, lr_scale: float) -> None:
+        self._layers.apply(total, round_, weight, hypers, lr_scale)

@@ -271,4 +271,4 @@ def contribution(
     sender: str, push: Push, outcome: Literal["committed", "duplicate", "dropped", "late"], staleness: int | None = None
 ) -> Contribution:
     """Return the ledger's row for a push."""
-    return Contribution(push.round, push.lo, push.hi, sender, push.samples, push.micro_batches, outcome, staleness)
+    return Contribution(push.round, push.lo, push.hi, sender, push.samples, push.micro_batches, outcome, staleness, push.weight)

@@ -34,8 +34,8 @@ class Products:
         """Return the samples of several micro-batches as one contribution."""
         return Products(torch.cat([one.features for one in parts]), torch.cat([one.slopes for one in parts]))
 
-    def mean(self, samples: int) -> Products:
-        return replace(self, slopes=self.slopes / samples)
+    def mean(self, weight: float) -> Products:
+        return replace(self, slopes=self.slopes / weight)
 
     def gradient(self, start: int, end: int) -> torch.Tensor:
         """Return the gradient of the weight's rows start .. end-1 (end - start, D + bias), summed over samples in order."""

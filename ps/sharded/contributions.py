@@ -49,7 +49,7 @@ class ClosedRound:
 
     round: int
     parts: Sequence[LayerContribution]
-    samples: int
+    weight: float
     hypers: Sequence[Mapping[str, Any]]
     factor: torch.Tensor | None
 
@@ -57,13 +57,13 @@ class ClosedRound:
 def replicated(
     round_: int,
     parts: Sequence[LayerContribution],
-    samples: int,
+    weight: float,
     hypers: Sequence[Mapping[str, Any]],
     factor: torch.Tensor | None,
 ) -> ReplicateLayers:
     """Return the message about a closed round, without its tensors. The arguments are those of `LayerShards.close`."""
     terms = [LossTerms(part.layer, len(part.terms.tensors[0]), part.normalised) for part in parts]
-    return ReplicateLayers(round_, samples, terms, [dict(one) for one in hypers], value_of(factor))
+    return ReplicateLayers(round_, weight, terms, [dict(one) for one in hypers], value_of(factor))
 
 
 def tensors_of(parts: Sequence[LayerContribution]) -> list[torch.Tensor]:

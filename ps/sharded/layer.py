@@ -165,15 +165,15 @@ class LayerShard(Rows):
 
     # ---- updates
 
-    def _slopes(self, parts: Sequence[LayerContribution], round_: int, samples: int) -> Iterator[Slope]:
-        """Yield the mean gradient of `parts` over `samples` samples, for one tile at a time of the rows that take part."""
+    def _slopes(self, parts: Sequence[LayerContribution], round_: int, weight: float) -> Iterator[Slope]:
+        """Yield the mean gradient of `parts` of weight `weight`, for one tile at a time of the rows that take part."""
         if products := [part.terms for part in parts if isinstance(part.terms, Products)]:
-            whole = Products.joined(products).mean(samples)
+            whole = Products.joined(products).mean(weight)
             for start, tile in self.tiles():
                 yield slice(start, start + len(tile)), tile, whole.gradient(start, start + len(tile))
             return
         terms = {
-            unit: Terms.joined(mine).mean(samples)
+            unit: Terms.joined(mine).mean(weight)
             for unit in (False, True)
             if (mine := [p.terms for p in parts if isinstance(p.terms, Terms) and p.normalised is unit])
         }
@@ -193,10 +193,10 @@ class LayerShard(Rows):
             assert total is not None
             yield slice(start, start + len(tile)) if places is None else places[start : start + len(tile)], tile, total
 
-    def norm(self, parts: Sequence[LayerContribution], round_: int, samples: int) -> Generator[None, None, float]:
+    def norm(self, parts: Sequence[LayerContribution], round_: int, weight: float) -> Generator[None, None, float]:
         """Job: return the 2-norm of the mean gradient over this server's rows."""
         squares = 0.0
-        for _, _, slope in self._slopes(parts, round_, samples):
+        for _, _, slope in self._slopes(parts, round_, weight):
             squares += float(torch.linalg.vector_norm(slope)) ** 2
             yield
         return math.sqrt(squares)
@@ -205,7 +205,7 @@ class LayerShard(Rows):
         self,
         parts: Sequence[LayerContribution],
         round_: int,
-        samples: int,
+        weight: float,
         hypers: Mapping[str, Any],
         factor: torch.Tensor | None = None,
         lr_scale: float = 1.0,
@@ -215,7 +215,7 @@ class LayerShard(Rows):
         `lr_scale` multiplies the learning rate. Rows that do not take part in the round keep their values and state.
         """
         common, stepped, self._optimizer = self._common, self._stepped, None
-        for at, tile, slope in self._slopes(parts, round_, samples):
+        for at, tile, slope in self._slopes(parts, round_, weight):
             common, stepped = self._step(at, tile, slope if factor is None else slope.mul_(factor), hypers, lr_scale), True
             yield
         self._common, self._stepped = common, stepped

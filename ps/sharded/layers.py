@@ -151,22 +151,22 @@ class LayerShards:
 
     # ---- contributions
 
-    def norms(self, parts: Sequence[LayerContribution], samples: int) -> list[Norm] | None:
-        """Return the norms of the open round's mean gradient over this server's rows. `parts` and `samples` are as in `close`.
+    def norms(self, parts: Sequence[LayerContribution], weight: float) -> list[Norm] | None:
+        """Return the norms of the open round's mean gradient over this server's rows. `parts` and `weight` are as in `close`.
 
         The first call adds a job and returns None. Later calls return None until `work` has done the job.
         """
         if self._norms[0] != self._closed:
             self._norms = self._closed, None
             self.begin_update()
-            self._jobs.measure(self._measure(parts, samples))
+            self._jobs.measure(self._measure(parts, weight))
         return self._norms[1]
 
-    def _measure(self, parts: Sequence[LayerContribution], samples: int) -> Job:
+    def _measure(self, parts: Sequence[LayerContribution], weight: float) -> Job:
         norms = []
         for number, one in enumerate(self._layers):
             if mine := [part for part in parts if part.layer == number]:
-                norm = yield from one.norm(mine, self._closed, samples)
+                norm = yield from one.norm(mine, self._closed, weight)
                 norms.append((self._first_norm + number, self._server, norm))
         self._norms = self._closed, norms
 
@@ -178,40 +178,40 @@ class LayerShards:
     def close(
         self,
         parts: Sequence[LayerContribution],
-        samples: int,
+        weight: float,
         hypers: Sequence[Mapping[str, Any]],
         factor: torch.Tensor | None = None,
     ) -> None:
         """Close the round. Its update is pending from now on.
 
-        `parts` are all contributions that count, in the order of the micro-batches, of `samples` samples. `factor` is the
+        `parts` are all contributions that count, in the order of the micro-batches, of weight `weight`. `factor` is the
         clipping factor.
         """
         self.begin_update()  # the round before is still pending if no worker asked anything in this round
-        self._pending = ClosedRound(self._closed, parts, samples, hypers, factor)
+        self._pending = ClosedRound(self._closed, parts, weight, hypers, factor)
         self._closed += 1
         self.forget_before(self._closed)
 
     def apply(
-        self, parts: Sequence[LayerContribution], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+        self, parts: Sequence[LayerContribution], round_: int, weight: float, hypers: Sequence[Mapping[str, Any]], lr_scale: float
     ) -> None:
-        """Add an update for one contribution, `parts`, of `samples` samples. `lr_scale` multiplies the learning rate."""
-        self._jobs.update(self._apply(parts, round_, samples, hypers, lr_scale))
+        """Add an update for one contribution, `parts`, of weight `weight`. `lr_scale` multiplies the learning rate."""
+        self._jobs.update(self._apply(parts, round_, weight, hypers, lr_scale))
         self._closed += 1
 
     def _apply(
-        self, parts: Sequence[LayerContribution], round_: int, samples: int, hypers: Sequence[Mapping[str, Any]], lr_scale: float
+        self, parts: Sequence[LayerContribution], round_: int, weight: float, hypers: Sequence[Mapping[str, Any]], lr_scale: float
     ) -> Job:
         now = []
         for part in parts:
             now.append((yield from self._layers[part.layer].present(part)))
-        yield from self._update(ClosedRound(round_, now, samples, hypers, None), lr_scale)
+        yield from self._update(ClosedRound(round_, now, weight, hypers, None), lr_scale)
 
     def _update(self, closed: ClosedRound, lr_scale: float = 1.0) -> Job:
         for number, one in enumerate(self._layers):
             if mine := [part for part in closed.parts if part.layer == number]:
                 settings = of_group(closed.hypers, one.spec.group)
-                yield from one.update(mine, closed.round, closed.samples, settings, closed.factor, lr_scale)
+                yield from one.update(mine, closed.round, closed.weight, settings, closed.factor, lr_scale)
 
     def begin_update(self) -> None:
         """Add the pending update to the jobs. Call this only when all servers have closed the pending round."""
@@ -274,7 +274,7 @@ class LayerShards:
     def pending(self) -> ReplicateLayers | None:
         """Return the message about the last closed round if its update has not begun, else None."""
         last = self._pending
-        return None if last is None else replicated(last.round, last.parts, last.samples, last.hypers, last.factor)
+        return None if last is None else replicated(last.round, last.parts, last.weight, last.hypers, last.factor)
 
     def parts(self) -> Iterator[Part]:
         """Return the tensors of the pending round and the rows of all layers (see `Rows.parts`)."""
@@ -305,7 +305,7 @@ class LayerShards:
             frames = [frame for name in names for frame in cut(files[name])]
             parts = self.received(pending, frames, "the last round of a shard")
             clipping = factor(pending.factor)
-            self._pending = ClosedRound(pending.round, parts, pending.samples, pending.hypers, clipping)
+            self._pending = ClosedRound(pending.round, parts, pending.weight, pending.hypers, clipping)
 
     # ---- saving
 

@@ -96,8 +96,8 @@ class Terms:
         features, own, *others = (torch.cat(column) for column in zip(*(one.tensors for one in terms), strict=True))
         return Terms(Samples(features, own), *others)
 
-    def mean(self, samples: int) -> Terms:
-        return replace(self, g=self.g / samples, own_gradient=self.own_gradient / samples)
+    def mean(self, weight: float) -> Terms:
+        return replace(self, g=self.g / weight, own_gradient=self.own_gradient / weight)
 
 
 def gradient(terms: Terms, tile: torch.Tensor, start: int, negative: torch.Tensor | None = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from roundtable.common.config.batch_plan import Round
 from roundtable.common.model.metrics import Metrics, add_metrics, mean_metrics
-from roundtable.common.model.partial_sum import Sum
+from roundtable.common.model.partial_sum import Sum, is_mean
 from roundtable.common.model.reduction_tree import fold
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.base import Body
@@ -28,7 +28,7 @@ from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import UsageError, WireError
 from roundtable.common.runtime.failpoints import failpoint
-from roundtable.ps.params.planned_rates import PlannedRates, Terms, of_group
+from roundtable.ps.params.planned_rates import PlannedRates, Terms, TypicalWeight, of_group
 from roundtable.ps.shard.checkpoint_writer import Source
 from roundtable.ps.shard.kinds import METRICS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
@@ -62,6 +62,8 @@ class AsyncShard(Shard):
         self._drops: dict[int, dict[int, tuple[Contribution, set[int]]]] = {}
         #: The learning rates. It also counts distinct micro-batches, the unit of staleness.
         self._course = PlannedRates(self._policy)
+        #: Estimates the weight of a whole round.
+        self._typical = TypicalWeight()
         #: By open round and micro-batch: the terms on which the contribution is applied.
         self._terms: dict[tuple[int, int], Terms] = {}
         #: On server 0, by open round and micro-batch: the contribution's row in the ledger.
@@ -116,12 +118,16 @@ class AsyncShard(Shard):
         metrics = [(round_, k, values) for round_, found in self._metrics.items() for k, values in found.items()]
         counted = [msgspec.to_builtins(row) for row in self._ahead.values()]
         drops = [(msgspec.to_builtins(row), sorted(chunks)) for found in self._drops.values() for row, chunks in found.values()]
-        return {"seen": self._course.seen, "applied": applied, "metrics": metrics, "counted": counted, "drops": drops}
+        return {
+            "seen": self._course.seen, "typical": self._typical.sums,
+            "applied": applied, "metrics": metrics, "counted": counted, "drops": drops,
+        }  # fmt: skip
 
     def resume(self, source: Source) -> None:
         """Continue at the checkpoint's round. Micro-batches of later rounds that any server has applied are not applied again."""
         self._slowest = source.round
         self._course = PlannedRates(self._policy, max(int(extra["seen"]) for extra in source.extra.values()))
+        self._typical = TypicalWeight(next(iter(source.extra.values())).get("typical", (0.0, 0.0)))
         own, kinds = set(self.model.ids), {kind.number for kind in self.model.kinds}
         for number, extra in source.extra.items():
             mine = own if number == self._index else own - kinds
@@ -166,7 +172,7 @@ class AsyncShard(Shard):
             return [self._ack(sender, push)]
         failpoint("aggregating", push.round)
         applied, terms = self._arrives(sender, push, plan)
-        hypers, chunks = terms.hypers, self.model.chunks
+        hypers, chunks, weight = terms.hypers, self.model.chunks, push.total_weight
         for chunk, value in zip(push.chunks, found, strict=True):
             if chunk in applied:
                 continue
@@ -176,8 +182,8 @@ class AsyncShard(Shard):
             self._counts(sender, push, chunk)
             self.model.dense.apply(
                 chunk,
-                [value if push.finite else Sum(value.values, 0)],
-                push.samples,
+                [value if push.finite and (weight or not is_mean(chunks[chunk].kind)) else Sum(value.values, 0)],
+                weight,
                 of_group(hypers, chunks[chunk].group),
                 lr_scale=terms.lr_scale,
                 then=self._computed_from(sender, chunk),
@@ -217,11 +223,12 @@ class AsyncShard(Shard):
         applied = self._applied.setdefault(push.round, {}).setdefault(push.lo, set())
         if key not in self._terms:
             terms = self._course.take(push.round, push.base_version, push.hypers, self._plans.segments, is_new=not applied)
-            self._terms[key] = replace(terms, lr_scale=terms.lr_scale * push.samples / plan.samples)
+            whole = self._typical.of_round(push.total_weight, push.samples, plan.samples)
+            self._terms[key] = replace(terms, lr_scale=terms.lr_scale * push.total_weight / whole if whole else 0.0)
         if self._index == 0 and key not in self._ahead:
             outcome: Literal["committed", "dropped"] = "committed" if push.finite else "dropped"
             staleness = self._terms[key].staleness
-            row = Contribution(push.round, push.lo, push.hi, sender, push.samples, 1, outcome, staleness)
+            row = Contribution(push.round, push.lo, push.hi, sender, push.samples, 1, outcome, staleness, push.weight)
             self._ahead[key] = row
             self._reports.contributions.append(row)
         return applied, self._terms[key]
@@ -235,8 +242,14 @@ class AsyncShard(Shard):
         applied.add(kind.number)
         if not push.finite:
             self._drop(_dropped(sender, push), kind.number)
-        kind.apply(found if push.finite else kind.nothing(), push.round, push.samples, terms.hypers, terms.lr_scale)
+        weight = push.total_weight
+        kind.apply(found if push.finite and weight else kind.nothing(), push.round, weight, terms.hypers, terms.lr_scale)
         return [ack, *self._advance()]
+
+    def _weight_of(self, round_: int) -> float:
+        """Return the weight of all that counts in a round."""
+        rows = [row for row in self._ahead.values() if row.round == round_ and row.outcome != "dropped"]
+        return sum(row.total_weight for row in rows)
 
     def _drop(self, row: Contribution, chunk: int) -> None:
         """Record that this chunk of a micro-batch was dropped."""
@@ -251,7 +264,9 @@ class AsyncShard(Shard):
                 total = fold(self._metrics.pop(self._slowest), plan.micro_batches, add_metrics)
                 gone = [row for key, row in self._ahead.items() if key[0] == self._slowest and row.outcome == "dropped"]
                 samples, count = plan.samples - sum(row.samples for row in gone), plan.micro_batches - len(gone)
-                self._reports.rounds.append(Committed(self._slowest, samples, count, len(gone), mean_metrics(total)))
+                weight = self._weight_of(self._slowest)
+                told = None if weight == samples else weight
+                self._reports.rounds.append(Committed(self._slowest, samples, count, len(gone), mean_metrics(total), told))
             for row, chunks in self._drops.pop(self._slowest, {}).values():
                 whole = len(chunks) == len(self.model.ids)
                 self._reports.dropped.append(row if whole else msgspec.structs.replace(row, outcome="dropped in part"))

@@ -22,6 +22,7 @@ from roundtable.common.protocol.messages.sharded import LayerPush
 from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
+from roundtable.ps.shard.kinds import WEIGHTS
 from roundtable.ps.shard.shard import contribution
 
 #: Returns the sum of two contributions, left + right.
@@ -49,8 +50,6 @@ class RoundSums:
         self.in_memory: list[tuple[str, Push, Sequence[Sum]]] = []
         #: The samples of each leaf. The plan does not know them if workers step locally.
         self._leaf_samples: dict[int, int] = {}
-        #: The weight of each leaf in the mean, if workers step locally.
-        self._leaf_weights: dict[int, int] = {}
         #: By parameter group: the optimizer's settings for this round.
         self.hypers: list[dict[str, Any]] = []
         #: First micro-batches of contributions that are not finite.
@@ -85,21 +84,22 @@ class RoundSums:
 
     def add(self, number: int, push: Push | RowPush | LayerPush, value: Any) -> bool:
         """Add a contribution. Return False if it does not count because others came before."""
-        span = push.lo, push.hi
-        if not self._policy.combines:
-            counts = self._leaves.setdefault(number, {}).setdefault(span[0], value) is value
-        else:
-            if number not in self._sums:
-                self._sums[number] = TreeSum(self.count, self._adder(number), joins_root=number < 0)
-            counts = self._sums[number].file(span, value)
+        counts = self._file(number, (push.lo, push.hi), value)
         if counts and not push.finite:
             self._not_finite.add(push.lo)
         return counts
 
-    def describe(self, push: Push) -> None:
+    def _file(self, number: int, span: Span, value: Any) -> bool:
+        if not self._policy.combines:
+            return self._leaves.setdefault(number, {}).setdefault(span[0], value) is value
+        if number not in self._sums:
+            self._sums[number] = TreeSum(self.count, self._adder(number), joins_root=number < 0)
+        return self._sums[number].file(span, value)
+
+    def describe(self, push: Push | RowPush | LayerPush) -> None:
         """Record the number of samples and the weight of a push."""
         self._leaf_samples.setdefault(push.lo, push.samples)
-        self._leaf_weights.setdefault(push.lo, push.weight)
+        self._file(WEIGHTS, (push.lo, push.hi), push.total_weight)
 
     def account(self, sender: str, push: Push, counts: bool) -> list[Contribution]:
         """Record a push for the ledger, so that each micro-batch is in one committed row. Return the rows that are duplicates."""
@@ -143,9 +143,19 @@ class RoundSums:
             return None
         return [fold({k: leaves[k] for k in self.decided}, self.count, self._adder(number))]
 
-    def weight(self) -> int:
-        """Return the divisor that makes a mean of a sum. Final once the sums are."""
-        return sum(self._leaf_weights.values()) if self._policy.is_local else self.samples()
+    def weight(self) -> float:
+        """Return the divisor that makes a mean of a sum. It is final as soon as any sum is.
+
+        It has the same bits on all servers: each push has its weight with it, and weights are added along the tree.
+        """
+        total = self.total(WEIGHTS)
+        assert total is not None
+        return float(total[0])
+
+    @property
+    def moves(self) -> bool:
+        """Return False if the round leaves parameters as they are: it is dropped, or its weight is 0."""
+        return not self.drops and self.total(WEIGHTS) not in ([0.0], [0])
 
     def samples(self) -> int:
         """Return the number of samples in this round's update. Final once the sums are."""
@@ -189,7 +199,8 @@ class RoundSums:
         committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
         dropped = 0 if self.decided is None else self.count - len(self.decided)
         samples, dropped = (0, self.count) if self.drops else (self.samples(), dropped)
-        return Committed(self.round, samples, committed, dropped, means), rows
+        told = None if self.drops or self._policy.contributes == "weights" or self.weight() == samples else self.weight()
+        return Committed(self.round, samples, committed, dropped, means, told), rows
 
     def _row_of_absent(self, k: int) -> Contribution:
         return Contribution(self.round, k, k + 1, "", self._plan.samples_in(k, k + 1), 1, "dropped")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from roundtable.common.model.metrics import add_metrics
-from roundtable.common.model.partial_sum import Sum
+from roundtable.common.model.partial_sum import Sum, is_mean
 from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.effects import Send
 from roundtable.common.protocol.messages.base import Body
@@ -23,7 +24,7 @@ from roundtable.ps.params.clipping import Norm, value_of
 from roundtable.ps.params.dense import NotFinite
 from roundtable.ps.replication.manager import ReplicationManager
 from roundtable.ps.shard.checkpoint_writer import Source
-from roundtable.ps.shard.kinds import METRICS, ParameterKind
+from roundtable.ps.shard.kinds import METRICS, WEIGHTS, ParameterKind
 from roundtable.ps.shard.model import ShardModel
 from roundtable.ps.shard.shard import Shard, ShardParts, contribution
 from roundtable.ps.updates.round_decisions import RoundDecisions
@@ -65,8 +66,8 @@ class SyncShard(Shard):
         self._awaits_backup = False
 
     def _adder(self, number: int) -> Adder:
-        if number == METRICS:
-            return add_metrics
+        if number in (METRICS, WEIGHTS):
+            return add_metrics if number == METRICS else operator.add
         return self._kinds[number].add if number in self._kinds else self.model.dense.adder(number)
 
     @property
@@ -144,6 +145,7 @@ class SyncShard(Shard):
         value = self._validator.of_kind(kind, sender, push, frames, self._plans.round(push.round))
         self._check_apart(sender, push)
         self.round.add(kind.number, push, value)
+        self.round.describe(push)
         self.round.hypers = self.round.hypers or push.hypers
         return [ack, *self._advance(now)]
 
@@ -192,7 +194,7 @@ class SyncShard(Shard):
         """Apply the final sums, and close the round if everything is applied. Return the messages to send."""
         round_, before = self.round, (self.version, len(self.round.applied))
         clipping = self.model.dense.clipping
-        clips = clipping.clips and not round_.drops
+        clips = clipping.clips and round_.moves
         self._take_totals(clips, now)
         if clips and round_.own_norms is None:
             round_.own_norms = self._measured()
@@ -230,27 +232,28 @@ class SyncShard(Shard):
             return None
         found: list[Norm] = []
         for kind, total in reversed(list(zip(model.kinds, totals, strict=True))):
-            norms = kind.norms(total[0], round_.samples()) if total is not None else None
+            norms = kind.norms(total[0], round_.weight()) if total is not None else None
             if norms is None:
                 return None
             found += norms
         return found + [norm for chunk in model.chunks for norm in model.dense.norms(chunk, round_.means[chunk])]
 
-    def _apply(self, chunk: int, total: list[Sum], samples: int, now: float, factor: torch.Tensor | None = None) -> None:
+    def _apply(self, chunk: int, total: list[Sum], weight: float, now: float, factor: torch.Tensor | None = None) -> None:
         """Apply a chunk's sum: write its new weights to the next version's weight buffer, and forward its mean to the backup."""
         dense, backup = self.model.dense, self._backup
         into, before = self.versions.next_of(chunk), self.versions.of(self.version, chunk)
         hypers = self.round.hypers_of(self.model.chunks[chunk])
-        if self.round.drops or not samples:  # without values, the new weights are the old ones
+        has_mean = weight or not is_mean(self.model.chunks[chunk].kind)
+        if self.round.drops or not has_mean:  # without values, the new weights are the old ones
             total = [Sum(part.values, 0) for part in total[:1]]
         elif backup is not None and factor is None:
-            total, samples = [dense.mean(chunk, total, samples)], 1
+            total, weight = [dense.mean(chunk, total, weight)], 1.0
         if backup is not None:
             mean = total[0]
             body = Replicate(self.version, chunk, mean.present, hypers, value_of(factor))
             backup.forward(body, [to_frame(mean.values)] if mean.present else [], now)
         try:
-            frame = dense.apply(chunk, total, samples, hypers, factor, into=into, before=before)
+            frame = dense.apply(chunk, total, weight, hypers, factor, into=into, before=before)
         except NotFinite as error:
             raise self.round.not_finite(str(error), self.model.layout) from None
         self.versions.written(chunk, frame)
@@ -266,10 +269,10 @@ class SyncShard(Shard):
             self._awaits_backup = self._replication is not None and self._replication.reads_rows
             if self._awaits_backup:
                 return
-        counted, samples = kind.nothing() if round_.drops else total[0], round_.samples()
+        counted, weight = total[0] if round_.moves else kind.nothing(), round_.weight()
         if (backup := self._backup) is not None:
-            backup.forward(*kind.replicated(self.version, counted, samples, round_.hypers, factor), now)
-        kind.close(counted, samples, round_.hypers, factor)
+            backup.forward(*kind.replicated(self.version, counted, weight, round_.hypers, factor), now)
+        kind.close(counted, weight, round_.hypers, factor)
         round_.applied.add(kind.number)
 
     # ---- the end of a round

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import sqlite3
@@ -43,6 +44,19 @@ def test_everything_that_is_written_is_read_back(path: Path) -> None:
     assert reader.contributions() == contributions
     assert [row[1:] for row in reader.metrics("accuracy")] == [(7, "worker-0", 0.5)]
     assert (reader.newest_metric("loss"), reader.newest_metric("none")) == (2.0, None)
+
+
+def test_a_log_of_an_earlier_release_gets_weights_and_can_be_read_without(path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
+        columns = "at REAL, epoch INTEGER, samples INTEGER, micro_batches INTEGER, dropped INTEGER, metrics TEXT"
+        old.execute(f"CREATE TABLE rounds (round INTEGER PRIMARY KEY, {columns})")
+        old.execute("INSERT INTO rounds VALUES (0, 1.0, 0, 64, 4, 0, '{}')")
+    reader = RunLogReader(path)
+    assert [(row.weight, row.total_weight) for row in reader.rounds()] == [(None, 64)]
+    log = RunLog(path)
+    log.round(RoundRow(1, 0, 64, 4, 0, {"loss": 1.0}, 0.5))
+    log.flush()
+    assert [(row.weight, row.total_weight) for row in reader.rounds()] == [(None, 64), (0.5, 0.5)]
 
 
 def test_nothing_is_visible_before_flush_and_a_reader_sees_each_flush(path: Path) -> None:

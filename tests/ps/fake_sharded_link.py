@@ -63,19 +63,19 @@ class AtOnce:
     def wait(self, ready: Callable[[], Any], timeout: float, what: Callable[[], str]) -> Any:
         assert ready(), what()
 
-    def norms(self, samples: int) -> list[Norm]:
+    def norms(self, weight: float) -> list[Norm]:
         """Those of the round's gradient."""
         found = []
         for number, server in enumerate(self.servers):
-            while (norms := server.norms(self._parts(number), samples)) is None:
+            while (norms := server.norms(self._parts(number), weight)) is None:
                 server.work()
             found += norms
         return sorted(found)
 
-    def close(self, samples: int, hypers: Sequence[Mapping[str, Any]] = (), factor: torch.Tensor | None = None) -> None:
+    def close(self, weight: float, hypers: Sequence[Mapping[str, Any]] = (), factor: torch.Tensor | None = None) -> None:
         """The round is complete."""
         for number, server in enumerate(self.servers):
-            server.close(self._parts(number), samples, hypers, factor)
+            server.close(self._parts(number), weight, hypers, factor)
             self.pushed[number].clear()
         self.round += 1
 

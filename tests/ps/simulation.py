@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 import os
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,6 +182,27 @@ class Case:
     #: In a run with replicas: (server, when, after how many seconds another process is there) of servers that are killed once
     #: every shard has a copy.
     replaced: Sequence[tuple[int, float, float]] = ()
+    #: The seed of the weights that the script gives to micro-batches; -1: it gives none.
+    weights: int = -1
+
+    def given(self, task: Task) -> float | None:
+        """The weight that the script gives to a micro-batch. In some rounds all of them are 0."""
+        if self.weights < 0:
+            return None
+        chance = random.Random(f"{self.weights} {task.round}")
+        is_nothing = chance.random() < 0.2
+        drawn = random.Random(f"{self.weights} {task.round} {task.k}").choice([0.0, 0.0, None, 1.0, 2.0, 0.25, 0.3, 7.0, 64.0])
+        return 0.0 if is_nothing else drawn
+
+    def weight(self, task: Task) -> float:
+        """The weight that a micro-batch has."""
+        given = self.given(task)
+        return self.round(task.round).samples_in(task.k, task.k + 1) if given is None else given
+
+    def weight_of(self, round_: int, ks: Iterable[int]) -> float:
+        """The weight of some micro-batches of a round, which may be none, added up along the tree."""
+        weights = {k: self.weight(Task(round_, k)) for k in ks}
+        return fold(weights, self.round(round_).micro_batches, operator.add) if weights else 0.0
 
     @property
     def keeps_event_log(self) -> bool:
@@ -226,6 +248,7 @@ class Model(nn.Module):
 
     def __init__(self, case: Case, sparse: bool = True) -> None:
         super().__init__()
+        self.case = case
         self.number = {task: n for n, task in enumerate(case.micro_batches())}
         is_coded = case.settings.compress_gradients != "none"
         self.account = nn.Parameter(torch.zeros(len(self.number), 1) if is_coded else torch.zeros(len(self.number)))
@@ -284,7 +307,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def compute(self, task: Task) -> None:
-        """Do a micro-batch's forward and backward: set the gradients and change the buffers."""
+        """Do a micro-batch's forward and backward: set the gradients and change the buffers. With weight 0 both are NaN."""
+        is_lost = self.case.given(task) == 0.0
         generator = torch.Generator().manual_seed(1000 * task.round + task.k)
         self.account.grad = torch.zeros_like(self.account)
         self.account.grad[self.number[task]] = 1.0
@@ -302,13 +326,20 @@ class Model(nn.Module):
             with torch.enable_grad():
                 looked_up = self.table(self.ids(task))
                 # each row's gradient depends on all rows, on whatever server they are
-                ((looked_up[:5].sum(0).sin() * factors).sum() + looked_up[5:].sum()).backward()
+                loss = (looked_up[:5].sum(0).sin() * factors).sum() + looked_up[5:].sum()
+                (loss * float("nan") if is_lost else loss).backward()
         if self.classes:
             features, labels = self.samples(task)
             with torch.enable_grad():
                 sharded_cross_entropy(features.requires_grad_(), labels, self.head).backward()
             if features.grad is not None:  # None if the servers did not have the version any more
                 self.a.grad = self.a.grad + features.grad[:, :3].sum(0)
+        if is_lost:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+            if self.case.settings.policy not in ("local", "average"):  # where a script's buffers are its own
+                self.mean.fill_(float("nan"))
 
 
 HEAD = "head"
@@ -350,27 +381,30 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         sums: dict[str, dict[int, torch.Tensor]] = {name: {} for name in [*parameters, *buffers]}
         ks = range(plan.micro_batches) if counted is None else counted[index]
-        total = sum(plan.samples_in(k, k + 1) for k in ks)
+        total = case.weight_of(index, ks)
         for k in ks:
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
             latest = model.latest
             model.zero_grad()
             model.compute(Task(index, k))
-            samples = plan.samples_in(k, k + 1)
+            samples, weight = plan.samples_in(k, k + 1), case.weight(Task(index, k))
             for name, parameter in parameters.items():
-                sums[name][k] = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad) * samples
-            sums["mean"][k] = model.mean.clone() * samples
+                is_nothing = parameter.grad is None or not weight
+                sums[name][k] = torch.zeros_like(parameter) if is_nothing else parameter.grad * weight  # type: ignore[operator]
+            sums["mean"][k] = model.mean * weight if weight else torch.zeros_like(model.mean)
             sums["most"][k] = model.most.clone()
             sums["seen"][k] = model.seen - buffers["seen"]
             if model.latest is not latest:
                 sums["latest"][k] = model.latest.clone()
-            shards.push(LayerPush(index, k, k + 1, samples, []), shards.contribution(samples), {})
+            shards.push(LayerPush(index, k, k + 1, samples, [], weight=weight), shards.contribution(weight), {})
         for name, parameter in parameters.items():
-            if parameter.grad is not None:
+            if not total:
+                parameter.grad = None
+            elif parameter.grad is not None:
                 parameter.grad = fold(sums[name], plan.micro_batches, torch.add) / total
         factor = None
-        if case.clip_norm is not None and case.classes:
+        if case.clip_norm is not None and case.classes and total:
             dense = [p.grad for p in parameters.values() if p.grad is not None]
             norms = [float(torch.linalg.vector_norm(one)) for one in dense] + [norm for _, _, norm in classes.norms(total)]
             factor = torch.clamp(case.clip_norm / (torch.linalg.vector_norm(torch.tensor(norms)) + 1e-6), max=1.0)
@@ -380,7 +414,7 @@ def sequential(case: Case, counted: dict[int, list[int]] | None = None) -> list[
             nn.utils.clip_grad_norm_(parameters.values(), case.clip_norm)
         classes.close(total, factor=factor)
         optimizer.step()
-        model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total)
+        model.mean.copy_(fold(sums["mean"], plan.micro_batches, torch.add) / total if total else buffers["mean"])
         model.most.copy_(fold(sums["most"], plan.micro_batches, torch.maximum))
         model.seen.copy_(buffers["seen"] + fold(sums["seen"], plan.micro_batches, torch.add))
         model.latest.copy_(sums["latest"][max(sums["latest"])] if sums["latest"] else buffers["latest"])
@@ -1155,7 +1189,7 @@ class WorkerProcess(Process):
                 else:
                     self.model.compute(task)
                 run.log(loss=float(task.k))
-                opt.step()
+                opt.step(weight=case.given(task))
                 if self.pace.pause_s:
                     self._sleep(self.pace.pause_s * self.world.random.random())
 
@@ -1296,14 +1330,17 @@ class Outcome:
     def counted(self, account: torch.Tensor | None = None) -> list[float]:
         """Return how often each micro-batch was counted, according to the weights of a run with lr=1 and no momentum.
 
-        A micro-batch of s samples, in a round of S samples, moves its element by s/S.
+        A micro-batch of weight w, in a round of weight W, moves its element by w/W. A micro-batch of weight 0 moves nothing. It
+        counts as the ledger says.
         """
         account = next(iter(self.models.values()))["account"] if account is None else account
         out = []
         for n, task in enumerate(self.case.micro_batches()):
-            samples = self.case.round(task.round).samples_in(task.k, task.k + 1)
-            committed = next(row.samples for row in self.log.rounds if row.round == task.round)
-            out.append(-float(account[n]) * committed / samples)
+            weight = self.case.weight(task)
+            committed = next(row.total_weight for row in self.log.rounds if row.round == task.round)
+            if not weight:
+                assert account[n] == 0.0
+            out.append(-float(account[n]) * committed / weight if weight else float(task.k in self.committed()[task.round]))
         return out
 
 

@@ -18,6 +18,7 @@ from test_rounds_simulated import (
     SPARE,
     cases,
     check_same_everywhere,
+    check_weights,
     coded,
     few,
 )
@@ -70,6 +71,18 @@ def test_sync_gives_the_bits_of_a_plain_loop(case: Case, machines: tuple[int, in
     outcome = go_on(case, *machines)
     expected = sequential(case)[-1]
     assert outcome.models and all(same(expected, model) for model in outcome.models.values())
+
+
+@few
+@given(st.sampled_from(["sync", "ssp", "async"]).flatmap(lambda policy: cases(policy, weighs=True, **PLAIN)), others)
+def test_weights_of_micro_batches_are_known_to_who_goes_on(case: Case, machines: tuple[int, int]) -> None:
+    outcome = go_on(case, *machines)
+    check_weights(outcome)
+    if case.settings.policy == "sync":
+        expected = sequential(case)[-1]
+        assert outcome.models and all(same(expected, model) for model in outcome.models.values())
+    moved = next(iter(outcome.models.values()))["account"]
+    assert [float(one) < 0.0 for one in moved] == [case.weight(task) > 0.0 for task in case.micro_batches()]
 
 
 @few

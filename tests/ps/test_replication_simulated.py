@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from simulation import Case, Network, Outcome, Pace, ServerProcess, same, sequential, simulate
+from simulation import HEAD, Case, Network, Outcome, Pace, ServerProcess, same, sequential, simulate
 from test_rounds_simulated import (
     PLAIN,
     SPARE,
@@ -150,6 +150,15 @@ def test_servers_without_a_part_of_the_model(case: Case) -> None:
 @given(killed("sync", clip_norm=0.7))
 def test_with_clipping(case: Case) -> None:
     check(simulate(case))
+
+
+@few
+@given(st.sampled_from([{"rows": 9}, {"classes": 70}]).flatmap(lambda kind: killed("sync", weighs=True, **kind)))
+def test_copies_divide_by_the_same_weights(case: Case) -> None:
+    outcome, expected = simulate(case), sequential(case)[-1]
+    check(outcome)
+    check_exact(outcome)
+    assert torch.equal(outcome.table(), expected["table.weight"]) if case.rows else torch.equal(outcome.head(), expected[HEAD])
 
 
 @few

@@ -44,11 +44,12 @@ def cases(
     after: int = 0,
     merge: str | None = None,
     servers: tuple[int, int] = (1, 3),
+    weighs: bool = False,
     **more: Any,
 ) -> Case:
     """A run of few rounds: K not always a power of two, a short last round, more workers than micro-batches, a late one.
     `whole`: all rounds and micro-batches are of one size. `after`: most rounds after which local steps begin. `servers`: the
-    fewest and the most."""
+    fewest and the most. `weighs`: the script gives weights to micro-batches."""
     workers = draw(st.integers(1, 4))
     micro_batch = draw(st.integers(1, 3))
     count = draw(st.integers(2, 6))
@@ -89,6 +90,7 @@ def cases(
         memory=draw(st.sampled_from(["", "shared", "beside", "apart"])) if codecs is None else "",
         weight_buffers=draw(st.sampled_from([2, 4])),
         credit=draw(st.sampled_from([1, 3])),
+        weights=draw(st.integers(0, 1 << 16)) if weighs else -1,
         **more,
     )
 
@@ -400,8 +402,8 @@ def test_merges_do_not_depend_on_the_network(case: Case) -> None:
 
 
 def check_local_counts(outcome: Outcome) -> None:
-    """A step of a replica moves the element of a micro-batch of s samples by s / its own samples of the round; a merge weighs the
-    replica by its samples since the last one, all since the start of the data under `average`."""
+    """A step of a replica moves the element of a micro-batch of weight w by w / its own weight of the round; a merge weighs the
+    replica by its weight since the last one, all since the start of the data under `average`."""
     case = outcome.case
     table = outcome.world.coordinator.context.membership.tables[0]
     expected = []
@@ -411,15 +413,14 @@ def check_local_counts(outcome: Outcome) -> None:
             plan = segment.round(index)
             first = segment.first_round + (index - segment.first_round) // apart * apart
             merged = [segment.round(r) for r in range(first, min(first + apart, segment.end))]
-            total = sum(one.samples for one in merged)
+            total = sum(case.weight_of(one.index, range(one.micro_batches)) for one in merged)
             for k in range(plan.micro_batches):
                 owner = table.owner(k, plan.micro_batches)
                 own = {
-                    one.index: one.samples_in(run.start, run.stop)
-                    for one in merged
-                    if (run := table.run(owner, one.micro_batches))
+                    one.index: case.weight_of(one.index, run) for one in merged if (run := table.run(owner, one.micro_batches))
                 }
-                expected.append(-plan.samples_in(k, k + 1) / own[index] * sum(own.values()) / total)
+                weight = case.weight(Task(index, k))
+                expected.append(-weight / own[index] * sum(own.values()) / total if weight else 0.0)
     assert next(iter(outcome.models.values()))["account"].tolist() == pytest.approx(expected, abs=1e-4)
 
 
@@ -428,6 +429,72 @@ def check_local_counts(outcome: Outcome) -> None:
 @given(st.sampled_from(["local", "average"]).flatmap(lambda policy: cases(policy, merge="samples", **PLAIN)))
 def test_local_steps_count_every_micro_batch_by_its_samples(case: Case) -> None:
     check_local_counts(simulate(case))
+
+
+# ---- weights of micro-batches
+
+
+def check_weights(outcome: Outcome) -> None:
+    """The ledger has the weight of what counts in each round, and means of that weight; samples are counted as ever."""
+    committed = outcome.committed()
+    for row in outcome.log.rounds:
+        ks = committed[row.round]
+        assert row.samples == sum(outcome.case.round(row.round).samples_in(k, k + 1) for k in ks)
+        weight = outcome.case.weight_of(row.round, ks)
+        assert row.total_weight == pytest.approx(weight)
+        expected = sum(k * outcome.case.weight(Task(row.round, k)) for k in ks) / weight if weight else None
+        assert row.metrics.get("loss") == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.slow
+@some
+@given(
+    st.tuples(
+        st.sampled_from(["sync", "backup"]), st.sampled_from([{}, {"clip_norm": 0.5}, {"rows": 9}, {"classes": 70}, SPARE])
+    ).flatmap(lambda drawn: cases(drawn[0], weighs=True, **drawn[1]))
+)
+def test_a_round_is_the_mean_by_the_weights_that_a_script_gives(case: Case) -> None:
+    outcome = simulate(case)
+    check_ledger(outcome)
+    check_same_everywhere(outcome)
+    check_weights(outcome)
+    expected = sequential(case, outcome.committed())
+    assert all(same(expected[-1], model) for model in outcome.models.values())
+    if case.rows:
+        assert torch.equal(outcome.table(), expected[-1]["table.weight"])
+    if case.classes:
+        assert torch.equal(outcome.head(), expected[-1][HEAD])
+
+
+@given(cases("sync", weighs=True))
+@schedules(3)
+def test_sync_gives_the_bits_of_a_plain_loop_that_weighs(case: Case) -> None:
+    outcome = simulate(case)
+    check_exact(outcome)
+    check_ledger(outcome)
+    check_weights(outcome)
+
+
+@pytest.mark.slow
+@few
+@given(st.sampled_from(["ssp", "async"]).flatmap(lambda policy: cases(policy, weighs=True, **PLAIN)))
+def test_a_push_that_is_applied_at_once_moves_by_its_weight(case: Case) -> None:
+    outcome = simulate(case)
+    check_ledger(outcome)
+    check_same_everywhere(outcome)
+    check_weights(outcome)
+    model, tasks = next(iter(outcome.models.values())), case.micro_batches()
+    assert model["seen"].tolist() == [1] * len(tasks)
+    assert [float(moved) < 0.0 for moved in model["account"]] == [case.weight(task) > 0.0 for task in tasks]
+
+
+@pytest.mark.slow
+@few
+@given(st.sampled_from(["local", "average"]).flatmap(lambda policy: cases(policy, merge="samples", weighs=True, **PLAIN)))
+def test_local_steps_and_merges_are_means_by_weight(case: Case) -> None:
+    outcome = simulate(case)
+    check_local_counts(outcome)
+    assert outcome.ledger.totals.samples == sum(segment.total_samples for segment in case.plans())
 
 
 # ---- codecs
@@ -442,7 +509,7 @@ def coded(policy: str, push: str, weights: str = "none", **more: Any) -> st.Sear
 
 @pytest.mark.slow
 @few
-@given(coded("sync", "topk", ratio=1.0))
+@given(st.booleans().flatmap(lambda weighs: coded("sync", "topk", ratio=1.0, weighs=weighs)))
 def test_codecs_that_send_all_there_is_change_no_bit(case: Case) -> None:
     outcome = simulate(case)
     check_exact(outcome)

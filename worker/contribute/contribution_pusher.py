@@ -44,26 +44,29 @@ class ContributionPusher:
         self._hypers = hypers
         self._on_nonfinite = context.settings.on_nonfinite
 
-    def header(self, plan: Round, span: Span, metrics: Sums | None, finite: bool = True) -> Push:
+    def header(self, plan: Round, span: Span, metrics: Sums | None, finite: bool = True, weight: float | None = None) -> Push:
         """Return the message parts that all pushes of a contribution of micro-batches `span` share."""
         lo, hi = span
-        hypers = self._hypers.at(plan.index, plan.epoch)
-        return Push(plan.index, lo, hi, plan.samples_in(lo, hi), hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite)
+        samples, hypers = plan.samples_in(lo, hi), self._hypers.at(plan.index, plan.epoch)
+        told = None if weight == samples else weight
+        return Push(
+            plan.index, lo, hi, samples, hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite, weight=told
+        )  # fmt: skip
 
     def push(self, plan: Round, span: Span, contribution: GradientSum, versions: dict[int, int]) -> None:
         """Push a contribution to all servers. `versions` are those of the weights that it was computed from, by server."""
         if self._on_nonfinite == "fail":
             self.is_finite(plan.index, span, contribution)
-        header = self.header(plan, span, contribution.metrics, contribution.finite)
+        header = self.header(plan, span, contribution.metrics, contribution.finite, contribution.weight)
         buffer = contribution.buffer
         with self._context.io.lock:
             messages = self._client.push(header, contribution.sums, time.monotonic(), versions, buffer)
             buffer.taken, buffer.pushed = False, plan.index
         self._context.io.send(*messages)
         common = (plan.index, *span, header.samples)
-        rows = RowPush(*common, [], hypers=header.hypers, finite=header.finite)
+        rows = RowPush(*common, [], hypers=header.hypers, finite=header.finite, weight=header.weight)
         self._rows.push(rows, contribution.rows, versions)
-        layers = LayerPush(*common, [], hypers=header.hypers, finite=header.finite)
+        layers = LayerPush(*common, [], hypers=header.hypers, finite=header.finite, weight=header.weight)
         self._shards.push(layers, contribution.uses, versions)
 
     def is_finite(self, round_: int, span: Span, contribution: GradientSum) -> bool:

@@ -32,15 +32,18 @@ class GradientSum:
     rows: RowSums
     #: Gradients of sharded layers.
     uses: list[LayerGradient | HiddenGradient]
-    #: By name: the sum of a metric x samples, and the samples.
+    #: By name: the sum of a metric x weight, and the weight.
     metrics: Sums
+    #: The weight of the micro-batches in the mean of their round.
+    weight: float
     #: Whether each of the micro-batches was finite, if that is checked.
     finite: bool = True
 
     def joined(self, right: GradientSum, sums: dict[int, Sum]) -> GradientSum:
         """Return both contributions as one, with the given sums, which lie in this contribution's buffer."""
         rows, uses = add_tables(self.rows, right.rows), self.uses + right.uses
-        return GradientSum(self.buffer, sums, rows, uses, add_metrics(self.metrics, right.metrics), self.finite and right.finite)
+        metrics, weight = add_metrics(self.metrics, right.metrics), self.weight + right.weight
+        return GradientSum(self.buffer, sums, rows, uses, metrics, weight, self.finite and right.finite)
 
     @property
     def scale(self) -> float:

@@ -371,9 +371,9 @@ class ShardedLayers:
 
     # ---- contributions
 
-    def contribution(self, samples: int) -> list[LayerGradient | HiddenGradient]:
-        """Return the gradients that backward has made since the last call, times the samples of the micro-batch."""
-        used = [use.times(samples) for use in self._used]
+    def contribution(self, weight: float) -> list[LayerGradient | HiddenGradient]:
+        """Return the gradients that backward has made since the last call, times the micro-batch's weight. None if that is 0."""
+        used = [use.times(weight) for use in self._used] if weight else []
         self.forget()
         self.round_invalid = False
         return used

@@ -39,9 +39,9 @@ class LayerGradient:
     def use(self) -> LayerUse:
         return LayerUse(self.number, len(self.g), self.smoothing)
 
-    def times(self, samples: int) -> LayerGradient:
-        """Return the contribution times the samples of its micro-batch. This one is of the mean over them."""
-        return replace(self, g=self.g * samples, own_gradient=self.own_gradient * samples)
+    def times(self, weight: float) -> LayerGradient:
+        """Return the contribution times the weight of its micro-batch. This one is of the mean over it."""
+        return replace(self, g=self.g * weight, own_gradient=self.own_gradient * weight)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class HiddenGradient:
     def use(self) -> LayerUse:
         return LayerUse(self.number, len(self.slopes), scale=self.scale)
 
-    def times(self, samples: int) -> HiddenGradient:
-        return replace(self, scale=self.scale * samples)
+    def times(self, weight: float) -> HiddenGradient:
+        return replace(self, scale=self.scale * weight)
 
 
 @dataclass(frozen=True)

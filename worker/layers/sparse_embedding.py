@@ -211,11 +211,11 @@ class RowSparse:
         self._gradients = [[functools.reduce(add_rows, one)] if one else [] for one in self._gradients]
         return [one[0].values for one in self._gradients if one]
 
-    def contribution(self, samples: int) -> RowSums:
-        """Return the gradients since the last contribution, times the samples of the micro-batch."""
+    def contribution(self, weight: float) -> RowSums:
+        """Return the gradients since the last contribution, times the micro-batch's weight. There are none if that is 0."""
         self.gradients()
         sums = [
-            RowSum(one[0].ids, one[0].values * samples) if one else no_rows(spec)
+            RowSum(one[0].ids, one[0].values * weight) if one and weight else no_rows(spec)
             for spec, one in zip(self._specs, self._gradients, strict=True)
         ]
         self.forget()

@@ -51,6 +51,9 @@ class Contributor:
         self._buffer: GradientBuffer | None = None
         #: The contribution that the gradients are added to as they are made, if any.
         self._accumulate_into: GradientSum | None = None
+        #: Whether the script gives weights other than samples. They are not known before `step`, so gradients are not added to
+        #: others, or pushed, before that.
+        self._weighs = False
         self._accumulator = GradientAccumulator(replica.layout)
         self._pusher = ContributionPusher(context, client, replica, rows, shards, hypers)
         # if contributions that are not finite are skipped, servers must have all of one before any of it counts
@@ -59,7 +62,8 @@ class Contributor:
 
     def prepare(self, task: Task, plan: Round, compute_s: float) -> None:
         """Prepare a free gradient buffer for a micro-batch, or have its gradients added to those of the previous micro-batch."""
-        before = self._accumulator.before(task.round, task.k) if self._is_added(plan, task.k) else None
+        may_add = not self._weighs and self._is_added(plan, task.k)
+        before = self._accumulator.before(task.round, task.k) if may_add else None
         if before is not None and self._is_pushed_early(compute_s):
             before = None
         self._accumulate_into = before
@@ -72,23 +76,32 @@ class Contributor:
 
     def overlap(self, task: Task, plan: Round, compute_s: float, versions: dict[int, int]) -> None:
         """Push the gradients of a micro-batch while backward makes them, if that saves time."""
-        if self._buffer is not None and self._is_pushed_early(compute_s):
+        if self._buffer is not None and not self._weighs and self._is_pushed_early(compute_s):
             self._overlap.begin(plan, task.k, self._buffer, versions)
 
-    def take(self, task: Task, plan: Round, metrics: dict[str, float]) -> tuple[int, GradientSum]:
-        """Take the gradients out of the model. Return the first micro-batch of the contribution, and the contribution."""
+    def take(self, task: Task, plan: Round, metrics: dict[str, float], given: float | None = None) -> tuple[int, GradientSum]:
+        """Take the gradients out of the model. Return the first micro-batch of the contribution, and the contribution.
+
+        `given` is the weight that the script gives to the micro-batch. None: its samples.
+        """
         samples = plan.samples_in(task.k, task.k + 1)
+        weight = float(samples) if given is None else given
+        is_usual = weight == samples
+        self._weighs |= not is_usual
         if self._clip_norm is not None:
             self._pusher.clip(self._clip_norm)
-        sums_of_metrics = {name: (value * samples, float(samples)) for name, value in metrics.items()}
-        rows, uses = self._rows.contribution(samples), self._shards.contribution(samples)
-        if (before := self._accumulate_into) is not None:
+        sums_of_metrics = {name: (value * weight, weight) for name, value in metrics.items()} if weight else {}
+        rows, uses = self._rows.contribution(weight), self._shards.contribution(weight)
+        if (before := self._accumulate_into) is not None and is_usual:
             sums = self._replica.added(samples, before.sums)
             self._accumulator.remove(task.k - 1)
-            return task.k - 1, before.joined(GradientSum(before.buffer, {}, rows, uses, sums_of_metrics), sums)
+            return task.k - 1, before.joined(GradientSum(before.buffer, {}, rows, uses, sums_of_metrics, weight), sums)
+        if before is not None:  # gradients of another weight cannot be added as they are
+            self._buffer = self._free_buffer()
+            self._replica.contribute_to(self._buffer)
         assert self._buffer is not None
-        sums = self._replica.gradient(samples, without=self._overlap.confirm(True))
-        contribution = GradientSum(self._buffer, sums, rows, uses, sums_of_metrics)
+        sums = self._replica.gradient(weight, without=self._overlap.confirm(is_usual))
+        contribution = GradientSum(self._buffer, sums, rows, uses, sums_of_metrics, weight)
         if self._skips_nonfinite:  # before anything is added: which micro-batches are added depends on who computes them
             contribution.finite = self._pusher.is_finite(task.round, (task.k, task.k + 1), contribution)
         return task.k, contribution

@@ -124,8 +124,11 @@ class GradientLoop:
             if not self._weights.round_invalid:
                 self.edits.check(self.round, self.round if self._per_round else None)
 
-    def step(self) -> None:
-        """Contribute the gradients that the model holds now, and wait as the policy requires."""
+    def step(self, weight: float | None = None) -> None:
+        """Contribute the gradients that the model holds now, and wait as the policy requires.
+
+        `weight` is the micro-batch's weight in the mean of the round. None: its samples.
+        """
         task, segment = self.batch.in_hand, self._segment
         assert segment is not None
         self._weights.await_all()
@@ -144,7 +147,7 @@ class GradientLoop:
             return
         if self._repeat is not None:
             self._repeat.note()
-        self._contribute(task, segment.round(task.round))
+        self._contribute(task, segment.round(task.round), weight)
         if self._throughput.seconds > LONGEST_S:
             self._repeat = None
         if self._repeat is None:
@@ -152,9 +155,9 @@ class GradientLoop:
         else:
             self._push_finished(segment)  # the weights stay: the script computes the micro-batch again
 
-    def _contribute(self, task: Task, plan: Round) -> None:
+    def _contribute(self, task: Task, plan: Round, weight: float | None) -> None:
         """Push the gradients of a micro-batch, or keep them so that later ones are added to them."""
-        lo, contribution = self._contributor.take(task, plan, self.batch.metrics)
+        lo, contribution = self._contributor.take(task, plan, self.batch.metrics, weight)
         seconds = time.monotonic() - self._begun_at - self._weights.waited_s
         self._throughput.measured(seconds, plan.samples_in(task.k, task.k + 1))
         span, compute_s = (lo, task.k + 1), self._throughput.seconds

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from roundtable.common.config.batch_plan import Segment, Task, derive_seed
 from roundtable.common.model.metrics import add_metrics
 from roundtable.common.model.nonfinite import is_finite
-from roundtable.common.model.partial_sum import Sum, nothing
+from roundtable.common.model.partial_sum import Sum, is_mean, nothing
 from roundtable.common.protocol.messages.gradients import Push, Sums
 from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.runtime.errors import UsageError
@@ -104,14 +104,18 @@ class LocalSgdLoop:
         self._samples = 0
         #: Micro-batches computed since the last merge.
         self._micro_batches = 0
-        #: By round since the last merge: sums of metrics, and the samples in each sum.
+        #: The weight of the steps since the last merge.
+        self._weight = 0.0
+        #: By round since the last merge: sums of metrics x weight, and the weight in each sum.
         self._logged: deque[tuple[int, Sums]] = deque()
-        #: In this data epoch: the sum of this worker's losses x samples, and the samples.
-        self._epoch_loss = (0.0, 0)
-        #: In this round: the sum of gradients x samples, by parameter.
+        #: In this data epoch: the sum of this worker's losses x weight, and the weight.
+        self._epoch_loss = (0.0, 0.0)
+        #: In this round: the sum of gradients x weight, by parameter.
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        #: In this round: the weight.
+        self._round_weight = 0.0
         #: In this round: the samples.
-        self._weight = 0
+        self._round_samples = 0
         self._begun_at = 0.0
         self._throughput = Throughput()
 
@@ -161,8 +165,12 @@ class LocalSgdLoop:
         self.round = first
         return first
 
-    def step(self) -> None:
-        """Keep the gradients of this micro-batch. The inner optimizer steps after the round's last one."""
+    def step(self, weight: float | None = None) -> None:
+        """Keep the gradients of this micro-batch. The inner optimizer steps after the round's last one.
+
+        `weight` is the micro-batch's weight in the mean of this worker's part of the round, and is added to the replica's weight
+        in the next merge. None: its samples.
+        """
         task, segment = self.batch.in_hand, self._segment
         assert segment is not None
         self.replica.check_dtypes()
@@ -170,21 +178,29 @@ class LocalSgdLoop:
         self.edits.check(self.round, self._merges)
         self.batch.take_back()
         samples = segment.round(task.round).samples_in(task.k, task.k + 1)
+        self._samples += samples
+        self._micro_batches += 1
+        self._round_samples += samples
+        self._take(task, float(samples) if weight is None else weight)
+        self._throughput.measured(time.monotonic() - self._begun_at, samples)
+
+    def _take(self, task: Task, weight: float) -> None:
+        """Take gradients and metrics times the weight of their micro-batch; nothing if that is 0, as they may not be finite."""
+        if not weight:
+            self.replica.discard()
+            return
         if thawed := self.replica.thawed():
             self._start |= self.replica.weights(thawed)
         for parameter in self.replica.trainable:
             if parameter.grad is not None:
-                gradient = parameter.grad.mul_(samples)
+                gradient = parameter.grad.mul_(weight)
                 known = self._sums.get(parameter)
                 self._sums[parameter] = gradient if known is None else known.add_(gradient)
                 parameter.grad = None
-        self._weight += samples
-        self._samples += samples
-        self._micro_batches += 1
-        self._keep(task.round, {name: (value * samples, float(samples)) for name, value in self.batch.metrics.items()})
+        self._round_weight += weight
+        self._keep(task.round, {name: (value * weight, weight) for name, value in self.batch.metrics.items()})
         if "loss" in self.batch.metrics:
-            self._epoch_loss = self._epoch_loss[0] + self.batch.metrics["loss"] * samples, self._epoch_loss[1] + samples
-        self._throughput.measured(time.monotonic() - self._begun_at, samples)
+            self._epoch_loss = self._epoch_loss[0] + self.batch.metrics["loss"] * weight, self._epoch_loss[1] + weight
 
     def _keep(self, round_: int, sums: Sums) -> None:
         """Keep a micro-batch's metrics until the merge. If the only merge is at the end, keep one data epoch's metrics."""
@@ -201,20 +217,23 @@ class LocalSgdLoop:
         return functools.reduce(add_metrics, (sums for round_, sums in self._logged if round_ >= first), none)
 
     def _step_inner(self) -> None:
-        if not self._weight:
+        weight, samples = self._round_weight, self._round_samples
+        self._round_weight, self._round_samples = 0.0, 0
+        if not weight:
             return
         for parameter, total in self._sums.items():
-            parameter.grad = total.div_(self._weight)
+            parameter.grad = total.div_(weight)
         if self._context.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
             text = f"{self._context.name}'s gradient in round {self.round} is not finite"
             if self._context.settings.on_nonfinite == "fail":
                 raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow takes them.")
             log.warning("%s: the step is left out.", text)
-            self._samples -= self._weight
+            self._samples -= samples
             for parameter in self._sums:
                 parameter.grad = None
-            self._sums, self._weight = {}, 0
+            self._sums = {}
             return
+        self._weight += weight
         if self._inner.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self._sums), self._inner.clip_norm)
         try:
@@ -224,7 +243,7 @@ class LocalSgdLoop:
             raise UsageError(f"{name} cannot be used: its step() needs more than gradients ({error}).") from None
         for parameter in self._sums:
             parameter.grad = None
-        self._sums, self._weight = {}, 0
+        self._sums = {}
 
     def _step_schedule(self, epoch_ends: bool) -> None:
         if isinstance(self._scheduler, ReduceLROnPlateau):
@@ -233,7 +252,7 @@ class LocalSgdLoop:
                 if not weight:
                     raise UsageError(NO_LOSS)
                 self._scheduler.step(total / weight)
-                self._epoch_loss = 0.0, 0
+                self._epoch_loss = 0.0, 0.0
         elif self._scheduler is not None and (epoch_ends or self._inner.schedule_per == "round"):
             self._scheduler.step()
 
@@ -245,16 +264,17 @@ class LocalSgdLoop:
         present = self.replica.present(values)
         added = {c.id: self.replica.added_to(c, values[c.id]) for c in self.replica.layout.chunks if c.kind == "sum"}
         weight = self._weigh(values)
+        counts = weight > 0 or (self._merge_by != "greedy" and self._samples > 0)
         values |= added
         for chunk in [chunk for chunk in self.replica.layout.chunks if chunk.id in values]:
             if chunk.id in self._start and chunk.kind == "param":
                 change = values[chunk.id].sub_(self._start[chunk.id])
                 values[chunk.id] = change.neg_() if self._policy.contributes == "delta" else change
             if chunk.kind == "last":
-                present[chunk.id] = present[chunk.id] if weight else 0
-            elif not weight and chunk.kind != "max":  # 0 times a value that is not finite would not be finite
+                present[chunk.id] = present[chunk.id] if counts else 0
+            elif chunk.kind != "max" and not (weight if is_mean(chunk.kind) else counts):  # 0 x NaN would be NaN
                 values[chunk.id] = torch.zeros_like(values[chunk.id])
-            elif chunk.kind in ("param", "mean"):
+            elif is_mean(chunk.kind):
                 values[chunk.id].mul_(weight)
         me = self._context.index
         groups = len(self._inner.optimizer.param_groups)
@@ -266,12 +286,12 @@ class LocalSgdLoop:
         with self._context.io.lock:
             messages = self._client.push(push, sums, time.monotonic())
         self._context.io.send(*messages)
-        self._samples, self._micro_batches = 0, 0
+        self._samples, self._micro_batches, self._weight = 0, 0, 0.0
         self._logged.clear()
         self._merges += 1
         self._load(self._merges)
 
-    def _weigh(self, values: dict[int, torch.Tensor]) -> int:
+    def _weigh(self, values: dict[int, torch.Tensor]) -> float:
         """Return the weight in the next merge of this replica, whose parameters are `values`."""
         if self._merge_by == "greedy":
             evaluate = self._script.evaluate
@@ -280,7 +300,7 @@ class LocalSgdLoop:
             score = lambda: evaluate(self.replica.model)  # noqa: E731
             kv, is_chief, log_ = self._script.kv(), self._tasks.is_chief, self._script.log
             return GreedySoup(self._context, kv, is_chief, self.replica, score, log_, self._merges).weight(values)
-        return min(1, self._samples) if self._merge_by == "uniform" else self._samples
+        return min(1, self._samples) if self._merge_by == "uniform" else self._weight
 
     def _load(self, version: int) -> None:
         """Wait for the merged weights number `version`, and put them into the model."""

@@ -6,15 +6,20 @@ The update itself runs on the servers with torch.optim's own class. Under polici
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from roundtable.common.config.field_types import LARGEST
 from roundtable.common.runtime.errors import UsageError
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -194,14 +199,22 @@ def make_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule | None, p
 class Optimizer:
     """The result of `Run.optimizer`: the usual calls of an optimizer, carried out by the cluster."""
 
-    def __init__(self, step: Callable[[], None], groups: Groups, forget: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, step: Callable[[float | None], None], groups: Groups, forget: Sequence[Callable[[], None]]) -> None:
         self._step = step
         self._forget = forget
         self._params: Sequence[torch.Tensor] = [p for group in groups for p in group["params"]]
 
-    def step(self) -> None:
-        """Contribute the gradients of this micro-batch, and wait for new weights as the policy requires."""
-        self._step()
+    def step(self, *, weight: float | torch.Tensor | None = None) -> None:
+        """Contribute the gradients of this micro-batch, and wait for new weights as the policy requires.
+
+        `weight` is this micro-batch's weight in the mean of its round: a number from 0 on, or a tensor of one element. The update
+        is the sum of gradient x weight over the round, divided by the sum of the weights. By default the weight is the number of
+        samples. If the loss is a mean over tokens, give their number. With weight 0 gradients, running statistics and metrics of
+        this micro-batch count nothing, even if they are not finite.
+
+        Raises UsageError for a weight that is negative, not finite, or no number.
+        """
+        self._step(None if weight is None else checked_weight(weight, sys._getframe(1)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients. This is never needed, because `step` does it; training loops call it."""
@@ -212,6 +225,24 @@ class Optimizer:
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+def checked_weight(weight: Any, caller: FrameType) -> float:
+    """Return as a number what a script gives as the weight of a micro-batch.
+
+    `caller` is where the script does so. Raises UsageError for what cannot be a weight, with that place.
+    """
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not 0 <= number <= LARGEST:
+        is_large = isinstance(weight, torch.Tensor) and weight.dim()
+        text = f"a tensor of shape {tuple(weight.shape)}" if is_large else f"{weight!r:.40}"
+        where = f"{Path(caller.f_code.co_filename).name} line {caller.f_lineno}"
+        valid = "opt.step(weight=...) takes a number from 0 to 2**53, such as that of its tokens"
+        raise UsageError(f"the weight of a micro-batch is {text} ({where}): {valid}.")
+    return number
 
 
 def silence_scheduler_warnings() -> None:

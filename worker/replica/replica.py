@@ -107,12 +107,12 @@ class Replica:
         """Let `added` add the next gradients to those of another micro-batch, which are in `gradient_buffer`."""
         self.capture.add_to(gradient_buffer)
 
-    def gradient(self, samples: int, without: Collection[int] = ()) -> dict[int, Sum]:
-        """Return the contribution of one micro-batch by chunk, except the chunks `without`: gradients and buffers x samples.
+    def gradient(self, weight: float, without: Collection[int] = ()) -> dict[int, Sum]:
+        """Return the contribution of one micro-batch by chunk, except the chunks `without`: gradients and buffers x weight.
 
         The values lie in the gradient buffer. The model's gradients are removed.
         """
-        return self._contributions.gradient(samples, without)
+        return self._contributions.gradient(weight, without)
 
     def added(self, samples: int, sums: Mapping[int, Sum]) -> dict[int, Sum]:
         """Add the contribution of one micro-batch in place to `sums`, those of another with as many samples, and return them.

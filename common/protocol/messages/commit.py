@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from roundtable.common.config.field_types import ByName, Count, Many, Name
+from roundtable.common.config.field_types import Amount, ByName, Count, Many, Name
 from roundtable.common.protocol.messages.base import Body
 
 
@@ -24,16 +24,30 @@ class Contribution(msgspec.Struct, frozen=True):
     micro_batches: Count
     outcome: Literal["committed", "duplicate", "dropped", "dropped in part", "late"]
     staleness: Count | None = None
+    #: The weight of the push in its round's mean. None: its samples.
+    weight: Amount | None = None
+
+    @property
+    def total_weight(self) -> float:
+        """Return the weight of the push."""
+        return self.samples if self.weight is None else self.weight
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """A round applied on server 0: its samples, micro-batches and mean metrics."""
+    """A round applied on server 0: its samples, micro-batches and mean metrics, which are weighted by `weight`."""
 
     round: Count
     samples: Count
     micro_batches: Count
     dropped: Count
     metrics: ByName[float]
+    #: The weight of all that counts in the round. None: its samples.
+    weight: Amount | None = None
+
+    @property
+    def total_weight(self) -> float:
+        """Return the weight of the round."""
+        return self.samples if self.weight is None else self.weight
 
 
 class Report(Body, frozen=True):

@@ -7,17 +7,16 @@ from typing import Literal
 from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Hypers, Many
 from roundtable.common.protocol.messages.base import Body
 
-#: Sum of a metric x samples, and the samples, by name.
+#: Sum of a metric x weight, and the weight, by name.
 Sums = ByName[tuple[float, Amount]]
 
 
 class Push(Body, frozen=True):
-    """The sum over micro-batches lo..hi-1 of `round` (gradient x samples).
+    """The sum over micro-batches lo..hi-1 of `round` (gradient x weight).
 
     One frame follows for each of `chunks`, but none for parameters without a gradient. If worker and server share memory, there
     are no frames: the values lie in the worker's `gradient_buffer`, and stay there until the round is applied.
-    Where workers step locally, `lo` is the worker's number, `round` counts merges, and values are multiplied by `weight` instead
-    of samples.
+    Where workers step locally, `lo` is the worker's number, `round` counts merges, and `weight` is the replica's in the merge.
     """
 
     round: Count
@@ -44,7 +43,13 @@ class Push(Body, frozen=True):
     coded: Many[Count] = []
     #: False if any part of the whole contribution, on any server, is not finite: then the contribution moves nothing.
     finite: bool = True
-    weight: Count = 0
+    #: The weight of these micro-batches in the round's mean, which the values are multiplied by. None: their samples.
+    weight: Amount | None = None
+
+    @property
+    def total_weight(self) -> float:
+        """Return the weight by which the values are multiplied."""
+        return self.samples if self.weight is None else self.weight
 
     @property
     def key(self) -> tuple[int, int, int]:

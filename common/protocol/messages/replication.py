@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from roundtable.common.config.batch_plan import Segment
-from roundtable.common.config.field_types import Count, CountOrNone, Hypers, Many, Name
+from roundtable.common.config.field_types import Amount, Count, CountOrNone, Hypers, Many, Name
 from roundtable.common.protocol.messages.base import Body
 from roundtable.common.protocol.messages.commit import Committed, Contribution
 from roundtable.common.protocol.messages.setup import Setup
@@ -26,13 +26,13 @@ class Replicate(Body, frozen=True):
 
 
 class ReplicateRows(Body, frozen=True):
-    """What `round` contributes to the embedding rows of all tables, summed over `samples` samples.
+    """What `round` contributes to the embedding rows of all tables, a sum of gradients x weight; all weights are `weight`.
 
     `counts` and frames are as in RowPush, and `factor` is as in Replicate.
     """
 
     round: Count
-    samples: Count
+    weight: Amount
     counts: Many[CountOrNone]
     #: The settings of each parameter group.
     hypers: Many[Hypers] = []
@@ -48,7 +48,7 @@ class LossTerms(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplicateLayers(Body, frozen=True):
-    """The contribution of `round` to sharded layers over `samples` samples. The other fields are as in ReplicateRows.
+    """The contribution of `round` to sharded layers. The other fields are as in ReplicateRows.
 
     For each of `terms`, frames follow with, for every sample:
     - its features, with a 1 if there is a bias,
@@ -60,7 +60,7 @@ class ReplicateLayers(Body, frozen=True):
     """
 
     round: Count
-    samples: Count
+    weight: Amount
     terms: Many[LossTerms]
     hypers: Many[Hypers] = []
     factor: float | None = None

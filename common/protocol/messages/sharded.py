@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from roundtable.common.config.field_types import Count, CountOrNone, Hypers, Many
+from roundtable.common.config.field_types import Amount, Count, CountOrNone, Hypers, Many
 from roundtable.common.protocol.messages.base import Body
 
 
@@ -70,8 +70,8 @@ class LayerPush(Body, frozen=True):
     """The contribution of micro-batches lo..hi-1 of `round` to sharded layers, in order of the micro-batches.
 
     For each of `uses`, three results follow for every sample. The first is the logarithm of the sum of all exp(z). The second, g,
-    is the gradient of its loss x samples. The third is the gradient of its own class's logit, already multiplied by g.
-    `base_version` and `finite` are as in Push.
+    is the gradient of its loss x weight. The third is the gradient of its own class's logit, already multiplied by g.
+    `base_version`, `finite` and `weight` are as in Push.
     """
 
     round: Count
@@ -84,6 +84,12 @@ class LayerPush(Body, frozen=True):
     finite: bool = True
     #: Questions that a replaced server may not know. Their features and labels come first.
     questions: Many[ShardedForward] = []
+    weight: Amount | None = None
+
+    @property
+    def total_weight(self) -> float:
+        """Return the weight by which the values are multiplied."""
+        return self.samples if self.weight is None else self.weight
 
 
 class LayerAck(Body, frozen=True):

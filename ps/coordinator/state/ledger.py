@@ -69,7 +69,7 @@ class Reported(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Recent:
-    """The mean of a metric over the samples of some of the newest rounds."""
+    """The weighted mean of a metric over some of the newest rounds."""
 
     value: float
     rounds: range
@@ -95,8 +95,8 @@ class Ledger:
         self.new_contributions: list[Contribution] = []
         #: Workers that have contributed to a reported round.
         self.contributors: set[str] = set()
-        #: By data epoch and metric: (sum of metric x samples, samples).
-        self._epoch_metrics: dict[int, dict[str, tuple[float, int]]] = {}
+        #: By data epoch and metric: (sum of metric x weight, weight).
+        self._epoch_metrics: dict[int, dict[str, tuple[float, float]]] = {}
         #: The newest updates and their rounds: a data epoch's worth of rounds, or one update that has more.
         self._newest: deque[tuple[range, Committed]] = deque()
         self._policy = policy
@@ -284,8 +284,8 @@ class Ledger:
     def _average(self, row: Committed) -> None:
         metrics = self._epoch_metrics.setdefault(self.epoch_of(row.round), {})
         for name, value in row.metrics.items():
-            total, samples = metrics.get(name, (0.0, 0))
-            metrics[name] = total + value * row.samples, samples + row.samples
+            total, weight = metrics.get(name, (0.0, 0.0))
+            metrics[name] = total + value * row.total_weight, weight + row.total_weight
         segment = self.segment_of(row.round)
         if segment is None:
             return
@@ -297,16 +297,16 @@ class Ledger:
             self._newest.popleft()
 
     def mean(self, ask: Mean) -> Mean:
-        """Return the mean of a metric over the samples of a data epoch's committed rounds."""
-        total, samples = self._epoch_metrics.get(ask.epoch, {}).get(ask.name, (0.0, 0))
+        """Return the weighted mean of a metric over a data epoch's committed rounds."""
+        total, weight = self._epoch_metrics.get(ask.epoch, {}).get(ask.name, (0.0, 0.0))
         complete = self.committed >= self.planned or self.epoch_of(self.committed) > ask.epoch
-        return Mean(ask.epoch, ask.name, total / samples if samples else None, complete)
+        return Mean(ask.epoch, ask.name, total / weight if weight else None, complete)
 
     def recent(self, name: str) -> Recent | None:
         """Return the mean of a metric over a data epoch's worth of the newest rounds, or of one update that has more."""
-        having = [(rounds, row) for rounds, row in self._newest if name in row.metrics and row.samples]
-        samples = sum(row.samples for _, row in having)
-        if not samples:
+        having = [(rounds, row) for rounds, row in self._newest if name in row.metrics and row.total_weight]
+        weight = sum(row.total_weight for _, row in having)
+        if not weight:
             return None
-        total = sum(row.metrics[name] * row.samples for _, row in having)
-        return Recent(total / samples, range(having[0][0].start, having[-1][0].stop))
+        total = sum(row.metrics[name] * row.total_weight for _, row in having)
+        return Recent(total / weight, range(having[0][0].start, having[-1][0].stop))

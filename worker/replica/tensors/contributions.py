@@ -27,14 +27,14 @@ class Contributions:
         self._parts: dict[tuple[int, GradientBuffer], Sequence[torch.Tensor]] = {}
 
     @torch.no_grad()
-    def gradient(self, samples: int, without: Collection[int]) -> dict[int, Sum]:
+    def gradient(self, weight: float, without: Collection[int]) -> dict[int, Sum]:
         """Make the contribution of one micro-batch; see `Replica.gradient`."""
         gradient_buffer, out = self._capture.gradient_buffer, {}
         for chunk in self._tensors.layout.chunks:
             if chunk.id not in without:
                 is_nothing, values = self._has_none(chunk), gradient_buffer.chunks[chunk.id]
                 out[chunk.id] = (
-                    nothing() if is_nothing else weighted(values, self.collect(chunk, gradient_buffer), samples, chunk.kind)
+                    nothing() if is_nothing else weighted(values, self.collect(chunk, gradient_buffer), weight, chunk.kind)
                 )
         self._capture.discard()
         return out
