@@ -122,9 +122,12 @@ def _this_script() -> str:
 
 
 def _refuse_other_launchers() -> None:
-    """End the script if another launcher has started it several times: each process would train a model of its own."""
+    """End the script if another launcher has started it several times: each process would train a model of its own.
+
+    A notebook is one process, whatever the allocation that it runs in has room for.
+    """
     found = other_launcher(os.environ)
-    if found is None or os.environ.get(ALONE_VARIABLE):
+    if found is None or os.environ.get(ALONE_VARIABLE) or is_interactive():
         return
     launcher, count = found
     command = shlex.join(["roundtable", "local", "--workers", str(count), *words_of(_this_script()), *sys.argv[1:]])
@@ -133,8 +136,6 @@ def _refuse_other_launchers() -> None:
         f"one host run `{command}` instead, on several start a coordinator and servers and set {ADDRESS_VARIABLE}=HOST:PORT for "
         f"all; {ALONE_VARIABLE}=1 trains {count} models."
     )
-    if is_interactive():
-        raise UsageError(text)
     print(f"error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
