@@ -142,13 +142,13 @@ def _pauses(events: Sequence[tuple[float, Event]], rounds: Sequence[float]) -> l
 
     A restart of all processes by the run itself is no pause.
     """
-    found, begins_anew, last = [], False, float("-inf")
+    found, restarts, last = [], False, float("-inf")
     for number, (at, event) in enumerate(events):
-        if event.kind == "started" and number and not begins_anew:
+        if event.kind == "started" and number and not restarts:
             began = max([last, *(time for time in rounds if time <= at)])
             found.append((began, next((then for then, other in events[number:] if other.kind == "plan"), at)))
         if event.kind != "rolled back":  # this event is written when the run is resumed
-            begins_anew, last = event.kind == "restarted" or (begins_anew and event.kind == "stopped"), at
+            restarts, last = event.kind == "restarted" or (restarts and event.kind == "stopped"), at
     return found
 
 

@@ -21,7 +21,7 @@ from roundtable.common.storage.tensor_file import Entry, TensorFiles
 #: Key of the file's metadata under which a server keeps `CheckpointData.extra` as JSON.
 _EXTRA = "extra"
 #: Seconds between two calls of `show_life` while `wait` blocks.
-_BREATH_S = 0.1
+_SHOW_LIFE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CheckpointWriter:
     def wait(self, show_life: Callable[[], None]) -> None:
         """Block until no checkpoint is being written. Calls `show_life` every 0.1 s meanwhile."""
         while self._thread is not None:
-            self._thread.join(_BREATH_S)
+            self._thread.join(_SHOW_LIFE_S)
             if self._thread.is_alive():
                 show_life()
             else:

@@ -1538,14 +1538,14 @@ def _is_settled(world: World) -> bool:
         return True  # once the model is written, the run ends without servers that have died since
     servers = [_newest_of(world, number) for number in range(world.case.settings.servers)]
     are_there = process.alive and all(s.alive and s.server._stamp.run == coordinator.context.head.run for s in servers)
-    begins_anew = (
+    restarts = (
         process.leaves
         or coordinator.stopping.signal
         or coordinator.context.membership.broken
         or coordinator.context.membership.lost_servers
     )
     is_saved = coordinator.checkpoints.scheduler.has_ended(coordinator.context.ledger.committed)
-    return are_there and not begins_anew and is_saved
+    return are_there and not restarts and is_saved
 
 
 def _tell(world: World, name: str, away: float) -> None:

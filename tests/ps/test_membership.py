@@ -104,7 +104,7 @@ def test_time_in_which_the_coordinator_itself_was_stopped_is_nobodys_silence() -
 
 
 # I16, I17
-def test_a_lost_worker_is_told_to_begin_anew_and_its_number_is_never_given_again() -> None:
+def test_a_lost_worker_is_told_to_restart_and_its_number_is_never_given_again() -> None:
     membership = started(2)
     go_on(membership, 0, NEAR_S + 1, "server-0", "worker-0")
     member, ((to, fence),) = membership.hello(Hello("worker", 1), 11, 5.0)
