@@ -36,6 +36,8 @@ from roundtable.ps.replication.primary import Primary, remembered
 from roundtable.ps.replication.shard_state import ShardState
 from roundtable.ps.replication.state_transfer import Incoming, Outgoing
 
+#: Messages that a server takes from the servers before and after it.
+FROM_NEIGHBOUR = (Replicate, ReplicateRows, ReplicateLayers, RoundReplicated, StateHeader, StatePart, StatePartAck, RequestState)
 #: Makes the shard that the header announces, and returns the state to fill.
 MakeShard = Callable[[StateHeader], ShardState]
 

@@ -27,16 +27,6 @@ from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Nor
 from roundtable.common.protocol.messages.embedding import RowPull
 from roundtable.common.protocol.messages.gradients import Pull
 from roundtable.common.protocol.messages.kv import KvPull, KvPush
-from roundtable.common.protocol.messages.replication import (
-    Replicate,
-    ReplicateLayers,
-    ReplicateRows,
-    RequestState,
-    RoundReplicated,
-    StateHeader,
-    StatePart,
-    StatePartAck,
-)
 from roundtable.common.protocol.messages.saving import SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import MOST_MICRO_BATCHES, Heartbeat, Hello, MembersLost, Peer, Refused
 from roundtable.common.protocol.messages.setup import Plan
@@ -65,6 +55,7 @@ from roundtable.common.runtime.signal_handlers import handled
 from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.common.runtime.watchdog import Watchdog
 from roundtable.ps.coordinator.state.failure_detector import FAR_S
+from roundtable.ps.replication.manager import FROM_NEIGHBOUR
 from roundtable.ps.server.connections import Connections
 from roundtable.ps.server.identities import Identities
 from roundtable.ps.server.kv_store import KvStore
@@ -74,8 +65,6 @@ from roundtable.ps.shard.context import ShardContext
 
 log = logging.getLogger("roundtable.ps.server")
 
-#: Messages that this server takes from the server whose shard has a copy here.
-_FROM_KEPT = (Replicate, ReplicateRows, ReplicateLayers, RoundReplicated, StateHeader, StatePart, StatePartAck, RequestState)
 _CPU = torch.device("cpu")
 #: Milliseconds that the loop waits for a message before it looks at the clock.
 _TICK_MS = 20
@@ -380,7 +369,7 @@ class _Server:
         if not is_worker(sender):
             if isinstance(body, Heartbeat):
                 return
-            if not isinstance(body, _FROM_KEPT):
+            if not isinstance(body, FROM_NEIGHBOUR):
                 raise WireError(f"a server has no use for {type(body).__name__} of {sender}")
             self._connections.routes[sender, False] = self._connections.routes[sender, True] = route
             self._about_copies(sender, body, frames)

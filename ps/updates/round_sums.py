@@ -23,6 +23,7 @@ from roundtable.common.runtime.errors import UsageError
 from roundtable.ps.params.clipping import Norm
 from roundtable.ps.params.planned_rates import of_group
 from roundtable.ps.shard.kinds import WEIGHTS
+from roundtable.ps.shard.model import ShardModel
 from roundtable.ps.shard.shard import contribution
 
 #: Returns the sum of two contributions, left + right.
@@ -204,3 +205,19 @@ class RoundSums:
 
     def _row_of_absent(self, k: int) -> Contribution:
         return Contribution(self.round, k, k + 1, "", self._plan.samples_in(k, k + 1), 1, "dropped")
+
+    def measure(self, model: ShardModel) -> list[Norm] | None:
+        """Return the norms of this server's part of the round's mean gradient.
+
+        Return None while a sum is not final, or while sharded layers compute their norms, which takes long.
+        """
+        totals = [self.total(kind.number) for kind in model.kinds]
+        if len(self.means) < len(model.chunks) or None in totals or not (model.chunks or totals):
+            return None
+        found: list[Norm] = []
+        for kind, total in reversed(list(zip(model.kinds, totals, strict=True))):
+            norms = kind.norms(total[0], self.weight()) if total is not None else None
+            if norms is None:
+                return None
+            found += norms
+        return found + [norm for chunk in model.chunks for norm in model.dense.norms(chunk, self.means[chunk])]

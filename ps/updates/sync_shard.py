@@ -20,7 +20,7 @@ from roundtable.common.protocol.messages.replication import Replicate, RoundRepl
 from roundtable.common.protocol.transport import Frames
 from roundtable.common.runtime.errors import WireError
 from roundtable.common.runtime.failpoints import failpoint
-from roundtable.ps.params.clipping import Norm, value_of
+from roundtable.ps.params.clipping import value_of
 from roundtable.ps.params.dense import NotFinite
 from roundtable.ps.replication.manager import ReplicationManager
 from roundtable.ps.shard.checkpoint_writer import Source
@@ -197,7 +197,7 @@ class SyncShard(Shard):
         clips = clipping.clips and round_.moves
         self._take_totals(clips, now)
         if clips and round_.own_norms is None:
-            round_.own_norms = self._measured()
+            round_.own_norms = round_.measure(self.model)
         if not clips or round_.norms is not None:
             factor = clipping.factor(round_.norms) if clips and round_.norms is not None else None
             for chunk in list(round_.means):
@@ -220,23 +220,6 @@ class SyncShard(Shard):
             else:
                 self._apply(chunk, total, round_.weight(), now)
             self._progress.step()
-
-    def _measured(self) -> list[Norm] | None:
-        """Return the norms of this server's part of the round's mean gradient.
-
-        Return None while a sum is not final, or while sharded layers compute their norms, which takes long.
-        """
-        round_, model = self.round, self.model
-        totals = [round_.total(kind.number) for kind in model.kinds]
-        if len(round_.means) < len(model.chunks) or None in totals or not (model.chunks or totals):
-            return None
-        found: list[Norm] = []
-        for kind, total in reversed(list(zip(model.kinds, totals, strict=True))):
-            norms = kind.norms(total[0], round_.weight()) if total is not None else None
-            if norms is None:
-                return None
-            found += norms
-        return found + [norm for chunk in model.chunks for norm in model.dense.norms(chunk, round_.means[chunk])]
 
     def _apply(self, chunk: int, total: list[Sum], weight: float, now: float, factor: torch.Tensor | None = None) -> None:
         """Apply a chunk's sum: write its new weights to the next version's weight buffer, and forward its mean to the backup."""

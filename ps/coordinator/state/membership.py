@@ -314,10 +314,7 @@ class Membership:
         if not self.started or not member.proven:
             self._admission.forget(member)
         elif member.hello.role == "server":
-            needed = [
-                server for server in self.servers.values() if server.lost or (server.replaces and server.heartbeat.round < 0)
-            ]
-            if not all(self.backups.exists(server) for server in needed):
+            if not self.backups.exist_for_all():
                 self.broken = f"{member.name}: {why}."
         elif self._policy.is_local and not member.left and not self.over:
             self.broken = f"{member.name}: {why}."

@@ -133,6 +133,12 @@ class Backups:
         backup = self._server_with(server)
         return backup is not None and number_of(server.name) in backup.heartbeat.replicas_held
 
+    def exist_for_all(self) -> bool:
+        """Return whether there is a whole copy of each shard whose server is lost, or replaced and not yet at work."""
+        servers = self._roster.servers.values()
+        needed = [server for server in servers if server.lost or (server.replaces and server.heartbeat.round < 0)]
+        return all(map(self.exists, needed))
+
     def may_exist(self, member: Member, now: float) -> bool:
         """Return whether the backup may have a copy that the coordinator has not heard of yet."""
         backup = self._server_with(member)
