@@ -172,7 +172,7 @@ def refusal(what: Callable[[], Any]) -> str:
         ({"label_smoothing": 0.1, "margin": roundtable.CosFace()}, "goes neither with a margin"),
         ({"margin": roundtable.ArcFace()}, "has a bias"),
         ({"reduction": "max"}, "it must be mean, sum or none"),
-        ({"layer": None}, "has returned"),
+        ({"layer": None}, "needs the output of a ShardedLinear"),
     ],
 )
 def test_losses_that_cannot_be_are_refused_and_lose_nothing(change: dict[str, Any], words: str) -> None:
