@@ -1,1 +1,1 @@
-"""Look at what a run has learnt: features of its images, similar images, and what its filters respond to."""
+"""Look inside a trained model: features of its images, similar images, and the patches that excite its filters."""

@@ -48,7 +48,7 @@ class Job(msgspec.Struct, frozen=True):
         return _mapped(Path(self.folder) / "features.raw", self.rows * self.width, torch.float32).view(self.rows, self.width)
 
     def labels(self) -> Tensor:
-        """Return the labels, int64 (rows), shared likewise."""
+        """Return the labels, int64 (rows), shared in the same way."""
         return _mapped(Path(self.folder) / "labels.raw", self.rows, torch.int64)
 
 
@@ -75,7 +75,7 @@ class Features:
 
 
 class AllImages(torch.utils.data.Dataset[tuple[Tensor, int, int]]):
-    """(image, label, row) of the training images, then of the held-out ones."""
+    """A data set of (image, label, row): the training images, then the held-out ones."""
 
     def __init__(self, train: Samples, test: Samples) -> None:
         self._train, self._test = train, test
@@ -122,7 +122,7 @@ def extract(run: Trained, source: Source, layer: str, workers: int, out: Path, c
 
 
 def kept(run: Trained, source: Source, layer: str, workers: int, cluster: Cluster) -> Features:
-    """Return the features of `layer`, from the run's folder if those are of this model and these images, else computed."""
+    """Return the features of `layer`, from the run's folder if they are of this model and these images. Else compute them."""
     path = default_file(run, layer)
     return read(path, run, layer) or extract(run, source, layer, workers, path, cluster)
 
@@ -133,7 +133,7 @@ def default_file(run: Trained, layer: str) -> Path:
 
 
 def read(path: Path, run: Trained, layer: str) -> Features | None:
-    """Return what `extract` wrote to `path`, or None if that is missing or of another model, layer or data set."""
+    """Return the features that `extract` wrote to `path`. None if the file is missing or of another model, layer or data set."""
     try:
         with safe_open(path, framework="pt") as file:
             if file.metadata() != _metadata(run, layer):

@@ -1,4 +1,4 @@
-"""Draw what a convolution has learnt: filters before and after training, maps of an image, patches that excite it most."""
+"""Draw a convolution: its filters before and after training, maps of an image, and the patches that excite a filter most."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from roundtable.worker.models.layer_names import find_layer, short_name, short_n
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: The most that is drawn: filters of a first layer; of a deeper one; inputs of each of these; filters that have patches.
+#: The most filters drawn of a first layer and of a deeper one, the most inputs of each, and the most filters with patches.
 _FIRST, _DEEPER, _INPUTS, _EXCITED = 64, 12, 16, 16
-#: Patches of a filter, and maps of a layer.
+#: The most patches of a filter, and the most maps of a layer.
 _PATCHES, _MAPS = 9, 12
-#: Classes whose names stand under the last layer, at most.
+#: The most classes whose names stand under the last layer.
 _NAMED = 20
 _GREY, _WHITE = (0.6, 0.6, 0.6), (1.0, 1.0, 1.0)
-#: Images that are searched for patches, at most.
+#: The most images that are searched for patches.
 _SEARCHED = 10_000
 
 
@@ -53,16 +53,14 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
     during = [(f"{path.parent.name}/{path.name}", path) for path in also]
     during += [(path.name, path) for path in checkpoints_of(run) if path not in also]
     stages = [Stage(when, _convolution(weights_at(run, path), layer)) for when, path in during]
-    stages = [stage for stage in stages if not torch.equal(stage.weights, last.weights)]  # as the last checkpoint has
+    stages = [stage for stage in stages if not torch.equal(stage.weights, last.weights)]  # the last checkpoint equals it
     stages = [Stage("before training", _convolution(weights_at(run, "first"), layer)), *stages, last]
     folder, name = out or run.folder / "filters", short_name(model, layer)
     draw_filters(stages, f"Filters of {name}", folder / f"filters-{name}.png")
     draw_maps(run, model, asked, folder / f"maps-{Path(asked.name).stem.replace(' ', '-')}.png")
     notes = [asked.note] if asked.note else []
     if len(stages) == 2:
-        notes.append(
-            "there is no checkpoint from during training: the run's --checkpoint-every and --keep-checkpoints keep some."
-        )
+        notes.append("there is no checkpoint from during training: set --checkpoint-every and --keep-checkpoints to have some.")
     try:
         draw_patches(run, model, layer, folder / f"patches-{name}.png")
     except UsageError as error:
@@ -71,7 +69,7 @@ def command(source: Source, layer: str, image: str, also: Sequence[Path], out: P
 
 
 def _convolution(model: nn.Module, layer: str) -> Tensor:
-    """Return the weights of a layer. Raise UsageError if it is no 2-D convolution."""
+    """Return the weights of a layer. Raise UsageError if the layer is not a 2-D convolution."""
     module = dict(model.named_modules())[layer]
     if not isinstance(module, nn.Conv2d):
         there = [short for short, name in short_names(model).items() if isinstance(dict(model.named_modules())[name], nn.Conv2d)]
@@ -224,7 +222,7 @@ def draw_patches(run: Trained, model: nn.Module, layer: str, path: Path) -> Path
     shown = min(count, _EXCITED)
     best = peaks.values.topk(min(_PATCHES, len(numbers)), 0).indices
     weights = _convolution(model, layer)
-    first = tuple(weights.shape[2:]) == field.size  # of the layers: then a filter is as large as its field
+    first = tuple(weights.shape[2:]) == field.size  # in the first layer a filter is as large as its field
     pictures = filter_pictures(weights)
 
     def row(one: int) -> list[Pixels]:

@@ -31,7 +31,7 @@ class Row:
     matches: Sequence[Match]
 
     def colour(self, match: Match) -> str:
-        """Return the colour of its frame, which says whether it has the query's label, if that is known."""
+        """Return the colour of a match's frame, which says whether it has the query's label, if that is known."""
         return _QUERY if self.query.label is None else _SAME if match.label == self.query.label else _OTHER
 
 

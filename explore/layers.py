@@ -101,7 +101,7 @@ def receptive_field(model: nn.Module, layer: str, image: Tensor) -> Field:
 
 
 def _chain(model: nn.Module, layer: str, image: Tensor) -> list[tuple[str, nn.Module, Tensor, Tensor]]:
-    """Return the innermost modules up to `layer`, with inputs and outputs. Each must have got the output of the one before."""
+    """Return the innermost modules up to `layer`, with inputs and outputs. Each input must be the output before."""
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
 
     def note(name: str) -> Any:

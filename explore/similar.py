@@ -27,7 +27,7 @@ Rows = npt.NDArray[np.int64]
 
 #: HNSW (Malkov and Yashunin 2018): links of a point, and how many candidates are kept while building and while searching.
 _LINKS, _BUILD, _SEARCH = 32, 80, 64
-#: Held-out images for the table, at most.
+#: The most held-out images that are measured for the table.
 _MEASURED = 1000
 
 
@@ -77,15 +77,15 @@ class Retrieval:
     #: Mean share of the 1 and of the k nearest that have the query's label.
     first: float
     precision: float
-    #: Mean share of the truly k nearest that were found.
+    #: Mean share of the true k nearest that were found.
     recall: float
-    #: Time for building the index, and for one query, in seconds.
+    #: Seconds for building the index, and for one query.
     build_s: float
     query_s: float
 
 
 def measure(what: str, train: Features, test: Features, k: int, metric: Metric) -> list[Retrieval]:
-    """Measure the exact and the approximate search in `train` with images of `test`, at most _MEASURED, evenly chosen."""
+    """Measure the exact and the approximate search in `train` with images of `test`, at most _MEASURED of them, evenly chosen."""
     chosen = torch.arange(0, len(test.values), -(-len(test.values) // _MEASURED))
     queries, labels = test.values[chosen], test.labels[chosen].numpy()
     found = []
