@@ -184,7 +184,7 @@ def coordinator(
         serve(choice.settings, listen, folder, prepared, allow_version_mismatch, [signal.SIGINT, signal.SIGTERM])
         return
     resume = AUTO if recover else resume
-    say = logging.getLogger("ps").info
+    say = logging.getLogger("roundtable.ps").info
     choice, take_up = _going_on(ctx, resume, config, None, True, allow_version_mismatch, say)
     with claim(choice.run_dir, choice.default_name, choice.overwrite, take_up) as (folder, how):
         if how != "nothing":

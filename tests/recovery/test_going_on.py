@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_version_is_refused_until_that_is_accepted_and_t
     *_, last = checkpoint.finished(folder)
     (last / checkpoint.MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
     code, text = launch("local", "--resume", folder, "--allow-version-mismatch")
-    assert code == 2 and f"{last} has format 2, of {here}, and here is {here}, which reads format 1" in text
+    assert code == 2 and f"{last} was made by {here} in format 2, and this is {here}, which reads format 1" in text
 
 
 def test_a_script_whose_layers_have_changed_is_refused_and_told_which(cluster: Start, tmp_path: Path) -> None:
