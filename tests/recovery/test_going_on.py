@@ -135,8 +135,8 @@ def test_a_run_that_was_to_end_early_goes_on_and_its_checkpoints_hold_its_model(
     folder, out = tmp_path / "run", tmp_path / "model.safetensors"
     cluster(*TRAINING, "--rounds", 30).summary()
     for flags, words in (
-        (("--seed", 1), "has seed = 0"),
-        (("--model", "lenet"), "has model = mlp"),
+        (("--seed", 1), "--seed cannot change on resume (0 -> 1, "),
+        (("--model", "lenet"), "--model cannot change on resume (mlp -> lenet, "),
         (("x.py",), "one of the built-in"),
     ):
         code, text = launch("local", "--resume", folder, *flags)

@@ -126,7 +126,7 @@ def test_the_command_prints_a_line_a_layer_and_their_sums(capsys: pytest.Capture
     assert lines[0] == "lenet on an image of 1x8x8, 10 classes"
     assert lines[2].split() == ["conv1", "0", "Conv2d", "16x8x8", "416", "25,600", "400", "25,600", "65,536"]
     assert lines[14].split()[:2] == ["sum", "39,742"]
-    assert "1,000,000,000,000 weights" in (text := " ".join(" ".join(lines[15:]).split())) and "100,000,000 where" in text
+    assert "1,000,000,000,000 weights" in (text := " ".join(" ".join(lines[15:]).split())) and "100,000,000 if" in text
 
 
 def test_a_model_of_a_file_is_shown_on_the_image_asked_for(model_file: str) -> None:
