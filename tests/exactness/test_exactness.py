@@ -116,6 +116,7 @@ def test_a_layer_may_be_used_another_number_of_times_in_each_micro_batch(launch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["int8"])
+@pytest.mark.long
 def test_compressed_weights_are_the_same_through_memory_and_sockets(codec: str, launch) -> None:
     found = {}
     for number, (workers, servers, transport) in enumerate([(1, 1, "auto"), (3, 2, "auto"), (2, 3, "tcp")]):

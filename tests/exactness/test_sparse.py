@@ -96,6 +96,7 @@ def test_clipping_by_norm_goes_over_tables_too(launch: Any, tmp_path: Path) -> N
     assert values == pytest.approx([final] * 2, rel=1e-5)
 
 
+@pytest.mark.long
 def test_adam_comes_to_the_same_bits_on_other_clusters_and_alone(launch: Any, tmp_path: Path) -> None:
     """Its plain loop would move rows that are not touched; tests/ps compares its steps."""
     many = launch("--workers", 3, "--servers", 3, SCRIPT, "--", "adam")

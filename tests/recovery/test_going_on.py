@@ -50,7 +50,7 @@ def launch(*arguments: object) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("policy", ["sync", "async"])
+@pytest.mark.parametrize("policy", ["sync", pytest.param("async", marks=pytest.mark.long)])
 def test_a_server_that_is_killed_is_started_again_and_the_run_goes_on(cluster: Start, undisturbed: str, policy: str) -> None:
     run = cluster(*TRAINING, "--policy", policy)
     run.until(lambda: has_checkpoint(run), "checkpoint")

@@ -76,6 +76,7 @@ def test_workers_are_added_and_taken_away_while_a_run_goes_on(cluster: Start, un
     assert "Traceback" not in "".join(log.read_text() for log in (tmp_path / "run" / "logs").iterdir())
 
 
+@pytest.mark.long
 def test_a_killed_replica_is_started_again_and_all_go_on_from_the_newest_checkpoint(cluster: Start) -> None:
     run = cluster(*TRAINING, "--policy", "local", "--epochs", 60)
     run.until(lambda: has_checkpoint(run), "checkpoint")

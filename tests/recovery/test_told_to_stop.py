@@ -73,6 +73,7 @@ def test_all_processes_of_a_launcher_that_are_told_at_once_end_with_a_checkpoint
     assert resumed().summary()["weights_sha256"] == undisturbed and run.is_exact()
 
 
+@pytest.mark.long
 def test_processes_that_were_started_by_hand_and_are_told_at_once_end_with_a_checkpoint(
     resumed: Start, undisturbed: str, tmp_path: Path
 ) -> None:

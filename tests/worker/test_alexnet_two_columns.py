@@ -249,6 +249,7 @@ def test_both_presets_have_the_same_loss_and_gradients_divided_or_not(name: str,
         assert torch.linalg.vector_norm(found[key] - parameter.grad) <= 1e-5 * torch.linalg.vector_norm(parameter.grad), key
 
 
+@pytest.mark.long
 def test_the_script_of_the_examples_trains_on_a_folder_of_images(launch: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         (tmp_path / "images" / name).mkdir(parents=True)
