@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.settings import Settings
 from roundtable.common.protocol.messages.session import Traffic
-from roundtable.common.runtime.errors import UsageError, at_script_line
+from roundtable.common.runtime.errors import UsageError, script_line
 from roundtable.worker import tensor_names
 from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
@@ -180,14 +181,13 @@ class Run:
             data = resolve(dataset, arguments, self._session.context.settings.seed, segments.next_epoch)
             return Batches(data, segments, self._loop)
         except UsageError as error:
-            raise at_script_line(error) from None
+            raise UsageError(f"{script_line()}: {error}") from None
 
-    def _loop(self, data: Data) -> Iterator[Any]:
-        """Yield this worker's micro-batches of the next segment."""
+    def _loop(self, data: Data, segment: Segment) -> Iterator[Any]:
+        """Yield this worker's micro-batches of `segment`."""
         session, training = self._session, self._session.training
         if training is None:
             raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
-        segment = session.segments.plan(data)
         if session.segments.none:
             training.begin()
         model = training.work.replica.model

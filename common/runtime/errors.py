@@ -60,9 +60,9 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def at_script_line(error: UsageError) -> UsageError:
-    """Return the error with the place in the user's script from which this package was called, such as 'train.py line 12'."""
+def script_line() -> str:
+    """Return the place in the user's script from which this package was called, such as 'train.py line 12'."""
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "roundtable":
         frame = frame.f_back
-    return UsageError(f"{Path(frame.f_code.co_filename).name} line {frame.f_lineno}: {error}")
+    return f"{Path(frame.f_code.co_filename).name} line {frame.f_lineno}"

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roundtable.common.config.weights import Weighed
 from roundtable.common.storage.atomic_files import rename
 
 FILE_NAME = "events.sqlite"
@@ -61,7 +62,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class RoundRow:
+class RoundRow(Weighed):
     """A committed round. `samples` excludes the dropped ones. `metrics` are means of weight `weight`. None: of its samples."""
 
     round: int
@@ -72,11 +73,6 @@ class RoundRow:
     metrics: dict[str, float]
     weight: float | None = None
     at: float = 0.0
-
-    @property
-    def total_weight(self) -> float:
-        """Return the weight that the round has in means over several rounds."""
-        return self.samples if self.weight is None else self.weight
 
 
 @dataclass(frozen=True)

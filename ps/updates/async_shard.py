@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from roundtable.common.config.batch_plan import Round
+from roundtable.common.config.weights import weight_if_given
 from roundtable.common.model.metrics import Metrics, add_metrics, mean_metrics
 from roundtable.common.model.partial_sum import Sum, is_mean
 from roundtable.common.model.reduction_tree import fold
@@ -265,7 +266,7 @@ class AsyncShard(Shard):
                 gone = [row for key, row in self._ahead.items() if key[0] == self._slowest and row.outcome == "dropped"]
                 samples, count = plan.samples - sum(row.samples for row in gone), plan.micro_batches - len(gone)
                 weight = self._weight_of(self._slowest)
-                told = None if weight == samples else weight
+                told = weight_if_given(weight, samples)
                 self._reports.rounds.append(Committed(self._slowest, samples, count, len(gone), mean_metrics(total), told))
             for row, chunks in self._drops.pop(self._slowest, {}).values():
                 whole = len(chunks) == len(self.model.ids)

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from roundtable.common.config.batch_plan import Round
+from roundtable.common.config.weights import weight_if_given
 from roundtable.common.model.layout import Chunk, Layout
 from roundtable.common.model.metrics import Metrics, mean_metrics
 from roundtable.common.model.nonfinite import ADVICE, sentence, tensors_not_finite
@@ -200,7 +201,8 @@ class RoundSums:
         committed = sum(row.micro_batches for row in rows if row.outcome == "committed")
         dropped = 0 if self.decided is None else self.count - len(self.decided)
         samples, dropped = (0, self.count) if self.drops else (self.samples(), dropped)
-        told = None if self.drops or self._policy.contributes == "weights" or self.weight() == samples else self.weight()
+        has_own = not self.drops and self._policy.contributes != "weights"
+        told = weight_if_given(self.weight(), samples) if has_own else None
         return Committed(self.round, samples, committed, dropped, means, told), rows
 
     def _row_of_absent(self, k: int) -> Contribution:

@@ -66,8 +66,10 @@ class SyncShard(Shard):
         self._awaits_backup = False
 
     def _adder(self, number: int) -> Adder:
-        if number in (METRICS, WEIGHTS):
-            return add_metrics if number == METRICS else operator.add
+        if number == METRICS:
+            return add_metrics
+        if number == WEIGHTS:
+            return operator.add
         return self._kinds[number].add if number in self._kinds else self.model.dense.adder(number)
 
     @property

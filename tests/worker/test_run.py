@@ -107,7 +107,7 @@ def test_each_loop_over_the_same_batches_is_a_segment() -> None:
     loops: list[int] = []
     known = segments()
 
-    def loop(data: Any) -> Any:
+    def loop(data: Any, segment: Any) -> Any:
         loops.append(len(batches))
         yield from "ab"
 

@@ -8,6 +8,7 @@ import time
 import torch
 
 from roundtable.common.config.batch_plan import Round
+from roundtable.common.config.weights import weight_if_given
 from roundtable.common.model.nonfinite import ADVICE, is_finite, sentence, tensors_not_finite
 from roundtable.common.protocol.messages.embedding import RowPush
 from roundtable.common.protocol.messages.gradients import Push, Sums
@@ -48,7 +49,7 @@ class ContributionPusher:
         """Return the message parts that all pushes of a contribution of micro-batches `span` share."""
         lo, hi = span
         samples, hypers = plan.samples_in(lo, hi), self._hypers.at(plan.index, plan.epoch)
-        told = None if weight == samples else weight
+        told = weight_if_given(weight, samples)
         return Push(
             plan.index, lo, hi, samples, hi - lo, [], [], metrics=metrics, hypers=hypers, finite=finite, weight=told
         )  # fmt: skip

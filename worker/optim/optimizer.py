@@ -5,14 +5,10 @@ The update itself runs on the servers with torch.optim's own class. Under polici
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -20,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from roundtable.common.config.field_types import LARGEST
-from roundtable.common.runtime.errors import UsageError
+from roundtable.common.runtime.errors import UsageError, script_line
 
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 Groups = list[dict[str, Any]]
@@ -214,7 +210,7 @@ class Optimizer:
 
         Raises UsageError for a weight that is negative, not finite, or no number.
         """
-        self._step(None if weight is None else checked_weight(weight, sys._getframe(1)))
+        self._step(None if weight is None else checked_weight(weight))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients. This is never needed, because `step` does it; training loops call it."""
@@ -227,10 +223,10 @@ class Optimizer:
                 parameter.grad.zero_()
 
 
-def checked_weight(weight: Any, caller: FrameType) -> float:
+def checked_weight(weight: Any) -> float:
     """Return as a number what a script gives as the weight of a micro-batch.
 
-    `caller` is where the script does so. Raises UsageError for what cannot be a weight, with that place.
+    Raises UsageError, with the script's line, if `weight` cannot be a weight.
     """
     try:
         number = float(weight)
@@ -239,17 +235,11 @@ def checked_weight(weight: Any, caller: FrameType) -> float:
     if not 0 <= number <= LARGEST:
         is_large = isinstance(weight, torch.Tensor) and weight.dim()
         text = f"a tensor of shape {tuple(weight.shape)}" if is_large else f"{weight!r:.40}"
-        where = f"{Path(caller.f_code.co_filename).name} line {caller.f_lineno}"
         valid = "opt.step(weight=...) takes a number from 0 to 2**53, such as that of its tokens"
-        raise UsageError(f"the weight of a micro-batch is {text} ({where}): {valid}.")
+        raise UsageError(f"the weight of a micro-batch is {text} ({script_line()}): {valid}.")
     return number
 
 
 def silence_scheduler_warnings() -> None:
     """Ignore a warning of schedulers that is about their dummy optimizers."""
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-
-
-def accepts(cls: type, name: str) -> bool:
-    """Return whether the constructor of `cls` takes an argument called `name`."""
-    return name in inspect.signature(cls).parameters

@@ -13,7 +13,7 @@ from roundtable.worker.session.segments import Segments
 class Batches:
     """This worker's micro-batches. Each loop over them is a segment of the run, as each loop over a DataLoader is an epoch."""
 
-    def __init__(self, data: Data, segments: Segments, loop: Callable[[Data], Iterator[Any]]) -> None:
+    def __init__(self, data: Data, segments: Segments, loop: Callable[[Data, Segment], Iterator[Any]]) -> None:
         """`loop` trains a segment. Raises UsageError if there can be none."""
         self._data, self._segments, self._loop = data, segments, loop
         #: The segment and length of the loop that goes on; None between two loops.
@@ -26,7 +26,7 @@ class Batches:
         segment = self._segments.plan(self._data)
         self._length, self._segment = self._segments.expected(segment), segment
         try:
-            yield from self._loop(self._data)
+            yield from self._loop(self._data, segment)
         finally:
             self._length = self._segment = None
 

@@ -7,10 +7,11 @@ from typing import Literal
 import msgspec
 
 from roundtable.common.config.field_types import Amount, ByName, Count, Many, Name
+from roundtable.common.config.weights import Weighed
 from roundtable.common.protocol.messages.base import Body
 
 
-class Contribution(msgspec.Struct, frozen=True):
+class Contribution(Weighed, msgspec.Struct, frozen=True):
     """The outcome of one push, as the ledger has it.
 
     A micro-batch that was dropped without a push has a row without a `worker`. A push of it that arrives later is `late`.
@@ -27,13 +28,8 @@ class Contribution(msgspec.Struct, frozen=True):
     #: The weight of the push in its round's mean. None: its samples.
     weight: Amount | None = None
 
-    @property
-    def total_weight(self) -> float:
-        """Return the weight of the push."""
-        return self.samples if self.weight is None else self.weight
 
-
-class Committed(msgspec.Struct, frozen=True):
+class Committed(Weighed, msgspec.Struct, frozen=True):
     """A round applied on server 0: its samples, micro-batches and mean metrics, which are weighted by `weight`."""
 
     round: Count
@@ -43,11 +39,6 @@ class Committed(msgspec.Struct, frozen=True):
     metrics: ByName[float]
     #: The weight of all that counts in the round. None: its samples.
     weight: Amount | None = None
-
-    @property
-    def total_weight(self) -> float:
-        """Return the weight of the round."""
-        return self.samples if self.weight is None else self.weight
 
 
 class Report(Body, frozen=True):

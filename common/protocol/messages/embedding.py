@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from roundtable.common.config.field_types import Amount, Count, CountOrNone, Hypers, Many
+from roundtable.common.config.weights import Weighed
 from roundtable.common.protocol.messages.base import Body
 
 
@@ -35,7 +36,7 @@ class Rows(Body, frozen=True):
     count: Count
 
 
-class RowPush(Body, frozen=True):
+class RowPush(Weighed, Body, frozen=True):
     """The sum over micro-batches lo..hi-1 of `round` (gradient x weight) for this server's rows of all tables.
 
     For each table, sorted ids follow, and then values.
@@ -52,11 +53,6 @@ class RowPush(Body, frozen=True):
     finite: bool = True
     #: As in Push.
     weight: Amount | None = None
-
-    @property
-    def total_weight(self) -> float:
-        """Return the weight by which the values are multiplied."""
-        return self.samples if self.weight is None else self.weight
 
 
 class RowAck(Body, frozen=True):

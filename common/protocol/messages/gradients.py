@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from roundtable.common.config.field_types import Amount, ByName, Count, CountOrNone, Hypers, Many
+from roundtable.common.config.weights import Weighed
 from roundtable.common.protocol.messages.base import Body
 
 #: Sum of a metric x weight, and the weight, by name.
 Sums = ByName[tuple[float, Amount]]
 
 
-class Push(Body, frozen=True):
+class Push(Weighed, Body, frozen=True):
     """The sum over micro-batches lo..hi-1 of `round` (gradient x weight).
 
     One frame follows for each of `chunks`, but none for parameters without a gradient. If worker and server share memory, there
@@ -45,11 +46,6 @@ class Push(Body, frozen=True):
     finite: bool = True
     #: The weight of these micro-batches in the round's mean, which the values are multiplied by. None: their samples.
     weight: Amount | None = None
-
-    @property
-    def total_weight(self) -> float:
-        """Return the weight by which the values are multiplied."""
-        return self.samples if self.weight is None else self.weight
 
     @property
     def key(self) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from roundtable.common.config.field_types import Amount, Count, CountOrNone, Hypers, Many
+from roundtable.common.config.weights import Weighed
 from roundtable.common.protocol.messages.base import Body
 
 
@@ -66,7 +67,7 @@ class LayerUse(msgspec.Struct, frozen=True, array_like=True):
     scale: float = 1.0
 
 
-class LayerPush(Body, frozen=True):
+class LayerPush(Weighed, Body, frozen=True):
     """The contribution of micro-batches lo..hi-1 of `round` to sharded layers, in order of the micro-batches.
 
     For each of `uses`, three results follow for every sample. The first is the logarithm of the sum of all exp(z). The second, g,
@@ -85,11 +86,6 @@ class LayerPush(Body, frozen=True):
     #: Questions that a replaced server may not know. Their features and labels come first.
     questions: Many[ShardedForward] = []
     weight: Amount | None = None
-
-    @property
-    def total_weight(self) -> float:
-        """Return the weight by which the values are multiplied."""
-        return self.samples if self.weight is None else self.weight
 
 
 class LayerAck(Body, frozen=True):
