@@ -74,8 +74,8 @@ class Trained:
 def open_run(source: Source) -> Trained:
     """Open `source`, and check that its model takes its images.
 
-    Raise UsageError if there is no such run, if it has no model yet, if its model is a user's and `model_file` is missing, or if
-    model and images do not fit.
+    Raise UsageError if there is no such run, or if it has no model yet. It is an error too if the model is a user's and
+    `model_file` is missing, or if model and images do not fit.
     """
     folder = find_run(source.run)
     settings, script = _read_settings(folder)

@@ -60,7 +60,7 @@ class LaunchSpec:
     args: tuple[str, ...] = ()
     port: int = 0
     restart_policy: RestartPolicy = field(default_factory=RestartPolicy)
-    #: What to do with a run that is in `run_dir`.
+    #: The way in which a run that is in `run_dir` goes on.
     how: How = "begin"
     #: Whether a checkpoint of another version of this program or of torch may be resumed.
     accept_versions: bool = False
@@ -225,7 +225,8 @@ class _Local:
             raise Stopped(coordinator.code - 128)
 
     def _recover_coordinator(self) -> None:
-        """Restart a coordinator that was killed. The others wait for it and lose nothing. One that failed is not restarted."""
+        """Restart a coordinator that was killed. The others wait for it and lose nothing. A coordinator that failed is
+        not restarted."""
         child = next((child for child in self._processes.failures() if child.name == "coordinator"), None)
         if child is None or child.code is None or child.code > 0 or not self._recoveries:
             return

@@ -177,7 +177,7 @@ class Supervisor:
 def _has_no_part(child: Child, progress: Progress) -> bool:
     """Return whether a run that has ended well has done so without this process.
 
-    That is so for a worker whose script has not ended in the run, and for a server that was killed, even if it was restarted.
+    A worker has no part if its script has not ended in the run. A server has none if it was killed, even if it was restarted.
     """
     if child.name.startswith("worker"):
         return progress.joined.get(child.popen.pid) not in progress.left

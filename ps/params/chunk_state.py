@@ -264,7 +264,7 @@ def may_share_blocks(chunk: Chunk, update: Update) -> bool:
 
 @functools.cache
 def _may_join(optimizer: str, settings: bytes, dtype: str) -> bool:
-    """Return True if updating pieces together gives the same bits as apart. That depends on the kernels, so try it out."""
+    """Return True if updating pieces together gives the same bits as apart. The kernels decide, so try it out."""
     lengths = (1, 64, 3, 10, 32, 65, 17, 128, 7, 100, 31, 256, 5, 15) * 4
     starts = itertools.accumulate(lengths, initial=0)
     pieces = [Piece(number, 0, length, start) for number, (length, start) in enumerate(zip(lengths, starts, strict=False))]

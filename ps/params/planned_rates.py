@@ -68,8 +68,8 @@ class TypicalWeight:
 class PlannedRates:
     """Chooses the terms on which each micro-batch is applied.
 
-    Invariants: if a worker has sent a round's settings in time, they are used as often as the round is planned to have
-    micro-batches; the mean of all `lr_scale` tends to 1.
+    Invariants: if a worker has sent a round's settings in time, they are used once for each micro-batch that the round is planned
+    to have. The mean of all `lr_scale` tends to 1.
     """
 
     def __init__(self, policy: Policy, seen: int = 0) -> None:

@@ -57,7 +57,7 @@ class ReplicationManager:
         self._replicated: list[RoundReplicated] = []
         #: The copy of the primary server's shard, kept here.
         self._backup: Backup | None = None
-        #: That copy's state, on its way to the process that replaces the primary server.
+        #: The state of the copy in `_backup`, on its way to the process that replaces the primary server.
         self._handed_over: Outgoing | None = None
         #: True if the replacement has asked for the state and waits until the copy has applied its complete rounds.
         self._is_wanted = False

@@ -152,8 +152,8 @@ class Speculation:
     ) -> Reassign | None:  # fmt: skip
         """Return the reassignment of a micro-batch that servers lack in their open round and no worker seems to finish, or None.
 
-        A micro-batch may be missing if a worker is gone, if two workers used different share tables for a round, if a
-        reassignment was lost on its way, or if a worker cannot reach a server any more.
+        A micro-batch may be missing if a worker is gone or cannot reach a server any more. It may also be missing if two workers
+        used different share tables for a round, or if a reassignment was lost on its way.
         """
         if now >= self._missing_until or round_ != self._missing_round:
             self._missing_until, self._missing_round = now + _VIEW_S * len(workers), round_
@@ -356,8 +356,8 @@ def _cost_of_another(waiting: Member) -> float:
 def _is_worth_it(waiting: Member, owner: Member | None, view: _StragglerView, name: str, now: float) -> bool:
     """Return whether `waiting` should compute micro-batches that `owner` has not begun.
 
-    It should not if the owner would be sooner. That happens on a slow network: a worker that is behind may be about to get its
-    weights. One more contribution takes time to send.
+    It should not if the owner would be sooner. On a slow network a worker that is behind may be about to get its weights, and one
+    more contribution takes time to send.
     """
     if owner is None or not owner.active:
         return True
