@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
@@ -29,13 +30,13 @@ Fail = Callable[..., str]
 def fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fail:
     """`fail("local", "--lr", "x", toml="...")` runs the command line in an empty folder and returns the sentence it ends with."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROUNDTABLE_START_TIMEOUT", "60")  # which the command `worker` sets for its script
 
     def run(*argv: str, toml: str | None = None) -> str:
         if toml is not None:
             (tmp_path / "f.toml").write_text(toml)
         before = sorted(tmp_path.rglob("*"))
-        assert run_command(cli.cli, argv, "launch.py") == 2
+        with mock.patch.dict("os.environ"):  # the command `worker` sets variables for its script
+            assert run_command(cli.cli, argv, "launch.py") == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
         assert sorted(tmp_path.rglob("*")) == before

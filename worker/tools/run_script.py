@@ -20,19 +20,19 @@ def run_script(coordinator: str, script: str | None, args: list[str], index: int
     directory. An exception of the script is raised here, after the coordinator was told. Raises UsageError if there is no such
     file or module.
     """
+    module = module_of(script) if script is not None else None
+    path = Path(script) if script is not None else Path(__file__).with_name("builtin_script.py")
+    if module is None and not path.is_file():
+        raise UsageError(f"there is no script {path}.")
     os.environ[ADDRESS_VARIABLE] = coordinator
     if index is not None:
         os.environ[INDEX_VARIABLE] = str(index)
-    module = module_of(script) if script is not None else None
     if module is not None:
         _look_first_in(Path.cwd())
         sys.argv = ["-m", *args]
         sys.argv[0] = _file_of(module)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
-    path = Path(script) if script is not None else Path(__file__).with_name("builtin_script.py")
-    if not path.is_file():
-        raise UsageError(f"there is no script {path}.")
     sys.argv = [str(path), *args]
     _look_first_in(path.resolve().parent if script is not None else Path.cwd())
     runpy.run_path(str(path), run_name="__main__")
