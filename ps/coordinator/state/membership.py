@@ -193,7 +193,7 @@ class Membership:
         """
         is_gone = now - taken.heard_at > DEAD_S or is_dead(taken.hello)
         if is_gone and not self.backups.may_exist(taken, now):
-            self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died, and another takes its place")
+            self._lose(taken, f"process {taken.hello.pid} on {taken.hello.host} has died")
         elif self._admission.is_newcomer_late(incarnation, now):
             return Refused("Hello", self._admission.why_taken(hello))
         return None if taken.lost else Heartbeat()
