@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import zmq
 
@@ -20,14 +20,6 @@ log = logging.getLogger("roundtable.worker.link")
 _BULK = "/bulk"
 
 
-class Poller(Protocol):
-    """The part of `zmq.Poller` that is needed here."""
-
-    def register(self, socket: Any, flags: int = ...) -> None: ...
-
-    def unregister(self, socket: Any) -> None: ...
-
-
 class Connections:
     """Sockets by name, and the names of the processes at their other ends. Only `is_near` is safe in a second thread."""
 
@@ -36,20 +28,16 @@ class Connections:
         self.stamp = Stamp(sender="worker", incarnation=new_incarnation())
         self.unreached = UnreachedServers()
         self.servers: list[Peer] = []
+        #: Polls all sockets, also those that are opened later.
+        self.poller = zmq.Poller()
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {COORDINATOR: dealer(self._context, coordinator)}
         self._names: dict[Any, str] = {self._sockets[COORDINATOR]: COORDINATOR}
-        self._poller: Poller = zmq.Poller()
+        self.poller.register(self._sockets[COORDINATOR], zmq.POLLIN)
         #: The number by which servers recognise this worker.
         self._ticket = 0
         #: By socket: when this worker last introduced itself there.
         self._greeted: dict[str, float] = {}
-
-    def attach(self, poller: Poller) -> None:
-        """Have `poller` poll all sockets, also those that are opened later."""
-        self._poller = poller
-        for sock in self._sockets.values():
-            poller.register(sock, zmq.POLLIN)
 
     def name_of(self, sock: Any) -> str | None:
         """Return the name of the process at the other end. Return None if a new process has taken that server's place."""
@@ -75,14 +63,14 @@ class Connections:
         name = f"server-{number}"
         for key in (name, name + _BULK):
             if (old := self._sockets.get(key)) is not None:
-                self._poller.unregister(old)
+                self.poller.unregister(old)
                 del self._names[old]
                 self.unreached.forget(key)
                 old.close(linger=0)
             watch = self.unreached.watcher(key, peer.address, time.monotonic()) if key == name else None
             sock = self._sockets[key] = dealer(self._context, peer.address, watch)
             self._names[sock] = name
-            self._poller.register(sock, zmq.POLLIN)
+            self.poller.register(sock, zmq.POLLIN)
             self._greeted.pop(key, None)
             self._greet(key)
 

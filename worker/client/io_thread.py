@@ -238,9 +238,8 @@ class IoThread:
     # ---- the thread
 
     def _run(self) -> None:
-        poller = zmq.Poller()
+        poller = self.connections.poller
         poller.register(self._woken.fileno(), zmq.POLLIN)
-        self.connections.attach(poller)
         try:
             while not self._closing:
                 for ready, _ in poller.poll(_TICK_MS):
