@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from roundtable.cluster.launch.standalone import Companions
     from roundtable.worker.run import Run
+    from roundtable.worker.session.session import Session
 
 #: A launcher of workers sets these: the coordinator's address, and the number of this worker.
 ADDRESS_VARIABLE = "ROUNDTABLE_COORDINATOR"
@@ -52,6 +53,8 @@ def join() -> Run:
     the coordinator cannot be reached. Exit with code 2 if torchrun, srun or mpirun has started this script several times without
     a coordinator.
     """
+    from roundtable.worker.run import Run
+
     address = _from_launcher(ADDRESS_VARIABLE)
     while _participations:
         if address is not None and not is_interactive():
@@ -64,18 +67,19 @@ def join() -> Run:
         companions = _start_companions()
         address = companions.address
     try:
-        run = _join(whole(address))
+        session = _join(whole(address))
     except BaseException:
         if companions is not None:
             companions.stop()
         raise
-    _participations.append(Participation(run, companions))
+    _participations.append(Participation(session, companions))
+    run = Run(session)
     if companions is None:
         os.environ |= rank_variables(os.environ, run.index, run.workers, run.device.index or 0)
     return run
 
 
-def _join(address: str) -> Run:
+def _join(address: str) -> Session:
     """Join the run of the coordinator at `address`."""
     import torch
 
@@ -84,7 +88,7 @@ def _join(address: str) -> Run:
     from roundtable.common.network.host_identity import here
     from roundtable.common.protocol.messages.session import Hello
     from roundtable.worker.client.io_thread import IoThread
-    from roundtable.worker.run import Run
+    from roundtable.worker.session.session import Session
 
     arithmetic = {
         "torch": str(torch.__version__),
@@ -97,7 +101,7 @@ def _join(address: str) -> Run:
     await_route(address, start_s)
     io = IoThread(address, hello, start_s)
     try:
-        return Run(io)
+        return Session(io)
     except BaseException:
         io.close()
         raise

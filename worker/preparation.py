@@ -17,8 +17,8 @@ from roundtable.common.runtime.skip_dynamo import no_compiler
 from roundtable.worker import facts as alike
 from roundtable.worker.layers.sharded_linear import Sharded, check_sharding, find_layers
 from roundtable.worker.layers.sparse_embedding import SparseEmbedding, check_training, find_tables
-from roundtable.worker.loop.local_sgd import Inner
 from roundtable.worker.loop.script_edits import check_layers
+from roundtable.worker.optim.inner_optimizer import InnerOptimizer
 from roundtable.worker.optim.optimizer import (
     Hypers,
     Per,
@@ -56,7 +56,7 @@ class Preparation:
     dense: list[dict[str, Any]]
     update: Update
     #: The optimizer that steps here, or one like the servers' optimizer, for a schedule to step.
-    optimizer: Inner | torch.optim.Optimizer
+    optimizer: InnerOptimizer | torch.optim.Optimizer
     #: The script's settings that `update` does not have.
     facts: list[Fact]
     #: None if there is no schedule to compare between workers.
@@ -81,12 +81,12 @@ def prepare(
     specs, sharded = [table.spec for table in tables], [one.spec for one in layers]
     replica = Replica(model, group_of, servers, specs, sharded, rules, policy.applies == "push", weights)
     check_sharding(layers, policy, clip_norm is not None)
-    optimizer: Inner | torch.optim.Optimizer
+    optimizer: InnerOptimizer | torch.optim.Optimizer
     if policy.is_local:
         check_training(tables, cls, [dict(hyper)] * len(groups), policy)
         outer = policy.outer_optimizer
         update = Update(outer[0] if outer else None, [dict(outer[1]) if outer else {} for _ in groups])
-        optimizer = Inner(make_optimizer(cls, groups, hyper), call.schedule, call.schedule_per, clip_norm)
+        optimizer = InnerOptimizer(make_optimizer(cls, groups, hyper), call.schedule, call.schedule_per, clip_norm)
     else:
         check_sendable(cls)
         with no_compiler():

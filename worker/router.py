@@ -45,18 +45,17 @@ def _ignore(sender: str, body: Body, frames: Frames) -> None:
 class MessageRouter:
     """The handlers by kind of message, and the clients, which also follow the clock and the loss of servers."""
 
-    def __init__(self, io: IoThread, tasks: TaskQueue, reports: ReportQueue, may_leave: Callable[[], None]) -> None:
-        """`may_leave` is called when the coordinator releases this worker."""
+    def __init__(self, io: IoThread, tasks: TaskQueue, reports: ReportQueue, hear: Callable[[Heartbeat], None]) -> None:
+        """`hear` is called with each heartbeat of the coordinator."""
         self._io = io
         self._tasks = tasks
         self._reports = reports
-        self._may_leave = may_leave
         self._clients: list[ServerClient] = []
         #: By kind of message, from the coordinator or a server: its handler.
         self._handlers: dict[type[Body], Handler] = {
             MembershipUpdate: self._know_members,
             Reassign: lambda sender, body, frames: self._tasks.reassigned(body),
-            Heartbeat: self._hear,
+            Heartbeat: lambda sender, body, frames: hear(body),
             Accepted: lambda sender, body, frames: self._reports.accepted(body),
             Refused: self._fail,
             SetupReply: _ignore,
@@ -112,10 +111,6 @@ class MessageRouter:
         if body.share_tables[-1].epoch > self._io.epoch:
             self._tasks.tables = body.share_tables
             self._io.epoch = body.share_tables[-1].epoch
-
-    def _hear(self, sender: str, body: Heartbeat, frames: Frames) -> None:
-        if body.leaves:
-            self._may_leave()
 
     def _fail(self, sender: str, body: Refused, frames: Frames) -> None:
         raise ClusterError(body.reason if sender == COORDINATOR else f"{sender}: {body.reason}")

@@ -20,7 +20,6 @@ from roundtable.common.config.settings import Settings
 from roundtable.common.protocol.messages.session import Traffic
 from roundtable.common.runtime.errors import UsageError, script_line
 from roundtable.worker import tensor_names
-from roundtable.worker.client.io_thread import IoThread
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.data.arguments import BatchArguments, Data, resolve
 from roundtable.worker.merge import batchnorm, constraints
@@ -36,9 +35,8 @@ M = TypeVar("M", bound=nn.Module)
 class Run:
     """A script's part in a run. `roundtable.join` makes it."""
 
-    def __init__(self, link: IoThread) -> None:
-        self._session = session = Session(link)
-        context = session.context
+    def __init__(self, session: Session) -> None:
+        self._session, context = session, session.context
         #: The run's settings, from flags or a file.
         self.settings: Settings = context.settings
         #: This worker's number, from 0.
@@ -52,14 +50,6 @@ class Run:
         self._buffer_rules: Rules = {}
         #: Whether a loop over batches is under way, or was left before its end.
         self._is_training = True
-        #: Whether the script was interrupted.
-        self.interrupted = False
-        #: Why the script failed; '' if it did not. `finish` tells the coordinator.
-        self.failure = ""
-        #: Whether the script failed because a server did not answer.
-        self.cut_off = False
-        #: Called when this worker has left the run.
-        self.after_end: Callable[[], None] = lambda: None
 
     # ---- questions
 
@@ -188,6 +178,8 @@ class Run:
         session, training = self._session, self._session.training
         if training is None:
             raise UsageError("batches() needs an optimizer: call run.optimizer(...) before it.")
+        if session.segments.is_cut_off:
+            return
         if session.segments.none:
             training.begin()
         model = training.work.replica.model
@@ -274,29 +266,35 @@ class Run:
 
     # ---- the end
 
+    def stop(self, reason: str) -> None:
+        """Have the run end here, on all workers after the same round: early stopping.
+
+        The run ends as if that round were its last planned one: with the model, a summary, a last checkpoint and exit code 0.
+        The loop over `batches` ends there, and later loops yield nothing. The summary and the launcher's last lines have the
+        `reason` and the worker that asked. Any worker may call this, several may, and at any place of the script after its first
+        batch. The first call counts.
+
+        This returns when the coordinator and all servers have agreed on the last round. If every worker calls this at the same
+        `round` n, the run has exactly n rounds (at least one), on any cluster. If only some workers do, the others may have
+        completed more rounds meanwhile, and these count. A round that no server has begun to apply is left out. Under `ssp` and
+        `async` the last round is the newest that any worker has begun. Under `local` and `average` the run ends after a merge:
+        the last one, or the next if this worker has stepped since.
+
+        Raises UsageError before the first batch, and NoAnswer if the coordinator does not answer in time.
+        """
+        self._session.end_run(str(reason))
+
+    @property
+    def stopped(self) -> bool:
+        """True once this worker knows that the run ends early, because a script has called `stop`."""
+        return self._session.departure.ends_after is not None
+
     def leave(self) -> None:
         """Leave the run after the current micro-batch. The script ends there, and other workers do the rest.
 
         Has no effect if replicas train apart (`local`, `average`). A signal's handler may call this.
         """
-        self._session.departure.requested = not self._session.context.policy.is_local
-
-    def on_stop_signal(self, number: int, frame: object = None) -> None:
-        """Handle a signal: leave once the coordinator allows it, because other workers do the rest or there is a checkpoint.
-
-        Raises Stopped if it is called again.
-        """
-        self._session.on_stop_signal(number)
-
-    @property
-    def left_early(self) -> bool:
-        """Whether this worker has stopped training before the run's end, because it was asked to leave."""
-        return self._session.departure.early
-
-    @property
-    def stop_signal(self) -> int:
-        """The signal that has asked this worker to stop; 0 if none has."""
-        return self._session.io.stop_signal
+        self._session.leave()
 
     def finish(self) -> None:
         """Leave the run: send the last reports and pushes, and wait until the run's results are saved.
@@ -304,29 +302,7 @@ class Run:
         The end of the script calls this, and so does `roundtable.join()` in a notebook. Raises ClusterError if the run failed
         elsewhere.
         """
-        self.leave_cluster()
-        self.after_end()
-
-    @property
-    def failed_elsewhere(self) -> bool:
-        """Whether the coordinator has said that the run has failed."""
-        return self._session.io.failed
-
-    # ---- for other parts of this package
-
-    def leave_cluster(self) -> None:
-        """Do the part of `finish` that others see."""
-        self._session.finish(self.failure, self.interrupted, self.cut_off)
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether rounds of a loop over batches are left to do."""
-        return not self._session.segments.done
-
-    @property
-    def has_trained(self) -> bool:
-        """Whether there has been a loop over batches."""
-        return not self._session.segments.none
+        self._session.finish()
 
     @property
     def traffic(self) -> Traffic:

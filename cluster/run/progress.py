@@ -138,6 +138,8 @@ class Tracker:
                 left.add(event.process)
                 if "failed" in event.data:
                     failed_late.add(event.process)
+            elif event.kind == "ends":
+                total = int(event.data["updates"])
             elif event.kind == "model":
                 has_model = True
             elif event.kind == "checkpoint":
@@ -242,6 +244,8 @@ def _news(event: Event) -> str | None:
             return f"{event.process} died: {event.data['why']}; {then}."
         case "restarted":
             return f"restarting all processes from the newest checkpoint: {event.data['reason']}"
+        case "ends":
+            return f"the run ends after round {event.data['round']}, as {event.process} has asked: {event.data['reason']}"
         case "waiting":
             return f"the run waits for {event.data['for']}."
         case "rolled back":

@@ -42,6 +42,8 @@ def summary_lines(summary: Mapping[str, Any], folder: Path) -> list[str]:
     told = [f"{n} micro-batch{'es' * (n > 1)} {text}" for key, text in extra.items() if (n := summary.get(key))]
     if told:
         lines.append(", ".join(told))
+    if end := summary.get("ended_early"):
+        lines.append(f"ended early after round {end['round']}, as {end['worker']} asked: {end['reason']}")
     if failed := summary.get("workers_failed"):
         lines.append(f"went on without {some(failed)}")
     for name, round_ in summary.get("left_early", {}).items():

@@ -7,7 +7,18 @@ from typing import TypeVar
 import msgspec
 
 from roundtable.common.config.field_types import Count, Name
-from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, ReportAck, RoundReady
+from roundtable.common.protocol.messages.commit import (
+    AllNorms,
+    CloseRound,
+    HoldUpdates,
+    Mean,
+    Metrics,
+    Norms,
+    Report,
+    ReportAck,
+    RoundReady,
+    UpdatesHeld,
+)
 from roundtable.common.protocol.messages.embedding import InitialRows, RowAck, RowPull, RowPush, Rows
 from roundtable.common.protocol.messages.gradients import Ack, Pull, Push, VersionExpired, Weights, WeightsCredit
 from roundtable.common.protocol.messages.kv import KvPull, KvPush, KvReply
@@ -24,6 +35,7 @@ from roundtable.common.protocol.messages.replication import (
 )
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import (
+    EndRun,
     Goodbye,
     Heartbeat,
     Hello,
@@ -57,6 +69,7 @@ Message = (
     | Report | ReportAck | RoundReady | CloseRound | Norms | AllNorms | TakeCheckpoint | CheckpointStatus
     | Replicate | ReplicateRows | ReplicateLayers | RoundReplicated | RoundReplicatedAck
     | RequestState | StateHeader | StatePart | StatePartAck
+    | EndRun | HoldUpdates | UpdatesHeld
     | Mean | Metrics | Goodbye | Recomputed | SendModel | ModelPart | KvPush | KvPull | KvReply
 )  # fmt: skip
 #: Largest size of a Hello, in bytes.

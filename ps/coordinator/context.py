@@ -128,11 +128,11 @@ class RunContext:
         They may if scripts have looped over batches several times and no script has ended by itself.
         """
         ended = any(worker.left and worker.ended_at >= 0 and not worker.failed for worker in self.membership.workers.values())
-        return len(self.ledger.segments) > 1 and not ended
+        return len(self.ledger.segments) > 1 and self.ledger.ends_after < 0 and not ended
 
     def has_done_all(self, round_: int) -> bool:
         """Return whether a worker with `round_` rounds in its model has all known rounds."""
-        return bool(self.ledger.segments) and round_ >= self.ledger.segments[-1].end
+        return bool(self.ledger.segments) and round_ >= self.ledger.end
 
     def enter_rows(self, now: float) -> None:
         """Hand the new rounds and contributions to the event log."""

@@ -19,9 +19,9 @@ from roundtable.common.protocol.effects import number_of
 from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Standing
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, RoundReady
+from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Mean, Metrics, Norms, Report, RoundReady, UpdatesHeld
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, Recomputed
-from roundtable.common.protocol.messages.session import Goodbye, Heartbeat, Reassign, RequestWork, Stop
+from roundtable.common.protocol.messages.session import EndRun, Goodbye, Heartbeat, Reassign, RequestWork, Stop
 from roundtable.common.protocol.messages.setup import Plan, Setup
 from roundtable.common.protocol.rejections import Rejections
 from roundtable.common.protocol.transport import HEARTBEAT_S, ForeignRun, Frames, receive
@@ -40,7 +40,7 @@ from roundtable.ps.coordinator.parts.joining import Joining
 from roundtable.ps.coordinator.parts.model import ModelCollector
 from roundtable.ps.coordinator.parts.planning import Planning
 from roundtable.ps.coordinator.parts.status import StatusReporter
-from roundtable.ps.coordinator.parts.stopping import Stopping
+from roundtable.ps.coordinator.parts.stopping import EarlyEnd, Stopping
 from roundtable.ps.coordinator.parts.summary import RunSummary
 from roundtable.ps.coordinator.recovery import RestoredRun
 from roundtable.ps.coordinator.results import summarized_run
@@ -85,6 +85,7 @@ class Coordinator:
         self.planning = Planning(context, self.model, self.departures)
         self.checkpoints = CheckpointDriver(context, self.departures, now)
         self.stopping = Stopping(context, self.checkpoints, self.model)
+        self.early_end = EarlyEnd(context)
         self.status = StatusReporter(context, self.model, self._rejections, now)
         self.deadline = Deadline(context, self.model, self.departures, self.checkpoints, self.status)
         self.summary = RunSummary(context, self.model, self.departures, self.planning, self.status)
@@ -202,6 +203,7 @@ class Coordinator:
         self.stopping.let_leave(now)
         self.status.note_losses(now)
         self.stopping.tick(now)
+        self.early_end.tick(now)
         if context.membership.broken and self.model.needs_servers():
             raise RestartRun(context.membership.broken)
         context.enter_rows(now)
@@ -277,6 +279,7 @@ class Coordinator:
             Norms: self.failover.decide,
             CloseRound: self._decided,
             AllNorms: self._decided,
+            UpdatesHeld: self.early_end.held,
             CheckpointStatus: self.checkpoints.note_status,
             ModelPart: self.model.take_part,
         }
@@ -288,6 +291,7 @@ class Coordinator:
             Mean: self._mean,
             Metrics: self.summary.log_metrics,
             Recomputed: self.model.recomputed,
+            EndRun: self.early_end.request,
             Goodbye: self.departures.goodbye,
         }
         return {"server": servers, "worker": workers}
@@ -302,7 +306,8 @@ class Coordinator:
         context.membership.heartbeat(member.name, heartbeat, now)
         if now >= self._answered_at.get(member.name, 0.0) + HEARTBEAT_S / 2:  # heartbeats with news come much more often
             self._answered_at[member.name] = now
-            context.mail.send(member.name, Heartbeat(leaves=member.name in self.stopping.dismissed))
+            leaves = member.name in self.stopping.dismissed
+            context.mail.send(member.name, Heartbeat(leaves=leaves, ends_after=self.early_end.ends_after))
 
     def _report(self, message: Received[Report]) -> None:
         context = self.context

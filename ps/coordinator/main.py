@@ -106,7 +106,8 @@ def run_to_resume(run_dir: Path, accept_versions: bool = False) -> tuple[Restore
     for folder in folders(run_dir):
         if found is None or folder > found.folder:
             remove(folder)
-    restored = restore(run_dir / FILE_NAME, upto=found.manifest.round if found is not None else 0)
+    upto = found.manifest.round if found is not None else 0
+    restored = restore(run_dir / FILE_NAME, upto, has_finished=(run_dir / SUMMARY_FILE).exists())
     if restored is None:
         raise UsageError(f"there is no run in {run_dir} to go on with.")
     return restored, warning

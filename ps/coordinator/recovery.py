@@ -30,7 +30,7 @@ from roundtable.common.protocol.messages.session import Hello, Stop
 from roundtable.common.protocol.messages.setup import Setup
 from roundtable.common.runtime.errors import UsageError
 from roundtable.common.storage.event_log import RunLog, connect_to_write, round_rows
-from roundtable.ps.coordinator.state.ledger import Ledger, Reported
+from roundtable.ps.coordinator.state.ledger import Ledger, Reported, RunEnd
 from roundtable.ps.coordinator.state.membership import Membership
 from roundtable.ps.coordinator.state.roster import Member
 from roundtable.ps.coordinator.summary_metrics import Measured, measured
@@ -126,6 +126,8 @@ def _state(head: RunHeader, membership: Membership, ledger: Ledger) -> Iterator[
         yield "setup", "", ledger.setup
     for segment in ledger.segments:
         yield "plan", str(segment.index), segment
+    if ledger.run_end is not None:
+        yield "end", "", ledger.run_end
     for about, told in ledger.facts.items():
         yield "told", about, told
     for server, reported in ledger.reported.items():
@@ -139,13 +141,13 @@ def new_run(before: str = "") -> str:
     return f"{before.partition('.')[0] or secrets.token_hex(4)}.{secrets.token_hex(2)}"
 
 
-def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
+def restore(path: Path, upto: int | None = None, has_finished: bool = False) -> RestoredRun | None:
     """Return the run in the event log at `path`, or None if no coordinator has written one.
 
     With `upto`, roll the event log back to the moment when exactly the rounds below `upto` were committed. Rows and reports of
     later rounds are deleted for good, and their micro-batches count as computed again. Members and plans are forgotten, except
     plans that rounds before `upto` need: the restarted processes send their own. The run gets another name. A crash leaves all of
-    that done or nothing.
+    that done or nothing. The end that a script has asked for is kept, unless the run `has_finished` and is to go on after it.
 
     Raises UsageError if the file cannot be read, or if rounds below `upto` are missing from it.
     """
@@ -156,13 +158,15 @@ def restore(path: Path, upto: int | None = None) -> RestoredRun | None:
             if upto is None:
                 return _read(db)
             db.execute("BEGIN IMMEDIATE")  # if an error is raised, closing the connection rolls this back
+            if has_finished:
+                db.execute("DELETE FROM state WHERE kind = 'end'")
             _put_back(db, path, upto)
             restored = _read(db)
             if restored is not None:
                 head = restored.head
                 restored.head = msgspec.structs.replace(head, run=new_run(head.run), resume=upto or -1)
                 db.execute("UPDATE OR REPLACE state SET kind = 'planned' WHERE kind = 'plan'")
-                db.execute("DELETE FROM state WHERE kind != 'planned'")
+                db.execute("DELETE FROM state WHERE kind NOT IN ('planned', 'end')")
                 db.execute("INSERT INTO state VALUES ('run', '', ?)", (msgspec.msgpack.encode(restored.head),))
                 restored.members, restored.tables = {}, []
             db.execute("COMMIT")
@@ -202,6 +206,7 @@ def _read(db: sqlite3.Connection) -> RestoredRun | None:
     plans = state("plan", Segment)
     # since the restart no worker may have sent the plans of rounds before `head.resume` again
     ledger.segments = _in_order({**state("planned", Segment), **plans})
+    ledger.run_end = state("end", RunEnd).get("")
     ledger.reported = {int(server): reported for server, reported in state("reported", Reported).items()}
     ledger.pending = [row for rows in state("pending", list[Committed]).values() for row in rows]
     ledger.dropped = [row for rows in state("dropped", list[Contribution]).values() for row in rows]

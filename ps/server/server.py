@@ -23,11 +23,9 @@ from roundtable.common.protocol.envelope import Envelope
 from roundtable.common.protocol.flow_limits import Inflow, Outflow, Standing
 from roundtable.common.protocol.liveness import Signs
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.commit import AllNorms, CloseRound, Norms, ReportAck, RoundReady
 from roundtable.common.protocol.messages.embedding import RowPull
 from roundtable.common.protocol.messages.gradients import Pull
 from roundtable.common.protocol.messages.kv import KvPull, KvPush
-from roundtable.common.protocol.messages.saving import SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import MOST_MICRO_BATCHES, Heartbeat, Hello, MembersLost, Peer, Refused
 from roundtable.common.protocol.messages.setup import Plan
 from roundtable.common.protocol.rejections import Rejections
@@ -59,7 +57,7 @@ from roundtable.ps.replication.manager import FROM_NEIGHBOUR
 from roundtable.ps.server.connections import Connections
 from roundtable.ps.server.identities import Identities
 from roundtable.ps.server.kv_store import KvStore
-from roundtable.ps.server.shard_host import ShardHost
+from roundtable.ps.server.shard_host import FROM_COORDINATOR, ShardHost
 from roundtable.ps.shard.checkpoint_writer import CheckpointWriter, open_source
 from roundtable.ps.shard.context import ShardContext
 
@@ -312,7 +310,7 @@ class _Server:
         if self._shard is not None:
             if isinstance(body, MembersLost):
                 self._lose(body, now)
-            elif isinstance(body, ReportAck | CloseRound | AllNorms | RoundReady | Norms | TakeCheckpoint | SendModel):
+            elif isinstance(body, FROM_COORDINATOR):
                 self._do(self._shard.handle(COORDINATOR, body, frames, now))
         elif welcome is not None:
             self._stamp.sender = welcome.process
@@ -328,7 +326,7 @@ class _Server:
                 self._show_life, self._finish_saving, lambda: writer.busy, lambda: writer.bytes,
             )  # fmt: skip
             self._identities = Identities(index, welcome.key, welcome.servers)
-            self._shard = ShardHost(context, source, welcome.replaces)
+            self._shard = ShardHost(context, source, welcome.replaces, welcome.ends_after)
             self._know(welcome.servers)
             self._watchdog = Watchdog(welcome.settings.stack_dump_after, self._progress, self._waits_for)
             log.info("this is %s of run %s", welcome.process, welcome.run)

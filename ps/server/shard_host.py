@@ -11,10 +11,20 @@ import msgspec
 
 from roundtable.common.protocol.effects import BACKUP, COORDINATOR, AboutCopies, Send
 from roundtable.common.protocol.messages.base import Body
-from roundtable.common.protocol.messages.commit import ReportAck
+from roundtable.common.protocol.messages.commit import (
+    AllNorms,
+    CloseRound,
+    HoldUpdates,
+    Norms,
+    ReportAck,
+    RoundReady,
+    UpdatesHeld,
+)
 from roundtable.common.protocol.messages.embedding import RowPull
 from roundtable.common.protocol.messages.gradients import Pull, WeightsCredit
-from roundtable.common.protocol.messages.replication import StateHeader
+from roundtable.common.protocol.messages.replication import (
+    StateHeader,
+)
 from roundtable.common.protocol.messages.saving import CheckpointStatus, ModelPart, SendModel, TakeCheckpoint
 from roundtable.common.protocol.messages.session import MembersLost, Refused, Traffic
 from roundtable.common.protocol.messages.setup import Plan, Setup, SetupReply
@@ -38,15 +48,23 @@ from roundtable.ps.updates.sync_shard import SyncShard
 
 log = logging.getLogger("roundtable.ps.shard")
 
+#: Messages about the shard that a server takes from the coordinator, besides `MembersLost`.
+FROM_COORDINATOR = (ReportAck, CloseRound, AllNorms, RoundReady, Norms, HoldUpdates, TakeCheckpoint, SendModel)
+
 
 class ShardHost:
     """A server's shard, and the state that exists before the shard does."""
 
-    def __init__(self, context: ShardContext, source: Source | None = None, returns: bool = False) -> None:
-        """`source` is the checkpoint to go on from, if any. `returns`: the shard's state will come from the backup."""
+    def __init__(self, context: ShardContext, source: Source | None = None, returns: bool = False, ends_after: int = -1) -> None:
+        """`source` is the checkpoint to go on from, if any. `returns`: the shard's state will come from the backup.
+
+        `ends_after`: the run ends after so many updates, as a script has asked for; -1 if none has.
+        """
         self.settings, self.index, self._policy = context.settings, context.index, context.policy
         self._context, self._source = context, source
         self.plans = Plans()
+        if ends_after >= 0:
+            self.plans.hold(ends_after, decided=True)
         self.reports = ReportQueue()
         self.checkpoint = ShardCheckpoint()
         self._progress = Progress(context.show_life)
@@ -133,6 +151,8 @@ class ShardHost:
                     if self.shard is not None:
                         self.shard.forget(worker)
                 return []
+            case HoldUpdates():
+                return self._hold(body, now)
             case TakeCheckpoint():
                 return self.checkpoint.ask(body, self.shard, self.done)
             case SendModel():
@@ -141,6 +161,14 @@ class ShardHost:
                 return self._send_model()
             case _:
                 return self.shard.decide(body, now) if self.shard is not None else []
+
+    def _hold(self, body: HoldUpdates, now: float) -> list[Send]:
+        """Begin no more updates than the coordinator lets this server begin, and say how many these are."""
+        if self.restoring:
+            return []  # it is not known yet what this server has begun; the coordinator asks again
+        begun = self.shard.first_not_begun if self.shard is not None else 0
+        answer = Send(COORDINATOR, UpdatesHeld(self.plans.hold(max(body.updates, begun), body.decided), self.plans.has_end))
+        return [answer, *(self.shard.released(now) if self.shard is not None else ())]
 
     def tick(self, now: float) -> list[Send]:
         """Return the messages that are due at `now`: reports, repeated questions, and parts of states."""

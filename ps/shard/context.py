@@ -58,6 +58,20 @@ class Plans:
 
     def __init__(self) -> None:
         self.segments: list[Segment] = []
+        #: No update from this one on is begun; None if there is no such bound.
+        self._held_from: int | None = None
+        #: Whether that is the end of the run, for which a script has asked.
+        self.has_end = False
+
+    def hold(self, updates: int, decided: bool) -> int:
+        """Begin no update from number `updates` on, and return that number. If it is `decided`, the run ends there."""
+        self._held_from = max(updates, self._held_from or 0)
+        self.has_end |= decided
+        return self._held_from
+
+    def is_held(self, update: int) -> bool:
+        """Return True if update number `update` must not be begun."""
+        return self._held_from is not None and update >= self._held_from
 
     def agree(self, sender: str, segment: Segment) -> Send:
         """Return the answer to a worker's plan. The first worker defines a segment. All others must have the same segment."""
@@ -69,8 +83,9 @@ class Plans:
 
     @property
     def end(self) -> int:
-        """Return the first round that no segment has."""
-        return self.segments[-1].end if self.segments else 0
+        """Return the first round that is not to be done: no segment has it, or the run ends before it."""
+        end = self.segments[-1].end if self.segments else 0
+        return end if self._held_from is None or not self.has_end else min(end, self._held_from)
 
     def has(self, round_: int) -> bool:
         """Return True if a segment has the round."""

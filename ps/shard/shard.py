@@ -94,28 +94,33 @@ class Shard(ABC):
 
     @property
     @abstractmethod
-    def at_border(self) -> bool:
-        """Return True if the shard can be saved as that of `version`: any part of a later round in it is recorded."""
+    def first_not_begun(self) -> int:
+        """Return the first update of which nothing is applied, and that no worker may have begun because of this server."""
 
     @property
-    @abstractmethod
+    def at_border(self) -> bool:
+        """Return True if the shard can be saved as that of `version`: `extra` records any part of a later round in it."""
+        return True
+
+    @property
     def seen(self) -> Mapping[int, torch.Tensor]:
         """Return by chunk the weights that workers compute from, if these may differ from the masters. Empty otherwise."""
+        return {}
 
-    @abstractmethod
     def extra(self) -> dict[str, Any]:
         """Return the values, beside tensors, that a checkpoint must hold."""
+        return {}
 
     @abstractmethod
     def missing(self) -> list[int]:
         """Return the micro-batches of round `version` that have not arrived in full. The coordinator may reassign them."""
 
-    @abstractmethod
     def missing_later(self) -> list[list[int]]:
         """Return for each round after `version` that workers have reached the micro-batches that have not arrived in full.
 
         If there are many, return only the first ones. If only one round is open at a time, return an empty list.
         """
+        return []
 
     @abstractmethod
     def resume(self, source: Source) -> None:
@@ -125,9 +130,9 @@ class Shard(ABC):
     def opened(self, source: Source | None) -> None:
         """Start serving: all weights have arrived. They came from the checkpoint `source` if that is not None."""
 
-    @abstractmethod
     def plan_known(self) -> list[Send]:
         """Return the messages to send after a worker has announced a plan."""
+        return []
 
     @abstractmethod
     def push(self, sender: str, push: Push, values: Callable[[], Sequence[Sum]], now: float) -> list[Send]:
@@ -137,12 +142,12 @@ class Shard(ABC):
     def push_kind(self, kind: ParameterKind, sender: str, push: Any, frames: Frames, now: float) -> list[Send]:
         """Take a contribution to embedding rows or sharded layers, and return the messages to send."""
 
-    @abstractmethod
     def decide(self, body: Body, now: float) -> list[Send]:
         """Take a decision about a round, or another server's question about one, and return the messages to send.
 
         Raises WireError if the message makes no sense.
         """
+        raise WireError(f"a server has no use for {type(body).__name__}")
 
     @abstractmethod
     def serve(self, worker: str) -> list[Send]:
@@ -158,6 +163,10 @@ class Shard(ABC):
 
     def begin_backup(self) -> None:  # noqa: B027
         """Start to send the shard's state to its backup, if the run has replicas and the backup has no copy."""
+
+    @abstractmethod
+    def released(self, now: float) -> list[Send]:
+        """Return the messages to send after the coordinator has let the shard begin more updates, or has ended the run."""
 
     def go_on(self, now: float) -> list[Send]:
         """Return the messages to send after the backup has made progress."""
@@ -255,6 +264,10 @@ class Shard(ABC):
         counted = self._counted.get(push.round, {}).get((sender, push.lo, push.hi), set())
         ignored = [chunk for chunk in push.chunks if chunk not in counted]
         return Send(sender, Ack(push.round, push.lo, push.hi, push.chunks, push.metrics is not None, ignored=ignored))
+
+    def _ack_of(self, sender: str, push: Push | RowPush | LayerPush) -> Send:
+        """Return the acknowledgement of a push of any kind that counts nowhere."""
+        return self._ack(sender, push) if isinstance(push, Push) else Send(sender, self._kind_of[type(push)].ack(push))
 
     # ---- checkpoints
 

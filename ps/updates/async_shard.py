@@ -8,7 +8,7 @@ may see another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -57,6 +57,8 @@ class AsyncShard(Shard):
         self._applied: dict[int, dict[int, set[int]]] = {}
         #: The newest round that a worker has contributed to, or asked for the weights of.
         self._reached = 0
+        #: The newest round for which a worker was given weights to start from.
+        self._served = -1
         #: On server 0, by open round and micro-batch: the metrics.
         self._metrics: dict[int, dict[int, Metrics]] = {}
         #: By open round and micro-batch: a contribution that is not finite, and its chunks that were dropped here.
@@ -104,12 +106,8 @@ class AsyncShard(Shard):
         self.model.frozen.note_changes(0)
 
     @property
-    def at_border(self) -> bool:
-        return True  # `extra` records the micro-batches of later rounds that are applied
-
-    @property
-    def seen(self) -> Mapping[int, torch.Tensor]:
-        return {}
+    def first_not_begun(self) -> int:
+        return max(self._slowest, self._served + 1, *(round_ + 1 for round_ in self._applied))
 
     def extra(self) -> dict[str, Any]:
         applied = [
@@ -160,8 +158,13 @@ class AsyncShard(Shard):
     def plan_known(self) -> list[Send]:
         return self._advance()  # a checkpoint may have had all of its first round
 
-    def decide(self, body: Body, now: float) -> list[Send]:
-        raise WireError(f"a server has no use for {type(body).__name__}")
+    def handle(self, sender: str, body: Body, frames: Frames, now: float) -> list[Send]:
+        if not (isinstance(body, Push | RowPush | LayerPush) and self._plans.is_held(body.round)):
+            return super().handle(sender, body, frames, now)
+        return [self._ack_of(sender, body)] if self._plans.has_end else []  # else the worker sends it again
+
+    def released(self, now: float) -> list[Send]:
+        return self._advance() + self.serve_all()
 
     def push(self, sender: str, push: Push, values: Callable[[], Sequence[Sum]], now: float) -> list[Send]:
         plan = self._single(sender, push)
@@ -288,12 +291,7 @@ class AsyncShard(Shard):
             del self.sender.waiting[worker]
             return [Send(worker, VersionExpired(pull.for_round, self._slowest - 1))]
         if waiter.weights is None:
-            may = (
-                self._slowest >= pull.for_round
-                if pull.after_all_updates
-                else self._policy.may_start(pull.for_round, self._slowest)
-            )
-            if not self.model.is_open or not may:
+            if not self.model.is_open or not self._may_have(pull):
                 return []
             self.sender.update_needs(waiter)
             waiter.version = self._course.seen
@@ -301,6 +299,15 @@ class AsyncShard(Shard):
             waiter.coded = {chunk: self._coded[chunk] for chunk in waiter.unsent & self._coded.keys() if not pull.full_precision}
         weights = {chunk: waiter.weights[chunk] for chunk in waiter.unsent}
         return self.sender.send(worker, waiter.version, self._buffer_for(worker, pull), weights, True, waiter.coded)
+
+    def _may_have(self, pull: Pull) -> bool:
+        """Return True if a worker may have the weights that it asks for."""
+        if pull.after_all_updates or (self._plans.has_end and self._plans.is_held(pull.for_round)):
+            return self._slowest >= pull.for_round
+        if self._plans.is_held(pull.for_round) or not self._policy.may_start(pull.for_round, self._slowest):
+            return False
+        self._served = max(self._served, pull.for_round)
+        return True
 
     def _buffer_for(self, worker: str, pull: Pull) -> int:
         """Return the one of the worker's two weight buffers that the worker does not read, or -1 if the worker has none."""

@@ -81,8 +81,9 @@ class SyncShard(Shard):
             return []
         return self.round.missing(self.model.ids)
 
-    def missing_later(self) -> list[list[int]]:
-        return []
+    @property
+    def first_not_begun(self) -> int:
+        return self.version + (bool(self.round.applied) or self._ending is not None)
 
     @property
     def at_border(self) -> bool:
@@ -92,9 +93,6 @@ class SyncShard(Shard):
     def seen(self) -> Mapping[int, torch.Tensor]:
         return {chunk: self.versions.of(self.version, chunk) for chunk in self.model.chunks}
 
-    def extra(self) -> dict[str, Any]:
-        return {}
-
     def resume(self, source: Source) -> None:
         self.versions.resume(source.round)
         self._open_round()
@@ -102,9 +100,6 @@ class SyncShard(Shard):
     def opened(self, source: Source | None) -> None:
         self.versions.place(source)
         self.begin_backup()
-
-    def plan_known(self) -> list[Send]:
-        return []
 
     def serve(self, worker: str) -> list[Send]:
         return self._serving.serve(worker, self.round.applied)
@@ -178,7 +173,7 @@ class SyncShard(Shard):
 
     def tick(self, now: float) -> list[Send]:
         self.begin_backup()
-        return self._decisions.ask(self._question(), now)
+        return self._decisions.ask(None if self._plans.is_held(self.version) else self._question(), now)
 
     def _question(self) -> RoundReady | Norms | None:
         """Return the question to the coordinator whose answer the round waits for, or None."""
@@ -194,6 +189,8 @@ class SyncShard(Shard):
 
     def _advance(self, now: float) -> list[Send]:
         """Apply the final sums, and close the round if everything is applied. Return the messages to send."""
+        if self._plans.is_held(self.version):
+            return self._replicated(now)
         round_, before = self.round, (self.version, len(self.round.applied))
         clipping = self.model.dense.clipping
         clips = clipping.clips and round_.moves
@@ -326,6 +323,9 @@ class SyncShard(Shard):
     def go_on(self, now: float) -> list[Send]:
         """Continue a round that waited only for the backup. Return the messages to send."""
         return self._advance(now) if self._ending is not None or self._awaits_backup else []
+
+    def released(self, now: float) -> list[Send]:
+        return self._advance(now) if self.model.is_open and self._plans.has(self.version) else []
 
     def work(self, now: float) -> list[Send]:
         return self._advance(now) if self.model.layers.measured and self.round.own_norms is None else []

@@ -77,6 +77,7 @@ from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.optim.optimizer import example_optimizer, plain_settings
 from roundtable.worker.replica.buffers import BufferRule
 from roundtable.worker.run import Run
+from roundtable.worker.session.session import Session
 
 _TICK_S = 0.1
 _COORDINATOR = "tcp://coordinator:1"
@@ -137,6 +138,13 @@ class Pace:
     fails_s: float = float("inf")
     #: True if the script fails because a server does not answer.
     finds_no_server: bool = False
+    #: When the script asks for the run's end, and from which `run.round` on.
+    ends_s: float = float("inf")
+    ends_round: float = float("inf")
+    #: True if the script does so before a batch's `step`, not only after it.
+    ends_before_step: bool = False
+    #: True if the script then leaves its loop by itself.
+    then_breaks: bool = False
     #: How long after a worker's death another one without faults takes its place.
     restart_s: float = float("inf")
 
@@ -1018,7 +1026,7 @@ class WorkerProcess(Process):
             self.kill(away)
         else:
             try:
-                self.run.on_stop_signal(15)
+                self.session.on_stop_signal(15)
             except Stopped:
                 self._interrupted()
 
@@ -1092,7 +1100,7 @@ class WorkerProcess(Process):
     def describe(self) -> str:
         if not self.alive or self.done or not hasattr(self, "run"):
             return f"{self.key} {'done' if self.done else 'alive' if self.alive else 'dead'}"
-        work = self.run._session.work
+        work = self.session.work
         return f"{self.key} at {work.heartbeat() if work is not None else 'start'}"
 
     def _look(self) -> None:
@@ -1144,7 +1152,8 @@ class WorkerProcess(Process):
 
     def _live(self) -> None:
         """Run the script as a worker's process does: schedule its faults, train, and finish."""
-        self.run = run = Run(self.link)
+        self.session = session = Session(self.link)
+        self.run = run = Run(session)
         now, pace = self.world.now, self.pace
         self._welcomed_at = now
         plans = [
@@ -1164,11 +1173,11 @@ class WorkerProcess(Process):
                 if self.link.stop_signal:
                     self._has_left()
             else:
-                run._session.ending.await_reports()
+                self.session.ending.await_reports()
                 self.done = True
                 run.finish()
         finally:
-            run._session.release_model()
+            self.session.release_model()
 
     def _train(self, run: Run) -> None:
         """Train as a user's script does."""
@@ -1178,7 +1187,8 @@ class WorkerProcess(Process):
         opt = run.optimizer(torch.optim.SGD, self.model.groups(), lr=case.lr, momentum=case.momentum, clip_norm=case.clip_norm)
         for samples, epochs in case.segments:
             for _ in run.batches(Numbers(samples), epochs=epochs, shuffle=False):
-                work = run._session.work
+                assert not self.session.departure.is_end(self.session.work.updates)  # type: ignore[union-attr]
+                work = self.session.work
                 assert work is not None and work.batch.task is not None
                 task = work.batch.task
                 self._sleep(self.begins(task))
@@ -1189,9 +1199,20 @@ class WorkerProcess(Process):
                 else:
                     self.model.compute(task)
                 run.log(loss=float(task.k))
+                if self.pace.ends_before_step:
+                    self._end_if_due(run)
                 opt.step(weight=case.given(task))
+                if self._end_if_due(run) and self.pace.then_breaks:
+                    break
                 if self.pace.pause_s:
                     self._sleep(self.pace.pause_s * self.world.random.random())
+
+    def _end_if_due(self, run: Run) -> bool:
+        """Ask for the run's end, if it is time. Whether it was."""
+        is_due = self.world.now >= self._welcomed_at + self.pace.ends_s or run.round >= self.pace.ends_round
+        if is_due:
+            run.stop(f"{self.key} has seen enough")
+        return is_due
 
     def _sleep(self, seconds: float) -> None:
         self._sleeps_until = self.world.now + seconds
@@ -1200,9 +1221,9 @@ class WorkerProcess(Process):
 
     def residuals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """Yield the push codec's residuals: the tensor's name, where in it the residual begins, and values."""
-        if not hasattr(self, "run") or self.run._session.training is None:
+        if not hasattr(self, "run") or self.session.training is None:
             return  # the worker came too late to train
-        training = self.run._session.training
+        training = self.session.training
         layout, feedback = training.work.replica.layout, training.client._coder._feedback
         assert not feedback._pending
         for chunk, state in feedback._states.items():
@@ -1376,6 +1397,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.ps.server.server",
             "roundtable.worker.client.connections",
             "roundtable.worker.client.io_thread",
+            "roundtable.worker.client.kv_client",
             "roundtable.worker.contribute.backward_overlap",
             "roundtable.worker.contribute.contribution_pusher",
             "roundtable.worker.contribute.push_overlap",
@@ -1385,6 +1407,7 @@ def _stand_ins(world: World) -> Iterator[None]:
             "roundtable.worker.model_setup",
             "roundtable.worker.layers.sharded_linear",
             "roundtable.worker.loop.local_sgd",
+            "roundtable.worker.merge.greedy_soup",
             "roundtable.worker.session.session",
         ):
             stack.enter_context(mock.patch(f"{module}.time", clock))
@@ -1466,10 +1489,12 @@ def simulate(case: Case, until_checkpoint: bool = False) -> Outcome:
             everybody = [process for process in world.processes.values() if isinstance(process, WorkerProcess)]
             there = world.expected <= world.processes.keys()
             done = there and all(w.done or not w.useful for w in everybody)
+            if coordinator.ledger.ends_after >= 0 and coordinator.alive and coordinator.coordinator.is_finished():
+                return True  # processes that come later have nothing left to do
             return (
                 done
                 and _is_settled(world)
-                and coordinator.ledger.committed >= planned
+                and coordinator.ledger.committed >= (planned if coordinator.ledger.ends_after < 0 else coordinator.ledger.planned)
                 and coordinator.coordinator.model.is_complete
             )
 

@@ -75,7 +75,7 @@ def test_a_worker_that_falls_silent_is_lost_once_and_has_no_share_from_then_on()
     table = membership.tables[-1]
     assert table.workers == ["worker-0", "worker-2"] and table.from_round > 5
     assert [(name, body) for name, body in told if isinstance(body, MembersLost)] == [
-        ("server-0", MembersLost(table.epoch, ["worker-1"], membership._introductions.peers))
+        ("server-0", MembersLost(table.epoch, ["worker-1"], membership.introductions.peers))
     ]
     membership.newly_lost.clear()
     go_on(membership, NEAR_S + 1, NEAR_S + 5, "server-0", "worker-0", "worker-2")

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 from roundtable.common.config.work_shares import ShareTable
 from roundtable.common.protocol.messages.session import Reassign
+from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.task_queue import TaskQueue
 
@@ -32,7 +33,7 @@ def test_what_was_kept_is_pushed_though_the_rest_is_taken_over_between_two_looks
     tasks.open(0, 2)
     taken_over = Reassign(0, 0, "worker-1", "worker-0")
     loop = object.__new__(GradientLoop)
-    loop.round, loop._per_round, loop._tasks = 0, True, tasks
+    loop.round, loop._per_round, loop._tasks, loop._departure = 0, True, tasks, Departure()
     loop._contributor = Mock()
     loop._weights = Mock(round_invalid=False)
     loop._context = SimpleNamespace(io=SimpleNamespace(lock=Lock(lambda: tasks.reassigned(taken_over))))  # type: ignore[assignment]

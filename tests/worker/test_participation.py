@@ -14,8 +14,8 @@ from roundtable.worker import joining
 from roundtable.worker.session.participation import Participation
 
 
-class StubRun:
-    """A run of which a test says how far it is. It notes what is done with it."""
+class StubSession:
+    """A session of which a test says how far it is. It notes what is done with it."""
 
     def __init__(self, under_way: bool = False, trained: bool = True) -> None:
         self.round, self.is_under_way, self.has_trained = 2, under_way, trained
@@ -70,8 +70,8 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[BaseException]]:
         signal.signal(number, handler)
 
 
-def part(run: StubRun, companions: StubCompanions | None = None) -> Participation:
-    return Participation(run, companions)  # type: ignore[arg-type]
+def part(session: StubSession, companions: StubCompanions | None = None) -> Participation:
+    return Participation(session, companions)  # type: ignore[arg-type]
 
 
 def fail(error: BaseException) -> None:
@@ -83,68 +83,70 @@ def fail(error: BaseException) -> None:
 def test_an_error_in_a_loop_at_a_prompt_ends_the_run_and_all_that_belongs_to_it(
     error: BaseException, hook: list[BaseException], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, run, companions = sys.excepthook, StubRun(under_way=True), StubCompanions()
-    own = part(run, companions)
+    before, session, companions = sys.excepthook, StubSession(under_way=True), StubCompanions()
+    own = part(session, companions)
     fail(error)
-    assert (run.interrupted, run.failure) == ((True, "") if isinstance(error, KeyboardInterrupt) else (False, "ValueError: no"))
-    assert (run.left, companions.did, hook, sys.excepthook) == (1, "stop ", [error], before)
+    assert (session.interrupted, session.failure) == (
+        (True, "") if isinstance(error, KeyboardInterrupt) else (False, "ValueError: no")
+    )
+    assert (session.left, companions.did, hook, sys.excepthook) == (1, "stop ", [error], before)
     assert capsys.readouterr().err == "the run in runs/mine is given up after round 2; roundtable.join() begins another.\n"
     own.make_way()
-    assert run.left == 1
+    assert session.left == 1
 
 
 @pytest.mark.usefixtures("at_prompt")
 def test_an_error_between_two_loops_at_a_prompt_is_no_failure_of_the_run(hook: list[BaseException]) -> None:
-    run, companions = StubRun(), StubCompanions()
-    own = part(run, companions)
+    session, companions = StubSession(), StubCompanions()
+    own = part(session, companions)
     fail(NameError("typo"))
-    assert (run.failure, run.left, len(hook)) == ("", 0, 1)
+    assert (session.failure, session.left, len(hook)) == ("", 0, 1)
     own.make_way()  # all that was begun is done
-    assert (run.left, companions.did, run.interrupted) == (1, "end ", False)
+    assert (session.left, companions.did, session.interrupted) == (1, "end ", False)
 
 
 @pytest.mark.usefixtures("at_prompt")
 def test_a_run_in_which_nothing_was_trained_makes_way_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
-    run, companions = StubRun(trained=False), StubCompanions()
-    run.round = 0
-    part(run, companions).make_way()
-    assert (run.left, companions.did, run.interrupted, capsys.readouterr().err) == (1, "stop ", True, "")
+    session, companions = StubSession(trained=False), StubCompanions()
+    session.round = 0
+    part(session, companions).make_way()
+    assert (session.left, companions.did, session.interrupted, capsys.readouterr().err) == (1, "stop ", True, "")
 
 
 @pytest.mark.usefixtures("at_prompt")
 def test_a_loop_that_is_under_way_is_no_place_to_join_unless_an_error_has_left_it() -> None:
-    run, companions = StubRun(under_way=True), StubCompanions()
-    own = part(run, companions)
+    session, companions = StubSession(under_way=True), StubCompanions()
+    own = part(session, companions)
     with pytest.raises(UsageError, match=r"already, which is in round 2: let its loop over batches\(\) end, or call run\.finish"):
         own.make_way()
     sys.last_value = ValueError("shown by %run, which calls no hook")
     own.make_way()
-    assert (run.failure, run.left, companions.did) == ("ValueError: shown by %run, which calls no hook", 1, "stop ")
+    assert (session.failure, session.left, companions.did) == ("ValueError: shown by %run, which calls no hook", 1, "stop ")
 
 
 def test_a_script_that_finishes_a_run_is_told_why_it_is_not_finished_and_has_its_handlers_back() -> None:
     before = signal.getsignal(signal.SIGTERM), sys.excepthook
-    run = StubRun()
-    part(run, StubCompanions("the coordinator failed."))
-    assert signal.getsignal(signal.SIGTERM) == run.on_stop_signal
+    session = StubSession()
+    part(session, StubCompanions("the coordinator failed."))
+    assert signal.getsignal(signal.SIGTERM) == session.on_stop_signal
     with pytest.raises(ClusterError, match=r"^the run is not finished: the coordinator failed\.$"):
-        run.finish()
+        session.finish()
     assert (signal.getsignal(signal.SIGTERM), sys.excepthook) == before
 
 
 def test_an_error_of_a_script_is_noted_and_shown(hook: list[BaseException]) -> None:
-    run, companions = StubRun(under_way=True), StubCompanions()
-    part(run, companions)
+    session, companions = StubSession(under_way=True), StubCompanions()
+    part(session, companions)
     error = ValueError("no\nmore")
     fail(error)
-    assert (run.failure, run.left, companions.did, hook) == ("ValueError: no", 0, "", [error])
-    run.after_end()
+    assert (session.failure, session.left, companions.did, hook) == ("ValueError: no", 0, "", [error])
+    session.after_end()
 
 
 def test_a_script_of_a_launcher_joins_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROUNDTABLE_COORDINATOR", "tcp://127.0.0.1:1")
-    own = part(StubRun())
+    own = part(StubSession())
     monkeypatch.setattr(joining, "_participations", [own])
     with pytest.raises(UsageError, match=r"^this script has joined a run already"):
         joining.join()
-    own._run.after_end()
+    own._session.after_end()

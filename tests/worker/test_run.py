@@ -19,6 +19,7 @@ from roundtable.common.protocol.model_spec import TensorSpec
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.data.arguments import resolve
+from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.loop.task_queue import TaskQueue
@@ -34,7 +35,8 @@ DATA = TensorDataset(torch.zeros(8))
 def segments(round_: int = 0, weights: tuple[int, ...] = (1,)) -> Segments:
     table = ShareTable(0, 0, [f"worker-{n}" for n in range(len(weights))], list(weights))
     context: Any = SimpleNamespace(settings=Settings(), name="worker-0", io=SimpleNamespace(lock=threading.Lock()))
-    return Segments(context, TaskQueue("worker-0", [table]), 1, lambda: round_)
+    work: Any = SimpleNamespace(round=round_, updates=round_)
+    return Segments(context, TaskQueue("worker-0", [table]), Departure(), 1, lambda: work)
 
 
 def run(**attributes: Any) -> Run:

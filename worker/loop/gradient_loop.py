@@ -79,13 +79,29 @@ class GradientLoop:
         """The data epoch that the current round belongs to; after the last round, the number of epochs done."""
         return data_epoch(self._segment, self.round)
 
+    @property
+    def updates(self) -> int:
+        """The updates that the weights in the model have had."""
+        return self.round
+
+    @property
+    def updates_at_least(self) -> int:
+        """The updates that the run must have if this worker asks for its end."""
+        return self.round
+
+    def _end(self, segment: Segment) -> int:
+        """Return the round before which the loop ends: the segment's end, or that of the run if a script has asked for one."""
+        ends_after = self._departure.ends_after
+        return segment.end if ends_after is None else min(segment.end, ends_after)
+
     # ---- the loop
 
     def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
         """Yield this worker's micro-batches of a segment, each with the weights to compute it from in the model."""
-        self._segment = segment
+        if self._segment is None or not self._departure.is_end(segment.first_round):
+            self._segment = segment
         with self._context.io.lock:
-            if self.round < segment.end:
+            if self.round < self._end(segment):
                 self._tasks.open(self.round, segment.round(self.round).micro_batches)
         while (task := self._next_task(segment)) is not None:
             batch = loader.load(task)
@@ -102,6 +118,9 @@ class GradientLoop:
                 batch = loader.load(task)  # again, because the script may have written to the first one
                 self.replica.reset_buffers()
                 yield from self._compute(task, batch)
+        if self._departure.is_end(self.round):
+            self._weights.await_all()
+            self.replica.reset_buffers()
 
     def _compute(self, task: Task, batch: Any) -> Iterator[Any]:
         """Have the script compute a micro-batch."""
@@ -141,7 +160,7 @@ class GradientLoop:
             return
         failpoint("computing", task.round)
         self._weights.round_invalid |= self._shards.round_invalid
-        if self._weights.round_invalid:
+        if self._weights.round_invalid or task.round >= self._end(segment):
             self._repeat = None
             self._give_up(segment)
             return
@@ -172,7 +191,7 @@ class GradientLoop:
         self._advance(segment)
 
     def _give_up(self, segment: Segment) -> None:
-        """Drop this micro-batch, because its round was closed before all its weights were here."""
+        """Drop this micro-batch, because its round was closed before all its weights were here, or the run ends before it."""
         self._contributor.give_up()
         self._advance(segment)
 
@@ -197,7 +216,7 @@ class GradientLoop:
         while task is None:  # others may have taken over the micro-batch that was here just now
             self._leave_if_asked(segment)
             self._advance(segment)
-            if self.round >= segment.end:
+            if self.round >= self._end(segment):
                 return None
             with self._context.io.lock:
                 task = self._tasks.next()
@@ -211,18 +230,19 @@ class GradientLoop:
 
     def _advance(self, segment: Segment) -> None:
         """Go from round to round until there is a micro-batch to compute, or the segment is over."""
-        while self.round < segment.end:
+        while self.round < self._end(segment):
             if not self._weights.round_invalid and self._push_finished(segment):
                 return
             self._weights.await_all()  # this worker may yet be asked to compute something from these weights
             target = self.round + 1
-            is_last = target == segment.end
+            is_last = target == self._end(segment)
             after_all_updates = is_last and not self._per_round
             if self._weights.round_invalid:
                 reached = self._weights.fetch(target, after_all_updates, not is_last)
             else:
                 ask = lambda: self._ask_for_work(segment)  # noqa: E731
-                reached = self._weights.fetch(target, after_all_updates, not is_last, lambda: self._tasks.any, ask)
+                has_news = lambda: self._tasks.any or self._departure.is_end(self.round)  # noqa: E731
+                reached = self._weights.fetch(target, after_all_updates, not is_last, has_news, ask)
             if reached is not None:
                 self._stale = False
                 self._go_to(reached)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from roundtable.common.config.batch_plan import Segment, Task, derive_seed
+from roundtable.common.config.batch_plan import Round, Segment, Task, derive_seed
 from roundtable.common.model.metrics import add_metrics
-from roundtable.common.model.nonfinite import is_finite
 from roundtable.common.model.partial_sum import Sum, is_mean, nothing
+from roundtable.common.model.tensor_bytes import to_frame
 from roundtable.common.protocol.messages.gradients import Push, Sums
 from roundtable.common.protocol.messages.session import Heartbeat
 from roundtable.common.runtime.errors import UsageError
@@ -25,29 +23,19 @@ from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.client.kv_client import KvClient
 from roundtable.worker.client.push_pull import ParameterClient
 from roundtable.worker.data.loader import Loader, seed_everything
+from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.script_batch import ScriptBatch, data_epoch
 from roundtable.worker.loop.script_edits import Edits
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.loop.throughput import Throughput
 from roundtable.worker.merge import constraints
 from roundtable.worker.merge.greedy_soup import GreedySoup
-from roundtable.worker.optim.optimizer import NO_LOSS, Per, Schedule, make_schedule
+from roundtable.worker.optim.inner_optimizer import InnerOptimizer
 from roundtable.worker.replica.replica import Replica
 
-log = logging.getLogger("roundtable.worker.local")
 UNJUDGED = (
     "merge is greedy, but no function says which of two models is better: call run.merge_by(evaluate) before run.batches()."
 )
-
-
-@dataclass
-class Inner:
-    """The user's own optimizer, which steps on this worker's replica."""
-
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule | None
-    schedule_per: Per
-    clip_norm: float | None
 
 
 @dataclass
@@ -76,8 +64,9 @@ class LocalSgdLoop:
         context: WorkerContext,
         client: ParameterClient,
         tasks: TaskQueue,
+        departure: Departure,
         replica: Replica,
-        inner: Inner,
+        inner: InnerOptimizer,
         script: MergeHooks,
     ) -> None:
         self.replica = replica
@@ -87,10 +76,10 @@ class LocalSgdLoop:
         self._context = context
         self._client = client
         self._tasks = tasks
+        self._departure = departure
         self._policy = context.policy
         self._script = script
         self._inner = inner
-        self._scheduler = make_schedule(inner.optimizer, inner.schedule, inner.schedule_per)
         self._merge_by = context.settings.average_weights_by if self._policy.contributes == "weights" else "samples"
         self._segment: Segment | None = None
         #: Merges done. This is the version of the weights.
@@ -108,12 +97,6 @@ class LocalSgdLoop:
         self._weight = 0.0
         #: By round since the last merge: sums of metrics x weight, and the weight in each sum.
         self._logged: deque[tuple[int, Sums]] = deque()
-        #: In this data epoch: the sum of this worker's losses x weight, and the weight.
-        self._epoch_loss = (0.0, 0.0)
-        #: In this round: the sum of gradients x weight, by parameter.
-        self._sums: dict[torch.Tensor, torch.Tensor] = {}
-        #: In this round: the weight.
-        self._round_weight = 0.0
         #: In this round: the samples.
         self._round_samples = 0
         self._begun_at = 0.0
@@ -129,29 +112,63 @@ class LocalSgdLoop:
         """The data epoch that the current round belongs to; after the last round, the number of epochs done."""
         return data_epoch(self._segment, self.round)
 
+    @property
+    def updates(self) -> int:
+        """The updates that the weights in the model have had: merges."""
+        return self._merges
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether this worker has computed something since the last merge."""
+        return self._micro_batches > 0
+
+    @property
+    def updates_at_least(self) -> int:
+        """The updates that the run must have if this worker asks for its end."""
+        return self._merges + self.has_stepped
+
     def batches(self, segment: Segment, loader: Loader) -> Iterator[Any]:
         if self._merge_by == "greedy" and self._script.evaluate is None:
             raise UsageError(UNJUDGED)
+        if self._departure.is_end(self._planned):
+            return
         self._segment = segment
-        table = self._tasks.tables[0]
-        seed = self._context.settings.seed
         for index in range(self._first(segment), segment.end):
             self.round = index
             plan = segment.round(index)
-            for k in table.run(self._context.name, plan.micro_batches):
-                batch = loader.load(Task(index, k))
-                seed_everything(derive_seed(seed, "micro-batch", index, k))
-                self.batch.hand_out(Task(index, k))
-                self._begun_at = time.monotonic()
-                yield batch
-                self.batch.check_computed()
-                self.edits.check_places()
-                self.edits.check(self.round, self._merges)
+            yield from self._compute(plan, loader)
+            if self._departure.is_end(self._merges):
+                break
             self._step_inner()
-            self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
+            self._inner.step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != plan.epoch)
             self.round = index + 1
             if self.round - segment.first_round == self._policy.rounds_in(segment, self._merges - self._merged_before + 1):
                 self._merge()
+        if self._departure.is_end(self._merges):
+            self._go_back(segment)
+
+    def _compute(self, plan: Round, loader: Loader) -> Iterator[Any]:
+        """Have the script compute this worker's micro-batches of a round, unless the run has ended."""
+        for k in self._tasks.tables[0].run(self._context.name, plan.micro_batches):
+            if self._departure.is_end(self._merges):
+                return
+            task = Task(plan.index, k)
+            batch = loader.load(task)
+            seed_everything(derive_seed(self._context.settings.seed, "micro-batch", plan.index, k))
+            self.batch.hand_out(task)
+            self._begun_at = time.monotonic()
+            yield batch
+            self.batch.check_computed()
+            self.edits.check_places()
+            self.edits.check(self.round, self._merges)
+
+    def _go_back(self, segment: Segment) -> None:
+        """Go back to the last merge, as the run ends with it, and leave out what this worker has done since."""
+        if self.has_stepped:
+            self._inner.discard()
+            self._forget_steps()
+            self._load_again(self._merges)
+        self.round = segment.first_round + self._policy.rounds_in(segment, self._merges - self._merged_before)
 
     def _first(self, segment: Segment) -> int:
         """Return the round of `segment` to start at. The weights of a resumed run may include earlier rounds of the segment.
@@ -161,7 +178,7 @@ class LocalSgdLoop:
         self._merged_before, self._planned = self._planned, self._planned + self._policy.updates(segment)
         first = segment.first_round + self._policy.rounds_in(segment, max(0, self._merges - self._merged_before))
         for index in range(segment.first_round, first):
-            self._step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
+            self._inner.step_schedule(index + 1 == segment.end or segment.round(index + 1).epoch != segment.round(index).epoch)
         self.round = first
         return first
 
@@ -191,16 +208,9 @@ class LocalSgdLoop:
             return
         if thawed := self.replica.thawed():
             self._start |= self.replica.weights(thawed)
-        for parameter in self.replica.trainable:
-            if parameter.grad is not None:
-                gradient = parameter.grad.mul_(weight)
-                known = self._sums.get(parameter)
-                self._sums[parameter] = gradient if known is None else known.add_(gradient)
-                parameter.grad = None
-        self._round_weight += weight
-        self._keep(task.round, {name: (value * weight, weight) for name, value in self.batch.metrics.items()})
-        if "loss" in self.batch.metrics:
-            self._epoch_loss = self._epoch_loss[0] + self.batch.metrics["loss"] * weight, self._epoch_loss[1] + weight
+        metrics = self.batch.metrics
+        self._inner.take(self.replica.trainable, weight, metrics.get("loss"))
+        self._keep(task.round, {name: (value * weight, weight) for name, value in metrics.items()})
 
     def _keep(self, round_: int, sums: Sums) -> None:
         """Keep a micro-batch's metrics until the merge. If the only merge is at the end, keep one data epoch's metrics."""
@@ -217,44 +227,18 @@ class LocalSgdLoop:
         return functools.reduce(add_metrics, (sums for round_, sums in self._logged if round_ >= first), none)
 
     def _step_inner(self) -> None:
-        weight, samples = self._round_weight, self._round_samples
-        self._round_weight, self._round_samples = 0.0, 0
-        if not weight:
-            return
-        for parameter, total in self._sums.items():
-            parameter.grad = total.div_(weight)
-        if self._context.settings.on_nonfinite != "allow" and not all(is_finite(total) for total in self._sums.values()):
-            text = f"{self._context.name}'s gradient in round {self.round} is not finite"
-            if self._context.settings.on_nonfinite == "fail":
-                raise UsageError(f"{text}; --on-nonfinite skip leaves out such steps, and allow takes them.")
-            log.warning("%s: the step is left out.", text)
+        samples, self._round_samples = self._round_samples, 0
+        whose = f"{self._context.name}'s gradient in round {self.round}"
+        weight = self._inner.step(self._context.settings.on_nonfinite, whose)
+        if weight is None:
             self._samples -= samples
-            for parameter in self._sums:
-                parameter.grad = None
-            self._sums = {}
-            return
-        self._weight += weight
-        if self._inner.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(self._sums), self._inner.clip_norm)
-        try:
-            self._inner.optimizer.step()
-        except TypeError as error:
-            name = type(self._inner.optimizer).__name__
-            raise UsageError(f"{name} cannot be used: its step() needs more than gradients ({error}).") from None
-        for parameter in self._sums:
-            parameter.grad = None
-        self._sums = {}
+        else:
+            self._weight += weight
 
-    def _step_schedule(self, epoch_ends: bool) -> None:
-        if isinstance(self._scheduler, ReduceLROnPlateau):
-            if epoch_ends:
-                total, weight = self._epoch_loss
-                if not weight:
-                    raise UsageError(NO_LOSS)
-                self._scheduler.step(total / weight)
-                self._epoch_loss = 0.0, 0.0
-        elif self._scheduler is not None and (epoch_ends or self._inner.schedule_per == "round"):
-            self._scheduler.step()
+    def _forget_steps(self) -> None:
+        """Count from the last merge again."""
+        self._samples, self._micro_batches, self._weight = 0, 0, 0.0
+        self._logged.clear()
 
     def _merge(self) -> None:
         """Contribute this replica, and continue from the merged one."""
@@ -277,17 +261,15 @@ class LocalSgdLoop:
             elif is_mean(chunk.kind):
                 values[chunk.id].mul_(weight)
         me = self._context.index
-        groups = len(self._inner.optimizer.param_groups)
         push = Push(
             self._merges, me, me + 1, self._samples, self._micro_batches, [], [], metrics=self._kept_metrics(),
-            hypers=[self._policy.outer_settings(self.round)] * groups, weight=weight,
+            hypers=[self._policy.outer_settings(self.round)] * self._inner.groups, weight=weight,
         )  # fmt: skip
         sums = {c.id: Sum(values[c.id], present[c.id]) if c.id in values else nothing() for c in self.replica.layout.chunks}
         with self._context.io.lock:
             messages = self._client.push(push, sums, time.monotonic())
         self._context.io.send(*messages)
-        self._samples, self._micro_batches, self._weight = 0, 0, 0.0
-        self._logged.clear()
+        self._forget_steps()
         self._merges += 1
         self._load(self._merges)
 
@@ -308,7 +290,15 @@ class LocalSgdLoop:
         with io.lock:
             messages = client.pull(version, False, time.monotonic())
         io.send(*messages)
-        self._context.wait(lambda: client.complete or client.over is not None, self._waited_for)
+
+        def is_left_out() -> bool:
+            return self._departure.is_end(version - 1)
+
+        self._context.wait(lambda: client.complete or client.over is not None or is_left_out(), self._waited_for)
+        if not client.complete and is_left_out():  # the run ends before that merge
+            self._merges = self._departure.ends_after or 0
+            self._load_again(self._merges)
+            return
         if client.over is not None:  # the run was resumed from a checkpoint
             self._merges = client.over
             self._load(self._merges)
@@ -320,6 +310,11 @@ class LocalSgdLoop:
             constraints.put_back(self.replica.model)
         known = None if self._policy.contributes == "delta" else [self.replica.layout.chunks[chunk] for chunk in self._start]
         self._start = self.replica.weights(known)
+
+    def _load_again(self, version: int) -> None:
+        """Load the merged weights `version`, from which this worker has stepped on. Servers may not have what it has unfrozen."""
+        self.replica.load({chunk: to_frame(values) for chunk, values in self._start.items()})
+        self._load(version)
 
     def _waited_for(self) -> str:
         return f"the merged weights {self._client.missing_text()}"

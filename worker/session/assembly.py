@@ -22,9 +22,10 @@ from roundtable.worker.layers.sparse_embedding import RowSparse, SparseEmbedding
 from roundtable.worker.loop.contributor import Contributor
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
-from roundtable.worker.loop.local_sgd import Inner, LocalSgdLoop, MergeHooks
+from roundtable.worker.loop.local_sgd import LocalSgdLoop, MergeHooks
 from roundtable.worker.loop.task_queue import TaskQueue
 from roundtable.worker.model_setup import ModelSetup, SharedMemorySetup
+from roundtable.worker.optim.inner_optimizer import InnerOptimizer
 from roundtable.worker.optim.optimizer import NO_LOSS, Hypers, Optimizer
 from roundtable.worker.preparation import OptimizerCall, Preparation, prepare
 from roundtable.worker.replica.buffers import Rules
@@ -76,9 +77,9 @@ class Assembly:
         self, made: Preparation, call: OptimizerCall, client: ParameterClient, rows: RowSparse, shards: ShardedLayers
     ) -> GradientLoop | LocalSgdLoop:
         replica = made.replica
-        if isinstance(made.optimizer, Inner):
+        if isinstance(made.optimizer, InnerOptimizer):
             self._share(client, replica, None)
-            return LocalSgdLoop(self._context, client, self._tasks, replica, made.optimizer, self._merge_hooks)
+            return LocalSgdLoop(self._context, client, self._tasks, self._departure, replica, made.optimizer, self._merge_hooks)
         own_clip = call.clip_norm if self._context.policy.applies == "push" else None
         with no_compiler():
             hypers = Hypers(made.optimizer, call.schedule, call.schedule_per, self._epoch_loss)

@@ -16,7 +16,7 @@ from roundtable.common.runtime.restart import LEAVE_SIGNAL
 
 if TYPE_CHECKING:
     from roundtable.cluster.launch.standalone import Companions
-    from roundtable.worker.run import Run
+    from roundtable.worker.session.session import Session
 
 #: Signals that tell a worker to leave, and their handlers in scripts that set none.
 _USUAL: tuple[tuple[signal.Signals, Any], ...] = (
@@ -43,15 +43,15 @@ class Participation:
     `join()`, an error in a loop over batches, or the end of the process, whichever comes first.
     """
 
-    def __init__(self, run: Run, companions: Companions | None) -> None:
+    def __init__(self, session: Session, companions: Companions | None) -> None:
         """Begin. `companions` are the coordinator and the server of a process that is alone."""
-        self._run, self._companions = run, companions
+        self._session, self._companions = session, companions
         self._is_interactive = is_interactive()
         self._hook_before = sys.excepthook
         #: The error that a person was shown last, when this began.
         self._error_before = getattr(sys, "last_value", None)
         self._is_over = False
-        run.after_end = self._end_companions
+        session.after_end = self._end_companions
         sys.excepthook = self._on_exception
         atexit.register(self._at_exit)
         if not self._is_interactive:
@@ -62,10 +62,10 @@ class Participation:
     def _hear_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        signal.signal(LEAVE_SIGNAL, lambda number, frame: self._run.leave())
+        signal.signal(LEAVE_SIGNAL, lambda number, frame: self._session.leave())
         for number, usual in _USUAL:
             if signal.getsignal(number) == usual:  # otherwise the script has a handler of its own
-                signal.signal(number, self._run.on_stop_signal)
+                signal.signal(number, self._session.on_stop_signal)
 
     # ---- failures
 
@@ -84,23 +84,23 @@ class Participation:
             self._give_up_after(error)
 
     def _note(self, error: BaseException) -> None:
-        run = self._run
+        session = self._session
         if isinstance(error, KeyboardInterrupt):
-            run.interrupted = True
-        elif not (isinstance(error, SystemExit) and run.left_early):
-            run.failure, run.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
+            session.interrupted = True
+        elif not (isinstance(error, SystemExit) and session.left_early):
+            session.failure, session.cut_off = describe_failure(error, sys.argv[0]), isinstance(error, NoAnswer)
 
     def _give_up_after(self, error: BaseException) -> None:
         """End a run whose loop over batches was left by an error: no other loop could go on with it."""
-        if not self._is_over and self._run.is_under_way:
+        if not self._is_over and self._session.is_under_way:
             self._note(error)
             self._give_up()
 
     def _give_up(self) -> None:
-        done = self._run.round
+        done = self._session.round
         self._withdraw()
         with contextlib.suppress(PsError):
-            self._run.leave_cluster()
+            self._session.leave_cluster()
         if self._companions is not None:
             self._companions.stop()
             if done:
@@ -113,27 +113,27 @@ class Participation:
         """End this part, so that this process can join another run. Raise UsageError if a loop over batches is under way."""
         if self._is_over:
             return
-        if self._run.is_under_way:
+        if self._session.is_under_way:
             error = getattr(sys, "last_value", None)
             if not self._is_interactive or error is None or error is self._error_before:
                 raise UsageError(
-                    f"this process takes part in a run already, which is in round {self._run.round}: let its loop over batches() "
-                    "end, or call run.finish(), before it joins another."
+                    f"this process takes part in a run already, which is in round {self._session.round}: let its loop over "
+                    "batches() end, or call run.finish(), before it joins another."
                 )
             self._note(error)
             self._give_up()
-        elif not self._run.has_trained:
-            self._run.interrupted = True
+        elif not self._session.has_trained:
+            self._session.interrupted = True
             self._give_up()
         else:
-            self._run.finish()
+            self._session.finish()
 
     def _end_companions(self) -> None:
         """Called when the worker has left the run."""
         if self._is_over:
             return
         self._withdraw()
-        if self._companions is not None and (why := self._companions.end(self._run.stop_signal)):
+        if self._companions is not None and (why := self._companions.end(self._session.stop_signal)):
             raise ClusterError(f"the run is not finished: {why}")
 
     def _withdraw(self) -> None:
@@ -146,20 +146,20 @@ class Participation:
             with contextlib.suppress(ValueError):
                 shell.events.unregister("post_run_cell", self._on_cell)
         for number, usual in _USUAL:
-            if signal.getsignal(number) == self._run.on_stop_signal:
+            if signal.getsignal(number) == self._session.on_stop_signal:
                 signal.signal(number, usual)
 
     def _at_exit(self) -> None:
         """Leave the run when the script has ended. If the run has failed elsewhere, `launch.py` finds that in sys.last_value."""
-        run = self._run
+        session = self._session
         try:
-            run.leave_cluster()
+            session.leave_cluster()
         except Stopped:
             pass
         except PsError as error:
-            if not run.failure:
+            if not session.failure:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-                sys.last_value = error if run.failed_elsewhere else None
+                sys.last_value = error if session.failed_elsewhere else None
         try:
             self._end_companions()
         except ClusterError as error:

@@ -15,6 +15,9 @@ from roundtable.worker import facts as alike
 from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.data.arguments import Data
 from roundtable.worker.data.loader import Loader, Processes
+from roundtable.worker.loop.departure import Departure
+from roundtable.worker.loop.gradient_loop import GradientLoop
+from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.loop.task_queue import TaskQueue
 
 _CPU = torch.device("cpu")
@@ -23,8 +26,16 @@ _CPU = torch.device("cpu")
 class Segments:
     """Makes all processes agree on each segment, and loads its samples."""
 
-    def __init__(self, context: WorkerContext, tasks: TaskQueue, servers: int, round_now: Callable[[], int]) -> None:
-        self._context, self._tasks, self._servers, self._round = context, tasks, servers, round_now
+    def __init__(
+        self,
+        context: WorkerContext,
+        tasks: TaskQueue,
+        departure: Departure,
+        servers: int,
+        work: Callable[[], GradientLoop | LocalSgdLoop | None],
+    ) -> None:
+        """`work()` is the loop of the training; None before the script has made its optimizer."""
+        self._context, self._tasks, self._departure, self._servers, self._work = context, tasks, departure, servers, work
         self._all: list[Segment] = []
         #: The segment that was planned last, which may not have begun.
         self.planned: Segment | None = None
@@ -41,7 +52,22 @@ class Segments:
     @property
     def done(self) -> bool:
         """Whether no segment is under way."""
-        return not self._all or self._round() >= self._all[-1].end
+        return not self._all or self._round() >= self._all[-1].end or self._is_over
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the run ends early, and the script has left its last loop because of that."""
+        return not self.done and self._departure.ends_after is not None
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether this worker has come to the early end of the run, for which a script has asked."""
+        work = self._work()
+        return work is not None and self._departure.is_end(work.updates)
+
+    def _round(self) -> int:
+        work = self._work()
+        return work.round if work is not None else 0
 
     @property
     def next_epoch(self) -> int:
@@ -104,7 +130,8 @@ class Segments:
             if name == COORDINATOR and isinstance(ready, PlanReply):
                 plan = Plan(segment, ready.seal)
         seed, forecast = self._context.settings.seed, lambda: self._forecast(segment)
-        processes = self._processes_for(data, device) if self._round() < segment.end else None  # a late worker may find it over
+        is_over = self._is_over or self._round() >= segment.end  # for a late worker, or after the run's early end
+        processes = None if is_over else self._processes_for(data, device)
         return Loader(data, segment, seed, forecast=forecast, processes=processes, device=device)
 
     def close(self) -> None:

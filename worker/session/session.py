@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,8 +13,8 @@ import torch
 
 from roundtable.common.config.batch_plan import derive_seed
 from roundtable.common.policies import load
-from roundtable.common.protocol.effects import number_of
-from roundtable.common.protocol.messages.session import Goodbye, Heartbeat
+from roundtable.common.protocol.effects import COORDINATOR, number_of
+from roundtable.common.protocol.messages.session import EndRun, Goodbye, Heartbeat
 from roundtable.common.runtime.errors import Stopped, UsageError
 from roundtable.common.runtime.failpoints import arm
 from roundtable.common.runtime.watchdog import Watchdog
@@ -46,21 +47,30 @@ class Session:
         index = number_of(welcome.process)
         self.context = WorkerContext(welcome.process, index, welcome.settings, load(welcome.settings), io)
         self.departure = Departure()
+        self.departure.run_ends(welcome.ends_after)
         self.reports = ReportQueue(io)
         self.merge_hooks = MergeHooks([], self.open_kv, self.log)
         self.tasks = TaskQueue(welcome.process, welcome.share_tables)
-        self.router = MessageRouter(io, self.tasks, self.reports, self._may_leave)
+        self.router = MessageRouter(io, self.tasks, self.reports, self._hear)
         self.ending = Ending(self.context, self.router, self.reports)
         self.assembly = Assembly(
             self.context, self.router, self.tasks, self.departure, self.merge_hooks, self.servers,
             rounds=(lambda: self.round, lambda: self._computed),
         )  # fmt: skip
-        self.segments = Segments(self.context, self.tasks, self.servers, lambda: self.round)
+        self.segments = Segments(self.context, self.tasks, self.departure, self.servers, lambda: self.work)
         #: None before the script has made its optimizer.
         self.training: Training | None = None
         self.final_tensors = FinalTensors()
         #: None before the script has asked for the key-value client.
         self.kv: KvClient | None = None
+        #: Whether the script was interrupted.
+        self.interrupted = False
+        #: Why the script failed; '' if it did not.
+        self.failure = ""
+        #: Whether the script failed because a server did not answer.
+        self.cut_off = False
+        #: Called when this worker has left the run.
+        self.after_end: Callable[[], None] = lambda: None
         self._finished = False
         self._pid = os.getpid()
         arm(welcome.process, Path(welcome.run_dir))
@@ -107,6 +117,19 @@ class Session:
             self.kv = KvClient(self.io, self.servers, settings.progress_timeout)
         return self.kv
 
+    def end_run(self, reason: str) -> None:
+        """Ask for the run's end, and wait until it is known; see `Run.stop`."""
+        work = self.work
+        if work is None or self.segments.none:
+            raise UsageError(
+                "run.stop() ends a training, and none has begun: call it in the loop over run.batches(), or after it."
+            )
+        if self.departure.ends_after is None:
+            request = EndRun(work.updates_at_least, reason)
+            answer = self.context.request(COORDINATOR, request, lambda b: isinstance(b, Heartbeat) and b.ends_after >= 0)
+            assert isinstance(answer, Heartbeat)
+            self.departure.run_ends(answer.ends_after)
+
     # ---- signs of life
 
     def heartbeat(self) -> Heartbeat:
@@ -129,8 +152,40 @@ class Session:
 
     # ---- the end
 
-    def on_stop_signal(self, number: int) -> None:
-        """Handle a signal; see `Run.on_stop_signal`."""
+    @property
+    def is_under_way(self) -> bool:
+        """Whether rounds of a loop over batches are left to do."""
+        return not self.segments.done
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether there has been a loop over batches."""
+        return not self.segments.none
+
+    @property
+    def left_early(self) -> bool:
+        """Whether this worker has stopped training before the run's end, because it was asked to leave."""
+        return self.departure.early
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal that has asked this worker to stop; 0 if none has."""
+        return self.io.stop_signal
+
+    @property
+    def failed_elsewhere(self) -> bool:
+        """Whether the coordinator has said that the run has failed."""
+        return self.io.failed
+
+    def leave(self) -> None:
+        """Leave after the current micro-batch; see `Run.leave`."""
+        self.departure.requested = not self.context.policy.is_local
+
+    def on_stop_signal(self, number: int, frame: object = None) -> None:
+        """Handle a signal: leave once the coordinator allows it, because other workers do the rest or there is a checkpoint.
+
+        Raises Stopped if it is called again.
+        """
         if os.getpid() != self._pid:  # this process is a child that the script has forked
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -138,6 +193,12 @@ class Session:
             raise Stopped(number)
         elif not self.io.stop_signal:
             self.io.stop_signal, self.io.stop_signal_at = number, time.monotonic()
+
+    def _hear(self, heartbeat: Heartbeat) -> None:
+        """Take what the coordinator says of this worker's end and of the run's."""
+        self.departure.run_ends(heartbeat.ends_after)
+        if heartbeat.leaves:
+            self._may_leave()
 
     def _may_leave(self) -> None:
         """Leave after a stop signal, because the coordinator has released this worker.
@@ -149,16 +210,23 @@ class Session:
         if self.segments.done:
             self.io.interrupt()
 
-    def finish(self, failure: str, interrupted: bool, cut_off: bool) -> None:
-        """End this worker's part; see `Run.finish`. `cut_off`: the script failed because a server did not answer."""
+    def finish(self) -> None:
+        """Leave the run; see `Run.finish`."""
+        self.leave_cluster()
+        self.after_end()
+
+    def leave_cluster(self) -> None:
+        """Do the part of `finish` that other processes see."""
         if self._finished:
             return
         self._finished = self.io.copies = True
         self.segments.close()
         try:
-            if failure or interrupted:
+            if self.failure or self.interrupted:
                 used_kv = self.kv is not None
-                self.ending.give_up(Goodbye(failure, interrupted, cut_off=cut_off, used_kv=used_kv, round=self.round))
+                self.ending.give_up(
+                    Goodbye(self.failure, self.interrupted, cut_off=self.cut_off, used_kv=used_kv, round=self.round)
+                )
                 return
             if self.training is not None and self.training.setup.begins_later:
                 self.training.begin()

@@ -98,6 +98,25 @@ class AllNorms(Body, frozen=True):
     norms: Many[tuple[Count, Count, float]]
 
 
+class HoldUpdates(Body, frozen=True):
+    """The run is to end early. Begin no update from number `updates` on, nor from the first that you have not begun.
+
+    A server takes back nothing: of several such messages the latest update counts.
+    """
+
+    updates: Count
+    #: The run ends after `updates` updates. If not, the coordinator is still to say after which.
+    decided: bool = False
+
+
+class UpdatesHeld(Body, frozen=True):
+    """I begin no update from number `updates` on."""
+
+    updates: Count
+    #: I know that the run ends there.
+    decided: bool = False
+
+
 class Mean(Body, frozen=True):
     """Return the mean of metric `name` over `epoch`. The answer is the same message with `value`, final once `complete`."""
 

@@ -66,6 +66,8 @@ class Welcome(Body, frozen=True):
     ticket: Count = 0
     #: Servers check tickets with it.
     key: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    #: The run ends after so many updates, because a script has asked for it; -1 if none has.
+    ends_after: CountOrNone = -1
 
 
 class Refused(Body, frozen=True):
@@ -135,6 +137,8 @@ class Heartbeat(Body, frozen=True):
     missing: MicroBatches = []
     #: Grows while a server does something that takes long, and with each answer of the key-value store to a worker.
     progress: Count = 0
+    #: From the coordinator to a worker: as in Welcome.
+    ends_after: CountOrNone = -1
 
     def __post_init__(self) -> None:
         if self.missing_later and sum(map(len, self.missing_later)) > MOST_MICRO_BATCHES:
@@ -187,6 +191,20 @@ class Stop(Body, frozen=True):
     restart: bool = False
     #: The run was told to stop. It can go on later.
     on_request: bool = False
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "reason", sent_reason(self.reason))
+
+
+class EndRun(Body, frozen=True):
+    """My script asks for the end of the run, after `updates` updates or as soon as may be after them.
+
+    The coordinator answers with a Heartbeat that says after which update the run ends.
+    """
+
+    updates: Count
+    #: Why, in a sentence.
+    reason: Text
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "reason", sent_reason(self.reason))

@@ -54,6 +54,8 @@ class CheckpointDriver:
         servers = {owner: max(0, membership.servers[f"server-{owner}"].heartbeat.round) for owner in ledger.layout.owners()}
         done = ledger.committed >= ledger.planned
         ended = not membership.names("worker") and (done or is_stopping)
+        if scheduler.in_progress is not None and scheduler.in_progress.round > ledger.planned:  # the run ends before
+            remove(folder_of(context.run_dir, scheduler.give_up()))
         if self._departures.all_have_left(now) and ledger.committed > 0:
             ended = True
             if scheduler.in_progress is not None and scheduler.in_progress.round > max(servers.values()):

@@ -58,7 +58,7 @@ class Deadline:
         if self._checkpoints.scheduler.in_progress is None:
             raise ClusterError(
                 f"all scripts left the training loop after {ledger.committed} of {ledger.planned} rounds: let run.batches() "
-                "finish, or set --rounds."
+                "finish, set --rounds, or call run.stop(reason) to end a run early."
             )
 
     def _fail_between_loops(self) -> None:

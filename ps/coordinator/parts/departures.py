@@ -60,9 +60,12 @@ class Departures:
         for worker in context.membership.workers.values():
             if not worker.left or worker.early or worker.lost or not segments or context.has_done_all(worker.ended_at):
                 continue
-            text = f"{worker.name} left after round {worker.ended_at} of {segments[-1].end}, as its script ended"
+            text = f"{worker.name} left after round {worker.ended_at} of {context.ledger.end}, as its script ended"
             if context.policy.is_local:
-                raise ClusterError(f"{text}, and policy {context.settings.policy} needs all workers up to the last round.")
+                raise ClusterError(
+                    f"{text}, and policy {context.settings.policy} needs all workers up to the last round; run.stop(reason) "
+                    "ends a run early."
+                )
             context.mail.tell_members(context.membership.leave(worker.name, early=True))
             context.journal.warn(f"{text}; its work was reassigned.")
 
@@ -72,7 +75,7 @@ class Departures:
         if not ledger.planned or ledger.committed < ledger.planned:
             return []
         active = [worker for worker in self._context.membership.workers.values() if worker.active]
-        return [worker for worker in active if worker.reached < ledger.segments[-1].end and self._can_do_without(worker)]
+        return [worker for worker in active if worker.reached < ledger.end and self._can_do_without(worker)]
 
     def give_up(self, worker: Member, why: str, now: float, data: dict[str, str]) -> None:
         """Go on without a worker. `why` and `data` are for the event log."""

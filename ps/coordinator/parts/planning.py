@@ -59,8 +59,9 @@ class Planning:
             answer = msgspec.structs.replace(answer, seal=seal(context.head.key, plan.segment))
         if answer is not None:
             self._answer(message.route, worker, answer)
-        if context.ledger.planned != self._planned:
+        if context.ledger.planned > self._planned:
             self._note_plan(plan.segment, message.now)
+        self._planned = context.ledger.planned  # fewer once a script has asked for the run's end
 
     def _note_plan(self, segment: Segment, now: float) -> None:
         context = self._context

@@ -24,6 +24,8 @@ class Introductions:
         self._key = key
         self._roster = roster
         self._share_tables = share_tables
+        #: The update after which the run ends because a script has asked for it; -1 if it is not decided.
+        self.ends_after = -1
 
     @property
     def peers(self) -> list[Peer]:
@@ -47,8 +49,9 @@ class Introductions:
         if member.hello.role == "worker":
             return Welcome(
                 member.name, *told, self.peers_of_workers, self._share_tables.tables, self._run_dir, self._resume,
-                ticket=ticket(self._key, member.name),
+                ticket=ticket(self._key, member.name), ends_after=self.ends_after,
             )  # fmt: skip
         return Welcome(
-            member.name, *told, self.peers, self._share_tables.tables, self._run_dir, self._resume, member.replaces, key=self._key
-        )
+            member.name, *told, self.peers, self._share_tables.tables, self._run_dir, self._resume, member.replaces,
+            key=self._key, ends_after=self.ends_after,
+        )  # fmt: skip

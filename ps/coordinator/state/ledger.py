@@ -75,6 +75,18 @@ class Recent:
     rounds: range
 
 
+class RunEnd(msgspec.Struct, frozen=True):
+    """The end of the run that a script has asked for."""
+
+    #: The first worker that asked, and its reason.
+    worker: str
+    reason: str
+    #: The run has at least so many updates.
+    at_least: int
+    #: The run ends after so many updates; -1 until the servers have agreed.
+    updates: int = -1
+
+
 class Ledger:
     """The ledger. `new_rounds` and `new_contributions` collect rows for the event log until they are fetched."""
 
@@ -86,6 +98,8 @@ class Ledger:
         self.setup: Setup | None = None
         #: The known plans.
         self.segments: list[Segment] = []
+        #: The end that a script has asked for; None if none has.
+        self.run_end: RunEnd | None = None
         #: By 'setup' or plan: facts that all workers must have in common, from the first worker that sent them.
         self.facts: dict[str, FirstFacts] = {}
         self.totals = Totals()
@@ -162,8 +176,19 @@ class Ledger:
 
     @property
     def planned(self) -> int:
-        """Return the number of updates in all known plans."""
-        return sum(self._policy.updates(segment) for segment in self.segments)
+        """Return the number of updates in all known plans, up to the run's end if a script has asked for one."""
+        known = sum(self._policy.updates(segment) for segment in self.segments)
+        return known if self.ends_after < 0 else min(known, self.ends_after)
+
+    @property
+    def ends_after(self) -> int:
+        """Return the number of updates after which the run ends early; -1 if no script has asked, or it is not decided."""
+        return self.run_end.updates if self.run_end is not None else -1
+
+    @property
+    def end(self) -> int:
+        """Return the number of rounds of all known plans, up to the run's end."""
+        return self._progress(self.planned)[0]
 
     @property
     def passes(self) -> int:
@@ -173,10 +198,14 @@ class Ledger:
     @property
     def done(self) -> tuple[int, int]:
         """Return how many rounds are committed, and how many data epochs are complete."""
+        return self._progress(self.totals.rounds)
+
+    def _progress(self, of: int) -> tuple[int, int]:
+        """Return how many rounds and whole data epochs the first `of` updates make."""
         rounds = epochs = first = 0
         for segment in self.segments:
             updates = self._policy.updates(segment)
-            done = self._policy.rounds_in(segment, max(0, min(self.totals.rounds - first, updates)))
+            done = self._policy.rounds_in(segment, max(0, min(of - first, updates)))
             rounds, epochs, first = rounds + done, epochs + done // segment.rounds_per_epoch, first + updates
         return rounds, epochs
 

@@ -66,7 +66,7 @@ class Membership:
         self._detector = FailureDetector(settings, policy, place, now)
         self.backups = Backups(settings, self._roster)
         self._share_tables = ShareTables(settings, self._roster, now)
-        self._introductions = Introductions(settings, run, run_dir, resume, key, self._roster, self._share_tables)
+        self.introductions = Introductions(settings, run, run_dir, resume, key, self._roster, self._share_tables)
         #: The membership epoch. It grows when workers, shares or servers change.
         self.epoch = 0
         #: Why the run must restart from its newest checkpoint, or ''.
@@ -115,7 +115,7 @@ class Membership:
     @property
     def shares(self) -> MembershipUpdate:
         """Return the share tables and servers for workers."""
-        return self._introductions.shares
+        return self.introductions.shares
 
     @property
     def awaits_workers(self) -> bool:
@@ -210,11 +210,11 @@ class Membership:
         self.starters = frozenset(workers)
         self.epoch = 1
         self._share_tables.start(self.epoch, workers)
-        self.losses = MembersLost(0, [], self._introductions.peers)
+        self.losses = MembersLost(0, [], self.introductions.peers)
         return [(member.name, self._answer(member)) for member in self.members.values()]
 
     def _answer(self, member: Member) -> Body:
-        return self._introductions.welcome(member) if self.started else Heartbeat(awaited=self.missing())
+        return self.introductions.welcome(member) if self.started else Heartbeat(awaited=self.missing())
 
     # ---- staying
 
@@ -335,7 +335,7 @@ class Membership:
     def _note_losses(self) -> bool:
         """Update `losses`. Return whether it has changed."""
         gone = [name for name, member in self.workers.items() if member.lost or member.early]
-        if (gone, self._introductions.peers) == (self.losses.workers, self.losses.servers):
+        if (gone, self.introductions.peers) == (self.losses.workers, self.losses.servers):
             return False
-        self.losses = MembersLost(self.epoch, gone, self._introductions.peers)
+        self.losses = MembersLost(self.epoch, gone, self.introductions.peers)
         return True

@@ -28,7 +28,7 @@ class Scheduler:
         if self._policy.is_local or not self._ledger.segments:
             return None
         first = self._ledger.committed if self._policy.applies == "push" else round_
-        last = min(round_, self._ledger.segments[-1].end - 1)
+        last = min(round_, self._ledger.end - 1)
         workers, tables = self._membership.workers, self._membership.tables
         count = self._ledger.micro_batches
         if self._policy.applies == "push":
