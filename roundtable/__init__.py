@@ -11,6 +11,9 @@ from roundtable.worker.joining import embedding, join
 if TYPE_CHECKING:
     from roundtable.worker.data.arguments import BatchArguments
     from roundtable.worker.data.orders import class_balanced_order, length_bucketed_order, weighted_order
+    from roundtable.worker.data.streams.sources import stream_of
+    from roundtable.worker.data.streams.stream import Stream
+    from roundtable.worker.data.streams.tar_shards import tar_stream
     from roundtable.worker.layers.margin_losses import ArcFace, CosFace
     from roundtable.worker.layers.sharded_linear import ColumnParallelLinear, ShardedLinear, sharded_cross_entropy
     from roundtable.worker.run import Run
@@ -26,12 +29,15 @@ __all__ = [
     "Run",
     "RunStopped",
     "ShardedLinear",
+    "Stream",
     "UsageError",
     "class_balanced_order",
     "embedding",
     "join",
     "length_bucketed_order",
     "sharded_cross_entropy",
+    "stream_of",
+    "tar_stream",
     "weighted_order",
 ]
 
@@ -44,8 +50,11 @@ _NEED_TORCH = {
     "ShardedLinear": "worker.layers.sharded_linear",
     "sharded_cross_entropy": "worker.layers.sharded_linear",
     "Run": "worker.run",
+    "Stream": "worker.data.streams.stream",
     "class_balanced_order": "worker.data.orders",
     "length_bucketed_order": "worker.data.orders",
+    "stream_of": "worker.data.streams.sources",
+    "tar_stream": "worker.data.streams.tar_shards",
     "weighted_order": "worker.data.orders",
 }
 

@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from roundtable.common.config.batch_plan import Segment
 from roundtable.common.config.worker_facts import MOST_FACTS, MOST_NUMBERS, Fact
-from roundtable.worker.data.loader import Samples
+from roundtable.common.runtime.errors import UsageError
+from roundtable.worker.data.loader import Samples, StreamSamples, samples_of
 from roundtable.worker.data.orders import Order
+from roundtable.worker.data.streams.stream import Stream
 from roundtable.worker.optim.optimizer import Hypers
 from roundtable.worker.replica.buffers import Constant, parts_of
 
@@ -140,26 +142,65 @@ def order_facts(order: Order, segment: Segment) -> list[Fact]:
 
 
 def sample_facts(dataset: Dataset[Any], seed: int, epoch: int, size: int, in_process: bool) -> list[Fact]:
-    """Return facts about a few samples of `dataset`, augmented as in data epoch `epoch`.
+    """Return facts about a few samples of `dataset`, augmented as in data epoch `epoch`. Of a stream, also about its shards.
 
     Each sample is loaded twice. If the two differ, it is not compared. `in_process`: load samples here. Otherwise, load them in
     another process, because a data set may open its files in the first process that loads. Random generators stay as they were. A
     sample that cannot be loaded is not compared; training reports it when it needs the sample.
+
+    Raises UsageError if a stream cannot be opened at a position.
     """
+    if isinstance(dataset, Stream):
+        return _stream_facts(dataset, seed, epoch, in_process)
     indices = sorted({size * part // (_SAMPLES - 1) if part < _SAMPLES - 1 else size - 1 for part in range(_SAMPLES)})
-    keys = [(epoch, index) for index in indices for _ in range(2)]
-    samples = Samples(dataset, seed)
+    found = _some(samples_of(dataset, seed), epoch, [index for index in indices for _ in range(2)], in_process)
+    return [one for one, other in zip(found[::2], found[1::2], strict=False) if one == other]
+
+
+def _stream_facts(stream: Stream, seed: int, epoch: int, in_process: bool) -> list[Fact]:
+    """Return facts about a stream: the samples of its shards, and a few samples, as `sample_facts` has them.
+
+    Raises UsageError if `open` pays no attention to the position. A shard that is opened at its second sample must begin with the
+    sample that comes second if it is opened at its start.
+    """
+    lengths = stream.lengths
+    digest = hashlib.blake2b(str(lengths).encode(), digest_size=4).hexdigest()
+    shards = setting("the shards", f"{len(lengths)} shards of {min(lengths)} to {max(lengths)} samples ({digest})")
+    number = next((number for number, length in enumerate(lengths) if length > 1), None)
+    if number is None:
+        return [shards]
+    first = stream.first(number)
+    ends = [] if stream.reads_from_start else [len(stream) - 1] * 2
+    # the last one of the first four comes from the shard that was opened for `first`, the first two from shards of their own
+    found = _some(samples_of(stream, seed), epoch, [first + 1, first + 1, first, first + 1, *ends], in_process)
+    if len(found) < 4:
+        return [shards]
+    if found[0] != found[1]:
+        log.warning(
+            "%s gives other samples when it is read again, so results depend on which worker reads what: draw random numbers "
+            "from the global generators of torch, numpy or Python, which are seeded for each sample.", stream.kind,
+        )  # fmt: skip
+        return [shards]
+    if found[0] != found[3]:
+        raise UsageError(
+            f"{stream.kind} cannot be opened at a position: {stream.name_of(number)} at position 1 does not begin with its "
+            "second sample, so open(shard, position) must leave out the samples before position."
+        )
+    return [shards, found[2], found[3], *(found[4:5] if found[4:5] == found[5:6] else [])]
+
+
+def _some(samples: Samples | StreamSamples, epoch: int, indices: Sequence[int], in_process: bool) -> list[Fact]:
+    """Return facts about samples, as far as these can be loaded in a short time."""
     if not in_process and multiprocessing.get_start_method(allow_none=True) not in (None, "fork"):
         return []  # starting a process takes longer than the comparison is worth
     facts: list[Fact] = []
     began = time.monotonic()
     with _random_numbers_kept():
         try:
+            keys = [(epoch, index) for index in indices]
             loaded = map(samples.__getitem__, keys) if in_process else _loaded_elsewhere(samples, keys)
-            for index in indices:
-                one, other = (_fact(f"sample {index}", next(loaded)) for _ in range(2))
-                if one == other:
-                    facts.append(one)
+            for index, sample in zip(indices, loaded, strict=False):
+                facts.append(_fact(f"sample {index}", sample))
                 if time.monotonic() > began + _SAMPLES_S:
                     break
         except Exception as error:
@@ -167,7 +208,7 @@ def sample_facts(dataset: Dataset[Any], seed: int, epoch: int, size: int, in_pro
     return facts
 
 
-def _loaded_elsewhere(samples: Samples, keys: Sequence[tuple[int, int]]) -> Iterator[Any]:
+def _loaded_elsewhere(samples: Samples | StreamSamples, keys: Sequence[tuple[int, int]]) -> Iterator[Any]:
     return iter(DataLoader(samples, batch_size=None, sampler=keys, num_workers=1, collate_fn=_as_it_is))
 
 

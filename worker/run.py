@@ -153,7 +153,7 @@ class Run:
     # ---- training
 
     def batches(self, dataset: Dataset[Any] | DataLoader[Any], **arguments: Unpack[BatchArguments]) -> Batches:
-        """Return this worker's micro-batches of passes over a map-style data set or a DataLoader: loop over them.
+        """Return this worker's micro-batches of passes over a map-style data set, a stream or a DataLoader: loop over them.
 
         `BatchArguments` has the arguments. The run's settings stand in for sizes and epochs that are left out. Every worker must
         pass the same data and sizes. Batches come on `device` if the model is there. After each batch call `loss.backward()` and
@@ -163,8 +163,8 @@ class Run:
         Of a DataLoader all but the order in which it draws is taken over, and its `batch_size` is the micro-batch. The order of
         its sampler is made anew from the run's seed and the epoch.
 
-        Raises UsageError, with the script's line, if workers cannot share the data (a stream) or the order (a sampler that is no
-        pure function of seed and epoch). The loop raises it if `step` was not called for a batch.
+        Raises UsageError, with the script's line, if workers cannot share the data (a generator) or the order (a sampler that is
+        no pure function of seed and epoch). The loop raises it if `step` was not called for a batch.
         """
         segments = self._session.segments
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
@@ -108,6 +109,11 @@ class Stream(IterableDataset[int]):
         return 1
 
 
+class Unending(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count()
+
+
 class Unnumbered(Dataset[int]):
     def __len__(self) -> int:
         return 3
@@ -144,10 +150,13 @@ class OwnBatches(Sampler[Any]):
 @pytest.mark.parametrize(
     ("dataset", "said"),
     [
-        (Stream(), "Stream is an IterableDataset: batches() needs a map-style data set (__len__ and __getitem__), so that any"),
-        (DataLoader(Stream()), "Stream is an IterableDataset"),
-        ((number for number in [1]), "generator has no length: batches() needs a map-style data set"),
-        (Endless(), "Endless has no length"),
+        (
+            Unending(),
+            "Unending has no length, so nobody knows when an epoch ends: pass roundtable.stream_of(dataset, samples=...)",
+        ),
+        (DataLoader(Unending()), "Unending has no length"),
+        ((number for number in [1]), "generator can be read only once, but any worker may have to read any sample: pass an Iter"),
+        (Endless(), "Endless has no length: batches() needs a map-style data set (__len__ and __getitem__), so that any worker"),
         (Unnumbered(), "Unnumbered has no samples by number: batches() needs"),
         ({1, 2}, "set has no samples by number"),
         ("a text", "str has no samples by number"),
@@ -178,6 +187,7 @@ def test_data_that_workers_cannot_share_is_refused_in_a_sentence(dataset: Any, s
         ({"order": print, "sampler": [1]}, "batches() has both order and sampler"),
         ({"epochs": 0}, "epochs is 0: it must be a whole number of at least 1."),
         ({"min_micro_batch": 1.5}, "min_micro_batch is 1.5: it must be a whole number"),
+        ({"shuffle_window": 2}, "shuffle_window is for streams, but TensorDataset is map-style: leave it out."),
         ({"num_workers": -1}, "num_workers is -1: it must be at least 0."),
         ({"shufle": True}, "batches() has no argument 'shufle': pass one that its documentation names."),
         (
@@ -196,6 +206,28 @@ class Encoding(UserDict[str, torch.Tensor]):
     def to(self, device: Any) -> Encoding:
         self.data = {key: value.to(device) for key, value in self.data.items()}
         return self
+
+
+def test_an_iterable_data_set_with_a_length_is_a_stream_of_one_shard() -> None:
+    found = data(Stream(), shuffle_window=1)
+    assert (found.samples, found.order.places, found.order.name) == (1, 1, "shuffled shards of 1, window 1")
+    loaded = data(DataLoader(Stream(), batch_size=4, num_workers=2, drop_last=True, collate_fn=own_collate))
+    assert (loaded.micro_batch, loaded.drop_last, loaded.collate_fn) == (4, True, own_collate)
+    assert loaded.processes["num_workers"] == 2 and loaded.order.name == "shards of 1, window 1"
+    assert data(DataLoader(Stream()), shuffle=True, shuffle_window=9).order.name == "shuffled shards of 1, window 9"
+    for argument in ({"order": print}, {"sampler": [0]}, {"batch_sampler": BatchSampler([0], 1, False)}):
+        assert refusal(Stream(), **argument).startswith("Stream is a stream, whose samples come by shards: pass shuffle=")
+
+
+def test_an_iterable_data_set_with_samples_by_number_is_map_style() -> None:
+    class Both(Stream):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> int:
+            return index
+
+    assert (data(Both()).samples, data(DataLoader(Both())).order.name) == (3, "sequential")
 
 
 def test_an_object_that_moves_itself_counts_as_a_sample() -> None:

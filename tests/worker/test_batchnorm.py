@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from roundtable import Stream
 from roundtable.worker.merge.batchnorm import has_statistics, recompute
 
 
@@ -38,6 +39,14 @@ def test_all_get_the_same_bits_whatever_was_there_before_and_whatever_random_num
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
     recompute(other, DATA, batch=16, seed=4)
     assert not torch.equal(one[4].running_mean, other[4].running_mean)  # type: ignore[arg-type]
+
+
+def test_samples_of_a_stream_come_in_its_order() -> None:
+    model, expected = network(), network()
+    stream = Stream(4, lambda shard, position: (DATA[10 * shard + n] for n in range(position, 10)), 10)
+    recompute(model, stream, batch=40, seed=3)
+    recompute(expected, DATA, batch=40, seed=3)
+    torch.testing.assert_close(model[1].running_mean, expected[1].running_mean)
 
 
 def test_weights_and_modes_stay_as_they_were() -> None:

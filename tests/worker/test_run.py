@@ -69,7 +69,7 @@ def test_batches_may_be_made_before_the_optimizer_but_the_loop_needs_it() -> Non
     [
         ({"micro_batch": 9, "global_batch": 8}, "micro_batch (9) must not exceed global_batch (8)."),
         ({"batch_size": 4}, "batches() has no argument 'batch_size': pass micro_batch, the samples of one forward, and"),
-        ({"data": (x for x in [1])}, "generator has no length: batches() needs a map-style data set (__len__ and"),
+        ({"data": (x for x in [1])}, "generator can be read only once, but any worker may have to read any sample"),
         (
             {"global_batch": 5, "micro_batch": 4, "min_micro_batch": 3},
             "global_batch 5 cannot be cut into micro-batches of 3 to 4 samples: make it a multiple of micro_batch, or",

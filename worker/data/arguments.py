@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.orders import Order, OrderFunction, order_by, shuffled
 from roundtable.worker.data.samplers import inner_of_batch_sampler, order_of_sampler
+from roundtable.worker.data.streams.order import stream_order
+from roundtable.worker.data.streams.sources import is_stream, stream_of
+from roundtable.worker.data.streams.stream import Stream
 
 
 class BatchArguments(TypedDict, total=False):
@@ -22,7 +25,8 @@ class BatchArguments(TypedDict, total=False):
     - `micro_batch`: the samples of one forward and backward. If there is a DataLoader, its `batch_size` by default.
     - `global_batch`: the samples of one update.
     - `epochs`: passes over the data.
-    - `shuffle`: whether samples are shuffled in each epoch (the default), or come in the data set's order.
+    - `shuffle`: whether samples are shuffled in each epoch (the default), or come in the data set's order. Of streams, shards.
+    - `shuffle_window`: samples of a stream in a row that are shuffled in each epoch. 1 by default.
     - `order`: a pure function of (seed, epoch) that gives the indices of an epoch's samples, as many in every epoch.
     - `sampler`: a RandomSampler, SequentialSampler, WeightedRandomSampler, SubsetRandomSampler, DistributedSampler, or indices.
     - `batch_sampler`: a BatchSampler of one of these.
@@ -43,6 +47,7 @@ class BatchArguments(TypedDict, total=False):
     global_batch: int | None
     epochs: int | None
     shuffle: bool | None
+    shuffle_window: int
     order: OrderFunction | None
     sampler: Any
     batch_sampler: Any
@@ -73,6 +78,8 @@ class Data:
     epochs: int | None = None
     drop_last: bool = False
     min_micro_batch: int = 1
+    #: Samples of a stream in a row that are shuffled.
+    shuffle_window: int = 1
     collate_fn: Callable[[list[Any]], Any] | None = None
     #: None: on CUDA alone.
     pin_memory: bool | None = None
@@ -89,12 +96,17 @@ _OF_PROCESSES = (
     "num_workers", "prefetch_factor", "persistent_workers", "worker_init_fn", "timeout", "multiprocessing_context",
 )  # fmt: skip
 #: Arguments that need no more than to be kept.
-_AS_THEY_ARE = ("micro_batch", "global_batch", "epochs", "drop_last", "min_micro_batch", "collate_fn", "pin_memory")
+_AS_THEY_ARE = (
+    "micro_batch", "global_batch", "epochs", "drop_last", "min_micro_batch", "shuffle_window", "collate_fn", "pin_memory",
+)  # fmt: skip
 #: Batches that each loading process keeps ready by default.
 _PREFETCH = 2
 #: Arguments that have another name here.
 _OTHER_NAMES = {"batch_size": "micro_batch, the samples of one forward, and global_batch, the samples of one update"}
-_MAP_STYLE = "batches() needs a map-style data set (__len__ and __getitem__), so that any worker can load any sample"
+_MAP_STYLE = (
+    "batches() needs a map-style data set (__len__ and __getitem__), so that any worker can load any sample, or a stream (an "
+    "IterableDataset or roundtable.Stream)"
+)
 
 
 def resolve(dataset: Any, arguments: BatchArguments, seed: int, epoch: int) -> Data:
@@ -111,22 +123,31 @@ def resolve(dataset: Any, arguments: BatchArguments, seed: int, epoch: int) -> D
     if isinstance(dataset, DataLoader):
         given = _of_loader(dataset, given) | given
         dataset = dataset.dataset
-    samples = dataset_size(dataset)
     _check_numbers(given)
+    if is_stream(dataset):
+        dataset = stream_of(dataset)
+    elif given.get("shuffle_window", 1) > 1:
+        raise UsageError(f"shuffle_window is for streams, but {type(dataset).__name__} is map-style: leave it out.")
+    samples = dataset_size(dataset)
     return Data(
         dataset=dataset,
         samples=samples,
-        order=_order(given, seed, samples, epoch),
+        order=_stream_order(given, seed, dataset) if isinstance(dataset, Stream) else _order(given, seed, samples, epoch),
         processes=_processes(given) if given.get("num_workers") else {},
         **{name: given[name] for name in _AS_THEY_ARE if name in given},
     )
 
 
 def dataset_size(dataset: Any) -> int:
-    """Return the number of samples. Raises UsageError unless the data set is map-style and has samples."""
+    """Return the number of samples. Raises UsageError unless the data set has samples, and is a `Stream` or map-style."""
     name = type(dataset).__name__
-    if isinstance(dataset, IterableDataset):
-        raise UsageError(f"{name} is an IterableDataset: {_MAP_STYLE}.")
+    if isinstance(dataset, Stream):
+        return len(dataset)
+    if hasattr(type(dataset), "__next__"):
+        raise UsageError(
+            f"{name} can be read only once, but any worker may have to read any sample: pass an IterableDataset, or "
+            "roundtable.Stream(shards, open, samples)."
+        )
     if isinstance(dataset, Mapping):
         keys = ", ".join(f"'{key}'" for key in list(dataset)[:5])
         raise UsageError(f"{name} has {keys or 'no keys'} instead of numbered samples: pass the data set under one key.")
@@ -152,8 +173,6 @@ def _of_loader(loader: DataLoader[Any], given: Mapping[str, Any]) -> dict[str, A
         raise UsageError(
             f"{name} yields batches in a way of its own, which batches() would leave out: pass its data set instead."
         )
-    if isinstance(loader.dataset, IterableDataset):
-        dataset_size(loader.dataset)
     if loader.batch_sampler is None:
         raise UsageError(f"{name} has batch_size=None, so its samples are not batched: give it a batch_size, the micro-batch.")
     sampler, size, drop_last = inner_of_batch_sampler(loader.batch_sampler)
@@ -164,7 +183,9 @@ def _of_loader(loader: DataLoader[Any], given: Mapping[str, Any]) -> dict[str, A
         "pin_memory": loader.pin_memory or None,  # off is only torch's default
         **{name: getattr(loader, name) for name in _OF_PROCESSES},
     }
-    if not given.keys() & {"order", "sampler", "batch_sampler", "shuffle"}:
+    if isinstance(loader.dataset, IterableDataset):
+        found["shuffle"] = False
+    elif not given.keys() & {"order", "sampler", "batch_sampler", "shuffle"}:
         found["sampler"] = sampler
     if "batch_sampler" in given:  # which has a size of its own
         del found["micro_batch"], found["drop_last"]
@@ -172,7 +193,7 @@ def _of_loader(loader: DataLoader[Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
-    for name in ("micro_batch", "global_batch", "epochs", "min_micro_batch"):
+    for name in ("micro_batch", "global_batch", "epochs", "min_micro_batch", "shuffle_window"):
         value = given.get(name, 1)
         if not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} is {value!r}: it must be a whole number of at least 1.")
@@ -205,3 +226,14 @@ def _order(given: dict[str, Any], seed: int, samples: int, epoch: int) -> Order:
     if "sampler" in given:
         return order_of_sampler(given["sampler"], seed, samples, epoch)
     return shuffled(samples, given.get("shuffle", True), seed)
+
+
+def _stream_order(given: Mapping[str, Any], seed: int, stream: Stream) -> Order:
+    """Return the order of a stream that arguments ask for."""
+    for name in ("order", "sampler", "batch_sampler"):
+        if name in given:
+            raise UsageError(
+                f"{stream.kind} is a stream, whose samples come by shards: pass shuffle= or shuffle_window= for {name}=."
+            )
+    seed += given["generator"].initial_seed() if "generator" in given else 0
+    return stream_order(stream, seed, given.get("shuffle", True), given.get("shuffle_window", 1))

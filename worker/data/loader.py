@@ -16,8 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from roundtable.common.config.batch_plan import Round, Segment, Task, derive_seed
+from roundtable.common.runtime.errors import UsageError
 from roundtable.worker.data.arguments import Data
 from roundtable.worker.data.devices import move
+from roundtable.worker.data.orders import Places
+from roundtable.worker.data.streams.reader import ShardReader
+from roundtable.worker.data.streams.stream import Stream
 
 _CPU = torch.device("cpu")
 
@@ -43,6 +47,39 @@ class Samples(Dataset[Any]):
         seed_everything(derive_seed(self._seed, "sample", epoch, index))
         return self._dataset[index]
 
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        return [self[key] for key in keys]
+
+
+class StreamSamples(Dataset[Any]):
+    """The samples of a stream by number, with random numbers that are seeded for each sample by (seed, epoch, sample)."""
+
+    def __init__(self, stream: Stream, seed: int, window: int = 1) -> None:
+        self._decode, self._seed = stream.decode, seed
+        self._reader = ShardReader(stream, window)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+
+        def seed(sample: int) -> None:
+            seed_everything(derive_seed(self._seed, "sample", epoch, sample))
+
+        sample = self._reader.read(epoch, index, seed)
+        if self._decode is None:
+            return sample
+        seed(index)  # again, because reading may have drawn random numbers for other samples
+        return self._decode(sample)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        """Return the samples of a micro-batch. They are read in the order of the shards."""
+        found = {key: self[key] for key in sorted(keys)}
+        return [found[key] for key in keys]
+
+
+def samples_of(dataset: Any, seed: int, window: int = 1) -> Samples | StreamSamples:
+    """Return the samples of a data set by (epoch, index). Of a stream, `window` samples in a row are shuffled."""
+    return StreamSamples(dataset, seed, window) if isinstance(dataset, Stream) else Samples(dataset, seed)
+
 
 class Processes:
     """Loads ahead in other processes, which may stay from one loop over the same batches to the next."""
@@ -51,7 +88,7 @@ class Processes:
         self.data = data
         self._feed = _Feed()
         self._batches = DataLoader(
-            Samples(data.dataset, seed),
+            samples_of(data.dataset, seed, data.shuffle_window),
             batch_sampler=self._feed,
             collate_fn=data.collate_fn or default_collate,
             pin_memory=data.pins(device),
@@ -86,13 +123,13 @@ class Loader:
         Batches come on `device`.
         """
         self._data = data
-        self._samples = Samples(data.dataset, seed)
+        self._samples = samples_of(data.dataset, seed, data.shuffle_window)
         self._segment = segment
         self._collate = data.collate_fn or default_collate
         self._forecast = forecast
         self._device = device
         self._pin = data.pins(device)
-        self._orders: dict[int, torch.Tensor] = {}
+        self._orders: dict[int, Places] = {}
         #: Tasks that the loading processes have got and not delivered, in order.
         self._ordered: deque[Task] = deque()
         #: Batches that were delivered and not used yet.
@@ -108,10 +145,20 @@ class Loader:
         for old in [t for t in self._ready if t.round < task.round]:
             del self._ready[old]
         while self._batches is not None and task in self._ordered:
-            self._ready[self._ordered.popleft()] = next(self._batches)
+            self._ready[self._ordered.popleft()] = self._next_batch()
         if task in self._ready:
             return self._ready.pop(task)
-        return self._collate([self._samples[key] for key in self._keys(task)])
+        return self._collate(self._samples.__getitems__(self._keys(task)))
+
+    def _next_batch(self) -> Any:
+        """Return what loading processes deliver. Raises UsageError as they have raised it, without their traceback."""
+        assert self._batches is not None
+        try:
+            return next(self._batches)
+        except UsageError as error:
+            sentence = str(error).rpartition("UsageError: ")[2].strip()
+            error.__traceback__ = None  # its frames refer to it, and to the processes
+        raise UsageError(sentence)
 
     def close(self) -> None:
         """End the loading processes, unless they are kept.
@@ -129,11 +176,11 @@ class Loader:
         order = self._order(plan.epoch)
         return [(plan.epoch, int(order[place])) for place in plan.places(task.k)]
 
-    def _order(self, epoch: int) -> torch.Tensor:
+    def _order(self, epoch: int) -> Places:
         if epoch not in self._orders:
             for old in [e for e in self._orders if e < epoch - 1]:
                 del self._orders[old]
-            self._orders[epoch] = self._data.order.indices(epoch)
+            self._orders[epoch] = self._data.order.of(self._segment, epoch)
         return self._orders[epoch]
 
     def _ahead(self) -> Iterator[list[tuple[int, int]]]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from roundtable.common.config.batch_plan import derive_seed
+from roundtable.common.config.batch_plan import Segment, derive_seed
 from roundtable.common.runtime.errors import UsageError
 
 #: Return the indices of an epoch's samples for (seed, epoch): a list, an array or a tensor of whole numbers.
@@ -22,6 +22,13 @@ OrderFunction = Callable[[int, int], Any]
 _SORTED_TOGETHER = 50
 #: The categories that torch.multinomial can draw from.
 _MOST_WEIGHTS = 1 << 24
+
+
+class Places(Protocol):
+    """The index of a sample for each place of an epoch."""
+
+    def __getitem__(self, place: int, /) -> Any:
+        """Return an index as a whole number, or a tensor of one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,10 @@ class Order:
     places: int
     #: Whether the name and the seed say all. Workers compare indices otherwise.
     is_named: bool = False
+
+    def of(self, segment: Segment, epoch: int) -> Places:
+        """Return the indices of the samples in an epoch of a segment, by place."""
+        return self.indices(epoch)
 
     def indices(self, epoch: int) -> torch.Tensor:
         """Return the indices of an epoch's samples: int64, one for each place.

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from roundtable.common.config.batch_plan import derive_seed
 from roundtable.worker.data.arguments import dataset_size
 from roundtable.worker.data.loader import seed_everything
+from roundtable.worker.data.streams.sources import is_stream, stream_of
+from roundtable.worker.data.streams.stream import Stream
 
 
 def has_statistics(model: nn.Module) -> bool:
@@ -37,18 +39,21 @@ def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def recompute(model: nn.Module, dataset: Dataset[Any], batch: int, seed: int) -> None:
-    """Replace the running statistics of `model` by means over one pass through a map-style `dataset`, in batches of `batch`.
+    """Replace the running statistics of `model` by means over one pass through `dataset`, in batches of `batch`.
 
-    Order, augmentation and dropout are drawn from `seed`, so every worker gets the same bits from the same weights. Samples are
-    inputs, or tuples whose first item is the input. A short last batch is left out, because each batch counts alike. Weights and
-    training modes stay as they were. A model without such layers is not changed.
+    Order, augmentation and dropout are drawn from `seed`, so every worker gets the same bits from the same weights. Samples of a
+    stream come in its own order. Samples are inputs, or tuples whose first item is the input. A short last batch is left out,
+    because each batch counts alike. Weights and training modes stay as they were. A model without such layers is not changed.
     """
     if not has_statistics(model):
         return
+    if is_stream(dataset):
+        dataset = stream_of(dataset)
     batch = min(batch, dataset_size(dataset))
     seed = derive_seed(seed, "batchnorm")
     order = torch.Generator().manual_seed(seed)
-    loader = DataLoader(dataset, batch_size=batch, shuffle=True, generator=order, drop_last=True)
+    shuffle = not isinstance(dataset, Stream)
+    loader = DataLoader(dataset, batch_size=batch, shuffle=shuffle, generator=order, drop_last=True)
     modes = [(module, module.training) for module in model.modules()]
     seed_everything(seed)
     update_bn(loader, model, device=next(model.parameters()).device)

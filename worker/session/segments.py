@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,10 +16,13 @@ from roundtable.worker import facts as alike
 from roundtable.worker.client.context import WorkerContext
 from roundtable.worker.data.arguments import Data
 from roundtable.worker.data.loader import Loader, Processes
+from roundtable.worker.data.streams.stream import Stream
 from roundtable.worker.loop.departure import Departure
 from roundtable.worker.loop.gradient_loop import GradientLoop
 from roundtable.worker.loop.local_sgd import LocalSgdLoop
 from roundtable.worker.loop.task_queue import TaskQueue
+
+log = logging.getLogger("roundtable.worker.run")
 
 _CPU = torch.device("cpu")
 
@@ -153,15 +157,30 @@ class Segments:
         """Return the facts that must be equal on all workers in a segment."""
         seed = self._context.settings.seed
         facts = [
-            alike.setting("the data set", alike.called(type(data.dataset))),
+            alike.setting("the data set", getattr(data.dataset, "kind", "") or alike.called(type(data.dataset))),
             alike.setting("samples in the data set", data.samples),
             alike.setting("collate_fn", alike.called(data.collate_fn) if data.collate_fn is not None else "none"),
             *alike.order_facts(data.order, segment),
         ]
         if data.dataset is not self._compared:
             self._compared = data.dataset
+            self._warn_of_costs(data)
             facts += alike.sample_facts(data.dataset, seed, segment.first_epoch, data.samples, not data.processes)
         return facts + (schedule.of(segment) if schedule is not None else [])
+
+    def _warn_of_costs(self, data: Data) -> None:
+        """Warn if all workers read all of a stream."""
+        stream = data.dataset
+        if (
+            isinstance(stream, Stream)
+            and stream.reads_from_start
+            and len(stream.shards) == 1
+            and self._context.settings.workers > 1
+        ):
+            log.warning(
+                "%s is one shard that is read from its start, so every worker reads all of it: with num_shards and "
+                "open_shard(shard, position), each would read its own part.", stream.kind,
+            )  # fmt: skip
 
     def _forecast(self, segment: Segment) -> Iterator[Task]:
         """Yield the micro-batches that this worker will probably compute."""
